@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test clean
+
+# The main job on real data: noisy digits, recorded, reduced, ranked.
+demo: $(INSTALLED)
+	$(BIN)/hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1 --set lr=0.2
+	@$(BIN)/python pipelines/digits.py runs/digits
+
+# Everything that a change must pass.
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n auto
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,61 @@
+"""Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydra_pipe.api import record, verify
+    from hydra_pipe.errors import HydraError
+    from hydra_pipe.exporting.run import export_run as export
+    from hydra_pipe.maths.layers import register_rule
+    from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
+    from hydra_pipe.recording.pipeline import Pipeline
+    from hydra_pipe.recording.recorder import Recorder
+    from hydra_pipe.recording.trainer import train
+    from hydra_pipe.reduction.run import reduce_run as reduce
+    from hydra_pipe.view import Run, open_run
+
+__version__ = "0.1.0"
+__all__ = [
+    "HydraError",
+    "OptimizerRule",
+    "Pipeline",
+    "Recorder",
+    "Run",
+    "export",
+    "open_run",
+    "record",
+    "reduce",
+    "register_rule",
+    "register_rule_of_optimizer",
+    "train",
+    "verify",
+]
+
+# name -> module, and its name there
+_HOMES = {
+    "HydraError": ("hydra_pipe.errors", "HydraError"),
+    "Pipeline": ("hydra_pipe.recording.pipeline", "Pipeline"),
+    "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
+    "Run": ("hydra_pipe.view", "Run"),
+    "export": ("hydra_pipe.exporting.run", "export_run"),
+    "open_run": ("hydra_pipe.view", "open_run"),
+    "record": ("hydra_pipe.api", "record"),
+    "reduce": ("hydra_pipe.reduction.run", "reduce_run"),
+    "register_rule": ("hydra_pipe.maths.layers", "register_rule"),
+    "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
+    "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
+    "train": ("hydra_pipe.recording.trainer", "train"),
+    "verify": ("hydra_pipe.api", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torch takes seconds to import, and a worker that only reduces needs none of it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hydra_pipe' has no attribute {name!r}")
+    import importlib
+
+    module, own_name = _HOMES[name]
+    value = getattr(importlib.import_module(module), own_name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,126 @@
+"""What a user calls beside `reduction.run.reduce_run` and `exporting.run.export_run`: recording and checking."""
+
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hydra_pipe.errors import PipelineError
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.units import format_seconds
+
+if TYPE_CHECKING:
+    from hydra_pipe.recording.pipeline import Pipeline
+    from hydra_pipe.store.verify import Fault
+
+PathLike = str | os.PathLike[str]
+
+
+def record(
+    pipeline: "str | Pipeline",
+    run: PathLike,
+    *,
+    settings: Mapping[str, Any] | list[str] | None = None,
+    encoding: str = "auto",
+    dim: int = 4096,
+    dtype: str = "float16",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Train `pipeline` and record every step's per-sample gradients, then the test gradients at the end.
+
+    Args:
+        pipeline: "path/to/file.py", "path/to/file.py:function", or a Pipeline, which is trained in place.
+        run: directory of the run.
+        settings: of the pipeline function, as a mapping of values or as "KEY=VALUE" strings.
+        encoding, dim, dtype: see `Recorder`.
+        overwrite: discard a recording that is there, and what was computed from it.
+        progress: where to show progress; nowhere if absent.
+
+    Returns:
+        Whether there was anything to do: False where `run` holds this very recording already.
+
+    Raises:
+        HydraError: one of its kinds; the message says what is wrong and what to do.
+    """
+    # torch takes seconds to import: what works from disk alone does without it
+    from hydra_pipe.loading import load_pipeline
+    from hydra_pipe.recording.pipeline import Pipeline, described
+    from hydra_pipe.recording.recorder import Recorder
+    from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
+    from hydra_pipe.recording.trainer import accuracy, test_batches, train
+    from hydra_pipe.store.checkpoints import save_final
+
+    progress = progress or Progress()
+    check_options(encoding, dim, dtype)
+    if isinstance(pipeline, Pipeline):
+        if settings:
+            raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
+        own: dict[str, Any] = {"pipeline": None}
+        built = pipeline
+    else:
+        source = load_pipeline(pipeline, settings)
+        own = {"pipeline": f"{source.file}:{source.function}"}
+        own |= {f"set {key}": _plain(value) for key, value in source.settings.items()}
+        built = source.build()
+    own = json_settings(own | described(built))
+    everything = record_settings(encoding, dim, dtype, built.seed, len(built.train)) | own
+    if not needs_recording(run, everything, overwrite=overwrite):
+        return False
+    recorder = Recorder(
+        built.model,
+        built.optimizer,
+        run,
+        len(built.train),
+        encoding=encoding,  # type: ignore[arg-type] # checked above
+        dim=dim,
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=built.seed,
+        settings=own,
+        overwrite=overwrite,
+    )
+    start = time.monotonic()
+    try:
+        trained = train(built, recorder, progress)
+        train_seconds = time.monotonic() - start
+        with progress.task("test gradients", len(built.test), "rows") as task:
+            recorder.record_test(test_batches(built, task), built.loss, labels=built.test_labels)
+        recorder.facts |= {
+            "train_seconds": train_seconds,
+            "test_seconds": time.monotonic() - start - train_seconds,
+            "last_epoch_loss": trained.last_epoch_loss,
+            "test_accuracy": accuracy(built),
+            "final_sha256": save_final(recorder.path / names.CHECKPOINTS, built.model),
+        }
+        labels = built.sample_labels if built.sample_labels is not None else trained.labels
+        if labels is not None:
+            recorder.label_samples(labels)
+        recorder.close()
+    except BaseException as error:
+        recorder.fail(error)
+        raise
+    progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON keeps it, so that what is read back compares equal."""
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def verify(run: PathLike, progress: Progress | None = None) -> "list[Fault]":
+    """Read everything in a run and check every checksum and count.
+
+    Returns:
+        What is off; empty for a healthy run.
+
+    Raises:
+        RunError, StoreError: there is no readable run.
+    """
+    from hydra_pipe.store.verify import check_run, total_bytes
+
+    directory = RunDirectory.open(run)
+    with (progress or Progress()).task("verify", total_bytes(directory), "bytes") as task:
+        return list(check_run(directory, task))

@@ -1,0 +1,197 @@
+"""The commands. Each one parses its options, calls the API and says what came of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydra_pipe import api
+from hydra_pipe.cli.failures import explained
+from hydra_pipe.progress import ConsoleProgress
+from hydra_pipe.store import names
+
+app = typer.Typer(
+    name="hydra-pipe",
+    help="Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data.\n\n"
+    "Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PipelineSpec = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="path/to/file.py or path/to/file.py:function, which returns a Pipeline")
+]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="directory of the run")]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated")]
+Encoding = Annotated[str, typer.Option(help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all")]
+Dim = Annotated[int, typer.Option(help="budget in columns for auto and projected")]
+Dtype = Annotated[str, typer.Option(help="of the rows: float16, int8 (both with a scale a row and block) or float32")]
+Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
+Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
+Memory = Annotated[str, typer.Option(help="budget for the whole process, such as 512MiB or 4GiB")]
+Scheduler = Annotated[str, typer.Option(help="Dask scheduler: threads, or synchronous for one thread")]
+Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
+Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
+Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
+Json = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+@app.command()
+@explained
+def record(
+    pipeline: PipelineSpec,
+    run: RunPath,
+    set_: Set = [],  # noqa: B006 - Typer makes a new list each time
+    encoding: Encoding = "auto",
+    dim: Dim = 4096,
+    dtype: Dtype = "float16",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Train a pipeline and record every step's per-sample gradients.
+
+    Example: hydra-pipe record pipelines/digits.py runs/digits --set noise=0.1 --set epochs=30
+    """
+    done = api.record(
+        pipeline,
+        run,
+        settings=set_,
+        encoding=encoding,
+        dim=dim,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    _say(done, run, "recorded", f"next: hydra-pipe reduce {run}")
+
+
+@app.command()
+@explained
+def reduce(
+    run: RunPath,
+    method: Method = "hydra",
+    chunks: Chunks = "auto",
+    memory: Memory = "4GiB",
+    scheduler: Scheduler = "threads",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Reduce a recording, out of core, to the relevance of each training sample for each test sample.
+
+    Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
+    """
+    from hydra_pipe.reduction.run import reduce_run
+
+    done = reduce_run(
+        run,
+        method=method,
+        chunks=chunks,
+        memory=memory,
+        scheduler=scheduler,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    _say(done, run, "reduced", f"next: hydra-pipe export {run}")
+
+
+@app.command()
+@explained
+def export(
+    run: RunPath,
+    method: Method = "hydra",
+    top: Top = 100,
+    full: Full = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write Parquet rankings: by test sample, by training sample, by class.
+
+    Example: hydra-pipe export runs/digits --top 20
+    """
+    from hydra_pipe.exporting.run import export_run
+
+    done = export_run(run, method=method, top=top, full=full, overwrite=overwrite, progress=ConsoleProgress())
+    _say(done, run, "exported", f"rankings: {Path(run) / names.RANKINGS / names.rankings_directory(method)}")
+
+
+@app.command(name="run")
+@explained
+def run_all(
+    pipeline: PipelineSpec,
+    run: RunPath,
+    set_: Set = [],  # noqa: B006 - Typer makes a new list each time
+    encoding: Encoding = "auto",
+    dim: Dim = 4096,
+    dtype: Dtype = "float16",
+    method: Method = "hydra",
+    chunks: Chunks = "auto",
+    memory: Memory = "4GiB",
+    scheduler: Scheduler = "threads",
+    top: Top = 100,
+    full: Full = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """record, reduce and export, one after the other; what is done already is not done again.
+
+    Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
+    """
+    record(pipeline, run, set_, encoding, dim, dtype, overwrite, debug=debug)
+    reduce(run, method, chunks, memory, scheduler, overwrite, debug=debug)
+    export(run, method, top, full, overwrite, debug=debug)
+
+
+@app.command()
+@explained
+def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
+    """What is in a run: sizes, encodings, progress of every stage, settings.
+
+    Example: hydra-pipe info runs/digits --json
+    """
+    from hydra_pipe.cli.show import show_info
+    from hydra_pipe.view import open_run
+
+    found = open_run(run).info()
+    if json_:
+        print(json.dumps(found, indent=2))
+    else:
+        show_info(found)
+
+
+@app.command()
+@explained
+def verify(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
+    """Read everything in a run and check every checksum and count. Exit code 1 if anything is off.
+
+    Example: hydra-pipe verify runs/digits
+    """
+    faults = api.verify(run, ConsoleProgress())
+    if json_:
+        print(json.dumps({"healthy": not faults, "faults": [{"where": f.where, "what": f.what} for f in faults]}, indent=2))
+    else:
+        for fault in faults:
+            print(f"{fault.where}: {fault.what}")
+        print(f"{run}: {len(faults)} faults" if faults else f"{run}: healthy")
+    if faults:
+        raise typer.Exit(1)
+
+
+def _say(done: bool, run: str, what: str, more: str) -> None:
+    print(f"{run}: {what if done else f'{what} already, nothing to do'}; {more}")
+
+
+def main() -> None:
+    """Entry point of the `hydra-pipe` command."""
+    # OpenMP's threads wait busily for 10 ms or more: with a writer beside them on few cores, each parallel region of torch then
+    # waits for the scheduler (steps of 1 ms were seen to take 100). Read when torch is loaded, which is later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a command does when it fails: one line on standard error, an exit code, no traceback unless asked."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from hydra_pipe.errors import HydraError, UserCodeError
+
+_ADVICE = {
+    errno.ENOSPC: "make room on the disk and run the same command again",
+    errno.EDQUOT: "make room in your quota and run the same command again",
+    errno.EROFS: "the file system is read-only: name a run directory elsewhere",
+    errno.EACCES: "no permission: name a run directory elsewhere, or change its permissions",
+    errno.EPERM: "no permission: name a run directory elsewhere, or change its permissions",
+    errno.ENOTDIR: "a part of the path is a file: name another directory",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
+
+
+def explained(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with its errors told in one line. It must have a `debug` parameter."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, debug=debug, **kwargs)
+        except typer.Exit:
+            raise
+        except BaseException as error:
+            if debug:
+                raise
+            if isinstance(error, UserCodeError):
+                print(error.excerpt, end="", file=sys.stderr)
+            code, message = _told(error)
+            print(f"hydra-pipe: {message}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    return wrapped
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, HydraError):
+        return error.exit_code, _one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted: what is finished is kept, run the same command again to go on"
+    if isinstance(error, MemoryError):
+        return 1, "out of memory: lower --memory, or record fewer columns with --encoding projected --dim N"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = _ADVICE.get(error.errno)
+        return 1, f"{where}{error.strerror}" + (f": {advice}" if advice else "")
+    return (
+        1,
+        f"{type(error).__name__}: {_one_line(error)}: this is a defect of hydra-pipe, please report what --debug prints",
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

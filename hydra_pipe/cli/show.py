@@ -1,0 +1,53 @@
+"""`info` for people."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hydra_pipe.units import format_bytes, format_seconds
+
+
+def show_info(info: dict[str, Any]) -> None:
+    """Print what `Run.info` found."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{info['path']}[/bold]  run {info['run_id']}")
+
+    stages = Table("stage", "state", "what it found", box=None, pad_edge=False)
+    for name, stage in info["stages"].items():
+        stages.add_row(name, stage["state"], _facts(stage["facts"]))
+    console.print(stages)
+
+    sizes = ", ".join(f"{name} {format_bytes(n)}" for name, n in info["bytes"].items())
+    console.print(f"on disk: {sizes}")
+
+    settings = info["stages"].get("record", {}).get("settings", {})
+    console.print("settings: " + ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict)))
+
+    recording = info.get("recording")
+    if recording is None:
+        return
+    console.print(
+        f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
+        f"{recording['parameters']:,} parameters, {recording['steps']:,} steps"
+    )
+    blocks = Table("block", "shape", "group", "encoding", "columns", "bytes a row", "exact", box=None, pad_edge=False)
+    for block in recording["blocks"]:
+        shape = "x".join(map(str, block["shape"]))
+        cells = (block["group"], block["encoding"], block["columns"], block["bytes_a_row"])
+        blocks.add_row(block["name"], shape, *map(str, cells), "yes" if block["exact"] else "no: projected")
+    console.print(blocks)
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    shown = []
+    for name, value in facts.items():
+        if isinstance(value, dict) or name.endswith("sha256"):
+            continue
+        if name.endswith("seconds"):
+            shown.append(f"{name.removesuffix('seconds').rstrip('_') or 'took'} {format_seconds(value)}")
+        elif isinstance(value, float):
+            shown.append(f"{name} {value:.4g}")
+        elif value is not None:
+            shown.append(f"{name} {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    return ", ".join(shown)

@@ -1,0 +1,68 @@
+"""What can go wrong, by name. Every message says what is wrong and what to do about it."""
+
+
+class HydraError(Exception):
+    """Base of every error that hydra-pipe raises on purpose.
+
+    The message is one line: the thing, the numbers, and a way out. The command line prints it and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(HydraError):
+    """The call itself is wrong: an unknown setting, a value of the wrong type, a malformed option."""
+
+    exit_code = 2
+
+
+class PipelineError(HydraError):
+    """The user's pipeline file is missing, broken, or describes something that cannot be trained."""
+
+
+class UserCodeError(PipelineError):
+    """The user's own code raised. `excerpt` is its traceback, cut down to the user's own files."""
+
+    def __init__(self, message: str, excerpt: str) -> None:
+        super().__init__(message)
+        self.excerpt = excerpt
+
+
+class DataError(HydraError):
+    """A data set yields something other than what it yielded before, or what the model takes."""
+
+
+class OptimizerError(HydraError):
+    """An optimiser, or an option of one, whose update rule hydra-pipe does not differentiate."""
+
+
+class ScheduleError(HydraError):
+    """Learning rates, momenta or weight decays that are not finite, or steps out of order."""
+
+
+class BooksError(HydraError):
+    """The recorded rows of a step do not sum to the gradient that the optimiser is about to use."""
+
+
+class NonFiniteError(HydraError):
+    """A loss or a gradient is infinite or not a number."""
+
+
+class RecordError(HydraError):
+    """The training loop does something that recording cannot follow."""
+
+
+class LayerError(HydraError):
+    """A module whose gradient cannot be split by sample, or two rules for one module."""
+
+
+class RunError(HydraError):
+    """A run directory that is missing, foreign, unfinished, or recorded with other settings."""
+
+
+class StoreError(HydraError):
+    """A store that is damaged, incomplete, or written by a newer format version."""
+
+
+class BudgetError(HydraError):
+    """A plan that cannot fit the memory it was given. Carries both numbers in its message."""

@@ -1,0 +1,1 @@
+"""From `relevance.zarr` to Parquet rankings. Imports no torch."""

@@ -1,0 +1,197 @@
+"""A whole export: the relevance matrix, column by column, into Parquet tables."""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import UsageError
+from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_tests
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names, rankings
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import open_relevance, read_relevance
+from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage, remove
+
+# Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
+BLOCK_BYTES = 64 * 2**20
+ROW_GROUP = 2**20
+VISIT_ROWS = 2**20
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    *,
+    method: str = "hydra",
+    top: int = 100,
+    full: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Write the rankings of a reduced run as Parquet.
+
+    Args:
+        run: directory of the run.
+        method: whose relevance.
+        top: training samples a side ("helpful", "harmful") for each test sample.
+        full: also write every pair.
+        overwrite: replace tables written with other settings.
+        progress: where to show progress; nowhere if absent.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        RunError: there is no run, or it has no relevance of that method.
+        StoreError: the relevance is damaged.
+        UsageError: `top` is not positive.
+    """
+    if top < 1:
+        raise UsageError(f"--top {top}: give 1 or more")
+    directory = RunDirectory.open(run)
+    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    stage, settings = export_stage(method), {"top": top, "full": full}
+    if not overwrite and not directory.has_work(stage, settings):
+        return False
+
+    gradients = Gradients(directory.path / names.GRADIENTS)
+    relevance = open_relevance(directory.path / names.RELEVANCE, method)
+    target = directory.path / names.RANKINGS / names.rankings_directory(method)
+    partial = target.with_name(target.name + ".partial")
+    directory.begin(stage, settings)
+    start = time.monotonic()
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
+        export.write(progress or Progress())
+        files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
+        # readers see the old tables or the new ones, all of them of one export
+        remove(target)
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        directory.end(stage, "failed", error=str(error) or type(error).__name__)
+        raise
+    directory.end(stage, "complete", seconds=time.monotonic() - start, files=files)
+    return True
+
+
+@dataclass
+class _Export:
+    target: Path
+    gradients: Gradients
+    relevance: zarr.Array[Any]
+    meta: dict[str, str]
+    top: int
+    full: bool
+
+    def __post_init__(self) -> None:
+        self.train_labels = self.gradients.labels(names.TRAIN_LABELS)
+        self.test_labels = self.gradients.labels(names.TEST_LABELS)
+        self.train_type = rankings.label_type(self.train_labels)
+        self.test_type = rankings.label_type(self.test_labels)
+
+    def write(self, progress: Progress) -> None:
+        """All tables, in one pass over the relevance."""
+        n_samples, n_tests = self.relevance.shape
+        sums = np.zeros(n_samples)
+        classes = (
+            ClassMeans(self.train_labels, self.test_labels)
+            if self.train_labels is not None and self.test_labels is not None
+            else None
+        )
+        chunk = self.relevance.chunks[1]
+        width = max(chunk, BLOCK_BYTES // (n_samples * 4) // chunk * chunk)
+        schema = rankings.ranking_schema(self.test_type, self.train_type, self.meta)
+        if self.full:
+            (self.target / rankings.MATRIX).mkdir()
+        with progress.task("export", n_tests, "tests") as task:
+            for part, first in enumerate(range(0, n_tests, width)):
+                block = read_relevance(self.relevance, slice(first, min(first + width, n_tests)))
+                ranked = rank_tests(block, first, self.top)
+                pq.write_table(self._ranking_table(ranked, schema), self.target / rankings.PARTS.format(part))
+                if self.full:
+                    self._write_matrix(block, first, part)
+                sums += block.sum(axis=1, dtype=np.float64)
+                if classes is not None:
+                    classes.add(block, first)
+                task.advance(block.shape[1])
+        pq.write_table(self._samples_table(sums, n_tests), self.target / rankings.SAMPLES)
+        pq.write_table(self._classes_table(classes), self.target / rankings.CLASSES)
+
+    def _ranking_table(self, ranked: Ranked, schema: pa.Schema) -> pa.Table:
+        sides = pa.DictionaryArray.from_arrays(
+            pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)), pa.array(["helpful", "harmful"])
+        )
+        columns = [
+            pa.array(ranked.test),
+            sides,
+            pa.array(ranked.rank),
+            pa.array(ranked.train),
+            pa.array(ranked.relevance),
+            rankings.label_column(self.test_labels, ranked.test, self.test_type),
+            rankings.label_column(self.train_labels, ranked.train, self.train_type),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def _samples_table(self, sums: NDArray[np.float64], n_tests: int) -> pa.Table:
+        ids = np.arange(len(sums))
+        columns = [
+            pa.array(ids),
+            rankings.label_column(self.train_labels, ids, self.train_type),
+            pa.array(sums),
+            pa.array(sums / n_tests),
+            pa.array(rank_harmful(sums)),
+            pa.nulls(len(sums), pa.float32()),
+            pa.array(self._visits(len(sums))),
+        ]
+        return pa.Table.from_arrays(columns, schema=rankings.samples_schema(self.train_type, self.meta))
+
+    def _visits(self, n_samples: int) -> NDArray[np.int64]:
+        visits = np.zeros(n_samples, np.int64)
+        n_rows = self.gradients.rows.n_rows
+        for first in range(0, n_rows, VISIT_ROWS):
+            visits += np.bincount(self.gradients.samples(slice(first, first + VISIT_ROWS)), minlength=n_samples)
+        return visits
+
+    def _classes_table(self, classes: ClassMeans | None) -> pa.Table:
+        schema = rankings.classes_schema(self.train_type, self.test_type, self.meta)
+        if classes is None:
+            return schema.empty_table()
+        train, test = np.meshgrid(classes.train_names, classes.test_names, indexing="ij")
+        columns = [
+            pa.array(train.ravel(), self.train_type),
+            pa.array(test.ravel(), self.test_type),
+            pa.array(classes.means().ravel()),
+            pa.array(classes.pairs().ravel()),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def _write_matrix(self, block: NDArray[np.float32], first: int, part: int) -> None:
+        """Every pair of the block, sorted by test sample; row groups hold whole test samples where these are small enough."""
+        n_samples, n_tests = block.shape
+        at_once = max(1, ROW_GROUP // n_samples)
+        schema = rankings.matrix_schema(self.meta)
+        train = np.arange(n_samples)
+        with pq.ParquetWriter(self.target / rankings.MATRIX / rankings.PARTS.format(part), schema) as writer:
+            for low in range(0, n_tests, at_once):
+                columns = block[:, low : low + at_once]
+                tests = np.arange(first + low, first + low + columns.shape[1])
+                table = pa.Table.from_arrays(
+                    [
+                        pa.array(np.repeat(tests, n_samples)),
+                        pa.array(np.tile(train, len(tests))),
+                        pa.array(np.ascontiguousarray(columns.T).ravel()),
+                    ],
+                    schema=schema,
+                )
+                writer.write_table(table, row_group_size=ROW_GROUP)

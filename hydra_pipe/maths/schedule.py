@@ -1,0 +1,99 @@
+"""How an optimiser's settings, step by step, weigh the rows of each step.
+
+Symbols: eta learning rate, mu momentum, tau dampening, lambda weight decay, kappa decoupled decay; a the
+adjoint of the parameters, v that of the momentum buffer, d and g as in the sweep of docs/architecture.md ("The mathematics").
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import ScheduleError
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of momentum SGD as they were at each step, for one or more series of parameters.
+
+    A series is a set of parameters that share all of their history. Every array has shape (step, series).
+
+    Args:
+        learning_rate: eta, float64.
+        momentum: mu, float64.
+        dampening: tau, float64.
+        weight_decay: lambda, float64.
+        decoupled_decay: kappa, the fraction by which the step shrinks the parameters beside all that (AdamW), float64.
+        nesterov: whether the step was Nesterov's, bool.
+        updated: whether the optimiser changed these parameters at all; it skips those without a gradient, bool.
+        momentum_started: whether the step created the momentum buffer, which PyTorch sets to the gradient itself, bool.
+
+    Raises:
+        ScheduleError: the shapes differ, or a value is not finite.
+    """
+
+    learning_rate: Floats
+    momentum: Floats
+    dampening: Floats
+    weight_decay: Floats
+    decoupled_decay: Floats
+    nesterov: Flags
+    updated: Flags
+    momentum_started: Flags
+
+    def __post_init__(self) -> None:
+        shape = self.learning_rate.shape
+        if len(shape) != 2:
+            raise ScheduleError(f"a schedule has shape (step, series), not {shape}")
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if values.shape != shape:
+                raise ScheduleError(f"{field.name} has shape {values.shape}, learning_rate has {shape}")
+            bad = np.argwhere(~np.isfinite(values))
+            if bad.size:
+                step, series = bad[0]
+                raise ScheduleError(f"{field.name} is {values[step, series]} at step {step}: it must be finite")
+
+
+def step_weights(schedule: Schedule) -> Floats:
+    """Weight of each step's rows in the Hessian-free relevance.
+
+    docs/architecture.md: the sweep with zero curvature carries g = alpha(t) * h_j for one scalar alpha(t), so it runs on scalars.
+    R(i, j) = - sum_t alpha(t) <r(i, t), h_j>.
+
+    Args:
+        schedule: the optimiser's settings of each step, shape (step, series).
+
+    Returns:
+        alpha, shape (step, series), float64, in units of the learning rate; negative for a plain descent step, and 0 where the
+        parameters were not updated.
+    """
+    alpha = np.zeros_like(schedule.learning_rate)
+    for series in range(alpha.shape[1]):
+        alpha[:, series] = _series_weights(schedule, series)
+    return alpha
+
+
+def _series_weights(schedule: Schedule, series: int) -> list[float]:
+    # Plain floats: a NumPy operation a step costs ten times as much, and runs have a million steps.
+    columns = [getattr(schedule, field.name)[:, series].tolist() for field in fields(schedule)]
+    alpha = [0.0] * len(columns[0])
+    a, v = 1.0, 0.0
+    for t in range(len(alpha) - 1, -1, -1):
+        eta, mu, tau, decay, shrink, nesterov, updated, started = (column[t] for column in columns)
+        if not updated:
+            continue
+        d = -eta * a
+        if mu == 0.0:
+            g = d  # a step without momentum neither reads nor writes the buffer: v passes through it
+        else:
+            gain = 1.0 if started else 1.0 - tau
+            v = v + (mu * d if nesterov else d)
+            g = gain * v + (d if nesterov else 0.0)
+            v = 0.0 if started else mu * v
+        a = (1.0 - shrink) * a + decay * g
+        alpha[t] = g
+    return alpha

@@ -1,0 +1,211 @@
+"""Which columns of the gradient array hold which parameter, and in which encoding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Literal, get_args
+
+from hydra_pipe.errors import BudgetError, StoreError
+
+Encoding = Literal["dense", "factored", "sketch"]
+EncodingChoice = Literal["auto", "exact", "projected"]
+ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
+
+Columns = tuple[int, int]  # first and one past the last
+
+
+@dataclass(frozen=True)
+class Block:
+    """One trainable parameter and where its rows are.
+
+    Args:
+        name: as in the model's `named_parameters`.
+        shape: of the parameter.
+        group: index of its parameter group in the optimiser.
+        encoding: see docs/format.md.
+        columns: of the row itself (dense, sketch), or of the output-gradient factor (factored).
+        inputs: of the input factor of a factored weight; None for a factored bias, whose input is 1 and whose columns are its
+            weight's own, and for the other encodings.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    encoding: Encoding
+    columns: Columns
+    inputs: Columns | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the encoding loses nothing but the dtype's rounding."""
+        return self.encoding != "sketch"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The block directory: every recorded parameter, in the order of the model's parameters.
+
+    Args:
+        blocks: one for each trainable parameter.
+        n_features: columns in all.
+        seed: of the random projections.
+    """
+
+    blocks: tuple[Block, ...]
+    n_features: int
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"n_features": self.n_features, "seed": self.seed, "blocks": [asdict(block) for block in self.blocks]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Layout":
+        """Raises: StoreError: not a block directory, or one whose columns lie outside the array."""
+        try:
+            n_features = int(data["n_features"])
+            blocks = tuple(_block_from_json(entry, n_features) for entry in data["blocks"])
+            return Layout(blocks, n_features, int(data["seed"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StoreError(f"the block directory is damaged: {error!r}") from error
+
+
+def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
+    def columns(key: str) -> Columns:
+        first, last = (int(c) for c in data[key])
+        if not 0 <= first < last <= n_features:
+            raise ValueError(f"columns {first} to {last} of block {data['name']} lie outside 0 to {n_features}")
+        return first, last
+
+    if data["encoding"] not in get_args(Encoding):
+        raise ValueError(f"unknown encoding {data['encoding']!r} of block {data['name']}")
+    return Block(
+        name=str(data["name"]),
+        shape=tuple(int(n) for n in data["shape"]),
+        group=int(data["group"]),
+        encoding=data["encoding"],
+        columns=columns("columns"),
+        inputs=columns("inputs") if data["inputs"] is not None else None,
+    )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the layout is chosen from.
+
+    Args:
+        name: of the parameter.
+        shape: of the parameter.
+        group: index of its parameter group.
+        factors: (outputs, inputs) where each sample's gradient is one outer product, else None.
+        bias_of: name of the weight whose output factor is this parameter's gradient, else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    factors: tuple[int, int] | None = None
+    bias_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def exact_width(self) -> int:
+        """Columns of the narrowest lossless encoding."""
+        return min(self.numel, sum(self.factors)) if self.factors else self.numel
+
+
+def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int) -> Layout:
+    """Give every parameter an encoding and columns.
+
+    `exact`: the narrowest lossless encoding of each. `auto`: the same while it is no wider than an equal share of the budget
+    that narrower ones have left; the rest is sketched to that share. `projected`: every parameter dense or sketched, each
+    with columns in proportion to the square root of its size, `dim` in all.
+
+    Args:
+        parameters: in the order of the model.
+        choice: see above.
+        dim: budget in columns, not used by `exact`.
+        seed: of the random projections.
+
+    Raises:
+        BudgetError: fewer columns than parameters to hold.
+    """
+    if choice != "exact" and dim < len(parameters):
+        raise BudgetError(
+            f"--dim {dim} is less than one column for each of the {len(parameters)} parameters: "
+            f"raise it to {len(parameters)} or more"
+        )
+    factored = choice != "projected"
+    biases = {p.bias_of: p for p in parameters if factored and p.bias_of and _prefers_factors(_by_name(p.bias_of, parameters))}
+    while True:
+        shared = {bias.name for bias in biases.values()}
+        widths = _widths([p for p in parameters if p.name not in shared], choice, dim)
+        sketched = [w for w in biases if widths[w] != _by_name(w, parameters).exact_width]
+        if not sketched:
+            break
+        for weight in sketched:  # such a bias has no factor to share: it needs columns of its own, out of the same budget
+            del biases[weight]
+
+    placed: dict[str, Block] = {}
+    first = 0
+    for parameter in parameters:
+        if parameter.name in shared:
+            continue
+        width = widths[parameter.name]
+        name, shape, group = parameter.name, parameter.shape, parameter.group
+        if factored and _prefers_factors(parameter) and width == parameter.exact_width:
+            assert parameter.factors is not None
+            middle = first + parameter.factors[0]
+            placed[name] = Block(name, shape, group, "factored", (first, middle), (middle, first + width))
+            if name in biases:
+                bias = biases[name]
+                placed[bias.name] = Block(bias.name, bias.shape, bias.group, "factored", (first, middle))
+        else:
+            placed[name] = Block(name, shape, group, "dense" if width == parameter.numel else "sketch", (first, first + width))
+        first += width
+    return Layout(tuple(placed[p.name] for p in parameters), first, seed)
+
+
+def _prefers_factors(parameter: Parameter) -> bool:
+    return parameter.factors is not None and sum(parameter.factors) < parameter.numel
+
+
+def _by_name(name: str, parameters: Sequence[Parameter]) -> Parameter:
+    """The parameter called `name`, which must be there."""
+    return next(p for p in parameters if p.name == name)
+
+
+def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -> dict[str, int]:
+    """Columns of each parameter: water filling, the narrowest first, each taking no more than its share of what is left."""
+    if choice == "exact":
+        return {p.name: p.exact_width for p in parameters}
+    projected = choice == "projected"
+
+    def wanted(p: Parameter) -> int:
+        return p.numel if projected else p.exact_width
+
+    def claim(p: Parameter) -> float:
+        return p.numel**0.5 if projected else 1.0
+
+    widths: dict[str, int] = {}
+    columns_left = dim
+    waiting = sorted(parameters, key=lambda p: wanted(p) / claim(p))
+    claims_left = sum(claim(p) for p in waiting)
+    for i, parameter in enumerate(waiting):
+        share = int(columns_left * claim(parameter) / claims_left)
+        others = len(waiting) - i - 1
+        width = min(wanted(parameter), max(1, min(share, columns_left - others)))
+        widths[parameter.name] = width
+        columns_left -= width
+        claims_left -= claim(parameter)
+    for parameter in waiting:  # what rounding down has left over
+        more = min(columns_left, wanted(parameter) - widths[parameter.name])
+        widths[parameter.name] += more
+        columns_left -= more
+    return widths

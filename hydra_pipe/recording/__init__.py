@@ -1,0 +1,1 @@
+"""From a training run to `gradients.zarr`: hooks, encoder, recorder, trainer."""

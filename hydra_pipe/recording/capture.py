@@ -1,0 +1,190 @@
+"""Hooks that see each module's input and the gradient at its output, and leave no trace when they are gone."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.layers import Contribution, rule_for
+from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows
+
+# (index of the parameter's block, its contribution from one call of one module, place of its first sample in the step)
+Sink = Callable[[int, Contribution, int], None]
+
+
+class Capture:
+    """Watches the modules of `model` that own one of `parameters`.
+
+    Forward hooks on those modules, and a tensor hook on each output during a watched pass: the real backward pass calls it.
+
+    Args:
+        model: stays as it is.
+        parameters: index of the block of each recorded parameter, by parameter.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
+        self._sink: Sink | None = None
+        self._batch = self._first = 0
+        self._pass_size: int | None = None
+        self.half_precision = False
+        self._handles = [model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
+        answered: set[nn.Module] = set()
+        for name, module in model.named_modules():
+            whole = isinstance(module, ANSWERS_FOR_CHILDREN)
+            answered |= set(module.modules()) - {module} if whole else set()
+            owned = {n: parameters[p] for n, p in module.named_parameters(recurse=whole) if p in parameters}
+            if owned and module not in answered:
+                hook = self._forward_hook(name or type(module).__name__, owned)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def watch(self, batch: int, sink: Sink) -> None:
+        """From now on send the contributions of passes over `batch` samples to `sink`.
+
+        One pass may hold them all, or several consecutive ones a part each (gradient accumulation).
+        """
+        self._batch, self._sink = batch, sink
+        self._first, self._pass_size = 0, None
+        self.half_precision = False
+
+    @property
+    def n_covered(self) -> int:
+        """Samples of the passes so far; all of them where the model was called in parts only."""
+        return self._batch if self._pass_size is None else self._first + self._pass_size
+
+    def rest(self) -> None:
+        """Take no notice of what the model does until the next `watch`."""
+        self._sink = None
+
+    @contextmanager
+    def sending_to(self, sink: Sink | None) -> Iterator[None]:
+        """Send contributions to `sink` instead, or nowhere, while the block runs."""
+        usual, self._sink = self._sink, sink
+        try:
+            yield
+        finally:
+            self._sink = usual
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        self.rest()
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._sink is None or not torch.is_grad_enabled():
+            return
+        if self._pass_size is not None and self._pass_size < self._batch:
+            self._first += self._pass_size
+        self._pass_size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
+
+    def _forward_hook(
+        self, name: str, owned: Mapping[str, int]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor | None]:
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if self._sink is None or not torch.is_grad_enabled():
+                return None
+            wanted = [n for n in owned if module.get_parameter(n).requires_grad]
+            if not wanted:
+                return None
+            samples = (self._first, self._batch if self._pass_size is None else self._pass_size)
+            if is_sequence_module(module):
+                self._watch_sequence(module, args, kwargs, output, wanted, owned, samples)
+                return None
+            if not isinstance(output, Tensor):
+                raise LayerError(
+                    f"{name} ({type(module).__name__}) returns a {type(output).__name__}: only recurrent modules, attention, and "
+                    f"modules that return one tensor can be recorded; freeze its parameters or wrap it"
+                )
+            if not output.requires_grad:
+                return None
+            # A view that is later changed in place (Linear with a bias returns one, ReLU(inplace=True) changes it) gets a new
+            # history, which leaves out the hook. The same memory that autograd does not take for a view keeps its own. A view
+            # of something that the model still holds must stay one, or changing it would go unseen.
+            fresh = output._is_view() and not _shares_memory(output, (*args, *kwargs.values(), *module.parameters()))
+            watched: Tensor = torch.ops.aten._unsafe_view(output, output.shape) if fresh else output
+            inputs = tuple(_detached(x) for x in args)
+            keywords = {key: _detached(x) for key, x in kwargs.items()}
+            hook = partial(self._backward, name, module, inputs, keywords, wanted, owned, samples)
+            watched.register_hook(hook)  # type: ignore[no-untyped-call]
+            return watched
+
+        return forward_hook
+
+    def _watch_sequence(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        wanted: list[str],
+        owned: Mapping[str, int],
+        samples: tuple[int, int],
+    ) -> None:
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        # the hook must not hold the outputs: they hold the hook, in a ring that nothing collects
+        n_leaves, at = len(leaves), {k for k, x in enumerate(leaves) if x.requires_grad}
+        inputs, keywords = tree_map(_detached, (args, dict(kwargs)))
+
+        def on_gradients(gradients: Sequence[Tensor | None]) -> None:
+            sink = self._sink
+            if sink is None:
+                return
+            known = iter(gradients)
+            every = [next(known) if k in at else None for k in range(n_leaves)]
+            with self.sending_to(None), torch.no_grad():
+                rows = sequence_rows(module, inputs, keywords, every, wanted, samples[1])
+            for parameter, row in rows.items():
+                sink(owned[parameter], row, samples[0])
+
+        if at:
+            torch.autograd.graph.register_multi_grad_hook([leaves[k] for k in sorted(at)], on_gradients)
+
+    def _backward(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        wanted: list[str],
+        owned: Mapping[str, int],
+        samples: tuple[int, int],
+        gradient: Tensor,
+    ) -> None:
+        sink = self._sink
+        if sink is None:
+            return
+        first, count = samples
+        if gradient.dim() == 0 or gradient.shape[0] != count:
+            raise LayerError(
+                f"{name} ({type(module).__name__}) has an output of shape {tuple(gradient.shape)} in a batch of {count}: "
+                f"its first dimension must be the sample, or its gradient cannot be split by sample"
+            )
+        # A rule may run the module, or parts of it, again: those passes are not the training's.
+        with self.sending_to(None), torch.no_grad():
+            # under autocast outputs are in half precision, and parameters and their gradients are not
+            dtype = module.get_parameter(wanted[0]).dtype
+            if gradient.dtype != dtype:
+                self.half_precision = True
+                gradient, args = gradient.to(dtype), tuple(_in_dtype(x, dtype) for x in args)
+                kwargs = {key: _in_dtype(x, dtype) for key, x in kwargs.items()}
+            contributions = rule_for(module)(module, args, kwargs, gradient.detach(), wanted)
+        for parameter, contribution in contributions.items():
+            sink(owned[parameter], contribution, first)
+
+
+def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:
+    storage = output.untyped_storage().data_ptr()
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in others)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,172 @@
+"""What the sweep needs to know of an optimiser, read at each step just before it acts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import OptimizerError
+from hydra_pipe.maths.adam import root_preconditioner, second_moment
+
+# a parameter's entry in `optimizer.state`, and its group in `optimizer.param_groups`
+State = Mapping[str, Any]
+Group = Mapping[str, Any]
+
+
+class OptimizerRule:
+    """How one optimiser's update is written as momentum SGD, possibly in coordinates of its own.
+
+    A subclass and `register_rule_of_optimizer` teach a new one. The sweep (docs/architecture.md) is exact for an update of the form
+
+        v = mu v + (1 - tau) G,   theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v,
+        G = gradient + weight_decay theta
+
+    with P = 1, or P elementwise, positive, and taken as it was at the step.
+    """
+
+    #: Whether P is not 1: then rows and test gradients are stored times the root of P.
+    preconditioned = False
+
+    def check(self, group: Group, index: int) -> None:
+        """Refuse options whose update is of another form. Raises: OptimizerError."""
+
+    def settings(self, group: Group) -> dict[str, float]:
+        """The group's columns of the step tables: learning_rate, momentum, dampening, weight_decay, nesterov, decoupled_decay."""
+        raise NotImplementedError
+
+    def starts_momentum(self, state: State, group: Group) -> bool:
+        """Whether this step sets v to G, whatever tau is."""
+        return False
+
+    def step_factor(self, state: State, group: Group) -> float:
+        """What else multiplies the learning rate at this step."""
+        return 1.0
+
+    def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
+        """Root of P, the shape of `parameter`: at the step that is about to use `gradient`, or as it stands now."""
+        return None
+
+
+class SgdRule(OptimizerRule):
+    """torch.optim.SGD with momentum, dampening, Nesterov and weight decay."""
+
+    def settings(self, group: Group) -> dict[str, float]:
+        return {
+            "learning_rate": float(group["lr"]),
+            "momentum": float(group["momentum"]),
+            "dampening": float(group["dampening"]),
+            "weight_decay": float(group["weight_decay"]),
+            "nesterov": float(group["nesterov"]),
+            "decoupled_decay": 0.0,
+        }
+
+    def starts_momentum(self, state: State, group: Group) -> bool:
+        return bool(group["momentum"] != 0.0) and state.get("momentum_buffer") is None
+
+
+class AdamRule(OptimizerRule):
+    """torch.optim.Adam and AdamW, weight decay coupled or decoupled, symmetrically preconditioned."""
+
+    preconditioned = True
+
+    def check(self, group: Group, index: int) -> None:
+        if group.get("amsgrad"):
+            raise OptimizerError(f"parameter group {index} has amsgrad=True, whose update is not handled: use amsgrad=False")
+
+    def settings(self, group: Group) -> dict[str, float]:
+        rate, decay, beta1 = float(group["lr"]), float(group["weight_decay"]), float(group["betas"][0])
+        decoupled = bool(group.get("decoupled_weight_decay"))
+        return {
+            "learning_rate": rate,
+            "momentum": beta1,
+            "dampening": beta1,
+            "weight_decay": 0.0 if decoupled else decay,
+            "nesterov": 0.0,
+            "decoupled_decay": rate * decay if decoupled else 0.0,
+        }
+
+    def step_factor(self, state: State, group: Group) -> float:
+        return float(1.0 / (1.0 - float(group["betas"][0]) ** (self._updates(state) + 1)))
+
+    def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
+        beta2, eps, updates = float(group["betas"][1]), float(group["eps"]), self._updates(state)
+        if gradient is None:
+            # a parameter that was never updated has no moment, and no row to be multiplied with either
+            moment = state.get("exp_avg_sq")
+            return root_preconditioner(moment, updates, beta2, eps) if moment is not None else torch.ones_like(parameter)
+        if group["weight_decay"] and not group.get("decoupled_weight_decay"):
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        moment = second_moment(state.get("exp_avg_sq"), gradient, beta2)
+        return root_preconditioner(moment, updates + 1, beta2, eps)
+
+    @staticmethod
+    def _updates(state: State) -> int:
+        return int(state.get("step", 0))
+
+
+_RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
+    torch.optim.SGD: SgdRule(),
+    torch.optim.Adam: AdamRule(),
+    torch.optim.AdamW: AdamRule(),
+}
+
+
+def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule: OptimizerRule) -> None:
+    """Use `rule` for optimisers of exactly `optimizer_type`.
+
+    Raises:
+        OptimizerError: that type has a rule already; the message names both.
+    """
+    if optimizer_type in _RULES:
+        raise OptimizerError(
+            f"{optimizer_type.__name__} has the rule {type(_RULES[optimizer_type]).__name__} already; {type(rule).__name__} "
+            f"cannot be registered beside it"
+        )
+    _RULES[optimizer_type] = rule
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
+    """The rule for `optimizer`. Raises: OptimizerError: there is none; a subclass may do anything, so it needs its own."""
+    rule = _RULES.get(type(optimizer))
+    if rule is None:
+        known = ", ".join(t.__name__ for t in _RULES)
+        raise OptimizerError(
+            f"{type(optimizer).__name__} is not handled: hydra-pipe knows the update rules of {known}; use one of them, or teach "
+            f"it yours with hydra_pipe.register_rule_of_optimizer"
+        )
+    return rule
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
+    """Refuse what cannot be differentiated, before anything is trained.
+
+    Returns:
+        Name and parameter group of every parameter to record, in the model's order: those that the optimiser trains.
+
+    Raises:
+        OptimizerError: an optimiser or an option that is not handled, or parameters that are not the model's.
+    """
+    rule = rule_of(optimizer)
+    groups = {}
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("maximize"):
+            raise OptimizerError(f"parameter group {index} has maximize=True: minimise the negative of the loss instead")
+        rule.check(group, index)
+        for parameter in group["params"]:
+            groups[parameter] = index
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    strangers = [p for p in groups if p not in named]
+    if strangers:
+        raise OptimizerError(
+            f"the optimizer holds {len(strangers)} parameters that are not the model's, the first of shape "
+            f"{tuple(strangers[0].shape)} in parameter group {groups[strangers[0]]}: build it from model.parameters() of the "
+            f"model given here"
+        )
+    trained = {p: (name, groups[p]) for p, name in named.items() if p in groups and p.requires_grad}
+    if not trained:
+        raise OptimizerError("there is no trainable parameter: the optimizer holds none of the model's with requires_grad=True")
+    for parameter, (name, _) in trained.items():
+        if parameter.is_complex() or parameter.is_sparse:
+            raise OptimizerError(f"parameter {name} is {parameter.dtype}, {parameter.layout}: only dense real ones are handled")
+    return trained

@@ -1,0 +1,93 @@
+"""What a user's pipeline file returns: a training run, described."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import PipelineError
+
+
+@dataclass
+class Pipeline:
+    """A training run that hydra-pipe can repeat, record and explain.
+
+    Args:
+        model: the network, trained in place.
+        optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
+        loss: (output, target) -> one loss per sample, shape (batch,).
+        train: map-style dataset of (input, target); its indices are the sample ids.
+        test: map-style dataset of (input, target); its indices are the test ids.
+        batch_size: samples a step; the last step of an epoch takes what is left.
+        epochs: passes over `train`.
+        seed: of the order of the batches, and of dropout and the like.
+        scheduler: learning-rate scheduler, stepped once after each optimiser step.
+        max_grad_norm: clip the gradient to this norm before each step, as torch.nn.utils.clip_grad_norm_.
+        sample_labels: a label, integer or string, for each training sample; taken from integer targets if absent.
+        test_labels: the same for the test samples.
+
+    Raises:
+        PipelineError: a field is of the wrong kind; the message names it.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Any, Any], Tensor]
+    train: Any
+    test: Any
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    max_grad_norm: float | None = None
+    sample_labels: Sequence[int] | Sequence[str] | None = None
+    test_labels: Sequence[int] | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.model, nn.Module), "model", self.model, "a torch.nn.Module")
+        _require(isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer")
+        _require(callable(self.loss), "loss", self.loss, "a function (output, target) -> losses of shape (batch,)")
+        for name, dataset in (("train", self.train), ("test", self.test)):
+            map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+            _require(map_style, name, dataset, "a map-style dataset with __getitem__ and __len__")
+            if len(dataset) == 0:
+                raise PipelineError(f"the pipeline's {name} dataset is empty: give it at least one (input, target)")
+        for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):
+            _require(isinstance(number, int) and number > 0, name, number, "a positive integer")
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise PipelineError("the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one that counts steps")
+        for name, labels, dataset in (
+            ("sample_labels", self.sample_labels, self.train),
+            ("test_labels", self.test_labels, self.test),
+        ):
+            if labels is not None and len(labels) != len(dataset):
+                raise PipelineError(f"the pipeline's {name} has {len(labels)} entries for {len(dataset)} samples")
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * -(-len(self.train) // self.batch_size)
+
+
+def described(pipeline: Pipeline) -> dict[str, Any]:
+    """What a pipeline says of itself in plain values: two that differ here are two runs."""
+    plain = (int, float, bool, str)
+    groups = [
+        {name: value for name, value in group.items() if isinstance(value, plain)} for group in pipeline.optimizer.param_groups
+    ]
+    return {
+        "epochs": pipeline.epochs,
+        "batch_size": pipeline.batch_size,
+        "max_grad_norm": pipeline.max_grad_norm,
+        "n_tests": len(pipeline.test),
+        "optimizer": {"type": type(pipeline.optimizer).__name__, "groups": groups},
+        "scheduler": type(pipeline.scheduler).__name__ if pipeline.scheduler is not None else None,
+        "parameters": {name: list(p.shape) for name, p in pipeline.model.named_parameters()},
+    }
+
+
+def _require(condition: bool, name: str, value: object, kind: str) -> None:
+    if not condition:
+        raise PipelineError(f"the pipeline's {name} is {type(value).__name__} {value!r:.60}: it must be {kind}")

@@ -1,0 +1,65 @@
+"""What a recording depends on, and the checks of what a caller gives."""
+
+import json
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from hydra_pipe.errors import RecordError, UsageError
+from hydra_pipe.maths.quantise import DTYPES
+from hydra_pipe.plan.layout import ENCODING_CHOICES
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+
+
+def record_settings(encoding: str, dim: int, dtype: str, seed: int, n_samples: int) -> Settings:
+    """Settings that every recording depends on. The budget is none of "exact"'s business."""
+    budget = None if encoding == "exact" else dim
+    return {"encoding": encoding, "dim": budget, "dtype": dtype, "seed": seed, "n_samples": n_samples}
+
+
+def json_settings(settings: Settings) -> Settings:
+    """`settings` as the manifest gives them back, so that what is read compares equal to what is given again.
+
+    Raises:
+        UsageError: a value that JSON cannot hold.
+    """
+    try:
+        normal: Settings = json.loads(json.dumps(settings))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a setting cannot be kept ({error}): give numbers, strings, lists and the like") from error
+    return normal
+
+
+def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrite: bool) -> bool:
+    """Whether `run` is yet to be recorded with `settings`. Writes nothing.
+
+    Raises:
+        RunError: it was recorded, or begun, with other settings; or it holds something else.
+    """
+    directory = RunDirectory.open_or_none(run)
+    return directory is None or overwrite or directory.has_work(RECORD, settings)
+
+
+def check_options(encoding: str, dim: int, dtype: str) -> None:
+    """Refuse options that cannot be. Raises: UsageError."""
+    if encoding not in ENCODING_CHOICES:
+        raise UsageError(f"encoding {encoding!r} is unknown: choose one of {', '.join(ENCODING_CHOICES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    if dim < 1:
+        raise UsageError(f"dim is {dim}: it must be 1 or more")
+
+
+def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.int64]:
+    """`sample_ids` as int64, shape (batch,). Raises: RecordError: not integers, or not of this training set."""
+    ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise RecordError(f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each sample of the batch")
+    outside = ids[(ids < 0) | (ids >= n_samples)]
+    if outside.size:
+        raise RecordError(
+            f"sample id {outside[0]} is not among the {n_samples} training samples: ids run from 0 to {n_samples - 1}"
+        )
+    return ids.astype(np.int64)

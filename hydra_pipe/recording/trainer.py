@@ -1,0 +1,226 @@
+"""Trains a pipeline, with a recorder or without: the same weights, bit for bit."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, UserCodeError
+from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.recording.recorder import Recorder, StepNote
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass
+class Trained:
+    """What training found.
+
+    Args:
+        last_epoch_loss: mean loss of the samples of the last epoch, each as it was met.
+        labels: target of each training sample where targets are integers, else None.
+    """
+
+    last_epoch_loss: float
+    labels: NDArray[np.int64] | None
+
+
+def train(pipeline: Pipeline, recorder: Recorder | None = None, progress: Progress | None = None) -> Trained:
+    """Train `pipeline.model` in place, recording each step if there is a recorder.
+
+    Raises:
+        UserCodeError: the model, the loss or a dataset raised.
+        PipelineError: the loss is not one per sample.
+        DataError: samples of unlike shapes.
+        NonFiniteError: a loss is infinite or not a number.
+    """
+    torch.manual_seed(pipeline.seed)
+    device = next(pipeline.model.parameters()).device
+    samples = _Samples(pipeline.train, "train")
+    labels: NDArray[np.int64] | None = np.zeros(len(pipeline.train), np.int64)
+    epoch_loss = 0.0
+    total = pipeline.epochs * len(pipeline.train)
+    with (progress or Progress()).task("record" if recorder else "train", total, "rows") as task:
+        for epoch in range(pipeline.epochs):
+            epoch_loss = 0.0
+            for step, (ids, inputs, targets) in enumerate(samples.batches(_epoch_order(pipeline, epoch))):
+                if epoch == 0:
+                    labels = _collect_labels(labels, ids, targets)
+                where = f"step {epoch * -(-len(pipeline.train) // pipeline.batch_size) + step} (epoch {epoch + 1})"
+                with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
+                    epoch_loss += _step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where) * len(ids)
+                if pipeline.scheduler is not None:
+                    pipeline.scheduler.step()
+                task.advance(len(ids))
+    return Trained(epoch_loss / len(pipeline.train), labels)
+
+
+def test_batches(pipeline: Pipeline, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """The test set in order, in batches of the pipeline's size."""
+    order = np.arange(len(pipeline.test))
+    for ids, inputs, targets in _Samples(pipeline.test, "test").batches(_batches_of(order, pipeline.batch_size)):
+        yield inputs, targets
+        task.advance(len(ids))
+
+
+def accuracy(pipeline: Pipeline) -> float | None:
+    """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
+    correct = 0
+    device = next(pipeline.model.parameters()).device
+    was_training = [module for module in pipeline.model.modules() if module.training]
+    pipeline.model.eval()
+    try:
+        with torch.no_grad():
+            for inputs, targets in test_batches(pipeline, Task()):
+                output = pipeline.model(inputs.to(device))
+                if (
+                    not isinstance(output, Tensor)
+                    or output.dim() != 2
+                    or output.shape[1] < 2
+                    or targets.is_floating_point()
+                    or targets.dim() != 1
+                ):
+                    return None
+                correct += int((output.argmax(1).cpu() == targets).sum())
+    finally:
+        for module in was_training:
+            module.training = True
+    return correct / len(pipeline.test)
+
+
+def _step(
+    pipeline: Pipeline,
+    recorder: Recorder | None,
+    note: StepNote,
+    inputs: Tensor,
+    targets: Tensor,
+    ids: NDArray[np.int64],
+    where: str,
+) -> float:
+    with _user_code(f"the model raised at {where}"):
+        output = pipeline.model(inputs)
+    with _user_code(f"the loss raised at {where}"):
+        losses = pipeline.loss(output, targets)
+    if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PipelineError(
+            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
+            f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
+        )
+    loss = losses.mean()
+    note.loss = loss.item()
+    if not np.isfinite(note.loss):
+        bad = ids[~torch.isfinite(losses).cpu().numpy()]
+        raise NonFiniteError(
+            f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
+            f"max_grad_norm; the steps before it are recorded and readable"
+        )
+    if recorder is not None and recorder.n_steps == 0:
+        recorder.check_split(losses)
+    with _user_code(f"the backward pass raised at {where}"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    if pipeline.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
+    pipeline.optimizer.step()
+    # the model's, not the optimiser's: what is left in parameters that are not trained would count in the clipped norm
+    pipeline.model.zero_grad()
+    return note.loss
+
+
+def _epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
+    """Batches of sample ids of one epoch: a function of (seed, epoch) alone, so that any epoch can be found again."""
+    generator = np.random.default_rng([pipeline.seed, epoch])
+    return _batches_of(generator.permutation(len(pipeline.train)), pipeline.batch_size)
+
+
+def _batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [ids[first : first + size] for first in range(0, len(ids), size)]
+
+
+def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Tensor) -> NDArray[np.int64] | None:
+    if labels is None or targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
+        return None
+    labels[ids] = targets.cpu().numpy()
+    return labels
+
+
+class _Samples:
+    """Batches of a dataset whose samples all have one shape, which is checked."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def batches(self, order: list[NDArray[np.int64]]) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=[ids.tolist() for ids in order],
+            collate_fn=self._collate,
+            generator=torch.Generator(),
+        )
+        iterator = iter(loader)
+        for ids in order:
+            with _user_code(f"the {self._name} dataset raised at samples {_range(ids)}"):
+                inputs, targets = next(iterator)
+            yield ids, inputs, targets
+
+    def _collate(self, items: list[Any]) -> tuple[Tensor, Tensor]:
+        for item in items:
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise DataError(f"the {self._name} dataset yields {type(item).__name__}: it must yield pairs (input, target)")
+            for part in item:
+                if not isinstance(part, Tensor | np.ndarray | np.generic | int | float):
+                    raise DataError(
+                        f"the {self._name} dataset yields a pair with a {type(part).__name__}: inputs and targets must be tensors, "
+                        f"arrays or numbers"
+                    )
+        shapes = {(np.shape(i), np.shape(t)) for i, t in items} | ({self._shapes} - {None})
+        if len(shapes) > 1:
+            first, other = sorted(shapes, key=lambda s: s != self._shapes)[:2]
+            raise DataError(
+                f"the {self._name} dataset yields an (input, target) of shapes {_shapes(other)} after {_shapes(first)}: "
+                f"pad or crop its samples to one shape"
+            )
+        (self._shapes,) = shapes
+        inputs, targets = default_collate(items)
+        return inputs, targets
+
+
+def _shapes(pair: Any) -> str:
+    return " and ".join(str(tuple(shape)) for shape in pair)
+
+
+def _range(ids: NDArray[np.int64]) -> str:
+    return ", ".join(map(str, ids[:5])) + (" ..." if len(ids) > 5 else "")
+
+
+@contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    try:
+        yield
+    except HydraError:
+        raise
+    except Exception as error:
+        raise user_code_error(what, error) from error
+
+
+def user_code_error(what: str, error: BaseException) -> UserCodeError:
+    """An error of ours around one of the user's, with the traceback cut down to the frames of the user's own files."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(Path(f.filename))]
+    excerpt = "".join(traceback.format_list(frames))
+    message = str(error).strip().split("\n")[0]
+    return UserCodeError(f"{what}: {type(error).__name__}: {message}", excerpt)
+
+
+def _is_users(file: Path) -> bool:
+    return _PACKAGE not in file.parents and "site-packages" not in file.parts and "importlib" not in str(file)

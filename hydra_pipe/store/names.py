@@ -1,0 +1,67 @@
+"""Every name in a run directory, once."""
+
+from typing import Final
+
+FORMAT: Final = "hydra-pipe run"
+FORMAT_VERSION: Final = 1
+
+MANIFEST: Final = "run.json"
+GRADIENTS: Final = "gradients.zarr"
+RELEVANCE: Final = "relevance.zarr"
+RANKINGS: Final = "rankings"
+CHECKPOINTS: Final = "checkpoints"
+REPORT: Final = "report.html"
+FINAL_CHECKPOINT: Final = "final.pt"
+# Everything that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
+OWNED: Final = (GRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, REPORT, MANIFEST)
+
+# groups of gradients.zarr
+STEPS: Final = "steps"
+TEST: Final = "test"
+LABELS: Final = "labels"
+# arrays of gradients.zarr, and of test/<checkpoint>
+GRADIENT: Final = "gradient"
+SCALE: Final = "scale"
+SAMPLE: Final = "sample"
+STEP: Final = "step"
+LOSS: Final = "loss"
+# arrays of gradients.zarr/steps
+FIRST_ROW: Final = "first_row"
+N_ROWS: Final = "n_rows"
+GRADIENT_SCALE: Final = "gradient_scale"
+IMBALANCE: Final = "imbalance"
+# arrays of gradients.zarr/labels
+TRAIN_LABELS: Final = "train"
+TEST_LABELS: Final = "test"
+
+# attributes
+LAYOUT: Final = "hydra_pipe_blocks"
+PRECONDITIONED: Final = "preconditioned"
+KIND: Final = "hydra_pipe"
+LABEL_NAMES: Final = "names"
+SIGN: Final = "sign"
+UNIT: Final = "unit"
+METHOD: Final = "method"
+RUN_ID: Final = "run_id"
+
+# dimension names
+ROW_DIM: Final = "row"
+FEATURE_DIM: Final = "feature"
+BLOCK_DIM: Final = "block"
+GROUP_DIM: Final = "group"
+STEP_DIM: Final = "step"
+SAMPLE_DIM: Final = "sample"
+TEST_DIM: Final = "test"
+
+SIGN_TEXT: Final = "positive: helpful, leaving the training sample out raises the test loss"
+UNIT_TEXT: Final = "test loss"
+
+
+def checkpoint_name(step: int) -> str:
+    """Group of the test gradients taken after `step` steps."""
+    return f"{step:010d}"
+
+
+def rankings_directory(method: str) -> str:
+    """Hive-partitioned directory of one method's tables."""
+    return f"method={method}"

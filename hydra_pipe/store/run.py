@@ -1,0 +1,224 @@
+"""A run directory and its manifest: what was done with which settings, and how far it got."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from hydra_pipe.errors import RunError, StoreError
+from hydra_pipe.store import names
+
+State = Literal["running", "failed", "complete"]
+Settings = dict[str, Any]
+
+RECORD = "record"
+
+
+def reduce_stage(method: str) -> str:
+    """Name of the stage that computes `method`'s relevance."""
+    return f"reduce {method}"
+
+
+def export_stage(method: str) -> str:
+    """Name of the stage that writes `method`'s rankings."""
+    return f"export {method}"
+
+
+@dataclass
+class Stage:
+    """One stage of a run.
+
+    Args:
+        state: how it stands; "running" also after a crash.
+        settings: those that its result depends on.
+        facts: what it found or took: counts, seconds, what went wrong.
+    """
+
+    state: State
+    settings: Settings
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, name: str) -> int:
+        """A fact, or else a setting, that counts something. Raises: StoreError: the manifest lacks it."""
+        value = self.facts.get(name, self.settings.get(name))
+        if not isinstance(value, int) or value < 0:
+            raise StoreError(f"{names.MANIFEST} is damaged: it says {name} is {value!r}: record the run again with --overwrite")
+        return value
+
+
+class RunDirectory:
+    """An existing run. Valid once made: format and version were read and understood."""
+
+    def __init__(self, path: Path, run_id: str, stages: dict[str, Stage], versions: dict[str, str]) -> None:
+        self.path = path
+        self.run_id = run_id
+        self.stages = stages
+        self.versions = versions
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the manifest of the run at `path`.
+
+        Raises:
+            RunError: there is no run at `path`.
+            StoreError: its manifest is damaged, or of a newer format version.
+        """
+        root = _local(path)
+        manifest = root / names.MANIFEST
+        if not root.exists():
+            raise RunError(f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}")
+        if not manifest.is_file():
+            raise RunError(f"{root} is not a run of hydra-pipe: it has no {names.MANIFEST}")
+        return cls._parse(root, manifest)
+
+    @classmethod
+    def open_or_none(cls, path: str | os.PathLike[str]) -> Self | None:
+        """The run at `path`, or None where there is nothing yet.
+
+        Raises:
+            RunError: `path` holds something else, which is left as it is.
+            StoreError: as `open`.
+        """
+        root = _local(path)
+        if not root.exists():
+            return None
+        if not root.is_dir():
+            raise RunError(f"{root} is a file: name a directory for the run")
+        if not (root / names.MANIFEST).is_file():
+            if any(root.iterdir()):
+                raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
+            return None
+        return cls.open(root)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> Self:
+        """A new run; nothing is written before its first stage begins."""
+        return cls(_local(path), uuid.uuid4().hex, {}, _versions())
+
+    @classmethod
+    def _parse(cls, root: Path, manifest: Path) -> Self:
+        try:
+            data = json.loads(manifest.read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.get("format") != names.FORMAT:
+                raise RunError(f"{manifest} is not a manifest of hydra-pipe: {root} holds something else")
+            version = int(data["format_version"])
+            if version > names.FORMAT_VERSION:
+                raise StoreError(
+                    f"{root} was written in format version {version}, this hydra-pipe reads up to {names.FORMAT_VERSION}: "
+                    f"upgrade hydra-pipe"
+                )
+            stages = {str(name): _stage(entry) for name, entry in data["stages"].items()}
+            return cls(root, str(data["run_id"]), stages, {str(k): str(v) for k, v in data["versions"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{manifest} is damaged ({error!r}): restore it, or record the run again elsewhere") from error
+
+    def has_work(self, name: str, settings: Settings) -> bool:
+        """Whether stage `name` has work to do with `settings`. Writes nothing.
+
+        Raises:
+            RunError: it was done, or begun, with other settings; the message names the first that differs.
+        """
+        stage = self.stages.get(name)
+        if stage is None:
+            return True
+        self._compare(name, stage.settings, settings)
+        return stage.state != "complete"
+
+    def begin(self, name: str, settings: Settings) -> None:
+        """Mark stage `name` as running with `settings`."""
+        self.stages[name] = Stage("running", settings)
+        self.save()
+
+    def _compare(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        for key in dict.fromkeys([*new, *old]):
+            if old.get(key) != new.get(key):
+                raise RunError(
+                    f"{self.path}: {name} was run with {key}={old.get(key)!r}, now {key}={new.get(key)!r}: "
+                    f"use another run directory, or --overwrite to discard what is there"
+                )
+
+    def end(self, name: str, state: State, **facts: Any) -> None:
+        """Mark stage `name` as ended, with what it found."""
+        self.stages[name].state = state
+        self.stages[name].facts |= facts
+        self.save()
+
+    def forget(self, *stage_names: str) -> None:
+        """Drop stages whose results are about to be removed."""
+        for name in stage_names:
+            self.stages.pop(name, None)
+        self.save()
+
+    def require(self, name: str, command: str) -> Stage:
+        """The stage `name`, which must be complete.
+
+        Raises:
+            RunError: it is not; the message names the command that completes it.
+        """
+        stage = self.stages.get(name)
+        if stage is None or stage.state != "complete":
+            why = "has not been run" if stage is None else f"is not finished (state: {stage.state})"
+            detail = f", {stage.facts['error']}" if stage is not None and "error" in stage.facts else ""
+            raise RunError(f"{self.path}: {name} {why}{detail}: run {command} first")
+        return stage
+
+    def save(self) -> None:
+        """Write the manifest: the old one or the new one is there at any moment, never half of one."""
+        data = {
+            "format": names.FORMAT,
+            "format_version": names.FORMAT_VERSION,
+            "run_id": self.run_id,
+            "versions": self.versions,
+            "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self.stages.items()},
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path / names.MANIFEST, json.dumps(data, indent=2).encode() + b"\n")
+
+    def clear(self) -> None:
+        """Remove everything hydra-pipe has put into the directory, and nothing else."""
+        # first the claim, then what it claims: a manifest must not call complete what is gone
+        self.forget(*list(self.stages))
+        for name in names.OWNED:
+            remove(self.path / name)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step, safe on the disk when this returns."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory tree, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _stage(entry: Mapping[str, Any]) -> Stage:
+    if entry["state"] not in get_args(State):
+        raise ValueError(f"unknown state {entry['state']!r}")
+    return Stage(entry["state"], dict(entry["settings"]), dict(entry["facts"]))
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path)
+    if "://" in text:
+        raise RunError(f"{text}: this version keeps runs on a local disk only: name a directory")
+    return Path(text)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("hydra-pipe", "torch", "numpy", "zarr", "zarrs", "dask", "pyarrow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

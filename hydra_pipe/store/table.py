@@ -1,0 +1,193 @@
+"""Rows appended to several arrays at once, a whole shard at a time, from a background thread."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.store.arrays import create_array
+
+Buffers = dict[str, NDArray[Any]]
+
+
+class BackgroundWriter:
+    """One thread that runs jobs in order. At most `depth` wait: then `submit` waits too, which is the back-pressure.
+
+    Raises:
+        StoreError: from `submit` and `close`, once a job has failed.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._check()
+        self._jobs.put(job)
+
+    def drain(self) -> None:
+        """Wait until every submitted job is done."""
+        self._jobs.join()
+        self._check()
+
+    def close(self) -> None:
+        """Finish all jobs and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._check()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                # after a failure later jobs are dropped: rows past a hole would not be readable anyway
+                if self._failure is None:
+                    job()
+            except BaseException as error:  # noqa: BLE001 - handed to the training thread, whatever it is
+                self._failure = error
+            finally:
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            message = str(self._failure).strip().split("\n")[-1]
+            raise StoreError(f"writing failed ({message}): make room or mend the disk, then record again") from self._failure
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array of a table.
+
+    Args:
+        name: of the array.
+        dtype: of its elements.
+        width: second dimension and its name, or None for one value a row.
+        chunk_rows: rows of a chunk inside the shard; None: the shard is one chunk.
+        chunk_width: columns of a chunk; None: all.
+        fast: see `create_array`.
+    """
+
+    name: str
+    dtype: str
+    width: tuple[int, str] | None = None
+    chunk_rows: int | None = None
+    chunk_width: int | None = None
+    fast: bool = False
+
+
+class TableWriter:
+    """Appends rows to arrays that share their first dimension.
+
+    Args:
+        group: where the arrays go.
+        columns: the arrays.
+        dimension: name of the first dimension.
+        shard_rows: rows in one file, written in one piece by `writer`.
+        writer: the background thread.
+    """
+
+    def __init__(
+        self, group: zarr.Group, columns: Sequence[Column], dimension: str, shard_rows: int, writer: BackgroundWriter
+    ) -> None:
+        self._arrays = {c.name: _create(group, c, dimension, shard_rows) for c in columns}
+        self._dtypes = {c.name: c.dtype for c in columns}
+        self._shard_rows = shard_rows
+        self._writer = writer
+        # one is filled while the others are written or wait: reused, so that memory stays the same however long the run
+        self._free: queue.Queue[Buffers] = queue.Queue()
+        for _ in range(2):
+            self._free.put({c.name: _buffer(c, shard_rows) for c in columns})
+        self._current = self._free.get()
+        self._filled = 0
+        self._flushed = 0
+        self.n_written = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows appended so far, written or not yet."""
+        return self._flushed + self._filled
+
+    def dtype_of(self, name: str) -> str:
+        """Dtype of column `name`."""
+        return self._dtypes[name]
+
+    def reserve(self, n: int) -> Iterator[tuple[slice, Buffers]]:
+        """Space for the next `n` rows: (which of the n, views to fill), in one piece or more where a shard ends between."""
+        done = 0
+        while done < n:
+            take = min(n - done, self._shard_rows - self._filled)
+            rows = slice(self._filled, self._filled + take)
+            yield slice(done, done + take), {name: buffer[rows] for name, buffer in self._current.items()}
+            done += take
+            self._filled += take
+            if self._filled == self._shard_rows:
+                self.flush()
+
+    def append(self, rows: dict[str, Any]) -> None:
+        """Add one row, a value for every column."""
+        for _, views in self.reserve(1):
+            for name, value in rows.items():
+                views[name][0] = value
+
+    def flush(self) -> None:
+        """Hand what has been filled to the writer. Before the end only at whole shards, which `reserve` does itself."""
+        if self._filled == 0:
+            return
+        buffers, count, first = self._current, self._filled, self._flushed
+        self._flushed += count
+        self._filled = 0
+
+        def job() -> None:
+            for name, array in self._arrays.items():
+                array.resize((first + count, *array.shape[1:]))
+                array[first : first + count] = buffers[name][:count]
+            self.n_written = first + count
+            self._free.put(buffers)
+
+        self._writer.submit(job)
+        self._current = self._next_buffers()
+
+    def _next_buffers(self) -> Buffers:
+        while True:
+            try:
+                return self._free.get(timeout=1.0)
+            except queue.Empty:
+                self._writer.submit(lambda: None)  # raises if the writer has failed and will never return a buffer
+
+
+def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) -> zarr.Array[Any]:
+    chunk_rows = column.chunk_rows or shard_rows
+    if column.width is None:
+        chunks: tuple[int, ...] = (chunk_rows,)
+        shape: tuple[int, ...] = (0,)
+        dimensions: tuple[str, ...] = (dimension,)
+        shards: tuple[int, ...] = (shard_rows,)
+    else:
+        width, name = column.width
+        chunk_width = column.chunk_width or width
+        chunks = (chunk_rows, chunk_width)
+        shape, dimensions = (0, width), (dimension, name)
+        shards = (shard_rows, -(-width // chunk_width) * chunk_width)
+    return create_array(
+        group,
+        column.name,
+        shape,
+        column.dtype,
+        dimensions,
+        chunks,
+        shards if shards != chunks else None,
+        fast=column.fast,
+    )
+
+
+def _buffer(column: Column, shard_rows: int) -> NDArray[Any]:
+    shape = (shard_rows,) if column.width is None else (shard_rows, column.width[0])
+    return np.zeros(shape, column.dtype)

@@ -1,0 +1,149 @@
+"""Reads everything in a run and checks every checksum and count."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.progress import Task
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import ROTTEN, missing_chunks
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import open_relevance
+from hydra_pipe.store.run import RECORD, RunDirectory, Stage, export_stage, reduce_stage
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is off.
+
+    Args:
+        where: file or array, relative to the run.
+        what: is wrong with it, and what that means.
+    """
+
+    where: str
+    what: str
+
+
+def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
+    """Every fault of a run. Bytes are counted on `task` as they are read and decoded."""
+    for name, stage in run.stages.items():
+        if stage.state != "complete":
+            yield Fault(names.MANIFEST, f"{name} is not finished (state: {stage.state}): run it again")
+    recording = run.stages.get(RECORD)
+    if recording is None:
+        yield Fault(names.MANIFEST, "nothing was recorded")
+        return
+    if recording.state == "complete":
+        try:
+            yield from _check_gradients(run, recording, task)
+        except StoreError as error:
+            yield Fault(names.GRADIENTS, str(error))
+        yield from _check_final(run, recording)
+    for method in methods_of(run):
+        if run.stages[reduce_stage(method)].state == "complete":
+            yield from _check_relevance(run, method, task)
+        if run.stages.get(export_stage(method)) is not None and run.stages[export_stage(method)].state == "complete":
+            yield from _check_rankings(run, method)
+
+
+def methods_of(run: RunDirectory) -> list[str]:
+    """Methods whose relevance was computed, or begun."""
+    prefix = reduce_stage("")
+    return [name.removeprefix(prefix) for name in run.stages if name.startswith(prefix)]
+
+
+def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterator[Fault]:
+    store = Gradients(run.path / names.GRADIENTS)
+    advice = "record the run again with --overwrite"
+    shapes = {}
+    for name, array in store.arrays():
+        shapes[name] = array.shape
+        yield from _check_array(f"{names.GRADIENTS}/{name}", array, advice, task)
+    n_rows, n_steps = recording.count("n_rows"), recording.count("n_steps")
+    expected = store.expected_rows(n_rows, n_steps, recording.count("n_tests"))
+    expected |= {f"{names.LABELS}/{which}": n for which, n in recording.facts.get("labels", {}).items()}
+    for name, count in expected.items():
+        if name not in shapes:
+            yield Fault(f"{names.GRADIENTS}/{name}", f"is missing: {advice}")
+        elif shapes[name][0] != count:
+            yield Fault(f"{names.GRADIENTS}/{name}", f"has length {shapes[name][0]}, {count} were recorded: {advice}")
+    rows_of_steps = int(store.step_table(names.N_ROWS).sum())
+    if rows_of_steps != n_rows:
+        yield Fault(f"{names.GRADIENTS}/{names.STEPS}", f"steps add up to {rows_of_steps} rows of {n_rows}: {advice}")
+
+
+def _check_final(run: RunDirectory, recording: Stage) -> Iterator[Fault]:
+    expected = recording.facts.get("final_sha256")
+    if expected is None:
+        return  # a loop of the user's own keeps its own checkpoints
+    file = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        yield Fault(f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}", "is missing or changed: record the run again with --overwrite")
+
+
+def _check_relevance(run: RunDirectory, method: str, task: Task) -> Iterator[Fault]:
+    where = f"{names.RELEVANCE}/{method}"
+    advice = f"compute it again with hydra-pipe reduce {run.path} --overwrite"
+    try:
+        array = open_relevance(run.path / names.RELEVANCE, method)
+    except StoreError as error:
+        yield Fault(where, str(error))
+        return
+    yield from _check_array(where, array, advice, task)
+    recording = run.stages[RECORD]
+    expected = (recording.count("n_samples"), recording.count("n_tests"))
+    if tuple(array.shape) != expected:
+        yield Fault(where, f"has shape {tuple(array.shape)}, the recording has {expected}: {advice}")
+
+
+def _check_array(where: str, array: zarr.Array, advice: str, task: Task) -> Iterator[Fault]:  # type: ignore[type-arg]
+    missing = missing_chunks(array)
+    if missing:
+        yield Fault(where, f"{missing} chunk files are missing: {advice}")
+        return
+    step = (array.shards or array.chunks)[0]
+    for first in range(0, array.shape[0], step):
+        try:
+            values = np.asarray(array[first : first + step])
+        except ROTTEN as error:
+            message = str(error).strip().split("\n")[-1]
+            yield Fault(where, f"rows {first} to {min(first + step, array.shape[0])} are damaged ({message}): {advice}")
+            continue
+        task.advance(values.nbytes)
+
+
+def _check_rankings(run: RunDirectory, method: str) -> Iterator[Fault]:
+    directory = run.path / names.RANKINGS / names.rankings_directory(method)
+    advice = f"write it again with hydra-pipe export {run.path} --overwrite"
+    expected: dict[str, int] = run.stages[export_stage(method)].facts.get("files", {})
+    for name in expected:
+        where = f"{directory.relative_to(run.path)}/{name}"
+        try:
+            table = pq.read_table(directory / name, partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            yield Fault(where, f"cannot be read ({str(error).splitlines()[0]}): {advice}")
+            continue
+        if (table.schema.metadata or {}).get(b"hydra_pipe.run_id") != run.run_id.encode():
+            yield Fault(where, f"belongs to another run: {advice}")
+        elif table.num_rows != expected[name]:
+            yield Fault(where, f"has {table.num_rows} rows, {expected[name]} were written: {advice}")
+
+
+def total_bytes(run: RunDirectory) -> int:
+    """Decoded bytes that `check_run` reads, as far as the metadata tells."""
+    total = 0
+    try:
+        if run.stages[RECORD].state == "complete":
+            total += sum(array.nbytes for _, array in Gradients(run.path / names.GRADIENTS).arrays())
+        for method in methods_of(run):
+            total += open_relevance(run.path / names.RELEVANCE, method).nbytes
+    except (StoreError, KeyError):
+        pass  # told as a fault, by name, in the check itself
+    return total

@@ -1,0 +1,62 @@
+"""Bytes and seconds to words and back; the bytes this process takes."""
+
+import re
+import resource
+from pathlib import Path
+
+from hydra_pipe.errors import UsageError
+
+_FACTORS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `text`, such as "4GiB", "512 MB" or "1000000".
+
+    Raises:
+        UsageError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = match.group(2).upper() if match else None
+    if match is None or unit not in _FACTORS:
+        raise UsageError(f"{text!r} is not a size: write a number and a unit, such as 4GiB or 512MiB")
+    return int(float(match.group(1)) * _FACTORS[unit])
+
+
+def format_bytes(n_bytes: float) -> str:
+    """`n_bytes` with a binary unit and three significant digits: 3221225472 is "3 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            whole = unit == "B" or abs(n_bytes) >= 99.95
+            return f"{n_bytes:.0f} {unit}" if whole else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """`seconds` as a person says it: 0.42 is "0.4 s", 4000 is "1 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {int(seconds % 60):02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; its peak so far where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

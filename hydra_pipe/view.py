@@ -1,0 +1,162 @@
+"""A run as an object, for reading."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RunError
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
+from hydra_pipe.store.relevance import open_relevance, read_relevance
+from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.verify import methods_of
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def open_run(run: str | os.PathLike[str]) -> "Run":
+    """The run at `run`.
+
+    Raises:
+        RunError: there is none.
+        StoreError: its manifest is damaged, or of a newer format version.
+    """
+    return Run(RunDirectory.open(run))
+
+
+class Run:
+    """A run directory, for reading. Made by `open_run`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self._directory.path
+
+    @property
+    def run_id(self) -> str:
+        """Its name in every table written from it."""
+        return self._directory.run_id
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods whose relevance is there."""
+        stages = self._directory.stages
+        return [m for m in methods_of(self._directory) if stages[reduce_stage(m)].state == "complete"]
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """The recorded rows. Raises: StoreError: missing or damaged."""
+        return Gradients(self.path / names.GRADIENTS)
+
+    @property
+    def steps(self) -> dict[str, NDArray[Any]]:
+        """The per-step tables: shape (step,), (step, group) or (step, block)."""
+        single = (names.FIRST_ROW, names.N_ROWS, names.GRADIENT_SCALE, names.LOSS, names.IMBALANCE)
+        return {name: self.gradients.step_table(name) for name in (*single, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
+
+    def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
+        """The relevance on disk, (sample, test) float32, read as it is sliced. Raises: RunError: not computed."""
+        if method not in self.methods:
+            raise RunError(
+                f"{self.path} has no relevance of method {method} (it has {', '.join(self.methods) or 'none'}): run "
+                f"hydra-pipe reduce {self.path} --method {method} first"
+            )
+        return open_relevance(self.path / names.RELEVANCE, method)
+
+    def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
+        """The whole relevance matrix, in memory, float32, dimensions (sample, test).
+
+        R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss.
+
+        Returns:
+            An xarray.DataArray with the labels as coordinates where xarray is installed, else a NumPy array.
+
+        Raises:
+            RunError: it was not computed.
+            StoreError: it is damaged.
+        """
+        array = self.relevance_array(method)
+        values = read_relevance(array, slice(None))
+        try:
+            import xarray
+        except ImportError:
+            return values
+        coordinates: dict[str, Any] = {}
+        for which, dimension, size in (
+            (names.TRAIN_LABELS, names.SAMPLE_DIM, values.shape[0]),
+            (names.TEST_LABELS, names.TEST_DIM, values.shape[1]),
+        ):
+            coordinates[dimension] = np.arange(size)
+            labels = self.gradients.labels(which)
+            if labels is not None:
+                coordinates[f"{dimension}_label"] = (dimension, labels)
+        return xarray.DataArray(
+            values,
+            dims=(names.SAMPLE_DIM, names.TEST_DIM),
+            coords=coordinates,
+            name="relevance",
+            attrs={names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT},
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What is there: sizes, encodings, progress of every stage, settings. Plain values, as `info --json` prints them."""
+        stages = {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self._directory.stages.items()}
+        found: dict[str, Any] = {
+            "path": str(self.path),
+            "run_id": self.run_id,
+            "versions": self._directory.versions,
+            "stages": stages,
+            "bytes": {name: _disk_bytes(self.path / name) for name in names.OWNED if (self.path / name).exists()},
+        }
+        if RECORD in stages and (self.path / names.GRADIENTS).is_dir():
+            found["recording"] = self._recording()
+        return found
+
+    def _recording(self) -> dict[str, Any]:
+        store = self.gradients
+        item_bytes = np.dtype(store.rows.gradient.dtype).itemsize
+        blocks = [
+            {
+                "name": block.name,
+                "shape": list(block.shape),
+                "group": block.group,
+                "encoding": block.encoding,
+                "columns": own,
+                "bytes_a_row": own * item_bytes + 4,
+                "exact": block.exact,
+            }
+            for block in store.layout.blocks
+            for own in [_own_columns(block)]
+        ]
+        n_parameters = sum(block.numel for block in store.layout.blocks)
+        return {
+            "rows": store.rows.n_rows,
+            "steps": store.n_steps,
+            "features": store.layout.n_features,
+            "parameters": n_parameters,
+            "dtype": str(store.rows.gradient.dtype),
+            "test_checkpoints": store.test_steps(),
+            "blocks": blocks,
+        }
+
+
+def _own_columns(block: Any) -> int:
+    if block.encoding == "factored" and block.inputs is None:
+        return 0  # its columns are its weight's
+    own = block.columns[1] - block.columns[0]
+    return int(own if block.inputs is None else own + block.inputs[1] - block.inputs[0])
+
+
+def _disk_bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

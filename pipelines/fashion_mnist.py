@@ -1,0 +1,86 @@
+"""Fashion-MNIST and LeNet-5: 28x28 pictures of clothes, ten classes."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from hydra_pipe import Pipeline
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def lenet5() -> nn.Module:
+    """LeNet-5 with ReLU and max pooling: 61,706 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array in the IDX format of the MNIST files, gzipped."""
+    content = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(content, ">i4", content[3], 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def load(data: Path, part: str, count: int) -> TensorDataset:
+    """The first `count` pictures of `part` ("train" or "t10k"), shape (count, 1, 28, 28) in [0, 1], and their labels."""
+    images = read_idx(data / f"{part}-images-idx3-ubyte.gz")[:count]
+    labels = read_idx(data / f"{part}-labels-idx1-ubyte.gz")[:count]
+    return TensorDataset(torch.tensor(images)[:, None] / 255, torch.tensor(labels, dtype=torch.int64))
+
+
+def pipeline(
+    data: Path = Path("data/fashion-mnist"),
+    n_train: int = 20_000,
+    n_test: int = 500,
+    epochs: int = 5,
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Pipeline:
+    """LeNet-5 on Fashion-MNIST by SGD with momentum and a cosine schedule.
+
+    Args:
+        data: directory of the four IDX files, gzipped, as they are distributed.
+        n_train: training pictures, the first of the file.
+        n_test: test pictures, the first of the file.
+        epochs: passes over the training pictures.
+        lr: learning rate at the first step; it falls to 0 along a cosine.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        batch_size: pictures a step.
+        seed: of the weights and the order.
+    """
+    model = lenet5()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    steps = epochs * -(-n_train // batch_size)
+    return Pipeline(
+        model=model,
+        optimizer=optimizer,
+        loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
+        train=load(data, "train", n_train),
+        test=load(data, "t10k", n_test),
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=seed,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    )

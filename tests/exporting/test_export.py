@@ -1,0 +1,165 @@
+"""The Parquet tables, read back by the tools they are for."""
+
+import shutil
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from conftest import conv_pipeline
+
+import hydra_pipe
+from hydra_pipe.exporting import run as export_module
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("export") / "run"
+    hydra_pipe.record(conv_pipeline(n_train=60, n_test=90), run)
+    hydra_pipe.reduce(run)
+    return run
+
+
+@pytest.fixture
+def exported(reduced: Path, tmp_path: Path) -> Path:
+    run = Path(shutil.copytree(reduced, tmp_path / "run"))
+    hydra_pipe.export(run, top=4, full=True)
+    return run
+
+
+def tables(run: Path) -> Path:
+    return run / "rankings" / "method=hydra"
+
+
+def test_tables_have_the_columns_and_types_of_the_contract(exported: Path) -> None:
+    def types(name: str) -> dict[str, str]:
+        return {f.name: str(f.type) for f in pq.read_schema(tables(exported) / name)}
+
+    assert types("part-00000.parquet") == {
+        "test_id": "int64",
+        "side": "dictionary<values=string, indices=int8, ordered=0>",
+        "rank": "int32",
+        "train_id": "int64",
+        "relevance": "float",
+        "test_label": "int64",
+        "train_label": "int64",
+    }
+    assert types("samples.parquet") == {
+        "train_id": "int64",
+        "label": "int64",
+        "relevance_sum": "double",
+        "relevance_mean": "double",
+        "rank": "int32",
+        "self_relevance": "float",
+        "visits": "int64",
+    }
+    assert types("classes.parquet") == {
+        "train_label": "int64",
+        "test_label": "int64",
+        "relevance_mean": "double",
+        "pairs": "int64",
+    }
+    assert types("matrix/part-00000.parquet") == {"test_id": "int64", "train_id": "int64", "relevance": "float"}
+
+
+def test_method_sign_unit_and_run_stand_in_every_schema(exported: Path) -> None:
+    run_id = hydra_pipe.open_run(exported).run_id
+    for file in tables(exported).rglob("*.parquet"):
+        metadata = {k.decode(): v.decode() for k, v in pq.read_schema(file).metadata.items()}
+        assert metadata["hydra_pipe.method"] == "hydra"
+        assert metadata["hydra_pipe.run_id"] == run_id
+        assert "positive: helpful" in metadata["hydra_pipe.sign"]
+        assert metadata["hydra_pipe.unit"] == "test loss"
+
+
+def test_tables_say_what_the_matrix_says(exported: Path) -> None:
+    relevance = np.asarray(hydra_pipe.open_run(exported).relevance())
+    matrix = pq.read_table(tables(exported) / "matrix").to_pandas()
+    np.testing.assert_array_equal(matrix["relevance"].to_numpy().reshape(90, 60), relevance.T)
+    assert matrix["test_id"].is_monotonic_increasing
+    rankings = pd.concat(pd.read_parquet(f, partitioning=None) for f in sorted(tables(exported).glob("part-*.parquet")))
+    np.testing.assert_array_equal(rankings["relevance"], relevance[rankings["train_id"], rankings["test_id"]])
+    assert (np.sign(rankings["relevance"]) == np.where(rankings["side"] == "helpful", 1, -1)).all()
+    assert rankings.groupby(["test_id", "side"], observed=True).size().eq(4).all()
+    pipeline = conv_pipeline(n_train=60, n_test=90)
+    np.testing.assert_array_equal(rankings["train_label"], pipeline.train.tensors[1][rankings["train_id"].to_numpy(copy=True)])
+    np.testing.assert_array_equal(rankings["test_label"], pipeline.test.tensors[1][rankings["test_id"].to_numpy(copy=True)])
+    samples = pd.read_parquet(tables(exported) / "samples.parquet", partitioning=None)
+    np.testing.assert_allclose(samples["relevance_sum"], relevance.sum(1, dtype=np.float64), rtol=1e-12)
+    assert (samples["visits"] == 3).all()
+    assert samples.sort_values("rank")["relevance_sum"].is_monotonic_increasing
+    assert samples["self_relevance"].isna().all()
+
+
+def test_duckdb_polars_and_pandas_answer_the_same(exported: Path) -> None:
+    files = f"{exported}/rankings/*/part-*.parquet"
+    query = f"SELECT train_id, relevance FROM '{files}' WHERE method = 'hydra' AND test_id = 3 AND side = 'harmful' ORDER BY rank"
+    duck = duckdb.sql(query).fetchall()
+    frame = (
+        pl.scan_parquet(files, hive_partitioning=True)
+        .filter((pl.col("method") == "hydra") & (pl.col("test_id") == 3) & (pl.col("side") == "harmful"))
+        .sort("rank")
+        .select("train_id", "relevance")
+        .collect()
+    )
+    table = pd.read_parquet(tables(exported) / "part-00000.parquet", partitioning=None)
+    pandas_rows = table[(table["test_id"] == 3) & (table["side"] == "harmful")].sort_values("rank")
+    assert len(duck) == 4
+    assert duck == frame.rows() == list(pandas_rows[["train_id", "relevance"]].itertuples(index=False, name=None))
+
+
+def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contents(run: Path) -> dict[str, pd.DataFrame]:
+        parts = sorted(tables(run).glob("part-*.parquet"))
+        whole = pd.concat([pd.read_parquet(f, partitioning=None) for f in parts], ignore_index=True)
+        single = {n: pd.read_parquet(tables(run) / n, partitioning=None) for n in ("samples.parquet", "classes.parquet")}
+        return {"ranking": whole, **single}
+
+    before = contents(exported)
+    monkeypatch.setattr(export_module, "BLOCK_BYTES", 1)
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    assert len(list(tables(exported).glob("part-*.parquet"))) == 2
+    for name, table in contents(exported).items():
+        pd.testing.assert_frame_equal(table, before[name], check_exact=False, rtol=1e-12)
+
+
+def test_named_labels_and_unknown_labels(tmp_path: Path) -> None:
+    pipeline = conv_pipeline(sample_labels=["cat", "dog"] * 13, test_labels=["eel"] * 7)
+    hydra_pipe.record(pipeline, tmp_path / "named")
+    unknown = conv_pipeline(loss=lambda output, target: (output[:, :1] - target).square().sum(1))
+    for data in (unknown.train, unknown.test):
+        data.tensors = (data.tensors[0], data.tensors[1].float()[:, None])
+    hydra_pipe.record(unknown, tmp_path / "unknown")
+    for run in ("named", "unknown"):
+        hydra_pipe.reduce(tmp_path / run)
+        hydra_pipe.export(tmp_path / run)
+    named = pq.read_table(tables(tmp_path / "named") / "part-00000.parquet", partitioning=None)
+    assert set(named["train_label"].to_pylist()) == {"cat", "dog"}
+    assert set(named["test_label"].to_pylist()) == {"eel"}
+    blank = pq.read_table(tables(tmp_path / "unknown") / "part-00000.parquet", partitioning=None)
+    assert blank["train_label"].null_count == blank["test_label"].null_count == blank.num_rows > 0
+    assert pq.read_table(tables(tmp_path / "unknown") / "classes.parquet", partitioning=None).num_rows == 0
+
+
+def test_a_failed_export_leaves_the_old_tables(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "rank_harmful", fail)
+    with pytest.raises(OSError, match="No space"):
+        hydra_pipe.export(exported, top=7, overwrite=True)
+    assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
+    assert not list((exported / "rankings").glob("*.partial"))
+
+
+def test_reducing_again_removes_rankings_of_the_old_relevance(exported: Path) -> None:
+    hydra_pipe.reduce(exported, overwrite=True)
+    assert not tables(exported).exists()
+    assert hydra_pipe.export(exported) is True

@@ -1,0 +1,312 @@
+"""Plans of any reduction: within the budget, complete, aligned, and refused with advice that works."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from hydra_pipe.errors import BudgetError, UsageError
+from hydra_pipe.plan.geometry import store_geometry
+from hydra_pipe.plan.reduction import (
+    BASE_BYTES,
+    OVERHEAD_BYTES,
+    TEST_MULTIPLE,
+    Reading,
+    ReductionInput,
+    ReductionPlan,
+    parse_chunks,
+    peak_bytes,
+    plan_reduction,
+)
+from hydra_pipe.units import format_bytes, parse_bytes
+
+EVERY = settings(max_examples=100, deadline=None)
+MIB = 2**20
+Chunks = tuple[int, int] | None
+
+
+def given_of(**changes: int) -> ReductionInput:
+    """LeNet-5 on 60,000 samples for 10 epochs, 1,000 test samples, 4 GiB, 2 workers; but for `changes`."""
+    geometry = store_geometry(3390, 2)
+    return replace(
+        ReductionInput(
+            n_rows=600_000,
+            n_features=3390,
+            n_samples=60_000,
+            n_tests=1000,
+            n_steps=9380,
+            n_blocks=10,
+            n_groups=1,
+            item_bytes=2,
+            test_item_bytes=2,
+            shard_rows=geometry.shard_rows,
+            chunk_rows=geometry.chunk_rows,
+            chunk_features=geometry.chunk_features,
+            memory_bytes=4 * 2**30,
+            workers=2,
+        ),
+        **changes,
+    )
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> ReductionInput:
+    n_features = draw(st.one_of(st.integers(1, 500), st.integers(1, 100_000)))
+    item_bytes = draw(st.sampled_from([1, 2, 4]))
+    if draw(st.booleans()):
+        geometry = store_geometry(n_features, item_bytes)
+        sizes = (geometry.shard_rows, geometry.chunk_rows, geometry.chunk_features)
+    else:  # a store in small pieces
+        shard_log = draw(st.integers(0, 14))
+        n_chunks = draw(st.integers(1, min(20, n_features)))
+        sizes = (2**shard_log, 2 ** draw(st.integers(0, shard_log)), -(-n_features // n_chunks))
+    return ReductionInput(
+        n_rows=draw(st.one_of(st.integers(1, 5000), st.integers(1, 10**7))),
+        n_features=n_features,
+        n_samples=draw(st.integers(1, 200_000)),
+        n_tests=draw(st.one_of(st.integers(1, 200), st.integers(1, 5000))),
+        n_steps=draw(st.integers(1, 50_000)),
+        n_blocks=draw(st.integers(1, min(60, n_features))),
+        n_groups=draw(st.integers(1, 3)),
+        item_bytes=item_bytes,
+        test_item_bytes=draw(st.sampled_from([2, 4])),
+        shard_rows=sizes[0],
+        chunk_rows=sizes[1],
+        chunk_features=sizes[2],
+        memory_bytes=draw(st.one_of(st.integers(1, 300), st.integers(200, 2000), st.integers(200, 64 * 1024))) * MIB,
+        workers=draw(st.integers(1, 16)),
+        base_bytes=draw(st.sampled_from([BASE_BYTES, OVERHEAD_BYTES, 1024 * MIB])),
+    )
+
+
+CHUNKS = st.one_of(st.none(), st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)))
+
+
+def refusal(what: ReductionInput, chunks: Chunks) -> str:
+    """The message of the refusal; cases that fit are the business of other tests."""
+    try:
+        plan_reduction(what, chunks)
+    except BudgetError as error:
+        return str(error)
+    assume(False)
+    raise AssertionError
+
+
+def planned(what: ReductionInput, chunks: Chunks) -> ReductionPlan:
+    """The plan; cases that do not fit are the business of other tests."""
+    try:
+        return plan_reduction(what, chunks)
+    except BudgetError:
+        assume(False)
+        raise
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_the_planned_peak_is_within_the_budget(what: ReductionInput, chunks: Chunks) -> None:
+    plan = planned(what, chunks)
+    widest = max(last - first for first, last in plan.test_blocks)
+    assert plan.peak_bytes <= what.memory_bytes
+    assert plan.peak_bytes == peak_bytes(what, plan.reading, widest)
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_passes_cover_every_test_sample_once(what: ReductionInput, chunks: Chunks) -> None:
+    blocks = planned(what, chunks).test_blocks
+    assert [j for first, last in blocks for j in range(first, last)] == list(range(what.n_tests))
+    assert all(first < last for first, last in blocks)
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(what: ReductionInput, chunks: Chunks) -> None:
+    *others, _ = [last - first for first, last in planned(what, chunks).test_blocks]
+    assert len(set(others)) <= 1
+    for width in others:
+        assert width % TEST_MULTIPLE == 0 or TEST_MULTIPLE % width == 0
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_runs_cover_every_row_once_and_begin_with_a_shard(what: ReductionInput, chunks: Chunks) -> None:
+    runs = planned(what, chunks).row_runs
+    assert runs[0][0] == 0
+    assert runs[-1][1] == what.n_rows
+    assert all(first < last for first, last in runs)
+    assert all(before[1] == after[0] for before, after in pairwise(runs))
+    assert all(first % what.shard_rows == 0 for first, _ in runs)
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_runs_share_the_shards_evenly_among_the_workers(what: ReductionInput, chunks: Chunks) -> None:
+    runs = planned(what, chunks).row_runs
+    n_shards = -(-what.n_rows // what.shard_rows)
+    assert len(runs) == min(what.workers, n_shards)
+    shards = [-(-last // what.shard_rows) - first // what.shard_rows for first, last in runs]
+    assert max(shards) - min(shards) <= 1
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_whole_stored_chunks_are_read_at_once(what: ReductionInput, chunks: Chunks) -> None:
+    reading = planned(what, chunks).reading
+    assert reading.read_rows % what.chunk_rows == 0
+    assert what.chunk_rows <= reading.read_rows <= what.shard_rows
+    assert reading.read_features == what.n_features or reading.read_features % what.chunk_features == 0
+    assert 0 < reading.read_features <= what.n_features
+    assert 0 < reading.score_rows <= reading.read_rows
+
+
+@EVERY
+@given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
+def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: ReductionInput, rows: int, features: int) -> None:
+    reading = planned(what, (rows, features)).reading
+    assert reading.read_rows >= min(rows, what.shard_rows)
+    assert reading.read_rows - what.chunk_rows < rows
+    assert reading.read_features >= min(features, what.n_features)
+    assert reading.read_features - what.chunk_features < features
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_bytes_to_decode_are_the_rows_once_a_pass(what: ReductionInput, chunks: Chunks) -> None:
+    plan = planned(what, chunks)
+    assert plan.read_bytes == len(plan.test_blocks) * what.n_rows * what.n_features * what.item_bytes
+
+
+SMALL_RUN = given_of(n_rows=10_000, n_samples=2000, n_steps=100)
+
+
+@EVERY
+@given(inputs(), st.integers(1, 1024))
+@example(replace(SMALL_RUN, memory_bytes=240 * MIB), 10)
+def test_more_memory_never_takes_more_passes(what: ReductionInput, more: int) -> None:
+    passes = len(planned(what, None).test_blocks)
+    assert len(planned(replace(what, memory_bytes=what.memory_bytes + more * MIB), None).test_blocks) <= passes
+
+
+@EVERY
+@given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
+@example(replace(SMALL_RUN, memory_bytes=250 * MIB), 128, 3390)
+def test_no_chunks_take_fewer_passes_than_the_chosen_ones(what: ReductionInput, rows: int, features: int) -> None:
+    chosen, asked = planned(what, None), planned(what, (rows, features))
+    assert len(chosen.test_blocks) <= len(asked.test_blocks)
+
+
+def test_one_pass_over_whole_rows_is_chosen_where_memory_allows() -> None:
+    plan = plan_reduction(given_of(), None)
+    assert plan.test_blocks == ((0, 1000),)
+    assert (plan.reading.read_rows, plan.reading.read_features) == (2048, 3390)
+
+
+READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000))
+
+
+@EVERY
+@given(inputs(), READINGS, st.integers(1, 500))
+def test_more_of_anything_never_takes_less_memory(what: ReductionInput, reading: Reading, tests: int) -> None:
+    least = peak_bytes(what, reading, tests)
+    assert least > what.base_bytes
+    assert peak_bytes(what, reading, 2 * tests) > least
+    for name in ("read_rows", "read_features", "score_rows"):
+        assert peak_bytes(what, replace(reading, **{name: 2 * getattr(reading, name)}), tests) >= least
+    for name in ("n_samples", "n_features", "n_steps", "n_blocks", "n_groups", "item_bytes", "test_item_bytes", "workers"):
+        assert peak_bytes(replace(what, **{name: 2 * getattr(what, name)}), reading, tests) >= least
+
+
+@EVERY
+@given(inputs(), st.integers(1, 5000), st.integers(1, 500))
+# test gradients and little else; schedules and little else
+@example(given_of(n_samples=1, n_steps=1, n_blocks=1), 1, 500)
+@example(given_of(n_samples=1, n_steps=1_000_000), 1, 1)
+def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: ReductionInput, rows: int, tests: int) -> None:
+    sums = what.n_samples * tests * 4
+    stored, decoded = rows * what.n_features * what.item_bytes, rows * what.n_features * 4
+    scores, weights = rows * tests * 4, rows * what.n_blocks * 4
+    test_gradients = tests * what.n_features * 4
+    schedule = what.n_steps * what.n_blocks * 8
+    arrays = what.workers * (sums + stored + decoded + scores + weights) + test_gradients + schedule
+    assert peak_bytes(what, Reading(rows, what.n_features, rows), tests) >= what.base_bytes + arrays
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+@example(given_of(memory_bytes=MIB), None)
+@example(given_of(memory_bytes=200 * MIB), (2048, 3390))
+def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(what: ReductionInput, chunks: Chunks) -> None:
+    message = refusal(what, chunks)
+    found = re.fullmatch(
+        r"reading \d+x\d+ \(rows x features\) at once with (\d+) workers needs ([\d.e+]+ \w+), "
+        r"--memory is ([\d.e+]+ \w+): (?:lower --chunks to \d+x\d+ or )?raise --memory to (\d+MiB)",
+        message,
+    )
+    assert found, message
+    workers, needed, memory, raised = found.groups()
+    assert int(workers) == what.workers
+    assert memory == format_bytes(what.memory_bytes)
+    enough = parse_bytes(raised)
+    plan_reduction(replace(what, memory_bytes=enough), chunks)
+    # what it needs is what it needs: the advice is that number, and less is refused
+    number, unit = needed.split()
+    assert float(number) * parse_bytes(f"1 {unit}") == pytest.approx(enough, rel=0.01, abs=2 * MIB)
+    with pytest.raises(BudgetError):
+        plan_reduction(replace(what, memory_bytes=enough - 2 * MIB), chunks)
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+# nothing fits in 1 MiB; and whoever asks for the smallest chunks cannot ask for smaller ones
+@example(given_of(memory_bytes=MIB), (2048, 3390))
+@example(
+    given_of(n_features=100, shard_rows=16384, chunk_rows=4096, chunk_features=100, memory_bytes=200 * MIB, n_steps=4000),
+    (4096, 100),
+)
+def test_smaller_chunks_are_only_advised_where_they_help(what: ReductionInput, chunks: Chunks) -> None:
+    found = re.search(r"lower --chunks to (\d+x\d+)", refusal(what, chunks))
+    if found:
+        assert parse_chunks(found[1]) != chunks
+        assert plan_reduction(what, parse_chunks(found[1]))
+
+
+def test_sizes_in_a_refusal_are_written_as_one_writes_them() -> None:
+    what = given_of(memory_bytes=1000 * MIB, n_samples=150_000_000)
+    with pytest.raises(BudgetError, match=r"--memory is 1000 MiB: "):
+        plan_reduction(what, None)
+
+
+@pytest.mark.parametrize(("text", "chunks"), [("auto", None), ("2048x4096", (2048, 4096)), ("1x1", (1, 1)), ("010x7", (10, 7))])
+def test_chunks_are_rows_by_features_or_auto(text: str, chunks: Chunks) -> None:
+    assert parse_chunks(text) == chunks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "5",
+        "5x",
+        "x5",
+        "0x5",
+        "5x0",
+        "-1x5",
+        "5x-1",
+        "1.5x2",
+        "1x2x3",
+        "2048X4096",
+        "axb",
+        " 5x5",
+        "5 x 5",
+        "Auto",
+        "²x5",
+    ],
+)
+def test_other_chunks_are_wrong_usage_and_the_message_says_how_to_write_them(text: str) -> None:
+    with pytest.raises(UsageError, match="is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto") as caught:
+        parse_chunks(text)
+    assert f"--chunks {text} " in str(caught.value)

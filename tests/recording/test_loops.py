@@ -1,0 +1,148 @@
+"""Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in between."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import conv_net, cross_entropy, images
+from test_recorder import decoded
+from torch import nn
+
+import hydra_pipe
+from hydra_pipe import Recorder
+from hydra_pipe.errors import RecordError
+
+N = 8
+INPUTS, TARGETS = images(24, 1).tensors
+
+
+def record(run: Path, model: nn.Module, body: Callable[..., None], steps: int = 3) -> torch.optim.Optimizer:
+    """Train `model` for some steps; `body(model, optimizer, inputs, targets)` is one."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    recorder = Recorder(model, optimizer, run, n_samples=24, encoding="exact", dtype="float32")
+    for step in range(steps):
+        ids = np.arange(step * N, (step + 1) * N) % 24
+        with recorder.step(ids):
+            body(model, optimizer, INPUTS[ids], TARGETS[ids])
+            optimizer.zero_grad()
+    recorder.close()
+    return optimizer
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+    cross_entropy(model(x), y).mean().backward()
+    optimizer.step()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def assert_same_rows(a: Path, b: Path, tolerance: float) -> None:
+    rows, others = decoded(a), decoded(b)
+    for name in rows:
+        np.testing.assert_allclose(rows[name], others[name], atol=tolerance * np.abs(rows[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("build", [mlp, conv_net])
+@pytest.mark.parametrize("parts", [[(0, 4), (4, 8)], [(0, 3), (3, 6), (6, 8)], [(0, 1), (1, 8)]])
+def test_accumulated_passes_give_the_rows_of_one_pass(
+    tmp_path: Path, build: Callable[[], nn.Module], parts: list[tuple[int, int]]
+) -> None:
+    def accumulated(model, optimizer, x, y) -> None:
+        for first, last in parts:
+            (cross_entropy(model(x[first:last]), y[first:last]).sum() / N).backward()
+        optimizer.step()
+
+    record(tmp_path / "one", build(), plain)
+    record(tmp_path / "many", build(), accumulated)
+    assert_same_rows(tmp_path / "one", tmp_path / "many", 1e-4)
+    names = [block.encoding for block in hydra_pipe.open_run(tmp_path / "many").gradients.layout.blocks]
+    assert "factored" in names
+
+
+def test_passes_that_leave_samples_out_are_told(tmp_path: Path) -> None:
+    def half(model, optimizer, x, y) -> None:
+        cross_entropy(model(x[:4]), y[:4]).mean().backward()
+        optimizer.step()
+
+    with pytest.raises(RecordError, match="the passes at step 0 took 4 samples, sample_ids names 8"):
+        record(tmp_path / "run", mlp(), half)
+
+
+def test_two_passes_over_the_same_samples_add_up(tmp_path: Path) -> None:
+    def twice(model, optimizer, x, y) -> None:
+        (cross_entropy(model(x), y) + cross_entropy(model(x), y)).mean().div(2).backward()
+        optimizer.step()
+
+    record(tmp_path / "one", mlp(), plain)
+    record(tmp_path / "two", mlp(), twice)
+    assert_same_rows(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_evaluation_in_between_is_not_recorded(tmp_path: Path) -> None:
+    def evaluating(model, optimizer, x, y) -> None:
+        model.eval()
+        with torch.no_grad():
+            model(INPUTS)
+        model.train()
+        plain(model, optimizer, x, y)
+        with torch.inference_mode():
+            model(INPUTS[:3])
+
+    record(tmp_path / "one", conv_net(), plain)
+    record(tmp_path / "two", conv_net(), evaluating)
+    assert_same_rows(tmp_path / "one", tmp_path / "two", 0.0)
+
+
+@pytest.mark.parametrize("build", [mlp, conv_net])
+def test_autocast_gives_the_rows_of_full_precision_to_its_rounding(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+    def autocast(model, optimizer, x, y) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x), y).mean()
+        loss.backward()
+        optimizer.step()
+
+    record(tmp_path / "full", build(), plain, steps=1)
+    record(tmp_path / "half", build(), autocast, steps=1)
+    assert_same_rows(tmp_path / "full", tmp_path / "half", 0.1)
+
+
+def test_a_gradient_scaler_scales_the_step_and_what_it_skips_is_counted(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    calls = iter(range(10))
+
+    def scaled(model, optimizer, x, y) -> None:
+        overflow = float("inf") if next(calls) == 1 else 1.0
+        scaler.scale(cross_entropy(model(x), y).mean() * overflow).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        scaler.step(optimizer)
+        scaler.update()
+
+    model = mlp()
+    record(tmp_path / "run", model, scaled)
+    run = hydra_pipe.open_run(tmp_path / "run")
+    facts = run.info()["stages"]["record"]["facts"]
+    assert (facts["n_steps"], facts["n_skipped"], facts["n_rows"]) == (2, 1, 16)
+    assert facts["worst_imbalance"] < 1e-6
+    rows = decoded(tmp_path / "run")
+    for first, scale in zip(run.steps["first_row"], run.steps["gradient_scale"], strict=True):
+        norm = np.sqrt(sum(((block[first : first + N].sum(0) * scale) ** 2).sum() for block in rows.values()))
+        assert norm == pytest.approx(0.01, rel=1e-3)  # scaled up by 1024 or 512, scaled down, clipped
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: str) -> None:
+    def reduced(model, optimizer, x, y) -> None:
+        getattr(cross_entropy(model(x), y), reduction)().backward()
+        optimizer.step()
+
+    record(tmp_path / "run", mlp(), reduced, steps=1)
+    record(tmp_path / "mean", mlp(), plain, steps=1)
+    factor = N if reduction == "sum" else 1
+    for name, rows in decoded(tmp_path / "run").items():
+        np.testing.assert_allclose(rows, decoded(tmp_path / "mean")[name] * factor, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,145 @@
+"""Recurrent modules and attention, inside real training."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import cross_entropy
+from oracles import one_by_one_gradients
+from test_recorder import decoded
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import hydra_pipe
+from hydra_pipe import Pipeline
+
+BATCH, LENGTH, WIDTH = 6, 5, 8
+
+
+class Recurrent(nn.Module):
+    """A recurrent module whose outputs and last hidden state both count."""
+
+    def __init__(self, kind: str, **options: object) -> None:
+        super().__init__()
+        self.net = getattr(nn, kind)(WIDTH, 7, **options)
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.net.batch_first:
+            x = x.transpose(0, 1)
+        output, hidden = self.net(x)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        pooled = output.mean(1 if self.net.batch_first else 0)
+        return self.head(torch.cat([pooled, hidden.transpose(0, 1).flatten(1)], dim=1))
+
+
+class Attending(nn.Module):
+    def __init__(self, mask: str = "none", weights: bool = False, **options: object) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, **options)
+        self.head, self.mask, self.weights = nn.Linear(WIDTH, 4), mask, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        masks: dict[str, Tensor] = {}
+        if self.mask == "causal":
+            masks["attn_mask"] = torch.ones(LENGTH, LENGTH).triu(1).bool()
+        elif self.mask == "padding":
+            masks["key_padding_mask"] = torch.zeros(len(x), LENGTH).index_fill(1, torch.tensor([4]), 1).bool()
+        elif self.mask == "each":
+            masks["attn_mask"] = torch.linspace(0, 1, 2 * len(x) * LENGTH**2).reshape(2 * len(x), LENGTH, LENGTH) * 0
+        q = x if self.attention.batch_first else x.transpose(0, 1)
+        output, weights = self.attention(q, q, value=q, need_weights=self.weights, **masks)
+        output = output if self.attention.batch_first else output.transpose(0, 1)
+        result = self.head(output.mean(1))
+        return result if weights is None else result + weights.square().sum((1, 2)).unsqueeze(1)
+
+
+MODELS = {
+    "LSTM": lambda: Recurrent("LSTM", batch_first=True),
+    "LSTM, time first, two layers both ways": lambda: Recurrent("LSTM", num_layers=2, bidirectional=True),
+    "LSTM with projection": lambda: Recurrent("LSTM", batch_first=True, proj_size=3),
+    "GRU": lambda: Recurrent("GRU", batch_first=True, bias=False),
+    "RNN": lambda: Recurrent("RNN"),
+    "attention": lambda: Attending(batch_first=True),
+    "attention, time first, causal": lambda: Attending("causal"),
+    "attention, padding, weights": lambda: Attending("padding", weights=True, batch_first=True),
+    "attention, a mask for each sample": lambda: Attending("each", batch_first=True, bias=False),
+}
+
+
+def pipeline(name: str) -> Pipeline:
+    generator = torch.Generator().manual_seed(1)
+
+    def dataset(n: int) -> TensorDataset:
+        return TensorDataset(torch.randn(n, LENGTH, WIDTH, generator=generator), torch.randint(0, 4, (n,), generator=generator))
+
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    train, test = dataset(2 * BATCH), dataset(3)
+    model(train.tensors[0][:2])  # gives the lazy layer its shape
+    return Pipeline(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=cross_entropy,
+        train=train,
+        test=test,
+        batch_size=BATCH,
+        epochs=2,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_batch_of_one_gradients_and_training_is_not_changed(tmp_path: Path, name: str) -> None:
+    recorded, plain = pipeline(name), pipeline(name)
+    hydra_pipe.record(recorded, tmp_path / "run", encoding="exact", dtype="float32")
+    hydra_pipe.train(plain)
+    assert all(map(torch.equal, plain.model.parameters(), recorded.model.parameters()))
+    new = pipeline(name)
+    found = decoded(tmp_path / "run", slice(0, BATCH))
+    samples = hydra_pipe.open_run(tmp_path / "run").gradients.samples(slice(0, BATCH))
+    inputs, targets = new.train.tensors
+    truth = one_by_one_gradients(new.model, cross_entropy, inputs[samples], targets[samples], list(found))
+    assert set(found) == {name for name, _ in new.model.named_parameters()}
+    for parameter, rows in found.items():
+        expected = np.stack([row[parameter].flatten().numpy() for row in truth]) / BATCH
+        np.testing.assert_allclose(rows, expected, atol=1e-6, err_msg=parameter)
+
+
+def test_a_packed_sequence_is_refused(tmp_path: Path) -> None:
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = nn.GRU(WIDTH, 7, batch_first=True), nn.Linear(7, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), LENGTH), batch_first=True)
+            return self.head(self.net(packed)[1][0])
+
+    built = pipeline("GRU")
+    model = Packing()
+    built.model, built.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(hydra_pipe.HydraError, match="GRU was given a packed sequence"):
+        hydra_pipe.record(built, tmp_path / "run")
+
+
+def test_recording_holds_no_graph_after_a_step(tmp_path: Path) -> None:
+    """Memory would grow with every step."""
+    built = pipeline("LSTM")
+    recorder = hydra_pipe.Recorder(built.model, built.optimizer, tmp_path / "run", n_samples=2 * BATCH)
+    inputs, targets = (t[:BATCH] for t in built.train.tensors)
+    alive = []
+    for _ in range(3):
+        with recorder.step(range(BATCH)):
+            output = built.model(inputs)
+            alive.append(weakref.ref(output))
+            cross_entropy(output, targets).mean().backward()
+            built.optimizer.step()
+            built.optimizer.zero_grad()
+        del output
+    recorder.close()
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3

@@ -1,0 +1,151 @@
+"""The background writer and the tables it writes."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.store.arrays import ROTTEN, create_group, get_array, missing_chunks, read_checked
+from hydra_pipe.store.table import BackgroundWriter, Column, TableWriter
+
+COLUMNS = [
+    Column("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),
+    Column("even", "float32", (6, "feature"), chunk_rows=2, chunk_width=3, fast=True),
+    Column("narrow", "int64"),
+]
+
+
+def write(path: Path, batches: list[int], shard_rows: int = 8) -> np.ndarray:
+    group = create_group(path)
+    writer = BackgroundWriter()
+    table = TableWriter(group, COLUMNS, "row", shard_rows, writer)
+    values = np.arange(sum(batches) * 6, dtype=np.float32).reshape(-1, 6)
+    done = 0
+    for n in batches:
+        for rows, views in table.reserve(n):
+            views["even"][:] = views["wide"][:] = values[done + rows.start : done + rows.stop]
+            views["narrow"][:] = np.arange(done + rows.start, done + rows.stop)
+        done += n
+        assert table.n_rows == done
+    table.flush()
+    writer.close()
+    return values
+
+
+@settings(max_examples=30, deadline=None)
+@given(batches=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_what_is_reserved_in_any_batches_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, batches: list[int]) -> None:
+    path = tmp_path_factory.mktemp("table")
+    values = write(path, batches)
+    group = zarr.open_group(path, mode="r")
+    np.testing.assert_array_equal(group["wide"][:], values)
+    np.testing.assert_array_equal(group["even"][:], values)
+    np.testing.assert_array_equal(group["narrow"][:], np.arange(len(values)))
+    assert all(missing_chunks(array) == 0 for _, array in group.arrays())
+
+
+def test_arrays_name_their_dimensions_and_open_in_plain_zarr(tmp_path: Path) -> None:
+    write(tmp_path, [20])
+    array = zarr.open_array(tmp_path / "wide", mode="r")
+    assert array.metadata.dimension_names == ("row", "feature")
+    assert (array.shards, array.chunks) == ((8, 8), (2, 4))
+
+
+@pytest.mark.parametrize("name", ["wide", "even"])
+@pytest.mark.parametrize("rows", [slice(0, 19), slice(0, 8), slice(3, 9), slice(16, 19), slice(2, 18), slice(0, 16)])
+@pytest.mark.parametrize("columns", [slice(0, 6), slice(0, 4), slice(4, 6), slice(1, 5)])
+def test_checked_reads_give_the_values_of_any_window(tmp_path: Path, name: str, rows: slice, columns: slice) -> None:
+    values = write(tmp_path, [19])
+    group = zarr.open_group(tmp_path, mode="r")
+    read = read_checked(get_array(group, name, fast=True), get_array(group, name), rows, columns)
+    np.testing.assert_array_equal(read, values[rows, columns])
+
+
+@pytest.mark.parametrize("name", ["wide", "even"])
+@pytest.mark.parametrize("window", [(slice(0, 19), slice(0, 6)), (slice(0, 2), slice(0, 6)), (slice(0, 8), slice(0, 3))])
+def test_checked_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, name: str, window: tuple[slice, slice]) -> None:
+    """zarrs alone does not: it skips the checksums of any read that is not a whole file."""
+    write(tmp_path, [19])
+    truth = zarr.open_array(tmp_path / name, mode="r")[window]
+    missed = []
+    for file in sorted(f for f in (tmp_path / name / "c").rglob("*") if f.is_file()):
+        healthy = file.read_bytes()
+        for at in range(0, len(healthy), 29):
+            damaged = bytearray(healthy)
+            damaged[at] ^= 1 << (at % 8)
+            file.write_bytes(damaged)
+            group = zarr.open_group(tmp_path, mode="r")
+            try:
+                read = read_checked(get_array(group, name, fast=True), get_array(group, name), *window)
+                if not np.array_equal(read, truth):
+                    missed.append((str(file.relative_to(tmp_path)), at))
+            except ROTTEN:
+                pass
+        file.write_bytes(healthy)
+    assert missed == []
+
+
+def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
+    group = create_group(tmp_path)
+    writer = BackgroundWriter()
+    table = TableWriter(group, [Column("flag", "uint8"), Column("x", "float32")], "row", 4, writer)
+    for _, views in table.reserve(8):
+        views["flag"][:] = 255
+        views["x"][:] = np.nan
+    table.flush()
+    writer.close()
+    assert missing_chunks(zarr.open_array(tmp_path / "flag", mode="r")) == 0
+    assert missing_chunks(zarr.open_array(tmp_path / "x", mode="r")) == 0
+
+
+def test_missing_files_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, [30])
+    (tmp_path / "wide" / "c" / "1" / "0").unlink()
+    assert missing_chunks(zarr.open_array(tmp_path / "wide", mode="r")) == 1
+
+
+def test_a_slow_disk_holds_the_training_back_instead_of_filling_memory(tmp_path: Path) -> None:
+    writer = BackgroundWriter(depth=2)
+    release = threading.Event()
+    submitted = []
+
+    def submit_all() -> None:
+        for i in range(10):
+            writer.submit(lambda: release.wait(10))
+            submitted.append(i)
+
+    thread = threading.Thread(target=submit_all)
+    thread.start()
+    time.sleep(0.3)
+    waiting = len(submitted)
+    release.set()
+    thread.join()
+    writer.close()
+    assert waiting == 3  # one under way, two in the queue
+    assert len(submitted) == 10
+
+
+def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: Path) -> None:
+    writer = BackgroundWriter()
+    table = TableWriter(create_group(tmp_path), COLUMNS, "row", 2, writer)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    writer.submit(fail)
+
+    def append_many() -> None:
+        for _ in range(100):
+            for _rows, views in table.reserve(2):
+                views["wide"][:] = 0
+
+    with pytest.raises(StoreError, match="No space left on device"):
+        append_many()
+    with pytest.raises(StoreError, match="No space left on device"):
+        writer.close()

@@ -1,0 +1,181 @@
+"""The whole way, record to relevance, against oracles."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import conv_pipeline, images, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracles import hessian_free_relevance, in_float64, one_by_one_gradients, record_by_loop
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import hydra_pipe
+from hydra_pipe import Pipeline
+from hydra_pipe.recording.trainer import _epoch_order
+
+
+def read_relevance(run: Path, method: str = "hydra") -> np.ndarray:
+    return zarr.open_array(run / "relevance.zarr" / method, mode="r")[:]
+
+
+def batches_of(pipeline: Pipeline) -> list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    inputs, targets = pipeline.train.tensors
+    inputs = inputs.double()
+    return [(ids, inputs[ids], targets[ids]) for epoch in range(pipeline.epochs) for ids in _epoch_order(pipeline, epoch)]
+
+
+def oracle_relevance(pipeline: Pipeline) -> np.ndarray:
+    """Relevance of `pipeline`, which must be new, by float64 loops."""
+    model = in_float64(pipeline.model)
+    names = dict(zip(pipeline.model.parameters(), model.parameters(), strict=True))
+    groups = [g | {"params": [names[p] for p in g["params"]]} for g in pipeline.optimizer.param_groups]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = None
+    if pipeline.scheduler is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("initial_lr")
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, pipeline.scheduler.T_max)
+    steps = record_by_loop(model, optimizer, pipeline.loss, batches_of(pipeline), scheduler, pipeline.max_grad_norm)
+    inputs, targets = pipeline.test.tensors
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    tests = one_by_one_gradients(model, pipeline.loss, inputs.double(), targets, trained)
+    return hessian_free_relevance(steps, tests, len(pipeline.train))
+
+
+def test_relevance_equals_the_float64_loop_with_everything_sgd_has(tmp_path: Path) -> None:
+    hydra_pipe.record(conv_pipeline(), tmp_path / "run", encoding="exact", dtype="float32")
+    hydra_pipe.reduce(tmp_path / "run")
+    truth = oracle_relevance(conv_pipeline())
+    assert relative_error(read_relevance(tmp_path / "run"), truth) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 2e-3), ("int8", 3e-2)])
+def test_smaller_dtypes_lose_only_their_rounding(tmp_path: Path, dtype: str, limit: float) -> None:
+    hydra_pipe.record(conv_pipeline(), tmp_path / "run", encoding="exact", dtype=dtype)
+    hydra_pipe.reduce(tmp_path / "run")
+    assert relative_error(read_relevance(tmp_path / "run"), oracle_relevance(conv_pipeline())) < limit
+
+
+def linear_loss_pipeline(epochs: int = 3) -> Pipeline:
+    """A loss that is linear in the parameters: then the first order is all there is."""
+    torch.manual_seed(3)
+    model = nn.Linear(5, 2)
+    generator = torch.Generator().manual_seed(4)
+
+    def dataset(n: int) -> TensorDataset:
+        return TensorDataset(torch.randn(n, 5, generator=generator), torch.randn(n, 2, generator=generator))
+
+    return Pipeline(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1),
+        loss=lambda output, target: (output * target).sum(1),
+        train=dataset(12),
+        test=dataset(4),
+        batch_size=5,
+        epochs=epochs,
+    )
+
+
+def test_relevance_is_true_leave_one_out_where_the_loss_is_linear(tmp_path: Path) -> None:
+    pipeline = linear_loss_pipeline()
+    hydra_pipe.record(pipeline, tmp_path / "run", encoding="exact", dtype="float32")
+    hydra_pipe.reduce(tmp_path / "run")
+
+    def final_losses(without: int | None) -> np.ndarray:
+        new = linear_loss_pipeline()
+        model = in_float64(new.model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1)
+        inputs, targets = (t.double() for t in new.train.tensors)
+        for epoch in range(new.epochs):
+            for ids in _epoch_order(new, epoch):
+                weight = torch.tensor([0.0 if i == without else 1.0 for i in ids], dtype=torch.float64)
+                optimizer.zero_grad()
+                # "without" is weight 0 in its batches: the batch stays as large as it was
+                (weight * new.loss(model(inputs[ids]), targets[ids])).mean().backward()
+                optimizer.step()
+        inputs, targets = (t.double() for t in new.test.tensors)
+        return new.loss(model(inputs), targets).detach().numpy()
+
+    with_all = final_losses(None)
+    truth = np.stack([final_losses(i) - with_all for i in range(12)])
+    assert relative_error(read_relevance(tmp_path / "run"), truth) < 1e-4
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 200),
+    features=st.integers(1, 500),
+    memory=st.sampled_from(["200MiB", "250MiB", "4GiB"]),
+    scheduler=st.sampled_from(["threads", "synchronous"]),
+)
+def test_relevance_is_independent_of_chunks_memory_and_scheduler(
+    recorded, monkeypatch: pytest.MonkeyPatch, rows: int, features: int, memory: str, scheduler: str
+) -> None:
+    run = small_chunks_run(recorded, monkeypatch)
+    monkeypatch.setattr("hydra_pipe.reduction.run.resident_bytes", lambda: 0)  # of pytest and all that other tests loaded
+    hydra_pipe.reduce(run, chunks=f"{rows}x{features}", memory=memory, scheduler=scheduler, overwrite=True)
+    changed = read_relevance(run)
+    hydra_pipe.reduce(run, overwrite=True)
+    assert relative_error(changed, read_relevance(run)) < 1e-6
+
+
+_SMALL: dict[str, Path] = {}
+
+
+def small_chunks_run(recorded, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run in many chunks and several shards, so that there is something to go wrong."""
+    if "run" not in _SMALL:
+        import hydra_pipe.plan.geometry as geometry
+
+        with monkeypatch.context() as patch:
+            patch.setattr(geometry, "CHUNK_FEATURES", 100)
+            patch.setattr(geometry, "SHARD_BYTES", 16 * 400 * 2)
+            patch.setattr(geometry, "CHUNK_BYTES", 4 * 100 * 2)
+            run = recorded(encoding="exact", dtype="float16", dim=1)
+        _SMALL["run"] = run
+    return _SMALL["run"]
+
+
+def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images(26, 1)
+    order = np.random.default_rng(0).permutation(26)
+    hydra_pipe.record(conv_pipeline(), tmp_path / "a", encoding="exact", dtype="float32")
+    shuffled = TensorDataset(*(t[order] for t in data.tensors))
+    place = np.argsort(order)
+    real_order = _epoch_order
+
+    def same_samples(pipeline: Pipeline, epoch: int) -> list[np.ndarray]:
+        return [place[ids] for ids in real_order(pipeline, epoch)]
+
+    monkeypatch.setattr("hydra_pipe.recording.trainer._epoch_order", same_samples)
+    hydra_pipe.record(conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32")
+    for run in ("a", "b"):
+        hydra_pipe.reduce(tmp_path / run)
+    np.testing.assert_array_equal(read_relevance(tmp_path / "b"), read_relevance(tmp_path / "a")[order])
+
+
+def test_a_pass_over_few_test_samples_gives_the_same_columns(tmp_path: Path, recorded) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(recorded(encoding="exact", dtype="float32"), run)
+    hydra_pipe.reduce(run)
+    one_pass = read_relevance(run)
+    from hydra_pipe.plan import reduction as plan
+
+    assert plan.TEST_MULTIPLE == 64
+    narrow = [(0, 2), (2, 4), (4, 6), (6, 7)]
+    original = plan.plan_reduction
+
+    def in_twos(*args):
+        import dataclasses
+
+        return dataclasses.replace(original(*args), test_blocks=tuple(narrow))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydra_pipe.reduction.run.plan_reduction", in_twos)
+        hydra_pipe.reduce(run, overwrite=True)
+    assert relative_error(read_relevance(run), one_pass) < 1e-6

@@ -1,0 +1,158 @@
+"""`open_run`, `verify`, `info`: a finished run as others see it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xarray
+import zarr
+from conftest import conv_pipeline
+from typer.testing import CliRunner
+
+import hydra_pipe
+from hydra_pipe.cli.app import app
+from hydra_pipe.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("view") / "run"
+    hydra_pipe.record(conv_pipeline(), run)
+    hydra_pipe.reduce(run)
+    hydra_pipe.export(run)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_relevance_is_an_xarray_with_labels(finished: Path) -> None:
+    relevance = hydra_pipe.open_run(finished).relevance("hydra")
+    assert isinstance(relevance, xarray.DataArray)
+    assert relevance.dims == ("sample", "test")
+    assert relevance.attrs["unit"] == "test loss"
+    pipeline = conv_pipeline()
+    np.testing.assert_array_equal(relevance.sample_label, pipeline.train.tensors[1])
+    np.testing.assert_array_equal(relevance.test_label, pipeline.test.tensors[1])
+
+
+def test_xarray_opens_the_store_itself(finished: Path) -> None:
+    dataset = xarray.open_zarr(finished / "relevance.zarr", consolidated=False)
+    assert dataset["hydra"].dims == ("sample", "test")
+    np.testing.assert_array_equal(dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance())
+
+
+def test_relevance_of_a_method_that_was_not_computed_is_refused(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"no relevance of method magic \(it has hydra\): run hydra-pipe reduce"):
+        hydra_pipe.open_run(finished).relevance("magic")
+
+
+def test_steps_and_gradients_are_there(finished: Path) -> None:
+    run = hydra_pipe.open_run(finished)
+    assert run.steps["learning_rate"].shape == (12, 2)
+    assert run.steps["loss"].shape == (12,)
+    assert run.gradients.rows.n_rows == 78
+    assert run.methods == ["hydra"]
+
+
+def test_info_says_what_is_recorded_and_how_exactly(finished: Path) -> None:
+    info = json.loads(CliRunner().invoke(app, ["info", str(finished), "--json"]).stdout)
+    recording = info["recording"]
+    assert recording["features"] == sum(b["columns"] for b in recording["blocks"])
+    assert recording["parameters"] == sum(p.numel() for p in conv_pipeline().model.parameters())
+    assert {b["name"]: b["encoding"] for b in recording["blocks"]}["5.weight"] == "factored"
+    assert all(b["exact"] for b in recording["blocks"])
+    shown = CliRunner().invoke(app, ["info", str(finished)]).stdout
+    for text in ("5.weight", "12x64", "factored", "complete", "float16", "encoding=auto"):
+        assert text in shown
+
+
+def test_the_final_checkpoint_is_the_trained_model(finished: Path) -> None:
+    pipeline = conv_pipeline()
+    hydra_pipe.train(pipeline)
+    kept = torch.load(finished / "checkpoints" / "final.pt", weights_only=True)
+    for name, value in pipeline.model.state_dict().items():
+        assert torch.equal(kept[name], value)
+
+
+def test_a_healthy_run_verifies(finished: Path) -> None:
+    assert hydra_pipe.verify(finished) == []
+    result = CliRunner().invoke(app, ["verify", str(finished)])
+    assert (result.exit_code, result.stdout) == (0, f"{finished}: healthy\n")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+
+
+def shorten(array: Path) -> None:
+    zarr.open_array(array, mode="r+").resize((3,))
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("flipped gradient", lambda run: flip(run / "gradients.zarr/gradient/c/0/0"), "gradients.zarr/gradient"),
+    ("flipped scale", lambda run: flip(run / "gradients.zarr/scale/c/0/0"), "gradients.zarr/scale"),
+    ("flipped sample ids", lambda run: flip(run / "gradients.zarr/sample/c/0"), "gradients.zarr/sample"),
+    ("flipped step table", lambda run: flip(run / "gradients.zarr/steps/loss/c/0"), "gradients.zarr/steps/loss"),
+    ("flipped relevance", lambda run: flip(run / "relevance.zarr/hydra/c/0/0"), "relevance.zarr/hydra"),
+    ("lost label chunk", lambda run: (run / "gradients.zarr/labels/train/c/0").unlink(), "gradients.zarr/labels/train"),
+    ("lost gradient shard", lambda run: (run / "gradients.zarr/gradient/c/0/0").unlink(), "gradients.zarr/gradient"),
+    ("lost relevance", lambda run: shutil.rmtree(run / "relevance.zarr"), "relevance.zarr/hydra"),
+    ("lost store", lambda run: shutil.rmtree(run / "gradients.zarr"), "gradients.zarr"),
+    ("shorter samples", lambda run: shorten(run / "gradients.zarr/sample"), "gradients.zarr/sample"),
+    (
+        "truncated Parquet",
+        lambda run: (run / "rankings/method=hydra/samples.parquet").write_bytes(b"PAR1"),
+        "rankings/method=hydra/samples.parquet",
+    ),
+    (
+        "lost ranking",
+        lambda run: (run / "rankings/method=hydra/part-00000.parquet").unlink(),
+        "rankings/method=hydra/part-00000.parquet",
+    ),
+    ("lost step table", lambda run: shutil.rmtree(run / "gradients.zarr/steps/updated"), "gradients.zarr/steps/updated"),
+    ("lost test gradients", lambda run: shutil.rmtree(run / "gradients.zarr/test"), "gradients.zarr/test/0000000012/gradient"),
+    ("lost labels", lambda run: shutil.rmtree(run / "gradients.zarr/labels"), "gradients.zarr/labels/train"),
+    ("garbled metadata", lambda run: (run / "gradients.zarr/steps/loss/zarr.json").write_text("{"), "gradients.zarr"),
+    ("changed checkpoint", lambda run: flip(run / "checkpoints/final.pt"), "checkpoints/final.pt"),
+    ("shorter table", lambda run: cut(run / "rankings/method=hydra/samples.parquet"), "rankings/method=hydra/samples.parquet"),
+    ("no counts", lambda run: forget(run, "n_rows"), "gradients.zarr"),
+]
+
+
+def cut(file: Path) -> None:
+    pq.write_table(pq.read_table(file, partitioning=None).slice(0, 3), file)
+
+
+def forget(run: Path, fact: str) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    del manifest["stages"]["record"]["facts"][fact]
+    (run / "run.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("what", "damage", "where"), DAMAGE, ids=[entry[0] for entry in DAMAGE])
+def test_verify_finds_damage_and_names_it(run: Path, what: str, damage: Callable[[Path], object], where: str) -> None:
+    damage(run)
+    faults = hydra_pipe.verify(run)
+    assert where in [fault.where for fault in faults], faults
+    result = CliRunner().invoke(app, ["verify", str(run), "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["healthy"] is False
+
+
+def test_verify_tells_of_an_unfinished_stage(run: Path) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["stages"]["reduce hydra"]["state"] = "running"
+    (run / "run.json").write_text(json.dumps(manifest))
+    assert [(f.where, f.what) for f in hydra_pipe.verify(run)] == [
+        ("run.json", "reduce hydra is not finished (state: running): run it again")
+    ]
