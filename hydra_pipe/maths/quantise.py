@@ -32,13 +32,14 @@ def part_scale(largest: Tensor, dtype: Dtype) -> Tensor:
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), exponent)
 
 
-def quantise(values: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Write `values / scale` into `out`, rounded to nearest in its dtype.
+def scale_in_place(values: Tensor, scale: Tensor, dtype: Dtype) -> None:
+    """Divide `values` by `scale`, and round them where `dtype` holds integers: what is left is converted by a plain copy.
 
     Args:
         values: shape (B, width), any float dtype.
         scale: shape (B,), float32, from `part_scale`.
-        out: shape (B, width), float16, int8 or float32.
+        dtype: that they are to be stored in.
     """
-    scaled = values * scale.reciprocal().unsqueeze(1)
-    out.copy_(scaled.round_() if out.dtype == torch.int8 else scaled)
+    values.mul_(scale.reciprocal().unsqueeze(1))
+    if dtype == "int8":
+        values.round_()

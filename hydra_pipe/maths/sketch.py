@@ -32,11 +32,12 @@ class Sketch:
         self._order = torch.from_numpy(np.argsort(words[:numel], kind="stable"))
         self._sign = torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[self._order]
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Project rows of shape (B, n) to (B, k), in their dtype, on their device."""
+    def __call__(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Project rows of shape (B, n), times `weight` (n elements, or 1) to (B, k), in their dtype, on their device."""
         if self._order.device != rows.device:
             self._order, self._sign = self._order.to(rows.device), self._sign.to(rows.device)
-        mixed = rows.index_select(1, self._order).mul_(self._sign)
+        factor = self._sign if weight is None else self._sign * weight.flatten()[self._order]
+        mixed = rows.index_select(1, self._order).mul_(factor)
         k = self.n_columns
         whole = mixed.shape[1] // k * k
         sums = mixed[:, :whole].reshape(len(mixed), -1, k).sum(1)

@@ -9,14 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError, RecordError
-from hydra_pipe.maths.books import Balance
 from hydra_pipe.maths.layers import Contribution, Factors, may_couple
-from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice, Parameter, choose_layout
 from hydra_pipe.recording.capture import Capture
-from hydra_pipe.recording.checks import check_books, check_finite
-from hydra_pipe.recording.encoder import EncodedRows, Given, Reduced, RowEncoder, describe
+from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.optimizers import OptimizerRule
+from hydra_pipe.recording.slab import Slab
 
 
 class Collector:
@@ -28,7 +26,6 @@ class Collector:
         rule: of the optimiser.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed: how the layout is chosen, after the first step has shown what there is.
-        dtype: of the stored rows.
     """
 
     def __init__(
@@ -40,13 +37,12 @@ class Collector:
         choice: EncodingChoice,
         dim: int,
         seed: int,
-        dtype: Dtype,
     ) -> None:
         self.parameters = list(trained)
         self.encoder: RowEncoder | None = None
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
-        self._choice, self._dim, self._seed, self._dtype = choice, dim, seed, dtype
+        self._choice, self._dim, self._seed = choice, dim, seed
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
         self._batch = 0
@@ -70,25 +66,27 @@ class Collector:
         """The optimiser's group of block `index`."""
         return self._optimizer.param_groups[self._described[index].group]
 
-    def rows(
+    def add_to(
         self,
+        slab: Slab | None,
         gradients: Sequence[Tensor | None],
-        ids: NDArray[np.int64],
+        columns: Mapping[str, NDArray[np.generic]],
         when: str,
         *,
         at_step: bool,
-    ) -> tuple[RowEncoder, EncodedRows, Balance]:
-        """The rows of what was collected, checked: every pass there, every number finite, the books balanced.
+    ) -> Slab:
+        """Put the rows of what was collected into `slab`, or into a new one.
 
         Args:
+            slab: with room for them.
             gradients: whole gradient of each block, None where there is none.
-            ids: of the samples, in their order, shape (batch,).
+            columns: further columns of each row, each of shape (batch,).
             when: the moment, in words such as "at step 3".
             at_step: the optimiser is about to use `gradients`, which may have been scaled; else they are a sum of unscaled losses'.
 
         Raises:
             RecordError: the passes did not cover the samples.
-            NonFiniteError, BooksError, LayerError: as the checks say.
+            LayerError: a factored block no longer has one position a sample.
         """
         if self._capture.n_covered != self._batch:
             raise RecordError(
@@ -97,13 +95,11 @@ class Collector:
             )
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
+            slab = slab or Slab(encoder, self.parameters, self._batch, None if at_step else 1.0)
             self._reduce_waiting(encoder, gradients if at_step else None)
-            encoded = encoder.encode(self._reduced, self._batch, self.parameters[0])
-            check_finite(encoder.layout, encoded, ids, when)
-            scalar = None if at_step else 1.0
-            books = check_books(encoder, encoded, gradients, when, self._capture.half_precision, scalar)
+            slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
         self._reduced = {}
-        return encoder, encoded, books
+        return slab
 
     def check_split(self, losses: Tensor) -> None:
         """See `Recorder.check_split`."""
@@ -156,4 +152,4 @@ class Collector:
         # elementwise preconditioning leaves no outer product, so nothing to factor
         described = self._described if self._rule.preconditioned else describe(self._waiting, self._described)
         layout = choose_layout(described, self._choice, self._dim, self._seed)
-        return RowEncoder(layout, self._dtype, preconditioned=self._rule.preconditioned)
+        return RowEncoder(layout, preconditioned=self._rule.preconditioned)

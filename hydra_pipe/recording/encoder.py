@@ -5,35 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.layers import Contribution, Factors
-from hydra_pipe.maths.quantise import Dtype, part_scale, quantise
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
-from hydra_pipe.store import names
-from hydra_pipe.store.table import TableWriter
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Rows of one batch, before quantisation.
-
-    Args:
-        parts: columns of each part and its values, shape (B, width); None: all zero.
-        largest: largest magnitude in each row of each part, shape (B, part), float32.
-        expected: what the rows sum to before any preconditioning, in the form of `RowEncoder.features_of`, a vector a block.
-        magnitude: upper bound of the summed norms of each block's rows, shape (block,).
-        present: whether the block got a gradient, shape (block,).
-    """
-
-    parts: list[tuple[slice, Tensor | None]]
-    largest: Tensor
-    expected: list[Tensor]
-    magnitude: NDArray[np.float64]
-    present: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -80,12 +57,12 @@ class Reduced(Given):
     """A contribution in the least memory that its block needs: rows in the block's own columns, or the factors of a factored one.
 
     Args:
-        norms: upper bound of the norm of each row and of what it is a sum of, shape (B,); None: take it from the rows.
-        raw_sum: of rows that were preconditioned, what they summed to before, shape (numel,).
+        norm: upper bound of the summed norms of its rows and of what they are sums of, a scalar; None: take it from the rows.
+        expected: of rows that are preconditioned, what they summed to before, in the form of `RowEncoder.in_books`.
     """
 
-    norms: Tensor | None = None
-    raw_sum: Tensor | None = None
+    norm: Tensor | None = None
+    expected: Tensor | None = None
 
 
 class RowEncoder:
@@ -93,21 +70,27 @@ class RowEncoder:
 
     Args:
         layout: the block directory.
-        dtype: of the stored columns.
         preconditioned: whether `reduce` gets the root of a preconditioner.
     """
 
-    def __init__(self, layout: Layout, dtype: Dtype, *, preconditioned: bool = False) -> None:
+    def __init__(self, layout: Layout, *, preconditioned: bool = False) -> None:
         self.layout = layout
-        self._preconditioned = preconditioned
-        self._dtype = dtype
+        self.preconditioned = preconditioned
         self._sketches = {
             i: Sketch(layout.seed, b.name, b.shape, b.columns[1] - b.columns[0])
             for i, b in enumerate(layout.blocks)
             if b.encoding == "sketch"
         }
-        self._probes = {i: _probe(layout.seed, block) for i, block in enumerate(layout.blocks) if block.encoding == "factored"}
-        self._part_columns, self._parts_of_block = _parts(layout)
+        self.part_columns, self.parts_of_block = _parts(layout)
+        # the books compare whole gradients with what rows sum to; large ones times a random vector
+        probed = [len(b.shape) > 1 if preconditioned else b.inputs is not None for b in layout.blocks]
+        self._probes = {i: _probe(layout.seed, block) for i, block in enumerate(layout.blocks) if probed[i]}
+        widths = [
+            (b.shape[0] if probe else b.numel) if preconditioned else b.columns[1] - b.columns[0]
+            for b, probe in zip(layout.blocks, probed, strict=True)
+        ]
+        ends = np.cumsum(widths).tolist()
+        self.book_columns = [slice(last - width, last) for last, width in zip(ends, widths, strict=True)]
 
     def reduce(self, index: int, given: Given, root: Tensor | None = None) -> Reduced:
         """The contribution in the columns of block `index`, times the `root` of a preconditioner where there is one."""
@@ -116,62 +99,78 @@ class RowEncoder:
             return Reduced(value, given.first)
         rows = value.rows() if isinstance(value, Factors) else value
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
-        norms = value.norms() if isinstance(value, Factors) and value.n_positions > 1 else None
+        norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
         if root is None:
-            return Reduced(self._in_columns(index, rows), given.first, norms)
-        norms = torch.linalg.vector_norm(rows, dim=1) if norms is None else norms
-        return Reduced(self._in_columns(index, rows * root.flatten()), given.first, norms, rows.sum(0))
+            return Reduced(self._in_columns(index, rows), given.first, norm)
+        norm = torch.linalg.vector_norm(rows, dim=1).sum() if norm is None else norm
+        expected = self._sum_in_books(index, value, rows)
+        return Reduced(self._in_columns(index, rows, root), given.first, norm, expected)
 
-    def _in_columns(self, index: int, rows: Tensor) -> Tensor:
+    def _in_columns(self, index: int, rows: Tensor, root: Tensor | None = None) -> Tensor:
         sketch = self._sketches.get(index)
-        return rows if sketch is None else sketch(rows)
+        if sketch is not None:
+            return sketch(rows, root)
+        return rows if root is None else rows * root.flatten()
 
-    def encode(self, contributions: Mapping[int, Sequence[Reduced]], batch: int, like: Tensor) -> EncodedRows:
-        """Assemble the parts of one batch.
+    def _sum_in_books(self, index: int, value: Contribution, rows: Tensor) -> Tensor:
+        probe = self._probes.get(index)
+        if probe is None:
+            return rows.sum(0)
+        if isinstance(value, Factors) and value.right is not None and value.left.shape[-1] == self.layout.blocks[index].shape[0]:
+            # sum_bp l_bp (r_bp . u): no row is needed
+            return value.left.flatten(0, 1).T @ (value.right.flatten(0, 1) @ self._like(index, rows))
+        return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
+
+    def in_books(self, index: int, gradient: Tensor) -> Tensor:
+        """A whole gradient of block `index` in the form in which the books compare it, one dimension."""
+        if index in self._probes:
+            columns = self.book_columns[index]
+            return gradient.reshape(columns.stop - columns.start, -1) @ self._like(index, gradient)
+        sketch = self._sketches.get(index)
+        if sketch is not None and not self.preconditioned:
+            return sketch(gradient.reshape(1, -1))[0]
+        return gradient.reshape(-1)
+
+    def place(self, contributions: Mapping[int, Sequence[Reduced]], parts: Sequence[Tensor]) -> None:
+        """Write the columns of one batch.
 
         Args:
             contributions: reduced, of each block that got a gradient.
-            batch: number of samples.
-            like: a tensor of the model's device and dtype, for what got no gradient.
+            parts: where each part goes, shape (batch, width of the part); zeroed where nothing came.
 
         Raises:
             LayerError: a factored block no longer has one position a sample.
         """
-        values: list[Tensor | None] = [None] * len(self._part_columns)
         lefts: dict[int, list[Tensor]] = {}
-        expected = []
-        for index, block in enumerate(self.layout.blocks):
-            given = contributions.get(index, ())
-            if not given:
-                expected.append(self.features_of(index, like.new_zeros(block.shape)))
-            elif block.encoding == "factored":
-                expected.append(self._place_factors(index, block, given, values, lefts, batch))
+        placed: set[int] = set()
+        for index, given in contributions.items():
+            block = self.layout.blocks[index]
+            if block.encoding == "factored":
+                self._place_factors(index, block, given, parts, lefts, placed)
             else:
-                rows = _assembled([(r.first, r.value) for r in given if isinstance(r.value, Tensor)], batch)
-                values[self._parts_of_block[index][0]] = rows
-                raw = [r.raw_sum for r in given if r.raw_sum is not None]
-                expected.append(torch.stack(raw).sum(0) if raw else rows.sum(0))
-        largest = torch.stack([v.abs().amax(1).float() if v is not None else like.new_zeros(batch).float() for v in values], dim=1)
-        present = np.array([index in contributions for index in range(len(self.layout.blocks))])
-        parts = list(zip(self._part_columns, values, strict=True))
-        return EncodedRows(parts, largest, expected, self._magnitude(largest, contributions) * present, present)
+                part = self.parts_of_block[index][0]
+                _assemble([(r.first, r.value) for r in given if isinstance(r.value, Tensor)], parts[part])
+                placed.add(part)
+        for part, out in enumerate(parts):
+            if part not in placed:
+                out.zero_()
 
     def _place_factors(
         self,
         index: int,
         block: Block,
         given: Sequence[Given],
-        values: list[Tensor | None],
+        parts: Sequence[Tensor],
         lefts: dict[int, list[Tensor]],
-        batch: int,
-    ) -> Tensor:
+        placed: set[int],
+    ) -> None:
         factors = _outer_products(given)
         if not factors:
             raise LayerError(
                 f"{block.name} was recorded as factored because a sample met it once in the first step; now it is used "
                 f"{len(given)} times or at several positions: record with --encoding projected"
             )
-        part, *input_part = self._parts_of_block[index]
+        part, *input_part = self.parts_of_block[index]
         own = [f.left for f in factors]
         shared = lefts.setdefault(part, own)
         if len(shared) != len(own) or any(a is not b for a, b in zip(shared, own, strict=True)):
@@ -179,56 +178,30 @@ class RowEncoder:
                 f"{block.name} no longer has the output gradient of the weight whose columns it shares: record with "
                 f"--encoding projected"
             )
-        left = values[part]
-        if left is None:
-            left = values[part] = _assembled([(g.first, f.left[:, 0]) for g, f in zip(given, factors, strict=True)], batch)
-        if not input_part:
-            return left.sum(0)
-        rights = [(g.first, f.right[:, 0]) for g, f in zip(given, factors, strict=True) if f.right is not None]
-        right = values[input_part[0]] = _assembled(rights, batch)
-        return left.T @ (right @ self._probe(index, right))
+        if part not in placed:
+            _assemble([(g.first, f.left[:, 0]) for g, f in zip(given, factors, strict=True)], parts[part])
+            placed.add(part)
+        if input_part:
+            rights = [(g.first, f.right[:, 0]) for g, f in zip(given, factors, strict=True) if f.right is not None]
+            _assemble(rights, parts[input_part[0]])
+            placed.add(input_part[0])
 
-    def features_of(self, index: int, gradient: Tensor) -> Tensor:
-        """A whole gradient of block `index` in the form of `EncodedRows.expected`."""
-        block = self.layout.blocks[index]
-        if block.encoding == "sketch" and not self._preconditioned:
-            return self._sketches[index](gradient.reshape(1, -1))[0]
-        if block.encoding == "factored" and block.inputs is not None:
-            outputs = block.columns[1] - block.columns[0]
-            return gradient.reshape(outputs, -1) @ self._probe(index, gradient)
-        return gradient.reshape(-1)
+    def sums(self, features: Tensor, which: Tensor) -> Tensor:
+        """What the rows of each step sum to, in the form of `in_books`, for blocks that are not preconditioned.
 
-    def write(self, encoded: EncodedRows, table: TableWriter, extra: Mapping[str, NDArray[np.generic]]) -> None:
-        """Quantise and append the rows to `table`, with further columns `extra`, each of shape (B,)."""
-        dtype = self._dtype
-        if table.dtype_of(names.GRADIENT) != dtype:  # test gradients of an int8 run are kept in float16
-            dtype = "float16"
-        part_scales = part_scale(encoded.largest, dtype)
-        scales = torch.stack([part_scales[:, parts].prod(1) for parts in self._parts_of_block], dim=1).cpu().numpy()
-        # a factored bias without a gradient still has its weight's columns: 0 times them
-        scales *= encoded.present
-        for rows, views in table.reserve(len(scales)):
-            stored = torch.from_numpy(views[names.GRADIENT])
-            for part, (columns, values) in enumerate(encoded.parts):
-                if values is None:
-                    stored[:, columns] = 0
-                else:
-                    quantise(values[rows], part_scales[rows, part], stored[:, columns])
-            views[names.SCALE][:] = scales[rows]
-            for name, column in extra.items():
-                views[name][:] = column[rows]
+        Args:
+            features: rows in their columns, shape (row, feature).
+            which: 1 where the row is of the step, else 0, shape (step, row).
+        """
+        sums = features.new_empty(len(which), self.book_columns[-1].stop)
+        for index, block in enumerate(self.layout.blocks):
+            weighted = which
+            if block.inputs is not None:
+                weighted = which * (features[:, slice(*block.inputs)] @ self._like(index, features))
+            torch.matmul(weighted, features[:, slice(*block.columns)], out=sums[:, self.book_columns[index]])
+        return sums
 
-    def _magnitude(self, largest: Tensor, contributions: Mapping[int, Sequence[Reduced]]) -> NDArray[np.float64]:
-        per_part = largest.double().cpu().numpy()
-        magnitude = np.array([per_part[:, parts].prod(axis=1).sum() for parts in self._parts_of_block])
-        magnitude *= np.sqrt([block.numel for block in self.layout.blocks])
-        for index, given in contributions.items():
-            norms = [r.norms.sum() for r in given if r.norms is not None]
-            if len(norms) == len(given):
-                magnitude[index] = float(torch.stack(norms).sum())
-        return magnitude
-
-    def _probe(self, index: int, like: Tensor) -> Tensor:
+    def _like(self, index: int, like: Tensor) -> Tensor:
         probe = self._probes[index]
         if probe.device != like.device or probe.dtype != like.dtype:
             probe = self._probes[index] = probe.to(like)
@@ -247,19 +220,18 @@ def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:
 
 
 def _probe(seed: int, block: Block) -> Tensor:
-    width = block.inputs[1] - block.inputs[0] if block.inputs is not None else 1
+    width = block.inputs[1] - block.inputs[0] if block.inputs is not None else block.numel // block.shape[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(width, generator=generator)
 
 
-def _assembled(pieces: Sequence[tuple[int, Tensor]], batch: int) -> Tensor:
-    """Rows of the whole batch, shape (batch, width), from rows of some samples each, which add up where they meet."""
-    _, total = pieces[0]
-    if all(len(rows) == batch for _, rows in pieces):
-        for _, rows in pieces[1:]:
-            total = total + rows
-        return total
-    total = total.new_zeros(batch, total.shape[1])
-    for first, rows in pieces:
-        total[first : first + len(rows)] += rows
-    return total
+def _assemble(pieces: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+    """Rows of the whole batch into `out`, shape (batch, width), from rows of some samples each, which add up where they meet."""
+    (_, rows), *more = pieces
+    if len(rows) == len(out):
+        out.copy_(rows)
+    else:
+        out.zero_()
+        more = list(pieces)
+    for first, rows in more:
+        out[first : first + len(rows)] += rows

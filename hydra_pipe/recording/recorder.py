@@ -26,9 +26,11 @@ from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
+from hydra_pipe.recording.slab import Slab
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.table import TableWriter
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -118,6 +120,9 @@ class Recorder:
             raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
         self._directory: RunDirectory | None = None
         self._writer: GradientsWriter | None = None
+        # rows of the steps that are not written yet, and what else their lines of the step tables hold
+        self._slab: Slab | None = None
+        self._pending: list[tuple[StepNote, dict[str, Any]]] = []
         self._samples: NDArray[np.int64] | None = None
         self._note = StepNote()
         self.n_steps = self.n_skipped = 0
@@ -127,7 +132,7 @@ class Recorder:
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
         self._closed = False
-        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed, dtype)
+        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     @contextmanager
@@ -204,7 +209,7 @@ class Recorder:
             RecordError: before the first step, or nothing to test.
             NonFiniteError, BooksError, LayerError: as in training.
         """
-        if self._writer is None or self._closed:
+        if self._closed or self.n_steps == 0:
             raise RecordError("record_test comes after the first recorded step and before close()")
         was_training = [module for module in self._model.modules() if module.training]
         # what was trained and then frozen has a gradient all the same, and earlier rows to multiply it with
@@ -213,6 +218,8 @@ class Recorder:
             self._model.eval()
             for parameter in frozen:
                 parameter.requires_grad_(True)
+            self._flush()
+            assert self._writer is not None
             # a loader draws from the global generator, which the training goes on with
             with torch.random.fork_rng(_devices(self._parameters)):
                 self._record_test(self._writer, batches, loss, labels)
@@ -231,6 +238,7 @@ class Recorder:
         device = self._parameters[0].device
         targets_seen: list[NDArray[np.int64]] = []
         first_test = 0
+        slab: Slab | None = None
         for inputs, targets, *_ in batches:
             inputs, targets = inputs.to(device), targets.to(device)
             self._collector.watch(len(inputs))
@@ -243,11 +251,10 @@ class Recorder:
                     self.check_split(losses)
                 given = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
             self._collector.rest()
-            tests = np.arange(first_test, first_test + len(inputs))
             when = f"in the test gradients after {self.n_steps} steps"
-            encoder, encoded, books = self._collector.rows(given, tests, when, at_step=False)
-            self._worst_imbalance = max(self._worst_imbalance, float(books.imbalance.max()))
-            encoder.write(encoded, table, {names.LOSS: losses.detach().float().cpu().numpy()})
+            columns = {names.LOSS: losses.detach().float().cpu().numpy()}
+            slab = self._collector.add_to(slab, given, columns, when, at_step=False)
+            self._write_tests(slab, table, first_test)
             if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
                 targets_seen.append(targets.cpu().numpy())
             first_test += len(inputs)
@@ -262,6 +269,14 @@ class Recorder:
             writer.write_labels(names.TEST_LABELS, labels)
             self._n_labels[names.TEST_LABELS] = first_test
         self.n_tests = first_test
+
+    def _write_tests(self, slab: Slab, table: TableWriter, first_test: int) -> None:
+        checked = slab.check(first_id=first_test)
+        assert checked is not None
+        if checked.error is not None:
+            raise checked.error
+        self._worst_imbalance = max(self._worst_imbalance, float(checked.books.imbalance.max()))
+        slab.write(checked, table)
 
     def label_samples(self, labels: Labels) -> None:
         """Give each training sample a label, for rankings and reports. Raises: DataError: not one for each sample."""
@@ -279,6 +294,7 @@ class Recorder:
         if self._closed:
             return
         try:
+            self._flush()
             if self._writer is None or self._directory is None:
                 raise RecordError("nothing was recorded: no step was taken")
             if self._sample_labels is not None:
@@ -306,13 +322,15 @@ class Recorder:
         if self._closed:
             return
         with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
+            self._flush()
+        with suppress(HydraError):
             self._release()
         if self._directory is None or self._writer is None:
             return  # it failed before anything was written: what was in the directory is as it was
         message = str(error) or type(error).__name__
-        rows = self._writer.rows.n_written
+        rows, steps = self._writer.rows.n_written, self._writer.steps.n_written
         with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
-            self._directory.end(RECORD, "failed", n_steps=self.n_steps, n_rows=rows, error=message)
+            self._directory.end(RECORD, "failed", n_steps=steps, n_rows=rows, error=message)
 
     def _release(self) -> None:
         self._closed = True
@@ -333,33 +351,44 @@ class Recorder:
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
         gradients = self._present_gradients()
-        encoder, encoded, books = self._collector.rows(gradients, samples, f"at step {self.n_steps}", at_step=True)
-        self._worst_imbalance = max(self._worst_imbalance, float(books.imbalance.max()))
-        # Only now is anything written: what a first step would refuse has been refused.
-        writer = self._writer = self._writer or self._open_store(encoder.layout)
+        if self._slab is not None and not self._slab.fits(len(samples)):
+            self._flush()
+        columns = {names.SAMPLE: samples, names.STEP: np.full(len(samples), self.n_steps)}
+        self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
         settings = [self._rule.settings(group) for group in self._optimizer.param_groups]
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
         groups = [self._collector.group_of(index) for index in range(len(states))]
         updated = [gradient is not None for gradient in gradients]
         started = [u and self._rule.starts_momentum(s, g) for u, s, g in zip(updated, states, groups, strict=True)]
         factors = [self._rule.step_factor(s, g) for s, g in zip(states, groups, strict=True)]
-        steps = np.full(len(samples), self.n_steps)
-        first_row = writer.rows.n_rows
-        encoder.write(encoded, writer.rows, {names.SAMPLE: samples, names.STEP: steps})
-        writer.steps.append(
-            {
-                **{name: [values[name] for values in settings] for name in GROUP_COLUMNS},
-                "updated": updated,
-                "momentum_started": started,
-                "step_factor": factors,
-                names.FIRST_ROW: first_row,
-                names.N_ROWS: len(samples),
-                names.GRADIENT_SCALE: books.scalar,
-                names.LOSS: self._note.loss,
-                names.IMBALANCE: books.imbalance.max(),
-            }
-        )
+        values: dict[str, Any] = {name: [of_group[name] for of_group in settings] for name in GROUP_COLUMNS}
+        values |= {"updated": updated, "momentum_started": started, "step_factor": factors, names.N_ROWS: len(samples)}
+        self._pending.append((self._note, values))
         self.n_steps += 1
+        if self._writer is None:
+            self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
+
+    def _flush(self) -> None:
+        """Check and write the steps that wait. Raises: NonFiniteError, BooksError: the first that cannot be recorded."""
+        if self._slab is None:
+            return
+        pending, self._pending = self._pending, []
+        with torch.no_grad():
+            checked = self._slab.check(names.SAMPLE)
+            if checked is None:
+                return
+            if checked.entries:
+                writer = self._writer = self._writer or self._open_store(self._slab.layout)
+                first_row = writer.rows.n_rows
+                self._slab.write(checked, writer.rows)
+                imbalance = checked.books.imbalance.max(axis=1)
+                self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
+                for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):
+                    found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
+                    writer.steps.append({**values, **found, names.LOSS: note.loss})
+                    first_row += values[names.N_ROWS]
+        if checked.error is not None:
+            raise checked.error
 
     def _present_gradients(self) -> list[Tensor | None]:
         if len(self._optimizer.param_groups) != self._n_groups:

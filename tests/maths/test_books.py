@@ -9,11 +9,35 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hydra_pipe.maths.books import balance, best_explained
+from hydra_pipe.maths import books as maths
 
 # what the recorder takes for rounding in a float32 model
 LIMIT = 1e-4
 SIZES = st.lists(st.integers(2, 9), min_size=2, max_size=5)
+
+
+@dataclass
+class OfStep:
+    """The balance of one step: a scalar, and the imbalance of each block."""
+
+    scalar: float
+    imbalance: np.ndarray
+
+
+def as_arrays(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray) -> tuple[np.ndarray, ...]:
+    sums, grads = (torch.cat(vectors).double().numpy()[None] for vectors in (expected, actual))
+    starts = np.cumsum([0, *(len(vector) for vector in expected[:-1])])
+    return sums, grads, starts, magnitude[None], torch.finfo(expected[0].dtype).eps
+
+
+def balance(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, scalar: float | None = None) -> OfStep:
+    books = maths.balance(*as_arrays(expected, actual, magnitude), scalar)
+    return OfStep(float(books.scalar[0]), books.imbalance[0])
+
+
+def best_explained(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, limit: np.ndarray) -> OfStep:
+    books = maths.best_explained(*as_arrays(expected, actual, magnitude), limit)
+    return OfStep(float(books.scalar[0]), books.imbalance[0])
 
 
 @dataclass
@@ -198,3 +222,18 @@ def test_the_best_explanation_of_books_that_balance_has_their_scalar() -> None:
     books = best_explained(step.expected, [0.5 * g for g in summed_otherwise(step)], step.magnitude, np.full(2, LIMIT))
     assert books.scalar == pytest.approx(0.5, rel=1e-6)
     assert books.imbalance.max() < LIMIT
+
+
+def test_the_steps_of_one_call_are_balanced_each_by_itself() -> None:
+    steps = [step_of([3, 4], [0.0, -3.0], seed) for seed in range(3)]
+    scalars = (1.0, 0.25, -7.0)
+    actual = [[c * g for g in summed_otherwise(step)] for c, step in zip(scalars, steps, strict=True)]
+    actual[1][0] = 1.5 * actual[1][0]
+    each = [as_arrays(step.expected, a, step.magnitude) for step, a in zip(steps, actual, strict=True)]
+    together = [np.concatenate(parts) for parts in zip(*((s, g, m) for s, g, _, m, _ in each), strict=True)]
+    books = maths.balance(together[0], together[1], each[0][2], together[2], each[0][4])
+    for k, (sums, grads, starts, magnitude, eps) in enumerate(each):
+        alone = maths.balance(sums, grads, starts, magnitude, eps)
+        assert books.scalar[k] == pytest.approx(alone.scalar[0], rel=1e-12)
+        assert books.imbalance[k] == pytest.approx(alone.imbalance[0], rel=1e-9, abs=1e-15)
+    assert (books.imbalance.max(1) > LIMIT).tolist() == [False, True, False]

@@ -1,0 +1,279 @@
+"""Rows of several steps, put side by side as they come and then checked, quantised and handed to the store in one go.
+
+One step of a small model is a few hundred small tensors; treated one by one, their fixed cost is that of training itself. A slab
+takes them as they are, in one copy, and the rest is done on many steps at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydra_pipe.errors import BooksError, NonFiniteError
+from hydra_pipe.maths.books import Balance, balance, best_explained
+from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
+from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.encoder import Reduced, RowEncoder
+from hydra_pipe.store import names
+from hydra_pipe.store.table import TableWriter
+
+# What a slab takes at most, unless one batch is larger: enough to make its fixed cost small, and it stays in the cache.
+SLAB_BYTES = 8 * 2**20
+# A step that cannot be recorded is told this many steps later at most.
+SLAB_STEPS = 16
+
+# A difference between rows and gradient beyond rounding, relative to the summed norms of the rows.
+IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One step of a slab.
+
+    Args:
+        rows: where its rows are.
+        columns: further columns of each row, by name, each of shape (batch,).
+        when: the moment, in words such as "at step 3".
+        limit: of the imbalance of its books.
+        present: whether each block got a gradient, shape (block,).
+        norms: upper bounds of summed norms that are known, by block.
+    """
+
+    rows: slice
+    columns: Mapping[str, NDArray[np.generic]]
+    when: str
+    limit: float
+    present: NDArray[np.bool_]
+    norms: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `Slab.check` has found.
+
+    Args:
+        entries: the steps before the first that cannot be recorded.
+        largest: largest magnitude in each row of each part, shape (row, part).
+        books: of those steps.
+        error: why the next one cannot be recorded; None: all can be.
+    """
+
+    entries: Sequence[_Entry]
+    largest: Tensor
+    books: Balance
+    error: NonFiniteError | BooksError | None
+
+
+class Slab:
+    """Room for the rows of some steps.
+
+    Args:
+        encoder: gives the rows their columns.
+        parameters: of the blocks; their device and dtype are the slab's, but float32 at least.
+        batch: rows of a step; a larger one makes more room.
+        scalar: whole gradient over the sum of the rows where it is known, else it is found, step by step.
+    """
+
+    def __init__(self, encoder: RowEncoder, parameters: Sequence[Tensor], batch: int, scalar: float | None = None) -> None:
+        self._encoder, self._scalar = encoder, scalar
+        self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        self._device = parameters[0].device
+        # the views of a batch's place, made once for each place
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
+        self._entries: list[_Entry] = []
+        self._make_room(batch)
+
+    def _make_room(self, batch: int) -> None:
+        wanted = SLAB_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
+        rows = max(batch, min(wanted // batch, SLAB_STEPS) * batch)
+        self._features = self._empty(rows, self._encoder.layout.n_features)
+        width = self._encoder.book_columns[-1].stop
+        # whole gradients; and what rows that are preconditioned summed to before
+        self._actual = self._empty(SLAB_STEPS, width)
+        self._expected = self._empty(SLAB_STEPS if self._encoder.preconditioned else 0, width)
+        self._views.clear()
+
+    def _empty(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
+
+    @property
+    def layout(self) -> Layout:
+        """The block directory of the rows."""
+        return self._encoder.layout
+
+    @property
+    def _filled(self) -> int:
+        return self._entries[-1].rows.stop if self._entries else 0
+
+    def fits(self, batch: int) -> bool:
+        """Whether `batch` more rows may be added before a flush; always where there are none."""
+        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= len(self._features))
+
+    def add(
+        self,
+        contributions: Mapping[int, Sequence[Reduced]],
+        gradients: Sequence[Tensor | None],
+        columns: Mapping[str, NDArray[np.generic]],
+        when: str,
+        *,
+        half: bool,
+    ) -> None:
+        """Add the rows of a step.
+
+        Args:
+            contributions: reduced, of each block that got a gradient.
+            gradients: whole gradients of the blocks; None: the block has none.
+            columns: further columns of each row, each of shape (batch,).
+            when: the moment, in words such as "at step 3".
+            half: whether gradients went through half precision on their way.
+
+        Raises:
+            LayerError: a factored block no longer has one position a sample.
+        """
+        batch = len(next(iter(columns.values())))
+        if not self._entries and batch > len(self._features):
+            self._make_room(batch)
+        rows = slice(self._filled, self._filled + batch)
+        self._encoder.place(contributions, self._parts_at(rows))
+        step = len(self._entries)
+        actual, expected = self._actual[step], self._expected[step] if self._encoder.preconditioned else None
+        dtypes = set()
+        for index, (gradient, where) in enumerate(zip(gradients, self._encoder.book_columns, strict=True)):
+            if gradient is None:
+                actual[where] = 0
+            else:
+                actual[where] = self._encoder.in_books(index, gradient.to(actual.dtype))
+                dtypes.add(gradient.dtype)
+            if expected is not None:
+                parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
+                expected[where] = torch.stack(parts).sum(0) if parts else 0
+        present = np.zeros(len(gradients), bool)
+        present[list(contributions)] = True
+        norms = {}
+        for index, given in contributions.items():
+            known = [r.norm for r in given if r.norm is not None]
+            if len(known) == len(given):
+                norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
+        limit = max(IMBALANCE_LIMIT[torch.bfloat16 if half else dtype] for dtype in dtypes)
+        self._entries.append(_Entry(rows, columns, when, limit, present, norms))
+
+    def _parts_at(self, rows: slice) -> list[Tensor]:
+        key = (rows.start, rows.stop)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = [self._features[rows, columns] for columns in self._encoder.part_columns]
+        return views
+
+    def check(self, ids: str | None = None, first_id: int = 0) -> Checked | None:
+        """Check the steps that are there, the first first. After this the slab takes new ones, once `write` has been called.
+
+        Args:
+            ids: which of `columns` names the samples, for messages; None: they are counted from `first_id` on.
+            first_id: see `ids`.
+        """
+        if not self._entries:
+            return None
+        entries, self._entries = self._entries, []
+        largest = self._largest(entries[-1].rows.stop)
+        per_part = largest.double().cpu().numpy()
+        finite = np.isfinite(per_part)
+        error: NonFiniteError | BooksError | None = None
+        bad = next((k for k, entry in enumerate(entries) if not finite[entry.rows].all()), None)
+        if bad is not None:
+            error = self._not_finite(entries[bad], finite, ids, first_id)
+            entries = entries[:bad]
+        books, off = self._check_books(entries, per_part)
+        return Checked(entries[: len(books.scalar)], largest, books, off or error)
+
+    def write(self, checked: Checked, table: TableWriter) -> None:
+        """Quantise the rows that were checked and append them to `table`."""
+        if not checked.entries:
+            return
+        entries, n_rows = checked.entries, checked.entries[-1].rows.stop
+        features = self._features[:n_rows]
+        dtype = cast("Dtype", table.dtype_of(names.GRADIENT))
+        scales = part_scale(checked.largest[:n_rows], dtype)
+        if dtype != "float32":
+            for part, columns in enumerate(self._encoder.part_columns):
+                scale_in_place(features[:, columns], scales[:, part], dtype)
+        of_blocks = torch.stack([scales[:, parts].prod(1) for parts in self._encoder.parts_of_block], dim=1).cpu().numpy()
+        # a factored bias without a gradient still has its weight's columns: 0 times them
+        of_blocks *= np.repeat(np.stack([e.present for e in entries]), [e.rows.stop - e.rows.start for e in entries], axis=0)
+        further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
+        for rows, views in table.reserve(n_rows):
+            torch.from_numpy(views[names.GRADIENT]).copy_(features[rows])
+            views[names.SCALE][:] = of_blocks[rows]
+            for name, values in further.items():
+                views[name][:] = values[rows]
+
+    def _largest(self, n_rows: int) -> Tensor:
+        """Largest magnitude in each row of each part, shape (row, part)."""
+        parts = [self._features[:n_rows, columns] for columns in self._encoder.part_columns]
+        # without a copy for the magnitudes: measured at three quarters of the time
+        return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
+
+    def _not_finite(self, entry: _Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int) -> NonFiniteError:
+        rows = finite[entry.rows]
+        columns = self._encoder.part_columns[int(rows.all(axis=0).argmin())]
+        block = next(b for b in self._encoder.layout.blocks if (columns.start, columns.stop) in (b.columns, b.inputs))
+        numbers = entry.columns[ids] if ids else first_id + np.arange(entry.rows.start, entry.rows.stop)
+        bad = numbers[~rows.all(axis=1)]
+        shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        return NonFiniteError(
+            f"the gradient of {block.name} is not finite {entry.when} for samples {shown}: lower the learning rate or clip; the "
+            f"steps before it are recorded and readable"
+        )
+
+    def _check_books(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> tuple[Balance, BooksError | None]:
+        """The balance of the steps up to the first that is off, and what is to be said of that one."""
+        if not entries:
+            return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
+        n_rows, n_steps = entries[-1].rows.stop, len(entries)
+        features = self._features[:n_rows]
+        which = features.new_zeros(n_steps, n_rows)
+        for step, entry in enumerate(entries):
+            which[step, entry.rows] = 1
+        expected = self._expected[:n_steps] if self._encoder.preconditioned else self._encoder.sums(features, which)
+        starts = np.array([columns.start for columns in self._encoder.book_columns])
+        present = np.stack([entry.present for entry in entries])
+        # a factored bias without a gradient has its weight's columns all the same
+        sums = expected.double().cpu().numpy() * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
+        grads = self._actual[:n_steps].double().cpu().numpy()
+        magnitude = self._magnitude(entries, per_part[:n_rows]) * present
+        limit = np.array([entry.limit for entry in entries])[:, None]
+        eps = torch.finfo(features.dtype).eps
+        books = balance(sums, grads, starts, magnitude, eps, self._scalar)
+        for step in np.flatnonzero(~(books.imbalance <= limit).all(axis=1)).tolist():
+            of_step = (sums[[step]], grads[[step]], starts, magnitude[[step]], eps)
+            better = best_explained(*of_step, limit[step])
+            if self._scalar is None and (better.imbalance <= limit[step]).all():
+                books.scalar[step], books.imbalance[step] = better.scalar[0], better.imbalance[0]
+            else:
+                good = Balance(books.scalar[:step], books.imbalance[:step])
+                return good, self._off_balance(entries[step], better.imbalance[0])
+        return books, None
+
+    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64]) -> BooksError:
+        worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
+        return BooksError(
+            f"the books do not balance {entry.when}: the recorded rows of {self._encoder.layout.blocks[worst].name} miss "
+            f"{imbalance[worst]:.2%} of its gradient. It is used where hooks cannot see it (a functional call such "
+            f"as F.linear(x, module.weight), a penalty added to the loss, or .grad changed by hand): call its "
+            f"module instead, or freeze it"
+        )
+
+    def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Upper bound of the summed norms of each block's rows, shape (step, block)."""
+        products = np.stack([per_part[:, parts].prod(axis=1) for parts in self._encoder.parts_of_block], axis=1)
+        magnitude: NDArray[np.float64] = np.add.reduceat(products, [entry.rows.start for entry in entries], axis=0)
+        magnitude *= np.sqrt([block.numel for block in self._encoder.layout.blocks])
+        known = [(step, index, norm) for step, entry in enumerate(entries) for index, norm in entry.norms.items()]
+        if known:
+            values = torch.stack([norm for *_, norm in known]).double().cpu().numpy()
+            magnitude[[step for step, *_ in known], [index for _, index, _ in known]] = values
+        return magnitude
