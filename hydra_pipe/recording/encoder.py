@@ -58,7 +58,7 @@ class Reduced(Given):
 
     Args:
         norm: upper bound of the summed norms of its rows and of what they are sums of, a scalar; None: take it from the rows.
-        expected: of rows that are preconditioned, what they summed to before, in the form of `RowEncoder.in_books`.
+        expected: of rows that are preconditioned, what they summed to before, in the form of `RowEncoder.put_in_books`.
     """
 
     norm: Tensor | None = None
@@ -121,15 +121,15 @@ class RowEncoder:
             return value.left.flatten(0, 1).T @ (value.right.flatten(0, 1) @ self._like(index, rows))
         return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
 
-    def in_books(self, index: int, gradient: Tensor) -> Tensor:
-        """A whole gradient of block `index` in the form in which the books compare it, one dimension."""
+    def put_in_books(self, index: int, gradient: Tensor, out: Tensor) -> None:
+        """Put a whole gradient of block `index` into `out`, in the form in which the books compare it, one dimension."""
         if index in self._probes:
-            columns = self.book_columns[index]
-            return gradient.reshape(columns.stop - columns.start, -1) @ self._like(index, gradient)
+            torch.mv(gradient.reshape(len(out), -1).to(out.dtype), self._like(index, out), out=out)
+            return
         sketch = self._sketches.get(index)
         if sketch is not None and not self.preconditioned:
-            return sketch(gradient.reshape(1, -1))[0]
-        return gradient.reshape(-1)
+            gradient = sketch(gradient.reshape(1, -1))
+        out.copy_(gradient.reshape(-1))
 
     def place(self, contributions: Mapping[int, Sequence[Reduced]], parts: Sequence[Tensor]) -> None:
         """Write the columns of one batch.
@@ -187,7 +187,7 @@ class RowEncoder:
             placed.add(input_part[0])
 
     def sums(self, features: Tensor, which: Tensor) -> Tensor:
-        """What the rows of each step sum to, in the form of `in_books`, for blocks that are not preconditioned.
+        """What the rows of each step sum to, in the form of `put_in_books`, for blocks that are not preconditioned.
 
         Args:
             features: rows in their columns, shape (row, feature).

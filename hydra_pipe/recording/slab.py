@@ -83,7 +83,7 @@ class Slab:
         self._encoder, self._scalar = encoder, scalar
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
-        # the views of a batch's place, made once for each place
+        # the views of a batch's place and of a step's, made once for each
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._entries: list[_Entry] = []
         self._make_room(batch)
@@ -91,12 +91,13 @@ class Slab:
     def _make_room(self, batch: int) -> None:
         wanted = SLAB_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
         rows = max(batch, min(wanted // batch, SLAB_STEPS) * batch)
-        self._features = self._empty(rows, self._encoder.layout.n_features)
+        self.features = self._empty(rows, self._encoder.layout.n_features)
         width = self._encoder.book_columns[-1].stop
         # whole gradients; and what rows that are preconditioned summed to before
         self._actual = self._empty(SLAB_STEPS, width)
         self._expected = self._empty(SLAB_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
+        self._actual_views = [[row[columns] for columns in self._encoder.book_columns] for row in self._actual]
 
     def _empty(self, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
@@ -112,7 +113,7 @@ class Slab:
 
     def fits(self, batch: int) -> bool:
         """Whether `batch` more rows may be added before a flush; always where there are none."""
-        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= len(self._features))
+        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= len(self.features))
 
     def add(
         self,
@@ -136,22 +137,22 @@ class Slab:
             LayerError: a factored block no longer has one position a sample.
         """
         batch = len(next(iter(columns.values())))
-        if not self._entries and batch > len(self._features):
+        if not self._entries and batch > len(self.features):
             self._make_room(batch)
         rows = slice(self._filled, self._filled + batch)
         self._encoder.place(contributions, self._parts_at(rows))
         step = len(self._entries)
-        actual, expected = self._actual[step], self._expected[step] if self._encoder.preconditioned else None
         dtypes = set()
-        for index, (gradient, where) in enumerate(zip(gradients, self._encoder.book_columns, strict=True)):
+        for index, (gradient, out) in enumerate(zip(gradients, self._actual_views[step], strict=True)):
             if gradient is None:
-                actual[where] = 0
+                out.zero_()
             else:
-                actual[where] = self._encoder.in_books(index, gradient.to(actual.dtype))
+                self._encoder.put_in_books(index, gradient, out)
                 dtypes.add(gradient.dtype)
-            if expected is not None:
+        if self._encoder.preconditioned:
+            for index, where in enumerate(self._encoder.book_columns):
                 parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
-                expected[where] = torch.stack(parts).sum(0) if parts else 0
+                self._expected[step, where] = torch.stack(parts).sum(0) if parts else 0
         present = np.zeros(len(gradients), bool)
         present[list(contributions)] = True
         norms = {}
@@ -166,18 +167,16 @@ class Slab:
         key = (rows.start, rows.stop)
         views = self._views.get(key)
         if views is None:
-            views = self._views[key] = [self._features[rows, columns] for columns in self._encoder.part_columns]
+            views = self._views[key] = [self.features[rows, columns] for columns in self._encoder.part_columns]
         return views
 
-    def check(self, ids: str | None = None, first_id: int = 0) -> Checked | None:
-        """Check the steps that are there, the first first. After this the slab takes new ones, once `write` has been called.
+    def check(self, ids: str | None = None, first_id: int = 0) -> Checked:
+        """Check the steps that are there, one at least, the first first, and forget them: new ones may come once they are written.
 
         Args:
             ids: which of `columns` names the samples, for messages; None: they are counted from `first_id` on.
             first_id: see `ids`.
         """
-        if not self._entries:
-            return None
         entries, self._entries = self._entries, []
         largest = self._largest(entries[-1].rows.stop)
         per_part = largest.double().cpu().numpy()
@@ -195,7 +194,7 @@ class Slab:
         if not checked.entries:
             return
         entries, n_rows = checked.entries, checked.entries[-1].rows.stop
-        features = self._features[:n_rows]
+        features = self.features[:n_rows]
         dtype = cast("Dtype", table.dtype_of(names.GRADIENT))
         scales = part_scale(checked.largest[:n_rows], dtype)
         if dtype != "float32":
@@ -213,7 +212,7 @@ class Slab:
 
     def _largest(self, n_rows: int) -> Tensor:
         """Largest magnitude in each row of each part, shape (row, part)."""
-        parts = [self._features[:n_rows, columns] for columns in self._encoder.part_columns]
+        parts = [self.features[:n_rows, columns] for columns in self._encoder.part_columns]
         # without a copy for the magnitudes: measured at three quarters of the time
         return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
 
@@ -234,7 +233,7 @@ class Slab:
         if not entries:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
-        features = self._features[:n_rows]
+        features = self.features[:n_rows]
         which = features.new_zeros(n_steps, n_rows)
         for step, entry in enumerate(entries):
             which[step, entry.rows] = 1
