@@ -6,7 +6,8 @@ A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin,
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,9 +74,10 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
     Raises:
         LayerError: that type has a rule already; the message names both.
     """
-    if module_type in _RULES:
+    present = _rule_of_type(module_type)
+    if present is not None:
         raise LayerError(
-            f"{module_type.__name__} has the rule {_RULES[module_type].__qualname__} already; "
+            f"{module_type.__name__} has the rule {present.__qualname__} already; "
             f"{rule.__qualname__} cannot be registered beside it"
         )
     _RULES[module_type] = rule
@@ -84,16 +86,20 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 def rule_for(module: nn.Module) -> Rule:
     """The rule that splits `module`'s gradient by sample: a registered one, else the general fallback.
 
-    A module of torch's with parameters of other names (a reparametrised weight, say) gets the fallback too.
+    A module with a rule from here and parameters of other names (a reparametrised weight, say) gets the fallback too.
     """
     for module_type in type(module).__mro__:
-        rule = _RULES.get(module_type)
+        rule = _rule_of_type(module_type)
         if rule is not None:
             # A subclass that computes something else must not be taken for its parent.
             same_forward = getattr(type(module), "forward", None) is getattr(module_type, "forward", None)
-            usual = rule not in _BUILT_IN or set(module._parameters) <= {"weight", "bias"}
+            usual = rule not in _OWN or set(module._parameters) <= {"weight", "bias"}
             return rule if same_forward and usual else general_rule
     return general_rule
+
+
+def _rule_of_type(module_type: type) -> Rule | None:
+    return _RULES.get(module_type) or _RULES_BY_PATH.get(f"{module_type.__module__}.{module_type.__qualname__}")
 
 
 def may_couple(module: nn.Module) -> bool:
@@ -110,6 +116,17 @@ def linear_rule(
     left = grad_output.reshape(batch, -1, grad_output.shape[-1])
     right = inputs.reshape(batch, -1, inputs.shape[-1])
     return {name: Factors(left, right if name == "weight" else None) for name in wanted}
+
+
+def conv1d_of_transformers_rule(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+) -> dict[str, Contribution]:
+    """A Linear whose weight has the shape (I, O), y = x W + b: dW_i = sum_p x_ip g_ip^T. What GPT-2 in transformers is made of."""
+    (inputs,) = args or kwargs.values()
+    batch = grad_output.shape[0]
+    grads = grad_output.reshape(batch, -1, grad_output.shape[-1])
+    inputs = inputs.reshape(batch, -1, inputs.shape[-1])
+    return {name: Factors(inputs, grads) if name == "weight" else Factors(grads, None) for name in wanted}
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -250,7 +267,9 @@ def general_rule(
     """Any module whose samples do not mix: its own backward, vectorised over samples taken one by one.
 
     Computes the module's forward pass once more, on a copy of its buffers. Tensors whose first dimension is not the batch are
-    passed as they are.
+    passed as they are. Where two or more tensors have the batch's length, one of them may be shared by all samples (a causal
+    mask of as many positions as there are samples): what comes of splitting them is checked, and where it is not right, the
+    rows are taken from passes over the whole batch, one backward a sample.
 
     Raises:
         LayerError: the module cannot be run that way.
@@ -260,13 +279,11 @@ def general_rule(
     replica = replica_of(module)
     others = {name: value.detach() for name, value in module.named_parameters()}
     parameters = {name: others.pop(name) for name in wanted}
-    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in (*args, *kwargs.values())]
     values = [*args, *kwargs.values()]
+    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in values]
     samples = tuple(x for x, of_sample in zip(values, batched, strict=True) if of_sample)
 
-    def one_sample(gradient: Tensor, *sample: Tensor) -> dict[str, Tensor]:
-        rest = iter(sample)
-        inputs = [next(rest).unsqueeze(0) if s else x for x, s in zip(values, batched, strict=True)]
+    def pull_back(inputs: Sequence[Any]) -> PullBack:
         keywords = dict(zip(kwargs, inputs[len(args) :], strict=True))
 
         def output(own: dict[str, Tensor]) -> Tensor:
@@ -276,22 +293,63 @@ def general_rule(
             assert isinstance(called, Tensor)
             return called
 
-        pull_back = torch.func.vjp(output, parameters)[1]
-        (gradients,) = pull_back(gradient.unsqueeze(0))
-        assert isinstance(gradients, dict)
-        return gradients
+        vjp = torch.func.vjp(output, parameters)[1]
+        return lambda gradient: {name: row.detach() for name, row in vjp(gradient)[0].items()}
+
+    def one_sample(gradient: Tensor, *sample: Tensor) -> dict[str, Tensor]:
+        rest = iter(sample)
+        inputs = [next(rest).unsqueeze(0) if s else x for x, s in zip(values, batched, strict=True)]
+        return pull_back(inputs)(gradient.unsqueeze(0))
+
+    def split() -> dict[str, Tensor]:
+        rows: dict[str, Tensor] = torch.func.vmap(one_sample, randomness="different")(grad_output, *samples)
+        return rows
 
     devices = [grad_output.device] if grad_output.is_cuda else []
     try:
         # forked: a random module must not draw from the generator that the training goes on with
         with torch.enable_grad(), torch.random.fork_rng(devices):
-            gradients = torch.func.vmap(one_sample, randomness="different")(grad_output, *samples)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            unclear = batch > 1 and len(samples) > 1
+            gradients = _split_or_whole(split, pull_back(values), grad_output) if unclear else split()
+    except _CANNOT_RUN as error:
         raise LayerError(
             f"{type(module).__name__} has no layer rule and cannot be run one sample at a time ({_first_line(error)}): "
             f"freeze its parameters or give it a rule with hydra_pipe.register_rule"
         ) from error
     return {name: gradient.detach().flatten(1) for name, gradient in gradients.items()}
+
+
+# From the gradient at a module's output to that of its parameters.
+PullBack = Callable[[Tensor], dict[str, Tensor]]
+_CANNOT_RUN = (RuntimeError, TypeError, ValueError, AssertionError)
+
+
+def _split_or_whole(split: Callable[[], dict[str, Tensor]], pull_back: PullBack, grad_output: Tensor) -> dict[str, Tensor]:
+    """The rows of `split` if they are right, else those of `pull_back`, which is of the whole batch, from one sample at a time.
+
+    They are right if their sum, each times a random number of its own, is the gradient of the outputs times these numbers: a
+    wrong row goes unseen with probability 0 (Freivalds, as in `hydra_pipe.maths.books`).
+    """
+    batch = len(grad_output)
+    weights = torch.randn(batch, generator=torch.Generator().manual_seed(0)).to(grad_output)
+    with suppress(*_CANNOT_RUN):
+        rows = split()
+        truth = pull_back(grad_output * weights.reshape(-1, *[1] * (grad_output.dim() - 1)))
+        if all(_adds_up(rows[name].flatten(1), weights, truth[name].flatten()) for name in rows):
+            return rows
+    of_samples = []
+    for i in range(batch):
+        alone = torch.zeros_like(grad_output)
+        alone[i] = grad_output[i]
+        of_samples.append(pull_back(alone))
+    return {name: torch.stack([row[name] for row in of_samples]) for name in of_samples[0]}
+
+
+def _adds_up(rows: Tensor, weights: Tensor, truth: Tensor) -> bool:
+    """Whether the weighted sum of `rows` is `truth` up to rounding."""
+    magnitude = weights.abs() @ torch.linalg.vector_norm(rows, dim=1)
+    error = torch.linalg.vector_norm(weights @ rows - truth)
+    return bool(error <= magnitude * torch.finfo(rows.dtype).eps ** 0.5)
 
 
 def replica_of(module: nn.Module) -> nn.Module:
@@ -325,6 +383,9 @@ _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     ),
 }
+# Types of libraries that need not be there.
+_RULES_BY_PATH: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": conv1d_of_transformers_rule}
+_OWN = {*_BUILT_IN, *_RULES_BY_PATH.values()}
 for _rule, _types in _BUILT_IN.items():
     for _type in _types:
         register_rule(_type, _rule)
