@@ -57,28 +57,28 @@ class Kron:
 
     def __call__(self, contribution: Contribution) -> Tensor:
         """Project factors, or rows of shape (B, O * I), to (B, k_out * k_in), in their dtype, on their device."""
-        if isinstance(contribution, Factors) and contribution.right is not None:
-            left = self._project_outputs(contribution.left)
-            projected = torch.bmm(left.transpose(1, 2), self._project_inputs(contribution.right))
+        if isinstance(contribution, Factors) and contribution.given_right is not None:
+            signs_out, signs_in = self._signs_like(contribution.left)
+            right = contribution.right if signs_in is None else contribution.right_times(signs_in)
+            assert right is not None
+            projected = torch.bmm(_times(contribution.left, signs_out).transpose(1, 2), right)
         else:
             rows = contribution.rows() if isinstance(contribution, Factors) else contribution
-            halfway = self._project_inputs(rows.reshape(len(rows), *self._sides))
-            projected = self._project_outputs(halfway.transpose(1, 2)).transpose(1, 2)
+            signs_out, signs_in = self._signs_like(rows)
+            halfway = _times(rows.reshape(len(rows), *self._sides), signs_in)
+            projected = _times(halfway.transpose(1, 2), signs_out).transpose(1, 2)
         return projected.flatten(1) * self._scale
 
-    def _project_outputs(self, values: Tensor) -> Tensor:
-        """(B, n, O) to (B, n, k_out), not yet scaled."""
-        if self._out is None:
-            return values
-        self._out = self._out.to(values)
-        return values @ self._out.T
+    def _signs_like(self, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """S and T in the dtype and on the device of `values`."""
+        self._out = None if self._out is None else self._out.to(values)
+        self._in = None if self._in is None else self._in.to(values)
+        return self._out, self._in
 
-    def _project_inputs(self, values: Tensor) -> Tensor:
-        """(B, n, I) to (B, n, k_in), not yet scaled."""
-        if self._in is None:
-            return values
-        self._in = self._in.to(values)
-        return values @ self._in.T
+
+def _times(values: Tensor, signs: Tensor | None) -> Tensor:
+    """(B, n, size) to (B, n, k)."""
+    return values if signs is None else values @ signs.T
 
 
 def _signs(key: str, k: int, size: int) -> Tensor | None:

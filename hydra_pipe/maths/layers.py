@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -24,13 +25,23 @@ class Factors:
 
     Args:
         left: gradient at the output, shape (B, P, O).
-        right: what it is multiplied by, shape (B, P, I); None stands for 1, as in a bias.
-        right_norms: upper bound of the norm of each sample's `right`, shape (B,), where the rule knows a cheap one.
+        given_right: what it is multiplied by, shape (B, P, I), or the patches that it consists of; None stands for 1, as in a bias.
     """
 
     left: Tensor
-    right: Tensor | None
-    right_norms: Tensor | None = None
+    given_right: "Tensor | Patches | None"
+
+    @cached_property
+    def right(self) -> Tensor | None:
+        """What `left` is multiplied by, written out."""
+        return self.given_right.written_out() if isinstance(self.given_right, Patches) else self.given_right
+
+    def right_times(self, matrix: Tensor) -> Tensor:
+        """`right` times the transpose of `matrix`, which has the shape (k, I); shape (B, P, k)."""
+        if isinstance(self.given_right, Patches):
+            return self.given_right.times(matrix)
+        assert self.given_right is not None
+        return self.given_right @ matrix.T
 
     def norms(self) -> Tensor:
         """Upper bound of each row's norm, and of the rounding in it where its terms cancel, shape (B,).
@@ -38,9 +49,9 @@ class Factors:
         |sum_p outer(l_p, r_p)| <= |l| |r| over all positions (Cauchy-Schwarz).
         """
         left = _norms(self.left)
-        if self.right is None:
+        if self.given_right is None:
             return left.mul_(self.n_positions**0.5)
-        return left.mul_(_norms(self.right) if self.right_norms is None else self.right_norms)
+        return left.mul_(self.given_right.norms() if isinstance(self.given_right, Patches) else _norms(self.given_right))
 
     @property
     def n_positions(self) -> int:
@@ -51,6 +62,49 @@ class Factors:
         if self.right is None:
             return self.left.sum(1)
         return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What each position of a convolution sees, shape (B, P, channels * kernel pixels), kept as the pixels they are cut from.
+
+    Args:
+        padded: shape (B, channels, ...).
+        conv: whose kernel, stride and dilation it is.
+        positions: the number of them along each dimension; P is their product.
+    """
+
+    padded: Tensor
+    conv: "_Conv | _ConvTranspose"
+    positions: torch.Size
+
+    def written_out(self) -> Tensor:
+        # a strided copy, measured at two to four times the speed of F.unfold
+        padded = self.padded.contiguous()
+        batch, channels = padded.shape[:2]
+        of_sample, of_channel, *of_pixel = padded.stride()
+        shape = (batch, channels, *self.conv.kernel_size, *self.positions)
+        steps = [stride * d for stride, d in zip(of_pixel, self.conv.dilation, strict=True)]
+        moves = [stride * s for stride, s in zip(of_pixel, self.conv.stride, strict=True)]
+        view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
+        return view.reshape(batch, -1, self.positions.numel()).transpose(1, 2)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The patches times the transpose of `matrix`, which has the shape (k, channels * kernel pixels); shape (B, P, k).
+
+        A convolution with the rows of `matrix` as filters: nothing is written out.
+        """
+        filters = matrix.reshape(len(matrix), self.padded.shape[1], *self.conv.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
+        found = convolve(self.padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
+        # the output padding of a transposed convolution may leave room for more positions than there are
+        for dim, n in enumerate(self.positions, start=2):
+            found = found.narrow(dim, 0, n)
+        return found.flatten(2).transpose(1, 2)
+
+    def norms(self) -> Tensor:
+        """Upper bound of the norm of each sample's patches, shape (B,): a pixel is in no more than the kernel has pixels."""
+        return _norms(self.padded.flatten(2)).mul_(math.prod(self.conv.kernel_size) ** 0.5)
 
 
 def _norms(values: Tensor) -> Tensor:
@@ -146,10 +200,8 @@ def conv_rule(
         # torch keeps the widths, "same" resolved, in the order that F.pad takes
         widths = module._reversed_padding_repeated_twice
         padded = F.pad(inputs, widths, mode=mode) if any(widths) else inputs
-        patches = _patches(padded, module, grad_output.shape[2:])
-        # a pixel is in no more patches than the kernel has pixels
-        norms = _norms(padded.flatten(2)).mul_(math.prod(module.kernel_size) ** 0.5)
-        result["weight"] = _grouped(grads, patches, module.groups, norms, result.get("bias"))
+        patches = Patches(padded, module, grad_output.shape[2:])
+        result["weight"] = _grouped(grads, patches, module.groups, result.get("bias"))
     return result
 
 
@@ -165,36 +217,20 @@ def conv_transpose_rule(
     if "weight" in wanted:
         padding = cast("tuple[int, ...]", module.padding)
         widths = [width for n in reversed(padding) for width in (n, n)]
-        patches = _patches(F.pad(grad_output, widths), module, inputs.shape[2:])
+        patches = Patches(F.pad(grad_output, widths), module, inputs.shape[2:])
         result["weight"] = _grouped(inputs.flatten(2), patches, module.groups)
     return result
 
 
-def _grouped(
-    lefts: Tensor, patches: Tensor, groups: int, norms: Tensor | None = None, bias: Contribution | None = None
-) -> Contribution:
-    """Products of (B, O, P) and (B, I * kernel, P), group by group; `bias` has the same output factor, if it is given."""
+def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | None = None) -> Contribution:
+    """Products of (B, O, P) and patches, group by group; `bias` has the same output factor, if it is given."""
     if groups == 1:
         left = bias.left if isinstance(bias, Factors) else lefts.transpose(1, 2)
-        return Factors(left, patches.transpose(1, 2), norms)
+        return Factors(left, patches)
     batch, positions = len(lefts), lefts.shape[2]
-    per_group = torch.bmm(
-        lefts.reshape(batch * groups, -1, positions), patches.reshape(batch * groups, -1, positions).transpose(1, 2)
-    )
+    rights = patches.written_out().transpose(1, 2).reshape(batch * groups, -1, positions)
+    per_group = torch.bmm(lefts.reshape(batch * groups, -1, positions), rights.transpose(1, 2))
     return per_group.reshape(batch, -1)
-
-
-def _patches(padded: Tensor, conv: _Conv | _ConvTranspose, positions: torch.Size) -> Tensor:
-    """What each position sees, shape (B, channels * kernel pixels, P)."""
-    # a strided copy, measured at two to four times the speed of F.unfold
-    padded = padded.contiguous()
-    batch, channels = padded.shape[:2]
-    of_sample, of_channel, *of_pixel = padded.stride()
-    shape = (batch, channels, *conv.kernel_size, *positions)
-    steps = [stride * d for stride, d in zip(of_pixel, conv.dilation, strict=True)]
-    moves = [stride * s for stride, s in zip(of_pixel, conv.stride, strict=True)]
-    view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
-    return view.reshape(batch, -1, positions.numel())
 
 
 def embedding_rule(

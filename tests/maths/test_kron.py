@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hydra_pipe.maths.kron import Kron, choose_sides
-from hydra_pipe.maths.layers import Factors
+from hydra_pipe.maths.layers import Factors, rule_for
 
 SIZES = st.integers(1, 7)
 
@@ -39,6 +39,32 @@ def test_factors_and_the_rows_they_make_up_are_projected_alike(
     bias = Factors(factors.left, None)
     of_bias = Kron(0, "b", (outputs,), k_out, 1, (outputs, 1))
     torch.testing.assert_close(of_bias(bias), of_bias(bias.rows()), rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dims=st.sampled_from([1, 2, 3]), transposed=st.booleans(), batch=st.integers(1, 3))
+def test_the_patches_of_a_convolution_are_projected_without_being_written_out(
+    data: st.DataObject, dims: int, transposed: bool, batch: int
+) -> None:
+    def sizes(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation = sizes(1, 3), sizes(1, 2), sizes(1, 3)
+    options = {"stride": stride, "dilation": dilation, "padding": sizes(0, 2)}
+    if transposed:
+        options["output_padding"] = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    module = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")(2, 3, kernel, **options).double()
+    sides = (len(module.weight), module.weight[0].numel())
+    kron = Kron(0, "w", module.weight.shape, *choose_sides(*sides, data.draw(st.integers(1, 40))), sides)
+    inputs = random(batch, 2, *sizes(7, 8))
+    with torch.no_grad():
+        grad_output = random(*module(inputs).shape, seed=1)
+        (factors,) = rule_for(module)(module, (inputs,), {}, grad_output, ["weight"]).values()
+    assert isinstance(factors, Factors)
+    found, norms = kron(factors), factors.norms()
+    assert kron.n_columns % sides[1] == 0 or "right" not in vars(factors)  # written out where that side is the identity only
+    torch.testing.assert_close(found, kron(factors.rows()), rtol=1e-10, atol=1e-10)
+    assert bool((norms >= factors.rows().norm(dim=1) * (1 - 1e-12)).all())
 
 
 @settings(max_examples=40, deadline=None)
