@@ -6,8 +6,10 @@ A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin,
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,13 +25,23 @@ class Factors:
 
     Args:
         left: gradient at the output, shape (B, P, O).
-        right: what it is multiplied by, shape (B, P, I); None stands for 1, as in a bias.
-        right_norms: upper bound of the norm of each sample's `right`, shape (B,), where the rule knows a cheap one.
+        given_right: what it is multiplied by, shape (B, P, I), or the patches that it consists of; None stands for 1, as in a bias.
     """
 
     left: Tensor
-    right: Tensor | None
-    right_norms: Tensor | None = None
+    given_right: "Tensor | Patches | None"
+
+    @cached_property
+    def right(self) -> Tensor | None:
+        """What `left` is multiplied by, written out."""
+        return self.given_right.written_out() if isinstance(self.given_right, Patches) else self.given_right
+
+    def right_times(self, matrix: Tensor) -> Tensor:
+        """`right` times the transpose of `matrix`, which has the shape (k, I); shape (B, P, k)."""
+        if isinstance(self.given_right, Patches):
+            return self.given_right.times(matrix)
+        assert self.given_right is not None
+        return self.given_right @ matrix.T
 
     def norms(self) -> Tensor:
         """Upper bound of each row's norm, and of the rounding in it where its terms cancel, shape (B,).
@@ -37,9 +49,9 @@ class Factors:
         |sum_p outer(l_p, r_p)| <= |l| |r| over all positions (Cauchy-Schwarz).
         """
         left = _norms(self.left)
-        if self.right is None:
+        if self.given_right is None:
             return left.mul_(self.n_positions**0.5)
-        return left.mul_(_norms(self.right) if self.right_norms is None else self.right_norms)
+        return left.mul_(self.given_right.norms() if isinstance(self.given_right, Patches) else _norms(self.given_right))
 
     @property
     def n_positions(self) -> int:
@@ -50,6 +62,49 @@ class Factors:
         if self.right is None:
             return self.left.sum(1)
         return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What each position of a convolution sees, shape (B, P, channels * kernel pixels), kept as the pixels they are cut from.
+
+    Args:
+        padded: shape (B, channels, ...).
+        conv: whose kernel, stride and dilation it is.
+        positions: the number of them along each dimension; P is their product.
+    """
+
+    padded: Tensor
+    conv: "_Conv | _ConvTranspose"
+    positions: torch.Size
+
+    def written_out(self) -> Tensor:
+        # a strided copy, measured at two to four times the speed of F.unfold
+        padded = self.padded.contiguous()
+        batch, channels = padded.shape[:2]
+        of_sample, of_channel, *of_pixel = padded.stride()
+        shape = (batch, channels, *self.conv.kernel_size, *self.positions)
+        steps = [stride * d for stride, d in zip(of_pixel, self.conv.dilation, strict=True)]
+        moves = [stride * s for stride, s in zip(of_pixel, self.conv.stride, strict=True)]
+        view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
+        return view.reshape(batch, -1, self.positions.numel()).transpose(1, 2)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The patches times the transpose of `matrix`, which has the shape (k, channels * kernel pixels); shape (B, P, k).
+
+        A convolution with the rows of `matrix` as filters: nothing is written out.
+        """
+        filters = matrix.reshape(len(matrix), self.padded.shape[1], *self.conv.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
+        found = convolve(self.padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
+        # the output padding of a transposed convolution may leave room for more positions than there are
+        for dim, n in enumerate(self.positions, start=2):
+            found = found.narrow(dim, 0, n)
+        return found.flatten(2).transpose(1, 2)
+
+    def norms(self) -> Tensor:
+        """Upper bound of the norm of each sample's patches, shape (B,): a pixel is in no more than the kernel has pixels."""
+        return _norms(self.padded.flatten(2)).mul_(math.prod(self.conv.kernel_size) ** 0.5)
 
 
 def _norms(values: Tensor) -> Tensor:
@@ -73,9 +128,10 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
     Raises:
         LayerError: that type has a rule already; the message names both.
     """
-    if module_type in _RULES:
+    present = _rule_of_type(module_type)
+    if present is not None:
         raise LayerError(
-            f"{module_type.__name__} has the rule {_RULES[module_type].__qualname__} already; "
+            f"{module_type.__name__} has the rule {present.__qualname__} already; "
             f"{rule.__qualname__} cannot be registered beside it"
         )
     _RULES[module_type] = rule
@@ -84,16 +140,20 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 def rule_for(module: nn.Module) -> Rule:
     """The rule that splits `module`'s gradient by sample: a registered one, else the general fallback.
 
-    A module of torch's with parameters of other names (a reparametrised weight, say) gets the fallback too.
+    A module with a rule from here and parameters of other names (a reparametrised weight, say) gets the fallback too.
     """
     for module_type in type(module).__mro__:
-        rule = _RULES.get(module_type)
+        rule = _rule_of_type(module_type)
         if rule is not None:
             # A subclass that computes something else must not be taken for its parent.
             same_forward = getattr(type(module), "forward", None) is getattr(module_type, "forward", None)
-            usual = rule not in _BUILT_IN or set(module._parameters) <= {"weight", "bias"}
+            usual = rule not in _OWN or set(module._parameters) <= {"weight", "bias"}
             return rule if same_forward and usual else general_rule
     return general_rule
+
+
+def _rule_of_type(module_type: type) -> Rule | None:
+    return _RULES.get(module_type) or _RULES_BY_PATH.get(f"{module_type.__module__}.{module_type.__qualname__}")
 
 
 def may_couple(module: nn.Module) -> bool:
@@ -110,6 +170,17 @@ def linear_rule(
     left = grad_output.reshape(batch, -1, grad_output.shape[-1])
     right = inputs.reshape(batch, -1, inputs.shape[-1])
     return {name: Factors(left, right if name == "weight" else None) for name in wanted}
+
+
+def conv1d_of_transformers_rule(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+) -> dict[str, Contribution]:
+    """A Linear whose weight has the shape (I, O), y = x W + b: dW_i = sum_p x_ip g_ip^T. What GPT-2 in transformers is made of."""
+    (inputs,) = args or kwargs.values()
+    batch = grad_output.shape[0]
+    grads = grad_output.reshape(batch, -1, grad_output.shape[-1])
+    inputs = inputs.reshape(batch, -1, inputs.shape[-1])
+    return {name: Factors(inputs, grads) if name == "weight" else Factors(grads, None) for name in wanted}
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -129,10 +200,8 @@ def conv_rule(
         # torch keeps the widths, "same" resolved, in the order that F.pad takes
         widths = module._reversed_padding_repeated_twice
         padded = F.pad(inputs, widths, mode=mode) if any(widths) else inputs
-        patches = _patches(padded, module, grad_output.shape[2:])
-        # a pixel is in no more patches than the kernel has pixels
-        norms = _norms(padded.flatten(2)).mul_(math.prod(module.kernel_size) ** 0.5)
-        result["weight"] = _grouped(grads, patches, module.groups, norms, result.get("bias"))
+        patches = Patches(padded, module, grad_output.shape[2:])
+        result["weight"] = _grouped(grads, patches, module.groups, result.get("bias"))
     return result
 
 
@@ -148,36 +217,20 @@ def conv_transpose_rule(
     if "weight" in wanted:
         padding = cast("tuple[int, ...]", module.padding)
         widths = [width for n in reversed(padding) for width in (n, n)]
-        patches = _patches(F.pad(grad_output, widths), module, inputs.shape[2:])
+        patches = Patches(F.pad(grad_output, widths), module, inputs.shape[2:])
         result["weight"] = _grouped(inputs.flatten(2), patches, module.groups)
     return result
 
 
-def _grouped(
-    lefts: Tensor, patches: Tensor, groups: int, norms: Tensor | None = None, bias: Contribution | None = None
-) -> Contribution:
-    """Products of (B, O, P) and (B, I * kernel, P), group by group; `bias` has the same output factor, if it is given."""
+def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | None = None) -> Contribution:
+    """Products of (B, O, P) and patches, group by group; `bias` has the same output factor, if it is given."""
     if groups == 1:
         left = bias.left if isinstance(bias, Factors) else lefts.transpose(1, 2)
-        return Factors(left, patches.transpose(1, 2), norms)
+        return Factors(left, patches)
     batch, positions = len(lefts), lefts.shape[2]
-    per_group = torch.bmm(
-        lefts.reshape(batch * groups, -1, positions), patches.reshape(batch * groups, -1, positions).transpose(1, 2)
-    )
+    rights = patches.written_out().transpose(1, 2).reshape(batch * groups, -1, positions)
+    per_group = torch.bmm(lefts.reshape(batch * groups, -1, positions), rights.transpose(1, 2))
     return per_group.reshape(batch, -1)
-
-
-def _patches(padded: Tensor, conv: _Conv | _ConvTranspose, positions: torch.Size) -> Tensor:
-    """What each position sees, shape (B, channels * kernel pixels, P)."""
-    # a strided copy, measured at two to four times the speed of F.unfold
-    padded = padded.contiguous()
-    batch, channels = padded.shape[:2]
-    of_sample, of_channel, *of_pixel = padded.stride()
-    shape = (batch, channels, *conv.kernel_size, *positions)
-    steps = [stride * d for stride, d in zip(of_pixel, conv.dilation, strict=True)]
-    moves = [stride * s for stride, s in zip(of_pixel, conv.stride, strict=True)]
-    view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
-    return view.reshape(batch, -1, positions.numel())
 
 
 def embedding_rule(
@@ -250,7 +303,9 @@ def general_rule(
     """Any module whose samples do not mix: its own backward, vectorised over samples taken one by one.
 
     Computes the module's forward pass once more, on a copy of its buffers. Tensors whose first dimension is not the batch are
-    passed as they are.
+    passed as they are. Where two or more tensors have the batch's length, one of them may be shared by all samples (a causal
+    mask of as many positions as there are samples): what comes of splitting them is checked, and where it is not right, the
+    rows are taken from passes over the whole batch, one backward a sample.
 
     Raises:
         LayerError: the module cannot be run that way.
@@ -260,13 +315,11 @@ def general_rule(
     replica = replica_of(module)
     others = {name: value.detach() for name, value in module.named_parameters()}
     parameters = {name: others.pop(name) for name in wanted}
-    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in (*args, *kwargs.values())]
     values = [*args, *kwargs.values()]
+    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in values]
     samples = tuple(x for x, of_sample in zip(values, batched, strict=True) if of_sample)
 
-    def one_sample(gradient: Tensor, *sample: Tensor) -> dict[str, Tensor]:
-        rest = iter(sample)
-        inputs = [next(rest).unsqueeze(0) if s else x for x, s in zip(values, batched, strict=True)]
+    def pull_back(inputs: Sequence[Any]) -> PullBack:
         keywords = dict(zip(kwargs, inputs[len(args) :], strict=True))
 
         def output(own: dict[str, Tensor]) -> Tensor:
@@ -276,22 +329,63 @@ def general_rule(
             assert isinstance(called, Tensor)
             return called
 
-        pull_back = torch.func.vjp(output, parameters)[1]
-        (gradients,) = pull_back(gradient.unsqueeze(0))
-        assert isinstance(gradients, dict)
-        return gradients
+        vjp = torch.func.vjp(output, parameters)[1]
+        return lambda gradient: {name: row.detach() for name, row in vjp(gradient)[0].items()}
+
+    def one_sample(gradient: Tensor, *sample: Tensor) -> dict[str, Tensor]:
+        rest = iter(sample)
+        inputs = [next(rest).unsqueeze(0) if s else x for x, s in zip(values, batched, strict=True)]
+        return pull_back(inputs)(gradient.unsqueeze(0))
+
+    def split() -> dict[str, Tensor]:
+        rows: dict[str, Tensor] = torch.func.vmap(one_sample, randomness="different")(grad_output, *samples)
+        return rows
 
     devices = [grad_output.device] if grad_output.is_cuda else []
     try:
         # forked: a random module must not draw from the generator that the training goes on with
         with torch.enable_grad(), torch.random.fork_rng(devices):
-            gradients = torch.func.vmap(one_sample, randomness="different")(grad_output, *samples)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            unclear = batch > 1 and len(samples) > 1
+            gradients = _split_or_whole(split, pull_back(values), grad_output) if unclear else split()
+    except _CANNOT_RUN as error:
         raise LayerError(
             f"{type(module).__name__} has no layer rule and cannot be run one sample at a time ({_first_line(error)}): "
             f"freeze its parameters or give it a rule with hydra_pipe.register_rule"
         ) from error
     return {name: gradient.detach().flatten(1) for name, gradient in gradients.items()}
+
+
+# From the gradient at a module's output to that of its parameters.
+PullBack = Callable[[Tensor], dict[str, Tensor]]
+_CANNOT_RUN = (RuntimeError, TypeError, ValueError, AssertionError)
+
+
+def _split_or_whole(split: Callable[[], dict[str, Tensor]], pull_back: PullBack, grad_output: Tensor) -> dict[str, Tensor]:
+    """The rows of `split` if they are right, else those of `pull_back`, which is of the whole batch, from one sample at a time.
+
+    They are right if their sum, each times a random number of its own, is the gradient of the outputs times these numbers: a
+    wrong row goes unseen with probability 0 (Freivalds, as in `hydra_pipe.maths.books`).
+    """
+    batch = len(grad_output)
+    weights = torch.randn(batch, generator=torch.Generator().manual_seed(0)).to(grad_output)
+    with suppress(*_CANNOT_RUN):
+        rows = split()
+        truth = pull_back(grad_output * weights.reshape(-1, *[1] * (grad_output.dim() - 1)))
+        if all(_adds_up(rows[name].flatten(1), weights, truth[name].flatten()) for name in rows):
+            return rows
+    of_samples = []
+    for i in range(batch):
+        alone = torch.zeros_like(grad_output)
+        alone[i] = grad_output[i]
+        of_samples.append(pull_back(alone))
+    return {name: torch.stack([row[name] for row in of_samples]) for name in of_samples[0]}
+
+
+def _adds_up(rows: Tensor, weights: Tensor, truth: Tensor) -> bool:
+    """Whether the weighted sum of `rows` is `truth` up to rounding."""
+    magnitude = weights.abs() @ torch.linalg.vector_norm(rows, dim=1)
+    error = torch.linalg.vector_norm(weights @ rows - truth)
+    return bool(error <= magnitude * torch.finfo(rows.dtype).eps ** 0.5)
 
 
 def replica_of(module: nn.Module) -> nn.Module:
@@ -325,6 +419,9 @@ _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     ),
 }
+# Types of libraries that need not be there.
+_RULES_BY_PATH: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": conv1d_of_transformers_rule}
+_OWN = {*_BUILT_IN, *_RULES_BY_PATH.values()}
 for _rule, _types in _BUILT_IN.items():
     for _type in _types:
         register_rule(_type, _rule)

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths import layers
-from hydra_pipe.maths.layers import Factors, conv_rule, general_rule, linear_rule, may_couple, register_rule, rule_for
+from hydra_pipe.maths.layers import (
+    Factors,
+    conv1d_of_transformers_rule,
+    conv_rule,
+    general_rule,
+    linear_rule,
+    may_couple,
+    register_rule,
+    rule_for,
+)
 
 Rows = Mapping[str, Tensor]
 
@@ -110,6 +119,49 @@ def test_a_linear_whose_input_and_gradient_are_not_contiguous_has_the_same_rows(
     expected = written_out(linear_rule(module, (inputs.contiguous(),), {}, grad_output.contiguous(), ["weight", "bias"]))
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows)
+
+
+class Conv1D(nn.Module):
+    """Stands in for the one of transformers, which is known by these two names."""
+
+    __module__ = "transformers.pytorch_utils"
+    __qualname__ = "Conv1D"
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(inputs, outputs, seed=4))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
+
+
+class SubclassedConv1D(Conv1D):
+    pass
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    module_type=st.sampled_from([Conv1D, SubclassedConv1D]),
+    batch=st.integers(1, 4),
+    positions=st.lists(st.integers(1, 4), max_size=2),
+    inputs=st.integers(1, 4),
+    outputs=st.integers(1, 4),
+)
+def test_rows_of_transformers_conv1d_are_batch_of_one_gradients(
+    module_type: type[Conv1D], batch: int, positions: list[int], inputs: int, outputs: int
+) -> None:
+    module = module_type(outputs, inputs)
+    assert rule_for(module) is conv1d_of_transformers_rule
+    assert_rows_are_batch_of_one_gradients(module, random(batch, *positions, inputs))
+
+
+def test_a_rule_known_by_its_types_name_is_a_rule_like_others() -> None:
+    with pytest.raises(LayerError, match=r"Conv1D.*conv1d_of_transformers_rule.*my_rule"):
+        register_rule(Conv1D, my_rule)
+    module = Conv1D(3, 2)
+    module.gain = nn.Parameter(torch.ones(3))
+    assert rule_for(module) is general_rule
 
 
 @st.composite
@@ -263,6 +315,68 @@ def test_the_fallback_passes_on_as_they_are_what_is_no_tensor_or_has_no_sample_d
     truth = one_by_one_gradients(module, lambda output, g: output * gate.sigmoid() ** 3 * g, inputs, grad_output, ["weight"])
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, torch.stack([row["weight"].flatten() for row in truth]))
+
+
+class Mixing(nn.Module):
+    """One of its tensors is of positions, shared by all samples: added, or multiplied from the left as a mask is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(3, 3))
+
+    def forward(self, inputs: Tensor, added: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        hidden = inputs @ self.weight if added is None else (inputs + added) @ self.weight
+        return torch.tanh(hidden if mask is None else mask @ hidden)
+
+
+@pytest.mark.parametrize("loss", [lambda output, g: output * g, lambda output, _: output], ids=["any loss", "sum of the output"])
+@pytest.mark.parametrize("shared", ["added", "mask", "both"])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_the_fallback_does_not_split_what_is_shared_though_it_is_as_long_as_the_batch(batch: int, shared: str, loss: Any) -> None:
+    module, positions = Mixing(), 4
+    inputs, weights = random(batch, positions, 3), random(batch, positions, 3, seed=1)
+    args, kwargs = [inputs], {}
+    if shared != "mask":
+        args.append(random(positions, 3, seed=2))
+    if shared != "added":
+        kwargs["mask"] = random(positions, positions, seed=3)
+    output = module(*args, **kwargs)
+    (grad_output,) = torch.autograd.grad(loss(output, weights).sum(), output)
+    found = general_rule(module, tuple(args), kwargs, grad_output, ["weight"])["weight"]
+    truth = one_by_one_gradients(of_first_input(module, args[1:], kwargs), loss, inputs, weights, ["module.weight"])
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, torch.stack([row["module.weight"].flatten() for row in truth]))
+
+
+def of_first_input(module: nn.Module, args: list[Tensor], kwargs: dict[str, Tensor]) -> nn.Module:
+    """`module` as a module of its first input alone."""
+
+    class Rest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.module(inputs, *args, **kwargs)
+
+    return Rest()
+
+
+def test_the_fallback_goes_through_the_whole_batch_for_each_sample_only_where_split_rows_are_wrong() -> None:
+    truth, grad_output = random(9, 4), torch.ones(9, 1, dtype=torch.float64)
+    wrong = truth.clone()
+    wrong[2] += 1e-3
+    wrong[5] -= 1e-3  # so that the sum is right
+    for rows, n_calls in ((truth, 1), (wrong, 10)):
+        calls: list[Tensor] = []
+
+        def pull_back(gradient: Tensor, calls: list[Tensor] = calls) -> Rows:
+            calls.append(gradient)
+            return {"weight": (truth * gradient).sum(0)}
+
+        found = layers._split_or_whole(lambda rows=rows: {"weight": rows}, pull_back, grad_output)
+        assert torch.equal(found["weight"], truth)
+        assert len(calls) == n_calls
 
 
 @settings(max_examples=50, deadline=None)

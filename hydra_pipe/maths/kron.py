@@ -1,0 +1,108 @@
+"""The random projection for weights whose gradient is a sum over positions of outer products: both sides before the product.
+
+Symbols: X and Y gradients of shape (O, I), with rows x_i and columns x^a; S (k_out, O) and T (k_in, I) independent random signs.
+
+K X = S X T' / sqrt(k_out k_in). From X = sum_p l_p r_p' it is sum_p (S l_p)(T r_p)', so that X is never formed. S'S / k_out
+has a diagonal of exact ones, and off it uncorrelated entries of mean 0 and variance 1/k_out; T'T / k_in likewise. So
+E<K X, K Y> = <X, Y> exactly, and Var<K X, K Y> is the sum of
+
+    V_out  = (|X Y'|^2 + <X Y', Y X'> - 2 sum_i <x_i, y_i>^2) / k_out                    0 where S is the identity
+    V_in   = (|X' Y|^2 + <X' Y, Y' X> - 2 sum_a <x^a, y^a>^2) / k_in                     0 where T is the identity
+    V_both = (|X|^2 |Y|^2 + <X, Y>^2 + |X Y'|^2 + |X' Y|^2 + 4 sum_ia X_ia^2 Y_ia^2      0 where either is the identity
+              - 2 sum_i (|x_i|^2 |y_i|^2 + <x_i, y_i>^2) - 2 sum_a (|x^a|^2 |y^a|^2 + <x^a, y^a>^2)) / (k_out k_in)
+
+Each numerator is at most 2, 2 and 4 times |X|^2 |Y|^2, hence
+
+    Var<K X, K Y> <= ((1 + 2/k_out)(1 + 2/k_in) - 1) |X|^2 |Y|^2,     2/k taken as 0 on a side that is the identity.
+
+With I = 1 it is the formula of `hydra_pipe.maths.sketch` with q = 1. Outer products come close to the bound; for as many columns
+a sketch is more exact (2/k against about 4/sqrt(k)), but has to be given X.
+"""
+
+import hashlib
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydra_pipe.maths.layers import Contribution, Factors
+
+
+class Kron:
+    """A projection R^(O I) -> R^(k_out k_in) that is a function of (seed, block name, shape, k_out, k_in) alone.
+
+    Args:
+        seed: of the run.
+        name: of the block.
+        shape: of the block.
+        k_out, k_in: columns of each side; a side as wide as what it projects is the identity.
+        sides: (O, I), whose product is the block's number of elements.
+
+    Raises:
+        ValueError: sides that do not make up the shape, or a side projected to nothing or to more than it is.
+    """
+
+    def __init__(self, seed: int, name: str, shape: tuple[int, ...], k_out: int, k_in: int, sides: tuple[int, int]) -> None:
+        outputs, inputs = sides
+        if outputs * inputs != np.prod(shape) or not (1 <= k_out <= outputs and 1 <= k_in <= inputs):
+            raise ValueError(f"{name} of shape {tuple(shape)} cannot be projected from {outputs} x {inputs} to {k_out} x {k_in}")
+        self.n_columns = k_out * k_in
+        self._sides = sides
+        of_block = f"{seed}\n{name}\n{tuple(map(int, shape))}"
+        self._out = _signs(f"{of_block}\nout", k_out, outputs)
+        self._in = _signs(f"{of_block}\nin", k_in, inputs)
+        # of the result, not of the signs: these are exact in any dtype, so that rounding does not make the projection biased
+        self._scale = 1 / sqrt((1 if self._out is None else k_out) * (1 if self._in is None else k_in))
+
+    def __call__(self, contribution: Contribution) -> Tensor:
+        """Project factors, or rows of shape (B, O * I), to (B, k_out * k_in), in their dtype, on their device."""
+        if isinstance(contribution, Factors) and contribution.given_right is not None:
+            signs_out, signs_in = self._signs_like(contribution.left)
+            right = contribution.right if signs_in is None else contribution.right_times(signs_in)
+            assert right is not None
+            projected = torch.bmm(_times(contribution.left, signs_out).transpose(1, 2), right)
+        else:
+            rows = contribution.rows() if isinstance(contribution, Factors) else contribution
+            signs_out, signs_in = self._signs_like(rows)
+            halfway = _times(rows.reshape(len(rows), *self._sides), signs_in)
+            projected = _times(halfway.transpose(1, 2), signs_out).transpose(1, 2)
+        return projected.flatten(1) * self._scale
+
+    def _signs_like(self, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """S and T in the dtype and on the device of `values`."""
+        self._out = None if self._out is None else self._out.to(values)
+        self._in = None if self._in is None else self._in.to(values)
+        return self._out, self._in
+
+
+def _times(values: Tensor, signs: Tensor | None) -> Tensor:
+    """(B, n, size) to (B, n, k)."""
+    return values if signs is None else values @ signs.T
+
+
+def _signs(key: str, k: int, size: int) -> Tensor | None:
+    """Random signs of shape (k, size), a function of `key`; None, for the identity, where `k` is `size`."""
+    if k == size:
+        return None
+    digest = hashlib.sha256(key.encode()).digest()
+    # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
+    words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(k * size)
+    return torch.from_numpy(np.where(words >> np.uint64(63), 1.0, -1.0).astype(np.float32)).reshape(k, size)
+
+
+def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
+    """The (k_out, k_in) of at most `columns` columns in all whose bound on the variance (module docstring) is least.
+
+    Of equal ones that of the smallest k_out.
+
+    Args:
+        outputs, inputs: O and I.
+        columns: at least 1.
+    """
+
+    def error(k: int, size: int) -> float:
+        return 1.0 if k == size else 1.0 + 2.0 / k
+
+    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
+    return min(pairs, key=lambda pair: error(pair[0], outputs) * error(pair[1], inputs))
