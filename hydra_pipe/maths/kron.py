@@ -89,20 +89,3 @@ def _signs(key: str, k: int, size: int) -> Tensor | None:
     # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
     words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(k * size)
     return torch.from_numpy(np.where(words >> np.uint64(63), 1.0, -1.0).astype(np.float32)).reshape(k, size)
-
-
-def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
-    """The (k_out, k_in) of at most `columns` columns in all whose bound on the variance (module docstring) is least.
-
-    Of equal ones that of the smallest k_out.
-
-    Args:
-        outputs, inputs: O and I.
-        columns: at least 1.
-    """
-
-    def error(k: int, size: int) -> float:
-        return 1.0 if k == size else 1.0 + 2.0 / k
-
-    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
-    return min(pairs, key=lambda pair: error(pair[0], outputs) * error(pair[1], inputs))

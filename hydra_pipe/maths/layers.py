@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
 
+_PATCH_BYTES = 8 * 2**20
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -54,14 +56,32 @@ class Factors:
         return left.mul_(self.given_right.norms() if isinstance(self.given_right, Patches) else _norms(self.given_right))
 
     @property
+    def n_inputs(self) -> int:
+        """I; 1 where `right` is None."""
+        if self.given_right is None:
+            return 1
+        return self.given_right.n_pixels if isinstance(self.given_right, Patches) else self.given_right.shape[-1]
+
+    @property
     def n_positions(self) -> int:
         return self.left.shape[1]
 
     def rows(self) -> Tensor:
         """The gradients written out, shape (B, O * I), or (B, O) where `right` is None."""
-        if self.right is None:
+        if self.given_right is None:
             return self.left.sum(1)
-        return torch.bmm(self.left.transpose(1, 2), self.right).flatten(1)
+        left = self.left.transpose(1, 2)
+        if not isinstance(self.given_right, Patches):
+            return torch.bmm(left, self.given_right).flatten(1)
+        # a few samples at a time: memory that is used again is in the cache, and is not asked of the system each time
+        at_once = max(1, _PATCH_BYTES // self.given_right.sample_bytes)
+        if at_once >= len(left):
+            return torch.bmm(left, self.given_right.written_out()).flatten(1)
+        rows = [
+            torch.bmm(left[first : first + at_once], self.given_right.written_out(slice(first, first + at_once)))
+            for first in range(0, len(left), at_once)
+        ]
+        return torch.cat(rows).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -78,9 +98,20 @@ class Patches:
     conv: "_Conv | _ConvTranspose"
     positions: torch.Size
 
-    def written_out(self) -> Tensor:
+    @property
+    def n_pixels(self) -> int:
+        """Channels times kernel pixels: I."""
+        return int(self.padded.shape[1] * math.prod(self.conv.kernel_size))
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of one sample's patches, written out."""
+        return self.n_pixels * self.positions.numel() * self.padded.element_size()
+
+    def written_out(self, samples: slice = slice(None)) -> Tensor:
+        """The patches of some samples, by default all."""
         # a strided copy, measured at two to four times the speed of F.unfold
-        padded = self.padded.contiguous()
+        padded = self.padded[samples].contiguous()
         batch, channels = padded.shape[:2]
         of_sample, of_channel, *of_pixel = padded.stride()
         shape = (batch, channels, *self.conv.kernel_size, *self.positions)

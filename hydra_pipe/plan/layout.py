@@ -7,9 +7,12 @@ from typing import Any, Literal, get_args
 
 from hydra_pipe.errors import BudgetError, StoreError
 
-Encoding = Literal["dense", "factored", "sketch"]
+Encoding = Literal["dense", "factored", "kron", "sketch"]
 EncodingChoice = Literal["auto", "exact", "projected"]
 ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
+
+# A row of more elements is too large to be written out for every sample of a batch before it is projected.
+LARGEST_WRITTEN_OUT = 2**20
 
 Columns = tuple[int, int]  # first and one past the last
 
@@ -23,9 +26,10 @@ class Block:
         shape: of the parameter.
         group: index of its parameter group in the optimiser.
         encoding: see docs/format.md.
-        columns: of the row itself (dense, sketch), or of the output-gradient factor (factored).
+        columns: of the row itself (dense, kron, sketch), or of the output-gradient factor (factored).
         inputs: of the input factor of a factored weight; None for a factored bias, whose input is 1 and whose columns are its
             weight's own, and for the other encodings.
+        kron: (O, I, k_out, k_in) of a block in the encoding kron: what each side is projected from and to; None for the others.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Block:
     encoding: Encoding
     columns: Columns
     inputs: Columns | None = None
+    kron: tuple[int, int, int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -42,7 +47,7 @@ class Block:
     @property
     def exact(self) -> bool:
         """Whether the encoding loses nothing but the dtype's rounding."""
-        return self.encoding != "sketch"
+        return self.encoding in ("dense", "factored")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,15 @@ def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
         encoding=data["encoding"],
         columns=columns("columns"),
         inputs=columns("inputs") if data["inputs"] is not None else None,
+        kron=_sides(data),
     )
+
+
+def _sides(data: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    if data["kron"] is None:
+        return None
+    outputs, inputs, k_out, k_in = (int(n) for n in data["kron"])
+    return outputs, inputs, k_out, k_in
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,7 @@ class Parameter:
         shape: of the parameter.
         group: index of its parameter group.
         factors: (outputs, inputs) where each sample's gradient is one outer product, else None.
+        sides: (outputs, inputs) where each sample's gradient is a sum of outer products, over one position or many, else None.
         bias_of: name of the weight whose output factor is this parameter's gradient, else None.
     """
 
@@ -109,6 +123,7 @@ class Parameter:
     group: int
     factors: tuple[int, int] | None = None
     bias_of: str | None = None
+    sides: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -124,8 +139,11 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
     """Give every parameter an encoding and columns.
 
     `exact`: the narrowest lossless encoding of each. `auto`: the same while it is no wider than an equal share of the budget
-    that narrower ones have left; the rest is sketched to that share. `projected`: every parameter dense or sketched, each
+    that narrower ones have left; the rest is projected to that share. `projected`: every parameter dense or projected, each
     with columns in proportion to the square root of its size, `dim` in all.
+
+    A block is projected by a sketch, which is the more exact for as many columns, but has to be given the whole row; sums of
+    outer products that are too large for that by `kron`.
 
     Args:
         parameters: in the order of the model.
@@ -166,10 +184,33 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
             if name in biases:
                 bias = biases[name]
                 placed[bias.name] = Block(bias.name, bias.shape, bias.group, "factored", (first, middle))
+        elif width == parameter.numel:
+            placed[name] = Block(name, shape, group, "dense", (first, first + width))
+        elif parameter.sides is not None and parameter.numel > LARGEST_WRITTEN_OUT:
+            pair = choose_sides(*parameter.sides, width)
+            width = pair[0] * pair[1]
+            placed[name] = Block(name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair))
         else:
-            placed[name] = Block(name, shape, group, "dense" if width == parameter.numel else "sketch", (first, first + width))
+            placed[name] = Block(name, shape, group, "sketch", (first, first + width))
         first += width
     return Layout(tuple(placed[p.name] for p in parameters), first, seed)
+
+
+def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
+    """The (k_out, k_in) of at most `columns` columns in all whose bound on the variance (`hydra_pipe.maths.kron`) is least.
+
+    Of equal ones that of the smallest k_out.
+
+    Args:
+        outputs, inputs: O and I.
+        columns: at least 1.
+    """
+
+    def error(k: int, size: int) -> float:
+        return 1.0 if k == size else 1.0 + 2.0 / k
+
+    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
+    return min(pairs, key=lambda pair: error(pair[0], outputs) * error(pair[1], inputs))
 
 
 def _prefers_factors(parameter: Parameter) -> bool:

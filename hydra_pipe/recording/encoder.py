@@ -1,13 +1,14 @@
 """From the contributions of one step to stored columns and scales."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.layers import Contribution, Factors
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
@@ -35,14 +36,24 @@ def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[
         if factors and factors[0].right is not None:
             weights[tuple(id(f.left) for f in factors)] = parameter.name
             shape = (factors[0].left.shape[-1], factors[0].right.shape[-1])
-            parameter = Parameter(parameter.name, parameter.shape, parameter.group, factors=shape)
+            parameter = replace(parameter, factors=shape)
+        sides = {_sides(g.value) for g in contributions.get(index, ())}
+        if len(sides) == 1:
+            parameter = replace(parameter, sides=sides.pop())
         described.append(parameter)
     for index, parameter in enumerate(described):
         factors = _outer_products(contributions.get(index, ()))
         weight = weights.get(tuple(id(f.left) for f in factors)) if factors and factors[0].right is None else None
         if weight is not None:
-            described[index] = Parameter(parameter.name, parameter.shape, parameter.group, bias_of=weight)
+            described[index] = replace(parameter, bias_of=weight)
     return described
+
+
+def _sides(value: Contribution) -> tuple[int, int] | None:
+    """Outputs and inputs of a sum of outer products; None: it is something else."""
+    if not isinstance(value, Factors) or value.given_right is None:
+        return None
+    return value.left.shape[-1], value.n_inputs
 
 
 def _outer_products(given: Sequence[Given]) -> list[Factors]:
@@ -81,6 +92,9 @@ class RowEncoder:
             for i, b in enumerate(layout.blocks)
             if b.encoding == "sketch"
         }
+        self._krons = {
+            i: Kron(layout.seed, b.name, b.shape, b.kron[2], b.kron[3], b.kron[:2]) for i, b in enumerate(layout.blocks) if b.kron
+        }
         self.part_columns, self.parts_of_block = _parts(layout)
         # the books compare whole gradients with what rows sum to; large ones times a random vector
         probed = [len(b.shape) > 1 if preconditioned else b.inputs is not None for b in layout.blocks]
@@ -97,6 +111,9 @@ class RowEncoder:
         value = given.value
         if self.layout.blocks[index].encoding == "factored":
             return Reduced(value, given.first)
+        if index in self._krons:
+            norms = value.norms() if isinstance(value, Factors) else torch.linalg.vector_norm(value, dim=1)
+            return Reduced(self._krons[index](value), given.first, norms.sum())
         rows = value.rows() if isinstance(value, Factors) else value
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
         norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
@@ -116,9 +133,13 @@ class RowEncoder:
         probe = self._probes.get(index)
         if probe is None:
             return rows.sum(0)
-        if isinstance(value, Factors) and value.right is not None and value.left.shape[-1] == self.layout.blocks[index].shape[0]:
+        if (
+            isinstance(value, Factors)
+            and value.given_right is not None
+            and value.left.shape[-1] == self.layout.blocks[index].shape[0]
+        ):
             # sum_bp l_bp (r_bp . u): no row is needed
-            return value.left.flatten(0, 1).T @ (value.right.flatten(0, 1) @ self._like(index, rows))
+            return value.left.flatten(0, 1).T @ value.right_times(self._like(index, rows)[None]).flatten()
         return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
 
     def put_in_books(self, index: int, gradient: Tensor, out: Tensor) -> None:
@@ -127,7 +148,10 @@ class RowEncoder:
             torch.mv(gradient.reshape(len(out), -1).to(out.dtype), self._like(index, out), out=out)
             return
         sketch = self._sketches.get(index)
-        if sketch is not None and not self.preconditioned:
+        kron = self._krons.get(index)
+        if kron is not None:
+            gradient = kron(gradient.reshape(1, -1))
+        elif sketch is not None and not self.preconditioned:
             gradient = sketch(gradient.reshape(1, -1))
         out.copy_(gradient.reshape(-1))
 
