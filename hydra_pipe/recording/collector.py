@@ -108,7 +108,8 @@ class Collector:
         mixed: set[int] = set()
 
         def look(index: int, contribution: Contribution, _: int) -> None:
-            others = contribution.left[1:] if isinstance(contribution, Factors) else contribution[1:]
+            # of factors the norms, which are zero where either is: the other may be the layer's input
+            others = contribution.norms()[1:] if isinstance(contribution, Factors) else contribution[1:]
             # not a number is told later, by sample: 0 times an infinite slope is one
             if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
                 mixed.add(index)
@@ -127,7 +128,7 @@ class Collector:
         # what the hooks saw, not `.grad`, which the loop may have cleared by now
         collected = [g.value for given in self._waiting.values() for g in given]
         collected += [g.value for reduced in self._reduced.values() for g in reduced]
-        seen = [value.left if isinstance(value, Factors) else value for value in collected]
+        seen = [value.norms() if isinstance(value, Factors) else value for value in collected]
         return not all(bool(torch.isfinite(values).all()) for values in seen)
 
     def _collect(self, index: int, contribution: Contribution, first: int) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hydra_pipe
+from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch
+from hydra_pipe.plan import layout
 from hydra_pipe.plan.layout import Block
 from hydra_pipe.store.gradients import Gradients
 
@@ -75,7 +77,7 @@ CASES = {
     "Conv3d": Case(lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3)),
     "ConvTranspose1d": Case(lambda: nn.ConvTranspose1d(2, 3, 3, stride=2), (2, 4)),
     "ConvTranspose2d": Case(lambda: nn.ConvTranspose2d(2, 3, 2, padding=1), (2, 3, 3)),
-    "ConvTranspose3d": Case(lambda: nn.ConvTranspose3d(2, 4, 2, groups=2), (2, 2, 2, 2)),
+    "ConvTranspose3d, groups": Case(lambda: nn.ConvTranspose3d(2, 4, 2, groups=2), (2, 2, 2, 2)),
     "Embedding": Case(lambda: nn.Embedding(5, 4, padding_idx=0), (6,), tokens=True),
     "LayerNorm": Case(lambda: nn.LayerNorm(6), (3, 6)),
     "RMSNorm": Case(lambda: nn.RMSNorm(6), (3, 6)),
@@ -171,6 +173,9 @@ def decoded(store: Gradients, index: int, rows: slice) -> np.ndarray:
 
 def projected(block: Block, rows: Tensor, seed: int) -> np.ndarray:
     if not block.exact:
+        if block.kron is not None:
+            outputs, inputs, k_out, k_in = block.kron
+            return Kron(seed, block.name, block.shape, k_out, k_in, (outputs, inputs))(rows).numpy()
         assert block.encoding == "sketch"
         rows = Sketch(seed, block.name, block.shape, block.columns[1] - block.columns[0])(rows)
     return rows.numpy()
@@ -180,6 +185,17 @@ def projected(block: Block, rows: Tensor, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_rows_are_each_samples_share(name: str, choice: str, tmp_path: Path) -> None:
     assert_rows_are_those_of_the_oracle(CASES[name], choice, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_too_large_to_be_written_out_are_projected_on_both_sides(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "LARGEST_WRITTEN_OUT", 0)
+    assert_rows_are_those_of_the_oracle(CASES[name], "projected", tmp_path / "run")
+    blocks = hydra_pipe.open_run(tmp_path / "run").gradients.layout.blocks
+    if name.startswith(("Linear", "Conv")) and "groups" not in name:
+        assert any(block.encoding == "kron" for block in blocks)
 
 
 @st.composite
@@ -202,3 +218,18 @@ def cases_of_any_shape(draw: st.DrawFn) -> Case:
 def test_recorded_rows_of_any_shape_are_each_samples_share(case: Case, choice: str, batch: int) -> None:
     with TemporaryDirectory() as directory:
         assert_rows_are_those_of_the_oracle(case, choice, Path(directory) / "run", batch)
+
+
+@pytest.mark.parametrize("name", ["ConvTranspose2d", "Conv2d", "Linear, several positions"])
+def test_a_layer_that_keeps_samples_apart_is_not_taken_for_one_that_mixes_them(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(BATCH, *CASES[name].shape), torch.randint(0, CLASSES, (BATCH,))
+    model = Classifier(CASES[name].make(), inputs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = hydra_pipe.Recorder(model, optimizer, tmp_path / "run", n_samples=BATCH)
+    with recorder.step(range(BATCH)):
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    recorder.record_test([(inputs, targets)], losses)
+    recorder.close()
+    assert hydra_pipe.open_run(tmp_path / "run").gradients.test_rows(1).n_rows == BATCH
