@@ -47,10 +47,10 @@ def mlp(data: Path) -> Pipeline:
 
 
 RUNS: dict[str, tuple[Callable[[Path], Pipeline], int]] = {
-    "MLP 784-256-128-10": (mlp, 5),
-    "LeNet-5": (lambda data: fashion_mnist.pipeline(data / "fashion-mnist", n_train=6400, n_test=10, epochs=1), 1),
-    "ResNet-8 on CIFAR-10": (lambda data: cifar10n.pipeline(data / "cifar10", n_train=1280, n_test=10, epochs=1), 1),
-    "GPT 4 x 128, context 64, AdamW": (lambda data: shakespeare.pipeline(data / "text", n_train=256, n_test=10, epochs=1), 1),
+    "MLP 784-256-128-10": (mlp, 15),
+    "LeNet-5": (lambda data: fashion_mnist.pipeline(data / "fashion-mnist", n_train=6400, n_test=10, epochs=1), 3),
+    "ResNet-8 on CIFAR-10": (lambda data: cifar10n.pipeline(data / "cifar10", n_train=1280, n_test=10, epochs=1), 2),
+    "GPT 4 x 128, context 64, AdamW": (lambda data: shakespeare.pipeline(data / "text", n_train=512, n_test=10, epochs=1), 2),
 }
 
 

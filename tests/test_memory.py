@@ -42,7 +42,7 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         views[names.GRADIENT][:] = random_rows(N_TESTS, 1)[rows]
         views[names.SCALE][:] = 1.0
         views[names.LOSS][:] = 0.0
-    writer.flush(tests)
+    writer.flush_test(tests)
     writer.close()
     run.end(RECORD, "complete", n_steps=N_ROWS // batch, n_rows=N_ROWS, n_tests=N_TESTS)
     return run.path

@@ -1,7 +1,6 @@
 """The recorder: what a training loop calls, one `with` a step."""
 
 import os
-import queue
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from hydra_pipe.recording.slab import Slab
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
-from hydra_pipe.store.table import BackgroundWriter, TableWriter
+from hydra_pipe.store.table import TableWriter
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -124,10 +123,6 @@ class Recorder:
         # rows of the steps that are not written yet, and what else their lines of the step tables hold
         self._slab: Slab | None = None
         self._pending: list[tuple[StepNote, dict[str, Any]]] = []
-        # a second one is filled while the first is checked and written: reused, so that memory stays the same however long the run
-        self._free: queue.Queue[Slab] = queue.Queue()
-        self._n_slabs = 1
-        self._failure: HydraError | None = None
         self._samples: NDArray[np.int64] | None = None
         self._note = StepNote()
         self.n_steps = self.n_skipped = 0
@@ -223,7 +218,7 @@ class Recorder:
             self._model.eval()
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            self._settle()
+            self._flush()
             assert self._writer is not None
             # a loader draws from the global generator, which the training goes on with
             with torch.random.fork_rng(_devices(self._parameters)):
@@ -267,7 +262,7 @@ class Recorder:
             raise RecordError("there are no test samples: give record_test at least one batch")
         if labels is not None and len(labels) != first_test:
             raise DataError(f"test_labels has {len(labels)} entries for {first_test} test samples")
-        writer.flush(table)
+        writer.flush_test(table)
         if labels is None and sum(map(len, targets_seen)) == first_test:
             labels = np.concatenate(targets_seen)
         if labels is not None:
@@ -298,14 +293,14 @@ class Recorder:
         if self._closed:
             return
         try:
-            self._settle()
+            self._flush()
             if self._writer is None or self._directory is None:
                 raise RecordError("nothing was recorded: no step was taken")
             if self._sample_labels is not None:
                 self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
                 self._n_labels[names.TRAIN_LABELS] = self.n_samples
-            self._release()
             rows = self._writer.rows.n_rows
+            self._release()
         except BaseException as error:
             self.fail(error)
             raise
@@ -355,7 +350,6 @@ class Recorder:
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
         gradients = self._present_gradients()
-        self._raise_failure()
         if self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
         columns = {names.SAMPLE: samples, names.STEP: np.full(len(samples), self.n_steps)}
@@ -371,67 +365,27 @@ class Recorder:
         self._pending.append((self._note, values))
         self.n_steps += 1
         if self._writer is None:
-            self._flush()
+            self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
 
     def _flush(self) -> None:
-        """Hand the steps that wait to the background thread, to be checked and written there."""
+        """Check and write the steps that wait. Raises: NonFiniteError, BooksError: the first that cannot be recorded."""
         if self._slab is None or not self._pending:
             return
-        slab, pending = self._slab, self._pending
-        self._pending = []
-        if self._writer is None:
-            # a first step is checked at once: what it would refuse has to be refused before anything is written
-            self._check_and_write(slab, pending)
-            self._raise_failure()
-        else:
-            stream = torch.cuda.current_stream() if slab.features.is_cuda else None
-
-            def job() -> None:
-                with torch.cuda.stream(stream):
-                    self._check_and_write(slab, pending)
-                self._free.put(slab)
-
-            self._writer.background.submit(job)
-            self._slab = self._next_slab(self._writer.background)
-
-    def _next_slab(self, background: BackgroundWriter) -> Slab | None:
-        """One that is free; None: there is only one yet. Waits for the background thread where both are in its hands."""
-        if self._n_slabs == 1:
-            self._n_slabs = 2
-            return None
-        while True:
-            try:
-                return self._free.get(timeout=1.0)
-            except queue.Empty:
-                background.check()  # raises if it has failed and will never give a slab back
-
-    def _check_and_write(self, slab: Slab, pending: Sequence[tuple[StepNote, dict[str, Any]]]) -> None:
-        if self._failure is not None:
-            return  # rows past a hole would not be readable anyway
+        pending, self._pending = self._pending, []
         with torch.no_grad():
-            checked = slab.check(names.SAMPLE)
+            checked = self._slab.check(names.SAMPLE)
             if checked.entries:
-                writer = self._writer = self._writer or self._open_store(slab.layout)
+                writer = self._writer = self._writer or self._open_store(self._slab.layout)
                 first_row = writer.rows.n_rows
-                slab.write(checked, writer.rows)
+                self._slab.write(checked, writer.rows)
                 imbalance = checked.books.imbalance.max(axis=1)
                 self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
                 for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):
                     found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
                     writer.steps.append({**values, **found, names.LOSS: note.loss})
                     first_row += values[names.N_ROWS]
-        self._failure = checked.error
-
-    def _settle(self) -> None:
-        """Wait until every step so far is checked and written. Raises: NonFiniteError, BooksError, StoreError."""
-        self._flush()
-        if self._writer is not None:
-            self._writer.background.drain()
-        self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if checked.error is not None:
+            raise checked.error
 
     def _present_gradients(self) -> list[Tensor | None]:
         if len(self._optimizer.param_groups) != self._n_groups:

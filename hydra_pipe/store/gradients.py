@@ -46,8 +46,6 @@ BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor":
 class GradientsWriter:
     """Creates `gradients.zarr` and streams rows into it.
 
-    Its tables are filled by jobs of `background`, one thread, or by nobody else while it has none.
-
     Args:
         path: of the store; what is there is replaced.
         layout: the block directory.
@@ -69,13 +67,14 @@ class GradientsWriter:
         )
         self._layout = layout
         self.dtype = dtype
-        self.background = BackgroundWriter()
+        self._writer = BackgroundWriter()
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
         self.rows = TableWriter(
             self._root,
             [*_gradient_columns(layout, dtype, geometry), Column(names.SAMPLE, "int64"), Column(names.STEP, "int64")],
             names.ROW_DIM,
             geometry.shard_rows,
+            self._writer,
         )
         steps = self._root.create_group(names.STEPS)
         per_group = [Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()]
@@ -87,7 +86,7 @@ class GradientsWriter:
             Column(names.LOSS, "float64"),
             Column(names.IMBALANCE, "float32"),
         ]
-        self.steps = TableWriter(steps, [*per_group, *per_block, *per_step], names.STEP_DIM, STEP_SHARD_ROWS)
+        self.steps = TableWriter(steps, [*per_group, *per_block, *per_step], names.STEP_DIM, STEP_SHARD_ROWS, self._writer)
 
     def test_rows(self, step: int) -> TableWriter:
         """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
@@ -96,7 +95,7 @@ class GradientsWriter:
         group = self._root.require_group(names.TEST).create_group(names.checkpoint_name(step), overwrite=True)
         group.attrs.update({names.STEP: step})
         columns = [*_gradient_columns(self._layout, dtype, geometry), Column(names.LOSS, "float32")]
-        return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows)
+        return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
         """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`).
@@ -118,15 +117,15 @@ class GradientsWriter:
     def close(self) -> None:
         """Write what is still in the buffers. Raises: StoreError: writing failed."""
         try:
-            self.flush(self.rows)
-            self.flush(self.steps)
+            self.rows.flush()
+            self.steps.flush()
         finally:
-            self.background.close()
+            self._writer.close()
 
-    def flush(self, table: TableWriter) -> None:
-        """Write the end of a table and wait for it."""
-        self.background.submit(table.flush)
-        self.background.drain()
+    def flush_test(self, table: TableWriter) -> None:
+        """Write the end of a table of test gradients and wait for it."""
+        table.flush()
+        self._writer.drain()
 
 
 def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:

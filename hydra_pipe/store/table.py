@@ -1,4 +1,4 @@
-"""Rows appended to several arrays at once, a whole shard at a time; and a thread to do it in."""
+"""Rows appended to several arrays at once, a whole shard at a time, from a background thread."""
 
 import queue
 import threading
@@ -20,29 +20,29 @@ class BackgroundWriter:
     """One thread that runs jobs in order. At most `depth` wait: then `submit` waits too, which is the back-pressure.
 
     Raises:
-        StoreError: from `submit`, `drain` and `close`, once a job has failed.
+        StoreError: from `submit` and `close`, once a job has failed.
     """
 
-    def __init__(self, depth: int = 1) -> None:
+    def __init__(self, depth: int = 2) -> None:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        self.check()
+        self._check()
         self._jobs.put(job)
 
     def drain(self) -> None:
         """Wait until every submitted job is done."""
         self._jobs.join()
-        self.check()
+        self._check()
 
     def close(self) -> None:
         """Finish all jobs and end the thread."""
         self._jobs.put(None)
         self._thread.join()
-        self.check()
+        self._check()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -56,8 +56,7 @@ class BackgroundWriter:
                 self._jobs.task_done()
         self._jobs.task_done()
 
-    def check(self) -> None:
-        """Raises: StoreError: a job has failed."""
+    def _check(self) -> None:
         if self._failure is not None:
             message = str(self._failure).strip().split("\n")[-1]
             raise StoreError(f"writing failed ({message}): make room or mend the disk, then record again") from self._failure
@@ -91,21 +90,30 @@ class TableWriter:
         group: where the arrays go.
         columns: the arrays.
         dimension: name of the first dimension.
-        shard_rows: rows in one file, written in one piece.
+        shard_rows: rows in one file, written in one piece by `writer`.
+        writer: the background thread.
     """
 
-    def __init__(self, group: zarr.Group, columns: Sequence[Column], dimension: str, shard_rows: int) -> None:
+    def __init__(
+        self, group: zarr.Group, columns: Sequence[Column], dimension: str, shard_rows: int, writer: BackgroundWriter
+    ) -> None:
         self._arrays = {c.name: _create(group, c, dimension, shard_rows) for c in columns}
         self._dtypes = {c.name: c.dtype for c in columns}
         self._shard_rows = shard_rows
-        self._buffers = {c.name: _buffer(c, shard_rows) for c in columns}
+        self._writer = writer
+        # one is filled while the others are written or wait: reused, so that memory stays the same however long the run
+        self._free: queue.Queue[Buffers] = queue.Queue()
+        for _ in range(2):
+            self._free.put({c.name: _buffer(c, shard_rows) for c in columns})
+        self._current = self._free.get()
         self._filled = 0
+        self._flushed = 0
         self.n_written = 0
 
     @property
     def n_rows(self) -> int:
         """Rows appended so far, written or not yet."""
-        return self.n_written + self._filled
+        return self._flushed + self._filled
 
     def dtype_of(self, name: str) -> str:
         """Dtype of column `name`."""
@@ -117,7 +125,7 @@ class TableWriter:
         while done < n:
             take = min(n - done, self._shard_rows - self._filled)
             rows = slice(self._filled, self._filled + take)
-            yield slice(done, done + take), {name: buffer[rows] for name, buffer in self._buffers.items()}
+            yield slice(done, done + take), {name: buffer[rows] for name, buffer in self._current.items()}
             done += take
             self._filled += take
             if self._filled == self._shard_rows:
@@ -130,14 +138,29 @@ class TableWriter:
                 views[name][0] = value
 
     def flush(self) -> None:
-        """Write what has been filled. Before the end only at whole shards, which `reserve` does itself."""
+        """Hand what has been filled to the writer. Before the end only at whole shards, which `reserve` does itself."""
         if self._filled == 0:
             return
-        first, last = self.n_written, self.n_written + self._filled
-        for name, array in self._arrays.items():
-            array.resize((last, *array.shape[1:]))
-            array[first:last] = self._buffers[name][: self._filled]
-        self.n_written, self._filled = last, 0
+        buffers, count, first = self._current, self._filled, self._flushed
+        self._flushed += count
+        self._filled = 0
+
+        def job() -> None:
+            for name, array in self._arrays.items():
+                array.resize((first + count, *array.shape[1:]))
+                array[first : first + count] = buffers[name][:count]
+            self.n_written = first + count
+            self._free.put(buffers)
+
+        self._writer.submit(job)
+        self._current = self._next_buffers()
+
+    def _next_buffers(self) -> Buffers:
+        while True:
+            try:
+                return self._free.get(timeout=1.0)
+            except queue.Empty:
+                self._writer.submit(lambda: None)  # raises if the writer has failed and will never return a buffer
 
 
 def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) -> zarr.Array[Any]:

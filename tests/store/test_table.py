@@ -23,7 +23,8 @@ COLUMNS = [
 
 def write(path: Path, batches: list[int], shard_rows: int = 8) -> np.ndarray:
     group = create_group(path)
-    table = TableWriter(group, COLUMNS, "row", shard_rows)
+    writer = BackgroundWriter()
+    table = TableWriter(group, COLUMNS, "row", shard_rows, writer)
     values = np.arange(sum(batches) * 6, dtype=np.float32).reshape(-1, 6)
     done = 0
     for n in batches:
@@ -33,6 +34,7 @@ def write(path: Path, batches: list[int], shard_rows: int = 8) -> np.ndarray:
         done += n
         assert table.n_rows == done
     table.flush()
+    writer.close()
     return values
 
 
@@ -91,11 +93,13 @@ def test_checked_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, 
 
 def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
     group = create_group(tmp_path)
-    table = TableWriter(group, [Column("flag", "uint8"), Column("x", "float32")], "row", 4)
+    writer = BackgroundWriter()
+    table = TableWriter(group, [Column("flag", "uint8"), Column("x", "float32")], "row", 4, writer)
     for _, views in table.reserve(8):
         views["flag"][:] = 255
         views["x"][:] = np.nan
     table.flush()
+    writer.close()
     assert missing_chunks(zarr.open_array(tmp_path / "flag", mode="r")) == 0
     assert missing_chunks(zarr.open_array(tmp_path / "x", mode="r")) == 0
 
@@ -127,21 +131,21 @@ def test_a_slow_disk_holds_the_training_back_instead_of_filling_memory(tmp_path:
     assert len(submitted) == 10
 
 
-def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs() -> None:
+def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: Path) -> None:
     writer = BackgroundWriter()
+    table = TableWriter(create_group(tmp_path), COLUMNS, "row", 2, writer)
 
     def fail() -> None:
         raise OSError(28, "No space left on device")
 
     writer.submit(fail)
 
-    def submit_many() -> None:
+    def append_many() -> None:
         for _ in range(100):
-            writer.submit(lambda: None)
+            for _rows, views in table.reserve(2):
+                views["wide"][:] = 0
 
     with pytest.raises(StoreError, match="No space left on device"):
-        submit_many()
-    with pytest.raises(StoreError, match="No space left on device"):
-        writer.drain()
+        append_many()
     with pytest.raises(StoreError, match="No space left on device"):
         writer.close()
