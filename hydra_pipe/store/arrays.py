@@ -16,9 +16,10 @@ from hydra_pipe.errors import StoreError
 # Set around the making and opening of arrays only, which is when zarr chooses the pipeline: the user's own zarr is left alone.
 # zarrs 0.2.3 decodes a part of a file (of a shard, or of a chunk where there is no shard) without looking at any checksum,
 # found by flipping every bit of one, and leaves out chunks that equal the fill value whatever the array's configuration says.
-# So it reads whole files only, writes only what cannot equal the fill value, and zarr's own pipeline does everything else.
+# So it reads whole files only, writes only relevance, which cannot equal the fill value, and zarr's own pipeline does the rest.
 _FAST = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _CAREFUL = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5}
 
 
 def create_group(path: Path) -> zarr.Group:
@@ -76,7 +77,7 @@ def create_array(
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None = None,
     *,
-    fast: bool = False,
+    shuffle: bool = True,
 ) -> zarr.Array[Any]:
     """A checksummed array. Its fill value is one that data do not have, where the dtype has such a value.
 
@@ -88,11 +89,10 @@ def create_array(
         dimensions: names, one for each dimension.
         chunks: what is decoded at once.
         shards: what is one file; none: each chunk is one.
-        fast: write with zarrs; only for values that never equal the fill value.
+        shuffle: group the bytes of numbers by their place, which most values compress better for.
     """
-    # float16 gradients have zeros to find and no order in their bytes: shuffling costs size and time (benchmarks/RESULTS.md)
-    codecs = [BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle" if fast else "shuffle"), Crc32cCodec()]
-    with zarr.config.set(_FAST if fast else _CAREFUL):
+    codecs = [BloscCodec(**BLOSC, shuffle="shuffle" if shuffle else "noshuffle"), Crc32cCodec()]
+    with zarr.config.set(_CAREFUL):
         return group.create_array(
             name,
             shape=shape,

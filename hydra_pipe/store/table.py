@@ -11,6 +11,7 @@ import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
+from hydra_pipe.store.appender import Appender
 from hydra_pipe.store.arrays import create_array
 
 Buffers = dict[str, NDArray[Any]]
@@ -72,7 +73,7 @@ class Column:
         width: second dimension and its name, or None for one value a row.
         chunk_rows: rows of a chunk inside the shard; None: the shard is one chunk.
         chunk_width: columns of a chunk; None: all.
-        fast: see `create_array`.
+        shuffle: see `create_array`.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Column:
     width: tuple[int, str] | None = None
     chunk_rows: int | None = None
     chunk_width: int | None = None
-    fast: bool = False
+    shuffle: bool = True
 
 
 class TableWriter:
@@ -97,7 +98,7 @@ class TableWriter:
     def __init__(
         self, group: zarr.Group, columns: Sequence[Column], dimension: str, shard_rows: int, writer: BackgroundWriter
     ) -> None:
-        self._arrays = {c.name: _create(group, c, dimension, shard_rows) for c in columns}
+        self._arrays = {c.name: Appender(_create(group, c, dimension, shard_rows)) for c in columns}
         self._dtypes = {c.name: c.dtype for c in columns}
         self._shard_rows = shard_rows
         self._writer = writer
@@ -147,8 +148,7 @@ class TableWriter:
 
         def job() -> None:
             for name, array in self._arrays.items():
-                array.resize((first + count, *array.shape[1:]))
-                array[first : first + count] = buffers[name][:count]
+                array.write(first, buffers[name][:count])
             self.n_written = first + count
             self._free.put(buffers)
 
@@ -184,7 +184,7 @@ def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) 
         dimensions,
         chunks,
         shards if shards != chunks else None,
-        fast=column.fast,
+        shuffle=column.shuffle,
     )
 
 

@@ -16,7 +16,7 @@ from hydra_pipe.store.table import BackgroundWriter, Column, TableWriter
 
 COLUMNS = [
     Column("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),
-    Column("even", "float32", (6, "feature"), chunk_rows=2, chunk_width=3, fast=True),
+    Column("even", "float32", (6, "feature"), chunk_rows=2, chunk_width=3, shuffle=False),
     Column("narrow", "int64"),
 ]
 
