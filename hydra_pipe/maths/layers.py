@@ -6,7 +6,7 @@ A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin,
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
 
-_PATCH_BYTES = 8 * 2**20
+_PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,22 @@ class Factors:
         """The gradients written out, shape (B, O * I), or (B, O) where `right` is None."""
         if self.given_right is None:
             return self.left.sum(1)
-        left = self.left.transpose(1, 2)
-        if not isinstance(self.given_right, Patches):
-            return torch.bmm(left, self.given_right).flatten(1)
-        # a few samples at a time: memory that is used again is in the cache, and is not asked of the system each time
-        at_once = max(1, _PATCH_BYTES // self.given_right.sample_bytes)
-        if at_once >= len(left):
-            return torch.bmm(left, self.given_right.written_out()).flatten(1)
-        rows = [
-            torch.bmm(left[first : first + at_once], self.given_right.written_out(slice(first, first + at_once)))
-            for first in range(0, len(left), at_once)
-        ]
-        return torch.cat(rows).flatten(1)
+        pieces = list(self.pieces())
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The rows of a few samples after the other, where `right` is not None.
+
+        Memory that is used again is in the cache, and is not asked of the system each time.
+        """
+        right = self.given_right
+        assert right is not None
+        largest = max(self.left.shape[2] * self.n_inputs * self.left.element_size(), getattr(right, "sample_bytes", 0))
+        at_once = max(1, _PIECE_BYTES // largest)
+        for first in range(0, len(self.left), at_once):
+            samples = slice(first, first + at_once)
+            written_out = right.written_out(samples) if isinstance(right, Patches) else right[samples]
+            yield torch.bmm(self.left[samples].transpose(1, 2), written_out).flatten(1)
 
 
 @dataclass(frozen=True)

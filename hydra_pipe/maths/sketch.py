@@ -1,16 +1,23 @@
 """The random projection for anything large: a balanced count sketch.
 
 Every coordinate is given a random sign and one of k buckets; the buckets differ in size by one at most. For x, y in R^n and
-the sketch S, E[<S x, S y>] = <x, y> exactly, and Var = (q / k) (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) with
-q = k * P(two coordinates share a bucket) <= 1, so never worse than a Gaussian projection of the same width (Weinberger et al.,
-"Feature Hashing for Large Scale Multitask Learning", 2009, for independent buckets). It costs one pass over x.
+the sketch S, E[<S x, S y>] = <x, y> exactly, and Var <= (q / k) (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) with
+q = k * max P(two coordinates share a bucket), which is 1.02 at most, so no worse than a Gaussian projection of the same width
+(Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", 2009, for independent buckets). It costs one pass over x.
+
+The buckets are those of a random order of x, dealt out in turn. Where x is long enough, runs of r neighbours are put in order
+instead of single coordinates, which memory does several times as fast. Neighbours of a run never meet in a bucket, and with r and
+k coprime any other two do with the chance that two places at random do.
 """
 
 import hashlib
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hydra_pipe.maths.runs import run_length
 
 
 class Sketch:
@@ -24,20 +31,32 @@ class Sketch:
     """
 
     def __init__(self, seed: int, name: str, shape: tuple[int, ...], n_columns: int) -> None:
-        numel = int(np.prod(shape))
+        numel = math.prod(map(int, shape))
         digest = hashlib.sha256(f"{seed}\n{name}\n{tuple(map(int, shape))}".encode()).digest()
         # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
         words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(2 * numel)
         self.n_columns = n_columns
-        self._order = torch.from_numpy(np.argsort(words[:numel], kind="stable"))
-        self._sign = torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[self._order]
+        self._run = run_length(numel, n_columns)
+        self._order = torch.from_numpy(np.argsort(words[: numel // self._run], kind="stable"))
+        self._sign = self._in_order(torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[None])
 
-    def __call__(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Project rows of shape (B, n), times `weight` (n elements, or 1) to (B, k), in their dtype, on their device."""
+    def _in_order(self, rows: Tensor) -> Tensor:
+        in_runs = rows.reshape(len(rows), -1, self._run)
+        return in_runs.index_select(1, self._order).flatten(1)
+
+    def signs(self, weight: Tensor | None = None) -> Tensor:
+        """What the coordinates are multiplied by, in the sketch's order: their signs, times `weight` (n elements) if given."""
+        if weight is None:
+            return self._sign
+        if self._order.device != weight.device:
+            self._order, self._sign = self._order.to(weight.device), self._sign.to(weight.device)
+        return self._sign * self._in_order(weight.reshape(1, -1))
+
+    def __call__(self, rows: Tensor, signs: Tensor | None = None) -> Tensor:
+        """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device."""
         if self._order.device != rows.device:
             self._order, self._sign = self._order.to(rows.device), self._sign.to(rows.device)
-        factor = self._sign if weight is None else self._sign * weight.flatten()[self._order]
-        mixed = rows.index_select(1, self._order).mul_(factor)
+        mixed = self._in_order(rows).mul_(self._sign if signs is None else signs)
         k = self.n_columns
         whole = mixed.shape[1] // k * k
         sums = mixed[:, :whole].reshape(len(mixed), -1, k).sum(1)

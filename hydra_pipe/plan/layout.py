@@ -6,6 +6,7 @@ from math import prod
 from typing import Any, Literal, get_args
 
 from hydra_pipe.errors import BudgetError, StoreError
+from hydra_pipe.maths.runs import run_length
 
 Encoding = Literal["dense", "factored", "kron", "sketch"]
 EncodingChoice = Literal["auto", "exact", "projected"]
@@ -191,6 +192,8 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
             width = pair[0] * pair[1]
             placed[name] = Block(name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair))
         else:
+            # longer runs are worth a column
+            width -= width > 1 and run_length(parameter.numel, width - 1) > run_length(parameter.numel, width)
             placed[name] = Block(name, shape, group, "sketch", (first, first + width))
         first += width
     return Layout(tuple(placed[p.name] for p in parameters), first, seed)

@@ -1,6 +1,6 @@
 """From the contributions of one step to stored columns and scales."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,34 +112,50 @@ class RowEncoder:
         if self.layout.blocks[index].encoding == "factored":
             return Reduced(value, given.first)
         if index in self._krons:
-            norms = value.norms() if isinstance(value, Factors) else torch.linalg.vector_norm(value, dim=1)
-            return Reduced(self._krons[index](value), given.first, norms.sum())
-        rows = value.rows() if isinstance(value, Factors) else value
+            bounds = value.norms() if isinstance(value, Factors) else torch.linalg.vector_norm(value, dim=1)
+            return Reduced(self._krons[index](value), given.first, bounds.sum())
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
         norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
+        columns, norms, sums = [], [], []
+        signs = self._sketches[index].signs(root) if index in self._sketches else None
+        for rows in self._pieces(index, value):
+            columns.append(self._in_columns(index, rows, root, signs))
+            if root is not None and norm is None:
+                norms.append(torch.linalg.vector_norm(rows, dim=1).sum())
+            if root is not None and not self._sums_without_rows(index, value):
+                sums.append(self._sum_in_books(index, rows))
+        in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
         if root is None:
-            return Reduced(self._in_columns(index, rows), given.first, norm)
-        norm = torch.linalg.vector_norm(rows, dim=1).sum() if norm is None else norm
-        expected = self._sum_in_books(index, value, rows)
-        return Reduced(self._in_columns(index, rows, root), given.first, norm, expected)
+            return Reduced(in_columns, given.first, norm)
+        expected = torch.stack(sums).sum(0) if sums else self._sum_of_factors(index, value)
+        return Reduced(in_columns, given.first, torch.stack(norms).sum() if norms else norm, expected)
 
-    def _in_columns(self, index: int, rows: Tensor, root: Tensor | None = None) -> Tensor:
-        sketch = self._sketches.get(index)
-        if sketch is not None:
-            return sketch(rows, root)
+    def _pieces(self, index: int, value: Contribution) -> Iterable[Tensor]:
+        if not isinstance(value, Factors):
+            return (value,)
+        return value.pieces() if index in self._sketches and value.given_right is not None else (value.rows(),)
+
+    def _in_columns(self, index: int, rows: Tensor, root: Tensor | None, signs: Tensor | None) -> Tensor:
+        if signs is not None:
+            return self._sketches[index](rows, signs)
         return rows if root is None else rows * root.flatten()
 
-    def _sum_in_books(self, index: int, value: Contribution, rows: Tensor) -> Tensor:
-        probe = self._probes.get(index)
-        if probe is None:
-            return rows.sum(0)
-        if (
-            isinstance(value, Factors)
+    def _sums_without_rows(self, index: int, value: Contribution) -> bool:
+        return (
+            index in self._probes
+            and isinstance(value, Factors)
             and value.given_right is not None
             and value.left.shape[-1] == self.layout.blocks[index].shape[0]
-        ):
-            # sum_bp l_bp (r_bp . u): no row is needed
-            return value.left.flatten(0, 1).T @ value.right_times(self._like(index, rows)[None]).flatten()
+        )
+
+    def _sum_of_factors(self, index: int, value: Contribution) -> Tensor:
+        """sum_bp l_bp (r_bp . u), the sum of the rows times the probe u: no row is needed."""
+        assert isinstance(value, Factors)
+        return value.left.flatten(0, 1).T @ value.right_times(self._like(index, value.left)[None]).flatten()
+
+    def _sum_in_books(self, index: int, rows: Tensor) -> Tensor:
+        if index not in self._probes:
+            return rows.sum(0)
         return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
 
     def put_in_books(self, index: int, gradient: Tensor, out: Tensor) -> None:

