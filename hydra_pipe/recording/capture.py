@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,23 @@ from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module,
 
 # (index of the parameter's block, its contribution from one call of one module, place of its first sample in the step)
 Sink = Callable[[int, Contribution, int], None]
+
+
+@dataclass(frozen=True)
+class SeenOutput:
+    """One backward pass as it was at the model's output.
+
+    Args:
+        output: detached.
+        version: of `output` when the model returned it: the loop may change it later.
+        gradient: that arrived at it.
+        first: place of its first sample in the step.
+    """
+
+    output: Tensor
+    version: int
+    gradient: Tensor
+    first: int
 
 
 class Capture:
@@ -32,6 +50,7 @@ class Capture:
         self._batch = self._first = 0
         self._pass_size: int | None = None
         self.half_precision = False
+        self.outputs: list[SeenOutput] = []
         self._handles = [model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
         answered: set[nn.Module] = set()
         for name, module in model.named_modules():
@@ -41,6 +60,7 @@ class Capture:
             if owned and module not in answered:
                 hook = self._forward_hook(name or type(module).__name__, owned)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._watch_output))
 
     def watch(self, batch: int, sink: Sink) -> None:
         """From now on send the contributions of passes over `batch` samples to `sink`.
@@ -50,6 +70,7 @@ class Capture:
         self._batch, self._sink = batch, sink
         self._first, self._pass_size = 0, None
         self.half_precision = False
+        self.outputs = []
 
     @property
     def n_covered(self) -> int:
@@ -81,6 +102,18 @@ class Capture:
         if self._pass_size is not None and self._pass_size < self._batch:
             self._first += self._pass_size
         self._pass_size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
+
+    def _watch_output(self, model: nn.Module, args: Any, output: Any) -> None:
+        sink, first = self._sink, self._first
+        if sink is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        value, version = output.detach(), output._version
+
+        def on_gradient(gradient: Tensor) -> None:
+            if self._sink is sink:
+                self.outputs.append(SeenOutput(value, version, gradient.detach(), first))
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     def _forward_hook(
         self, name: str, owned: Mapping[str, int]

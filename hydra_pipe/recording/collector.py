@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hydra_pipe.errors import LayerError, RecordError
 from hydra_pipe.maths.layers import Contribution, Factors, may_couple
 from hydra_pipe.plan.layout import EncodingChoice, Parameter, choose_layout
-from hydra_pipe.recording.capture import Capture
+from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.optimizers import OptimizerRule
 from hydra_pipe.recording.slab import Slab
@@ -61,6 +61,11 @@ class Collector:
     def detach(self) -> None:
         """Remove the hooks for good."""
         self._capture.detach()
+
+    @property
+    def outputs(self) -> Sequence[SeenOutput]:
+        """What the backward passes since `watch` were at the model's output."""
+        return self._capture.outputs
 
     def group_of(self, index: int) -> dict[str, Any]:
         """The optimiser's group of block `index`."""

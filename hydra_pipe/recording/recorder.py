@@ -20,9 +20,11 @@ from hydra_pipe.errors import (
     RecordError,
     RunError,
 )
+from hydra_pipe.maths.curvature import Loss
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice, Layout
 from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
@@ -125,7 +127,8 @@ class Recorder:
         self._pending: list[tuple[StepNote, dict[str, Any]]] = []
         self._samples: NDArray[np.int64] | None = None
         self._note = StepNote()
-        self.n_steps = self.n_skipped = 0
+        self._curvature = CurvatureWatch()
+        self.n_steps = self.n_skipped = self._n_curved = 0
         self.n_tests: int | None = None
         self._worst_imbalance = 0.0
         self._n_labels: dict[str, int] = {}
@@ -161,6 +164,7 @@ class Recorder:
             self._samples = checked_ids(sample_ids, self.n_samples)
             self._note = StepNote()
             self._collector.watch(len(self._samples))
+            self._curvature.begin()
             steps_before = self.n_steps
             yield self._note
             if self.n_steps == steps_before and not self._skipped():
@@ -173,6 +177,19 @@ class Recorder:
         finally:
             self._collector.rest()
             self._samples = None
+
+    def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
+        """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
+
+        Cross-entropy, of classes or of yes and no, is known without; of any other loss the weight is not known unless the loop
+        tells it, within the step and before optimizer.step(). The loss is called once more, on a copy of `output`.
+
+        Args:
+            loss: (output, target) -> losses of shape (batch,); the loop may train on their mean or sum.
+            output: what the model has returned, shape (batch, ...).
+            target: shape (batch, ...).
+        """
+        self._curvature.tell(loss, output, target)
 
     def check_split(self, losses: Tensor) -> None:
         """Refuse a model that mixes samples, or keeps them elsewhere than in the first dimension, before a row is written.
@@ -310,6 +327,7 @@ class Recorder:
             n_steps=self.n_steps,
             n_skipped=self.n_skipped,
             n_rows=rows,
+            n_curved_rows=self._n_curved,
             n_tests=self.n_tests or 0,
             worst_imbalance=self._worst_imbalance,
             labels=self._n_labels,
@@ -352,7 +370,11 @@ class Recorder:
         gradients = self._present_gradients()
         if self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
-        columns = {names.SAMPLE: samples, names.STEP: np.full(len(samples), self.n_steps)}
+        columns = {
+            names.SAMPLE: samples,
+            names.STEP: np.full(len(samples), self.n_steps),
+            names.CURVATURE: self._curvature.see(self._collector.outputs, len(samples)),
+        }
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
         settings = [self._rule.settings(group) for group in self._optimizer.param_groups]
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
@@ -372,12 +394,14 @@ class Recorder:
         if self._slab is None or not self._pending:
             return
         pending, self._pending = self._pending, []
+        self._curvature.settle()
         with torch.no_grad():
             checked = self._slab.check(names.SAMPLE)
             if checked.entries:
                 writer = self._writer = self._writer or self._open_store(self._slab.layout)
                 first_row = writer.rows.n_rows
                 self._slab.write(checked, writer.rows)
+                self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
                 imbalance = checked.books.imbalance.max(axis=1)
                 self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
                 for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):

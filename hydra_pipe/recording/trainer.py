@@ -124,8 +124,11 @@ def _step(
             f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
             f"max_grad_norm; the steps before it are recorded and readable"
         )
-    if recorder is not None and recorder.n_steps == 0:
-        recorder.check_split(losses)
+    if recorder is not None:
+        if isinstance(output, Tensor):
+            recorder.tell_loss(pipeline.loss, output, targets)
+        if recorder.n_steps == 0:
+            recorder.check_split(losses)
     with _user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:

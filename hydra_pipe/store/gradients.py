@@ -71,7 +71,12 @@ class GradientsWriter:
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
         self.rows = TableWriter(
             self._root,
-            [*_gradient_columns(layout, dtype, geometry), Column(names.SAMPLE, "int64"), Column(names.STEP, "int64")],
+            [
+                *_gradient_columns(layout, dtype, geometry),
+                Column(names.SAMPLE, "int64"),
+                Column(names.STEP, "int64"),
+                Column(names.CURVATURE, "float32"),
+            ],
             names.ROW_DIM,
             geometry.shard_rows,
             self._writer,
@@ -219,6 +224,10 @@ class Gradients:
         """Step of each of some rows. Raises: StoreError: damaged."""
         return self._column(names.STEP, rows)
 
+    def curvature(self, rows: slice) -> NDArray[np.float32]:
+        """Curvature weight of each of some rows, not a number where it is not known. Raises: StoreError: damaged."""
+        return self._column(names.CURVATURE, rows)
+
     def step_table(self, name: str) -> NDArray[Any]:
         """One per-step table, whole: (step,), (step, group) or (step, block). Raises: StoreError: damaged."""
         return self._column(f"{names.STEPS}/{name}", slice(None))
@@ -305,7 +314,7 @@ class Gradients:
     def expected_rows(self, n_rows: int, n_steps: int, n_tests: int) -> dict[str, int]:
         """Every array that a finished recording must have, and its length."""
         tables = (names.FIRST_ROW, names.N_ROWS, names.GRADIENT_SCALE, names.LOSS, names.IMBALANCE, *GROUP_COLUMNS, *BLOCK_COLUMNS)
-        expected = dict.fromkeys((names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP), n_rows)
+        expected = dict.fromkeys((names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE), n_rows)
         expected |= {f"{names.STEPS}/{name}": n_steps for name in tables}
         if n_tests:
             checkpoint = f"{names.TEST}/{names.checkpoint_name(n_steps)}"

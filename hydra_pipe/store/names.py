@@ -24,6 +24,7 @@ GRADIENT: Final = "gradient"
 SCALE: Final = "scale"
 SAMPLE: Final = "sample"
 STEP: Final = "step"
+CURVATURE: Final = "curvature"
 LOSS: Final = "loss"
 # arrays of gradients.zarr/steps
 FIRST_ROW: Final = "first_row"

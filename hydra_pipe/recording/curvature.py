@@ -1,0 +1,119 @@
+"""Curvature weights of the rows, from the model's output and the gradient that arrives there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydra_pipe.maths.curvature import LINKS, Link, Loss, cross_entropy_statistics, cross_entropy_weights, curvature_weights, fits
+from hydra_pipe.recording.capture import SeenOutput
+
+# Outputs and gradients wait until the rows of several steps are written, since small ones cost less together; up to this.
+_WAITING_BYTES = 2**20
+
+
+@dataclass
+class _Pass:
+    """One backward pass.
+
+    Args:
+        output: of the model, detached; None once its weights are known.
+        version: of `output` when the model returned it: the loop may change it later.
+        gradient: that arrived at it.
+        batch: samples of the whole step.
+        out: where its weights go, shape (B,).
+        told: what the loop said of its loss: the function and the targets.
+    """
+
+    output: Tensor
+    version: int
+    gradient: Tensor
+    batch: int
+    out: NDArray[np.float32]
+    told: tuple[Loss, Tensor] | None
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(self.output.dtype).eps
+
+
+class CurvatureWatch:
+    """Finds rho (`hydra_pipe.maths.curvature`) for the rows of a training run.
+
+    It knows cross-entropy by its gradient; any other loss it has to be told.
+    """
+
+    def __init__(self) -> None:
+        self._links: tuple[Link, ...] = LINKS
+        self._waiting: list[_Pass] = []
+        self._told: list[tuple[Loss, Tensor, Tensor]] = []
+
+    def begin(self) -> None:
+        """A step begins: what was told of the one before is of no more use."""
+        self._told = []
+
+    def tell(self, loss: Loss, output: Tensor, target: Tensor) -> None:
+        """The loss of the pass that gave `output` is `loss(output, target)`, one for each sample."""
+        self._told.append((loss, output, target))
+
+    def see(self, passes: Sequence[SeenOutput], batch: int) -> NDArray[np.float32]:
+        """A step of `batch` samples is about to be recorded.
+
+        Args:
+            passes: of the step.
+            batch: samples of the step.
+
+        Returns:
+            rho of each sample, shape (batch,): filled in by `settle`, not a number where it is not known.
+        """
+        column = np.full(batch, np.nan, np.float32)
+        visits = np.zeros(batch, np.int64)
+        for seen in passes:
+            visits[seen.first : seen.first + len(seen.output)] += 1
+        for seen in passes:
+            samples = slice(seen.first, seen.first + len(seen.output))
+            # the terms of a sample that was seen twice in a step have no curvature in common
+            if (visits[samples] == 1).all() and len(column[samples]) == len(seen.output):
+                told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
+                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, column[samples], told))
+        if sum(one.output.nbytes for one in self._waiting) > _WAITING_BYTES:
+            self.settle()
+        return column
+
+    def settle(self) -> None:
+        """Fill in what `see` has returned so far."""
+        # the loop may have written over an output since
+        waiting, self._waiting = [p for p in self._waiting if p.output._version == p.version], []
+        for link in self._links:
+            waiting = self._by_gradient(waiting, link)
+        for one in waiting:
+            if one.told is not None:
+                loss, target = one.told
+                # forked: a loss may draw from the generator that the training goes on with
+                with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
+                    one.out[:] = curvature_weights(loss, one.output, target, one.gradient, one.batch)
+
+    def _by_gradient(self, passes: Sequence[_Pass], link: Link) -> list[_Pass]:
+        """Fill in the weights of those whose loss is cross-entropy of `link`; the others are returned."""
+        left: list[_Pass] = []
+        groups: dict[tuple[object, ...], list[_Pass]] = {}
+        for one in passes:
+            if fits(link, one.output):
+                groups.setdefault((one.output.dtype, *one.output.shape[1:]), []).append(one)
+            else:
+                left.append(one)
+        for group in groups.values():
+            outputs, gradients = torch.cat([p.output for p in group]), torch.cat([p.gradient for p in group])
+            statistics = cross_entropy_statistics(outputs, gradients, link).cpu().numpy()
+            ends = np.cumsum([len(p.output) for p in group])
+            for one, of_pass in zip(group, np.split(statistics, ends[:-1]), strict=True):
+                weights = cross_entropy_weights(of_pass, one.batch, one.eps)
+                if weights is None:
+                    left.append(one)
+                else:
+                    one.out[:] = weights
+                    self._links = (link, *(other for other in LINKS if other != link))  # the likeliest first
+        return left
