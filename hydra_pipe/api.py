@@ -25,7 +25,7 @@ def record(
     settings: Mapping[str, Any] | list[str] | None = None,
     encoding: str = "auto",
     dim: int = 4096,
-    dtype: str = "float16",
+    dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:

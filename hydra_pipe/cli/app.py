@@ -29,7 +29,13 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN", help="directory of the ru
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated")]
 Encoding = Annotated[str, typer.Option(help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all")]
 Dim = Annotated[int, typer.Option(help="budget in columns for auto and projected")]
-Dtype = Annotated[str, typer.Option(help="of the rows: float16, int8 (both with a scale a row and block) or float32")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float16|int8|float32",
+        help="of the rows; if not given: float16, or int8 with twice --dim columns where auto would lose more with --dim",
+    ),
+]
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, such as 512MiB or 4GiB")]
@@ -49,7 +55,7 @@ def record(
     set_: Set = [],  # noqa: B006 - Typer makes a new list each time
     encoding: Encoding = "auto",
     dim: Dim = 4096,
-    dtype: Dtype = "float16",
+    dtype: Dtype = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -127,7 +133,7 @@ def run_all(
     set_: Set = [],  # noqa: B006 - Typer makes a new list each time
     encoding: Encoding = "auto",
     dim: Dim = 4096,
-    dtype: Dtype = "float16",
+    dtype: Dtype = None,
     method: Method = "hydra",
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",

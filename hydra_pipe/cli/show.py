@@ -22,7 +22,9 @@ def show_info(info: dict[str, Any]) -> None:
     console.print(f"on disk: {sizes}")
 
     settings = info["stages"].get("record", {}).get("settings", {})
-    console.print("settings: " + ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict)))
+    console.print(
+        "settings: " + ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None))
+    )
 
     recording = info.get("recording")
     if recording is None:

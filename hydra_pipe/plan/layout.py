@@ -50,6 +50,13 @@ class Block:
         """Whether the encoding loses nothing but the dtype's rounding."""
         return self.encoding in ("dense", "factored")
 
+    @property
+    def variance(self) -> float:
+        """Bound on the variance of the projected <x, y>, over |x|^2 |y|^2 (`hydra_pipe.maths.sketch`, `kron`); 0 where exact."""
+        if self.encoding == "sketch":
+            return 2 * 1.02 / (self.columns[1] - self.columns[0])
+        return _kron_error(*self.kron) - 1.0 if self.kron else 0.0
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -208,12 +215,17 @@ def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
         outputs, inputs: O and I.
         columns: at least 1.
     """
+    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
+    return min(pairs, key=lambda pair: _kron_error(outputs, inputs, *pair))
 
-    def error(k: int, size: int) -> float:
+
+def _kron_error(outputs: int, inputs: int, k_out: int, k_in: int) -> float:
+    """One plus the bound on the variance of the encoding kron."""
+
+    def of_side(k: int, size: int) -> float:
         return 1.0 if k == size else 1.0 + 2.0 / k
 
-    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
-    return min(pairs, key=lambda pair: error(pair[0], outputs) * error(pair[1], inputs))
+    return of_side(k_out, outputs) * of_side(k_in, inputs)
 
 
 def _prefers_factors(parameter: Parameter) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError, RecordError
 from hydra_pipe.maths.layers import Contribution, Factors, may_couple
-from hydra_pipe.plan.layout import EncodingChoice, Parameter, choose_layout
+from hydra_pipe.maths.quantise import Dtype
+from hydra_pipe.plan.choice import choose_recording
+from hydra_pipe.plan.layout import EncodingChoice, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.optimizers import OptimizerRule
@@ -25,7 +27,7 @@ class Collector:
         optimizer: whose state a preconditioner is taken from.
         rule: of the optimiser.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
-        choice, dim, seed: how the layout is chosen, after the first step has shown what there is.
+        choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class Collector:
         choice: EncodingChoice,
         dim: int,
         seed: int,
+        dtype: Dtype | None,
     ) -> None:
         self.parameters = list(trained)
         self.encoder: RowEncoder | None = None
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
         self._choice, self._dim, self._seed = choice, dim, seed
+        #: of the stored rows; None as long as it is not chosen
+        self.dtype = dtype
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
         self._batch = 0
@@ -157,5 +162,5 @@ class Collector:
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor
         described = self._described if self._rule.preconditioned else describe(self._waiting, self._described)
-        layout = choose_layout(described, self._choice, self._dim, self._seed)
+        layout, self.dtype = choose_recording(described, self._choice, self._dim, self._seed, self.dtype)
         return RowEncoder(layout, preconditioned=self._rule.preconditioned)

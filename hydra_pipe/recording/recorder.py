@@ -73,7 +73,8 @@ class Recorder:
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
         encoding: "exact" (lossless), "projected", or "auto" (lossless where it fits `dim`).
         dim: budget in columns for "auto" and "projected".
-        dtype: of the stored rows: "float16", "int8" (both with a float32 scale a row and block) or "float32".
+        dtype: of the stored rows: "float16", "int8" (both with a float32 scale a row and block) or "float32". None: float16, but
+            int8 with twice the columns, as many bytes, where "auto" would have to project and that is expected to lose less.
         seed: of the random projections.
         settings: further settings that the recording depends on, kept in the manifest.
         sample_labels: one integer or string for each training sample, for rankings and reports.
@@ -94,7 +95,7 @@ class Recorder:
         *,
         encoding: EncodingChoice = "auto",
         dim: int = DEFAULT_DIM,
-        dtype: Dtype = "float16",
+        dtype: Dtype | None = None,
         seed: int = 0,
         settings: Settings | None = None,
         sample_labels: Labels | None = None,
@@ -109,7 +110,6 @@ class Recorder:
         self._parameters = list(trained)
         self._known = set(trained)
         self._n_groups = len(optimizer.param_groups)
-        self._dtype = dtype
         self.n_samples = n_samples
         self._sample_labels: Labels | None = None
         if sample_labels is not None:
@@ -135,7 +135,7 @@ class Recorder:
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
         self._closed = False
-        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed)
+        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed, dtype)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     @contextmanager
@@ -435,7 +435,8 @@ class Recorder:
         directory.begin(RECORD, self._settings)
         path = directory.path / names.GRADIENTS
         groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
-        return GradientsWriter(path, layout, self._dtype, groups, directory.run_id, preconditioned=preconditioned)
+        assert self._collector.dtype is not None
+        return GradientsWriter(path, layout, self._collector.dtype, groups, directory.run_id, preconditioned=preconditioned)
 
 
 def _devices(parameters: Sequence[nn.Parameter]) -> list[torch.device]:

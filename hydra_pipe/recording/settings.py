@@ -13,7 +13,7 @@ from hydra_pipe.plan.layout import ENCODING_CHOICES
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
 
 
-def record_settings(encoding: str, dim: int, dtype: str, seed: int, n_samples: int) -> Settings:
+def record_settings(encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int) -> Settings:
     """Settings that every recording depends on. The budget is none of "exact"'s business."""
     budget = None if encoding == "exact" else dim
     return {"encoding": encoding, "dim": budget, "dtype": dtype, "seed": seed, "n_samples": n_samples}
@@ -42,11 +42,11 @@ def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrit
     return directory is None or overwrite or directory.has_work(RECORD, settings)
 
 
-def check_options(encoding: str, dim: int, dtype: str) -> None:
+def check_options(encoding: str, dim: int, dtype: str | None) -> None:
     """Refuse options that cannot be. Raises: UsageError."""
     if encoding not in ENCODING_CHOICES:
         raise UsageError(f"encoding {encoding!r} is unknown: choose one of {', '.join(ENCODING_CHOICES)}")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     if dim < 1:
         raise UsageError(f"dim is {dim}: it must be 1 or more")

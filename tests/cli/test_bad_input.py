@@ -146,7 +146,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 KEEPS = [
     # (command after which what was there is as it was, message, exit code); RUN stands for the run
     (["record", BAD, "RUN", "--set", "lr=0.2"], r"record was run with set lr=0\.1, now set lr=0\.2: use another", 1),
-    (["record", BAD, "RUN", "--dtype", "int8"], r"with dtype='float16', now dtype='int8'.*--overwrite", 1),
+    (["record", BAD, "RUN", "--dtype", "int8"], r"with dtype=None, now dtype='int8'.*--overwrite", 1),
     (["record", f"{BAD}:scalar_loss", "RUN", "--overwrite"], r"one loss per sample", 1),
     (["export", "RUN", "--top", "3"], r"export hydra was run with top=100, now top=3", 1),
     (["export", "RUN", "--top", "0"], r"--top 0: give 1 or more", 2),
