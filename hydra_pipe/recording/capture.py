@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.layers import Contribution, rule_for
 from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows
+from hydra_pipe.recording.portions import Portion
 
 # (index of the parameter's block, its contribution from one call of one module, place of its first sample in the step)
 Sink = Callable[[int, Contribution, int], None]
@@ -47,8 +49,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
         self._sink: Sink | None = None
-        self._batch = self._first = 0
-        self._pass_size: int | None = None
+        self._portion = Portion(np.empty(0, np.int64))
         self.half_precision = False
         self.outputs: list[SeenOutput] = []
         self._handles = [model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
@@ -62,20 +63,12 @@ class Capture:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._watch_output))
 
-    def watch(self, batch: int, sink: Sink) -> None:
-        """From now on send the contributions of passes over `batch` samples to `sink`.
-
-        One pass may hold them all, or several consecutive ones a part each (gradient accumulation).
-        """
-        self._batch, self._sink = batch, sink
-        self._first, self._pass_size = 0, None
-        self.half_precision = False
-        self.outputs = []
-
-    @property
-    def n_covered(self) -> int:
-        """Samples of the passes so far; all of them where the model was called in parts only."""
-        return self._batch if self._pass_size is None else self._first + self._pass_size
+    def watch(self, portion: Portion, sink: Sink) -> None:
+        """From now on send the contributions of passes over `portion` to `sink`. One whose place is 0 begins a step."""
+        self._portion, self._sink = portion, sink
+        if portion.first == 0:
+            self.half_precision = False
+            self.outputs = []
 
     def rest(self) -> None:
         """Take no notice of what the model does until the next `watch`."""
@@ -90,6 +83,15 @@ class Capture:
         finally:
             self._sink = usual
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let the block watch other passes, then go on with the present ones."""
+        kept = self._portion, self._sink, self.half_precision, self.outputs
+        try:
+            yield
+        finally:
+            self._portion, self._sink, self.half_precision, self.outputs = kept
+
     def detach(self) -> None:
         """Remove every hook."""
         self.rest()
@@ -97,14 +99,22 @@ class Capture:
             handle.remove()
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._sink is None or not torch.is_grad_enabled():
-            return
-        if self._pass_size is not None and self._pass_size < self._batch:
-            self._first += self._pass_size
-        self._pass_size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
+        if self._watching():
+            sizes = (len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0)
+            self._portion.begin_pass(next(sizes, None))
+
+    def _watching(self) -> bool:
+        """Whether the call that is being made is one of a pass to record."""
+        if self._sink is None:
+            return False
+        self._portion.met = True
+        if not torch.is_grad_enabled():
+            return False
+        self._portion.live = True
+        return True
 
     def _watch_output(self, model: nn.Module, args: Any, output: Any) -> None:
-        sink, first = self._sink, self._first
+        sink, (first, _) = self._sink, self._portion.of_pass
         if sink is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
         value, version = output.detach(), output._version
@@ -119,12 +129,12 @@ class Capture:
         self, name: str, owned: Mapping[str, int]
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor | None]:
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if self._sink is None or not torch.is_grad_enabled():
+            if not self._watching():
                 return None
             wanted = [n for n in owned if module.get_parameter(n).requires_grad]
             if not wanted:
                 return None
-            samples = (self._first, self._batch if self._pass_size is None else self._pass_size)
+            samples = self._portion.of_pass
             if is_sequence_module(module):
                 self._watch_sequence(module, args, kwargs, output, wanted, owned, samples)
                 return None

@@ -1,6 +1,10 @@
 """From the passes of one step to its rows: what the hooks see, kept until the optimiser acts, then checked and encoded."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -8,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hydra_pipe.errors import LayerError, RecordError
+from hydra_pipe.errors import LayerError, RunError
 from hydra_pipe.maths.layers import Contribution, Factors, may_couple
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
-from hydra_pipe.plan.layout import EncodingChoice, Parameter
+from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.optimizers import OptimizerRule
+from hydra_pipe.recording.portions import Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
 
@@ -50,14 +55,50 @@ class Collector:
         self.dtype = dtype
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
-        self._batch = 0
+        self._portions: list[Portion] = []
+        # of the backward pass that the last contribution came from, and how many dropped steps were seen
+        self._backward = -1
+        self.n_dropped = 0
         self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)})
 
-    def watch(self, batch: int) -> None:
-        """Forget what was collected; from now on collect passes over `batch` samples."""
-        self._batch = batch
-        self._waiting, self._reduced = {}, {}
-        self._capture.watch(batch, self._collect)
+    def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
+        """Collect the passes over one more portion of the present step, after the earlier ones."""
+        if self._portions and not self._portions[-1].live:
+            self._portions.pop()  # nothing can come of it any more
+        first = self._portions[-1].stop if self._portions else 0
+        portion = Portion(samples, first, tracked)
+        self._portions.append(portion)
+        self._capture.watch(portion, self._collect)
+        return portion
+
+    @property
+    def portions(self) -> Sequence[Portion]:
+        """Those of the present step that take part in it: of the ones to choose from, those that a gradient came from."""
+        return [p for p in self._portions if p.seen] or self._portions[-1:]
+
+    def forget(self) -> None:
+        """The step is over: forget what was collected, and take no notice of the model until the next `watch`."""
+        self._portions, self._waiting, self._reduced = [], {}, {}
+        self._capture.rest()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let the block collect something else, then go on with the present step."""
+        kept = self._portions, self._waiting, self._reduced, self._backward
+        self._portions, self._waiting, self._reduced = [], {}, {}
+        try:
+            with self._capture.set_aside():
+                yield
+        finally:
+            self._portions, self._waiting, self._reduced, self._backward = kept
+
+    def settle(self) -> int:
+        """Forget the portions whose gradients the loop will not use. Returns: how many wait for the optimiser all the same."""
+        waiting = sum(p.seen for p in self._portions)
+        if waiting and (self._gradients_dropped() or self.overflowed()):
+            self._drop()
+            return 0
+        return waiting
 
     def rest(self) -> None:
         """Take no notice of the model until the next `watch`. What was collected stays."""
@@ -69,8 +110,11 @@ class Collector:
 
     @property
     def outputs(self) -> Sequence[SeenOutput]:
-        """What the backward passes since `watch` were at the model's output."""
-        return self._capture.outputs
+        """What the passes of the present step were at the model's output, in the places that their rows will have."""
+        portions = self.portions
+        seen = [o for o in self._capture.outputs if any(p.first <= o.first < p.stop for p in portions)]
+        place = _places(portions)
+        return [replace(o, first=place(o.first)) for o in seen]
 
     def group_of(self, index: int) -> dict[str, Any]:
         """The optimiser's group of block `index`."""
@@ -98,18 +142,29 @@ class Collector:
             RecordError: the passes did not cover the samples.
             LayerError: a factored block no longer has one position a sample.
         """
-        if self._capture.n_covered != self._batch:
-            raise RecordError(
-                f"the passes {when} took {self._capture.n_covered} samples, sample_ids names {self._batch}: give the ids of "
-                f"every sample of the step, in the order in which they go through the model"
-            )
+        portions = self.portions
+        check_covered(portions, when)
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
-            slab = slab or Slab(encoder, self.parameters, self._batch, None if at_step else 1.0)
+            batch = sum(len(p.samples) for p in portions)
+            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0)
             self._reduce_waiting(encoder, gradients if at_step else None)
+            self._close_ranks(portions)
             slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
         self._reduced = {}
         return slab
+
+    def resume(self, layout: Layout) -> None:
+        """Go on with the encoding of an earlier recording. Raises: RunError: it is of other parameters."""
+        for block, parameter in zip_longest(layout.blocks, self._described):
+            was = (block.name, block.shape, block.group) if block else None
+            now = (parameter.name, parameter.shape, parameter.group) if parameter else None
+            if was != now:
+                raise RunError(
+                    f"the recording has {_in_words(was)} where the optimizer now has {_in_words(now)}: build the model and the "
+                    f"optimizer as they were, or record from the beginning"
+                )
+        self.encoder = RowEncoder(layout, preconditioned=self._rule.preconditioned)
 
     def check_split(self, losses: Tensor) -> None:
         """See `Recorder.check_split`."""
@@ -136,12 +191,25 @@ class Collector:
     def overflowed(self) -> bool:
         """Whether the hooks saw a gradient that is not finite, which makes a gradient scaler leave out optimizer.step()."""
         # what the hooks saw, not `.grad`, which the loop may have cleared by now
-        collected = [g.value for given in self._waiting.values() for g in given]
-        collected += [g.value for reduced in self._reduced.values() for g in reduced]
-        seen = [value.norms() if isinstance(value, Factors) else value for value in collected]
-        return not all(bool(torch.isfinite(values).all()) for values in seen)
+        return not all(bool(torch.isfinite(values).all()) for values in self._collected())
+
+    def _collected(self) -> Iterator[Tensor]:
+        """Values of everything that was collected, of factors their norms."""
+        given = chain(*self._waiting.values(), *self._reduced.values())
+        return (g.value.norms() if isinstance(g.value, Factors) else g.value for g in given)
 
     def _collect(self, index: int, contribution: Contribution, first: int) -> None:
+        backward = torch._C._current_graph_task_id()
+        portion = next((p for p in reversed(self._portions) if p.first <= first < p.stop), None)
+        if portion is None:
+            return  # of a portion that was dropped: the books tell if its gradient is used after all
+        if not portion.seen:
+            # Hooks come before what they see is added to `.grad`. So where an earlier pass has left gradients to accumulate
+            # they are there; where they are not, the loop has thrown them away. One pass adds nothing up before its end.
+            if backward != self._backward and any(p.seen for p in self._portions) and self._gradients_dropped():
+                self._drop()
+            portion.seen = True
+        self._backward = backward
         given = Given(contribution, first)
         # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
         # known only when the step's gradient is complete.
@@ -149,6 +217,26 @@ class Collector:
             self._waiting.setdefault(index, []).append(given)
         else:
             self._reduced.setdefault(index, []).append(self.encoder.reduce(index, given))
+
+    def _gradients_dropped(self) -> bool:
+        """Whether the loop has cleared `.grad`, or a fresh one, of what was collected; a loss of zero leaves nothing to clear."""
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.parameters):
+            return False
+        return any(bool((values != 0).any()) for values in self._collected())
+
+    def _drop(self) -> None:
+        self._portions = [p for p in self._portions if not p.seen]
+        self._waiting, self._reduced = {}, {}
+        # the output's hook comes before all others: what is there may be of the pass that has found this out
+        outputs = self._capture.outputs
+        self._capture.outputs = [o for o in outputs if any(p.first <= o.first < p.stop for p in self._portions)]
+        self.n_dropped += 1
+
+    def _close_ranks(self, portions: Sequence[Portion]) -> None:
+        """Move what was collected to where it is without the portions that do not take part."""
+        place = _places(portions)
+        if any(place(p.first) != p.first for p in portions):
+            self._reduced = {index: [replace(r, first=place(r.first)) for r in given] for index, given in self._reduced.items()}
 
     def _reduce_waiting(self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None) -> None:
         """Reduce what waits, preconditioned for the step that is about to use `gradients`, or as it stands now."""
@@ -164,3 +252,19 @@ class Collector:
         described = self._described if self._rule.preconditioned else describe(self._waiting, self._described)
         layout, self.dtype = choose_recording(described, self._choice, self._dim, self._seed, self.dtype)
         return RowEncoder(layout, preconditioned=self._rule.preconditioned)
+
+
+def _places(portions: Sequence[Portion]) -> Callable[[int], int]:
+    """From a place in the step as it was collected to that without the portions that do not take part."""
+    firsts = [p.first for p in portions]
+    starts = [0, *accumulate(len(p.samples) for p in portions)]
+
+    def place(first: int) -> int:
+        at = bisect_right(firsts, first) - 1
+        return starts[at] + first - firsts[at]
+
+    return place
+
+
+def _in_words(parameter: tuple[str, tuple[int, ...], int] | None) -> str:
+    return "nothing" if parameter is None else f"{parameter[0]} {parameter[1]} in group {parameter[2]}"

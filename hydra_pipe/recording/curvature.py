@@ -51,10 +51,6 @@ class CurvatureWatch:
         self._waiting: list[_Pass] = []
         self._told: list[tuple[Loss, Tensor, Tensor]] = []
 
-    def begin(self) -> None:
-        """A step begins: what was told of the one before is of no more use."""
-        self._told = []
-
     def tell(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """The loss of the pass that gave `output` is `loss(output, target)`, one for each sample."""
         self._told.append((loss, output, target))
@@ -79,6 +75,7 @@ class CurvatureWatch:
             if (visits[samples] == 1).all() and len(column[samples]) == len(seen.output):
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, column[samples], told))
+        self._told = []
         if sum(one.output.nbytes for one in self._waiting) > _WAITING_BYTES:
             self.settle()
         return column

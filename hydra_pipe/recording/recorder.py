@@ -1,4 +1,4 @@
-"""The recorder: what a training loop calls, one `with` a step."""
+"""The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import (
     DataError,
@@ -27,8 +28,10 @@ from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
+from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
 from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
@@ -65,6 +68,8 @@ class Recorder:
                 optimizer.zero_grad()
         recorder.record_test(test_loader, loss_fn)
         recorder.close()
+
+    Or the loop stays as it is, and `loader = recorder.track(loader)` stands before it.
 
     Args:
         model: the module that is trained; its modules are hooked until `close`.
@@ -125,10 +130,11 @@ class Recorder:
         # rows of the steps that are not written yet, and what else their lines of the step tables hold
         self._slab: Slab | None = None
         self._pending: list[tuple[StepNote, dict[str, Any]]] = []
-        self._samples: NDArray[np.int64] | None = None
         self._note = StepNote()
         self._curvature = CurvatureWatch()
-        self.n_steps = self.n_skipped = self._n_curved = 0
+        # whether the loop is inside of `step`, whether `record_test` runs, whether a loader is tracked
+        self._in_step = self._in_test = self._tracks = False
+        self.n_steps = self._n_curved = 0
         self.n_tests: int | None = None
         self._worst_imbalance = 0.0
         self._n_labels: dict[str, int] = {}
@@ -158,13 +164,17 @@ class Recorder:
             NonFiniteError: a gradient is infinite or not a number.
             StoreError: writing failed.
         """
-        if self._closed:
-            raise RecordError("this recorder is closed: make a new one for another run")
+        self._check_open()
         try:
-            self._samples = checked_ids(sample_ids, self.n_samples)
+            if any(portion.tracked for portion in self._collector.portions):
+                raise RecordError(
+                    f"recorder.step() in step {self.n_steps}, which has begun with a batch of the tracked loader: leave out "
+                    f"recorder.step(), or iterate the loader itself"
+                )
+            samples = checked_ids(sample_ids, self.n_samples)
             self._note = StepNote()
-            self._collector.watch(len(self._samples))
-            self._curvature.begin()
+            self._collector.watch(samples)
+            self._in_step = True
             steps_before = self.n_steps
             yield self._note
             if self.n_steps == steps_before and not self._skipped():
@@ -175,8 +185,61 @@ class Recorder:
             self.fail(error)
             raise
         finally:
-            self._collector.rest()
-            self._samples = None
+            self._in_step = False
+            self._collector.forget()
+
+    def track(self, loader: DataLoader[Any]) -> TrackedLoader:
+        """`loader` again, recording what a loop does with its batches: the loop itself stays as it is.
+
+            loader = recorder.track(loader)
+            for inputs, targets in loader:
+                loss = loss_fn(model(inputs), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        A sample's id is its index in `loader.dataset`. A step is what happens from one optimizer.step() to the next: all batches
+        that come in between are accumulated. Batches whose gradients the loop clears, as where a gradient scaler leaves out
+        optimizer.step(), are not recorded; they count as one skipped step. The model must meet each batch before the next
+        one is drawn. Batches come in the same order, and the same random numbers are drawn, as without `track`.
+
+        Args:
+            loader: over a map-style dataset of `n_samples` samples, with any sampler, batch sampler or workers.
+
+        Returns:
+            What to iterate, as often as wanted. Its length and attributes are the loader's.
+
+        Raises:
+            UsageError: not a DataLoader.
+            RecordError: its batches cannot be told by their samples; or the recorder is closed.
+            DataError: its dataset has another number of samples.
+        """
+        self._check_open()
+        tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self.fail)
+        self._tracks = True
+        return tracked
+
+    def _hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
+        """A batch of a tracked loader comes, after `before` if it is not the first of its epoch."""
+        if self._closed or self._in_test:
+            return None
+        if self._in_step:
+            raise RecordError("a batch of the tracked loader inside of recorder.step(): use one of the two, not both")
+        if before is not None and not before.met:
+            raise RecordError(
+                f"at step {self.n_steps} the loop drew a batch of the tracked loader before the model had met the last one: a "
+                f"loop that draws ahead, or leaves batches out, has to name its samples with recorder.step(ids)"
+            )
+        return self._collector.watch(samples, tracked=True)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RecordError("this recorder is closed: make a new one for another run")
+
+    @property
+    def n_skipped(self) -> int:
+        """Steps that a gradient scaler left out, or whose gradients the loop cleared."""
+        return self._collector.n_dropped
 
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
@@ -209,7 +272,7 @@ class Recorder:
     def _skipped(self) -> bool:
         """Whether a gradient scaler has left out optimizer.step(), as it does where a scaled gradient overflows."""
         overflow = self._collector.overflowed()
-        self.n_skipped += overflow
+        self._collector.n_dropped += overflow
         return overflow
 
     def record_test(self, batches: Iterable[Any], loss: Any, *, labels: Labels | None = None) -> None:
@@ -237,8 +300,9 @@ class Recorder:
                 parameter.requires_grad_(True)
             self._flush()
             assert self._writer is not None
+            self._in_test = True
             # a loader draws from the global generator, which the training goes on with
-            with torch.random.fork_rng(_devices(self._parameters)):
+            with self._collector.set_aside(), torch.random.fork_rng(_devices(self._parameters)):
                 self._record_test(self._writer, batches, loss, labels)
         except BaseException as error:
             self.fail(error)
@@ -248,7 +312,7 @@ class Recorder:
                 module.training = True
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            self._collector.rest()
+            self._in_test = False
 
     def _record_test(self, writer: GradientsWriter, batches: Iterable[Any], loss: Any, labels: Any) -> None:
         table = writer.test_rows(self.n_steps)
@@ -258,7 +322,7 @@ class Recorder:
         slab: Slab | None = None
         for inputs, targets, *_ in batches:
             inputs, targets = inputs.to(device), targets.to(device)
-            self._collector.watch(len(inputs))
+            self._collector.watch(first_test + np.arange(len(inputs)))
             with torch.enable_grad():
                 losses = per_sample_losses(loss, self._model(inputs), targets)
                 if not torch.isfinite(losses).all():
@@ -271,6 +335,7 @@ class Recorder:
             when = f"in the test gradients after {self.n_steps} steps"
             columns = {names.LOSS: losses.detach().float().cpu().numpy()}
             slab = self._collector.add_to(slab, given, columns, when, at_step=False)
+            self._collector.forget()
             self._write_tests(slab, table, first_test)
             if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
                 targets_seen.append(targets.cpu().numpy())
@@ -357,14 +422,26 @@ class Recorder:
             self._writer.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._samples is None:
+        portions = self._collector.portions
+        if not portions:
             raise RecordError(
-                "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
+                f"optimizer.step() at step {self.n_steps} after no batch of the tracked loader: draw a batch for each step, or "
+                f"close() the recorder first"
+                if self._tracks
+                else "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
                 "recorder first"
             )
         if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):  # args begin with the optimiser
             raise RecordError("optimizer.step(closure) is not handled: run the backward pass before optimizer.step()")
-        self._record_rows(self._samples)
+        samples = np.concatenate([portion.samples for portion in portions])
+        try:
+            self._record_rows(samples)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._collector.forget()
+        if self._in_step:
+            self._collector.watch(samples)
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
         gradients = self._present_gradients()

@@ -1,0 +1,69 @@
+"""The batches of one optimiser step: which samples they are of, and which of them the model has met."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RecordError
+
+
+@dataclass(eq=False)
+class Portion:
+    """One batch of a step. One pass may hold all of it, or several consecutive ones a part each.
+
+    Args:
+        samples: ids, shape (batch,), in the order in which they go through the model.
+        first: place of the first of them in the step.
+        tracked: handed over by a tracked loader; else named by the loop itself.
+        met: whether the model was called since it came, with gradients or without.
+        live: whether it was called with gradients.
+        seen: whether a gradient came back.
+    """
+
+    samples: NDArray[np.int64]
+    first: int = 0
+    tracked: bool = False
+    met: bool = False
+    live: bool = False
+    seen: bool = False
+    _passed: int = field(default=0, init=False)
+    _pass_size: int | None = field(default=None, init=False)
+
+    @property
+    def stop(self) -> int:
+        """One past its last place in the step."""
+        return self.first + len(self.samples)
+
+    @property
+    def of_pass(self) -> tuple[int, int]:
+        """Place in the step of the first sample of the present pass, and the pass's samples."""
+        return self.first + self._passed, len(self.samples) if self._pass_size is None else self._pass_size
+
+    @property
+    def n_covered(self) -> int:
+        """Samples of the passes so far; all of them where the model was called in parts only."""
+        return len(self.samples) if self._pass_size is None else self._passed + self._pass_size
+
+    def begin_pass(self, size: int | None) -> None:
+        """The model is being called with `size` samples. A pass over all of them is followed by another over the same."""
+        if self._pass_size is not None and self._pass_size < len(self.samples):
+            self._passed += self._pass_size
+        self._pass_size = size
+
+
+def check_covered(portions: Sequence[Portion], when: str) -> None:
+    """Refuse passes that did not take exactly the samples of `portions`. Raises: RecordError."""
+    for portion in portions:
+        if portion.n_covered == len(portion.samples):
+            continue
+        if portion.tracked:
+            raise RecordError(
+                f"the passes {when} took {portion.n_covered} samples of a batch of {len(portion.samples)} that the tracked "
+                f"loader handed over: let each of its samples go through the model once, or name them with recorder.step(ids)"
+            )
+        raise RecordError(
+            f"the passes {when} took {portion.n_covered} samples, sample_ids names {len(portion.samples)}: give the ids of "
+            f"every sample of the step, in the order in which they go through the model"
+        )
