@@ -2,11 +2,11 @@
 
     python benchmarks/reduce_peers.py DATA [--runs mlp,lenet] [--pairs 3] [--json FILE]
 
-Fashion-MNIST, 5,000 samples and 5 epochs (25,000 rows), 200 test samples. Both record the same training, then each is a process of
-its own in every round, in an order drawn at random: Python's start, reading, and the 5,000 x 200 matrix on disk. dattri-llm's way is
-`TracInAttributor.attribute_from_cache` and `agnostic_matrix`; the seconds of these calls alone, its imports left out, are given beside
-it. The training is SGD with neither momentum nor decay, where relevance is the learning rate times their score: the two matrices are
-compared.
+Fashion-MNIST, 5,000 samples and 5 epochs (25,000 rows), 200 test samples. Both record the same training, then each is a process
+of its own in every round, in an order drawn at random: Python's start, reading, and the 5,000 x 200 matrix on disk. dattri-llm's
+way is `TracInAttributor.attribute_from_cache` and `agnostic_matrix`; the seconds of these calls alone, its imports left out, are
+given beside it. The training is SGD with neither momentum nor decay, where relevance is the learning rate times their score: the
+two matrices are compared.
 """
 
 import os
