@@ -1,113 +1,160 @@
-"""What recording costs: training with it over training without, paired, in one run, the order of each pair drawn at random.
+"""What recording costs: training with it over training without, and beside dattri-llm on the same loops, in one run.
 
-    python benchmarks/record.py DATA [--pairs 5]
+    python benchmarks/record.py DATA [--runs mlp,lenet,resnet,gpt] [--pairs 5] [--json FILE]
 
-DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). Everything is written to disk; the loop is a plain
-one, batches are made beforehand. Prints seconds a step, the ratio's median and range, rows a second, bytes a row, and the peak
-memory that three times the steps add.
+DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). The sides of a round run one after the other, in an
+order drawn at random, from the same start; ratios are of the same round, their median and range. Everything is written to disk;
+the loop is a plain one, batches are made beforehand. Peak memory is that of a process for each figure, 1 and 10 times the steps.
+dattri-llm (benchmarks/requirements.txt) is left out where it is not installed, and where it cannot record a model, which is said.
 """
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does, for both sides
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does, for every side
 
 import argparse
-import contextlib
-import random
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from loops import HYDRA, PEER_PACKAGE, PEERS, PLAIN, Timed, Workload, chosen, left_out, peer_version, run_side, shuffled
 
-from hydra_pipe import Pipeline, Recorder
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-import cifar10n
-import fashion_mnist
-import shakespeare
-
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def batches_of(pipeline: Pipeline) -> Batches:
-    inputs, targets = pipeline.train.tensors
-    return list(zip(inputs.split(pipeline.batch_size), targets.split(pipeline.batch_size), strict=True))
+PEAK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from loops import WORKLOADS, run_side
+workload = WORKLOADS[sys.argv[3]]
+run_side(workload, Path(sys.argv[2]), sys.argv[4], Path(sys.argv[5]), int(sys.argv[6]) * workload.passes)
+# not ru_maxrss, which a process inherits from the one that started it
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
 
 
-def mlp(data: Path) -> Pipeline:
-    pipeline = fashion_mnist.pipeline(data / "fashion-mnist", n_train=6400, n_test=10, epochs=1)
-    pipeline.model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
-    pipeline.optimizer = torch.optim.SGD(pipeline.model.parameters(), lr=0.02, momentum=0.9)
-    return pipeline
+def peak_bytes(data: Path, name: str, side: str, times: int) -> int:
+    """Peak resident memory of a process that does nothing but train so, `times` the usual passes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [str(Path(__file__).parent), str(data), name, side, scratch, str(times)]
+        command = [sys.executable, "-c", PEAK, *arguments]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) * 1024
 
 
-RUNS: dict[str, tuple[Callable[[Path], Pipeline], int]] = {
-    "MLP 784-256-128-10": (mlp, 15),
-    "LeNet-5": (lambda data: fashion_mnist.pipeline(data / "fashion-mnist", n_train=6400, n_test=10, epochs=1), 3),
-    "ResNet-8 on CIFAR-10": (lambda data: cifar10n.pipeline(data / "cifar10", n_train=1280, n_test=10, epochs=1), 2),
-    "GPT 4 x 128, context 64, AdamW": (lambda data: shakespeare.pipeline(data / "text", n_train=512, n_test=10, epochs=1), 2),
-}
+def sides_of(workload: Workload, data: Path, scratch: Path) -> tuple[list[str], list[str]]:
+    """The sides that can record this model, each tried once to warm it up, and what is to be said of the others."""
+    sides, notes = [], []
+    for name in (PLAIN, HYDRA, *(PEERS if peer_version() else ())):
+        try:
+            tried = run_side(workload, data, name, scratch, 1)
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            notes.append(f"{name} cannot record it: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            continue
+        sides.append(name)
+        missed = left_out(workload.build(data), tried.facts["layers"]) if name in PEERS else ""
+        if missed:
+            notes.append(f"{PEER_PACKAGE} leaves out {missed}")
+    return sides, list(dict.fromkeys(notes))
 
 
-def train(build: Callable[[Path], Pipeline], data: Path, passes: int, run: str | None) -> tuple[float, int]:
-    """Seconds of the loop, closing included, and its steps."""
-    torch.manual_seed(0)
-    pipeline = build(data)
-    model, optimizer, batches = pipeline.model, pipeline.optimizer, batches_of(pipeline)
-    n_samples, size = len(pipeline.train), pipeline.batch_size
-    recorder = Recorder(model, optimizer, run, n_samples) if run else None
-    start = time.perf_counter()
-    for _ in range(passes):
-        for step, (inputs, targets) in enumerate(batches):
-            ids = range(step * size, step * size + len(inputs))
-            with recorder.step(ids) if recorder else contextlib.nullcontext():
-                pipeline.loss(model(inputs), targets).mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    if recorder:
-        recorder.close()
-    return time.perf_counter() - start, passes * len(batches)
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def resident_peak() -> int:
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+def told(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+
+
+def measure(workload: Workload, data: Path, pairs: int) -> dict[str, Any]:
+    """All figures of one model but its memory, by side."""
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        sides, notes = sides_of(workload, data, scratch)
+        rounds: list[dict[str, Timed]] = []
+        for order in shuffled(sides, pairs):
+            rounds.append({name: run_side(workload, data, name, scratch, workload.passes) for name in order})
+    found: dict[str, Any] = {"title": workload.title, "notes": notes, "sides": {}}
+    for name in sides:
+        runs = [timed[name] for timed in rounds]
+
+        def over(other: str, of: Callable[[Timed], float], name: str = name) -> dict[str, float]:
+            return summary([of(timed[name]) / of(timed[other]) for timed in rounds])
+
+        side = found["sides"][name] = {
+            "step_ms": summary([run.step_ms for run in runs]),
+            "marginal_ms": summary([run.marginal_ms for run in runs]),
+            "first_step_ms": summary([run.first_seconds * 1e3 for run in runs]),
+            "last_ms": summary([run.last_seconds * 1e3 for run in runs]),
+            "rows_a_second": statistics.median(run.rows / run.seconds for run in runs),
+            "steps": runs[0].steps,
+            "rows": runs[0].rows,
+        }
+        if name != PLAIN:
+            side["added_ms"] = summary([timed[name].step_ms - timed[PLAIN].step_ms for timed in rounds])
+            side["over_plain"] = over(PLAIN, lambda run: run.seconds)
+            side["stored_bytes"] = runs[0].stored_bytes
+            side["bytes_a_row"] = runs[0].stored_bytes / runs[0].rows
+        if name == HYDRA:
+            side["stalls"] = [run.facts["stalls"] for run in runs]
+            side["stalled_seconds"] = [run.facts["stalled_seconds"] for run in runs]
+            side["over_peers"] = {peer: over(peer, lambda run: run.seconds) for peer in sides if peer in PEERS}
+            side["bytes_over_peers"] = {peer: over(peer, lambda run: run.stored_bytes)["median"] for peer in sides if peer in PEERS}
+    return found
+
+
+def measure_memory(data: Path, name: str) -> dict[str, dict[str, int]]:
+    return {side: {f"{times}x": peak_bytes(data, name, side, times) for times in (1, 10)} for side in (PLAIN, HYDRA)}
+
+
+def show(found: dict[str, Any]) -> None:
+    sides = found["sides"]
+    print(f"\n{found['title']}: {sides[PLAIN]['steps']} steps, {sides[PLAIN]['rows']:,} rows")
+    print(f"  {'':18s} ms/step  marginal  added   over plain             rows/s  bytes a row")
+    for name, side in sides.items():
+        line = f"  {name:18s} {side['step_ms']['median']:7.2f} {side['marginal_ms']['median']:9.2f}"
+        if name == PLAIN:
+            line += f" {'':6s}  {'':22s}"
+        else:
+            line += f" {side['added_ms']['median']:6.2f}   {told(side['over_plain']):22s}"
+        line += f" {side['rows_a_second']:7,.0f}"
+        print(line + (f"  {side['bytes_a_row']:11,.0f}" if name != PLAIN else ""))
+    for note in found["notes"]:
+        print(f"  {note}")
+    ours = sides[HYDRA]
+    for peer, ratio in ours["over_peers"].items():
+        print(f"  {HYDRA} over {peer}: time {told(ratio)}, bytes {ours['bytes_over_peers'][peer]:.4f}")
+    print(f"  queue stalls of each recording: {ours['stalls']}, {', '.join(f'{s:.2f}' for s in ours['stalled_seconds'])} s")
+    for side, peaks in found.get("peak_bytes", {}).items():
+        grown = peaks["10x"] - peaks["1x"]
+        print(
+            f"  peak memory, {side}: {peaks['1x'] / 2**20:.0f} MiB; 10 times the steps {peaks['10x'] / 2**20:.0f} MiB "
+            f"({grown / 2**20:+.0f} MiB)"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--runs", default="mlp,lenet,resnet,gpt")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds, each with every side once")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes minutes")
     given = parser.parse_args()
-    order = random.Random(0)
-    for name, (build, passes) in RUNS.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            train(build, given.data, 1, None)
-            train(build, given.data, 1, f"{scratch}/warm")
-            ratios, plain, recorded, steps = [], [], [], 0
-            for pair in range(given.pairs):
-                runs: dict[str | None, float] = {}
-                for run in order.sample([None, f"{scratch}/{pair}"], 2):
-                    runs[run], steps = train(build, given.data, passes, run)
-                with_it, without = runs[f"{scratch}/{pair}"], runs[None]
-                ratios.append(with_it / without)
-                plain.append(without / steps)
-                recorded.append(with_it / steps)
-            stored = sum(f.stat().st_size for f in Path(scratch, "0", "gradients.zarr").rglob("*") if f.is_file())
-            rows = passes * len(build(given.data).train)
-            before = resident_peak()
-            train(build, given.data, 3 * passes, f"{scratch}/long")
-            seconds = statistics.median(recorded)
-            print(
-                f"{name}: {statistics.median(plain) * 1e3:.2f} ms a step without, {seconds * 1e3:.2f} with; ratio "
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {rows / steps / seconds:,.0f} rows/s; "
-                f"{stored / rows:,.0f} bytes a row; "
-                f"three times the steps add {(resident_peak() - before) / 2**20:.0f} MiB to the peak"
-            )
+    peer = peer_version()
+    print(f"dattri-llm {peer}" if peer else "dattri-llm is not installed: going on without (benchmarks/requirements.txt)")
+    results = {}
+    for name, workload in chosen(given.runs).items():
+        results[name] = measure(workload, given.data, given.pairs)
+        if not given.no_memory:
+            results[name]["peak_bytes"] = measure_memory(given.data, name)
+        show(results[name])
+        if given.json:
+            given.json.write_text(json.dumps({"dattri_llm": peer, "pairs": given.pairs, "runs": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

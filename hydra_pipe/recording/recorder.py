@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -381,7 +381,7 @@ class Recorder:
             if self._sample_labels is not None:
                 self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
                 self._n_labels[names.TRAIN_LABELS] = self.n_samples
-            rows = self._writer.rows.n_rows
+            rows, stalls = self._writer.rows.n_rows, replace(self._writer.stalls)  # the end waits for the writer whatever it is
             self._release()
         except BaseException as error:
             self.fail(error)
@@ -395,6 +395,8 @@ class Recorder:
             n_curved_rows=self._n_curved,
             n_tests=self.n_tests or 0,
             worst_imbalance=self._worst_imbalance,
+            stalls=stalls.count,
+            stalled_seconds=stalls.seconds,
             labels=self._n_labels,
             **self.facts,
         )

@@ -25,7 +25,7 @@ from hydra_pipe.store.arrays import (
     open_group,
     read_checked,
 )
-from hydra_pipe.store.table import BackgroundWriter, Column, TableWriter
+from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
 
 STEP_SHARD_ROWS = 4096
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
@@ -118,6 +118,11 @@ class GradientsWriter:
         array[:] = values.astype(np.int64)
         if label_names is not None:
             array.attrs.update({names.LABEL_NAMES: label_names})
+
+    @property
+    def stalls(self) -> Stalls:
+        """How often and how long the training has waited for the disk."""
+        return self._writer.stalls
 
     def close(self) -> None:
         """Write what is still in the buffers. Raises: StoreError: writing failed."""

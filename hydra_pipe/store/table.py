@@ -2,7 +2,9 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,33 @@ from hydra_pipe.store.arrays import create_array
 Buffers = dict[str, NDArray[Any]]
 
 
+@dataclass
+class Stalls:
+    """How often and how long the training has waited for the writer, that is for the disk.
+
+    Args:
+        count: waits so far.
+        seconds: in all.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """One wait, begun once it is known that there is something to wait for."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.count += 1
+            self.seconds += time.perf_counter() - start
+
+
 class BackgroundWriter:
     """One thread that runs jobs in order. At most `depth` wait: then `submit` waits too, which is the back-pressure.
+
+    `stalls` counts the waits of the thread that submits.
 
     Raises:
         StoreError: from `submit` and `close`, once a job has failed.
@@ -27,23 +54,28 @@ class BackgroundWriter:
     def __init__(self, depth: int = 2) -> None:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
         self._failure: BaseException | None = None
+        self.stalls = Stalls()
         self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        self._check()
-        self._jobs.put(job)
+        self.check()
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            with self.stalls.waiting():
+                self._jobs.put(job)
 
     def drain(self) -> None:
         """Wait until every submitted job is done."""
         self._jobs.join()
-        self._check()
+        self.check()
 
     def close(self) -> None:
         """Finish all jobs and end the thread."""
         self._jobs.put(None)
         self._thread.join()
-        self._check()
+        self.check()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -57,7 +89,8 @@ class BackgroundWriter:
                 self._jobs.task_done()
         self._jobs.task_done()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises: StoreError: a job has failed."""
         if self._failure is not None:
             message = str(self._failure).strip().split("\n")[-1]
             raise StoreError(f"writing failed ({message}): make room or mend the disk, then record again") from self._failure
@@ -156,11 +189,18 @@ class TableWriter:
         self._current = self._next_buffers()
 
     def _next_buffers(self) -> Buffers:
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            with self._writer.stalls.waiting():
+                return self._wait_for_buffers()
+
+    def _wait_for_buffers(self) -> Buffers:
         while True:
             try:
                 return self._free.get(timeout=1.0)
             except queue.Empty:
-                self._writer.submit(lambda: None)  # raises if the writer has failed and will never return a buffer
+                self._writer.check()  # a writer that has failed will never return a buffer
 
 
 def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) -> zarr.Array[Any]:

@@ -1,6 +1,7 @@
 """The recorder on real training: nothing is changed, everything is accounted for, loops that go wrong are told."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from hydra_pipe.errors import (
     RunError,
     UsageError,
 )
+from hydra_pipe.plan import geometry
+from hydra_pipe.store.appender import Appender
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.names import TEST_LABELS, TRAIN_LABELS
 
@@ -388,6 +391,22 @@ def test_the_manifest_says_what_was_recorded(tmp_path: Path) -> None:
     assert record["state"] == "complete"
     assert {k: record["facts"][k] for k in ("n_steps", "n_rows", "n_tests")} == {"n_steps": 10, "n_rows": 80, "n_tests": 9}
     assert record["facts"]["worst_imbalance"] < 1e-6
+    assert (record["facts"]["stalls"], record["facts"]["stalled_seconds"]) == (0, 0.0)  # nothing filled a buffer
+
+
+def test_the_manifest_says_how_often_training_waited_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Appender.write
+
+    def write_slowly(appender: Appender, first: int, rows: np.ndarray) -> None:
+        time.sleep(0.005)
+        write(appender, first, rows)
+
+    monkeypatch.setattr(Appender, "write", write_slowly)
+    monkeypatch.setattr(geometry, "SHARD_BYTES", 1)  # a file for each row
+    hydra_pipe.record(mlp_pipeline(epochs=1), tmp_path / "run")
+    facts = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]["facts"]
+    assert facts["stalls"] > 20  # 40 rows, of which two fit the buffers and two the queue
+    assert facts["stalled_seconds"] > 20 * 0.005
 
 
 class Positions(nn.Module):

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import StoreError
+from hydra_pipe.store import table as table_module
 from hydra_pipe.store.arrays import ROTTEN, create_group, get_array, missing_chunks, read_checked
-from hydra_pipe.store.table import BackgroundWriter, Column, TableWriter
+from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
 
 COLUMNS = [
     Column("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),
@@ -129,6 +131,55 @@ def test_a_slow_disk_holds_the_training_back_instead_of_filling_memory(tmp_path:
     writer.close()
     assert waiting == 3  # one under way, two in the queue
     assert len(submitted) == 10
+
+
+class Clock:
+    """Lets the writer go on as soon as somebody begins to wait for it, and says that the wait took 7 seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.writer_may_go_on = threading.Event()
+        self._readings = 0
+        monkeypatch.setattr(table_module, "time", SimpleNamespace(perf_counter=self.read))
+
+    def read(self) -> float:
+        self.writer_may_go_on.set()
+        self._readings += 1
+        return 7.0 * self._readings
+
+    def hold(self, writer: BackgroundWriter) -> None:
+        """Returns once `writer` is at a job that lasts until somebody waits."""
+        begun = threading.Event()
+
+        def job() -> None:
+            begun.set()
+            self.writer_may_go_on.wait(10)
+
+        writer.submit(job)
+        assert begun.wait(10)
+
+
+def test_waits_for_a_place_in_the_queue_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, clock = BackgroundWriter(depth=1), Clock(monkeypatch)
+    clock.hold(writer)
+    writer.submit(lambda: None)  # there is a place for it
+    assert writer.stalls == Stalls(0, 0.0)
+    writer.submit(lambda: None)
+    assert writer.stalls == Stalls(1, 7.0)
+    writer.close()
+
+
+def test_waits_for_an_empty_buffer_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, clock = BackgroundWriter(depth=2), Clock(monkeypatch)
+    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 2, writer)
+    clock.hold(writer)
+    counts = []
+    for first in range(0, 4, 2):
+        for rows, views in table.reserve(2):
+            views["narrow"][:] = np.arange(2)[rows] + first
+        counts.append(writer.stalls.count)
+    assert (counts, writer.stalls.seconds) == ([0, 1], 7.0)  # the second shard fills the last buffer, with a place in the queue
+    writer.close()
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "narrow", mode="r")[:], np.arange(4))
 
 
 def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: Path) -> None:
