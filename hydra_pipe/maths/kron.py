@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydra_pipe.maths.layers import Contribution, Factors
+from hydra_pipe.maths.factors import Contribution, Factors
 
 
 class Kron:

@@ -6,10 +6,8 @@ A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin,
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,140 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.factors import Contribution, Conv, ConvTranspose, Factors, Patches
 
-_PIECE_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Gradients of B samples as sums over positions of outer products: row_i = sum_p outer(left[i, p], right[i, p]).
-
-    Args:
-        left: gradient at the output, shape (B, P, O).
-        given_right: what it is multiplied by, shape (B, P, I), or the patches that it consists of; None stands for 1, as in a bias.
-    """
-
-    left: Tensor
-    given_right: "Tensor | Patches | None"
-
-    @cached_property
-    def right(self) -> Tensor | None:
-        """What `left` is multiplied by, written out."""
-        return self.given_right.written_out() if isinstance(self.given_right, Patches) else self.given_right
-
-    def right_times(self, matrix: Tensor) -> Tensor:
-        """`right` times the transpose of `matrix`, which has the shape (k, I); shape (B, P, k)."""
-        if isinstance(self.given_right, Patches):
-            return self.given_right.times(matrix)
-        assert self.given_right is not None
-        return self.given_right @ matrix.T
-
-    def norms(self) -> Tensor:
-        """Upper bound of each row's norm, and of the rounding in it where its terms cancel, shape (B,).
-
-        |sum_p outer(l_p, r_p)| <= |l| |r| over all positions (Cauchy-Schwarz).
-        """
-        left = _norms(self.left)
-        if self.given_right is None:
-            return left.mul_(self.n_positions**0.5)
-        return left.mul_(self.given_right.norms() if isinstance(self.given_right, Patches) else _norms(self.given_right))
-
-    @property
-    def n_inputs(self) -> int:
-        """I; 1 where `right` is None."""
-        if self.given_right is None:
-            return 1
-        return self.given_right.n_pixels if isinstance(self.given_right, Patches) else self.given_right.shape[-1]
-
-    @property
-    def n_positions(self) -> int:
-        return self.left.shape[1]
-
-    def rows(self) -> Tensor:
-        """The gradients written out, shape (B, O * I), or (B, O) where `right` is None."""
-        if self.given_right is None:
-            return self.left.sum(1)
-        pieces = list(self.pieces())
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def pieces(self) -> Iterator[Tensor]:
-        """The rows of a few samples after the other, where `right` is not None.
-
-        Memory that is used again is in the cache, and is not asked of the system each time.
-        """
-        right = self.given_right
-        assert right is not None
-        largest = max(self.left.shape[2] * self.n_inputs * self.left.element_size(), getattr(right, "sample_bytes", 0))
-        at_once = max(1, _PIECE_BYTES // largest)
-        for first in range(0, len(self.left), at_once):
-            samples = slice(first, first + at_once)
-            written_out = right.written_out(samples) if isinstance(right, Patches) else right[samples]
-            yield torch.bmm(self.left[samples].transpose(1, 2), written_out).flatten(1)
-
-
-@dataclass(frozen=True)
-class Patches:
-    """What each position of a convolution sees, shape (B, P, channels * kernel pixels), kept as the pixels they are cut from.
-
-    Args:
-        padded: shape (B, channels, ...).
-        conv: whose kernel, stride and dilation it is.
-        positions: the number of them along each dimension; P is their product.
-    """
-
-    padded: Tensor
-    conv: "_Conv | _ConvTranspose"
-    positions: torch.Size
-
-    @property
-    def n_pixels(self) -> int:
-        """Channels times kernel pixels: I."""
-        return int(self.padded.shape[1] * math.prod(self.conv.kernel_size))
-
-    @property
-    def sample_bytes(self) -> int:
-        """Of one sample's patches, written out."""
-        return self.n_pixels * self.positions.numel() * self.padded.element_size()
-
-    def written_out(self, samples: slice = slice(None)) -> Tensor:
-        """The patches of some samples, by default all."""
-        # a strided copy, measured at two to four times the speed of F.unfold
-        padded = self.padded[samples].contiguous()
-        batch, channels = padded.shape[:2]
-        of_sample, of_channel, *of_pixel = padded.stride()
-        shape = (batch, channels, *self.conv.kernel_size, *self.positions)
-        steps = [stride * d for stride, d in zip(of_pixel, self.conv.dilation, strict=True)]
-        moves = [stride * s for stride, s in zip(of_pixel, self.conv.stride, strict=True)]
-        view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
-        return view.reshape(batch, -1, self.positions.numel()).transpose(1, 2)
-
-    def times(self, matrix: Tensor) -> Tensor:
-        """The patches times the transpose of `matrix`, which has the shape (k, channels * kernel pixels); shape (B, P, k).
-
-        A convolution with the rows of `matrix` as filters: nothing is written out.
-        """
-        filters = matrix.reshape(len(matrix), self.padded.shape[1], *self.conv.kernel_size)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
-        found = convolve(self.padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
-        # the output padding of a transposed convolution may leave room for more positions than there are
-        for dim, n in enumerate(self.positions, start=2):
-            found = found.narrow(dim, 0, n)
-        return found.flatten(2).transpose(1, 2)
-
-    def norms(self) -> Tensor:
-        """Upper bound of the norm of each sample's patches, shape (B,): a pixel is in no more than the kernel has pixels."""
-        return _norms(self.padded.flatten(2)).mul_(math.prod(self.conv.kernel_size) ** 0.5)
-
-
-def _norms(values: Tensor) -> Tensor:
-    """Norm of each sample's values, shape (B,): as a product, which costs a tenth of torch's own norm."""
-    flat = (values if values.is_contiguous() else values.transpose(1, 2)).reshape(len(values), 1, -1)
-    squares: Tensor = torch.bmm(flat, flat.transpose(1, 2))
-    return squares.sqrt_().reshape(-1)
-
-
-# What a rule yields for one parameter: factors, or the rows themselves, shape (B, numel).
-Contribution = Factors | Tensor
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
 Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
 
@@ -218,24 +84,19 @@ def conv1d_of_transformers_rule(
     return {name: Factors(inputs, grads) if name == "weight" else Factors(grads, None) for name in wanted}
 
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-
 def conv_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
     """Convolution as a Linear on patches: dW_i = sum_p g_ip patch_ip^T, any stride, padding, dilation and groups."""
-    assert isinstance(module, _Conv)
+    assert isinstance(module, Conv)
     (inputs,) = args or kwargs.values()
     grads = grad_output.flatten(2)
     result: dict[str, Contribution] = {name: Factors(grads.transpose(1, 2), None) for name in wanted if name == "bias"}
     if "weight" in wanted:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # torch keeps the widths, "same" resolved, in the order that F.pad takes
-        widths = module._reversed_padding_repeated_twice
-        padded = F.pad(inputs, widths, mode=mode) if any(widths) else inputs
-        patches = Patches(padded, module, grad_output.shape[2:])
+        widths = tuple(module._reversed_padding_repeated_twice)
+        patches = Patches(inputs, module, grad_output.shape[2:], widths, mode)
         result["weight"] = _grouped(grads, patches, module.groups, result.get("bias"))
     return result
 
@@ -244,15 +105,15 @@ def conv_transpose_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
     """Transposed convolution: the roles of input and output gradient are changed, dW_i = sum_p x_ip patch(g)_ip^T."""
-    assert isinstance(module, _ConvTranspose)
+    assert isinstance(module, ConvTranspose)
     inputs = args[0] if args else kwargs["input"]
     result: dict[str, Contribution] = {
         name: Factors(grad_output.flatten(2).transpose(1, 2), None) for name in wanted if name == "bias"
     }
     if "weight" in wanted:
         padding = cast("tuple[int, ...]", module.padding)
-        widths = [width for n in reversed(padding) for width in (n, n)]
-        patches = Patches(F.pad(grad_output, widths), module, inputs.shape[2:])
+        widths = tuple(width for n in reversed(padding) for width in (n, n))
+        patches = Patches(grad_output, module, inputs.shape[2:], widths)
         result["weight"] = _grouped(inputs.flatten(2), patches, module.groups)
     return result
 
@@ -263,9 +124,12 @@ def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | 
         left = bias.left if isinstance(bias, Factors) else lefts.transpose(1, 2)
         return Factors(left, patches)
     batch, positions = len(lefts), lefts.shape[2]
-    rights = patches.written_out().transpose(1, 2).reshape(batch * groups, -1, positions)
-    per_group = torch.bmm(lefts.reshape(batch * groups, -1, positions), rights.transpose(1, 2))
-    return per_group.reshape(batch, -1)
+    rows = lefts.new_empty(batch * groups, lefts.shape[1] // groups, patches.n_pixels // groups)
+    for samples in patches.pieces():
+        rights = patches.written_out(samples).transpose(1, 2).reshape(-1, patches.n_pixels // groups, positions)
+        of_piece = lefts[samples].reshape(len(rights), -1, positions)
+        torch.bmm(of_piece, rights.transpose(1, 2), out=rows[samples.start * groups :][: len(rights)])
+    return rows.reshape(batch, -1)
 
 
 def embedding_rule(
@@ -317,19 +181,24 @@ def channel_norm_rule(
     the batch gradient, what goes through its own activations; the shares sum to the gradient, but are not each sample's own.
     """
     (inputs,) = args or kwargs.values()
+    rows: dict[str, Contribution] = {}
+    for name in wanted:
+        # in place: another array of that size costs more than the product
+        terms = _channel_normed(module, inputs).mul_(grad_output) if name == "weight" else grad_output
+        rows[name] = terms.reshape(*inputs.shape[:2], -1).sum(2)
+    return rows
+
+
+def _channel_normed(module: nn.Module, inputs: Tensor) -> Tensor:
+    """n(x), in memory of its own."""
     if isinstance(module, nn.GroupNorm):
-        normed = F.group_norm(inputs, module.num_groups, None, None, module.eps)
-    else:
-        assert isinstance(module, nn.modules.batchnorm._NormBase)
-        own = module.training or module.running_mean is None
-        kept = (None, None) if own else (module.running_mean, module.running_var)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            normed = F.batch_norm(inputs, *kept, training=own, eps=module.eps)
-        else:
-            normed = F.instance_norm(inputs, *kept, use_input_stats=own, eps=module.eps)
-    return {
-        name: (grad_output * normed if name == "weight" else grad_output).reshape(*inputs.shape[:2], -1).sum(2) for name in wanted
-    }
+        return F.group_norm(inputs, module.num_groups, None, None, module.eps)
+    assert isinstance(module, nn.modules.batchnorm._NormBase)
+    own = module.training or module.running_mean is None
+    kept = (None, None) if own else (module.running_mean, module.running_var)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return F.batch_norm(inputs, *kept, training=own, eps=module.eps)
+    return F.instance_norm(inputs, *kept, use_input_stats=own, eps=module.eps)
 
 
 def general_rule(

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from hydra_pipe.maths.runs import run_length
+from hydra_pipe.maths.scratch import Scratch
+
+_SCRATCH = Scratch()
 
 
 class Sketch:
@@ -56,7 +59,10 @@ class Sketch:
         """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device."""
         if self._order.device != rows.device:
             self._order, self._sign = self._order.to(rows.device), self._sign.to(rows.device)
-        mixed = self._in_order(rows).mul_(self._sign if signs is None else signs)
+        in_runs = rows.reshape(len(rows), -1, self._run)
+        mixed = _SCRATCH.take("in order", (*in_runs.shape[:1], len(self._order), self._run), rows)
+        torch.index_select(in_runs, 1, self._order, out=mixed)
+        mixed = mixed.flatten(1).mul_(self._sign if signs is None else signs)
         k = self.n_columns
         whole = mixed.shape[1] // k * k
         sums = mixed[:, :whole].reshape(len(mixed), -1, k).sum(1)

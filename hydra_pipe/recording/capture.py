@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.layers import Contribution, rule_for
+from hydra_pipe.maths.factors import Contribution
+from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows
 from hydra_pipe.recording.portions import Portion
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError, RunError
-from hydra_pipe.maths.layers import Contribution, Factors, may_couple
+from hydra_pipe.maths.factors import Contribution, Factors
+from hydra_pipe.maths.layers import may_couple
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.factors import Contribution, Factors
 from hydra_pipe.maths.kron import Kron
-from hydra_pipe.maths.layers import Contribution, Factors
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hydra_pipe.maths.factors import Factors
 from hydra_pipe.maths.kron import Kron
-from hydra_pipe.maths.layers import Factors, rule_for
+from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.plan.layout import choose_sides
 
 SIZES = st.integers(1, 7)
