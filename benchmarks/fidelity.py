@@ -7,6 +7,10 @@ seed, and that the final weights are the same is checked. Spearman over the trai
 are those on disk, compressed, of rows and scales. Needs 4 GB in the temporary directory. Prints a Markdown table.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does
+
 import argparse
 import json
 import sys
@@ -105,7 +109,9 @@ def measure(build: Callable[[Path], Pipeline], data: Path) -> list[Point]:
 def show_row(point: Point) -> None:
     way = f"{point.encoding}, {point.dim:,}" if point.dim else point.encoding
     lossless = "yes" if point.exact else "no"
-    print(f"| {way} | {point.dtype} | {point.columns:,} | {lossless} | {point.bytes_a_row:,.0f} | {point.spearman:.4f} |", flush=True)
+    print(
+        f"| {way} | {point.dtype} | {point.columns:,} | {lossless} | {point.bytes_a_row:,.0f} | {point.spearman:.4f} |", flush=True
+    )
 
 
 def main() -> None:
@@ -120,7 +126,9 @@ def main() -> None:
         if name not in WORKLOADS:
             raise SystemExit(f"there is no run called {name}: choose among {','.join(WORKLOADS)}")
         title, build = WORKLOADS[name]
-        print(f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |\n| --- | --- | --- | --- | --- | --- |")
+        print(
+            f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |\n| --- | --- | --- | --- | --- | --- |"
+        )
         results[title] = measure(build, given.data)
     if given.json:
         plain = {title: [asdict(point) for point in points] for title, points in results.items()}

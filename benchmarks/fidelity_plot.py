@@ -34,19 +34,22 @@ def draw(results: Mapping[str, Sequence[Any]], path: Path) -> None:
         path: of the PNG.
     """
     plt.rcParams.update({"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK})
-    figure, panels = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.7), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.5), sharey=True, squeeze=False)
     least = min(point.spearman for points in results.values() for point in points)
     for axes, (title, points) in zip(panels[0], results.items(), strict=True):
         draw_panel(axes, title, points)
         axes.set_ylim(max(-1.0, least - 0.08), 1.04)
     panels[0][0].set_ylabel("Spearman with exact float32 relevance")
-    handles = [Line2D([], [], color=colour, linewidth=2, label=encoding) for encoding, colour in COLOURS.items()]
+    handles = [
+        Line2D([], [], color=colour, linewidth=2, label=f"{encoding}, by columns" if encoding != "exact" else encoding)
+        for encoding, colour in COLOURS.items()
+    ]
     handles += [
         Line2D([], [], color=MUTED, marker=marker, linestyle="", markersize=6, label=dtype) for dtype, marker in MARKERS.items()
     ]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, handlelength=1.4)
-    figure.suptitle("What fewer bytes cost", x=0.065, y=0.975, ha="left", fontsize=13, fontweight="bold")
-    figure.tight_layout(rect=(0, 0.07, 1, 0.96), w_pad=2.5)
+    figure.suptitle("What fewer bytes cost", x=0.065, y=0.965, ha="left", fontsize=13, fontweight="bold")
+    figure.tight_layout(rect=(0, 0.07, 1, 1.0), w_pad=2.5)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -59,14 +62,18 @@ def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
                 continue
             xs, ys = [p.bytes_a_row for p in line], [p.spearman for p in line]
             dashes = (0, (3, 2)) if dtype == "int8" else "-"
+            if encoding == "exact":  # open and larger: what is stored so may lie under it
+                axes.scatter(xs, ys, s=110, marker=marker, facecolor="none", edgecolor=colour, linewidth=1.4, zorder=4)
+                continue
             axes.plot(xs, ys, color=colour, linewidth=1.6, linestyle=dashes, alpha=0.8, zorder=2)
             axes.scatter(xs, ys, s=46, marker=marker, color=colour, edgecolor="white", linewidth=1.1, zorder=3)
     for point in points:
         label_point(axes, point)
     axes.set_xscale("log")
     low, high = min(p.bytes_a_row for p in points), max(p.bytes_a_row for p in points)
-    axes.set_xlim(low / 1.7, high * 1.9)
-    axes.set_xticks([t for t in decades() if low / 1.7 <= t <= high * 1.9])
+    margin = (high / low) ** 0.12
+    axes.set_xlim(low / margin, high * margin)
+    axes.set_xticks(ticks_between(low / margin, high * margin))
     axes.xaxis.set_major_formatter(FuncFormatter(size_of))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("bytes a row on disk")
@@ -80,23 +87,18 @@ def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
 
 
 def label_point(axes: Any, point: Any) -> None:
-    """The dim beside each float16 point, and the dtype above each exact one; the rest is in the legend."""
-    if point.encoding == "exact":
-        axes.annotate(point.dtype, (point.bytes_a_row, point.spearman), (0, 8), textcoords="offset points", ha="center", **SMALL)
-    elif point.dtype == "float16" and not point.exact:
-        below = point.encoding == "projected"
-        axes.annotate(
-            f"{point.dim:,}",
-            (point.bytes_a_row, point.spearman),
-            (7, -11) if below else (5, 5),
-            textcoords="offset points",
-            ha="left",
-            **SMALL | {"color": COLOURS[point.encoding]},
-        )
+    """The dim: left of auto's int8 points, right of projected's float16 ones, where nothing else is."""
+    where = {("auto", "int8"): (-8, 3, "right"), ("projected", "float16"): (8, -9, "left")}.get((point.encoding, point.dtype))
+    if where is None:
+        return
+    x, y, side = where
+    text = "lossless" if point.exact else f"{point.dim:,}"
+    at = (point.bytes_a_row, point.spearman)
+    axes.annotate(text, at, (x, y), textcoords="offset points", ha=side, fontsize=8, color=COLOURS[point.encoding])
 
 
-SMALL = {"fontsize": 8, "color": MUTED}
-
-
-def decades() -> list[float]:
-    return [m * 10.0**e for e in range(1, 8) for m in (1, 3)]
+def ticks_between(low: float, high: float) -> list[float]:
+    """Powers of ten, and three times them where there are few."""
+    steps = (1, 3) if high / low < 300 else (1,)
+    ticks = [step * 10.0**exponent for exponent in range(1, 9) for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
