@@ -3,8 +3,8 @@
     python benchmarks/fidelity.py DATA [--runs lenet,gpt] [--plot FILE.png] [--json FILE]
 
 LeNet-5 on Fashion-MNIST (SGD with momentum) and the character GPT (AdamW), each trained anew for every encoding and dtype: the same
-seed, and that the final weights are the same is checked. Spearman over the training samples, mean over the test samples. Bytes a row
-are those on disk, compressed, of rows and scales. Needs 4 GB in the temporary directory. Prints a Markdown table.
+seed, and that the final weights are the same is checked. Spearman over the training samples, mean over the test samples. Bytes a
+row are those on disk, compressed, of rows and scales. Needs 4 GB in the temporary directory. Prints a Markdown table.
 """
 
 import os
@@ -109,9 +109,8 @@ def measure(build: Callable[[Path], Pipeline], data: Path) -> list[Point]:
 def show_row(point: Point) -> None:
     way = f"{point.encoding}, {point.dim:,}" if point.dim else point.encoding
     lossless = "yes" if point.exact else "no"
-    print(
-        f"| {way} | {point.dtype} | {point.columns:,} | {lossless} | {point.bytes_a_row:,.0f} | {point.spearman:.4f} |", flush=True
-    )
+    cells = (way, point.dtype, f"{point.columns:,}", lossless, f"{point.bytes_a_row:,.0f}", f"{point.spearman:.4f}")
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -126,9 +125,8 @@ def main() -> None:
         if name not in WORKLOADS:
             raise SystemExit(f"there is no run called {name}: choose among {','.join(WORKLOADS)}")
         title, build = WORKLOADS[name]
-        print(
-            f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |\n| --- | --- | --- | --- | --- | --- |"
-        )
+        print(f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |")
+        print("| --- | --- | --- | --- | --- | --- |")
         results[title] = measure(build, given.data)
     if given.json:
         plain = {title: [asdict(point) for point in points] for title, points in results.items()}

@@ -133,9 +133,8 @@ def profile(workload: Workload, data: Path, passes: int) -> None:
             timed = run_side(workload, data, HYDRA, scratch, passes)
     rest = timed.seconds - sum(clock.seconds.values())
     added = timed.seconds - plain.seconds
-    print(
-        f"\n{workload.title}: {plain.step_ms:.2f} ms a step without, {recorded.step_ms:.2f} with, {timed.step_ms:.2f} instrumented\n"
-    )
+    both = f"{plain.step_ms:.2f} ms a step without, {recorded.step_ms:.2f} with, {timed.step_ms:.2f} instrumented"
+    print(f"\n{workload.title}: {both}\n")
     print("| stage | ms a step | of what recording adds | calls a step |\n| --- | --- | --- | --- |")
     for stage in dict.fromkeys(stage for _, _, stage in STAGES):
         seconds = clock.seconds[stage]
