@@ -38,7 +38,7 @@ STAGES: list[tuple[type, str, str]] = [
     (Capture, "_backward", HOOKS),
     (Collector, "watch", HOOKS),
     (RowEncoder, "reduce", "encoder.reduce"),
-    (Collector, "add_to", "collecting a step"),
+    (Collector, "add_to", "assembling, preconditioner"),
     (RowEncoder, "place", "place"),
     (RowEncoder, "put_in_books", BOOKS),
     (Slab, "check", BOOKS),
