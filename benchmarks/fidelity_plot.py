@@ -67,8 +67,7 @@ def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
                 continue
             axes.plot(xs, ys, color=colour, linewidth=1.6, linestyle=dashes, alpha=0.8, zorder=2)
             axes.scatter(xs, ys, s=46, marker=marker, color=colour, edgecolor="white", linewidth=1.1, zorder=3)
-    for point in points:
-        label_point(axes, point)
+    label_points(axes, points)
     axes.set_xscale("log")
     low, high = min(p.bytes_a_row for p in points), max(p.bytes_a_row for p in points)
     margin = (high / low) ** 0.12
@@ -86,15 +85,18 @@ def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
         spine.set_color(GRID)
 
 
-def label_point(axes: Any, point: Any) -> None:
-    """The dim: left of auto's int8 points, right of projected's float16 ones, where nothing else is."""
-    where = {("auto", "int8"): (-8, 3, "right"), ("projected", "float16"): (8, -9, "left")}.get((point.encoding, point.dtype))
-    if where is None:
-        return
-    x, y, side = where
-    text = "lossless" if point.exact else f"{point.dim:,}"
-    at = (point.bytes_a_row, point.spearman)
-    axes.annotate(text, at, (x, y), textcoords="offset points", ha=side, fontsize=8, color=COLOURS[point.encoding])
+def label_points(axes: Any, points: Sequence[Any]) -> None:
+    """The dims: of the better encoding at each on the left of its int8 point, of the other on the right of its float16 one."""
+    for dim in sorted({point.dim for point in points if point.dim}):
+        best = max((p for p in points if p.dim == dim), key=lambda p: p.spearman).encoding
+        for point in points:
+            better = point.encoding == best
+            if point.dim != dim or point.dtype != ("int8" if better else "float16"):
+                continue
+            text = "lossless" if point.exact else f"{dim:,}"
+            offset, side = ((-8, 3), "right") if better else ((8, -11), "left")
+            at = (point.bytes_a_row, point.spearman)
+            axes.annotate(text, at, offset, textcoords="offset points", ha=side, fontsize=8, color=COLOURS[point.encoding])
 
 
 def ticks_between(low: float, high: float) -> list[float]:
