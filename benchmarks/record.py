@@ -6,7 +6,7 @@ DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). Th
 order drawn at random, from the same start; ratios are of the same round, their median and range. Everything is written to disk;
 the loop is a plain one, batches are made beforehand. Peak memory is that of a process for each figure, 1 and 10 times the steps.
 dattri-llm (benchmarks/requirements.txt) is left out where it is not installed, and where it cannot record a model, which is said.
-It stores raw float32 factors, under AdamW too; what its method for AdamW needs beside them is not counted.
+dattri-llm stores raw float32 factors, under AdamW too; what its method for AdamW needs beside them is not counted.
 
 "marginal" is a step without the first one and without what comes after the last; "added" is what a step takes more than in plain
 training of the same round, with everything.
