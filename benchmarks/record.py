@@ -6,6 +6,10 @@ DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). Th
 order drawn at random, from the same start; ratios are of the same round, their median and range. Everything is written to disk;
 the loop is a plain one, batches are made beforehand. Peak memory is that of a process for each figure, 1 and 10 times the steps.
 dattri-llm (benchmarks/requirements.txt) is left out where it is not installed, and where it cannot record a model, which is said.
+dattri-llm stores raw float32 factors, under AdamW too; what its method for AdamW needs beside them is not counted.
+
+"marginal" is a step without the first one and without what comes after the last; "added" is what a step takes more than in plain
+training of the same round, with everything.
 """
 
 import os
@@ -18,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +82,42 @@ def measure(workload: Workload, data: Path, pairs: int) -> dict[str, Any]:
         rounds: list[dict[str, Timed]] = []
         for order in shuffled(sides, pairs):
             rounds.append({name: run_side(workload, data, name, scratch, workload.passes) for name in order})
-    found: dict[str, Any] = {"title": workload.title, "notes": notes, "sides": {}}
-    for name in sides:
-        runs = [timed[name] for timed in rounds]
+    return {"title": workload.title, "notes": notes, "sides": {name: figures(name, rounds) for name in sides}}
 
-        def over(other: str, of: Callable[[Timed], float], name: str = name) -> dict[str, float]:
-            return summary([of(timed[name]) / of(timed[other]) for timed in rounds])
 
-        side = found["sides"][name] = {
-            "step_ms": summary([run.step_ms for run in runs]),
-            "marginal_ms": summary([run.marginal_ms for run in runs]),
-            "first_step_ms": summary([run.first_seconds * 1e3 for run in runs]),
-            "last_ms": summary([run.last_seconds * 1e3 for run in runs]),
-            "rows_a_second": statistics.median(run.rows / run.seconds for run in runs),
-            "steps": runs[0].steps,
-            "rows": runs[0].rows,
+def figures(name: str, rounds: Sequence[dict[str, Timed]]) -> dict[str, Any]:
+    """Of one side; ratios and differences are taken within each round."""
+    runs = [timed[name] for timed in rounds]
+    first = runs[0]
+
+    def over(other: str) -> dict[str, float]:
+        return summary([timed[name].seconds / timed[other].seconds for timed in rounds])
+
+    side: dict[str, Any] = {
+        "step_ms": summary([run.step_ms for run in runs]),
+        "marginal_ms": summary([run.marginal_ms for run in runs]),
+        "first_step_ms": summary([run.first_seconds * 1e3 for run in runs]),
+        "last_ms": summary([run.last_seconds * 1e3 for run in runs]),
+        "rows_a_second": statistics.median(run.rows / run.seconds for run in runs),
+        "steps": first.steps,
+        "rows": first.rows,
+    }
+    if name != PLAIN:
+        side |= {
+            "added_ms": summary([timed[name].step_ms - timed[PLAIN].step_ms for timed in rounds]),
+            "over_plain": over(PLAIN),
+            "stored_bytes": first.stored_bytes,
+            "bytes_a_row": first.stored_bytes / first.rows,
         }
-        if name != PLAIN:
-            side["added_ms"] = summary([timed[name].step_ms - timed[PLAIN].step_ms for timed in rounds])
-            side["over_plain"] = over(PLAIN, lambda run: run.seconds)
-            side["stored_bytes"] = runs[0].stored_bytes
-            side["bytes_a_row"] = runs[0].stored_bytes / runs[0].rows
-        if name == HYDRA:
-            side["stalls"] = [run.facts["stalls"] for run in runs]
-            side["stalled_seconds"] = [run.facts["stalled_seconds"] for run in runs]
-            side["over_peers"] = {peer: over(peer, lambda run: run.seconds) for peer in sides if peer in PEERS}
-            side["bytes_over_peers"] = {peer: over(peer, lambda run: run.stored_bytes)["median"] for peer in sides if peer in PEERS}
-    return found
+    if name == HYDRA:
+        peers = [peer for peer in rounds[0] if peer in PEERS]
+        side |= {
+            "stalls": [run.facts["stalls"] for run in runs],
+            "stalled_seconds": [run.facts["stalled_seconds"] for run in runs],
+            "over_peers": {peer: over(peer) for peer in sorted(peers)},
+            "bytes_over_peers": {peer: first.stored_bytes / rounds[0][peer].stored_bytes for peer in peers},
+        }
+    return side
 
 
 def measure_memory(data: Path, name: str) -> dict[str, dict[str, int]]:
