@@ -44,6 +44,7 @@ class Collector:
         seed: int,
     ) -> None:
         self.parameters = list(trained)
+        self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
@@ -68,7 +69,7 @@ class Collector:
 
     @property
     def portions(self) -> Sequence[Portion]:
-        """Those of the present step that take part in it: of the ones to choose from, those that a gradient came from."""
+        """Those that take part in the present step: all that a gradient came from, or else the last."""
         return [p for p in self._portions if p.seen] or self._portions[-1:]
 
     def forget(self) -> None:
@@ -207,7 +208,7 @@ class Collector:
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected; a loss of zero leaves nothing to clear."""
-        if any(p.grad is not None and bool(p.grad.any()) for p in self.parameters):
+        if any(p.grad is not None and bool(p.grad.any()) for p in self._smallest_first):
             return False
         return any(bool((values != 0).any()) for values in self._collected())
 

@@ -247,6 +247,8 @@ class Recorder:
 
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": recorder.state_dict()}, ...)
 
+        Test gradients that are taken after it count as discarded when it is loaded: take them before.
+
         Returns:
             Numbers, strings, lists and dicts, which `torch.load` reads with `weights_only=True`.
 
@@ -256,7 +258,7 @@ class Recorder:
             StoreError: writing failed.
         """
         self._check_open()
-        waiting = self._collector.settle()
+        waiting = 0 if self._in_step else self._collector.settle()
         if self._in_step or waiting:
             raise RecordError(
                 f"state_dict() in the middle of step {self.n_steps}"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,36 @@ def test_a_state_from_before_the_first_step_begins_anew(tmp_path: Path) -> None:
     recorder.close()
     started(tmp_path / "whole", 1)[0].close()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_which_steps_are_checked_together_does_not_depend_on_batches_before_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or sums over them might be rounded otherwise."""
+    together: list[int] = []
+    check = slab.Slab.check
+    monkeypatch.setattr(slab.Slab, "check", lambda s, *ids: together.append(len(s._entries)) or check(s, *ids))
+
+    def steps(recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer, sizes: list[int]) -> dict[str, object]:
+        for size in sizes:
+            with recorder.step(range(size)):
+                cross_entropy(model(TRAIN.tensors[0][:size]), TRAIN.tensors[1][:size]).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return recorder.state_dict()
+
+    recorder, model, optimizer = started(tmp_path / "run", 0)
+    state = steps(recorder, model, optimizer, [6])
+    weights, moments = deepcopy(model.state_dict()), deepcopy(optimizer.state_dict())
+    steps(recorder, model, optimizer, [8] * 6)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    recorder, model, optimizer = started(tmp_path / "run", 0)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    recorder.load_state_dict(state)
+    steps(recorder, model, optimizer, [8] * 6)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert together == [1, *[2] * 3, *[2] * 3]
 
 
 def test_skipped_steps_are_counted_on(tmp_path: Path) -> None:
