@@ -48,6 +48,7 @@ class Collector:
         dtype: Dtype | None,
     ) -> None:
         self.parameters = list(trained)
+        self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
         self._model, self._optimizer, self._rule = model, optimizer, rule
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
@@ -74,7 +75,7 @@ class Collector:
 
     @property
     def portions(self) -> Sequence[Portion]:
-        """Those of the present step that take part in it: of the ones to choose from, those that a gradient came from."""
+        """Those that take part in the present step: all that a gradient came from, or else the last."""
         return [p for p in self._portions if p.seen] or self._portions[-1:]
 
     def forget(self) -> None:
@@ -155,8 +156,8 @@ class Collector:
         self._reduced = {}
         return slab
 
-    def resume(self, layout: Layout) -> None:
-        """Go on with the encoding of an earlier recording. Raises: RunError: it is of other parameters."""
+    def resume(self, layout: Layout, dtype: Dtype) -> None:
+        """Go on with the encoding and the dtype of an earlier recording. Raises: RunError: it is of other parameters."""
         for block, parameter in zip_longest(layout.blocks, self._described):
             was = (block.name, block.shape, block.group) if block else None
             now = (parameter.name, parameter.shape, parameter.group) if parameter else None
@@ -165,7 +166,7 @@ class Collector:
                     f"the recording has {_in_words(was)} where the optimizer now has {_in_words(now)}: build the model and the "
                     f"optimizer as they were, or record from the beginning"
                 )
-        self.encoder = RowEncoder(layout, preconditioned=self._rule.preconditioned)
+        self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._rule.preconditioned), dtype
 
     def check_split(self, losses: Tensor) -> None:
         """See `Recorder.check_split`."""
@@ -221,7 +222,7 @@ class Collector:
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected; a loss of zero leaves nothing to clear."""
-        if any(p.grad is not None and bool(p.grad.any()) for p in self.parameters):
+        if any(p.grad is not None and bool(p.grad.any()) for p in self._smallest_first):
             return False
         return any(bool((values != 0).any()) for values in self._collected())
 

@@ -1,12 +1,12 @@
 """The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from hydra_pipe.recording.optimizers import check_optimizer, rule_of
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
 from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
@@ -121,7 +122,6 @@ class Recorder:
             self.label_samples(sample_labels)
 
         self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
-        self._overwrite = overwrite
         self.path = Path(run)
         if not needs_recording(run, self._settings, overwrite=overwrite):
             raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
@@ -134,8 +134,11 @@ class Recorder:
         self._curvature = CurvatureWatch()
         # whether the loop is inside of `step`, whether `record_test` runs, whether a loader is tracked
         self._in_step = self._in_test = self._tracks = False
+        # whether it goes on with a recording and has not taken a step yet
+        self._resumed = False
         self.n_steps = self._n_curved = 0
         self.n_tests: int | None = None
+        self._tests: list[int] = []
         self._worst_imbalance = 0.0
         self._n_labels: dict[str, int] = {}
         # what else the manifest is to say of this recording
@@ -225,7 +228,8 @@ class Recorder:
             return None
         if self._in_step:
             raise RecordError("a batch of the tracked loader inside of recorder.step(): use one of the two, not both")
-        if before is not None and not before.met:
+        # a loop that goes on in mid-epoch draws what it has done already, and leaves it
+        if before is not None and not before.met and not self._resumed:
             raise RecordError(
                 f"at step {self.n_steps} the loop drew a batch of the tracked loader before the model had met the last one: a "
                 f"loop that draws ahead, or leaves batches out, has to name its samples with recorder.step(ids)"
@@ -253,6 +257,85 @@ class Recorder:
             target: shape (batch, ...).
         """
         self._curvature.tell(loss, output, target)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the loop's own checkpoint has to hold for `load_state_dict`; everything recorded so far is safe on the disk.
+
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": recorder.state_dict()}, ...)
+
+        Test gradients that are taken after it count as discarded when it is loaded: take them before.
+
+        Returns:
+            Numbers, strings, lists and dicts, which `torch.load` reads with `weights_only=True`.
+
+        Raises:
+            RecordError: in the middle of a step, or of batches that are accumulated; or the recorder is closed.
+            NonFiniteError, BooksError: one of the last steps cannot be recorded.
+            StoreError: writing failed.
+        """
+        self._check_open()
+        waiting = 0 if self._in_step else self._collector.settle()
+        if self._in_step or waiting:
+            raise RecordError(
+                f"state_dict() in the middle of step {self.n_steps}"
+                + (f", of which {waiting} batches wait for optimizer.step()" if waiting else "")
+                + ": call it after optimizer.step(), outside of recorder.step()"
+            )
+        try:
+            self._flush()
+            # what is checked together, and so how its sums are rounded, must not depend on what came before the state
+            self._slab = None
+            writer, directory = self._writer, self._directory
+            if writer is not None:
+                writer.sync()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        return RecorderState(
+            run_id=directory.run_id if directory else None,
+            layout=digest(writer.layout) if writer else None,
+            n_steps=self.n_steps,
+            n_rows=writer.rows.n_rows if writer else 0,
+            n_skipped=self.n_skipped,
+            n_curved_rows=self._n_curved,
+            worst_imbalance=self._worst_imbalance,
+            tests=list(self._tests),
+            n_tests=self.n_tests,
+            labels=dict(self._n_labels),
+        ).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken: what was recorded since is discarded, and what follows is as if nothing had happened.
+
+        Before the first step, after the model and the optimizer have got their own states back. The recorder must have been made
+        on the same run with the same settings.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            RecordError: not such a state, or a step was taken already.
+            RunError: another run, one that was recorded again or completely since, or other settings, parameters or optimizer.
+            StoreError: the run is damaged, or lacks rows that the state counts.
+        """
+        self._check_open()
+        if self.n_steps or self._writer is not None or any(p.live for p in self._collector.portions):
+            raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
+        wanted = RecorderState.from_dict(state)
+        if wanted.run_id is not None:
+            groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
+            directory, store = open_to_go_on(self.path, wanted, self._settings, n_groups=groups, preconditioned=preconditioned)
+            dtype = cast("Dtype", str(store.rows.gradient.dtype))
+            self._collector.resume(store.layout, dtype)
+            self._writer = GradientsWriter(
+                store.path, store.layout, dtype, groups, directory.run_id, preconditioned=preconditioned, kept=wanted.kept
+            )
+            directory.begin(RECORD, self._settings)
+            self._directory = directory
+        self.n_steps, self._collector.n_dropped = wanted.n_steps, wanted.n_skipped
+        self._worst_imbalance, self._n_curved = wanted.worst_imbalance, wanted.n_curved_rows
+        self._tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
+        self._resumed = True
 
     def check_split(self, losses: Tensor) -> None:
         """Refuse a model that mixes samples, or keeps them elsewhere than in the first dimension, before a row is written.
@@ -351,6 +434,7 @@ class Recorder:
             writer.write_labels(names.TEST_LABELS, labels)
             self._n_labels[names.TEST_LABELS] = first_test
         self.n_tests = first_test
+        self._tests = [step for step in self._tests if step != self.n_steps] + [self.n_steps]
 
     def _write_tests(self, slab: Slab, table: TableWriter, first_test: int) -> None:
         checked = slab.check(first_id=first_test)
@@ -465,6 +549,7 @@ class Recorder:
         values |= {"updated": updated, "momentum_started": started, "step_factor": factors, names.N_ROWS: len(samples)}
         self._pending.append((self._note, values))
         self.n_steps += 1
+        self._resumed = False
         if self._writer is None:
             self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
 
@@ -507,10 +592,9 @@ class Recorder:
 
     def _open_store(self, layout: Layout) -> GradientsWriter:
         directory = RunDirectory.open_or_none(self.path)
-        if directory is not None and self._overwrite:
-            directory.clear()
-            directory = None
-        self._directory = directory = directory or RunDirectory.create(self.path)
+        if directory is not None:
+            directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
+        self._directory = directory = RunDirectory.create(self.path)
         directory.begin(RECORD, self._settings)
         path = directory.path / names.GRADIENTS
         groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from hydra_pipe.store.arrays import BLOSC
+from hydra_pipe.store.run import remove, sync
 
 _ABSENT = np.uint64(2**64 - 1)
 
@@ -36,6 +37,8 @@ class Appender:
         self._chunks, self._shards = array.chunks, array.shards
         self._dtype, self._fill = array.dtype.newbyteorder("<"), array.fill_value
         self._codec = Blosc(**BLOSC, shuffle=self._shuffle())
+        # rows that somebody counts on to be there after a power cut, see `sync`
+        self._counted = 0
 
     def _shuffle(self) -> int:
         codecs = self._metadata["codecs"]
@@ -47,17 +50,46 @@ class Appender:
     def write(self, first: int, rows: NDArray[Any]) -> None:
         """Write `rows` from row `first` on, which begins a shard, and let the array end after them.
 
-        A file appears whole or not at all, and before the shape that counts it.
+        A file appears whole or not at all, and before the shape that counts it. The last shard may be written again, longer.
 
         Raises:
             OSError: the disk is full or gone.
         """
-        per_file = (self._shards or self._chunks)[0]
-        for start in range(0, len(rows), per_file):
-            key = [str((first + start) // per_file), *("0" for _ in rows.shape[1:])]
-            self._replace(self._path.joinpath("c", *key), self._file(rows[start : start + per_file]))
-        self._metadata["shape"] = [first + len(rows), *rows.shape[1:]]
-        self._replace(self._path / "zarr.json", json.dumps(self._metadata, indent=2).encode())
+        for start in range(0, len(rows), self.file_rows):
+            content = self._file(rows[start : start + self.file_rows])
+            self._replace(self._file_at(first + start), content, safely=first + start < self._counted)
+        self._set_length(first + len(rows))
+
+    @property
+    def file_rows(self) -> int:
+        """Rows of a file."""
+        return int((self._shards or self._chunks)[0])
+
+    def sync(self) -> None:
+        """Return when every row is safe on the disk; from now on whatever replaces them is so too before it does."""
+        n_rows = self._metadata["shape"][0]
+        for first in range(self._counted // self.file_rows * self.file_rows, n_rows, self.file_rows):
+            file = self._file_at(first)
+            sync(file)
+            sync(file.parent)
+        for path in (self._path / "zarr.json", self._path / "c", self._path):
+            sync(path)
+        self._counted = n_rows
+
+    def truncate(self, n_rows: int) -> None:
+        """Let the array end after `n_rows`, which somebody counts on. Rows past them may stay in the file of the last one."""
+        self._counted = n_rows
+        self._set_length(n_rows)
+        for entry in (self._path / "c").iterdir():
+            if not entry.name.isdecimal() or int(entry.name) * self.file_rows >= n_rows:
+                remove(entry)
+
+    def _file_at(self, row: int) -> Path:
+        return self._path.joinpath("c", str(row // self.file_rows), *("0" for _ in self._chunks[1:]))
+
+    def _set_length(self, n_rows: int) -> None:
+        self._metadata["shape"][0] = n_rows
+        self._replace(self._path / "zarr.json", json.dumps(self._metadata, indent=2).encode(), safely=self._counted > 0)
 
     def _file(self, rows: NDArray[Any]) -> list[bytes] | bytes:
         if self._shards is None:
@@ -87,11 +119,14 @@ class Appender:
         return [encoded, _checksum(encoded)]
 
     @staticmethod
-    def _replace(path: Path, content: list[bytes] | bytes) -> None:
+    def _replace(path: Path, content: list[bytes] | bytes, *, safely: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with open(partial, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
+            if safely:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
 
 

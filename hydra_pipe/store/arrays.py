@@ -41,6 +41,11 @@ def open_group(path: Path, consequence: str) -> zarr.Group:
         raise StoreError(f"the metadata of {path} is damaged ({error}): {consequence}") from error
 
 
+def reopen_group(path: Path) -> zarr.Group:
+    """The Zarr group at `path`, for writing more into it. Raises: ValueError and the like: see `open_group`."""
+    return zarr.open_group(LocalStore(path), mode="r+", zarr_format=3)
+
+
 def get_array(group: zarr.Group, name: str, *, fast: bool = False) -> zarr.Array[Any]:
     """Array `name` of `group`.
 

@@ -24,11 +24,14 @@ from hydra_pipe.store.arrays import (
     missing_chunks,
     open_group,
     read_checked,
+    reopen_group,
 )
+from hydra_pipe.store.run import remove, sync, sync_tree
 from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
 
 STEP_SHARD_ROWS = 4096
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
+NO_GOING_ON = "load an earlier state, or record the run again"
 
 # per-step, per-parameter-group tables: array name -> dtype. Names are those of `Schedule`.
 GROUP_COLUMNS = {
@@ -43,8 +46,24 @@ GROUP_COLUMNS = {
 BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor": "float64"}
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a recording that is gone on with.
+
+    Args:
+        n_rows, n_steps: the first ones.
+        tests: steps after which test gradients were taken.
+        labels: arrays of labels.
+    """
+
+    n_rows: int
+    n_steps: int
+    tests: Sequence[int]
+    labels: Sequence[str]
+
+
 class GradientsWriter:
-    """Creates `gradients.zarr` and streams rows into it.
+    """Creates `gradients.zarr`, or goes on with it, and streams rows into it.
 
     Args:
         path: of the store; what is there is replaced.
@@ -53,19 +72,36 @@ class GradientsWriter:
         n_groups: parameter groups of the optimiser.
         run_id: kept in the attributes.
         preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
+        kept: go on after these; what is past them is removed. The rest must be as it was, see `Gradients.check_kept`.
     """
 
-    def __init__(self, path: Path, layout: Layout, dtype: str, n_groups: int, run_id: str, *, preconditioned: bool = False) -> None:
-        self._root = create_group(path)
-        self._root.attrs.update(
-            {
-                names.KIND: "gradients",
-                names.RUN_ID: run_id,
-                names.LAYOUT: layout.to_json(),
-                names.PRECONDITIONED: preconditioned,
-            }
-        )
-        self._layout = layout
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        dtype: str,
+        n_groups: int,
+        run_id: str,
+        *,
+        preconditioned: bool = False,
+        kept: Kept | None = None,
+    ) -> None:
+        self._path = path
+        if kept is None:
+            self._root = create_group(path)
+            self._root.attrs.update(
+                {
+                    names.KIND: "gradients",
+                    names.RUN_ID: run_id,
+                    names.LAYOUT: layout.to_json(),
+                    names.PRECONDITIONED: preconditioned,
+                }
+            )
+            steps = self._root.create_group(names.STEPS)
+        else:
+            self._root = reopen_group(path)
+            steps = self._root.require_group(names.STEPS)
+        self.layout = layout
         self.dtype = dtype
         self._writer = BackgroundWriter()
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
@@ -80,8 +116,8 @@ class GradientsWriter:
             names.ROW_DIM,
             geometry.shard_rows,
             self._writer,
+            kept.n_rows if kept else None,
         )
-        steps = self._root.create_group(names.STEPS)
         per_group = [Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()]
         per_block = [Column(name, dtype, (len(layout.blocks), names.BLOCK_DIM)) for name, dtype in BLOCK_COLUMNS.items()]
         per_step = [
@@ -91,15 +127,24 @@ class GradientsWriter:
             Column(names.LOSS, "float64"),
             Column(names.IMBALANCE, "float32"),
         ]
-        self.steps = TableWriter(steps, [*per_group, *per_block, *per_step], names.STEP_DIM, STEP_SHARD_ROWS, self._writer)
+        self.steps = TableWriter(
+            steps,
+            [*per_group, *per_block, *per_step],
+            names.STEP_DIM,
+            STEP_SHARD_ROWS,
+            self._writer,
+            kept.n_steps if kept else None,
+        )
+        if kept:
+            _remove_past(path, kept)
 
     def test_rows(self, step: int) -> TableWriter:
         """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
         dtype = "float32" if self.dtype == "float32" else "float16"
-        geometry = store_geometry(self._layout.n_features, np.dtype(dtype).itemsize)
+        geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
         group = self._root.require_group(names.TEST).create_group(names.checkpoint_name(step), overwrite=True)
         group.attrs.update({names.STEP: step})
-        columns = [*_gradient_columns(self._layout, dtype, geometry), Column(names.LOSS, "float32")]
+        columns = [*_gradient_columns(self.layout, dtype, geometry), Column(names.LOSS, "float32")]
         return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
@@ -124,6 +169,22 @@ class GradientsWriter:
         """How often and how long the training has waited for the disk."""
         return self._writer.stalls
 
+    def sync(self) -> None:
+        """Put everything on the disk that was written so far, and return when it is safe there. Raises: StoreError: as `close`."""
+        self.rows.sync()
+        self.steps.sync()
+        self._writer.drain()
+        try:
+            for part in (names.TEST, names.LABELS):
+                sync_tree(self._path / part)
+            for group in (self._path / names.STEPS, self._path):
+                sync(group / "zarr.json")
+                sync(group)
+            sync(self._path.parent)
+            sync(self._path.parent.parent)
+        except OSError as error:
+            raise StoreError(f"writing failed ({error}): make room or mend the disk, then record again") from error
+
     def close(self) -> None:
         """Write what is still in the buffers. Raises: StoreError: writing failed."""
         try:
@@ -136,6 +197,14 @@ class GradientsWriter:
         """Write the end of a table of test gradients and wait for it."""
         table.flush()
         self._writer.drain()
+
+
+def _remove_past(path: Path, kept: Kept) -> None:
+    """Remove test gradients and labels that are not kept."""
+    for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
+        found = [entry for entry in (path / part).glob("*") if entry.is_dir() and entry.name not in wanted]
+        for entry in found if wanted else [path / part]:
+            remove(entry)
 
 
 def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:
@@ -216,6 +285,27 @@ class Gradients:
         self.rows = self._rows(self._root)
         if len(self.rows.gradient.shape) != 2 or self.rows.gradient.shape[1] != self.layout.n_features:
             raise StoreError(f"{path}/gradient has shape {self.rows.gradient.shape}, not (row, {self.layout.n_features})")
+
+    @property
+    def run_id(self) -> str:
+        """Of the run that wrote it."""
+        return str(self._root.attrs.get(names.RUN_ID))
+
+    @property
+    def n_groups(self) -> int:
+        """Parameter groups of the optimiser."""
+        return int(get_array(self._root, f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1])
+
+    def check_kept(self, kept: Kept) -> None:
+        """Refuse to go on where something of `kept` is not there. Raises: StoreError."""
+        for name, count in self.expected_rows(kept.n_rows, kept.n_steps, 0).items():
+            array = get_array(self._root, name)
+            if array.shape[0] < count:
+                raise StoreError(f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}")
+            if n := missing_chunks(array):
+                raise StoreError(f"{self.path}/{name} lacks {n} chunk files: {NO_GOING_ON}")
+        if lost := set(kept.tests) - set(self.test_steps()):
+            raise StoreError(f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}")
 
     def _rows(self, group: zarr.Group) -> Rows:
         gradient = get_array(group, names.GRADIENT)

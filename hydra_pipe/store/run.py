@@ -198,6 +198,23 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a directory, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """`sync` a directory and everything in it, if it is there."""
+    for directory, _, files in os.walk(path):
+        for name in files:
+            sync(Path(directory, name))
+        sync(Path(directory))
+
+
 def remove(path: Path) -> None:
     """Remove a file or a directory tree, if it is there."""
     if path.is_dir() and not path.is_symlink():

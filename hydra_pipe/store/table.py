@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store.appender import Appender
-from hydra_pipe.store.arrays import create_array
+from hydra_pipe.store.arrays import create_array, damage_named, get_array
 
 Buffers = dict[str, NDArray[Any]]
 
@@ -126,14 +126,26 @@ class TableWriter:
         dimension: name of the first dimension.
         shard_rows: rows in one file, written in one piece by `writer`.
         writer: the background thread.
+        n_rows: go on after this many rows of arrays that are there, and forget those past them; None: the arrays are new.
+
+    Raises:
+        StoreError: the last of `n_rows` cannot be read.
     """
 
     def __init__(
-        self, group: zarr.Group, columns: Sequence[Column], dimension: str, shard_rows: int, writer: BackgroundWriter
+        self,
+        group: zarr.Group,
+        columns: Sequence[Column],
+        dimension: str,
+        shard_rows: int,
+        writer: BackgroundWriter,
+        n_rows: int | None = None,
     ) -> None:
-        self._arrays = {c.name: Appender(_create(group, c, dimension, shard_rows)) for c in columns}
+        arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else get_array(group, c.name) for c in columns}
+        self._arrays = {name: Appender(array) for name, array in arrays.items()}
         self._dtypes = {c.name: c.dtype for c in columns}
-        self._shard_rows = shard_rows
+        # of arrays that are there as they are there
+        self._shard_rows = shard_rows = self._arrays[columns[0].name].file_rows
         self._writer = writer
         # one is filled while the others are written or wait: reused, so that memory stays the same however long the run
         self._free: queue.Queue[Buffers] = queue.Queue()
@@ -143,6 +155,19 @@ class TableWriter:
         self._filled = 0
         self._flushed = 0
         self.n_written = 0
+        if n_rows is not None:
+            self._go_on(arrays, n_rows)
+
+    def _go_on(self, arrays: dict[str, zarr.Array[Any]], n_rows: int) -> None:
+        self._filled = n_rows % self._shard_rows
+        self._flushed = n_rows - self._filled
+        self.n_written = n_rows
+        if self._filled:
+            for name, array in arrays.items():
+                with damage_named(array.store_path, "the recording cannot go on: record the run again"):
+                    self._current[name][: self._filled] = array[self._flushed : n_rows]
+        for appender in self._arrays.values():
+            appender.truncate(n_rows)
 
     @property
     def n_rows(self) -> int:
@@ -180,13 +205,31 @@ class TableWriter:
         self._filled = 0
 
         def job() -> None:
-            for name, array in self._arrays.items():
-                array.write(first, buffers[name][:count])
-            self.n_written = first + count
+            self._write(first, count, buffers)
             self._free.put(buffers)
 
         self._writer.submit(job)
         self._current = self._next_buffers()
+
+    def sync(self) -> None:
+        """Let the writer put everything on the disk that was appended, and keep it safe there; drain it before going on.
+
+        Rows of an unfinished shard stay in the buffer too: their shard is written again when it is full.
+        """
+        buffers, count, first = self._current, self._filled, self._flushed
+
+        def job() -> None:
+            if count:
+                self._write(first, count, buffers)
+            for array in self._arrays.values():
+                array.sync()
+
+        self._writer.submit(job)
+
+    def _write(self, first: int, count: int, buffers: Buffers) -> None:
+        for name, array in self._arrays.items():
+            array.write(first, buffers[name][:count])
+        self.n_written = first + count
 
     def _next_buffers(self) -> Buffers:
         try:

@@ -106,6 +106,30 @@ def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
     assert missing_chunks(zarr.open_array(tmp_path / "x", mode="r")) == 0
 
 
+@pytest.mark.parametrize("kept", [3, 8, 11, 16, 20])
+@pytest.mark.parametrize("more", [0, 3, 9])
+@pytest.mark.parametrize("synced", [0, 5])
+def test_a_table_that_goes_on_is_one_that_never_stopped(tmp_path: Path, kept: int, more: int, synced: int) -> None:
+    values = write(tmp_path / "longer", [20])
+    writer = BackgroundWriter()
+    table = TableWriter(zarr.open_group(tmp_path / "longer"), COLUMNS, "row", 4, writer, kept)
+    assert table.n_rows == table.n_written == kept
+    for at in range(kept, kept + more):
+        row = np.arange(at * 6, at * 6 + 6)
+        table.append({"wide": row, "even": row, "narrow": at})
+        if at - kept < synced:
+            table.sync()
+            writer.drain()
+            assert zarr.open_array(tmp_path / "longer" / "narrow", mode="r")[:].tolist() == [*range(at + 1)]
+    table.flush()
+    writer.close()
+    assert (write(tmp_path / "whole", [kept + more])[:kept] == values[:kept]).all()
+    ours, others = ({f.relative_to(p): f for f in p.rglob("*")} for p in (tmp_path / "longer", tmp_path / "whole"))
+    assert ours.keys() == others.keys()
+    for name, file in ours.items():
+        assert file.is_dir() or file.read_bytes() == others[name].read_bytes(), name
+
+
 def test_missing_files_are_counted(tmp_path: Path) -> None:
     write(tmp_path, [30])
     (tmp_path / "wide" / "c" / "1" / "0").unlink()

@@ -1,0 +1,101 @@
+"""What a recorder keeps in the user's own checkpoint, and what a run must be for a recorder to go on with it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hydra_pipe.errors import RecordError, RunError
+from hydra_pipe.plan.layout import Layout
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import Gradients, Kept
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+
+# of a state's fields and their meaning
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RecorderState:
+    """A recording between two steps. Plain values only, so that `torch.load(weights_only=True)` reads it.
+
+    Args:
+        run_id: of the run; None where nothing was recorded yet.
+        layout: SHA-256 of the block directory; None likewise.
+        n_steps, n_rows, n_skipped, n_curved_rows: so far.
+        worst_imbalance: so far.
+        tests: steps after which test gradients were taken.
+        n_tests: test samples of the last of them.
+        labels: lengths of the label arrays that are written, by name.
+    """
+
+    run_id: str | None
+    layout: str | None
+    n_steps: int
+    n_rows: int
+    n_skipped: int
+    n_curved_rows: int
+    worst_imbalance: float
+    tests: list[int]
+    n_tests: int | None
+    labels: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"hydra_pipe_state": STATE_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "RecorderState":
+        """Raises: RecordError: not what `Recorder.state_dict` gave, or from a newer version."""
+        version = state.get("hydra_pipe_state") if isinstance(state, Mapping) else None
+        wanted = {field.name for field in fields(cls)}
+        if not isinstance(version, int) or (version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}):
+            raise RecordError("this is not what recorder.state_dict() gave: keep its value in the checkpoint as it is")
+        if version != STATE_VERSION:
+            raise RecordError(f"the state is of version {version}, this hydra-pipe reads {STATE_VERSION}: upgrade hydra-pipe")
+        return cls(**{name: state[name] for name in wanted})
+
+    @property
+    def kept(self) -> Kept:
+        """What of the store it counts."""
+        return Kept(self.n_rows, self.n_steps, self.tests, list(self.labels))
+
+
+def digest(layout: Layout) -> str:
+    """SHA-256 of a block directory."""
+    return hashlib.sha256(json.dumps(layout.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def open_to_go_on(
+    path: str | os.PathLike[str], state: RecorderState, settings: Settings, *, n_groups: int, preconditioned: bool
+) -> tuple[RunDirectory, Gradients]:
+    """The run at `path`, if it is the one that `state` is of and has all that it counts. Writes nothing.
+
+    Raises:
+        RunError: no run, another one, a finished one, or one with other settings or another optimizer.
+        StoreError: it is damaged, or lacks rows.
+    """
+    directory = RunDirectory.open(path)
+    if directory.run_id != state.run_id:
+        raise RunError(
+            f"{path} holds run {directory.run_id}, the state is of run {state.run_id}: it was recorded again since, or this is "
+            f"another directory; give the right one, or start again without the state"
+        )
+    if not directory.has_work(RECORD, settings):
+        raise RunError(f"{path} is recorded completely: there is nothing to go on with")
+    store = Gradients(directory.path / names.GRADIENTS)
+    if store.run_id != state.run_id or digest(store.layout) != state.layout:
+        raise RunError(f"{store.path} was replaced since the state was taken: start again without the state")
+    if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
+        raise RunError(
+            f"{path} was recorded with {store.n_groups} parameter groups, rows {_kind(store.preconditioned)}; the optimizer has "
+            f"{n_groups}, rows {_kind(preconditioned)}: build the optimizer as it was"
+        )
+    store.check_kept(state.kept)
+    return directory, store
+
+
+def _kind(preconditioned: bool) -> str:
+    return "preconditioned" if preconditioned else "as they are"
