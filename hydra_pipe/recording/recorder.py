@@ -327,7 +327,7 @@ class Recorder:
         if self._directory is None or self._writer is None:
             return  # it failed before anything was written: what was in the directory is as it was
         message = str(error) or type(error).__name__
-        rows, steps = self._writer.rows.n_written, self._writer.steps.n_written
+        rows, steps = self._writer.rows.n_written, self._writer.n_steps_written
         with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
             self._directory.end(RECORD, "failed", n_steps=steps, n_rows=rows, error=message)
 
@@ -382,7 +382,7 @@ class Recorder:
                 self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
                 for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):
                     found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
-                    writer.steps.append({**values, **found, names.LOSS: note.loss})
+                    writer.append_step({**values, **found, names.LOSS: note.loss})
                     first_row += values[names.N_ROWS]
         if checked.error is not None:
             raise checked.error

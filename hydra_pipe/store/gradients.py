@@ -2,18 +2,19 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.geometry import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import (
     create_array,
@@ -23,12 +24,11 @@ from hydra_pipe.store.arrays import (
     get_group,
     missing_chunks,
     open_group,
-    read_checked,
 )
+from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, joined, read_array
 from hydra_pipe.store.table import BackgroundWriter, Column, TableWriter
 
 STEP_SHARD_ROWS = 4096
-ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
 
 # per-step, per-parameter-group tables: array name -> dtype. Names are those of `Schedule`.
 GROUP_COLUMNS = {
@@ -41,6 +41,10 @@ GROUP_COLUMNS = {
 }
 # per-step, per-block tables
 BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor": "float64"}
+# per-step tables
+STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IMBALANCE: "float32"}
+# per-step tables of each process: which of its rows are the step's
+_OF_ROWS = {names.FIRST_ROW: "int64", names.N_ROWS: "int64"}
 
 
 class GradientsWriter:
@@ -53,40 +57,76 @@ class GradientsWriter:
         n_groups: parameter groups of the optimiser.
         run_id: kept in the attributes.
         preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
+        rank, n_ranks: this process and how many record together. Rank 0 makes the store, and the others open it after that.
+
+    Raises:
+        StoreError: there is no store of this run at `path` for a further rank to open.
     """
 
-    def __init__(self, path: Path, layout: Layout, dtype: str, n_groups: int, run_id: str, *, preconditioned: bool = False) -> None:
-        self._root = create_group(path)
-        self._root.attrs.update(
-            {
-                names.KIND: "gradients",
-                names.RUN_ID: run_id,
-                names.LAYOUT: layout.to_json(),
-                names.PRECONDITIONED: preconditioned,
-            }
-        )
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        dtype: str,
+        n_groups: int,
+        run_id: str,
+        *,
+        preconditioned: bool = False,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> None:
+        if rank == 0:
+            self._root = create_group(path)
+            self._root.attrs.update(
+                {
+                    names.KIND: "gradients",
+                    names.RUN_ID: run_id,
+                    names.LAYOUT: layout.to_json(),
+                    names.PRECONDITIONED: preconditioned,
+                }
+            )
+        else:
+            self._root = _open_shared(path, run_id)
         self._layout = layout
         self.dtype = dtype
         self._writer = BackgroundWriter()
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
+        part = self._root if n_ranks == 1 else self._part(rank, n_ranks)
         self.rows = TableWriter(
-            self._root,
+            part,
             [*_gradient_columns(layout, dtype, geometry), Column(names.SAMPLE, "int64"), Column(names.STEP, "int64")],
             names.ROW_DIM,
             geometry.shard_rows,
             self._writer,
         )
-        steps = self._root.create_group(names.STEPS)
         per_group = [Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()]
         per_block = [Column(name, dtype, (len(layout.blocks), names.BLOCK_DIM)) for name, dtype in BLOCK_COLUMNS.items()]
-        per_step = [
-            Column(names.FIRST_ROW, "int64"),
-            Column(names.N_ROWS, "int64"),
-            Column(names.GRADIENT_SCALE, "float64"),
-            Column(names.LOSS, "float64"),
-            Column(names.IMBALANCE, "float32"),
+        own = [Column(name, dtype) for name, dtype in _OF_ROWS.items()]
+        shared = [*per_group, *per_block, *(Column(name, dtype) for name, dtype in STEP_COLUMNS.items())]
+        tables = [(part, [*own, *shared])]
+        if n_ranks > 1:  # what all ranks have in common is written once
+            tables = [(part, own), (self._root, shared)] if rank == 0 else [(part, own)]
+        self._steps = [
+            TableWriter(group.create_group(names.STEPS), columns, names.STEP_DIM, STEP_SHARD_ROWS, self._writer)
+            for group, columns in tables
         ]
-        self.steps = TableWriter(steps, [*per_group, *per_block, *per_step], names.STEP_DIM, STEP_SHARD_ROWS, self._writer)
+
+    def _part(self, rank: int, n_ranks: int) -> zarr.Group:
+        if rank == 0:
+            self._root.attrs.update({names.N_RANKS: n_ranks})
+            for number in range(n_ranks):
+                self._root.create_group(names.rank_name(number))
+        return cast("zarr.Group", self._root[names.rank_name(rank)])
+
+    def append_step(self, values: dict[str, Any]) -> None:
+        """Add a line to the step tables, of which this process keeps its own. `values` has one for each column."""
+        for table in self._steps:
+            table.append({name: values[name] for name in table.names})
+
+    @property
+    def n_steps_written(self) -> int:
+        """Steps whose lines are on disk."""
+        return self._steps[-1].n_written
 
     def test_rows(self, step: int) -> TableWriter:
         """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
@@ -118,7 +158,8 @@ class GradientsWriter:
         """Write what is still in the buffers. Raises: StoreError: writing failed."""
         try:
             self.rows.flush()
-            self.steps.flush()
+            for table in self._steps:
+                table.flush()
         finally:
             self._writer.close()
 
@@ -126,6 +167,18 @@ class GradientsWriter:
         """Write the end of a table of test gradients and wait for it."""
         table.flush()
         self._writer.drain()
+
+
+def _open_shared(path: Path, run_id: str) -> zarr.Group:
+    try:
+        root = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3)
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        root = None
+    if root is None or root.attrs.get(names.RUN_ID) != run_id:
+        raise StoreError(
+            f"{path} is not the store that rank 0 has made: give every rank the same run directory, on a file system that all share"
+        )
+    return root
 
 
 def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:
@@ -142,49 +195,8 @@ def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Co
     ]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Stored rows of one kind: training rows, or the test gradients of one checkpoint. Reads nothing before it is asked.
-
-    Args:
-        gradient: array (row, feature) as stored.
-        gradient_fast: the same, see `read_checked`.
-        scale: array (row, block), float32.
-    """
-
-    gradient: zarr.Array[Any]
-    gradient_fast: zarr.Array[Any]
-    scale: zarr.Array[Any]
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.gradient.shape[0])
-
-    @property
-    def shard_rows(self) -> int:
-        return int((self.gradient.shards or self.gradient.chunks)[0])
-
-    @property
-    def chunk_rows(self) -> int:
-        return int(self.gradient.chunks[0])
-
-    @property
-    def chunk_features(self) -> int:
-        return int(self.gradient.chunks[1])
-
-    def features(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""
-        with damage_named(self.gradient.store_path, ROWS_UNREADABLE):
-            return read_checked(self.gradient_fast, self.gradient, rows, columns)
-
-    def scales(self, rows: slice) -> NDArray[np.float32]:
-        """Scales of some rows, shape (row, block). Raises: StoreError: damaged."""
-        with damage_named(self.scale.store_path, ROWS_UNREADABLE):
-            return np.asarray(self.scale[rows])
-
-
 class Gradients:
-    """`gradients.zarr`, opened for reading.
+    """`gradients.zarr`, opened for reading. What several processes recorded is one run: the rows of rank 0 first, then those of 1.
 
     Args:
         path: of the store.
@@ -203,36 +215,64 @@ class Gradients:
             raise StoreError(f"{path} has no block directory: {ROWS_UNREADABLE}")
         self.layout = Layout.from_json(layout)
         self._columns: dict[str, zarr.Array[Any]] = {}
-        self.rows = self._rows(self._root)
-        if len(self.rows.gradient.shape) != 2 or self.rows.gradient.shape[1] != self.layout.n_features:
-            raise StoreError(f"{path}/gradient has shape {self.rows.gradient.shape}, not (row, {self.layout.n_features})")
+        self._parts = self._groups_of_parts()
+        self.rows = Rows(self._parts)
+        if self.rows.widths != {self.layout.n_features}:
+            raise StoreError(
+                f"rows of {path} have {sorted(self.rows.widths)} features, not {self.layout.n_features}: {ROWS_UNREADABLE}"
+            )
 
-    def _rows(self, group: zarr.Group) -> Rows:
-        gradient = get_array(group, names.GRADIENT)
-        return Rows(gradient, get_array(group, names.GRADIENT, fast=True), get_array(group, names.SCALE))
+    def _groups_of_parts(self) -> list[zarr.Group]:
+        n_ranks = self._root.attrs.get(names.N_RANKS)
+        if n_ranks is None:
+            return [self._root]
+        groups = [get_group(self._root, names.rank_name(rank)) for rank in range(n_ranks)] if isinstance(n_ranks, int) else []
+        found = [group for group in groups if group is not None]
+        if not found or len(found) != n_ranks:
+            raise StoreError(f"{self.path} has the rows of {len(found)} processes, {n_ranks} recorded: {ROWS_UNREADABLE}")
+        return found
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that recorded together."""
+        return len(self._parts)
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
         """Training sample of each of some rows. Raises: StoreError: damaged."""
-        return self._column(names.SAMPLE, rows)
+        return self._row_column(names.SAMPLE, rows)
 
     def step_of_rows(self, rows: slice) -> NDArray[np.int64]:
         """Step of each of some rows. Raises: StoreError: damaged."""
-        return self._column(names.STEP, rows)
+        return self._row_column(names.STEP, rows)
 
     def step_table(self, name: str) -> NDArray[Any]:
         """One per-step table, whole: (step,), (step, group) or (step, block). Raises: StoreError: damaged."""
-        return self._column(f"{names.STEPS}/{name}", slice(None))
+        return read_array(self._array(f"{names.STEPS}/{name}"), slice(None))
 
-    def _column(self, name: str, rows: slice) -> NDArray[Any]:
-        array = self._columns.get(name)
+    def rows_of_steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First row and number of rows of each step in each process's part, both (step, rank). Raises: StoreError: damaged."""
+        starts = [0, *ends_of(self.rows.part_rows)][:-1]
+        first, counts = (
+            np.stack([read_array(self._array(f"{names.STEPS}/{name}", part), slice(None)) for part in range(self.n_ranks)], axis=1)
+            for name in _OF_ROWS
+        )
+        return first + np.array(starts), counts
+
+    def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
+        return joined(lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows)
+
+    def _array(self, name: str, part: int | None = None) -> zarr.Array[Any]:
+        """Array `name` of the store, or of one part of it, opened once."""
+        group = self._root if part is None else self._parts[part]
+        key = f"{group.path}/{name}"
+        array = self._columns.get(key)
         if array is None:
-            array = self._columns[name] = get_array(self._root, name)
-        with damage_named(array.store_path, ROWS_UNREADABLE):
-            return np.asarray(array[rows])
+            array = self._columns[key] = get_array(group, name)
+        return array
 
     @property
     def n_steps(self) -> int:
-        return int(get_array(self._root, f"{names.STEPS}/{names.FIRST_ROW}").shape[0])
+        return int(self._array(f"{names.STEPS}/{names.LOSS}").shape[0])
 
     def schedules(self) -> tuple[Schedule, NDArray[np.int64]]:
         """The optimiser's settings, one series for each distinct history.
@@ -272,7 +312,7 @@ class Gradients:
 
     def test_rows(self, step: int) -> Rows:
         """Test gradients taken after `step` steps. Raises: StoreError: there are none."""
-        return self._rows(self._test_group(step))
+        return Rows([self._test_group(step)])
 
     def test_losses(self, step: int) -> NDArray[np.float32]:
         """Loss of each test sample after `step` steps."""
@@ -302,11 +342,14 @@ class Gradients:
         for name in members:
             yield name, get_array(self._root, name)
 
-    def expected_rows(self, n_rows: int, n_steps: int, n_tests: int) -> dict[str, int]:
+    def expected_rows(self, part_rows: Sequence[int], n_steps: int, n_tests: int) -> dict[str, int]:
         """Every array that a finished recording must have, and its length."""
-        tables = (names.FIRST_ROW, names.N_ROWS, names.GRADIENT_SCALE, names.LOSS, names.IMBALANCE, *GROUP_COLUMNS, *BLOCK_COLUMNS)
-        expected = dict.fromkeys((names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP), n_rows)
-        expected |= {f"{names.STEPS}/{name}": n_steps for name in tables}
+        expected: dict[str, int] = {}
+        for rank, n_rows in enumerate(part_rows):
+            part = "" if len(part_rows) == 1 else f"{names.rank_name(rank)}/"
+            expected |= {f"{part}{name}": n_rows for name in (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP)}
+            expected |= {f"{part}{names.STEPS}/{name}": n_steps for name in _OF_ROWS}
+        expected |= {f"{names.STEPS}/{name}": n_steps for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
         if n_tests:
             checkpoint = f"{names.TEST}/{names.checkpoint_name(n_steps)}"
             expected |= {f"{checkpoint}/{name}": n_tests for name in (names.GRADIENT, names.SCALE, names.LOSS)}

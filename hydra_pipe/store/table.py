@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,11 @@ class TableWriter:
     def n_rows(self) -> int:
         """Rows appended so far, written or not yet."""
         return self._flushed + self._filled
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the columns."""
+        return self._dtypes
 
     def dtype_of(self, name: str) -> str:
         """Dtype of column `name`."""
