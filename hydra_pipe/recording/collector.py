@@ -1,6 +1,6 @@
 """From the passes of one step to its rows: what the hooks see, kept until the optimiser acts, then checked and encoded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hydra_pipe.errors import LayerError, RecordError
+from hydra_pipe.errors import HydraError, LayerError, RecordError
 from hydra_pipe.maths.layers import Contribution, Factors, may_couple
 from hydra_pipe.plan.layout import EncodingChoice, Parameter, choose_layout
 from hydra_pipe.recording.capture import Capture
@@ -26,6 +26,7 @@ class Collector:
         rule: of the optimiser.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed: how the layout is chosen, after the first step has shown what there is.
+        on_error: see `Capture`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Collector:
         choice: EncodingChoice,
         dim: int,
         seed: int,
+        on_error: Callable[[HydraError], None] | None = None,
     ) -> None:
         self.parameters = list(trained)
         self.encoder: RowEncoder | None = None
@@ -46,7 +48,7 @@ class Collector:
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
         self._batch = 0
-        self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)})
+        self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)}, on_error)
 
     def watch(self, batch: int) -> None:
         """Forget what was collected; from now on collect passes over `batch` samples."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -23,10 +23,12 @@ from hydra_pipe.errors import (
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice, Layout
 from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.joint import JointSteps, Pending, without_step
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
+from hydra_pipe.recording.ranks import Ranks, unwrapped
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
-from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
@@ -65,7 +67,8 @@ class Recorder:
         recorder.close()
 
     Args:
-        model: the module that is trained; its modules are hooked until `close`.
+        model: the module that is trained; its modules are hooked until `close`. Wrapped in DistributedDataParallel where several
+            processes train it together: then each gives the ids of its own samples, and all take the same number of steps.
         optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
         run: directory of the run.
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
@@ -98,26 +101,32 @@ class Recorder:
         sample_labels: Labels | None = None,
         overwrite: bool = False,
     ) -> None:
-        check_options(encoding, dim, dtype)
-        if n_samples < 1:
-            raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
-        trained = check_optimizer(optimizer, model)
-        self._rule = rule_of(optimizer)
-        self._model, self._optimizer = model, optimizer
-        self._parameters = list(trained)
-        self._known = set(trained)
-        self._n_groups = len(optimizer.param_groups)
-        self._dtype = dtype
-        self.n_samples = n_samples
-        self._sample_labels: Labels | None = None
-        if sample_labels is not None:
-            self.label_samples(sample_labels)
-
-        self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+        self._ranks = Ranks.of(model)
+        self._joint = JointSteps(self._ranks) if self._ranks is not None else None
+        self._model, self._optimizer = unwrapped(model), optimizer
         self._overwrite = overwrite
         self.path = Path(run)
-        if not needs_recording(run, self._settings, overwrite=overwrite):
-            raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
+        with self._together():
+            check_options(encoding, dim, dtype)
+            if n_samples < 1:
+                raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
+            trained = check_optimizer(optimizer, self._model)
+            self._rule = rule_of(optimizer)
+            self._parameters = list(trained)
+            self._known = set(trained)
+            self._n_groups = len(optimizer.param_groups)
+            self._dtype = dtype
+            self.n_samples = n_samples
+            self._sample_labels: Labels | None = None
+            if sample_labels is not None:
+                self.label_samples(sample_labels)
+            self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+        if self._ranks is not None:
+            self._settings["n_ranks"] = self._ranks.size
+            self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | self._settings)
+        with self._together():
+            if self._is_first and not needs_recording(run, self._settings, overwrite=overwrite):
+                raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
         self._directory: RunDirectory | None = None
         self._writer: GradientsWriter | None = None
         # rows of the steps that are not written yet, and what else their lines of the step tables hold
@@ -131,9 +140,23 @@ class Recorder:
         self._n_labels: dict[str, int] = {}
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
-        self._closed = False
-        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed)
+        self._closed = self._ended = False
+        hold = self._joint.hold if self._joint is not None else None
+        self._collector = Collector(self._model, optimizer, self._rule, trained, encoding, dim, seed, hold)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _together(self) -> AbstractContextManager[None]:
+        """A block that all ranks run; what is raised in it on one is raised on all."""
+        return nullcontext() if self._ranks is None else self._ranks.together()
+
+    def _holding(self) -> AbstractContextManager[None]:
+        """A block in the middle of a step: with several ranks, what is raised in it waits until they meet."""
+        return nullcontext() if self._joint is None else self._joint.holding()
 
     @contextmanager
     def step(self, sample_ids: ArrayLike | Tensor) -> Iterator[StepNote]:
@@ -158,15 +181,13 @@ class Recorder:
         if self._closed:
             raise RecordError("this recorder is closed: make a new one for another run")
         try:
-            self._samples = checked_ids(sample_ids, self.n_samples)
             self._note = StepNote()
-            self._collector.watch(len(self._samples))
+            with self._holding():
+                self._samples = checked_ids(sample_ids, self.n_samples)
+                self._collector.watch(len(self._samples))
             steps_before = self.n_steps
             yield self._note
-            if self.n_steps == steps_before and not self._skipped():
-                raise RecordError(
-                    f"step {self.n_steps} ended without optimizer.step(): put it inside the with block of recorder.step()"
-                )
+            self._end_step(taken=self.n_steps > steps_before)
         except BaseException as error:
             self.fail(error)
             raise
@@ -187,18 +208,25 @@ class Recorder:
         Raises:
             LayerError: names the parameter.
         """
-        self._collector.check_split(losses)
+        with self._holding():
+            self._collector.check_split(losses)
 
-    def _skipped(self) -> bool:
-        """Whether a gradient scaler has left out optimizer.step(), as it does where a scaled gradient overflows."""
-        overflow = self._collector.overflowed()
-        self.n_skipped += overflow
-        return overflow
+    def _end_step(self, *, taken: bool) -> None:
+        # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows
+        overflowed = not taken and self._collector.overflowed()
+        if self._joint is not None:
+            if self._joint.end_step(taken=taken, overflowed=overflowed):
+                self._flush()
+        elif overflowed:
+            self.n_skipped += 1
+        elif not taken:
+            raise without_step(self.n_steps)
 
     def record_test(self, batches: Iterable[Any], loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
-        The model is put into eval mode meanwhile; `.grad` is not touched.
+        The model is put into eval mode meanwhile; `.grad` is not touched. With several ranks all call it, with the whole test set:
+        rank 0 does the work, and the others wait for it without looking at `batches`.
 
         Args:
             batches: of (inputs, targets) or (inputs, targets, anything); test ids count from 0 in this order.
@@ -221,8 +249,9 @@ class Recorder:
             self._flush()
             assert self._writer is not None
             # a loader draws from the global generator, which the training goes on with
-            with torch.random.fork_rng(_devices(self._parameters)):
-                self._record_test(self._writer, batches, loss, labels)
+            with self._together(), torch.random.fork_rng(_devices(self._parameters)):
+                if self._is_first:
+                    self._record_test(self._writer, batches, loss, labels)
         except BaseException as error:
             self.fail(error)
             raise
@@ -294,42 +323,55 @@ class Recorder:
             return
         try:
             self._flush()
-            if self._writer is None or self._directory is None:
-                raise RecordError("nothing was recorded: no step was taken")
-            if self._sample_labels is not None:
-                self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
-                self._n_labels[names.TRAIN_LABELS] = self.n_samples
-            rows = self._writer.rows.n_rows
-            self._release()
+            with self._together():
+                if self._writer is None:
+                    raise RecordError("nothing was recorded: no step was taken")
+                if self._sample_labels is not None and self._is_first:
+                    self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
+                    self._n_labels[names.TRAIN_LABELS] = self.n_samples
+                rows = self._writer.rows.n_rows
+                self._release()
+            part_rows = [rows] if self._ranks is None else self._ranks.gather([rows])[:, 0].astype(int).tolist()
+            with self._together():
+                if self._directory is not None:
+                    self._complete(self._directory, part_rows)
         except BaseException as error:
             self.fail(error)
             raise
-        self._directory.end(
+
+    def _complete(self, directory: RunDirectory, part_rows: list[int]) -> None:
+        directory.end(
             RECORD,
             "complete",
             n_steps=self.n_steps,
             n_skipped=self.n_skipped,
-            n_rows=rows,
+            n_rows=sum(part_rows),
             n_tests=self.n_tests or 0,
             worst_imbalance=self._worst_imbalance,
             labels=self._n_labels,
+            **({"rank_rows": part_rows} if self._ranks is not None else {}),
             **self.facts,
         )
+        self._ended = True
 
     def fail(self, error: BaseException) -> None:
-        """Keep what was recorded so far readable and mark the recording as failed."""
-        if self._closed:
+        """Keep what was recorded so far readable and mark the recording as failed. With several ranks, it waits for no other."""
+        if self._ended:
             return
-        with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
-            self._flush()
-        with suppress(HydraError):
-            self._release()
+        self._ended = True
+        if not self._closed:
+            with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
+                if self._joint is None:
+                    self._flush()
+            with suppress(HydraError):
+                self._release()
         if self._directory is None or self._writer is None:
             return  # it failed before anything was written: what was in the directory is as it was
-        message = str(error) or type(error).__name__
-        rows, steps = self._writer.rows.n_written, self._writer.n_steps_written
+        found = {"n_steps": self._writer.n_steps_written, "error": str(error) or type(error).__name__}
+        if self._ranks is None:
+            found["n_rows"] = self._writer.rows.n_written
         with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
-            self._directory.end(RECORD, "failed", n_steps=steps, n_rows=rows, error=message)
+            self._directory.end(RECORD, "failed", **found)
 
     def _release(self) -> None:
         self._closed = True
@@ -339,18 +381,21 @@ class Recorder:
             self._writer.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._samples is None:
-            raise RecordError(
-                "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
-                "recorder first"
-            )
-        if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):  # args begin with the optimiser
-            raise RecordError("optimizer.step(closure) is not handled: run the backward pass before optimizer.step()")
-        self._record_rows(self._samples)
+        if self._joint is not None and self._joint.held is not None:
+            return
+        with self._holding():
+            if self._samples is None:
+                raise RecordError(
+                    "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
+                    "recorder first"
+                )
+            if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):  # args begin with the optimiser
+                raise RecordError("optimizer.step(closure) is not handled: run the backward pass before optimizer.step()")
+            self._record_rows(self._samples)
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
         gradients = self._present_gradients()
-        if self._slab is not None and not self._slab.fits(len(samples)):
+        if self._joint is None and self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
         columns = {names.SAMPLE: samples, names.STEP: np.full(len(samples), self.n_steps)}
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
@@ -364,28 +409,38 @@ class Recorder:
         values |= {"updated": updated, "momentum_started": started, "step_factor": factors, names.N_ROWS: len(samples)}
         self._pending.append((self._note, values))
         self.n_steps += 1
-        if self._writer is None:
+        if self._joint is None and self._writer is None:
             self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
 
     def _flush(self) -> None:
-        """Check and write the steps that wait. Raises: NonFiniteError, BooksError: the first that cannot be recorded."""
-        if self._slab is None or not self._pending:
-            return
-        pending, self._pending = self._pending, []
+        """Check and write the steps that wait; several ranks meet here. Raises: the error of the first that cannot be recorded."""
+        waiting = [(note.loss, values) for note, values in self._pending]
+        self._pending = []
         with torch.no_grad():
-            checked = self._slab.check(names.SAMPLE)
-            if checked.entries:
-                writer = self._writer = self._writer or self._open_store(self._slab.layout)
-                first_row = writer.rows.n_rows
-                self._slab.write(checked, writer.rows)
-                imbalance = checked.books.imbalance.max(axis=1)
-                self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
-                for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):
-                    found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
-                    writer.append_step({**values, **found, names.LOSS: note.loss})
-                    first_row += values[names.N_ROWS]
-        if checked.error is not None:
-            raise checked.error
+            if self._joint is not None:
+                checked, waiting, error = self._joint.meet(self._slab, waiting)
+                self.n_skipped = self._joint.n_skipped
+            elif self._slab is None or not waiting:
+                return
+            else:
+                checked = self._slab.check(names.SAMPLE)
+                error = checked.error
+            if self._slab is not None and checked is not None and checked.entries:
+                writer = self._writer or self._open_store(self._slab.layout)
+                with self._holding():
+                    self._write(writer, self._slab, checked, waiting)
+        if error is not None:
+            raise error
+
+    def _write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
+        first_row = writer.rows.n_rows
+        slab.write(checked, writer.rows)
+        imbalance = checked.books.imbalance.max(axis=1)
+        self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
+        for (loss, values), scalar, worst in zip(waiting, checked.books.scalar, imbalance, strict=False):
+            found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
+            writer.append_step({**values, **found, names.LOSS: loss})
+            first_row += values[names.N_ROWS]
 
     def _present_gradients(self) -> list[Tensor | None]:
         if len(self._optimizer.param_groups) != self._n_groups:
@@ -403,15 +458,33 @@ class Recorder:
         return gradients
 
     def _open_store(self, layout: Layout) -> GradientsWriter:
-        directory = RunDirectory.open_or_none(self.path)
-        if directory is not None and self._overwrite:
-            directory.clear()
-            directory = None
-        self._directory = directory = directory or RunDirectory.create(self.path)
-        directory.begin(RECORD, self._settings)
-        path = directory.path / names.GRADIENTS
-        groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
-        return GradientsWriter(path, layout, self._dtype, groups, directory.run_id, preconditioned=preconditioned)
+        with self._together():
+            if self._is_first:
+                directory = RunDirectory.open_or_none(self.path)
+                if directory is not None and self._overwrite:
+                    directory.clear()
+                    directory = None
+                self._directory = directory = directory or RunDirectory.create(self.path)
+                directory.begin(RECORD, self._settings)
+                self._writer = self._part_of_store(layout, directory.run_id)
+        if self._ranks is not None:
+            run_id = self._ranks.gather_text(self._directory.run_id if self._directory is not None else "")[0]
+            with self._ranks.together():
+                self._writer = self._writer or self._part_of_store(layout, run_id)
+        assert self._writer is not None
+        return self._writer
+
+    def _part_of_store(self, layout: Layout, run_id: str) -> GradientsWriter:
+        return GradientsWriter(
+            self.path / names.GRADIENTS,
+            layout,
+            self._dtype,
+            len(self._optimizer.param_groups),
+            run_id,
+            preconditioned=self._rule.preconditioned,
+            rank=self._ranks.rank if self._ranks is not None else 0,
+            n_ranks=self._ranks.size if self._ranks is not None else 1,
+        )
 
 
 def _devices(parameters: Sequence[nn.Parameter]) -> list[torch.device]:
