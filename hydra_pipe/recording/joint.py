@@ -1,7 +1,7 @@
 """How several ranks agree on their steps: at the same steps on all of them, and never in between.
 
-A rank keeps what it finds wrong to itself until all meet: if it raised at once, it would leave the others waiting in the middle of a
-backward pass. When they meet is a function of the number of steps alone.
+A rank keeps what it finds wrong to itself until all meet: if it raised at once, it would leave the others waiting in the middle of
+a backward pass. When they meet is a function of the number of steps alone.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class JointSteps:
             elif _RECORDED in kinds:
                 idle = int((of_step != _RECORDED).argmax())
                 return n_good, RecordError(
-                    f"rank {idle} left out optimizer.step() at step {step}, others took it: all must do alike"
+                    f"rank {idle} left out optimizer.step() at step {step}, others did not: all must do the same"
                 )
             elif _OVERFLOWED in kinds:
                 self.n_skipped += 1
@@ -142,7 +142,7 @@ class JointSteps:
         self._interval = max(1, min(capacity for _, capacity in found))
 
     def _compare(self, checked: Checked, pending: Sequence[Pending]) -> tuple[Floats, Floats, HydraError | None]:
-        """Of the steps whose books balance on all ranks scalars, (step,), and largest imbalance, (step, 1); and what is off then."""
+        """Scalar, (step,), and imbalance, (step, 1), of the steps whose books balance on all ranks; and what is off after them."""
         table = json.dumps([{k: v for k, v in values.items() if k != names.N_ROWS} for _, values in pending])
         digest = float(int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big"))  # 48 bits, which a float holds
         scalars, imbalance = checked.books.scalar, checked.books.imbalance.max(axis=1)
@@ -154,10 +154,10 @@ class JointSteps:
         of_ranks, worst = found[:, 2 : n_good + 2], found[:, SLAB_STEPS + 2 : SLAB_STEPS + n_good + 2].max(axis=0)
         unlike = np.argwhere(~np.isclose(of_ranks, of_ranks[0], rtol=_SCALAR_TOLERANCE, atol=0.0))
         if unlike.size:
-            rank, step = unlike[0]
+            rank, step = unlike[unlike[:, 1].argmin()]
             raise RecordError(
-                f"gradients are {of_ranks[rank, step]:.6g} times what their rows sum to on rank {rank} and {of_ranks[0, step]:.6g} "
-                f"times on rank 0, after step {self._n_recorded}: clip and scale them alike on all ranks"
+                f"at step {self._n_recorded + step} the gradient in use is {of_ranks[rank, step]:.6g} times the mean over the "
+                f"ranks on rank {rank} and {of_ranks[0, step]:.6g} times on rank 0: clip and scale it alike on all ranks"
             )
         error: HydraError | None = None
         if n_good < len(pending):
@@ -181,8 +181,8 @@ def _unlike_layouts(first: dict[str, Any], other: dict[str, Any], rank: int) -> 
     mine, theirs = next(((a, b) for a, b in pairs if a != b), (nothing, nothing))
     return (
         f"{mine.get('name')} is recorded as {mine.get('encoding')} in columns {mine.get('columns')} on rank 0 and as "
-        f"{theirs.get('encoding')} in {theirs.get('columns')} on rank {rank}: the ranks must have the same model, and their first "
-        f"batches use it in the same way"
+        f"{theirs.get('encoding')} in {theirs.get('columns')} on rank {rank}: the ranks must have the same model and "
+        f"use it in the same way in the first step, by calling its modules"
     )
 
 
