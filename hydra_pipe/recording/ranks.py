@@ -20,6 +20,11 @@ from hydra_pipe.errors import HydraError, RecordError, UsageError
 Floats = NDArray[np.float64]
 
 
+def n_processes() -> int:
+    """Processes of torch.distributed's default group; 1 where it is not in use."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that DistributedDataParallel wraps, or `model` itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -36,6 +41,7 @@ class Ranks:
         self._group = model.process_group
         self.rank = distributed.get_rank(self._group)
         self.size = distributed.get_world_size(self._group)
+        self.static_graph = bool(model.static_graph)
         parameter = next(model.parameters())
         # NCCL moves what is on the GPU only, Gloo what is on the CPU
         self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
@@ -47,11 +53,11 @@ class Ranks:
         Raises:
             RecordError: there are several processes and `model` is not wrapped.
         """
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        if n_processes() == 1:
             return None
         if not isinstance(model, DistributedDataParallel):
             raise RecordError(
-                f"{distributed.get_world_size()} processes train together and the model is {type(model).__name__}: wrap it in "
+                f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
                 f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder; other ways of training in parallel are "
                 f"not recorded"
             )

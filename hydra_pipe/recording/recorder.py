@@ -200,7 +200,8 @@ class Recorder:
 
         One backward pass from the first sample's loss alone: it must reach no row but the first. For the first pass of a
         loop that knows each sample's loss; `record_test` does it too. The graph is kept, `.grad` is not touched. Batch
-        normalisation in training mode mixes samples on purpose and is let through.
+        normalisation in training mode mixes samples on purpose and is let through. Nothing is done where DistributedDataParallel
+        has static_graph=True: it would take this backward pass for its first.
 
         Args:
             losses: of a pass under `step`, shape (batch,), before its backward pass.
@@ -208,6 +209,8 @@ class Recorder:
         Raises:
             LayerError: names the parameter.
         """
+        if self._ranks is not None and self._ranks.static_graph:
+            return
         with self._holding():
             self._collector.check_split(losses)
 
@@ -277,7 +280,7 @@ class Recorder:
                     worst = first_test + int(torch.argmin(torch.isfinite(losses).int()))
                     raise NonFiniteError(f"the loss of test sample {worst} is not finite after {self.n_steps} steps")
                 if first_test == 0:
-                    self.check_split(losses)
+                    self._collector.check_split(losses)
                 given = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
             self._collector.rest()
             when = f"in the test gradients after {self.n_steps} steps"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import conv_net, cross_entropy, images
+from conftest import conv_net, cross_entropy, images, mlp_pipeline
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -230,6 +230,38 @@ def unwrapped(directory: Path) -> object:
     return Recorder(model, SGD(model.parameters()), directory / "unwrapped", 24)
 
 
+def pipeline(directory: Path) -> object:
+    return hydra_pipe.record(mlp_pipeline(), directory / "pipeline")
+
+
+class Optional(Switched):
+    """Leaves its second half out of every other step of rank 1, and has a parameter that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x.flatten(1)))
+        return x[:, :4] if self.switch else self.second(x)
+
+
+def unused(directory: Path) -> dict[str, object]:
+    """Parameters that one rank does not use in some steps get the other's gradient all the same."""
+    rank = distributed.get_rank()
+    model = DistributedDataParallel(Optional(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, directory / "unused", 24, dtype="float32")
+    for step in range(6):
+        model.module.switch = "without" if rank == 1 and step % 2 else ""
+        with recorder.step(range(3 * rank, 3 * rank + 3)):
+            plain(rank, step, model, optimizer, X[:3], Y[:3])
+            optimizer.zero_grad()
+    recorder.close()
+    return {"n_steps": recorder.n_steps}
+
+
 def wrong_ids(step: int) -> list[int]:
     return [0, 1, 99 if (distributed.get_rank(), step) == (1, 2) else 2]
 
@@ -245,13 +277,13 @@ def bad_test(directory: Path) -> object:
     return None
 
 
-def test_gradients_in_between(directory: Path) -> bool:
+def own_passes(directory: Path, *, static_graph: bool) -> bool:
     """Whether the recorder's own passes leave DDP's reducer alone, in the middle of a step."""
-    model = DistributedDataParallel(conv_net())
+    model = DistributedDataParallel(conv_net(), static_graph=static_graph)
     twin = copy.deepcopy(model.module)
     optimizer = SGD(model.parameters())
     fired: list[str] = []
-    recorder = Recorder(model, optimizer, directory / "between", 24)
+    recorder = Recorder(model, optimizer, directory / f"between {static_graph}", 24)
     own = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4)
     for step in range(3):
         with recorder.step(np.arange(24)[own]):
@@ -289,7 +321,10 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
     "runs": {name: partial(record_case, name) for name in CASES},
     "faults": {
         "unwrapped": unwrapped,
-        "in between": test_gradients_in_between,
+        "pipeline": pipeline,
+        "unused": unused,
+        "own passes": partial(own_passes, static_graph=False),
+        "own passes, static graph": partial(own_passes, static_graph=True),
         "scaled": scaled,
         "again": again,
         "again, other settings": partial(again, seed=3),

@@ -29,6 +29,7 @@ from hydra_pipe.cli.app import app
 from hydra_pipe.store import names
 
 SECONDS = 240
+pytestmark = pytest.mark.xdist_group("ranks")  # one process of pytest-xdist, so that each group is spawned once
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +183,7 @@ def test_verify_finds_what_a_rank_has_lost(spawn, tmp_path: Path) -> None:
 # function of ranks_worker.py, what both ranks are to raise, how many steps are recorded, or None where no directory is to be there
 TOLD = [
     ("unwrapped", r"RecordError: 2 processes train together .* wrap it in torch\.nn\.parallel\.DistributedDataParallel", None),
+    ("pipeline", r"PipelineError: a pipeline is trained by one process, not by 2", None),
     ("not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5 for samples 5, 6, 7: ", 5),
     ("functional at once", r"RecordError: first\.weight is recorded as factored .* by calling its modules", None),
     ("functional, projected", r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss", None),
@@ -225,8 +227,20 @@ def test_a_step_that_a_gradient_scaler_skips_for_one_rank_is_skipped_for_all(spa
     assert hydra_pipe.open_run(directory / "scaled").info()["stages"]["record"]["facts"]["n_rows"] == 20 * 3 * WORLD
 
 
-def test_the_recorders_own_passes_leave_ddp_alone(spawn) -> None:
-    assert [of_rank["in between"] for of_rank in spawn("faults")[1]] == [True, True]
+def test_parameters_that_one_rank_does_not_use_have_the_gradient_of_the_other(spawn) -> None:
+    directory, found = spawn("faults")
+    assert [of_rank["unused"] for of_rank in found] == [{"n_steps": 6}] * WORLD
+    run = hydra_pipe.open_run(directory / "unused")
+    updated = dict(zip([b.name for b in run.gradients.layout.blocks], run.steps["updated"].T.tolist(), strict=True))
+    assert (updated["second.weight"], updated["never.weight"]) == ([1] * 6, [0] * 6)
+    rows = scaled_rows(run.path)["second.weight"].reshape(6, 2, 3, -1)  # step, rank, sample
+    assert [bool(np.any(of_rank)) for of_rank in rows[:, 1]] == [True, False] * 3
+    assert all(np.any(of_rank) for of_rank in rows[:, 0])
+
+
+@pytest.mark.parametrize("name", ["own passes", "own passes, static graph"])
+def test_the_recorders_own_passes_leave_ddp_alone(spawn, name: str) -> None:
+    assert [of_rank[name] for of_rank in spawn("faults")[1]] == [True, True]
 
 
 def test_a_rank_whose_loop_raises_leaves_a_failed_run_behind(spawn) -> None:
