@@ -82,8 +82,8 @@ class JointSteps:
         """
         finite = slab.check_finite(names.SAMPLE) if slab is not None and pending else None
         outcomes, self._outcomes = self._outcomes, []
-        if finite is not None and finite.error is not None:
-            recorded = [k for k, outcome in enumerate(outcomes) if outcome == _RECORDED]
+        recorded = [k for k, outcome in enumerate(outcomes) if outcome == _RECORDED]
+        if finite is not None and finite.error is not None and len(finite.entries) < len(recorded):
             outcomes[recorded[len(finite.entries)]] = _FAILED
             self.held = finite.error  # of an earlier step than what was held
         of_ranks, limits = self._exchange(outcomes, finite.limits if finite is not None else [])
@@ -95,6 +95,8 @@ class JointSteps:
         checked = slab.check_books(finite.with_limits(limits), n_good, self._ranks)
         scalars, imbalance, off = self._compare(checked, pending[:n_good])
         n_good = len(scalars)
+        if n_good == 0:
+            return None, [], off
         self._n_recorded += n_good
         losses = self._ranks.mean(np.array([loss for loss, _ in pending[:n_good]])).tolist()
         agreed = replace(
