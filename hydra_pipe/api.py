@@ -48,6 +48,7 @@ def record(
     # torch takes seconds to import: what works from disk alone does without it
     from hydra_pipe.loading import load_pipeline
     from hydra_pipe.recording.pipeline import Pipeline, described
+    from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
     from hydra_pipe.recording.trainer import accuracy, test_batches, train
@@ -55,6 +56,10 @@ def record(
 
     progress = progress or Progress()
     check_options(encoding, dim, dtype)
+    if n_processes() > 1:
+        raise PipelineError(
+            f"a pipeline is trained by one process, not by {n_processes()}: start one, or use Recorder in a loop of your own"
+        )
     if isinstance(pipeline, Pipeline):
         if settings:
             raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")

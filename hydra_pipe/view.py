@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
+from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
 from hydra_pipe.store.relevance import open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
@@ -59,9 +59,15 @@ class Run:
 
     @property
     def steps(self) -> dict[str, NDArray[Any]]:
-        """The per-step tables: shape (step,), (step, group) or (step, block)."""
-        single = (names.FIRST_ROW, names.N_ROWS, names.GRADIENT_SCALE, names.LOSS, names.IMBALANCE)
-        return {name: self.gradients.step_table(name) for name in (*single, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
+        """The per-step tables: shape (step,), (step, group) or (step, block).
+
+        `n_rows` counts those of all processes. `first_row` is there where one process recorded: only then are a step's rows
+        together (`gradients.rows_of_steps` says where they are otherwise).
+        """
+        first, counts = self.gradients.rows_of_steps()
+        rows = {names.FIRST_ROW: first[:, 0]} if self.gradients.n_ranks == 1 else {}
+        rows[names.N_ROWS] = counts.sum(axis=1)
+        return rows | {name: self.gradients.step_table(name) for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
 
     def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
         """The relevance on disk, (sample, test) float32, read as it is sliced. Raises: RunError: not computed."""
@@ -123,7 +129,7 @@ class Run:
 
     def _recording(self) -> dict[str, Any]:
         store = self.gradients
-        item_bytes = np.dtype(store.rows.gradient.dtype).itemsize
+        item_bytes = store.rows.dtype.itemsize
         blocks = [
             {
                 "name": block.name,
@@ -140,10 +146,11 @@ class Run:
         n_parameters = sum(block.numel for block in store.layout.blocks)
         return {
             "rows": store.rows.n_rows,
+            "ranks": store.n_ranks,
             "steps": store.n_steps,
             "features": store.layout.n_features,
             "parameters": n_parameters,
-            "dtype": str(store.rows.gradient.dtype),
+            "dtype": str(store.rows.dtype),
             "test_checkpoints": store.test_steps(),
             "blocks": blocks,
         }

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import GradientsWriter
 from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.writing import GradientsWriter
 
 N_SAMPLES, N_ROWS, N_TESTS, WIDTH = 3000, 90_000, 600, 1500
 
@@ -34,9 +34,10 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             views[names.SCALE][:] = 1.0
             views[names.SAMPLE][:] = (np.arange(batch)[rows] + step * batch) % N_SAMPLES
             views[names.STEP][:] = step
-        zero = {"learning_rate": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": 0}
-        rest = {"updated": 1, "momentum_started": step == 0, names.GRADIENT_SCALE: 1, names.LOSS: 0, names.IMBALANCE: 0}
-        writer.steps.append(zero | rest | {names.FIRST_ROW: step * batch, names.N_ROWS: batch})
+        zero = {"learning_rate": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "decoupled_decay": 0, "nesterov": 0}
+        rest = {"updated": 1, "momentum_started": step == 0, "step_factor": 1}
+        rest |= {names.GRADIENT_SCALE: 1, names.LOSS: 0, names.IMBALANCE: 0}
+        writer.append_step(zero | rest | {names.FIRST_ROW: step * batch, names.N_ROWS: batch})
     tests = writer.test_rows(N_ROWS // batch)
     for rows, views in tests.reserve(N_TESTS):
         views[names.GRADIENT][:] = random_rows(N_TESTS, 1)[rows]

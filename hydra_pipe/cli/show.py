@@ -29,9 +29,10 @@ def show_info(info: dict[str, Any]) -> None:
     recording = info.get("recording")
     if recording is None:
         return
+    ranks = f", recorded by {recording['ranks']} processes" if recording["ranks"] > 1 else ""
     console.print(
         f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
-        f"{recording['parameters']:,} parameters, {recording['steps']:,} steps"
+        f"{recording['parameters']:,} parameters, {recording['steps']:,} steps{ranks}"
     )
     blocks = Table("block", "shape", "group", "encoding", "columns", "bytes a row", "exact", box=None, pad_edge=False)
     for block in recording["blocks"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hydra_pipe.errors import BudgetError, UsageError
+from hydra_pipe.plan.parts import shard_start
 from hydra_pipe.units import format_bytes
 
 # Python with NumPy, Zarr and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
@@ -34,6 +35,7 @@ class ReductionInput:
         memory_bytes: the budget.
         workers: threads that compute at once.
         base_bytes: what the process takes before and beside all that is counted here.
+        part_rows: rows of each part, where several processes recorded one each; they come one after the other.
     """
 
     n_rows: int
@@ -51,6 +53,7 @@ class ReductionInput:
     memory_bytes: int
     workers: int
     base_bytes: int = BASE_BYTES
+    part_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class ReductionPlan:
 
     Args:
         test_blocks: first and one past the last test sample of each pass.
-        row_runs: first and one past the last row of each worker's run, whole shards.
+        row_runs: first and one past the last row of each worker's run, whole shards, of one part or more.
         reading: what a worker reads and scores at a time.
         peak_bytes: an upper bound of the memory that the process takes.
         read_bytes: decoded bytes that go through the workers, over all passes.
@@ -149,9 +152,10 @@ def peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
 
 def _plan(given: ReductionInput, reading: Reading, width: int) -> ReductionPlan:
     blocks = tuple((first, min(first + width, given.n_tests)) for first in range(0, given.n_tests, width))
-    n_shards = -(-given.n_rows // given.shard_rows)
+    parts = given.part_rows or (given.n_rows,)
+    n_shards = sum(-(-n_rows // given.shard_rows) for n_rows in parts)
     runs = min(given.workers, n_shards)
-    bounds = [i * n_shards // runs * given.shard_rows for i in range(runs)] + [given.n_rows]
+    bounds = [shard_start(i * n_shards // runs, parts, given.shard_rows) for i in range(runs)] + [given.n_rows]
     return ReductionPlan(
         test_blocks=blocks,
         row_runs=tuple(pairwise(bounds)),

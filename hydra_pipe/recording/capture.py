@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hydra_pipe.errors import LayerError
+from hydra_pipe.errors import HydraError, LayerError
 from hydra_pipe.maths.factors import Contribution
 from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows
@@ -46,9 +46,13 @@ class Capture:
     Args:
         model: stays as it is.
         parameters: index of the block of each recorded parameter, by parameter.
+        on_error: takes what hooks raise; None: they raise it into the training's passes.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[nn.Parameter, int], on_error: Callable[[HydraError], None] | None = None
+    ) -> None:
+        self._on_error = on_error
         self._sink: Sink | None = None
         self._portion = Portion(np.empty(0, np.int64))
         self.half_precision = False
@@ -61,7 +65,7 @@ class Capture:
             owned = {n: parameters[p] for n, p in module.named_parameters(recurse=whole) if p in parameters}
             if owned and module not in answered:
                 hook = self._forward_hook(name or type(module).__name__, owned)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._guarded(hook), with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._watch_output))
 
     def watch(self, portion: Portion, sink: Sink) -> None:
@@ -98,6 +102,21 @@ class Capture:
         self.rest()
         for handle in self._handles:
             handle.remove()
+
+    def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """`hook`, but what it raises goes where it is wanted: other processes may wait for this pass to go on."""
+        on_error = self._on_error
+        if on_error is None:
+            return hook
+
+        def guarded(*args: Any) -> Any:
+            try:
+                return hook(*args)
+            except HydraError as error:
+                on_error(error)
+                return None
+
+        return guarded
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._watching():
@@ -154,7 +173,7 @@ class Capture:
             inputs = tuple(_detached(x) for x in args)
             keywords = {key: _detached(x) for key, x in kwargs.items()}
             hook = partial(self._backward, name, module, inputs, keywords, wanted, owned, samples)
-            watched.register_hook(hook)  # type: ignore[no-untyped-call]
+            watched.register_hook(self._guarded(hook))  # type: ignore[no-untyped-call]
             return watched
 
         return forward_hook
@@ -186,7 +205,7 @@ class Capture:
                 sink(owned[parameter], row, samples[0])
 
         if at:
-            torch.autograd.graph.register_multi_grad_hook([leaves[k] for k in sorted(at)], on_gradients)
+            torch.autograd.graph.register_multi_grad_hook([leaves[k] for k in sorted(at)], self._guarded(on_gradients))
 
     def _backward(
         self,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hydra_pipe.errors import LayerError, RunError
+from hydra_pipe.errors import HydraError, LayerError, RunError
 from hydra_pipe.maths.factors import Contribution, Factors
 from hydra_pipe.maths.layers import may_couple
 from hydra_pipe.maths.quantise import Dtype
@@ -34,6 +34,7 @@ class Collector:
         rule: of the optimiser.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
+        on_error: see `Capture`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Collector:
         dim: int,
         seed: int,
         dtype: Dtype | None,
+        on_error: Callable[[HydraError], None] | None = None,
     ) -> None:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
@@ -61,7 +63,7 @@ class Collector:
         # of the backward pass that the last contribution came from, and how many dropped steps were seen
         self._backward = -1
         self.n_dropped = 0
-        self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)})
+        self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)}, on_error)
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
         """Collect the passes over one more portion of the present step, after the earlier ones."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from hydra_pipe.errors import (
     DataError,
     HydraError,
-    NonFiniteError,
     RecordError,
     RunError,
 )
@@ -26,17 +25,20 @@ from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice, Layout
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.losses import per_sample_losses
+from hydra_pipe.recording.joint import JointSteps, Pending, without_step
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
 from hydra_pipe.recording.portions import Portion
+from hydra_pipe.recording.ranks import Ranks, unwrapped
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
-from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
+from hydra_pipe.recording.testing import record_test_gradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import GROUP_COLUMNS, GradientsWriter
+from hydra_pipe.store.gradients import GROUP_COLUMNS, Kept
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
-from hydra_pipe.store.table import TableWriter
+from hydra_pipe.store.table import Stalls
+from hydra_pipe.store.writing import GradientsWriter
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -73,7 +75,8 @@ class Recorder:
     Or the loop stays as it is, and `loader = recorder.track(loader)` stands before it.
 
     Args:
-        model: the module that is trained; its modules are hooked until `close`.
+        model: the module that is trained; its modules are hooked until `close`. Wrapped in DistributedDataParallel where several
+            processes train it together: then each gives the ids of its own samples, and all take the same number of steps.
         optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
         run: directory of the run.
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
@@ -107,25 +110,32 @@ class Recorder:
         sample_labels: Labels | None = None,
         overwrite: bool = False,
     ) -> None:
-        check_options(encoding, dim, dtype)
-        if n_samples < 1:
-            raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
-        trained = check_optimizer(optimizer, model)
-        self._rule = rule_of(optimizer)
-        self._model, self._optimizer = model, optimizer
-        self._parameters = list(trained)
-        self._known = set(trained)
-        self._n_groups = len(optimizer.param_groups)
-        self.n_samples = n_samples
-        self._sample_labels: Labels | None = None
-        if sample_labels is not None:
-            self.label_samples(sample_labels)
-
-        self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+        self._ranks = Ranks.of(model)
+        self._joint = JointSteps(self._ranks) if self._ranks is not None else None
+        self._model, self._optimizer = unwrapped(model), optimizer
         self.path = Path(run)
-        if not needs_recording(run, self._settings, overwrite=overwrite):
-            raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
+        with self._together():
+            check_options(encoding, dim, dtype)
+            if n_samples < 1:
+                raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
+            trained = check_optimizer(optimizer, self._model)
+            self._rule = rule_of(optimizer)
+            self._parameters = list(trained)
+            self._known = set(trained)
+            self._n_groups = len(optimizer.param_groups)
+            self.n_samples = n_samples
+            self._sample_labels: Labels | None = None
+            if sample_labels is not None:
+                self.label_samples(sample_labels)
+            self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+        if self._ranks is not None:
+            self._settings["n_ranks"] = self._ranks.size
+            self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | self._settings)
+        with self._together():
+            if self._is_first and not needs_recording(run, self._settings, overwrite=overwrite):
+                raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
         self._directory: RunDirectory | None = None
+        self._run_id: str | None = None
         self._writer: GradientsWriter | None = None
         # rows of the steps that are not written yet, and what else their lines of the step tables hold
         self._slab: Slab | None = None
@@ -143,9 +153,23 @@ class Recorder:
         self._n_labels: dict[str, int] = {}
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
-        self._closed = False
-        self._collector = Collector(model, optimizer, self._rule, trained, encoding, dim, seed, dtype)
+        self._closed = self._ended = False
+        hold = self._joint.hold if self._joint is not None else None
+        self._collector = Collector(self._model, optimizer, self._rule, trained, encoding, dim, seed, dtype, hold)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _together(self) -> AbstractContextManager[None]:
+        """A block that all ranks run; what is raised in it on one is raised on all."""
+        return nullcontext() if self._ranks is None else self._ranks.together()
+
+    def _holding(self) -> AbstractContextManager[None]:
+        """A block in the middle of a step: with several ranks, what is raised in it waits until they meet."""
+        return nullcontext() if self._joint is None else self._joint.holding()
 
     @contextmanager
     def step(self, sample_ids: ArrayLike | Tensor) -> Iterator[StepNote]:
@@ -169,21 +193,18 @@ class Recorder:
         """
         self._check_open()
         try:
-            if any(portion.tracked for portion in self._collector.portions):
-                raise RecordError(
-                    f"recorder.step() in step {self.n_steps}, which has begun with a batch of the tracked loader: leave out "
-                    f"recorder.step(), or iterate the loader itself"
-                )
-            samples = checked_ids(sample_ids, self.n_samples)
             self._note = StepNote()
-            self._collector.watch(samples)
             self._in_step = True
+            with self._holding():
+                if any(portion.tracked for portion in self._collector.portions):
+                    raise RecordError(
+                        f"recorder.step() in step {self.n_steps}, which has begun with a batch of the tracked loader: leave out "
+                        f"recorder.step(), or iterate the loader itself"
+                    )
+                self._collector.watch(checked_ids(sample_ids, self.n_samples))
             steps_before = self.n_steps
             yield self._note
-            if self.n_steps == steps_before and not self._skipped():
-                raise RecordError(
-                    f"step {self.n_steps} ended without optimizer.step(): put it inside the with block of recorder.step()"
-                )
+            self._end_step(taken=self.n_steps > steps_before)
         except BaseException as error:
             self.fail(error)
             raise
@@ -243,7 +264,7 @@ class Recorder:
     @property
     def n_skipped(self) -> int:
         """Steps that a gradient scaler left out, or whose gradients the loop cleared."""
-        return self._collector.n_dropped
+        return self._collector.n_dropped + (self._joint.n_skipped if self._joint is not None else 0)
 
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
@@ -263,7 +284,8 @@ class Recorder:
 
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": recorder.state_dict()}, ...)
 
-        Test gradients that are taken after it count as discarded when it is loaded: take them before.
+        Test gradients that are taken after it count as discarded when it is loaded: take them before. With several ranks all call
+        it, all get the same, and all load it.
 
         Returns:
             Numbers, strings, lists and dicts, which `torch.load` reads with `weights_only=True`.
@@ -285,19 +307,21 @@ class Recorder:
             self._flush()
             # what is checked together, and so how its sums are rounded, must not depend on what came before the state
             self._slab = None
-            writer, directory = self._writer, self._directory
-            if writer is not None:
-                writer.sync()
+            writer = self._writer
+            with self._together():
+                if writer is not None:
+                    writer.sync()
         except BaseException as error:
             self.fail(error)
             raise
         return RecorderState(
-            run_id=directory.run_id if directory else None,
+            run_id=self._run_id,
             layout=digest(writer.layout) if writer else None,
             n_steps=self.n_steps,
-            n_rows=writer.rows.n_rows if writer else 0,
+            part_rows=self._of_ranks(writer.rows.n_rows if writer else 0),
+            curved_rows=self._of_ranks(self._n_curved),
+            meet_every=self._joint.interval if self._joint is not None else None,
             n_skipped=self.n_skipped,
-            n_curved_rows=self._n_curved,
             worst_imbalance=self._worst_imbalance,
             tests=list(self._tests),
             n_tests=self.n_tests,
@@ -322,18 +346,22 @@ class Recorder:
         if self.n_steps or self._writer is not None or any(p.live for p in self._collector.portions):
             raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
         wanted = RecorderState.from_dict(state)
+        rank = self._ranks.rank if self._ranks is not None else 0
         if wanted.run_id is not None:
             groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
-            directory, store = open_to_go_on(self.path, wanted, self._settings, n_groups=groups, preconditioned=preconditioned)
-            dtype = cast("Dtype", str(store.rows.gradient.dtype))
-            self._collector.resume(store.layout, dtype)
-            self._writer = GradientsWriter(
-                store.path, store.layout, dtype, groups, directory.run_id, preconditioned=preconditioned, kept=wanted.kept
-            )
-            directory.begin(RECORD, self._settings)
-            self._directory = directory
+            with self._together():
+                directory, store = open_to_go_on(self.path, wanted, self._settings, n_groups=groups, preconditioned=preconditioned)
+                self._collector.resume(store.layout, cast("Dtype", str(store.rows.dtype)))
+            with self._together():
+                self._writer = self._part_of_store(store.layout, wanted.run_id, wanted.kept)
+                if self._is_first:
+                    directory.begin(RECORD, self._settings)
+                    self._directory = directory
+            self._run_id, self._n_curved = wanted.run_id, wanted.curved_rows[rank]
+        if self._joint is not None and wanted.meet_every is not None:
+            self._joint.go_on(wanted.n_steps, wanted.meet_every)
         self.n_steps, self._collector.n_dropped = wanted.n_steps, wanted.n_skipped
-        self._worst_imbalance, self._n_curved = wanted.worst_imbalance, wanted.n_curved_rows
+        self._worst_imbalance = wanted.worst_imbalance
         self._tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
         self._resumed = True
 
@@ -350,18 +378,27 @@ class Recorder:
         Raises:
             LayerError: names the parameter.
         """
-        self._collector.check_split(losses)
+        if self._ranks is not None and self._ranks.static_graph:
+            return
+        with self._holding():
+            self._collector.check_split(losses)
 
-    def _skipped(self) -> bool:
-        """Whether a gradient scaler has left out optimizer.step(), as it does where a scaled gradient overflows."""
-        overflow = self._collector.overflowed()
-        self._collector.n_dropped += overflow
-        return overflow
+    def _end_step(self, *, taken: bool) -> None:
+        # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows
+        overflowed = not taken and self._collector.overflowed()
+        if self._joint is not None:
+            if self._joint.end_step(taken=taken, overflowed=overflowed):
+                self._flush()
+        elif overflowed:
+            self._collector.n_dropped += 1
+        elif not taken:
+            raise without_step(self.n_steps)
 
     def record_test(self, batches: Iterable[Any], loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
-        The model is put into eval mode meanwhile; `.grad` is not touched.
+        The model is put into eval mode meanwhile; `.grad` is not touched. With several ranks all call it, with the whole test set:
+        rank 0 does the work, and the others wait for it without looking at `batches`.
 
         Args:
             batches: of (inputs, targets) or (inputs, targets, anything); test ids count from 0 in this order.
@@ -385,8 +422,18 @@ class Recorder:
             assert self._writer is not None
             self._in_test = True
             # a loader draws from the global generator, which the training goes on with
-            with self._collector.set_aside(), torch.random.fork_rng(_devices(self._parameters)):
-                self._record_test(self._writer, batches, loss, labels)
+            devices = list({p.device for p in self._parameters if p.is_cuda})
+            with self._together(), self._collector.set_aside(), torch.random.fork_rng(devices):
+                if self._is_first:
+                    n_tests, labels, worst = record_test_gradients(
+                        self._model, self._collector, self._writer, self.n_steps, batches, loss, labels
+                    )
+                    self.n_tests = n_tests
+                    self._worst_imbalance = max(self._worst_imbalance, worst)
+                    if labels is not None:
+                        self._writer.write_labels(names.TEST_LABELS, labels)
+                        self._n_labels[names.TEST_LABELS] = n_tests
+            self._tests = [step for step in self._tests if step != self.n_steps] + [self.n_steps]
         except BaseException as error:
             self.fail(error)
             raise
@@ -396,52 +443,6 @@ class Recorder:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             self._in_test = False
-
-    def _record_test(self, writer: GradientsWriter, batches: Iterable[Any], loss: Any, labels: Any) -> None:
-        table = writer.test_rows(self.n_steps)
-        device = self._parameters[0].device
-        targets_seen: list[NDArray[np.int64]] = []
-        first_test = 0
-        slab: Slab | None = None
-        for inputs, targets, *_ in batches:
-            inputs, targets = inputs.to(device), targets.to(device)
-            self._collector.watch(first_test + np.arange(len(inputs)))
-            with torch.enable_grad():
-                losses = per_sample_losses(loss, self._model(inputs), targets)
-                if not torch.isfinite(losses).all():
-                    worst = first_test + int(torch.argmin(torch.isfinite(losses).int()))
-                    raise NonFiniteError(f"the loss of test sample {worst} is not finite after {self.n_steps} steps")
-                if first_test == 0:
-                    self.check_split(losses)
-                given = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
-            self._collector.rest()
-            when = f"in the test gradients after {self.n_steps} steps"
-            columns = {names.LOSS: losses.detach().float().cpu().numpy()}
-            slab = self._collector.add_to(slab, given, columns, when, at_step=False)
-            self._collector.forget()
-            self._write_tests(slab, table, first_test)
-            if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
-                targets_seen.append(targets.cpu().numpy())
-            first_test += len(inputs)
-        if first_test == 0:
-            raise RecordError("there are no test samples: give record_test at least one batch")
-        if labels is not None and len(labels) != first_test:
-            raise DataError(f"test_labels has {len(labels)} entries for {first_test} test samples")
-        writer.flush_test(table)
-        if labels is None and sum(map(len, targets_seen)) == first_test:
-            labels = np.concatenate(targets_seen)
-        if labels is not None:
-            writer.write_labels(names.TEST_LABELS, labels)
-            self._n_labels[names.TEST_LABELS] = first_test
-        self.n_tests = first_test
-        self._tests = [step for step in self._tests if step != self.n_steps] + [self.n_steps]
-
-    def _write_tests(self, slab: Slab, table: TableWriter, first_test: int) -> None:
-        checked = slab.check(first_id=first_test)
-        if checked.error is not None:
-            raise checked.error
-        self._worst_imbalance = max(self._worst_imbalance, float(checked.books.imbalance.max()))
-        slab.write(checked, table)
 
     def label_samples(self, labels: Labels) -> None:
         """Give each training sample a label, for rankings and reports. Raises: DataError: not one for each sample."""
@@ -460,45 +461,62 @@ class Recorder:
             return
         try:
             self._flush()
-            if self._writer is None or self._directory is None:
-                raise RecordError("nothing was recorded: no step was taken")
-            if self._sample_labels is not None:
-                self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
-                self._n_labels[names.TRAIN_LABELS] = self.n_samples
-            rows, stalls = self._writer.rows.n_rows, replace(self._writer.stalls)  # the end waits for the writer whatever it is
-            self._release()
+            with self._together():
+                if self._writer is None:
+                    raise RecordError("nothing was recorded: no step was taken")
+                if self._sample_labels is not None and self._is_first:
+                    self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
+                    self._n_labels[names.TRAIN_LABELS] = self.n_samples
+                rows, stalls = self._writer.rows.n_rows, replace(self._writer.stalls)  # the end waits for the writer whatever it is
+                self._release()
+            part_rows, curved = self._of_ranks(rows), self._of_ranks(self._n_curved)
+            with self._together():
+                if self._directory is not None:
+                    self._complete(self._directory, part_rows, sum(curved), stalls)
         except BaseException as error:
             self.fail(error)
             raise
-        self._directory.end(
+        self._ended = True
+
+    def _of_ranks(self, count: int) -> list[int]:
+        """`count` of every rank."""
+        return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
+
+    def _complete(self, directory: RunDirectory, part_rows: list[int], n_curved: int, stalls: Stalls) -> None:
+        directory.end(
             RECORD,
             "complete",
             n_steps=self.n_steps,
             n_skipped=self.n_skipped,
-            n_rows=rows,
-            n_curved_rows=self._n_curved,
+            n_rows=sum(part_rows),
+            n_curved_rows=n_curved,
             n_tests=self.n_tests or 0,
             worst_imbalance=self._worst_imbalance,
             stalls=stalls.count,
             stalled_seconds=stalls.seconds,
             labels=self._n_labels,
+            **({"rank_rows": part_rows} if self._ranks is not None else {}),
             **self.facts,
         )
 
     def fail(self, error: BaseException) -> None:
-        """Keep what was recorded so far readable and mark the recording as failed."""
-        if self._closed:
+        """Keep what was recorded so far readable and mark the recording as failed. With several ranks, it waits for no other."""
+        if self._ended:
             return
-        with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
-            self._flush()
-        with suppress(HydraError):
-            self._release()
+        self._ended = True
+        if not self._closed:
+            with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
+                if self._joint is None:
+                    self._flush()
+            with suppress(HydraError):
+                self._release()
         if self._directory is None or self._writer is None:
             return  # it failed before anything was written: what was in the directory is as it was
-        message = str(error) or type(error).__name__
-        rows, steps = self._writer.rows.n_written, self._writer.steps.n_written
+        found = {"n_steps": self._writer.n_steps_written, "error": str(error) or type(error).__name__}
+        if self._ranks is None:
+            found["n_rows"] = self._writer.rows.n_written
         with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
-            self._directory.end(RECORD, "failed", n_steps=steps, n_rows=rows, error=message)
+            self._directory.end(RECORD, "failed", **found)
 
     def _release(self) -> None:
         self._closed = True
@@ -508,6 +526,17 @@ class Recorder:
             self._writer.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            if self._joint is None or self._joint.held is None:
+                with self._holding():
+                    self._take_step(args, kwargs)
+            if self._joint is not None and not self._in_step:
+                self._end_step(taken=True)  # where the loop names its samples, leaving `step` does it
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         portions = self._collector.portions
         if not portions:
             raise RecordError(
@@ -520,18 +549,14 @@ class Recorder:
         if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):  # args begin with the optimiser
             raise RecordError("optimizer.step(closure) is not handled: run the backward pass before optimizer.step()")
         samples = np.concatenate([portion.samples for portion in portions])
-        try:
-            self._record_rows(samples)
-        except BaseException as error:
-            self.fail(error)
-            raise
+        self._record_rows(samples)
         self._collector.forget()
         if self._in_step:
             self._collector.watch(samples)
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
         gradients = self._present_gradients()
-        if self._slab is not None and not self._slab.fits(len(samples)):
+        if self._joint is None and self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
         columns = {
             names.SAMPLE: samples,
@@ -550,30 +575,39 @@ class Recorder:
         self._pending.append((self._note, values))
         self.n_steps += 1
         self._resumed = False
-        if self._writer is None:
+        if self._joint is None and self._writer is None:
             self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
 
     def _flush(self) -> None:
-        """Check and write the steps that wait. Raises: NonFiniteError, BooksError: the first that cannot be recorded."""
-        if self._slab is None or not self._pending:
-            return
-        pending, self._pending = self._pending, []
+        """Check and write the steps that wait; several ranks meet here. Raises: the error of the first that cannot be recorded."""
+        waiting = [(note.loss, values) for note, values in self._pending]
+        self._pending = []
         self._curvature.settle()
         with torch.no_grad():
-            checked = self._slab.check(names.SAMPLE)
-            if checked.entries:
-                writer = self._writer = self._writer or self._open_store(self._slab.layout)
-                first_row = writer.rows.n_rows
-                self._slab.write(checked, writer.rows)
-                self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
-                imbalance = checked.books.imbalance.max(axis=1)
-                self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
-                for (note, values), scalar, worst in zip(pending, checked.books.scalar, imbalance, strict=False):
-                    found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
-                    writer.steps.append({**values, **found, names.LOSS: note.loss})
-                    first_row += values[names.N_ROWS]
-        if checked.error is not None:
-            raise checked.error
+            if self._joint is not None:
+                checked, waiting, error = self._joint.meet(self._slab, waiting)
+            elif self._slab is None or not waiting:
+                return
+            else:
+                checked = self._slab.check(names.SAMPLE)
+                error = checked.error
+            if self._slab is not None and checked is not None and checked.entries:
+                writer = self._writer or self._open_store(self._slab.layout)
+                with self._holding():
+                    self._write(writer, self._slab, checked, waiting)
+        if error is not None:
+            raise error
+
+    def _write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
+        first_row = writer.rows.n_rows
+        slab.write(checked, writer.rows)
+        self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
+        imbalance = checked.books.imbalance.max(axis=1)
+        self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
+        for (loss, values), scalar, worst in zip(waiting, checked.books.scalar, imbalance, strict=False):
+            found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
+            writer.append_step({**values, **found, names.LOSS: loss})
+            first_row += values[names.N_ROWS]
 
     def _present_gradients(self) -> list[Tensor | None]:
         if len(self._optimizer.param_groups) != self._n_groups:
@@ -591,16 +625,32 @@ class Recorder:
         return gradients
 
     def _open_store(self, layout: Layout) -> GradientsWriter:
-        directory = RunDirectory.open_or_none(self.path)
-        if directory is not None:
-            directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
-        self._directory = directory = RunDirectory.create(self.path)
-        directory.begin(RECORD, self._settings)
-        path = directory.path / names.GRADIENTS
-        groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
+        with self._together():
+            if self._is_first:
+                directory = RunDirectory.open_or_none(self.path)
+                if directory is not None:
+                    directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
+                self._directory = directory = RunDirectory.create(self.path)
+                directory.begin(RECORD, self._settings)
+                self._run_id = directory.run_id
+                self._writer = self._part_of_store(layout, directory.run_id)
+        if self._ranks is not None:
+            self._run_id = self._ranks.gather_text(self._run_id or "")[0]
+            with self._ranks.together():
+                self._writer = self._writer or self._part_of_store(layout, self._run_id)
+        assert self._writer is not None
+        return self._writer
+
+    def _part_of_store(self, layout: Layout, run_id: str, kept: Kept | None = None) -> GradientsWriter:
         assert self._collector.dtype is not None
-        return GradientsWriter(path, layout, self._collector.dtype, groups, directory.run_id, preconditioned=preconditioned)
-
-
-def _devices(parameters: Sequence[nn.Parameter]) -> list[torch.device]:
-    return list({p.device for p in parameters if p.is_cuda})
+        return GradientsWriter(
+            self.path / names.GRADIENTS,
+            layout,
+            self._collector.dtype,
+            len(self._optimizer.param_groups),
+            run_id,
+            preconditioned=self._rule.preconditioned,
+            rank=self._ranks.rank if self._ranks is not None else 0,
+            n_ranks=self._ranks.size if self._ranks is not None else 1,
+            kept=kept,
+        )

@@ -5,7 +5,7 @@ takes them as they are, in one copy, and the rest is done on many steps at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import cast
 
@@ -19,6 +19,7 @@ from hydra_pipe.maths.books import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
+from hydra_pipe.recording.ranks import Ranks
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
@@ -50,6 +51,37 @@ class _Entry:
     limit: float
     present: NDArray[np.bool_]
     norms: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Finite:
+    """What `Slab.check_finite` has found.
+
+    Args:
+        entries: the steps before the first with a row that is not finite.
+        largest: largest magnitude in each row of each part, shape (row, part); and `per_part`, the same for NumPy.
+        per_part: see `largest`.
+        error: of that step; None: all rows are finite.
+    """
+
+    entries: Sequence[_Entry]
+    largest: Tensor
+    per_part: NDArray[np.float64]
+    error: NonFiniteError | None
+
+    @property
+    def limits(self) -> list[float]:
+        """Of the imbalance, for each step."""
+        return [entry.limit for entry in self.entries]
+
+    def with_limits(self, limits: Sequence[float]) -> "Finite":
+        """The same with the first of `limits` in place of its own."""
+        return replace(self, entries=[replace(e, limit=limit) for e, limit in zip(self.entries, limits, strict=False)])
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows of the step that has the most."""
+        return max(len(entry.columns[names.STEP]) for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -99,6 +131,13 @@ class Slab:
         self._views.clear()
         self._actual_views = [[row[columns] for columns in self._encoder.book_columns] for row in self._actual]
 
+    def _grow(self, rows: int) -> None:
+        """Room for `rows`, those that are there included: with several ranks the number of a step says when to flush, not room."""
+        larger = self._empty(rows, self._encoder.layout.n_features)
+        larger[: self._filled] = self.features[: self._filled]
+        self.features = larger
+        self._views.clear()
+
     def _empty(self, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=self._device)
 
@@ -106,6 +145,10 @@ class Slab:
     def layout(self) -> Layout:
         """The block directory of the rows."""
         return self._encoder.layout
+
+    def capacity(self, batch: int) -> int:
+        """Steps of `batch` rows that there is room for."""
+        return min(SLAB_STEPS, len(self.features) // batch)
 
     @property
     def _filled(self) -> int:
@@ -139,6 +182,8 @@ class Slab:
         batch = len(next(iter(columns.values())))
         if not self._entries and batch > len(self.features):
             self._make_room(batch)
+        elif self._filled + batch > len(self.features):
+            self._grow(self._filled + batch)
         rows = slice(self._filled, self._filled + batch)
         self._encoder.place(contributions, self._parts_at(rows))
         step = len(self._entries)
@@ -177,17 +222,27 @@ class Slab:
             ids: which of `columns` names the samples, for messages; None: they are counted from `first_id` on.
             first_id: see `ids`.
         """
+        finite = self.check_finite(ids, first_id)
+        checked = self.check_books(finite, len(finite.entries))
+        return replace(checked, error=checked.error or finite.error)
+
+    def check_finite(self, ids: str | None = None, first_id: int = 0) -> Finite:
+        """The first half of `check`: find rows that are not finite."""
         entries, self._entries = self._entries, []
         largest = self._largest(entries[-1].rows.stop)
         per_part = largest.double().cpu().numpy()
         finite = np.isfinite(per_part)
-        error: NonFiniteError | BooksError | None = None
         bad = next((k for k, entry in enumerate(entries) if not finite[entry.rows].all()), None)
-        if bad is not None:
-            error = self._not_finite(entries[bad], finite, ids, first_id)
-            entries = entries[:bad]
-        books, off = self._check_books(entries, per_part)
-        return Checked(entries[: len(books.scalar)], largest, books, off or error)
+        error = None if bad is None else self._not_finite(entries[bad], finite, ids, first_id)
+        return Finite(entries[:bad], largest, per_part, error)
+
+    def check_books(self, finite: Finite, n_steps: int, ranks: Ranks | None = None) -> Checked:
+        """The second half of `check`: hold the books of the first `n_steps` steps, over all `ranks` where there are several.
+
+        What DDP makes of the ranks' gradients is their mean, and so is what the rows are held to.
+        """
+        books, error = self._check_books(finite.entries[:n_steps], finite.per_part, ranks)
+        return Checked(finite.entries[: len(books.scalar)], finite.largest, books, error)
 
     def write(self, checked: Checked, table: TableWriter) -> None:
         """Quantise the rows that were checked and append them to `table`."""
@@ -228,7 +283,9 @@ class Slab:
             f"steps before it are recorded and readable"
         )
 
-    def _check_books(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> tuple[Balance, BooksError | None]:
+    def _check_books(
+        self, entries: Sequence[_Entry], per_part: NDArray[np.float64], ranks: Ranks | None
+    ) -> tuple[Balance, BooksError | None]:
         """The balance of the steps up to the first that is off, and what is to be said of that one."""
         if not entries:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
@@ -244,6 +301,8 @@ class Slab:
         sums = expected.double().cpu().numpy() * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
+        if ranks is not None:
+            sums, magnitude = ranks.mean(sums), ranks.mean(magnitude)
         limit = np.array([entry.limit for entry in entries])[:, None]
         eps = torch.finfo(features.dtype).eps
         books = balance(sums, grads, starts, magnitude, eps, self._scalar)

@@ -24,7 +24,9 @@ class RecorderState:
     Args:
         run_id: of the run; None where nothing was recorded yet.
         layout: SHA-256 of the block directory; None likewise.
-        n_steps, n_rows, n_skipped, n_curved_rows: so far.
+        n_steps, n_skipped: so far.
+        part_rows, curved_rows: of each rank so far, and those of them whose curvature is known.
+        meet_every: steps after which the ranks meet; None where one process records.
         worst_imbalance: so far.
         tests: steps after which test gradients were taken.
         n_tests: test samples of the last of them.
@@ -34,9 +36,10 @@ class RecorderState:
     run_id: str | None
     layout: str | None
     n_steps: int
-    n_rows: int
+    part_rows: list[int]
+    curved_rows: list[int]
+    meet_every: int | None
     n_skipped: int
-    n_curved_rows: int
     worst_imbalance: float
     tests: list[int]
     n_tests: int | None
@@ -60,7 +63,7 @@ class RecorderState:
     @property
     def kept(self) -> Kept:
         """What of the store it counts."""
-        return Kept(self.n_rows, self.n_steps, self.tests, list(self.labels))
+        return Kept(self.part_rows, self.n_steps, self.tests, list(self.labels))
 
 
 def digest(layout: Layout) -> str:
@@ -88,6 +91,8 @@ def open_to_go_on(
     store = Gradients(directory.path / names.GRADIENTS)
     if store.run_id != state.run_id or digest(store.layout) != state.layout:
         raise RunError(f"{store.path} was replaced since the state was taken: start again without the state")
+    if store.n_ranks != len(state.part_rows):
+        raise RunError(f"{path} was recorded by {store.n_ranks} processes, the state counts {len(state.part_rows)}: load another")
     if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
         raise RunError(
             f"{path} was recorded with {store.n_groups} parameter groups, rows {_kind(store.preconditioned)}; the optimizer has "

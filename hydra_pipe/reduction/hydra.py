@@ -112,8 +112,7 @@ def _partial_relevance(
     segments = segments_of(store.layout)
     total: Floats = np.zeros((source.n_samples, tests.n_tests), np.float32)
     reading = plan.reading
-    for first in range(*run, reading.read_rows):
-        rows = slice(first, min(first + reading.read_rows, run[1]))
+    for rows in store.rows.pieces(run, reading.read_rows):
         weight = weights.of_rows(store.step_of_rows(rows), store.rows.scales(rows))
         samples = store.samples(rows)
         read = _reader(store, rows, reading.read_features)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import dask
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hydra_pipe.errors import StoreError, UsageError
@@ -14,8 +13,9 @@ from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES, ReductionInput
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.hydra import Source, StepWeights, relevance_graph, row_weights
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import ROWS_UNREADABLE, Gradients
+from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import create_relevance
+from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage, remove
 from hydra_pipe.units import format_bytes, parse_bytes, resident_bytes
 
@@ -106,14 +106,15 @@ def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memor
         n_steps=gradients.n_steps,
         n_blocks=len(gradients.layout.blocks),
         n_groups=1 + max(block.group for block in gradients.layout.blocks),
-        item_bytes=np.dtype(rows.gradient.dtype).itemsize,
-        test_item_bytes=np.dtype(tests.gradient.dtype).itemsize,
+        item_bytes=rows.dtype.itemsize,
+        test_item_bytes=tests.dtype.itemsize,
         shard_rows=rows.shard_rows,
         chunk_rows=rows.chunk_rows,
         chunk_features=rows.chunk_features,
         memory_bytes=memory_bytes,
         workers=workers,
         base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+        part_rows=rows.part_rows,
     )
 
 

@@ -1,4 +1,4 @@
-"""`gradients.zarr`: rows of the training steps, per-step tables, test gradients, labels."""
+"""`gradients.zarr`, for reading: rows of the training steps, per-step tables, test gradients, labels."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,25 +12,12 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.plan.geometry import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import (
-    create_array,
-    create_group,
-    damage_named,
-    get_array,
-    get_group,
-    missing_chunks,
-    open_group,
-    read_checked,
-    reopen_group,
-)
-from hydra_pipe.store.run import remove, sync, sync_tree
-from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
+from hydra_pipe.store.arrays import damage_named, get_array, get_group, missing_chunks, open_group
+from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, joined, read_array
 
-STEP_SHARD_ROWS = 4096
-ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
 NO_GOING_ON = "load an earlier state, or record the run again"
 
 # per-step, per-parameter-group tables: array name -> dtype. Names are those of `Schedule`.
@@ -44,6 +31,12 @@ GROUP_COLUMNS = {
 }
 # per-step, per-block tables
 BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor": "float64"}
+# per-step tables
+STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IMBALANCE: "float32"}
+# per-step tables of each process: which of its rows are the step's
+ROWS_OF_STEP = {names.FIRST_ROW: "int64", names.N_ROWS: "int64"}
+# arrays of rows
+ROW_COLUMNS = (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE)
 
 
 @dataclass(frozen=True)
@@ -51,219 +44,20 @@ class Kept:
     """What is kept of a recording that is gone on with.
 
     Args:
-        n_rows, n_steps: the first ones.
+        part_rows: the first rows of each process's part.
+        n_steps: the first steps.
         tests: steps after which test gradients were taken.
         labels: arrays of labels.
     """
 
-    n_rows: int
+    part_rows: Sequence[int]
     n_steps: int
     tests: Sequence[int]
     labels: Sequence[str]
 
 
-class GradientsWriter:
-    """Creates `gradients.zarr`, or goes on with it, and streams rows into it.
-
-    Args:
-        path: of the store; what is there is replaced.
-        layout: the block directory.
-        dtype: of the rows: float16, int8 or float32.
-        n_groups: parameter groups of the optimiser.
-        run_id: kept in the attributes.
-        preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
-        kept: go on after these; what is past them is removed. The rest must be as it was, see `Gradients.check_kept`.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        layout: Layout,
-        dtype: str,
-        n_groups: int,
-        run_id: str,
-        *,
-        preconditioned: bool = False,
-        kept: Kept | None = None,
-    ) -> None:
-        self._path = path
-        if kept is None:
-            self._root = create_group(path)
-            self._root.attrs.update(
-                {
-                    names.KIND: "gradients",
-                    names.RUN_ID: run_id,
-                    names.LAYOUT: layout.to_json(),
-                    names.PRECONDITIONED: preconditioned,
-                }
-            )
-            steps = self._root.create_group(names.STEPS)
-        else:
-            self._root = reopen_group(path)
-            steps = self._root.require_group(names.STEPS)
-        self.layout = layout
-        self.dtype = dtype
-        self._writer = BackgroundWriter()
-        geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
-        self.rows = TableWriter(
-            self._root,
-            [
-                *_gradient_columns(layout, dtype, geometry),
-                Column(names.SAMPLE, "int64"),
-                Column(names.STEP, "int64"),
-                Column(names.CURVATURE, "float32"),
-            ],
-            names.ROW_DIM,
-            geometry.shard_rows,
-            self._writer,
-            kept.n_rows if kept else None,
-        )
-        per_group = [Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()]
-        per_block = [Column(name, dtype, (len(layout.blocks), names.BLOCK_DIM)) for name, dtype in BLOCK_COLUMNS.items()]
-        per_step = [
-            Column(names.FIRST_ROW, "int64"),
-            Column(names.N_ROWS, "int64"),
-            Column(names.GRADIENT_SCALE, "float64"),
-            Column(names.LOSS, "float64"),
-            Column(names.IMBALANCE, "float32"),
-        ]
-        self.steps = TableWriter(
-            steps,
-            [*per_group, *per_block, *per_step],
-            names.STEP_DIM,
-            STEP_SHARD_ROWS,
-            self._writer,
-            kept.n_steps if kept else None,
-        )
-        if kept:
-            _remove_past(path, kept)
-
-    def test_rows(self, step: int) -> TableWriter:
-        """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
-        dtype = "float32" if self.dtype == "float32" else "float16"
-        geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
-        group = self._root.require_group(names.TEST).create_group(names.checkpoint_name(step), overwrite=True)
-        group.attrs.update({names.STEP: step})
-        columns = [*_gradient_columns(self.layout, dtype, geometry), Column(names.LOSS, "float32")]
-        return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
-
-    def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
-        """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`).
-
-        Integers are kept as they are; strings as codes, with their names in the attributes.
-        """
-        group = self._root.require_group(names.LABELS)
-        values = np.asarray(labels)
-        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
-        label_names: list[str] | None = None
-        if values.dtype.kind not in "iu":
-            unique, values = np.unique(values.astype(str), return_inverse=True)
-            label_names = unique.tolist()
-        array = create_array(group, which, values.shape, "int64", (dimension,), (max(1, len(values)),))
-        array[:] = values.astype(np.int64)
-        if label_names is not None:
-            array.attrs.update({names.LABEL_NAMES: label_names})
-
-    @property
-    def stalls(self) -> Stalls:
-        """How often and how long the training has waited for the disk."""
-        return self._writer.stalls
-
-    def sync(self) -> None:
-        """Put everything on the disk that was written so far, and return when it is safe there. Raises: StoreError: as `close`."""
-        self.rows.sync()
-        self.steps.sync()
-        self._writer.drain()
-        try:
-            for part in (names.TEST, names.LABELS):
-                sync_tree(self._path / part)
-            for group in (self._path / names.STEPS, self._path):
-                sync(group / "zarr.json")
-                sync(group)
-            sync(self._path.parent)
-            sync(self._path.parent.parent)
-        except OSError as error:
-            raise StoreError(f"writing failed ({error}): make room or mend the disk, then record again") from error
-
-    def close(self) -> None:
-        """Write what is still in the buffers. Raises: StoreError: writing failed."""
-        try:
-            self.rows.flush()
-            self.steps.flush()
-        finally:
-            self._writer.close()
-
-    def flush_test(self, table: TableWriter) -> None:
-        """Write the end of a table of test gradients and wait for it."""
-        table.flush()
-        self._writer.drain()
-
-
-def _remove_past(path: Path, kept: Kept) -> None:
-    """Remove test gradients and labels that are not kept."""
-    for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
-        found = [entry for entry in (path / part).glob("*") if entry.is_dir() and entry.name not in wanted]
-        for entry in found if wanted else [path / part]:
-            remove(entry)
-
-
-def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:
-    return [
-        Column(
-            names.GRADIENT,
-            dtype,
-            (layout.n_features, names.FEATURE_DIM),
-            geometry.chunk_rows,
-            geometry.chunk_features,
-            shuffle=False,  # they have zeros to find and no order in their bytes (benchmarks/RESULTS.md)
-        ),
-        Column(names.SCALE, "float32", (len(layout.blocks), names.BLOCK_DIM)),
-    ]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Stored rows of one kind: training rows, or the test gradients of one checkpoint. Reads nothing before it is asked.
-
-    Args:
-        gradient: array (row, feature) as stored.
-        gradient_fast: the same, see `read_checked`.
-        scale: array (row, block), float32.
-    """
-
-    gradient: zarr.Array[Any]
-    gradient_fast: zarr.Array[Any]
-    scale: zarr.Array[Any]
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.gradient.shape[0])
-
-    @property
-    def shard_rows(self) -> int:
-        return int((self.gradient.shards or self.gradient.chunks)[0])
-
-    @property
-    def chunk_rows(self) -> int:
-        return int(self.gradient.chunks[0])
-
-    @property
-    def chunk_features(self) -> int:
-        return int(self.gradient.chunks[1])
-
-    def features(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""
-        with damage_named(self.gradient.store_path, ROWS_UNREADABLE):
-            return read_checked(self.gradient_fast, self.gradient, rows, columns)
-
-    def scales(self, rows: slice) -> NDArray[np.float32]:
-        """Scales of some rows, shape (row, block). Raises: StoreError: damaged."""
-        with damage_named(self.scale.store_path, ROWS_UNREADABLE):
-            return np.asarray(self.scale[rows])
-
-
 class Gradients:
-    """`gradients.zarr`, opened for reading.
+    """`gradients.zarr`, opened for reading. What several processes recorded is one run: the rows of rank 0 first, then those of 1.
 
     Args:
         path: of the store.
@@ -282,9 +76,27 @@ class Gradients:
             raise StoreError(f"{path} has no block directory: {ROWS_UNREADABLE}")
         self.layout = Layout.from_json(layout)
         self._columns: dict[str, zarr.Array[Any]] = {}
-        self.rows = self._rows(self._root)
-        if len(self.rows.gradient.shape) != 2 or self.rows.gradient.shape[1] != self.layout.n_features:
-            raise StoreError(f"{path}/gradient has shape {self.rows.gradient.shape}, not (row, {self.layout.n_features})")
+        self._parts = self._groups_of_parts()
+        self.rows = Rows(self._parts)
+        if self.rows.widths != {self.layout.n_features}:
+            raise StoreError(
+                f"rows of {path} have {sorted(self.rows.widths)} features, not {self.layout.n_features}: {ROWS_UNREADABLE}"
+            )
+
+    def _groups_of_parts(self) -> list[zarr.Group]:
+        n_ranks = self._root.attrs.get(names.N_RANKS)
+        if n_ranks is None:
+            return [self._root]
+        groups = [get_group(self._root, names.rank_name(rank)) for rank in range(n_ranks)] if isinstance(n_ranks, int) else []
+        found = [group for group in groups if group is not None]
+        if not found or len(found) != n_ranks:
+            raise StoreError(f"{self.path} has the rows of {len(found)} processes, {n_ranks} recorded: {ROWS_UNREADABLE}")
+        return found
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that recorded together."""
+        return len(self._parts)
 
     @property
     def run_id(self) -> str:
@@ -298,7 +110,7 @@ class Gradients:
 
     def check_kept(self, kept: Kept) -> None:
         """Refuse to go on where something of `kept` is not there. Raises: StoreError."""
-        for name, count in self.expected_rows(kept.n_rows, kept.n_steps, 0).items():
+        for name, count in self.expected_rows(kept.part_rows, kept.n_steps, 0).items():
             array = get_array(self._root, name)
             if array.shape[0] < count:
                 raise StoreError(f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}")
@@ -307,36 +119,46 @@ class Gradients:
         if lost := set(kept.tests) - set(self.test_steps()):
             raise StoreError(f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}")
 
-    def _rows(self, group: zarr.Group) -> Rows:
-        gradient = get_array(group, names.GRADIENT)
-        return Rows(gradient, get_array(group, names.GRADIENT, fast=True), get_array(group, names.SCALE))
-
     def samples(self, rows: slice) -> NDArray[np.int64]:
         """Training sample of each of some rows. Raises: StoreError: damaged."""
-        return self._column(names.SAMPLE, rows)
+        return self._row_column(names.SAMPLE, rows)
 
     def step_of_rows(self, rows: slice) -> NDArray[np.int64]:
         """Step of each of some rows. Raises: StoreError: damaged."""
-        return self._column(names.STEP, rows)
+        return self._row_column(names.STEP, rows)
 
     def curvature(self, rows: slice) -> NDArray[np.float32]:
         """Curvature weight of each of some rows, not a number where it is not known. Raises: StoreError: damaged."""
-        return self._column(names.CURVATURE, rows)
+        return self._row_column(names.CURVATURE, rows)
 
     def step_table(self, name: str) -> NDArray[Any]:
         """One per-step table, whole: (step,), (step, group) or (step, block). Raises: StoreError: damaged."""
-        return self._column(f"{names.STEPS}/{name}", slice(None))
+        return read_array(self._array(f"{names.STEPS}/{name}"), slice(None))
 
-    def _column(self, name: str, rows: slice) -> NDArray[Any]:
-        array = self._columns.get(name)
+    def rows_of_steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First row and number of rows of each step in each process's part, both (step, rank). Raises: StoreError: damaged."""
+        starts = [0, *ends_of(self.rows.part_rows)][:-1]
+        first, counts = (
+            np.stack([read_array(self._array(f"{names.STEPS}/{name}", part), slice(None)) for part in range(self.n_ranks)], axis=1)
+            for name in ROWS_OF_STEP
+        )
+        return first + np.array(starts), counts
+
+    def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
+        return joined(lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows)
+
+    def _array(self, name: str, part: int | None = None) -> zarr.Array[Any]:
+        """Array `name` of the store, or of one part of it, opened once."""
+        group = self._root if part is None else self._parts[part]
+        key = f"{group.path}/{name}"
+        array = self._columns.get(key)
         if array is None:
-            array = self._columns[name] = get_array(self._root, name)
-        with damage_named(array.store_path, ROWS_UNREADABLE):
-            return np.asarray(array[rows])
+            array = self._columns[key] = get_array(group, name)
+        return array
 
     @property
     def n_steps(self) -> int:
-        return int(get_array(self._root, f"{names.STEPS}/{names.FIRST_ROW}").shape[0])
+        return int(self._array(f"{names.STEPS}/{names.LOSS}").shape[0])
 
     def schedules(self) -> tuple[Schedule, NDArray[np.int64]]:
         """The optimiser's settings, one series for each distinct history.
@@ -376,7 +198,7 @@ class Gradients:
 
     def test_rows(self, step: int) -> Rows:
         """Test gradients taken after `step` steps. Raises: StoreError: there are none."""
-        return self._rows(self._test_group(step))
+        return Rows([self._test_group(step)])
 
     def test_losses(self, step: int) -> NDArray[np.float32]:
         """Loss of each test sample after `step` steps."""
@@ -406,11 +228,14 @@ class Gradients:
         for name in members:
             yield name, get_array(self._root, name)
 
-    def expected_rows(self, n_rows: int, n_steps: int, n_tests: int) -> dict[str, int]:
+    def expected_rows(self, part_rows: Sequence[int], n_steps: int, n_tests: int) -> dict[str, int]:
         """Every array that a finished recording must have, and its length."""
-        tables = (names.FIRST_ROW, names.N_ROWS, names.GRADIENT_SCALE, names.LOSS, names.IMBALANCE, *GROUP_COLUMNS, *BLOCK_COLUMNS)
-        expected = dict.fromkeys((names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE), n_rows)
-        expected |= {f"{names.STEPS}/{name}": n_steps for name in tables}
+        expected: dict[str, int] = {}
+        for rank, n_rows in enumerate(part_rows):
+            part = "" if len(part_rows) == 1 else f"{names.rank_name(rank)}/"
+            expected |= {f"{part}{name}": n_rows for name in ROW_COLUMNS}
+            expected |= {f"{part}{names.STEPS}/{name}": n_steps for name in ROWS_OF_STEP}
+        expected |= {f"{names.STEPS}/{name}": n_steps for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
         if n_tests:
             checkpoint = f"{names.TEST}/{names.checkpoint_name(n_steps)}"
             expected |= {f"{checkpoint}/{name}": n_tests for name in (names.GRADIENT, names.SCALE, names.LOSS)}

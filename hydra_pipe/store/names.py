@@ -19,6 +19,7 @@ OWNED: Final = (GRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, REPORT, MANIFEST)
 STEPS: Final = "steps"
 TEST: Final = "test"
 LABELS: Final = "labels"
+RANK: Final = "rank"
 # arrays of gradients.zarr, and of test/<checkpoint>
 GRADIENT: Final = "gradient"
 SCALE: Final = "scale"
@@ -38,6 +39,7 @@ TEST_LABELS: Final = "test"
 # attributes
 LAYOUT: Final = "hydra_pipe_blocks"
 PRECONDITIONED: Final = "preconditioned"
+N_RANKS: Final = "n_ranks"
 KIND: Final = "hydra_pipe"
 LABEL_NAMES: Final = "names"
 SIGN: Final = "sign"
@@ -61,6 +63,11 @@ UNIT_TEXT: Final = "test loss"
 def checkpoint_name(step: int) -> str:
     """Group of the test gradients taken after `step` steps."""
     return f"{step:010d}"
+
+
+def rank_name(rank: int) -> str:
+    """Group of the rows that process number `rank` recorded."""
+    return f"{RANK}/{rank}"
 
 
 def rankings_directory(method: str) -> str:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +173,11 @@ class TableWriter:
     def n_rows(self) -> int:
         """Rows appended so far, written or not yet."""
         return self._flushed + self._filled
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the columns."""
+        return self._dtypes
 
     def dtype_of(self, name: str) -> str:
         """Dtype of column `name`."""

@@ -67,14 +67,15 @@ def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterato
         shapes[name] = array.shape
         yield from _check_array(f"{names.GRADIENTS}/{name}", array, advice, task)
     n_rows, n_steps = recording.count("n_rows"), recording.count("n_steps")
-    expected = store.expected_rows(n_rows, n_steps, recording.count("n_tests"))
+    part_rows = recording.facts.get("rank_rows", [n_rows])
+    expected = store.expected_rows(part_rows, n_steps, recording.count("n_tests"))
     expected |= {f"{names.LABELS}/{which}": n for which, n in recording.facts.get("labels", {}).items()}
     for name, count in expected.items():
         if name not in shapes:
             yield Fault(f"{names.GRADIENTS}/{name}", f"is missing: {advice}")
         elif shapes[name][0] != count:
             yield Fault(f"{names.GRADIENTS}/{name}", f"has length {shapes[name][0]}, {count} were recorded: {advice}")
-    rows_of_steps = int(store.step_table(names.N_ROWS).sum())
+    rows_of_steps = int(store.rows_of_steps()[1].sum())
     if rows_of_steps != n_rows:
         yield Fault(f"{names.GRADIENTS}/{names.STEPS}", f"steps add up to {rows_of_steps} rows of {n_rows}: {advice}")
 

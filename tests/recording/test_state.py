@@ -20,7 +20,7 @@ from hydra_pipe import Recorder
 from hydra_pipe.errors import BooksError, HydraError, RecordError, RunError, StoreError
 from hydra_pipe.plan import geometry
 from hydra_pipe.recording import slab
-from hydra_pipe.store import gradients
+from hydra_pipe.store import gradients, writing
 
 N_SAMPLES, BATCH, EPOCHS, EVERY = 22, 8, 7, 3
 TRAIN, TEST = images(N_SAMPLES, 1), images(5, 2)
@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def make_files_small(put: Callable[[object, str, object], None]) -> None:
     """A shard of rows ends every second step, one of steps every fourth, and every second step is written."""
     put(geometry, "MAX_SHARD_ROWS", 2 * BATCH)
-    put(gradients, "STEP_SHARD_ROWS", 4)
+    put(writing, "STEP_SHARD_ROWS", 4)
     put(slab, "SLAB_STEPS", 2)
 
 
@@ -199,7 +199,7 @@ def test_a_state_loads_as_weights_only_and_says_what_there_is(tmp_path: Path) ->
     recorder, _, _ = started(tmp_path / "run")
     torch.save(recorder.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert (state["n_steps"], state["n_rows"], state["n_skipped"], state["tests"]) == (3, 24, 0, [])
+    assert (state["n_steps"], state["part_rows"], state["n_skipped"], state["tests"]) == (3, [24], 0, [])
     store = gradients.Gradients(tmp_path / "run" / "gradients.zarr")
     assert store.rows.n_rows == 24
     assert store.n_steps == 3
@@ -294,7 +294,7 @@ class TestWhatCannotGoOn:
             if k == 1:
                 optimizer.step()
                 optimizer.zero_grad()
-                assert recorder.state_dict()["n_rows"] == 40  # the refusal has lost nothing
+                assert recorder.state_dict()["part_rows"] == [40]  # the refusal has lost nothing
         optimizer.zero_grad()
         assert recorder.state_dict()["n_steps"] == 4
 
@@ -382,7 +382,7 @@ class TestWhatCannotGoOn:
 
     def test_rows_that_are_not_there(self, tmp_path: Path) -> None:
         state = started(tmp_path / "run")[0].state_dict()
-        self.refused(tmp_path / "run", state | {"n_rows": 32}, StoreError, "has 24 rows, the state counts 32")
+        self.refused(tmp_path / "run", state | {"part_rows": [32]}, StoreError, "has 24 rows, the state counts 32")
         self.refused(tmp_path / "run", state | {"tests": [2]}, StoreError, "lacks the test gradients of step 2")
         shutil.rmtree(tmp_path / "run" / "gradients.zarr" / "gradient" / "c" / "0")
         self.refused(tmp_path / "run", state, StoreError, "gradient lacks 1 chunk files")

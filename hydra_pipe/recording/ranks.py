@@ -1,0 +1,125 @@
+"""Several processes that train one model with DistributedDataParallel: everything that they tell each other.
+
+Every method here is collective: all ranks call it at the same point, or they wait for each other until the process group's timeout.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hydra_pipe import errors
+from hydra_pipe.errors import HydraError, RecordError, UsageError
+
+Floats = NDArray[np.float64]
+
+
+def n_processes() -> int:
+    """Processes of torch.distributed's default group; 1 where it is not in use."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps, or `model` itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class Ranks:
+    """The processes of one DistributedDataParallel model.
+
+    Args:
+        model: wrapped; its process group is used, at points where it has nothing under way.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._group = model.process_group
+        self.rank = distributed.get_rank(self._group)
+        self.size = distributed.get_world_size(self._group)
+        self.static_graph = bool(model.static_graph)
+        parameter = next(model.parameters())
+        # NCCL moves what is on the GPU only, Gloo what is on the CPU
+        self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Ranks | None":
+        """The ranks that train `model` together; None: it is this process alone.
+
+        Raises:
+            RecordError: there are several processes and `model` is not wrapped.
+        """
+        if n_processes() == 1:
+            return None
+        if not isinstance(model, DistributedDataParallel):
+            raise RecordError(
+                f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
+                f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder; other ways of training in parallel are "
+                f"not recorded"
+            )
+        ranks = cls(model)
+        return ranks if ranks.size > 1 else None
+
+    def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
+        """Every rank's `values`, shape (rank, n): as many on each."""
+        own = torch.as_tensor(np.asarray(values, np.float64), device=self._device)
+        return torch.stack(self._gathered(own)).cpu().numpy()
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's `text`."""
+        own = np.frombuffer(text.encode(), np.uint8)
+        sizes = self.gather([float(len(own))])[:, 0].astype(int).tolist()
+        padded = np.zeros(max(*sizes, 1), np.uint8)
+        padded[: len(own)] = own
+        parts = self._gathered(torch.from_numpy(padded).to(self._device))
+        return [bytes(part.cpu().numpy()[:size]).decode() for part, size in zip(parts, sizes, strict=True)]
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(parts, own, group=self._group)
+        return parts
+
+    def mean(self, values: Floats) -> Floats:
+        """Mean of the ranks' `values`, of one shape on all; bit for bit the same on all."""
+        total = torch.as_tensor(values / self.size, device=self._device)
+        distributed.all_reduce(total, group=self._group)
+        return total.cpu().numpy()
+
+    def require_same(self, settings: dict[str, Any]) -> None:
+        """Compare `settings`, which JSON can hold. Raises: UsageError: names the first that is another one on another rank."""
+        texts = self.gather_text(json.dumps(settings, sort_keys=True))
+        for rank, other in enumerate(json.loads(text) for text in texts):
+            for name, value in json.loads(texts[0]).items():
+                if other.get(name) != value:
+                    theirs = other.get(name)
+                    raise UsageError(
+                        f"{name} is {value!r} on rank 0, {theirs!r} on rank {rank}: give Recorder the same on every rank"
+                    )
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank where any has an `error`: the first rank's, which the message names."""
+        failed = self.gather([float(error is not None)])[:, 0]
+        if failed.any():
+            raise self.first_error(error, int(failed.argmax())) from error
+
+    def first_error(self, error: Exception | None, rank: int) -> HydraError:
+        """The error of `rank`, as every rank is to raise it: of the same kind, with the rank in the message."""
+        kind, _, message = self.gather_text(f"{type(error).__name__}\n{error}")[rank].partition("\n")
+        found = getattr(errors, kind, None)
+        if isinstance(found, type) and issubclass(found, HydraError) and "__init__" not in vars(found):
+            return found(f"rank {rank}: {message}")
+        return RecordError(f"rank {rank}: {kind}: {message}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is raised inside on one rank is raised on all, at the end of the block."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - told on every rank, whatever it is
+            error = caught
+        self.raise_together(error)

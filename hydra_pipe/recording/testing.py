@@ -1,0 +1,83 @@
+"""Test gradients: what each test sample's loss asks of the parameters, taken in the same columns as the rows."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hydra_pipe.errors import DataError, NonFiniteError, RecordError
+from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.losses import per_sample_losses
+from hydra_pipe.recording.slab import Slab
+from hydra_pipe.store import names
+from hydra_pipe.store.writing import GradientsWriter
+
+Labels = Sequence[int] | Sequence[str] | NDArray[Any]
+
+
+def record_test_gradients(
+    model: nn.Module,
+    collector: Collector,
+    writer: GradientsWriter,
+    n_steps: int,
+    batches: Iterable[Any],
+    loss: Any,
+    labels: Labels | None,
+) -> tuple[int, Labels | None, float]:
+    """Write h_j = grad l_j of each test sample at the present parameters.
+
+    Args:
+        model: in eval mode.
+        collector: of its gradients, watching nothing.
+        writer: of the store.
+        n_steps: taken so far: the checkpoint that these are of.
+        batches: of (inputs, targets) or (inputs, targets, anything).
+        loss: (output, target) -> losses of shape (batch,), or their mean or sum.
+        labels: one for each test sample; taken from integer targets if absent.
+
+    Returns:
+        Test samples; their labels, None where unknown; the largest share of a gradient that its rows miss.
+
+    Raises:
+        RecordError: nothing to test. DataError: not one label for each.
+        NonFiniteError, BooksError, LayerError: as in training.
+    """
+    table = writer.test_rows(n_steps)
+    device = collector.parameters[0].device
+    targets_seen: list[NDArray[np.int64]] = []
+    n_tests, worst = 0, 0.0
+    slab: Slab | None = None
+    for inputs, targets, *_ in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        collector.watch(n_tests + np.arange(len(inputs)))
+        with torch.enable_grad():
+            losses = per_sample_losses(loss, model(inputs), targets)
+            if not torch.isfinite(losses).all():
+                bad = n_tests + int(torch.argmin(torch.isfinite(losses).int()))
+                raise NonFiniteError(f"the loss of test sample {bad} is not finite after {n_steps} steps")
+            if n_tests == 0:
+                collector.check_split(losses)
+            given = torch.autograd.grad(losses.sum(), collector.parameters, allow_unused=True)
+        collector.rest()
+        columns = {names.LOSS: losses.detach().float().cpu().numpy()}
+        slab = collector.add_to(slab, given, columns, f"in the test gradients after {n_steps} steps", at_step=False)
+        collector.forget()
+        checked = slab.check(first_id=n_tests)
+        if checked.error is not None:
+            raise checked.error
+        worst = max(worst, float(checked.books.imbalance.max()))
+        slab.write(checked, table)
+        if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
+            targets_seen.append(targets.cpu().numpy())
+        n_tests += len(inputs)
+    if n_tests == 0:
+        raise RecordError("there are no test samples: give record_test at least one batch")
+    if labels is not None and len(labels) != n_tests:
+        raise DataError(f"test_labels has {len(labels)} entries for {n_tests} test samples")
+    writer.flush_test(table)
+    if labels is None and sum(map(len, targets_seen)) == n_tests:
+        labels = np.concatenate(targets_seen)
+    return n_tests, labels, worst

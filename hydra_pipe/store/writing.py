@@ -1,0 +1,211 @@
+"""`gradients.zarr`, for writing: a recording begins, or goes on, and its rows and steps stream in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.plan.geometry import Geometry, store_geometry
+from hydra_pipe.plan.layout import Layout
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import create_array, create_group, reopen_group
+from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
+from hydra_pipe.store.run import remove, sync, sync_tree
+from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
+
+STEP_SHARD_ROWS = 4096
+
+
+class GradientsWriter:
+    """Creates `gradients.zarr`, or goes on with it, and streams rows into it.
+
+    Args:
+        path: of the store; what is there is replaced.
+        layout: the block directory.
+        dtype: of the rows: float16, int8 or float32.
+        n_groups: parameter groups of the optimiser.
+        run_id: kept in the attributes.
+        preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
+        rank, n_ranks: this process and how many record together. Rank 0 makes the store, and the others open it after that.
+        kept: go on after these; what is past them is removed. The rest must be as it was, see `Gradients.check_kept`.
+
+    Raises:
+        StoreError: there is no store of this run at `path` for a further rank to open.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        dtype: str,
+        n_groups: int,
+        run_id: str,
+        *,
+        preconditioned: bool = False,
+        rank: int = 0,
+        n_ranks: int = 1,
+        kept: Kept | None = None,
+    ) -> None:
+        self.layout, self.dtype = layout, dtype
+        if rank == 0 and kept is None:
+            attributes = {names.RUN_ID: run_id, names.LAYOUT: layout.to_json(), names.PRECONDITIONED: preconditioned}
+            self._root = _create(path, attributes, n_ranks)
+        else:
+            self._root = _open_shared(path, run_id)
+        part_name = names.rank_name(rank) if n_ranks > 1 else ""
+        part = cast("zarr.Group", self._root[part_name]) if part_name else self._root
+        self._paths = list(dict.fromkeys((path / part_name, path)))
+        self._writer = BackgroundWriter()
+        geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
+        self.rows = TableWriter(
+            part,
+            [
+                *_gradient_columns(layout, dtype, geometry),
+                Column(names.SAMPLE, "int64"),
+                Column(names.STEP, "int64"),
+                Column(names.CURVATURE, "float32"),
+            ],
+            names.ROW_DIM,
+            geometry.shard_rows,
+            self._writer,
+            kept.part_rows[rank] if kept else None,
+        )
+        own = [Column(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
+        shared = _shared_step_columns(n_groups, len(layout.blocks))
+        tables = [(part, [*own, *shared])]
+        if n_ranks > 1:  # what all ranks have in common is written once
+            tables = [(part, own), (self._root, shared)] if rank == 0 else [(part, own)]
+        n_steps = kept.n_steps if kept else None
+        self._steps = [
+            TableWriter(group.require_group(names.STEPS), columns, names.STEP_DIM, STEP_SHARD_ROWS, self._writer, n_steps)
+            for group, columns in tables
+        ]
+        if kept and rank == 0:
+            _remove_past(path, kept)
+
+    def append_step(self, values: dict[str, Any]) -> None:
+        """Add a line to the step tables, of which this process keeps its own. `values` has one for each column."""
+        for table in self._steps:
+            table.append({name: values[name] for name in table.names})
+
+    @property
+    def n_steps_written(self) -> int:
+        """Steps whose lines are on disk."""
+        return self._steps[-1].n_written
+
+    def test_rows(self, step: int) -> TableWriter:
+        """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
+        dtype = "float32" if self.dtype == "float32" else "float16"
+        geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
+        group = self._root.require_group(names.TEST).create_group(names.checkpoint_name(step), overwrite=True)
+        group.attrs.update({names.STEP: step})
+        columns = [*_gradient_columns(self.layout, dtype, geometry), Column(names.LOSS, "float32")]
+        return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
+
+    def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
+        """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`).
+
+        Integers are kept as they are; strings as codes, with their names in the attributes.
+        """
+        group = self._root.require_group(names.LABELS)
+        values = np.asarray(labels)
+        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
+        label_names: list[str] | None = None
+        if values.dtype.kind not in "iu":
+            unique, values = np.unique(values.astype(str), return_inverse=True)
+            label_names = unique.tolist()
+        array = create_array(group, which, values.shape, "int64", (dimension,), (max(1, len(values)),))
+        array[:] = values.astype(np.int64)
+        if label_names is not None:
+            array.attrs.update({names.LABEL_NAMES: label_names})
+
+    @property
+    def stalls(self) -> Stalls:
+        """How often and how long the training has waited for the disk."""
+        return self._writer.stalls
+
+    def sync(self) -> None:
+        """Put everything on the disk that was written so far, and return when it is safe there. Raises: StoreError: as `close`."""
+        for table in (self.rows, *self._steps):
+            table.sync()
+        self._writer.drain()
+        try:
+            root = self._paths[-1]
+            for part in (names.TEST, names.LABELS):
+                sync_tree(root / part)
+            for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
+                sync(group / "zarr.json")
+                sync(group)
+            sync(root.parent)
+            sync(root.parent.parent)
+        except OSError as error:
+            raise StoreError(f"writing failed ({error}): make room or mend the disk, then record again") from error
+
+    def close(self) -> None:
+        """Write what is still in the buffers. Raises: StoreError: writing failed."""
+        try:
+            for table in (self.rows, *self._steps):
+                table.flush()
+        finally:
+            self._writer.close()
+
+    def flush_test(self, table: TableWriter) -> None:
+        """Write the end of a table of test gradients and wait for it."""
+        table.flush()
+        self._writer.drain()
+
+
+def _create(path: Path, attributes: dict[str, Any], n_ranks: int) -> zarr.Group:
+    root = create_group(path)
+    ranks = {names.N_RANKS: n_ranks} if n_ranks > 1 else {}
+    root.attrs.update({names.KIND: "gradients"} | attributes | ranks)
+    if ranks:
+        for rank in range(n_ranks):
+            root.create_group(names.rank_name(rank))
+    return root
+
+
+def _open_shared(path: Path, run_id: str) -> zarr.Group:
+    try:
+        root = reopen_group(path)
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        root = None
+    if root is None or root.attrs.get(names.RUN_ID) != run_id:
+        raise StoreError(
+            f"{path} is not the store that rank 0 has made: give every rank the same run directory, on a file system that all share"
+        )
+    return root
+
+
+def _remove_past(path: Path, kept: Kept) -> None:
+    """Remove test gradients and labels that are not kept."""
+    for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
+        found = [entry for entry in (path / part).glob("*") if entry.is_dir() and entry.name not in wanted]
+        for entry in found if wanted else [path / part]:
+            remove(entry)
+
+
+def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:
+    return [
+        Column(
+            names.GRADIENT,
+            dtype,
+            (layout.n_features, names.FEATURE_DIM),
+            geometry.chunk_rows,
+            geometry.chunk_features,
+            shuffle=False,  # they have zeros to find and no order in their bytes (benchmarks/RESULTS.md)
+        ),
+        Column(names.SCALE, "float32", (len(layout.blocks), names.BLOCK_DIM)),
+    ]
+
+
+def _shared_step_columns(n_groups: int, n_blocks: int) -> list[Column]:
+    return [
+        *(Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()),
+        *(Column(name, dtype, (n_blocks, names.BLOCK_DIM)) for name, dtype in BLOCK_COLUMNS.items()),
+        *(Column(name, dtype) for name, dtype in STEP_COLUMNS.items()),
+    ]

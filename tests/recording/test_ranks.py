@@ -1,0 +1,251 @@
+"""Two processes under DistributedDataParallel: one run, equal to that of one process with the same batches; no rank fails alone.
+
+Each spawn costs seconds, so that two of them, by ranks_worker.py, do everything that is looked at here.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import zarr
+from conftest import ROOT, cross_entropy
+from ranks_worker import CASES, N_STEPS, TEST, UNEVEN, WORLD, Case, X, Y
+from test_recorder import _decode
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+import hydra_pipe
+from hydra_pipe import Recorder
+from hydra_pipe.cli.app import app
+from hydra_pipe.store import names
+
+SECONDS = 240
+pytestmark = pytest.mark.xdist_group("ranks")  # one process of pytest-xdist, so that each group is spawned once
+
+
+@pytest.fixture(scope="session")
+def spawn(tmp_path_factory: pytest.TempPathFactory):
+    """The directory in which the ranks ran a group of functions, and what each rank found, by function."""
+    done: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
+
+    def run(group: str) -> tuple[Path, list[dict[str, Any]]]:
+        if group not in done:
+            directory = tmp_path_factory.mktemp("ranks")
+            here = Path(__file__).parent
+            paths = [str(here), str(here.parent), str(ROOT)]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-W", "error", str(here / "ranks_worker.py"), group]
+            logs = [directory / f"{rank}.log" for rank in range(WORLD)]
+            ranks = []
+            for rank, log in enumerate(logs):
+                with log.open("w") as output:
+                    arguments = [*command, str(rank), str(directory)]
+                    ranks.append(subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT))
+            try:
+                codes = [rank.wait(SECONDS) for rank in ranks]
+            finally:
+                for rank in ranks:
+                    rank.kill()
+                    rank.wait()
+            assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+            done[group] = directory, [json.loads((directory / f"{rank}.json").read_text()) for rank in range(WORLD)]
+        return done[group]
+
+    return run
+
+
+def alone(case: Case, run: Path) -> None:
+    """The same training in one process: each rank's samples weigh what its mean weighs in the mean over ranks."""
+    model = case.build()
+    optimizer = case.optimizer(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, N_STEPS)
+    recorder = Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options))
+    for ids in case.batches():
+        together = np.concatenate(ids)
+        weights = torch.cat([torch.full((len(own),), 1 / (WORLD * len(own))) for own in ids])
+        with recorder.step(together) as note:
+            loss = (cross_entropy(model(X[together]), Y[together]) * weights).sum()
+            loss.backward()
+            note.loss = loss.item()
+            if case.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+        if recorder.n_steps == 7:
+            recorder.record_test(DataLoader(TEST, 2), cross_entropy)
+    recorder.record_test(DataLoader(TEST, 2), cross_entropy)
+    recorder.close()
+
+
+def scaled_rows(run: Path) -> dict[str, np.ndarray]:
+    """What each sample of each step added to the gradient in use, in the order of step, then sample."""
+    store = zarr.open_group(run / "gradients.zarr", mode="r")
+    parts = [store[f"rank/{rank}"] for rank in range(store.attrs["n_ranks"])] if "rank" in store else [store]
+    steps, samples = (np.concatenate([part[name][:] for part in parts]) for name in ("step", "sample"))
+    scale = store["steps/gradient_scale"][:][steps]
+    order = np.lexsort((samples, steps))
+    decoded = [_decode(store, part, slice(None)) for part in parts]
+    rows = {name: np.concatenate([d[name] for d in decoded]) * scale[:, None] for name in decoded[0]}
+    return {name: values[order] for name, values in rows.items()} | {"(step, sample)": np.stack([steps, samples], 1)[order]}
+
+
+def assert_close(value: np.ndarray, truth: np.ndarray, tolerance: float, what: str = "") -> None:
+    np.testing.assert_allclose(value, truth, rtol=0, atol=tolerance * np.abs(truth).max(), err_msg=what)
+
+
+@pytest.fixture(params=CASES)
+def pair(request: pytest.FixtureRequest, spawn, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A case, the run of two ranks, and that of one process."""
+    directory, _ = spawn("runs")
+    alone(CASES[request.param], tmp_path / "alone")
+    return request.param, directory / request.param, tmp_path / "alone"
+
+
+def test_two_ranks_record_the_run_of_one_process(pair: tuple[str, Path, Path]) -> None:
+    name, together, alone = pair
+    # float16's own rounding; and D of Adam's first steps, 1 / |g| nearly, which blows up that of gradients near zero
+    tolerance = {"float16": 2e-3, "adamw": 1e-3, "adamw, sketched": 1e-3}.get(name, 1e-4)
+    rows, truth = scaled_rows(together), scaled_rows(alone)
+    assert rows.keys() == truth.keys()
+    for block, values in truth.items():
+        assert_close(rows[block], values, tolerance, block)
+
+    one, other = hydra_pipe.open_run(together), hydra_pipe.open_run(alone)
+    assert one.gradients.layout == other.gradients.layout
+    np.testing.assert_array_equal(one.steps["n_rows"], other.steps["n_rows"])
+    for column, values in other.steps.items():
+        if column not in ("first_row", "gradient_scale", "imbalance"):
+            np.testing.assert_allclose(one.steps[column], values, rtol=1e-4, err_msg=column)
+    assert one.steps["imbalance"].max() < 1e-4
+    assert one.gradients.test_steps() == other.gradients.test_steps() == [7, N_STEPS]
+
+    for run in (together, alone):
+        assert hydra_pipe.reduce(run)
+        assert hydra_pipe.export(run, top=5)
+        assert hydra_pipe.verify(run) == []
+    relevance, expected = (hydra_pipe.open_run(run).relevance().to_numpy() for run in (together, alone))
+    assert_close(relevance, expected, tolerance)
+    tables = [pl.read_parquet(run / "rankings/method=hydra/part-00000.parquet") for run in (together, alone)]
+    assert tables[0].drop("relevance").equals(tables[1].drop("relevance"))
+    visits = [pl.read_parquet(run / "rankings/method=hydra/samples.parquet")["visits"] for run in (together, alone)]
+    assert visits[0].equals(visits[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_those_of_training_without_a_recorder(spawn, name: str) -> None:
+    assert [found[name] for found in spawn("runs")[1]] == [True, True]
+
+
+def test_without_clipping_the_scale_is_exactly_one_over_the_ranks(spawn) -> None:
+    scale = hydra_pipe.open_run(spawn("runs")[0] / "even").steps["gradient_scale"]
+    assert scale.tolist() == [1 / WORLD] * N_STEPS
+
+
+def test_the_run_says_how_many_ranks_recorded_it(spawn) -> None:
+    run = hydra_pipe.open_run(spawn("runs")[0] / "uneven")
+    facts = run.info()["stages"]["record"]["facts"]
+    n_rows = sum(UNEVEN) * N_STEPS
+    assert (facts["n_steps"], facts["n_rows"], facts["n_tests"]) == (N_STEPS, n_rows, len(TEST))
+    own = [sum(len(ids[rank]) for ids in CASES["uneven"].batches()) for rank in range(WORLD)]
+    assert facts["rank_rows"] == own
+    assert (run.info()["recording"]["ranks"], run.info()["recording"]["rows"]) == (WORLD, n_rows)
+    shown = CliRunner().invoke(app, ["info", str(run.path)]).stdout
+    assert "recorded by 2 processes" in " ".join(shown.split())
+    np.testing.assert_array_equal(run.gradients.labels(names.TRAIN_LABELS), Y)
+    first, counts = run.gradients.rows_of_steps()
+    for step in (0, 4, N_STEPS - 1):
+        for rank, ids in enumerate(CASES["uneven"].batches()[step]):
+            rows = slice(first[step, rank], first[step, rank] + counts[step, rank])
+            np.testing.assert_array_equal(run.gradients.samples(rows), ids)
+            assert set(run.gradients.step_of_rows(rows)) == {step}
+
+
+def test_verify_finds_what_a_rank_has_lost(spawn, tmp_path: Path) -> None:
+    for lost in ("rank/1/gradient/c/0/0", "rank/1/steps/n_rows/c/0", "rank/0/sample/c/0"):
+        run = tmp_path / lost.replace("/", "-")
+        shutil.copytree(spawn("runs")[0] / "even", run)
+        (run / "gradients.zarr" / lost).unlink()
+        assert [fault.where for fault in hydra_pipe.verify(run)][:1] == [f"gradients.zarr/{lost.split('/c/')[0]}"]
+    shutil.rmtree(run / "gradients.zarr" / "rank" / "1")
+    assert "has the rows of 1 processes, 2 recorded" in hydra_pipe.verify(run)[0].what
+
+
+# function of ranks_worker.py, what both ranks are to raise, how many steps are recorded, or None where no directory is to be there
+TOLD = [
+    ("unwrapped", r"RecordError: 2 processes train together .* wrap it in torch\.nn\.parallel\.DistributedDataParallel", None),
+    ("pipeline", r"PipelineError: a pipeline is trained by one process, not by 2", None),
+    ("not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5 for samples 5, 6, 7: ", 5),
+    ("functional at once", r"RecordError: first\.weight is recorded as factored .* by calling its modules", None),
+    ("functional, projected", r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss", None),
+    ("functional later", r"BooksError: the books do not balance at step 4: the recorded rows of first\.\w+ miss", 4),
+    ("doubled", r"LayerError: rank 1: first \(Linear\) has an output of shape \(6, 8\) in a batch of 3", 4),
+    ("layouts", r"RecordError: first\.weight is recorded as factored in columns .* on rank 0 and as dense in .* on rank 1", None),
+    ("rates", r"RecordError: learning_rate is \[0\.1\] on rank 0 and \[0\.5\] on rank 1 at step 3", 1),
+    ("scales", r"RecordError: at step 3 the gradient in use is 2 times the mean over the ranks on rank 1 and 1 times on rank 0", 1),
+    ("changed", r"BooksError: rank 1: the books do not balance at step 3: the recorded rows of second\.bias", 3),
+    ("left out by one", r"RecordError: rank 0 left out optimizer\.step\(\) at step 4, others did not", 4),
+    ("left out", r"RecordError: step 4 ended without optimizer\.step\(\)", 4),
+    ("ids", r"RecordError: rank 1: sample id 99 is not among the 24 training samples", 2),
+    ("unlike seeds", r"UsageError: seed is 64 on rank 0, 65 on rank 1: give Recorder the same", None),
+    ("one bad dim", r"UsageError: rank 1: dim is -1", None),
+    ("test", r"NonFiniteError: rank 0: the loss of test sample 0 is not finite after 1 steps", 1),
+    ("again", r"RunError: rank 0: .* is recorded already", ...),
+    ("again, other settings", r"RunError: rank 0: .*: record was run with seed=0, now seed=3", ...),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "steps"), TOLD, ids=[name for name, *_ in TOLD])
+def test_what_goes_wrong_on_one_rank_is_told_on_all(spawn, name: str, message: str, steps: object) -> None:
+    directory, found = spawn("faults")
+    for rank in range(WORLD):
+        assert re.match(message, str(found[rank][name])), found[rank][name]
+    if steps is None:
+        assert not (directory / name).exists()
+    elif steps is not ...:
+        record = json.loads((directory / name / "run.json").read_text())["stages"]["record"]
+        assert (record["state"], record["facts"]["n_steps"]) == ("failed", steps)
+        assert re.match(message, f"{found[0][name].split(':')[0]}: {record['facts']['error']}")
+        store = zarr.open_group(directory / name / "gradients.zarr", mode="r")
+        assert [store[f"rank/{rank}/gradient"].shape[0] for rank in range(WORLD)] == [3 * steps] * WORLD
+        assert np.isfinite(store["rank/1/gradient"][:].astype(float)).all()
+
+
+def test_a_step_that_a_gradient_scaler_skips_for_one_rank_is_skipped_for_all(spawn) -> None:
+    directory, found = spawn("faults")
+    assert [of_rank["scaled"] for of_rank in found] == [{"n_steps": 18, "n_skipped": 2}] * WORLD
+    assert [of_rank["over again"] for of_rank in found] == [{"n_steps": 20, "n_skipped": 0}] * WORLD
+    assert hydra_pipe.open_run(directory / "scaled").info()["stages"]["record"]["facts"]["n_rows"] == 20 * 3 * WORLD
+
+
+def test_parameters_that_one_rank_does_not_use_have_the_gradient_of_the_other(spawn) -> None:
+    directory, found = spawn("faults")
+    assert [of_rank["unused"] for of_rank in found] == [{"n_steps": 6}] * WORLD
+    run = hydra_pipe.open_run(directory / "unused")
+    updated = dict(zip([b.name for b in run.gradients.layout.blocks], run.steps["updated"].T.tolist(), strict=True))
+    assert (updated["second.weight"], updated["never.weight"]) == ([1] * 6, [0] * 6)
+    rows = scaled_rows(run.path)["second.weight"].reshape(6, 2, 3, -1)  # step, rank, sample
+    assert [bool(np.any(of_rank)) for of_rank in rows[:, 1]] == [True, False] * 3
+    assert all(np.any(of_rank) for of_rank in rows[:, 0])
+
+
+@pytest.mark.parametrize("name", ["own passes", "own passes, static graph"])
+def test_the_recorders_own_passes_leave_ddp_alone(spawn, name: str) -> None:
+    assert [of_rank[name] for of_rank in spawn("faults")[1]] == [True, True]
+
+
+def test_a_rank_whose_loop_raises_leaves_a_failed_run_behind(spawn) -> None:
+    directory, found = spawn("faults")
+    assert [of_rank["broken loop"] for of_rank in found] == ["RuntimeError", "KeyError"]
+    record = json.loads((directory / "broken loop" / "run.json").read_text())["stages"]["record"]
+    assert record["state"] == "failed"
+    assert record["facts"]["n_steps"] == 17  # the ranks last met after that many
