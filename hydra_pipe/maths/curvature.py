@@ -56,43 +56,58 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
         tr H, |p - y|^2, (p - y) . g and |g|^2, shape (B, 4), float64. Positions without a gradient (padding that
         the loss ignores) do not count.
     """
-    gradient = gradient.double()
+    batch = len(output)
     if link == "sigmoid":
+        gradient = gradient.double()
         p = torch.sigmoid(output.double())
         residual = p - (gradient < 0).double()
-        counts = gradient != 0
-    else:
-        dim = _classes(link)
-        p = torch.softmax(output, dim, dtype=torch.float64)
-        target = gradient.argmin(dim, keepdim=True)
-        residual = p.scatter_add(dim, target, -torch.ones_like(target, dtype=torch.float64))
-        counts = (gradient.gather(dim, target) != 0).expand_as(p)
-    terms = torch.stack([p * (1 - p), residual * residual, residual * gradient, gradient * gradient])
-    return torch.where(counts, terms, 0.0).reshape(4, len(output), -1).sum(2).T
+        terms = torch.stack([p * (1 - p), residual * residual, residual * gradient, gradient * gradient])
+        return torch.where(gradient != 0, terms, 0.0).reshape(4, batch, -1).sum(2).T
+    # (position, class); of the large arrays only products are taken, which are one pass each
+    classes = output.shape[_classes(link)]
+    gradient = gradient.movedim(_classes(link), -1).reshape(-1, classes)
+    p = torch.softmax(output.movedim(_classes(link), -1).reshape(-1, classes), 1, dtype=torch.float64)
+    g_y, target = gradient.min(1, keepdim=True)
+    p_y = p.gather(1, target)[:, 0]
+    gradient, g_y = gradient.double(), g_y[:, 0].double()
+    square, product = _dot(p, p), _dot(p, gradient)
+    # sum p (1 - p) = 1 - |p|^2; |p - y|^2 = |p|^2 - 2 p_y + 1
+    terms = torch.stack([1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient)])
+    return torch.where(g_y != 0, terms, 0.0).reshape(4, batch, -1).sum(2).T
 
 
-def cross_entropy_weights(statistics: NDArray[np.float64], batch: int, eps: float) -> NDArray[np.float32] | None:
-    """rho of the samples of one backward pass, if their loss is cross-entropy.
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows of two matrices."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+
+
+def cross_entropy_weights(
+    statistics: NDArray[np.float64], sizes: NDArray[np.int64], batches: NDArray[np.int64], eps: float
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """rho of the samples of some backward passes, and of which passes the loss is cross-entropy.
 
     Args:
-        statistics: of the pass, see `cross_entropy_statistics`.
-        batch: |B|, samples of the whole step, of which the pass may hold a part.
+        statistics: of all samples, one pass after the other, see `cross_entropy_statistics`.
+        sizes: samples of each pass.
+        batches: |B| of each pass, samples of the whole step, of which it may hold a part.
         eps: of the dtype that the gradients went through.
 
     Returns:
-        Shape (B,), for rows that are gradients of that pass: a factor in its loss counts. None: it is not cross-entropy, or has
-        a factor of its own for each sample, as a weighted or a focal loss has.
+        Shape (B,), for rows that are gradients of their pass: a factor in its loss counts; and shape (pass,). Not known is a pass
+        whose loss is not cross-entropy, or has a factor of its own for each sample, as a weighted or a focal loss has, and a
+        pass of one sample, which shows no such thing.
     """
+    starts = np.cumsum(sizes) - sizes
     trace, residual, product, square = statistics.T
-    if len(statistics) < 2 or not np.isfinite(statistics).all() or residual.sum() == 0.0:
-        return None
-    factor = product.sum() / residual.sum()
-    # what is left of the gradients, in units of the factor: p is rounded, however near it is to the target
-    left = np.sqrt(np.maximum(square - 2 * factor * product + factor**2 * residual, 0.0))
-    if factor <= 0.0 or (left > factor * max(_TOLERANCE, 4 * eps) * (1.0 + np.sqrt(residual))).any():
-        return None
-    rho = np.divide(trace, batch * factor * residual, out=np.zeros_like(trace), where=residual > 0.0)
-    return _as_float32(rho)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factors = np.add.reduceat(product, starts) / np.add.reduceat(residual, starts)
+        factor = np.repeat(factors, sizes)
+        # what is left of the gradients, in units of the factor: p is rounded, however near it is to the target
+        left = np.sqrt(np.maximum(square - 2 * factor * product + factor**2 * residual, 0.0))
+        good = left <= factor * max(_TOLERANCE, 4 * eps) * (1.0 + np.sqrt(residual))
+        rho = np.where(residual > 0.0, trace / (np.repeat(batches, sizes) * factor * residual), 0.0)
+    known = (sizes > 1) & (factors > 0.0) & np.isfinite(factors) & np.logical_and.reduceat(good, starts)
+    return _as_float32(rho), known
 
 
 def curvature_weights(loss: Loss, output: Tensor, target: Tensor, gradient: Tensor, batch: int) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Capture:
             answered |= set(module.modules()) - {module} if whole else set()
             owned = {n: parameters[p] for n, p in module.named_parameters(recurse=whole) if p in parameters}
             if owned and module not in answered:
-                hook = self._forward_hook(name or type(module).__name__, owned)
+                hook = self._forward_hook(name or type(module).__name__, owned, whole=whole)
                 self._handles.append(module.register_forward_hook(self._guarded(hook), with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._watch_output))
 
@@ -146,12 +146,14 @@ class Capture:
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     def _forward_hook(
-        self, name: str, owned: Mapping[str, int]
+        self, name: str, owned: Mapping[str, int], *, whole: bool
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor | None]:
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not self._watching():
                 return None
-            wanted = [n for n in owned if module.get_parameter(n).requires_grad]
+            # without the search by name that get_parameter makes, where there is nothing to search
+            own = module._parameters
+            wanted = [n for n in owned if (module.get_parameter(n) if whole else cast("Tensor", own[n])).requires_grad]
             if not wanted:
                 return None
             samples = self._portion.of_pass
@@ -168,7 +170,9 @@ class Capture:
             # A view that is later changed in place (Linear with a bias returns one, ReLU(inplace=True) changes it) gets a new
             # history, which leaves out the hook. The same memory that autograd does not take for a view keeps its own. A view
             # of something that the model still holds must stay one, or changing it would go unseen.
-            fresh = output._is_view() and not _shares_memory(output, (*args, *kwargs.values(), *module.parameters()))
+            fresh = output._is_view() and (
+                type(module) is nn.Linear or not _shares_memory(output, (*args, *kwargs.values(), *module.parameters()))
+            )
             watched: Tensor = torch.ops.aten._unsafe_view(output, output.shape) if fresh else output
             inputs = tuple(_detached(x) for x in args)
             keywords = {key: _detached(x) for key, x in kwargs.items()}
@@ -228,14 +232,18 @@ class Capture:
                 f"its first dimension must be the sample, or its gradient cannot be split by sample"
             )
         # A rule may run the module, or parts of it, again: those passes are not the training's.
-        with self.sending_to(None), torch.no_grad():
-            # under autocast outputs are in half precision, and parameters and their gradients are not
-            dtype = module.get_parameter(wanted[0]).dtype
-            if gradient.dtype != dtype:
-                self.half_precision = True
-                gradient, args = gradient.to(dtype), tuple(_in_dtype(x, dtype) for x in args)
-                kwargs = {key: _in_dtype(x, dtype) for key, x in kwargs.items()}
-            contributions = rule_for(module)(module, args, kwargs, gradient.detach(), wanted)
+        self._sink = None
+        try:
+            with torch.no_grad():
+                # under autocast outputs are in half precision, and parameters and their gradients are not
+                dtype = module.get_parameter(wanted[0]).dtype
+                if gradient.dtype != dtype:
+                    self.half_precision = True
+                    gradient, args = gradient.to(dtype), tuple(_in_dtype(x, dtype) for x in args)
+                    kwargs = {key: _in_dtype(x, dtype) for key, x in kwargs.items()}
+                contributions = rule_for(module)(module, args, kwargs, gradient.detach(), wanted)
+        finally:
+            self._sink = sink
         for parameter, contribution in contributions.items():
             sink(owned[parameter], contribution, first)
 

@@ -204,7 +204,9 @@ class Collector:
 
     def _collect(self, index: int, contribution: Contribution, first: int) -> None:
         backward = torch._C._current_graph_task_id()
-        portion = next((p for p in reversed(self._portions) if p.first <= first < p.stop), None)
+        portion = self._portions[-1] if self._portions else None
+        if portion is None or not portion.first <= first < portion.stop:
+            portion = next((p for p in reversed(self._portions) if p.first <= first < p.stop), None)
         if portion is None:
             return  # of a portion that was dropped: the books tell if its gradient is used after all
         if not portion.seen:

@@ -15,12 +15,12 @@ from hydra_pipe.recording.capture import SeenOutput
 _WAITING_BYTES = 2**20
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pass:
     """One backward pass.
 
     Args:
-        output: of the model, detached; None once its weights are known.
+        output: of the model, detached.
         version: of `output` when the model returned it: the loop may change it later.
         gradient: that arrived at it.
         batch: samples of the whole step.
@@ -49,6 +49,7 @@ class CurvatureWatch:
     def __init__(self) -> None:
         self._links: tuple[Link, ...] = LINKS
         self._waiting: list[_Pass] = []
+        self._waiting_bytes = 0
         self._told: list[tuple[Loss, Tensor, Tensor]] = []
 
     def tell(self, loss: Loss, output: Tensor, target: Tensor) -> None:
@@ -66,17 +67,17 @@ class CurvatureWatch:
             rho of each sample, shape (batch,): filled in by `settle`, not a number where it is not known.
         """
         column = np.full(batch, np.nan, np.float32)
-        visits = np.zeros(batch, np.int64)
-        for seen in passes:
-            visits[seen.first : seen.first + len(seen.output)] += 1
-        for seen in passes:
-            samples = slice(seen.first, seen.first + len(seen.output))
+        ends = [seen.first + seen.output.shape[0] for seen in passes]
+        for k, (seen, end) in enumerate(zip(passes, ends, strict=True)):
             # the terms of a sample that was seen twice in a step have no curvature in common
-            if (visits[samples] == 1).all() and len(column[samples]) == len(seen.output):
+            alone = not any(o.first < end and seen.first < e for j, (o, e) in enumerate(zip(passes, ends, strict=True)) if j != k)
+            if alone and end <= batch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
-                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, column[samples], told))
+                out = column[seen.first : end]
+                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, told))
+                self._waiting_bytes += seen.output.nbytes
         self._told = []
-        if sum(one.output.nbytes for one in self._waiting) > _WAITING_BYTES:
+        if self._waiting_bytes > _WAITING_BYTES:
             self.settle()
         return column
 
@@ -84,6 +85,7 @@ class CurvatureWatch:
         """Fill in what `see` has returned so far."""
         # the loop may have written over an output since
         waiting, self._waiting = [p for p in self._waiting if p.output._version == p.version], []
+        self._waiting_bytes = 0
         for link in self._links:
             waiting = self._by_gradient(waiting, link)
         for one in waiting:
@@ -105,12 +107,14 @@ class CurvatureWatch:
         for group in groups.values():
             outputs, gradients = torch.cat([p.output for p in group]), torch.cat([p.gradient for p in group])
             statistics = cross_entropy_statistics(outputs, gradients, link).cpu().numpy()
-            ends = np.cumsum([len(p.output) for p in group])
-            for one, of_pass in zip(group, np.split(statistics, ends[:-1]), strict=True):
-                weights = cross_entropy_weights(of_pass, one.batch, one.eps)
-                if weights is None:
-                    left.append(one)
+            sizes = np.array([len(p.out) for p in group])
+            batches = np.array([p.batch for p in group])
+            weights, known = cross_entropy_weights(statistics, sizes, batches, group[0].eps)
+            for one, of_pass, is_known in zip(group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True):
+                if is_known:
+                    one.out[:] = of_pass
                 else:
-                    one.out[:] = weights
-                    self._links = (link, *(other for other in LINKS if other != link))  # the likeliest first
+                    left.append(one)
+            if known.any():
+                self._links = (link, *(other for other in LINKS if other != link))  # the likeliest first
         return left

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: there are several a step, and frozen ones are slow to make
 class Given:
     """A contribution and where it belongs.
 
@@ -63,7 +64,7 @@ def _outer_products(given: Sequence[Given]) -> list[Factors]:
     return factors if alone and len(factors) == len(given) else []
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reduced(Given):
     """A contribution in the least memory that its block needs: rows in the block's own columns, or the factors of a factored one.
 
@@ -96,6 +97,7 @@ class RowEncoder:
             i: Kron(layout.seed, b.name, b.shape, b.kron[2], b.kron[3], b.kron[:2]) for i, b in enumerate(layout.blocks) if b.kron
         }
         self.part_columns, self.parts_of_block = _parts(layout)
+        self._is_factored = [block.encoding == "factored" for block in layout.blocks]
         # the books compare whole gradients with what rows sum to; large ones times a random vector
         probed = [len(b.shape) > 1 if preconditioned else b.inputs is not None for b in layout.blocks]
         self._probes = {i: _probe(layout.seed, block) for i, block in enumerate(layout.blocks) if probed[i]}
@@ -109,7 +111,7 @@ class RowEncoder:
     def reduce(self, index: int, given: Given, root: Tensor | None = None) -> Reduced:
         """The contribution in the columns of block `index`, times the `root` of a preconditioner where there is one."""
         value = given.value
-        if self.layout.blocks[index].encoding == "factored":
+        if self._is_factored[index]:
             return Reduced(value, given.first)
         if index in self._krons:
             bounds = value.norms() if isinstance(value, Factors) else torch.linalg.vector_norm(value, dim=1)
@@ -158,18 +160,25 @@ class RowEncoder:
             return rows.sum(0)
         return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
 
-    def put_in_books(self, index: int, gradient: Tensor, out: Tensor) -> None:
-        """Put a whole gradient of block `index` into `out`, in the form in which the books compare it, one dimension."""
-        if index in self._probes:
-            torch.mv(gradient.reshape(len(out), -1).to(out.dtype), self._like(index, out), out=out)
-            return
-        sketch = self._sketches.get(index)
-        kron = self._krons.get(index)
-        if kron is not None:
-            gradient = kron(gradient.reshape(1, -1))
-        elif sketch is not None and not self.preconditioned:
-            gradient = sketch(gradient.reshape(1, -1))
-        out.copy_(gradient.reshape(-1))
+    def put_in_books(self, gradients: Sequence[Tensor | None], outs: Sequence[Tensor]) -> None:
+        """Put the whole gradient of each block into its `out`, in the form in which the books compare it, one dimension."""
+        copied: list[Tensor] = []
+        copies: list[Tensor] = []
+        for index, (gradient, out) in enumerate(zip(gradients, outs, strict=True)):
+            if gradient is None:
+                out.zero_()
+            elif index in self._probes:
+                matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
+                torch.mv(matrix.to(out.dtype), self._like(index, out), out=out)
+            else:
+                kron = self._krons.get(index)
+                sketch = self._sketches.get(index) if not self.preconditioned else None
+                if kron is not None or sketch is not None:
+                    gradient = (kron or sketch)(gradient.reshape(1, -1))  # type: ignore[misc] # one of the two is there
+                copied.append(out)
+                copies.append(gradient.reshape(-1))
+        if copied:
+            torch._foreach_copy_(copied, copies)
 
     def place(self, contributions: Mapping[int, Sequence[Reduced]], parts: Sequence[Tensor]) -> None:
         """Write the columns of one batch.
@@ -181,64 +190,69 @@ class RowEncoder:
         Raises:
             LayerError: a factored block no longer has one position a sample.
         """
-        lefts: dict[int, list[Tensor]] = {}
+        # output factors by part: a factored bias shares its weight's
+        lefts: dict[int, Sequence[Tensor]] = {}
         placed: set[int] = set()
         for index, given in contributions.items():
-            block = self.layout.blocks[index]
-            if block.encoding == "factored":
-                self._place_factors(index, block, given, parts, lefts, placed)
-            else:
-                part = self.parts_of_block[index][0]
-                _assemble([(r.first, r.value) for r in given if isinstance(r.value, Tensor)], parts[part])
+            part, *input_part = self.parts_of_block[index]
+            if not self._is_factored[index]:
+                _assemble([r.value for r in given], given, parts[part])  # type: ignore[misc] # only factored blocks have factors left
                 placed.add(part)
-        for part, out in enumerate(parts):
+                continue
+            factors = self._factors_of(index, given)
+            own = [f.left for f in factors]
             if part not in placed:
-                out.zero_()
+                _assemble([f.left[:, 0] for f in factors], given, parts[part])
+                placed.add(part)
+                lefts[part] = own
+            elif len(own) != len(lefts[part]) or any(a is not b for a, b in zip(lefts[part], own, strict=True)):
+                raise LayerError(
+                    f"{self.layout.blocks[index].name} no longer has the output gradient of the weight whose columns it shares: "
+                    f"record with --encoding projected"
+                )
+            if input_part:
+                rights = [f.right[:, 0] for f in factors if f.right is not None]
+                _assemble(rights, given, parts[input_part[0]])
+                placed.add(input_part[0])
+        if len(placed) < len(parts):
+            for part, out in enumerate(parts):
+                if part not in placed:
+                    out.zero_()
 
-    def _place_factors(
-        self,
-        index: int,
-        block: Block,
-        given: Sequence[Given],
-        parts: Sequence[Tensor],
-        lefts: dict[int, list[Tensor]],
-        placed: set[int],
-    ) -> None:
+    def _factors_of(self, index: int, given: Sequence[Given]) -> list[Factors]:
+        """Of a factored block. Raises: LayerError: a sample's gradient is not one outer product any more."""
+        value = given[0].value
+        if len(given) == 1 and isinstance(value, Factors) and value.n_positions == 1:
+            return [value]
         factors = _outer_products(given)
         if not factors:
             raise LayerError(
-                f"{block.name} was recorded as factored because a sample met it once in the first step; now it is used "
-                f"{len(given)} times or at several positions: record with --encoding projected"
+                f"{self.layout.blocks[index].name} was recorded as factored because a sample met it once in the first step; now it "
+                f"is used {len(given)} times or at several positions: record with --encoding projected"
             )
-        part, *input_part = self.parts_of_block[index]
-        own = [f.left for f in factors]
-        shared = lefts.setdefault(part, own)
-        if len(shared) != len(own) or any(a is not b for a, b in zip(shared, own, strict=True)):
-            raise LayerError(
-                f"{block.name} no longer has the output gradient of the weight whose columns it shares: record with "
-                f"--encoding projected"
-            )
-        if part not in placed:
-            _assemble([(g.first, f.left[:, 0]) for g, f in zip(given, factors, strict=True)], parts[part])
-            placed.add(part)
-        if input_part:
-            rights = [(g.first, f.right[:, 0]) for g, f in zip(given, factors, strict=True) if f.right is not None]
-            _assemble(rights, parts[input_part[0]])
-            placed.add(input_part[0])
+        return factors
 
-    def sums(self, features: Tensor, which: Tensor) -> Tensor:
+    def sums(self, features: Tensor, sizes: Sequence[int]) -> Tensor:
         """What the rows of each step sum to, in the form of `put_in_books`, for blocks that are not preconditioned.
 
         Args:
             features: rows in their columns, shape (row, feature).
-            which: 1 where the row is of the step, else 0, shape (step, row).
+            sizes: rows of each step, one step after the other.
         """
-        sums = features.new_empty(len(which), self.book_columns[-1].stop)
-        for index, block in enumerate(self.layout.blocks):
-            weighted = which
-            if block.inputs is not None:
-                weighted = which * (features[:, slice(*block.inputs)] @ self._like(index, features))
-            torch.matmul(weighted, features[:, slice(*block.columns)], out=sums[:, self.book_columns[index]])
+        sums = features.new_empty(len(sizes), self.book_columns[-1].stop)
+        step = row = 0
+        for size, of_size in groupby(sizes):  # steps of one size are summed together
+            n_steps = len(list(of_size))
+            rows = features[row : row + n_steps * size].view(n_steps, size, -1)
+            out = sums[step : step + n_steps]
+            for index, block in enumerate(self.layout.blocks):
+                own, where = rows[:, :, slice(*block.columns)], self.book_columns[index]
+                if block.inputs is None:
+                    torch.sum(own, 1, out=out[:, where])
+                else:
+                    weights = rows[:, :, slice(*block.inputs)] @ self._like(index, features)
+                    out[:, where] = torch.bmm(weights[:, None], own)[:, 0]
+            step, row = step + n_steps, row + n_steps * size
         return sums
 
     def _like(self, index: int, like: Tensor) -> Tensor:
@@ -265,13 +279,11 @@ def _probe(seed: int, block: Block) -> Tensor:
     return torch.randn(width, generator=generator)
 
 
-def _assemble(pieces: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+def _assemble(pieces: Sequence[Tensor], given: Sequence[Given], out: Tensor) -> None:
     """Rows of the whole batch into `out`, shape (batch, width), from rows of some samples each, which add up where they meet."""
-    (_, rows), *more = pieces
-    if len(rows) == len(out):
-        out.copy_(rows)
-    else:
-        out.zero_()
-        more = list(pieces)
-    for first, rows in more:
-        out[first : first + len(rows)] += rows
+    if len(pieces) == 1 and pieces[0].shape[0] == out.shape[0]:
+        out.copy_(pieces[0])
+        return
+    out.zero_()
+    for rows, of_samples in zip(pieces, given, strict=True):
+        out[of_samples.first : of_samples.first + len(rows)] += rows

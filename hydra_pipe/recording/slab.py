@@ -187,13 +187,7 @@ class Slab:
         rows = slice(self._filled, self._filled + batch)
         self._encoder.place(contributions, self._parts_at(rows))
         step = len(self._entries)
-        dtypes = set()
-        for index, (gradient, out) in enumerate(zip(gradients, self._actual_views[step], strict=True)):
-            if gradient is None:
-                out.zero_()
-            else:
-                self._encoder.put_in_books(index, gradient, out)
-                dtypes.add(gradient.dtype)
+        self._encoder.put_in_books(gradients, self._actual_views[step])
         if self._encoder.preconditioned:
             for index, where in enumerate(self._encoder.book_columns):
                 parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
@@ -205,6 +199,7 @@ class Slab:
             known = [r.norm for r in given if r.norm is not None]
             if len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
+        dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
         limit = max(IMBALANCE_LIMIT[torch.bfloat16 if half else dtype] for dtype in dtypes)
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
@@ -291,10 +286,8 @@ class Slab:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
         features = self.features[:n_rows]
-        which = features.new_zeros(n_steps, n_rows)
-        for step, entry in enumerate(entries):
-            which[step, entry.rows] = 1
-        expected = self._expected[:n_steps] if self._encoder.preconditioned else self._encoder.sums(features, which)
+        sizes = [entry.rows.stop - entry.rows.start for entry in entries]
+        expected = self._expected[:n_steps] if self._encoder.preconditioned else self._encoder.sums(features, sizes)
         starts = np.array([columns.start for columns in self._encoder.book_columns])
         present = np.stack([entry.present for entry in entries])
         # a factored bias without a gradient has its weight's columns all the same
