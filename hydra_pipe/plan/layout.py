@@ -146,9 +146,9 @@ class Parameter:
 def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int) -> Layout:
     """Give every parameter an encoding and columns.
 
-    `exact`: the narrowest lossless encoding of each. `auto`: the same while it is no wider than an equal share of the budget
-    that narrower ones have left; the rest is projected to that share. `projected`: every parameter dense or projected, each
-    with columns in proportion to the square root of its size, `dim` in all.
+    `exact`: the narrowest lossless encoding of each. `projected`: every parameter dense or projected, each with columns in
+    proportion to the square root of its size, `dim` in all. `auto`: the narrowest lossless encoding while it is no wider than
+    twice that share of the budget that others have left; the rest is projected to its share.
 
     A block is projected by a sketch, which is the more exact for as many columns, but has to be given the whole row; sums of
     outer products that are too large for that by `kron`.
@@ -238,28 +238,32 @@ def _by_name(name: str, parameters: Sequence[Parameter]) -> Parameter:
 
 
 def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -> dict[str, int]:
-    """Columns of each parameter: water filling, the narrowest first, each taking no more than its share of what is left."""
+    """Columns of each parameter: water filling, the narrowest for their share first, each given what it is worth of what is left.
+
+    A block of energy E (the norm of its rows) projected to k columns adds E^2 / k to the variance of relevance, so k in proportion
+    to E is best. E is not known before training; the root of the size stands for it. To go on to w columns and be exact saves
+    E^2 / k and takes w - k columns from others, to which a column is worth (E / k)^2: worth it up to w = 2 k.
+    """
     if choice == "exact":
         return {p.name: p.exact_width for p in parameters}
-    projected = choice == "projected"
 
     def wanted(p: Parameter) -> int:
-        return p.numel if projected else p.exact_width
+        return p.numel if choice == "projected" else p.exact_width
 
-    def claim(p: Parameter) -> float:
-        return p.numel**0.5 if projected else 1.0
-
+    worth = 1 if choice == "projected" else 2
     widths: dict[str, int] = {}
     columns_left = dim
-    waiting = sorted(parameters, key=lambda p: wanted(p) / claim(p))
-    claims_left = sum(claim(p) for p in waiting)
+    waiting = sorted(parameters, key=lambda p: wanted(p) / p.numel**0.5)
+    claims_left = sum(p.numel**0.5 for p in waiting)
     for i, parameter in enumerate(waiting):
-        share = int(columns_left * claim(parameter) / claims_left)
-        others = len(waiting) - i - 1
-        width = min(wanted(parameter), max(1, min(share, columns_left - others)))
+        claim = parameter.numel**0.5
+        share = int(columns_left * claim / claims_left)
+        most = columns_left - (len(waiting) - i - 1)
+        exact = wanted(parameter) <= min(worth * share, most)
+        width = wanted(parameter) if exact else min(wanted(parameter), max(1, min(share, most)))
         widths[parameter.name] = width
         columns_left -= width
-        claims_left -= claim(parameter)
+        claims_left -= claim
     for parameter in waiting:  # what rounding down has left over
         more = min(columns_left, wanted(parameter) - widths[parameter.name])
         widths[parameter.name] += more

@@ -34,6 +34,7 @@ from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.recording.testing import record_test_gradients
 from hydra_pipe.recording.tracking import TrackedLoader
+from hydra_pipe.recording.transfer import buffers_for
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import GROUP_COLUMNS, Kept
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
@@ -653,4 +654,5 @@ class Recorder:
             rank=self._ranks.rank if self._ranks is not None else 0,
             n_ranks=self._ranks.size if self._ranks is not None else 1,
             kept=kept,
+            allocate=buffers_for(self._parameters[0].device),
         )

@@ -20,6 +20,7 @@ from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
 from hydra_pipe.recording.ranks import Ranks
+from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
@@ -115,6 +116,7 @@ class Slab:
         self._encoder, self._scalar = encoder, scalar
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
+        self._transfer = Transfer(self._device)
         # the views of a batch's place and of a step's, made once for each
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._entries: list[_Entry] = []
@@ -255,7 +257,7 @@ class Slab:
         of_blocks *= np.repeat(np.stack([e.present for e in entries]), [e.rows.stop - e.rows.start for e in entries], axis=0)
         further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
         for rows, views in table.reserve(n_rows):
-            torch.from_numpy(views[names.GRADIENT]).copy_(features[rows])
+            self._transfer(features[rows], views[names.GRADIENT], table.wait_for)
             views[names.SCALE][:] = of_blocks[rows]
             for name, values in further.items():
                 views[name][:] = values[rows]

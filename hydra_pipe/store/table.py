@@ -17,6 +17,7 @@ from hydra_pipe.store.appender import Appender
 from hydra_pipe.store.arrays import create_array, damage_named, get_array
 
 Buffers = dict[str, NDArray[Any]]
+Allocate = Callable[[tuple[int, ...], str], NDArray[Any]]
 
 
 @dataclass
@@ -127,6 +128,7 @@ class TableWriter:
         shard_rows: rows in one file, written in one piece by `writer`.
         writer: the background thread.
         n_rows: go on after this many rows of arrays that are there, and forget those past them; None: the arrays are new.
+        allocate: makes a buffer of a shape and dtype; zeros.
 
     Raises:
         StoreError: the last of `n_rows` cannot be read.
@@ -140,6 +142,7 @@ class TableWriter:
         shard_rows: int,
         writer: BackgroundWriter,
         n_rows: int | None = None,
+        allocate: Allocate = np.zeros,
     ) -> None:
         arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else get_array(group, c.name) for c in columns}
         self._arrays = {name: Appender(array) for name, array in arrays.items()}
@@ -150,11 +153,12 @@ class TableWriter:
         # one is filled while the others are written or wait: reused, so that memory stays the same however long the run
         self._free: queue.Queue[Buffers] = queue.Queue()
         for _ in range(2):
-            self._free.put({c.name: _buffer(c, shard_rows) for c in columns})
+            self._free.put({c.name: _buffer(c, shard_rows, allocate) for c in columns})
         self._current = self._free.get()
         self._filled = 0
         self._flushed = 0
         self.n_written = 0
+        self._awaited: list[Callable[[], None]] = []
         if n_rows is not None:
             self._go_on(arrays, n_rows)
 
@@ -195,6 +199,10 @@ class TableWriter:
             if self._filled == self._shard_rows:
                 self.flush()
 
+    def wait_for(self, ready: Callable[[], None]) -> None:
+        """Before what is in the buffer now is written, the writer calls `ready`, which waits until all of it is there."""
+        self._awaited.append(ready)
+
     def append(self, rows: dict[str, Any]) -> None:
         """Add one row, a value for every column."""
         for _, views in self.reserve(1):
@@ -209,7 +217,11 @@ class TableWriter:
         self._flushed += count
         self._filled = 0
 
+        awaited, self._awaited = self._awaited, []
+
         def job() -> None:
+            for ready in awaited:
+                ready()
             self._write(first, count, buffers)
             self._free.put(buffers)
 
@@ -221,9 +233,11 @@ class TableWriter:
 
         Rows of an unfinished shard stay in the buffer too: their shard is written again when it is full.
         """
-        buffers, count, first = self._current, self._filled, self._flushed
+        buffers, count, first, awaited = self._current, self._filled, self._flushed, list(self._awaited)
 
         def job() -> None:
+            for ready in awaited:
+                ready()
             if count:
                 self._write(first, count, buffers)
             for array in self._arrays.values():
@@ -276,6 +290,6 @@ def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) 
     )
 
 
-def _buffer(column: Column, shard_rows: int) -> NDArray[Any]:
+def _buffer(column: Column, shard_rows: int, allocate: Allocate) -> NDArray[Any]:
     shape = (shard_rows,) if column.width is None else (shard_rows, column.width[0])
-    return np.zeros(shape, column.dtype)
+    return allocate(shape, column.dtype)

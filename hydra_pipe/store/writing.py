@@ -15,7 +15,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import create_array, create_group, reopen_group
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
 from hydra_pipe.store.run import remove, sync, sync_tree
-from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
+from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter
 
 STEP_SHARD_ROWS = 4096
 
@@ -32,6 +32,7 @@ class GradientsWriter:
         preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
         rank, n_ranks: this process and how many record together. Rank 0 makes the store, and the others open it after that.
         kept: go on after these; what is past them is removed. The rest must be as it was, see `Gradients.check_kept`.
+        allocate: makes the buffers of rows, of a shape and dtype; zeros.
 
     Raises:
         StoreError: there is no store of this run at `path` for a further rank to open.
@@ -49,6 +50,7 @@ class GradientsWriter:
         rank: int = 0,
         n_ranks: int = 1,
         kept: Kept | None = None,
+        allocate: Allocate = np.zeros,
     ) -> None:
         self.layout, self.dtype = layout, dtype
         if rank == 0 and kept is None:
@@ -73,6 +75,7 @@ class GradientsWriter:
             geometry.shard_rows,
             self._writer,
             kept.part_rows[rank] if kept else None,
+            allocate,
         )
         own = [Column(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
         shared = _shared_step_columns(n_groups, len(layout.blocks))

@@ -224,3 +224,28 @@ def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: 
         append_many()
     with pytest.raises(StoreError, match="No space left on device"):
         writer.close()
+
+
+def test_nothing_is_written_before_it_is_there(tmp_path: Path) -> None:
+    """As where a device copies into the buffers while the training goes on."""
+    writer = BackgroundWriter()
+    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    values = np.arange(10)
+    for first in range(0, 10, 2):
+        for rows, views in table.reserve(2):
+            copy, arrived = views["narrow"], values[first : first + 2][rows]
+            table.wait_for(lambda copy=copy, arrived=arrived: (time.sleep(0.01), np.copyto(copy, arrived)))
+    table.flush()
+    writer.close()
+    np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["narrow"][:], values)
+
+
+def test_a_state_of_a_table_waits_for_what_is_in_it_too(tmp_path: Path) -> None:
+    writer = BackgroundWriter()
+    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    for _, views in table.reserve(3):
+        table.wait_for(lambda copy=views["narrow"]: (time.sleep(0.01), np.copyto(copy, [5, 6, 7])))
+    table.sync()
+    writer.drain()
+    np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["narrow"][:], [5, 6, 7])
+    writer.close()
