@@ -1,6 +1,8 @@
 """Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in between."""
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from conftest import conv_net, cross_entropy, images
 from test_recorder import decoded
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Recorder
@@ -146,3 +149,55 @@ def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: st
     factor = N if reduction == "sum" else 1
     for name, rows in decoded(tmp_path / "run").items():
         np.testing.assert_allclose(rows, decoded(tmp_path / "mean")[name] * factor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_autocast_accumulation_clipping_and_a_skipped_step_together_balance(
+    tmp_path: Path, half: torch.dtype, tracked: bool
+) -> None:
+    def train(run: Path | None) -> nn.Module:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=half == torch.float16)
+        recorder = Recorder(model, optimizer, run, n_samples=24) if run else None
+        loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4)
+        if recorder and tracked:
+            loader = recorder.track(loader)
+        for epoch in range(2):
+            step = nullcontext()
+            for k, (inputs, targets) in enumerate(loader):
+                if k % 2 == 0 and recorder and not tracked:
+                    step = recorder.step(range(4 * k, 4 * k + 8))
+                    step.__enter__()
+                with torch.autocast("cpu", half):
+                    loss = cross_entropy(model(inputs), targets).mean() / 2
+                overflow = float("inf") if half == torch.float16 and (epoch, k) == (1, 2) else 1.0
+                scaler.scale(loss * overflow).backward()
+                if k % 2 == 0:
+                    continue
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                if recorder and not tracked:
+                    step.__exit__(None, None, None)
+                optimizer.zero_grad()
+        if recorder:
+            recorder.close()
+        return model
+
+    with warnings.catch_warnings():  # the schedule counts the step that the scaler left out, and torch warns of it
+        warnings.simplefilter("ignore", UserWarning)
+        recorded, plain = train(tmp_path / "run"), train(None)
+    for a, b in zip(recorded.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    run = hydra_pipe.open_run(tmp_path / "run")
+    facts = run.info()["stages"]["record"]["facts"]
+    skipped = half == torch.float16
+    assert (facts["n_steps"], facts["n_skipped"], facts["n_rows"]) == (6 - skipped, skipped, 8 * (6 - skipped))
+    assert facts["worst_imbalance"] < 5e-2
+    assert facts["n_curved_rows"] == facts["n_rows"]
+    assert np.unique(run.steps["learning_rate"]).size > 2
