@@ -1,4 +1,4 @@
-"""Modules that take and give several tensors, with the sample in a dimension of its own choice: recurrent ones and attention.
+"""Modules that give several tensors: recurrent ones and attention, with the sample in a dimension of their choice, and others.
 
 torch has no vectorised form of their backward passes, so these are taken one sample at a time: right, and slow.
 """
@@ -69,6 +69,54 @@ def sequence_rows(
             gradients = torch.autograd.grad([x for x, _ in pairs], list(own.values()), [g for _, g in pairs], allow_unused=True)
             for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
                 rows[name].append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten())
+    return {name: torch.stack(samples).detach() for name, samples in rows.items()}
+
+
+def several_rows(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_outputs: Sequence[Tensor | None],
+    wanted: Sequence[str],
+    batch: int,
+) -> dict[str, Tensor]:
+    """As `sequence_rows`, of any module whose output holds tensors whose first dimension is the sample.
+
+    One pass over the whole batch, and a backward pass a sample from its own part of the outputs: inputs may be anything.
+
+    Raises:
+        LayerError: an output has another first dimension, or the module cannot be run again.
+    """
+    kind = type(module).__name__
+    wrong = next((tuple(g.shape) for g in grad_outputs if g is not None and (g.dim() == 0 or len(g) != batch)), None)
+    if wrong is not None:
+        raise LayerError(
+            f"{kind} has an output of shape {wrong} in a batch of {batch}: its first dimension must be the sample, or its "
+            f"gradient cannot be split by sample"
+        )
+    replica = replica_of(module)
+    # the replay may change buffers: its own
+    others = {name: value.detach() for name, value in module.named_parameters()}
+    others |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+    own = {name: others.pop(name).requires_grad_() for name in wanted}
+    devices = [p.device for p in own.values() if p.is_cuda][:1]
+    rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    with torch.enable_grad(), torch.random.fork_rng(devices):
+        output = torch.func.functional_call(replica, {**others, **own}, args, dict(kwargs))
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if len(leaves) != len(grad_outputs):
+            raise LayerError(
+                f"{kind} gave {len(grad_outputs)} tensors, and {len(leaves)} when it was run again: freeze its parameters"
+            )
+        used = [(x, g) for x, g in zip(leaves, grad_outputs, strict=True) if g is not None and x.requires_grad]
+        for i in range(batch):
+            alone = [torch.zeros_like(g) for _, g in used]
+            for part, (_, gradient) in zip(alone, used, strict=True):
+                part[i] = gradient[i]
+            parameters = list(own.values())
+            gradients = torch.autograd.grad([x for x, _ in used], parameters, alone, retain_graph=True, allow_unused=True)
+            for (name, parameter), row in zip(own.items(), gradients, strict=True):
+                rows[name].append(torch.zeros_like(parameter).flatten() if row is None else row.flatten())
     return {name: torch.stack(samples).detach() for name, samples in rows.items()}
 
 

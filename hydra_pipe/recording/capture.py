@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hydra_pipe.errors import HydraError, LayerError
 from hydra_pipe.maths.factors import Contribution
 from hydra_pipe.maths.layers import rule_for
-from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows
+from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows, several_rows
 from hydra_pipe.recording.portions import Portion
 
 # (index of the parameter's block, its contribution from one call of one module, place of its first sample in the step)
@@ -157,14 +157,9 @@ class Capture:
             if not wanted:
                 return None
             samples = self._portion.of_pass
-            if is_sequence_module(module):
-                self._watch_sequence(module, args, kwargs, output, wanted, owned, samples)
+            if is_sequence_module(module) or not isinstance(output, Tensor):
+                self._watch_several(module, args, kwargs, output, wanted, owned, samples)
                 return None
-            if not isinstance(output, Tensor):
-                raise LayerError(
-                    f"{name} ({type(module).__name__}) returns a {type(output).__name__}: only recurrent modules, attention, and "
-                    f"modules that return one tensor can be recorded; freeze its parameters or wrap it"
-                )
             if not output.requires_grad:
                 return None
             # A view that is later changed in place (Linear with a bias returns one, ReLU(inplace=True) changes it) gets a new
@@ -182,7 +177,7 @@ class Capture:
 
         return forward_hook
 
-    def _watch_sequence(
+    def _watch_several(
         self,
         module: nn.Module,
         args: tuple[Any, ...],
@@ -204,7 +199,8 @@ class Capture:
             known = iter(gradients)
             every = [next(known) if k in at else None for k in range(n_leaves)]
             with self.sending_to(None), torch.no_grad():
-                rows = sequence_rows(module, inputs, keywords, every, wanted, samples[1])
+                rows_of = sequence_rows if is_sequence_module(module) else several_rows
+                rows = rows_of(module, inputs, keywords, every, wanted, samples[1])
             for parameter, row in rows.items():
                 sink(owned[parameter], row, samples[0])
 

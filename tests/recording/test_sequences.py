@@ -57,7 +57,32 @@ class Attending(nn.Module):
         return result if weights is None else result + weights.square().sum((1, 2)).unsqueeze(1)
 
 
+class Split(nn.Module):
+    """Owns parameters, takes a dictionary beside its input, and gives tensors in a nested structure, of which one is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.randn(WIDTH, 3)), nn.Parameter(torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, more: dict[str, list[Tensor]]) -> dict[str, tuple[Tensor, ...]]:
+        self.calls += 1
+        hidden = x @ self.weight + self.offset
+        return {"both": (hidden.tanh(), (more["x"][0] @ self.weight).sigmoid()), "unused": (hidden * 2,)}
+
+
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.split, self.head = Split(), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.split(x.mean(1), more={"x": [x[:, 0]]})["both"]
+        return self.head(torch.cat([one, other * one.detach()], dim=1))
+
+
 MODELS = {
+    "several outputs": Several,
     "LSTM": lambda: Recurrent("LSTM", batch_first=True),
     "LSTM, time first, two layers both ways": lambda: Recurrent("LSTM", num_layers=2, bidirectional=True),
     "LSTM with projection": lambda: Recurrent("LSTM", batch_first=True, proj_size=3),
@@ -107,6 +132,28 @@ def test_rows_are_batch_of_one_gradients_and_training_is_not_changed(tmp_path: P
     for parameter, rows in found.items():
         expected = np.stack([row[parameter].flatten().numpy() for row in truth]) / BATCH
         np.testing.assert_allclose(rows, expected, atol=1e-6, err_msg=parameter)
+
+
+def test_an_output_among_several_that_is_not_of_the_samples_is_refused(tmp_path: Path) -> None:
+    class Mean(Split):
+        def forward(self, x: Tensor, more: object) -> tuple[Tensor, Tensor]:
+            hidden = x @ self.weight
+            return hidden, hidden.mean(0)
+
+    class Mixing(Several):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split, self.head = Mean(), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden, mean = self.split(x[:, 0], more=None)
+            return self.head(hidden - mean)
+
+    built = pipeline("GRU")
+    model = Mixing()
+    built.model, built.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(hydra_pipe.HydraError, match=r"Mean has an output of shape \(3,\) in a batch of 6"):
+        hydra_pipe.record(built, tmp_path / "run")
 
 
 def test_a_packed_sequence_is_refused(tmp_path: Path) -> None:
