@@ -96,13 +96,16 @@ class Collector:
         finally:
             self._portions, self._waiting, self._reduced, self._backward = kept
 
-    def settle(self) -> int:
-        """Forget the portions whose gradients the loop will not use. Returns: how many wait for the optimiser all the same."""
+    @property
+    def n_waiting(self) -> int:
+        """Portions whose gradients wait for the optimiser: none where the loop has cleared them, or a scaler will not use them."""
         waiting = sum(p.seen for p in self._portions)
-        if waiting and (self._gradients_dropped() or self.overflowed()):
+        return 0 if waiting and (self._gradients_dropped() or self.overflowed() or self._grad_overflowed()) else waiting
+
+    def drop_seen(self) -> None:
+        """Forget the portions that a gradient came from: the loop will not use it."""
+        if any(p.seen for p in self._portions):
             self._drop()
-            return 0
-        return waiting
 
     def rest(self) -> None:
         """Take no notice of the model until the next `watch`. What was collected stays."""
@@ -197,6 +200,10 @@ class Collector:
         # what the hooks saw, not `.grad`, which the loop may have cleared by now
         return not all(bool(torch.isfinite(values).all()) for values in self._collected())
 
+    def _grad_overflowed(self) -> bool:
+        """Whether `.grad` is not finite: with several ranks also where the hooks of another rank saw that, and these did not."""
+        return not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
+
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""
         given = chain(*self._waiting.values(), *self._reduced.values())
@@ -225,10 +232,12 @@ class Collector:
             self._reduced.setdefault(index, []).append(self.encoder.reduce(index, given))
 
     def _gradients_dropped(self) -> bool:
-        """Whether the loop has cleared `.grad`, or a fresh one, of what was collected; a loss of zero leaves nothing to clear."""
-        if any(p.grad is not None and bool(p.grad.any()) for p in self._smallest_first):
+        """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""
+        gradients = [p.grad for p in self._smallest_first if p.grad is not None]
+        if any(bool(gradient.any()) for gradient in gradients):
             return False
-        return any(bool((values != 0).any()) for values in self._collected())
+        # a loss of zero leaves zeros, but leaves them: other ranks, which know by their own values, must not be alone with it
+        return not gradients or any(bool((values != 0).any()) for values in self._collected())
 
     def _drop(self) -> None:
         self._portions = [p for p in self._portions if not p.seen]

@@ -1,5 +1,6 @@
 """The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -147,7 +148,8 @@ class Recorder:
         self._in_step = self._in_test = self._tracks = False
         # whether it goes on with a recording and has not taken a step yet
         self._resumed = False
-        self.n_steps = self._n_curved = 0
+        # steps taken, those of them that had ended when the present `step` began, rows whose curvature is known
+        self.n_steps = self._n_ended = self._n_curved = 0
         self.n_tests: int | None = None
         self._tests: list[int] = []
         self._worst_imbalance = 0.0
@@ -171,6 +173,16 @@ class Recorder:
     def _holding(self) -> AbstractContextManager[None]:
         """A block in the middle of a step: with several ranks, what is raised in it waits until they meet."""
         return nullcontext() if self._joint is None else self._joint.holding()
+
+    @contextmanager
+    def _heeding(self) -> Iterator[None]:
+        """`_holding`, where the loop is in no `step` that would hear of an error."""
+        try:
+            with self._holding():
+                yield
+        except Exception as error:
+            self.fail(error)
+            raise
 
     @contextmanager
     def step(self, sample_ids: ArrayLike | Tensor) -> Iterator[StepNote]:
@@ -203,9 +215,9 @@ class Recorder:
                         f"recorder.step(), or iterate the loader itself"
                     )
                 self._collector.watch(checked_ids(sample_ids, self.n_samples))
-            steps_before = self.n_steps
+            self._n_ended = self.n_steps
             yield self._note
-            self._end_step(taken=self.n_steps > steps_before)
+            self._end_step(taken=self.n_steps > self._n_ended)
         except BaseException as error:
             self.fail(error)
             raise
@@ -228,6 +240,9 @@ class Recorder:
         optimizer.step(), are not recorded; they count as one skipped step. The model must meet each batch before the next
         one is drawn. Batches come in the same order, and the same random numbers are drawn, as without `track`.
 
+        With several ranks all call it, each with a loader of its own samples, such as one with a DistributedSampler. All take
+        optimizer.step() after the same batches.
+
         Args:
             loader: over a map-style dataset of `n_samples` samples, with any sampler, batch sampler or workers.
 
@@ -240,13 +255,14 @@ class Recorder:
             DataError: its dataset has another number of samples.
         """
         self._check_open()
-        tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self.fail)
+        with self._together():
+            tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding)
         self._tracks = True
         return tracked
 
     def _hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
         """A batch of a tracked loader comes, after `before` if it is not the first of its epoch."""
-        if self._closed or self._in_test:
+        if self._closed or self._in_test or (self._joint is not None and self._joint.held is not None):
             return None
         if self._in_step:
             raise RecordError("a batch of the tracked loader inside of recorder.step(): use one of the two, not both")
@@ -297,13 +313,15 @@ class Recorder:
             StoreError: writing failed.
         """
         self._check_open()
-        waiting = 0 if self._in_step else self._collector.settle()
-        if self._in_step or waiting:
-            raise RecordError(
-                f"state_dict() in the middle of step {self.n_steps}"
-                + (f", of which {waiting} batches wait for optimizer.step()" if waiting else "")
-                + ": call it after optimizer.step(), outside of recorder.step()"
-            )
+        with self._together():
+            waiting = 0 if self._in_step else self._collector.n_waiting
+            if self._in_step or waiting:
+                raise RecordError(
+                    f"state_dict() in the middle of step {self.n_steps}"
+                    + (f", of which {waiting} batches wait for optimizer.step()" if waiting else "")
+                    + ": call it after optimizer.step(), outside of recorder.step()"
+                )
+        self._collector.drop_seen()
         try:
             self._flush()
             # what is checked together, and so how its sums are rounded, must not depend on what came before the state
@@ -315,19 +333,21 @@ class Recorder:
         except BaseException as error:
             self.fail(error)
             raise
-        return RecorderState(
+        state = RecorderState(
             run_id=self._run_id,
             layout=digest(writer.layout) if writer else None,
             n_steps=self.n_steps,
             part_rows=self._of_ranks(writer.rows.n_rows if writer else 0),
             curved_rows=self._of_ranks(self._n_curved),
             meet_every=self._joint.interval if self._joint is not None else None,
-            n_skipped=self.n_skipped,
+            n_skipped=max(self._of_ranks(self.n_skipped)),
             worst_imbalance=self._worst_imbalance,
             tests=list(self._tests),
             n_tests=self.n_tests,
             labels=dict(self._n_labels),
-        ).to_dict()
+        )
+        # what tests and labels there are, rank 0 knows
+        return state.to_dict() if self._ranks is None else json.loads(self._ranks.gather_text(json.dumps(state.to_dict()))[0])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken: what was recorded since is discarded, and what follows is as if nothing had happened.
@@ -344,9 +364,12 @@ class Recorder:
             StoreError: the run is damaged, or lacks rows that the state counts.
         """
         self._check_open()
-        if self.n_steps or self._writer is not None or any(p.live for p in self._collector.portions):
-            raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
-        wanted = RecorderState.from_dict(state)
+        with self._together():
+            if self.n_steps or self._writer is not None or any(p.live for p in self._collector.portions):
+                raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
+            wanted = RecorderState.from_dict(state)
+        if self._ranks is not None:
+            self._ranks.require_same(wanted.to_dict())
         rank = self._ranks.rank if self._ranks is not None else 0
         if wanted.run_id is not None:
             groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
@@ -434,6 +457,7 @@ class Recorder:
                     if labels is not None:
                         self._writer.write_labels(names.TEST_LABELS, labels)
                         self._n_labels[names.TEST_LABELS] = n_tests
+            self.n_tests = self._of_ranks(self.n_tests or 0)[0]
             self._tests = [step for step in self._tests if step != self.n_steps] + [self.n_steps]
         except BaseException as error:
             self.fail(error)
@@ -470,10 +494,10 @@ class Recorder:
                     self._n_labels[names.TRAIN_LABELS] = self.n_samples
                 rows, stalls = self._writer.rows.n_rows, replace(self._writer.stalls)  # the end waits for the writer whatever it is
                 self._release()
-            part_rows, curved = self._of_ranks(rows), self._of_ranks(self._n_curved)
+            part_rows, curved, skipped = map(self._of_ranks, (rows, self._n_curved, self.n_skipped))
             with self._together():
                 if self._directory is not None:
-                    self._complete(self._directory, part_rows, sum(curved), stalls)
+                    self._complete(self._directory, part_rows, sum(curved), max(skipped), stalls)
         except BaseException as error:
             self.fail(error)
             raise
@@ -483,12 +507,12 @@ class Recorder:
         """`count` of every rank."""
         return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
 
-    def _complete(self, directory: RunDirectory, part_rows: list[int], n_curved: int, stalls: Stalls) -> None:
+    def _complete(self, directory: RunDirectory, part_rows: list[int], n_curved: int, n_skipped: int, stalls: Stalls) -> None:
         directory.end(
             RECORD,
             "complete",
             n_steps=self.n_steps,
-            n_skipped=self.n_skipped,
+            n_skipped=n_skipped,
             n_rows=sum(part_rows),
             n_curved_rows=n_curved,
             n_tests=self.n_tests or 0,
@@ -528,10 +552,14 @@ class Recorder:
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
+            if self._joint is not None and self._in_step and self.n_steps > self._n_ended:
+                self._end_step(taken=True)  # an earlier one of the same `step`
+                self._n_ended = self.n_steps
             if self._joint is None or self._joint.held is None:
                 with self._holding():
                     self._take_step(args, kwargs)
             if self._joint is not None and not self._in_step:
+                self._collector.forget()  # also where an error is held and nothing was taken
                 self._end_step(taken=True)  # where the loop names its samples, leaving `step` does it
         except BaseException as error:
             self.fail(error)
@@ -626,6 +654,8 @@ class Recorder:
         return gradients
 
     def _open_store(self, layout: Layout) -> GradientsWriter:
+        if self._ranks is not None:
+            self._ranks.require_same({"dtype": self._collector.dtype})  # which each has chosen by itself
         with self._together():
             if self._is_first:
                 directory = RunDirectory.open_or_none(self.path)

@@ -3,6 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class TrackedLoader:
         loader: over a map-style dataset.
         n_samples: that the dataset must have.
         hand_over: called with the ids of each batch.
-        fail: called with an error before it is raised.
+        heeding: a block that hears of what is raised in it.
 
     Raises:
         UsageError: not a DataLoader.
@@ -34,15 +35,17 @@ class TrackedLoader:
         DataError: the dataset has another number of samples.
     """
 
-    def __init__(self, loader: DataLoader[Any], n_samples: int, hand_over: HandOver, fail: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], n_samples: int, hand_over: HandOver, heeding: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         _check(loader, n_samples)
-        self._loader = loader
-        self._hand_over, self._fail = hand_over, fail
+        self._loader, self._n_samples = loader, n_samples
+        self._hand_over, self._heeding = hand_over, heeding
         # What a loader draws ahead of what it gives, for its workers.
         self._ahead = loader.num_workers * (loader.prefetch_factor or 0)
         self._watched = copy.copy(loader)
         which = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self._spy = _Spy(getattr(loader, which), n_samples)
+        self._spy = _Spy(getattr(loader, which))
         self._watched.__dict__[which] = self._spy  # the attribute itself forbids it
 
     def __getattr__(self, name: str) -> Any:
@@ -59,33 +62,30 @@ class TrackedLoader:
         iterator = iter(self._watched)
         return self._batches(iterator, self._spy.drawn)
 
-    def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[np.int64]] | None) -> Iterator[Any]:
+    def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[Any]] | None) -> Iterator[Any]:
         portion: Portion | None = None
         for batch in iterator:
             drawn = self._spy.drawn if drawn is None else drawn
-            try:
+            with self._heeding():
                 portion = self._hand_over(self._next_ids(drawn), portion)
-            except Exception as error:
-                self._fail(error)
-                raise
             yield batch
 
-    def _next_ids(self, drawn: deque[NDArray[np.int64]] | None) -> NDArray[np.int64]:
+    def _next_ids(self, drawn: deque[NDArray[Any]] | None) -> NDArray[np.int64]:
         if not drawn or len(drawn) > self._ahead + 1:
             raise RecordError(
                 f"{type(self._loader).__name__} gave one batch when its sampler had drawn {len(drawn or ())}, where a DataLoader "
                 f"draws at most {self._ahead} ahead: its batches cannot be paired with their samples; {NAME_THEM}"
             )
-        return drawn.popleft()
+        return checked_ids(drawn.popleft(), self._n_samples)
 
 
 class _Spy:
     """Yields what `sampler` does, when it does, and keeps it."""
 
-    def __init__(self, sampler: Iterable[Any], n_samples: int) -> None:
-        self._sampler, self._n_samples = sampler, n_samples
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self._sampler = sampler
         # of the newest iteration, the batches that were drawn and not handed over yet
-        self.drawn: deque[NDArray[np.int64]] | None = None
+        self.drawn: deque[NDArray[Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "_sampler":
@@ -96,11 +96,11 @@ class _Spy:
         return len(self._sampler)  # type: ignore[arg-type] # as the loader's own: a sampler may have no length
 
     def __iter__(self) -> Iterator[Any]:
-        drawn: deque[NDArray[np.int64]] = deque()
+        drawn: deque[NDArray[Any]] = deque()
         self.drawn = drawn
 
         def seen(index: Any) -> Any:
-            drawn.append(checked_ids(np.atleast_1d(np.asarray(index)), self._n_samples))
+            drawn.append(np.atleast_1d(np.asarray(index)).copy())
             return index
 
         return map(seen, self._sampler)  # which asks the sampler for its iterator now, and for nothing more

@@ -9,7 +9,7 @@ import copy
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -352,12 +352,13 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
 }
 
 
-def main(group: str, rank: int, directory: Path) -> None:
+def main(groups: Mapping[str, Mapping[str, Callable[[Path], object]]], group: str, rank_text: str, path: str) -> None:
+    rank, directory = int(rank_text), Path(path)
     torch.set_num_threads(1)
-    store = distributed.FileStore(str(directory / "store"), WORLD)
+    store = distributed.FileStore(str(directory / f"store of {group}"), WORLD)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
     found: dict[str, object] = {}
-    for name, run in GROUPS[group].items():
+    for name, run in groups[group].items():
         try:
             found[name] = run(directory)
         except HydraError as error:
@@ -370,4 +371,4 @@ def main(group: str, rank: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(GROUPS, *sys.argv[1:])

@@ -1,6 +1,6 @@
 """Two processes under DistributedDataParallel: one run, equal to that of one process with the same batches; no rank fails alone.
 
-Each spawn costs seconds, so that two of them, by ranks_worker.py, do everything that is looked at here.
+Each spawn costs seconds, so that a few of them, by ranks_worker.py and ranks_tracked.py, do everything that is looked at here.
 """
 
 import json
@@ -18,8 +18,11 @@ import pytest
 import torch
 import zarr
 from conftest import ROOT, cross_entropy
-from ranks_worker import CASES, N_STEPS, TEST, UNEVEN, WORLD, Case, X, Y
+from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked
+from ranks_worker import CASES, GROUPS, N_STEPS, TEST, UNEVEN, WORLD, Case, X, Y
 from test_recorder import _decode
+from test_state import assert_same_run
+from test_track import arrays
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -34,16 +37,22 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one process of pytest-xdist, so
 
 @pytest.fixture(scope="session")
 def spawn(tmp_path_factory: pytest.TempPathFactory):
-    """The directory in which the ranks ran a group of functions, and what each rank found, by function."""
+    """The directory in which the ranks ran a group of functions, after `before` if any, and what each found, by function."""
     done: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
 
-    def run(group: str) -> tuple[Path, list[dict[str, Any]]]:
+    def run(group: str, before: str | None = None, code: int = 0) -> tuple[Path, list[dict[str, Any]]]:
         if group not in done:
-            directory = tmp_path_factory.mktemp("ranks")
+            directory = run(before, code=7)[0] if before else tmp_path_factory.mktemp("ranks")
             here = Path(__file__).parent
             paths = [str(here), str(here.parent), str(ROOT)]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "error", str(here / "ranks_worker.py"), group]
+            command = [
+                sys.executable,
+                "-W",
+                "error",
+                str(here / ("ranks_worker.py" if group in GROUPS else "ranks_tracked.py")),
+                group,
+            ]
             logs = [directory / f"{rank}.log" for rank in range(WORLD)]
             ranks = []
             for rank, log in enumerate(logs):
@@ -56,8 +65,9 @@ def spawn(tmp_path_factory: pytest.TempPathFactory):
                 for rank in ranks:
                     rank.kill()
                     rank.wait()
-            assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-            done[group] = directory, [json.loads((directory / f"{rank}.json").read_text()) for rank in range(WORLD)]
+            assert codes == [code] * WORLD, "\n".join(log.read_text()[-3000:] for log in logs)
+            found = [directory / f"{rank}.json" for rank in range(WORLD)]
+            done[group] = directory, [json.loads(path.read_text()) for path in found if not code]
         return done[group]
 
     return run
@@ -71,11 +81,12 @@ def alone(case: Case, run: Path) -> None:
     recorder = Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options))
     for ids in case.batches():
         together = np.concatenate(ids)
-        weights = torch.cat([torch.full((len(own),), 1 / (WORLD * len(own))) for own in ids])
         with recorder.step(together) as note:
-            loss = (cross_entropy(model(X[together]), Y[together]) * weights).sum()
-            loss.backward()
-            note.loss = loss.item()
+            note.loss = 0.0
+            for own in ids:
+                loss = cross_entropy(model(X[own]), Y[own]).mean() / WORLD
+                loss.backward()
+                note.loss += loss.item()
             if case.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
             optimizer.step()
@@ -141,6 +152,30 @@ def test_two_ranks_record_the_run_of_one_process(pair: tuple[str, Path, Path]) -
     assert visits[0].equals(visits[1])
 
 
+def curvature_of_rows(run: Path) -> np.ndarray:
+    """What each row is multiplied with in the step's curvature, c n rho r r^T, when rows are those of `scaled_rows`."""
+    gradients, steps = hydra_pipe.open_run(run).gradients, hydra_pipe.open_run(run).steps["gradient_scale"]
+    first, counts = gradients.rows_of_steps()
+    found = []
+    for step, scale in enumerate(steps):
+        rows = [slice(at, at + n) for at, n in zip(first[step], counts[step], strict=True)]
+        samples = np.concatenate([gradients.samples(own) for own in rows])
+        weights = np.concatenate([gradients.curvature(own) * (own.stop - own.start) / scale for own in rows])
+        found.append(weights[samples.argsort()])
+    return np.concatenate(found)
+
+
+def test_two_ranks_have_the_curvature_of_one_process(pair: tuple[str, Path, Path]) -> None:
+    name, together, alone = pair
+    weights, truth = curvature_of_rows(together), curvature_of_rows(alone)
+    known = np.isfinite(weights)  # not of passes of one sample, whose loss cannot be told
+    assert np.isfinite(truth).all()
+    assert known.all() == (name != "accumulated")
+    np.testing.assert_allclose(weights[known], truth[known], rtol=1e-3)
+    facts = hydra_pipe.open_run(together).info()["stages"]["record"]["facts"]
+    assert facts["n_curved_rows"] == known.sum()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_those_of_training_without_a_recorder(spawn, name: str) -> None:
     assert [found[name] for found in spawn("runs")[1]] == [True, True]
@@ -180,7 +215,7 @@ def test_verify_finds_what_a_rank_has_lost(spawn, tmp_path: Path) -> None:
     assert "has the rows of 1 processes, 2 recorded" in hydra_pipe.verify(run)[0].what
 
 
-# function of ranks_worker.py, what both ranks are to raise, how many steps are recorded, or None where no directory is to be there
+# function of a worker, what both ranks are to raise, how many steps are recorded, or None where no directory is to be there
 TOLD = [
     ("unwrapped", r"RecordError: 2 processes train together .* wrap it in torch\.nn\.parallel\.DistributedDataParallel", None),
     ("pipeline", r"PipelineError: a pipeline is trained by one process, not by 2", None),
@@ -199,6 +234,14 @@ TOLD = [
     ("unlike seeds", r"UsageError: seed is 64 on rank 0, 65 on rank 1: give Recorder the same", None),
     ("one bad dim", r"UsageError: rank 1: dim is -1", None),
     ("test", r"NonFiniteError: rank 0: the loss of test sample 0 is not finite after 1 steps", 1),
+    ("tracked ids", r"RecordError: rank 1: sample id -1 is not among the 24 training samples", 2),
+    ("tracked in part", r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3", 2),
+    ("drawn ahead", r"RecordError: rank 1: at step 2 the loop drew a batch of the tracked loader before", 2),
+    ("tracked and named", r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the tracked", 2),
+    ("tracked, not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5", 5),
+    ("tracked, doubled", r"LayerError: rank 1: first \(Linear\) has an output of shape \(6, 8\) in a batch of 3", 4),
+    ("tracked, another set", r"DataError: rank 1: the loader's dataset has 5 samples, the recorder's n_samples is 24", None),
+    ("unlike dtypes", r"UsageError: dtype is 'float16' on rank 0, 'int8' on rank 1", None),
     ("again", r"RunError: rank 0: .* is recorded already", ...),
     ("again, other settings", r"RunError: rank 0: .*: record was run with seed=0, now seed=3", ...),
 ]
@@ -206,7 +249,7 @@ TOLD = [
 
 @pytest.mark.parametrize(("name", "message", "steps"), TOLD, ids=[name for name, *_ in TOLD])
 def test_what_goes_wrong_on_one_rank_is_told_on_all(spawn, name: str, message: str, steps: object) -> None:
-    directory, found = spawn("faults")
+    directory, found = spawn("faults" if name in GROUPS["faults"] else "tracked")
     for rank in range(WORLD):
         assert re.match(message, str(found[rank][name])), found[rank][name]
     if steps is None:
@@ -249,3 +292,84 @@ def test_a_rank_whose_loop_raises_leaves_a_failed_run_behind(spawn) -> None:
     record = json.loads((directory / "broken loop" / "run.json").read_text())["stages"]["record"]
     assert record["state"] == "failed"
     assert record["facts"]["n_steps"] == 17  # the ranks last met after that many
+
+
+def fates(case: Tracked) -> list[str]:
+    """What becomes of each group of batches."""
+    left_over = case.accumulate == 2  # of three batches an epoch
+    every = []
+    for k in range(EPOCHS * (3 if case.accumulate == 1 else 2 if left_over else 1)):
+        overflowed = any(k == at for at, _ in OVERFLOWED)
+        every.append("cleared" if k in CLEARED or (left_over and k % 2) else "overflowed" if overflowed else "recorded")
+    return every
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_a_tracked_loop_of_two_ranks_is_one_that_names_its_samples(spawn, name: str) -> None:
+    directory, found = spawn("tracked")
+    fate = fates(TRACKED[name])
+    n_steps, n_overflowed = fate.count("recorded"), fate.count("overflowed")
+    n_dropped = n_overflowed + fate.count("cleared") - (fate[-1] != "recorded")  # after the last nothing comes that could tell
+    for of_rank in found:
+        assert of_rank[name]["named"] == [True, n_steps, n_overflowed, len(TEST)]
+        assert of_rank[name]["tracked"] == [True, n_steps, n_dropped, len(TEST)]
+    named, tracked = (directory / f"{name}, {form}" for form in ("named", "tracked"))
+    ours, others = arrays(tracked), arrays(named)
+    assert ours.keys() == others.keys()
+    rounded = ("steps/gradient_scale", "steps/imbalance")  # by sums over the steps that are checked together
+    for array, values in ours.items():
+        if array in rounded:
+            np.testing.assert_allclose(values, others[array], rtol=1e-5, atol=1e-6, err_msg=array)
+        else:
+            assert values.tobytes() == others[array].tobytes(), array
+    for run, skipped in ((named, n_overflowed), (tracked, n_dropped)):
+        assert hydra_pipe.open_run(run).info()["stages"]["record"]["facts"]["n_skipped"] == skipped
+        assert hydra_pipe.reduce(run)
+        assert hydra_pipe.verify(run) == []
+    assert_close(*(hydra_pipe.open_run(run).relevance().to_numpy() for run in (tracked, named)), 1e-5)
+
+
+def test_the_dtype_that_is_left_open_is_chosen_for_all_ranks(spawn) -> None:
+    for name, dtype in (("dtype left open", "int8"), ("three batches", "float16")):
+        store = zarr.open_group(spawn("tracked")[0] / f"{name}, tracked" / "gradients.zarr", mode="r")
+        assert [store[f"rank/{rank}/gradient"].dtype for rank in range(WORLD)] == [dtype] * WORLD
+
+
+def test_every_optimizer_step_within_one_step_is_recorded(spawn) -> None:
+    directory, found = spawn("tracked")
+    assert [of_rank["twice"] for of_rank in found] == [40] * WORLD
+    run = hydra_pipe.open_run(directory / "twice")
+    assert run.gradients.rows.n_rows == 40 * 3 * WORLD
+    assert hydra_pipe.verify(run.path) == []
+
+
+def test_states_are_given_or_refused_to_all_ranks(spawn) -> None:
+    _, found = spawn("tracked")
+    waits = r"RecordError: rank \d: state_dict\(\) in the middle of step {}, of which {} batches wait"
+    # skipped: for rank 1's sake; for rank 0's, while rank 1 has no loss, and cleared
+    expected = [[1, 0, [3, 3]], [1, 1, [3, 3]], [1, 2, [3, 3]], waits.format(1, 1), [2, 2, [9, 9]], waits.format(2, 1)]
+    for of_rank in found:
+        *states, n_steps, n_skipped = of_rank["skipped"]
+        for state, value in zip(states, [*expected, [2, 3, [9, 9]], [3, 3, [12, 12]]], strict=False):
+            assert re.match(value, state) if isinstance(value, str) else state == value
+        assert (n_steps, n_skipped) == (3, 3)
+
+
+@pytest.mark.parametrize("which", KEPT)
+def test_two_ranks_that_were_killed_go_on_as_if_they_had_not_been(spawn, which: str) -> None:
+    directory, found = spawn("resumed", "killed")
+    assert_same_run(directory / which, directory / f"{which}, whole")
+    for of_rank in found:
+        states, weights = of_rank[which]
+        expected, expected_weights = of_rank[f"{which}, whole"]
+        assert states == found[0][which][0]
+        assert weights == expected_weights
+        assert [s | {"run_id": ""} for s in states] == [s | {"run_id": ""} for s in expected]
+        assert [s["tests"] for s in states] == [[5, 6], [5, 6, 8]]
+        assert {(s["meet_every"], s["n_tests"], s["labels"]["test"]) for s in states} == {(2, 5, 5)}
+
+
+def test_ranks_that_load_unlike_states_are_told(spawn) -> None:
+    for of_rank in spawn("resumed", "killed")[1]:
+        assert re.match(r"UsageError: \w+ is .* on rank 0, .* on rank 1", of_rank["unlike states"])
+        assert re.match(r"RecordError: rank 1: this is not what recorder\.state_dict\(\) gave", of_rank["bad state"])
