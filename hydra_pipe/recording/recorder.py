@@ -1,13 +1,12 @@
 """The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +22,23 @@ from hydra_pipe.errors import (
 )
 from hydra_pipe.maths.curvature import Loss
 from hydra_pipe.maths.quantise import Dtype
-from hydra_pipe.plan.layout import EncodingChoice, Layout
+from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.joint import JointSteps, Pending, without_step
+from hydra_pipe.recording.joint import JointSteps, without_step
 from hydra_pipe.recording.optimizers import check_optimizer, rule_of
+from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.ranks import Ranks, unwrapped
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
-from hydra_pipe.recording.slab import Checked, Slab
-from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
+from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.state import RecorderState
 from hydra_pipe.recording.testing import record_test_gradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
+from hydra_pipe.recording.update import UpdateReader
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import GROUP_COLUMNS, Kept
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
-from hydra_pipe.store.table import Stalls
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run import Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -123,22 +121,26 @@ class Recorder:
             trained = check_optimizer(optimizer, self._model)
             self._rule = rule_of(optimizer)
             self._parameters = list(trained)
-            self._known = set(trained)
-            self._n_groups = len(optimizer.param_groups)
             self.n_samples = n_samples
             self._sample_labels: Labels | None = None
             if sample_labels is not None:
                 self.label_samples(sample_labels)
-            self._settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+            all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
         if self._ranks is not None:
-            self._settings["n_ranks"] = self._ranks.size
-            self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | self._settings)
+            all_settings["n_ranks"] = self._ranks.size
+            self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | all_settings)
         with self._together():
-            if self._is_first and not needs_recording(run, self._settings, overwrite=overwrite):
+            if (self._ranks is None or self._ranks.rank == 0) and not needs_recording(run, all_settings, overwrite=overwrite):
                 raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
-        self._directory: RunDirectory | None = None
-        self._run_id: str | None = None
-        self._writer: GradientsWriter | None = None
+        self._output = Output(
+            self.path,
+            all_settings,
+            len(optimizer.param_groups),
+            preconditioned=self._rule.preconditioned,
+            ranks=self._ranks,
+            allocate=buffers_for(self._parameters[0].device),
+        )
+        self._updates = UpdateReader(optimizer, self._rule, trained)
         # rows of the steps that are not written yet, and what else their lines of the step tables hold
         self._slab: Slab | None = None
         self._pending: list[tuple[StepNote, dict[str, Any]]] = []
@@ -148,23 +150,14 @@ class Recorder:
         self._in_step = self._in_test = self._tracks = False
         # whether it goes on with a recording and has not taken a step yet
         self._resumed = False
-        # steps taken, those of them that had ended when the present `step` began, rows whose curvature is known
-        self.n_steps = self._n_ended = self._n_curved = 0
-        self.n_tests: int | None = None
-        self._tests: list[int] = []
-        self._worst_imbalance = 0.0
-        self._n_labels: dict[str, int] = {}
+        # steps taken, and those of them that had ended when the present `step` began
+        self.n_steps = self._n_ended = 0
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
         self._closed = self._ended = False
         hold = self._joint.hold if self._joint is not None else None
         self._collector = Collector(self._model, optimizer, self._rule, trained, encoding, dim, seed, dtype, hold)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
-
-    @property
-    def _is_first(self) -> bool:
-        """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
-        return self._ranks is None or self._ranks.rank == 0
 
     def _together(self) -> AbstractContextManager[None]:
         """A block that all ranks run; what is raised in it on one is raised on all."""
@@ -283,6 +276,11 @@ class Recorder:
         """Steps that a gradient scaler left out, or whose gradients the loop cleared."""
         return self._collector.n_dropped + (self._joint.n_skipped if self._joint is not None else 0)
 
+    @property
+    def n_tests(self) -> int:
+        """Test samples whose gradients were taken last; 0 before."""
+        return self._output.n_tests
+
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
 
@@ -326,28 +324,10 @@ class Recorder:
             self._flush()
             # what is checked together, and so how its sums are rounded, must not depend on what came before the state
             self._slab = None
-            writer = self._writer
-            with self._together():
-                if writer is not None:
-                    writer.sync()
+            return self._output.state(self.n_steps, self.n_skipped, self._joint.interval if self._joint is not None else None)
         except BaseException as error:
             self.fail(error)
             raise
-        state = RecorderState(
-            run_id=self._run_id,
-            layout=digest(writer.layout) if writer else None,
-            n_steps=self.n_steps,
-            part_rows=self._of_ranks(writer.rows.n_rows if writer else 0),
-            curved_rows=self._of_ranks(self._n_curved),
-            meet_every=self._joint.interval if self._joint is not None else None,
-            n_skipped=max(self._of_ranks(self.n_skipped)),
-            worst_imbalance=self._worst_imbalance,
-            tests=list(self._tests),
-            n_tests=self.n_tests,
-            labels=dict(self._n_labels),
-        )
-        # what tests and labels there are, rank 0 knows
-        return state.to_dict() if self._ranks is None else json.loads(self._ranks.gather_text(json.dumps(state.to_dict()))[0])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken: what was recorded since is discarded, and what follows is as if nothing had happened.
@@ -365,28 +345,15 @@ class Recorder:
         """
         self._check_open()
         with self._together():
-            if self.n_steps or self._writer is not None or any(p.live for p in self._collector.portions):
+            if self.n_steps or self._output.writer is not None or any(p.live for p in self._collector.portions):
                 raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
             wanted = RecorderState.from_dict(state)
         if self._ranks is not None:
             self._ranks.require_same(wanted.to_dict())
-        rank = self._ranks.rank if self._ranks is not None else 0
-        if wanted.run_id is not None:
-            groups, preconditioned = len(self._optimizer.param_groups), self._rule.preconditioned
-            with self._together():
-                directory, store = open_to_go_on(self.path, wanted, self._settings, n_groups=groups, preconditioned=preconditioned)
-                self._collector.resume(store.layout, cast("Dtype", str(store.rows.dtype)))
-            with self._together():
-                self._writer = self._part_of_store(store.layout, wanted.run_id, wanted.kept)
-                if self._is_first:
-                    directory.begin(RECORD, self._settings)
-                    self._directory = directory
-            self._run_id, self._n_curved = wanted.run_id, wanted.curved_rows[rank]
+        self._output.go_on(wanted, self._collector.resume)
         if self._joint is not None and wanted.meet_every is not None:
             self._joint.go_on(wanted.n_steps, wanted.meet_every)
         self.n_steps, self._collector.n_dropped = wanted.n_steps, wanted.n_skipped
-        self._worst_imbalance = wanted.worst_imbalance
-        self._tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
         self._resumed = True
 
     def check_split(self, losses: Tensor) -> None:
@@ -443,22 +410,20 @@ class Recorder:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self._flush()
-            assert self._writer is not None
+            writer = self._output.writer
+            assert writer is not None
             self._in_test = True
+            n_tests, worst = 0, 0.0
             # a loader draws from the global generator, which the training goes on with
             devices = list({p.device for p in self._parameters if p.is_cuda})
             with self._together(), self._collector.set_aside(), torch.random.fork_rng(devices):
-                if self._is_first:
+                if self._output.is_first:
                     n_tests, labels, worst = record_test_gradients(
-                        self._model, self._collector, self._writer, self.n_steps, batches, loss, labels
+                        self._model, self._collector, writer, self.n_steps, batches, loss, labels
                     )
-                    self.n_tests = n_tests
-                    self._worst_imbalance = max(self._worst_imbalance, worst)
                     if labels is not None:
-                        self._writer.write_labels(names.TEST_LABELS, labels)
-                        self._n_labels[names.TEST_LABELS] = n_tests
-            self.n_tests = self._of_ranks(self.n_tests or 0)[0]
-            self._tests = [step for step in self._tests if step != self.n_steps] + [self.n_steps]
+                        self._output.write_labels(names.TEST_LABELS, labels)
+            self._output.note_tests(self.n_steps, n_tests, worst)
         except BaseException as error:
             self.fail(error)
             raise
@@ -486,43 +451,16 @@ class Recorder:
             return
         try:
             self._flush()
-            with self._together():
-                if self._writer is None:
-                    raise RecordError("nothing was recorded: no step was taken")
-                if self._sample_labels is not None and self._is_first:
-                    self._writer.write_labels(names.TRAIN_LABELS, self._sample_labels)
-                    self._n_labels[names.TRAIN_LABELS] = self.n_samples
-                rows, stalls = self._writer.rows.n_rows, replace(self._writer.stalls)  # the end waits for the writer whatever it is
-                self._release()
-            part_rows, curved, skipped = map(self._of_ranks, (rows, self._n_curved, self.n_skipped))
-            with self._together():
-                if self._directory is not None:
-                    self._complete(self._directory, part_rows, sum(curved), max(skipped), stalls)
+            self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
         except BaseException as error:
             self.fail(error)
             raise
         self._ended = True
 
-    def _of_ranks(self, count: int) -> list[int]:
-        """`count` of every rank."""
-        return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
-
-    def _complete(self, directory: RunDirectory, part_rows: list[int], n_curved: int, n_skipped: int, stalls: Stalls) -> None:
-        directory.end(
-            RECORD,
-            "complete",
-            n_steps=self.n_steps,
-            n_skipped=n_skipped,
-            n_rows=sum(part_rows),
-            n_curved_rows=n_curved,
-            n_tests=self.n_tests or 0,
-            worst_imbalance=self._worst_imbalance,
-            stalls=stalls.count,
-            stalled_seconds=stalls.seconds,
-            labels=self._n_labels,
-            **({"rank_rows": part_rows} if self._ranks is not None else {}),
-            **self.facts,
-        )
+    def _end(self) -> None:
+        if self._sample_labels is not None and self._output.is_first:
+            self._output.write_labels(names.TRAIN_LABELS, self._sample_labels)
+        self._release()
 
     def fail(self, error: BaseException) -> None:
         """Keep what was recorded so far readable and mark the recording as failed. With several ranks, it waits for no other."""
@@ -535,20 +473,13 @@ class Recorder:
                     self._flush()
             with suppress(HydraError):
                 self._release()
-        if self._directory is None or self._writer is None:
-            return  # it failed before anything was written: what was in the directory is as it was
-        found = {"n_steps": self._writer.n_steps_written, "error": str(error) or type(error).__name__}
-        if self._ranks is None:
-            found["n_rows"] = self._writer.rows.n_written
-        with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
-            self._directory.end(RECORD, "failed", **found)
+        self._output.fail(error)
 
     def _release(self) -> None:
         self._closed = True
         self._collector.detach()
         self._step_hook.remove()
-        if self._writer is not None:
-            self._writer.close()
+        self._output.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -584,7 +515,7 @@ class Recorder:
             self._collector.watch(samples)
 
     def _record_rows(self, samples: NDArray[np.int64]) -> None:
-        gradients = self._present_gradients()
+        gradients = self._updates.gradients(self.n_steps)
         if self._joint is None and self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
         columns = {
@@ -593,18 +524,10 @@ class Recorder:
             names.CURVATURE: self._curvature.see(self._collector.outputs, len(samples)),
         }
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
-        settings = [self._rule.settings(group) for group in self._optimizer.param_groups]
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        groups = [self._collector.group_of(index) for index in range(len(states))]
-        updated = [gradient is not None for gradient in gradients]
-        started = [u and self._rule.starts_momentum(s, g) for u, s, g in zip(updated, states, groups, strict=True)]
-        factors = [self._rule.step_factor(s, g) for s, g in zip(states, groups, strict=True)]
-        values: dict[str, Any] = {name: [of_group[name] for of_group in settings] for name in GROUP_COLUMNS}
-        values |= {"updated": updated, "momentum_started": started, "step_factor": factors, names.N_ROWS: len(samples)}
-        self._pending.append((self._note, values))
+        self._pending.append((self._note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))
         self.n_steps += 1
         self._resumed = False
-        if self._joint is None and self._writer is None:
+        if self._joint is None and self._output.writer is None:
             self._flush()  # a first step is checked at once: what it would refuse has to be refused before anything is written
 
     def _flush(self) -> None:
@@ -621,68 +544,9 @@ class Recorder:
                 checked = self._slab.check(names.SAMPLE)
                 error = checked.error
             if self._slab is not None and checked is not None and checked.entries:
-                writer = self._writer or self._open_store(self._slab.layout)
+                assert self._collector.dtype is not None  # it was chosen with the layout
+                writer = self._output.open(self._slab.layout, self._collector.dtype)
                 with self._holding():
-                    self._write(writer, self._slab, checked, waiting)
+                    self._output.write(writer, self._slab, checked, waiting)
         if error is not None:
             raise error
-
-    def _write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
-        first_row = writer.rows.n_rows
-        slab.write(checked, writer.rows)
-        self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
-        imbalance = checked.books.imbalance.max(axis=1)
-        self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
-        for (loss, values), scalar, worst in zip(waiting, checked.books.scalar, imbalance, strict=False):
-            found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
-            writer.append_step({**values, **found, names.LOSS: loss})
-            first_row += values[names.N_ROWS]
-
-    def _present_gradients(self) -> list[Tensor | None]:
-        if len(self._optimizer.param_groups) != self._n_groups:
-            raise RecordError(f"the optimizer has got a new parameter group at step {self.n_steps}: record again from there")
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter not in self._known:
-                    raise RecordError(
-                        f"a parameter of shape {tuple(parameter.shape)} has begun to train at step {self.n_steps}: it was "
-                        f"frozen, or not in the optimizer, when recording started; record again from there"
-                    )
-        gradients = [p.grad for p in self._parameters]
-        if all(g is None for g in gradients):
-            raise RecordError(f"no parameter has a gradient at step {self.n_steps}: call loss.backward() before optimizer.step()")
-        return gradients
-
-    def _open_store(self, layout: Layout) -> GradientsWriter:
-        if self._ranks is not None:
-            self._ranks.require_same({"dtype": self._collector.dtype})  # which each has chosen by itself
-        with self._together():
-            if self._is_first:
-                directory = RunDirectory.open_or_none(self.path)
-                if directory is not None:
-                    directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
-                self._directory = directory = RunDirectory.create(self.path)
-                directory.begin(RECORD, self._settings)
-                self._run_id = directory.run_id
-                self._writer = self._part_of_store(layout, directory.run_id)
-        if self._ranks is not None:
-            self._run_id = self._ranks.gather_text(self._run_id or "")[0]
-            with self._ranks.together():
-                self._writer = self._writer or self._part_of_store(layout, self._run_id)
-        assert self._writer is not None
-        return self._writer
-
-    def _part_of_store(self, layout: Layout, run_id: str, kept: Kept | None = None) -> GradientsWriter:
-        assert self._collector.dtype is not None
-        return GradientsWriter(
-            self.path / names.GRADIENTS,
-            layout,
-            self._collector.dtype,
-            len(self._optimizer.param_groups),
-            run_id,
-            preconditioned=self._rule.preconditioned,
-            rank=self._ranks.rank if self._ranks is not None else 0,
-            n_ranks=self._ranks.size if self._ranks is not None else 1,
-            kept=kept,
-            allocate=buffers_for(self._parameters[0].device),
-        )

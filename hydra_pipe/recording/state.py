@@ -29,7 +29,7 @@ class RecorderState:
         meet_every: steps after which the ranks meet; None where one process records.
         worst_imbalance: so far.
         tests: steps after which test gradients were taken.
-        n_tests: test samples of the last of them.
+        n_tests: test samples of the last of them, 0 where there is none.
         labels: lengths of the label arrays that are written, by name.
     """
 
@@ -42,7 +42,7 @@ class RecorderState:
     n_skipped: int
     worst_imbalance: float
     tests: list[int]
-    n_tests: int | None
+    n_tests: int
     labels: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:

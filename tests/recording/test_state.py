@@ -98,7 +98,7 @@ def train(
                 torch.save(own | {"recorder": recorder.state_dict()}, checkpoint)
             if at == kill_at:
                 if wait:
-                    recorder._writer._writer.drain()
+                    recorder._output.writer._writer.drain()
                 os._exit(7)
     recorder.record_test(DataLoader(TEST, batch_size=3), cross_entropy)
     recorder.close()

@@ -1,0 +1,231 @@
+"""What a recording leaves: its directory, its store, and what the manifest is to say of it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RecordError
+from hydra_pipe.maths.quantise import Dtype
+from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.joint import Pending
+from hydra_pipe.recording.ranks import Ranks
+from hydra_pipe.recording.slab import Checked, Slab
+from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import Gradients, Kept
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.table import Allocate
+from hydra_pipe.store.writing import GradientsWriter
+
+
+class Output:
+    """Makes a run directory when there is something to keep in it, and writes a recording into it.
+
+    Args:
+        path: of the run.
+        settings: of the stage.
+        n_groups: parameter groups of the optimiser.
+        preconditioned: whether rows are times the root of its preconditioner.
+        ranks: that record together; None: this process alone.
+        allocate: see `GradientsWriter`.
+    """
+
+    def __init__(
+        self, path: Path, settings: Settings, n_groups: int, *, preconditioned: bool, ranks: Ranks | None, allocate: Allocate
+    ) -> None:
+        self.path = path
+        self.writer: GradientsWriter | None = None
+        self._settings, self._n_groups, self._preconditioned = settings, n_groups, preconditioned
+        self._ranks, self._allocate = ranks, allocate
+        # the manifest, which rank 0 keeps
+        self._directory: RunDirectory | None = None
+        self._run_id: str | None = None
+        # rows whose curvature is known, the largest share of a gradient that rows miss, steps at which tests were taken
+        self._n_curved, self._worst_imbalance = 0, 0.0
+        self._tests: list[int] = []
+        self.n_tests = 0
+        self._n_labels: dict[str, int] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all ranks run; what is raised in it on one is raised on all."""
+        return nullcontext() if self._ranks is None else self._ranks.together()
+
+    def of_ranks(self, count: int) -> list[int]:
+        """`count` of every rank. Collective."""
+        return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
+
+    def open(self, layout: Layout, dtype: Dtype) -> GradientsWriter:
+        """The store, made anew at the first call. Collective. Raises: UsageError, RunError, StoreError."""
+        if self.writer is not None:
+            return self.writer
+        if self._ranks is not None:
+            self._ranks.require_same({"dtype": dtype})  # which each has chosen by itself
+        with self.together():
+            if self.is_first:
+                directory = RunDirectory.open_or_none(self.path)
+                if directory is not None:
+                    directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
+                self._directory = directory = RunDirectory.create(self.path)
+                directory.begin(RECORD, self._settings)
+                self._run_id = directory.run_id
+                self.writer = self._part_of_store(layout, dtype, directory.run_id)
+        if self._ranks is not None:
+            self._run_id = self._ranks.gather_text(self._run_id or "")[0]
+            with self.together():
+                self.writer = self.writer or self._part_of_store(layout, dtype, self._run_id)
+        assert self.writer is not None
+        return self.writer
+
+    def _part_of_store(self, layout: Layout, dtype: Dtype, run_id: str, kept: Kept | None = None) -> GradientsWriter:
+        return GradientsWriter(
+            self.path / names.GRADIENTS,
+            layout,
+            dtype,
+            self._n_groups,
+            run_id,
+            preconditioned=self._preconditioned,
+            rank=self._ranks.rank if self._ranks is not None else 0,
+            n_ranks=self._ranks.size if self._ranks is not None else 1,
+            kept=kept,
+            allocate=self._allocate,
+        )
+
+    def write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
+        """Write the rows of the steps that were checked, and their lines of the step tables."""
+        first_row = writer.rows.n_rows
+        slab.write(checked, writer.rows)
+        self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
+        imbalance = checked.books.imbalance.max(axis=1)
+        self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
+        for (loss, values), scalar, worst in zip(waiting, checked.books.scalar, imbalance, strict=False):
+            found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
+            writer.append_step({**values, **found, names.LOSS: loss})
+            first_row += values[names.N_ROWS]
+
+    def note_tests(self, step: int, n_tests: int, worst_imbalance: float) -> None:
+        """Test gradients were taken after `step` steps, by rank 0. Collective."""
+        self._worst_imbalance = max(self._worst_imbalance, worst_imbalance)
+        self.n_tests = self.of_ranks(n_tests)[0]
+        self._tests = [s for s in self._tests if s != step] + [step]
+
+    def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
+        """Keep labels, see `GradientsWriter.write_labels`. By rank 0."""
+        assert self.writer is not None
+        self.writer.write_labels(which, labels)
+        self._n_labels[which] = len(labels)
+
+    def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
+        """Put everything on the disk, and say what is there. Collective; all ranks get the same. Raises: StoreError."""
+        writer = self.writer
+        with self.together():
+            if writer is not None:
+                writer.sync()
+        state = RecorderState(
+            run_id=self._run_id,
+            layout=digest(writer.layout) if writer else None,
+            n_steps=n_steps,
+            part_rows=self.of_ranks(writer.rows.n_rows if writer else 0),
+            curved_rows=self.of_ranks(self._n_curved),
+            meet_every=meet_every,
+            n_skipped=max(self.of_ranks(n_skipped)),
+            worst_imbalance=self._worst_imbalance,
+            tests=list(self._tests),
+            n_tests=self.n_tests,
+            labels=dict(self._n_labels),
+        )
+        found = state.to_dict()
+        if self._ranks is not None:  # what tests and labels there are, rank 0 knows
+            found = json.loads(self._ranks.gather_text(json.dumps(found))[0])
+        return found
+
+    def go_on(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:
+        """Cut the run to what `wanted` counts, and go on after that. Collective.
+
+        Args:
+            wanted: the state.
+            check: called with the layout and the dtype of the run, before anything is changed.
+
+        Raises:
+            RunError, StoreError: see `open_to_go_on`.
+        """
+        if wanted.run_id is not None:
+            with self.together():
+                directory, store = open_to_go_on(
+                    self.path, wanted, self._settings, n_groups=self._n_groups, preconditioned=self._preconditioned
+                )
+                dtype = _dtype_of(store)
+                check(store.layout, dtype)
+            with self.together():
+                self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
+                if self.is_first:
+                    directory.begin(RECORD, self._settings)
+                    self._directory = directory
+            self._run_id = wanted.run_id
+            self._n_curved = wanted.curved_rows[self._ranks.rank if self._ranks is not None else 0]
+        self._worst_imbalance = wanted.worst_imbalance
+        self._tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
+
+    def close(self) -> None:
+        """Write what is still in the buffers. Raises: StoreError."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def complete(self, close: Callable[[], None], n_steps: int, n_skipped: int, facts: Mapping[str, Any]) -> None:
+        """Mark the recording as complete. Collective.
+
+        Args:
+            close: ends the recording: called before, when all there is to write has been handed over.
+            n_steps, n_skipped: steps taken and left out.
+            facts: what else the manifest is to say.
+
+        Raises:
+            RecordError: nothing was recorded. StoreError: writing failed.
+        """
+        with self.together():
+            if self.writer is None:
+                raise RecordError("nothing was recorded: no step was taken")
+            rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # the end waits for the writer whatever it is
+            close()
+        part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
+        with self.together():
+            if self._directory is not None:
+                self._directory.end(
+                    RECORD,
+                    "complete",
+                    n_steps=n_steps,
+                    n_skipped=max(skipped),
+                    n_rows=sum(part_rows),
+                    n_curved_rows=sum(curved),
+                    n_tests=self.n_tests,
+                    worst_imbalance=self._worst_imbalance,
+                    stalls=stalls.count,
+                    stalled_seconds=stalls.seconds,
+                    labels=self._n_labels,
+                    **({"rank_rows": part_rows} if self._ranks is not None else {}),
+                    **facts,
+                )
+
+    def fail(self, error: BaseException) -> None:
+        """Mark the recording as failed, if there is one. Not collective."""
+        if self._directory is None or self.writer is None:
+            return  # it failed before anything was written: what was in the directory is as it was
+        found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
+        if self._ranks is None:
+            found["n_rows"] = self.writer.rows.n_written
+        with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
+            self._directory.end(RECORD, "failed", **found)
+
+
+def _dtype_of(store: Gradients) -> Dtype:
+    return cast("Dtype", str(store.rows.dtype))

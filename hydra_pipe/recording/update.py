@@ -1,0 +1,61 @@
+"""What the optimiser is about to do: the gradients that it will use, and its settings, read just before it acts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import RecordError
+from hydra_pipe.recording.optimizers import OptimizerRule
+from hydra_pipe.store.gradients import GROUP_COLUMNS
+
+
+class UpdateReader:
+    """Reads the updates of `optimizer`.
+
+    Args:
+        optimizer: has a rule.
+        rule: of the optimiser.
+        trained: name and parameter group of every recorded parameter, in the order of the blocks.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rule: OptimizerRule, trained: Mapping[nn.Parameter, tuple[str, int]]
+    ) -> None:
+        self._optimizer, self._rule = optimizer, rule
+        self._group_of = {parameter: group for parameter, (_, group) in trained.items()}
+        self._n_groups = len(optimizer.param_groups)
+
+    def gradients(self, step: int) -> list[Tensor | None]:
+        """`.grad` of every recorded parameter; None where there is none.
+
+        Raises:
+            RecordError: nothing has one, or something has that is not recorded.
+        """
+        if len(self._optimizer.param_groups) != self._n_groups:
+            raise RecordError(f"the optimizer has got a new parameter group at step {step}: record again from there")
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter not in self._group_of:
+                    raise RecordError(
+                        f"a parameter of shape {tuple(parameter.shape)} has begun to train at step {step}: it was "
+                        f"frozen, or not in the optimizer, when recording started; record again from there"
+                    )
+        gradients = [p.grad for p in self._group_of]
+        if all(g is None for g in gradients):
+            raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
+        return gradients
+
+    def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        """The step's line of the step tables by parameter group and by block; `gradients` are those in use."""
+        groups = self._optimizer.param_groups
+        of_groups = [self._rule.settings(group) for group in groups]
+        started, factors = [], []
+        for (parameter, group), gradient in zip(self._group_of.items(), gradients, strict=True):
+            state = self._optimizer.state.get(parameter, {})
+            started.append(gradient is not None and self._rule.starts_momentum(state, groups[group]))
+            factors.append(self._rule.step_factor(state, groups[group]))
+        values: dict[str, Any] = {name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS}
+        updated = [gradient is not None for gradient in gradients]
+        return values | {"updated": updated, "momentum_started": started, "step_factor": factors}
