@@ -1,6 +1,6 @@
 """What is lost by storing fewer bytes: rank correlation of `hydra` relevance with the exact float32 one, against bytes a row.
 
-    python benchmarks/fidelity.py DATA [--runs lenet,gpt] [--plot FILE.png] [--json FILE]
+    python benchmarks/fidelity.py DATA [--runs lenet,gpt] [--plot FILE.svg] [--json FILE]
 
 LeNet-5 on Fashion-MNIST (SGD with momentum) and the character GPT (AdamW), each trained anew for every encoding and dtype: the same
 seed, and that the final weights are the same is checked. Spearman over the training samples, mean over the test samples. Bytes a
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="lenet,gpt")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the figures there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     given = parser.parse_args()
     results = {}

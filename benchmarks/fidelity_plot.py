@@ -31,7 +31,7 @@ def draw(results: Mapping[str, Sequence[Any]], path: Path) -> None:
 
     Args:
         results: title of the model -> its points (`fidelity.Point`).
-        path: of the PNG.
+        path: of the picture, .svg or .png.
     """
     plt.rcParams.update({"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK})
     figure, panels = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.5), sharey=True, squeeze=False)
@@ -50,7 +50,9 @@ def draw(results: Mapping[str, Sequence[Any]], path: Path) -> None:
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, handlelength=1.4)
     figure.suptitle("What fewer bytes cost", x=0.065, y=0.965, ha="left", fontsize=13, fontweight="bold")
     figure.tight_layout(rect=(0, 0.07, 1, 1.0), w_pad=2.5)
-    figure.savefig(path, dpi=160)
+    # without a date, and with text as text: the same figures give the same file, and a small one
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
