@@ -26,7 +26,7 @@ from hydra_pipe.plan.layout import EncodingChoice, Layout
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.joint import JointSteps, Pending, without_step
-from hydra_pipe.recording.optimizers import check_optimizer, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, gradients_in_use, leaves_out_step, rule_of
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.ranks import Ranks, unwrapped
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
@@ -527,6 +527,8 @@ class Recorder:
             self._writer.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if leaves_out_step(self._optimizer):
+            return  # as if it had not been called, which is what a scaler does with any other optimiser
         try:
             if self._joint is None or self._joint.held is None:
                 with self._holding():
@@ -623,7 +625,7 @@ class Recorder:
         gradients = [p.grad for p in self._parameters]
         if all(g is None for g in gradients):
             raise RecordError(f"no parameter has a gradient at step {self.n_steps}: call loss.backward() before optimizer.step()")
-        return gradients
+        return gradients_in_use(self._optimizer, gradients)
 
     def _open_store(self, layout: Layout) -> GradientsWriter:
         with self._together():

@@ -138,6 +138,34 @@ def test_a_gradient_scaler_scales_the_step_and_what_it_skips_is_counted(tmp_path
         assert norm == pytest.approx(0.01, rel=1e-3)  # scaled up by 1024 or 512, scaled down, clipped
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizer_that_unscales_by_itself_gives_the_run_of_one_that_does_not(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], tracked: bool
+) -> None:
+    def train(run: Path, *, fused: bool) -> None:
+        model, scaler = mlp(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = kind(model.parameters(), lr=0.01, fused=fused)
+        recorder = Recorder(model, optimizer, run, n_samples=24, encoding="exact", dtype="float32")
+        loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=N)
+        for step, (x, y) in enumerate(recorder.track(loader) if tracked else loader):
+            with nullcontext() if tracked else recorder.step(np.arange(step * N, (step + 1) * N)):
+                optimizer.zero_grad()
+                scaler.scale(cross_entropy(model(x), y).mean() * (float("inf") if step == 1 else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        recorder.close()
+
+    train(tmp_path / "fused", fused=True)
+    train(tmp_path / "plain", fused=False)
+    runs = [hydra_pipe.open_run(tmp_path / name) for name in ("fused", "plain")]
+    for key in ("n_steps", "n_skipped", "n_rows"):
+        assert len({run.info()["stages"]["record"]["facts"][key] for run in runs}) == 1
+    np.testing.assert_allclose(runs[0].steps["gradient_scale"], [1 / 1024, 1 / 512], rtol=1e-6)
+    np.testing.assert_allclose(*(run.steps["gradient_scale"] for run in runs), rtol=1e-6)
+    assert_same_rows(tmp_path / "fused", tmp_path / "plain", 1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: str) -> None:
     def reduced(model, optimizer, x, y) -> None:
