@@ -1,5 +1,6 @@
 """Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in between."""
 
+import gc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -229,3 +230,23 @@ def test_autocast_accumulation_clipping_and_a_skipped_step_together_balance(
     assert facts["worst_imbalance"] < 5e-2
     assert facts["n_curved_rows"] == facts["n_rows"]
     assert np.unique(run.steps["learning_rate"]).size > 2
+
+
+def test_batches_of_ever_other_sizes_leave_nothing_behind(tmp_path: Path) -> None:
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    model, sizes = mlp(), np.random.default_rng(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24, encoding="exact")
+    seen = []
+    for step in range(600):
+        ids = np.arange(sizes.integers(1, 24))
+        with recorder.step(ids):
+            plain(model, optimizer, INPUTS[ids], TARGETS[ids])
+            optimizer.zero_grad()
+        if step in (299, 599):
+            seen.append(live_tensors())
+    recorder.close()
+    assert seen[1] < seen[0] + 300
