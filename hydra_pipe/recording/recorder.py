@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import (
     DataError,
-    HydraError,
     RecordError,
     RunError,
 )
@@ -506,10 +505,13 @@ class Recorder:
             return
         self._ended = True
         if not self._closed:
-            with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
+            # the first error is the one to tell, whatever comes of a disk, or of the user's loss that is called here
+            with suppress(Exception):
+                self._curvature.settle()
+            with suppress(Exception):
                 if self._joint is None:
                     self._flush()
-            with suppress(HydraError):
+            with suppress(Exception):
                 self._release()
         if self._directory is None or self._writer is None:
             return  # it failed before anything was written: what was in the directory is as it was
@@ -583,9 +585,9 @@ class Recorder:
 
     def _flush(self) -> None:
         """Check and write the steps that wait; several ranks meet here. Raises: the error of the first that cannot be recorded."""
+        self._curvature.settle()  # first: it may call a loss of the user's, which may raise, and the steps are good all the same
         waiting = [(note.loss, values) for note, values in self._pending]
         self._pending = []
-        self._curvature.settle()
         with torch.no_grad():
             if self._joint is not None:
                 checked, waiting, error = self._joint.meet(self._slab, waiting)

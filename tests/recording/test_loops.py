@@ -250,3 +250,32 @@ def test_batches_of_ever_other_sizes_leave_nothing_behind(tmp_path: Path) -> Non
             seen.append(live_tensors())
     recorder.close()
     assert seen[1] < seen[0] + 300
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_told_loss_that_raises_hides_no_error_loses_no_step_and_leaves_no_hook(tmp_path: Path, own: bool) -> None:
+    def raising(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise TypeError("the loss raised")
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24)
+
+    def train() -> None:
+        for step in range(20):
+            with recorder.step(np.arange(N)):
+                output = model(INPUTS[:N])
+                if step == 3:
+                    recorder.tell_loss(raising, output, TARGETS[:N])
+                output.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if own and step == 4:
+                    raise KeyError("the loop's own")
+
+    with pytest.raises(KeyError if own else TypeError):
+        train()
+    assert not any(module._forward_hooks for module in model.modules())
+    stage = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]
+    assert stage["state"] == "failed"
+    assert stage["facts"]["n_steps"] == (5 if own else 17)
