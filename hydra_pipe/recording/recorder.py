@@ -277,7 +277,8 @@ class Recorder:
             output: what the model has returned, shape (batch, ...).
             target: shape (batch, ...).
         """
-        self._curvature.tell(loss, output, target)
+        if not self._closed and output.requires_grad:  # what comes of no training is waited for in vain, with all its memory
+            self._curvature.tell(loss, output.detach(), target)
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop's own checkpoint has to hold for `load_state_dict`; everything recorded so far is safe on the disk.

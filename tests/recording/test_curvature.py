@@ -1,5 +1,6 @@
 """rho of every row against the Hessian of each sample's loss in the model's output, float64, one sample at a time."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,3 +259,25 @@ def test_an_output_of_many_coordinates_has_an_unbiased_trace() -> None:
     (gradient,) = torch.autograd.grad(quadratic(leaf, leaf).mean(), leaf)
     found = curvature_weights(quadratic, output, torch.zeros(3), gradient, 3)
     np.testing.assert_allclose(found, oracle(quadratic, output, torch.zeros(3)), rtol=1e-2)
+
+
+def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
+    model, (inputs, targets) = mlp(), images(N, 1).tensors
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=N)
+    told = []
+
+    def tell() -> None:
+        output = model(inputs)
+        recorder.tell_loss(squared, output, targets)
+        told.append(weakref.ref(output))
+
+    with recorder.step(range(N)):
+        cross_entropy(model(inputs), targets).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        tell()  # an evaluation by the function that the loop trains with
+    recorder.close()
+    tell()
+    assert [output() for output in told] == [None, None]
+    assert recorder._curvature._told == []
