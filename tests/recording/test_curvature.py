@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import hydra_pipe
 from hydra_pipe import Recorder
+from hydra_pipe.recording.capture import SeenOutput
+from hydra_pipe.recording.curvature import CurvatureWatch
 
 N = 8
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -281,3 +283,11 @@ def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
     tell()
     assert [output() for output in told] == [None, None]
     assert recorder._curvature._told == []
+
+
+def test_outputs_that_are_views_are_counted_with_all_that_they_keep_in_memory() -> None:
+    whole = torch.randn(N, 40000, 4)  # 5 MiB, of which 128 bytes are the output
+    watch = CurvatureWatch()
+    column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], N)
+    assert not watch._waiting
+    assert len(column) == N
