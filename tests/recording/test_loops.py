@@ -279,3 +279,32 @@ def test_a_told_loss_that_raises_hides_no_error_loses_no_step_and_leaves_no_hook
     stage = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]
     assert stage["state"] == "failed"
     assert stage["facts"]["n_steps"] == (5 if own else 17)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_row_that_is_the_gradient_itself_is_not_clipped_with_it(tmp_path: Path, batch: int) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(1, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) + self.by
+
+    def clipped(model, optimizer, x, y) -> None:
+        cross_entropy(model(x), y).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    model = nn.Sequential(Shift(), nn.Tanh(), nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24, encoding="exact", dtype="float32")
+    for _ in range(2):
+        with recorder.step(np.arange(batch)):
+            clipped(model, optimizer, INPUTS[:batch], TARGETS[:batch])
+            optimizer.zero_grad()
+    recorder.close()
+    scales = hydra_pipe.open_run(tmp_path / "run").steps["gradient_scale"]
+    rows = decoded(tmp_path / "run", slice(0, batch))
+    norm = np.sqrt(sum(((block.sum(0) * scales[0]) ** 2).sum() for block in rows.values()))
+    assert norm == pytest.approx(0.01, rel=1e-3)
