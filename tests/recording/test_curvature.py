@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import hydra_pipe
 from hydra_pipe import Recorder
+from hydra_pipe.maths.curvature import curvature_weights
 from hydra_pipe.recording.capture import SeenOutput
 from hydra_pipe.recording.curvature import CurvatureWatch
 
@@ -291,3 +292,19 @@ def test_outputs_that_are_views_are_counted_with_all_that_they_keep_in_memory() 
     column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], N)
     assert not watch._waiting
     assert len(column) == N
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_targets_far_from_zero_do_not_make_another_loss_look_like_squared_error(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = offset + torch.randn(N, 1, generator=generator)
+    output = target + torch.randn(N, 1, generator=generator) / 20
+
+    def weights(loss: Loss) -> np.ndarray:
+        leaf = output.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, target).mean(), leaf)
+        return curvature_weights(loss, output, target, gradient, N)
+
+    assert not weights(lambda o, y: sums((o - y).abs())).any()  # piecewise linear
+    squares = weights(lambda o, y: sums((o - y) ** 2))
+    np.testing.assert_allclose(squares, 2 / (4 / N * (output - target)[:, 0] ** 2) / N, rtol=1e-4)
