@@ -183,7 +183,7 @@ class Recorder:
                 model.
 
         Yields:
-            A note whose `loss` the loop may set.
+            A note whose `loss` the loop may set, before optimizer.step(): the first step is written by then.
 
         Raises:
             RecordError: no optimizer.step() within the block, or ids that are not those of the batch.
