@@ -160,7 +160,9 @@ def _squared_error_trace(output: Tensor, target: Tensor, gradient: Tensor) -> Te
         return None
     error = output.double() - target.reshape(output.shape).double()
     slope = (gradient * error).sum() / (error * error).sum()
-    rounding = _TOLERANCE * slope * (output.abs() + target.reshape(output.shape).abs())
+    # of the difference, and of what it is one of: targets far from zero must not make any loss look like this one
+    size = output.abs() + target.reshape(output.shape).abs()
+    rounding = slope * (_TOLERANCE * error.abs() + 8 * torch.finfo(output.dtype).eps * size)
     if not bool(((gradient - slope * error).abs() <= rounding).all()):
         return None
     return slope.expand(len(output)) * (output.numel() // len(output))

@@ -256,7 +256,11 @@ def general_rule(
             f"{type(module).__name__} has no layer rule and cannot be run one sample at a time ({_first_line(error)}): "
             f"freeze its parameters or give it a rule with hydra_pipe.register_rule"
         ) from error
-    return {name: gradient.detach().flatten(1) for name, gradient in gradients.items()}
+    # where nothing is to be done a row is the gradient at the output itself (x + b in a batch of one), and that may be what
+    # autograd puts into `.grad`, which the loop then clips
+    storage = grad_output.untyped_storage().data_ptr()
+    owned = {n: g.clone() if g.untyped_storage().data_ptr() == storage else g for n, g in gradients.items()}
+    return {name: gradient.detach().flatten(1) for name, gradient in owned.items()}
 
 
 # From the gradient at a module's output to that of its parameters.

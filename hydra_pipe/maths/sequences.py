@@ -43,12 +43,18 @@ def sequence_rows(
         Rows of shape (batch, numel) by name.
 
     Raises:
-        LayerError: it was called with something that cannot be taken apart, such as a packed sequence.
+        LayerError: it was called with something that cannot be taken apart, such as a packed sequence; or it draws dropout.
     """
     everything = [*args, *kwargs.values()]
     if any(isinstance(x, nn.utils.rnn.PackedSequence) for x in everything):
         raise LayerError(
             f"{type(module).__name__} was given a packed sequence, which cannot be split by sample: give padded tensors"
+        )
+    # between layers: a recurrent module of one layer draws none
+    if module.training and module.dropout and getattr(module, "num_layers", 2) > 1:
+        raise LayerError(
+            f"{type(module).__name__} has dropout={module.dropout}, which is drawn inside of it and cannot be drawn again for "
+            f"each sample: make it with dropout=0, and put nn.Dropout beside it"
         )
     replica = replica_of(module)
     others = {name: value.detach() for name, value in module.named_parameters()}

@@ -47,10 +47,8 @@ class Sketch:
         in_runs = rows.reshape(len(rows), -1, self._run)
         return in_runs.index_select(1, self._order).flatten(1)
 
-    def signs(self, weight: Tensor | None = None) -> Tensor:
-        """What the coordinates are multiplied by, in the sketch's order: their signs, times `weight` (n elements) if given."""
-        if weight is None:
-            return self._sign
+    def signs(self, weight: Tensor) -> Tensor:
+        """The signs of the coordinates times `weight` (n elements), in the sketch's order, on its device."""
         if self._order.device != weight.device:
             self._order, self._sign = self._order.to(weight.device), self._sign.to(weight.device)
         return self._sign * self._in_order(weight.reshape(1, -1))

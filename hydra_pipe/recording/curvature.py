@@ -75,7 +75,8 @@ class CurvatureWatch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 out = column[seen.first : end]
                 self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, told))
-                self._waiting_bytes += seen.output.nbytes
+                # of a view all that it is a view of stays in memory
+                self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
         if self._waiting_bytes > _WAITING_BYTES:
             self.settle()

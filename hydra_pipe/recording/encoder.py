@@ -119,7 +119,7 @@ class RowEncoder:
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
         norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
         columns, norms, sums = [], [], []
-        signs = self._sketches[index].signs(root) if index in self._sketches else None
+        signs = self._sketches[index].signs(root) if root is not None and index in self._sketches else None
         for rows in self._pieces(index, value):
             columns.append(self._in_columns(index, rows, root, signs))
             if root is not None and norm is None:
@@ -138,7 +138,7 @@ class RowEncoder:
         return value.pieces() if index in self._sketches and value.given_right is not None else (value.rows(),)
 
     def _in_columns(self, index: int, rows: Tensor, root: Tensor | None, signs: Tensor | None) -> Tensor:
-        if signs is not None:
+        if index in self._sketches:
             return self._sketches[index](rows, signs)
         return rows if root is None else rows * root.flatten()
 

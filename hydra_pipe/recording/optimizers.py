@@ -1,6 +1,6 @@
 """What the sweep needs to know of an optimiser, read at each step just before it acts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,20 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
             f"it yours with hydra_pipe.register_rule_of_optimizer"
         )
     return rule
+
+
+def leaves_out_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this optimizer.step() will change nothing: a gradient scaler tells a fused optimiser so, and calls it."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def gradients_in_use(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`gradients` as the step will use them: a fused optimiser divides by the scale of a gradient scaler itself."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return list(gradients)
+    return [None if g is None else g.detach() / scale.to(g) for g in gradients]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import (
     DataError,
-    HydraError,
     RecordError,
     RunError,
 )
@@ -26,7 +25,7 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.joint import JointSteps, without_step
-from hydra_pipe.recording.optimizers import check_optimizer, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.ranks import Ranks, unwrapped
@@ -189,7 +188,7 @@ class Recorder:
                 model.
 
         Yields:
-            A note whose `loss` the loop may set.
+            A note whose `loss` the loop may set, before optimizer.step(): the first step is written by then.
 
         Raises:
             RecordError: no optimizer.step() within the block, or ids that are not those of the batch.
@@ -292,7 +291,8 @@ class Recorder:
             output: what the model has returned, shape (batch, ...).
             target: shape (batch, ...).
         """
-        self._curvature.tell(loss, output, target)
+        if not self._closed and output.requires_grad:  # what comes of no training is waited for in vain, with all its memory
+            self._curvature.tell(loss, output.detach(), target)
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop's own checkpoint has to hold for `load_state_dict`; everything recorded so far is safe on the disk.
@@ -468,10 +468,13 @@ class Recorder:
             return
         self._ended = True
         if not self._closed:
-            with suppress(HydraError):  # the first error is the one to tell; this one most often is the same
+            # the first error is the one to tell, whatever comes of a disk, or of the user's loss that is called here
+            with suppress(Exception):
+                self._curvature.settle()
+            with suppress(Exception):
                 if self._joint is None:
                     self._flush()
-            with suppress(HydraError):
+            with suppress(Exception):
                 self._release()
         self._output.fail(error)
 
@@ -482,6 +485,8 @@ class Recorder:
         self._output.close()
 
     def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if leaves_out_step(self._optimizer):
+            return  # as if it had not been called, which is what a scaler does with any other optimiser
         try:
             if self._joint is not None and self._in_step and self.n_steps > self._n_ended:
                 self._end_step(taken=True)  # an earlier one of the same `step`
@@ -532,9 +537,9 @@ class Recorder:
 
     def _flush(self) -> None:
         """Check and write the steps that wait; several ranks meet here. Raises: the error of the first that cannot be recorded."""
+        self._curvature.settle()  # first: it may call a loss of the user's, which may raise, and the steps are good all the same
         waiting = [(note.loss, values) for note, values in self._pending]
         self._pending = []
-        self._curvature.settle()
         with torch.no_grad():
             if self._joint is not None:
                 checked, waiting, error = self._joint.meet(self._slab, waiting)

@@ -28,6 +28,8 @@ from hydra_pipe.store.table import TableWriter
 SLAB_BYTES = 8 * 2**20
 # A step that cannot be recorded is told this many steps later at most.
 SLAB_STEPS = 16
+# Places of a batch that are remembered: more than batches of one size have, with a shorter one at the end of each epoch.
+_MOST_VIEWS = 4 * SLAB_STEPS
 
 # A difference between rows and gradient beyond rounding, relative to the summed norms of the rows.
 IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -209,6 +211,8 @@ class Slab:
         key = (rows.start, rows.stop)
         views = self._views.get(key)
         if views is None:
+            if len(self._views) >= _MOST_VIEWS:  # batches of ever other sizes: each place would be kept for the whole run
+                self._views.clear()
             views = self._views[key] = [self.features[rows, columns] for columns in self._encoder.part_columns]
         return views
 

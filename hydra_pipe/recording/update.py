@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import RecordError
-from hydra_pipe.recording.optimizers import OptimizerRule
+from hydra_pipe.recording.optimizers import OptimizerRule, gradients_in_use
 from hydra_pipe.store.gradients import GROUP_COLUMNS
 
 
@@ -45,7 +45,7 @@ class UpdateReader:
         gradients = [p.grad for p in self._group_of]
         if all(g is None for g in gradients):
             raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
-        return gradients
+        return gradients_in_use(self._optimizer, gradients)
 
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """The step's line of the step tables by parameter group and by block; `gradients` are those in use."""

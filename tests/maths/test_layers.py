@@ -675,3 +675,10 @@ def test_embeddings_that_count_across_samples_are_refused(options: dict[str, boo
     module = nn.Embedding(4, 2, **options)
     with pytest.raises(LayerError, match="scale_grad_by_freq or sparse=True cannot be recorded"):
         rule_for(module)(module, (torch.zeros(3, dtype=torch.long),), {}, torch.ones(3, 2), ["weight"])
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
+def test_the_norms_of_factors_in_half_precision_neither_overflow_nor_vanish(size: float) -> None:
+    left, right = torch.full((2, 3, 4), size, dtype=torch.float16), torch.full((2, 3, 5), 300.0, dtype=torch.float16)
+    expected = left.double().norm(dim=(1, 2)) * right.double().norm(dim=(1, 2))
+    torch.testing.assert_close(Factors(left, right).norms().double(), expected, rtol=1e-3, atol=0.0)

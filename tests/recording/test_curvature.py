@@ -1,5 +1,6 @@
 """rho of every row against the Hessian of each sample's loss in the model's output, float64, one sample at a time."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 
 import hydra_pipe
 from hydra_pipe import Recorder
+from hydra_pipe.maths.curvature import curvature_weights
+from hydra_pipe.recording.capture import SeenOutput
+from hydra_pipe.recording.curvature import CurvatureWatch
 
 N = 8
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -258,3 +262,49 @@ def test_an_output_of_many_coordinates_has_an_unbiased_trace() -> None:
     (gradient,) = torch.autograd.grad(quadratic(leaf, leaf).mean(), leaf)
     found = curvature_weights(quadratic, output, torch.zeros(3), gradient, 3)
     np.testing.assert_allclose(found, oracle(quadratic, output, torch.zeros(3)), rtol=1e-2)
+
+
+def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
+    model, (inputs, targets) = mlp(), images(N, 1).tensors
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=N)
+    told = []
+
+    def tell() -> None:
+        output = model(inputs)
+        recorder.tell_loss(squared, output, targets)
+        told.append(weakref.ref(output))
+
+    with recorder.step(range(N)):
+        cross_entropy(model(inputs), targets).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        tell()  # an evaluation by the function that the loop trains with
+    recorder.close()
+    tell()
+    assert [output() for output in told] == [None, None]
+    assert recorder._curvature._told == []
+
+
+def test_outputs_that_are_views_are_counted_with_all_that_they_keep_in_memory() -> None:
+    whole = torch.randn(N, 40000, 4)  # 5 MiB, of which 128 bytes are the output
+    watch = CurvatureWatch()
+    column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], N)
+    assert not watch._waiting
+    assert len(column) == N
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_targets_far_from_zero_do_not_make_another_loss_look_like_squared_error(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = offset + torch.randn(N, 1, generator=generator)
+    output = target + torch.randn(N, 1, generator=generator) / 20
+
+    def weights(loss: Loss) -> np.ndarray:
+        leaf = output.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, target).mean(), leaf)
+        return curvature_weights(loss, output, target, gradient, N)
+
+    assert not weights(lambda o, y: sums((o - y).abs())).any()  # piecewise linear
+    squares = weights(lambda o, y: sums((o - y) ** 2))
+    np.testing.assert_allclose(squares, 2 / (4 / N * (output - target)[:, 0] ** 2) / N, rtol=1e-4)

@@ -1,5 +1,6 @@
 """Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in between."""
 
+import gc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -138,6 +139,34 @@ def test_a_gradient_scaler_scales_the_step_and_what_it_skips_is_counted(tmp_path
         assert norm == pytest.approx(0.01, rel=1e-3)  # scaled up by 1024 or 512, scaled down, clipped
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizer_that_unscales_by_itself_gives_the_run_of_one_that_does_not(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], tracked: bool
+) -> None:
+    def train(run: Path, *, fused: bool) -> None:
+        model, scaler = mlp(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = kind(model.parameters(), lr=0.01, fused=fused)
+        recorder = Recorder(model, optimizer, run, n_samples=24, encoding="exact", dtype="float32")
+        loader = DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=N)
+        for step, (x, y) in enumerate(recorder.track(loader) if tracked else loader):
+            with nullcontext() if tracked else recorder.step(np.arange(step * N, (step + 1) * N)):
+                optimizer.zero_grad()
+                scaler.scale(cross_entropy(model(x), y).mean() * (float("inf") if step == 1 else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        recorder.close()
+
+    train(tmp_path / "fused", fused=True)
+    train(tmp_path / "plain", fused=False)
+    runs = [hydra_pipe.open_run(tmp_path / name) for name in ("fused", "plain")]
+    for key in ("n_steps", "n_skipped", "n_rows"):
+        assert len({run.info()["stages"]["record"]["facts"][key] for run in runs}) == 1
+    np.testing.assert_allclose(runs[0].steps["gradient_scale"], [1 / 1024, 1 / 512], rtol=1e-6)
+    np.testing.assert_allclose(*(run.steps["gradient_scale"] for run in runs), rtol=1e-6)
+    assert_same_rows(tmp_path / "fused", tmp_path / "plain", 1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: str) -> None:
     def reduced(model, optimizer, x, y) -> None:
@@ -201,3 +230,81 @@ def test_autocast_accumulation_clipping_and_a_skipped_step_together_balance(
     assert facts["worst_imbalance"] < 5e-2
     assert facts["n_curved_rows"] == facts["n_rows"]
     assert np.unique(run.steps["learning_rate"]).size > 2
+
+
+def test_batches_of_ever_other_sizes_leave_nothing_behind(tmp_path: Path) -> None:
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    model, sizes = mlp(), np.random.default_rng(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24, encoding="exact")
+    seen = []
+    for step in range(600):
+        ids = np.arange(sizes.integers(1, 24))
+        with recorder.step(ids):
+            plain(model, optimizer, INPUTS[ids], TARGETS[ids])
+            optimizer.zero_grad()
+        if step in (299, 599):
+            seen.append(live_tensors())
+    recorder.close()
+    assert seen[1] < seen[0] + 300
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_told_loss_that_raises_hides_no_error_loses_no_step_and_leaves_no_hook(tmp_path: Path, own: bool) -> None:
+    def raising(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise TypeError("the loss raised")
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24)
+
+    def train() -> None:
+        for step in range(20):
+            with recorder.step(np.arange(N)):
+                output = model(INPUTS[:N])
+                if step == 3:
+                    recorder.tell_loss(raising, output, TARGETS[:N])
+                output.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if own and step == 4:
+                    raise KeyError("the loop's own")
+
+    with pytest.raises(KeyError if own else TypeError):
+        train()
+    assert not any(module._forward_hooks for module in model.modules())
+    stage = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]
+    assert stage["state"] == "failed"
+    assert stage["facts"]["n_steps"] == (5 if own else 17)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_row_that_is_the_gradient_itself_is_not_clipped_with_it(tmp_path: Path, batch: int) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(1, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) + self.by
+
+    def clipped(model, optimizer, x, y) -> None:
+        cross_entropy(model(x), y).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    model = nn.Sequential(Shift(), nn.Tanh(), nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24, encoding="exact", dtype="float32")
+    for _ in range(2):
+        with recorder.step(np.arange(batch)):
+            clipped(model, optimizer, INPUTS[:batch], TARGETS[:batch])
+            optimizer.zero_grad()
+    recorder.close()
+    scales = hydra_pipe.open_run(tmp_path / "run").steps["gradient_scale"]
+    rows = decoded(tmp_path / "run", slice(0, batch))
+    norm = np.sqrt(sum(((block.sum(0) * scales[0]) ** 2).sum() for block in rows.values()))
+    assert norm == pytest.approx(0.01, rel=1e-3)

@@ -190,3 +190,28 @@ def test_recording_holds_no_graph_after_a_step(tmp_path: Path) -> None:
     recorder.close()
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("MultiheadAttention", nn.TransformerEncoderLayer(WIDTH, 1, 8, batch_first=True, dropout=0.1)),
+        ("GRU", nn.GRU(WIDTH, 7, num_layers=2, dropout=0.1, batch_first=True)),
+    ],
+)
+def test_dropout_drawn_inside_of_a_sequence_module_is_refused_by_name(tmp_path: Path, name: str, module: nn.Module) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = module, nn.LazyLinear(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.net(x)
+            return self.head((output if isinstance(output, Tensor) else output[0])[:, -1])
+
+    built = pipeline("GRU")
+    model = Dropping()
+    model(built.train.tensors[0][:2])
+    built.model, built.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(hydra_pipe.HydraError, match=rf"{name} has dropout=0.1, .* make it with dropout=0"):
+        hydra_pipe.record(built, tmp_path / "run")
