@@ -57,8 +57,7 @@ def sequence_rows(
             f"each sample: make it with dropout=0, and put nn.Dropout beside it"
         )
     replica = replica_of(module)
-    others = {name: value.detach() for name, value in module.named_parameters()}
-    own = {name: others.pop(name).requires_grad_() for name in wanted}
+    others, own = _tensors(module, wanted)
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     devices = [p.device for p in own.values() if p.is_cuda][:1]
     with torch.enable_grad(), torch.random.fork_rng(devices):
@@ -73,8 +72,7 @@ def sequence_rows(
                 if gradient is not None
             ]
             gradients = torch.autograd.grad([x for x, _ in pairs], list(own.values()), [g for _, g in pairs], allow_unused=True)
-            for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
-                rows[name].append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten())
+            _append(rows, own, gradients)
     return {name: torch.stack(samples).detach() for name, samples in rows.items()}
 
 
@@ -101,10 +99,7 @@ def several_rows(
             f"gradient cannot be split by sample"
         )
     replica = replica_of(module)
-    # the replay may change buffers: its own
-    others = {name: value.detach() for name, value in module.named_parameters()}
-    others |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-    own = {name: others.pop(name).requires_grad_() for name in wanted}
+    others, own = _tensors(module, wanted)
     devices = [p.device for p in own.values() if p.is_cuda][:1]
     rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
     with torch.enable_grad(), torch.random.fork_rng(devices):
@@ -121,9 +116,22 @@ def several_rows(
                 part[i] = gradient[i]
             parameters = list(own.values())
             gradients = torch.autograd.grad([x for x, _ in used], parameters, alone, retain_graph=True, allow_unused=True)
-            for (name, parameter), row in zip(own.items(), gradients, strict=True):
-                rows[name].append(torch.zeros_like(parameter).flatten() if row is None else row.flatten())
+            _append(rows, own, gradients)
     return {name: torch.stack(samples).detach() for name, samples in rows.items()}
+
+
+def _tensors(module: nn.Module, wanted: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For a replay of `module`: what it is to use as it is, and the parameters `wanted`, whose gradients are to be taken."""
+    others = {name: value.detach() for name, value in module.named_parameters()}
+    own = {name: others.pop(name).requires_grad_() for name in wanted}
+    # the replay may change buffers: its own
+    return others | {name: buffer.clone() for name, buffer in module.named_buffers()}, own
+
+
+def _append(rows: Mapping[str, list[Tensor]], own: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add a sample's gradients to the rows: zeros where there is none."""
+    for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
+        rows[name].append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten())
 
 
 _ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")

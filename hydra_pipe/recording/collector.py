@@ -119,9 +119,9 @@ class Collector:
     def outputs(self) -> Sequence[SeenOutput]:
         """What the passes of the present step were at the model's output, in the places that their rows will have."""
         portions = self.portions
-        seen = [o for o in self._capture.outputs if any(p.first <= o.first < p.stop for p in portions)]
+        seen = [o for o in self._capture.outputs if any(p.holds(o.first) for p in portions)]
         place = _places(portions)
-        return [replace(o, first=place(o.first)) for o in seen]
+        return seen if place is None else [replace(o, first=place(o.first)) for o in seen]
 
     def group_of(self, index: int) -> dict[str, Any]:
         """The optimiser's group of block `index`."""
@@ -156,7 +156,7 @@ class Collector:
             batch = sum(len(p.samples) for p in portions)
             slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0)
             self._reduce_waiting(encoder, gradients if at_step else None)
-            self._close_ranks(portions)
+            self._move_up(portions)
             slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
         self._reduced = {}
         return slab
@@ -212,8 +212,8 @@ class Collector:
     def _collect(self, index: int, contribution: Contribution, first: int) -> None:
         backward = torch._C._current_graph_task_id()
         portion = self._portions[-1] if self._portions else None
-        if portion is None or not portion.first <= first < portion.stop:
-            portion = next((p for p in reversed(self._portions) if p.first <= first < p.stop), None)
+        if portion is None or not portion.holds(first):
+            portion = next((p for p in reversed(self._portions) if p.holds(first)), None)
         if portion is None:
             return  # of a portion that was dropped: the books tell if its gradient is used after all
         if not portion.seen:
@@ -244,13 +244,13 @@ class Collector:
         self._waiting, self._reduced = {}, {}
         # the output's hook comes before all others: what is there may be of the pass that has found this out
         outputs = self._capture.outputs
-        self._capture.outputs = [o for o in outputs if any(p.first <= o.first < p.stop for p in self._portions)]
+        self._capture.outputs = [o for o in outputs if any(p.holds(o.first) for p in self._portions)]
         self.n_dropped += 1
 
-    def _close_ranks(self, portions: Sequence[Portion]) -> None:
+    def _move_up(self, portions: Sequence[Portion]) -> None:
         """Move what was collected to where it is without the portions that do not take part."""
         place = _places(portions)
-        if any(place(p.first) != p.first for p in portions):
+        if place is not None:
             self._reduced = {index: [replace(r, first=place(r.first)) for r in given] for index, given in self._reduced.items()}
 
     def _reduce_waiting(self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None) -> None:
@@ -269,10 +269,12 @@ class Collector:
         return RowEncoder(layout, preconditioned=self._rule.preconditioned)
 
 
-def _places(portions: Sequence[Portion]) -> Callable[[int], int]:
-    """From a place in the step as it was collected to that without the portions that do not take part."""
+def _places(portions: Sequence[Portion]) -> Callable[[int], int] | None:
+    """From a place in the step as it was collected to that without the portions that do not take part; None: all are in place."""
     firsts = [p.first for p in portions]
     starts = [0, *accumulate(len(p.samples) for p in portions)]
+    if firsts == starts[:-1]:
+        return None
 
     def place(first: int) -> int:
         at = bisect_right(firsts, first) - 1

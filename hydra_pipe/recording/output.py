@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from hydra_pipe.errors import RecordError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.joint import Pending
-from hydra_pipe.recording.ranks import Ranks
+from hydra_pipe.recording.ranks import Ranks, is_first, together
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
@@ -52,15 +52,6 @@ class Output:
         self.n_tests = 0
         self._n_labels: dict[str, int] = {}
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
-        return self._ranks is None or self._ranks.rank == 0
-
-    def together(self) -> AbstractContextManager[None]:
-        """A block that all ranks run; what is raised in it on one is raised on all."""
-        return nullcontext() if self._ranks is None else self._ranks.together()
-
     def of_ranks(self, count: int) -> list[int]:
         """`count` of every rank. Collective."""
         return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
@@ -71,8 +62,8 @@ class Output:
             return self.writer
         if self._ranks is not None:
             self._ranks.require_same({"dtype": dtype})  # which each has chosen by itself
-        with self.together():
-            if self.is_first:
+        with together(self._ranks):
+            if is_first(self._ranks):
                 directory = RunDirectory.open_or_none(self.path)
                 if directory is not None:
                     directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
@@ -82,7 +73,7 @@ class Output:
                 self.writer = self._part_of_store(layout, dtype, directory.run_id)
         if self._ranks is not None:
             self._run_id = self._ranks.gather_text(self._run_id or "")[0]
-            with self.together():
+            with together(self._ranks):
                 self.writer = self.writer or self._part_of_store(layout, dtype, self._run_id)
         assert self.writer is not None
         return self.writer
@@ -128,7 +119,7 @@ class Output:
     def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
         """Put everything on the disk, and say what is there. Collective; all ranks get the same. Raises: StoreError."""
         writer = self.writer
-        with self.together():
+        with together(self._ranks):
             if writer is not None:
                 writer.sync()
         state = RecorderState(
@@ -160,15 +151,15 @@ class Output:
             RunError, StoreError: see `open_to_go_on`.
         """
         if wanted.run_id is not None:
-            with self.together():
+            with together(self._ranks):
                 directory, store = open_to_go_on(
                     self.path, wanted, self._settings, n_groups=self._n_groups, preconditioned=self._preconditioned
                 )
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)
-            with self.together():
+            with together(self._ranks):
                 self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
-                if self.is_first:
+                if is_first(self._ranks):
                     directory.begin(RECORD, self._settings)
                     self._directory = directory
             self._run_id = wanted.run_id
@@ -192,13 +183,13 @@ class Output:
         Raises:
             RecordError: nothing was recorded. StoreError: writing failed.
         """
-        with self.together():
+        with together(self._ranks):
             if self.writer is None:
                 raise RecordError("nothing was recorded: no step was taken")
             rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # the end waits for the writer whatever it is
             close()
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
-        with self.together():
+        with together(self._ranks):
             if self._directory is not None:
                 self._directory.end(
                     RECORD,

@@ -36,6 +36,10 @@ class Portion:
         """One past its last place in the step."""
         return self.first + len(self.samples)
 
+    def holds(self, place: int) -> bool:
+        """Whether that place in the step is one of its samples'."""
+        return self.first <= place < self.stop
+
     @property
     def of_pass(self) -> tuple[int, int]:
         """Place in the step of the first sample of the present pass, and the pass's samples."""

@@ -5,7 +5,7 @@ Every method here is collective: all ranks call it at the same point, or they wa
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,16 @@ def n_processes() -> int:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that DistributedDataParallel wraps, or `model` itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_first(ranks: "Ranks | None") -> bool:
+    """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
+    return ranks is None or ranks.rank == 0
+
+
+def together(ranks: "Ranks | None") -> AbstractContextManager[None]:
+    """A block that all ranks run; what is raised in it on one is raised on all."""
+    return nullcontext() if ranks is None else ranks.together()
 
 
 class Ranks:

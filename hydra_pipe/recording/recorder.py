@@ -28,7 +28,7 @@ from hydra_pipe.recording.joint import JointSteps, without_step
 from hydra_pipe.recording.optimizers import check_optimizer, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
-from hydra_pipe.recording.ranks import Ranks, unwrapped
+from hydra_pipe.recording.ranks import Ranks, is_first, together, unwrapped
 from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
 from hydra_pipe.recording.slab import Slab
 from hydra_pipe.recording.state import RecorderState
@@ -113,7 +113,7 @@ class Recorder:
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
         self._model, self._optimizer = unwrapped(model), optimizer
         self.path = Path(run)
-        with self._together():
+        with together(self._ranks):
             check_options(encoding, dim, dtype)
             if n_samples < 1:
                 raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
@@ -128,8 +128,8 @@ class Recorder:
         if self._ranks is not None:
             all_settings["n_ranks"] = self._ranks.size
             self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | all_settings)
-        with self._together():
-            if (self._ranks is None or self._ranks.rank == 0) and not needs_recording(run, all_settings, overwrite=overwrite):
+        with together(self._ranks):
+            if is_first(self._ranks) and not needs_recording(run, all_settings, overwrite=overwrite):
                 raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
         self._output = Output(
             self.path,
@@ -157,10 +157,6 @@ class Recorder:
         hold = self._joint.hold if self._joint is not None else None
         self._collector = Collector(self._model, optimizer, self._rule, trained, encoding, dim, seed, dtype, hold)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
-
-    def _together(self) -> AbstractContextManager[None]:
-        """A block that all ranks run; what is raised in it on one is raised on all."""
-        return nullcontext() if self._ranks is None else self._ranks.together()
 
     def _holding(self) -> AbstractContextManager[None]:
         """A block in the middle of a step: with several ranks, what is raised in it waits until they meet."""
@@ -247,7 +243,7 @@ class Recorder:
             DataError: its dataset has another number of samples.
         """
         self._check_open()
-        with self._together():
+        with together(self._ranks):
             tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding)
         self._tracks = True
         return tracked
@@ -311,7 +307,7 @@ class Recorder:
             StoreError: writing failed.
         """
         self._check_open()
-        with self._together():
+        with together(self._ranks):
             waiting = 0 if self._in_step else self._collector.n_waiting
             if self._in_step or waiting:
                 raise RecordError(
@@ -344,7 +340,7 @@ class Recorder:
             StoreError: the run is damaged, or lacks rows that the state counts.
         """
         self._check_open()
-        with self._together():
+        with together(self._ranks):
             if self.n_steps or self._output.writer is not None or any(p.live for p in self._collector.portions):
                 raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
             wanted = RecorderState.from_dict(state)
@@ -416,8 +412,8 @@ class Recorder:
             n_tests, worst = 0, 0.0
             # a loader draws from the global generator, which the training goes on with
             devices = list({p.device for p in self._parameters if p.is_cuda})
-            with self._together(), self._collector.set_aside(), torch.random.fork_rng(devices):
-                if self._output.is_first:
+            with together(self._ranks), self._collector.set_aside(), torch.random.fork_rng(devices):
+                if is_first(self._ranks):
                     n_tests, labels, worst = record_test_gradients(
                         self._model, self._collector, writer, self.n_steps, batches, loss, labels
                     )
@@ -458,7 +454,7 @@ class Recorder:
         self._ended = True
 
     def _end(self) -> None:
-        if self._sample_labels is not None and self._output.is_first:
+        if self._sample_labels is not None and is_first(self._ranks):
             self._output.write_labels(names.TRAIN_LABELS, self._sample_labels)
         self._release()
 
