@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
 from hydra_pipe.store.relevance import open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
@@ -18,6 +18,7 @@ from hydra_pipe.store.verify import methods_of
 
 if TYPE_CHECKING:
     import xarray
+    import zarr
 
 
 def open_run(run: str | os.PathLike[str]) -> "Run":
@@ -71,6 +72,12 @@ class Run:
 
     def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
         """The relevance on disk, (sample, test) float32, read as it is sliced. Raises: RunError: not computed."""
+        import zarr  # takes half a second, which nobody else here needs
+
+        array = self._relevance(method)
+        return zarr.open_array(zarr.storage.LocalStore(array.path, read_only=True), mode="r", zarr_format=3)
+
+    def _relevance(self, method: str) -> Array:
         if method not in self.methods:
             raise RunError(
                 f"{self.path} has no relevance of method {method} (it has {', '.join(self.methods) or 'none'}): run "
@@ -90,7 +97,7 @@ class Run:
             RunError: it was not computed.
             StoreError: it is damaged.
         """
-        array = self.relevance_array(method)
+        array = self._relevance(method)
         values = read_relevance(array, slice(None))
         try:
             import xarray

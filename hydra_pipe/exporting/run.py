@@ -5,21 +5,21 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_tests
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import open_relevance, read_relevance
-from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage, remove
+from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
@@ -89,7 +89,7 @@ def export_run(
 class _Export:
     target: Path
     gradients: Gradients
-    relevance: zarr.Array[Any]
+    relevance: Array
     meta: dict[str, str]
     top: int
     full: bool

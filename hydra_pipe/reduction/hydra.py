@@ -20,7 +20,7 @@ from hydra_pipe.reduction.scores import TestBlock, decode_tests, score_rows
 from hydra_pipe.reduction.segments import segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import open_for_writing
+from hydra_pipe.store.relevance import open_relevance, write_relevance
 
 Floats = NDArray[np.float32]
 
@@ -142,4 +142,4 @@ def _write(relevance: Path, method: str, tests: tuple[int, int], partials: list[
     for more in partials[1:]:
         # a new array each time would be cleaner to look at and cost one more matrix of memory
         np.add(total, more, out=total)
-    open_for_writing(relevance, method)[:, slice(*tests)] = total
+    write_relevance(open_relevance(relevance, method), 0, tests[0], total)

@@ -13,10 +13,11 @@ from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES, ReductionInput
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.hydra import Source, StepWeights, relevance_graph, row_weights
 from hydra_pipe.store import names
+from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import create_relevance
 from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage, remove
+from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
 from hydra_pipe.units import format_bytes, parse_bytes, resident_bytes
 
 METHODS = ("hydra",)
@@ -76,7 +77,8 @@ def reduce_run(
     directory.begin(stage, settings)
     start = time.monotonic()
     relevance = directory.path / names.RELEVANCE
-    create_relevance(relevance, method, n_samples, given.n_tests, directory.run_id)
+    tests_at_once = plan.test_blocks[0][1]
+    create_relevance(relevance, method, (n_samples, given.n_tests), tests_at_once, directory.run_id)
     progress.say(_describe(given, plan))
     source = Source(gradients.path, checkpoint, n_samples)
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hydra_pipe.store import names
-from hydra_pipe.store.run import replace_file
+from hydra_pipe.store.files import replace_file
 
 
 def save_final(directory: Path, model: nn.Module) -> str:
@@ -16,5 +16,5 @@ def save_final(directory: Path, model: nn.Module) -> str:
     content = io.BytesIO()
     torch.save(model.state_dict(), content)
     directory.mkdir(exist_ok=True)
-    replace_file(directory / names.FINAL_CHECKPOINT, content.getvalue())
+    replace_file(directory / names.FINAL_CHECKPOINT, [content.getvalue()])
     return hashlib.sha256(content.getvalue()).hexdigest()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
@@ -15,7 +14,7 @@ from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import damage_named, get_array, get_group, missing_chunks, open_group
+from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, joined, read_array
 
 NO_GOING_ON = "load an earlier state, or record the run again"
@@ -68,14 +67,14 @@ class Gradients:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._root = open_group(path, ROWS_UNREADABLE)
-        if self._root.attrs.get(names.KIND) != "gradients":
+        self._root = Group.open(path, ROWS_UNREADABLE)
+        if self._root.attributes.get(names.KIND) != "gradients":
             raise StoreError(f"{path} is a Zarr store, but not one that hydra-pipe wrote")
-        layout = self._root.attrs.get(names.LAYOUT)
+        layout = self._root.attributes.get(names.LAYOUT)
         if not isinstance(layout, dict):
             raise StoreError(f"{path} has no block directory: {ROWS_UNREADABLE}")
         self.layout = Layout.from_json(layout)
-        self._columns: dict[str, zarr.Array[Any]] = {}
+        self._columns: dict[str, Array] = {}
         self._parts = self._groups_of_parts()
         self.rows = Rows(self._parts)
         if self.rows.widths != {self.layout.n_features}:
@@ -83,11 +82,11 @@ class Gradients:
                 f"rows of {path} have {sorted(self.rows.widths)} features, not {self.layout.n_features}: {ROWS_UNREADABLE}"
             )
 
-    def _groups_of_parts(self) -> list[zarr.Group]:
-        n_ranks = self._root.attrs.get(names.N_RANKS)
+    def _groups_of_parts(self) -> list[Group]:
+        n_ranks = self._root.attributes.get(names.N_RANKS)
         if n_ranks is None:
             return [self._root]
-        groups = [get_group(self._root, names.rank_name(rank)) for rank in range(n_ranks)] if isinstance(n_ranks, int) else []
+        groups = [self._root.group(names.rank_name(rank)) for rank in range(n_ranks)] if isinstance(n_ranks, int) else []
         found = [group for group in groups if group is not None]
         if not found or len(found) != n_ranks:
             raise StoreError(f"{self.path} has the rows of {len(found)} processes, {n_ranks} recorded: {ROWS_UNREADABLE}")
@@ -101,20 +100,20 @@ class Gradients:
     @property
     def run_id(self) -> str:
         """Of the run that wrote it."""
-        return str(self._root.attrs.get(names.RUN_ID))
+        return str(self._root.attributes.get(names.RUN_ID))
 
     @property
     def n_groups(self) -> int:
         """Parameter groups of the optimiser."""
-        return int(get_array(self._root, f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1])
+        return int(self._root.array(f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1])
 
     def check_kept(self, kept: Kept) -> None:
         """Refuse to go on where something of `kept` is not there. Raises: StoreError."""
         for name, count in self.expected_rows(kept.part_rows, kept.n_steps, 0).items():
-            array = get_array(self._root, name)
+            array = self._root.array(name)
             if array.shape[0] < count:
                 raise StoreError(f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}")
-            if n := missing_chunks(array):
+            if n := array.missing_files():
                 raise StoreError(f"{self.path}/{name} lacks {n} chunk files: {NO_GOING_ON}")
         if lost := set(kept.tests) - set(self.test_steps()):
             raise StoreError(f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}")
@@ -147,13 +146,13 @@ class Gradients:
     def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
         return joined(lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows)
 
-    def _array(self, name: str, part: int | None = None) -> zarr.Array[Any]:
+    def _array(self, name: str, part: int | None = None) -> Array:
         """Array `name` of the store, or of one part of it, opened once."""
         group = self._root if part is None else self._parts[part]
-        key = f"{group.path}/{name}"
+        key = str(group.path / name)
         array = self._columns.get(key)
         if array is None:
-            array = self._columns[key] = get_array(group, name)
+            array = self._columns[key] = group.array(name)
         return array
 
     @property
@@ -189,12 +188,12 @@ class Gradients:
     @property
     def preconditioned(self) -> bool:
         """Whether rows and test gradients are times the root of the optimiser's preconditioner."""
-        return bool(self._root.attrs.get(names.PRECONDITIONED, False))
+        return bool(self._root.attributes.get(names.PRECONDITIONED, False))
 
     def test_steps(self) -> list[int]:
         """Steps at which test gradients were taken, in order."""
-        group = get_group(self._root, names.TEST)
-        return sorted(int(name) for name in group.group_keys()) if group is not None else []
+        group = self._root.group(names.TEST)
+        return sorted(int(name) for name in group.group_names()) if group is not None else []
 
     def test_rows(self, step: int) -> Rows:
         """Test gradients taken after `step` steps. Raises: StoreError: there are none."""
@@ -202,31 +201,29 @@ class Gradients:
 
     def test_losses(self, step: int) -> NDArray[np.float32]:
         """Loss of each test sample after `step` steps."""
-        return np.asarray(get_array(self._test_group(step), names.LOSS)[:])
+        return read_array(self._test_group(step).array(names.LOSS), slice(None))
 
-    def _test_group(self, step: int) -> zarr.Group:
-        group = get_group(self._root, f"{names.TEST}/{names.checkpoint_name(step)}")
+    def _test_group(self, step: int) -> Group:
+        group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
         if group is None:
             raise StoreError(f"{self.path} has no test gradients of step {step}: it has those of {self.test_steps()}")
         return group
 
     def labels(self, which: str) -> NDArray[Any] | None:
         """Labels of the samples or test samples: int64, or str where they were named; None where unknown."""
-        group = get_group(self._root, names.LABELS)
-        if group is None or which not in group:
+        group = self._root.group(names.LABELS)
+        if group is None or not (group.path / which).is_dir():
             return None
-        array = get_array(group, which)
-        with damage_named(array.store_path, "labels are not readable"):
-            codes = np.asarray(array[:])
-        label_names = array.attrs.get(names.LABEL_NAMES)
+        array = group.array(which)
+        with damage_named(array.path, "labels are not readable"):
+            codes = array.read()
+        label_names = array.attributes.get(names.LABEL_NAMES)
         return codes if label_names is None else np.asarray(label_names)[codes]
 
-    def arrays(self) -> Iterator[tuple[str, zarr.Array[Any]]]:
+    def arrays(self) -> Iterator[tuple[str, Array]]:
         """Every array of the store with its name, for those who check or measure all of it."""
-        with damage_named(self.path, ROWS_UNREADABLE):
-            members = sorted(name for name, found in self._root.members(max_depth=None) if isinstance(found, zarr.Array))
-        for name in members:
-            yield name, get_array(self._root, name)
+        for name in self._root.array_names():
+            yield name, self._root.array(name)
 
     def expected_rows(self, part_rows: Sequence[int], n_steps: int, n_tests: int) -> dict[str, int]:
         """Every array that a finished recording must have, and its length."""
@@ -243,4 +240,4 @@ class Gradients:
 
     def missing(self) -> list[str]:
         """Arrays of which chunks are not there."""
-        return [f"{name} lacks {n} chunk files" for name, array in self.arrays() if (n := missing_chunks(array)) > 0]
+        return [f"{name} lacks {n} chunk files" for name, array in self.arrays() if (n := array.missing_files()) > 0]

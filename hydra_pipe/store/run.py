@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.store import names
+from hydra_pipe.store.files import remove, replace_file
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -178,7 +178,7 @@ class RunDirectory:
             "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self.stages.items()},
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path / names.MANIFEST, json.dumps(data, indent=2).encode() + b"\n")
+        replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
 
     def clear(self) -> None:
         """Remove everything hydra-pipe has put into the directory, and nothing else."""
@@ -186,41 +186,6 @@ class RunDirectory:
         self.forget(*list(self.stages))
         for name in names.OWNED:
             remove(self.path / name)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step, safe on the disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or the names in a directory, are safe on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(path: Path) -> None:
-    """`sync` a directory and everything in it, if it is there."""
-    for directory, _, files in os.walk(path):
-        for name in files:
-            sync(Path(directory, name))
-        sync(Path(directory))
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory tree, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
@@ -237,5 +202,5 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("hydra-pipe", "torch", "numpy", "zarr", "zarrs", "dask", "pyarrow")
+    packages = ("hydra-pipe", "torch", "numpy", "zarr", "numcodecs", "dask", "pyarrow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store.appender import Appender
-from hydra_pipe.store.arrays import create_array, damage_named, get_array
+from hydra_pipe.store.arrays import Array, Group, damage_named
 
 Buffers = dict[str, NDArray[Any]]
 Allocate = Callable[[tuple[int, ...], str], NDArray[Any]]
@@ -107,7 +106,7 @@ class Column:
         width: second dimension and its name, or None for one value a row.
         chunk_rows: rows of a chunk inside the shard; None: the shard is one chunk.
         chunk_width: columns of a chunk; None: all.
-        shuffle: see `create_array`.
+        shuffle: see `Array.create`.
     """
 
     name: str
@@ -136,7 +135,7 @@ class TableWriter:
 
     def __init__(
         self,
-        group: zarr.Group,
+        group: Group,
         columns: Sequence[Column],
         dimension: str,
         shard_rows: int,
@@ -144,7 +143,7 @@ class TableWriter:
         n_rows: int | None = None,
         allocate: Allocate = np.zeros,
     ) -> None:
-        arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else get_array(group, c.name) for c in columns}
+        arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else group.array(c.name) for c in columns}
         self._arrays = {name: Appender(array) for name, array in arrays.items()}
         self._dtypes = {c.name: c.dtype for c in columns}
         # of arrays that are there as they are there
@@ -162,14 +161,14 @@ class TableWriter:
         if n_rows is not None:
             self._go_on(arrays, n_rows)
 
-    def _go_on(self, arrays: dict[str, zarr.Array[Any]], n_rows: int) -> None:
+    def _go_on(self, arrays: dict[str, Array], n_rows: int) -> None:
         self._filled = n_rows % self._shard_rows
         self._flushed = n_rows - self._filled
         self.n_written = n_rows
         if self._filled:
             for name, array in arrays.items():
-                with damage_named(array.store_path, "the recording cannot go on: record the run again"):
-                    self._current[name][: self._filled] = array[self._flushed : n_rows]
+                with damage_named(array.path, "the recording cannot go on: record the run again"):
+                    self._current[name][: self._filled] = array.read(slice(self._flushed, n_rows))
         for appender in self._arrays.values():
             appender.truncate(n_rows)
 
@@ -265,7 +264,7 @@ class TableWriter:
                 self._writer.check()  # a writer that has failed will never return a buffer
 
 
-def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) -> zarr.Array[Any]:
+def _create(group: Group, column: Column, dimension: str, shard_rows: int) -> Array:
     chunk_rows = column.chunk_rows or shard_rows
     if column.width is None:
         chunks: tuple[int, ...] = (chunk_rows,)
@@ -278,9 +277,8 @@ def _create(group: zarr.Group, column: Column, dimension: str, shard_rows: int) 
         chunks = (chunk_rows, chunk_width)
         shape, dimensions = (0, width), (dimension, name)
         shards = (shard_rows, -(-width // chunk_width) * chunk_width)
-    return create_array(
-        group,
-        column.name,
+    return Array.create(
+        group.path / column.name,
         shape,
         column.dtype,
         dimensions,

@@ -4,15 +4,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import ROTTEN, missing_chunks
+from hydra_pipe.store.arrays import ROTTEN, Array
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import open_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, Stage, export_stage, reduce_stage
@@ -104,15 +102,15 @@ def _check_relevance(run: RunDirectory, method: str, task: Task) -> Iterator[Fau
         yield Fault(where, f"has shape {tuple(array.shape)}, the recording has {expected}: {advice}")
 
 
-def _check_array(where: str, array: zarr.Array, advice: str, task: Task) -> Iterator[Fault]:  # type: ignore[type-arg]
-    missing = missing_chunks(array)
+def _check_array(where: str, array: Array, advice: str, task: Task) -> Iterator[Fault]:
+    missing = array.missing_files()
     if missing:
         yield Fault(where, f"{missing} chunk files are missing: {advice}")
         return
-    step = (array.shards or array.chunks)[0]
+    step = array.file_rows
     for first in range(0, array.shape[0], step):
         try:
-            values = np.asarray(array[first : first + step])
+            values = array.read(slice(first, first + step))
         except ROTTEN as error:
             message = str(error).strip().split("\n")[-1]
             yield Fault(where, f"rows {first} to {min(first + step, array.shape[0])} are damaged ({message}): {advice}")
@@ -142,9 +140,9 @@ def total_bytes(run: RunDirectory) -> int:
     total = 0
     try:
         if run.stages[RECORD].state == "complete":
-            total += sum(array.nbytes for _, array in Gradients(run.path / names.GRADIENTS).arrays())
+            total += sum(array.n_bytes for _, array in Gradients(run.path / names.GRADIENTS).arrays())
         for method in methods_of(run):
-            total += open_relevance(run.path / names.RELEVANCE, method).nbytes
+            total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):
         pass  # told as a fault, by name, in the check itself
     return total

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.geometry import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import create_array, create_group, reopen_group
+from hydra_pipe.store.arrays import METADATA, Array, Group
+from hydra_pipe.store.files import remove, sync, sync_tree
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
-from hydra_pipe.store.run import remove, sync, sync_tree
 from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter
 
 STEP_SHARD_ROWS = 4096
@@ -59,7 +58,7 @@ class GradientsWriter:
         else:
             self._root = _open_shared(path, run_id)
         part_name = names.rank_name(rank) if n_ranks > 1 else ""
-        part = cast("zarr.Group", self._root[part_name]) if part_name else self._root
+        part = self._root.require_group(part_name) if part_name else self._root
         self._paths = list(dict.fromkeys((path / part_name, path)))
         self._writer = BackgroundWriter()
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
@@ -104,8 +103,9 @@ class GradientsWriter:
         """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
         dtype = "float32" if self.dtype == "float32" else "float16"
         geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
-        group = self._root.require_group(names.TEST).create_group(names.checkpoint_name(step), overwrite=True)
-        group.attrs.update({names.STEP: step})
+        path = self._root.require_group(names.TEST).path / names.checkpoint_name(step)
+        remove(path)
+        group = Group.create(path, {names.STEP: step})
         columns = [*_gradient_columns(self.layout, dtype, geometry), Column(names.LOSS, "float32")]
         return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
 
@@ -114,17 +114,17 @@ class GradientsWriter:
 
         Integers are kept as they are; strings as codes, with their names in the attributes.
         """
-        group = self._root.require_group(names.LABELS)
+        path = self._root.require_group(names.LABELS).path / which
         values = np.asarray(labels)
         dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
-        label_names: list[str] | None = None
+        attributes = {}
         if values.dtype.kind not in "iu":
             unique, values = np.unique(values.astype(str), return_inverse=True)
-            label_names = unique.tolist()
-        array = create_array(group, which, values.shape, "int64", (dimension,), (max(1, len(values)),))
-        array[:] = values.astype(np.int64)
-        if label_names is not None:
-            array.attrs.update({names.LABEL_NAMES: label_names})
+            attributes[names.LABEL_NAMES] = unique.tolist()
+        remove(path)
+        array = Array.create(path, values.shape, "int64", (dimension,), (max(1, len(values)),), attributes=attributes)
+        if len(values):
+            array.write_file((0,), values.astype(np.int64))
 
     @property
     def stalls(self) -> Stalls:
@@ -141,7 +141,7 @@ class GradientsWriter:
             for part in (names.TEST, names.LABELS):
                 sync_tree(root / part)
             for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
-                sync(group / "zarr.json")
+                sync(group / METADATA)
                 sync(group)
             sync(root.parent)
             sync(root.parent.parent)
@@ -162,22 +162,22 @@ class GradientsWriter:
         self._writer.drain()
 
 
-def _create(path: Path, attributes: dict[str, Any], n_ranks: int) -> zarr.Group:
-    root = create_group(path)
+def _create(path: Path, attributes: dict[str, Any], n_ranks: int) -> Group:
+    remove(path)
     ranks = {names.N_RANKS: n_ranks} if n_ranks > 1 else {}
-    root.attrs.update({names.KIND: "gradients"} | attributes | ranks)
+    root = Group.create(path, {names.KIND: "gradients"} | attributes | ranks)
     if ranks:
         for rank in range(n_ranks):
-            root.create_group(names.rank_name(rank))
+            root.require_group(names.RANK).require_group(str(rank))
     return root
 
 
-def _open_shared(path: Path, run_id: str) -> zarr.Group:
+def _open_shared(path: Path, run_id: str) -> Group:
     try:
-        root = reopen_group(path)
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        root = Group.open(path, "")
+    except StoreError:
         root = None
-    if root is None or root.attrs.get(names.RUN_ID) != run_id:
+    if root is None or root.attributes.get(names.RUN_ID) != run_id:
         raise StoreError(
             f"{path} is not the store that rank 0 has made: give every rank the same run directory, on a file system that all share"
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store import table as table_module
-from hydra_pipe.store.arrays import ROTTEN, create_group, get_array, missing_chunks, read_checked
+from hydra_pipe.store.arrays import ROTTEN, Array, Group
 from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
 
 COLUMNS = [
@@ -24,7 +24,7 @@ COLUMNS = [
 
 
 def write(path: Path, batches: list[int], shard_rows: int = 8) -> np.ndarray:
-    group = create_group(path)
+    group = Group.create(path)
     writer = BackgroundWriter()
     table = TableWriter(group, COLUMNS, "row", shard_rows, writer)
     values = np.arange(sum(batches) * 6, dtype=np.float32).reshape(-1, 6)
@@ -49,7 +49,7 @@ def test_what_is_reserved_in_any_batches_is_what_is_read(tmp_path_factory: pytes
     np.testing.assert_array_equal(group["wide"][:], values)
     np.testing.assert_array_equal(group["even"][:], values)
     np.testing.assert_array_equal(group["narrow"][:], np.arange(len(values)))
-    assert all(missing_chunks(array) == 0 for _, array in group.arrays())
+    assert all(Array.open(path / column.name).missing_files() == 0 for column in COLUMNS)
 
 
 def test_arrays_name_their_dimensions_and_open_in_plain_zarr(tmp_path: Path) -> None:
@@ -62,17 +62,14 @@ def test_arrays_name_their_dimensions_and_open_in_plain_zarr(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["wide", "even"])
 @pytest.mark.parametrize("rows", [slice(0, 19), slice(0, 8), slice(3, 9), slice(16, 19), slice(2, 18), slice(0, 16)])
 @pytest.mark.parametrize("columns", [slice(0, 6), slice(0, 4), slice(4, 6), slice(1, 5)])
-def test_checked_reads_give_the_values_of_any_window(tmp_path: Path, name: str, rows: slice, columns: slice) -> None:
+def test_reads_give_the_values_of_any_window(tmp_path: Path, name: str, rows: slice, columns: slice) -> None:
     values = write(tmp_path, [19])
-    group = zarr.open_group(tmp_path, mode="r")
-    read = read_checked(get_array(group, name, fast=True), get_array(group, name), rows, columns)
-    np.testing.assert_array_equal(read, values[rows, columns])
+    np.testing.assert_array_equal(Array.open(tmp_path / name).read(rows, columns), values[rows, columns])
 
 
 @pytest.mark.parametrize("name", ["wide", "even"])
 @pytest.mark.parametrize("window", [(slice(0, 19), slice(0, 6)), (slice(0, 2), slice(0, 6)), (slice(0, 8), slice(0, 3))])
-def test_checked_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, name: str, window: tuple[slice, slice]) -> None:
-    """zarrs alone does not: it skips the checksums of any read that is not a whole file."""
+def test_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, name: str, window: tuple[slice, slice]) -> None:
     write(tmp_path, [19])
     truth = zarr.open_array(tmp_path / name, mode="r")[window]
     missed = []
@@ -82,9 +79,8 @@ def test_checked_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, 
             damaged = bytearray(healthy)
             damaged[at] ^= 1 << (at % 8)
             file.write_bytes(damaged)
-            group = zarr.open_group(tmp_path, mode="r")
             try:
-                read = read_checked(get_array(group, name, fast=True), get_array(group, name), *window)
+                read = Array.open(tmp_path / name).read(*window)
                 if not np.array_equal(read, truth):
                     missed.append((str(file.relative_to(tmp_path)), at))
             except ROTTEN:
@@ -94,7 +90,7 @@ def test_checked_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, 
 
 
 def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
-    group = create_group(tmp_path)
+    group = Group.create(tmp_path)
     writer = BackgroundWriter()
     table = TableWriter(group, [Column("flag", "uint8"), Column("x", "float32")], "row", 4, writer)
     for _, views in table.reserve(8):
@@ -102,8 +98,8 @@ def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
         views["x"][:] = np.nan
     table.flush()
     writer.close()
-    assert missing_chunks(zarr.open_array(tmp_path / "flag", mode="r")) == 0
-    assert missing_chunks(zarr.open_array(tmp_path / "x", mode="r")) == 0
+    assert Array.open(tmp_path / "flag").missing_files() == 0
+    assert Array.open(tmp_path / "x").missing_files() == 0
 
 
 @pytest.mark.parametrize("kept", [3, 8, 11, 16, 20])
@@ -112,7 +108,7 @@ def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
 def test_a_table_that_goes_on_is_one_that_never_stopped(tmp_path: Path, kept: int, more: int, synced: int) -> None:
     values = write(tmp_path / "longer", [20])
     writer = BackgroundWriter()
-    table = TableWriter(zarr.open_group(tmp_path / "longer"), COLUMNS, "row", 4, writer, kept)
+    table = TableWriter(Group.open(tmp_path / "longer", ""), COLUMNS, "row", 4, writer, kept)
     assert table.n_rows == table.n_written == kept
     for at in range(kept, kept + more):
         row = np.arange(at * 6, at * 6 + 6)
@@ -133,7 +129,7 @@ def test_a_table_that_goes_on_is_one_that_never_stopped(tmp_path: Path, kept: in
 def test_missing_files_are_counted(tmp_path: Path) -> None:
     write(tmp_path, [30])
     (tmp_path / "wide" / "c" / "1" / "0").unlink()
-    assert missing_chunks(zarr.open_array(tmp_path / "wide", mode="r")) == 1
+    assert Array.open(tmp_path / "wide").missing_files() == 1
 
 
 def test_a_slow_disk_holds_the_training_back_instead_of_filling_memory(tmp_path: Path) -> None:
@@ -194,7 +190,7 @@ def test_waits_for_a_place_in_the_queue_are_counted(monkeypatch: pytest.MonkeyPa
 
 def test_waits_for_an_empty_buffer_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, clock = BackgroundWriter(depth=2), Clock(monkeypatch)
-    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 2, writer)
+    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 2, writer)
     clock.hold(writer)
     counts = []
     for first in range(0, 4, 2):
@@ -208,7 +204,7 @@ def test_waits_for_an_empty_buffer_are_counted(tmp_path: Path, monkeypatch: pyte
 
 def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: Path) -> None:
     writer = BackgroundWriter()
-    table = TableWriter(create_group(tmp_path), COLUMNS, "row", 2, writer)
+    table = TableWriter(Group.create(tmp_path), COLUMNS, "row", 2, writer)
 
     def fail() -> None:
         raise OSError(28, "No space left on device")
@@ -229,7 +225,7 @@ def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: 
 def test_nothing_is_written_before_it_is_there(tmp_path: Path) -> None:
     """As where a device copies into the buffers while the training goes on."""
     writer = BackgroundWriter()
-    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
     values = np.arange(10)
     for first in range(0, 10, 2):
         for rows, views in table.reserve(2):
@@ -242,7 +238,7 @@ def test_nothing_is_written_before_it_is_there(tmp_path: Path) -> None:
 
 def test_a_state_of_a_table_waits_for_what_is_in_it_too(tmp_path: Path) -> None:
     writer = BackgroundWriter()
-    table = TableWriter(create_group(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
     for _, views in table.reserve(3):
         table.wait_for(lambda copy=views["narrow"]: (time.sleep(0.01), np.copyto(copy, [5, 6, 7])))
     table.sync()
