@@ -3,7 +3,7 @@
     python benchmarks/decoding.py RUN [RUN ...]
 
 Every shard of `gradient` is read and decoded into memory and dropped, by one thread and by two that share the shards. Rounds
-alternate; the median of five is given, as decoded GB a second of the clock and of processor time. zarrs decodes with threads of its own.
+alternate; the median of five is given, as decoded GB a second of the clock and of processor time. zarrs has threads of its own.
 """
 
 import statistics

@@ -39,6 +39,7 @@ Dtype = Annotated[
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, such as 512MiB or 4GiB")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
 Scheduler = Annotated[str, typer.Option(help="Dask scheduler: threads, or synchronous for one thread")]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
@@ -84,6 +85,7 @@ def reduce(
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
     scheduler: Scheduler = "threads",
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -91,8 +93,11 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.reduction.run import reduce_run
+    from hydra_pipe.reduction.run import plan_run, reduce_run
 
+    if dry_run:
+        print(plan_run(run, method=method, chunks=chunks, memory=memory, scheduler=scheduler))
+        return
     done = reduce_run(
         run,
         method=method,
@@ -148,7 +153,7 @@ def run_all(
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
     record(pipeline, run, set_, encoding, dim, dtype, overwrite, debug=debug)
-    reduce(run, method, chunks, memory, scheduler, overwrite, debug=debug)
+    reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, top, full, overwrite, debug=debug)
 
 

@@ -18,6 +18,8 @@ def add_by_sample(total: Floats, samples: NDArray[np.int64], scores: Floats) -> 
         samples: shape (row,).
         scores: shape (row, test).
     """
+    if not len(samples):
+        return
     order = np.argsort(samples, kind="stable")
     ordered = samples[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

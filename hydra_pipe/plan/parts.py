@@ -21,14 +21,6 @@ def split(run: tuple[int, int], ends: Sequence[int]) -> Iterator[tuple[int, int,
             yield part, first - start, last - start
 
 
-def pieces(run: tuple[int, int], ends: Sequence[int], at_once: int) -> Iterator[tuple[int, int]]:
-    """(first, one past the last) of the rows to read one after the other: at most `at_once`, and of one part each."""
-    for part, first, last in split(run, ends):
-        start = ends[part - 1] if part else 0
-        for low in range(first, last, at_once):
-            yield start + low, start + min(low + at_once, last)
-
-
 def shard_start(shard: int, part_rows: Sequence[int], shard_rows: int) -> int:
     """First row of shard number `shard`, counted over all parts; each part begins with a shard of its own."""
     start = 0

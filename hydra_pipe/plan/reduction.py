@@ -1,27 +1,63 @@
-"""How a reduction goes through the store: which test samples at once, which rows at once, and the memory that takes.
+"""How a reduction goes through the store: in which order it works, what it takes at once, and the memory and the work that is.
 
-A *pass* reads every row once and answers one block of test samples. In a pass each worker goes through a run of whole
-shards. It reads some rows, by choice a whole shard, scores a few of them at a time, and adds to a partial sum of its own,
-shape (sample, test of the block).
+R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> can be taken in two orders.
+
+- *Score first*: the product of every row with every test sample, then sums by sample. A *pass* reads every row once and answers one
+  block of test samples. 2 x rows x features x tests operations.
+- *Fold first*: sums of weighted rows by sample, the *hypergradients*, then one product. A pass reads every row once and folds the
+  rows of one block of samples; it answers all test samples. As many times fewer operations as a sample has rows. What is factored
+  cannot be summed as factors, and is scored first also then.
+
+In a pass each worker goes through a run of whole shards and adds to a partial sum of its own. Which order, and in how many passes,
+is chosen by the time that bytes and operations take (`COSTS`), among those that fit the budget.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.parts import shard_start
 from hydra_pipe.units import format_bytes
 
-# Python with NumPy, Zarr and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
-BASE_BYTES = 192 * 2**20
+Order = Literal["score first", "fold first"]
+Span = tuple[int, int]
+
+# Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
+BASE_BYTES = 160 * 2**20
 # The same without Python and its modules, for a process that holds other things already (torch, a data set).
 OVERHEAD_BYTES = 96 * 2**20
 # of one step while its weights are computed: eight settings as Python objects, and the list that holds each
 _STEP_OBJECT_BYTES = 8 * (32 + 8) + 40
-# Rows enough to make the matrix product worth its name; more only take memory.
-GOOD_ROWS = 2048
+# Decoded float32 rows at a time: enough to make the matrix product worth its name, few enough to stay in the cache.
+GOOD_BYTES = 8 * 2**20
 # Blocks of test samples are a multiple of this, so that each fills whole chunks of the relevance array.
 TEST_MULTIPLE = 64
+# Blocks of samples, likewise.
+SAMPLE_MULTIPLE = 4096
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Picoseconds that one worker takes, measured (benchmarks/RESULTS.md); only their ratios matter.
+
+    Args:
+        decoded_byte: to read a stored byte that is in the page cache, and decode it.
+        converted_value: to float32, times its weight.
+        folded_value: to add to its sample's sum.
+        operation: of a float32 matrix product.
+        moved_byte: from one process to another.
+    """
+
+    decoded_byte: int = 500
+    converted_value: int = 500
+    folded_value: int = 700
+    operation: int = 16
+    moved_byte: int = 2000
+
+
+COSTS = Costs()
 
 
 @dataclass(frozen=True)
@@ -30,18 +66,23 @@ class ReductionInput:
 
     Args:
         n_rows, n_features, n_samples, n_tests, n_steps, n_blocks, n_groups: sizes of the recording.
+        n_columns: of the result: the test samples, or groups of them.
+        n_folding: features that can be summed by sample: those of blocks that are not factored.
         item_bytes, test_item_bytes: of one stored value of a row, and of a test gradient.
         shard_rows, chunk_rows, chunk_features: as the rows are stored.
         memory_bytes: the budget.
-        workers: threads that compute at once.
+        workers: that compute at once.
+        processes: whether each of them is a process of its own; the budget is that of each then.
         base_bytes: what the process takes before and beside all that is counted here.
         part_rows: rows of each part, where several processes recorded one each; they come one after the other.
     """
 
     n_rows: int
     n_features: int
+    n_folding: int
     n_samples: int
     n_tests: int
+    n_columns: int
     n_steps: int
     n_blocks: int
     n_groups: int
@@ -52,22 +93,31 @@ class ReductionInput:
     chunk_features: int
     memory_bytes: int
     workers: int
+    processes: bool = False
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
+
+    @property
+    def n_factored(self) -> int:
+        """Features of factored blocks."""
+        return self.n_features - self.n_folding
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the columns of the result are groups of test samples."""
+        return self.n_columns != self.n_tests
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a worker has in its hands.
+    """What a worker decodes at a time, in whole stored chunks.
 
     Args:
-        read_rows, read_features: read at a time, in whole stored chunks; a whole shard is read fastest.
-        score_rows: of these, decoded to float32 and multiplied at a time.
+        rows, features: at once.
     """
 
-    read_rows: int
-    read_features: int
-    score_rows: int
+    rows: int
+    features: int
 
 
 @dataclass(frozen=True)
@@ -75,18 +125,43 @@ class ReductionPlan:
     """The plan, as a value.
 
     Args:
-        test_blocks: first and one past the last test sample of each pass.
+        order: of the work.
+        test_blocks: first and one past the last test sample that are answered together. Score first: one pass each.
+        sample_blocks: first and one past the last sample that are summed together. Fold first: one pass each; else one block.
         row_runs: first and one past the last row of each worker's run, whole shards, of one part or more.
-        reading: what a worker reads and scores at a time.
-        peak_bytes: an upper bound of the memory that the process takes.
+        reading: what a worker decodes at a time.
+        peak_bytes: an upper bound of the memory that the process takes, of each where there are several.
         read_bytes: decoded bytes that go through the workers, over all passes.
+        written_bytes: of the result, before compression.
+        moved_bytes: of partial sums, at most, that go from one worker to another.
+        operations: of matrix products: two for each pair of values.
+        folded_values: added to sums by sample.
+        picoseconds: of one worker's time that all of it is worth, see `Costs`.
     """
 
-    test_blocks: tuple[tuple[int, int], ...]
-    row_runs: tuple[tuple[int, int], ...]
-    reading: "Reading"
+    order: Order
+    test_blocks: tuple[Span, ...]
+    sample_blocks: tuple[Span, ...]
+    row_runs: tuple[Span, ...]
+    reading: Reading
     peak_bytes: int
     read_bytes: int
+    written_bytes: int
+    moved_bytes: int
+    operations: int
+    folded_values: int
+    picoseconds: int
+
+    @property
+    def passes(self) -> int:
+        """Times that the store is read."""
+        return len(self.test_blocks) if self.order == "score first" else len(self.sample_blocks)
+
+    @property
+    def tasks(self) -> int:
+        """Of the Dask graphs of all passes."""
+        runs = len(self.row_runs)
+        return self.passes * (runs + 2) if self.order == "score first" else self.passes * (runs + 1 + len(self.test_blocks))
 
 
 def parse_chunks(text: str) -> tuple[int, int] | None:
@@ -104,96 +179,222 @@ def parse_chunks(text: str) -> tuple[int, int] | None:
 
 
 def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None) -> ReductionPlan:
-    """Choose passes and chunks that fit the budget: as few passes as possible, then the preferred way of reading.
+    """The plan that takes least time of those that fit the budget.
 
     Args:
         given: sizes and budget.
-        chunks: rows and features to read at once, rounded up to whole stored chunks; None: chosen.
+        chunks: rows and features to decode at once, rounded up to whole stored chunks; None: chosen.
 
     Raises:
         BudgetError: not even one block of test samples fits; the message has both numbers and a way out.
     """
     candidates = _as_asked(chunks, given) if chunks else _readings(given)
-    # a pass decodes the whole store: fewer passes come before the better way of reading
-    for width in _test_widths(given.n_tests):
-        for reading in candidates:
-            if peak_bytes(given, reading, width) <= given.memory_bytes:
-                return _plan(given, reading, width)
-    needed = peak_bytes(given, candidates[-1], 1)
+    fitting = [plan for plan in (_scoring(given, candidates), _folding(given, candidates)) if plan is not None]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.picoseconds)
+    needed = _least_bytes(given, candidates[-1])
     smallest = _readings(given)[-1]
-    least = peak_bytes(given, smallest, 1)
+    least = _least_bytes(given, smallest)
     advice = f"raise --memory to {_suggested(needed)}"
     if least <= given.memory_bytes:
-        advice = f"lower --chunks to {smallest.read_rows}x{smallest.read_features} or {advice}"
+        advice = f"lower --chunks to {smallest.rows}x{smallest.features} or {advice}"
     raise BudgetError(
-        f"reading {candidates[-1].read_rows}x{candidates[-1].read_features} (rows x features) at once with {given.workers} "
+        f"decoding {candidates[-1].rows}x{candidates[-1].features} (rows x features) at once with {given.workers} "
         f"workers needs {format_bytes(needed)}, --memory is {format_bytes(given.memory_bytes)}: {advice}"
     )
 
 
-def peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
-    """Upper bound of the process's memory with blocks of `tests` test samples."""
-    sums = given.n_samples * tests * 4
-    features = min(reading.read_features, given.n_features)
-    # as the caller gets it, and in the codec's hands the file's bytes and what comes of them
-    stored = 3 * reading.read_rows * features * given.item_bytes
-    decoded = reading.score_rows * features * 4
-    # the scores, one product, and the two factors of a block that is not complete yet
-    scores = 4 * reading.score_rows * tests * 4
-    # scales and weights of each block; sample, step and order of each row
-    scales = reading.read_rows * (given.n_blocks * (4 + 8 + 4) + 32)
-    # test gradients as stored, and decoded
-    test_block = tests * given.n_features * (given.test_item_bytes + 2 * 4)
+def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
+    """Upper bound of a process's memory, score first, with blocks of `tests` test samples."""
+    columns = given.n_columns if given.grouped else tests
+    sums = given.n_samples * columns * 4
+    # the scores, a product, one of groups, what is added to the sums, and the two factors of a block that is not complete yet
+    scores = reading.rows * (4 * tests + 2 * columns) * 4
+    # one more sum: the block of the relevance array that is being written
+    return _common_bytes(given, reading, tests) + _threads(given) * (sums + scores + _worker_bytes(given, reading)) + sums
+
+
+def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, tests: int) -> int:
+    """Upper bound of a process's memory, fold first, blocks of `samples` samples, answered for `tests` test samples at once."""
+    scored = given.n_columns if given.n_factored else 0
+    sums = samples * (given.n_folding + scored) * 4
+    # a tile of rows beside its sums; scores of what is factored as above, for every test sample
+    at_once = reading.rows * (4 * given.n_folding + (4 * given.n_tests + 2 * scored if given.n_factored else 0)) * 4
+    # what is answered at a time, and the same compressed; the test block where it is not the one of the pass
+    answers = min(SAMPLE_MULTIPLE, samples) * tests * 4 * 2
+    tests_held = given.n_tests if given.n_factored else tests
+    # two processes' sums are in one while they are added
+    merging = sums if given.processes else 0
+    return (
+        _common_bytes(given, reading, tests_held)
+        + _threads(given) * (sums + at_once + answers + _worker_bytes(given, reading))
+        + merging
+    )
+
+
+def _least_bytes(given: ReductionInput, reading: Reading) -> int:
+    """What no plan that reads so can do without."""
+    tests, samples = _test_widths(given)[-1], min(given.n_samples, SAMPLE_MULTIPLE)
+    least = scoring_peak_bytes(given, reading, tests)
+    return min(least, folding_peak_bytes(given, reading, samples, tests)) if given.n_folding else least
+
+
+def _threads(given: ReductionInput) -> int:
+    """Workers in one process."""
+    return 1 if given.processes else given.workers
+
+
+def _common_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
+    """Of a process, whatever its threads are."""
+    # test gradients as stored, and decoded; groups
+    test_block = tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)
     # flags of each block twice, settings of each group and of each series, weights: all blocks may differ
     steps = given.n_steps * (given.n_blocks * (10 + 8 * 8 + 2 * 8) + given.n_groups * 6 * 8 + _STEP_OBJECT_BYTES)
-    # one more sum: the block of the relevance array that is being written
-    return given.base_bytes + steps + test_block + given.workers * (sums + stored + decoded + scores + scales) + sums
+    return given.base_bytes + steps + test_block
 
 
-def _plan(given: ReductionInput, reading: Reading, width: int) -> ReductionPlan:
-    blocks = tuple((first, min(first + width, given.n_tests)) for first in range(0, given.n_tests, width))
+def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
+    """Of a thread that reads and decodes."""
+    features = min(reading.features, given.n_features)
+    whole_features = -(-given.n_features // given.chunk_features) * given.chunk_features
+    # two files, of bytes that do not compress; a stored value may take a little more then
+    files = 2 * (given.shard_rows * whole_features * given.item_bytes * 17 // 16 + 2**16)
+    # one chunk apart from the rows, where they are not whole chunks
+    decoded = (reading.rows * features + given.chunk_rows * given.chunk_features) * given.item_bytes
+    converted = reading.rows * features * 4
+    # scales and weights of each block, stored and as used; sample, step and order of each row; of a whole file at a time
+    scales = (reading.rows * 3 + given.shard_rows) * (given.n_blocks * (4 + 8 + 4) + 32)
+    return files + decoded + converted + scales
+
+
+def _scoring(given: ReductionInput, candidates: Sequence[Reading]) -> ReductionPlan | None:
+    """Score first, in as few passes as fit: a pass decodes the whole store, so that comes before the better way of reading."""
+    for width in _test_widths(given):
+        for reading in candidates:
+            peak = scoring_peak_bytes(given, reading, width)
+            if peak <= given.memory_bytes:
+                blocks = _spans(given.n_tests, width)
+                sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
+                operations = 2 * given.n_rows * given.n_features * given.n_tests
+                return _plan(given, "score first", blocks, ((0, given.n_samples),), reading, peak, sums, operations, 0)
+    return None
+
+
+def _folding(given: ReductionInput, candidates: Sequence[Reading]) -> ReductionPlan | None:
+    """Fold first, in as few passes as fit."""
+    if not given.n_folding:
+        return None
+    scored = given.n_columns if given.n_factored else 0
+    for samples in _sample_widths(given.n_samples):
+        for reading in candidates:
+            for tests in _test_widths(given):
+                peak = folding_peak_bytes(given, reading, samples, tests)
+                if peak <= given.memory_bytes:
+                    operations = 2 * given.n_rows * given.n_factored * given.n_tests
+                    operations += 2 * given.n_samples * given.n_folding * given.n_columns
+                    sums = given.n_samples * (given.n_folding + scored) * 4
+                    folded = given.n_rows * given.n_folding
+                    blocks = _spans(given.n_tests, tests)
+                    return _plan(
+                        given, "fold first", blocks, _spans(given.n_samples, samples), reading, peak, sums, operations, folded
+                    )
+                if given.grouped:
+                    break  # groups are answered together
+    return None
+
+
+def _plan(
+    given: ReductionInput,
+    order: Order,
+    test_blocks: tuple[Span, ...],
+    sample_blocks: tuple[Span, ...],
+    reading: Reading,
+    peak: int,
+    sums: int,
+    operations: int,
+    folded: int,
+) -> ReductionPlan:
+    runs = _row_runs(given)
+    passes = len(test_blocks) if order == "score first" else len(sample_blocks)
+    values = passes * given.n_rows * given.n_features
+    # fold first: rows of other samples are decoded, but not converted
+    converted = values if order == "score first" else given.n_rows * given.n_features
+    moved = sums * (len(runs) - 1) if given.processes else 0
+    picoseconds = (
+        values * given.item_bytes * COSTS.decoded_byte
+        + converted * COSTS.converted_value
+        + folded * COSTS.folded_value
+        + operations * COSTS.operation
+        + moved * COSTS.moved_byte
+    )
+    return ReductionPlan(
+        order=order,
+        test_blocks=test_blocks,
+        sample_blocks=sample_blocks,
+        row_runs=runs,
+        reading=reading,
+        peak_bytes=peak,
+        read_bytes=values * given.item_bytes,
+        written_bytes=given.n_samples * given.n_columns * 4,
+        moved_bytes=moved,
+        operations=operations,
+        folded_values=folded,
+        picoseconds=picoseconds,
+    )
+
+
+def _row_runs(given: ReductionInput) -> tuple[Span, ...]:
     parts = given.part_rows or (given.n_rows,)
     n_shards = sum(-(-n_rows // given.shard_rows) for n_rows in parts)
     runs = min(given.workers, n_shards)
     bounds = [shard_start(i * n_shards // runs, parts, given.shard_rows) for i in range(runs)] + [given.n_rows]
-    return ReductionPlan(
-        test_blocks=blocks,
-        row_runs=tuple(pairwise(bounds)),
-        reading=reading,
-        peak_bytes=peak_bytes(given, reading, width),
-        read_bytes=len(blocks) * given.n_rows * given.n_features * given.item_bytes,
-    )
+    return tuple(pairwise(bounds))
+
+
+def _spans(n: int, width: int) -> tuple[Span, ...]:
+    return tuple((first, min(first + width, n)) for first in range(0, n, width))
 
 
 def _as_asked(chunks: tuple[int, int], given: ReductionInput) -> list[Reading]:
     rows, features = chunks
     whole_features = min(-(-features // given.chunk_features) * given.chunk_features, given.n_features)
-    whole_rows = min(-(-rows // given.chunk_rows) * given.chunk_rows, given.shard_rows)
-    return _scored(whole_rows, whole_features)
+    return [Reading(min(-(-rows // given.chunk_rows) * given.chunk_rows, given.shard_rows), whole_features)]
 
 
 def _readings(given: ReductionInput) -> list[Reading]:
-    """The preferred first: whole shards; then fewer rows; then a chunk's width."""
+    """The preferred first: as many rows as stay in the cache; then fewer; then a chunk's width."""
     narrow = min(given.chunk_features, given.n_features)
-    halves = []
-    rows = given.shard_rows
-    while rows >= given.chunk_rows:
-        halves.append(rows)
-        rows //= 2
     widths = [given.n_features] if narrow == given.n_features else [given.n_features, narrow]
-    return [reading for width in widths for r in halves for reading in _scored(r, width)]
+    return [Reading(rows, width) for width in widths for rows in _row_counts(given, width)]
 
 
-def _scored(rows: int, features: int) -> list[Reading]:
-    """What is read at a time, scored in fewer and fewer rows."""
-    return [Reading(rows, features, r) for r in dict.fromkeys(min(rows, n) for n in (GOOD_ROWS, GOOD_ROWS // 4, GOOD_ROWS // 16))]
+def _row_counts(given: ReductionInput, width: int) -> Iterator[int]:
+    rows = given.shard_rows
+    while rows > given.chunk_rows and rows * width * 4 > GOOD_BYTES:
+        rows //= 2
+    while rows >= given.chunk_rows:
+        yield rows
+        rows //= 2
 
 
-def _test_widths(n_tests: int) -> list[int]:
+def _test_widths(given: ReductionInput) -> list[int]:
     """Test samples at once, the preferred first: all, then fewer in whole multiples, then as few as need be."""
+    n_tests = given.n_tests
     multiples = range(n_tests // TEST_MULTIPLE * TEST_MULTIPLE, 0, -TEST_MULTIPLE)
     few = [w for w in (32, 16, 8, 4, 2, 1) if w < min(n_tests, TEST_MULTIPLE)]
     return [n_tests, *(w for w in multiples if w < n_tests), *few]
+
+
+def _sample_widths(n_samples: int) -> Iterator[int]:
+    """Samples folded at once, the preferred first: all, then even shares in whole multiples, of twice as many blocks each time."""
+    blocks = 1
+    while True:
+        width = -(-n_samples // blocks)
+        width = min(n_samples, -(-width // SAMPLE_MULTIPLE) * SAMPLE_MULTIPLE)
+        yield width
+        if width <= SAMPLE_MULTIPLE:
+            return
+        blocks *= 2
 
 
 def _suggested(n_bytes: int) -> str:

@@ -1,13 +1,12 @@
-"""Method `hydra`: the Hessian-free relevance as a weighted sum over stored rows.
+"""Method `hydra`: the Hessian-free relevance as a weighted sum over stored rows, as a Dask graph for each pass.
 
-R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> (docs/architecture.md).
+R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> (docs/architecture.md), in one of the two orders of `plan/reduction.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from dask.delayed import Delayed, delayed
@@ -15,57 +14,35 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.relevance import add_by_sample
 from hydra_pipe.maths.schedule import step_weights
-from hydra_pipe.plan.reduction import ReductionPlan
-from hydra_pipe.reduction.scores import TestBlock, decode_tests, score_rows
-from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
+from hydra_pipe.reduction.folds import Folder, folded_columns
+from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
+from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import open_relevance, write_relevance
 
 Floats = NDArray[np.float32]
+CountRows = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What every task of a reduction needs to find its input; small, and the same for all of them.
+class Job:
+    """What every task of a reduction needs to know; small, and the same for all of them.
 
     Args:
         gradients: path of the store.
         checkpoint: step of the test gradients.
-        n_samples: training samples.
+        relevance: path of the store that is written to.
+        method: array in it.
+        plan: how.
     """
 
     gradients: Path
     checkpoint: int
-    n_samples: int
-
-
-def relevance_graph(
-    source: Source,
-    plan: ReductionPlan,
-    tests: tuple[int, int],
-    weights: "StepWeights",
-    relevance: Path,
-    method: str,
-    count_rows: Callable[[int], None],
-) -> Delayed:
-    """One pass: the columns `tests` of the relevance array, computed and written. Building it reads nothing.
-
-    Args:
-        source: what is reduced.
-        plan: how.
-        tests: first and one past the last test sample.
-        weights: of the rows of every step.
-        relevance: path of the store that is written to.
-        method: array in it.
-        count_rows: called with the number of rows that have been done.
-    """
-    shared_weights = delayed(weights, pure=False)
-    test_block = delayed(_load_tests)(source, tests)
-    add_up = delayed(_partial_relevance)
-    partials = [add_up(source, plan, run, test_block, shared_weights, count_rows) for run in plan.row_runs]
-    result: Delayed = delayed(_write)(relevance, method, tests, partials)
-    return result
+    relevance: Path
+    method: str
+    plan: ReductionPlan
 
 
 @dataclass(frozen=True)
@@ -92,54 +69,158 @@ def row_weights(gradients: Gradients) -> StepWeights:
     return StepWeights(-step_weights(schedule) * gradients.step_table(names.GRADIENT_SCALE)[:, None], series)
 
 
-def _load_tests(source: Source, tests: tuple[int, int]) -> TestBlock:
-    store = Gradients(source.gradients)
-    rows = store.test_rows(source.checkpoint)
+def graphs(job: Job, weights: StepWeights, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    """The passes in order: what each answers (test samples where rows are scored first, else samples), and its graph.
+
+    Building a graph reads nothing; computing it writes what it answers into the relevance array.
+
+    Args:
+        job: what is reduced, and how.
+        weights: of the rows of every step.
+        count_rows: called with the number of rows that have been done.
+    """
+    shared = delayed(weights, pure=False)
+    if job.plan.order == "score first":
+        for tests in job.plan.test_blocks:
+            yield tests, _scoring_pass(job, tests, shared, count_rows)
+    else:
+        for samples in job.plan.sample_blocks:
+            yield samples, _folding_pass(job, samples, shared, count_rows)
+
+
+def _scoring_pass(job: Job, tests: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
+    test_block = delayed(_load_tests)(job, tests)
+    add_up = delayed(_score_run)
+    n_samples = job.plan.sample_blocks[-1][1]
+    partials = [add_up(job, run, n_samples, test_block, weights, count_rows) for run in job.plan.row_runs]
+    result: Delayed = delayed(_write)(job, tests, partials)
+    return result
+
+
+def _folding_pass(job: Job, samples: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
+    plan = job.plan
+    all_tests = (0, plan.test_blocks[-1][1])
+    factored = delayed(_load_factored_tests)(job, all_tests)
+    fold = delayed(_fold_run)
+    folded = delayed(_merge)([fold(job, run, samples, factored, weights, count_rows) for run in plan.row_runs])
+    # each worker answers a share of the samples, in whole chunks, for one block of test samples after the other
+    n_shares = len(plan.row_runs)
+    n_chunks = -(-(samples[1] - samples[0]) // SAMPLE_MULTIPLE)
+    bounds = [min(samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE, samples[1]) for i in range(n_shares)] + [samples[1]]
+    answer = delayed(_answer)
+    answers = [
+        answer(job, samples[0], (low, high), tests, folded)
+        for low, high in pairwise(bounds)
+        if low < high
+        for tests in plan.test_blocks
+    ]
+    result: Delayed = delayed(_done)(answers)
+    return result
+
+
+def _load_tests(job: Job, tests: Span) -> TestBlock:
+    store = Gradients(job.gradients)
+    rows = store.test_rows(job.checkpoint)
     stored = rows.features(slice(*tests), slice(0, store.layout.n_features))
     return decode_tests(stored, rows.scales(slice(*tests)), segments_of(store.layout))
 
 
-def _partial_relevance(
-    source: Source,
-    plan: ReductionPlan,
-    run: tuple[int, int],
-    tests: TestBlock,
-    weights: StepWeights,
-    count_rows: Callable[[int], None],
-) -> Floats:
+def _load_factored_tests(job: Job, tests: Span) -> TestBlock | None:
+    """The test block for what is scored and not folded, or None where everything is folded."""
+    segments = segments_of(Gradients(job.gradients).layout)
+    return None if all(isinstance(s, DenseSegment) for s in segments) else _load_tests(job, tests)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows in a worker's hands: how to read their columns, their weights, and their samples."""
+
+    read: ReadWindow
+    weight: Floats
+    samples: NDArray[np.int64]
+
+
+def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Iterator[_Rows]:
+    """The rows of a run in order. Per-row columns are read for a whole file at once."""
+    beside = slice(0, 0)
+    for piece in store.rows.stream(run, job.plan.reading.rows):
+        if piece.rows.start >= beside.stop:
+            beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
+            scales, samples, steps = store.rows.scales(beside), store.samples(beside), store.step_of_rows(beside)
+        own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
+        yield _Rows(piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
+
+
+def _score_run(job: Job, run: Span, n_samples: int, tests: TestBlock, weights: StepWeights, count_rows: CountRows) -> Floats:
     """What the rows of `run` add to the relevance, shape (sample, test)."""
-    store = Gradients(source.gradients)
-    segments = segments_of(store.layout)
-    total: Floats = np.zeros((source.n_samples, tests.n_tests), np.float32)
-    reading = plan.reading
-    for rows in store.rows.pieces(run, reading.read_rows):
-        weight = weights.of_rows(store.step_of_rows(rows), store.rows.scales(rows))
-        samples = store.samples(rows)
-        read = _reader(store, rows, reading.read_features)
-        for low in range(0, len(samples), reading.score_rows):
-            piece = slice(low, min(low + reading.score_rows, len(samples)))
-            window = partial(read, piece)
-            scores = score_rows(window, weight[piece], tests, segments, store.layout.n_features, reading.read_features)
-            add_by_sample(total, samples[piece], scores)
-            count_rows(len(scores))
+    store = Gradients(job.gradients)
+    scorer = Scorer(tests, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
+    total: Floats = np.zeros((n_samples, tests.n_tests), np.float32)
+    for rows in _rows_of(store, job, run, weights):
+        add_by_sample(total, rows.samples, scorer(rows.read, rows.weight))
+        count_rows(len(rows.samples))
     return total
 
 
-def _reader(store: Gradients, rows: slice, features_at_once: int) -> Callable[[slice, int, int], NDArray[Any]]:
-    """(piece of `rows`, first column, last column) -> stored values; whole rows are read once, for all pieces."""
-    if features_at_once >= store.layout.n_features:
-        whole = store.rows.features(rows, slice(0, store.layout.n_features))
-        return lambda piece, low, high: whole[piece, low:high]
+@dataclass(frozen=True)
+class _Folded:
+    """What is summed by sample: hypergradients of what can be folded, scores of the rest, shape (sample, test) or None."""
 
-    def read(piece: slice, low: int, high: int) -> NDArray[Any]:
-        return store.rows.features(slice(rows.start + piece.start, rows.start + piece.stop), slice(low, high))
-
-    return read
+    sums: Floats
+    scores: Floats | None
 
 
-def _write(relevance: Path, method: str, tests: tuple[int, int], partials: list[Floats]) -> None:
+def _fold_run(job: Job, run: Span, samples: Span, tests: TestBlock | None, weights: StepWeights, count_rows: CountRows) -> _Folded:
+    """What the rows of `run` add to the hypergradients of `samples`."""
+    store = Gradients(job.gradients)
+    segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+    n_samples = samples[1] - samples[0]
+    folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
+    scorer = scores = None
+    if tests is not None:
+        scorer = Scorer(tests, [s for s in segments if not isinstance(s, DenseSegment)], n_features, at_once)
+        scores = np.zeros((n_samples, tests.n_tests), np.float32)
+    for rows in _rows_of(store, job, run, weights):
+        places = rows.samples - samples[0]
+        wanted = (places >= 0) & (places < n_samples)
+        folder.add(rows.read, rows.weight, places, wanted)
+        if scorer is not None and scores is not None:
+            found = scorer(rows.read, rows.weight)
+            add_by_sample(scores, places[wanted], found if wanted.all() else found[wanted])
+        count_rows(len(places))
+    return _Folded(folder.sums, scores)
+
+
+def _merge(partials: list[_Folded]) -> _Folded:
+    # a new array each time would be cleaner to look at and cost one more set of sums of memory
+    first, *others = partials
+    for more in others:
+        np.add(first.sums, more.sums, out=first.sums)
+        if first.scores is not None and more.scores is not None:
+            np.add(first.scores, more.scores, out=first.scores)
+    return first
+
+
+def _answer(job: Job, first_sample: int, samples: Span, tests: Span, folded: _Folded) -> None:
+    """Write the relevance of some samples for some test samples."""
+    store = Gradients(job.gradients)
+    segments = [s for s in segments_of(store.layout) if isinstance(s, DenseSegment)]
+    values = folded_columns(_load_tests(job, tests).values, segments)
+    array = open_relevance(job.relevance, job.method)
+    for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
+        own = slice(low - first_sample, min(low + SAMPLE_MULTIPLE, samples[1]) - first_sample)
+        found = folded.sums[own] @ values.T
+        if folded.scores is not None:
+            found += folded.scores[own, slice(*tests)]
+        write_relevance(array, low, tests[0], found)
+
+
+def _done(answers: list[None]) -> None:
+    """Where the answers of a pass come together."""
+
+
+def _write(job: Job, tests: Span, partials: list[Floats]) -> None:
     total = partials[0]
     for more in partials[1:]:
-        # a new array each time would be cleaner to look at and cost one more matrix of memory
         np.add(total, more, out=total)
-    write_relevance(open_relevance(relevance, method), 0, tests[0], total)
+    write_relevance(open_relevance(job.relevance, job.method), 0, tests[0], total)

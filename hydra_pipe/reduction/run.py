@@ -2,8 +2,8 @@
 
 import os
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import dask
 from threadpoolctl import threadpool_limits
@@ -11,14 +11,15 @@ from threadpoolctl import threadpool_limits
 from hydra_pipe.errors import StoreError, UsageError
 from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES, ReductionInput, ReductionPlan, parse_chunks, plan_reduction
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction.hydra import Source, StepWeights, relevance_graph, row_weights
+from hydra_pipe.reduction.hydra import Job, StepWeights, graphs, row_weights
+from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import create_relevance
 from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
-from hydra_pipe.units import format_bytes, parse_bytes, resident_bytes
+from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 
 METHODS = ("hydra",)
 SCHEDULERS = ("threads", "synchronous")
@@ -39,7 +40,7 @@ def reduce_run(
     Args:
         run: directory of the run.
         method: "hydra".
-        chunks: rows and features to read at once, "ROWSxFEATURES", or "auto".
+        chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
         memory: budget for the whole process, such as "4GiB".
         scheduler: Dask's "threads", or "synchronous" for one thread.
         overwrite: compute again what is there, and discard what was exported from it.
@@ -54,47 +55,65 @@ def reduce_run(
         BudgetError: the budget is too small.
         UsageError: an option that cannot be.
     """
+    request = _request(run, method, chunks, memory, scheduler)
+    progress = progress or Progress()
+    directory, stage, settings = request.directory, reduce_stage(method), {"checkpoint": request.checkpoint}
+    if not overwrite and not directory.has_work(stage, settings):
+        return False
+    given, plan = request.plan()
+    _forget_results(directory, method)
+    directory.begin(stage, settings)
+    start = time.monotonic()
+    relevance = directory.path / names.RELEVANCE
+    create_relevance(relevance, method, (given.n_samples, given.n_tests), plan.test_blocks[0][1], directory.run_id)
+    progress.say(_summary(given, plan))
+    job = Job(request.gradients.path, request.checkpoint, relevance, method, plan)
+    try:
+        _compute(job, row_weights(request.gradients), scheduler, given, progress)
+    except BaseException as error:
+        directory.end(stage, "failed", error=str(error) or type(error).__name__)
+        raise
+    directory.end(stage, "complete", seconds=time.monotonic() - start, n_tests=given.n_tests, plan=_facts(plan))
+    return True
+
+
+def plan_run(
+    run: str | os.PathLike[str], *, method: str = "hydra", chunks: str = "auto", memory: str = "4GiB", scheduler: str = "threads"
+) -> str:
+    """What `reduce_run` would do with the same arguments, in lines for people. Reads metadata only, and raises the same."""
+    return _described(*_request(run, method, chunks, memory, scheduler).plan())
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A reduction that can be: checked options, and a complete recording."""
+
+    directory: RunDirectory
+    gradients: Gradients
+    n_samples: int
+    checkpoint: int
+    chunks: tuple[int, int] | None
+    memory_bytes: int
+    workers: int
+
+    def plan(self) -> tuple[ReductionInput, ReductionPlan]:
+        """What there is to reduce, and how. Raises: BudgetError."""
+        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.memory_bytes, self.workers)
+        return given, plan_reduction(given, self.chunks)
+
+
+def _request(run: str | os.PathLike[str], method: str, chunks: str, memory: str, scheduler: str) -> _Request:
     if method not in METHODS:
         raise UsageError(f"--method {method} is unknown: choose one of {', '.join(METHODS)}")
     if scheduler not in SCHEDULERS:
         raise UsageError(f"--scheduler {scheduler} is unknown: choose one of {', '.join(SCHEDULERS)}")
     wanted_chunks, memory_bytes = parse_chunks(chunks), parse_bytes(memory)
-    progress = progress or Progress()
-
     directory = RunDirectory.open(run)
     recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
     gradients = Gradients(directory.path / names.GRADIENTS)
-    n_samples = recording.count("n_samples")
-    checkpoint = _last_tests(gradients)
+    n_samples, checkpoint = recording.count("n_samples"), _last_tests(gradients)
     _check_complete(gradients, recording.count("n_rows"))
-    stage, settings = reduce_stage(method), {"checkpoint": checkpoint}
-    if not overwrite and not directory.has_work(stage, settings):
-        return False
-
-    given = reduction_input(gradients, checkpoint, n_samples, memory_bytes, _workers(scheduler))
-    plan = plan_reduction(given, wanted_chunks)
-    _forget_results(directory, method)
-    directory.begin(stage, settings)
-    start = time.monotonic()
-    relevance = directory.path / names.RELEVANCE
-    tests_at_once = plan.test_blocks[0][1]
-    create_relevance(relevance, method, (n_samples, given.n_tests), tests_at_once, directory.run_id)
-    progress.say(_describe(given, plan))
-    source = Source(gradients.path, checkpoint, n_samples)
-    try:
-        weights = row_weights(gradients)
-        _compute(source, weights, plan, relevance, method, scheduler, given, progress)
-    except BaseException as error:
-        directory.end(stage, "failed", error=str(error) or type(error).__name__)
-        raise
-    directory.end(
-        stage,
-        "complete",
-        seconds=time.monotonic() - start,
-        n_tests=given.n_tests,
-        plan=asdict(plan) | {"test_blocks": len(plan.test_blocks), "row_runs": len(plan.row_runs)},
-    )
-    return True
+    return _Request(directory, gradients, n_samples, checkpoint, wanted_chunks, memory_bytes, _workers(scheduler))
 
 
 def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memory_bytes: int, workers: int) -> ReductionInput:
@@ -103,8 +122,10 @@ def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memor
     return ReductionInput(
         n_rows=rows.n_rows,
         n_features=gradients.layout.n_features,
+        n_folding=sum(s.columns[1] - s.columns[0] for s in segments_of(gradients.layout) if isinstance(s, DenseSegment)),
         n_samples=n_samples,
         n_tests=tests.n_rows,
+        n_columns=tests.n_rows,
         n_steps=gradients.n_steps,
         n_blocks=len(gradients.layout.blocks),
         n_groups=1 + max(block.group for block in gradients.layout.blocks),
@@ -120,32 +141,48 @@ def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memor
     )
 
 
-def _compute(
-    source: Source,
-    weights: StepWeights,
-    plan: ReductionPlan,
-    relevance: Path,
-    method: str,
-    scheduler: str,
-    given: ReductionInput,
-    progress: Progress,
-) -> None:
-    total = given.n_rows * len(plan.test_blocks)
+def _compute(job: Job, weights: StepWeights, scheduler: str, given: ReductionInput, progress: Progress) -> None:
+    total = given.n_rows * job.plan.passes
     # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
     with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
-        for tests in plan.test_blocks:
-            graph = relevance_graph(source, plan, tests, weights, relevance, method, task.advance)
+        for _, graph in graphs(job, weights, task.advance):
             dask.compute(graph, scheduler=scheduler, num_workers=given.workers)
 
 
-def _describe(given: ReductionInput, plan: ReductionPlan) -> str:
-    passes = len(plan.test_blocks)
+def _summary(given: ReductionInput, plan: ReductionPlan) -> str:
     return (
-        f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {passes} "
-        f"pass{'es' if passes > 1 else ''} of {len(plan.row_runs)} workers, "
-        f"{plan.reading.read_rows}x{plan.reading.read_features} read at once, {format_bytes(plan.read_bytes)} to decode, "
-        f"at most {format_bytes(plan.peak_bytes)} of memory"
+        f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
+        f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
+        f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
     )
+
+
+def _described(given: ReductionInput, plan: ReductionPlan) -> str:
+    """The plan in lines, for people."""
+    what = "test samples" if plan.order == "score first" else "samples"
+    blocks = plan.test_blocks if plan.order == "score first" else plan.sample_blocks
+    lines = {
+        "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
+        "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}",
+        "order": plan.order,
+        "passes": f"{plan.passes:,}, of {blocks[0][1] - blocks[0][0]:,} {what} each",
+        "tasks": f"{plan.tasks:,}, {len(plan.row_runs)} at once",
+        "decoded at once": f"{plan.reading.rows:,} rows x {plan.reading.features:,} features",
+        "read": f"{format_bytes(plan.read_bytes)} decoded",
+        "written": format_bytes(plan.written_bytes),
+        "between workers": f"at most {format_bytes(plan.moved_bytes)}",
+        "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
+        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
+        "time": f"about {format_seconds(plan.picoseconds / 1e12 / len(plan.row_runs))} where benchmarks/RESULTS.md was measured",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def _facts(plan: ReductionPlan) -> dict[str, Any]:
+    """What the manifest keeps of a plan."""
+    found = asdict(plan) | {"passes": plan.passes, "tasks": plan.tasks, "row_runs": len(plan.row_runs)}
+    return found | {"test_blocks": len(plan.test_blocks), "sample_blocks": len(plan.sample_blocks)}
 
 
 def _workers(scheduler: str) -> int:

@@ -46,6 +46,12 @@ class FactoredSegment:
 Segment = DenseSegment | FactoredSegment
 
 
+def overlap(columns: Columns, first: int, last: int) -> Columns | None:
+    """The part of `columns` that is in [first, last), or None."""
+    low, high = max(columns[0], first), min(columns[1], last)
+    return (low, high) if low < high else None
+
+
 def segments_of(layout: Layout) -> list[Segment]:
     """Segments that hold every block of `layout` once, in order of their columns."""
     factored: list[Segment] = []

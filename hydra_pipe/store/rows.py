@@ -1,16 +1,54 @@
 """Stored rows, for reading: those of one process, or of several one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.parts import ends_of, pieces, split
+from hydra_pipe.plan.parts import ends_of, split
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
+from hydra_pipe.store.codec import Bytes, StoredFile
 
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows that are read together.
+
+    Args:
+        rows: which.
+        read: (first column, last column) -> their values as stored, in a buffer that the next read overwrites.
+    """
+
+    rows: slice
+    read: Callable[[int, int], NDArray[Any]]
+
+
+class _Window:
+    """Decodes windows into one buffer, and the one that is in it already not again."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._buffer = np.empty(0, dtype)
+        self._scratch: list[NDArray[Any]] = []
+        self._held: tuple[StoredFile, slice, int, int] | None = None
+
+    def read(self, array: Array, file: StoredFile, rows: slice, left: int, right: int) -> NDArray[Any]:
+        n, width = rows.stop - rows.start, right - left
+        if self._buffer.size < n * width:
+            self._buffer = np.empty(n * width, self._buffer.dtype)
+        out = self._buffer[: n * width].reshape(n, width)
+        if self._held != (file, rows, left, right):
+            self._held = None
+            with damage_named(array.path, ROWS_UNREADABLE):
+                file.read((rows, slice(left, right)), out, self._scratch)
+            self._held = (file, rows, left, right)
+        return out
 
 
 class Rows:
@@ -54,9 +92,46 @@ class Rows:
     def chunk_features(self) -> int:
         return self._first.chunks[1]
 
-    def pieces(self, run: tuple[int, int], at_once: int) -> Iterator[slice]:
-        """The rows of `run` in order, at most `at_once` in each piece and none of two parts: what is read fastest."""
-        return (slice(*piece) for piece in pieces(run, ends_of(self.part_rows), at_once))
+    def end_of_file(self, row: int) -> int:
+        """One past the last row of the file that `row` is in."""
+        ends = [0, *ends_of(self.part_rows)]
+        part = next(i for i, end in enumerate(ends[1:]) if row < end)
+        return min(ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows, ends[part + 1])
+
+    def stream(self, run: tuple[int, int], at_once: int) -> Iterator["Piece"]:
+        """The rows of `run` in order, at most `at_once` in each piece and none of two files. A piece is to be used before the next.
+
+        The next file is fetched while the present one is worked on: two files are in memory.
+
+        Raises:
+            StoreError: damaged.
+        """
+        files = [
+            (part, start, max(first - start, 0), min(last - start, self.shard_rows))
+            for part, first, last in split(run, ends_of(self.part_rows))
+            for start in range(first // self.shard_rows * self.shard_rows, last, self.shard_rows)
+        ]
+        ends = [0, *ends_of(self.part_rows)]
+        window = _Window(self.dtype)
+        with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
+
+            def fetch(number: int) -> "Future[Bytes] | None":
+                if number >= len(files):
+                    return None
+                part, start, _, _ = files[number]
+                return pool.submit(self._gradients[part].fetch, (start // self.shard_rows, 0))
+
+            coming = fetch(0)
+            for number, (part, start, low, high) in enumerate(files):
+                array = self._gradients[part]
+                assert coming is not None
+                with damage_named(array.path, ROWS_UNREADABLE):
+                    file = StoredFile(coming.result(), array.codec)
+                coming = fetch(number + 1)
+                for first in range(low, high, at_once):
+                    last = min(first + at_once, high)
+                    base = ends[part] + start
+                    yield Piece(slice(base + first, base + last), partial(window.read, array, file, slice(first, last)))
 
     def features(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""

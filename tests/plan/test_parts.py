@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_pipe.plan.parts import ends_of, pieces, shard_start, split
+from hydra_pipe.plan.parts import ends_of, shard_start, split
 
 PARTS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
@@ -19,16 +19,6 @@ def every_row(part_rows: list[int]) -> list[tuple[int, int]]:
 def test_a_run_splits_into_the_same_rows_of_parts(part_rows: list[int], first: int, last: int) -> None:
     found = [(part, row) for part, low, high in split((first, last), ends_of(part_rows)) for row in range(low, high)]
     assert found == every_row(part_rows)[first:last]
-
-
-@given(PARTS, st.integers(0, 60), st.integers(0, 60), st.integers(1, 5))
-def test_pieces_are_the_run_in_order_and_of_one_part_each(part_rows: list[int], first: int, last: int, at_once: int) -> None:
-    rows = every_row(part_rows)
-    found = list(pieces((first, last), ends_of(part_rows), at_once))
-    assert [row for low, high in found for row in range(low, high)] == list(range(first, min(last, len(rows))))
-    for low, high in found:
-        assert high - low <= at_once
-        assert len({part for part, _ in rows[low:high]}) == 1
 
 
 @given(PARTS, st.integers(1, 5))

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -13,13 +14,15 @@ from hydra_pipe.plan.geometry import store_geometry
 from hydra_pipe.plan.reduction import (
     BASE_BYTES,
     OVERHEAD_BYTES,
+    SAMPLE_MULTIPLE,
     TEST_MULTIPLE,
     Reading,
     ReductionInput,
     ReductionPlan,
+    folding_peak_bytes,
     parse_chunks,
-    peak_bytes,
     plan_reduction,
+    scoring_peak_bytes,
 )
 from hydra_pipe.units import format_bytes, parse_bytes
 
@@ -35,8 +38,10 @@ def given_of(**changes: int) -> ReductionInput:
         ReductionInput(
             n_rows=600_000,
             n_features=3390,
+            n_folding=2572,
             n_samples=60_000,
             n_tests=1000,
+            n_columns=1000,
             n_steps=9380,
             n_blocks=10,
             n_groups=1,
@@ -63,11 +68,14 @@ def inputs(draw: st.DrawFn) -> ReductionInput:
         shard_log = draw(st.integers(0, 14))
         n_chunks = draw(st.integers(1, min(20, n_features)))
         sizes = (2**shard_log, 2 ** draw(st.integers(0, shard_log)), -(-n_features // n_chunks))
+    n_tests = draw(st.one_of(st.integers(1, 200), st.integers(1, 5000)))
     return ReductionInput(
         n_rows=draw(st.one_of(st.integers(1, 5000), st.integers(1, 10**7))),
         n_features=n_features,
         n_samples=draw(st.integers(1, 200_000)),
-        n_tests=draw(st.one_of(st.integers(1, 200), st.integers(1, 5000))),
+        n_folding=draw(st.sampled_from([0, n_features // 2, n_features])),
+        n_tests=n_tests,
+        n_columns=n_tests,
         n_steps=draw(st.integers(1, 50_000)),
         n_blocks=draw(st.integers(1, min(60, n_features))),
         n_groups=draw(st.integers(1, 3)),
@@ -78,6 +86,7 @@ def inputs(draw: st.DrawFn) -> ReductionInput:
         chunk_features=sizes[2],
         memory_bytes=draw(st.one_of(st.integers(1, 300), st.integers(200, 2000), st.integers(200, 64 * 1024))) * MIB,
         workers=draw(st.integers(1, 16)),
+        processes=draw(st.booleans()),
         base_bytes=draw(st.sampled_from([BASE_BYTES, OVERHEAD_BYTES, 1024 * MIB])),
     )
 
@@ -110,15 +119,29 @@ def test_the_planned_peak_is_within_the_budget(what: ReductionInput, chunks: Chu
     plan = planned(what, chunks)
     widest = max(last - first for first, last in plan.test_blocks)
     assert plan.peak_bytes <= what.memory_bytes
-    assert plan.peak_bytes == peak_bytes(what, plan.reading, widest)
+    if plan.order == "score first":
+        assert plan.peak_bytes == scoring_peak_bytes(what, plan.reading, widest)
+    else:
+        samples = max(last - first for first, last in plan.sample_blocks)
+        assert plan.peak_bytes == folding_peak_bytes(what, plan.reading, samples, widest)
 
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_passes_cover_every_test_sample_once(what: ReductionInput, chunks: Chunks) -> None:
-    blocks = planned(what, chunks).test_blocks
-    assert [j for first, last in blocks for j in range(first, last)] == list(range(what.n_tests))
-    assert all(first < last for first, last in blocks)
+def test_blocks_cover_every_test_sample_and_every_sample_once(what: ReductionInput, chunks: Chunks) -> None:
+    plan = planned(what, chunks)
+    for blocks, n in ((plan.test_blocks, what.n_tests), (plan.sample_blocks, what.n_samples)):
+        assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])]
+        assert blocks[-1][1] == n
+        assert all(first < last for first, last in blocks)
+
+
+@EVERY
+@given(inputs(), CHUNKS)
+def test_blocks_of_samples_fill_whole_chunks(what: ReductionInput, chunks: Chunks) -> None:
+    plan = planned(what, chunks)
+    assert all(first % SAMPLE_MULTIPLE == 0 for first, _ in plan.sample_blocks)
+    assert len(plan.sample_blocks) == 1 or plan.order == "fold first"
 
 
 @EVERY
@@ -155,68 +178,87 @@ def test_runs_share_the_shards_evenly_among_the_workers(what: ReductionInput, ch
 @given(inputs(), CHUNKS)
 def test_whole_stored_chunks_are_read_at_once(what: ReductionInput, chunks: Chunks) -> None:
     reading = planned(what, chunks).reading
-    assert reading.read_rows % what.chunk_rows == 0
-    assert what.chunk_rows <= reading.read_rows <= what.shard_rows
-    assert reading.read_features == what.n_features or reading.read_features % what.chunk_features == 0
-    assert 0 < reading.read_features <= what.n_features
-    assert 0 < reading.score_rows <= reading.read_rows
+    assert reading.rows % what.chunk_rows == 0
+    assert what.chunk_rows <= reading.rows <= what.shard_rows
+    assert reading.features == what.n_features or reading.features % what.chunk_features == 0
+    assert 0 < reading.features <= what.n_features
 
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
 def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: ReductionInput, rows: int, features: int) -> None:
     reading = planned(what, (rows, features)).reading
-    assert reading.read_rows >= min(rows, what.shard_rows)
-    assert reading.read_rows - what.chunk_rows < rows
-    assert reading.read_features >= min(features, what.n_features)
-    assert reading.read_features - what.chunk_features < features
+    assert reading.rows >= min(rows, what.shard_rows)
+    assert reading.rows - what.chunk_rows < rows
+    assert reading.features >= min(features, what.n_features)
+    assert reading.features - what.chunk_features < features
 
 
 @EVERY
 @given(inputs(), CHUNKS)
 def test_bytes_to_decode_are_the_rows_once_a_pass(what: ReductionInput, chunks: Chunks) -> None:
     plan = planned(what, chunks)
-    assert plan.read_bytes == len(plan.test_blocks) * what.n_rows * what.n_features * what.item_bytes
-
-
-SMALL_RUN = given_of(n_rows=10_000, n_samples=2000, n_steps=100)
+    assert plan.read_bytes == plan.passes * what.n_rows * what.n_features * what.item_bytes
 
 
 @EVERY
 @given(inputs(), st.integers(1, 1024))
-@example(replace(SMALL_RUN, memory_bytes=240 * MIB), 10)
-def test_more_memory_never_takes_more_passes(what: ReductionInput, more: int) -> None:
-    passes = len(planned(what, None).test_blocks)
-    assert len(planned(replace(what, memory_bytes=what.memory_bytes + more * MIB), None).test_blocks) <= passes
+def test_more_memory_never_takes_more_time(what: ReductionInput, more: int) -> None:
+    time = planned(what, None).picoseconds
+    assert planned(replace(what, memory_bytes=what.memory_bytes + more * MIB), None).picoseconds <= time
 
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
-@example(replace(SMALL_RUN, memory_bytes=250 * MIB), 128, 3390)
-def test_no_chunks_take_fewer_passes_than_the_chosen_ones(what: ReductionInput, rows: int, features: int) -> None:
+def test_no_chunks_take_less_time_than_the_chosen_ones(what: ReductionInput, rows: int, features: int) -> None:
     chosen, asked = planned(what, None), planned(what, (rows, features))
-    assert len(chosen.test_blocks) <= len(asked.test_blocks)
+    assert chosen.picoseconds <= asked.picoseconds
 
 
 def test_one_pass_over_whole_rows_is_chosen_where_memory_allows() -> None:
     plan = plan_reduction(given_of(), None)
-    assert plan.test_blocks == ((0, 1000),)
-    assert (plan.reading.read_rows, plan.reading.read_features) == (2048, 3390)
+    assert plan.passes == 1
+    assert plan.reading == Reading(512, 3390)
 
 
-READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000))
+def test_rows_are_folded_first_where_there_are_many_tests_and_epochs() -> None:
+    dense = {"n_folding": 3390}
+    assert plan_reduction(given_of(**dense), None).order == "fold first"
+    assert plan_reduction(given_of(**dense, n_tests=4, n_columns=4), None).order == "score first"
+    # one epoch: sums by sample save nothing
+    assert plan_reduction(given_of(**dense, n_rows=60_000), None).order == "score first"
+    # nothing can be folded
+    assert plan_reduction(given_of(n_folding=0), None).order == "score first"
+    # several passes over the store cost more than they save
+    few = dense | {"n_tests": 64, "n_columns": 64, "n_samples": 500_000, "n_rows": 5_000_000, "memory_bytes": 1024 * MIB}
+    assert plan_reduction(given_of(**few), None).order == "score first"
+
+
+def test_sums_go_from_process_to_process_and_not_from_thread_to_thread() -> None:
+    assert plan_reduction(given_of(), None).moved_bytes == 0
+    apart = plan_reduction(given_of(processes=True, n_folding=0), None)
+    assert apart.moved_bytes == 60_000 * 1000 * 4
+
+
+READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000))
 
 
 @EVERY
 @given(inputs(), READINGS, st.integers(1, 500))
 def test_more_of_anything_never_takes_less_memory(what: ReductionInput, reading: Reading, tests: int) -> None:
-    least = peak_bytes(what, reading, tests)
-    assert least > what.base_bytes
-    assert peak_bytes(what, reading, 2 * tests) > least
-    for name in ("read_rows", "read_features", "score_rows"):
-        assert peak_bytes(what, replace(reading, **{name: 2 * getattr(reading, name)}), tests) >= least
+    def peaks(what: ReductionInput, reading: Reading, tests: int) -> tuple[int, int]:
+        return scoring_peak_bytes(what, reading, tests), folding_peak_bytes(what, reading, what.n_samples, tests)
+
+    def never_less(*changed: Any) -> None:
+        assert all(more >= less for more, less in zip(peaks(*changed), least, strict=True))
+
+    least = peaks(what, reading, tests)
+    assert min(least) > what.base_bytes
+    never_less(what, reading, 2 * tests)
+    for name in ("rows", "features"):
+        never_less(what, replace(reading, **{name: 2 * getattr(reading, name)}), tests)
     for name in ("n_samples", "n_features", "n_steps", "n_blocks", "n_groups", "item_bytes", "test_item_bytes", "workers"):
-        assert peak_bytes(replace(what, **{name: 2 * getattr(what, name)}), reading, tests) >= least
+        never_less(replace(what, **{name: 2 * getattr(what, name)}), reading, tests)
 
 
 @EVERY
@@ -230,8 +272,13 @@ def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: Red
     scores, weights = rows * tests * 4, rows * what.n_blocks * 4
     test_gradients = tests * what.n_features * 4
     schedule = what.n_steps * what.n_blocks * 8
-    arrays = what.workers * (sums + stored + decoded + scores + weights) + test_gradients + schedule
-    assert peak_bytes(what, Reading(rows, what.n_features, rows), tests) >= what.base_bytes + arrays
+    threads = 1 if what.processes else what.workers
+    arrays = threads * (sums + stored + decoded + scores + weights) + test_gradients + schedule
+    reading = Reading(rows, what.n_features)
+    assert scoring_peak_bytes(what, reading, tests) >= what.base_bytes + arrays
+    folded = what.n_samples * what.n_folding * 4
+    arrays = threads * (folded + stored + decoded + weights) + test_gradients + schedule
+    assert folding_peak_bytes(what, reading, what.n_samples, tests) >= what.base_bytes + arrays
 
 
 @EVERY
@@ -241,7 +288,7 @@ def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: Red
 def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(what: ReductionInput, chunks: Chunks) -> None:
     message = refusal(what, chunks)
     found = re.fullmatch(
-        r"reading \d+x\d+ \(rows x features\) at once with (\d+) workers needs ([\d.e+]+ \w+), "
+        r"decoding \d+x\d+ \(rows x features\) at once with (\d+) workers needs ([\d.e+]+ \w+), "
         r"--memory is ([\d.e+]+ \w+): (?:lower --chunks to \d+x\d+ or )?raise --memory to (\d+MiB)",
         message,
     )
@@ -274,7 +321,7 @@ def test_smaller_chunks_are_only_advised_where_they_help(what: ReductionInput, c
 
 
 def test_sizes_in_a_refusal_are_written_as_one_writes_them() -> None:
-    what = given_of(memory_bytes=1000 * MIB, n_samples=150_000_000)
+    what = given_of(memory_bytes=1000 * MIB, n_samples=150_000_000, n_folding=0)
     with pytest.raises(BudgetError, match=r"--memory is 1000 MiB: "):
         plan_reduction(what, None)
 

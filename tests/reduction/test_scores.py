@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.reduction.scores import decode_tests, score_rows
+from hydra_pipe.reduction.scores import Scorer, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, segments_of
 
 EVERY = settings(max_examples=100, deadline=None)
@@ -89,11 +89,11 @@ class Case:
     def scores(self, features_at_once: int) -> np.ndarray:
         segments = segments_of(self.layout)
         tests = decode_tests(self.tests.values, self.tests.scale, segments)
-        return score_rows(self.read, self.weight, tests, segments, self.layout.n_features, features_at_once)
+        return Scorer(tests, segments, self.layout.n_features, features_at_once)(self.read, self.weight)
 
     def read(self, first: int, last: int) -> np.ndarray:
         assert 0 <= first < last <= self.layout.n_features
-        return self.rows.values[:, first:last]
+        return np.ascontiguousarray(self.rows.values[:, first:last])
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
         """Weighted inner products of the gradients written out, and the sum of the magnitudes of their terms."""
@@ -151,7 +151,7 @@ def test_every_column_is_read_once_in_order(case: Case, data: st.DataObject) -> 
         seen.append((first, last))
         return case.read(first, last)
 
-    score_rows(read, case.weight, tests, segments, case.layout.n_features, features_at_once)
+    Scorer(tests, segments, case.layout.n_features, features_at_once)(read, case.weight)
     assert [c for first, last in seen for c in range(first, last)] == list(range(case.layout.n_features))
     assert all(last - first <= features_at_once for first, last in seen)
 

@@ -1,8 +1,12 @@
 """A store of several processes reads as one run: the same rows written in one part and in three, of several shards each."""
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 
@@ -10,9 +14,11 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Reading, ReductionPlan, plan_reduction
-from hydra_pipe.reduction.hydra import Source, relevance_graph, row_weights
+from hydra_pipe.reduction import hydra
+from hydra_pipe.reduction.hydra import Job, graphs, row_weights
 from hydra_pipe.reduction.run import reduction_input
 from hydra_pipe.store import names
+from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
 from hydra_pipe.store.relevance import create_relevance, open_relevance
 from hydra_pipe.store.writing import GradientsWriter
@@ -27,6 +33,8 @@ RUN_ID = "0" * 32
 @pytest.fixture
 def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Paths of the store of one process, and of that of three, with shards of 8 rows."""
+    for module, name in ((relevance_module, "CHUNK_SAMPLES"), (hydra, "SAMPLE_MULTIPLE")):
+        monkeypatch.setattr(module, name, 8)
     monkeypatch.setattr(geometry, "SHARD_BYTES", SHARD_ROWS * 21 * 4)
     monkeypatch.setattr(geometry, "CHUNK_BYTES", SHARD_ROWS // 2 * 21 * 4)
     generator = np.random.default_rng(0)
@@ -103,18 +111,49 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
         given = reduction_input(store, N_STEPS, N_SAMPLES, 2**40, workers)
         plan = plan_reduction(given, None)
         assert all(start in shard_starts(store.rows.part_rows) for start, _ in plan.row_runs)
-        for read_rows in (SHARD_ROWS, SHARD_ROWS // 2):
-            asked = ReductionPlan(plan.test_blocks, plan.row_runs, Reading(read_rows, 21, 3), 0, 0)
-            target = tmp_path / f"{path.name} {read_rows}"
-            create_relevance(target, "hydra", (N_SAMPLES, 4), 4, RUN_ID)
+        for asked in orders_of(plan):
             rows: list[int] = []
-            source = Source(path, N_STEPS, N_SAMPLES)
-            graph = relevance_graph(source, asked, (0, 4), row_weights(store), target, "hydra", rows.append)
-            graph.compute(scheduler="synchronous")
-            assert sum(rows) == store.rows.n_rows
-            found.append(open_relevance(target, "hydra").read())
+            found.append(relevance_by(asked, store, tmp_path / f"{path.name} {len(found)}", rows))
+            assert sum(rows) == store.rows.n_rows * asked.passes
     for relevance in found[1:]:
         np.testing.assert_allclose(relevance, found[0], atol=1e-5 * np.abs(found[0]).max())
+
+
+def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
+    """The same work in both orders, with whole rows and windows of them, in one pass and in several."""
+    for rows, features in ((SHARD_ROWS, 21), (SHARD_ROWS // 2, 9)):
+        reading = Reading(rows, features)
+        for tests in (((0, 4),), ((0, 2), (2, 4))):
+            yield replace(plan, order="score first", test_blocks=tests, reading=reading)
+            for samples in (((0, N_SAMPLES),), ((0, 8), (8, 16), (16, 24), (24, N_SAMPLES))):
+                yield replace(plan, order="fold first", test_blocks=tests, sample_blocks=samples, reading=reading)
+
+
+def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
+    create_relevance(target, "hydra", (N_SAMPLES, 4), plan.test_blocks[0][1], RUN_ID)
+    job = Job(store.path, N_STEPS, target, "hydra", plan)
+    for _, graph in graphs(job, row_weights(store), rows.append):
+        graph.compute(scheduler="synchronous")
+    return open_relevance(target, "hydra").read()
+
+
+def test_building_a_graph_computes_and_reads_nothing(
+    stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Gradients(stores[0])
+    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, 2**40, 2), None)
+    weights = row_weights(store)
+    shutil.rmtree(stores[0])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("dask.base.compute", refuse)
+    with dask.config.set(scheduler=refuse):
+        for asked in orders_of(plan):
+            built = list(graphs(Job(store.path, N_STEPS, tmp_path / "none", "hydra", asked), weights, refuse))
+            assert len(built) == asked.passes
+    assert not (tmp_path / "none").exists()
 
 
 def shard_starts(part_rows: tuple[int, ...]) -> set[int]:
