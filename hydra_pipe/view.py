@@ -12,7 +12,7 @@ from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
-from hydra_pipe.store.relevance import open_relevance, read_relevance
+from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
 
@@ -86,7 +86,8 @@ class Run:
         return open_relevance(self.path / names.RELEVANCE, method)
 
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
-        """The whole relevance matrix, in memory, float32, dimensions (sample, test).
+        """The whole relevance matrix, in memory, float32, dimensions (sample, test); (sample, test_group) where
+        `method` names means over test samples, "hydra-by-label" or "hydra-mean".
 
         R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss.
 
@@ -103,21 +104,21 @@ class Run:
             import xarray
         except ImportError:
             return values
-        coordinates: dict[str, Any] = {}
-        for which, dimension, size in (
-            (names.TRAIN_LABELS, names.SAMPLE_DIM, values.shape[0]),
-            (names.TEST_LABELS, names.TEST_DIM, values.shape[1]),
+        columns = columns_of(array)
+        dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
+        coordinates: dict[str, Any] = {names.SAMPLE_DIM: np.arange(values.shape[0]), dimension: columns.ids}
+        for which, labels in (
+            (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
+            (dimension, columns.labels(self.gradients.labels(names.TEST_LABELS))),
         ):
-            coordinates[dimension] = np.arange(size)
-            labels = self.gradients.labels(which)
             if labels is not None:
-                coordinates[f"{dimension}_label"] = (dimension, labels)
+                coordinates[f"{which}_label"] = (which, labels)
         return xarray.DataArray(
             values,
-            dims=(names.SAMPLE_DIM, names.TEST_DIM),
+            dims=(names.SAMPLE_DIM, dimension),
             coords=coordinates,
             name="relevance",
-            attrs={names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT},
+            attrs={names.METHOD: array.attributes[names.METHOD], names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT},
         )
 
     def info(self) -> dict[str, Any]:

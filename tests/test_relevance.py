@@ -1,6 +1,5 @@
 """The whole way, record to relevance, against oracles."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -186,25 +185,3 @@ def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, mo
     for run in ("a", "b"):
         hydra_pipe.reduce(tmp_path / run)
     np.testing.assert_array_equal(read_relevance(tmp_path / "b"), read_relevance(tmp_path / "a")[order])
-
-
-def test_a_pass_over_few_test_samples_gives_the_same_columns(tmp_path: Path, recorded) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(recorded(encoding="exact", dtype="float32"), run)
-    hydra_pipe.reduce(run)
-    one_pass = read_relevance(run)
-    from hydra_pipe.plan import reduction as plan
-
-    assert plan.TEST_MULTIPLE == 64
-    narrow = [(0, 2), (2, 4), (4, 6), (6, 7)]
-    original = plan.plan_reduction
-
-    def in_twos(*args):
-        import dataclasses
-
-        return dataclasses.replace(original(*args), test_blocks=tuple(narrow))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_pipe.reduction.run.plan_reduction", in_twos)
-        hydra_pipe.reduce(run, overwrite=True)
-    assert relative_error(read_relevance(run), one_pass) < 1e-6

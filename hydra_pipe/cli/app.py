@@ -9,6 +9,7 @@ import typer
 
 from hydra_pipe import api
 from hydra_pipe.cli.failures import explained
+from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.store import names
 
@@ -39,6 +40,9 @@ Dtype = Annotated[
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, such as 512MiB or 4GiB")]
+Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
+By = Annotated[str | None, typer.Option(metavar="label", help="mean over the test samples of each label, as hydra-by-label")]
+Mean = Annotated[bool, typer.Option("--mean", help="mean over all test samples, as hydra-mean")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
 Scheduler = Annotated[str, typer.Option(help="Dask scheduler: threads, or synchronous for one thread")]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
@@ -85,6 +89,9 @@ def reduce(
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
     scheduler: Scheduler = "threads",
+    tests: Tests = None,
+    by: By = None,
+    mean: Mean = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -93,10 +100,14 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
+    from hydra_pipe.reduction.request import Options
     from hydra_pipe.reduction.run import plan_run, reduce_run
 
+    if mean and by is not None:
+        raise UsageError("--mean and --by: choose one of them")
+    grouping = "mean" if mean else by
     if dry_run:
-        print(plan_run(run, method=method, chunks=chunks, memory=memory, scheduler=scheduler))
+        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping)))
         return
     done = reduce_run(
         run,
@@ -104,10 +115,13 @@ def reduce(
         chunks=chunks,
         memory=memory,
         scheduler=scheduler,
+        tests=tests,
+        by=grouping,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(done, run, "reduced", f"next: hydra-pipe export {run}")
+    which = {"mean": f" --method {method}-mean", "label": f" --method {method}-by-label"}.get(grouping or "", "")
+    _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 
 @app.command()

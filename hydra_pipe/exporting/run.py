@@ -18,7 +18,7 @@ from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import open_relevance, read_relevance
+from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
@@ -96,7 +96,9 @@ class _Export:
 
     def __post_init__(self) -> None:
         self.train_labels = self.gradients.labels(names.TRAIN_LABELS)
-        self.test_labels = self.gradients.labels(names.TEST_LABELS)
+        columns = columns_of(self.relevance)
+        self.test_ids = columns.ids
+        self.test_labels = columns.labels(self.gradients.labels(names.TEST_LABELS))
         self.train_type = rankings.label_type(self.train_labels)
         self.test_type = rankings.label_type(self.test_labels)
 
@@ -133,7 +135,7 @@ class _Export:
             pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)), pa.array(["helpful", "harmful"])
         )
         columns = [
-            pa.array(ranked.test),
+            pa.array(self.test_ids[ranked.test]),
             sides,
             pa.array(ranked.rank),
             pa.array(ranked.train),
@@ -185,7 +187,7 @@ class _Export:
         with pq.ParquetWriter(self.target / rankings.MATRIX / rankings.PARTS.format(part), schema) as writer:
             for low in range(0, n_tests, at_once):
                 columns = block[:, low : low + at_once]
-                tests = np.arange(first + low, first + low + columns.shape[1])
+                tests = self.test_ids[first + low : first + low + columns.shape[1]]
                 table = pa.Table.from_arrays(
                     [
                         pa.array(np.repeat(tests, n_samples)),

@@ -12,7 +12,7 @@ In a pass each worker goes through a run of whole shards and adds to a partial s
 is chosen by the time that bytes and operations take (`COSTS`), among those that fit the budget.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -67,6 +67,7 @@ class ReductionInput:
     Args:
         n_rows, n_features, n_samples, n_tests, n_steps, n_blocks, n_groups: sizes of the recording.
         n_columns: of the result: the test samples, or groups of them.
+        grouped: whether they are groups.
         n_folding: features that can be summed by sample: those of blocks that are not factored.
         item_bytes, test_item_bytes: of one stored value of a row, and of a test gradient.
         shard_rows, chunk_rows, chunk_features: as the rows are stored.
@@ -93,6 +94,7 @@ class ReductionInput:
     chunk_features: int
     memory_bytes: int
     workers: int
+    grouped: bool = False
     processes: bool = False
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
@@ -102,10 +104,13 @@ class ReductionInput:
         """Features of factored blocks."""
         return self.n_features - self.n_folding
 
-    @property
-    def grouped(self) -> bool:
-        """Whether the columns of the result are groups of test samples."""
-        return self.n_columns != self.n_tests
+
+@dataclass(frozen=True)
+class Answered:
+    """What an interrupted reduction has done: test samples or, fold first, samples, from the first on."""
+
+    order: Order
+    done: int
 
 
 @dataclass(frozen=True)
@@ -178,18 +183,23 @@ def parse_chunks(text: str) -> tuple[int, int] | None:
     return int(rows), int(features)
 
 
-def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None) -> ReductionPlan:
+def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
     """The plan that takes least time of those that fit the budget.
 
     Args:
         given: sizes and budget.
         chunks: rows and features to decode at once, rounded up to whole stored chunks; None: chosen.
+        answered: go on after that, in that order.
 
     Raises:
         BudgetError: not even one block of test samples fits; the message has both numbers and a way out.
     """
     candidates = _as_asked(chunks, given) if chunks else _readings(given)
-    fitting = [plan for plan in (_scoring(given, candidates), _folding(given, candidates)) if plan is not None]
+    done = answered.done if answered is not None else 0
+    orders: dict[Order, Callable[[ReductionInput, Sequence[Reading], int], ReductionPlan | None]]
+    orders = {"score first": _scoring, "fold first": _folding}
+    found = [plan(given, candidates, done) for order, plan in orders.items() if answered is None or order == answered.order]
+    fitting = [plan for plan in found if plan is not None]
     if fitting:
         return min(fitting, key=lambda plan: plan.picoseconds)
     needed = _least_bytes(given, candidates[-1])
@@ -267,20 +277,20 @@ def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
     return files + decoded + converted + scales
 
 
-def _scoring(given: ReductionInput, candidates: Sequence[Reading]) -> ReductionPlan | None:
+def _scoring(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """Score first, in as few passes as fit: a pass decodes the whole store, so that comes before the better way of reading."""
     for width in _test_widths(given):
         for reading in candidates:
             peak = scoring_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
-                blocks = _spans(given.n_tests, width)
+                blocks = _spans(done, given.n_tests, width)
                 sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
-                operations = 2 * given.n_rows * given.n_features * given.n_tests
+                operations = 2 * given.n_rows * given.n_tests * (given.n_features + given.grouped * given.n_columns)
                 return _plan(given, "score first", blocks, ((0, given.n_samples),), reading, peak, sums, operations, 0)
     return None
 
 
-def _folding(given: ReductionInput, candidates: Sequence[Reading]) -> ReductionPlan | None:
+def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """Fold first, in as few passes as fit."""
     if not given.n_folding:
         return None
@@ -290,16 +300,14 @@ def _folding(given: ReductionInput, candidates: Sequence[Reading]) -> ReductionP
             for tests in _test_widths(given):
                 peak = folding_peak_bytes(given, reading, samples, tests)
                 if peak <= given.memory_bytes:
-                    operations = 2 * given.n_rows * given.n_factored * given.n_tests
+                    operations = 2 * given.n_rows * given.n_tests * (given.n_factored + (scored if given.grouped else 0))
                     operations += 2 * given.n_samples * given.n_folding * given.n_columns
                     sums = given.n_samples * (given.n_folding + scored) * 4
                     folded = given.n_rows * given.n_folding
-                    blocks = _spans(given.n_tests, tests)
+                    blocks = _spans(0, given.n_tests, tests)
                     return _plan(
-                        given, "fold first", blocks, _spans(given.n_samples, samples), reading, peak, sums, operations, folded
+                        given, "fold first", blocks, _spans(done, given.n_samples, samples), reading, peak, sums, operations, folded
                     )
-                if given.grouped:
-                    break  # groups are answered together
     return None
 
 
@@ -351,8 +359,8 @@ def _row_runs(given: ReductionInput) -> tuple[Span, ...]:
     return tuple(pairwise(bounds))
 
 
-def _spans(n: int, width: int) -> tuple[Span, ...]:
-    return tuple((first, min(first + width, n)) for first in range(0, n, width))
+def _spans(start: int, end: int, width: int) -> tuple[Span, ...]:
+    return tuple((first, min(first + width, end)) for first in range(start, end, width))
 
 
 def _as_asked(chunks: tuple[int, int], given: ReductionInput) -> list[Reading]:
@@ -380,6 +388,8 @@ def _row_counts(given: ReductionInput, width: int) -> Iterator[int]:
 def _test_widths(given: ReductionInput) -> list[int]:
     """Test samples at once, the preferred first: all, then fewer in whole multiples, then as few as need be."""
     n_tests = given.n_tests
+    if given.grouped:  # groups are answered together
+        return [n_tests]
     multiples = range(n_tests // TEST_MULTIPLE * TEST_MULTIPLE, 0, -TEST_MULTIPLE)
     few = [w for w in (32, 16, 8, 4, 2, 1) if w < min(n_tests, TEST_MULTIPLE)]
     return [n_tests, *(w for w in multiples if w < n_tests), *few]

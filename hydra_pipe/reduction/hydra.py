@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from hydra_pipe.maths.relevance import add_by_sample
 from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
+from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import open_relevance, write_relevance
+from hydra_pipe.store.relevance import write_relevance
 
 Floats = NDArray[np.float32]
 CountRows = Callable[[int], None]
@@ -33,16 +35,28 @@ class Job:
     Args:
         gradients: path of the store.
         checkpoint: step of the test gradients.
-        relevance: path of the store that is written to.
-        method: array in it.
+        relevance: path of the array that is written to.
+        n_samples: training samples.
+        tests: spans of test samples, in ascending order; what the plan counts are places among these.
+        groups: where test samples are averaged: the group of each of them, shape (test,), else None.
         plan: how.
     """
 
     gradients: Path
     checkpoint: int
     relevance: Path
-    method: str
+    n_samples: int
+    tests: tuple[Span, ...]
+    groups: NDArray[np.int64] | None
     plan: ReductionPlan
+
+    def averages(self) -> Floats | None:
+        """What test samples are multiplied by to give the columns, shape (test, group); None where each is a column."""
+        if self.groups is None:
+            return None
+        of_group: Floats = np.zeros((len(self.groups), int(self.groups.max()) + 1), np.float32)
+        of_group[np.arange(len(self.groups)), self.groups] = 1 / np.bincount(self.groups)[self.groups]
+        return of_group
 
 
 @dataclass(frozen=True)
@@ -91,8 +105,7 @@ def graphs(job: Job, weights: StepWeights, count_rows: CountRows) -> Iterator[tu
 def _scoring_pass(job: Job, tests: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
     test_block = delayed(_load_tests)(job, tests)
     add_up = delayed(_score_run)
-    n_samples = job.plan.sample_blocks[-1][1]
-    partials = [add_up(job, run, n_samples, test_block, weights, count_rows) for run in job.plan.row_runs]
+    partials = [add_up(job, run, test_block, weights, count_rows) for run in job.plan.row_runs]
     result: Delayed = delayed(_write)(job, tests, partials)
     return result
 
@@ -121,8 +134,10 @@ def _folding_pass(job: Job, samples: Span, weights: Delayed, count_rows: CountRo
 def _load_tests(job: Job, tests: Span) -> TestBlock:
     store = Gradients(job.gradients)
     rows = store.test_rows(job.checkpoint)
-    stored = rows.features(slice(*tests), slice(0, store.layout.n_features))
-    return decode_tests(stored, rows.scales(slice(*tests)), segments_of(store.layout))
+    spans = [slice(*span) for span in cut(job.tests, *tests)]
+    stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
+    scales = np.concatenate([rows.scales(span) for span in spans])
+    return decode_tests(stored, scales, segments_of(store.layout))
 
 
 def _load_factored_tests(job: Job, tests: Span) -> TestBlock | None:
@@ -151,20 +166,22 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
         yield _Rows(piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
 
 
-def _score_run(job: Job, run: Span, n_samples: int, tests: TestBlock, weights: StepWeights, count_rows: CountRows) -> Floats:
-    """What the rows of `run` add to the relevance, shape (sample, test)."""
+def _score_run(job: Job, run: Span, tests: TestBlock, weights: StepWeights, count_rows: CountRows) -> Floats:
+    """What the rows of `run` add to the relevance, shape (sample, column)."""
     store = Gradients(job.gradients)
     scorer = Scorer(tests, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
-    total: Floats = np.zeros((n_samples, tests.n_tests), np.float32)
+    averages = job.averages()
+    total: Floats = np.zeros((job.n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
     for rows in _rows_of(store, job, run, weights):
-        add_by_sample(total, rows.samples, scorer(rows.read, rows.weight))
+        found = scorer(rows.read, rows.weight)
+        add_by_sample(total, rows.samples, found if averages is None else found @ averages)
         count_rows(len(rows.samples))
     return total
 
 
 @dataclass(frozen=True)
 class _Folded:
-    """What is summed by sample: hypergradients of what can be folded, scores of the rest, shape (sample, test) or None."""
+    """What is summed by sample: hypergradients of what can be folded, scores of the rest, shape (sample, column) or None."""
 
     sums: Floats
     scores: Floats | None
@@ -177,15 +194,17 @@ def _fold_run(job: Job, run: Span, samples: Span, tests: TestBlock | None, weigh
     n_samples = samples[1] - samples[0]
     folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
     scorer = scores = None
+    averages = job.averages()
     if tests is not None:
         scorer = Scorer(tests, [s for s in segments if not isinstance(s, DenseSegment)], n_features, at_once)
-        scores = np.zeros((n_samples, tests.n_tests), np.float32)
+        scores = np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
     for rows in _rows_of(store, job, run, weights):
         places = rows.samples - samples[0]
         wanted = (places >= 0) & (places < n_samples)
         folder.add(rows.read, rows.weight, places, wanted)
         if scorer is not None and scores is not None:
             found = scorer(rows.read, rows.weight)
+            found = found if averages is None else found @ averages
             add_by_sample(scores, places[wanted], found if wanted.all() else found[wanted])
         count_rows(len(places))
     return _Folded(folder.sums, scores)
@@ -206,7 +225,11 @@ def _answer(job: Job, first_sample: int, samples: Span, tests: Span, folded: _Fo
     store = Gradients(job.gradients)
     segments = [s for s in segments_of(store.layout) if isinstance(s, DenseSegment)]
     values = folded_columns(_load_tests(job, tests).values, segments)
-    array = open_relevance(job.relevance, job.method)
+    averages = job.averages()
+    if averages is not None:  # all test samples are one block then, and the columns are the groups
+        values = averages.T @ values
+        tests = (0, len(values))
+    array = Array.open(job.relevance)
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
         own = slice(low - first_sample, min(low + SAMPLE_MULTIPLE, samples[1]) - first_sample)
         found = folded.sums[own] @ values.T
@@ -223,4 +246,4 @@ def _write(job: Job, tests: Span, partials: list[Floats]) -> None:
     total = partials[0]
     for more in partials[1:]:
         np.add(total, more, out=total)
-    write_relevance(open_relevance(job.relevance, job.method), 0, tests[0], total)
+    write_relevance(Array.open(job.relevance), 0, tests[0] if job.groups is None else 0, total)

@@ -1,28 +1,24 @@
-"""A whole reduction: check, plan, compute pass by pass, write."""
+"""A whole reduction: check, plan, compute pass by pass, write; and go on where one was interrupted."""
 
 import os
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 import dask
 from threadpoolctl import threadpool_limits
 
-from hydra_pipe.errors import StoreError, UsageError
-from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES, ReductionInput, ReductionPlan, parse_chunks, plan_reduction
+from hydra_pipe.errors import StoreError
+from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, Span
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.hydra import Job, StepWeights, graphs, row_weights
-from hydra_pipe.reduction.segments import DenseSegment, segments_of
+from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import create_relevance
-from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
-from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
+from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
+from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
 
-METHODS = ("hydra",)
-SCHEDULERS = ("threads", "synchronous")
+# of the manifest's facts of a reduction that is not finished
+_ANSWERED = "answered"
 
 
 def reduce_run(
@@ -32,10 +28,14 @@ def reduce_run(
     chunks: str = "auto",
     memory: str = "4GiB",
     scheduler: str = "threads",
+    tests: str | None = None,
+    by: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Compute the relevance of every training sample for every test sample of a recorded run.
+    """Compute the relevance of every training sample for the test samples of a recorded run.
+
+    Where it was interrupted the same call goes on: passes that are done are not done again.
 
     Args:
         run: directory of the run.
@@ -43,6 +43,9 @@ def reduce_run(
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
         memory: budget for the whole process, such as "4GiB".
         scheduler: Dask's "threads", or "synchronous" for one thread.
+        tests: some of the test samples, such as "0-99,150"; all if absent.
+        by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
+            These are results of their own, named "hydra-by-label" and "hydra-mean".
         overwrite: compute again what is there, and discard what was exported from it.
         progress: where to show progress; nowhere if absent.
 
@@ -55,159 +58,102 @@ def reduce_run(
         BudgetError: the budget is too small.
         UsageError: an option that cannot be.
     """
-    request = _request(run, method, chunks, memory, scheduler)
+    request = requested(run, Options(method, chunks, memory, scheduler, tests, by))
     progress = progress or Progress()
-    directory, stage, settings = request.directory, reduce_stage(method), {"checkpoint": request.checkpoint}
-    if not overwrite and not directory.has_work(stage, settings):
+    directory, stage = request.directory, reduce_stage(request.name)
+    if not overwrite and not directory.has_work(stage, request.settings):
         return False
-    given, plan = request.plan()
-    _forget_results(directory, method)
-    directory.begin(stage, settings)
+    answered = None if overwrite else _answered(request)
+    given, plan = request.plan(answered)
+    if answered is not None and not _goes_on(request, answered, plan):
+        answered = None
+        given, plan = request.plan()
+    if answered is None:
+        _forget_results(directory, request.name)
+        directory.begin(stage, request.settings)
+        width = given.n_columns if given.grouped else plan.test_blocks[0][1]
+        create_relevance(_store(request), request.name, method, given.n_samples, request.columns, width, directory.run_id)
+    else:
+        directory.stages[stage].state = "running"
+        directory.save()
+        progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
     start = time.monotonic()
-    relevance = directory.path / names.RELEVANCE
-    create_relevance(relevance, method, (given.n_samples, given.n_tests), plan.test_blocks[0][1], directory.run_id)
-    progress.say(_summary(given, plan))
-    job = Job(request.gradients.path, request.checkpoint, relevance, method, plan)
+    progress.say(summary(given, plan))
     try:
-        _compute(job, row_weights(request.gradients), scheduler, given, progress)
+        _compute(request, given, plan, row_weights(request.gradients), progress)
     except BaseException as error:
         directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
-    directory.end(stage, "complete", seconds=time.monotonic() - start, n_tests=given.n_tests, plan=_facts(plan))
+    directory.end(
+        stage,
+        "complete",
+        seconds=time.monotonic() - start,
+        n_tests=given.n_tests,
+        n_columns=given.n_columns,
+        plan=facts(plan),
+    )
     return True
 
 
-def plan_run(
-    run: str | os.PathLike[str], *, method: str = "hydra", chunks: str = "auto", memory: str = "4GiB", scheduler: str = "threads"
-) -> str:
-    """What `reduce_run` would do with the same arguments, in lines for people. Reads metadata only, and raises the same."""
-    return _described(*_request(run, method, chunks, memory, scheduler).plan())
+def plan_run(run: str | os.PathLike[str], options: Options) -> str:
+    """What `reduce_run` would do with these options, in lines for people. Reads metadata only, and raises the same."""
+    return described(*requested(run, options).plan())
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A reduction that can be: checked options, and a complete recording."""
-
-    directory: RunDirectory
-    gradients: Gradients
-    n_samples: int
-    checkpoint: int
-    chunks: tuple[int, int] | None
-    memory_bytes: int
-    workers: int
-
-    def plan(self) -> tuple[ReductionInput, ReductionPlan]:
-        """What there is to reduce, and how. Raises: BudgetError."""
-        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.memory_bytes, self.workers)
-        return given, plan_reduction(given, self.chunks)
+def _store(request: Request) -> Path:
+    return request.directory.path / names.RELEVANCE
 
 
-def _request(run: str | os.PathLike[str], method: str, chunks: str, memory: str, scheduler: str) -> _Request:
-    if method not in METHODS:
-        raise UsageError(f"--method {method} is unknown: choose one of {', '.join(METHODS)}")
-    if scheduler not in SCHEDULERS:
-        raise UsageError(f"--scheduler {scheduler} is unknown: choose one of {', '.join(SCHEDULERS)}")
-    wanted_chunks, memory_bytes = parse_chunks(chunks), parse_bytes(memory)
-    directory = RunDirectory.open(run)
-    recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
-    gradients = Gradients(directory.path / names.GRADIENTS)
-    n_samples, checkpoint = recording.count("n_samples"), _last_tests(gradients)
-    _check_complete(gradients, recording.count("n_rows"))
-    return _Request(directory, gradients, n_samples, checkpoint, wanted_chunks, memory_bytes, _workers(scheduler))
+def _answered(request: Request) -> Answered | None:
+    """What an interrupted reduction has written to the end."""
+    stage = request.directory.stages.get(reduce_stage(request.name))
+    found = stage.facts.get(_ANSWERED) if stage is not None else None
+    try:
+        return Answered(str(found["order"]), int(found["done"])) if found else None  # type: ignore[arg-type] # planned with, or refused
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
-def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memory_bytes: int, workers: int) -> ReductionInput:
-    """The sizes that a plan is made from, read off the store's metadata."""
-    rows, tests = gradients.rows, gradients.test_rows(checkpoint)
-    return ReductionInput(
-        n_rows=rows.n_rows,
-        n_features=gradients.layout.n_features,
-        n_folding=sum(s.columns[1] - s.columns[0] for s in segments_of(gradients.layout) if isinstance(s, DenseSegment)),
-        n_samples=n_samples,
-        n_tests=tests.n_rows,
-        n_columns=tests.n_rows,
-        n_steps=gradients.n_steps,
-        n_blocks=len(gradients.layout.blocks),
-        n_groups=1 + max(block.group for block in gradients.layout.blocks),
-        item_bytes=rows.dtype.itemsize,
-        test_item_bytes=tests.dtype.itemsize,
-        shard_rows=rows.shard_rows,
-        chunk_rows=rows.chunk_rows,
-        chunk_features=rows.chunk_features,
-        memory_bytes=memory_bytes,
-        workers=workers,
-        base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
-        part_rows=rows.part_rows,
+def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
+    """Whether what is there is what was answered, and the plan fits its chunks."""
+    if plan.order != answered.order:
+        return False
+    try:
+        array = open_relevance(_store(request), request.name)
+        if columns_of(array) != request.columns or array.shape != (request.n_samples, request.columns.n_columns):
+            return False
+    except StoreError:
+        return False
+    return request.columns.by is not None or all(first % array.chunks[1] == 0 for first, _ in plan.test_blocks)
+
+
+def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weights: StepWeights, progress: Progress) -> None:
+    job = Job(
+        request.gradients.path,
+        request.checkpoint,
+        _store(request) / request.name,
+        given.n_samples,
+        request.columns.tests,
+        request.groups,
+        plan,
     )
-
-
-def _compute(job: Job, weights: StepWeights, scheduler: str, given: ReductionInput, progress: Progress) -> None:
-    total = given.n_rows * job.plan.passes
+    total = given.n_rows * plan.passes
     # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
     with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
-        for _, graph in graphs(job, weights, task.advance):
-            dask.compute(graph, scheduler=scheduler, num_workers=given.workers)
+        for span, graph in graphs(job, weights, task.advance):
+            dask.compute(graph, scheduler=request.options.scheduler, num_workers=given.workers)
+            _mark(request, plan, span)
 
 
-def _summary(given: ReductionInput, plan: ReductionPlan) -> str:
-    return (
-        f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
-        f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
-        f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
-    )
+def _mark(request: Request, plan: ReductionPlan, span: Span) -> None:
+    """Note in the manifest that a pass is done: what it has answered is on disk."""
+    stage = request.directory.stages[reduce_stage(request.name)]
+    stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1]}
+    request.directory.save()
 
 
-def _described(given: ReductionInput, plan: ReductionPlan) -> str:
-    """The plan in lines, for people."""
-    what = "test samples" if plan.order == "score first" else "samples"
-    blocks = plan.test_blocks if plan.order == "score first" else plan.sample_blocks
-    lines = {
-        "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
-        "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}",
-        "order": plan.order,
-        "passes": f"{plan.passes:,}, of {blocks[0][1] - blocks[0][0]:,} {what} each",
-        "tasks": f"{plan.tasks:,}, {len(plan.row_runs)} at once",
-        "decoded at once": f"{plan.reading.rows:,} rows x {plan.reading.features:,} features",
-        "read": f"{format_bytes(plan.read_bytes)} decoded",
-        "written": format_bytes(plan.written_bytes),
-        "between workers": f"at most {format_bytes(plan.moved_bytes)}",
-        "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
-        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
-        "time": f"about {format_seconds(plan.picoseconds / 1e12 / len(plan.row_runs))} where benchmarks/RESULTS.md was measured",
-    }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
-
-
-def _facts(plan: ReductionPlan) -> dict[str, Any]:
-    """What the manifest keeps of a plan."""
-    found = asdict(plan) | {"passes": plan.passes, "tasks": plan.tasks, "row_runs": len(plan.row_runs)}
-    return found | {"test_blocks": len(plan.test_blocks), "sample_blocks": len(plan.sample_blocks)}
-
-
-def _workers(scheduler: str) -> int:
-    return len(os.sched_getaffinity(0)) if scheduler == "threads" else 1
-
-
-def _last_tests(gradients: Gradients) -> int:
-    steps = gradients.test_steps()
-    if not steps:
-        raise StoreError(
-            f"{gradients.path} has no test gradients: call recorder.record_test(...) before recorder.close() and record again"
-        )
-    return steps[-1]
-
-
-def _check_complete(gradients: Gradients, n_rows: int) -> None:
-    if gradients.rows.n_rows != n_rows:
-        raise StoreError(f"{gradients.path} has {gradients.rows.n_rows} rows, {n_rows} were recorded: {ROWS_UNREADABLE}")
-    missing = gradients.missing()
-    if missing:
-        raise StoreError(f"{gradients.path}: {missing[0]}: {ROWS_UNREADABLE}")
-
-
-def _forget_results(directory: RunDirectory, method: str) -> None:
+def _forget_results(directory: RunDirectory, name: str) -> None:
     """Drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
-    if export_stage(method) in directory.stages:
-        directory.forget(export_stage(method))
-    remove(directory.path / names.RANKINGS / names.rankings_directory(method))
+    if export_stage(name) in directory.stages:
+        directory.forget(export_stage(name))
+    remove(directory.path / names.RANKINGS / names.rankings_directory(name))

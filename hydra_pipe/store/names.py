@@ -45,6 +45,8 @@ LABEL_NAMES: Final = "names"
 SIGN: Final = "sign"
 UNIT: Final = "unit"
 METHOD: Final = "method"
+TESTS: Final = "tests"
+BY: Final = "by"
 RUN_ID: Final = "run_id"
 
 # dimension names
@@ -55,6 +57,7 @@ GROUP_DIM: Final = "group"
 STEP_DIM: Final = "step"
 SAMPLE_DIM: Final = "sample"
 TEST_DIM: Final = "test"
+TEST_GROUP_DIM: Final = "test_group"
 
 SIGN_TEXT: Final = "positive: helpful, leaving the training sample out raises the test loss"
 UNIT_TEXT: Final = "test loss"

@@ -1,10 +1,15 @@
 """`relevance.zarr`: one array (sample, test) for each method."""
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.plan.selection import Span, parse_selection, size_of, write_selection
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.files import remove
@@ -13,28 +18,101 @@ RELEVANCE_UNREADABLE = "the relevance is not readable: compute it again with hyd
 CHUNK_SAMPLES, CHUNK_TESTS = 4096, 64
 
 
-def create_relevance(path: Path, method: str, shape: tuple[int, int], tests_at_once: int, run_id: str) -> Array:
-    """A new array for `method`, float32, dimensions (sample, test); sign and unit stand in its attributes.
+BY_LABEL, MEAN = "label", "mean"
+GROUPINGS = (BY_LABEL, MEAN)
+
+
+def result_name(method: str, by: str | None) -> str:
+    """Name of the array and the stages of `method`: "hydra", or for means over test samples "hydra-by-label", "hydra-mean"."""
+    return method if by is None else f"{method}-by-label" if by == BY_LABEL else f"{method}-mean"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a relevance array are.
+
+    Args:
+        tests: spans of test samples, in ascending order.
+        by: None: one column for each; else their mean by "label", or over all of them ("mean").
+        names: of the groups, where there are any: labels, or the one name "mean".
+    """
+
+    tests: tuple[Span, ...]
+    by: str | None = None
+    names: tuple[int | str, ...] = ()
+
+    @property
+    def n_tests(self) -> int:
+        return size_of(self.tests)
+
+    @property
+    def n_columns(self) -> int:
+        return self.n_tests if self.by is None else len(self.names)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Of the test samples, or numbers of the groups. Shape (column,)."""
+        if self.by is not None:
+            return np.arange(self.n_columns)
+        return self.test_ids
+
+    @property
+    def test_ids(self) -> NDArray[np.int64]:
+        """Of the test samples. Shape (test,)."""
+        return np.concatenate([np.arange(*span) for span in self.tests])
+
+    def labels(self, test_labels: NDArray[Any] | None) -> NDArray[Any] | None:
+        """Labels of the columns, given those of all test samples; None where there are none. Shape (column,)."""
+        if self.by == MEAN:
+            return None
+        if self.by == BY_LABEL:
+            return np.array(self.names)
+        return None if test_labels is None else test_labels[self.test_ids]
+
+    def to_attributes(self) -> dict[str, Any]:
+        """As the array keeps them."""
+        grouping = {} if self.by is None else {names.BY: self.by, names.LABEL_NAMES: list(self.names)}
+        return {names.TESTS: write_selection(self.tests)} | grouping
+
+
+def create_relevance(path: Path, name: str, method: str, n_samples: int, columns: Columns, width: int, run_id: str) -> Array:
+    """A new array, float32, dimensions (sample, test) or (sample, group); sign and unit stand in its attributes.
 
     Args:
         path: of the store.
-        method: name of the array.
-        shape: samples and test samples.
-        tests_at_once: that are written together, so that no chunk is written in two pieces.
+        name: of the array.
+        method: that it is of.
+        n_samples: training samples.
+        columns: what it has a column for.
+        width: columns that are written together, so that no chunk is written in two pieces.
         run_id: of the run.
     """
-    n_samples, n_tests = shape
     Group.create(path, {names.KIND: "relevance", names.RUN_ID: run_id})
-    remove(path / method)
-    attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT}
-    chunks = (min(CHUNK_SAMPLES, n_samples), min(CHUNK_TESTS, tests_at_once))
-    dimensions = (names.SAMPLE_DIM, names.TEST_DIM)
-    return Array.create(path / method, (n_samples, n_tests), "float32", dimensions, chunks, attributes=attributes)
+    remove(path / name)
+    attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT} | columns.to_attributes()
+    chunks = (min(CHUNK_SAMPLES, n_samples), min(CHUNK_TESTS, width))
+    dimensions = (names.SAMPLE_DIM, names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM)
+    return Array.create(path / name, (n_samples, columns.n_columns), "float32", dimensions, chunks, attributes=attributes)
 
 
-def open_relevance(path: Path, method: str) -> Array:
-    """The array of `method`. Raises: StoreError: missing or damaged."""
-    return Group.open(path, RELEVANCE_UNREADABLE).array(method)
+def columns_of(array: Array) -> Columns:
+    """What the columns of `array` are. Raises: StoreError: its attributes are damaged."""
+    found = array.attributes
+    try:
+        by = found.get(names.BY)
+        # no number of test samples is given here that could be too small for an id
+        tests = parse_selection(found[names.TESTS], sys.maxsize)
+        columns = Columns(tests, by, tuple(found[names.LABEL_NAMES]) if by else ())
+        if columns.n_columns != array.shape[1] or by not in (None, *GROUPINGS):
+            raise ValueError(f"attributes for {columns.n_columns} columns")
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise StoreError(f"{array.path} is damaged ({error}): {RELEVANCE_UNREADABLE}") from error
+    return columns
+
+
+def open_relevance(path: Path, name: str) -> Array:
+    """The array `name`. Raises: StoreError: missing or damaged."""
+    return Group.open(path, RELEVANCE_UNREADABLE).array(name)
 
 
 def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]) -> None:

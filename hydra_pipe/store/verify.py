@@ -96,8 +96,7 @@ def _check_relevance(run: RunDirectory, method: str, task: Task) -> Iterator[Fau
         yield Fault(where, str(error))
         return
     yield from _check_array(where, array, advice, task)
-    recording = run.stages[RECORD]
-    expected = (recording.count("n_samples"), recording.count("n_tests"))
+    expected = (run.stages[RECORD].count("n_samples"), run.stages[reduce_stage(method)].count("n_columns"))
     if tuple(array.shape) != expected:
         yield Fault(where, f"has shape {tuple(array.shape)}, the recording has {expected}: {advice}")
 

@@ -16,11 +16,11 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Reading, ReductionPlan, plan_reduction
 from hydra_pipe.reduction import hydra
 from hydra_pipe.reduction.hydra import Job, graphs, row_weights
-from hydra_pipe.reduction.run import reduction_input
+from hydra_pipe.reduction.request import reduction_input
 from hydra_pipe.store import names
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
-from hydra_pipe.store.relevance import create_relevance, open_relevance
+from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance
 from hydra_pipe.store.writing import GradientsWriter
 
 LAYOUT = Layout((Block("w", (7, 5), 0, "factored", (0, 7), (7, 12)), Block("c", (9,), 0, "dense", (12, 21))), 21, 0)
@@ -28,6 +28,7 @@ N_SAMPLES, N_STEPS, SHARD_ROWS = 30, 40, 8
 # rows of each rank in a step
 SIZES = [(1, 2, 3), (2, 3, 1), (2, 1, 2)]
 RUN_ID = "0" * 32
+ALL = Columns(((0, 4),))
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
     found = []
     for path in stores:
         store = Gradients(path)
-        given = reduction_input(store, N_STEPS, N_SAMPLES, 2**40, workers)
+        given = reduction_input(store, N_STEPS, N_SAMPLES, ALL, 2**40, workers)
         plan = plan_reduction(given, None)
         assert all(start in shard_starts(store.rows.part_rows) for start, _ in plan.row_runs)
         for asked in orders_of(plan):
@@ -130,8 +131,8 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
 
 
 def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
-    create_relevance(target, "hydra", (N_SAMPLES, 4), plan.test_blocks[0][1], RUN_ID)
-    job = Job(store.path, N_STEPS, target, "hydra", plan)
+    create_relevance(target, "hydra", "hydra", N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
+    job = Job(store.path, N_STEPS, target / "hydra", N_SAMPLES, ALL.tests, None, plan)
     for _, graph in graphs(job, row_weights(store), rows.append):
         graph.compute(scheduler="synchronous")
     return open_relevance(target, "hydra").read()
@@ -141,7 +142,7 @@ def test_building_a_graph_computes_and_reads_nothing(
     stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Gradients(stores[0])
-    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, 2**40, 2), None)
+    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, ALL, 2**40, 2), None)
     weights = row_weights(store)
     shutil.rmtree(stores[0])
 
@@ -151,7 +152,9 @@ def test_building_a_graph_computes_and_reads_nothing(
     monkeypatch.setattr("dask.base.compute", refuse)
     with dask.config.set(scheduler=refuse):
         for asked in orders_of(plan):
-            built = list(graphs(Job(store.path, N_STEPS, tmp_path / "none", "hydra", asked), weights, refuse))
+            built = list(
+                graphs(Job(store.path, N_STEPS, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, asked), weights, refuse)
+            )
             assert len(built) == asked.passes
     assert not (tmp_path / "none").exists()
 

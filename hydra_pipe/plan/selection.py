@@ -1,0 +1,56 @@
+"""Some of the test samples, written "0-99,150": spans of ids, in order. Integers only."""
+
+from collections.abc import Sequence
+
+from hydra_pipe.errors import UsageError
+
+Span = tuple[int, int]
+
+
+def parse_selection(text: str, n: int) -> tuple[Span, ...]:
+    """First and one past the last id of each span in `text`, in ascending order.
+
+    Args:
+        text: ids and spans FIRST-LAST, both ends in it, with commas between them; in any order.
+        n: test samples there are.
+
+    Raises:
+        UsageError: it cannot be read, or names an id that is not there.
+    """
+    spans: list[Span] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--tests {text} is not a selection: write ids and spans of them, such as 0-99,150")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low or high >= n:
+            raise UsageError(f"--tests {text}: {part.strip()} is not within the {n} test samples, which are 0-{n - 1}")
+        spans.append((low, high + 1))
+    joined: list[Span] = []
+    for low, end in sorted(spans):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((low, end))
+    return tuple(joined)
+
+
+def write_selection(spans: Sequence[Span]) -> str:
+    """`spans` as `parse_selection` reads them: one way to write each selection."""
+    return ",".join(str(first) if last == first + 1 else f"{first}-{last - 1}" for first, last in spans)
+
+
+def size_of(spans: Sequence[Span]) -> int:
+    """Ids in all of them."""
+    return sum(last - first for first, last in spans)
+
+
+def cut(spans: Sequence[Span], first: int, last: int) -> tuple[Span, ...]:
+    """The ids at the places first to last - 1 of a selection."""
+    found, start = [], 0
+    for low, high in spans:
+        a, b = max(first, start), min(last, start + high - low)
+        if a < b:
+            found.append((low + a - start, low + b - start))
+        start += high - low
+    return tuple(found)

@@ -1,0 +1,210 @@
+"""What a reduction is asked for, checked against what there is, and planned."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.plan.reduction import (
+    BASE_BYTES,
+    OVERHEAD_BYTES,
+    Answered,
+    ReductionInput,
+    ReductionPlan,
+    parse_chunks,
+    plan_reduction,
+)
+from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.reduction.segments import DenseSegment, segments_of
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
+from hydra_pipe.store.rows import ROWS_UNREADABLE
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
+
+METHODS = ("hydra",)
+SCHEDULERS = ("threads", "synchronous")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of a reduction, as text: see `reduce_run`."""
+
+    method: str = "hydra"
+    chunks: str = "auto"
+    memory: str = "4GiB"
+    scheduler: str = "threads"
+    tests: str | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A reduction that can be: checked options, and a complete recording.
+
+    Args:
+        directory, gradients: of the run.
+        n_samples: training samples.
+        checkpoint: step of the test gradients.
+        columns: of the result.
+        groups: group of each test sample, shape (test,), where columns are their means.
+        options: as given.
+    """
+
+    directory: RunDirectory
+    gradients: Gradients
+    n_samples: int
+    checkpoint: int
+    columns: Columns
+    groups: NDArray[np.int64] | None
+    options: Options
+
+    @property
+    def name(self) -> str:
+        """Of the result."""
+        return result_name(self.options.method, self.options.by)
+
+    @property
+    def settings(self) -> Settings:
+        """What the result depends on."""
+        selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
+        return {"checkpoint": self.checkpoint} | selected
+
+    @property
+    def workers(self) -> int:
+        """That compute at once."""
+        return len(os.sched_getaffinity(0)) if self.options.scheduler == "threads" else 1
+
+    def plan(self, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
+        """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
+        given = reduction_input(
+            self.gradients, self.checkpoint, self.n_samples, self.columns, parse_bytes(self.options.memory), self.workers
+        )
+        return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
+
+
+def requested(run: str | os.PathLike[str], options: Options) -> Request:
+    """Check `options` against a run. Reads metadata only.
+
+    Raises:
+        RunError, StoreError, UsageError: see `reduce_run`.
+    """
+    if options.method not in METHODS:
+        raise UsageError(f"--method {options.method} is unknown: choose one of {', '.join(METHODS)}")
+    if options.scheduler not in SCHEDULERS:
+        raise UsageError(f"--scheduler {options.scheduler} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    if options.by is not None and options.by not in GROUPINGS:
+        raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
+    parse_chunks(options.chunks)
+    parse_bytes(options.memory)
+    directory = RunDirectory.open(run)
+    recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
+    gradients = Gradients(directory.path / names.GRADIENTS)
+    checkpoint = _last_tests(gradients)
+    _check_complete(gradients, recording.count("n_rows"))
+    n_tests = gradients.test_rows(checkpoint).n_rows
+    spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
+    columns, groups = _grouped(Columns(spans), gradients, options.by)
+    return Request(directory, gradients, recording.count("n_samples"), checkpoint, columns, groups, options)
+
+
+def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:
+    if by is None:
+        return columns, None
+    if by != BY_LABEL:
+        return Columns(columns.tests, by, ("mean",)), np.zeros(columns.n_tests, np.int64)
+    labels = columns.labels(gradients.labels(names.TEST_LABELS))
+    if labels is None:
+        raise UsageError(
+            f"--by label: {gradients.path} has no labels of test samples: take the mean of all with --mean, or record with "
+            f"recorder.record_test(..., labels=...)"
+        )
+    unique, groups = np.unique(labels, return_inverse=True)
+    return Columns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)
+
+
+def reduction_input(
+    gradients: Gradients, checkpoint: int, n_samples: int, columns: Columns, memory_bytes: int, workers: int
+) -> ReductionInput:
+    """The sizes that a plan is made from, read off the store's metadata."""
+    rows, tests = gradients.rows, gradients.test_rows(checkpoint)
+    return ReductionInput(
+        n_rows=rows.n_rows,
+        n_features=gradients.layout.n_features,
+        n_folding=sum(s.columns[1] - s.columns[0] for s in segments_of(gradients.layout) if isinstance(s, DenseSegment)),
+        n_samples=n_samples,
+        n_tests=columns.n_tests,
+        n_columns=columns.n_columns,
+        grouped=columns.by is not None,
+        n_steps=gradients.n_steps,
+        n_blocks=len(gradients.layout.blocks),
+        n_groups=1 + max(block.group for block in gradients.layout.blocks),
+        item_bytes=rows.dtype.itemsize,
+        test_item_bytes=tests.dtype.itemsize,
+        shard_rows=rows.shard_rows,
+        chunk_rows=rows.chunk_rows,
+        chunk_features=rows.chunk_features,
+        memory_bytes=memory_bytes,
+        workers=workers,
+        base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+        part_rows=rows.part_rows,
+    )
+
+
+def summary(given: ReductionInput, plan: ReductionPlan) -> str:
+    """The plan in one line."""
+    return (
+        f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
+        f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
+        f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
+    )
+
+
+def described(given: ReductionInput, plan: ReductionPlan) -> str:
+    """The plan in lines, for people."""
+    what = "test samples" if plan.order == "score first" else "samples"
+    blocks = plan.test_blocks if plan.order == "score first" else plan.sample_blocks
+    lines = {
+        "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
+        "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"
+        + (f", in {given.n_columns:,} groups" if given.grouped else ""),
+        "order": plan.order,
+        "passes": f"{plan.passes:,}, of {blocks[0][1] - blocks[0][0]:,} {what} each",
+        "tasks": f"{plan.tasks:,}, {len(plan.row_runs)} at once",
+        "decoded at once": f"{plan.reading.rows:,} rows x {plan.reading.features:,} features",
+        "read": f"{format_bytes(plan.read_bytes)} decoded",
+        "written": format_bytes(plan.written_bytes),
+        "between workers": f"at most {format_bytes(plan.moved_bytes)}",
+        "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
+        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
+        "time": f"about {format_seconds(plan.picoseconds / 1e12 / len(plan.row_runs))} where benchmarks/RESULTS.md was measured",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def facts(plan: ReductionPlan) -> dict[str, Any]:
+    """What the manifest keeps of a plan."""
+    found = asdict(plan) | {"passes": plan.passes, "tasks": plan.tasks, "row_runs": len(plan.row_runs)}
+    return found | {"test_blocks": len(plan.test_blocks), "sample_blocks": len(plan.sample_blocks)}
+
+
+def _last_tests(gradients: Gradients) -> int:
+    steps = gradients.test_steps()
+    if not steps:
+        raise StoreError(
+            f"{gradients.path} has no test gradients: call recorder.record_test(...) before recorder.close() and record again"
+        )
+    return steps[-1]
+
+
+def _check_complete(gradients: Gradients, n_rows: int) -> None:
+    if gradients.rows.n_rows != n_rows:
+        raise StoreError(f"{gradients.path} has {gradients.rows.n_rows} rows, {n_rows} were recorded: {ROWS_UNREADABLE}")
+    missing = gradients.missing()
+    if missing:
+        raise StoreError(f"{gradients.path}: {missing[0]}: {ROWS_UNREADABLE}")

@@ -1,0 +1,197 @@
+"""A reduction as a user asks for it: both orders of work, some test samples, means of them, and going on after an interruption."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from conftest import relative_error
+
+import hydra_pipe
+from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
+from hydra_pipe.reduction import hydra
+from hydra_pipe.store import relevance as relevance_module
+from hydra_pipe.store.run import RunDirectory
+
+Recorded = Callable[..., Path]
+TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
+
+
+@pytest.fixture
+def run(tmp_path: Path, recorded: Recorded) -> Path:
+    """26 samples, 7 test samples; convolutions, a Linear that is factored, and norms."""
+    return shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path / "run")
+
+
+def relevance(run: Path, method: str = "hydra") -> np.ndarray:
+    return np.asarray(hydra_pipe.open_run(run).relevance(method))
+
+
+@pytest.fixture
+def whole(tmp_path: Path, run: Path) -> np.ndarray:
+    """The relevance for all test samples, of another copy."""
+    other = shutil.copytree(run, tmp_path / "whole")
+    hydra_pipe.reduce(other)
+    return relevance(other)
+
+
+def planned(patch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Let the plan be what it is, but for `changes`."""
+
+    def changed(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
+        plan = dataclasses.replace(plan_reduction(given, chunks), **changes)
+        done = answered.done if answered else 0
+        left = "test_blocks" if plan.order == "score first" else "sample_blocks"
+        return dataclasses.replace(plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)})
+
+    patch.setattr("hydra_pipe.reduction.request.plan_reduction", changed)
+
+
+def eights(patch: pytest.MonkeyPatch) -> tuple[tuple[int, int], ...]:
+    """Chunks of eight samples, so that there are several."""
+    patch.setattr(relevance_module, "CHUNK_SAMPLES", 8)
+    patch.setattr(hydra, "SAMPLE_MULTIPLE", 8)
+    return ((0, 8), (8, 16), (16, 24), (24, 26))
+
+
+@pytest.mark.parametrize("order", ["score first", "fold first"])
+def test_orders_and_passes_give_the_same_relevance(
+    run: Path, whole: np.ndarray, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch), "test_blocks": TWOS}
+    planned(monkeypatch, order=order, **blocks)
+    hydra_pipe.reduce(run)
+    assert relative_error(relevance(run), whole) < 1e-6
+    assert hydra_pipe.verify(run) == []
+
+
+@pytest.mark.parametrize("order", ["score first", "fold first"])
+@pytest.mark.parametrize(("selection", "ids"), [("0-6", [*range(7)]), ("3", [3]), ("5,0-1,6", [0, 1, 5, 6])])
+def test_some_test_samples_are_those_columns(
+    run: Path, whole: np.ndarray, order: str, selection: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(monkeypatch, order=order)
+    hydra_pipe.reduce(run, tests=selection)
+    found = hydra_pipe.open_run(run).relevance()
+    assert relative_error(np.asarray(found), whole[:, ids]) < 1e-6
+    assert found.test.values.tolist() == ids
+    assert found.test_label.values.tolist() == hydra_pipe.open_run(run).gradients.labels("test")[ids].tolist()
+    assert hydra_pipe.verify(run) == []
+    hydra_pipe.export(run, top=3, full=True)
+    rankings = run / "rankings" / "method=hydra"
+    for tables in ("part-*.parquet", "matrix/part-*.parquet"):
+        query = f"select distinct test_id from '{rankings / tables}' order by 1"
+        assert [row[0] for row in duckdb.sql(query).fetchall()] == ids
+    best = duckdb.sql(
+        f"select train_id from '{rankings}/part-*.parquet' where test_id = {ids[-1]} and rank = 1 and side = 'helpful'"
+    )
+    assert best.fetchall() == [(int(whole[:, ids[-1]].argmax()),)]
+
+
+@pytest.mark.parametrize("order", ["score first", "fold first"])
+@pytest.mark.parametrize("selection", [None, "1-4,6"])
+def test_means_are_means_of_columns(
+    run: Path, whole: np.ndarray, order: str, selection: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(monkeypatch, order=order)
+    ids = [*range(7)] if selection is None else [1, 2, 3, 4, 6]
+    labels = hydra_pipe.open_run(run).gradients.labels("test")[ids]
+    hydra_pipe.reduce(run, by="label", tests=selection)
+    hydra_pipe.reduce(run, by="mean", tests=selection)
+    by_label = hydra_pipe.open_run(run).relevance("hydra-by-label")
+    assert by_label.test_group_label.values.tolist() == sorted(set(labels))
+    truth = np.stack([whole[:, ids][:, labels == label].mean(axis=1) for label in sorted(set(labels))], axis=1)
+    assert relative_error(np.asarray(by_label), truth) < 1e-5
+    assert relative_error(relevance(run, "hydra-mean")[:, 0], whole[:, ids].mean(axis=1)) < 1e-5
+    assert hydra_pipe.verify(run) == []
+    hydra_pipe.export(run, method="hydra-by-label", top=3)
+    query = f"select distinct test_id, test_label from '{run}/rankings/method=hydra-by-label/part-*.parquet' order by 1"
+    assert duckdb.sql(query).fetchall() == list(enumerate(sorted(set(labels))))
+
+
+def test_results_of_all_some_and_means_stand_side_by_side(run: Path) -> None:
+    assert hydra_pipe.reduce(run)
+    assert hydra_pipe.reduce(run, by="mean")
+    assert not hydra_pipe.reduce(run)
+    assert hydra_pipe.open_run(run).methods == ["hydra", "hydra-mean"]
+    with pytest.raises(RunError, match="reduce hydra was run with tests=None, now tests='0-3'"):
+        hydra_pipe.reduce(run, tests="0-3")
+    assert hydra_pipe.reduce(run, tests="0-3", overwrite=True)
+    assert not hydra_pipe.reduce(run, tests="0,1,2,3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tests": "7"}, r"--tests 7: 7 is not within the 7 test samples, which are 0-6"),
+        ({"tests": "a"}, r"--tests a is not a selection"),
+        ({"by": "colour"}, r"--by colour is unknown: choose label, or --mean"),
+    ],
+)
+def test_what_cannot_be_is_wrong_usage(run: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        hydra_pipe.reduce(run, **options)
+
+
+def test_means_by_label_need_labels(run: Path) -> None:
+    shutil.rmtree(run / "gradients.zarr" / "labels")
+    with pytest.raises(UsageError, match=r"has no labels of test samples: take the mean of all with --mean"):
+        hydra_pipe.reduce(run, by="label")
+
+
+class InterruptedHereError(Exception):
+    pass
+
+
+def interrupted(run: Path, patch: pytest.MonkeyPatch, after: int) -> None:
+    """Reduce, and fail when `after` passes are done."""
+    original = hydra.graphs
+    with pytest.MonkeyPatch.context() as stop:
+
+        def some(*arguments: object):
+            for number, found in enumerate(original(*arguments)):
+                if number == after:
+                    raise InterruptedHereError
+                yield found
+
+        stop.setattr("hydra_pipe.reduction.run.graphs", some)
+        with pytest.raises(InterruptedHereError):
+            hydra_pipe.reduce(run)
+
+
+@pytest.mark.parametrize("order", ["score first", "fold first"])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_the_same_call_goes_on_after_the_passes_that_are_done(
+    run: Path, whole: np.ndarray, order: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch)}
+    planned(monkeypatch, order=order, **blocks)
+    interrupted(run, monkeypatch, after)
+    assert RunDirectory.open(run).stages["reduce hydra"].state == "failed"
+    chunks = run / "relevance.zarr/hydra/c"
+    written = {file: file.stat().st_mtime_ns for file in chunks.rglob("*") if file.is_file()} if after else {}
+    # score first: test samples in twos, in chunks of all samples (of eight where there are such); fold first: a chunk a pass
+    assert len(written) == after
+    assert hydra_pipe.reduce(run)
+    assert relative_error(relevance(run), whole) < 1e-6
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert hydra_pipe.verify(run) == []
+
+
+def test_other_settings_do_not_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, order="score first", test_blocks=TWOS)
+    interrupted(run, monkeypatch, 2)
+    with pytest.raises(RunError, match="reduce hydra was run with tests=None, now tests='0-1'"):
+        hydra_pipe.reduce(run, tests="0-1")
+
+
+def test_what_is_no_longer_there_is_begun_anew(run: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, order="score first", test_blocks=TWOS)
+    interrupted(run, monkeypatch, 2)
+    shutil.rmtree(run / "relevance.zarr")
+    hydra_pipe.reduce(run)
+    assert relative_error(relevance(run), whole) < 1e-6
