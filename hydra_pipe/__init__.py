@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydra_pipe.api import record, verify
+    from hydra_pipe.api import prune, record, verify
     from hydra_pipe.errors import HydraError
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.maths.layers import register_rule
@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "export",
     "open_run",
+    "prune",
     "record",
     "reduce",
     "register_rule",
@@ -39,6 +40,7 @@ _HOMES = {
     "Run": ("hydra_pipe.view", "Run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),
+    "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
     "reduce": ("hydra_pipe.reduction.run", "reduce_run"),
     "register_rule": ("hydra_pipe.maths.layers", "register_rule"),

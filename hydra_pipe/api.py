@@ -129,3 +129,23 @@ def verify(run: PathLike, progress: Progress | None = None) -> "list[Fault]":
     directory = RunDirectory.open(run)
     with (progress or Progress()).task("verify", total_bytes(directory), "bytes") as task:
         return list(check_run(directory, task))
+
+
+def prune(run: PathLike, progress: Progress | None = None) -> int:
+    """Delete the recorded rows of a run whose hypergradients are kept (`reduce(..., keep_hypergradients=True)`).
+
+    Test samples are answered from the hypergradients afterwards, by method "hydra"; what needs the rows themselves no longer works.
+
+    Returns:
+        Bytes that were deleted.
+
+    Raises:
+        RunError: there is no run, or it keeps no hypergradients.
+        StoreError: what it keeps is damaged: nothing was deleted.
+    """
+    from hydra_pipe.store.pruning import prune_rows
+    from hydra_pipe.store.verify import total_bytes
+
+    directory = RunDirectory.open(run)
+    with (progress or Progress()).task("check", total_bytes(directory), "bytes") as task:
+        return prune_rows(directory, task)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
 from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
@@ -129,7 +130,7 @@ class Run:
             "run_id": self.run_id,
             "versions": self._directory.versions,
             "stages": stages,
-            "bytes": {name: _disk_bytes(self.path / name) for name in names.OWNED if (self.path / name).exists()},
+            "bytes": {name: tree_bytes(self.path / name) for name in names.OWNED if (self.path / name).exists()},
         }
         if RECORD in stages and (self.path / names.GRADIENTS).is_dir():
             found["recording"] = self._recording()
@@ -169,9 +170,3 @@ def _own_columns(block: Any) -> int:
         return 0  # its columns are its weight's
     own = block.columns[1] - block.columns[0]
     return int(own if block.inputs is None else own + block.inputs[1] - block.inputs[0])
-
-
-def _disk_bytes(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -12,6 +12,7 @@ from hydra_pipe.cli.failures import explained
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.store import names
+from hydra_pipe.units import format_bytes
 
 app = typer.Typer(
     name="hydra-pipe",
@@ -43,6 +44,13 @@ Memory = Annotated[str, typer.Option(help="budget for the whole process, such as
 Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
 By = Annotated[str | None, typer.Option(metavar="label", help="mean over the test samples of each label, as hydra-by-label")]
 Mean = Annotated[bool, typer.Option("--mean", help="mean over all test samples, as hydra-mean")]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep-hypergradients",
+        help="also keep the weighted sums of rows by sample: they answer other test samples without the rows",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
 Scheduler = Annotated[str, typer.Option(help="Dask scheduler: threads, or synchronous for one thread")]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
@@ -92,6 +100,7 @@ def reduce(
     tests: Tests = None,
     by: By = None,
     mean: Mean = False,
+    keep_hypergradients: Keep = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -107,7 +116,7 @@ def reduce(
         raise UsageError("--mean and --by: choose one of them")
     grouping = "mean" if mean else by
     if dry_run:
-        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping)))
+        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping, keep_hypergradients)))
         return
     done = reduce_run(
         run,
@@ -117,6 +126,7 @@ def reduce(
         scheduler=scheduler,
         tests=tests,
         by=grouping,
+        keep_hypergradients=keep_hypergradients,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
@@ -204,6 +214,19 @@ def verify(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
         print(f"{run}: {len(faults)} faults" if faults else f"{run}: healthy")
     if faults:
         raise typer.Exit(1)
+
+
+@app.command()
+@explained
+def prune(run: RunPath, debug: Debug = False) -> None:
+    """Delete the recorded rows of a run that keeps its hypergradients, once these have been read and checked.
+
+    Test samples are still answered, by method hydra. Other methods need the rows.
+
+    Example: hydra-pipe reduce runs/digits --keep-hypergradients && hydra-pipe prune runs/digits
+    """
+    freed = api.prune(run, ConsoleProgress())
+    print(f"{run}: {format_bytes(freed)} deleted" if freed else f"{run}: pruned already, nothing to do")
 
 
 def _say(done: bool, run: str, what: str, more: str) -> None:

@@ -1,7 +1,7 @@
 """Which columns of the gradient array hold which parameter, and in which encoding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -84,6 +84,22 @@ class Layout:
             return Layout(blocks, n_features, int(data["seed"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreError(f"the block directory is damaged: {error!r}") from error
+
+
+def factored_part(layout: Layout) -> tuple[Layout, list[int], list[int]]:
+    """The factored blocks of `layout` with their columns side by side, and which columns and which blocks of it these are."""
+    chosen = [index for index, block in enumerate(layout.blocks) if block.encoding == "factored"]
+    runs = {run for index in chosen for run in (layout.blocks[index].columns, layout.blocks[index].inputs) if run is not None}
+    columns: list[int] = []
+    places: dict[Columns, Columns] = {}
+    for first, last in sorted(runs):
+        places[first, last] = (len(columns), len(columns) + last - first)
+        columns += range(first, last)
+    blocks = tuple(
+        replace(block, columns=places[block.columns], inputs=None if block.inputs is None else places[block.inputs])
+        for block in (layout.blocks[index] for index in chosen)
+    )
+    return Layout(blocks, len(columns), layout.seed), columns, chosen
 
 
 def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:

@@ -8,6 +8,9 @@ R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> can be taken in two orders.
   rows of one block of samples; it answers all test samples. As many times fewer operations as a sample has rows. What is factored
   cannot be summed as factors, and is scored first also then.
 
+Hypergradients that were kept answer other test samples by the product alone, *from hypergradients*; what is factored was kept row
+by row, and is scored.
+
 In a pass each worker goes through a run of whole shards and adds to a partial sum of its own. Which order, and in how many passes,
 is chosen by the time that bytes and operations take (`COSTS`), among those that fit the budget.
 """
@@ -21,7 +24,7 @@ from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.parts import shard_start
 from hydra_pipe.units import format_bytes
 
-Order = Literal["score first", "fold first"]
+Order = Literal["score first", "fold first", "from hypergradients"]
 Span = tuple[int, int]
 
 # Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
@@ -73,6 +76,8 @@ class ReductionInput:
         shard_rows, chunk_rows, chunk_features: as the rows are stored.
         memory_bytes: the budget.
         workers: that compute at once.
+        keeping: whether hypergradients are to be kept, which folds them first.
+        kept: whether there are kept ones, from which it can be answered without the rows.
         processes: whether each of them is a process of its own; the budget is that of each then.
         base_bytes: what the process takes before and beside all that is counted here.
         part_rows: rows of each part, where several processes recorded one each; they come one after the other.
@@ -95,6 +100,8 @@ class ReductionInput:
     memory_bytes: int
     workers: int
     grouped: bool = False
+    keeping: bool = False
+    kept: bool = False
     processes: bool = False
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
@@ -160,13 +167,13 @@ class ReductionPlan:
     @property
     def passes(self) -> int:
         """Times that the store is read."""
-        return len(self.test_blocks) if self.order == "score first" else len(self.sample_blocks)
+        return len(self.sample_blocks) if self.order == "fold first" else len(self.test_blocks)
 
     @property
     def tasks(self) -> int:
         """Of the Dask graphs of all passes."""
         runs = len(self.row_runs)
-        return self.passes * (runs + 2) if self.order == "score first" else self.passes * (runs + 1 + len(self.test_blocks))
+        return self.passes * (runs + 2 + runs * len(self.test_blocks) if self.order == "fold first" else runs + 2)
 
 
 def parse_chunks(text: str) -> tuple[int, int] | None:
@@ -198,6 +205,8 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
     done = answered.done if answered is not None else 0
     orders: dict[Order, Callable[[ReductionInput, Sequence[Reading], int], ReductionPlan | None]]
     orders = {"score first": _scoring, "fold first": _folding}
+    if given.kept or given.keeping:
+        orders = {"from hypergradients": _from_kept} if given.kept else {"fold first": _folding}
     found = [plan(given, candidates, done) for order, plan in orders.items() if answered is None or order == answered.order]
     fitting = [plan for plan in found if plan is not None]
     if fitting:
@@ -233,18 +242,31 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     # what is answered at a time, and the same compressed; the test block where it is not the one of the pass
     answers = min(SAMPLE_MULTIPLE, samples) * tests * 4 * 2
     tests_held = given.n_tests if given.n_factored else tests
+    # a shard of what is factored, in pieces, together, and compressed
+    keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
     # two processes' sums are in one while they are added
     merging = sums if given.processes else 0
     return (
         _common_bytes(given, reading, tests_held)
-        + _threads(given) * (sums + at_once + answers + _worker_bytes(given, reading))
+        + _threads(given) * (sums + at_once + answers + keeping + _worker_bytes(given, reading))
         + merging
     )
+
+
+def kept_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
+    """Upper bound of a process's memory, from hypergradients, with blocks of `tests` test samples."""
+    # a file of sums as it is read: its bytes and its values, and what comes of them
+    folded = min(given.n_samples, SAMPLE_MULTIPLE) * (2 * given.n_folding + tests) * 4
+    return scoring_peak_bytes(given, reading, tests) + folded
 
 
 def _least_bytes(given: ReductionInput, reading: Reading) -> int:
     """What no plan that reads so can do without."""
     tests, samples = _test_widths(given)[-1], min(given.n_samples, SAMPLE_MULTIPLE)
+    if given.kept:
+        return kept_peak_bytes(given, reading, tests)
+    if given.keeping:
+        return folding_peak_bytes(given, reading, samples, tests)
     least = scoring_peak_bytes(given, reading, tests)
     return min(least, folding_peak_bytes(given, reading, samples, tests)) if given.n_folding else least
 
@@ -292,7 +314,7 @@ def _scoring(given: ReductionInput, candidates: Sequence[Reading], done: int) ->
 
 def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """Fold first, in as few passes as fit."""
-    if not given.n_folding:
+    if not given.n_folding and not given.keeping:
         return None
     scored = given.n_columns if given.n_factored else 0
     for samples in _sample_widths(given.n_samples):
@@ -311,6 +333,20 @@ def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) ->
     return None
 
 
+def _from_kept(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
+    """From kept hypergradients, in as few passes over them as fit."""
+    for width in _test_widths(given):
+        for reading in candidates:
+            peak = kept_peak_bytes(given, reading, width)
+            if peak <= given.memory_bytes:
+                sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
+                operations = 2 * given.n_rows * given.n_tests * (given.n_factored + given.grouped * given.n_columns)
+                operations += 2 * given.n_samples * given.n_folding * given.n_columns
+                blocks = _spans(done, given.n_tests, width)
+                return _plan(given, "from hypergradients", blocks, ((0, given.n_samples),), reading, peak, sums, operations, 0)
+    return None
+
+
 def _plan(
     given: ReductionInput,
     order: Order,
@@ -323,13 +359,17 @@ def _plan(
     folded: int,
 ) -> ReductionPlan:
     runs = _row_runs(given)
-    passes = len(test_blocks) if order == "score first" else len(sample_blocks)
-    values = passes * given.n_rows * given.n_features
+    passes = len(sample_blocks) if order == "fold first" else len(test_blocks)
+    values = passes * given.n_rows * (given.n_factored if order == "from hypergradients" else given.n_features)
+    read = values * given.item_bytes
+    if order == "from hypergradients":
+        read += passes * given.n_samples * given.n_folding * 4
     # fold first: rows of other samples are decoded, but not converted
-    converted = values if order == "score first" else given.n_rows * given.n_features
+    converted = given.n_rows * given.n_features if order == "fold first" else values
     moved = sums * (len(runs) - 1) if given.processes else 0
+    kept = given.n_samples * given.n_folding * 4 + given.n_rows * given.n_factored * given.item_bytes if given.keeping else 0
     picoseconds = (
-        values * given.item_bytes * COSTS.decoded_byte
+        read * COSTS.decoded_byte
         + converted * COSTS.converted_value
         + folded * COSTS.folded_value
         + operations * COSTS.operation
@@ -342,8 +382,8 @@ def _plan(
         row_runs=runs,
         reading=reading,
         peak_bytes=peak,
-        read_bytes=values * given.item_bytes,
-        written_bytes=given.n_samples * given.n_columns * 4,
+        read_bytes=read,
+        written_bytes=given.n_samples * given.n_columns * 4 + kept,
         moved_bytes=moved,
         operations=operations,
         folded_values=folded,

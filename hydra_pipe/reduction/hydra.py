@@ -17,11 +17,13 @@ from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
 from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.folds import Folder, folded_columns
+from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.hypergradients import Hypergradients, write_folded
 from hydra_pipe.store.relevance import write_relevance
 
 Floats = NDArray[np.float32]
@@ -38,6 +40,7 @@ class Job:
         relevance: path of the array that is written to.
         n_samples: training samples.
         tests: spans of test samples, in ascending order; what the plan counts are places among these.
+        kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
         groups: where test samples are averaged: the group of each of them, shape (test,), else None.
         plan: how.
     """
@@ -48,6 +51,7 @@ class Job:
     n_samples: int
     tests: tuple[Span, ...]
     groups: NDArray[np.int64] | None
+    kept: Path | None
     plan: ReductionPlan
 
     def averages(self) -> Floats | None:
@@ -97,9 +101,12 @@ def graphs(job: Job, weights: StepWeights, count_rows: CountRows) -> Iterator[tu
     if job.plan.order == "score first":
         for tests in job.plan.test_blocks:
             yield tests, _scoring_pass(job, tests, shared, count_rows)
-    else:
+    elif job.plan.order == "fold first":
         for samples in job.plan.sample_blocks:
             yield samples, _folding_pass(job, samples, shared, count_rows)
+    else:
+        for tests in job.plan.test_blocks:
+            yield tests, _kept_pass(job, tests, count_rows)
 
 
 def _scoring_pass(job: Job, tests: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
@@ -131,6 +138,51 @@ def _folding_pass(job: Job, samples: Span, weights: Delayed, count_rows: CountRo
     return result
 
 
+def _kept_pass(job: Job, tests: Span, count_rows: CountRows) -> Delayed:
+    """From kept hypergradients: scores of what is factored by runs of rows, then the product of the sums with the test samples."""
+    test_block = delayed(_load_tests)(job, tests)
+    score = delayed(_score_kept)
+    partials = [score(job, run, test_block, count_rows) for run in job.plan.row_runs]
+    result: Delayed = delayed(_answer_kept)(job, tests, test_block, partials)
+    return result
+
+
+def _score_kept(job: Job, run: Span, tests: TestBlock, count_rows: CountRows) -> Floats:
+    """What factored rows of `run` add to the relevance, shape (sample, column)."""
+    kept = _open_kept(job)
+    averages = job.averages()
+    total: Floats = np.zeros((job.n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
+    if kept.rows is None:
+        return total
+    own = TestBlock(np.ascontiguousarray(tests.values[:, kept.columns]), tests.scale[:, kept.blocks])
+    scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
+    for piece in kept.rows.stream(run, job.plan.reading.rows):
+        found = scorer(piece.read, kept.rows.scales(piece.rows))
+        add_by_sample(total, kept.samples(piece.rows), found if averages is None else found @ averages)
+        count_rows(len(found))
+    return total
+
+
+def _answer_kept(job: Job, tests: Span, test_block: TestBlock, partials: list[Floats]) -> None:
+    kept, segments = _open_kept(job), segments_of(Gradients(job.gradients).layout)
+    total = partials[0]
+    for more in partials[1:]:
+        np.add(total, more, out=total)
+    if kept.folded is not None:
+        values = folded_columns(test_block.values, [s for s in segments if isinstance(s, DenseSegment)])
+        averages = job.averages()
+        values = values if averages is None else averages.T @ values
+        for low in range(0, job.n_samples, kept.folded.file_rows):
+            own = slice(low, min(low + kept.folded.file_rows, job.n_samples))
+            total[own] += kept.read_folded(own) @ values.T
+    write_relevance(Array.open(job.relevance), 0, tests[0] if job.groups is None else 0, total)
+
+
+def _open_kept(job: Job) -> Hypergradients:
+    assert job.kept is not None
+    return Hypergradients(job.kept, Gradients(job.gradients))
+
+
 def _load_tests(job: Job, tests: Span) -> TestBlock:
     store = Gradients(job.gradients)
     rows = store.test_rows(job.checkpoint)
@@ -148,8 +200,9 @@ def _load_factored_tests(job: Job, tests: Span) -> TestBlock | None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows in a worker's hands: how to read their columns, their weights, and their samples."""
+    """Some rows in a worker's hands: which, how to read their columns, their weights, and their samples."""
 
+    rows: slice
     read: ReadWindow
     weight: Floats
     samples: NDArray[np.int64]
@@ -163,7 +216,7 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
             beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
             scales, samples, steps = store.rows.scales(beside), store.samples(beside), store.step_of_rows(beside)
         own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
-        yield _Rows(piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
+        yield _Rows(piece.rows, piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
 
 
 def _score_run(job: Job, run: Span, tests: TestBlock, weights: StepWeights, count_rows: CountRows) -> Floats:
@@ -198,7 +251,11 @@ def _fold_run(job: Job, run: Span, samples: Span, tests: TestBlock | None, weigh
     if tests is not None:
         scorer = Scorer(tests, [s for s in segments if not isinstance(s, DenseSegment)], n_features, at_once)
         scores = np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
+    # once is enough: what is factored is kept row by row, whatever the samples
+    keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
     for rows in _rows_of(store, job, run, weights):
+        if keeper is not None:
+            keeper.add(rows.rows, rows.read, rows.weight, rows.samples)
         places = rows.samples - samples[0]
         wanted = (places >= 0) & (places < n_samples)
         folder.add(rows.read, rows.weight, places, wanted)
@@ -230,6 +287,8 @@ def _answer(job: Job, first_sample: int, samples: Span, tests: Span, folded: _Fo
         values = averages.T @ values
         tests = (0, len(values))
     array = Array.open(job.relevance)
+    if job.kept is not None and tests[0] == 0 and folded.sums.shape[1]:
+        write_folded(job.kept, samples[0], folded.sums[samples[0] - first_sample : samples[1] - first_sample])
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
         own = slice(low - first_sample, min(low + SAMPLE_MULTIPLE, samples[1]) - first_sample)
         found = folded.sums[own] @ values.T

@@ -1,13 +1,14 @@
 """What a reduction is asked for, checked against what there is, and planned."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.errors import RunError, StoreError, UsageError
 from hydra_pipe.plan.reduction import (
     BASE_BYTES,
     OVERHEAD_BYTES,
@@ -23,7 +24,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
 from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Settings
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 
 METHODS = ("hydra",)
@@ -40,6 +41,7 @@ class Options:
     scheduler: str = "threads"
     tests: str | None = None
     by: str | None = None
+    keep_hypergradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,26 @@ class Request:
         return {"checkpoint": self.checkpoint} | selected
 
     @property
+    def kept(self) -> Path:
+        """Where hypergradients are, or would be."""
+        return self.directory.path / names.HYPERGRADIENTS
+
+    @property
+    def from_kept(self) -> bool:
+        """Whether kept hypergradients answer it."""
+        stage = self.directory.stages.get(KEEP)
+        return not self.options.keep_hypergradients and stage is not None and stage.state == "complete"
+
+    @property
     def workers(self) -> int:
         """That compute at once."""
         return len(os.sched_getaffinity(0)) if self.options.scheduler == "threads" else 1
 
     def plan(self, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
-        given = reduction_input(
-            self.gradients, self.checkpoint, self.n_samples, self.columns, parse_bytes(self.options.memory), self.workers
-        )
+        memory_bytes = parse_bytes(self.options.memory)
+        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, self.workers)
+        given = replace(given, keeping=self.options.keep_hypergradients, kept=self.from_kept)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
 
 
@@ -105,7 +118,13 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
     gradients = Gradients(directory.path / names.GRADIENTS)
     checkpoint = _last_tests(gradients)
-    _check_complete(gradients, recording.count("n_rows"))
+    if recording.facts.get(PRUNED):
+        if options.keep_hypergradients:
+            raise RunError(
+                f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
+            )
+    else:
+        _check_complete(gradients, recording.count("n_rows"))
     n_tests = gradients.test_rows(checkpoint).n_rows
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = _grouped(Columns(spans), gradients, options.by)
@@ -166,8 +185,7 @@ def summary(given: ReductionInput, plan: ReductionPlan) -> str:
 
 def described(given: ReductionInput, plan: ReductionPlan) -> str:
     """The plan in lines, for people."""
-    what = "test samples" if plan.order == "score first" else "samples"
-    blocks = plan.test_blocks if plan.order == "score first" else plan.sample_blocks
+    what, blocks = ("samples", plan.sample_blocks) if plan.order == "fold first" else ("test samples", plan.test_blocks)
     lines = {
         "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
         "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"

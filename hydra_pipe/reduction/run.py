@@ -13,9 +13,10 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.hydra import Job, StepWeights, graphs, row_weights
 from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
 from hydra_pipe.store import names
-from hydra_pipe.store.files import remove
+from hydra_pipe.store.files import remove, tree_bytes
+from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
 
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
@@ -30,6 +31,7 @@ def reduce_run(
     scheduler: str = "threads",
     tests: str | None = None,
     by: str | None = None,
+    keep_hypergradients: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -46,6 +48,8 @@ def reduce_run(
         tests: some of the test samples, such as "0-99,150"; all if absent.
         by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
             These are results of their own, named "hydra-by-label" and "hydra-mean".
+        keep_hypergradients: also keep the weighted sums of rows by sample, from which later reductions answer other test
+            samples without the gradients, which `prune` may then delete.
         overwrite: compute again what is there, and discard what was exported from it.
         progress: where to show progress; nowhere if absent.
 
@@ -58,10 +62,12 @@ def reduce_run(
         BudgetError: the budget is too small.
         UsageError: an option that cannot be.
     """
-    request = requested(run, Options(method, chunks, memory, scheduler, tests, by))
+    request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients))
     progress = progress or Progress()
     directory, stage = request.directory, reduce_stage(request.name)
-    if not overwrite and not directory.has_work(stage, request.settings):
+    kept = directory.stages.get(KEEP)
+    to_keep = keep_hypergradients and (kept is None or kept.state != "complete")
+    if not overwrite and not directory.has_work(stage, request.settings) and not to_keep:
         return False
     answered = None if overwrite else _answered(request)
     given, plan = request.plan(answered)
@@ -69,10 +75,7 @@ def reduce_run(
         answered = None
         given, plan = request.plan()
     if answered is None:
-        _forget_results(directory, request.name)
-        directory.begin(stage, request.settings)
-        width = given.n_columns if given.grouped else plan.test_blocks[0][1]
-        create_relevance(_store(request), request.name, method, given.n_samples, request.columns, width, directory.run_id)
+        _begin(request, given, plan)
     else:
         directory.stages[stage].state = "running"
         directory.save()
@@ -84,6 +87,8 @@ def reduce_run(
     except BaseException as error:
         directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
+    if keep_hypergradients:
+        directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept))
     directory.end(
         stage,
         "complete",
@@ -104,11 +109,27 @@ def _store(request: Request) -> Path:
     return request.directory.path / names.RELEVANCE
 
 
+def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None:
+    """Make what is to be filled, and drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
+    directory, name = request.directory, request.name
+    if export_stage(name) in directory.stages:
+        directory.forget(export_stage(name))
+    remove(directory.path / names.RANKINGS / names.rankings_directory(name))
+    directory.begin(reduce_stage(name), request.settings)
+    width = given.n_columns if given.grouped else plan.test_blocks[0][1]
+    create_relevance(_store(request), name, request.options.method, given.n_samples, request.columns, width, directory.run_id)
+    if request.options.keep_hypergradients:
+        directory.begin(KEEP, {})
+        create_hypergradients(request.kept, request.gradients, given.n_samples)
+
+
 def _answered(request: Request) -> Answered | None:
-    """What an interrupted reduction has written to the end."""
+    """What an interrupted reduction has written to the end, and kept if this one is to keep it."""
     stage = request.directory.stages.get(reduce_stage(request.name))
     found = stage.facts.get(_ANSWERED) if stage is not None else None
     try:
+        if found and request.options.keep_hypergradients and not found["keeping"]:
+            return None
         return Answered(str(found["order"]), int(found["done"])) if found else None  # type: ignore[arg-type] # planned with, or refused
     except (KeyError, TypeError, ValueError):
         return None
@@ -135,9 +156,11 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weigh
         given.n_samples,
         request.columns.tests,
         request.groups,
+        request.kept if request.from_kept or request.options.keep_hypergradients else None,
         plan,
     )
-    total = given.n_rows * plan.passes
+    n_rows = given.n_rows if not request.from_kept or given.n_factored else 0
+    total = n_rows * plan.passes
     # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
     with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
         for span, graph in graphs(job, weights, task.advance):
@@ -148,12 +171,5 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weigh
 def _mark(request: Request, plan: ReductionPlan, span: Span) -> None:
     """Note in the manifest that a pass is done: what it has answered is on disk."""
     stage = request.directory.stages[reduce_stage(request.name)]
-    stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1]}
+    stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1], "keeping": request.options.keep_hypergradients}
     request.directory.save()
-
-
-def _forget_results(directory: RunDirectory, name: str) -> None:
-    """Drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
-    if export_stage(name) in directory.stages:
-        directory.forget(export_stage(name))
-    remove(directory.path / names.RANKINGS / names.rankings_directory(name))

@@ -238,6 +238,11 @@ class Gradients:
             expected |= {f"{checkpoint}/{name}": n_tests for name in (names.GRADIENT, names.SCALE, names.LOSS)}
         return expected
 
+    def pruned_arrays(self) -> list[str]:
+        """Arrays that hold nothing any more once the run is pruned: what only the rows themselves need."""
+        parts = [""] if self.n_ranks == 1 else [f"{names.rank_name(rank)}/" for rank in range(self.n_ranks)]
+        return [f"{part}{name}" for part in parts for name in (names.GRADIENT, names.SCALE, names.CURVATURE)]
+
     def missing(self) -> list[str]:
         """Arrays of which chunks are not there."""
         return [f"{name} lacks {n} chunk files" for name, array in self.arrays() if (n := array.missing_files()) > 0]

@@ -8,12 +8,13 @@ FORMAT_VERSION: Final = 1
 MANIFEST: Final = "run.json"
 GRADIENTS: Final = "gradients.zarr"
 RELEVANCE: Final = "relevance.zarr"
+HYPERGRADIENTS: Final = "hypergradients.zarr"
 RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
 REPORT: Final = "report.html"
 FINAL_CHECKPOINT: Final = "final.pt"
 # Everything that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (GRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, REPORT, MANIFEST)
+OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, REPORT, MANIFEST)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"
@@ -27,6 +28,9 @@ SAMPLE: Final = "sample"
 STEP: Final = "step"
 CURVATURE: Final = "curvature"
 LOSS: Final = "loss"
+# groups and arrays of hypergradients.zarr
+FACTORED: Final = "factored"
+FOLDED: Final = "folded"
 # arrays of gradients.zarr/steps
 FIRST_ROW: Final = "first_row"
 N_ROWS: Final = "n_rows"

@@ -18,6 +18,10 @@ State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
 
 RECORD = "record"
+# hypergradients that a reduction has kept
+KEEP = "keep hypergradients"
+# fact of the recording: its rows were deleted after that
+PRUNED = "pruned"
 
 
 def reduce_stage(method: str) -> str:

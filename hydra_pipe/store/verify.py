@@ -12,8 +12,9 @@ from hydra_pipe.progress import Task
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import ROTTEN, Array
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, Hypergradients
 from hydra_pipe.store.relevance import open_relevance
-from hydra_pipe.store.run import RECORD, RunDirectory, Stage, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Stage, export_stage, reduce_stage
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
         except StoreError as error:
             yield Fault(names.GRADIENTS, str(error))
         yield from _check_final(run, recording)
+        if run.stages.get(KEEP) is not None and run.stages[KEEP].state == "complete":
+            yield from check_hypergradients(run, task)
     for method in methods_of(run):
         if run.stages[reduce_stage(method)].state == "complete":
             yield from _check_relevance(run, method, task)
@@ -61,8 +64,11 @@ def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterato
     store = Gradients(run.path / names.GRADIENTS)
     advice = "record the run again with --overwrite"
     shapes = {}
+    pruned = store.pruned_arrays() if recording.facts.get(PRUNED) else []
     for name, array in store.arrays():
         shapes[name] = array.shape
+        if name in pruned:
+            continue
         yield from _check_array(f"{names.GRADIENTS}/{name}", array, advice, task)
     n_rows, n_steps = recording.count("n_rows"), recording.count("n_steps")
     part_rows = recording.facts.get("rank_rows", [n_rows])
@@ -76,6 +82,26 @@ def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterato
     rows_of_steps = int(store.rows_of_steps()[1].sum())
     if rows_of_steps != n_rows:
         yield Fault(f"{names.GRADIENTS}/{names.STEPS}", f"steps add up to {rows_of_steps} rows of {n_rows}: {advice}")
+
+
+def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
+    """Every fault of the hypergradients that a run keeps."""
+    try:
+        gradients = Gradients(run.path / names.GRADIENTS)
+        store = Hypergradients(run.path / names.HYPERGRADIENTS, gradients)
+        expected = store.expected_shapes(gradients, run.stages[RECORD].count("n_samples"))
+        found = dict(store.arrays())
+    except StoreError as error:
+        yield Fault(names.HYPERGRADIENTS, str(error))
+        return
+    for name, shape in expected.items():
+        where = f"{names.HYPERGRADIENTS}/{name}"
+        if name not in found:
+            yield Fault(where, f"is missing: {HYPERGRADIENTS_UNREADABLE}")
+        elif found[name].shape != shape:
+            yield Fault(where, f"has shape {found[name].shape}, not {shape}: {HYPERGRADIENTS_UNREADABLE}")
+        else:
+            yield from _check_array(where, found[name], HYPERGRADIENTS_UNREADABLE, task)
 
 
 def _check_final(run: RunDirectory, recording: Stage) -> Iterator[Fault]:
@@ -139,7 +165,11 @@ def total_bytes(run: RunDirectory) -> int:
     total = 0
     try:
         if run.stages[RECORD].state == "complete":
-            total += sum(array.n_bytes for _, array in Gradients(run.path / names.GRADIENTS).arrays())
+            gradients = Gradients(run.path / names.GRADIENTS)
+            pruned = gradients.pruned_arrays() if run.stages[RECORD].facts.get(PRUNED) else []
+            total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
+            if KEEP in run.stages:
+                total += sum(array.n_bytes for _, array in Hypergradients(run.path / names.HYPERGRADIENTS, gradients).arrays())
         for method in methods_of(run):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

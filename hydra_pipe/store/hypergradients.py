@@ -1,0 +1,132 @@
+"""`hypergradients.zarr`: what a reduction has summed by sample, kept so that new test samples need no gradients.
+
+H(i) = - sum_t alpha(t) c(t) r(i, t), in two parts: `folded` (sample, feature) has the sums, of the columns of blocks that are not
+factored, in order. A sum of outer products is none, so `factored` has the columns of factored blocks row by row, as they were
+recorded, with the weight of each block in `scale`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.plan.layout import factored_part
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array, Group
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.rows import Rows, joined, read_array
+
+HYPERGRADIENTS_UNREADABLE = "keep them again with hydra-pipe reduce --keep-hypergradients --overwrite"
+# of a file of `folded`, decoded
+_FILE_BYTES = 16 * 2**20
+MOST_FILE_ROWS = 4096
+
+
+class Hypergradients:
+    """`hypergradients.zarr`, opened for reading.
+
+    Args:
+        path: of the store.
+        gradients: of the same run; its rows may be gone.
+
+    Raises:
+        StoreError: it is missing, damaged, or of another run.
+    """
+
+    def __init__(self, path: Path, gradients: Gradients) -> None:
+        self.path = path
+        self._root = Group.open(path, HYPERGRADIENTS_UNREADABLE)
+        if self._root.attributes.get(names.RUN_ID) != gradients.run_id:
+            raise StoreError(f"{path} is of another recording: {HYPERGRADIENTS_UNREADABLE}")
+        # the layout of the factored columns alone, and where they are in that of the run
+        self.layout, self.columns, self.blocks = factored_part(gradients.layout)
+        self.folded = self._root.array(names.FOLDED) if len(self.columns) < gradients.layout.n_features else None
+        self._parts = _parts(self._root, gradients.n_ranks) if self.columns else []
+        self.rows = Rows(self._parts) if self.columns else None
+
+    def samples(self, rows: slice) -> NDArray[np.int64]:
+        """Training sample of each of some rows of what is factored. Raises: StoreError: damaged."""
+        assert self.rows is not None
+        return joined(lambda part, own: read_array(self._parts[part].array(names.SAMPLE), own), rows, self.rows.part_rows)
+
+    def read_folded(self, samples: slice) -> NDArray[np.float32]:
+        """Sums of some samples, shape (sample, feature). Raises: StoreError: damaged."""
+        assert self.folded is not None
+        return read_array(self.folded, samples)
+
+    def arrays(self) -> list[tuple[str, Array]]:
+        """Every array with its name."""
+        return [(name, self._root.array(name)) for name in self._root.array_names()]
+
+    def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
+        """Every array that must be there, and its shape."""
+        expected: dict[str, tuple[int, ...]] = {}
+        if len(self.columns) < gradients.layout.n_features:
+            expected[names.FOLDED] = (n_samples, gradients.layout.n_features - len(self.columns))
+        if self.columns:
+            for rank, n_rows in enumerate(gradients.rows.part_rows):
+                part = _part_name(rank, gradients.n_ranks)
+                shapes = {
+                    names.GRADIENT: (n_rows, len(self.columns)),
+                    names.SCALE: (n_rows, len(self.blocks)),
+                    names.SAMPLE: (n_rows,),
+                }
+                expected |= {f"{part}/{name}": shape for name, shape in shapes.items()}
+        return expected
+
+
+def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> None:
+    """A new store for the hypergradients of a run, without data. What is there is removed."""
+    remove(path)
+    layout, columns, blocks = factored_part(gradients.layout)
+    root = Group.create(path, {names.KIND: "hypergradients", names.RUN_ID: gradients.run_id, names.LAYOUT: layout.to_json()})
+    n_folded = gradients.layout.n_features - len(columns)
+    if n_folded:
+        # a power of two, so that files fill the blocks of samples that are written together
+        file_rows = 1 << (max(1, min(_FILE_BYTES // (n_folded * 4), MOST_FILE_ROWS)).bit_length() - 1)
+        dimensions = (names.SAMPLE_DIM, names.FEATURE_DIM)
+        Array.create(path / names.FOLDED, (n_samples, n_folded), "float32", dimensions, (file_rows, n_folded))
+    if not columns:
+        return
+    rows = gradients.rows
+    for rank, n_rows in enumerate(rows.part_rows):
+        part = root
+        for name in _part_name(rank, gradients.n_ranks).split("/"):
+            part = part.require_group(name)
+        shard, chunk = rows.shard_rows, (rows.chunk_rows, len(columns))
+        shards = (shard, len(columns)) if shard != rows.chunk_rows else None
+        wide = ((names.ROW_DIM, names.FEATURE_DIM), chunk, shards)
+        Array.create(part.path / names.GRADIENT, (n_rows, len(columns)), rows.dtype, *wide, shuffle=False)
+        scale = (names.ROW_DIM, names.BLOCK_DIM)
+        Array.create(part.path / names.SCALE, (n_rows, len(blocks)), "float32", scale, (shard, len(blocks)))
+        Array.create(part.path / names.SAMPLE, (n_rows,), "int64", (names.ROW_DIM,), (shard,))
+
+
+def write_factored(path: Path, n_ranks: int, rank: int, shard: int, values: dict[str, NDArray[Any]]) -> None:
+    """Write one shard of what is factored: `values` has the gradient, the scale and the samples of its rows."""
+    part = path / _part_name(rank, n_ranks)
+    for name, found in values.items():
+        Array.open(part / name).write_file((shard, *(0 for _ in found.shape[1:])), found)
+
+
+def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
+    """Write the sums of samples from `first` on, which begins a file and, but at the end, ends one."""
+    array = Array.open(path / names.FOLDED)
+    for low in range(0, len(sums), array.file_rows):
+        array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows])
+
+
+def _parts(root: Group, n_ranks: int) -> Sequence[Group]:
+    found = [root.group(_part_name(rank, n_ranks)) for rank in range(n_ranks)]
+    present = [group for group in found if group is not None]
+    if len(present) != n_ranks:
+        raise StoreError(f"{root.path} lacks what is factored: {HYPERGRADIENTS_UNREADABLE}")
+    return present
+
+
+def _part_name(rank: int, n_ranks: int) -> str:
+    return names.FACTORED if n_ranks == 1 else f"{names.FACTORED}/{names.rank_name(rank)}"

@@ -1,0 +1,42 @@
+"""Deleting the rows of a run whose hypergradients are kept."""
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.progress import Task
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import CHUNKS
+from hydra_pipe.store.files import remove, tree_bytes
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory
+from hydra_pipe.store.verify import check_hypergradients
+
+
+def prune_rows(run: RunDirectory, task: Task) -> int:
+    """Delete the rows of `run`, once everything that is kept instead has been read and its checksums verified.
+
+    Args:
+        run: the run.
+        task: counts the bytes that are read.
+
+    Returns:
+        Bytes of files that were deleted; 0 where they were before.
+
+    Raises:
+        RunError: hypergradients are not kept. StoreError: what is kept is damaged, and nothing was deleted.
+    """
+    recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+    run.require(KEEP, f"hydra-pipe reduce {run.path} --keep-hypergradients")
+    faults = list(check_hypergradients(run, task))
+    if faults:
+        advice = "" if recording.facts.get(PRUNED) else "; nothing was deleted"
+        raise StoreError(f"{faults[0].where}: {faults[0].what}{advice}")
+    gradients = Gradients(run.path / names.GRADIENTS)
+    # first the claim: what is being deleted must not be taken for a complete recording
+    recording.facts[PRUNED] = True
+    run.save()
+    n_bytes = 0
+    for name in gradients.pruned_arrays():
+        chunks = gradients.path / name / CHUNKS
+        if chunks.exists():
+            n_bytes += tree_bytes(chunks)
+            remove(chunks)
+    return n_bytes
