@@ -223,7 +223,7 @@ def prune(run: RunPath, debug: Debug = False) -> None:
 
     Test samples are still answered, by method hydra. Other methods need the rows.
 
-    Example: hydra-pipe reduce runs/digits --keep-hypergradients && hydra-pipe prune runs/digits
+    Example: hydra-pipe prune runs/digits, after hydra-pipe reduce runs/digits --keep-hypergradients
     """
     freed = api.prune(run, ConsoleProgress())
     print(f"{run}: {format_bytes(freed)} deleted" if freed else f"{run}: pruned already, nothing to do")

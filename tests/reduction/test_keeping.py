@@ -91,7 +91,7 @@ def test_what_is_kept_later_is_the_same(run: Path, whole: np.ndarray) -> None:
 def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
     hydra_pipe.reduce(run)
     with pytest.raises(
-        RunError, match="keep hypergradients has not been run: run hydra-pipe reduce .* --keep-hypergradients first"
+        RunError, match=r"keep hypergradients has not been run: run hydra-pipe reduce .* --keep-hypergradients first"
     ):
         hydra_pipe.prune(run)
     assert hydra_pipe.verify(run) == []

@@ -1,0 +1,52 @@
+"""The options of reduce and prune, through the command line."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import hydra_pipe
+from hydra_pipe.cli.app import app
+
+
+@pytest.fixture
+def run(tmp_path: Path, recorded: Callable[..., Path]) -> Path:
+    return shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path / "run")
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_does_nothing(run: Path) -> None:
+    before = (run / "run.json").read_bytes()
+    plan = call("reduce", str(run), "--dry-run", "--memory", "1GiB", "--tests", "0-2", "--mean")
+    found = dict(re.split(r"  +", line, maxsplit=1) for line in plan.splitlines())
+    assert {"order", "passes", "tasks", "read", "written", "operations", "peak memory", "between workers"} <= set(found)
+    assert found["samples x tests"] == "26 x 3, in 1 groups"
+    assert found["peak memory"].endswith("of 1 GiB")
+    assert (run / "run.json").read_bytes() == before
+    assert not (run / "relevance.zarr").exists()
+
+
+def test_selections_and_means_have_results_of_their_own(run: Path) -> None:
+    assert "next: hydra-pipe export" in call("reduce", str(run), "--tests", "1,3-5")
+    assert f"next: hydra-pipe export {run} --method hydra-by-label" in call("reduce", str(run), "--by", "label")
+    assert f"next: hydra-pipe export {run} --method hydra-mean" in call("reduce", str(run), "--mean")
+    assert hydra_pipe.open_run(run).methods == ["hydra", "hydra-by-label", "hydra-mean"]
+    assert "rankings" in call("export", str(run), "--method", "hydra-by-label")
+    assert "--mean and --by: choose one of them" in call("reduce", str(run), "--mean", "--by", "label", code=2)
+
+
+def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
+    assert "--keep-hypergradients first" in call("prune", str(run), code=1)
+    call("reduce", str(run), "--keep-hypergradients")
+    assert re.search(r"[\d.]+ [KM]iB deleted", call("prune", str(run)))
+    assert "pruned already, nothing to do" in call("prune", str(run))
+    assert "healthy" in call("verify", str(run))
+    call("reduce", str(run), "--tests", "0", "--overwrite")
