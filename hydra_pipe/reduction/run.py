@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 import dask
+import dask.local
+import dask.threaded
 from threadpoolctl import threadpool_limits
 
 from hydra_pipe.errors import StoreError
@@ -18,6 +20,8 @@ from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
 
+# Not by name: to look one up Dask imports all of distributed, which takes longer than reducing a small run.
+_SCHEDULERS = {"threads": dask.threaded.get, "synchronous": dask.local.get_sync}
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
 
@@ -164,7 +168,7 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weigh
     # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
     with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
         for span, graph in graphs(job, weights, task.advance):
-            dask.compute(graph, scheduler=request.options.scheduler, num_workers=given.workers)
+            dask.compute(graph, scheduler=_SCHEDULERS[request.options.scheduler], num_workers=given.workers)
             _mark(request, plan, span)
 
 

@@ -1,9 +1,7 @@
 """A run directory and its manifest: what was done with which settings, and how far it got."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -206,5 +204,8 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata  # takes as long as NumPy, and only a new run needs it
+    import platform
+
     packages = ("hydra-pipe", "torch", "numpy", "zarr", "numcodecs", "dask", "pyarrow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
