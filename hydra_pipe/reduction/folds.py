@@ -16,8 +16,8 @@ from hydra_pipe.reduction.segments import DenseSegment, overlap
 
 Floats = NDArray[np.float32]
 
-# Decoded and added while it stays in a core's own cache: 512 KiB of float32.
-_TILE_VALUES = 2**17
+# Decoded and added while it stays in the cache: 2 MiB of float32.
+_TILE_VALUES = 2**19
 
 
 class Folder:
