@@ -16,7 +16,7 @@ is chosen by the time that bytes and operations take (`COSTS`), among those that
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -46,13 +46,15 @@ class Costs:
     """Picoseconds that one worker takes, measured (benchmarks/RESULTS.md); only their ratios matter.
 
     Args:
-        decoded_byte: to read a stored byte that is in the page cache, and decode it.
+        fetched_byte: to read a stored byte from the disk, which all workers share: a fast one.
+        decoded_byte: to copy a stored byte from the page cache, and decode it.
         converted_value: to float32, times its weight.
         folded_value: to add to its sample's sum.
         operation: of a float32 matrix product.
         moved_byte: from one process to another.
     """
 
+    fetched_byte: int = 300
     decoded_byte: int = 500
     converted_value: int = 500
     folded_value: int = 700
@@ -165,6 +167,11 @@ class ReductionPlan:
     picoseconds: int
 
     @property
+    def lasting_picoseconds(self) -> int:
+        """Until all workers are done."""
+        return self.picoseconds // len(self.row_runs) + self.read_bytes * COSTS.fetched_byte
+
+    @property
     def passes(self) -> int:
         """Times that the store is read."""
         return len(self.sample_blocks) if self.order == "fold first" else len(self.test_blocks)
@@ -207,19 +214,22 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
     orders = {"score first": _scoring, "fold first": _folding}
     if given.kept or given.keeping:
         orders = {"from hypergradients": _from_kept} if given.kept else {"fold first": _folding}
-    found = [plan(given, candidates, done) for order, plan in orders.items() if answered is None or order == answered.order]
+    chosen = [plan for order, plan in orders.items() if answered is None or order == answered.order]
+    # each worker has sums of its own: fewer of them may take fewer passes
+    found = [plan(replace(given, workers=n), candidates, done) for n in _worker_counts(given) for plan in chosen]
     fitting = [plan for plan in found if plan is not None]
     if fitting:
-        return min(fitting, key=lambda plan: plan.picoseconds)
-    needed = _least_bytes(given, candidates[-1])
+        return min(fitting, key=lambda plan: plan.lasting_picoseconds)
+    alone = replace(given, workers=1)
+    needed = _least_bytes(alone, candidates[-1])
     smallest = _readings(given)[-1]
-    least = _least_bytes(given, smallest)
+    least = _least_bytes(alone, smallest)
     advice = f"raise --memory to {_suggested(needed)}"
     if least <= given.memory_bytes:
         advice = f"lower --chunks to {smallest.rows}x{smallest.features} or {advice}"
     raise BudgetError(
-        f"decoding {candidates[-1].rows}x{candidates[-1].features} (rows x features) at once with {given.workers} "
-        f"workers needs {format_bytes(needed)}, --memory is {format_bytes(given.memory_bytes)}: {advice}"
+        f"decoding {candidates[-1].rows}x{candidates[-1].features} (rows x features) at once with one worker needs "
+        f"{format_bytes(needed)}, --memory is {format_bytes(given.memory_bytes)}: {advice}"
     )
 
 
@@ -392,11 +402,21 @@ def _plan(
 
 
 def _row_runs(given: ReductionInput) -> tuple[Span, ...]:
-    parts = given.part_rows or (given.n_rows,)
-    n_shards = sum(-(-n_rows // given.shard_rows) for n_rows in parts)
-    runs = min(given.workers, n_shards)
-    bounds = [shard_start(i * n_shards // runs, parts, given.shard_rows) for i in range(runs)] + [given.n_rows]
-    return tuple(pairwise(bounds))
+    parts, n_shards = given.part_rows or (given.n_rows,), _n_shards(given)
+    starts = [shard_start(i * n_shards // given.workers, parts, given.shard_rows) for i in range(given.workers)]
+    return tuple(pairwise([*starts, given.n_rows]))
+
+
+def _n_shards(given: ReductionInput) -> int:
+    return sum(-(-n_rows // given.shard_rows) for n_rows in given.part_rows or (given.n_rows,))
+
+
+def _worker_counts(given: ReductionInput) -> Iterator[int]:
+    """All that have a shard to read, then half as many each time."""
+    workers = min(given.workers, _n_shards(given))
+    while workers:
+        yield workers
+        workers //= 2
 
 
 def _spans(start: int, end: int, width: int) -> tuple[Span, ...]:

@@ -199,7 +199,7 @@ def described(given: ReductionInput, plan: ReductionPlan) -> str:
         "between workers": f"at most {format_bytes(plan.moved_bytes)}",
         "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
         "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
-        "time": f"about {format_seconds(plan.picoseconds / 1e12 / len(plan.row_runs))} where benchmarks/RESULTS.md was measured",
+        "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())

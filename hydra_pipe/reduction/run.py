@@ -168,7 +168,7 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weigh
     # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
     with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
         for span, graph in graphs(job, weights, task.advance):
-            dask.compute(graph, scheduler=_SCHEDULERS[request.options.scheduler], num_workers=given.workers)
+            dask.compute(graph, scheduler=_SCHEDULERS[request.options.scheduler], num_workers=len(plan.row_runs))
             _mark(request, plan, span)
 
 

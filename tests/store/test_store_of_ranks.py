@@ -132,7 +132,7 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
 
 def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
     create_relevance(target, "hydra", "hydra", N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
-    job = Job(store.path, N_STEPS, target / "hydra", N_SAMPLES, ALL.tests, None, plan)
+    job = Job(store.path, N_STEPS, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan)
     for _, graph in graphs(job, row_weights(store), rows.append):
         graph.compute(scheduler="synchronous")
     return open_relevance(target, "hydra").read()
@@ -153,7 +153,9 @@ def test_building_a_graph_computes_and_reads_nothing(
     with dask.config.set(scheduler=refuse):
         for asked in orders_of(plan):
             built = list(
-                graphs(Job(store.path, N_STEPS, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, asked), weights, refuse)
+                graphs(
+                    Job(store.path, N_STEPS, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, None, asked), weights, refuse
+                )
             )
             assert len(built) == asked.passes
     assert not (tmp_path / "none").exists()
