@@ -103,9 +103,10 @@ def main() -> None:
                 continue
             computing = plan.picoseconds / 1e12 / len(plan.row_runs)
             reading = plan.read_bytes / (given.disk * 1e9 * machines.disks)
+            workers = f"{len(plan.row_runs)} worker{'s' if len(plan.row_runs) > 1 else ''}"
             bound = "disk" if reading > computing else "processors"
             print(
-                f"| {machines.title} | {plan.order}, {len(plan.row_runs)} workers | {plan.passes} | "
+                f"| {machines.title} | {plan.order}, {workers} | {plan.passes} | "
                 f"{format_bytes(plan.read_bytes)} | {format_bytes(plan.moved_bytes)} | {plan.operations:.1e} | "
                 f"{format_bytes(plan.peak_bytes)} | {format_seconds(max(computing, reading))} ({bound}) |"
             )
