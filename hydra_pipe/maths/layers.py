@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Conv, ConvTranspose, Factors, Patches
+from hydra_pipe.maths.factors import Contribution, Factors
+from hydra_pipe.maths.patches import Conv, ConvTranspose, Patches
 
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
 Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
