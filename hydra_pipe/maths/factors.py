@@ -23,10 +23,12 @@ class Factors:
     Args:
         left: gradient at the output, shape (B, P, O).
         given_right: what it is multiplied by, shape (B, P, I), or the patches that it consists of; None stands for 1, as in a bias.
+        beside: factors with the same `left`, so that its norms are taken once.
     """
 
     left: Tensor
     given_right: Tensor | Patches | None
+    beside: "Factors | None" = None
 
     @cached_property
     def right(self) -> Tensor | None:
@@ -47,10 +49,15 @@ class Factors:
 
         |sum_p outer(l_p, r_p)| <= |l| |r| over all positions (Cauchy-Schwarz).
         """
-        left = norms(self.left)
-        if self.given_right is None:
-            return left.mul_(self.n_positions**0.5)
-        return left.mul_(self.given_right.norms() if isinstance(self.given_right, Patches) else norms(self.given_right))
+        left, right = self._left_norms, self.given_right
+        if right is None:
+            return left.mul(self.n_positions**0.5)
+        return left.mul(right.norms() if isinstance(right, Patches) else norms(right))
+
+    @cached_property
+    def _left_norms(self) -> Tensor:
+        found: Tensor = norms(self.left) if self.beside is None else self.beside._left_norms
+        return found
 
     @property
     def n_inputs(self) -> int:

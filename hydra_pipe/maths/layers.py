@@ -70,8 +70,10 @@ def linear_rule(
     (inputs,) = args or kwargs.values()
     batch = grad_output.shape[0]
     left = grad_output.reshape(batch, -1, grad_output.shape[-1])
-    right = inputs.reshape(batch, -1, inputs.shape[-1])
-    return {name: Factors(left, right if name == "weight" else None) for name in wanted}
+    if "weight" not in wanted:
+        return {name: Factors(left, None) for name in wanted}
+    weight = Factors(left, inputs.reshape(batch, -1, inputs.shape[-1]))
+    return {name: weight if name == "weight" else Factors(left, None, weight) for name in wanted}
 
 
 def conv1d_of_transformers_rule(

@@ -130,8 +130,8 @@ class RowEncoder:
         in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
         if root is None:
             return Reduced(in_columns, given.first, norm)
-        expected = torch.stack(sums).sum(0) if sums else self._sum_of_factors(index, value)
-        return Reduced(in_columns, given.first, torch.stack(norms).sum() if norms else norm, expected)
+        expected = _sum(sums) if sums else self._sum_of_factors(index, value)
+        return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
 
     def _pieces(self, index: int, value: Contribution) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
         """Rows of a few samples after the other, and the order of the block's dimensions in them; None: their own."""
@@ -266,6 +266,10 @@ class RowEncoder:
         if probe.device != like.device or probe.dtype != like.dtype:
             probe = self._probes[index] = probe.to(like)
         return probe
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)  # of one it would be two operations for nothing
 
 
 def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:
