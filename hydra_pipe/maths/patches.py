@@ -18,7 +18,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 # Columns from which on a product is fast enough to be taken for each step along the kernel's first dimension by itself.
-_ENOUGH_COLUMNS = 24
+_ENOUGH_COLUMNS = 32
 # Of rows or patches that are written out at once: they stay in the cache until they are used.
 _PIECE_BYTES = 2 * 2**20
 _SCRATCH = Scratch()
