@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Conv, ConvTranspose, Factors, Patches
+from hydra_pipe.maths.factors import Contribution, Factors
+from hydra_pipe.maths.patches import Conv, ConvTranspose, Patches
 
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
 Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
@@ -69,8 +70,10 @@ def linear_rule(
     (inputs,) = args or kwargs.values()
     batch = grad_output.shape[0]
     left = grad_output.reshape(batch, -1, grad_output.shape[-1])
-    right = inputs.reshape(batch, -1, inputs.shape[-1])
-    return {name: Factors(left, right if name == "weight" else None) for name in wanted}
+    if "weight" not in wanted:
+        return {name: Factors(left, None) for name in wanted}
+    weight = Factors(left, inputs.reshape(batch, -1, inputs.shape[-1]))
+    return {name: weight if name == "weight" else Factors(left, None, weight) for name in wanted}
 
 
 def conv1d_of_transformers_rule(

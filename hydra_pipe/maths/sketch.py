@@ -39,6 +39,8 @@ class Sketch:
         # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
         words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(2 * numel)
         self.n_columns = n_columns
+        self._shape = tuple(map(int, shape))
+        self._gathers: dict[tuple[int, ...], Tensor] = {}
         self._run = run_length(numel, n_columns)
         self._order = torch.from_numpy(np.argsort(words[: numel // self._run], kind="stable"))
         self._sign = self._in_order(torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[None])
@@ -49,17 +51,21 @@ class Sketch:
 
     def signs(self, weight: Tensor) -> Tensor:
         """The signs of the coordinates times `weight` (n elements), in the sketch's order, on its device."""
-        if self._order.device != weight.device:
-            self._order, self._sign = self._order.to(weight.device), self._sign.to(weight.device)
+        self._to(weight.device)
         return self._sign * self._in_order(weight.reshape(1, -1))
 
-    def __call__(self, rows: Tensor, signs: Tensor | None = None) -> Tensor:
-        """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device."""
-        if self._order.device != rows.device:
-            self._order, self._sign = self._order.to(rows.device), self._sign.to(rows.device)
-        in_runs = rows.reshape(len(rows), -1, self._run)
-        mixed = _SCRATCH.take("in order", (*in_runs.shape[:1], len(self._order), self._run), rows)
-        torch.index_select(in_runs, 1, self._order, out=mixed)
+    def __call__(self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None) -> Tensor:
+        """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device.
+
+        `order`: of the block's dimensions in the rows, where it is not their own.
+        """
+        self._to(rows.device)
+        n_runs = len(self._order)
+        mixed = _SCRATCH.take("in order", (len(rows), n_runs, self._run), rows)
+        if order is None:
+            torch.index_select(rows.reshape(len(rows), n_runs, self._run), 1, self._order, out=mixed)
+        else:
+            torch.index_select(rows, 1, self._gather(order), out=mixed.view(len(rows), -1))
         mixed = mixed.flatten(1).mul_(self._sign if signs is None else signs)
         k = self.n_columns
         whole = mixed.shape[1] // k * k
@@ -67,3 +73,18 @@ class Sketch:
         rest = mixed[:, whole:]
         sums[:, : rest.shape[1]] += rest
         return sums
+
+    def _gather(self, order: tuple[int, ...]) -> Tensor:
+        """Where each element of the sketch's order is in rows whose dimensions are in `order`."""
+        found = self._gathers.get(order)
+        if found is None:
+            numel = math.prod(self._shape)
+            places = torch.arange(numel, dtype=torch.int32, device=self._order.device)
+            in_own = places.view([self._shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
+            found = self._gathers[order] = self._in_order(in_own.reshape(1, -1))[0]
+        return found
+
+    def _to(self, device: torch.device) -> None:
+        if self._order.device != device:
+            self._order, self._sign = self._order.to(device), self._sign.to(device)
+            self._gathers.clear()

@@ -120,8 +120,9 @@ class RowEncoder:
         norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
         columns, norms, sums = [], [], []
         signs = self._sketches[index].signs(root) if root is not None and index in self._sketches else None
-        for rows in self._pieces(index, value):
-            columns.append(self._in_columns(index, rows, root, signs))
+        pieces, order = self._pieces(index, value)
+        for rows in pieces:
+            columns.append(self._in_columns(index, rows, root, signs, order))
             if root is not None and norm is None:
                 norms.append(torch.linalg.vector_norm(rows, dim=1).sum())
             if root is not None and not self._sums_without_rows(index, value):
@@ -129,17 +130,22 @@ class RowEncoder:
         in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
         if root is None:
             return Reduced(in_columns, given.first, norm)
-        expected = torch.stack(sums).sum(0) if sums else self._sum_of_factors(index, value)
-        return Reduced(in_columns, given.first, torch.stack(norms).sum() if norms else norm, expected)
+        expected = _sum(sums) if sums else self._sum_of_factors(index, value)
+        return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
 
-    def _pieces(self, index: int, value: Contribution) -> Iterable[Tensor]:
+    def _pieces(self, index: int, value: Contribution) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
+        """Rows of a few samples after the other, and the order of the block's dimensions in them; None: their own."""
         if not isinstance(value, Factors):
-            return (value,)
-        return value.pieces() if index in self._sketches and value.given_right is not None else (value.rows(),)
+            return (value,), None
+        if index in self._sketches and value.given_right is not None:
+            return value.pieces(), value.order
+        return (value.rows(),), None
 
-    def _in_columns(self, index: int, rows: Tensor, root: Tensor | None, signs: Tensor | None) -> Tensor:
+    def _in_columns(
+        self, index: int, rows: Tensor, root: Tensor | None, signs: Tensor | None, order: tuple[int, ...] | None
+    ) -> Tensor:
         if index in self._sketches:
-            return self._sketches[index](rows, signs)
+            return self._sketches[index](rows, signs, order)
         return rows if root is None else rows * root.flatten()
 
     def _sums_without_rows(self, index: int, value: Contribution) -> bool:
@@ -260,6 +266,10 @@ class RowEncoder:
         if probe.device != like.device or probe.dtype != like.dtype:
             probe = self._probes[index] = probe.to(like)
         return probe
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)  # of one it would be two operations for nothing
 
 
 def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:
