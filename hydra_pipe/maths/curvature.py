@@ -73,7 +73,8 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
     square, product = _dot(p, p), _dot(p, gradient)
     # sum p (1 - p) = 1 - |p|^2; |p - y|^2 = |p|^2 - 2 p_y + 1
     terms = torch.stack([1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient)])
-    return torch.where(g_y != 0, terms, 0.0).reshape(4, batch, -1).sum(2).T
+    terms = torch.where(g_y != 0, terms, 0.0)
+    return (terms if terms.shape[1] == batch else terms.reshape(4, batch, -1).sum(2)).T
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

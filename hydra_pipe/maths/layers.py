@@ -68,12 +68,16 @@ def linear_rule(
 ) -> dict[str, Contribution]:
     """Linear, y = W x + b: dW_i = sum_p g_ip x_ip^T, db_i = sum_p g_ip. Inputs of shape (B, ..., I)."""
     (inputs,) = args or kwargs.values()
-    batch = grad_output.shape[0]
-    left = grad_output.reshape(batch, -1, grad_output.shape[-1])
+    left = _by_position(grad_output)
     if "weight" not in wanted:
         return {name: Factors(left, None) for name in wanted}
-    weight = Factors(left, inputs.reshape(batch, -1, inputs.shape[-1]))
+    weight = Factors(left, _by_position(inputs))
     return {name: weight if name == "weight" else Factors(left, None, weight) for name in wanted}
+
+
+def _by_position(values: Tensor) -> Tensor:
+    """(B, ..., n) to (B, P, n)."""
+    return values.unsqueeze(1) if values.dim() == 2 else values.reshape(len(values), -1, values.shape[-1])
 
 
 def conv1d_of_transformers_rule(

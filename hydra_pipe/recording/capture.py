@@ -1,7 +1,7 @@
 """Hooks that see each module's input and the gradient at its output, and leave no trace when they are gone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,11 +17,13 @@ from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows, several_rows
 from hydra_pipe.recording.portions import Portion
 
-# (index of the parameter's block, its contribution from one call of one module, place of its first sample in the step)
-Sink = Callable[[int, Contribution, int], None]
+# (contributions of one call of one module by index of the parameter's block, place of their first sample in the step)
+Sink = Callable[[Mapping[int, Contribution], int], None]
+
+_NOTHING = nullcontext()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SeenOutput:
     """One backward pass as it was at the model's output.
 
@@ -153,7 +155,8 @@ class Capture:
                 return None
             # without the search by name that get_parameter makes, where there is nothing to search
             own = module._parameters
-            wanted = [n for n in owned if (module.get_parameter(n) if whole else cast("Tensor", own[n])).requires_grad]
+            present = {n: module.get_parameter(n) if whole else cast("Tensor", own[n]) for n in owned}
+            wanted = [n for n, parameter in present.items() if parameter.requires_grad]
             if not wanted:
                 return None
             samples = self._portion.of_pass
@@ -169,9 +172,11 @@ class Capture:
                 type(module) is nn.Linear or not _shares_memory(output, (*args, *kwargs.values(), *module.parameters()))
             )
             watched: Tensor = torch.ops.aten._unsafe_view(output, output.shape) if fresh else output
-            inputs = tuple(_detached(x) for x in args)
-            keywords = {key: _detached(x) for key, x in kwargs.items()}
-            hook = partial(self._backward, name, module, inputs, keywords, wanted, owned, samples)
+            inputs = tuple([_detached(x) for x in args])
+            keywords = {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs
+            # under autocast outputs are in half precision, and parameters and their gradients are not
+            dtype = present[wanted[0]].dtype
+            hook = partial(self._backward, name, module, inputs, keywords, wanted, owned, samples, dtype)
             watched.register_hook(self._guarded(hook))  # type: ignore[no-untyped-call]
             return watched
 
@@ -201,8 +206,7 @@ class Capture:
             with self.sending_to(None), torch.no_grad():
                 rows_of = sequence_rows if is_sequence_module(module) else several_rows
                 rows = rows_of(module, inputs, keywords, every, wanted, samples[1])
-            for parameter, row in rows.items():
-                sink(owned[parameter], row, samples[0])
+            sink({owned[parameter]: row for parameter, row in rows.items()}, samples[0])
 
         if at:
             torch.autograd.graph.register_multi_grad_hook([leaves[k] for k in sorted(at)], self._guarded(on_gradients))
@@ -216,6 +220,7 @@ class Capture:
         wanted: list[str],
         owned: Mapping[str, int],
         samples: tuple[int, int],
+        dtype: torch.dtype,
         gradient: Tensor,
     ) -> None:
         sink = self._sink
@@ -230,9 +235,8 @@ class Capture:
         # A rule may run the module, or parts of it, again: those passes are not the training's.
         self._sink = None
         try:
-            with torch.no_grad():
-                # under autocast outputs are in half precision, and parameters and their gradients are not
-                dtype = module.get_parameter(wanted[0]).dtype
+            # gradients are on here only where the loop wants to differentiate this backward pass again
+            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
                 if gradient.dtype != dtype:
                     self.half_precision = True
                     gradient, args = gradient.to(dtype), tuple(_in_dtype(x, dtype) for x in args)
@@ -240,8 +244,7 @@ class Capture:
                 contributions = rule_for(module)(module, args, kwargs, gradient.detach(), wanted)
         finally:
             self._sink = sink
-        for parameter, contribution in contributions.items():
-            sink(owned[parameter], contribution, first)
+        sink({owned[parameter]: contribution for parameter, contribution in contributions.items()}, first)
 
 
 def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:

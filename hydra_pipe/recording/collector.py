@@ -179,12 +179,13 @@ class Collector:
             return
         mixed: set[int] = set()
 
-        def look(index: int, contribution: Contribution, _: int) -> None:
-            # of factors the norms, which are zero where either is: the other may be the layer's input
-            others = contribution.norms()[1:] if isinstance(contribution, Factors) else contribution[1:]
-            # not a number is told later, by sample: 0 times an infinite slope is one
-            if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
-                mixed.add(index)
+        def look(contributions: Mapping[int, Contribution], _: int) -> None:
+            for index, contribution in contributions.items():
+                # of factors the norms, which are zero where either is: the other may be the layer's input
+                others = contribution.norms()[1:] if isinstance(contribution, Factors) else contribution[1:]
+                # not a number is told later, by sample: 0 times an infinite slope is one
+                if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+                    mixed.add(index)
 
         with self._capture.sending_to(look):
             trained = [p for p in self.parameters if p.requires_grad]
@@ -209,7 +210,7 @@ class Collector:
         given = chain(*self._waiting.values(), *self._reduced.values())
         return (g.value.norms() if isinstance(g.value, Factors) else g.value for g in given)
 
-    def _collect(self, index: int, contribution: Contribution, first: int) -> None:
+    def _collect(self, contributions: Mapping[int, Contribution], first: int) -> None:
         backward = torch._C._current_graph_task_id()
         portion = self._portions[-1] if self._portions else None
         if portion is None or not portion.holds(first):
@@ -223,13 +224,15 @@ class Collector:
                 self._drop()
             portion.seen = True
         self._backward = backward
-        given = Given(contribution, first)
         # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
         # known only when the step's gradient is complete.
-        if self.encoder is None or self._rule.preconditioned:
-            self._waiting.setdefault(index, []).append(given)
-        else:
-            self._reduced.setdefault(index, []).append(self.encoder.reduce(index, given))
+        encoder = None if self._rule.preconditioned else self.encoder
+        for index, contribution in contributions.items():
+            given = Given(contribution, first)
+            if encoder is None:
+                self._waiting.setdefault(index, []).append(given)
+            else:
+                self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""

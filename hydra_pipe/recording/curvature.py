@@ -68,10 +68,10 @@ class CurvatureWatch:
         """
         column = np.full(batch, np.nan, np.float32)
         ends = [seen.first + seen.output.shape[0] for seen in passes]
-        for k, (seen, end) in enumerate(zip(passes, ends, strict=True)):
+        for seen, end in zip(passes, ends, strict=True):
             # the terms of a sample that was seen twice in a step have no curvature in common
-            alone = not any(o.first < end and seen.first < e for j, (o, e) in enumerate(zip(passes, ends, strict=True)) if j != k)
-            if alone and end <= batch:
+            meeting = sum(o.first < end and seen.first < e for o, e in zip(passes, ends, strict=True)) if len(passes) > 1 else 1
+            if meeting == 1 and end <= batch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 out = column[seen.first : end]
                 self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, told))

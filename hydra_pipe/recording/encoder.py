@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
@@ -26,6 +28,9 @@ class Given:
 
     value: Contribution
     first: int
+
+
+_NOTHING: tuple[Sequence[Tensor], Sequence[Given]] = ((), ())
 
 
 def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[Parameter]) -> list[Parameter]:
@@ -98,6 +103,8 @@ class RowEncoder:
         }
         self.part_columns, self.parts_of_block = _parts(layout)
         self._is_factored = [block.encoding == "factored" for block in layout.blocks]
+        factored = {part for parts, is_so in zip(self.parts_of_block, self._is_factored, strict=True) if is_so for part in parts}
+        self._of_factors = [part in factored for part in range(len(self.part_columns))]
         # the books compare whole gradients with what rows sum to; large ones times a random vector
         probed = [len(b.shape) > 1 if preconditioned else b.inputs is not None for b in layout.blocks]
         self._probes = {i: _probe(layout.seed, block) for i, block in enumerate(layout.blocks) if probed[i]}
@@ -175,14 +182,15 @@ class RowEncoder:
                 out.zero_()
             elif index in self._probes:
                 matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
-                torch.mv(matrix.to(out.dtype), self._like(index, out), out=out)
+                same = matrix if matrix.dtype == out.dtype else matrix.to(out.dtype)
+                torch.mv(same, self._like(index, out), out=out)
             else:
                 kron = self._krons.get(index)
                 sketch = self._sketches.get(index) if not self.preconditioned else None
                 if kron is not None or sketch is not None:
                     gradient = (kron or sketch)(gradient.reshape(1, -1))  # type: ignore[misc] # one of the two is there
                 copied.append(out)
-                copies.append(gradient.reshape(-1))
+                copies.append(gradient if gradient.dim() == 1 else gradient.reshape(-1))
         if copied:
             torch._foreach_copy_(copied, copies)
 
@@ -191,39 +199,54 @@ class RowEncoder:
 
         Args:
             contributions: reduced, of each block that got a gradient.
-            parts: where each part goes, shape (batch, width of the part); zeroed where nothing came.
+            parts: where each part goes, see `views`; zeroed where nothing came.
 
         Raises:
             LayerError: a factored block no longer has one position a sample.
         """
-        # output factors by part: a factored bias shares its weight's
-        lefts: dict[int, Sequence[Tensor]] = {}
-        placed: set[int] = set()
+        # what goes into each part, of whole batches or of some samples each
+        pieces: dict[int, tuple[Sequence[Tensor], Sequence[Given]]] = {}
         for index, given in contributions.items():
             part, *input_part = self.parts_of_block[index]
             if not self._is_factored[index]:
-                _assemble([r.value for r in given], given, parts[part])  # type: ignore[misc] # only factored blocks have factors left
-                placed.add(part)
+                pieces[part] = [r.value for r in given], given  # type: ignore[misc] # only factored blocks have factors left
                 continue
             factors = self._factors_of(index, given)
             own = [f.left for f in factors]
-            if part not in placed:
-                _assemble([f.left[:, 0] for f in factors], given, parts[part])
-                placed.add(part)
-                lefts[part] = own
-            elif len(own) != len(lefts[part]) or any(a is not b for a, b in zip(lefts[part], own, strict=True)):
+            if part not in pieces:
+                pieces[part] = own, given
+            # a factored bias shares its weight's output factors
+            elif len(own) != len(pieces[part][0]) or any(a is not b for a, b in zip(pieces[part][0], own, strict=True)):
                 raise LayerError(
                     f"{self.layout.blocks[index].name} no longer has the output gradient of the weight whose columns it shares: "
                     f"record with --encoding projected"
                 )
             if input_part:
-                rights = [f.right[:, 0] for f in factors if f.right is not None]
-                _assemble(rights, given, parts[input_part[0]])
-                placed.add(input_part[0])
-        if len(placed) < len(parts):
-            for part, out in enumerate(parts):
-                if part not in placed:
-                    out.zero_()
+                pieces[input_part[0]] = [f.right for f in factors if f.right is not None], given
+        outs, wholes = [], []
+        for part, out in enumerate(parts):
+            values, of_samples = pieces.get(part, _NOTHING)
+            if len(values) == 1 and len(values[0]) == len(out):
+                outs.append(out)
+                wholes.append(values[0])
+            else:
+                _add_up(values, of_samples, out)
+        if outs:
+            torch._foreach_copy_(outs, wholes)
+
+    def views(self, rows: Tensor) -> list[Tensor]:
+        """Where the parts of `rows` are, shape (batch, feature): each (batch, width), of factors (batch, 1, width) as they come."""
+        return [
+            rows[:, None, columns] if of_factors else rows[:, columns]
+            for columns, of_factors in zip(self.part_columns, self._of_factors, strict=True)
+        ]
+
+    def products(self, of_parts: NDArray[Any]) -> NDArray[Any]:
+        """From a number for each part, shape (row, part), to their product for each block, shape (row, block)."""
+        of_blocks: NDArray[Any] = of_parts[:, [parts[0] for parts in self.parts_of_block]]
+        factored = [index for index, parts in enumerate(self.parts_of_block) if len(parts) > 1]
+        of_blocks[:, factored] *= of_parts[:, [self.parts_of_block[index][1] for index in factored]]
+        return of_blocks
 
     def _factors_of(self, index: int, given: Sequence[Given]) -> list[Factors]:
         """Of a factored block. Raises: LayerError: a sample's gradient is not one outer product any more."""
@@ -289,11 +312,8 @@ def _probe(seed: int, block: Block) -> Tensor:
     return torch.randn(width, generator=generator)
 
 
-def _assemble(pieces: Sequence[Tensor], given: Sequence[Given], out: Tensor) -> None:
-    """Rows of the whole batch into `out`, shape (batch, width), from rows of some samples each, which add up where they meet."""
-    if len(pieces) == 1 and pieces[0].shape[0] == out.shape[0]:
-        out.copy_(pieces[0])
-        return
+def _add_up(pieces: Sequence[Tensor], given: Sequence[Given], out: Tensor) -> None:
+    """Rows of the whole batch into `out` from rows of some samples each, which add up where they meet."""
     out.zero_()
     for rows, of_samples in zip(pieces, given, strict=True):
         out[of_samples.first : of_samples.first + len(rows)] += rows

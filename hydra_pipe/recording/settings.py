@@ -54,7 +54,10 @@ def check_options(encoding: str, dim: int, dtype: str | None) -> None:
 
 def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.int64]:
     """`sample_ids` as int64, shape (batch,). Raises: RecordError: not integers, or not of this training set."""
-    ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
+    if isinstance(sample_ids, range):  # which NumPy would ask for its items one by one
+        ids = np.arange(sample_ids.start, sample_ids.stop, sample_ids.step)
+    else:
+        ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise RecordError(f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each sample of the batch")
     outside = ids[(ids < 0) | (ids >= n_samples)]

@@ -201,10 +201,10 @@ class Slab:
         norms = {}
         for index, given in contributions.items():
             known = [r.norm for r in given if r.norm is not None]
-            if len(known) == len(given):
+            if known and len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
-        dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-        limit = max(IMBALANCE_LIMIT[torch.bfloat16 if half else dtype] for dtype in dtypes)
+        dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
+        limit = max([IMBALANCE_LIMIT[dtype] for dtype in dtypes])
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
     def _parts_at(self, rows: slice) -> list[Tensor]:
@@ -213,7 +213,7 @@ class Slab:
         if views is None:
             if len(self._views) >= _MOST_VIEWS:  # batches of ever other sizes: each place would be kept for the whole run
                 self._views.clear()
-            views = self._views[key] = [self.features[rows, columns] for columns in self._encoder.part_columns]
+            views = self._views[key] = self._encoder.views(self.features[rows])
         return views
 
     def check(self, ids: str | None = None, first_id: int = 0) -> Checked:
@@ -256,9 +256,10 @@ class Slab:
         if dtype != "float32":
             for part, columns in enumerate(self._encoder.part_columns):
                 scale_in_place(features[:, columns], scales[:, part], dtype)
-        of_blocks = torch.stack([scales[:, parts].prod(1) for parts in self._encoder.parts_of_block], dim=1).cpu().numpy()
-        # a factored bias without a gradient still has its weight's columns: 0 times them
-        of_blocks *= np.repeat(np.stack([e.present for e in entries]), [e.rows.stop - e.rows.start for e in entries], axis=0)
+        of_blocks = self._encoder.products(scales.cpu().numpy())
+        present = np.stack([e.present for e in entries])
+        if not present.all():  # a factored bias without a gradient still has its weight's columns: 0 times them
+            of_blocks *= np.repeat(present, [e.rows.stop - e.rows.start for e in entries], axis=0)
         further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
         for rows, views in table.reserve(n_rows):
             self._transfer(features[rows], views[names.GRADIENT], table.wait_for)
@@ -296,8 +297,9 @@ class Slab:
         expected = self._expected[:n_steps] if self._encoder.preconditioned else self._encoder.sums(features, sizes)
         starts = np.array([columns.start for columns in self._encoder.book_columns])
         present = np.stack([entry.present for entry in entries])
-        # a factored bias without a gradient has its weight's columns all the same
-        sums = expected.double().cpu().numpy() * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
+        sums = expected.double().cpu().numpy()
+        if not present.all():  # a factored bias without a gradient has its weight's columns all the same
+            sums = sums * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
         if ranks is not None:
@@ -326,7 +328,7 @@ class Slab:
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
         """Upper bound of the summed norms of each block's rows, shape (step, block)."""
-        products = np.stack([per_part[:, parts].prod(axis=1) for parts in self._encoder.parts_of_block], axis=1)
+        products = self._encoder.products(per_part)
         magnitude: NDArray[np.float64] = np.add.reduceat(products, [entry.rows.start for entry in entries], axis=0)
         magnitude *= np.sqrt([block.numel for block in self._encoder.layout.blocks])
         known = [(step, index, norm) for step, entry in enumerate(entries) for index, norm in entry.norms.items()]

@@ -10,6 +10,8 @@ from hydra_pipe.errors import RecordError
 from hydra_pipe.recording.optimizers import OptimizerRule, gradients_in_use
 from hydra_pipe.store.gradients import GROUP_COLUMNS
 
+_NO_STATE: Mapping[str, Any] = {}
+
 
 class UpdateReader:
     """Reads the updates of `optimizer`.
@@ -24,7 +26,8 @@ class UpdateReader:
         self, optimizer: torch.optim.Optimizer, rule: OptimizerRule, trained: Mapping[nn.Parameter, tuple[str, int]]
     ) -> None:
         self._optimizer, self._rule = optimizer, rule
-        self._group_of = {parameter: group for parameter, (_, group) in trained.items()}
+        self._trained = [(parameter, group) for parameter, (_, group) in trained.items()]
+        self._ids = set(map(id, trained))
         self._n_groups = len(optimizer.param_groups)
 
     def gradients(self, step: int) -> list[Tensor | None]:
@@ -37,12 +40,12 @@ class UpdateReader:
             raise RecordError(f"the optimizer has got a new parameter group at step {step}: record again from there")
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter not in self._group_of:
+                if id(parameter) not in self._ids and parameter.grad is not None:
                     raise RecordError(
                         f"a parameter of shape {tuple(parameter.shape)} has begun to train at step {step}: it was "
                         f"frozen, or not in the optimizer, when recording started; record again from there"
                     )
-        gradients = [p.grad for p in self._group_of]
+        gradients = [p.grad for p, _ in self._trained]
         if all(g is None for g in gradients):
             raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
         return gradients_in_use(self._optimizer, gradients)
@@ -51,11 +54,12 @@ class UpdateReader:
         """The step's line of the step tables by parameter group and by block; `gradients` are those in use."""
         groups = self._optimizer.param_groups
         of_groups = [self._rule.settings(group) for group in groups]
+        rule, states = self._rule, self._optimizer.state
         started, factors = [], []
-        for (parameter, group), gradient in zip(self._group_of.items(), gradients, strict=True):
-            state = self._optimizer.state.get(parameter, {})
-            started.append(gradient is not None and self._rule.starts_momentum(state, groups[group]))
-            factors.append(self._rule.step_factor(state, groups[group]))
+        for (parameter, group), gradient in zip(self._trained, gradients, strict=True):
+            state = states.get(parameter, _NO_STATE)
+            started.append(gradient is not None and rule.starts_momentum(state, groups[group]))
+            factors.append(rule.step_factor(state, groups[group]))
         values: dict[str, Any] = {name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS}
         updated = [gradient is not None for gradient in gradients]
         return values | {"updated": updated, "momentum_started": started, "step_factor": factors}
