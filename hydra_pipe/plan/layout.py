@@ -164,7 +164,7 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
 
     `exact`: the narrowest lossless encoding of each. `projected`: every parameter dense or projected, each with columns in
     proportion to the square root of its size, `dim` in all. `auto`: the narrowest lossless encoding while it is no wider than
-    twice that share of the budget that others have left; the rest is projected to its share.
+    about twice that share of the budget that others have left (see `_widths`); the rest is projected to its share.
 
     A block is projected by a sketch, which is the more exact for as many columns, but has to be given the whole row; sums of
     outer products that are too large for that by `kron`.
@@ -257,8 +257,9 @@ def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -
     """Columns of each parameter: water filling, the narrowest for their share first, each given what it is worth of what is left.
 
     A block of energy E (the norm of its rows) projected to k columns adds E^2 / k to the variance of relevance, so k in proportion
-    to E is best. E is not known before training; the root of the size stands for it. To go on to w columns and be exact saves
-    E^2 / k and takes w - k columns from others, to which a column is worth (E / k)^2: worth it up to w = 2 k.
+    to E is best: then blocks of energies E_j in K columns add (sum E_j)^2 / K. E is not known before training; the root of the size
+    stands for it. One of them that is exact in w columns adds nothing and leaves K - w to the others: worth it where
+    (sum E_j - E)^2 / (K - w) <= (sum E_j)^2 / K, which is up to twice its share where it is one of many, and less where it is not.
     """
     if choice == "exact":
         return {p.name: p.exact_width for p in parameters}
@@ -266,7 +267,11 @@ def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -
     def wanted(p: Parameter) -> int:
         return p.numel if choice == "projected" else p.exact_width
 
-    worth = 1 if choice == "projected" else 2
+    def worth_it(width: int, claim: float) -> bool:
+        if choice == "projected":
+            return width <= int(columns_left * claim / claims_left)
+        return bool((claims_left - claim) ** 2 * columns_left <= claims_left**2 * (columns_left - width))
+
     widths: dict[str, int] = {}
     columns_left = dim
     waiting = sorted(parameters, key=lambda p: wanted(p) / p.numel**0.5)
@@ -275,7 +280,7 @@ def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -
         claim = parameter.numel**0.5
         share = int(columns_left * claim / claims_left)
         most = columns_left - (len(waiting) - i - 1)
-        exact = wanted(parameter) <= min(worth * share, most)
+        exact = wanted(parameter) <= most and worth_it(wanted(parameter), claim)
         width = wanted(parameter) if exact else min(wanted(parameter), max(1, min(share, most)))
         widths[parameter.name] = width
         columns_left -= width

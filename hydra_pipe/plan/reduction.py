@@ -51,6 +51,8 @@ class Costs:
         converted_value: to float32, times its weight.
         folded_value: to add to its sample's sum.
         operation: of a float32 matrix product.
+        touched_byte: of the sums of a worker, when they are first written to: less where the system has such memory at hand, more
+            in a virtual machine that must ask for it.
         moved_byte: from one process to another.
     """
 
@@ -59,6 +61,7 @@ class Costs:
     converted_value: int = 500
     folded_value: int = 700
     operation: int = 16
+    touched_byte: int = 300
     moved_byte: int = 2000
 
 
@@ -384,6 +387,7 @@ def _plan(
         + folded * COSTS.folded_value
         + operations * COSTS.operation
         + moved * COSTS.moved_byte
+        + sums * len(runs) * COSTS.touched_byte
     )
     return ReductionPlan(
         order=order,

@@ -190,6 +190,13 @@ def test_auto_sketches_no_block_to_less_than_its_share_of_what_exact_ones_must_l
             assert block.columns[1] - block.columns[0] >= int(share * sketched) - 2 - len(model)
 
 
+def test_auto_is_not_exact_at_the_cost_of_nearly_all_that_others_have() -> None:
+    """23 of 26 columns would be less than twice its share, and leave 3 to a block of 30."""
+    model = other("pair", (23,), (30,))
+    assert [block.exact for block in choose_layout(model, "auto", 26, 0).blocks] == [False, False]
+    assert [block.exact for block in choose_layout(model, "auto", 50, 0).blocks] == [True, False]
+
+
 def test_auto_shares_a_budget_that_projects_everything_as_projected_does() -> None:
     gpt = other("layer", (384, 128), (128, 128), (512, 128), (128, 512), (384,), (128,), (512,), (128,))
     assert [b.columns for b in choose_layout(gpt, "auto", 300, 0).blocks] == [
