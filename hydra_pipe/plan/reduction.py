@@ -72,7 +72,8 @@ class ReductionInput:
         shard_rows, chunk_rows, chunk_features: as the rows are stored.
         memory_bytes: the budget.
         workers: that compute at once.
-        processes: whether each of them is a process of its own; the budget is that of each then.
+        processes: whether they are in processes of their own; the budget is that of each then.
+        threads: workers in one of these, at most.
         base_bytes: what the process takes before and beside all that is counted here.
         part_rows: rows of each part, where several processes recorded one each; they come one after the other.
     """
@@ -94,6 +95,7 @@ class ReductionInput:
     memory_bytes: int
     workers: int
     processes: bool = False
+    threads: int = 1
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
 
@@ -159,9 +161,11 @@ class ReductionPlan:
 
     @property
     def tasks(self) -> int:
-        """Of the Dask graphs of all passes."""
+        """Of the Dask graphs of all passes, those that read or write: a run of rows each, or a share of the samples."""
         runs = len(self.row_runs)
-        return self.passes * (runs + 2) if self.order == "score first" else self.passes * (runs + 1 + len(self.test_blocks))
+        shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
+        of_blocks = sum(runs + n_shares for n_shares in shares)
+        return of_blocks if self.order == "fold first" else self.passes * of_blocks
 
 
 def parse_chunks(text: str) -> tuple[int, int] | None:
@@ -211,7 +215,12 @@ def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> i
     # the scores, a product, one of groups, what is added to the sums, and the two factors of a block that is not complete yet
     scores = reading.rows * (4 * tests + 2 * columns) * 4
     # one more sum: the block of the relevance array that is being written
-    return _common_bytes(given, reading, tests) + _threads(given) * (sums + scores + _worker_bytes(given, reading)) + sums
+    return (
+        _common_bytes(given, reading, tests)
+        + _threads(given) * (sums + scores + _worker_bytes(given, reading))
+        + sums
+        + _merging_bytes(given, sums)
+    )
 
 
 def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, tests: int) -> int:
@@ -223,12 +232,10 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     # what is answered at a time, and the same compressed; the test block where it is not the one of the pass
     answers = min(SAMPLE_MULTIPLE, samples) * tests * 4 * 2
     tests_held = given.n_tests if given.n_factored else tests
-    # two processes' sums are in one while they are added
-    merging = sums if given.processes else 0
     return (
         _common_bytes(given, reading, tests_held)
         + _threads(given) * (sums + at_once + answers + _worker_bytes(given, reading))
-        + merging
+        + _merging_bytes(given, sums)
     )
 
 
@@ -241,7 +248,12 @@ def _least_bytes(given: ReductionInput, reading: Reading) -> int:
 
 def _threads(given: ReductionInput) -> int:
     """Workers in one process."""
-    return 1 if given.processes else given.workers
+    return given.threads if given.processes else given.workers
+
+
+def _merging_bytes(given: ReductionInput, sums: int) -> int:
+    """Of a process while sums are added up: what comes from others, and what it adds up to, beside the sums of its own."""
+    return 2 * given.threads * sums if given.processes else 0
 
 
 def _common_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:

@@ -5,13 +5,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import dask
-from threadpoolctl import threadpool_limits
-
 from hydra_pipe.errors import StoreError, UsageError
-from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES, ReductionInput, ReductionPlan, parse_chunks, plan_reduction
+from hydra_pipe.plan.reduction import ReductionInput, ReductionPlan, parse_chunks, plan_reduction
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction.hydra import Job, StepWeights, graphs, row_weights
+from hydra_pipe.reduction.hydra import Job, graphs
+from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove
@@ -19,10 +17,9 @@ from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import create_relevance
 from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
-from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
+from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 METHODS = ("hydra",)
-SCHEDULERS = ("threads", "synchronous")
 
 
 def reduce_run(
@@ -41,8 +38,10 @@ def reduce_run(
         run: directory of the run.
         method: "hydra".
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
-        memory: budget for the whole process, such as "4GiB".
-        scheduler: Dask's "threads", or "synchronous" for one thread.
+        memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
+        scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
+            script: call this below `if __name__ == "__main__":`, for they import it); the address of a Dask scheduler, such as
+            "tcp://host:8786", see docs/cluster.md; or "synchronous" for one thread.
         overwrite: compute again what is there, and discard what was exported from it.
         progress: where to show progress; nowhere if absent.
 
@@ -54,25 +53,30 @@ def reduce_run(
         StoreError: the recording is damaged.
         BudgetError: the budget is too small.
         UsageError: an option that cannot be.
+        ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
     """
     request = _request(run, method, chunks, memory, scheduler)
     progress = progress or Progress()
     directory, stage, settings = request.directory, reduce_stage(method), {"checkpoint": request.checkpoint}
     if not overwrite and not directory.has_work(stage, settings):
         return False
-    given, plan = request.plan()
-    _forget_results(directory, method)
-    directory.begin(stage, settings)
-    start = time.monotonic()
-    relevance = directory.path / names.RELEVANCE
-    create_relevance(relevance, method, (given.n_samples, given.n_tests), plan.test_blocks[0][1], directory.run_id)
-    progress.say(_summary(given, plan))
-    job = Job(request.gradients.path, request.checkpoint, relevance, method, plan)
-    try:
-        _compute(job, row_weights(request.gradients), scheduler, given, progress)
-    except BaseException as error:
-        directory.end(stage, "failed", error=str(error) or type(error).__name__)
-        raise
+    with request.scheduler as using:
+        given, plan = request.plan(using.workers)
+        using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
+        _forget_results(directory, method)
+        directory.begin(stage, settings)
+        start = time.monotonic()
+        # what works elsewhere has another current directory
+        relevance = (directory.path / names.RELEVANCE).absolute()
+        create_relevance(relevance, method, (given.n_samples, given.n_tests), plan.test_blocks[0][1], directory.run_id)
+        progress.say(_summary(given, plan))
+        in_place = not given.processes
+        job = Job(request.gradients.path.absolute(), request.checkpoint, relevance, method, plan, in_place)
+        try:
+            _compute(job, using, given, progress)
+        except BaseException as error:
+            directory.end(stage, "failed", error=str(error) or type(error).__name__)
+            raise
     directory.end(stage, "complete", seconds=time.monotonic() - start, n_tests=given.n_tests, plan=_facts(plan))
     return True
 
@@ -81,7 +85,9 @@ def plan_run(
     run: str | os.PathLike[str], *, method: str = "hydra", chunks: str = "auto", memory: str = "4GiB", scheduler: str = "threads"
 ) -> str:
     """What `reduce_run` would do with the same arguments, in lines for people. Reads metadata only, and raises the same."""
-    return _described(*_request(run, method, chunks, memory, scheduler).plan())
+    request = _request(run, method, chunks, memory, scheduler)
+    with request.scheduler as using:
+        return _described(*request.plan(using.workers))
 
 
 @dataclass(frozen=True)
@@ -94,29 +100,28 @@ class _Request:
     checkpoint: int
     chunks: tuple[int, int] | None
     memory_bytes: int
-    workers: int
+    scheduler: Scheduler
 
-    def plan(self) -> tuple[ReductionInput, ReductionPlan]:
+    def plan(self, workers: Workers) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how. Raises: BudgetError."""
-        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.memory_bytes, self.workers)
+        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.memory_bytes, workers)
         return given, plan_reduction(given, self.chunks)
 
 
 def _request(run: str | os.PathLike[str], method: str, chunks: str, memory: str, scheduler: str) -> _Request:
     if method not in METHODS:
         raise UsageError(f"--method {method} is unknown: choose one of {', '.join(METHODS)}")
-    if scheduler not in SCHEDULERS:
-        raise UsageError(f"--scheduler {scheduler} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    using = scheduler_of(scheduler)
     wanted_chunks, memory_bytes = parse_chunks(chunks), parse_bytes(memory)
     directory = RunDirectory.open(run)
     recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
     gradients = Gradients(directory.path / names.GRADIENTS)
     n_samples, checkpoint = recording.count("n_samples"), _last_tests(gradients)
     _check_complete(gradients, recording.count("n_rows"))
-    return _Request(directory, gradients, n_samples, checkpoint, wanted_chunks, memory_bytes, _workers(scheduler))
+    return _Request(directory, gradients, n_samples, checkpoint, wanted_chunks, memory_bytes, using)
 
 
-def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memory_bytes: int, workers: int) -> ReductionInput:
+def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memory_bytes: int, workers: Workers) -> ReductionInput:
     """The sizes that a plan is made from, read off the store's metadata."""
     rows, tests = gradients.rows, gradients.test_rows(checkpoint)
     return ReductionInput(
@@ -135,18 +140,18 @@ def reduction_input(gradients: Gradients, checkpoint: int, n_samples: int, memor
         chunk_rows=rows.chunk_rows,
         chunk_features=rows.chunk_features,
         memory_bytes=memory_bytes,
-        workers=workers,
-        base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+        workers=workers.count,
+        processes=workers.processes,
+        threads=workers.threads,
+        base_bytes=base_bytes(workers.resident_bytes),
         part_rows=rows.part_rows,
     )
 
 
-def _compute(job: Job, weights: StepWeights, scheduler: str, given: ReductionInput, progress: Progress) -> None:
-    total = given.n_rows * job.plan.passes
-    # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
-    with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
-        for _, graph in graphs(job, weights, task.advance):
-            dask.compute(graph, scheduler=scheduler, num_workers=given.workers)
+def _compute(job: Job, using: Scheduler, given: ReductionInput, progress: Progress) -> None:
+    with progress.task("reduce", given.n_rows * job.plan.passes, "rows") as task:
+        for _, graph in graphs(job, using.counter(task.advance, given.n_rows)):
+            using.compute(graph)
 
 
 def _summary(given: ReductionInput, plan: ReductionPlan) -> str:
@@ -154,6 +159,7 @@ def _summary(given: ReductionInput, plan: ReductionPlan) -> str:
         f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
         f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
+        + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
     )
 
 
@@ -172,7 +178,8 @@ def _described(given: ReductionInput, plan: ReductionPlan) -> str:
         "written": format_bytes(plan.written_bytes),
         "between workers": f"at most {format_bytes(plan.moved_bytes)}",
         "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
-        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
+        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+        + (" in each process" if given.processes else ""),
         "time": f"about {format_seconds(plan.picoseconds / 1e12 / len(plan.row_runs))} where benchmarks/RESULTS.md was measured",
     }
     width = max(map(len, lines))
@@ -183,10 +190,6 @@ def _facts(plan: ReductionPlan) -> dict[str, Any]:
     """What the manifest keeps of a plan."""
     found = asdict(plan) | {"passes": plan.passes, "tasks": plan.tasks, "row_runs": len(plan.row_runs)}
     return found | {"test_blocks": len(plan.test_blocks), "sample_blocks": len(plan.sample_blocks)}
-
-
-def _workers(scheduler: str) -> int:
-    return len(os.sched_getaffinity(0)) if scheduler == "threads" else 1
 
 
 def _last_tests(gradients: Gradients) -> int:

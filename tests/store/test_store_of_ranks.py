@@ -15,8 +15,9 @@ from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Reading, ReductionPlan, plan_reduction
 from hydra_pipe.reduction import hydra
-from hydra_pipe.reduction.hydra import Job, graphs, row_weights
+from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.run import reduction_input
+from hydra_pipe.reduction.schedulers import Workers
 from hydra_pipe.store import names
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
@@ -65,6 +66,10 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     return tmp_path / "one", tmp_path / "three"
 
 
+def threads(count: int) -> Workers:
+    return Workers(count, processes=False, threads=count, resident_bytes=0)
+
+
 def writer_of(path: Path, rank: int, n_ranks: int) -> GradientsWriter:
     return GradientsWriter(path, LAYOUT, "float32", 1, RUN_ID, rank=rank, n_ranks=n_ranks)
 
@@ -108,7 +113,7 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
     found = []
     for path in stores:
         store = Gradients(path)
-        given = reduction_input(store, N_STEPS, N_SAMPLES, 2**40, workers)
+        given = reduction_input(store, N_STEPS, N_SAMPLES, 2**40, threads(workers))
         plan = plan_reduction(given, None)
         assert all(start in shard_starts(store.rows.part_rows) for start, _ in plan.row_runs)
         for asked in orders_of(plan):
@@ -132,7 +137,7 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
 def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
     create_relevance(target, "hydra", (N_SAMPLES, 4), plan.test_blocks[0][1], RUN_ID)
     job = Job(store.path, N_STEPS, target, "hydra", plan)
-    for _, graph in graphs(job, row_weights(store), rows.append):
+    for _, graph in graphs(job, rows.append):
         graph.compute(scheduler="synchronous")
     return open_relevance(target, "hydra").read()
 
@@ -141,8 +146,7 @@ def test_building_a_graph_computes_and_reads_nothing(
     stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Gradients(stores[0])
-    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, 2**40, 2), None)
-    weights = row_weights(store)
+    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, 2**40, threads(2)), None)
     shutil.rmtree(stores[0])
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -151,7 +155,7 @@ def test_building_a_graph_computes_and_reads_nothing(
     monkeypatch.setattr("dask.base.compute", refuse)
     with dask.config.set(scheduler=refuse):
         for asked in orders_of(plan):
-            built = list(graphs(Job(store.path, N_STEPS, tmp_path / "none", "hydra", asked), weights, refuse))
+            built = list(graphs(Job(store.path, N_STEPS, tmp_path / "none", "hydra", asked), refuse))
             assert len(built) == asked.passes
     assert not (tmp_path / "none").exists()
 
