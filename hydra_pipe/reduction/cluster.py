@@ -1,10 +1,13 @@
 """Worker processes that dask.distributed schedules: started here, or found at an address."""
 
 import logging
+import signal
+import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Self
 
@@ -112,19 +115,20 @@ class ClusterHere(_Cluster):
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         self._stack.enter_context(dask.config.set(_HERE))
-        cluster = self._stack.enter_context(
-            LocalCluster(
-                n_workers=self.workers.count,
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=0,
-                # no dashboard; what tells of its health listens anywhere that is free
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                # what goes wrong is raised here
-                silence_logs=logging.CRITICAL,
+        with _interrupts_are_for_this_thread():
+            cluster = self._stack.enter_context(
+                LocalCluster(
+                    n_workers=self.workers.count,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    # no dashboard; what tells of its health listens anywhere that is free
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                    # what goes wrong is raised here
+                    silence_logs=logging.CRITICAL,
+                )
             )
-        )
         self._client = self._stack.enter_context(Client(cluster, set_as_default=False))
 
 
@@ -213,6 +217,23 @@ class _Reporter:
             self._last = now
             worker = get_worker()
             worker.log_event(self._topic, [str(worker.get_current_task()), self._done])
+
+
+@contextmanager
+def _interrupts_are_for_this_thread() -> Iterator[None]:
+    """Threads and processes begun meanwhile, and those that they begin, see no Ctrl-C: this thread stops them in good order."""
+    # multiprocessing's own process, which would lift the block when it starts. A worker that has to be killed leaves a lock of
+    # numcodecs to it; it puts that away, and need not tell anyone
+    sys.warnoptions.append("ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove("ignore:resource_tracker")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _resident_bytes() -> int:
