@@ -66,3 +66,7 @@ class StoreError(HydraError):
 
 class BudgetError(HydraError):
     """A plan that cannot fit the memory it was given. Carries both numbers in its message."""
+
+
+class ClusterError(HydraError):
+    """Worker processes that cannot be reached, cannot do what is asked of them, or are lost."""

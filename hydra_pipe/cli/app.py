@@ -40,7 +40,7 @@ Dtype = Annotated[
 ]
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
-Memory = Annotated[str, typer.Option(help="budget for the whole process, such as 512MiB or 4GiB")]
+Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
 Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
 By = Annotated[str | None, typer.Option(metavar="label", help="mean over the test samples of each label, as hydra-by-label")]
 Mean = Annotated[bool, typer.Option("--mean", help="mean over all test samples, as hydra-mean")]
@@ -52,7 +52,14 @@ Keep = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
-Scheduler = Annotated[str, typer.Option(help="Dask scheduler: threads, or synchronous for one thread")]
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        metavar="threads|processes|ADDRESS",
+        help="threads or processes, one for each core of this machine; or a Dask scheduler elsewhere, such as tcp://host:8786 "
+        "(docs/cluster.md)",
+    ),
+]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]

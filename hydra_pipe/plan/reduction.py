@@ -83,7 +83,8 @@ class ReductionInput:
         workers: that compute at once.
         keeping: whether hypergradients are to be kept, which folds them first.
         kept: whether there are kept ones, from which it can be answered without the rows.
-        processes: whether each of them is a process of its own; the budget is that of each then.
+        processes: whether they are in processes of their own; the budget is that of each then.
+        threads: workers in one of these, at most.
         base_bytes: what the process takes before and beside all that is counted here.
         part_rows: rows of each part, where several processes recorded one each; they come one after the other.
     """
@@ -108,6 +109,7 @@ class ReductionInput:
     keeping: bool = False
     kept: bool = False
     processes: bool = False
+    threads: int = 1
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
 
@@ -181,9 +183,11 @@ class ReductionPlan:
 
     @property
     def tasks(self) -> int:
-        """Of the Dask graphs of all passes."""
+        """Of the Dask graphs of all passes, those that read or write: a run of rows each, or a share of the samples."""
         runs = len(self.row_runs)
-        return self.passes * (runs + 2 + runs * len(self.test_blocks) if self.order == "fold first" else runs + 2)
+        shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
+        of_blocks = sum(runs + n_shares for n_shares in shares)
+        return of_blocks if self.order == "fold first" else self.passes * of_blocks
 
 
 def parse_chunks(text: str) -> tuple[int, int] | None:
@@ -243,7 +247,12 @@ def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> i
     # the scores, a product, one of groups, what is added to the sums, and the two factors of a block that is not complete yet
     scores = reading.rows * (4 * tests + 2 * columns) * 4
     # one more sum: the block of the relevance array that is being written
-    return _common_bytes(given, reading, tests) + _threads(given) * (sums + scores + _worker_bytes(given, reading)) + sums
+    return (
+        _common_bytes(given, reading, tests)
+        + _threads(given) * (sums + scores + _worker_bytes(given, reading))
+        + sums
+        + _merging_bytes(given, sums)
+    )
 
 
 def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, tests: int) -> int:
@@ -257,12 +266,10 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     tests_held = given.n_tests if given.n_factored else tests
     # a shard of what is factored, in pieces, together, and compressed
     keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
-    # two processes' sums are in one while they are added
-    merging = sums if given.processes else 0
     return (
         _common_bytes(given, reading, tests_held)
         + _threads(given) * (sums + at_once + answers + keeping + _worker_bytes(given, reading))
-        + merging
+        + _merging_bytes(given, sums)
     )
 
 
@@ -286,7 +293,12 @@ def _least_bytes(given: ReductionInput, reading: Reading) -> int:
 
 def _threads(given: ReductionInput) -> int:
     """Workers in one process."""
-    return 1 if given.processes else given.workers
+    return given.threads if given.processes else given.workers
+
+
+def _merging_bytes(given: ReductionInput, sums: int) -> int:
+    """Of a process while sums are added up: what comes from others, and what it adds up to, beside the sums of its own."""
+    return 2 * given.threads * sums if given.processes else 0
 
 
 def _common_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:

@@ -3,10 +3,13 @@
 R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> (docs/architecture.md), in one of the two orders of `plan/reduction.py`.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from dask.delayed import Delayed, delayed
@@ -16,6 +19,7 @@ from hydra_pipe.maths.relevance import add_by_sample
 from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
 from hydra_pipe.plan.selection import cut
+from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
@@ -28,6 +32,9 @@ from hydra_pipe.store.relevance import write_relevance
 
 Floats = NDArray[np.float32]
 CountRows = Callable[[int], None]
+# What rows add up to, by sample, which is the first dimension of every array. Score first: scores; fold first: hypergradients of
+# what can be folded, and the scores of the rest where there is a rest.
+Sums = tuple[Floats, ...]
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,11 @@ class Job:
         relevance: path of the array that is written to.
         n_samples: training samples.
         tests: spans of test samples, in ascending order; what the plan counts are places among these.
-        kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
         groups: where test samples are averaged: the group of each of them, shape (test,), else None.
+        kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
         plan: how.
+        in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
+            cluster, which computes again what it has lost from what it still has.
     """
 
     gradients: Path
@@ -53,6 +62,7 @@ class Job:
     groups: NDArray[np.int64] | None
     kept: Path | None
     plan: ReductionPlan
+    in_place: bool = True
 
     def averages(self) -> Floats | None:
         """What test samples are multiplied by to give the columns, shape (test, group); None where each is a column."""
@@ -87,100 +97,105 @@ def row_weights(gradients: Gradients) -> StepWeights:
     return StepWeights(-step_weights(schedule) * gradients.step_table(names.GRADIENT_SCALE)[:, None], series)
 
 
-def graphs(job: Job, weights: StepWeights, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
     """The passes in order: what each answers (test samples where rows are scored first, else samples), and its graph.
 
-    Building a graph reads nothing; computing it writes what it answers into the relevance array.
+    Building a graph reads nothing; computing it writes what it answers into the relevance array. Tasks read what they need from the
+    store: what goes from one to another is sums by sample. A task that runs again gives the same, and writes the same bytes.
 
     Args:
         job: what is reduced, and how.
-        weights: of the rows of every step.
         count_rows: called with the number of rows that have been done.
     """
-    shared = delayed(weights, pure=False)
     if job.plan.order == "score first":
         for tests in job.plan.test_blocks:
-            yield tests, _scoring_pass(job, tests, shared, count_rows)
+            yield tests, _scoring_pass(job, tests, count_rows)
     elif job.plan.order == "fold first":
         for samples in job.plan.sample_blocks:
-            yield samples, _folding_pass(job, samples, shared, count_rows)
+            yield samples, _folding_pass(job, samples, count_rows)
     else:
         for tests in job.plan.test_blocks:
             yield tests, _kept_pass(job, tests, count_rows)
 
 
-def _scoring_pass(job: Job, tests: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
-    test_block = delayed(_load_tests)(job, tests)
-    add_up = delayed(_score_run)
-    partials = [add_up(job, run, test_block, weights, count_rows) for run in job.plan.row_runs]
-    result: Delayed = delayed(_write)(job, tests, partials)
+def _scoring_pass(job: Job, tests: Span, count_rows: CountRows) -> Delayed:
+    score, write = delayed(_score_run), delayed(_write)
+    partials = [score(job, run, tests, count_rows) for run in job.plan.row_runs]
+    totals = _totals(job, partials, (0, job.n_samples))
+    result: Delayed = delayed(_done)([write(job, share, tests, sums) for share, sums in totals])
     return result
 
 
-def _folding_pass(job: Job, samples: Span, weights: Delayed, count_rows: CountRows) -> Delayed:
-    plan = job.plan
-    all_tests = (0, plan.test_blocks[-1][1])
-    factored = delayed(_load_factored_tests)(job, all_tests)
-    fold = delayed(_fold_run)
-    folded = delayed(_merge)([fold(job, run, samples, factored, weights, count_rows) for run in plan.row_runs])
-    # each worker answers a share of the samples, in whole chunks, for one block of test samples after the other
-    n_shares = len(plan.row_runs)
-    n_chunks = -(-(samples[1] - samples[0]) // SAMPLE_MULTIPLE)
-    bounds = [min(samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE, samples[1]) for i in range(n_shares)] + [samples[1]]
-    answer = delayed(_answer)
-    answers = [
-        answer(job, samples[0], (low, high), tests, folded)
-        for low, high in pairwise(bounds)
-        if low < high
-        for tests in plan.test_blocks
-    ]
-    result: Delayed = delayed(_done)(answers)
+def _folding_pass(job: Job, samples: Span, count_rows: CountRows) -> Delayed:
+    fold, answer = delayed(_fold_run), delayed(_answer)
+    partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
+    result: Delayed = delayed(_done)([answer(job, share, sums) for share, sums in _totals(job, partials, samples)])
     return result
 
 
 def _kept_pass(job: Job, tests: Span, count_rows: CountRows) -> Delayed:
-    """From kept hypergradients: scores of what is factored by runs of rows, then the product of the sums with the test samples."""
-    test_block = delayed(_load_tests)(job, tests)
-    score = delayed(_score_kept)
-    partials = [score(job, run, test_block, count_rows) for run in job.plan.row_runs]
-    result: Delayed = delayed(_answer_kept)(job, tests, test_block, partials)
+    """From kept hypergradients: scores of what is factored by runs of rows, and the product of the sums with the test samples."""
+    score, answer = delayed(_score_kept), delayed(_answer_kept)
+    partials = [score(job, run, tests, count_rows) for run in job.plan.row_runs]
+    totals = _totals(job, partials, (0, job.n_samples))
+    result: Delayed = delayed(_done)([answer(job, share, tests, sums) for share, sums in totals])
     return result
 
 
-def _score_kept(job: Job, run: Span, tests: TestBlock, count_rows: CountRows) -> Floats:
-    """What factored rows of `run` add to the relevance, shape (sample, column)."""
-    kept = _open_kept(job)
-    averages = job.averages()
-    total: Floats = np.zeros((job.n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
-    if kept.rows is None:
-        return total
-    own = TestBlock(np.ascontiguousarray(tests.values[:, kept.columns]), tests.scale[:, kept.blocks])
-    scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
-    for piece in kept.rows.stream(run, job.plan.reading.rows):
-        found = scorer(piece.read, kept.rows.scales(piece.rows))
-        add_by_sample(total, kept.samples(piece.rows), found if averages is None else found @ averages)
-        count_rows(len(found))
-    return total
+def _totals(job: Job, partials: list[Delayed], samples: Span) -> Iterator[tuple[Span, Delayed]]:
+    """The total of partial sums of `samples`, in as many shares as there are workers, each of which adds up one and answers it.
+
+    So every partial sum leaves its process at most once. Few are added at once where shares are large, for all of them must be in
+    one process then.
+    """
+    share, add = delayed(_share), delayed(_add)
+    # in whole chunks of the relevance array
+    n_chunks = -(-(samples[1] - samples[0]) // SAMPLE_MULTIPLE)
+    n_shares = min(len(partials), n_chunks)
+    bounds = [samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [samples[1]]
+    at_once = max(2, len(partials) if job.in_place else n_shares)
+    for low, high in pairwise(bounds):
+        sums = [share(partial, low - samples[0], high - samples[0]) for partial in partials]
+        while len(sums) > 1:
+            sums = [add(sums[i : i + at_once], job.in_place) for i in range(0, len(sums), at_once)]
+        yield (low, high), sums[0]
 
 
-def _answer_kept(job: Job, tests: Span, test_block: TestBlock, partials: list[Floats]) -> None:
-    kept, segments = _open_kept(job), segments_of(Gradients(job.gradients).layout)
-    total = partials[0]
-    for more in partials[1:]:
-        np.add(total, more, out=total)
-    if kept.folded is not None:
-        values = folded_columns(test_block.values, [s for s in segments if isinstance(s, DenseSegment)])
-        averages = job.averages()
-        values = values if averages is None else averages.T @ values
-        for low in range(0, job.n_samples, kept.folded.file_rows):
-            own = slice(low, min(low + kept.folded.file_rows, job.n_samples))
-            total[own] += kept.read_folded(own) @ values.T
-    write_relevance(Array.open(job.relevance), 0, tests[0] if job.groups is None else 0, total)
+def _share(sums: Sums, first: int, last: int) -> Sums:
+    return tuple(array[first:last] for array in sums)
 
 
-def _open_kept(job: Job) -> Hypergradients:
-    assert job.kept is not None
-    return Hypergradients(job.kept, Gradients(job.gradients))
+def _add(sums: list[Sums], in_place: bool) -> Sums:
+    first, *others = sums
+    if others and not in_place:
+        first = tuple(array.copy() for array in first)
+    for more in others:
+        for mine, its in zip(first, more, strict=True):
+            np.add(mine, its, out=mine)
+    return first
+
+
+# What tasks of this process that run at the same time share; it goes with the last of them.
+_HELD: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+_LOADING = threading.Lock()
+
+
+def _held_tests(job: Job, tests: Span) -> TestBlock:
+    found: TestBlock = _held(("tests", job.gradients, job.checkpoint, cut(job.tests, *tests)), lambda: _load_tests(job, tests))
+    return found
+
+
+def _held_weights(job: Job, store: Gradients) -> StepWeights:
+    found: StepWeights = _held(("weights", job.gradients, job.checkpoint), lambda: row_weights(store))
+    return found
+
+
+def _held(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+    with _LOADING:
+        found = _HELD.get(key)
+        if found is None:
+            _HELD[key] = found = load()
+        return found
 
 
 def _load_tests(job: Job, tests: Span) -> TestBlock:
@@ -190,12 +205,6 @@ def _load_tests(job: Job, tests: Span) -> TestBlock:
     stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
     scales = np.concatenate([rows.scales(span) for span in spans])
     return decode_tests(stored, scales, segments_of(store.layout))
-
-
-def _load_factored_tests(job: Job, tests: Span) -> TestBlock | None:
-    """The test block for what is scored and not folded, or None where everything is folded."""
-    segments = segments_of(Gradients(job.gradients).layout)
-    return None if all(isinstance(s, DenseSegment) for s in segments) else _load_tests(job, tests)
 
 
 @dataclass(frozen=True)
@@ -219,38 +228,39 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
         yield _Rows(piece.rows, piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
 
 
-def _score_run(job: Job, run: Span, tests: TestBlock, weights: StepWeights, count_rows: CountRows) -> Floats:
-    """What the rows of `run` add to the relevance, shape (sample, column)."""
+@single_threaded_blas
+def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+    """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
     store = Gradients(job.gradients)
-    scorer = Scorer(tests, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
-    averages = job.averages()
-    total: Floats = np.zeros((job.n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
+    weights, block, averages = _held_weights(job, store), _held_tests(job, tests), job.averages()
+    scorer = Scorer(block, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
+    total = _no_scores(job.n_samples, block, averages)
     for rows in _rows_of(store, job, run, weights):
         found = scorer(rows.read, rows.weight)
         add_by_sample(total, rows.samples, found if averages is None else found @ averages)
         count_rows(len(rows.samples))
-    return total
+    return (total,)
 
 
-@dataclass(frozen=True)
-class _Folded:
-    """What is summed by sample: hypergradients of what can be folded, scores of the rest, shape (sample, column) or None."""
-
-    sums: Floats
-    scores: Floats | None
+def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Floats:
+    """Zeros to add scores to, shape (sample, column)."""
+    return np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
 
 
-def _fold_run(job: Job, run: Span, samples: Span, tests: TestBlock | None, weights: StepWeights, count_rows: CountRows) -> _Folded:
-    """What the rows of `run` add to the hypergradients of `samples`."""
+@single_threaded_blas
+def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums:
+    """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
     store = Gradients(job.gradients)
+    weights, averages = _held_weights(job, store), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     n_samples = samples[1] - samples[0]
+    factored = [s for s in segments if not isinstance(s, DenseSegment)]
     folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
     scorer = scores = None
-    averages = job.averages()
-    if tests is not None:
-        scorer = Scorer(tests, [s for s in segments if not isinstance(s, DenseSegment)], n_features, at_once)
-        scores = np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
+    if factored:
+        tests = _held_tests(job, (0, job.plan.test_blocks[-1][1]))
+        scorer = Scorer(tests, factored, n_features, at_once)
+        scores = _no_scores(n_samples, tests, averages)
     # once is enough: what is factored is kept row by row, whatever the samples
     keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
     for rows in _rows_of(store, job, run, weights):
@@ -264,45 +274,75 @@ def _fold_run(job: Job, run: Span, samples: Span, tests: TestBlock | None, weigh
             found = found if averages is None else found @ averages
             add_by_sample(scores, places[wanted], found if wanted.all() else found[wanted])
         count_rows(len(places))
-    return _Folded(folder.sums, scores)
+    return (folder.sums,) if scores is None else (folder.sums, scores)
 
 
-def _merge(partials: list[_Folded]) -> _Folded:
-    # a new array each time would be cleaner to look at and cost one more set of sums of memory
-    first, *others = partials
-    for more in others:
-        np.add(first.sums, more.sums, out=first.sums)
-        if first.scores is not None and more.scores is not None:
-            np.add(first.scores, more.scores, out=first.scores)
-    return first
+@single_threaded_blas
+def _answer(job: Job, samples: Span, sums: Sums) -> None:
+    """Write the relevance of some samples for every test sample, and keep their hypergradients where they are to be kept."""
+    folded, *scores = sums
+    segments = [s for s in segments_of(Gradients(job.gradients).layout) if isinstance(s, DenseSegment)]
+    array, averages = Array.open(job.relevance), job.averages()
+    if job.kept is not None and folded.shape[1]:
+        write_folded(job.kept, samples[0], folded)
+    for tests in job.plan.test_blocks:
+        values = folded_columns(_load_tests(job, tests).values, segments)
+        columns = slice(*tests)
+        if averages is not None:  # all test samples are one block then, and the columns are the groups
+            values = averages.T @ values
+            columns = slice(0, len(values))
+        for low in range(0, samples[1] - samples[0], SAMPLE_MULTIPLE):
+            own = slice(low, low + SAMPLE_MULTIPLE)
+            found = folded[own] @ values.T
+            for scored in scores:
+                found += scored[own, columns]
+            write_relevance(array, samples[0] + low, columns.start, found)
 
 
-def _answer(job: Job, first_sample: int, samples: Span, tests: Span, folded: _Folded) -> None:
-    """Write the relevance of some samples for some test samples."""
-    store = Gradients(job.gradients)
-    segments = [s for s in segments_of(store.layout) if isinstance(s, DenseSegment)]
-    values = folded_columns(_load_tests(job, tests).values, segments)
-    averages = job.averages()
-    if averages is not None:  # all test samples are one block then, and the columns are the groups
-        values = averages.T @ values
-        tests = (0, len(values))
+@single_threaded_blas
+def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+    """What factored rows of `run` add to the relevance for `tests`, shape (sample, column)."""
+    kept, block, averages = _open_kept(job), _held_tests(job, tests), job.averages()
+    total = _no_scores(job.n_samples, block, averages)
+    if kept.rows is None:
+        return (total,)
+    own = TestBlock(np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks])
+    scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
+    for piece in kept.rows.stream(run, job.plan.reading.rows):
+        found = scorer(piece.read, kept.rows.scales(piece.rows))
+        add_by_sample(total, kept.samples(piece.rows), found if averages is None else found @ averages)
+        count_rows(len(found))
+    return (total,)
+
+
+@single_threaded_blas
+def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
+    """Write the relevance of some samples for some test samples: scores of what is factored, and products of the sums kept."""
+    kept, (total,) = _open_kept(job), sums
     array = Array.open(job.relevance)
-    if job.kept is not None and tests[0] == 0 and folded.sums.shape[1]:
-        write_folded(job.kept, samples[0], folded.sums[samples[0] - first_sample : samples[1] - first_sample])
+    first_column = tests[0] if job.groups is None else 0
+    values = None
+    if kept.folded is not None:
+        segments = [s for s in segments_of(Gradients(job.gradients).layout) if isinstance(s, DenseSegment)]
+        values, averages = folded_columns(_held_tests(job, tests).values, segments), job.averages()
+        values = values if averages is None else averages.T @ values
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
-        own = slice(low - first_sample, min(low + SAMPLE_MULTIPLE, samples[1]) - first_sample)
-        found = folded.sums[own] @ values.T
-        if folded.scores is not None:
-            found += folded.scores[own, slice(*tests)]
-        write_relevance(array, low, tests[0], found)
+        own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
+        found = total[own.start - samples[0] : own.stop - samples[0]]
+        if values is not None:
+            found = found + kept.read_folded(own) @ values.T
+        write_relevance(array, low, first_column, found)
+
+
+def _open_kept(job: Job) -> Hypergradients:
+    assert job.kept is not None
+    return Hypergradients(job.kept, Gradients(job.gradients))
+
+
+def _write(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
+    """Write the relevance of some samples for some test samples."""
+    write_relevance(Array.open(job.relevance), samples[0], tests[0] if job.groups is None else 0, sums[0])
 
 
 def _done(answers: list[None]) -> None:
     """Where the answers of a pass come together."""
-
-
-def _write(job: Job, tests: Span, partials: list[Floats]) -> None:
-    total = partials[0]
-    for more in partials[1:]:
-        np.add(total, more, out=total)
-    write_relevance(Array.open(job.relevance), 0, tests[0] if job.groups is None else 0, total)

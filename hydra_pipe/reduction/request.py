@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, StoreError, UsageError
 from hydra_pipe.plan.reduction import (
-    BASE_BYTES,
-    OVERHEAD_BYTES,
     Answered,
     ReductionInput,
     ReductionPlan,
@@ -19,16 +17,16 @@ from hydra_pipe.plan.reduction import (
     plan_reduction,
 )
 from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import DenseSegment, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
 from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Settings
-from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
+from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 METHODS = ("hydra",)
-SCHEDULERS = ("threads", "synchronous")
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Request:
         columns: of the result.
         groups: group of each test sample, shape (test,), where columns are their means.
         options: as given.
+        scheduler: that is to compute it, not entered yet.
     """
 
     directory: RunDirectory
@@ -64,6 +63,7 @@ class Request:
     columns: Columns
     groups: NDArray[np.int64] | None
     options: Options
+    scheduler: Scheduler
 
     @property
     def name(self) -> str:
@@ -87,15 +87,10 @@ class Request:
         stage = self.directory.stages.get(KEEP)
         return not self.options.keep_hypergradients and stage is not None and stage.state == "complete"
 
-    @property
-    def workers(self) -> int:
-        """That compute at once."""
-        return len(os.sched_getaffinity(0)) if self.options.scheduler == "threads" else 1
-
-    def plan(self, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
+    def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
         memory_bytes = parse_bytes(self.options.memory)
-        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, self.workers)
+        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, workers)
         given = replace(given, keeping=self.options.keep_hypergradients, kept=self.from_kept)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
 
@@ -108,8 +103,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     """
     if options.method not in METHODS:
         raise UsageError(f"--method {options.method} is unknown: choose one of {', '.join(METHODS)}")
-    if options.scheduler not in SCHEDULERS:
-        raise UsageError(f"--scheduler {options.scheduler} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    scheduler = scheduler_of(options.scheduler)
     if options.by is not None and options.by not in GROUPINGS:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)
@@ -128,7 +122,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     n_tests = gradients.test_rows(checkpoint).n_rows
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = _grouped(Columns(spans), gradients, options.by)
-    return Request(directory, gradients, recording.count("n_samples"), checkpoint, columns, groups, options)
+    return Request(directory, gradients, recording.count("n_samples"), checkpoint, columns, groups, options, scheduler)
 
 
 def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:
@@ -147,7 +141,7 @@ def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Co
 
 
 def reduction_input(
-    gradients: Gradients, checkpoint: int, n_samples: int, columns: Columns, memory_bytes: int, workers: int
+    gradients: Gradients, checkpoint: int, n_samples: int, columns: Columns, memory_bytes: int, workers: Workers
 ) -> ReductionInput:
     """The sizes that a plan is made from, read off the store's metadata."""
     rows, tests = gradients.rows, gradients.test_rows(checkpoint)
@@ -168,8 +162,10 @@ def reduction_input(
         chunk_rows=rows.chunk_rows,
         chunk_features=rows.chunk_features,
         memory_bytes=memory_bytes,
-        workers=workers,
-        base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+        workers=workers.count,
+        processes=workers.processes,
+        threads=workers.threads,
+        base_bytes=base_bytes(workers.resident_bytes),
         part_rows=rows.part_rows,
     )
 
@@ -180,6 +176,7 @@ def summary(given: ReductionInput, plan: ReductionPlan) -> str:
         f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
         f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
+        + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
     )
 
 
@@ -198,7 +195,8 @@ def described(given: ReductionInput, plan: ReductionPlan) -> str:
         "written": format_bytes(plan.written_bytes),
         "between workers": f"at most {format_bytes(plan.moved_bytes)}",
         "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
-        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
+        "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+        + (" in each process" if given.processes else ""),
         "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
     }
     width = max(map(len, lines))

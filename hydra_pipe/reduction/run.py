@@ -4,24 +4,18 @@ import os
 import time
 from pathlib import Path
 
-import dask
-import dask.local
-import dask.threaded
-from threadpoolctl import threadpool_limits
-
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, Span
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction.hydra import Job, StepWeights, graphs, row_weights
+from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
+from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
 
-# Not by name: to look one up Dask imports all of distributed, which takes longer than reducing a small run.
-_SCHEDULERS = {"threads": dask.threaded.get, "synchronous": dask.local.get_sync}
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
 
@@ -47,8 +41,10 @@ def reduce_run(
         run: directory of the run.
         method: "hydra".
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
-        memory: budget for the whole process, such as "4GiB".
-        scheduler: Dask's "threads", or "synchronous" for one thread.
+        memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
+        scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
+            script: call this below `if __name__ == "__main__":`, for they import it); the address of a Dask scheduler, such as
+            "tcp://host:8786", see docs/cluster.md; or "synchronous" for one thread.
         tests: some of the test samples, such as "0-99,150"; all if absent.
         by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
             These are results of their own, named "hydra-by-label" and "hydra-mean".
@@ -65,6 +61,7 @@ def reduce_run(
         StoreError: the recording is damaged.
         BudgetError: the budget is too small.
         UsageError: an option that cannot be.
+        ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
     """
     request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients))
     progress = progress or Progress()
@@ -73,40 +70,38 @@ def reduce_run(
     to_keep = keep_hypergradients and (kept is None or kept.state != "complete")
     if not overwrite and not directory.has_work(stage, request.settings) and not to_keep:
         return False
-    answered = None if overwrite else _answered(request)
-    given, plan = request.plan(answered)
-    if answered is not None and not _goes_on(request, answered, plan):
-        answered = None
-        given, plan = request.plan()
-    if answered is None:
-        _begin(request, given, plan)
-    else:
-        directory.stages[stage].state = "running"
-        directory.save()
-        progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
-    start = time.monotonic()
-    progress.say(summary(given, plan))
-    try:
-        _compute(request, given, plan, row_weights(request.gradients), progress)
-    except BaseException as error:
-        directory.end(stage, "failed", error=str(error) or type(error).__name__)
-        raise
+    with request.scheduler as using:
+        answered = None if overwrite else _answered(request)
+        given, plan = request.plan(using.workers, answered)
+        if answered is not None and not _goes_on(request, answered, plan):
+            answered = None
+            given, plan = request.plan(using.workers)
+        using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
+        if answered is None:
+            _begin(request, given, plan)
+        else:
+            directory.stages[stage].state = "running"
+            directory.save()
+            progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
+        start = time.monotonic()
+        progress.say(summary(given, plan))
+        try:
+            _compute(request, given, plan, using, progress)
+        except BaseException as error:
+            directory.end(stage, "failed", error=str(error) or type(error).__name__)
+            raise
     if keep_hypergradients:
         directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept))
-    directory.end(
-        stage,
-        "complete",
-        seconds=time.monotonic() - start,
-        n_tests=given.n_tests,
-        n_columns=given.n_columns,
-        plan=facts(plan),
-    )
+    seconds = time.monotonic() - start
+    directory.end(stage, "complete", seconds=seconds, n_tests=given.n_tests, n_columns=given.n_columns, plan=facts(plan))
     return True
 
 
 def plan_run(run: str | os.PathLike[str], options: Options) -> str:
     """What `reduce_run` would do with these options, in lines for people. Reads metadata only, and raises the same."""
-    return described(*requested(run, options).plan())
+    request = requested(run, options)
+    with request.scheduler as using:
+        return described(*request.plan(using.workers))
 
 
 def _store(request: Request) -> Path:
@@ -152,23 +147,24 @@ def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
     return request.columns.by is not None or all(first % array.chunks[1] == 0 for first, _ in plan.test_blocks)
 
 
-def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, weights: StepWeights, progress: Progress) -> None:
+def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress) -> None:
+    kept = request.kept.absolute() if request.from_kept or request.options.keep_hypergradients else None
     job = Job(
-        request.gradients.path,
-        request.checkpoint,
-        _store(request) / request.name,
-        given.n_samples,
-        request.columns.tests,
-        request.groups,
-        request.kept if request.from_kept or request.options.keep_hypergradients else None,
-        plan,
+        # what works elsewhere has another current directory
+        gradients=request.gradients.path.absolute(),
+        checkpoint=request.checkpoint,
+        relevance=(_store(request) / request.name).absolute(),
+        n_samples=given.n_samples,
+        tests=request.columns.tests,
+        groups=request.groups,
+        kept=kept,
+        plan=plan,
+        in_place=not given.processes,
     )
     n_rows = given.n_rows if not request.from_kept or given.n_factored else 0
-    total = n_rows * plan.passes
-    # The workers are the parallelism: BLAS threads of their own would only fight over the same cores.
-    with progress.task("reduce", total, "rows") as task, threadpool_limits(1, user_api="blas"):
-        for span, graph in graphs(job, weights, task.advance):
-            dask.compute(graph, scheduler=_SCHEDULERS[request.options.scheduler], num_workers=len(plan.row_runs))
+    with progress.task("reduce", n_rows * plan.passes, "rows") as task:
+        for span, graph in graphs(job, using.counter(task.advance, n_rows)):
+            using.compute(graph)
             _mark(request, plan, span)
 
 

@@ -152,7 +152,11 @@ KEEPS = [
     (["export", "RUN", "--top", "0"], r"--top 0: give 1 or more", 2),
     (["export", "RUN", "--method", "magic"], r"reduce magic has not been run: run hydra-pipe reduce", 1),
     (["reduce", "RUN", "--method", "magic"], r"--method magic is unknown: choose one of hydra", 2),
-    (["reduce", "RUN", "--scheduler", "tcp"], r"--scheduler tcp is unknown: choose one of threads", 2),
+    (
+        ["reduce", "RUN", "--scheduler", "tcp"],
+        r"--scheduler tcp is unknown: choose one of threads, processes, synchronous, or the address",
+        2,
+    ),
     (["reduce", "RUN", "--overwrite", "--chunks", "big"], r"--chunks big is not ROWSxFEATURES", 2),
     (["reduce", "RUN", "--overwrite", "--chunks", "0x5"], r"--chunks 0x5 is not ROWSxFEATURES", 2),
     (["reduce", "RUN", "--overwrite", "--memory", "much"], r"'much' is not a size", 2),

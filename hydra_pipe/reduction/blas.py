@@ -1,0 +1,49 @@
+"""One BLAS thread in each worker: the workers are the parallelism, and threads of BLAS would only fight over the same cores."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LOCK = threading.Lock()
+_running = 0
+_limits: threadpool_limits | None = None
+
+
+def single_threaded_blas(task: Callable[P, R]) -> Callable[P, R]:
+    """`task`, with BLAS on one thread while it runs.
+
+    The number of threads is one for all of a process: the first task to begin limits it, and the last to end puts it back.
+    """
+
+    @functools.wraps(task)
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        _begin()
+        try:
+            return task(*args, **kwargs)
+        finally:
+            _end()
+
+    return limited
+
+
+def _begin() -> None:
+    global _running, _limits
+    with _LOCK:
+        if not _running:
+            _limits = threadpool_limits(1, user_api="blas")
+        _running += 1
+
+
+def _end() -> None:
+    global _running, _limits
+    with _LOCK:
+        _running -= 1
+        if not _running and _limits is not None:
+            _limits.restore_original_limits()
+            _limits = None

@@ -1,0 +1,270 @@
+"""Worker processes that dask.distributed schedules: started here, or found at an address."""
+
+import logging
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, Self
+
+import dask
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
+from distributed.utils import silence_logging_cmgr
+
+import hydra_pipe
+from hydra_pipe.errors import ClusterError
+from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers
+from hydra_pipe.units import format_bytes
+
+# to reach a scheduler, and to see its first worker
+CONNECT_SECONDS = 5.0
+# without any worker: a batch system may bring new ones
+PATIENCE_SECONDS = 60.0
+# of a worker with NumPy, Dask and this package loaded: measured (114 to 118 MiB), rounded up
+WORKER_RESIDENT_BYTES = 128 * 2**20
+# Dask stops giving work to a worker that takes this part of its memory limit, and kills one that takes a little more
+_PAUSE = 0.8
+_REPORT_EVERY_SECONDS = 0.5
+_HERE = {
+    # sampling each worker's stack a hundred times a second is for a dashboard, which nobody sees
+    "distributed.worker.profile.enabled": False,
+    # what a worker is busy with must not make it look lost
+    "distributed.scheduler.worker-ttl": None,
+}
+
+
+class _Cluster(Scheduler):
+    """What the two have in common: a client, and what it tells."""
+
+    _client: Client
+    _where: str
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._end_pass: Callable[[], None] = lambda: None
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:
+        topic = f"hydra-pipe {uuid.uuid4().hex}"
+        done: dict[str, int] = {}
+
+        def show(event: tuple[float, Any]) -> None:
+            key, n_done = event[1]
+            # a task that runs again begins at nothing again
+            advance(n_done - done.get(key, 0))
+            done[key] = n_done
+
+        def end_pass() -> None:
+            advance(n_rows - sum(done.values()))
+            done.clear()
+
+        self._client.subscribe_topic(topic, show)
+        self._end_pass = end_pass
+        return _Reporter(topic)
+
+    def compute(self, graph: Any) -> None:
+        future = self._client.compute(graph)
+        try:
+            self._wait_for(future)
+            self._end_pass()
+        except KilledWorker as error:
+            raise ClusterError(
+                f"workers of {self._where} died {dask.config.get('distributed.scheduler.allowed-failures') + 1} times at the same "
+                f"task ({_task_name(error)}), the last was {error.last_worker.address}: lower --memory, or look into its log"
+            ) from error
+        except CancelledError as error:
+            raise ClusterError(f"{self._where} is gone: start it, and run the same command again") from error
+        finally:
+            future.cancel()
+
+    def _wait_for(self, future: Future) -> None:
+        since = time.monotonic()
+        while True:
+            try:
+                future.result(timeout=1)
+            except TimeoutError:
+                if future.done():
+                    raise
+            else:
+                return
+            if self._client.status == "running" and self._client.scheduler_info(n_workers=-1)["workers"]:
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE_SECONDS:
+                raise ClusterError(
+                    f"{self._where} has had no worker for {PATIENCE_SECONDS:.0f} s: start some, and run the same command again"
+                )
+
+
+class ClusterHere(_Cluster):
+    """One process with one thread for each core of this machine, started when needed and stopped when done.
+
+    Dask's own limits on memory are off: the plan keeps each process within its budget.
+    """
+
+    _where = "the cluster of this machine"
+
+    def __init__(self, n_workers: int) -> None:
+        super().__init__()
+        self.workers = Workers(n_workers, processes=True, threads=1, resident_bytes=WORKER_RESIDENT_BYTES)
+
+    def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
+        self._stack.enter_context(dask.config.set(_HERE))
+        with _interrupts_are_for_this_thread():
+            cluster = self._stack.enter_context(
+                LocalCluster(
+                    n_workers=self.workers.count,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    # no dashboard; what tells of its health listens anywhere that is free
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                    # what goes wrong is raised here
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+        self._client = self._stack.enter_context(Client(cluster, set_as_default=False))
+
+
+class ClusterAt(_Cluster):
+    """The workers of the scheduler at an address. As many as they have threads."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._where = f"the scheduler at {address}"
+        self._address = address
+
+    def __enter__(self) -> Self:
+        try:
+            self._connect()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _connect(self) -> None:
+        self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        try:
+            client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
+                f"`dask scheduler` runs there, host and port, and that no firewall is between"
+            ) from error
+        self._client = self._stack.enter_context(client)
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except TimeoutError:
+            raise ClusterError(f"{self._where} has no workers: start some with dask worker {self._address}") from None
+        # What looks at them comes by value: whether they have this package is what it finds out
+        self._check_versions()
+        self._info = client.scheduler_info(n_workers=-1)["workers"]
+        threads = [worker["nthreads"] for worker in self._info.values()]
+        resident = client.run(_resident_bytes)
+        self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=max(resident.values()))
+
+    def _check_versions(self) -> None:
+        def version() -> str:
+            try:
+                import hydra_pipe
+            except ImportError as error:
+                return f"cannot import it ({error})"
+            return f"has {hydra_pipe.__version__}"
+
+        found = {"the scheduler itself": self._client.run_on_scheduler(version)}
+        found |= {f"worker {address}": told for address, told in self._client.run(version).items()}
+        for who, told in found.items():
+            if told != f"has {hydra_pipe.__version__}":
+                raise ClusterError(
+                    f"{self._where}: {who} must have hydra-pipe {hydra_pipe.__version__}, as is here, but {told}: "
+                    f"pip install hydra-pipe=={hydra_pipe.__version__} there, and start it again"
+                )
+
+    def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
+        for address, fault in self._client.run(_fault_of_store, store.absolute(), run_id).items():
+            if fault is not None:
+                raise ClusterError(
+                    f"worker {address} {fault}: the run must be on a file system that all machines share, at the same path"
+                )
+        for address, worker in self._info.items():
+            limit = worker["memory_limit"]
+            if limit and limit * _PAUSE < peak_bytes:
+                raise ClusterError(
+                    f"worker {address} has a memory limit of {format_bytes(limit)}, of which Dask leaves {_PAUSE:.0%}, and may "
+                    f"need {format_bytes(peak_bytes)}: lower --memory to {int(limit * _PAUSE) // 2**20}MiB, or start it "
+                    f"with a larger --memory-limit"
+                )
+
+
+class _Reporter:
+    """Tells from within a task how many rows it has done, now and then. Each task that runs has a copy of its own."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+        self._done = 0
+        self._last = 0.0
+
+    def __call__(self, n_rows: int) -> None:
+        self._done += n_rows
+        now = time.monotonic()
+        if now - self._last >= _REPORT_EVERY_SECONDS:
+            self._last = now
+            worker = get_worker()
+            worker.log_event(self._topic, [str(worker.get_current_task()), self._done])
+
+
+@contextmanager
+def _interrupts_are_for_this_thread() -> Iterator[None]:
+    """Threads and processes begun meanwhile, and those that they begin, see no Ctrl-C: this thread stops them in good order."""
+    # multiprocessing's own process, which would lift the block when it starts. A worker that has to be killed leaves a lock of
+    # numcodecs to it; it puts that away, and need not tell anyone
+    sys.warnoptions.append("ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove("ignore:resource_tracker")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _resident_bytes() -> int:
+    """Of a worker that has what it needs loaded."""
+    import hydra_pipe.reduction.hydra  # noqa: F401
+    from hydra_pipe.units import resident_bytes
+
+    return resident_bytes()
+
+
+def _fault_of_store(store: Path, run_id: str) -> str | None:
+    """What is wrong with `store` as this worker sees it."""
+    import os
+
+    from hydra_pipe.errors import HydraError
+    from hydra_pipe.store.gradients import Gradients
+
+    try:
+        found = Gradients(store).run_id
+    except (HydraError, OSError) as error:
+        return f"cannot read {store} ({error})" if store.exists() else f"does not see {store}"
+    if found != run_id:
+        return f"has another run at {store}"
+    if "://" not in str(store) and not os.access(store.parent, os.W_OK):
+        return f"may not write in {store.parent}"
+    return None
+
+
+def _task_name(error: KilledWorker) -> str:
+    return str(error.task).split("-")[0].strip("_")
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[-1]

@@ -1,0 +1,312 @@
+"""The same relevance whatever computes it: threads, processes, workers of a Dask scheduler; also where one of them is killed."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, conv_pipeline, relative_error
+from dask.delayed import delayed
+from distributed import Client
+from test_relevance import oracle_relevance, read_relevance
+
+import hydra_pipe
+from hydra_pipe.errors import ClusterError, UsageError
+from hydra_pipe.plan import geometry
+from hydra_pipe.plan import reduction as plan
+from hydra_pipe.progress import Progress, Task
+from hydra_pipe.reduction import cluster, hydra, schedulers
+from hydra_pipe.reduction import request as request_module
+from hydra_pipe.store import relevance
+
+# one process starts the clusters, once
+pytestmark = pytest.mark.xdist_group("schedulers")
+ORDERS = ("score first", "fold first")
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def truth() -> np.ndarray:
+    return oracle_relevance(conv_pipeline())
+
+
+@pytest.fixture(scope="module")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording in several shards, so that two workers have work."""
+    path = tmp_path_factory.mktemp("schedulers") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "CHUNK_FEATURES", 100)
+        patch.setattr(geometry, "SHARD_BYTES", 16 * 400 * 4)
+        patch.setattr(geometry, "CHUNK_BYTES", 4 * 100 * 4)
+        hydra_pipe.record(conv_pipeline(), path, encoding="auto", dim=100_000, dtype="float32")
+    return path
+
+
+@pytest.fixture
+def recording(small_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_shards, tmp_path / "run"))
+
+
+class Cluster:
+    """`dask scheduler` and two `dask worker`, started as a user starts them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.hold = directory / "hold"
+        self.hold.mkdir()
+        self._directory = directory
+        self._environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "HYDRA_PIPE_TEST_HOLD": str(self.hold),
+        }
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._start("scheduler", "--port", "0", "--scheduler-file", str(directory / "scheduler.json"))
+        until((directory / "scheduler.json").exists)
+        self.address: str = json.loads((directory / "scheduler.json").read_text())["address"]
+
+    def _start(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1", "--no-dashboard"]
+        with open(self._directory / f"{len(self._started)}.log", "wb") as log:
+            # not where the test runs: only absolute paths lead to the run
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, cwd=self._directory)
+        self._started.append(process)
+
+    def start_workers(self, n: int, *options: str) -> None:
+        for _ in range(n):
+            self._start("worker", self.address, "--nthreads", "1", *options)
+
+    def wait_for_workers(self) -> None:
+        """Until there are two: where one was killed, its nanny starts another."""
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=PATIENCE)
+
+    def stop(self) -> None:
+        for process in reversed(self._started):
+            process.terminate()
+        for process in self._started:
+            process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        found.start_workers(2, "--memory-limit", "8GiB", "--preload", str(Path(__file__).parent / "hold.py"))
+        found.wait_for_workers()
+        yield found
+    finally:
+        found.stop()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+class Counted(Progress):
+    """Keeps what was counted."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
+        counted, self.total = self, total
+
+        class Counting(Task):
+            def advance(self, n: int) -> None:
+                counted.done += n
+
+        yield Counting()
+
+
+def workers_left() -> list[psutil.Process]:
+    """Processes that this one has started, but for the cluster above, and for multiprocessing's own, which stays until the end."""
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Have the plan take one order, by two workers, in several passes, and the few samples in several chunks and shares."""
+    original = plan.plan_reduction
+
+    def asked(*args):
+        found = dataclasses.replace(original(*args), order=order, test_blocks=((0, 4), (4, 7)))
+        assert len(found.row_runs) > 1
+        if order == "fold first":
+            found = dataclasses.replace(found, sample_blocks=((0, 16), (16, 26)))
+        return found
+
+    monkeypatch.setattr(request_module, "plan_reduction", asked)
+    monkeypatch.setattr(schedulers, "n_cores", lambda: 2)
+    monkeypatch.setattr(hydra, "SAMPLE_MULTIPLE", 8)
+    monkeypatch.setattr(relevance, "CHUNK_SAMPLES", 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads", "processes", "address"])
+def test_relevance_is_the_oracles_on_any_scheduler(
+    recording: Path, truth: np.ndarray, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scheduler: str, order: str
+) -> None:
+    if scheduler == "address":
+        scheduler = request.getfixturevalue("two_workers").address
+    if scheduler != "synchronous":
+        in_order(monkeypatch, order)
+    monkeypatch.chdir(recording.parent)
+    progress = Counted()
+    hydra_pipe.reduce("run", scheduler=scheduler, progress=progress)
+    assert relative_error(read_relevance(recording), truth) < 1e-4
+    assert progress.done == progress.total
+    assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1"), "where nothing is to do nothing is connected to"
+    assert scheduler != "processes" or workers_left() == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("point", ["add_by_sample", "_add", "write_relevance"])
+def test_a_worker_that_is_killed_costs_nothing_but_time(
+    recording: Path, truth: np.ndarray, two_workers: Cluster, monkeypatch: pytest.MonkeyPatch, order: str, point: str
+) -> None:
+    """In the middle of its rows, of adding up, of writing: whatever it did is done again, from what is as it was."""
+    in_order(monkeypatch, order)
+    two_workers.wait_for_workers()
+    for left in two_workers.hold.glob(f"{point}*"):
+        left.unlink()
+    (two_workers.hold / point).touch()
+    failed: list[BaseException] = []
+    progress = Counted()
+
+    def reduce() -> None:
+        try:
+            hydra_pipe.reduce(recording, scheduler=two_workers.address, progress=progress)
+        except BaseException as error:  # noqa: BLE001 - of the thread
+            failed.append(error)
+
+    reducing = threading.Thread(target=reduce)
+    reducing.start()
+    try:
+        held = two_workers.hold / f"{point}.pid"
+        until(lambda: held.exists() or not reducing.is_alive())
+        assert reducing.is_alive(), failed
+        os.kill(int(held.read_text()), signal.SIGKILL)
+    finally:
+        (two_workers.hold / point).unlink()
+        reducing.join(PATIENCE)
+    assert not reducing.is_alive()
+    assert failed == []
+    assert relative_error(read_relevance(recording), truth) < 1e-4
+    assert progress.done == progress.total
+
+
+def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
+    """Few at once, in shares or not: the same total, and what it was made of as it was."""
+    generator = np.random.default_rng(0)
+    partials = [(generator.random((20, 3), np.float32), generator.random((20, 2), np.float32)) for _ in range(7)]
+    before = [tuple(array.copy() for array in sums) for sums in partials]
+    inputs = [delayed(sums, pure=False) for sums in partials]
+    for n_chunks in (1, 3, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hydra, "SAMPLE_MULTIPLE", -(-20 // n_chunks))
+            job = hydra.Job(Path(), 0, Path(), 20, (), None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
+            found = [(share, sums.compute(scheduler="synchronous")) for share, sums in hydra._totals(job, inputs, (100, 120))]
+        assert found[0][0][0] == 100
+        assert found[-1][0][1] == 120
+        for number, parts in enumerate(zip(*before, strict=True)):
+            whole = np.concatenate([sums[number] for _, sums in found])
+            np.testing.assert_allclose(whole, np.sum(parts, axis=0), rtol=1e-6)
+    for sums, old in zip(partials, before, strict=True):
+        for array, same in zip(sums, old, strict=True):
+            np.testing.assert_array_equal(array, same)
+
+
+def test_the_cluster_of_this_machine_is_stopped_after_an_error(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedulers, "n_cores", lambda: 1)
+    (recording / "gradients.zarr" / "gradient" / "c" / "0" / "0").write_bytes(b"rotten" * 100)
+    with pytest.raises(hydra_pipe.HydraError, match="is not readable"):
+        hydra_pipe.reduce(recording, scheduler="processes")
+    assert workers_left() == []
+
+
+def test_an_interrupted_command_leaves_no_process_behind(recording: Path, tmp_path: Path) -> None:
+    """Ctrl-C goes to every process of the terminal."""
+    (tmp_path / "hold").mkdir()
+    (tmp_path / "hold" / "add_by_sample").touch()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HYDRA_PIPE_TEST_HOLD": str(tmp_path / "hold"),
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(Path(__file__).parent / "hold.py"),
+    }
+    command = [sys.executable, "-m", "hydra_pipe.cli.app", "reduce", str(recording), "--scheduler", "processes"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        until(lambda: (tmp_path / "hold" / "add_by_sample.pid").exists() or process.poll() is not None)
+        assert process.poll() is None
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 130
+        assert told.splitlines()[-1].startswith("hydra-pipe: interrupted"), told
+        assert "Traceback" not in told
+        until(lambda: not any(child.is_running() for child in children))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def refused(recording: Path, address: str, **options: object) -> str:
+    with pytest.raises(ClusterError) as refusal:
+        hydra_pipe.reduce(recording, scheduler=address, **options)  # type: ignore[arg-type]
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert "reduce hydra" not in json.loads((recording / "run.json").read_text())["stages"]
+    return message
+
+
+def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("tcp", "host", "tcp://", "tcp://host"):
+        with pytest.raises(UsageError, match=f"--scheduler {text} is unknown: choose one of threads, processes"):
+            hydra_pipe.reduce(recording, scheduler=text)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    told = refused(recording, "tcp://127.0.0.1:1")
+    assert "the scheduler at tcp://127.0.0.1:1 does not answer within" in told
+    assert "check that `dask scheduler` runs there" in told
+
+
+def test_a_scheduler_without_workers_is_told(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Cluster(tmp_path)
+    try:
+        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+        told = refused(recording, alone.address)
+        assert told == f"the scheduler at {alone.address} has no workers: start some with dask worker {alone.address}"
+    finally:
+        alone.stop()
+
+
+def test_workers_that_cannot_do_it_are_told(
+    recording: Path, two_workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hydra_pipe, "__version__", "99.1")
+        told = refused(recording, two_workers.address)
+        assert "must have hydra-pipe 99.1, as is here, but has 0.1.0: pip install hydra-pipe==99.1" in told
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "_PAUSE", 0.001)
+        told = refused(recording, two_workers.address)
+        assert re.match(r"worker tcp://\S+ has a memory limit of 8 GiB, .* lower --memory to 8MiB", told)
+    # what they see is another run, or nothing: the store is elsewhere for them
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "absolute", lambda path: Path("/nowhere") / path.name)
+        told = refused(recording, two_workers.address)
+        assert re.match(r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be on a file system", told)
