@@ -5,7 +5,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any, Self
 import dask
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.utils import silence_logging_cmgr
+from distributed.versions import VersionMismatchWarning
 
-import hydra_pipe
 from hydra_pipe.errors import ClusterError
 from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers
 from hydra_pipe.units import format_bytes
@@ -24,8 +25,8 @@ from hydra_pipe.units import format_bytes
 CONNECT_SECONDS = 5.0
 # without any worker: a batch system may bring new ones
 PATIENCE_SECONDS = 60.0
-# of a worker with NumPy, Dask and this package loaded: measured (114 to 118 MiB), rounded up
-WORKER_RESIDENT_BYTES = 128 * 2**20
+# of a worker with NumPy, Dask and this package loaded: measured (65 MiB), rounded up
+WORKER_RESIDENT_BYTES = 72 * 2**20
 # Dask stops giving work to a worker that takes this part of its memory limit, and kills one that takes a little more
 _PAUSE = 0.8
 _REPORT_EVERY_SECONDS = 0.5
@@ -151,7 +152,10 @@ class ClusterAt(_Cluster):
     def _connect(self) -> None:
         self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         try:
-            client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
+            with warnings.catch_warnings():
+                # of any package that Dask knows; those that matter are compared below
+                warnings.simplefilter("ignore", VersionMismatchWarning)
+                client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
@@ -162,7 +166,6 @@ class ClusterAt(_Cluster):
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
             raise ClusterError(f"{self._where} has no workers: start some with dask worker {self._address}") from None
-        # What looks at them comes by value: whether they have this package is what it finds out
         self._check_versions()
         self._info = client.scheduler_info(n_workers=-1)["workers"]
         threads = [worker["nthreads"] for worker in self._info.values()]
@@ -170,21 +173,16 @@ class ClusterAt(_Cluster):
         self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=max(resident.values()))
 
     def _check_versions(self) -> None:
-        def version() -> str:
-            try:
-                import hydra_pipe
-            except ImportError as error:
-                return f"cannot import it ({error})"
-            return f"has {hydra_pipe.__version__}"
-
-        found = {"the scheduler itself": self._client.run_on_scheduler(version)}
-        found |= {f"worker {address}": told for address, told in self._client.run(version).items()}
-        for who, told in found.items():
-            if told != f"has {hydra_pipe.__version__}":
-                raise ClusterError(
-                    f"{self._where}: {who} must have hydra-pipe {hydra_pipe.__version__}, as is here, but {told}: "
-                    f"pip install hydra-pipe=={hydra_pipe.__version__} there, and start it again"
-                )
+        told = self._client.get_versions(packages=["hydra_pipe"])
+        here = _versions(told["client"])
+        there = {"the scheduler itself": told["scheduler"]} | {f"worker {key}": value for key, value in told["workers"].items()}
+        for who, what in there.items():
+            for name, version in _versions(what).items():
+                if version != here[name]:
+                    has = f"has {name} {version}" if version else f"has no {name}"
+                    raise ClusterError(
+                        f"{self._where}: {who} {has}, here it is {here[name]}: install the same there as here, and start it again"
+                    )
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         for address, fault in self._client.run(_fault_of_store, store.absolute(), run_id).items():
@@ -260,6 +258,13 @@ def _fault_of_store(store: Path, run_id: str) -> str | None:
     if "://" not in str(store) and not os.access(store.parent, os.W_OK):
         return f"may not write in {store.parent}"
     return None
+
+
+def _versions(told: Mapping[str, Any]) -> dict[str, str | None]:
+    """What must be the same everywhere: tasks are pickled here, handed on there."""
+    python = ".".join(told["host"]["python"].split(".")[:2])
+    packages = told["packages"]
+    return {"python": python, "hydra-pipe": packages.get("hydra_pipe")} | {n: packages.get(n) for n in ("dask", "distributed")}
 
 
 def _task_name(error: KilledWorker) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -297,10 +298,18 @@ def test_a_scheduler_without_workers_is_told(recording: Path, tmp_path: Path, mo
 def test_workers_that_cannot_do_it_are_told(
     recording: Path, two_workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(hydra_pipe, "__version__", "99.1")
-        told = refused(recording, two_workers.address)
-        assert "must have hydra-pipe 99.1, as is here, but has 0.1.0: pip install hydra-pipe==99.1" in told
+    versions = Client.get_versions
+    for found, message in (("0.0.9", "has hydra-pipe 0.0.9, here it is 0.1.0"), (None, "has no hydra-pipe, here it is 0.1.0")):
+
+        def of_another(*args: Any, found: str | None = found, **kwargs: Any) -> dict[str, Any]:
+            told = versions(*args, **kwargs)
+            next(iter(told["workers"].values()))["packages"]["hydra_pipe"] = found
+            return told
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Client, "get_versions", of_another)
+            told = refused(recording, two_workers.address)
+            assert re.search(rf"worker tcp://\S+ {message}: install the same there as here, and start it again$", told)
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "_PAUSE", 0.001)
         told = refused(recording, two_workers.address)
