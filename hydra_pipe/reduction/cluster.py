@@ -76,8 +76,8 @@ class _Cluster(Scheduler):
             self._end_pass()
         except KilledWorker as error:
             raise ClusterError(
-                f"workers of {self._where} died {dask.config.get('distributed.scheduler.allowed-failures') + 1} times at the same "
-                f"task ({_task_name(error)}), the last was {error.last_worker.address}: lower --memory, or look into its log"
+                f"workers of {self._where} died one after the other at the same task ({_task_name(error)}), the last was "
+                f"{error.last_worker.address}: lower --memory, or look into its log"
             ) from error
         except CancelledError as error:
             raise ClusterError(f"{self._where} is gone: start it, and run the same command again") from error
@@ -94,12 +94,18 @@ class _Cluster(Scheduler):
                     raise
             else:
                 return
-            if self._client.status == "running" and self._client.scheduler_info(n_workers=-1)["workers"]:
+            if self._has_workers():
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_SECONDS:
                 raise ClusterError(
                     f"{self._where} has had no worker for {PATIENCE_SECONDS:.0f} s: start some, and run the same command again"
                 )
+
+    def _has_workers(self) -> bool:
+        try:
+            return self._client.status == "running" and bool(self._client.scheduler_info()["workers"])
+        except OSError:
+            return False
 
 
 class ClusterHere(_Cluster):
@@ -167,10 +173,10 @@ class ClusterAt(_Cluster):
         except TimeoutError:
             raise ClusterError(f"{self._where} has no workers: start some with dask worker {self._address}") from None
         self._check_versions()
-        self._info = client.scheduler_info(n_workers=-1)["workers"]
-        threads = [worker["nthreads"] for worker in self._info.values()]
-        resident = client.run(_resident_bytes)
-        self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=max(resident.values()))
+        self._told = client.run(_about)
+        threads = [told["threads"] for told in self._told.values()]
+        resident = max(told["resident_bytes"] for told in self._told.values())
+        self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=resident)
 
     def _check_versions(self) -> None:
         told = self._client.get_versions(packages=["hydra_pipe"])
@@ -190,8 +196,8 @@ class ClusterAt(_Cluster):
                 raise ClusterError(
                     f"worker {address} {fault}: the run must be on a file system that all machines share, at the same path"
                 )
-        for address, worker in self._info.items():
-            limit = worker["memory_limit"]
+        for address, told in self._told.items():
+            limit = told["memory_limit"]
             if limit and limit * _PAUSE < peak_bytes:
                 raise ClusterError(
                     f"worker {address} has a memory limit of {format_bytes(limit)}, of which Dask leaves {_PAUSE:.0%}, and may "
@@ -234,12 +240,16 @@ def _interrupts_are_for_this_thread() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _resident_bytes() -> int:
-    """Of a worker that has what it needs loaded."""
+def _about(dask_worker: Any) -> dict[str, int]:
+    """A worker that has loaded what it needs; a memory limit of 0 is none. Dask knows the parameter by its name."""
     import hydra_pipe.reduction.hydra  # noqa: F401
     from hydra_pipe.units import resident_bytes
 
-    return resident_bytes()
+    return {
+        "threads": dask_worker.state.nthreads,
+        "memory_limit": dask_worker.memory_manager.memory_limit or 0,
+        "resident_bytes": resident_bytes(),
+    }
 
 
 def _fault_of_store(store: Path, run_id: str) -> str | None:

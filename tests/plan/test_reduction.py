@@ -87,6 +87,7 @@ def inputs(draw: st.DrawFn) -> ReductionInput:
         memory_bytes=draw(st.one_of(st.integers(1, 300), st.integers(200, 2000), st.integers(200, 64 * 1024))) * MIB,
         workers=draw(st.integers(1, 16)),
         processes=draw(st.booleans()),
+        threads=draw(st.integers(1, 4)),
         base_bytes=draw(st.sampled_from([BASE_BYTES, OVERHEAD_BYTES, 1024 * MIB])),
     )
 
@@ -241,6 +242,11 @@ def test_sums_go_from_process_to_process_and_not_from_thread_to_thread() -> None
     assert plan_reduction(given_of(), None).moved_bytes == 0
     apart = plan_reduction(given_of(processes=True, n_folding=0), None)
     assert apart.moved_bytes == 60_000 * 1000 * 4
+    # each thread of a process has sums of its own, and adds up others'
+    by_threads = [
+        scoring_peak_bytes(given_of(processes=True, threads=threads, n_folding=0), apart.reading, 1000) for threads in (1, 2, 3)
+    ]
+    assert by_threads[2] - by_threads[1] == by_threads[1] - by_threads[0] > 3 * 60_000 * 1000 * 4
 
 
 READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000))

@@ -319,3 +319,9 @@ def test_workers_that_cannot_do_it_are_told(
         patch.setattr(Path, "absolute", lambda path: Path("/nowhere") / path.name)
         told = refused(recording, two_workers.address)
         assert re.match(r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be on a file system", told)
+
+
+def test_threads_need_no_distributed() -> None:
+    """It takes most of a second to import."""
+    code = "import sys, hydra_pipe.reduction.run as run; run.scheduler_of('threads'); sys.exit('distributed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
