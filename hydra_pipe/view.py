@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.files import tree_bytes
+from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
 from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
@@ -76,7 +76,11 @@ class Run:
         import zarr  # takes half a second, which nobody else here needs
 
         array = self._relevance(method)
-        return zarr.open_array(zarr.storage.LocalStore(array.path, read_only=True), mode="r", zarr_format=3)
+        if is_remote(array.path):
+            store: Any = zarr.storage.FsspecStore.from_url(str(array.path), read_only=True)
+        else:
+            store = zarr.storage.LocalStore(array.path, read_only=True)
+        return zarr.open_array(store, mode="r", zarr_format=3)
 
     def _relevance(self, method: str) -> Array:
         if method not in self.methods:

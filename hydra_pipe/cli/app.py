@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,9 @@ app = typer.Typer(
 PipelineSpec = Annotated[
     str, typer.Argument(metavar="PIPELINE", help="path/to/file.py or path/to/file.py:function, which returns a Pipeline")
 ]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="directory of the run")]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="directory of the run, or its URL in an object store, such as s3://bucket/run")
+]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated")]
 Encoding = Annotated[str, typer.Option(help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all")]
 Dim = Annotated[int, typer.Option(help="budget in columns for auto and projected")]
@@ -158,7 +159,7 @@ def export(
     from hydra_pipe.exporting.run import export_run
 
     done = export_run(run, method=method, top=top, full=full, overwrite=overwrite, progress=ConsoleProgress())
-    _say(done, run, "exported", f"rankings: {Path(run) / names.RANKINGS / names.rankings_directory(method)}")
+    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{names.rankings_directory(method)}")
 
 
 @app.command(name="run")

@@ -21,6 +21,10 @@ _ADVICE = {
 }
 
 
+# packages that talk to object stores, and whose own errors fsspec lets through
+_STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+
+
 def explained(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, with its errors told in one line. It must have a `debug` parameter."""
 
@@ -53,6 +57,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno)
         return 1, f"{where}{error.strerror}" + (f": {advice}" if advice else "")
+    if type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
+        return 1, f"the object store cannot be used ({_one_line(error)}): check the URL, and the credentials in the environment"
     return (
         1,
         f"{type(error).__name__}: {_one_line(error)}: this is a defect of hydra-pipe, please report what --debug prints",

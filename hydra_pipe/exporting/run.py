@@ -1,7 +1,6 @@
 """A whole export: the relevance matrix, column by column, into Parquet tables."""
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.files import remove
+from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
@@ -65,20 +64,15 @@ def export_run(
     gradients = Gradients(directory.path / names.GRADIENTS)
     relevance = open_relevance(directory.path / names.RELEVANCE, method)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
-    partial = target.with_name(target.name + ".partial")
     directory.begin(stage, settings)
     start = time.monotonic()
-    remove(partial)
-    partial.mkdir(parents=True)
     try:
-        export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
-        export.write(progress or Progress())
-        files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
         # readers see the old tables or the new ones, all of them of one export
-        remove(target)
-        partial.rename(target)
+        with replaced_directory(target) as partial:
+            export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
+            export.write(progress or Progress())
+            files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
 from hydra_pipe.recording.update import UpdateReader
 from hydra_pipe.store import names
+from hydra_pipe.store.files import location
 from hydra_pipe.store.run import Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
@@ -112,7 +112,7 @@ class Recorder:
         self._ranks = Ranks.of(model)
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
         self._model, self._optimizer = unwrapped(model), optimizer
-        self.path = Path(run)
+        self.path = location(run)
         with together(self._ranks):
             check_options(encoding, dim, dtype)
             if n_samples < 1:
@@ -127,7 +127,7 @@ class Recorder:
             all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
         if self._ranks is not None:
             all_settings["n_ranks"] = self._ranks.size
-            self._ranks.require_same({"run": os.fspath(run), "overwrite": overwrite} | all_settings)
+            self._ranks.require_same({"run": str(self.path), "overwrite": overwrite} | all_settings)
         with together(self._ranks):
             if is_first(self._ranks) and not needs_recording(run, all_settings, overwrite=overwrite):
                 raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")

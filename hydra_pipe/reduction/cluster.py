@@ -265,7 +265,7 @@ def _fault_of_store(store: Path, run_id: str) -> str | None:
         return f"cannot read {store} ({error})" if store.exists() else f"does not see {store}"
     if found != run_id:
         return f"has another run at {store}"
-    if "://" not in str(store) and not os.access(store.parent, os.W_OK):
+    if isinstance(store, Path) and not os.access(store.parent, os.W_OK):
         return f"may not write in {store.parent}"
     return None
 

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store.codec import COMPRESSOR, LEVEL, Bytes, ChunkCodec, RottenError, Shape, ShardCodec, StoredFile
-from hydra_pipe.store.files import replace_file
+from hydra_pipe.store.files import files_below, read_file, replace_file
 
 METADATA = "zarr.json"
 CHUNKS = "c"
@@ -92,7 +92,7 @@ class Group:
         return sorted(found)
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in sorted(self.path.iterdir()):
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name):
             if (path / METADATA).is_file():
                 try:
                     metadata = read_metadata(path)
@@ -228,7 +228,7 @@ class Array:
 
     def fetch(self, at: Shape) -> Bytes:
         """The bytes of a file, read-only. Raises: OSError."""
-        return np.frombuffer(self.file_path(at).read_bytes(), np.uint8)
+        return np.frombuffer(read_file(self.file_path(at)), np.uint8)
 
     def read(self, *window: slice) -> NDArray[Any]:
         """Values of a window, every checksum checked.
@@ -271,7 +271,8 @@ class Array:
     def missing_files(self) -> int:
         """Files that the array's shape calls for and that are not there."""
         places = product(*(range(-(-n // size)) for n, size in zip(self.shape, self._file_shape, strict=True)))
-        return sum(not self.file_path(at).is_file() for at in places)
+        present = files_below(self.path / CHUNKS)
+        return sum("/".join(map(str, at)) not in present for at in places)
 
 
 @contextmanager
@@ -286,7 +287,7 @@ def damage_named(what: object, consequence: str) -> Iterator[None]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """`zarr.json` of the group or array at `path`. Raises: ValueError, KeyError, OSError."""
-    metadata = json.loads((path / METADATA).read_bytes())
+    metadata = json.loads(read_file(path / METADATA))
     if not isinstance(metadata, dict) or metadata["zarr_format"] != 3:
         raise ValueError("not Zarr v3")
     return metadata

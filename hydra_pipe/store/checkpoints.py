@@ -15,6 +15,5 @@ def save_final(directory: Path, model: nn.Module) -> str:
     """Keep the parameters and buffers that the test gradients were taken at. Returns the file's SHA-256."""
     content = io.BytesIO()
     torch.save(model.state_dict(), content)
-    directory.mkdir(exist_ok=True)
     replace_file(directory / names.FINAL_CHECKPOINT, [content.getvalue()])
     return hashlib.sha256(content.getvalue()).hexdigest()

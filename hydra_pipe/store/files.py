@@ -1,9 +1,67 @@
-"""Files that appear whole or not at all, and directories that go away."""
+"""Files and directories of runs, on a local disk or in an object store: they appear whole or not at all, and go away.
+
+A run on a local disk is a `pathlib.Path`. One in an object store is a `upath.UPath`, which behaves like it, over fsspec: a file is
+an object, put there in one request, and a directory is nothing but the beginning of names. What differs is in this module.
+"""
 
 import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
+
+from hydra_pipe.errors import RunError
+
+# what fsspec needs for a protocol -> the extra of this package that has it
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+def location(path: "str | os.PathLike[str]") -> Path:
+    """Where a user says that a run is: a path, or a URL such as "s3://bucket/run".
+
+    Raises:
+        RunError: the URL cannot be used; the message says what to install.
+    """
+    if _is_url_path(path):
+        return cast(Path, path)  # behaves like one
+    text = os.fspath(path)
+    protocol, is_url, rest = text.partition("://")
+    if not is_url:
+        return Path(text)
+    if protocol in ("file", "local"):
+        return Path(rest)
+    extra = _EXTRAS.get(protocol, "url")
+    try:
+        from upath import UPath
+
+        # fsspec remembers listings: another process, or another machine, may have changed what is there
+        found = UPath(text, use_listings_cache=False)
+        found.fs  # noqa: B018 - which imports what the protocol needs
+    except ImportError as error:
+        raise RunError(f"{text}: {error}: pip install 'hydra-pipe[{extra}]'") from error
+    except ValueError as error:
+        raise RunError(f"{text}: {error}: name a directory, or a URL that fsspec knows such as s3://bucket/run") from error
+    return cast(Path, found)  # behaves like one
+
+
+def _is_url_path(path: Any) -> bool:
+    return hasattr(path, "fs") and hasattr(path, "storage_options") and not isinstance(path, Path)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether `path` is in an object store."""
+    return _is_url_path(path)
+
+
+def read_file(path: Path) -> bytes:
+    """A whole file, in one request. Raises: OSError."""
+    if is_remote(path):
+        content: bytes = _fs(path).cat_file(_name(path))
+        return content
+    return path.read_bytes()
 
 
 def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -> None:
@@ -12,20 +70,30 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
     Args:
         path: of the file; its directory is made if it is not there.
         content: of the file.
-        safely: return when it is safe on the disk.
+        safely: return when it is safe on the disk. In an object store it always is.
     """
+    if is_remote(path):
+        _fs(path).pipe_file(_name(path), b"".join(content))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.writelines(content)
-        if safely:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    # a name of its own: a task of a cluster that was given up on may still be writing the same file
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(content)
+            if safely:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:
     """Return when a file, or the names in a directory, are safe on the disk."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,6 +103,8 @@ def sync(path: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """`sync` a directory and everything in it, if it is there."""
+    if is_remote(path):
+        return
     for directory, _, files in os.walk(path):
         for name in files:
             sync(Path(directory, name))
@@ -43,14 +113,61 @@ def sync_tree(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a directory tree, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if is_remote(path):
+        if path.exists():
+            _fs(path).rm(_name(path), recursive=True)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def files_below(path: Path) -> dict[str, int]:
+    """Every file in a directory and in those below it: name relative to `path`, with slashes, and bytes. Empty without one."""
+    if is_remote(path):
+        start = len(_name(path).rstrip("/")) + 1
+        return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
+    return {
+        Path(directory, name).relative_to(path).as_posix(): Path(directory, name).stat().st_size
+        for directory, _, names in os.walk(path)
+        for name in names
+    }
+
+
 def tree_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else sum(files_below(path).values())
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """A directory on a local disk to fill, which takes the place of `path` when the block ends, and goes away if it fails.
+
+    On a local disk readers see the old files or the new ones. In an object store the old ones are removed first, and the new ones
+    come one after the other: whoever reads must know whether the stage is complete.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="hydra-pipe-") as scratch:
+            yield Path(scratch)
+            remove(path)
+            for name in files_below(Path(scratch)):
+                _fs(path).put_file(os.path.join(scratch, name), _name(path / name))
+        return
+    partial = path.with_name(path.name + ".partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        remove(path)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fs(path: Path) -> Any:
+    return path.fs  # type: ignore[attr-defined]
+
+
+def _name(path: Path) -> str:
+    return str(path.path)  # type: ignore[attr-defined]

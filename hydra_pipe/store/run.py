@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.store import names
-from hydra_pipe.store.files import remove, replace_file
+from hydra_pipe.store.files import location, read_file, remove, replace_file
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -71,7 +71,7 @@ class RunDirectory:
             RunError: there is no run at `path`.
             StoreError: its manifest is damaged, or of a newer format version.
         """
-        root = _local(path)
+        root = location(path)
         manifest = root / names.MANIFEST
         if not root.exists():
             raise RunError(f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}")
@@ -87,7 +87,7 @@ class RunDirectory:
             RunError: `path` holds something else, which is left as it is.
             StoreError: as `open`.
         """
-        root = _local(path)
+        root = location(path)
         if not root.exists():
             return None
         if not root.is_dir():
@@ -101,12 +101,12 @@ class RunDirectory:
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
         """A new run; nothing is written before its first stage begins."""
-        return cls(_local(path), uuid.uuid4().hex, {}, _versions())
+        return cls(location(path), uuid.uuid4().hex, {}, _versions())
 
     @classmethod
     def _parse(cls, root: Path, manifest: Path) -> Self:
         try:
-            data = json.loads(manifest.read_text(encoding="utf-8"))
+            data = json.loads(read_file(manifest))
             if not isinstance(data, dict) or data.get("format") != names.FORMAT:
                 raise RunError(f"{manifest} is not a manifest of hydra-pipe: {root} holds something else")
             version = int(data["format_version"])
@@ -179,7 +179,6 @@ class RunDirectory:
             "versions": self.versions,
             "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self.stages.items()},
         }
-        self.path.mkdir(parents=True, exist_ok=True)
         replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
 
     def clear(self) -> None:
@@ -194,13 +193,6 @@ def _stage(entry: Mapping[str, Any]) -> Stage:
     if entry["state"] not in get_args(State):
         raise ValueError(f"unknown state {entry['state']!r}")
     return Stage(entry["state"], dict(entry["settings"]), dict(entry["facts"]))
-
-
-def _local(path: str | os.PathLike[str]) -> Path:
-    text = os.fspath(path)
-    if "://" in text:
-        raise RunError(f"{text}: this version keeps runs on a local disk only: name a directory")
-    return Path(text)
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import ROTTEN, Array
+from hydra_pipe.store.files import read_file
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, Hypergradients
 from hydra_pipe.store.relevance import open_relevance
@@ -109,7 +110,7 @@ def _check_final(run: RunDirectory, recording: Stage) -> Iterator[Fault]:
     if expected is None:
         return  # a loop of the user's own keeps its own checkpoints
     file = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+    if not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != expected:
         yield Fault(f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}", "is missing or changed: record the run again with --overwrite")
 
 
@@ -150,7 +151,7 @@ def _check_rankings(run: RunDirectory, method: str) -> Iterator[Fault]:
     for name in expected:
         where = f"{directory.relative_to(run.path)}/{name}"
         try:
-            table = pq.read_table(directory / name, partitioning=None)
+            table = pq.read_table(pa.BufferReader(read_file(directory / name)))
         except (OSError, pa.ArrowException) as error:
             yield Fault(where, f"cannot be read ({str(error).splitlines()[0]}): {advice}")
             continue

@@ -187,7 +187,8 @@ def _open_shared(path: Path, run_id: str) -> Group:
 def _remove_past(path: Path, kept: Kept) -> None:
     """Remove test gradients and labels that are not kept."""
     for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
-        found = [entry for entry in (path / part).glob("*") if entry.is_dir() and entry.name not in wanted]
+        there = (path / part).is_dir()
+        found = [entry for entry in (path / part).iterdir() if entry.is_dir() and entry.name not in wanted] if there else []
         for entry in found if wanted else [path / part]:
             remove(entry)
 

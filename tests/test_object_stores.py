@@ -1,0 +1,238 @@
+"""Runs in an object store, through the S3 protocol on this machine and in memory: the same bytes as on a local disk."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from conftest import conv_pipeline
+from moto.server import ThreadedMotoServer
+from typer.testing import CliRunner
+
+import hydra_pipe
+from hydra_pipe.cli.app import app
+from hydra_pipe.errors import RunError, StoreError
+from hydra_pipe.store.files import location
+from hydra_pipe.store.run import RunDirectory
+
+BUCKET = "hydra-pipe-tests"
+pytestmark = [
+    pytest.mark.xdist_group("object stores"),
+    # botocore's and aiohttp's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of a bucket of a server on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir(BUCKET)
+        yield f"s3://{BUCKET}"
+    server.stop()
+
+
+@pytest.fixture
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where runs go: by the test's parameter."""
+    kind = request.param
+    name = tmp_path.name
+    return f"{request.getfixturevalue('s3')}/{name}" if kind == "s3" else f"memory://{name}"
+
+
+# a run is some hundred requests, of some milliseconds each: what S3 itself does not change is tested in memory
+in_memory = pytest.mark.parametrize("root", ["memory"], indirect=True)
+both = pytest.mark.parametrize("root", ["s3", "memory"], indirect=True)
+
+
+def all_stages(run: str | Path) -> None:
+    assert hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
+    assert hydra_pipe.reduce(run, keep_hypergradients=True)
+    assert hydra_pipe.export(run, top=3, full=True)
+
+
+def contents(run: str | Path) -> dict[str, bytes]:
+    """Every file of a run but the manifest, whose seconds and run id differ; and metadata without the run id."""
+    if isinstance(run, Path):
+        found = {str(f.relative_to(run)): f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    else:
+        fs, _, [path] = fsspec.get_fs_token_paths(run)
+        start = len(path) + 1
+        found = {name[start:]: fs.cat_file(name) for name in fs.find(path)}
+    run_id = json.loads(found.pop("run.json"))["run_id"].encode()
+    # Parquet compresses its own; what it says is compared by the tables' values
+    return {name: content.replace(run_id, b"RUN") for name, content in found.items() if not name.endswith(".parquet")}
+
+
+@both
+def test_all_stages_leave_what_they_leave_on_a_disk(root: str, tmp_path: Path) -> None:
+    all_stages(f"{root}/run")
+    all_stages(tmp_path / "run")
+    assert contents(f"{root}/run") == contents(tmp_path / "run")
+    assert hydra_pipe.verify(f"{root}/run") == []
+    view = hydra_pipe.open_run(f"{root}/run")
+    np.testing.assert_array_equal(view.relevance().values, hydra_pipe.open_run(tmp_path / "run").relevance().values)
+    np.testing.assert_array_equal(view.relevance_array()[:], view.relevance().values)
+    assert view.info()["bytes"]["gradients.zarr"] > 0
+
+
+@in_memory
+def test_the_same_command_does_nothing_and_overwrite_begins_anew(root: str) -> None:
+    all_stages(f"{root}/run")
+    assert not hydra_pipe.record(conv_pipeline(), f"{root}/run", encoding="exact", dtype="float16")
+    assert not hydra_pipe.reduce(f"{root}/run")
+    assert not hydra_pipe.export(f"{root}/run", top=3, full=True)
+    hydra_pipe.record(conv_pipeline(), f"{root}/run", encoding="exact", dtype="float32", overwrite=True)
+    assert not location(f"{root}/run/relevance.zarr").exists()
+    assert not location(f"{root}/run/rankings").exists()
+    assert hydra_pipe.reduce(f"{root}/run")
+    assert hydra_pipe.verify(f"{root}/run") == []
+
+
+@both
+def test_damage_and_loss_are_found(root: str) -> None:
+    all_stages(f"{root}/run")
+    rows = location(f"{root}/run/gradients.zarr/gradient/c/0/0")
+    content = bytearray(rows.read_bytes())
+    content[100] ^= 1
+    rows.write_bytes(bytes(content))
+    assert [fault.where for fault in hydra_pipe.verify(f"{root}/run")] == ["gradients.zarr/gradient"]
+    with pytest.raises(StoreError, match="the checksum is wrong"):
+        hydra_pipe.reduce(f"{root}/run", overwrite=True, keep_hypergradients=True)
+    rows.unlink()
+    with pytest.raises(StoreError, match="gradient lacks 1 chunk files"):
+        hydra_pipe.reduce(f"{root}/run", overwrite=True, keep_hypergradients=True)
+
+
+@in_memory
+def test_rows_are_pruned_and_tests_answered_without_them(root: str) -> None:
+    all_stages(f"{root}/run")
+    whole = hydra_pipe.open_run(f"{root}/run").relevance().values
+    assert hydra_pipe.prune(f"{root}/run") > 0
+    assert not location(f"{root}/run/gradients.zarr/gradient/c").exists()
+    hydra_pipe.reduce(f"{root}/run", tests="2-4", overwrite=True)
+    found = hydra_pipe.open_run(f"{root}/run").relevance().values
+    np.testing.assert_allclose(found, whole[:, 2:5], rtol=1e-4, atol=1e-6 * np.abs(whole).max())
+
+
+@in_memory
+def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = f"{root}/run"
+    hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
+    hydra_pipe.reduce(run)
+
+    def fail(*_: object) -> None:
+        raise OSError("the connection is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hydra_pipe.exporting.run._Export._classes_table", fail)
+        with pytest.raises(OSError, match="connection is gone"):
+            hydra_pipe.export(run)
+    assert RunDirectory.open(run).stages["export hydra"].state == "failed"
+    assert not location(f"{run}/rankings").exists()
+    assert hydra_pipe.export(run)
+    assert hydra_pipe.verify(run) == []
+
+
+@both
+def test_a_recording_goes_on_from_a_state(root: str) -> None:
+    """As it does on a disk: in two runs of the program, with the same rows."""
+    pipelines = [conv_pipeline(), conv_pipeline()]
+
+    def steps(pipeline: hydra_pipe.Pipeline, recorder: hydra_pipe.Recorder, which: range) -> None:
+        inputs, targets = pipeline.train.tensors
+        for step in which:
+            ids = [(step * 5 + i) % len(inputs) for i in range(5)]
+            with recorder.step(ids):
+                pipeline.loss(pipeline.model(inputs[ids]), targets[ids]).mean().backward()
+                pipeline.optimizer.step()
+                pipeline.optimizer.zero_grad()
+
+    def recorder_of(pipeline: hydra_pipe.Pipeline, name: str) -> hydra_pipe.Recorder:
+        return hydra_pipe.Recorder(pipeline.model, pipeline.optimizer, f"{root}/{name}", 26, encoding="exact")
+
+    whole = recorder_of(pipelines[0], "whole")
+    steps(pipelines[0], whole, range(6))
+    whole.close()
+
+    first = recorder_of(pipelines[1], "parts")
+    steps(pipelines[1], first, range(3))
+    kept = {
+        "recorder": first.state_dict(),
+        "model": {name: value.clone() for name, value in pipelines[1].model.state_dict().items()},
+        "optimizer": pipelines[1].optimizer.state_dict(),
+    }
+    again = conv_pipeline()
+    again.model.load_state_dict(kept["model"])
+    again.optimizer.load_state_dict(kept["optimizer"])
+    second = recorder_of(again, "parts")
+    second.load_state_dict(kept["recorder"])
+    steps(again, second, range(3, 6))
+    second.close()
+    rows = [hydra_pipe.open_run(f"{root}/{name}").gradients.rows for name in ("whole", "parts")]
+    assert rows[0].n_rows == rows[1].n_rows == 30
+    whole_rows, parts_rows = (found.features(slice(0, 30), slice(0, 100)) for found in rows)
+    np.testing.assert_array_equal(whole_rows, parts_rows)
+    assert torch.equal(pipelines[0].model[0].weight, again.model[0].weight)
+
+
+def test_file_urls_are_local_paths(tmp_path: Path) -> None:
+    assert location(f"file://{tmp_path}/run") == tmp_path / "run"
+    assert location(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("nonsense://x/run", r"name a directory, or a URL that fsspec knows"), ("gs://b/run", r"pip install 'hydra-pipe\[gcs\]'")],
+)
+def test_a_url_that_cannot_be_used_is_told(url: str, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        hydra_pipe.open_run(url)
+
+
+def test_the_command_line_takes_urls_and_tells_what_is_wrong(s3: str, tmp_path: Path) -> None:
+    run = f"{s3}/{tmp_path.name}/run"
+
+    def call(*arguments: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == code, result.output
+        return result.stdout if code == 0 else result.stderr
+
+    assert f"there is no run at {run}" in call("info", run, code=1)
+    all_stages(run)
+    assert "healthy" in call("verify", run)
+    assert json.loads(call("info", run, "--json"))["path"] == run
+    assert f"rankings: {run}/rankings/method=hydra" in call("export", run, "--top", "2", "--overwrite")
+    told = call("reduce", "s3://no-such-bucket-here/run", code=1)
+    assert "there is no run at s3://no-such-bucket-here/run" in told
+
+
+def test_refused_credentials_are_told(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    result = CliRunner().invoke(app, ["info", f"s3://elsewhere/{tmp_path.name}"])
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    assert result.exit_code == 1
+    assert "the object store cannot be used" in result.stderr
+    assert "Traceback" not in result.stderr
