@@ -43,8 +43,11 @@ def s3() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
+        # fsspec keeps file systems, and these the credentials that they found
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         fsspec.filesystem("s3", use_listings_cache=False).mkdir(BUCKET)
         yield f"s3://{BUCKET}"
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
 
 

@@ -243,7 +243,6 @@ def test_record_refuses_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
     assert_told(call("record", BAD, tmp_path, "--overwrite"), r"holds files but is not a run", 1)
     assert (tmp_path / "thesis.txt").read_text() == "four years of work"
     assert_told(call("record", BAD, tmp_path / "thesis.txt"), r"is a file: name a directory", 1)
-    assert_told(call("record", BAD, "s3://bucket/run"), r"keeps runs on a local disk only", 1)
 
 
 def test_overwrite_leaves_files_of_the_user_alone(run: Path) -> None:
