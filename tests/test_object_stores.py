@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,11 +45,8 @@ def s3() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        # fsspec keeps file systems, and these the credentials that they found
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
         fsspec.filesystem("s3", use_listings_cache=False).mkdir(BUCKET)
         yield f"s3://{BUCKET}"
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
 
 
@@ -226,16 +225,19 @@ def test_the_command_line_takes_urls_and_tells_what_is_wrong(s3: str, tmp_path: 
     assert "there is no run at s3://no-such-bucket-here/run" in told
 
 
-def test_refused_credentials_are_told(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    result = CliRunner().invoke(app, ["info", f"s3://elsewhere/{tmp_path.name}"])
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    assert result.exit_code == 1
-    assert "the object store cannot be used" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_store_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    settings |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    for credentials in ({}, {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}):
+        command = [sys.executable, "-m", "hydra_pipe.cli.app", "info", "s3://elsewhere/run"]
+        # nor those of the machine that this runs on
+        result = subprocess.run(
+            command,
+            env=settings | credentials | {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert result.returncode == 1
+        assert "the object store cannot be used" in result.stderr
+        assert "Traceback" not in result.stderr
