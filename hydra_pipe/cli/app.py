@@ -119,6 +119,7 @@ def reduce(
     """
     from hydra_pipe.reduction.request import Options
     from hydra_pipe.reduction.run import plan_run, reduce_run
+    from hydra_pipe.store.relevance import result_name
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -138,7 +139,7 @@ def reduce(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    which = {"mean": f" --method {method}-mean", "label": f" --method {method}-by-label"}.get(grouping or "", "")
+    which = f" --method {result_name(method, grouping)}" if grouping else ""
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 

@@ -248,7 +248,7 @@ def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> i
     scores = reading.rows * (4 * tests + 2 * columns) * 4
     # one more sum: the block of the relevance array that is being written
     return (
-        _common_bytes(given, reading, tests)
+        _common_bytes(given, tests)
         + _threads(given) * (sums + scores + _worker_bytes(given, reading))
         + sums
         + _merging_bytes(given, sums)
@@ -267,7 +267,7 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     # a shard of what is factored, in pieces, together, and compressed
     keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
     return (
-        _common_bytes(given, reading, tests_held)
+        _common_bytes(given, tests_held)
         + _threads(given) * (sums + at_once + answers + keeping + _worker_bytes(given, reading))
         + _merging_bytes(given, sums)
     )
@@ -301,7 +301,7 @@ def _merging_bytes(given: ReductionInput, sums: int) -> int:
     return 2 * given.threads * sums if given.processes else 0
 
 
-def _common_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
+def _common_bytes(given: ReductionInput, tests: int) -> int:
     """Of a process, whatever its threads are."""
     # test gradients as stored, and decoded; groups
     test_block = tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)

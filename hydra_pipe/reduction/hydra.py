@@ -23,7 +23,7 @@ from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
-from hydra_pipe.reduction.segments import DenseSegment, segments_of
+from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
@@ -109,20 +109,23 @@ def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
     """
     if job.plan.order == "score first":
         for tests in job.plan.test_blocks:
-            yield tests, _scoring_pass(job, tests, count_rows)
+            yield tests, _pass_of_tests(job, _score_run, _write, tests, count_rows)
     elif job.plan.order == "fold first":
         for samples in job.plan.sample_blocks:
             yield samples, _folding_pass(job, samples, count_rows)
     else:
         for tests in job.plan.test_blocks:
-            yield tests, _kept_pass(job, tests, count_rows)
+            yield tests, _pass_of_tests(job, _score_kept, _answer_kept, tests, count_rows)
 
 
-def _scoring_pass(job: Job, tests: Span, count_rows: CountRows) -> Delayed:
-    score, write = delayed(_score_run), delayed(_write)
-    partials = [score(job, run, tests, count_rows) for run in job.plan.row_runs]
+def _pass_of_tests(
+    job: Job, score: Callable[..., Sums], answer: Callable[..., None], tests: Span, count_rows: CountRows
+) -> Delayed:
+    """Scores of runs of rows for `tests`, added up, and what answers from each share of the samples."""
+    scoring, answering = delayed(score), delayed(answer)
+    partials = [scoring(job, run, tests, count_rows) for run in job.plan.row_runs]
     totals = _totals(job, partials, (0, job.n_samples))
-    result: Delayed = delayed(_done)([write(job, share, tests, sums) for share, sums in totals])
+    result: Delayed = delayed(_done)([answering(job, share, tests, sums) for share, sums in totals])
     return result
 
 
@@ -130,15 +133,6 @@ def _folding_pass(job: Job, samples: Span, count_rows: CountRows) -> Delayed:
     fold, answer = delayed(_fold_run), delayed(_answer)
     partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
     result: Delayed = delayed(_done)([answer(job, share, sums) for share, sums in _totals(job, partials, samples)])
-    return result
-
-
-def _kept_pass(job: Job, tests: Span, count_rows: CountRows) -> Delayed:
-    """From kept hypergradients: scores of what is factored by runs of rows, and the product of the sums with the test samples."""
-    score, answer = delayed(_score_kept), delayed(_answer_kept)
-    partials = [score(job, run, tests, count_rows) for run in job.plan.row_runs]
-    totals = _totals(job, partials, (0, job.n_samples))
-    result: Delayed = delayed(_done)([answer(job, share, tests, sums) for share, sums in totals])
     return result
 
 
@@ -281,7 +275,7 @@ def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums
 def _answer(job: Job, samples: Span, sums: Sums) -> None:
     """Write the relevance of some samples for every test sample, and keep their hypergradients where they are to be kept."""
     folded, *scores = sums
-    segments = [s for s in segments_of(Gradients(job.gradients).layout) if isinstance(s, DenseSegment)]
+    segments = dense_segments(Gradients(job.gradients).layout)
     array, averages = Array.open(job.relevance), job.averages()
     if job.kept is not None and folded.shape[1]:
         write_folded(job.kept, samples[0], folded)
@@ -323,7 +317,7 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
     first_column = tests[0] if job.groups is None else 0
     values = None
     if kept.folded is not None:
-        segments = [s for s in segments_of(Gradients(job.gradients).layout) if isinstance(s, DenseSegment)]
+        segments = dense_segments(Gradients(job.gradients).layout)
         values, averages = folded_columns(_held_tests(job, tests).values, segments), job.averages()
         values = values if averages is None else averages.T @ values
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):

@@ -18,7 +18,7 @@ from hydra_pipe.plan.reduction import (
 )
 from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
-from hydra_pipe.reduction.segments import DenseSegment, segments_of
+from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
@@ -148,7 +148,7 @@ def reduction_input(
     return ReductionInput(
         n_rows=rows.n_rows,
         n_features=gradients.layout.n_features,
-        n_folding=sum(s.columns[1] - s.columns[0] for s in segments_of(gradients.layout) if isinstance(s, DenseSegment)),
+        n_folding=sum(s.columns[1] - s.columns[0] for s in dense_segments(gradients.layout)),
         n_samples=n_samples,
         n_tests=columns.n_tests,
         n_columns=columns.n_columns,

@@ -70,3 +70,8 @@ def segments_of(layout: Layout) -> list[Segment]:
             runs.append([(index, block.columns)])
     joined: list[Segment] = [DenseSegment((run[0][1][0], run[-1][1][1]), tuple(run)) for run in runs]
     return sorted([*factored, *joined], key=lambda segment: segment.last_column)
+
+
+def dense_segments(layout: Layout) -> list[DenseSegment]:
+    """Those of `segments_of` that can be summed by sample."""
+    return [segment for segment in segments_of(layout) if isinstance(segment, DenseSegment)]
