@@ -17,7 +17,7 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt hydra_pipe/reduction/_loops.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

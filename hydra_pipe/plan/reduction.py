@@ -57,10 +57,10 @@ class Costs:
     """
 
     fetched_byte: int = 300
-    decoded_byte: int = 500
-    converted_value: int = 500
-    folded_value: int = 700
-    operation: int = 16
+    decoded_byte: int = 600
+    converted_value: int = 200
+    folded_value: int = 250
+    operation: int = 11
     touched_byte: int = 300
     moved_byte: int = 2000
 
@@ -319,8 +319,8 @@ def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
     # one chunk apart from the rows, where they are not whole chunks
     decoded = (reading.rows * features + given.chunk_rows * given.chunk_features) * given.item_bytes
     converted = reading.rows * features * 4
-    # scales and weights of each block, stored and as used; sample, step and order of each row; of a whole file at a time
-    scales = (reading.rows * 3 + given.shard_rows) * (given.n_blocks * (4 + 8 + 4) + 32)
+    # of a whole file: scales and weights of each block, these in float64 on the way; sample, step and order of each row
+    scales = given.shard_rows * (given.n_blocks * (4 + 8 + 8 + 4) + 32) + reading.rows * 32
     return files + decoded + converted + scales
 
 

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.relevance import add_by_sample
 from hydra_pipe.plan.layout import Columns
-from hydra_pipe.reduction.decoding import decode
+from hydra_pipe.reduction.loops import Workspace, fold
 from hydra_pipe.reduction.scores import ReadWindow, weighted_columns
 from hydra_pipe.reduction.segments import DenseSegment, overlap
 
 Floats = NDArray[np.float32]
-
-# Decoded and added while it stays in the cache: 2 MiB of float32.
-_TILE_VALUES = 2**19
 
 
 class Folder:
@@ -35,54 +31,28 @@ class Folder:
         self._n_features, self._features_at_once = n_features, features_at_once
         self._places = places_of(segments)
         self.sums: Floats = np.zeros((n_samples, self._places[-1][1] if segments else 0), np.float32)
-        self._tile: Floats = np.empty(0, np.float32)
+        self._workspace = Workspace()
 
-    def add(self, read: ReadWindow, weight: Floats, samples: NDArray[np.int64], wanted: NDArray[np.bool_]) -> None:
+    def add(self, read: ReadWindow, weight: Floats, places: NDArray[np.int64]) -> None:
         """Add weighted rows to the sums.
 
         Args:
             read: gives the stored columns of the rows, shape (row, last - first).
             weight: shape (row, block), float32: the step's weight times the row's scale.
-            samples: shape (row,), places in the sums.
-            wanted: shape (row,): the rows to add; of the others `samples` is not looked at.
+            places: of their samples in the sums, shape (row,); rows with a negative one are left out.
         """
-        everything = bool(wanted.all())
-        if not everything:
-            weight, samples = weight[wanted], samples[wanted]
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
             parts = [(s, p, overlap(s.columns, first, last)) for s, p in zip(self._segments, self._places, strict=True)]
             if all(part is None for _, _, part in parts):
                 continue
             stored = read(first, last)
-            if not everything:
-                stored = stored[wanted]
             for segment, place, part in parts:
                 if part is not None:
-                    self._add_segment(segment, place, part, stored, first, weight, samples)
-
-    def _add_segment(
-        self,
-        segment: DenseSegment,
-        place: Columns,
-        part: Columns,
-        stored: NDArray[np.generic],
-        first: int,
-        weight: Floats,
-        samples: NDArray[np.int64],
-    ) -> None:
-        low, high = part
-        width = high - low
-        target = self.sums[:, place[0] + low - segment.columns[0] :][:, :width]
-        at_once = max(1, _TILE_VALUES // width)
-        if self._tile.size < at_once * width:
-            self._tile = np.empty(at_once * width, np.float32)
-        for start in range(0, len(stored), at_once):
-            rows = slice(start, start + at_once)
-            piece = stored[rows, low - first : high - first]
-            tile = self._tile[: len(piece) * width].reshape(len(piece), width)
-            decode(piece, weighted_columns([segment], low, high, weight[rows]), tile)
-            add_by_sample(target, samples[rows], tile)
+                    low, high = part
+                    target = self.sums[:, place[0] + low - segment.columns[0] :][:, : high - low]
+                    weighted = weighted_columns([segment], low, high, weight)
+                    fold(stored[:, low - first : high - first], weighted, places, target, self._workspace)
 
 
 def places_of(segments: Sequence[DenseSegment]) -> list[Columns]:

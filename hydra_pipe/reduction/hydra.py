@@ -15,13 +15,13 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.relevance import add_by_sample
 from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
 from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.keeping import FactoredKeeper
+from hydra_pipe.reduction.loops import Workspace, fold
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
 from hydra_pipe.store import names
@@ -217,9 +217,10 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
     for piece in store.rows.stream(run, job.plan.reading.rows):
         if piece.rows.start >= beside.stop:
             beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
-            scales, samples, steps = store.rows.scales(beside), store.samples(beside), store.step_of_rows(beside)
+            samples = store.samples(beside)
+            weight = weights.of_rows(store.step_of_rows(beside), store.rows.scales(beside))
         own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
-        yield _Rows(piece.rows, piece.read, weights.of_rows(steps[own], scales[own]), samples[own])
+        yield _Rows(piece.rows, piece.read, weight[own], samples[own])
 
 
 @single_threaded_blas
@@ -230,10 +231,15 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     scorer = Scorer(block, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
     total = _no_scores(job.n_samples, block, averages)
     for rows in _rows_of(store, job, run, weights):
-        found = scorer(rows.read, rows.weight)
-        add_by_sample(total, rows.samples, found if averages is None else found @ averages)
+        _add_scores(total, rows.samples, scorer(rows.read, rows.weight), averages)
         count_rows(len(rows.samples))
     return (total,)
+
+
+def _add_scores(total: Floats, places: NDArray[np.int64], scores: Floats, averages: Floats | None) -> None:
+    """Add what rows score, shape (row, test), to their places in `total`, shape (sample, column); not where they are negative."""
+    found = scores if averages is None else scores @ averages
+    fold(found, [(0, found.shape[1], None)], places, total, Workspace())
 
 
 def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Floats:
@@ -261,12 +267,10 @@ def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums
         if keeper is not None:
             keeper.add(rows.rows, rows.read, rows.weight, rows.samples)
         places = rows.samples - samples[0]
-        wanted = (places >= 0) & (places < n_samples)
-        folder.add(rows.read, rows.weight, places, wanted)
+        places[places >= n_samples] = -1
+        folder.add(rows.read, rows.weight, places)
         if scorer is not None and scores is not None:
-            found = scorer(rows.read, rows.weight)
-            found = found if averages is None else found @ averages
-            add_by_sample(scores, places[wanted], found if wanted.all() else found[wanted])
+            _add_scores(scores, places, scorer(rows.read, rows.weight), averages)
         count_rows(len(places))
     return (folder.sums,) if scores is None else (folder.sums, scores)
 
@@ -304,7 +308,7 @@ def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums
     scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
     for piece in kept.rows.stream(run, job.plan.reading.rows):
         found = scorer(piece.read, kept.rows.scales(piece.rows))
-        add_by_sample(total, kept.samples(piece.rows), found if averages is None else found @ averages)
+        _add_scores(total, kept.samples(piece.rows), found, averages)
         count_rows(len(found))
     return (total,)
 

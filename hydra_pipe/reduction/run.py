@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, Span
 from hydra_pipe.progress import Progress
+from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
 from hydra_pipe.reduction.schedulers import Scheduler
@@ -85,6 +86,8 @@ def reduce_run(
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
         progress.say(summary(given, plan))
+        if loops.compiled is None:
+            progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         try:
             _compute(request, given, plan, using, progress)
         except BaseException as error:

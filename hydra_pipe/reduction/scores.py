@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.reduction.decoding import Weighted, decode
+from hydra_pipe.plan.layout import Columns
+from hydra_pipe.reduction.loops import Weighted, Workspace, add_products, decode
 from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, overlap
 
 Floats = NDArray[np.float32]
@@ -80,7 +81,7 @@ class Scorer:
     def __init__(self, tests: TestBlock, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
         self._tests, self._segments = tests, segments
         self._n_features, self._features_at_once = n_features, features_at_once
-        self._buffer: Floats = np.empty(0, np.float32)
+        self._workspace = Workspace()
 
     def __call__(self, read: ReadWindow, weight: Floats) -> Floats:
         """sum_b weight_b * <r_b, h_b> for each row and test sample, r_b as stored.
@@ -96,60 +97,49 @@ class Scorer:
         pending: dict[FactoredSegment, tuple[Floats, Floats]] = {}
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
-            columns = weighted_columns(self._segments, first, last, weight)
-            if not columns:
+            if not weighted_columns(self._segments, first, last, weight):
                 continue
-            rows = self._rows(len(weight), last - first)
-            decode(read(first, last), columns, rows)
+            window = _Stored(read(first, last), first, last, weight)
             for segment in self._segments:
                 if isinstance(segment, DenseSegment):
-                    part = overlap(segment.columns, first, last)
-                    if part is not None:
-                        scores += self._product(rows, part, first)
+                    self._add_product(scores, segment, segment.columns, window)
                 else:
-                    self._add_factored(scores, segment, rows, (first, last), weight, pending)
+                    self._add_factored(scores, segment, window, pending)
         return scores
 
-    def _rows(self, n: int, width: int) -> Floats:
-        if self._buffer.size < n * width:
-            self._buffer = np.empty(n * width, np.float32)
-        return self._buffer[: n * width].reshape(n, width)
-
-    def _product(self, rows: Floats, columns: tuple[int, int], first: int) -> Floats:
-        low, high = columns
-        product: Floats = rows[:, low - first : high - first] @ self._tests.values[:, low:high].T
-        return product
+    def _add_product(self, total: Floats, segment: Segment, columns: Columns, window: "_Stored") -> None:
+        """Add the products of those of some columns of a segment that are in the window."""
+        part = overlap(columns, window.first, window.last)
+        if part is not None:
+            low, high = part
+            stored = window.values[:, low - window.first : high - window.first]
+            weighted = weighted_columns([segment], low, high, window.weight)
+            add_products(stored, weighted, self._tests.values[:, low:high], total, self._workspace)
 
     def _add_factored(
-        self,
-        scores: Floats,
-        segment: FactoredSegment,
-        rows: Floats,
-        window: tuple[int, int],
-        weight: Floats,
-        pending: dict[FactoredSegment, tuple[Floats, Floats]],
+        self, scores: Floats, segment: FactoredSegment, window: "_Stored", pending: dict[FactoredSegment, tuple[Floats, Floats]]
     ) -> None:
-        first, last = window
-        outputs, inputs = overlap(segment.outputs, first, last), overlap(segment.inputs, first, last)
-        if outputs is None and inputs is None:
+        if not any(overlap(columns, window.first, window.last) for columns in (segment.outputs, segment.inputs)):
             return
-        output_product, input_product = pending.pop(segment, (None, None))
-        if outputs is not None:
-            product = self._product(rows, outputs, first)
-            output_product = product if output_product is None else output_product + product
-        if inputs is not None:
-            product = self._product(rows, inputs, first)
-            input_product = product if input_product is None else input_product + product
-        if last < segment.last_column:
-            zero = np.zeros_like(scores)
-            pending[segment] = (
-                zero if output_product is None else output_product,
-                zero if input_product is None else input_product,
-            )
+        if segment not in pending:
+            pending[segment] = (np.zeros_like(scores), np.zeros_like(scores))
+        of_outputs, of_inputs = pending[segment]
+        self._add_product(of_outputs, segment, segment.outputs, window)
+        self._add_product(of_inputs, segment, segment.inputs, window)
+        if window.last < segment.last_column:
             return
-        assert output_product is not None
-        assert input_product is not None
+        del pending[segment]
         if segment.bias is not None:
-            input_product += weight[:, segment.bias, None] * self._tests.scale[None, :, segment.bias]
-        output_product *= input_product
-        scores += output_product
+            of_inputs += window.weight[:, segment.bias, None] * self._tests.scale[None, :, segment.bias]
+        of_outputs *= of_inputs
+        scores += of_outputs
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Columns [first, last) of some rows as stored, and the rows' weights, shape (row, block)."""
+
+    values: NDArray[Any]
+    first: int
+    last: int
+    weight: Floats

@@ -127,11 +127,16 @@ def files_below(path: Path) -> dict[str, int]:
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
         return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
-    return {
-        Path(directory, name).relative_to(path).as_posix(): Path(directory, name).stat().st_size
-        for directory, _, names in os.walk(path)
-        for name in names
-    }
+    return dict(_local_files(os.fspath(path), "")) if path.is_dir() else {}
+
+
+def _local_files(directory: str, prefix: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _local_files(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.stat().st_size
 
 
 def tree_bytes(path: Path) -> int:

@@ -42,6 +42,6 @@ def held(name: str, where: str) -> None:
 
 
 # in the middle of a run of rows, of adding up (something has been added, the total has not been handed on), and of writing
-held("add_by_sample", "after")
+held("_add_scores", "after")
 held("_add", "after")
 held("write_relevance", "before")

@@ -175,7 +175,7 @@ def test_relevance_is_the_oracles_on_any_scheduler(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("point", ["add_by_sample", "_add", "write_relevance"])
+@pytest.mark.parametrize("point", ["_add_scores", "_add", "write_relevance"])
 def test_a_worker_that_is_killed_costs_nothing_but_time(
     recording: Path, truth: np.ndarray, two_workers: Cluster, monkeypatch: pytest.MonkeyPatch, order: str, point: str
 ) -> None:
@@ -242,7 +242,7 @@ def test_the_cluster_of_this_machine_is_stopped_after_an_error(recording: Path, 
 def test_an_interrupted_command_leaves_no_process_behind(recording: Path, tmp_path: Path) -> None:
     """Ctrl-C goes to every process of the terminal."""
     (tmp_path / "hold").mkdir()
-    (tmp_path / "hold" / "add_by_sample").touch()
+    (tmp_path / "hold" / "_add_scores").touch()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HYDRA_PIPE_TEST_HOLD": str(tmp_path / "hold"),
@@ -251,7 +251,7 @@ def test_an_interrupted_command_leaves_no_process_behind(recording: Path, tmp_pa
     command = [sys.executable, "-m", "hydra_pipe.cli.app", "reduce", str(recording), "--scheduler", "processes"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
-        until(lambda: (tmp_path / "hold" / "add_by_sample.pid").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "hold" / "_add_scores.pid").exists() or process.poll() is not None)
         assert process.poll() is None
         children = psutil.Process(process.pid).children(recursive=True)
         assert children

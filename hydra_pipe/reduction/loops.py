@@ -1,0 +1,153 @@
+"""The inner loops: stored values to float32 times a weight for each row and run of columns, and what becomes of them.
+
+Compiled (`_loops.c`) each value is read once and used while it is in a register. Where that is not available the same is done in
+NumPy, in as few passes over memory as it allows.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.maths.relevance import add_by_sample
+
+compiled: ModuleType | None
+WHY_NOT: str
+try:
+    from hydra_pipe.reduction import _loops
+
+    compiled, WHY_NOT = _loops, ""
+except ImportError as error:
+    compiled, WHY_NOT = None, f"they need a C compiler at installation, and x86-64 with AVX2 ({error})"
+
+Floats = NDArray[np.float32]
+# columns [first, last) and the weight of each row in them, or None for 1
+Weighted = tuple[int, int, Floats | None]
+
+# With more test samples, decoding rows and a matrix product of BLAS is faster than products of what is stored.
+FEW_TESTS = 16
+# Values that are converted while they stay in the cache: 4 MiB of float32. With fewer, NumPy's own cost of each operation shows.
+_TILE_VALUES = 2**20
+# A float16's bits, moved to where float32 has exponent and fraction, say a number 2^112 times too small; subnormal ones too.
+_FRACTION_BITS = 13
+_SIGN_AND_VALUE = np.int32(-0x70000001)  # 0x8fffffff: without the copies of the sign that widening has put below it
+_FLOAT16_UNIT = np.float32(2.0**112)
+# Beyond this a weight times that unit is not a float32 any more.
+_LARGEST_WEIGHT = np.float32(2.0**15)
+
+
+class Workspace:
+    """Memory for decoded rows, kept from call to call."""
+
+    def __init__(self) -> None:
+        self._buffer: Floats = np.empty(0, np.float32)
+
+    def matrix(self, rows: int, columns: int) -> Floats:
+        """Some float32 values, undefined. The next call gives the same ones."""
+        if self._buffer.size < rows * columns:
+            self._buffer = np.empty(rows * columns, np.float32)
+        return self._buffer[: rows * columns].reshape(rows, columns)
+
+
+def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
+    """`out[:, first:last] = stored[:, first:last] * weight` for each run of columns, in float32.
+
+    Args:
+        stored: shape (row, column), float16, int8 or float32, each row contiguous, finite.
+        columns: runs that do not overlap. Columns in none of them are left undefined.
+        out: shape (row, column), float32, contiguous.
+    """
+    if compiled is None:
+        _decode_by_numpy(stored, columns, out)
+        return
+    for first, last, weight in columns:
+        compiled.decode(stored[:, first:last], weight, out[:, first:last])
+
+
+def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Floats, scores: Floats, workspace: Workspace) -> None:
+    """`scores += (stored * weight) @ tests.T`, in float32.
+
+    Args:
+        stored: shape (row, column), as above.
+        columns: runs that do not overlap and hold every column.
+        tests: shape (test, column), each row contiguous.
+        scores: shape (row, test), contiguous.
+        workspace: for decoded rows.
+    """
+    if compiled is not None and len(tests) <= FEW_TESTS:
+        for first, last, weight in columns:
+            compiled.dots(stored[:, first:last], weight, tests[:, first:last], scores)
+        return
+    rows = workspace.matrix(*stored.shape)
+    decode(stored, columns, rows)
+    scores += rows @ tests.T
+
+
+def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.int64], sums: Floats, workspace: Workspace) -> None:
+    """`sums[places[k]] += stored[k] * weight[k]`, in float32, for places that may repeat.
+
+    Args:
+        stored: shape (row, column), as above.
+        columns: runs that do not overlap and hold every column.
+        places: shape (row,); rows with a negative one are left out.
+        sums: shape (sample, column), each row contiguous, changed in place.
+        workspace: for decoded rows.
+
+    Raises:
+        IndexError: a place is beyond the sums.
+    """
+    if compiled is not None:
+        for first, last, weight in columns:
+            compiled.fold(stored[:, first:last], weight, places, sums[:, first:last])
+        return
+    wanted = places >= 0
+    everything = bool(wanted.all())
+    at_once = max(1, _TILE_VALUES // max(1, stored.shape[1]))
+    for start in range(0, len(stored), at_once):
+        rows = slice(start, start + at_once)
+        piece = stored[rows]
+        tile = workspace.matrix(*piece.shape)
+        decode(piece, [(first, last, None if w is None else w[rows]) for first, last, w in columns], tile)
+        own = slice(None) if everything else wanted[rows]
+        add_by_sample(sums, places[rows][own], tile[own])
+
+
+def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
+    """NumPy converts float16 one value at a time; integer operations on its bits are vectorised, and three times as fast."""
+    if not stored.size:
+        return
+    # not a number counts as too large, so that it comes out as such
+    by_bits = stored.dtype == np.float16 and all(w is None or np.abs(w).max() < _LARGEST_WEIGHT for _, _, w in columns)
+    unit = _FLOAT16_UNIT if by_bits else np.float32(1)
+    for left, right, parts in _runs(columns):
+        rows_at_once = max(1, _TILE_VALUES // (right - left))
+        for low in range(0, len(stored), rows_at_once):
+            rows = slice(low, low + rows_at_once)
+            given, tile = stored[rows, left:right], out[rows, left:right]
+            if by_bits:
+                bits = tile.view(np.int32)
+                np.copyto(bits, given.view(np.int16))
+                np.left_shift(bits, _FRACTION_BITS, out=bits)
+                np.bitwise_and(bits, _SIGN_AND_VALUE, out=bits)
+            else:
+                np.copyto(tile, given)
+            for first, last, weight in parts:
+                if weight is not None:
+                    tile[:, first - left : last - left] *= (weight[rows] * unit)[:, None]
+                elif by_bits:
+                    tile[:, first - left : last - left] *= unit
+
+
+def _runs(columns: Sequence[Weighted]) -> list[tuple[int, int, list[Weighted]]]:
+    """Runs of neighbouring columns: first, last, and what they are made of."""
+    runs: list[tuple[int, int, list[Weighted]]] = []
+    for column in sorted(columns, key=lambda c: c[0]):
+        first, last, _ = column
+        if runs and runs[-1][1] == first:
+            left, _, parts = runs[-1]
+            runs[-1] = (left, last, [*parts, column])
+        else:
+            runs.append((first, last, [column]))
+    return runs
