@@ -290,6 +290,14 @@ class Recorder:
         if not self._closed and output.requires_grad:  # what comes of no training is waited for in vain, with all its memory
             self._curvature.tell(loss, output.detach(), target)
 
+    def rests_before(self, batch: int) -> bool:
+        """Whether a step of `batch` samples is one before which all rows so far are written anyway, every few steps.
+
+        A `state_dict` that is taken there leaves no trace at all: which steps are checked together decides how their sums are
+        rounded, and so the last bits of `imbalance`. Taken elsewhere, the run is that of another whose states were taken there too.
+        """
+        return self._slab is None or not self._pending or not self._slab.fits(batch)
+
     def state_dict(self) -> dict[str, Any]:
         """What the loop's own checkpoint has to hold for `load_state_dict`; everything recorded so far is safe on the disk.
 

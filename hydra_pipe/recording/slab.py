@@ -122,12 +122,16 @@ class Slab:
         # the views of a batch's place and of a step's, made once for each
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._entries: list[_Entry] = []
-        self._make_room(batch)
+        self._room = self._room_for(batch)
+        self._make_room()
 
-    def _make_room(self, batch: int) -> None:
+    def _room_for(self, batch: int) -> int:
+        """Rows to take before a flush, where the first step after the last one has `batch`: whatever was before that."""
         wanted = SLAB_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
-        rows = max(batch, min(wanted // batch, SLAB_STEPS) * batch)
-        self.features = self._empty(rows, self._encoder.layout.n_features)
+        return max(batch, min(wanted // batch, SLAB_STEPS) * batch)
+
+    def _make_room(self) -> None:
+        self.features = self._empty(self._room, self._encoder.layout.n_features)
         width = self._encoder.book_columns[-1].stop
         # whole gradients; and what rows that are preconditioned summed to before
         self._actual = self._empty(SLAB_STEPS, width)
@@ -152,7 +156,7 @@ class Slab:
 
     def capacity(self, batch: int) -> int:
         """Steps of `batch` rows that there is room for."""
-        return min(SLAB_STEPS, len(self.features) // batch)
+        return min(SLAB_STEPS, self._room_for(batch) // batch)
 
     @property
     def _filled(self) -> int:
@@ -160,7 +164,7 @@ class Slab:
 
     def fits(self, batch: int) -> bool:
         """Whether `batch` more rows may be added before a flush; always where there are none."""
-        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= len(self.features))
+        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room)
 
     def add(
         self,
@@ -184,8 +188,10 @@ class Slab:
             LayerError: a factored block no longer has one position a sample.
         """
         batch = len(next(iter(columns.values())))
-        if not self._entries and batch > len(self.features):
-            self._make_room(batch)
+        if not self._entries:
+            self._room = self._room_for(batch)
+            if self._room > len(self.features):
+                self._make_room()
         elif self._filled + batch > len(self.features):
             self._grow(self._filled + batch)
         rows = slice(self._filled, self._filled + batch)
