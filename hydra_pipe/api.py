@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra_pipe.errors import PipelineError
+from hydra_pipe.errors import InterruptedRunError, PipelineError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.run import RunDirectory
@@ -26,16 +26,22 @@ def record(
     encoding: str = "auto",
     dim: int = 4096,
     dtype: str | None = None,
+    checkpoint_every: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
     """Train `pipeline` and record every step's per-sample gradients, then the test gradients at the end.
+
+    Where it was interrupted or killed the same call goes on from the last checkpoint, to the same bytes. SIGINT and SIGTERM end it
+    after a few steps more, with a checkpoint; a second one at once.
 
     Args:
         pipeline: "path/to/file.py", "path/to/file.py:function", or a Pipeline, which is trained in place.
         run: directory of the run.
         settings: of the pipeline function, as a mapping of values or as "KEY=VALUE" strings.
         encoding, dim, dtype: see `Recorder`.
+        checkpoint_every: steps, such as "500", or a time, such as "10min", between checkpoints; if absent a minute, or more where
+            they take long: at most 2.5 % of the time.
         overwrite: discard a recording that is there, and what was computed from it.
         progress: where to show progress; nowhere if absent.
 
@@ -43,19 +49,23 @@ def record(
         Whether there was anything to do: False where `run` holds this very recording already.
 
     Raises:
+        InterruptedRunError: a signal asked to stop.
         HydraError: one of its kinds; the message says what is wrong and what to do.
     """
     # torch takes seconds to import: what works from disk alone does without it
     from hydra_pipe.loading import load_pipeline
+    from hydra_pipe.recording.checkpointing import Checkpoints, Interval
+    from hydra_pipe.recording.interruption import stop_requested
     from hydra_pipe.recording.pipeline import Pipeline, described
     from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
     from hydra_pipe.recording.trainer import accuracy, test_batches, train
-    from hydra_pipe.store.checkpoints import save_final
+    from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
     progress = progress or Progress()
     check_options(encoding, dim, dtype)
+    interval = Interval.parse(checkpoint_every)
     if n_processes() > 1:
         raise PipelineError(
             f"a pipeline is trained by one process, not by {n_processes()}: start one, or use Recorder in a loop of your own"
@@ -87,25 +97,32 @@ def record(
         overwrite=overwrite,
     )
     start = time.monotonic()
-    try:
-        trained = train(built, recorder, progress)
-        train_seconds = time.monotonic() - start
-        with progress.task("test gradients", len(built.test), "rows") as task:
-            recorder.record_test(test_batches(built, task), built.loss, labels=built.test_labels)
-        recorder.facts |= {
-            "train_seconds": train_seconds,
-            "test_seconds": time.monotonic() - start - train_seconds,
-            "last_epoch_loss": trained.last_epoch_loss,
-            "test_accuracy": accuracy(built),
-            "final_sha256": save_final(recorder.path / names.CHECKPOINTS, built.model),
-        }
-        labels = built.sample_labels if built.sample_labels is not None else trained.labels
-        if labels is not None:
-            recorder.label_samples(labels)
-        recorder.close()
-    except BaseException as error:
-        recorder.fail(error)
-        raise
+    with stop_requested() as stop:
+        directory = recorder.path / names.CHECKPOINTS
+        checkpoints = Checkpoints(directory, built, recorder, interval, stop, progress, anew=overwrite)
+        try:
+            trained = train(built, recorder, progress, checkpoints)
+            train_seconds = time.monotonic() - start
+            with progress.task("test gradients", len(built.test), "rows") as task:
+                recorder.record_test(test_batches(built, task, checkpoints), built.loss, labels=built.test_labels)
+            recorder.facts |= {
+                "train_seconds": train_seconds,
+                "checkpoint_seconds": checkpoints.seconds,
+                "test_seconds": time.monotonic() - start - train_seconds,
+                "last_epoch_loss": trained.last_epoch_loss,
+                "test_accuracy": accuracy(built),
+                "final_sha256": save_final(directory, built.model),
+            }
+            labels = built.sample_labels if built.sample_labels is not None else trained.labels
+            if labels is not None:
+                recorder.label_samples(labels)
+            recorder.close()
+        except BaseException as error:
+            recorder.fail(error)
+            if checkpoints.step and not isinstance(error, InterruptedRunError):
+                progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
+            raise
+        remove_checkpoints(directory)  # nothing is left to go on with
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
 

@@ -52,6 +52,14 @@ class RecordError(HydraError):
     """The training loop does something that recording cannot follow."""
 
 
+class InterruptedRunError(HydraError):
+    """A signal has ended the command, which has kept what was done. `exit_code` is 128 and the signal's number, as in a shell."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 class LayerError(HydraError):
     """A module whose gradient cannot be split by sample, or two rules for one module."""
 

@@ -18,6 +18,7 @@ _FACTORS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -52,6 +53,13 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {int(seconds % 60):02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parse_seconds(text: str) -> float | None:
+    """Seconds in `text`, such as "90s", "10min" or "2h"; None where it has no such unit."""
+    match = _SIZE.fullmatch(text)
+    factor = _SECONDS.get(match.group(2).lower()) if match else None
+    return float(match.group(1)) * factor if match and factor else None
 
 
 def resident_bytes() -> int:

@@ -39,6 +39,13 @@ Dtype = Annotated[
         help="of the rows; if not given: float16, or int8 with twice --dim columns where auto would lose more with --dim",
     ),
 ]
+CheckpointEvery = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STEPS|TIME",
+        help="between checkpoints, such as 500 or 10min; if not given: a minute, or 40 times as long as one takes",
+    ),
+]
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
@@ -77,10 +84,13 @@ def record(
     encoding: Encoding = "auto",
     dim: Dim = 4096,
     dtype: Dtype = None,
+    checkpoint_every: CheckpointEvery = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Train a pipeline and record every step's per-sample gradients.
+
+    Interrupted or killed, the same command goes on from its last checkpoint, to the same bytes.
 
     Example: hydra-pipe record pipelines/digits.py runs/digits --set noise=0.1 --set epochs=30
     """
@@ -91,6 +101,7 @@ def record(
         encoding=encoding,
         dim=dim,
         dtype=dtype,
+        checkpoint_every=checkpoint_every,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
@@ -172,6 +183,7 @@ def run_all(
     encoding: Encoding = "auto",
     dim: Dim = 4096,
     dtype: Dtype = None,
+    checkpoint_every: CheckpointEvery = None,
     method: Method = "hydra",
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
@@ -185,7 +197,7 @@ def run_all(
 
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
-    record(pipeline, run, set_, encoding, dim, dtype, overwrite, debug=debug)
+    record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, overwrite, debug=debug)
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, top, full, overwrite, debug=debug)
 

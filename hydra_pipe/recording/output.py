@@ -18,6 +18,7 @@ from hydra_pipe.recording.ranks import Ranks, is_first, together
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
+from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
 from hydra_pipe.store.table import Allocate
@@ -157,6 +158,8 @@ class Output:
                 )
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)
+                if is_first(self._ranks):
+                    remove_partials(self.path)
             with together(self._ranks):
                 self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
                 if is_first(self._ranks):

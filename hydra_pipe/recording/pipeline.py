@@ -27,6 +27,8 @@ class Pipeline:
         max_grad_norm: clip the gradient to this norm before each step, as torch.nn.utils.clip_grad_norm_.
         sample_labels: a label, integer or string, for each training sample; taken from integer targets if absent.
         test_labels: the same for the test samples.
+        num_workers: processes that fetch batches, as torch's DataLoader has them; 0: this one. What a dataset draws from Python's,
+            NumPy's and torch's global generators is a function of the seed, the epoch and the batch, whatever their number.
 
     Raises:
         PipelineError: a field is of the wrong kind; the message names it.
@@ -44,6 +46,7 @@ class Pipeline:
     max_grad_norm: float | None = None
     sample_labels: Sequence[int] | Sequence[str] | None = None
     test_labels: Sequence[int] | Sequence[str] | None = None
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, nn.Module), "model", self.model, "a torch.nn.Module")
@@ -56,6 +59,8 @@ class Pipeline:
                 raise PipelineError(f"the pipeline's {name} dataset is empty: give it at least one (input, target)")
         for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             _require(isinstance(number, int) and number > 0, name, number, "a positive integer")
+        workers = self.num_workers
+        _require(isinstance(workers, int) and workers >= 0, "num_workers", workers, "0 or a positive integer")
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise PipelineError("the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one that counts steps")
         for name, labels, dataset in (

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, UserCodeError
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.checkpointing import Checkpoints, Place
 from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.recording.randomness import seeded
 from hydra_pipe.recording.recorder import Recorder, StepNote
 
 _PACKAGE = Path(__file__).parents[1]
@@ -34,10 +37,13 @@ class Trained:
     labels: NDArray[np.int64] | None
 
 
-def train(pipeline: Pipeline, recorder: Recorder | None = None, progress: Progress | None = None) -> Trained:
-    """Train `pipeline.model` in place, recording each step if there is a recorder.
+def train(
+    pipeline: Pipeline, recorder: Recorder | None = None, progress: Progress | None = None, checkpoints: Checkpoints | None = None
+) -> Trained:
+    """Train `pipeline.model` in place, recording each step if there is a recorder, and going on from a checkpoint if there is one.
 
     Raises:
+        InterruptedRunError: a signal asked to stop.
         UserCodeError: the model, the loss or a dataset raised.
         PipelineError: the loss is not one per sample.
         DataError: samples of unlike shapes.
@@ -45,29 +51,39 @@ def train(pipeline: Pipeline, recorder: Recorder | None = None, progress: Progre
     """
     torch.manual_seed(pipeline.seed)
     device = next(pipeline.model.parameters()).device
-    samples = _Samples(pipeline.train, "train")
-    labels: NDArray[np.int64] | None = np.zeros(len(pipeline.train), np.int64)
-    epoch_loss = 0.0
-    total = pipeline.epochs * len(pipeline.train)
-    with (progress or Progress()).task("record" if recorder else "train", total, "rows") as task:
-        for epoch in range(pipeline.epochs):
-            epoch_loss = 0.0
-            for step, (ids, inputs, targets) in enumerate(samples.batches(_epoch_order(pipeline, epoch))):
-                if epoch == 0:
-                    labels = _collect_labels(labels, ids, targets)
-                where = f"step {epoch * -(-len(pipeline.train) // pipeline.batch_size) + step} (epoch {epoch + 1})"
+    samples = _Samples(pipeline, "train")
+    place = checkpoints.go_on() if checkpoints else None
+    place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
+    sizes = [len(ids) for ids in _epoch_order(pipeline, 0)]
+    n_rows = pipeline.epochs * len(pipeline.train) - place.epoch * len(pipeline.train) - sum(sizes[: place.step])
+    with (progress or Progress()).task("record" if recorder else "train", n_rows, "rows") as task:
+        while place.epoch < pipeline.epochs:
+            order = _epoch_order(pipeline, place.epoch)
+            for ids, inputs, targets in samples.batches(order, place.epoch, place.step):
+                if place.epoch == 0:
+                    place.labels = _collect_labels(place.labels, ids, targets)
+                where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
                 with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
-                    epoch_loss += _step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where) * len(ids)
+                    loss = _step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where)
+                place.epoch_loss += loss * len(ids)
                 if pipeline.scheduler is not None:
                     pipeline.scheduler.step()
+                place.step += 1
                 task.advance(len(ids))
-    return Trained(epoch_loss / len(pipeline.train), labels)
+                if checkpoints is not None and place.step < len(order):
+                    checkpoints.after_step(place, sizes[place.step])
+            place = Place(place.epoch + 1, 0, 0.0, place.epoch_loss / len(pipeline.train), place.labels)
+            if checkpoints is not None:
+                checkpoints.after_step(place, sizes[0] if place.epoch < pipeline.epochs else None)
+    return Trained(place.last_loss, place.labels)
 
 
-def test_batches(pipeline: Pipeline, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test set in order, in batches of the pipeline's size."""
+def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The test set in order, in batches of the pipeline's size. Raises: InterruptedRunError: `checkpoints` tells to stop."""
     order = np.arange(len(pipeline.test))
-    for ids, inputs, targets in _Samples(pipeline.test, "test").batches(_batches_of(order, pipeline.batch_size)):
+    for ids, inputs, targets in _Samples(pipeline, "test").batches(_batches_of(order, pipeline.batch_size)):
+        if checkpoints is not None:
+            checkpoints.heed()
         yield inputs, targets
         task.advance(len(ids))
 
@@ -80,7 +96,7 @@ def accuracy(pipeline: Pipeline) -> float | None:
     pipeline.model.eval()
     try:
         with torch.no_grad():
-            for inputs, targets in test_batches(pipeline, Task()):
+            for inputs, targets in test_batches(pipeline, Task(), None):
                 output = pipeline.model(inputs.to(device))
                 if (
                     not isinstance(output, Tensor)
@@ -156,25 +172,52 @@ def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], ta
     return labels
 
 
-class _Samples:
-    """Batches of a dataset whose samples all have one shape, which is checked."""
+class _Seeded:
+    """A dataset whose randomness is a function of the seed, the epoch and the batch: whatever was drawn before, in any worker.
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self._dataset, self._name = dataset, name
+    Args:
+        dataset: map-style.
+        key: of what is drawn.
+    """
+
+    def __init__(self, dataset: Any, key: tuple[int, ...]) -> None:
+        self._dataset, self._key = dataset, key
+
+    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
+        number, ids = batch
+        if type(self._dataset) is TensorDataset:  # draws nothing, and seeding takes as long as it does
+            return [self._dataset[i] for i in ids]
+        with seeded(*self._key, number):
+            many = getattr(self._dataset, "__getitems__", None)
+            return list(many(ids)) if callable(many) else [self._dataset[i] for i in ids]
+
+
+class _Samples:
+    """Batches of one of a pipeline's datasets, whose samples all have one shape, which is checked."""
+
+    def __init__(self, pipeline: Pipeline, name: str) -> None:
+        self._dataset, self._name = (pipeline.train if name == "train" else pipeline.test), name
+        self._key = (pipeline.seed, int(name == "train"))
+        self._workers = pipeline.num_workers
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
-    def batches(self, order: list[NDArray[np.int64]]) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    def batches(
+        self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        """The batches of an epoch, from number `first` on."""
         # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
-        loader = DataLoader(
-            self._dataset,
-            batch_sampler=[ids.tolist() for ids in order],
+        loader: DataLoader[Any] = DataLoader(
+            _Seeded(self._dataset, (*self._key, epoch)),  # type: ignore[arg-type] # what it yields is what is fetched from it
+            batch_sampler=[(number, ids.tolist()) for number, ids in enumerate(order)][first:],  # type: ignore[arg-type]
             collate_fn=self._collate,
             generator=torch.Generator(),
+            num_workers=self._workers,
         )
         iterator = iter(loader)
-        for ids in order:
+        for ids in order[first:]:
             with _user_code(f"the {self._name} dataset raised at samples {_range(ids)}"):
                 inputs, targets = next(iterator)
+            self._check_shapes({(tuple(inputs.shape[1:]), tuple(targets.shape[1:]))})
             yield ids, inputs, targets
 
     def _collate(self, items: list[Any]) -> tuple[Tensor, Tensor]:
@@ -187,7 +230,13 @@ class _Samples:
                         f"the {self._name} dataset yields a pair with a {type(part).__name__}: inputs and targets must be tensors, "
                         f"arrays or numbers"
                     )
-        shapes = {(np.shape(i), np.shape(t)) for i, t in items} | ({self._shapes} - {None})
+        self._check_shapes({(np.shape(i), np.shape(t)) for i, t in items})
+        inputs, targets = default_collate(items)
+        return inputs, targets
+
+    def _check_shapes(self, found: set[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        # in a worker of the loader, those of its own batches; in this process, of all
+        shapes = found | ({self._shapes} - {None})
         if len(shapes) > 1:
             first, other = sorted(shapes, key=lambda s: s != self._shapes)[:2]
             raise DataError(
@@ -195,8 +244,6 @@ class _Samples:
                 f"pad or crop its samples to one shape"
             )
         (self._shapes,) = shapes
-        inputs, targets = default_collate(items)
-        return inputs, targets
 
 
 def _shapes(pair: Any) -> str:

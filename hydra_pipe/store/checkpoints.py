@@ -1,19 +1,106 @@
-"""Parameters of the model, as torch keeps them. The one file of this floor that needs torch."""
+"""What torch keeps of a run: its final parameters, and the training's state from time to time. This file needs torch."""
 
 import hashlib
 import io
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
-from hydra_pipe.store.files import replace_file
+from hydra_pipe.store.files import read_file, remove, replace_file
+
+# Checkpoints of a training that are kept: the newest may be broken.
+KEPT = 3
+_NAME = re.compile(r"step-(\d{10,})-([0-9a-f]{16})\.pt")
+# what torch.load raises on bytes that are not what it has written, or hold more than plain values
+_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def save_final(directory: Path, model: nn.Module) -> str:
     """Keep the parameters and buffers that the test gradients were taken at. Returns the file's SHA-256."""
+    content = _packed(model.state_dict())
+    replace_file(directory / names.FINAL_CHECKPOINT, [content])
+    return hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file with the training's state. Its name has the step and the beginning of its content's SHA-256.
+
+    Args:
+        path: of it.
+        step: steps that had been taken.
+        digest: 16 digits.
+    """
+
+    path: Path
+    step: int
+    digest: str
+
+    def read(self) -> dict[str, Any]:
+        """What was saved: tensors and plain values; nothing in the file is executed. Raises: StoreError: it is damaged."""
+        try:
+            content = read_file(self.path)
+            if hashlib.sha256(content).hexdigest()[:16] != self.digest:
+                raise StoreError(f"{self.path} is damaged: its content is not what its name says")
+            found = unpacked(content)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read ({error})") from error
+        return found
+
+
+def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> int:
+    """Keep the training's state after `step` steps, safe on the disk, and of the older ones the last few.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        StoreError: it holds what `torch.load(weights_only=True)` would not read; nothing was written.
+        OSError: the disk is full or gone; the older ones are as they were.
+    """
+    content = _packed(state)
+    unpacked(content)
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    replace_file(directory / f"step-{step:010d}-{digest}.pt", [content])
+    for old in checkpoints_in(directory)[KEPT:]:
+        remove(old.path)
+    return len(content)
+
+
+def checkpoints_in(directory: Path) -> list[Checkpoint]:
+    """Those that are there, the newest first."""
+    found = [(entry, _NAME.fullmatch(entry.name)) for entry in directory.iterdir()] if directory.is_dir() else []
+    checkpoints = [Checkpoint(entry, int(match[1]), match[2]) for entry, match in found if match]
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def remove_checkpoints(directory: Path, after: int = -1) -> None:
+    """Remove those of more than `after` steps."""
+    for checkpoint in checkpoints_in(directory):
+        if checkpoint.step > after:
+            remove(checkpoint.path)
+
+
+def unpacked(content: bytes) -> dict[str, Any]:
+    """Tensors and plain values from what `torch.save` has made of them. Raises: StoreError: anything else."""
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise StoreError(f"not a checkpoint of tensors and plain values ({str(error).strip().splitlines()[0]})") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"a checkpoint that holds a {type(found).__name__}")
+    return found
+
+
+def _packed(state: Mapping[str, Any]) -> bytes:
     content = io.BytesIO()
-    torch.save(model.state_dict(), content)
-    replace_file(directory / names.FINAL_CHECKPOINT, [content.getvalue()])
-    return hashlib.sha256(content.getvalue()).hexdigest()
+    torch.save(dict(state), content)
+    return content.getvalue()

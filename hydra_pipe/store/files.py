@@ -15,6 +15,8 @@ from typing import Any, cast
 
 from hydra_pipe.errors import RunError
 
+# how the names of files end that are not whole yet
+PARTIAL = ".partial"
 # what fsspec needs for a protocol -> the extra of this package that has it
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
@@ -77,7 +79,7 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own: a task of a cluster that was given up on may still be writing the same file
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
             file.writelines(content)
@@ -122,6 +124,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes have left of files in a directory and below it. Nobody may be writing there."""
+    if is_remote(path):
+        return
+    for name in files_below(path):
+        if name.endswith(PARTIAL):
+            (path / name).unlink(missing_ok=True)
+
+
 def files_below(path: Path) -> dict[str, int]:
     """Every file in a directory and in those below it: name relative to `path`, with slashes, and bytes. Empty without one."""
     if is_remote(path):
@@ -158,7 +169,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             for name in files_below(Path(scratch)):
                 _fs(path).put_file(os.path.join(scratch, name), _name(path / name))
         return
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     remove(partial)
     partial.mkdir(parents=True)
     try:

@@ -1,0 +1,208 @@
+"""Checkpoints of a pipeline's training: when they are taken, what is in them, and how training goes on from one.
+
+A checkpoint and the rows agree: the recorder puts on the disk what it has recorded, then the checkpoint is written, which counts
+it; what was recorded after a checkpoint is discarded when training goes on from it. It is taken only where the recorder writes its
+rows anyway (`Recorder.rests_before`), so that the run is the same byte for byte whenever checkpoints were taken.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import HydraError, InterruptedRunError, StoreError, UsageError
+from hydra_pipe.progress import Progress
+from hydra_pipe.recording.interruption import StopRequest
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.recording.randomness import random_state, restore_random_state
+from hydra_pipe.recording.recorder import Recorder
+from hydra_pipe.store.checkpoints import checkpoints_in, remove_checkpoints, save_checkpoint
+from hydra_pipe.units import parse_seconds
+
+VERSION = 1
+# By itself one is taken this often, or less often where it takes long: 40 times as long as the last one took, 2.5 % of the time.
+DEFAULT_SECONDS = 60.0
+_TIMES_ITS_COST = 40.0
+
+
+@dataclass
+class Place:
+    """How far training is.
+
+    Args:
+        epoch: that it is in.
+        step: of that epoch that comes next.
+        epoch_loss: summed losses of the samples of that epoch so far.
+        last_loss: of the samples of the epoch before it, their mean.
+        labels: integer targets of the training samples as they were met; None where they are not integers.
+    """
+
+    epoch: int
+    step: int
+    epoch_loss: float
+    last_loss: float
+    labels: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often checkpoints are taken.
+
+    Args:
+        steps: at least between two; None: by time.
+        seconds: likewise; None: by default, see `DEFAULT_SECONDS`.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Interval":
+        """Of "500", steps, or "10min", "30s", "2h"; None: the default. Raises: UsageError."""
+        if text is None:
+            return cls()
+        if text.isdecimal() and int(text) > 0:
+            return cls(steps=int(text))
+        seconds = parse_seconds(text)
+        if seconds is None:
+            raise UsageError(f"--checkpoint-every {text}: give a number of steps, such as 500, or a time, such as 30s, 10min or 2h")
+        return cls(seconds=seconds)
+
+    def due(self, steps: int, seconds: float, cost: float) -> bool:
+        """Whether it is time, `steps` and `seconds` after the last one, which took `cost` seconds."""
+        if self.steps is not None:
+            return steps >= self.steps
+        return seconds >= (self.seconds if self.seconds is not None else max(DEFAULT_SECONDS, _TIMES_ITS_COST * cost))
+
+
+class Checkpoints:
+    """Takes checkpoints of a training.
+
+    Args:
+        directory: of them.
+        pipeline: what is trained.
+        recorder: of it.
+        interval: how often.
+        stop: tells when somebody asks to stop.
+        progress: says what is to be said.
+        anew: leave alone what is there, training begins anew.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        pipeline: Pipeline,
+        recorder: Recorder,
+        interval: Interval,
+        stop: StopRequest,
+        progress: Progress,
+        *,
+        anew: bool,
+    ) -> None:
+        self._directory, self._pipeline, self._recorder = directory, pipeline, recorder
+        self._interval, self._stop, self._progress = interval, stop, progress
+        self._anew = anew
+        # steps that the newest has, when it was taken, and how long that took
+        self.step = 0
+        self._at, self.cost = time.monotonic(), 0.0
+        # of all that were taken
+        self.seconds = 0.0
+        self._usable = True
+
+    def go_on(self) -> Place | None:
+        """Put everything back as the newest good checkpoint has it; None: there is none, and training begins anew."""
+        for checkpoint in checkpoints_in(self._directory) if not self._anew else []:
+            try:
+                state = checkpoint.read()
+                if state.get("version") != VERSION:
+                    raise StoreError(f"{checkpoint.path} is of version {state.get('version')}, not {VERSION}")
+                place = self._restored(state)
+            except HydraError as error:
+                self._progress.say(f"passed over: {error}")
+                continue
+            remove_checkpoints(self._directory, after=checkpoint.step)
+            self.step = checkpoint.step
+            self._progress.say(f"going on after step {checkpoint.step:,} (epoch {place.epoch + 1})")
+            return place
+        return None
+
+    def _restored(self, state: dict[str, Any]) -> Place:
+        pipeline = self._pipeline
+        # first what may be refused, and changes nothing then
+        self._recorder.load_state_dict(state["recorder"])
+        pipeline.model.load_state_dict(state["model"])
+        pipeline.optimizer.load_state_dict(state["optimizer"])
+        if pipeline.scheduler is not None:
+            pipeline.scheduler.load_state_dict(state["scheduler"])
+        restore_random_state(state["random"])
+        labels = state["labels"]
+        return Place(
+            int(state["epoch"]),
+            int(state["step"]),
+            float(state["epoch_loss"]),
+            float(state["last_loss"]),
+            None if labels is None else labels.numpy(),
+        )
+
+    def after_step(self, place: Place, next_batch: int | None) -> None:
+        """Take one if it is time and the recorder rests here.
+
+        Args:
+            place: how far training is.
+            next_batch: samples of the next step; None: it was the last.
+
+        Raises:
+            InterruptedRunError: it was asked to stop, and the checkpoint is taken.
+        """
+        due = self._usable and self._interval.due(self._recorder.n_steps - self.step, time.monotonic() - self._at, self.cost)
+        if not due and self._stop.number is None:
+            return
+        if next_batch is not None and not self._recorder.rests_before(next_batch):
+            return
+        if self._usable:
+            self._take(place)
+        if self._stop.number is not None:
+            raise self._interrupted(f"after step {self._recorder.n_steps:,}")
+
+    def heed(self) -> None:
+        """After training: stop where one was asked to. Raises: InterruptedRunError."""
+        if self._stop.number is not None:
+            raise self._interrupted("while taking test gradients")
+
+    def _interrupted(self, when: str) -> InterruptedRunError:
+        assert self._stop.number is not None
+        where = f"to go on after step {self.step:,}" if self.step else "to start again, there is no checkpoint"
+        return InterruptedRunError(f"stopped by {self._stop.name} {when}: run the same command again {where}", self._stop.number)
+
+    def _take(self, place: Place) -> None:
+        start = time.monotonic()
+        pipeline = self._pipeline
+        state = {
+            "version": VERSION,
+            "recorder": self._recorder.state_dict(),
+            "model": pipeline.model.state_dict(),
+            "optimizer": pipeline.optimizer.state_dict(),
+            "scheduler": pipeline.scheduler.state_dict() if pipeline.scheduler is not None else None,
+            "random": random_state(),
+            "epoch": place.epoch,
+            "step": place.step,
+            "epoch_loss": place.epoch_loss,
+            "last_loss": place.last_loss,
+            "labels": None if place.labels is None else torch.from_numpy(place.labels),
+        }
+        try:
+            save_checkpoint(self._directory, self._recorder.n_steps, state)
+        except StoreError as error:
+            self._usable = False
+            self._progress.say(
+                f"no checkpoints are taken, and an interrupted run starts again: the state of the model, the optimizer or the "
+                f"scheduler is {error}"
+            )
+            return
+        self.step, self._at = self._recorder.n_steps, time.monotonic()
+        self.cost = self._at - start
+        self.seconds += self.cost
