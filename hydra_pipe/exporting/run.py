@@ -17,6 +17,7 @@ from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
 
@@ -61,6 +62,16 @@ def export_run(
     if not overwrite and not directory.has_work(stage, settings):
         return False
 
+    with one_writer(directory.path, stage):
+        directory.refresh()  # another process may have done it in the meantime
+        if not overwrite and not directory.has_work(stage, settings):
+            return False
+        _export(directory, method, top, full, progress or Progress())
+    return True
+
+
+def _export(directory: RunDirectory, method: str, top: int, full: bool, progress: Progress) -> None:
+    stage, settings = export_stage(method), {"top": top, "full": full}
     gradients = Gradients(directory.path / names.GRADIENTS)
     relevance = open_relevance(directory.path / names.RELEVANCE, method)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
@@ -70,13 +81,12 @@ def export_run(
         # readers see the old tables or the new ones, all of them of one export
         with replaced_directory(target) as partial:
             export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
-            export.write(progress or Progress())
+            export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
     except BaseException as error:
         directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files)
-    return True
 
 
 @dataclass

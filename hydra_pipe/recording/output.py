@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RecordError
+from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.joint import Pending
@@ -20,6 +20,7 @@ from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
+from hydra_pipe.store.locks import Lock
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
 from hydra_pipe.store.table import Allocate
 from hydra_pipe.store.writing import GradientsWriter
@@ -47,6 +48,7 @@ class Output:
         # the manifest, which rank 0 keeps
         self._directory: RunDirectory | None = None
         self._run_id: str | None = None
+        self._lock: Lock | None = None
         # rows whose curvature is known, the largest share of a gradient that rows miss, steps at which tests were taken
         self._n_curved, self._worst_imbalance = 0, 0.0
         self._tests: list[int] = []
@@ -65,6 +67,7 @@ class Output:
             self._ranks.require_same({"dtype": dtype})  # which each has chosen by itself
         with together(self._ranks):
             if is_first(self._ranks):
+                self._lock = Lock(self.path, RECORD, take_over=True)
                 directory = RunDirectory.open_or_none(self.path)
                 if directory is not None:
                     directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
@@ -94,7 +97,9 @@ class Output:
         )
 
     def write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
-        """Write the rows of the steps that were checked, and their lines of the step tables."""
+        """Write the rows of the steps that were checked, and their lines of the step tables. Raises: RunError: lost to another."""
+        if self._lock is not None and self._lock.lost:
+            raise RunError(f"{self.path} is recorded by a later Recorder of this process: use one at a time")
         first_row = writer.rows.n_rows
         slab.write(checked, writer.rows)
         self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
@@ -159,6 +164,7 @@ class Output:
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)
                 if is_first(self._ranks):
+                    self._lock = Lock(self.path, RECORD, take_over=True)
                     remove_partials(self.path)
             with together(self._ranks):
                 self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
@@ -209,11 +215,22 @@ class Output:
                     **({"rank_rows": part_rows} if self._ranks is not None else {}),
                     **facts,
                 )
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def fail(self, error: BaseException) -> None:
         """Mark the recording as failed, if there is one. Not collective."""
-        if self._directory is None or self.writer is None:
-            return  # it failed before anything was written: what was in the directory is as it was
+        try:
+            self._fail(error)
+        finally:
+            self._unlock()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._directory is None or self.writer is None or (self._lock is not None and self._lock.lost):
+            return  # it failed before anything was written, or the run is another's by now: what is in the directory stays
         found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
         if self._ranks is None:
             found["n_rows"] = self.writer.rows.n_written

@@ -14,6 +14,7 @@ from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
+from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
 
@@ -65,12 +66,25 @@ def reduce_run(
         ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
     """
     request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients))
-    progress = progress or Progress()
-    directory, stage = request.directory, reduce_stage(request.name)
-    kept = directory.stages.get(KEEP)
-    to_keep = keep_hypergradients and (kept is None or kept.state != "complete")
-    if not overwrite and not directory.has_work(stage, request.settings) and not to_keep:
+    if not _has_work(request, overwrite):
         return False
+    with one_writer(request.directory.path, reduce_stage(request.name)):
+        request.directory.refresh()  # another process may have done it in the meantime
+        if not _has_work(request, overwrite):
+            return False
+        _reduce(request, overwrite, progress or Progress())
+    return True
+
+
+def _has_work(request: Request, overwrite: bool) -> bool:
+    directory = request.directory
+    kept = directory.stages.get(KEEP)
+    to_keep = request.options.keep_hypergradients and (kept is None or kept.state != "complete")
+    return overwrite or directory.has_work(reduce_stage(request.name), request.settings) or to_keep
+
+
+def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
+    directory, stage = request.directory, reduce_stage(request.name)
     with request.scheduler as using:
         answered = None if overwrite else _answered(request)
         given, plan = request.plan(using.workers, answered)
@@ -82,7 +96,7 @@ def reduce_run(
             _begin(request, given, plan)
         else:
             directory.stages[stage].state = "running"
-            directory.save()
+            directory.save(stage)
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
         progress.say(summary(given, plan))
@@ -93,11 +107,10 @@ def reduce_run(
         except BaseException as error:
             directory.end(stage, "failed", error=str(error) or type(error).__name__)
             raise
-    if keep_hypergradients:
+    if request.options.keep_hypergradients:
         directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept))
     seconds = time.monotonic() - start
     directory.end(stage, "complete", seconds=seconds, n_tests=given.n_tests, n_columns=given.n_columns, plan=facts(plan))
-    return True
 
 
 def plan_run(run: str | os.PathLike[str], options: Options) -> str:
@@ -175,4 +188,4 @@ def _mark(request: Request, plan: ReductionPlan, span: Span) -> None:
     """Note in the manifest that a pass is done: what it has answered is on disk."""
     stage = request.directory.stages[reduce_stage(request.name)]
     stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1], "keeping": request.options.keep_hypergradients}
-    request.directory.save()
+    request.directory.save(reduce_stage(request.name))

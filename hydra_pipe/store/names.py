@@ -11,6 +11,7 @@ RELEVANCE: Final = "relevance.zarr"
 HYPERGRADIENTS: Final = "hypergradients.zarr"
 RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
+LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 FINAL_CHECKPOINT: Final = "final.pt"
 # Everything that hydra-pipe puts into a run directory, and so all that --overwrite may remove.

@@ -32,7 +32,7 @@ def prune_rows(run: RunDirectory, task: Task) -> int:
     gradients = Gradients(run.path / names.GRADIENTS)
     # first the claim: what is being deleted must not be taken for a complete recording
     recording.facts[PRUNED] = True
-    run.save()
+    run.save(RECORD)
     n_bytes = 0
     for name in gradients.pruned_arrays():
         chunks = gradients.path / name / CHUNKS

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from hydra_pipe.errors import RunError, StoreError
+from hydra_pipe.errors import HydraError, RunError, StoreError
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location, read_file, remove, replace_file
+from hydra_pipe.store.locks import brief_lock
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -62,6 +63,8 @@ class RunDirectory:
         self.run_id = run_id
         self.stages = stages
         self.versions = versions
+        # stages that this object has changed: of the others another process may know more
+        self._changed: set[str] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -93,7 +96,7 @@ class RunDirectory:
         if not root.is_dir():
             raise RunError(f"{root} is a file: name a directory for the run")
         if not (root / names.MANIFEST).is_file():
-            if any(root.iterdir()):
+            if any(entry.name != names.LOCKS for entry in root.iterdir()):
                 raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
             return None
         return cls.open(root)
@@ -135,7 +138,7 @@ class RunDirectory:
     def begin(self, name: str, settings: Settings) -> None:
         """Mark stage `name` as running with `settings`."""
         self.stages[name] = Stage("running", settings)
-        self.save()
+        self.save(name)
 
     def _compare(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*new, *old]):
@@ -149,13 +152,13 @@ class RunDirectory:
         """Mark stage `name` as ended, with what it found."""
         self.stages[name].state = state
         self.stages[name].facts |= facts
-        self.save()
+        self.save(name)
 
     def forget(self, *stage_names: str) -> None:
         """Drop stages whose results are about to be removed."""
         for name in stage_names:
             self.stages.pop(name, None)
-        self.save()
+        self.save(*stage_names)
 
     def require(self, name: str, command: str) -> Stage:
         """The stage `name`, which must be complete.
@@ -170,16 +173,40 @@ class RunDirectory:
             raise RunError(f"{self.path}: {name} {why}{detail}: run {command} first")
         return stage
 
-    def save(self) -> None:
-        """Write the manifest: the old one or the new one is there at any moment, never half of one."""
-        data = {
-            "format": names.FORMAT,
-            "format_version": names.FORMAT_VERSION,
-            "run_id": self.run_id,
-            "versions": self.versions,
-            "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self.stages.items()},
-        }
-        replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
+    def save(self, *changed: str) -> None:
+        """Write the manifest: the old one or the new one is there at any moment, never half of one.
+
+        Args:
+            changed: stages that were changed, or forgotten. Those that were not are left as they are on the disk, for another
+                process may be at work on them.
+        """
+        self._changed |= set(changed)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with brief_lock(self.path):
+            stages = self._others_on_disk() | {name: stage for name, stage in self.stages.items() if name in self._changed}
+            data = {
+                "format": names.FORMAT,
+                "format_version": names.FORMAT_VERSION,
+                "run_id": self.run_id,
+                "versions": self.versions,
+                "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in stages.items()},
+            }
+            replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
+
+    def _others_on_disk(self) -> dict[str, Stage]:
+        """Stages as the manifest has them, but those that this object has changed; none of another run's."""
+        try:
+            found = RunDirectory.open(self.path)
+        except HydraError:
+            found = self  # there is none yet, or it is damaged: what was read before is the best there is
+        if found.run_id != self.run_id:
+            return {}
+        return {name: stage for name, stage in found.stages.items() if name not in self._changed}
+
+    def refresh(self) -> None:
+        """Read the manifest again: another process may have ended what it was at. Raises: as `open`."""
+        found = RunDirectory.open(self.path)
+        self.run_id, self.stages, self.versions = found.run_id, found.stages, found.versions
 
     def clear(self) -> None:
         """Remove everything hydra-pipe has put into the directory, and nothing else."""
