@@ -1,5 +1,25 @@
 """What can go wrong, by name. Every message says what is wrong and what to do about it."""
 
+import reprlib
+from typing import Any
+
+# characters that a message gives to what a file says
+_MOST_SHOWN = 120
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxlong = _brief.maxother = _MOST_SHOWN
+
+
+def shown(value: Any) -> str:
+    """What a file says, or the error that it led to, as a message shows it: in one line, printable and short."""
+    text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else _brief.repr(value)
+    text = printable(text)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def printable(text: str) -> str:
+    """`text` in one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+
 
 class HydraError(Exception):
     """Base of every error that hydra-pipe raises on purpose.

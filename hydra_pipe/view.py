@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RunError
+from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import is_remote, tree_bytes
@@ -112,11 +112,14 @@ class Run:
         columns = columns_of(array)
         dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
         coordinates: dict[str, Any] = {names.SAMPLE_DIM: np.arange(values.shape[0]), dimension: columns.ids}
+        sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
         for which, labels in (
             (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
             (dimension, columns.labels(self.gradients.labels(names.TEST_LABELS))),
         ):
             if labels is not None:
+                if len(labels) != sizes[which]:
+                    raise StoreError(f"{array.path} has {sizes[which]} x {which}, and there are {len(labels)} labels")
                 coordinates[f"{which}_label"] = (which, labels)
         return xarray.DataArray(
             values,

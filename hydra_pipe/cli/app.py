@@ -8,7 +8,7 @@ import typer
 
 from hydra_pipe import api
 from hydra_pipe.cli.failures import explained
-from hydra_pipe.errors import UsageError
+from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.store import names
 from hydra_pipe.units import format_bytes
@@ -231,7 +231,7 @@ def verify(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
         print(json.dumps({"healthy": not faults, "faults": [{"where": f.where, "what": f.what} for f in faults]}, indent=2))
     else:
         for fault in faults:
-            print(f"{fault.where}: {fault.what}")
+            print(printable(f"{fault.where}: {fault.what}"))
         print(f"{run}: {len(faults)} faults" if faults else f"{run}: healthy")
     if faults:
         raise typer.Exit(1)

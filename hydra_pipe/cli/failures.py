@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from hydra_pipe.errors import HydraError, UserCodeError
+from hydra_pipe.errors import HydraError, UserCodeError, printable
 
 _ADVICE = {
     errno.ENOSPC: "make room on the disk and run the same command again",
@@ -66,4 +66,4 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return printable(str(error))

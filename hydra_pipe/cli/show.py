@@ -5,13 +5,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hydra_pipe.errors import printable
 from hydra_pipe.units import format_bytes, format_seconds
+
+_LONGEST_SECONDS = 1e12
 
 
 def show_info(info: dict[str, Any]) -> None:
-    """Print what `Run.info` found."""
-    console = Console(highlight=False)
-    console.print(f"[bold]{info['path']}[/bold]  run {info['run_id']}")
+    """Print what `Run.info` found. What a run says is text, and no markup and nothing that a terminal obeys."""
+    console = Console(highlight=False, markup=False)
+    console.print(info["path"], style="bold", end="  ")
+    console.print(f"run {printable(info['run_id'])}")
 
     stages = Table("stage", "state", "what it found", box=None, pad_edge=False)
     for name, stage in info["stages"].items():
@@ -23,7 +27,8 @@ def show_info(info: dict[str, Any]) -> None:
 
     settings = info["stages"].get("record", {}).get("settings", {})
     console.print(
-        "settings: " + ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None))
+        "settings: "
+        + printable(", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None)))
     )
 
     recording = info.get("recording")
@@ -38,7 +43,7 @@ def show_info(info: dict[str, Any]) -> None:
     for block in recording["blocks"]:
         shape = "x".join(map(str, block["shape"]))
         cells = (block["group"], block["encoding"], block["columns"], block["bytes_a_row"])
-        blocks.add_row(block["name"], shape, *map(str, cells), "yes" if block["exact"] else "no: projected")
+        blocks.add_row(printable(block["name"]), shape, *map(str, cells), "yes" if block["exact"] else "no: projected")
     console.print(blocks)
 
 
@@ -47,10 +52,10 @@ def _facts(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if isinstance(value, dict) or name.endswith("sha256"):
             continue
-        if name.endswith("seconds"):
+        if name.endswith("seconds") and isinstance(value, int | float) and abs(value) < _LONGEST_SECONDS:
             shown.append(f"{name.removesuffix('seconds').rstrip('_') or 'took'} {format_seconds(value)}")
         elif isinstance(value, float):
             shown.append(f"{name} {value:.4g}")
         elif value is not None:
             shown.append(f"{name} {value:,}" if isinstance(value, int) else f"{name}: {value}")
-    return ", ".join(shown)
+    return printable(", ".join(shown))

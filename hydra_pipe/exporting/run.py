@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import UsageError
+from hydra_pipe.errors import StoreError, UsageError
 from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_tests
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
-from hydra_pipe.store.run import RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
+from hydra_pipe.store.rows import check_within
+from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
@@ -73,7 +75,14 @@ def export_run(
 def _export(directory: RunDirectory, method: str, top: int, full: bool, progress: Progress) -> None:
     stage, settings = export_stage(method), {"top": top, "full": full}
     gradients = Gradients(directory.path / names.GRADIENTS)
+    counts = checked_counts(gradients, directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}"))
     relevance = open_relevance(directory.path / names.RELEVANCE, method)
+    n_tests = columns_of(relevance).tests[-1][1]
+    fault = relevance.shortfall()
+    if relevance.shape[0] != counts.n_samples or n_tests > counts.n_tests:
+        fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {counts.n_tests} were recorded"
+    if fault is not None:
+        raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
     directory.begin(stage, settings)
     start = time.monotonic()
@@ -166,7 +175,9 @@ class _Export:
         visits = np.zeros(n_samples, np.int64)
         n_rows = self.gradients.rows.n_rows
         for first in range(0, n_rows, VISIT_ROWS):
-            visits += np.bincount(self.gradients.samples(slice(first, first + VISIT_ROWS)), minlength=n_samples)
+            samples = self.gradients.samples(slice(first, first + VISIT_ROWS))
+            check_within(samples, n_samples, f"samples of {self.gradients.path}")
+            visits += np.bincount(samples, minlength=n_samples)
         return visits
 
     def _classes_table(self, classes: ClassMeans | None) -> pa.Table:

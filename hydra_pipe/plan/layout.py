@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal, get_args
 
-from hydra_pipe.errors import BudgetError, StoreError
+from hydra_pipe.errors import BudgetError, StoreError, shown
 from hydra_pipe.maths.runs import run_length
 
 Encoding = Literal["dense", "factored", "kron", "sketch"]
@@ -16,6 +16,7 @@ ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
 LARGEST_WRITTEN_OUT = 2**20
 
 Columns = tuple[int, int]  # first and one past the last
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ class Layout:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Layout":
-        """Raises: StoreError: not a block directory, or one whose columns lie outside the array."""
+        """Raises: StoreError: not a block directory, or one whose columns lie outside the array or are not each of one block."""
         try:
-            n_features = int(data["n_features"])
+            n_features = _whole(data["n_features"], 1)
             blocks = tuple(_block_from_json(entry, n_features) for entry in data["blocks"])
-            return Layout(blocks, n_features, int(data["seed"]))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise StoreError(f"the block directory is damaged: {error!r}") from error
+            _check_columns(blocks, n_features)
+            return Layout(blocks, n_features, _whole(data["seed"], None))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"the block directory is damaged: {shown(error)}") from error
 
 
 def factored_part(layout: Layout) -> tuple[Layout, list[int], list[int]]:
@@ -103,30 +105,64 @@ def factored_part(layout: Layout) -> tuple[Layout, list[int], list[int]]:
 
 
 def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
+    name, encoding = data["name"], data["encoding"]
+    if not isinstance(name, str):
+        raise TypeError(f"a block called {shown(name)}")
+
     def columns(key: str) -> Columns:
-        first, last = (int(c) for c in data[key])
-        if not 0 <= first < last <= n_features:
-            raise ValueError(f"columns {first} to {last} of block {data['name']} lie outside 0 to {n_features}")
+        first, last = (_whole(c, 0) for c in data[key])
+        if not first < last <= n_features:
+            raise ValueError(f"columns {first} to {last} of block {name} lie outside 0 to {n_features}")
         return first, last
 
-    if data["encoding"] not in get_args(Encoding):
-        raise ValueError(f"unknown encoding {data['encoding']!r} of block {data['name']}")
-    return Block(
-        name=str(data["name"]),
-        shape=tuple(int(n) for n in data["shape"]),
-        group=int(data["group"]),
-        encoding=data["encoding"],
+    if encoding not in get_args(Encoding):
+        raise ValueError(f"unknown encoding {shown(encoding)} of block {name}")
+    block = Block(
+        name=name,
+        shape=tuple(_whole(n, 1) for n in data["shape"]),
+        group=_whole(data["group"], 0),
+        encoding=encoding,
         columns=columns("columns"),
         inputs=columns("inputs") if data["inputs"] is not None else None,
         kron=_sides(data),
     )
+    numel = 1
+    for n in block.shape:  # not `numel`: a product of many large numbers takes for ever
+        numel = _whole(numel * n, 1)
+    if (block.kron is None) == (encoding == "kron") or (block.inputs is not None and encoding != "factored"):
+        raise ValueError(f"block {name} is {encoding}, with inputs {data['inputs']} and kron {data['kron']}")
+    return block
 
 
 def _sides(data: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
     if data["kron"] is None:
         return None
-    outputs, inputs, k_out, k_in = (int(n) for n in data["kron"])
+    outputs, inputs, k_out, k_in = (_whole(n, 1) for n in data["kron"])
     return outputs, inputs, k_out, k_in
+
+
+def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
+    """Every column is of one block, but that a factored bias has those of its weight. Raises: ValueError."""
+    biases = [block.columns for block in blocks if block.encoding == "factored" and block.inputs is None]
+    owned = [
+        run for block in blocks if block.encoding != "factored" or block.inputs for run in (block.columns, block.inputs) if run
+    ]
+    if len(set(biases)) < len(biases) or not {block.columns for block in blocks if block.inputs is not None}.issuperset(biases):
+        raise ValueError("a factored bias has columns that are not those of a weight, or of two biases")
+    end = 0
+    for first, last in sorted(owned):
+        if first != end:
+            raise ValueError(f"columns {min(first, end)} to {max(first, end)} are of {'no block' if first > end else 'two blocks'}")
+        end = last
+    if end != n_features:
+        raise ValueError(f"columns {end} to {n_features} are of no block")
+
+
+def _whole(value: Any, least: int | None) -> int:
+    """A whole number that fits 64 bits, `least` or more. Raises: ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not (-_LARGEST if least is None else least) <= value <= _LARGEST:
+        raise ValueError(f"{shown(value)} is no size or index")
+    return value
 
 
 @dataclass(frozen=True)

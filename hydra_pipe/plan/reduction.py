@@ -39,6 +39,8 @@ GOOD_BYTES = 8 * 2**20
 TEST_MULTIPLE = 64
 # Blocks of samples, likewise.
 SAMPLE_MULTIPLE = 4096
+# Over the store, of folding: nobody waits for more.
+MOST_PASSES = 2**16
 
 
 @dataclass(frozen=True)
@@ -343,6 +345,8 @@ def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) ->
         return None
     scored = given.n_columns if given.n_factored else 0
     for samples in _sample_widths(given.n_samples):
+        if given.n_samples > samples * MOST_PASSES:
+            return None
         for reading in candidates:
             for tests in _test_widths(given):
                 peak = folding_peak_bytes(given, reading, samples, tests)

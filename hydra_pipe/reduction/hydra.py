@@ -29,6 +29,7 @@ from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import Hypergradients, write_folded
 from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.rows import check_within
 
 Floats = NDArray[np.float32]
 CountRows = Callable[[int], None]
@@ -217,8 +218,10 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
     for piece in store.rows.stream(run, job.plan.reading.rows):
         if piece.rows.start >= beside.stop:
             beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
-            samples = store.samples(beside)
-            weight = weights.of_rows(store.step_of_rows(beside), store.rows.scales(beside))
+            samples, steps = store.samples(beside), store.step_of_rows(beside)
+            check_within(samples, job.n_samples, f"samples of {store.path}")
+            check_within(steps, len(weights.values), f"steps of {store.path}")
+            weight = weights.of_rows(steps, store.rows.scales(beside))
         own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
         yield _Rows(piece.rows, piece.read, weight[own], samples[own])
 
@@ -307,8 +310,9 @@ def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums
     own = TestBlock(np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks])
     scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
     for piece in kept.rows.stream(run, job.plan.reading.rows):
-        found = scorer(piece.read, kept.rows.scales(piece.rows))
-        _add_scores(total, kept.samples(piece.rows), found, averages)
+        found, samples = scorer(piece.read, kept.rows.scales(piece.rows)), kept.samples(piece.rows)
+        check_within(samples, job.n_samples, f"samples of {kept.path}")
+        _add_scores(total, samples, found, averages)
         count_rows(len(found))
     return (total,)
 

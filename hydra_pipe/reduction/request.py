@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RunError, StoreError, UsageError
+from hydra_pipe.errors import RunError, UsageError
 from hydra_pipe.plan.reduction import (
     Answered,
     ReductionInput,
@@ -20,9 +20,10 @@ from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.store import names
+from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.hypergradients import Hypergradients
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
-from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Settings
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
@@ -111,18 +112,18 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     directory = RunDirectory.open(run)
     recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
     gradients = Gradients(directory.path / names.GRADIENTS)
-    checkpoint = _last_tests(gradients)
-    if recording.facts.get(PRUNED):
-        if options.keep_hypergradients:
-            raise RunError(
-                f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
-            )
-    else:
-        _check_complete(gradients, recording.count("n_rows"))
-    n_tests = gradients.test_rows(checkpoint).n_rows
+    counts = checked_counts(gradients, recording)
+    if recording.facts.get(PRUNED) and options.keep_hypergradients:
+        raise RunError(
+            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
+        )
+    n_tests = counts.n_tests
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = _grouped(Columns(spans), gradients, options.by)
-    return Request(directory, gradients, recording.count("n_samples"), checkpoint, columns, groups, options, scheduler)
+    request = Request(directory, gradients, counts.n_samples, counts.checkpoint, columns, groups, options, scheduler)
+    if request.from_kept:
+        Hypergradients(request.kept, gradients).check(gradients, counts.n_samples)
+    return request
 
 
 def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:
@@ -155,7 +156,7 @@ def reduction_input(
         grouped=columns.by is not None,
         n_steps=gradients.n_steps,
         n_blocks=len(gradients.layout.blocks),
-        n_groups=1 + max(block.group for block in gradients.layout.blocks),
+        n_groups=gradients.n_groups,
         item_bytes=rows.dtype.itemsize,
         test_item_bytes=tests.dtype.itemsize,
         shard_rows=rows.shard_rows,
@@ -207,20 +208,3 @@ def facts(plan: ReductionPlan) -> dict[str, Any]:
     """What the manifest keeps of a plan."""
     found = asdict(plan) | {"passes": plan.passes, "tasks": plan.tasks, "row_runs": len(plan.row_runs)}
     return found | {"test_blocks": len(plan.test_blocks), "sample_blocks": len(plan.sample_blocks)}
-
-
-def _last_tests(gradients: Gradients) -> int:
-    steps = gradients.test_steps()
-    if not steps:
-        raise StoreError(
-            f"{gradients.path} has no test gradients: call recorder.record_test(...) before recorder.close() and record again"
-        )
-    return steps[-1]
-
-
-def _check_complete(gradients: Gradients, n_rows: int) -> None:
-    if gradients.rows.n_rows != n_rows:
-        raise StoreError(f"{gradients.path} has {gradients.rows.n_rows} rows, {n_rows} were recorded: {ROWS_UNREADABLE}")
-    missing = gradients.missing()
-    if missing:
-        raise StoreError(f"{gradients.path}: {missing[0]}: {ROWS_UNREADABLE}")

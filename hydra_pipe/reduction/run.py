@@ -3,9 +3,10 @@
 import os
 import time
 from pathlib import Path
+from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, Span
+from hydra_pipe.plan.reduction import Answered, Order, ReductionInput, ReductionPlan, Span
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.hydra import Job, graphs
@@ -15,7 +16,8 @@ from hydra_pipe.store import names
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.relevance import columns_of, create_relevance, open_relevance
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
 
 # of the manifest's facts of a reduction that is not finished
@@ -142,12 +144,13 @@ def _answered(request: Request) -> Answered | None:
     """What an interrupted reduction has written to the end, and kept if this one is to keep it."""
     stage = request.directory.stages.get(reduce_stage(request.name))
     found = stage.facts.get(_ANSWERED) if stage is not None else None
-    try:
-        if found and request.options.keep_hypergradients and not found["keeping"]:
-            return None
-        return Answered(str(found["order"]), int(found["done"])) if found else None  # type: ignore[arg-type] # planned with, or refused
-    except (KeyError, TypeError, ValueError):
+    if not isinstance(found, dict) or (request.options.keep_hypergradients and not found.get("keeping")):
         return None
+    order, done = found.get("order"), found.get("done")
+    if order not in get_args(Order) or not is_count(done):
+        return None
+    n = request.n_samples if order == "fold first" else request.columns.n_tests
+    return Answered(cast(Order, order), done) if done <= n else None
 
 
 def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
@@ -160,7 +163,10 @@ def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
             return False
     except StoreError:
         return False
-    return request.columns.by is not None or all(first % array.chunks[1] == 0 for first, _ in plan.test_blocks)
+    rows, columns = array.chunks
+    if array.shards is not None or rows != chunk_samples(request.n_samples) or any(a % rows for a, _ in plan.sample_blocks):
+        return False
+    return request.columns.by is not None or all(first % columns == 0 for first, _ in plan.test_blocks)
 
 
 def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress) -> None:

@@ -8,15 +8,28 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from hydra_pipe.errors import StoreError
-from hydra_pipe.store.codec import COMPRESSOR, LEVEL, Bytes, ChunkCodec, RottenError, Shape, ShardCodec, StoredFile
+from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.store.codec import (
+    COMPRESSOR,
+    LEVEL,
+    MOST_CHUNK_BYTES,
+    MOST_RATIO,
+    Bytes,
+    ChunkCodec,
+    RottenError,
+    Shape,
+    ShardCodec,
+    StoredFile,
+)
 from hydra_pipe.store.files import files_below, read_file, replace_file
+from hydra_pipe.store.parsing import is_count, read_json
 
 METADATA = "zarr.json"
 CHUNKS = "c"
@@ -24,6 +37,13 @@ CHUNKS = "c"
 ROTTEN = (RottenError, OSError)
 # What taking metadata apart raises that are not what this project writes.
 _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+# Others may be pointers (object), or take any number of bytes for an element.
+_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64", "int8", "int64", "uint8")}
+# Windows up to this are made room for without a look at whether the array's files can hold so much.
+_FREE_BYTES, _FREE_FILES = 32 * 2**20, 1024
+# Groups within groups, of a store; values of a row.
+_MOST_LEVELS = 8
+_MOST_WIDTH = 2**40
 
 
 class Group:
@@ -57,10 +77,10 @@ class Group:
         try:
             metadata = read_metadata(path)
             if metadata["node_type"] != "group":
-                raise ValueError(f"a {metadata['node_type']}, not a group")
-            return cls(path, dict(metadata["attributes"]))
-        except (*_MALFORMED, FileNotFoundError) as error:
-            raise StoreError(f"the metadata of {path} is damaged ({error}): {consequence}") from error
+                raise ValueError(f"a {shown(metadata['node_type'])}, not a group")
+            return cls(path, _attributes(metadata))
+        except (*_MALFORMED, OSError) as error:
+            raise StoreError(f"the metadata of {path} is damaged ({shown(error)}): {consequence}") from error
 
     def group(self, name: str) -> "Group | None":
         """Sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
@@ -83,13 +103,17 @@ class Group:
 
     def array_names(self) -> list[str]:
         """Of the arrays in this group and in those below it, sorted. Raises: StoreError: metadata are damaged."""
-        found = []
+        return sorted(self._array_names(_MOST_LEVELS))
+
+    def _array_names(self, levels: int) -> Iterator[str]:
         for path, metadata in self._members():
             if metadata["node_type"] == "array":
-                found.append(path.name)
+                yield path.name
+            # a link may lead back here
+            elif path.is_symlink() or not levels:
+                raise StoreError(f"{path} is a link to a group, or more than {_MOST_LEVELS} groups deep")
             else:
-                found += [f"{path.name}/{name}" for name in Group(path, {}).array_names()]
-        return sorted(found)
+                yield from (f"{path.name}/{name}" for name in Group(path, {})._array_names(levels - 1))
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.path.iterdir(), key=lambda path: path.name):
@@ -97,8 +121,8 @@ class Group:
                 try:
                     metadata = read_metadata(path)
                     yield path, {"node_type": metadata["node_type"]}
-                except _MALFORMED as error:
-                    raise StoreError(f"the metadata of {path} is damaged ({error})") from error
+                except (*_MALFORMED, OSError) as error:
+                    raise StoreError(f"the metadata of {path} is damaged ({shown(error)})") from error
 
 
 class Array:
@@ -115,8 +139,10 @@ class Array:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path = path
         self.metadata = metadata
-        self.shape = _sizes(metadata["shape"], smallest=0)
-        self.dtype = np.dtype(str(metadata["data_type"])).newbyteorder("<")
+        # only the first dimension grows, from nothing
+        self.shape = (*_sizes(metadata["shape"][:1], smallest=0), *_sizes(metadata["shape"][1:]))
+        self.attributes = _attributes(metadata)
+        self.dtype = _DTYPES[metadata["data_type"]]
         self._file_shape = _sizes(metadata["chunk_grid"]["configuration"]["chunk_shape"])
         codecs, self.chunks, self.shards = metadata["codecs"], self._file_shape, None
         if codecs[0]["name"] == "sharding_indexed":
@@ -129,12 +155,17 @@ class Array:
             raise ValueError(f"codecs {', '.join(codec['name'] for codec in codecs)}, not bytes, blosc, crc32c")
         if not len(self.shape) == len(self._file_shape) == len(self.chunks) or len(self.shape) not in (1, 2):
             raise ValueError(f"{len(self.shape)} dimensions in chunks of {len(self.chunks)}")
+        if any(n > _MOST_WIDTH for n in self.shape[1:]):
+            raise ValueError(f"rows of {self.shape[1:]} values")
+        if prod(self.chunks) * self.dtype.itemsize > MOST_CHUNK_BYTES:
+            raise ValueError(f"chunks of {self.chunks} are larger than {MOST_CHUNK_BYTES} bytes")
         if any(n % chunk for n, chunk in zip(self._file_shape, self.chunks, strict=True)):
             raise ValueError(f"chunks of {self.chunks} do not fill shards of {self._file_shape}")
         chunk = ChunkCodec(self.chunks, self.dtype, unwritten(self.dtype), codecs[1]["configuration"]["shuffle"] == "shuffle")
         self.codec: ChunkCodec | ShardCodec = chunk
         if self.shards is not None:
             self.codec = ShardCodec(chunk, tuple(n // c for n, c in zip(self.shards, self.chunks, strict=True)))
+        self._held_against_files = False
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -142,10 +173,10 @@ class Array:
         try:
             metadata = read_metadata(path)
             if metadata["node_type"] != "array":
-                raise ValueError(f"a {metadata['node_type']}, not an array")
+                raise ValueError(f"a {shown(metadata['node_type'])}, not an array")
             return cls(path, metadata)
         except (*_MALFORMED, OSError) as error:
-            raise StoreError(f"{path} is missing or damaged ({error})") from error
+            raise StoreError(f"{path} is missing or damaged ({shown(error)})") from error
 
     @classmethod
     def create(
@@ -208,19 +239,23 @@ class Array:
         return cls(path, metadata)
 
     @property
-    def attributes(self) -> dict[str, Any]:
-        """As JSON has them."""
-        return dict(self.metadata["attributes"])
-
-    @property
     def n_bytes(self) -> int:
         """Of the decoded values."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def file_rows(self) -> int:
         """Rows of a file."""
         return self._file_shape[0]
+
+    @property
+    def files_hold_rows(self) -> bool:
+        """Whether a file holds whole rows."""
+        return len(self.shape) == 1 or self._file_shape[1] >= self.shape[1]
+
+    def stored_like(self, other: "Array") -> bool:
+        """Whether files of the two are of one shape and dtype."""
+        return (self._file_shape, self.chunks, self.dtype) == (other._file_shape, other.chunks, other.dtype)
 
     def file_path(self, at: Shape) -> Path:
         """Where the file at a place of the grid is."""
@@ -228,7 +263,7 @@ class Array:
 
     def fetch(self, at: Shape) -> Bytes:
         """The bytes of a file, read-only. Raises: OSError."""
-        return np.frombuffer(read_file(self.file_path(at)), np.uint8)
+        return np.frombuffer(read_file(self.file_path(at), self.codec.most_bytes), np.uint8)
 
     def read(self, *window: slice) -> NDArray[Any]:
         """Values of a window, every checksum checked.
@@ -242,11 +277,15 @@ class Array:
         whole = [
             w.indices(n)[:2] for w, n in zip((*window, *(slice(None),) * (len(self.shape) - len(window))), self.shape, strict=True)
         ]
-        out = np.empty([max(0, high - low) for low, high in whole], self.dtype)
+        sizes = [max(0, high - low) for low, high in whole]
+        places = [range(low // n, -(-high // n)) for (low, high), n in zip(whole, self._file_shape, strict=True)]
+        if 0 not in sizes:
+            self._check_room(prod(sizes) * self.dtype.itemsize, prod(map(len, places)))
+        out = np.empty(sizes, self.dtype)
         if not out.size:
             return out
         scratch: list[NDArray[Any]] = []
-        for at in product(*(range(low // n, -(-high // n)) for (low, high), n in zip(whole, self._file_shape, strict=True))):
+        for at in product(*places):
             inside, place = [], []
             for i, n, (low, high) in zip(at, self._file_shape, whole, strict=True):
                 first, last = max(low, i * n), min(high, (i + 1) * n)
@@ -270,9 +309,42 @@ class Array:
 
     def missing_files(self) -> int:
         """Files that the array's shape calls for and that are not there."""
-        places = product(*(range(-(-n // size)) for n, size in zip(self.shape, self._file_shape, strict=True)))
-        present = files_below(self.path / CHUNKS)
-        return sum("/".join(map(str, at)) not in present for at in places)
+        return self._n_files - len(self._present())
+
+    def shortfall(self) -> str | None:
+        """What the shape calls for and cannot be in the files: "lacks 3 chunk files". Reads no file. None where all may be there.
+
+        An array may say any shape. What is made as large as it says must have been held against its files before.
+        """
+        present = self._present()
+        if len(present) < self._n_files:
+            return f"lacks {self._n_files - len(present)} chunk files"
+        n_bytes = sum(present.values())
+        if self.n_bytes > MOST_RATIO * n_bytes:
+            return f"says it has {self.n_bytes} bytes, which cannot come of files of {n_bytes}"
+        return None
+
+    @property
+    def _n_files(self) -> int:
+        return prod(-(-n // size) for n, size in zip(self.shape, self._file_shape, strict=True))
+
+    def _present(self) -> dict[Shape, int]:
+        """Bytes of each file that is there and that the shape calls for, by its place in the grid."""
+        found = {}
+        for name, n_bytes in files_below(self.path / CHUNKS).items():
+            at = tuple(int(part) for part in name.split("/") if part.isdecimal())
+            inside = len(at) == len(self.shape) and all(i * n < s for i, n, s in zip(at, self._file_shape, self.shape, strict=True))
+            if inside and "/".join(map(str, at)) == name:
+                found[at] = n_bytes
+        return found
+
+    def _check_room(self, n_bytes: int, n_files: int) -> None:
+        """Before room is made for `n_bytes` of so many files. Raises: RottenError: the array's files cannot hold what it says."""
+        if (n_bytes <= _FREE_BYTES and n_files <= _FREE_FILES) or self._held_against_files:
+            return
+        if fault := self.shortfall():
+            raise RottenError(f"it {fault}")
+        self._held_against_files = True
 
 
 @contextmanager
@@ -281,13 +353,12 @@ def damage_named(what: object, consequence: str) -> Iterator[None]:
     try:
         yield
     except ROTTEN as error:
-        message = str(error).strip().split("\n")[-1]
-        raise StoreError(f"{what} cannot be read ({message}): {consequence}") from error
+        raise StoreError(f"{what} cannot be read ({shown(error)}): {consequence}") from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """`zarr.json` of the group or array at `path`. Raises: ValueError, KeyError, OSError."""
-    metadata = json.loads(read_file(path / METADATA))
+    metadata = read_json(path / METADATA)
     if not isinstance(metadata, dict) or metadata["zarr_format"] != 3:
         raise ValueError("not Zarr v3")
     return metadata
@@ -309,8 +380,14 @@ def unwritten(dtype: np.dtype[Any]) -> Any:
     return dtype.type(0)
 
 
+def _attributes(metadata: dict[str, Any]) -> dict[str, Any]:
+    attributes = metadata["attributes"]
+    if not isinstance(attributes, dict):
+        raise TypeError(f"attributes of {shown(attributes)}")
+    return attributes
+
+
 def _sizes(values: Any, smallest: int = 1) -> Shape:
-    sizes = tuple(values)
-    if not all(isinstance(n, int) and n >= smallest for n in sizes):
-        raise ValueError(f"sizes of {list(sizes)}")
-    return sizes
+    if not isinstance(values, list | tuple) or not all(is_count(n, smallest) for n in values):
+        raise ValueError(f"sizes of {shown(values)}")
+    return tuple(values)

@@ -2,11 +2,11 @@
 
 import hashlib
 import io
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hydra_pipe.store.files import read_file, remove, replace_file
 KEPT = 3
 _NAME = re.compile(r"step-(\d{10,})-([0-9a-f]{16})\.pt")
 # what torch.load raises on bytes that are not what it has written, or hold more than plain values
-_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def save_final(directory: Path, model: nn.Module) -> str:

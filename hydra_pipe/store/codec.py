@@ -8,6 +8,7 @@ checksum is verified, and that it holds as many bytes as a chunk has.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import google_crc32c
@@ -22,6 +23,10 @@ COMPRESSOR, LEVEL = "lz4", 5
 _ABSENT = 2**64 - 1
 _CHECKSUM_BYTES = 4
 _BLOSC_HEADER_BYTES = 16
+_BLOSC_FORMAT_LZ4 = 1
+# What Blosc can hold in one chunk, and how many bytes LZ4 can make of one.
+MOST_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
+MOST_RATIO = 255
 
 
 class RottenError(ValueError):
@@ -47,7 +52,12 @@ class ChunkCodec:
     @property
     def n_bytes(self) -> int:
         """Of a decoded chunk."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def most_bytes(self) -> int:
+        """Of an encoded chunk with its checksum: Blosc keeps as it is what does not compress."""
+        return self.n_bytes + _BLOSC_HEADER_BYTES + _CHECKSUM_BYTES
 
     def encode(self, window: NDArray[Any]) -> list[bytes]:
         """A chunk, filled up at the array's edges, and its checksum."""
@@ -66,9 +76,11 @@ class ChunkCodec:
         sizes = np.frombuffer(body[4:_BLOSC_HEADER_BYTES].tobytes(), "<u4") if len(body) >= _BLOSC_HEADER_BYTES else (0, 0, 0)
         if int(sizes[0]) != self.n_bytes or int(sizes[2]) != len(body):
             raise RottenError(f"a chunk of {self.n_bytes} bytes says it has {int(sizes[0])}")
+        if int(body[2]) >> 5 != _BLOSC_FORMAT_LZ4:
+            raise RottenError("a chunk is compressed by something else than LZ4")
         try:
             blosc.decompress(body, out)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise RottenError(str(error)) from error
 
 
@@ -83,6 +95,11 @@ class ShardCodec:
 
     chunk: ChunkCodec
     grid: Shape
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a file."""
+        return prod(self.grid) * (self.chunk.most_bytes + 16) + _CHECKSUM_BYTES
 
     def encode(self, values: NDArray[Any]) -> list[bytes]:
         """The file's content in pieces. Chunks past the end of `values` are left out."""
@@ -102,11 +119,16 @@ class ShardCodec:
 
     def index(self, content: Bytes) -> NDArray[np.uint64]:
         """Offset and size of each chunk, shape (*grid, 2). Raises: RottenError."""
-        n_bytes = int(np.prod(self.grid)) * 16
+        n_bytes = prod(self.grid) * 16
         if len(content) < n_bytes + _CHECKSUM_BYTES:
             raise RottenError(f"a shard of {len(content)} bytes is too short")
         table = verified(content[-n_bytes - _CHECKSUM_BYTES :])
-        return np.frombuffer(table.tobytes(), "<u8").reshape(*self.grid, 2)
+        index = np.frombuffer(table.tobytes(), "<u8").reshape(*self.grid, 2)
+        sizes = index[index[..., 0] != _ABSENT, 1]
+        # chunks that share their bytes would decode to any amount
+        if sizes.size and max(int(sizes.max()), int(sizes.sum())) > len(content):
+            raise RottenError(f"the chunks of a shard of {len(content)} bytes overlap")
+        return index
 
 
 class StoredFile:
@@ -150,10 +172,11 @@ class StoredFile:
             if target.shape == shape and target.flags.c_contiguous:
                 self._chunk.decode(self._bytes(at), target)
                 continue
+            content = self._bytes(at)
             scratch = [] if scratch is None else scratch
             if not scratch:
                 scratch.append(np.empty(shape, self._chunk.dtype))
-            self._chunk.decode(self._bytes(at), scratch[0])
+            self._chunk.decode(content, scratch[0])
             target[...] = scratch[0][tuple(inside)]
 
     def _bytes(self, at: Shape) -> Bytes:
@@ -162,6 +185,8 @@ class StoredFile:
             raise RottenError(f"chunk {at} was never written")
         if offset + size > len(self._content):
             raise RottenError(f"chunk {at} is not within its file")
+        if self._chunk.n_bytes > MOST_RATIO * size:
+            raise RottenError(f"chunk {at} of {self._chunk.n_bytes} bytes cannot come of {size}")
         return self._content[offset : offset + size]
 
 

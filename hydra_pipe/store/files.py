@@ -4,8 +4,11 @@ A run on a local disk is a `pathlib.Path`. One in an object store is a `upath.UP
 an object, put there in one request, and a directory is nothing but the beginning of names. What differs is in this module.
 """
 
+import errno
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from hydra_pipe.errors import RunError
+from hydra_pipe.errors import RunError, StoreError
 
 # how the names of files end that are not whole yet
 PARTIAL = ".partial"
 # what fsspec needs for a protocol -> the extra of this package that has it
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# what making a directory or a file raises where the other stands
+_IN_THE_WAY = (IsADirectoryError, FileExistsError, NotADirectoryError)
 
 
 def location(path: "str | os.PathLike[str]") -> Path:
@@ -58,12 +63,38 @@ def is_remote(path: Path) -> bool:
     return _is_url_path(path)
 
 
-def read_file(path: Path) -> bytes:
-    """A whole file, in one request. Raises: OSError."""
+def read_file(path: Path, most_bytes: int | None = None) -> bytes:
+    """A whole file, in one request.
+
+    Args:
+        path: of the file.
+        most_bytes: that it can have. A disk says how many it has, an object store is believed.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is none: a pipe would have us wait for ever, a device has no end.
+    """
     if is_remote(path):
         content: bytes = _fs(path).cat_file(_name(path))
         return content
-    return path.read_bytes()
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes, {most_bytes} at most", str(path))
+        return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, which may be larger than memory on a disk. Raises: OSError."""
+    if is_remote(path):
+        return hashlib.sha256(read_file(path)).hexdigest()
+    with open(path, "rb", opener=_open_at_once) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -> None:
@@ -73,13 +104,19 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
         path: of the file; its directory is made if it is not there.
         content: of the file.
         safely: return when it is safe on the disk. In an object store it always is.
+
+    Raises:
+        StoreError: a directory is in its place, or a file in that of its directory. OSError: the disk is full or gone.
     """
     if is_remote(path):
         _fs(path).pipe_file(_name(path), b"".join(content))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own: a task of a cluster that was given up on may still be writing the same file
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except _IN_THE_WAY as error:
+        raise _in_the_way(path, error) from error
     try:
         with open(partial, "wb") as file:
             file.writelines(content)
@@ -87,8 +124,10 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, IsADirectoryError):
+            raise _in_the_way(path, error) from error
         raise
 
 
@@ -138,16 +177,19 @@ def files_below(path: Path) -> dict[str, int]:
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
         return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
-    return dict(_local_files(os.fspath(path), "")) if path.is_dir() else {}
+    return dict(_local_files(os.fspath(path))) if path.is_dir() else {}
 
 
-def _local_files(directory: str, prefix: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _local_files(entry.path, f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name, entry.stat().st_size
+def _local_files(root: str) -> Iterator[tuple[str, int]]:
+    waiting = [(root, "")]
+    while waiting:
+        directory, prefix = waiting.pop()
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
+                elif entry.is_file():  # not a link that leads nowhere
+                    yield prefix + entry.name, entry.stat().st_size
 
 
 def tree_bytes(path: Path) -> int:
@@ -170,8 +212,11 @@ def replaced_directory(path: Path) -> Iterator[Path]:
                 _fs(path).put_file(os.path.join(scratch, name), _name(path / name))
         return
     partial = path.with_name(path.name + PARTIAL)
-    remove(partial)
-    partial.mkdir(parents=True)
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+    except _IN_THE_WAY as error:
+        raise _in_the_way(path, error) from error
     try:
         yield partial
         remove(path)
@@ -179,6 +224,10 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _in_the_way(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be written ({error.strerror}): remove what is in its place")
 
 
 def _fs(path: Path) -> Any:

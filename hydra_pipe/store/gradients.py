@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import StoreError
+from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
-from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, joined, read_array
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, check_kind, check_within, joined, read_array
 
 NO_GOING_ON = "load an earlier state, or record the run again"
 
@@ -36,6 +37,17 @@ STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IM
 ROWS_OF_STEP = {names.FIRST_ROW: "int64", names.N_ROWS: "int64"}
 # arrays of rows
 ROW_COLUMNS = (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE)
+
+_GROUP_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in GROUP_COLUMNS.items()}
+_BLOCK_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in BLOCK_COLUMNS.items()}
+_DTYPES = {
+    names.SAMPLE: "int64",
+    names.STEP: "int64",
+    names.CURVATURE: "float32",
+    **_GROUP_TABLES,
+    **_BLOCK_TABLES,
+    **{f"{names.STEPS}/{name}": dtype for name, dtype in (STEP_COLUMNS | ROWS_OF_STEP).items()},
+}
 
 
 @dataclass(frozen=True)
@@ -75,21 +87,20 @@ class Gradients:
             raise StoreError(f"{path} has no block directory: {ROWS_UNREADABLE}")
         self.layout = Layout.from_json(layout)
         self._columns: dict[str, Array] = {}
+        self._names: list[str] | None = None
         self._parts = self._groups_of_parts()
-        self.rows = Rows(self._parts)
-        if self.rows.widths != {self.layout.n_features}:
-            raise StoreError(
-                f"rows of {path} have {sorted(self.rows.widths)} features, not {self.layout.n_features}: {ROWS_UNREADABLE}"
-            )
+        self.rows = Rows(self._parts, self.layout.n_features, len(self.layout.blocks))
 
     def _groups_of_parts(self) -> list[Group]:
         n_ranks = self._root.attributes.get(names.N_RANKS)
         if n_ranks is None:
             return [self._root]
-        groups = [self._root.group(names.rank_name(rank)) for rank in range(n_ranks)] if isinstance(n_ranks, int) else []
-        found = [group for group in groups if group is not None]
+        found: list[Group] = []
+        # up to the first that is not there, however many it says
+        while is_count(n_ranks) and len(found) < n_ranks and (group := self._root.group(names.rank_name(len(found)))) is not None:
+            found.append(group)
         if not found or len(found) != n_ranks:
-            raise StoreError(f"{self.path} has the rows of {len(found)} processes, {n_ranks} recorded: {ROWS_UNREADABLE}")
+            raise StoreError(f"{self.path} has the rows of {len(found)} processes, {shown(n_ranks)} recorded: {ROWS_UNREADABLE}")
         return found
 
     @property
@@ -105,7 +116,7 @@ class Gradients:
     @property
     def n_groups(self) -> int:
         """Parameter groups of the optimiser."""
-        return int(self._root.array(f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1])
+        return self._array(f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1]
 
     def check_kept(self, kept: Kept) -> None:
         """Refuse to go on where something of `kept` is not there. Raises: StoreError."""
@@ -137,10 +148,10 @@ class Gradients:
     def rows_of_steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First row and number of rows of each step in each process's part, both (step, rank). Raises: StoreError: damaged."""
         starts = [0, *ends_of(self.rows.part_rows)][:-1]
-        first, counts = (
-            np.stack([read_array(self._array(f"{names.STEPS}/{name}", part), slice(None)) for part in range(self.n_ranks)], axis=1)
-            for name in ROWS_OF_STEP
-        )
+        arrays = [[self._array(f"{names.STEPS}/{name}", part) for part in range(self.n_ranks)] for name in ROWS_OF_STEP]
+        if len(lengths := {array.shape[0] for of_parts in arrays for array in of_parts}) > 1:
+            raise StoreError(f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: {ROWS_UNREADABLE}")
+        first, counts = (np.stack([read_array(array, slice(None)) for array in of_parts], axis=1) for of_parts in arrays)
         return first + np.array(starts), counts
 
     def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
@@ -152,8 +163,20 @@ class Gradients:
         key = str(group.path / name)
         array = self._columns.get(key)
         if array is None:
-            array = self._columns[key] = group.array(name)
+            array = group.array(name)
+            if name in _DTYPES:
+                check_kind(array, (_DTYPES[name],), self._width(name, array))
+            self._columns[key] = array
         return array
+
+    def _width(self, name: str, array: Array) -> int | None:
+        """That array `name` must have; None: it has one value a row."""
+        if name in _BLOCK_TABLES:
+            return len(self.layout.blocks)
+        if name not in _GROUP_TABLES:
+            return None
+        # of groups that no block is in nothing else tells
+        return max([1 + max(block.group for block in self.layout.blocks), *array.shape[1:2]])
 
     @property
     def n_steps(self) -> int:
@@ -193,15 +216,20 @@ class Gradients:
     def test_steps(self) -> list[int]:
         """Steps at which test gradients were taken, in order."""
         group = self._root.group(names.TEST)
-        return sorted(int(name) for name in group.group_names()) if group is not None else []
+        found = group.group_names() if group is not None else []
+        if strange := [name for name in found if not (name.isascii() and name.isdecimal())]:
+            raise StoreError(f"{self.path}/{names.TEST} has {shown(strange[0])}, which is no number of steps: {ROWS_UNREADABLE}")
+        return sorted(map(int, found))
 
     def test_rows(self, step: int) -> Rows:
         """Test gradients taken after `step` steps. Raises: StoreError: there are none."""
-        return Rows([self._test_group(step)])
+        return Rows([self._test_group(step)], self.layout.n_features, len(self.layout.blocks))
 
     def test_losses(self, step: int) -> NDArray[np.float32]:
         """Loss of each test sample after `step` steps."""
-        return read_array(self._test_group(step).array(names.LOSS), slice(None))
+        array = self._test_group(step).array(names.LOSS)
+        check_kind(array, ("float32",), None)
+        return read_array(array, slice(None))
 
     def _test_group(self, step: int) -> Group:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
@@ -210,20 +238,53 @@ class Gradients:
         return group
 
     def labels(self, which: str) -> NDArray[Any] | None:
-        """Labels of the samples or test samples: int64, or str where they were named; None where unknown."""
+        """Labels of the samples or test samples: int64, or str objects where they were named; None where unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
         group = self._root.group(names.LABELS)
-        if group is None or not (group.path / which).is_dir():
+        if group is None or not (group.path / which).exists():
             return None
         array = group.array(which)
+        check_kind(array, ("int64",), None)
         with damage_named(array.path, "labels are not readable"):
             codes = array.read()
         label_names = array.attributes.get(names.LABEL_NAMES)
-        return codes if label_names is None else np.asarray(label_names)[codes]
+        if label_names is None:
+            return codes
+        found = label_objects(label_names)
+        if found is None:
+            raise StoreError(f"{array.path} is damaged: its names are not a list of strings: labels are not readable")
+        check_within(codes, len(found), f"labels of {array.path}")
+        labels: NDArray[Any] = found[codes]
+        return labels
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Every array of the store with its name, for those who check or measure all of it."""
-        for name in self._root.array_names():
-            yield name, self._root.array(name)
+        if self._names is None:
+            self._names = self._root.array_names()
+        for name in self._names:
+            yield name, self._array(name)
+
+    def lengths(self, checkpoint: int) -> dict[str, int]:
+        """Rows of every array, by its name, once it is of the dtype and width that it is read as. Reads metadata only.
+
+        Args:
+            checkpoint: step of the test gradients that are to be read, which must be as rows are.
+
+        Raises:
+            StoreError: damaged.
+        """
+        found = dict(self.arrays())
+        for part in range(self.n_ranks):
+            for name in (*ROW_COLUMNS[2:], *(f"{names.STEPS}/{name}" for name in ROWS_OF_STEP)):
+                self._array(name, part)
+        for which in (names.TRAIN_LABELS, names.TEST_LABELS):
+            if (labels := found.get(f"{names.LABELS}/{which}")) is not None:
+                check_kind(labels, ("int64",), None)
+        self.test_rows(checkpoint)
+        return {name: array.shape[0] for name, array in found.items()}
 
     def expected_rows(self, part_rows: Sequence[int], n_steps: int, n_tests: int) -> dict[str, int]:
         """Every array that a finished recording must have, and its length."""
@@ -243,6 +304,18 @@ class Gradients:
         parts = [""] if self.n_ranks == 1 else [f"{names.rank_name(rank)}/" for rank in range(self.n_ranks)]
         return [f"{part}{name}" for part in parts for name in (names.GRADIENT, names.SCALE, names.CURVATURE)]
 
-    def missing(self) -> list[str]:
-        """Arrays of which chunks are not there."""
-        return [f"{name} lacks {n} chunk files" for name, array in self.arrays() if (n := array.missing_files()) > 0]
+    def missing(self, *, pruned: bool = False) -> list[str]:
+        """Arrays of which chunks are not there, or cannot hold what the array says."""
+        gone = self.pruned_arrays() if pruned else []
+        arrays = ((name, array) for name, array in self.arrays() if name not in gone)
+        return [f"{name} {fault}" for name, array in arrays if (fault := array.shortfall())]
+
+
+def label_objects(label_names: Any) -> NDArray[Any] | None:
+    """Names of labels as NumPy holds them: as objects, for as fixed-width strings one long name would be paid for by all.
+
+    None where `label_names`, from JSON, is not a list of strings.
+    """
+    if not isinstance(label_names, list) or not all(isinstance(name, str) for name in label_names):
+        return None
+    return np.array(label_names, object)

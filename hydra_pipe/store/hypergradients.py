@@ -18,11 +18,12 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.rows import Rows, joined, read_array
+from hydra_pipe.store.rows import ROW_DTYPES, Rows, check_kind, joined, read_array
 
 HYPERGRADIENTS_UNREADABLE = "keep them again with hydra-pipe reduce --keep-hypergradients --overwrite"
 # of a file of `folded`, decoded
 _FILE_BYTES = 16 * 2**20
+_COUNTED_AT_ONCE = 2**20
 MOST_FILE_ROWS = 4096
 
 
@@ -42,11 +43,12 @@ class Hypergradients:
         self._root = Group.open(path, HYPERGRADIENTS_UNREADABLE)
         if self._root.attributes.get(names.RUN_ID) != gradients.run_id:
             raise StoreError(f"{path} is of another recording: {HYPERGRADIENTS_UNREADABLE}")
+        _check_width(self._root, gradients)
         # the layout of the factored columns alone, and where they are in that of the run
         self.layout, self.columns, self.blocks = factored_part(gradients.layout)
         self.folded = self._root.array(names.FOLDED) if len(self.columns) < gradients.layout.n_features else None
         self._parts = _parts(self._root, gradients.n_ranks) if self.columns else []
-        self.rows = Rows(self._parts) if self.columns else None
+        self.rows = Rows(self._parts, len(self.columns), len(self.blocks)) if self.columns else None
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
         """Training sample of each of some rows of what is factored. Raises: StoreError: damaged."""
@@ -61,6 +63,18 @@ class Hypergradients:
     def arrays(self) -> list[tuple[str, Array]]:
         """Every array with its name."""
         return [(name, self._root.array(name)) for name in self._root.array_names()]
+
+    def check(self, gradients: Gradients, n_samples: int) -> None:
+        """Hold shapes against those of the run, and against the files. Reads no values. Raises: StoreError."""
+        if self.folded is not None:
+            check_kind(self.folded, ("float32",), gradients.layout.n_features - len(self.columns))
+        for part in self._parts:
+            check_kind(part.array(names.SAMPLE), ("int64",), None)
+        for name, shape in self.expected_shapes(gradients, n_samples).items():
+            array = self._root.array(name)
+            fault = f"has shape {array.shape}, not {shape}" if array.shape != shape else array.shortfall()
+            if fault is not None:
+                raise StoreError(f"{array.path} {fault}: {HYPERGRADIENTS_UNREADABLE}")
 
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
         """Every array that must be there, and its shape."""
@@ -118,6 +132,20 @@ def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
     array = Array.open(path / names.FOLDED)
     for low in range(0, len(sums), array.file_rows):
         array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows])
+
+
+def _check_width(root: Group, gradients: Gradients) -> None:
+    """Before the factored columns are counted one by one: where they are many, some row of so many must be there."""
+    if gradients.layout.n_features <= _COUNTED_AT_ONCE:
+        return
+    factored = [block for block in gradients.layout.blocks if block.encoding == "factored" and block.inputs is not None]
+    width = sum(last - first for block in factored for first, last in (block.columns, block.inputs or (0, 0)))
+    if width > _COUNTED_AT_ONCE:
+        array = root.array(f"{_part_name(0, gradients.n_ranks)}/{names.GRADIENT}")
+        check_kind(array, ROW_DTYPES, width)
+        fault = array.shortfall() if array.shape[0] else "has no rows"
+        if fault is not None:
+            raise StoreError(f"{array.path} {fault}: {HYPERGRADIENTS_UNREADABLE}")
 
 
 def _parts(root: Group, n_ranks: int) -> Sequence[Group]:

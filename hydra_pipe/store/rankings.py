@@ -1,5 +1,6 @@
 """Names, schemas and metadata of the Parquet tables."""
 
+import re
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,12 @@ SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
 MATRIX: Final = "matrix"
 SCHEMA_VERSION: Final = "1"
+_TABLE: Final = re.compile(r"(matrix/)?(part-[0-9]{5,9}|samples|classes)\.parquet")
+
+
+def is_table(name: str) -> bool:
+    """Whether an export writes a file called so, relative to its directory."""
+    return _TABLE.fullmatch(name) is not None
 
 
 def metadata(method: str, run_id: str) -> dict[str, str]:
@@ -28,7 +35,7 @@ def metadata(method: str, run_id: str) -> dict[str, str]:
 
 def label_type(labels: NDArray[Any] | None) -> pa.DataType:
     """Integers stay int64, names are strings; unknown labels are nulls of int64."""
-    return pa.string() if labels is not None and labels.dtype.kind == "U" else pa.int64()
+    return pa.string() if labels is not None and labels.dtype.kind in "UO" else pa.int64()
 
 
 def ranking_schema(test_labels: pa.DataType, train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.errors import StoreError, UsageError, shown
 from hydra_pipe.plan.selection import Span, parse_selection, size_of, write_selection
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.files import remove
+from hydra_pipe.store.parsing import is_count, is_plain
 
 RELEVANCE_UNREADABLE = "the relevance is not readable: compute it again with hydra-pipe reduce --overwrite"
 CHUNK_SAMPLES, CHUNK_TESTS = 4096, 64
@@ -62,11 +63,18 @@ class Columns:
         return np.concatenate([np.arange(*span) for span in self.tests])
 
     def labels(self, test_labels: NDArray[Any] | None) -> NDArray[Any] | None:
-        """Labels of the columns, given those of all test samples; None where there are none. Shape (column,)."""
+        """Labels of the columns, given those of all test samples; None where there are none. Shape (column,).
+
+        Raises:
+            StoreError: there are fewer labels than test samples.
+        """
         if self.by == MEAN:
             return None
         if self.by == BY_LABEL:
-            return np.array(self.names)
+            named = any(isinstance(name, str) for name in self.names)
+            return np.array(self.names, object if named else np.int64)
+        if test_labels is not None and self.tests[-1][1] > len(test_labels):
+            raise StoreError(f"there are columns of test samples up to {self.tests[-1][1] - 1}, and {len(test_labels)} labels")
         return None if test_labels is None else test_labels[self.test_ids]
 
     def to_attributes(self) -> dict[str, Any]:
@@ -90,9 +98,14 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
     Group.create(path, {names.KIND: "relevance", names.RUN_ID: run_id})
     remove(path / name)
     attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT} | columns.to_attributes()
-    chunks = (min(CHUNK_SAMPLES, n_samples), min(CHUNK_TESTS, width))
+    chunks = (chunk_samples(n_samples), min(CHUNK_TESTS, width))
     dimensions = (names.SAMPLE_DIM, names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM)
     return Array.create(path / name, (n_samples, columns.n_columns), "float32", dimensions, chunks, attributes=attributes)
+
+
+def chunk_samples(n_samples: int) -> int:
+    """Samples of a chunk."""
+    return min(CHUNK_SAMPLES, n_samples)
 
 
 def columns_of(array: Array) -> Columns:
@@ -102,17 +115,32 @@ def columns_of(array: Array) -> Columns:
         by = found.get(names.BY)
         # no number of test samples is given here that could be too small for an id
         tests = parse_selection(found[names.TESTS], sys.maxsize)
-        columns = Columns(tests, by, tuple(found[names.LABEL_NAMES]) if by else ())
-        if columns.n_columns != array.shape[1] or by not in (None, *GROUPINGS):
+        if by not in (None, *GROUPINGS) or not isinstance(found[names.METHOD], str):
+            raise ValueError(f"means by {shown(by)} of method {shown(found[names.METHOD])}")
+        columns = Columns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
+        if columns.n_columns != array.shape[1]:
             raise ValueError(f"attributes for {columns.n_columns} columns")
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise StoreError(f"{array.path} is damaged ({error}): {RELEVANCE_UNREADABLE}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise StoreError(f"{array.path} is damaged ({shown(error)}): {RELEVANCE_UNREADABLE}") from error
     return columns
+
+
+def _group_names(found: Any) -> tuple[int | str, ...]:
+    """Of one type: all labels, or all integers that a label can be. Raises: ValueError."""
+    if isinstance(found, list) and (all(isinstance(n, str) for n in found) or all(is_count(abs(n)) for n in found)):
+        return tuple(found)
+    raise ValueError(f"groups called {shown(found)}")
 
 
 def open_relevance(path: Path, name: str) -> Array:
     """The array `name`. Raises: StoreError: missing or damaged."""
-    return Group.open(path, RELEVANCE_UNREADABLE).array(name)
+    if not is_plain(name):
+        raise StoreError(f"{path} has no array called {shown(name)}: names are of letters, digits, - and _")
+    array = Group.open(path, RELEVANCE_UNREADABLE).array(name)
+    # whoever reads takes whole chunks: what hydra-pipe writes has small ones
+    if len(array.shape) != 2 or array.dtype != np.float32 or array.chunks[0] > CHUNK_SAMPLES or array.chunks[1] > CHUNK_TESTS:
+        raise StoreError(f"{array.path} is not as hydra-pipe writes it: {RELEVANCE_UNREADABLE}")
+    return array
 
 
 def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]) -> None:

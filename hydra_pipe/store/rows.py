@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.parts import ends_of, split
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.codec import Bytes, StoredFile
 
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
+ROW_DTYPES = ("float16", "int8", "float32")
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,26 @@ class Rows:
 
     Args:
         groups: that hold them; the rows of the first come first.
+        n_features, n_blocks: of a row.
 
     Raises:
-        StoreError: an array is missing or damaged.
+        StoreError: an array is missing or damaged, or not of this kind.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], n_features: int, n_blocks: int) -> None:
         self._gradients = [group.array(names.GRADIENT) for group in groups]
         self._scales = [group.array(names.SCALE) for group in groups]
         self._first = self._gradients[0]
+        for gradient, scale in zip(self._gradients, self._scales, strict=True):
+            check_kind(gradient, ROW_DTYPES, n_features)
+            check_kind(scale, ("float32",), n_blocks)
+            if not gradient.files_hold_rows or not gradient.stored_like(self._first):
+                raise StoreError(f"{gradient.path} has files in which rows are cut, or unlike those of others: {ROWS_UNREADABLE}")
         self.part_rows = tuple(array.shape[0] for array in self._gradients)
 
     @property
     def n_rows(self) -> int:
         return sum(self.part_rows)
-
-    @property
-    def widths(self) -> set[int]:
-        """Features of a row, in every part; one number unless the store is damaged."""
-        return {array.shape[1] if len(array.shape) == 2 else 0 for array in self._gradients}
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -149,6 +152,21 @@ def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: S
     if len(found) == 1:
         return found[0]
     return np.concatenate(found) if found else read(0, slice(0, 0))
+
+
+def check_kind(array: Array, dtypes: Sequence[str], width: int | None) -> None:
+    """Refuse an array of another dtype or width (None: one value a row) than what it is read as. Raises: StoreError."""
+    if array.dtype.name not in dtypes or array.shape[1:] != (() if width is None else (width,)):
+        raise StoreError(
+            f"{array.path} has {array.dtype.name} values of shape {array.shape}, not {' or '.join(dtypes)} "
+            f"{'one' if width is None else width} a row: {ROWS_UNREADABLE}"
+        )
+
+
+def check_within(values: NDArray[np.int64], n: int, what: str) -> None:
+    """Refuse ids that are not from 0 to `n` - 1. Raises: StoreError."""
+    if values.size and not 0 <= values.min() <= values.max() < n:
+        raise StoreError(f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}")
 
 
 def read_array(array: Array, *window: slice) -> NDArray[Any]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from hydra_pipe.errors import HydraError, RunError, StoreError
+from hydra_pipe.errors import HydraError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.files import location, read_file, remove, replace_file
+from hydra_pipe.store.files import location, remove, replace_file
 from hydra_pipe.store.locks import brief_lock
+from hydra_pipe.store.parsing import is_count, is_plain, read_json
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -47,12 +48,27 @@ class Stage:
     settings: Settings
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def count(self, name: str) -> int:
+    def count(self, name: str, least: int = 0) -> int:
         """A fact, or else a setting, that counts something. Raises: StoreError: the manifest lacks it."""
         value = self.facts.get(name, self.settings.get(name))
-        if not isinstance(value, int) or value < 0:
-            raise StoreError(f"{names.MANIFEST} is damaged: it says {name} is {value!r}: record the run again with --overwrite")
+        if not is_count(value, least):
+            raise _strange(name, value)
         return value
+
+    def counts(self, name: str) -> dict[str, int]:
+        """A fact that counts things by their names; empty if it is not there. Raises: StoreError: it is something else."""
+        value = self.facts.get(name, {})
+        if not isinstance(value, dict) or not all(map(is_count, value.values())):
+            raise _strange(name, value)
+        return dict(value)
+
+    def rank_rows(self) -> list[int]:
+        """Rows of each process that recorded. Raises: StoreError: the manifest lacks them, or they do not add up."""
+        n_rows = self.count("n_rows")
+        value = self.facts.get("rank_rows", [n_rows])
+        if not isinstance(value, list) or not all(map(is_count, value)) or sum(value) != n_rows:
+            raise _strange("rank_rows", value)
+        return list(value)
 
 
 class RunDirectory:
@@ -109,19 +125,23 @@ class RunDirectory:
     @classmethod
     def _parse(cls, root: Path, manifest: Path) -> Self:
         try:
-            data = json.loads(read_file(manifest))
+            data = read_json(manifest)
             if not isinstance(data, dict) or data.get("format") != names.FORMAT:
                 raise RunError(f"{manifest} is not a manifest of hydra-pipe: {root} holds something else")
-            version = int(data["format_version"])
+            version = data["format_version"]
+            if not is_count(version, 1):
+                raise ValueError(f"format version {shown(version)}")
             if version > names.FORMAT_VERSION:
                 raise StoreError(
                     f"{root} was written in format version {version}, this hydra-pipe reads up to {names.FORMAT_VERSION}: "
                     f"upgrade hydra-pipe"
                 )
-            stages = {str(name): _stage(entry) for name, entry in data["stages"].items()}
-            return cls(root, str(data["run_id"]), stages, {str(k): str(v) for k, v in data["versions"].items()})
+            if not isinstance(data["run_id"], str):
+                raise TypeError(f"run id {shown(data['run_id'])}")
+            stages = {name: _stage(name, entry) for name, entry in data["stages"].items()}
+            return cls(root, data["run_id"], stages, {k: str(v) for k, v in data["versions"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{manifest} is damaged ({error!r}): restore it, or record the run again elsewhere") from error
+            raise StoreError(f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere") from error
 
     def has_work(self, name: str, settings: Settings) -> bool:
         """Whether stage `name` has work to do with `settings`. Writes nothing.
@@ -143,8 +163,9 @@ class RunDirectory:
     def _compare(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*new, *old]):
             if old.get(key) != new.get(key):
+                was, now = (f"{printable(key)}={shown(settings.get(key))}" for settings in (old, new))
                 raise RunError(
-                    f"{self.path}: {name} was run with {key}={old.get(key)!r}, now {key}={new.get(key)!r}: "
+                    f"{self.path}: {name} was run with {was}, now {now}: "
                     f"use another run directory, or --overwrite to discard what is there"
                 )
 
@@ -169,7 +190,7 @@ class RunDirectory:
         stage = self.stages.get(name)
         if stage is None or stage.state != "complete":
             why = "has not been run" if stage is None else f"is not finished (state: {stage.state})"
-            detail = f", {stage.facts['error']}" if stage is not None and "error" in stage.facts else ""
+            detail = f", {printable(str(stage.facts['error']))}" if stage is not None and "error" in stage.facts else ""
             raise RunError(f"{self.path}: {name} {why}{detail}: run {command} first")
         return stage
 
@@ -216,10 +237,20 @@ class RunDirectory:
             remove(self.path / name)
 
 
-def _stage(entry: Mapping[str, Any]) -> Stage:
-    if entry["state"] not in get_args(State):
-        raise ValueError(f"unknown state {entry['state']!r}")
-    return Stage(entry["state"], dict(entry["settings"]), dict(entry["facts"]))
+def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
+    # the second word becomes the name of files
+    if not all(map(is_plain, name.split(" "))):
+        raise ValueError(f"a stage called {shown(name)}")
+    state, settings, facts = entry["state"], entry["settings"], entry["facts"]
+    if state not in get_args(State):
+        raise ValueError(f"unknown state {shown(state)}")
+    if not isinstance(settings, dict) or not isinstance(facts, dict):
+        raise TypeError(f"the settings or facts of {name} are no object")
+    return Stage(state, settings, facts)
+
+
+def _strange(name: str, value: Any) -> StoreError:
+    return StoreError(f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again with --overwrite")
 
 
 def _versions() -> dict[str, str]:

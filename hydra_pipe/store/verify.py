@@ -1,17 +1,16 @@
 """Reads everything in a run and checks every checksum and count."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hydra_pipe.errors import StoreError
+from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.progress import Task
-from hydra_pipe.store import names
+from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import ROTTEN, Array
-from hydra_pipe.store.files import read_file
+from hydra_pipe.store.files import read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, Hypergradients
 from hydra_pipe.store.relevance import open_relevance
@@ -72,9 +71,8 @@ def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterato
             continue
         yield from _check_array(f"{names.GRADIENTS}/{name}", array, advice, task)
     n_rows, n_steps = recording.count("n_rows"), recording.count("n_steps")
-    part_rows = recording.facts.get("rank_rows", [n_rows])
-    expected = store.expected_rows(part_rows, n_steps, recording.count("n_tests"))
-    expected |= {f"{names.LABELS}/{which}": n for which, n in recording.facts.get("labels", {}).items()}
+    expected = store.expected_rows(recording.rank_rows(), n_steps, recording.count("n_tests"))
+    expected |= {f"{names.LABELS}/{which}": n for which, n in recording.counts("labels").items()}
     for name, count in expected.items():
         if name not in shapes:
             yield Fault(f"{names.GRADIENTS}/{name}", f"is missing: {advice}")
@@ -110,7 +108,7 @@ def _check_final(run: RunDirectory, recording: Stage) -> Iterator[Fault]:
     if expected is None:
         return  # a loop of the user's own keeps its own checkpoints
     file = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
-    if not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != expected:
+    if not file.is_file() or sha256_of(file) != expected:
         yield Fault(f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}", "is missing or changed: record the run again with --overwrite")
 
 
@@ -129,17 +127,16 @@ def _check_relevance(run: RunDirectory, method: str, task: Task) -> Iterator[Fau
 
 
 def _check_array(where: str, array: Array, advice: str, task: Task) -> Iterator[Fault]:
-    missing = array.missing_files()
-    if missing:
-        yield Fault(where, f"{missing} chunk files are missing: {advice}")
+    shortfall = array.shortfall()
+    if shortfall:
+        yield Fault(where, f"{shortfall}: {advice}")
         return
     step = array.file_rows
     for first in range(0, array.shape[0], step):
         try:
             values = array.read(slice(first, first + step))
         except ROTTEN as error:
-            message = str(error).strip().split("\n")[-1]
-            yield Fault(where, f"rows {first} to {min(first + step, array.shape[0])} are damaged ({message}): {advice}")
+            yield Fault(where, f"rows {first} to {min(first + step, array.shape[0])} are damaged ({shown(error)}): {advice}")
             continue
         task.advance(values.nbytes)
 
@@ -147,18 +144,29 @@ def _check_array(where: str, array: Array, advice: str, task: Task) -> Iterator[
 def _check_rankings(run: RunDirectory, method: str) -> Iterator[Fault]:
     directory = run.path / names.RANKINGS / names.rankings_directory(method)
     advice = f"write it again with hydra-pipe export {run.path} --overwrite"
-    expected: dict[str, int] = run.stages[export_stage(method)].facts.get("files", {})
+    try:
+        expected = run.stages[export_stage(method)].counts("files")
+    except StoreError as error:
+        yield Fault(names.MANIFEST, str(error))
+        return
     for name in expected:
+        if not rankings.is_table(name):
+            yield Fault(names.MANIFEST, f"{export_stage(method)} has no table {shown(name)}: {advice}")
+            continue
         where = f"{directory.relative_to(run.path)}/{name}"
         try:
-            table = pq.read_table(pa.BufferReader(read_file(directory / name)))
+            table = pq.ParquetFile(pa.BufferReader(read_file(directory / name)))
+            n_rows, kept = table.metadata.num_rows, table.schema_arrow.metadata or {}
+            if kept.get(b"hydra_pipe.run_id") != run.run_id.encode():
+                yield Fault(where, f"belongs to another run: {advice}")
+            elif n_rows != expected[name]:
+                yield Fault(where, f"has {n_rows} rows, {expected[name]} were written: {advice}")
+            else:
+                # not the whole table at once: few bytes can say many rows
+                for batch in table.iter_batches():
+                    del batch
         except (OSError, pa.ArrowException) as error:
-            yield Fault(where, f"cannot be read ({str(error).splitlines()[0]}): {advice}")
-            continue
-        if (table.schema.metadata or {}).get(b"hydra_pipe.run_id") != run.run_id.encode():
-            yield Fault(where, f"belongs to another run: {advice}")
-        elif table.num_rows != expected[name]:
-            yield Fault(where, f"has {table.num_rows} rows, {expected[name]} were written: {advice}")
+            yield Fault(where, f"cannot be read ({shown(error)}): {advice}")
 
 
 def total_bytes(run: RunDirectory) -> int:

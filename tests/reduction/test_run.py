@@ -11,7 +11,7 @@ import pytest
 from conftest import relative_error
 
 import hydra_pipe
-from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.errors import RunError, StoreError, UsageError
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
 from hydra_pipe.reduction import hydra
 from hydra_pipe.store import relevance as relevance_module
@@ -139,6 +139,11 @@ def test_what_cannot_be_is_wrong_usage(run: Path, options: dict[str, str], messa
 
 def test_means_by_label_need_labels(run: Path) -> None:
     shutil.rmtree(run / "gradients.zarr" / "labels")
+    with pytest.raises(StoreError, match="labels/test is missing"):
+        hydra_pipe.reduce(run, by="label")
+    directory = RunDirectory.open(run)
+    directory.stages["record"].facts["labels"] = {}
+    directory.save("record")
     with pytest.raises(UsageError, match=r"has no labels of test samples: take the mean of all with --mean"):
         hydra_pipe.reduce(run, by="label")
 

@@ -1,0 +1,61 @@
+"""What the manifest counts, held against the arrays before anything is made as large as it says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.rows import ROWS_UNREADABLE
+from hydra_pipe.store.run import PRUNED, Stage
+
+_LABELS_OF = {names.TRAIN_LABELS: "n_samples", names.TEST_LABELS: "n_tests"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a recording, as its manifest and its arrays have them.
+
+    Args:
+        n_samples, n_tests: training samples, and test samples.
+        checkpoint: step of their test gradients, the last there are.
+    """
+
+    n_samples: int
+    n_tests: int
+    checkpoint: int
+
+
+def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
+    """The counts of a complete recording. Lists files, reads metadata only.
+
+    Of samples that no row is of and that have no labels nothing tells but the manifest.
+
+    Raises:
+        StoreError: manifest and arrays do not agree, arrays lack files, or say that they have more than can be in their files.
+    """
+    steps = gradients.test_steps()
+    if not steps:
+        raise StoreError(
+            f"{gradients.path} has no test gradients: call recorder.record_test(...) before recorder.close() and record again"
+        )
+    counts = {name: recording.count(name, least=1) for name in ("n_samples", "n_tests", "n_rows", "n_steps")}
+    lengths = gradients.lengths(steps[-1])
+    for name, n in gradients.expected_rows(recording.rank_rows(), counts["n_steps"], 0).items():
+        _compare(gradients, name, lengths, n)
+    for name in (names.GRADIENT, names.SCALE, names.LOSS):
+        _compare(gradients, f"{names.TEST}/{names.checkpoint_name(steps[-1])}/{name}", lengths, counts["n_tests"])
+    for which, n in recording.counts("labels").items():
+        if which not in _LABELS_OF or n != counts[_LABELS_OF[which]]:
+            raise StoreError(f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}")
+        _compare(gradients, f"{names.LABELS}/{which}", lengths, n)
+    missing = gradients.missing(pruned=bool(recording.facts.get(PRUNED)))
+    if missing:
+        raise StoreError(f"{gradients.path}: {missing[0]}: {ROWS_UNREADABLE}")
+    return Counts(counts["n_samples"], counts["n_tests"], steps[-1])
+
+
+def _compare(gradients: Gradients, name: str, lengths: Mapping[str, int], n: int) -> None:
+    if lengths.get(name) != n:
+        found = f"has {lengths[name]} rows, {n} were recorded" if name in lengths else "is missing"
+        raise StoreError(f"{gradients.path}/{name} {found}: {ROWS_UNREADABLE}")
