@@ -42,7 +42,9 @@ def stop_requested() -> Iterator[StopRequest]:
         request.number = number
 
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
+    # what is ignored stays so, as SIGINT is in what a shell has put into the background
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
         signal.signal(number, hear)
     try:
         yield request

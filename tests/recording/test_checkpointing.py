@@ -235,6 +235,17 @@ def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path
     again.communicate()
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """Both signals have Python's own handlers: a shell that has put the tests into the background has SIGINT ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, error: type[BaseException]) -> None:
     with stop_requested() as stop:
@@ -243,6 +254,15 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, error: type[Bas
         with pytest.raises(error):
             signal.raise_signal(number)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_heard")
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requested() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_among_the_test_gradients_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,9 @@ class Cluster:
         }
         self._started: list[subprocess.Popen[bytes]] = []
         self._start("scheduler", "--port", "0", "--scheduler-file", str(directory / "scheduler.json"))
-        until((directory / "scheduler.json").exists)
-        self.address: str = json.loads((directory / "scheduler.json").read_text())["address"]
+        file = directory / "scheduler.json"
+        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))  # it appears before it is written
+        self.address: str = json.loads(file.read_text())["address"]
 
     def _start(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1", "--no-dashboard"]
