@@ -76,6 +76,7 @@ class Lock:
     """
 
     def __init__(self, run: Path, stage: str, *, take_over: bool = False) -> None:
+        self._descriptor: int | None = None
         self._path = run / names.LOCKS / f"{stage}.lock"
         self._stage = stage
         self.lost = False
@@ -83,7 +84,6 @@ class Lock:
         if own is not None and take_over:
             own.release()
             own.lost = True
-        self._descriptor: int | None = None
         self._ended = threading.Event()
         self._token = secrets.token_hex(8)
         if is_remote(run) or not self._flock():
@@ -98,18 +98,26 @@ class Lock:
         _HELD.discard(self)
         with suppress(OSError):
             remove(self._path)  # while it is held: who waits for this very file sees that it is not the one in the directory
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        self._close()
         if not is_remote(self._path):
             for directory in (self._path.parent, self._path.parent.parent):
                 with suppress(OSError):
                     directory.rmdir()  # only where it is empty
 
+    def __del__(self) -> None:
+        # a recorder that was left without `close`: its descriptor would stay locked, and nobody would know of it any more
+        if self._descriptor is not None:  # one that was refused has nothing: the file is its holder's
+            self.release()
+
     def forget(self) -> None:
         """In a child of the process that holds it: it is not the child's."""
         self._ended.set()
+        self._close()
+
+    def _close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+            self._descriptor = None
 
     def _flock(self) -> bool:
         """Take it as a lock of the system; False: there are none here."""

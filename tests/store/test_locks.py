@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -86,6 +87,22 @@ def test_a_child_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
     Lock(tmp_path / "run", "record", take_over=True).release()
     child.kill()
     child.join()
+
+
+@pytest.mark.parametrize("run", ["flock"], indirect=True)
+def test_a_lock_that_was_left_without_releasing_it_is_free(run: Path) -> None:
+    lock = Lock(run, "record")
+    del lock
+    gc.collect()
+    Lock(run, "record").release()
+
+
+def test_one_that_was_refused_leaves_the_lock_of_its_holder(run: Path) -> None:
+    with one_writer(run, "record"):
+        for _ in range(2):
+            with pytest.raises(RunError):
+                Lock(run, "record")
+            gc.collect()
 
 
 def test_a_lock_of_this_process_may_be_taken_over_and_is_lost_to_the_first(run: Path) -> None:
