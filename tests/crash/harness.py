@@ -1,0 +1,143 @@
+"""Commands under the shim, and what they leave, so that two runs can be compared byte for byte."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import shim
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# of the manifest: what is of the clock and of the disk, and not of the result
+_CLOCK = ("seconds", "train_seconds", "test_seconds", "stalls", "stalled_seconds")
+KILLED = -9
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Args:
+        code: its exit code; negative: the signal that killed it.
+        errors: its standard error.
+        calls: that the shim has counted.
+    """
+
+    code: int
+    errors: str
+    calls: list[shim.Call]
+
+    def fault(self) -> str | None:
+        """What is wrong with how it failed: it must say in one line of its own, the last, what is the matter and what to do."""
+        told = [line for line in self.errors.splitlines() if line.startswith("hydra-pipe: ")]
+        if self.code != 1:
+            return f"exit code {self.code}"
+        if "Traceback" in self.errors or "Exception ignored" in self.errors or "defect of hydra-pipe" in self.errors:
+            return "a traceback, or a failure that is called a defect"
+        if len(told) != 1 or not self.errors.rstrip().endswith(told[0]):
+            return f"{len(told)} lines of hydra-pipe's own, or not the last"
+        if not re.search(r"run the same command again|record (the run )?again|--overwrite", told[0]):
+            return "nothing that says what to do"
+        return None
+
+
+class Commands(AbstractContextManager["Commands"]):
+    """Runs hydra-pipe's commands in processes of their own, see `commands.py`.
+
+    Args:
+        small: with files, chunks and passes so small that a tiny run has several of each.
+    """
+
+    def __init__(self, *, small: bool) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="hydra-pipe-crash-")
+        path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+        self._server = subprocess.Popen(
+            [sys.executable, HERE / "commands.py", *(["small"] if small else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | shim.preloaded() | {"PYTHONPATH": path},
+        )
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+        self._scratch.cleanup()
+
+    def __call__(self, run: Path, arguments: Sequence[str], order: str | None = None, **struck: Any) -> Ended:
+        """One command.
+
+        Args:
+            run: directory whose files are looked at.
+            arguments: of the command.
+            order: of a reduction; None: as it plans itself.
+            struck: see `shim.environment`.
+        """
+        scratch = Path(self._scratch.name)
+        log, output, errors = (scratch / name for name in ("log", "output", "errors"))
+        log.unlink(missing_ok=True)
+        environment = shim.environment(run, log=log, **struck)
+        job = {"arguments": list(arguments), "environment": environment, "order": order}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(job | {"output": str(output), "errors": str(errors)}), file=self._server.stdin, flush=True)
+        code = int(self._server.stdout.readline())
+        return Ended(code, errors.read_text(), shim.calls(log))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run, without its id and without what is of the clock."""
+    manifest = json.loads((run / "run.json").read_text())
+    run_id = manifest.pop("run_id").encode()
+    for stage in manifest["stages"].values():
+        for name in _CLOCK:
+            stage["facts"].pop(name, None)
+    found = {str(f.relative_to(run)): _without_id(f, run_id) for f in sorted(run.rglob("*")) if f.is_file()}
+    return found | {"run.json": json.dumps(manifest, indent=1).encode()}
+
+
+def _without_id(file: Path, run_id: bytes) -> bytes:
+    content = file.read_bytes()
+    if file.suffix == ".parquet":  # which has its schema once more, in base64
+        schema = pq.read_metadata(file).metadata[b"ARROW:schema"]
+        content = content.replace(schema, base64.b64decode(schema))
+    return content.replace(run_id, b"ID")
+
+
+def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    """Files that are not the same, with the number of bytes that differ."""
+    names = sorted(found.keys() | expected.keys())
+    return [f"{name}: {n} bytes" for name in names if (n := differing_bytes(found.get(name), expected.get(name)))]
+
+
+def differing_bytes(found: bytes | None, expected: bytes | None) -> int:
+    """Bytes that differ; those that only one has count, and a file that only one has counts at least as one."""
+    if found is None or expected is None:
+        return max(1, len(found or expected or b""))
+    return abs(len(found) - len(expected)) + (0 if found == expected else sum(map(int.__ne__, found, expected)))
+
+
+def leftovers(run: Path) -> list[str]:
+    """Files that were begun and never finished."""
+    return [str(path.relative_to(run)) for path in run.rglob("*.partial")]
+
+
+def kind_of(call: shim.Call, run: Path) -> str:
+    """A call's name, and that of the file without the numbers in it: calls of one kind do the same."""
+    path = (call.to or call.path).removeprefix(os.path.realpath(run))
+    path = re.sub(r"\.\d+-[0-9a-f]+\.partial", ".partial", path)
+    path = re.sub(r"(?<=/c)(/\d+)+", "/N", path)
+    return f"{call.name} {path or '.'}"
