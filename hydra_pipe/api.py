@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_pipe.errors import InterruptedRunError, PipelineError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
+from hydra_pipe.store.files import location
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.units import format_seconds
 
@@ -83,6 +84,8 @@ def record(
     own = json_settings(own | described(built))
     everything = record_settings(encoding, dim, dtype, built.seed, len(built.train)) | own
     if not needs_recording(run, everything, overwrite=overwrite):
+        # it may have been killed when it was complete and about to do this
+        remove_checkpoints(location(run) / names.CHECKPOINTS)
         return False
     recorder = Recorder(
         built.model,

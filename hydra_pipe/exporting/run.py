@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
             export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
     except BaseException as error:
-        directory.end(stage, "failed", error=str(error) or type(error).__name__)
+        with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+            directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files)
 

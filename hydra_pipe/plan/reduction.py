@@ -218,17 +218,20 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
         BudgetError: not even one block of test samples fits; the message has both numbers and a way out.
     """
     candidates = _as_asked(chunks, given) if chunks else _readings(given)
-    done = answered.done if answered is not None else 0
     orders: dict[Order, Callable[[ReductionInput, Sequence[Reading], int], ReductionPlan | None]]
     orders = {"score first": _scoring, "fold first": _folding}
     if given.kept or given.keeping:
         orders = {"from hypergradients": _from_kept} if given.kept else {"fold first": _folding}
     chosen = [plan for order, plan in orders.items() if answered is None or order == answered.order]
     # each worker has sums of its own: fewer of them may take fewer passes
-    found = [plan(replace(given, workers=n), candidates, done) for n in _worker_counts(given) for plan in chosen]
-    fitting = [plan for plan in found if plan is not None]
+    ways = [(plan, replace(given, workers=n)) for n in _worker_counts(given) for plan in chosen]
+    found = [(plan(few, candidates, 0), plan, few) for plan, few in ways]
+    fitting = [(whole, plan, few) for whole, plan, few in found if whole is not None]
     if fitting:
-        return min(fitting, key=lambda plan: plan.lasting_picoseconds)
+        # as if nothing was done yet: going on divides the work as the interrupted reduction did, or sums would be rounded otherwise
+        whole, plan, few = min(fitting, key=lambda way: way[0].lasting_picoseconds)
+        left = plan(few, candidates, answered.done) if answered is not None else None
+        return left or whole
     alone = replace(given, workers=1)
     needed = _least_bytes(alone, candidates[-1])
     smallest = _readings(given)[-1]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast, get_args
 
@@ -13,7 +14,7 @@ from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
-from hydra_pipe.store.files import remove, tree_bytes
+from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
@@ -70,7 +71,10 @@ def reduce_run(
     request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients))
     if not _has_work(request, overwrite):
         return False
-    with one_writer(request.directory.path, reduce_stage(request.name)):
+    with ExitStack() as locks:
+        locks.enter_context(one_writer(request.directory.path, reduce_stage(request.name)))
+        if keep_hypergradients:  # of which there is one store, whatever the result is called
+            locks.enter_context(one_writer(request.directory.path, KEEP))
         request.directory.refresh()  # another process may have done it in the meantime
         if not _has_work(request, overwrite):
             return False
@@ -93,12 +97,12 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         if answered is not None and not _goes_on(request, answered, plan):
             answered = None
             given, plan = request.plan(using.workers)
+        whole = plan if answered is None else request.plan(using.workers, Answered(answered.order, 0))[1]
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:
             _begin(request, given, plan)
         else:
-            directory.stages[stage].state = "running"
-            directory.save(stage)
+            _resume(request)
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
         progress.say(summary(given, plan))
@@ -107,12 +111,13 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         try:
             _compute(request, given, plan, using, progress)
         except BaseException as error:
-            directory.end(stage, "failed", error=str(error) or type(error).__name__)
+            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+                directory.end(stage, "failed", error=str(error) or type(error).__name__)
             raise
     if request.options.keep_hypergradients:
         directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept))
     seconds = time.monotonic() - start
-    directory.end(stage, "complete", seconds=seconds, n_tests=given.n_tests, n_columns=given.n_columns, plan=facts(plan))
+    directory.end(stage, "complete", seconds=seconds, n_tests=given.n_tests, n_columns=given.n_columns, plan=facts(whole))
 
 
 def plan_run(run: str | os.PathLike[str], options: Options) -> str:
@@ -128,16 +133,39 @@ def _store(request: Request) -> Path:
 
 def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None:
     """Make what is to be filled, and drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
-    directory, name = request.directory, request.name
+    directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
+    # first the claims, then what they claim
     if export_stage(name) in directory.stages:
         directory.forget(export_stage(name))
-    remove(directory.path / names.RANKINGS / names.rankings_directory(name))
     directory.begin(reduce_stage(name), request.settings)
+    if keeping:
+        _forget_kept(request)
+    remove(directory.path / names.RANKINGS / names.rankings_directory(name))
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
     create_relevance(_store(request), name, request.options.method, given.n_samples, request.columns, width, directory.run_id)
-    if request.options.keep_hypergradients:
-        directory.begin(KEEP, {})
+    if keeping:
         create_hypergradients(request.kept, request.gradients, given.n_samples)
+
+
+def _forget_kept(request: Request) -> None:
+    """Mark that hypergradients are kept anew: what interrupted reductions have kept before is not there any more."""
+    directory = request.directory
+    for name, stage in directory.stages.items():
+        if isinstance(found := stage.facts.get(_ANSWERED), dict) and found.get("keeping"):
+            del stage.facts[_ANSWERED]
+            directory.save(name)
+    directory.begin(KEEP, {})
+
+
+def _resume(request: Request) -> None:
+    """Mark that the reduction runs again, and clean up after the process that was killed."""
+    directory, stage = request.directory, request.directory.stages[reduce_stage(request.name)]
+    stage.state = "running"
+    stage.facts = {_ANSWERED: stage.facts[_ANSWERED]}
+    directory.save(reduce_stage(request.name))
+    remove_partials(_store(request) / request.name)
+    if request.options.keep_hypergradients:
+        remove_partials(request.kept)
 
 
 def _answered(request: Request) -> Answered | None:
@@ -191,7 +219,10 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using
 
 
 def _mark(request: Request, plan: ReductionPlan, span: Span) -> None:
-    """Note in the manifest that a pass is done: what it has answered is on disk."""
+    """Note in the manifest that a pass is done: what it has answered is safe on the disk."""
+    sync_tree(_store(request) / request.name, files=False)
+    if request.options.keep_hypergradients:
+        sync_tree(request.kept, files=False)
     stage = request.directory.stages[reduce_stage(request.name)]
     stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1], "keeping": request.options.keep_hypergradients}
     request.directory.save(reduce_stage(request.name))

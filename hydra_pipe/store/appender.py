@@ -47,7 +47,8 @@ class Appender:
             sync(file)
             sync(file.parent)
         path = self._array.path
-        for part in (path / METADATA, path / CHUNKS, path):
+        # a rank may have no rows
+        for part in (path / METADATA, *([path / CHUNKS] if self._n_rows else []), path):
             sync(part)
         self._counted = self._n_rows
 
@@ -55,7 +56,7 @@ class Appender:
         """Let the array end after `n_rows`, which somebody counts on. Rows past them may stay in the file of the last one."""
         self._counted = n_rows
         self._set_length(n_rows)
-        for entry in self._chunks.iterdir():
+        for entry in self._chunks.iterdir() if self._chunks.is_dir() else ():
             if not entry.name.isdecimal() or int(entry.name) * self.file_rows >= n_rows:
                 remove(entry)
 

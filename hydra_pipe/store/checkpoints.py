@@ -14,7 +14,7 @@ from torch import nn
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
-from hydra_pipe.store.files import read_file, remove, replace_file
+from hydra_pipe.store.files import read_file, remove, replace_file, sync
 
 # Checkpoints of a training that are kept: the newest may be broken.
 KEPT = 3
@@ -26,7 +26,7 @@ _UNREADABLE = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, Ty
 def save_final(directory: Path, model: nn.Module) -> str:
     """Keep the parameters and buffers that the test gradients were taken at. Returns the file's SHA-256."""
     content = _packed(model.state_dict())
-    replace_file(directory / names.FINAL_CHECKPOINT, [content])
+    _keep(directory / names.FINAL_CHECKPOINT, content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -69,7 +69,7 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> int
     content = _packed(state)
     unpacked(content)
     digest = hashlib.sha256(content).hexdigest()[:16]
-    replace_file(directory / f"step-{step:010d}-{digest}.pt", [content])
+    _keep(directory / f"step-{step:010d}-{digest}.pt", content)
     for old in checkpoints_in(directory)[KEPT:]:
         remove(old.path)
     return len(content)
@@ -98,6 +98,13 @@ def unpacked(content: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoreError(f"a checkpoint that holds a {type(found).__name__}")
     return found
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Put a file there, and return when it is safe on the disk. Raises: OSError."""
+    replace_file(path, [content])
+    for directory in (path.parent, path.parent.parent):
+        sync(directory)
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:

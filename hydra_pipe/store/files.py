@@ -12,7 +12,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,7 +103,8 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
     Args:
         path: of the file; its directory is made if it is not there.
         content: of the file.
-        safely: return when it is safe on the disk. In an object store it always is.
+        safely: return when its content is safe on the disk; that it is there under this name, `sync` of its directory makes safe.
+            In an object store both always are.
 
     Raises:
         StoreError: a directory is in its place, or a file in that of its directory. OSError: the disk is full or gone.
@@ -125,9 +126,12 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            partial.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise _in_the_way(path, error) from error
+        if isinstance(error, OSError):  # a write does not say of which file
+            error.filename, error.filename2 = os.fspath(path), None
         raise
 
 
@@ -142,12 +146,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(path: Path) -> None:
-    """`sync` a directory and everything in it, if it is there."""
+def sync_tree(path: Path, *, files: bool = True) -> None:
+    """`sync` a directory and everything in it, if it is there; only the names where `files` is False."""
     if is_remote(path):
         return
-    for directory, _, files in os.walk(path):
-        for name in files:
+    for directory, _, found in os.walk(path):
+        for name in found if files else ():
             sync(Path(directory, name))
         sync(Path(directory))
 
@@ -170,6 +174,20 @@ def remove_partials(path: Path) -> None:
     for name in files_below(path):
         if name.endswith(PARTIAL):
             (path / name).unlink(missing_ok=True)
+
+
+def remove_partials_of(path: Path) -> None:
+    """Remove what killed processes have left of one file. Nobody may be writing it."""
+    if is_remote(path):
+        return
+    for entry in path.parent.iterdir():
+        if is_partial_of(path.name, entry.name):
+            entry.unlink(missing_ok=True)
+
+
+def is_partial_of(name: str, entry: str) -> bool:
+    """Whether a file called `entry` is what was begun of a file `name`."""
+    return entry.startswith(f"{name}.") and entry.endswith(PARTIAL)
 
 
 def files_below(path: Path) -> dict[str, int]:
@@ -201,8 +219,9 @@ def tree_bytes(path: Path) -> int:
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A directory on a local disk to fill, which takes the place of `path` when the block ends, and goes away if it fails.
 
-    On a local disk readers see the old files or the new ones. In an object store the old ones are removed first, and the new ones
-    come one after the other: whoever reads must know whether the stage is complete.
+    On a local disk readers see the old files or the new ones, and the new ones are safe there when the block has ended; what a
+    killed process has left is removed first. In an object store the old ones are removed first, and the new ones come one after the
+    other: whoever reads must know whether the stage is complete.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="hydra-pipe-") as scratch:
@@ -211,18 +230,41 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             for name in files_below(Path(scratch)):
                 _fs(path).put_file(os.path.join(scratch, name), _name(path / name))
         return
-    partial = path.with_name(path.name + PARTIAL)
+    # hidden, so that readers of all that is in the directory pass over what a killed process leaves
+    partial, old = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}.old{PARTIAL}")
     try:
         remove(partial)
+        remove(old)
         partial.mkdir(parents=True)
     except _IN_THE_WAY as error:
         raise _in_the_way(path, error) from error
     try:
         yield partial
-        remove(path)
-        partial.rename(path)
-    except BaseException:
+        sync_tree(partial)
+        with _moved_away(path, old):
+            partial.rename(path)
+        for directory in (path.parent, path.parent.parent):
+            sync(directory)
+        remove(old)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write does not say of which file
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
+def _moved_away(path: Path, old: Path) -> Iterator[None]:
+    """A block in which nothing is at `path`: what was there is at `old`, and comes back if the block fails."""
+    is_there = os.path.lexists(path)
+    if is_there:
+        path.rename(old)
+    try:
+        yield
+    except BaseException:
+        if is_there:
+            with suppress(OSError):
+                old.rename(path)
         raise
 
 

@@ -16,7 +16,7 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.layout import factored_part
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group
-from hydra_pipe.store.files import remove
+from hydra_pipe.store.files import remove, sync, sync_tree
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROW_DTYPES, Rows, check_kind, joined, read_array
 
@@ -94,8 +94,14 @@ class Hypergradients:
 
 
 def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> None:
-    """A new store for the hypergradients of a run, without data. What is there is removed."""
+    """A new store for the hypergradients of a run, without data, safe on the disk. What is there is removed."""
     remove(path)
+    _create(path, gradients, n_samples)
+    sync_tree(path)
+    sync(path.parent)
+
+
+def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
     layout, columns, blocks = factored_part(gradients.layout)
     root = Group.create(path, {names.KIND: "hypergradients", names.RUN_ID: gradients.run_id, names.LAYOUT: layout.to_json()})
     n_folded = gradients.layout.n_features - len(columns)
@@ -121,17 +127,17 @@ def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> N
 
 
 def write_factored(path: Path, n_ranks: int, rank: int, shard: int, values: dict[str, NDArray[Any]]) -> None:
-    """Write one shard of what is factored: `values` has the gradient, the scale and the samples of its rows."""
+    """Write one shard of what is factored, safe on the disk: `values` has the gradient, the scale and the samples of its rows."""
     part = path / _part_name(rank, n_ranks)
     for name, found in values.items():
-        Array.open(part / name).write_file((shard, *(0 for _ in found.shape[1:])), found)
+        Array.open(part / name).write_file((shard, *(0 for _ in found.shape[1:])), found, safely=True)
 
 
 def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
-    """Write the sums of samples from `first` on, which begins a file and, but at the end, ends one."""
+    """Write the sums of samples from `first` on, which begins a file and, but at the end, ends one; safe on the disk."""
     array = Array.open(path / names.FOLDED)
     for low in range(0, len(sums), array.file_rows):
-        array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows])
+        array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows], safely=True)
 
 
 def _check_width(root: Group, gradients: Gradients) -> None:

@@ -6,6 +6,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory
 from hydra_pipe.store.verify import check_hypergradients
 
@@ -21,8 +22,14 @@ def prune_rows(run: RunDirectory, task: Task) -> int:
         Bytes of files that were deleted; 0 where they were before.
 
     Raises:
-        RunError: hypergradients are not kept. StoreError: what is kept is damaged, and nothing was deleted.
+        RunError: hypergradients are not kept, or are being kept anew. StoreError: what is kept is damaged, and nothing was deleted.
     """
+    with one_writer(run.path, KEEP):
+        run.refresh()
+        return _prune(run, task)
+
+
+def _prune(run: RunDirectory, task: Task) -> int:
     recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
     run.require(KEEP, f"hydra-pipe reduce {run.path} --keep-hypergradients")
     faults = list(check_hypergradients(run, task))

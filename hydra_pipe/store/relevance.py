@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import StoreError, UsageError, shown
 from hydra_pipe.plan.selection import Span, parse_selection, size_of, write_selection
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array, Group, damage_named
-from hydra_pipe.store.files import remove
+from hydra_pipe.store.arrays import METADATA, Array, Group, damage_named
+from hydra_pipe.store.files import is_remote, remove, remove_partials_of, sync, sync_tree
+from hydra_pipe.store.locks import brief_lock
 from hydra_pipe.store.parsing import is_count, is_plain
 
 RELEVANCE_UNREADABLE = "the relevance is not readable: compute it again with hydra-pipe reduce --overwrite"
@@ -86,6 +87,8 @@ class Columns:
 def create_relevance(path: Path, name: str, method: str, n_samples: int, columns: Columns, width: int, run_id: str) -> Array:
     """A new array, float32, dimensions (sample, test) or (sample, group); sign and unit stand in its attributes.
 
+    It is safe on the disk when this returns, without data.
+
     Args:
         path: of the store.
         name: of the array.
@@ -95,12 +98,31 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
         width: columns that are written together, so that no chunk is written in two pieces.
         run_id: of the run.
     """
-    Group.create(path, {names.KIND: "relevance", names.RUN_ID: run_id})
+    _require_group(path, {names.KIND: "relevance", names.RUN_ID: run_id})
     remove(path / name)
     attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT} | columns.to_attributes()
     chunks = (chunk_samples(n_samples), min(CHUNK_TESTS, width))
     dimensions = (names.SAMPLE_DIM, names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM)
-    return Array.create(path / name, (n_samples, columns.n_columns), "float32", dimensions, chunks, attributes=attributes)
+    shape = (n_samples, columns.n_columns)
+    array = Array.create(path / name, shape, "float32", dimensions, chunks, attributes=attributes)
+    sync_tree(array.path)
+    for part in (path / METADATA, path, path.parent):
+        sync(part)
+    return array
+
+
+def _require_group(path: Path, attributes: dict[str, Any]) -> None:
+    """The group that results of other names are in too: it is written only where it is not there as it should be."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with brief_lock(path):
+        remove_partials_of(path / METADATA)
+        try:
+            found = Group.open(path, "").attributes
+        except StoreError:
+            found = {}
+        if found != attributes:
+            Group.create(path, attributes)
 
 
 def chunk_samples(n_samples: int) -> int:
@@ -144,12 +166,12 @@ def open_relevance(path: Path, name: str) -> Array:
 
 
 def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]) -> None:
-    """Write a block that begins chunks and, but at the array's edges, ends them."""
+    """Write a block that begins chunks and, but at the array's edges, ends them. Its content is safe on the disk then."""
     rows, columns = array.chunks
     for low in range(0, values.shape[0], rows):
         for left in range(0, values.shape[1], columns):
             at = ((first_sample + low) // rows, (first_test + left) // columns)
-            array.write_file(at, values[low : low + rows, left : left + columns])
+            array.write_file(at, values[low : low + rows, left : left + columns], safely=True)
 
 
 def read_relevance(array: Array, tests: slice) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 from hydra_pipe.errors import HydraError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.files import location, remove, replace_file
+from hydra_pipe.store.files import is_partial_of, location, remove, remove_partials_of, replace_file, sync
 from hydra_pipe.store.locks import brief_lock
 from hydra_pipe.store.parsing import is_count, is_plain, read_json
 
@@ -112,7 +112,8 @@ class RunDirectory:
         if not root.is_dir():
             raise RunError(f"{root} is a file: name a directory for the run")
         if not (root / names.MANIFEST).is_file():
-            if any(entry.name != names.LOCKS for entry in root.iterdir()):
+            # a recording that was killed while it wrote the first manifest leaves a part of it
+            if any(entry.name != names.LOCKS and not is_partial_of(names.MANIFEST, entry.name) for entry in root.iterdir()):
                 raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
             return None
         return cls.open(root)
@@ -170,9 +171,11 @@ class RunDirectory:
                 )
 
     def end(self, name: str, state: State, **facts: Any) -> None:
-        """Mark stage `name` as ended, with what it found."""
-        self.stages[name].state = state
-        self.stages[name].facts |= facts
+        """Mark stage `name` as ended, with what it found. What is called complete must be safe on the disk before."""
+        stage = self.stages[name]
+        stage.state = state
+        # how far it got, or what went wrong before, is of no interest any more when it is complete
+        stage.facts = facts if state == "complete" else stage.facts | facts
         self.save(name)
 
     def forget(self, *stage_names: str) -> None:
@@ -195,7 +198,7 @@ class RunDirectory:
         return stage
 
     def save(self, *changed: str) -> None:
-        """Write the manifest: the old one or the new one is there at any moment, never half of one.
+        """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
 
         Args:
             changed: stages that were changed, or forgotten. Those that were not are left as they are on the disk, for another
@@ -212,7 +215,9 @@ class RunDirectory:
                 "versions": self.versions,
                 "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in stages.items()},
             }
+            remove_partials_of(self.path / names.MANIFEST)
             replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
+            sync(self.path)
 
     def _others_on_disk(self) -> dict[str, Stage]:
         """Stages as the manifest has them, but those that this object has changed; none of another run's."""

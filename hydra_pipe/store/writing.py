@@ -60,6 +60,7 @@ class GradientsWriter:
         part_name = names.rank_name(rank) if n_ranks > 1 else ""
         part = self._root.require_group(part_name) if part_name else self._root
         self._paths = list(dict.fromkeys((path / part_name, path)))
+        self._is_first = rank == 0
         self._writer = BackgroundWriter()
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
         self.rows = TableWriter(
@@ -138,7 +139,7 @@ class GradientsWriter:
         self._writer.drain()
         try:
             root = self._paths[-1]
-            for part in (names.TEST, names.LABELS):
+            for part in (names.TEST, names.LABELS) if self._is_first else ():  # others might see files that come and go
                 sync_tree(root / part)
             for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
                 sync(group / METADATA)
@@ -149,10 +150,11 @@ class GradientsWriter:
             raise StoreError(f"writing failed ({error}): make room or mend the disk, then record again") from error
 
     def close(self) -> None:
-        """Write what is still in the buffers. Raises: StoreError: writing failed."""
+        """Write what is still in the buffers, and return when all is safe on the disk. Raises: StoreError: writing failed."""
         try:
             for table in (self.rows, *self._steps):
                 table.flush()
+            self.sync()
         finally:
             self._writer.close()
 

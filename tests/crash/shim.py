@@ -1,10 +1,10 @@
 """Builds `shim.c`, and says in the environment of a process what is to happen at which call.
 
-    HYDRA_PIPE_SHIM_ROOT   directory: only calls on files in it, or below, are counted
-    HYDRA_PIPE_SHIM_AT     number of the call that is struck, from 1; absent: none
-    HYDRA_PIPE_SHIM_DO     one of DEEDS
-    HYDRA_PIPE_SHIM_STAY   if there: whatever needs room fails from that call on
-    HYDRA_PIPE_SHIM_LOG    file to append the calls to
+HYDRA_PIPE_SHIM_ROOT   directory: only calls on files in it, or below, are counted
+HYDRA_PIPE_SHIM_AT     number of the call that is struck, from 1; absent: none
+HYDRA_PIPE_SHIM_DO     one of DEEDS
+HYDRA_PIPE_SHIM_STAY   if there: whatever needs room fails from that call on
+HYDRA_PIPE_SHIM_LOG    file to append the calls to
 """
 
 import os
