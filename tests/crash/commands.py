@@ -6,6 +6,7 @@ signal that ended it). With the argument "small" files, chunks and passes are so
 
 import ctypes
 import dataclasses
+import faulthandler
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 from typing import Any, NoReturn
 
 EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
+PATIENCE_SECONDS = 60
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
@@ -58,6 +60,8 @@ def perform(job: dict[str, Any]) -> NoReturn:
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    # a command that waits for ever says where
+    faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
     os.environ.update(job["environment"])
     if job["order"]:
         plan_in(job["order"])

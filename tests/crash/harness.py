@@ -99,14 +99,14 @@ class Commands(AbstractContextManager["Commands"]):
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run, without its id and without what is of the clock."""
+    """Every file of a run but locks, without its id and without what is of the clock."""
     manifest = json.loads((run / "run.json").read_text())
     run_id = manifest.pop("run_id").encode()
     for stage in manifest["stages"].values():
         for name in _CLOCK:
             stage["facts"].pop(name, None)
         stage["facts"].get("plan", {}).pop("peak_bytes", None)  # which counts what Python takes
-    found = {str(f.relative_to(run)): _without_id(f, run_id) for f in sorted(run.rglob("*")) if f.is_file()}
+    found = {str(f.relative_to(run)): _without_id(f, run_id) for f in sorted(run.rglob("*")) if f.is_file() and f.suffix != ".lock"}
     return found | {"run.json": json.dumps(manifest, indent=1).encode()}
 
 
@@ -137,8 +137,47 @@ def leftovers(run: Path) -> list[str]:
 
 
 def kind_of(call: shim.Call, run: Path) -> str:
-    """A call's name, and that of the file without the numbers in it: calls of one kind do the same."""
-    path = (call.to or call.path).removeprefix(os.path.realpath(run))
+    """A call's name, and that of the file without what is particular to it: calls of one kind do the same."""
+    path = (call.to or call.path).removeprefix(os.path.realpath(run)).removeprefix("/")
     path = re.sub(r"\.\d+-[0-9a-f]+\.partial", ".partial", path)
     path = re.sub(r"(?<=/c)(/\d+)+", "/N", path)
+    path = re.sub(r"step-\d+-[0-9a-f]+", "step-N", path)
+    # arrays that are written alike
+    path = re.sub(r"(?<=gradients.zarr/)(steps/\w+|curvature|sample|step|scale)(?=/|$)", "COLUMN", path)
     return f"{call.name} {path or '.'}"
+
+
+def area_of(call: shim.Call, run: Path) -> str:
+    """A call's name, and that of the part of the run it is in."""
+    name, path = kind_of(call, run).split(" ", 1)
+    return f"{name} {path.removesuffix('.partial').partition('/')[0]}"
+
+
+def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
+    """Files below a run that a power cut after `calls` could take, or take something of; those being written left out."""
+    content: set[str] = set()  # written, and not flushed
+    entries: set[str] = set()  # made or moved there, and their directory not flushed
+    for call in calls:
+        if call.name in ("open", "write", "writev", "pwrite", "ftruncate"):
+            content.add(call.path)
+            entries |= {call.path} if call.name == "open" else set()
+        elif call.name in ("fsync", "fdatasync"):
+            content.discard(call.path)
+            entries = {name for name in entries if os.path.dirname(name) != call.path}
+        elif call.name == "mkdir":
+            entries.add(call.path)
+        elif call.name == "rename":
+            inside = call.path + "/"
+            moved = {name for name in content | entries if name == call.path or name.startswith(inside)}
+            for found in (content, entries):
+                found |= {call.to + name.removeprefix(call.path) for name in moved & found}
+                found -= moved
+            entries.add(call.to)
+        elif call.name in ("unlink", "rmdir"):
+            # the log has the path of a tree's root only
+            gone = {name for name in content | entries if name == call.path}
+            content, entries = content - gone, entries - gone
+    root = os.path.realpath(run)
+    # mkdir of a directory that is there fails, which the log does not tell; so does its name
+    ours = {name.removeprefix(root + "/") for name in content | entries if name.startswith(root + "/")}
+    return sorted(name for name in ours if not name.endswith(".partial") and not name.startswith("locks"))
