@@ -4,13 +4,18 @@ Used as a program: a job in JSON a line on its standard input, and the exit code
 signal that ended it). With the argument "small" files, chunks and passes are so small that a tiny run has several of each.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import faulthandler
+import gc
 import importlib
 import json
 import os
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
@@ -67,8 +72,25 @@ def perform(job: dict[str, Any]) -> NoReturn:
         plan_in(job["order"])
     sys.argv = ["hydra-pipe", *job["arguments"]]
     ctypes.CDLL(None).hydra_pipe_shim_begin()
-    app.main()
-    sys.exit(0)
+    code: object = 0
+    try:
+        app.main()
+    except SystemExit as ended:
+        code = ended.code
+    Path(job["modules"]).write_text("\n".join(sys.modules))
+    # as at the end of any program, but for the modules, which are taken apart one by one
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+def load(modules: list[str]) -> None:
+    """Import what a command has, so that the next one need not: that takes longer than all else."""
+    for name in modules:
+        if name not in sys.modules and name != "__main__":
+            with suppress(Exception):  # made by its package, in a way of its own
+                importlib.import_module(name)
 
 
 def serve(*, small: bool) -> None:
@@ -80,11 +102,18 @@ def serve(*, small: bool) -> None:
     torch.set_num_threads(1)
     if small:
         make_small()
+    known: set[str] = set()
     for line in iter(sys.stdin.readline, ""):
+        job = json.loads(line)
+        gc.freeze()
         process = os.fork()
         if process == 0:
-            perform(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+            perform(job)
+        _, status = os.waitpid(process, 0)
+        if status == 0 and job["arguments"][0] not in known:
+            known.add(job["arguments"][0])
+            load(Path(job["modules"]).read_text().split())
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

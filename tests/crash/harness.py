@@ -93,7 +93,8 @@ class Commands(AbstractContextManager["Commands"]):
         job = {"arguments": list(arguments), "environment": environment, "order": order}
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        print(json.dumps(job | {"output": str(output), "errors": str(errors)}), file=self._server.stdin, flush=True)
+        job |= {"output": str(output), "errors": str(errors), "modules": str(scratch / "modules")}
+        print(json.dumps(job), file=self._server.stdin, flush=True)
         code = int(self._server.stdout.readline())
         return Ended(code, errors.read_text(), shim.calls(log))
 

@@ -100,10 +100,7 @@ def each(
                 shutil.copytree(stage.before, run)
             found = strike(two_commands[first], run, call.number, deed)
             again = perform(two_commands[first], stage.name, run)
-            if again.code != 0:
-                found = f"again: {again.errors}"
-            else:
-                found = found or different(run, expected)
+            found = found or (f"again: {again.errors}" if again.code else different(run, expected))
             wrong += [f"{deed} at {call.name} {call.path}: {found}"] if found else []
             shutil.rmtree(run)
         return wrong
