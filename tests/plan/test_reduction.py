@@ -16,6 +16,7 @@ from hydra_pipe.plan.reduction import (
     OVERHEAD_BYTES,
     SAMPLE_MULTIPLE,
     TEST_MULTIPLE,
+    Answered,
     Reading,
     ReductionInput,
     ReductionPlan,
@@ -217,6 +218,21 @@ def test_more_memory_never_takes_more_time(what: ReductionInput, more: int) -> N
 def test_no_chunks_take_less_time_than_the_chosen_ones(what: ReductionInput, rows: int, features: int) -> None:
     chosen, asked = planned(what, None), planned(what, (rows, features))
     assert chosen.lasting_picoseconds <= asked.lasting_picoseconds
+
+
+@EVERY
+@given(inputs(), CHUNKS, st.integers(0, 1000))
+@example(given_of(n_tests=64 * 50, n_columns=64 * 50, workers=16, memory_bytes=1200 * MIB), None, 49)
+@example(given_of(workers=16, memory_bytes=1200 * MIB), None, 3)
+def test_what_goes_on_divides_the_work_as_what_was_interrupted(what: ReductionInput, chunks: Chunks, passes: int) -> None:
+    """Sums over other runs of rows would be rounded otherwise."""
+    whole = planned(what, chunks)
+    passes = min(passes, whole.passes - 1)
+    blocks = "sample_blocks" if whole.order == "fold first" else "test_blocks"
+    done = getattr(whole, blocks)[passes][0]
+    left = plan_reduction(what, chunks, Answered(whole.order, done))
+    assert getattr(left, blocks) == getattr(whole, blocks)[passes:]
+    assert (left.order, left.row_runs, left.reading) == (whole.order, whole.row_runs, whole.reading)
 
 
 def test_one_pass_over_whole_rows_is_chosen_where_memory_allows() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout, factored_part
+from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan
+from hydra_pipe.reduction import hydra as hydra_module
+from hydra_pipe.reduction import request as request_module
+from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.run import RunDirectory
 
 Recorded = Callable[..., Path]
@@ -141,6 +146,43 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
     hydra_pipe.prune(run)
     hydra_pipe.reduce(run, overwrite=True)
     assert relative_error(relevance(run), whole) < 1e-6
+
+
+def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted keeping, then another that removes what the first had kept, then the first again."""
+    monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 8)
+    monkeypatch.setattr("hydra_pipe.reduction.hydra.SAMPLE_MULTIPLE", 8)
+    monkeypatch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
+    plan_reduction = request_module.plan_reduction
+
+    def in_eights(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
+        first = range(answered.done if answered else 0, 26, 8)
+        return replace(plan_reduction(given, chunks, answered), sample_blocks=tuple((a, min(a + 8, 26)) for a in first))
+
+    monkeypatch.setattr(request_module, "plan_reduction", in_eights)
+    written = hydra_module.write_folded
+
+    def fail_after(last: int) -> Callable[..., None]:
+        def write(path: Path, first: int, sums: np.ndarray) -> None:
+            if first > last:
+                raise OSError(28, "No space left on device")
+            written(path, first, sums)
+
+        return write
+
+    for last, by in ((8, None), (-1, "mean")):
+        monkeypatch.setattr(hydra_module, "write_folded", fail_after(last))
+        with pytest.raises(OSError, match="No space left"):
+            hydra_pipe.reduce(run, by=by, keep_hypergradients=True)
+    monkeypatch.setattr(hydra_module, "write_folded", written)
+    hydra_pipe.reduce(run, keep_hypergradients=True)
+    assert hydra_pipe.prune(run) > 0
+
+
+def test_rows_are_not_deleted_while_hypergradients_are_kept_anew(run: Path) -> None:
+    hydra_pipe.reduce(run, keep_hypergradients=True)
+    with one_writer(run, "keep hypergradients"), pytest.raises(RunError, match="is being written by this very process"):
+        hydra_pipe.prune(run)
 
 
 def test_factored_columns_are_put_side_by_side() -> None:

@@ -245,3 +245,12 @@ def test_a_state_of_a_table_waits_for_what_is_in_it_too(tmp_path: Path) -> None:
     writer.drain()
     np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["narrow"][:], [5, 6, 7])
     writer.close()
+
+
+def test_a_table_without_rows_is_synced_and_goes_on(tmp_path: Path) -> None:
+    """Of a process that has recorded nothing yet."""
+    writer = BackgroundWriter()
+    TableWriter(Group.create(tmp_path / "t"), COLUMNS, "row", 8, writer).sync()
+    writer.drain()
+    TableWriter(Group.open(tmp_path / "t", ""), COLUMNS, "row", 8, writer, n_rows=0)
+    writer.close()
