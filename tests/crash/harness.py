@@ -119,10 +119,10 @@ def _without_id(file: Path, run_id: bytes) -> bytes:
     return content.replace(run_id, b"ID")
 
 
-def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, int]:
     """Files that are not the same, with the number of bytes that differ."""
     names = sorted(found.keys() | expected.keys())
-    return [f"{name}: {n} bytes" for name in names if (n := differing_bytes(found.get(name), expected.get(name)))]
+    return {name: n for name in names if (n := differing_bytes(found.get(name), expected.get(name)))}
 
 
 def differing_bytes(found: bytes | None, expected: bytes | None) -> int:

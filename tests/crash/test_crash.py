@@ -111,8 +111,8 @@ def each(
 
 
 def different(run: Path, expected: dict[str, bytes]) -> str | None:
-    found = differences(contents(run), expected) + [f"{name} is left" for name in leftovers(run)]
-    return "; ".join(found) or None
+    found = [f"{name} differs in {n} bytes" for name, n in differences(contents(run), expected).items()]
+    return "; ".join(found + [f"{name} is left" for name in leftovers(run)]) or None
 
 
 @pytest.mark.parametrize("name", STAGES)
