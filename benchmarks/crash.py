@@ -4,9 +4,9 @@
 
 Data are real: `pipelines/digits.py`, 1,400 samples, two epochs, 397 test samples; a checkpoint every 10 steps. Prints, for each
 command, how often it was struck, how many bytes differ in what it leaves (weights: checkpoints/final.pt; rows: gradients.zarr;
-relevance: relevance.zarr and hypergradients.zarr; rankings: every Parquet file; other: the manifest, but for its clock and the id of
-the run, and files that should not be there), and how many commands failed that should not, or said it badly. Exits 1 if any of these
-is not 0.
+relevance: relevance.zarr and hypergradients.zarr; rankings: every Parquet file; other: the manifest, but for its clock and the
+id of the run, and files that should not be there), and how many commands failed that should not, or said it badly. Exits 1 if any
+of these is not 0.
 
 kills    SIGKILL at an instant drawn evenly over the time that the command takes, from the start of its process to its end; one time
          in three the command that follows is killed too, and so on; then it is run to its end. In turn: record, reduce,
