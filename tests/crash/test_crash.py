@@ -78,7 +78,9 @@ def whole(two_commands: list[Commands], tmp_path_factory: pytest.TempPathFactory
             areas: dict[str, list[shim.Call]] = {}
             for call in ended.calls:
                 areas.setdefault(area_of(call, directory / "run"), []).append(call)
-            struck = [calls[len(calls) // 2] for area, calls in areas.items() if "locks" not in area]
+            # of locks, and of the directory that they were in, benchmarks/crash.py strikes all: they are the last calls, and two
+            # threads that make a directory may do it in one call more or less, so that a number may be past the end
+            struck = [calls[len(calls) // 2] for area, calls in areas.items() if "locks" not in area and area != "rmdir ."]
             made[name] = Stage(name, directory / "run", directory / "before", ended.calls, struck)
         return made[name]
 
@@ -121,7 +123,7 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
 ) -> None:
     def strike(commands: Commands, run: Path, at: int, deed: str) -> str | None:
         ended = perform(commands, name, run, at=at, do=deed)
-        return None if ended.code == KILLED else f"was not killed: {ended.code} {ended.errors}"
+        return None if ended.code == KILLED else f"was not killed: {ended.code}, {len(ended.calls)} calls, {ended.errors}"
 
     each(whole(name), two_commands, tmp_path, KILLS, strike)
 
