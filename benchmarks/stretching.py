@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hydra_pipe.store import names
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
 from hydra_pipe.store.run import RECORD, RunDirectory
 from hydra_pipe.store.writing import GradientsWriter
@@ -49,7 +50,7 @@ def stretch(source: Path, target: Path, times: int) -> None:
             writer.write_labels(which, labels)
     writer.close()
     facts = {"n_steps": n_steps * times, "n_rows": n_rows * times, "n_tests": tests.n_rows, "labels": {}}
-    run.end(RECORD, "complete", **facts)
+    run.end(RECORD, "complete", **facts, checksums=seal(run, RECORD))
 
 
 def _put(table: Any, values: dict[str, np.ndarray]) -> None:

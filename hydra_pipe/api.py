@@ -14,7 +14,7 @@ from hydra_pipe.units import format_seconds
 
 if TYPE_CHECKING:
     from hydra_pipe.recording.pipeline import Pipeline
-    from hydra_pipe.store.verify import Fault
+    from hydra_pipe.store.fault import Fault
 
 PathLike = str | os.PathLike[str]
 
@@ -135,20 +135,26 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def verify(run: PathLike, progress: Progress | None = None) -> "list[Fault]":
-    """Read everything in a run and check every checksum and count.
+def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":
+    """Read everything in a run and hold it against what was written: files, checksums, counts, and what came from what.
+
+    Args:
+        run: directory of the run.
+        progress: where to show progress; nowhere if absent.
+        repair: set the run back to its last good state. Stages whose results are damaged are forgotten, a recording is marked as
+            failed, and the rest is kept; `progress` is told of each fault, of what was done and which command must run again. What
+            hydra-pipe has not written is moved to `set-aside`, never deleted.
 
     Returns:
-        What is off; empty for a healthy run.
+        What is off; empty for a healthy run. With `repair`, what is off after it, unfinished stages aside.
 
     Raises:
-        RunError, StoreError: there is no readable run.
+        RunError: there is no run; with `repair` also: a process writes it. StoreError: it was written in a newer format version.
     """
-    from hydra_pipe.store.verify import check_run, total_bytes
+    from hydra_pipe.store.repair import repair_path
+    from hydra_pipe.store.verify import check_path
 
-    directory = RunDirectory.open(run)
-    with (progress or Progress()).task("verify", total_bytes(directory), "bytes") as task:
-        return list(check_run(directory, task))
+    return repair_path(run, progress or Progress()) if repair else check_path(run, progress or Progress())
 
 
 def prune(run: PathLike, progress: Progress | None = None) -> int:

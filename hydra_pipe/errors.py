@@ -92,6 +92,10 @@ class StoreError(HydraError):
     """A store that is damaged, incomplete, or written by a newer format version."""
 
 
+class ManifestError(StoreError):
+    """A manifest that cannot be read, so that nothing is known of its run."""
+
+
 class BudgetError(HydraError):
     """A plan that cannot fit the memory it was given. Carries both numbers in its message."""
 

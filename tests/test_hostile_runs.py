@@ -130,10 +130,11 @@ def test_tables_elsewhere_are_not_read(run: Path, name: str, monkeypatch: pytest
     change(run / "run.json", counted)
     read: list[Path] = []
     original = hydra_pipe.store.verify.read_file
-    monkeypatch.setattr("hydra_pipe.store.verify.read_file", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr("hydra_pipe.store.verify.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
     assert [fault.what[:28] for fault in hydra_pipe.verify(run)] == ["export hydra has no table " + repr(name)[:2]]
     assert read
-    assert all(path.parent in (run / "rankings/method=hydra", run / "rankings/method=hydra/matrix") for path in read)
+    directories = [run / name for name in ("rankings/method=hydra", "rankings/method=hydra/matrix", "checksums")]
+    assert all(path.parent in directories for path in read)
 
 
 @pytest.mark.parametrize("dtype", ["object", "O", "S1000", "datetime64", "V8", "complex64", "bool"])

@@ -70,6 +70,10 @@ Scheduler = Annotated[
 ]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair", help="set the run back to its last good state: keep what is whole, say what must be computed again"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
@@ -221,18 +225,18 @@ def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 @explained
-def verify(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
-    """Read everything in a run and check every checksum and count. Exit code 1 if anything is off.
+def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Debug = False) -> None:
+    """Read everything in a run and find what is not as it was written. Exit code 1 if anything is off.
 
-    Example: hydra-pipe verify runs/digits
+    Example: hydra-pipe verify runs/digits --repair
     """
-    faults = api.verify(run, ConsoleProgress())
+    faults = api.verify(run, ConsoleProgress(), repair=repair)
     if json_:
         print(json.dumps({"healthy": not faults, "faults": [{"where": f.where, "what": f.what} for f in faults]}, indent=2))
     else:
         for fault in faults:
             print(printable(f"{fault.where}: {fault.what}"))
-        print(f"{run}: {len(faults)} faults" if faults else f"{run}: healthy")
+        print(f"{run}: {len(faults)} faults" if faults else f"{run}: {'in order' if repair else 'healthy'}")
     if faults:
         raise typer.Exit(1)
 

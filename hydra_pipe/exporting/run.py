@@ -16,13 +16,14 @@ from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
 from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.run import RECORD, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RECORD, RunDirectory, export_stage, reduce_stage
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
@@ -93,11 +94,13 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
             export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
             export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
+            source = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
+            checksums = seal(directory, stage, partial)
     except BaseException as error:
         with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
             directory.end(stage, "failed", error=str(error) or type(error).__name__)
         raise
-    directory.end(stage, "complete", seconds=time.monotonic() - start, files=files)
+    directory.end(stage, "complete", seconds=time.monotonic() - start, files=files, checksums=checksums, **source)
 
 
 @dataclass

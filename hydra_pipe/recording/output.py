@@ -18,6 +18,7 @@ from hydra_pipe.recording.ranks import Ranks, is_first, together
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.locks import Lock
@@ -212,6 +213,7 @@ class Output:
                     stalls=stalls.count,
                     stalled_seconds=stalls.seconds,
                     labels=self._n_labels,
+                    checksums=seal(self._directory, RECORD),
                     **({"rank_rows": part_rows} if self._ranks is not None else {}),
                     **facts,
                 )

@@ -14,12 +14,13 @@ from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import KEEP, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stage, reduce_stage
 
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
@@ -114,10 +115,12 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
                 directory.end(stage, "failed", error=str(error) or type(error).__name__)
             raise
+    source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
     if request.options.keep_hypergradients:
-        directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept))
+        directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept), checksums=seal(directory, KEEP), **source)
     seconds = time.monotonic() - start
-    directory.end(stage, "complete", seconds=seconds, n_tests=given.n_tests, n_columns=given.n_columns, plan=facts(whole))
+    found = {"seconds": seconds, "n_tests": given.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
+    directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
 def plan_run(run: str | os.PathLike[str], options: Options) -> str:
@@ -135,8 +138,7 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     """Make what is to be filled, and drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
     directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
     # first the claims, then what they claim
-    if export_stage(name) in directory.stages:
-        directory.forget(export_stage(name))
+    directory.forget(export_stage(name))
     directory.begin(reduce_stage(name), request.settings)
     if keeping:
         _forget_kept(request)

@@ -117,8 +117,17 @@ class ShardCodec:
         table = index.tobytes()
         return [*pieces, table, checksum(table)]
 
-    def index(self, content: Bytes) -> NDArray[np.uint64]:
-        """Offset and size of each chunk, shape (*grid, 2). Raises: RottenError."""
+    def index(self, content: Bytes, file_bytes: int | None = None) -> NDArray[np.uint64]:
+        """Offset and size of each chunk, shape (*grid, 2).
+
+        Args:
+            content: of the file, or its end.
+            file_bytes: of the file, where `content` is its end.
+
+        Raises:
+            RottenError: it is damaged.
+        """
+        file_bytes = len(content) if file_bytes is None else file_bytes
         n_bytes = prod(self.grid) * 16
         if len(content) < n_bytes + _CHECKSUM_BYTES:
             raise RottenError(f"a shard of {len(content)} bytes is too short")
@@ -126,8 +135,8 @@ class ShardCodec:
         index = np.frombuffer(table.tobytes(), "<u8").reshape(*self.grid, 2)
         sizes = index[index[..., 0] != _ABSENT, 1]
         # chunks that share their bytes would decode to any amount
-        if sizes.size and max(int(sizes.max()), int(sizes.sum())) > len(content):
-            raise RottenError(f"the chunks of a shard of {len(content)} bytes overlap")
+        if sizes.size and max(int(sizes.max()), int(sizes.sum())) > file_bytes:
+            raise RottenError(f"the chunks of a shard of {file_bytes} bytes overlap")
         return index
 
 

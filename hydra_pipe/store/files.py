@@ -178,7 +178,7 @@ def remove_partials(path: Path) -> None:
 
 def remove_partials_of(path: Path) -> None:
     """Remove what killed processes have left of one file. Nobody may be writing it."""
-    if is_remote(path):
+    if is_remote(path) or not path.parent.is_dir():
         return
     for entry in path.parent.iterdir():
         if is_partial_of(path.name, entry.name):
@@ -188,6 +188,20 @@ def remove_partials_of(path: Path) -> None:
 def is_partial_of(name: str, entry: str) -> bool:
     """Whether a file called `entry` is what was begun of a file `name`."""
     return entry.startswith(f"{name}.") and entry.endswith(PARTIAL)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file is what a writer that was stopped has left, or is at: no reader takes it for data."""
+    return any(part.endswith(PARTIAL) for part in name.split("/"))
+
+
+def move(path: Path, target: Path) -> None:
+    """Move a file or a directory tree to where nothing is."""
+    if is_remote(path):
+        _fs(path).mv(_name(path), _name(target), recursive=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
 
 
 def files_below(path: Path) -> dict[str, int]:

@@ -11,11 +11,14 @@ RELEVANCE: Final = "relevance.zarr"
 HYPERGRADIENTS: Final = "hypergradients.zarr"
 RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
+CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 FINAL_CHECKPOINT: Final = "final.pt"
-# Everything that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, REPORT, MANIFEST)
+# What repairing has moved out of the way, and nobody removes: it may be the user's.
+SET_ASIDE: Final = "set-aside"
+# Everything else that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
+OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"
@@ -76,6 +79,11 @@ def checkpoint_name(step: int) -> str:
 def rank_name(rank: int) -> str:
     """Group of the rows that process number `rank` recorded."""
     return f"{RANK}/{rank}"
+
+
+def checksums_file(stage: str) -> str:
+    """Where the footprints of a stage's files are, relative to the run."""
+    return f"{CHECKSUMS}/{stage.replace(' ', '-')}.json"
 
 
 def rankings_directory(method: str) -> str:

@@ -84,6 +84,28 @@ class Columns:
         return {names.TESTS: write_selection(self.tests)} | grouping
 
 
+def write_group(path: Path, run_id: str) -> None:
+    """The group that results of all names are in: it is written only where it is not there as it should be."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with brief_lock(path):
+        remove_partials_of(path / METADATA)
+        if not group_is_whole(path, run_id):
+            Group.create(path, _group_attributes(run_id))
+
+
+def group_is_whole(path: Path, run_id: str) -> bool:
+    """Whether the group is as `write_group` makes it."""
+    try:
+        return Group.open(path, "").attributes == _group_attributes(run_id)
+    except StoreError:
+        return False
+
+
+def _group_attributes(run_id: str) -> dict[str, Any]:
+    return {names.KIND: "relevance", names.RUN_ID: run_id}
+
+
 def create_relevance(path: Path, name: str, method: str, n_samples: int, columns: Columns, width: int, run_id: str) -> Array:
     """A new array, float32, dimensions (sample, test) or (sample, group); sign and unit stand in its attributes.
 
@@ -98,7 +120,7 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
         width: columns that are written together, so that no chunk is written in two pieces.
         run_id: of the run.
     """
-    _require_group(path, {names.KIND: "relevance", names.RUN_ID: run_id})
+    write_group(path, run_id)
     remove(path / name)
     attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT} | columns.to_attributes()
     chunks = (chunk_samples(n_samples), min(CHUNK_TESTS, width))
@@ -109,20 +131,6 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
     for part in (path / METADATA, path, path.parent):
         sync(part)
     return array
-
-
-def _require_group(path: Path, attributes: dict[str, Any]) -> None:
-    """The group that results of other names are in too: it is written only where it is not there as it should be."""
-    if not is_remote(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with brief_lock(path):
-        remove_partials_of(path / METADATA)
-        try:
-            found = Group.open(path, "").attributes
-        except StoreError:
-            found = {}
-        if found != attributes:
-            Group.create(path, attributes)
 
 
 def chunk_samples(n_samples: int) -> int:
@@ -158,7 +166,13 @@ def open_relevance(path: Path, name: str) -> Array:
     """The array `name`. Raises: StoreError: missing or damaged."""
     if not is_plain(name):
         raise StoreError(f"{path} has no array called {shown(name)}: names are of letters, digits, - and _")
-    array = Group.open(path, RELEVANCE_UNREADABLE).array(name)
+    Group.open(path, RELEVANCE_UNREADABLE)
+    return open_array(path / name)
+
+
+def open_array(path: Path) -> Array:
+    """The array at `path`, whatever became of the group that it is in. Raises: StoreError: missing or damaged."""
+    array = Array.open(path)
     # whoever reads takes whole chunks: what hydra-pipe writes has small ones
     if len(array.shape) != 2 or array.dtype != np.float32 or array.chunks[0] > CHUNK_SAMPLES or array.chunks[1] > CHUNK_TESTS:
         raise StoreError(f"{array.path} is not as hydra-pipe writes it: {RELEVANCE_UNREADABLE}")

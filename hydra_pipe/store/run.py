@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from hydra_pipe.errors import HydraError, RunError, StoreError, printable, shown
+from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.files import is_partial_of, location, remove, remove_partials_of, replace_file, sync
 from hydra_pipe.store.locks import brief_lock
@@ -22,6 +22,8 @@ RECORD = "record"
 KEEP = "keep hypergradients"
 # fact of the recording: its rows were deleted after that
 PRUNED = "pruned"
+# facts: SHA-256 of the file of a stage's footprints, and of that of what it was computed from
+CHECKSUMS, OF_RECORD, OF_REDUCE = "checksums", "of_record", "of_reduce"
 
 
 def reduce_stage(method: str) -> str:
@@ -88,7 +90,7 @@ class RunDirectory:
 
         Raises:
             RunError: there is no run at `path`.
-            StoreError: its manifest is damaged, or of a newer format version.
+            ManifestError: its manifest is damaged. StoreError: it is of a newer format version.
         """
         root = location(path)
         manifest = root / names.MANIFEST
@@ -124,6 +126,15 @@ class RunDirectory:
         return cls(location(path), uuid.uuid4().hex, {}, _versions())
 
     @classmethod
+    def from_copy(cls, path: str | os.PathLike[str]) -> Self | None:
+        """The run at `path` as the copy of its manifest has it, or None where there is none that can be read."""
+        root = location(path)
+        try:
+            return cls._parse(root, root / names.CHECKSUMS / names.MANIFEST)
+        except (HydraError, OSError):
+            return None
+
+    @classmethod
     def _parse(cls, root: Path, manifest: Path) -> Self:
         try:
             data = read_json(manifest)
@@ -142,7 +153,7 @@ class RunDirectory:
             stages = {name: _stage(name, entry) for name, entry in data["stages"].items()}
             return cls(root, data["run_id"], stages, {k: str(v) for k, v in data["versions"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere") from error
+            raise ManifestError(f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere") from error
 
     def has_work(self, name: str, settings: Settings) -> bool:
         """Whether stage `name` has work to do with `settings`. Writes nothing.
@@ -183,6 +194,8 @@ class RunDirectory:
         for name in stage_names:
             self.stages.pop(name, None)
         self.save(*stage_names)
+        for name in stage_names:
+            remove(self.path / names.checksums_file(name))
 
     def require(self, name: str, command: str) -> Stage:
         """The stage `name`, which must be complete.
@@ -198,7 +211,9 @@ class RunDirectory:
         return stage
 
     def save(self, *changed: str) -> None:
-        """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
+        """Write the manifest, then its copy: of each the old one or the new one is there at any moment, never half of one.
+
+        They are safe on the disk then.
 
         Args:
             changed: stages that were changed, or forgotten. Those that were not are left as they are on the disk, for another
@@ -215,9 +230,12 @@ class RunDirectory:
                 "versions": self.versions,
                 "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in stages.items()},
             }
-            remove_partials_of(self.path / names.MANIFEST)
-            replace_file(self.path / names.MANIFEST, [json.dumps(data, indent=2).encode(), b"\n"])
-            sync(self.path)
+            content = [json.dumps(data, indent=2).encode(), b"\n"]
+            for directory in (self.path, self.path / names.CHECKSUMS):
+                remove_partials_of(directory / names.MANIFEST)
+                replace_file(directory / names.MANIFEST, content)
+                sync(directory)
+            sync(self.path)  # where the copy's directory may be new
 
     def _others_on_disk(self) -> dict[str, Stage]:
         """Stages as the manifest has them, but those that this object has changed; none of another run's."""

@@ -1,172 +1,260 @@
-"""Reads everything in a run and checks every checksum and count."""
+"""Reads everything in a run and says what is not as it was written, and what that means."""
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.progress import Task
+from hydra_pipe.errors import ManifestError, RunError, StoreError, shown
+from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names, rankings
-from hydra_pipe.store.arrays import ROTTEN, Array
-from hydra_pipe.store.files import read_file, sha256_of
+from hydra_pipe.store.arrays import METADATA
+from hydra_pipe.store.checksums import Footprints, area_of, digest
+from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.compare import Comparison
+from hydra_pipe.store.fault import Fault
+from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, Hypergradients
-from hydra_pipe.store.relevance import open_relevance
-from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Stage, export_stage, reduce_stage
+from hydra_pipe.store.hypergradients import Hypergradients
+from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.relevance import columns_of, group_is_whole, open_array, open_relevance
+from hydra_pipe.store.run import (
+    CHECKSUMS,
+    KEEP,
+    OF_RECORD,
+    OF_REDUCE,
+    PRUNED,
+    RECORD,
+    RunDirectory,
+    export_stage,
+    reduce_stage,
+)
+from hydra_pipe.store.sense import check_rows
+
+_REDUCE, _EXPORT = reduce_stage(""), export_stage("")
+# directories in which hydra-pipe alone writes
+PLACES = (names.GRADIENTS, names.HYPERGRADIENTS, names.RELEVANCE, names.RANKINGS, names.CHECKSUMS)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that is off.
+def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
+    """Every fault of the run at `path`.
 
-    Args:
-        where: file or array, relative to the run.
-        what: is wrong with it, and what that means.
+    Raises:
+        RunError: there is no run. StoreError: it was written in a newer format version.
     """
-
-    where: str
-    what: str
+    try:
+        run = RunDirectory.open(path)
+    except (RunError, ManifestError) as error:
+        copy = RunDirectory.from_copy(path)
+        if copy is None and isinstance(error, RunError):
+            raise
+        more = "" if copy is None else "nothing of the run can be used without it: hydra-pipe verify --repair has a copy"
+        return [Fault(names.MANIFEST, str(error), more, kind="manifest")]
+    with progress.task("verify", total_bytes(run), "bytes") as task:
+        return list(check_run(run, task))
 
 
 def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     """Every fault of a run. Bytes are counted on `task` as they are read and decoded."""
     for name, stage in run.stages.items():
         if stage.state != "complete":
-            yield Fault(names.MANIFEST, f"{name} is not finished (state: {stage.state}): run it again")
-    recording = run.stages.get(RECORD)
-    if recording is None:
-        yield Fault(names.MANIFEST, "nothing was recorded")
+            yield Fault(names.MANIFEST, f"{name} is not finished (state: {stage.state}): run it again", kind="unfinished")
+    if RunDirectory.from_copy(run.path) is None:
+        yield Fault(
+            f"{names.CHECKSUMS}/{names.MANIFEST}",
+            f"is missing or damaged: should {names.MANIFEST} be lost, so is the run",
+            f"hydra-pipe verify {run.path} --repair writes it again",
+            kind="copy",
+        )
+    yield from _check_strays(run)
+    if RECORD not in run.stages:
+        yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
-    if recording.state == "complete":
-        try:
-            yield from _check_gradients(run, recording, task)
-        except StoreError as error:
-            yield Fault(names.GRADIENTS, str(error))
-        yield from _check_final(run, recording)
-        if run.stages.get(KEEP) is not None and run.stages[KEEP].state == "complete":
-            yield from check_hypergradients(run, task)
-    for method in methods_of(run):
-        if run.stages[reduce_stage(method)].state == "complete":
-            yield from _check_relevance(run, method, task)
-        if run.stages.get(export_stage(method)) is not None and run.stages[export_stage(method)].state == "complete":
-            yield from _check_rankings(run, method)
+    for name, stage in run.stages.items():
+        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT))):
+            yield from check_stage(run, name, task)
+    if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
+        yield Fault(
+            f"{names.RELEVANCE}/{METADATA}",
+            "is missing or not what was written: what is in it is not found, or taken for another run's",
+            f"hydra-pipe verify {run.path} --repair writes it again",
+            kind="group",
+        )
 
 
 def methods_of(run: RunDirectory) -> list[str]:
     """Methods whose relevance was computed, or begun."""
-    prefix = reduce_stage("")
-    return [name.removeprefix(prefix) for name in run.stages if name.startswith(prefix)]
+    return [name.removeprefix(_REDUCE) for name in run.stages if name.startswith(_REDUCE)]
 
 
-def _check_gradients(run: RunDirectory, recording: Stage, task: Task) -> Iterator[Fault]:
-    store = Gradients(run.path / names.GRADIENTS)
-    advice = "record the run again with --overwrite"
-    shapes = {}
-    pruned = store.pruned_arrays() if recording.facts.get(PRUNED) else []
-    for name, array in store.arrays():
-        shapes[name] = array.shape
-        if name in pruned:
-            continue
-        yield from _check_array(f"{names.GRADIENTS}/{name}", array, advice, task)
-    n_rows, n_steps = recording.count("n_rows"), recording.count("n_steps")
-    expected = store.expected_rows(recording.rank_rows(), n_steps, recording.count("n_tests"))
-    expected |= {f"{names.LABELS}/{which}": n for which, n in recording.counts("labels").items()}
-    for name, count in expected.items():
-        if name not in shapes:
-            yield Fault(f"{names.GRADIENTS}/{name}", f"is missing: {advice}")
-        elif shapes[name][0] != count:
-            yield Fault(f"{names.GRADIENTS}/{name}", f"has length {shapes[name][0]}, {count} were recorded: {advice}")
-    rows_of_steps = int(store.rows_of_steps()[1].sum())
-    if rows_of_steps != n_rows:
-        yield Fault(f"{names.GRADIENTS}/{names.STEPS}", f"steps add up to {rows_of_steps} rows of {n_rows}: {advice}")
+def _check_strays(run: RunDirectory) -> Iterator[Fault]:
+    """What is in hydra-pipe's own directories and belongs to no stage."""
+    known = {names.checksums_file(stage) for stage in run.stages}
+    known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
+    areas = {area_of(stage) for stage in run.stages}
+    strays: set[str] = set()
+    for directory in PLACES:
+        for file in files_below(run.path / directory):
+            whole, part = f"{directory}/{file}", f"{directory}/{file.split('/')[0]}"
+            if whole not in known and not is_partial(whole) and not {directory, part} & areas:
+                strays.add(directory if directory in (names.GRADIENTS, names.HYPERGRADIENTS) else part)
+    for where in sorted(strays):
+        yield Fault(
+            where,
+            "belongs to no stage of the run: it may be of another recording, and is no result of this one",
+            f"move it elsewhere, or let hydra-pipe verify {run.path} --repair do so",
+            kind="extra",
+        )
+
+
+def check_stage(run: RunDirectory, stage: str, task: Task) -> Iterator[Fault]:
+    """Every fault of what a complete stage has written."""
+    consequence = _consequence_of(run, stage)
+    listed, lost = _footprints_of(run, stage)
+    if lost is not None:
+        yield lost
+    told: set[str] = set()
+    for fault in Comparison(run.path, stage, consequence, listed, _pruned(run, stage), task).faults():
+        if fault.kind == "damaged":
+            told.add(fault.where)
+        yield fault
+    try:
+        for fault in _sense(run, stage, consequence, listed):
+            if fault.where not in told:
+                yield fault
+    except StoreError as error:
+        if not told:  # otherwise it was told, by the name of its file
+            yield Fault(area_of(stage), str(error), consequence, stage=stage)
+    yield from _check_origin(run, stage, consequence)
+
+
+def _consequence_of(run: RunDirectory, stage: str) -> str:
+    """What it means that something of `stage` is damaged, and what to do."""
+    if stage == RECORD:
+        return "no relevance can be computed from this recording: record the run again with --overwrite"
+    again = f"{command_of(run, stage)} --overwrite"
+    if stage == KEEP:
+        return f"no test samples can be answered from what was kept: keep it again with {again}"
+    if stage.startswith(_REDUCE):
+        return f"the relevance cannot be trusted: compute it again with {again}"
+    return f"the rankings cannot be trusted: write them again with {again}"
+
+
+def _footprints_of(run: RunDirectory, stage: str) -> tuple[Footprints | None, Fault | None]:
+    """What `stage` has written, or what is wrong with the file that says so."""
+    where = names.checksums_file(stage)
+    try:
+        content = read_file(run.path / where, MOST_JSON_BYTES)
+        if digest(content) == run.stages[stage].facts.get(CHECKSUMS):
+            return Footprints.parse(content), None
+        found = f"is not what was written: {names.MANIFEST} has another SHA-256"
+    except FileNotFoundError:
+        found = "is missing"
+    except (OSError, ValueError) as error:
+        found = f"is damaged ({shown(error)})"
+    advice = f"hydra-pipe verify {run.path} --repair writes it again where it can"
+    return None, Fault(
+        where, found, f"swapped and exchanged files of {stage} cannot be told: {advice}", kind="unlisted", stage=stage
+    )
+
+
+def _pruned(run: RunDirectory, stage: str) -> frozenset[str]:
+    """Arrays of `stage` whose chunks were deleted."""
+    if stage != RECORD or not run.stages[RECORD].facts.get(PRUNED):
+        return frozenset()
+    try:
+        return frozenset(f"{names.GRADIENTS}/{name}" for name in Gradients(run.path / names.GRADIENTS).pruned_arrays())
+    except StoreError:
+        return frozenset()  # that is told as a fault; so is what was pruned then
+
+
+def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+    """Whether `stage` was computed from what is there now."""
+    source, fact, what = RECORD, OF_RECORD, "recording"
+    if stage.startswith(_EXPORT):
+        source, fact, what = reduce_stage(stage.removeprefix(_EXPORT)), OF_REDUCE, "relevance"
+    if stage == RECORD or source not in run.stages:
+        return
+    present = run.stages[source].facts.get(CHECKSUMS)
+    if present is not None and run.stages[stage].facts.get(fact) != present:
+        found = f"is stale: it was computed from another {what} than the one that is there"
+        yield Fault(area_of(stage), found, consequence, stage=stage)
+
+
+def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints | None) -> Iterator[Fault]:
+    """What is wrong with `stage` though every file may be as it was written. Raises: StoreError: something cannot be read."""
+    if stage == RECORD:
+        yield from _check_final(run)
+        yield from check_rows(run, consequence)
+    elif stage == KEEP:
+        yield from _check_kept_shapes(run, consequence)
+    elif stage.startswith(_REDUCE):
+        yield from _check_relevance(run, stage, consequence)
+    else:
+        yield from _check_rankings(run, stage, consequence, decode=listed is None)
+
+
+def _check_final(run: RunDirectory) -> Iterator[Fault]:
+    expected = run.stages[RECORD].facts.get("final_sha256")
+    if expected is None:
+        return  # a loop of the user's own keeps its own checkpoints
+    where = f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}"
+    file = run.path / where
+    if not file.is_file() or sha256_of(file) != expected:
+        found = "is missing or changed: the parameters that the test gradients were taken at are lost"
+        yield Fault(where, found, "record the run again with --overwrite", stage=RECORD)
 
 
 def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
     """Every fault of the hypergradients that a run keeps."""
+    return check_stage(run, KEEP, task)
+
+
+def _check_kept_shapes(run: RunDirectory, consequence: str) -> Iterator[Fault]:
     try:
         gradients = Gradients(run.path / names.GRADIENTS)
-        store = Hypergradients(run.path / names.HYPERGRADIENTS, gradients)
-        expected = store.expected_shapes(gradients, run.stages[RECORD].count("n_samples"))
-        found = dict(store.arrays())
-    except StoreError as error:
-        yield Fault(names.HYPERGRADIENTS, str(error))
-        return
-    for name, shape in expected.items():
+    except StoreError:
+        return  # a fault of the recording, and told there: what was kept may be whole
+    if gradients.run_id != run.run_id:
+        return  # likewise
+    store = Hypergradients(run.path / names.HYPERGRADIENTS, gradients)
+    found = dict(store.arrays())
+    for name, shape in store.expected_shapes(gradients, run.stages[RECORD].count("n_samples")).items():
         where = f"{names.HYPERGRADIENTS}/{name}"
         if name not in found:
-            yield Fault(where, f"is missing: {HYPERGRADIENTS_UNREADABLE}")
+            yield Fault(where, "is missing", consequence, stage=KEEP)
         elif found[name].shape != shape:
-            yield Fault(where, f"has shape {found[name].shape}, not {shape}: {HYPERGRADIENTS_UNREADABLE}")
-        else:
-            yield from _check_array(where, found[name], HYPERGRADIENTS_UNREADABLE, task)
+            yield Fault(where, f"has shape {found[name].shape}, not {shape}", consequence, stage=KEEP)
 
 
-def _check_final(run: RunDirectory, recording: Stage) -> Iterator[Fault]:
-    expected = recording.facts.get("final_sha256")
-    if expected is None:
-        return  # a loop of the user's own keeps its own checkpoints
-    file = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
-    if not file.is_file() or sha256_of(file) != expected:
-        yield Fault(f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}", "is missing or changed: record the run again with --overwrite")
+def _check_relevance(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+    array = open_array(run.path / area_of(stage))
+    columns_of(array)
+    expected = (run.stages[RECORD].count("n_samples"), run.stages[stage].count("n_columns"))
+    if array.shape != expected:
+        yield Fault(area_of(stage), f"has shape {array.shape}, the recording has {expected}", consequence, stage=stage)
 
 
-def _check_relevance(run: RunDirectory, method: str, task: Task) -> Iterator[Fault]:
-    where = f"{names.RELEVANCE}/{method}"
-    advice = f"compute it again with hydra-pipe reduce {run.path} --overwrite"
-    try:
-        array = open_relevance(run.path / names.RELEVANCE, method)
-    except StoreError as error:
-        yield Fault(where, str(error))
-        return
-    yield from _check_array(where, array, advice, task)
-    expected = (run.stages[RECORD].count("n_samples"), run.stages[reduce_stage(method)].count("n_columns"))
-    if tuple(array.shape) != expected:
-        yield Fault(where, f"has shape {tuple(array.shape)}, the recording has {expected}: {advice}")
-
-
-def _check_array(where: str, array: Array, advice: str, task: Task) -> Iterator[Fault]:
-    shortfall = array.shortfall()
-    if shortfall:
-        yield Fault(where, f"{shortfall}: {advice}")
-        return
-    step = array.file_rows
-    for first in range(0, array.shape[0], step):
-        try:
-            values = array.read(slice(first, first + step))
-        except ROTTEN as error:
-            yield Fault(where, f"rows {first} to {min(first + step, array.shape[0])} are damaged ({shown(error)}): {advice}")
-            continue
-        task.advance(values.nbytes)
-
-
-def _check_rankings(run: RunDirectory, method: str) -> Iterator[Fault]:
-    directory = run.path / names.RANKINGS / names.rankings_directory(method)
-    advice = f"write it again with hydra-pipe export {run.path} --overwrite"
-    try:
-        expected = run.stages[export_stage(method)].counts("files")
-    except StoreError as error:
-        yield Fault(names.MANIFEST, str(error))
-        return
-    for name in expected:
+def _check_rankings(run: RunDirectory, stage: str, consequence: str, *, decode: bool) -> Iterator[Fault]:
+    for name, expected in run.stages[stage].counts("files").items():
         if not rankings.is_table(name):
-            yield Fault(names.MANIFEST, f"{export_stage(method)} has no table {shown(name)}: {advice}")
+            yield Fault(names.MANIFEST, f"{stage} has no table {shown(name)}", consequence, stage=stage)
             continue
-        where = f"{directory.relative_to(run.path)}/{name}"
+        where = f"{area_of(stage)}/{name}"
         try:
-            table = pq.ParquetFile(pa.BufferReader(read_file(directory / name)))
+            table = pq.ParquetFile(pa.BufferReader(read_file(run.path / where)))
             n_rows, kept = table.metadata.num_rows, table.schema_arrow.metadata or {}
             if kept.get(b"hydra_pipe.run_id") != run.run_id.encode():
-                yield Fault(where, f"belongs to another run: {advice}")
-            elif n_rows != expected[name]:
-                yield Fault(where, f"has {n_rows} rows, {expected[name]} were written: {advice}")
-            else:
+                yield Fault(where, "belongs to another run", consequence, stage=stage)
+            elif n_rows != expected:
+                yield Fault(where, f"has {n_rows} rows, {expected} were written", consequence, stage=stage)
+            elif decode:  # otherwise every byte is known to be as it was written
                 # not the whole table at once: few bytes can say many rows
                 for batch in table.iter_batches():
                     del batch
         except (OSError, pa.ArrowException) as error:
-            yield Fault(where, f"cannot be read ({shown(error)}): {advice}")
+            yield Fault(where, f"cannot be read ({shown(error)})", consequence, stage=stage)
 
 
 def total_bytes(run: RunDirectory) -> int:

@@ -11,6 +11,7 @@ import hydra_pipe
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
 from hydra_pipe.store import names
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.run import RECORD, RunDirectory
 from hydra_pipe.store.writing import GradientsWriter
 
@@ -47,7 +48,7 @@ def made_up(path: Path, n_samples: int, n_tests: int, batches: list[np.ndarray],
         views[names.LOSS][:] = 0.0
     writer.flush_test(tests)
     writer.close()
-    run.end(RECORD, "complete", n_steps=len(batches), n_rows=n_rows, n_tests=n_tests)
+    run.end(RECORD, "complete", n_steps=len(batches), n_rows=n_rows, n_tests=n_tests, checksums=seal(run, RECORD))
     return path
 
 

@@ -107,7 +107,7 @@ def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
 def test_rows_are_not_deleted_where_what_is_kept_is_damaged(run: Path, name: str, damage: Callable[[Path], None]) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
     damage(run / "hypergradients.zarr" / name)
-    assert [fault.where for fault in hydra_pipe.verify(run)] == [f"hypergradients.zarr/{name.split('/c/')[0]}"]
+    assert [fault.where for fault in hydra_pipe.verify(run)] == [f"hypergradients.zarr/{name}"]
     with pytest.raises(StoreError, match="nothing was deleted"):
         hydra_pipe.prune(run)
     assert (run / "gradients.zarr/gradient/c/0/0").exists()

@@ -1,0 +1,41 @@
+"""The commands that make the stages of a run, as they were given."""
+
+import shlex
+
+from hydra_pipe.store import names
+from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, Settings, export_stage, reduce_stage
+
+_BY_LABEL, _MEAN = "-by-label", "-mean"
+
+
+def command_of(run: RunDirectory, stage: str) -> str:
+    """The command that makes `stage` again, with the settings that it had."""
+    settings = run.stages[stage].settings if stage in run.stages else {}
+    if stage == RECORD:
+        return _record(run, settings)
+    if stage == KEEP:
+        return f"{command_of(run, kept_with(run))} --keep-hypergradients"
+    if stage.startswith(reduce_stage("")):
+        method = stage.removeprefix(reduce_stage(""))
+        flags = ["--by", "label"] if method.endswith(_BY_LABEL) else ["--mean"] if method.endswith(_MEAN) else []
+        return _command("reduce", str(run.path), *flags, **{"--tests": settings.get(names.TESTS)})
+    method = stage.removeprefix(export_stage(""))
+    full = ["--full"] if settings.get("full") else []
+    return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
+
+
+def kept_with(run: RunDirectory) -> str:
+    """The reduction that hypergradients are kept with: one that is there, or that of all test samples."""
+    return next((name for name in run.stages if name.startswith(reduce_stage(""))), reduce_stage("hydra"))
+
+
+def _record(run: RunDirectory, settings: Settings) -> str:
+    own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
+    assignments = [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
+    options = {f"--{name}": settings.get(name) for name in ("encoding", "dim", "dtype")}
+    return _command("record", str(settings.get("pipeline") or "PIPELINE"), str(run.path), *assignments, **options)
+
+
+def _command(*words: str, **options: object) -> str:
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["hydra-pipe", *words, *given])

@@ -1,0 +1,161 @@
+"""Sets a damaged run back to its last good state: keeps what is whole, and forgets what has to be computed again."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+from hydra_pipe.errors import HydraError, StoreError, printable
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names
+from hydra_pipe.store.checksums import area_of, digest, footprints
+from hydra_pipe.store.commands import command_of, kept_with
+from hydra_pipe.store.fault import Fault
+from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
+from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.relevance import write_group
+from hydra_pipe.store.run import CHECKSUMS, KEEP, PRUNED, RECORD, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.verify import PLACES, check_path
+
+
+def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
+    """Repair the run at `path`, and say in a line each what was found, what was done, and which command must run again.
+
+    Returns:
+        What is still off, unfinished stages aside.
+
+    Raises:
+        RunError: there is no run, or a process writes it.
+        StoreError: it was written in a newer format version, or a link in it leads elsewhere.
+    """
+    copy = RunDirectory.from_copy(path)
+    known: RunDirectory | None
+    try:
+        known = RunDirectory.open(path)
+    except HydraError:
+        known = copy
+    with ExitStack() as locks:
+        for stage in dict.fromkeys([RECORD, *(known.stages if known is not None else ())]):
+            if stage != KEEP and known is not None:  # which comes with a reduction
+                locks.enter_context(one_writer(location(path), stage))
+        faults = check_path(path, progress)
+        if any(fault.kind == "manifest" for fault in faults):
+            if copy is None:
+                return faults
+            copy.save(*copy.stages)
+            progress.say(printable(f"{names.MANIFEST}: {faults[0].found}: written again from its copy"))
+            faults = check_path(path, progress)
+        for fault in faults:
+            progress.say(printable(f"{fault.where}: {fault.what}"))
+        run = RunDirectory.open(path)
+        _refuse_links(run)
+        for line in _repair(run, faults):
+            progress.say(printable(line))
+        return [fault for fault in check_path(path, progress) if fault.kind != "unfinished"]
+
+
+def _refuse_links(run: RunDirectory) -> None:
+    """What is moved or removed must be in the run itself. Raises: StoreError."""
+    for where in (*PLACES, names.CHECKPOINTS, names.SET_ASIDE, *map(area_of, run.stages)):
+        if not is_remote(run.path) and (run.path / where).is_symlink():
+            raise StoreError(
+                f"{run.path / where} is a link, and what it leads to is not repaired: put what it leads to in its place"
+            )
+
+
+def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
+    """Repair `run`, of which `faults` are all that is wrong. Yields a line for each thing that was done."""
+    yield from _remove_partial(run)
+    for fault in faults:
+        if fault.kind == "extra":
+            yield f"{fault.where}: moved to {_set_aside(run, fault.where)}"
+        elif fault.kind == "copy":
+            run.save()
+            yield f"{fault.where}: written again"
+        elif fault.kind == "group":
+            write_group(run.path / names.RELEVANCE, run.run_id)
+            yield f"{fault.where}: written again"
+    damaged = {fault.stage: fault for fault in reversed(faults) if fault.kind == "damaged" and fault.stage is not None}
+    for fault in faults:
+        if fault.kind == "unlisted" and fault.stage is not None and fault.stage not in damaged:
+            if _listed_again(run, fault.stage):
+                yield f"{fault.where}: written again, for every file is as it was written"
+            else:
+                damaged[fault.stage] = fault
+    yield from _set_back(run, damaged, faults)
+
+
+def _remove_partial(run: RunDirectory) -> Iterator[str]:
+    for directory in PLACES:
+        for name in files_below(run.path / directory):
+            if is_partial(name):
+                remove(run.path / directory / name)
+                yield f"{directory}/{name}: removed: a writer that was stopped has left it"
+
+
+def _set_aside(run: RunDirectory, where: str) -> str:
+    """Move something to where it is in nobody's way. Returns where that is, relative to the run."""
+    target, number = f"{names.SET_ASIDE}/{where}", 1
+    while (run.path / target).exists():
+        number += 1
+        target = f"{names.SET_ASIDE}/{where}.{number}"
+    move(run.path / where, run.path / target)
+    return target
+
+
+def _listed_again(run: RunDirectory, stage: str) -> bool:
+    """Write the footprints of `stage` again, if they are those that the manifest has the SHA-256 of."""
+    try:
+        content = footprints(run.path, stage).content()
+    except (HydraError, OSError):
+        return False  # of a run whose rows were pruned, for one
+    if digest(content) != run.stages[stage].facts.get(CHECKSUMS):
+        return False
+    replace_file(run.path / names.checksums_file(stage), [content])
+    return True
+
+
+def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fault]) -> Iterator[str]:
+    """Forget the stages `damaged`, each for the fault that is named first, and those that depend on them."""
+    if KEEP in damaged and run.stages[RECORD].facts.get(PRUNED):  # what it was computed from is gone
+        damaged.setdefault(RECORD, damaged[KEEP])
+    for stage in list(damaged):
+        exported = export_stage(stage.removeprefix(reduce_stage("")))
+        if exported in run.stages:
+            damaged.setdefault(exported, damaged[stage])
+    advice = {stage: f"run {command_of(run, stage)}" for stage in damaged}
+    if KEEP in advice:
+        advice[KEEP] += _after_keeping(run, damaged)
+    for stage in sorted(damaged, key=_order):
+        fault = damaged[stage]
+        if stage == RECORD:
+            _set_recording_back(run, fault, faults)
+            advice[stage] += ", which begins anew and discards what was computed from it"
+        else:
+            run.forget(stage)
+            remove(run.path / area_of(stage))
+        yield f"{stage}: set back, for {fault.where} {fault.found}: {advice[stage]}"
+
+
+def _order(stage: str) -> int:
+    return next(i for i, prefix in enumerate((RECORD, KEEP, reduce_stage(""), "")) if stage.startswith(prefix))
+
+
+def _after_keeping(run: RunDirectory, damaged: dict[str, Fault]) -> str:
+    """Keeping computes a relevance again, and so drops its rankings, which may be whole."""
+    exported = export_stage(kept_with(run).removeprefix(reduce_stage("")))
+    return f", then {command_of(run, exported)}" if exported in run.stages and exported not in damaged else ""
+
+
+def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:
+    """A recording begins anew. What is damaged goes out of the way, so that no checkpoint can go on with it."""
+    wrong = {entry.where: None for entry in faults if (entry.stage, entry.kind) == (RECORD, "damaged") and "/" in entry.where}
+    if fault.kind == "unlisted":  # something was exchanged, and nobody knows what
+        wrong = {names.GRADIENTS: None}
+    run.end(RECORD, "failed", error=f"{fault.where} {fault.found}")
+    checkpoints = run.path / names.CHECKPOINTS
+    for name in files_below(checkpoints):
+        if name.startswith("step-"):  # of a process that was killed when the recording was complete
+            remove(checkpoints / name)
+    for where in wrong:
+        if (run.path / where).exists():
+            _set_aside(run, where)
