@@ -123,10 +123,17 @@ class ReductionInput:
 
 @dataclass(frozen=True)
 class Answered:
-    """What an interrupted reduction has done: test samples or, fold first, samples, from the first on."""
+    """What an interrupted reduction has done.
+
+    Args:
+        order: in which it worked.
+        done: test samples or, fold first, samples, from the first on.
+        base_bytes: of its process, as `ReductionInput` has it: by it the work was divided.
+    """
 
     order: Order
     done: int
+    base_bytes: int
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import os
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import Answered, Order, ReductionInput, ReductionPlan, Span
+from hydra_pipe.plan.reduction import Answered, Order, ReductionInput, ReductionPlan
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.hydra import Job, graphs
@@ -98,7 +99,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         if answered is not None and not _goes_on(request, answered, plan):
             answered = None
             given, plan = request.plan(using.workers)
-        whole = plan if answered is None else request.plan(using.workers, Answered(answered.order, 0))[1]
+        whole = plan if answered is None else request.plan(using.workers, replace(answered, done=0))[1]
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:
             _begin(request, given, plan)
@@ -176,11 +177,11 @@ def _answered(request: Request) -> Answered | None:
     found = stage.facts.get(_ANSWERED) if stage is not None else None
     if not isinstance(found, dict) or (request.options.keep_hypergradients and not found.get("keeping")):
         return None
-    order, done = found.get("order"), found.get("done")
-    if order not in get_args(Order) or not is_count(done):
+    order, done, base_bytes = found.get("order"), found.get("done"), found.get("base_bytes")
+    if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
         return None
     n = request.n_samples if order == "fold first" else request.columns.n_tests
-    return Answered(cast(Order, order), done) if done <= n else None
+    return Answered(cast(Order, order), done, base_bytes) if done <= n else None
 
 
 def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
@@ -217,14 +218,14 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using
     with progress.task("reduce", n_rows * plan.passes, "rows") as task:
         for span, graph in graphs(job, using.counter(task.advance, n_rows)):
             using.compute(graph)
-            _mark(request, plan, span)
+            _mark(request, Answered(plan.order, span[1], given.base_bytes))
 
 
-def _mark(request: Request, plan: ReductionPlan, span: Span) -> None:
+def _mark(request: Request, answered: Answered) -> None:
     """Note in the manifest that a pass is done: what it has answered is safe on the disk."""
     sync_tree(_store(request) / request.name, files=False)
     if request.options.keep_hypergradients:
         sync_tree(request.kept, files=False)
     stage = request.directory.stages[reduce_stage(request.name)]
-    stage.facts[_ANSWERED] = {"order": plan.order, "done": span[1], "keeping": request.options.keep_hypergradients}
+    stage.facts[_ANSWERED] = asdict(answered) | {"keeping": request.options.keep_hypergradients}
     request.directory.save(reduce_stage(request.name))

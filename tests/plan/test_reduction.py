@@ -230,7 +230,7 @@ def test_what_goes_on_divides_the_work_as_what_was_interrupted(what: ReductionIn
     passes = min(passes, whole.passes - 1)
     blocks = "sample_blocks" if whole.order == "fold first" else "test_blocks"
     done = getattr(whole, blocks)[passes][0]
-    left = plan_reduction(what, chunks, Answered(whole.order, done))
+    left = plan_reduction(what, chunks, Answered(whole.order, done, what.base_bytes))
     assert getattr(left, blocks) == getattr(whole, blocks)[passes:]
     assert (left.order, left.row_runs, left.reading) == (whole.order, whole.row_runs, whole.reading)
 

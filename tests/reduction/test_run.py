@@ -14,6 +14,7 @@ import hydra_pipe
 from hydra_pipe.errors import RunError, StoreError, UsageError
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
 from hydra_pipe.reduction import hydra
+from hydra_pipe.reduction.request import Request
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.run import RunDirectory
 
@@ -200,3 +201,25 @@ def test_what_is_no_longer_there_is_begun_anew(run: Path, whole: np.ndarray, mon
     shutil.rmtree(run / "relevance.zarr")
     hydra_pipe.reduce(run)
     assert relative_error(relevance(run), whole) < 1e-6
+
+
+@pytest.mark.parametrize(("more", "taken"), [(2**20, 0), (2**29, 2**29)])
+def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
+    run: Path, more: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process takes a little more or less each time: at the edge of a budget the work must not be divided otherwise for that."""
+    planned(monkeypatch, order="score first", test_blocks=TWOS)
+    bases: list[int] = []
+    plan = Request.plan
+
+    def noted(*arguments: object) -> tuple[ReductionInput, ReductionPlan]:
+        given, found = plan(*arguments)
+        bases.append(given.base_bytes)
+        return given, found
+
+    monkeypatch.setattr(Request, "plan", noted)
+    monkeypatch.setattr("hydra_pipe.reduction.request.base_bytes", lambda resident: 2**28)
+    interrupted(run, monkeypatch, 2)
+    monkeypatch.setattr("hydra_pipe.reduction.request.base_bytes", lambda resident: 2**28 + more)
+    hydra_pipe.reduce(run)
+    assert bases == [2**28, 2**28 + taken, 2**28 + taken]
