@@ -1,6 +1,7 @@
 """Small real runs that many tests look at."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hydra_pipe import Pipeline
 
 ROOT = Path(__file__).parents[1]
 
+# a shell ignores it in what runs in the background, and then so do the commands that tests start to interrupt them
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # pytest-xdist runs several processes on the same cores
 
 

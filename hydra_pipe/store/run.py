@@ -97,7 +97,9 @@ class RunDirectory:
         if not root.exists():
             raise RunError(f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}")
         if not manifest.is_file():
-            raise RunError(f"{root} is not a run of hydra-pipe: it has no {names.MANIFEST}")
+            is_lost = cls.from_copy(root) is not None
+            advice = f", but a copy of it: run hydra-pipe verify {root} --repair" if is_lost else ""
+            raise RunError(f"{root} is not a run of hydra-pipe: it has no {names.MANIFEST}{advice}")
         return cls._parse(root, manifest)
 
     @classmethod
@@ -114,8 +116,9 @@ class RunDirectory:
         if not root.is_dir():
             raise RunError(f"{root} is a file: name a directory for the run")
         if not (root / names.MANIFEST).is_file():
-            # a recording that was killed while it wrote the first manifest leaves a part of it
-            if any(entry.name != names.LOCKS and not is_partial_of(names.MANIFEST, entry.name) for entry in root.iterdir()):
+            # a recording that was killed while it wrote the first manifest leaves a part of it, and its copy
+            ours = (names.LOCKS, names.CHECKSUMS)
+            if any(entry.name not in ours and not is_partial_of(names.MANIFEST, entry.name) for entry in root.iterdir()):
                 raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
             return None
         return cls.open(root)
@@ -211,9 +214,9 @@ class RunDirectory:
         return stage
 
     def save(self, *changed: str) -> None:
-        """Write the manifest, then its copy: of each the old one or the new one is there at any moment, never half of one.
+        """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
 
-        They are safe on the disk then.
+        Its copy is written before it: after a crash between the two the manifest lags, and the same command writes both again.
 
         Args:
             changed: stages that were changed, or forgotten. Those that were not are left as they are on the disk, for another
@@ -231,11 +234,11 @@ class RunDirectory:
                 "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in stages.items()},
             }
             content = [json.dumps(data, indent=2).encode(), b"\n"]
-            for directory in (self.path, self.path / names.CHECKSUMS):
-                remove_partials_of(directory / names.MANIFEST)
-                replace_file(directory / names.MANIFEST, content)
-                sync(directory)
-            sync(self.path)  # where the copy's directory may be new
+            for file in (self.path / names.CHECKSUMS / names.MANIFEST, self.path / names.MANIFEST):
+                remove_partials_of(file)
+                replace_file(file, content)
+                for directory in dict.fromkeys((file.parent, self.path)):  # which of the copy may be new in the run's
+                    sync(directory)
 
     def _others_on_disk(self) -> dict[str, Stage]:
         """Stages as the manifest has them, but those that this object has changed; none of another run's."""

@@ -18,8 +18,9 @@ import shim
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# of the manifest: what is of the clock and of the disk, and not of the result
-_CLOCK = ("seconds", "train_seconds", "test_seconds", "checkpoint_seconds", "stalls", "stalled_seconds")
+# of the manifest: what is of the clock and of the disk, and not of the result; and checksums of files that have the run's id
+_PARTICULAR = ("seconds", "train_seconds", "test_seconds", "checkpoint_seconds", "stalls", "stalled_seconds")
+_PARTICULAR += ("checksums", "of_record", "of_reduce")
 KILLED = -9
 
 
@@ -100,23 +101,33 @@ class Commands(AbstractContextManager["Commands"]):
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run but locks, without its id and without what is of the clock."""
-    manifest = json.loads((run / "run.json").read_text())
-    run_id = manifest.pop("run_id").encode()
-    for stage in manifest["stages"].values():
-        for name in _CLOCK:
-            stage["facts"].pop(name, None)
-        stage["facts"].get("plan", {}).pop("peak_bytes", None)  # which counts what Python takes
-    found = {str(f.relative_to(run)): _without_id(f, run_id) for f in sorted(run.rglob("*")) if f.is_file() and f.suffix != ".lock"}
-    return found | {"run.json": json.dumps(manifest, indent=1).encode()}
+    """Every file of a run but locks, without its id and without what is particular to this one."""
+    run_id = json.loads((run / "run.json").read_text())["run_id"].encode()
+    files = (file for file in sorted(run.rglob("*")) if file.is_file() and file.suffix != ".lock")
+    return {str(file.relative_to(run)): _without_id(file, run_id) for file in files}
 
 
 def _without_id(file: Path, run_id: bytes) -> bytes:
     content = file.read_bytes()
+    if file.name == "run.json":
+        return _manifest(content)
+    if file.parent.name == "checksums" and file.suffix == ".json":
+        found = json.loads(content)
+        return json.dumps([found["arrays"], list(found["files"])]).encode()
     if file.suffix == ".parquet":  # which has its schema once more, in base64
         schema = pq.read_metadata(file).metadata[b"ARROW:schema"]
         content = content.replace(schema, base64.b64decode(schema))
     return content.replace(run_id, b"ID")
+
+
+def _manifest(content: bytes) -> bytes:
+    manifest = json.loads(content)
+    del manifest["run_id"]
+    for stage in manifest["stages"].values():
+        for name in _PARTICULAR:
+            stage["facts"].pop(name, None)
+        stage["facts"].get("plan", {}).pop("peak_bytes", None)  # which counts what Python takes
+    return json.dumps(manifest, indent=1).encode()
 
 
 def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, int]:
@@ -158,6 +169,7 @@ def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
     """Files below a run that a power cut after `calls` could take, or take something of; those being written left out."""
     content: set[str] = set()  # written, and not flushed
     entries: set[str] = set()  # made or moved there, and their directory not flushed
+    made: set[str] = set()  # directories, which are made but once: after that making them fails, which the log does not tell
     for call in calls:
         if call.name in ("open", "write", "writev", "pwrite", "ftruncate"):
             content.add(call.path)
@@ -165,20 +177,21 @@ def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
         elif call.name in ("fsync", "fdatasync"):
             content.discard(call.path)
             entries = {name for name in entries if os.path.dirname(name) != call.path}
-        elif call.name == "mkdir":
+        elif call.name == "mkdir" and call.path not in made:
             entries.add(call.path)
+            made.add(call.path)
         elif call.name == "rename":
             inside = call.path + "/"
             moved = {name for name in content | entries if name == call.path or name.startswith(inside)}
+            made = {name for name in made if name != call.path and not name.startswith(inside)}
             for found in (content, entries):
                 found |= {call.to + name.removeprefix(call.path) for name in moved & found}
                 found -= moved
             entries.add(call.to)
         elif call.name in ("unlink", "rmdir"):
             # the log has the path of a tree's root only
-            gone = {name for name in content | entries if name == call.path}
-            content, entries = content - gone, entries - gone
+            content, entries = content - {call.path}, entries - {call.path}
+            made = {name for name in made if name != call.path and not name.startswith(call.path + "/")}
     root = os.path.realpath(run)
-    # mkdir of a directory that is there fails, which the log does not tell; so does its name
     ours = {name.removeprefix(root + "/") for name in content | entries if name.startswith(root + "/")}
     return sorted(name for name in ours if not name.endswith(".partial") and not name.startswith("locks"))

@@ -11,6 +11,8 @@ import pytest
 import shim
 from harness import KILLED, Commands, area_of, contents, differences, leftovers, unsafe_names
 
+import hydra_pipe
+
 pytestmark = [
     pytest.mark.xdist_group("crash"),
     pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not())),
@@ -114,7 +116,8 @@ def each(
 
 def different(run: Path, expected: dict[str, bytes]) -> str | None:
     found = [f"{name} differs in {n} bytes" for name, n in differences(contents(run), expected).items()]
-    return "; ".join(found + [f"{name} is left" for name in leftovers(run)]) or None
+    found += [f"{name} is left" for name in leftovers(run)]
+    return "; ".join(found + [f"{fault.where} {fault.what}" for fault in hydra_pipe.verify(run)]) or None
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -147,7 +150,7 @@ def test_a_disk_that_fails_is_told_in_one_line_and_the_command_ends_with_the_sam
 def test_what_the_manifest_claims_was_safe_on_the_disk_before(name: str, whole: Callable[[str], Stage]) -> None:
     """A power cut takes what was not flushed: no manifest may count on that. Pruning only deletes."""
     stage = whole(name)
-    renamed = [call for call in stage.calls if call.to.endswith("/run.json")]
+    renamed = [call for call in stage.calls if call.to.endswith("/run/run.json")]
     assert len(renamed) > 1 or name == "prune"
     for call in renamed:
         assert unsafe_names(stage.calls[: stage.calls.index(call)], stage.run) == [], call
