@@ -108,7 +108,7 @@ class Checkpoints:
         self._anew = anew
         # steps that the newest has, when it was taken, and how long that took
         self.step = 0
-        self._at, self.cost = time.monotonic(), 0.0
+        self._at, self._cost = time.monotonic(), 0.0
         # of all that were taken
         self.seconds = 0.0
         self._usable = True
@@ -158,7 +158,7 @@ class Checkpoints:
         Raises:
             InterruptedRunError: it was asked to stop, and the checkpoint is taken.
         """
-        due = self._usable and self._interval.due(self._recorder.n_steps - self.step, time.monotonic() - self._at, self.cost)
+        due = self._usable and self._interval.due(self._recorder.n_steps - self.step, time.monotonic() - self._at, self._cost)
         if not due and self._stop.number is None:
             return
         if next_batch is not None and not self._recorder.rests_before(next_batch):
@@ -204,5 +204,5 @@ class Checkpoints:
             )
             return
         self.step, self._at = self._recorder.n_steps, time.monotonic()
-        self.cost = self._at - start
-        self.seconds += self.cost
+        self._cost = self._at - start
+        self.seconds += self._cost

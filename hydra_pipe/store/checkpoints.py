@@ -48,19 +48,15 @@ class Checkpoint:
         """What was saved: tensors and plain values; nothing in the file is executed. Raises: StoreError: it is damaged."""
         try:
             content = read_file(self.path)
-            if hashlib.sha256(content).hexdigest()[:16] != self.digest:
-                raise StoreError(f"{self.path} is damaged: its content is not what its name says")
-            found = unpacked(content)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read ({error})") from error
-        return found
+        if _digest(content) != self.digest:
+            raise StoreError(f"{self.path} is damaged: its content is not what its name says")
+        return unpacked(content)
 
 
-def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> int:
+def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> None:
     """Keep the training's state after `step` steps, safe on the disk, and of the older ones the last few.
-
-    Returns:
-        Bytes of the file.
 
     Raises:
         StoreError: it holds what `torch.load(weights_only=True)` would not read; nothing was written.
@@ -68,11 +64,9 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> int
     """
     content = _packed(state)
     unpacked(content)
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    _keep(directory / f"step-{step:010d}-{digest}.pt", content)
+    _keep(directory / f"step-{step:010d}-{_digest(content)}.pt", content)
     for old in checkpoints_in(directory)[KEPT:]:
         remove(old.path)
-    return len(content)
 
 
 def checkpoints_in(directory: Path) -> list[Checkpoint]:
@@ -98,6 +92,11 @@ def unpacked(content: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoreError(f"a checkpoint that holds a {type(found).__name__}")
     return found
+
+
+def _digest(content: bytes) -> str:
+    """As the name of a checkpoint has it."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _keep(path: Path, content: bytes) -> None:
