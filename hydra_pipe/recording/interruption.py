@@ -5,9 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -41,9 +40,8 @@ def stop_requested() -> Iterator[StopRequest]:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         request.number = number
 
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in STOPPING}
     # what is ignored stays so, as SIGINT is in what a shell has put into the background
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    before = {number: handler for number in _STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, hear)
     try:

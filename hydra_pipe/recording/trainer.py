@@ -55,7 +55,7 @@ def train(
     place = checkpoints.go_on() if checkpoints else None
     place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
     sizes = [len(ids) for ids in _epoch_order(pipeline, 0)]
-    n_rows = pipeline.epochs * len(pipeline.train) - place.epoch * len(pipeline.train) - sum(sizes[: place.step])
+    n_rows = (pipeline.epochs - place.epoch) * len(pipeline.train) - sum(sizes[: place.step])
     with (progress or Progress()).task("record" if recorder else "train", n_rows, "rows") as task:
         while place.epoch < pipeline.epochs:
             order = _epoch_order(pipeline, place.epoch)
