@@ -41,11 +41,11 @@ typedef struct {
     Py_ssize_t stride;
 } Vector;
 
-INLINE char *row_of(const Matrix *m, Py_ssize_t k) { return m->data + k * m->stride; }
+static inline char *row_of(const Matrix *m, Py_ssize_t k) { return m->data + k * m->stride; }
 
-INLINE float weight_of(const Vector *w, Py_ssize_t k) { return w->data ? *(const float *)(w->data + k * w->stride) : 1.0f; }
+static inline float weight_of(const Vector *w, Py_ssize_t k) { return w->data ? *(const float *)(w->data + k * w->stride) : 1.0f; }
 
-INLINE int64_t sample_of(const Vector *samples, Py_ssize_t k) { return *(const int64_t *)(samples->data + k * samples->stride); }
+static inline int64_t sample_of(const Vector *samples, Py_ssize_t k) { return *(const int64_t *)(samples->data + k * samples->stride); }
 
 INLINE __m256 load8(const char *row, Py_ssize_t i, int kind) {
     if (kind == HALF) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(row + 2 * i)));
@@ -267,7 +267,7 @@ static PyObject *fold(PyObject *module, PyObject *arguments) {
         same_shape(&sums, "sums", sums.rows, stored.columns))
         return done(&buffers, 1);
     for (Py_ssize_t k = 0; k < stored.rows; k++)
-        if (*(const int64_t *)(samples.data + k * samples.stride) >= sums.rows) {
+        if (sample_of(&samples, k) >= sums.rows) {
             PyErr_SetString(PyExc_IndexError, "a sample is beyond the sums");
             return done(&buffers, 1);
         }

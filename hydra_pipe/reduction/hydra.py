@@ -21,7 +21,7 @@ from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.keeping import FactoredKeeper
-from hydra_pipe.reduction.loops import Workspace, fold
+from hydra_pipe.reduction.loops import add_rows
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
 from hydra_pipe.store import names
@@ -241,8 +241,7 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
 
 def _add_scores(total: Floats, places: NDArray[np.int64], scores: Floats, averages: Floats | None) -> None:
     """Add what rows score, shape (row, test), to their places in `total`, shape (sample, column); not where they are negative."""
-    found = scores if averages is None else scores @ averages
-    fold(found, [(0, found.shape[1], None)], places, total, Workspace())
+    add_rows(scores if averages is None else scores @ averages, places, total)
 
 
 def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Floats:

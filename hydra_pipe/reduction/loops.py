@@ -85,6 +85,26 @@ def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Float
     scores += rows @ tests.T
 
 
+def add_rows(rows: Floats, places: NDArray[np.int64], sums: Floats) -> None:
+    """`sums[places[k]] += rows[k]`, for places that may repeat.
+
+    Args:
+        rows: shape (row, column), each row contiguous.
+        places: shape (row,); rows with a negative one are left out.
+        sums: shape (sample, column), each row contiguous, changed in place.
+
+    Raises:
+        IndexError: a place is beyond the sums.
+    """
+    if compiled is not None:
+        compiled.fold(rows, None, places, sums)
+        return
+    wanted = places >= 0
+    if not wanted.all():
+        rows, places = rows[wanted], places[wanted]
+    add_by_sample(sums, places, rows)
+
+
 def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.int64], sums: Floats, workspace: Workspace) -> None:
     """`sums[places[k]] += stored[k] * weight[k]`, in float32, for places that may repeat.
 
@@ -102,16 +122,13 @@ def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.i
         for first, last, weight in columns:
             compiled.fold(stored[:, first:last], weight, places, sums[:, first:last])
         return
-    wanted = places >= 0
-    everything = bool(wanted.all())
     at_once = max(1, _TILE_VALUES // max(1, stored.shape[1]))
     for start in range(0, len(stored), at_once):
         rows = slice(start, start + at_once)
         piece = stored[rows]
         tile = workspace.matrix(*piece.shape)
         decode(piece, [(first, last, None if w is None else w[rows]) for first, last, w in columns], tile)
-        own = slice(None) if everything else wanted[rows]
-        add_by_sample(sums, places[rows][own], tile[own])
+        add_rows(tile, places[rows], sums)
 
 
 def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:

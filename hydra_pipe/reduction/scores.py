@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.plan.layout import Columns
 from hydra_pipe.reduction.loops import Weighted, Workspace, add_products, decode
-from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, overlap
+from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, has_part, overlap
 
 Floats = NDArray[np.float32]
 # columns [first, last) of the rows at hand, as stored
@@ -97,10 +97,11 @@ class Scorer:
         pending: dict[FactoredSegment, tuple[Floats, Floats]] = {}
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
-            if not weighted_columns(self._segments, first, last, weight):
+            met = [segment for segment in self._segments if has_part(segment, first, last)]
+            if not met:
                 continue
             window = _Stored(read(first, last), first, last, weight)
-            for segment in self._segments:
+            for segment in met:
                 if isinstance(segment, DenseSegment):
                     self._add_product(scores, segment, segment.columns, window)
                 else:
@@ -119,8 +120,6 @@ class Scorer:
     def _add_factored(
         self, scores: Floats, segment: FactoredSegment, window: "_Stored", pending: dict[FactoredSegment, tuple[Floats, Floats]]
     ) -> None:
-        if not any(overlap(columns, window.first, window.last) for columns in (segment.outputs, segment.inputs)):
-            return
         if segment not in pending:
             pending[segment] = (np.zeros_like(scores), np.zeros_like(scores))
         of_outputs, of_inputs = pending[segment]

@@ -18,6 +18,11 @@ class DenseSegment:
     blocks: tuple[tuple[int, Columns], ...]
 
     @property
+    def runs(self) -> tuple[Columns, ...]:
+        """Every run of columns that it has."""
+        return (self.columns,)
+
+    @property
     def last_column(self) -> int:
         return self.columns[1]
 
@@ -39,6 +44,11 @@ class FactoredSegment:
     bias: int | None
 
     @property
+    def runs(self) -> tuple[Columns, ...]:
+        """Every run of columns that it has."""
+        return (self.outputs, self.inputs)
+
+    @property
     def last_column(self) -> int:
         return max(self.outputs[1], self.inputs[1])
 
@@ -50,6 +60,11 @@ def overlap(columns: Columns, first: int, last: int) -> Columns | None:
     """The part of `columns` that is in [first, last), or None."""
     low, high = max(columns[0], first), min(columns[1], last)
     return (low, high) if low < high else None
+
+
+def has_part(segment: Segment, first: int, last: int) -> bool:
+    """Whether a segment has columns in [first, last)."""
+    return any(overlap(run, first, last) for run in segment.runs)
 
 
 def segments_of(layout: Layout) -> list[Segment]:
