@@ -28,6 +28,7 @@ def record(
     dim: int = 4096,
     dtype: str | None = None,
     checkpoint_every: str | None = None,
+    test_every: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -43,6 +44,8 @@ def record(
         encoding, dim, dtype: see `Recorder`.
         checkpoint_every: steps, such as "500", or a time, such as "10min", between checkpoints; if absent a minute, or more where
             they take long: at most 2.5 % of the time.
+        test_every: "epoch", or steps, such as "500": also take test gradients on the way, so that `reduce(..., upto=STEP)` answers
+            for the first steps, while training goes on too.
         overwrite: discard a recording that is there, and what was computed from it.
         progress: where to show progress; nowhere if absent.
 
@@ -61,7 +64,7 @@ def record(
     from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
-    from hydra_pipe.recording.trainer import accuracy, test_batches, train
+    from hydra_pipe.recording.trainer import Midway, accuracy, test_batches, train
     from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
     progress = progress or Progress()
@@ -81,7 +84,8 @@ def record(
         own = {"pipeline": f"{source.file}:{source.function}"}
         own |= {f"set {key}": _plain(value) for key, value in source.settings.items()}
         built = source.build()
-    own = json_settings(own | described(built))
+    tests = Midway.parse(test_every, built)
+    own = json_settings(own | described(built)) | ({} if test_every is None else {"test_every": test_every})
     everything = record_settings(encoding, dim, dtype, built.seed, len(built.train)) | own
     if not needs_recording(run, everything, overwrite=overwrite):
         # it may have been killed when it was complete and about to do this
@@ -104,7 +108,7 @@ def record(
         directory = recorder.path / names.CHECKPOINTS
         checkpoints = Checkpoints(directory, built, recorder, interval, stop, progress, anew=overwrite)
         try:
-            trained = train(built, recorder, progress, checkpoints)
+            trained = train(built, recorder, progress, checkpoints, tests)
             train_seconds = time.monotonic() - start
             with progress.task("test gradients", len(built.test), "rows") as task:
                 recorder.record_test(test_batches(built, task, checkpoints), built.loss, labels=built.test_labels)

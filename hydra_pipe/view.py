@@ -12,7 +12,8 @@ from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import is_remote, tree_bytes
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
+from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
+from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
@@ -160,14 +161,18 @@ class Run:
             for own in [_own_columns(block)]
         ]
         n_parameters = sum(block.numel for block in store.layout.blocks)
+        # of one that goes on, or was interrupted, what is safe: its arrays grow one after the other
+        safe = committed(self._directory.stages[RECORD])
+        prefix = Prefix(store.n_steps, store.rows.part_rows) if safe is None else safe.prefix
+        tests = store.test_steps() if safe is None or safe.tests is None else safe.tests
         return {
-            "rows": store.rows.n_rows,
+            "rows": sum(prefix.part_rows),
             "ranks": store.n_ranks,
-            "steps": store.n_steps,
+            "steps": prefix.n_steps,
             "features": store.layout.n_features,
             "parameters": n_parameters,
             "dtype": str(store.rows.dtype),
-            "test_checkpoints": store.test_steps(),
+            "test_checkpoints": tests,
             "blocks": blocks,
         }
 

@@ -46,6 +46,16 @@ CheckpointEvery = Annotated[
         help="between checkpoints, such as 500 or 10min; if not given: a minute, or 40 times as long as one takes",
     ),
 ]
+TestEvery = Annotated[
+    str | None,
+    typer.Option(metavar="epoch|STEPS", help="also take test gradients on the way, for reduce --upto"),
+]
+Upto = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP", help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)"
+    ),
+]
 Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
@@ -89,6 +99,7 @@ def record(
     dim: Dim = 4096,
     dtype: Dtype = None,
     checkpoint_every: CheckpointEvery = None,
+    test_every: TestEvery = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -106,6 +117,7 @@ def record(
         dim=dim,
         dtype=dtype,
         checkpoint_every=checkpoint_every,
+        test_every=test_every,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
@@ -124,6 +136,7 @@ def reduce(
     by: By = None,
     mean: Mean = False,
     keep_hypergradients: Keep = False,
+    upto: Upto = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -140,7 +153,7 @@ def reduce(
         raise UsageError("--mean and --by: choose one of them")
     grouping = "mean" if mean else by
     if dry_run:
-        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping, keep_hypergradients)))
+        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping, keep_hypergradients, upto)))
         return
     done = reduce_run(
         run,
@@ -151,10 +164,11 @@ def reduce(
         tests=tests,
         by=grouping,
         keep_hypergradients=keep_hypergradients,
+        upto=upto,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    which = f" --method {result_name(method, grouping)}" if grouping else ""
+    which = f" --method {result_name(method, grouping, upto)}" if grouping or upto is not None else ""
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 
@@ -188,6 +202,7 @@ def run_all(
     dim: Dim = 4096,
     dtype: Dtype = None,
     checkpoint_every: CheckpointEvery = None,
+    test_every: TestEvery = None,
     method: Method = "hydra",
     chunks: Chunks = "auto",
     memory: Memory = "4GiB",
@@ -201,7 +216,7 @@ def run_all(
 
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
-    record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, overwrite, debug=debug)
+    record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, test_every, overwrite, debug=debug)
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, top, full, overwrite, debug=debug)
 

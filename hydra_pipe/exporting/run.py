@@ -17,13 +17,13 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
 from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RECORD, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, UPTO, RunDirectory, export_stage, reduce_stage
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
@@ -76,8 +76,9 @@ def export_run(
 
 def _export(directory: RunDirectory, method: str, top: int, full: bool, progress: Progress) -> None:
     stage, settings = export_stage(method), {"top": top, "full": full}
-    gradients = Gradients(directory.path / names.GRADIENTS)
-    counts = checked_counts(gradients, directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}"))
+    reduction = directory.stages[reduce_stage(method)]
+    upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
+    gradients, counts = open_recording(directory, upto)
     relevance = open_relevance(directory.path / names.RELEVANCE, method)
     n_tests = columns_of(relevance).tests[-1][1]
     fault = relevance.shortfall()

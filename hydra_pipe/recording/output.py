@@ -22,7 +22,8 @@ from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.locks import Lock
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.prefix import forget_upto
+from hydra_pipe.store.run import COMMITTED, RECORD, RunDirectory, Settings
 from hydra_pipe.store.table import Allocate
 from hydra_pipe.store.writing import GradientsWriter
 
@@ -52,7 +53,7 @@ class Output:
         self._lock: Lock | None = None
         # rows whose curvature is known, the largest share of a gradient that rows miss, steps at which tests were taken
         self._n_curved, self._worst_imbalance = 0, 0.0
-        self._tests: list[int] = []
+        self.tests: list[int] = []
         self.n_tests = 0
         self._n_labels: dict[str, int] = {}
 
@@ -115,7 +116,7 @@ class Output:
         """Test gradients were taken after `step` steps, by rank 0. Collective."""
         self._worst_imbalance = max(self._worst_imbalance, worst_imbalance)
         self.n_tests = self.of_ranks(n_tests)[0]
-        self._tests = [s for s in self._tests if s != step] + [step]
+        self.tests = [s for s in self.tests if s != step] + [step]
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
         """Keep labels, see `GradientsWriter.write_labels`. By rank 0."""
@@ -138,14 +139,22 @@ class Output:
             meet_every=meet_every,
             n_skipped=max(self.of_ranks(n_skipped)),
             worst_imbalance=self._worst_imbalance,
-            tests=list(self._tests),
+            tests=list(self.tests),
             n_tests=self.n_tests,
             labels=dict(self._n_labels),
         )
+        self._commit(state)
         found = state.to_dict()
         if self._ranks is not None:  # what tests and labels there are, rank 0 knows
             found = json.loads(self._ranks.gather_text(json.dumps(found))[0])
         return found
+
+    def _commit(self, state: RecorderState) -> None:
+        """Let readers of the unfinished run know what is safe on the disk. By rank 0, others do nothing."""
+        if self._directory is not None:
+            parts = {"n_steps": state.n_steps, "part_rows": state.part_rows}
+            self._directory.stages[RECORD].facts[COMMITTED] = parts | {"tests": state.tests, "n_tests": state.n_tests}
+            self._directory.save(RECORD)
 
     def go_on(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:
         """Cut the run to what `wanted` counts, and go on after that. Collective.
@@ -167,15 +176,18 @@ class Output:
                 if is_first(self._ranks):
                     self._lock = Lock(self.path, RECORD, take_over=True)
                     remove_partials(self.path)
+                    # first the claims, then what they claim
+                    directory.begin(RECORD, self._settings)
+                    forget_upto(directory, wanted.n_steps)
+                    self._directory = directory
             with together(self._ranks):
                 self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
                 if is_first(self._ranks):
-                    directory.begin(RECORD, self._settings)
-                    self._directory = directory
+                    self._commit(wanted)
             self._run_id = wanted.run_id
             self._n_curved = wanted.curved_rows[self._ranks.rank if self._ranks is not None else 0]
         self._worst_imbalance = wanted.worst_imbalance
-        self._tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
+        self.tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
 
     def close(self) -> None:
         """Write what is still in the buffers. Raises: StoreError."""

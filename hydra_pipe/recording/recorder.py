@@ -276,6 +276,11 @@ class Recorder:
         """Test samples whose gradients were taken last; 0 before."""
         return self._output.n_tests
 
+    @property
+    def test_steps(self) -> list[int]:
+        """Steps after which test gradients were taken."""
+        return list(self._output.tests)
+
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
 
@@ -328,10 +333,14 @@ class Recorder:
             self._flush()
             # what is checked together, and so how its sums are rounded, must not depend on what came before the state
             self._slab = None
-            return self._output.state(self.n_steps, self.n_skipped, self._joint.interval if self._joint is not None else None)
+            return self._put_down()
         except BaseException as error:
             self.fail(error)
             raise
+
+    def _put_down(self) -> dict[str, Any]:
+        """Put everything on the disk, for who goes on from here and for who reads meanwhile. Collective. Returns: the state."""
+        return self._output.state(self.n_steps, self.n_skipped, self._joint.interval if self._joint is not None else None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken: what was recorded since is discarded, and what follows is as if nothing had happened.
@@ -392,6 +401,9 @@ class Recorder:
     def record_test(self, batches: Iterable[Any], loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
+        After training, and before that as often as wanted: of a run that goes on, `hydra-pipe reduce --upto STEP` answers for the
+        steps after which it was called. All rows so far are safe on the disk then.
+
         The model is put into eval mode meanwhile; `.grad` is not touched. With several ranks all call it, with the whole test set:
         rank 0 does the work, and the others wait for it without looking at `batches`.
 
@@ -414,6 +426,7 @@ class Recorder:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self._flush()
+            self._slab = None  # as in `state_dict`: a state that is taken here is to leave no trace
             writer = self._output.writer
             assert writer is not None
             self._in_test = True
@@ -428,6 +441,7 @@ class Recorder:
                     if labels is not None:
                         self._output.write_labels(names.TEST_LABELS, labels)
             self._output.note_tests(self.n_steps, n_tests, worst)
+            self._put_down()
         except BaseException as error:
             self.fail(error)
             raise

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, UserCodeError
+from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, UsageError, UserCodeError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
 from hydra_pipe.recording.pipeline import Pipeline
@@ -37,10 +37,47 @@ class Trained:
     labels: NDArray[np.int64] | None
 
 
+@dataclass(frozen=True)
+class Midway:
+    """After which steps of a training test gradients are taken, beside those at its end.
+
+    Args:
+        steps: from one time to the next; 0: never.
+        n_steps: of the whole training.
+    """
+
+    steps: int
+    n_steps: int
+
+    @classmethod
+    def parse(cls, text: str | None, pipeline: Pipeline) -> "Midway":
+        """Of "epoch", or "500", steps; None: never. Raises: UsageError."""
+        of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
+        if text is not None and text != "epoch" and not (text.isdecimal() and int(text) > 0):
+            raise UsageError(f"--test-every {text}: give epoch, or a number of steps, such as 500")
+        steps = 0 if text is None else of_epoch if text == "epoch" else int(text)
+        return cls(steps, pipeline.epochs * of_epoch)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time after `step` steps."""
+        return self.steps > 0 and 0 < step < self.n_steps and step % self.steps == 0
+
+
 def train(
-    pipeline: Pipeline, recorder: Recorder | None = None, progress: Progress | None = None, checkpoints: Checkpoints | None = None
+    pipeline: Pipeline,
+    recorder: Recorder | None = None,
+    progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
+    tests: Midway | None = None,
 ) -> Trained:
     """Train `pipeline.model` in place, recording each step if there is a recorder, and going on from a checkpoint if there is one.
+
+    Args:
+        pipeline: what is trained.
+        recorder: of it.
+        progress: where to show progress; nowhere if absent.
+        checkpoints: to take, and to go on from.
+        tests: when to take test gradients on the way; never if absent.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -56,7 +93,11 @@ def train(
     place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
     sizes = [len(ids) for ids in _epoch_order(pipeline, 0)]
     n_rows = (pipeline.epochs - place.epoch) * len(pipeline.train) - sum(sizes[: place.step])
+    done = recorder.n_steps if recorder is not None else 0
+    between = _Between(pipeline, recorder, checkpoints, tests)
+    n_rows += between.n_test_rows(done)
     with (progress or Progress()).task("record" if recorder else "train", n_rows, "rows") as task:
+        between.test(task)  # where it goes on from a checkpoint that was taken before it
         while place.epoch < pipeline.epochs:
             order = _epoch_order(pipeline, place.epoch)
             for ids, inputs, targets in samples.batches(order, place.epoch, place.step):
@@ -70,12 +111,46 @@ def train(
                     pipeline.scheduler.step()
                 place.step += 1
                 task.advance(len(ids))
-                if checkpoints is not None and place.step < len(order):
-                    checkpoints.after_step(place, sizes[place.step])
+                if place.step < len(order):
+                    between.steps(place, sizes[place.step], task)
             place = Place(place.epoch + 1, 0, 0.0, place.epoch_loss / len(pipeline.train), place.labels)
-            if checkpoints is not None:
-                checkpoints.after_step(place, sizes[0] if place.epoch < pipeline.epochs else None)
+            between.steps(place, sizes[0] if place.epoch < pipeline.epochs else None, task)
     return Trained(place.last_loss, place.labels)
+
+
+class _Between:
+    """What happens between two steps of a training that is recorded: a checkpoint, then test gradients, each if it is time.
+
+    A checkpoint that is taken just before test gradients leaves no trace, for these too have all rows written.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, recorder: Recorder | None, checkpoints: Checkpoints | None, tests: Midway | None
+    ) -> None:
+        self._pipeline, self._recorder, self._checkpoints = pipeline, recorder, checkpoints
+        self._tests = tests or Midway(0, 0)
+
+    def n_test_rows(self, n_steps: int) -> int:
+        """Test gradients that are yet to be taken on the way, after `n_steps` steps."""
+        left = sum(self._tests.due(step) for step in range(n_steps, self._tests.n_steps))
+        return left * len(self._pipeline.test)
+
+    def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
+        """Between a step and one of `next_batch` samples; None: it was the last."""
+        if self._checkpoints is not None:
+            self._checkpoints.after_step(place, None if self._due() else next_batch)
+        self.test(task)
+
+    def test(self, task: Task) -> None:
+        """Take test gradients if it is time."""
+        if self._due():
+            assert self._recorder is not None
+            batches = test_batches(self._pipeline, task, self._checkpoints)
+            self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
+
+    def _due(self) -> bool:
+        recorder = self._recorder
+        return recorder is not None and self._tests.due(recorder.n_steps) and recorder.n_steps not in recorder.test_steps
 
 
 def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Tensor, Tensor]]:

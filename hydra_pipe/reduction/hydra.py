@@ -26,7 +26,7 @@ from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_te
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.hypergradients import Hypergradients, write_folded
 from hydra_pipe.store.relevance import write_relevance
 from hydra_pipe.store.rows import check_within
@@ -51,6 +51,7 @@ class Job:
         groups: where test samples are averaged: the group of each of them, shape (test,), else None.
         kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
         plan: how.
+        prefix: of the recording, where not all its steps count.
         in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
             cluster, which computes again what it has lost from what it still has.
     """
@@ -63,7 +64,12 @@ class Job:
     groups: NDArray[np.int64] | None
     kept: Path | None
     plan: ReductionPlan
+    prefix: Prefix | None = None
     in_place: bool = True
+
+    def store(self) -> Gradients:
+        """The recording, opened anew: what is open does not travel to other processes."""
+        return Gradients(self.gradients, self.prefix)
 
     def averages(self) -> Floats | None:
         """What test samples are multiplied by to give the columns, shape (test, group); None where each is a column."""
@@ -181,7 +187,7 @@ def _held_tests(job: Job, tests: Span) -> TestBlock:
 
 
 def _held_weights(job: Job, store: Gradients) -> StepWeights:
-    found: StepWeights = _held(("weights", job.gradients, job.checkpoint), lambda: row_weights(store))
+    found: StepWeights = _held(("weights", job.gradients, job.prefix), lambda: row_weights(store))
     return found
 
 
@@ -194,7 +200,7 @@ def _held(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
 
 
 def _load_tests(job: Job, tests: Span) -> TestBlock:
-    store = Gradients(job.gradients)
+    store = job.store()
     rows = store.test_rows(job.checkpoint)
     spans = [slice(*span) for span in cut(job.tests, *tests)]
     stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
@@ -229,7 +235,7 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
 @single_threaded_blas
 def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
-    store = Gradients(job.gradients)
+    store = job.store()
     weights, block, averages = _held_weights(job, store), _held_tests(job, tests), job.averages()
     scorer = Scorer(block, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
     total = _no_scores(job.n_samples, block, averages)
@@ -252,7 +258,7 @@ def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Flo
 @single_threaded_blas
 def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
-    store = Gradients(job.gradients)
+    store = job.store()
     weights, averages = _held_weights(job, store), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     n_samples = samples[1] - samples[0]
@@ -281,7 +287,7 @@ def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums
 def _answer(job: Job, samples: Span, sums: Sums) -> None:
     """Write the relevance of some samples for every test sample, and keep their hypergradients where they are to be kept."""
     folded, *scores = sums
-    segments = dense_segments(Gradients(job.gradients).layout)
+    segments = dense_segments(job.store().layout)
     array, averages = Array.open(job.relevance), job.averages()
     if job.kept is not None and folded.shape[1]:
         write_folded(job.kept, samples[0], folded)
@@ -324,7 +330,7 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
     first_column = tests[0] if job.groups is None else 0
     values = None
     if kept.folded is not None:
-        segments = dense_segments(Gradients(job.gradients).layout)
+        segments = dense_segments(job.store().layout)
         values, averages = folded_columns(_held_tests(job, tests).values, segments), job.averages()
         values = values if averages is None else averages.T @ values
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
@@ -337,7 +343,7 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
 
 def _open_kept(job: Job) -> Hypergradients:
     assert job.kept is not None
-    return Hypergradients(job.kept, Gradients(job.gradients))
+    return Hypergradients(job.kept, job.store())
 
 
 def _write(job: Job, samples: Span, tests: Span, sums: Sums) -> None:

@@ -20,11 +20,11 @@ from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.store import names
-from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import Hypergradients
+from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
-from hydra_pipe.store.run import KEEP, PRUNED, RECORD, RunDirectory, Settings
+from hydra_pipe.store.run import KEEP, PRUNED, RECORD, UPTO, RunDirectory, Settings
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 METHODS = ("hydra",)
@@ -44,11 +44,12 @@ class Options:
     tests: str | None = None
     by: str | None = None
     keep_hypergradients: bool = False
+    upto: int | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A reduction that can be: checked options, and a complete recording.
+    """A reduction that can be: checked options, and a complete recording, or the first steps of one.
 
     Args:
         directory, gradients: of the run.
@@ -72,13 +73,14 @@ class Request:
     @property
     def name(self) -> str:
         """Of the result."""
-        return result_name(self.options.method, self.options.by)
+        return result_name(self.options.method, self.options.by, self.options.upto)
 
     @property
     def settings(self) -> Settings:
         """What the result depends on."""
         selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
-        return {"checkpoint": self.checkpoint} | selected
+        first = {} if self.options.upto is None else {UPTO: self.options.upto}
+        return {"checkpoint": self.checkpoint} | selected | first
 
     @property
     def kept(self) -> Path:
@@ -89,7 +91,8 @@ class Request:
     def from_kept(self) -> bool:
         """Whether kept hypergradients answer it."""
         stage = self.directory.stages.get(KEEP)
-        return not self.options.keep_hypergradients and stage is not None and stage.state == "complete"
+        wanted = not self.options.keep_hypergradients and self.options.upto is None  # what is kept is of all steps
+        return wanted and stage is not None and stage.state == "complete"
 
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
@@ -114,11 +117,11 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)
     parse_bytes(options.memory)
+    if options.upto is not None and options.keep_hypergradients:
+        raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
-    recording = directory.require(RECORD, f"hydra-pipe record PIPELINE {directory.path}")
-    gradients = Gradients(directory.path / names.GRADIENTS)
-    counts = checked_counts(gradients, recording)
-    if recording.facts.get(PRUNED) and options.keep_hypergradients:
+    gradients, counts = open_recording(directory, options.upto)
+    if directory.stages[RECORD].facts.get(PRUNED) and options.keep_hypergradients:
         raise RunError(
             f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
         )

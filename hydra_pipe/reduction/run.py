@@ -37,6 +37,7 @@ def reduce_run(
     tests: str | None = None,
     by: str | None = None,
     keep_hypergradients: bool = False,
+    upto: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -57,6 +58,8 @@ def reduce_run(
             These are results of their own, named "hydra-by-label" and "hydra-mean".
         keep_hypergradients: also keep the weighted sums of rows by sample, from which later reductions answer other test
             samples without the gradients, which `prune` may then delete.
+        upto: only the first so many steps, after which test gradients were taken (`record --test-every`), as if training had
+            ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
         overwrite: compute again what is there, and discard what was exported from it.
         progress: where to show progress; nowhere if absent.
 
@@ -70,7 +73,7 @@ def reduce_run(
         UsageError: an option that cannot be.
         ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
     """
-    request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients))
+    request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto))
     if not _has_work(request, overwrite):
         return False
     with ExitStack() as locks:
@@ -212,6 +215,7 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using
         groups=request.groups,
         kept=kept,
         plan=plan,
+        prefix=request.gradients.prefix,
         in_place=not given.processes,
     )
     n_rows = given.n_rows if not request.from_kept or given.n_factored else 0

@@ -3,7 +3,7 @@
 import shlex
 
 from hydra_pipe.store import names
-from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, Settings, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, export_stage, reduce_stage
 
 _BY_LABEL, _MEAN = "-by-label", "-mean"
 
@@ -18,15 +18,16 @@ def command_of(run: RunDirectory, stage: str) -> str:
     if stage.startswith(reduce_stage("")):
         method = stage.removeprefix(reduce_stage(""))
         flags = ["--by", "label"] if method.endswith(_BY_LABEL) else ["--mean"] if method.endswith(_MEAN) else []
-        return _command("reduce", str(run.path), *flags, **{"--tests": settings.get(names.TESTS)})
+        return _command("reduce", str(run.path), *flags, **{"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO)})
     method = stage.removeprefix(export_stage(""))
     full = ["--full"] if settings.get("full") else []
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
 
 
 def kept_with(run: RunDirectory) -> str:
-    """The reduction that hypergradients are kept with: one that is there, or that of all test samples."""
-    return next((name for name in run.stages if name.startswith(reduce_stage(""))), reduce_stage("hydra"))
+    """The reduction that hypergradients are kept with: one of all steps that is there, or that of all test samples."""
+    there = (name for name, stage in run.stages.items() if name.startswith(reduce_stage("")) and UPTO not in stage.settings)
+    return next(there, reduce_stage("hydra"))
 
 
 def _record(run: RunDirectory, settings: Settings) -> str:

@@ -67,18 +67,33 @@ class Kept:
     labels: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The first steps of a recording.
+
+    Args:
+        n_steps: of it.
+        part_rows: rows of these steps in each process's part.
+    """
+
+    n_steps: int
+    part_rows: tuple[int, ...]
+
+
 class Gradients:
     """`gradients.zarr`, opened for reading. What several processes recorded is one run: the rows of rank 0 first, then those of 1.
 
     Args:
         path: of the store.
+        prefix: read only these steps, as if there were no others: a recording may be adding some. None: all.
 
     Raises:
-        StoreError: it is missing, damaged, or not what this project writes.
+        StoreError: it is missing, damaged, shorter than `prefix`, or not what this project writes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: Prefix | None = None) -> None:
         self.path = path
+        self._prefix = prefix
         self._root = Group.open(path, ROWS_UNREADABLE)
         if self._root.attributes.get(names.KIND) != "gradients":
             raise StoreError(f"{path} is a Zarr store, but not one that hydra-pipe wrote")
@@ -89,7 +104,8 @@ class Gradients:
         self._columns: dict[str, Array] = {}
         self._names: list[str] | None = None
         self._parts = self._groups_of_parts()
-        self.rows = Rows(self._parts, self.layout.n_features, len(self.layout.blocks))
+        part_rows = None if prefix is None else prefix.part_rows
+        self.rows = Rows(self._parts, self.layout.n_features, len(self.layout.blocks), part_rows)
 
     def _groups_of_parts(self) -> list[Group]:
         n_ranks = self._root.attributes.get(names.N_RANKS)
@@ -143,15 +159,15 @@ class Gradients:
 
     def step_table(self, name: str) -> NDArray[Any]:
         """One per-step table, whole: (step,), (step, group) or (step, block). Raises: StoreError: damaged."""
-        return read_array(self._array(f"{names.STEPS}/{name}"), slice(None))
+        return read_array(self._array(f"{names.STEPS}/{name}"), self._steps)
 
     def rows_of_steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First row and number of rows of each step in each process's part, both (step, rank). Raises: StoreError: damaged."""
         starts = [0, *ends_of(self.rows.part_rows)][:-1]
         arrays = [[self._array(f"{names.STEPS}/{name}", part) for part in range(self.n_ranks)] for name in ROWS_OF_STEP]
-        if len(lengths := {array.shape[0] for of_parts in arrays for array in of_parts}) > 1:
+        if len(lengths := {len(range(array.shape[0])[self._steps]) for of_parts in arrays for array in of_parts}) > 1:
             raise StoreError(f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: {ROWS_UNREADABLE}")
-        first, counts = (np.stack([read_array(array, slice(None)) for array in of_parts], axis=1) for of_parts in arrays)
+        first, counts = (np.stack([read_array(array, self._steps) for array in of_parts], axis=1) for of_parts in arrays)
         return first + np.array(starts), counts
 
     def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
@@ -179,8 +195,17 @@ class Gradients:
         return max([1 + max(block.group for block in self.layout.blocks), *array.shape[1:2]])
 
     @property
+    def prefix(self) -> Prefix | None:
+        """The steps that are read; None: all."""
+        return self._prefix
+
+    @property
+    def _steps(self) -> slice:
+        return slice(None if self._prefix is None else self._prefix.n_steps)
+
+    @property
     def n_steps(self) -> int:
-        return int(self._array(f"{names.STEPS}/{names.LOSS}").shape[0])
+        return len(range(self._array(f"{names.STEPS}/{names.LOSS}").shape[0])[self._steps])
 
     def schedules(self) -> tuple[Schedule, NDArray[np.int64]]:
         """The optimiser's settings, one series for each distinct history.

@@ -24,9 +24,11 @@ BY_LABEL, MEAN = "label", "mean"
 GROUPINGS = (BY_LABEL, MEAN)
 
 
-def result_name(method: str, by: str | None) -> str:
-    """Name of the array and the stages of `method`: "hydra", or for means over test samples "hydra-by-label", "hydra-mean"."""
-    return method if by is None else f"{method}-by-label" if by == BY_LABEL else f"{method}-mean"
+def result_name(method: str, by: str | None, upto: int | None = None) -> str:
+    """Name of the array and the stages of `method`: "hydra"; for means over test samples "hydra-by-label", "hydra-mean"; of the
+    first steps only "hydra-upto-120", "hydra-upto-120-mean"."""
+    name = method if upto is None else f"{method}-upto-{upto}"
+    return name if by is None else f"{name}-by-label" if by == BY_LABEL else f"{name}-mean"
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,13 @@ class Rows:
     Args:
         groups: that hold them; the rows of the first come first.
         n_features, n_blocks: of a row.
+        part_rows: of each group only so many, the first; None: all.
 
     Raises:
-        StoreError: an array is missing or damaged, or not of this kind.
+        StoreError: an array is missing or damaged, has fewer rows, or is not of this kind.
     """
 
-    def __init__(self, groups: Sequence[Group], n_features: int, n_blocks: int) -> None:
+    def __init__(self, groups: Sequence[Group], n_features: int, n_blocks: int, part_rows: tuple[int, ...] | None = None) -> None:
         self._gradients = [group.array(names.GRADIENT) for group in groups]
         self._scales = [group.array(names.SCALE) for group in groups]
         self._first = self._gradients[0]
@@ -73,7 +74,10 @@ class Rows:
             check_kind(scale, ("float32",), n_blocks)
             if not gradient.files_hold_rows or not gradient.stored_like(self._first):
                 raise StoreError(f"{gradient.path} has files in which rows are cut, or unlike those of others: {ROWS_UNREADABLE}")
-        self.part_rows = tuple(array.shape[0] for array in self._gradients)
+        there = tuple(array.shape[0] for array in self._gradients)
+        self.part_rows = there if part_rows is None else part_rows
+        if len(self.part_rows) != len(there) or any(n > has for n, has in zip(self.part_rows, there, strict=True)):
+            raise StoreError(f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {ROWS_UNREADABLE}")
 
     @property
     def n_rows(self) -> int:

@@ -20,8 +20,10 @@ Settings = dict[str, Any]
 RECORD = "record"
 # hypergradients that a reduction has kept
 KEEP = "keep hypergradients"
-# fact of the recording: its rows were deleted after that
-PRUNED = "pruned"
+# facts of the recording: its rows were deleted after that; and until it is complete, what is safe on the disk
+PRUNED, COMMITTED = "pruned", "committed"
+# setting of a reduction: of the first steps only
+UPTO = "upto"
 # facts: SHA-256 of the file of a stage's footprints, and of that of what it was computed from
 CHECKSUMS, OF_RECORD, OF_REDUCE = "checksums", "of_record", "of_reduce"
 
@@ -225,7 +227,7 @@ class RunDirectory:
         self._changed |= set(changed)
         self.path.mkdir(parents=True, exist_ok=True)
         with brief_lock(self.path):
-            stages = self._others_on_disk() | {name: stage for name, stage in self.stages.items() if name in self._changed}
+            stages = self._merged(self._on_disk())
             data = {
                 "format": names.FORMAT,
                 "format_version": names.FORMAT_VERSION,
@@ -240,15 +242,18 @@ class RunDirectory:
                 for directory in dict.fromkeys((file.parent, self.path)):  # which of the copy may be new in the run's
                     sync(directory)
 
-    def _others_on_disk(self) -> dict[str, Stage]:
-        """Stages as the manifest has them, but those that this object has changed; none of another run's."""
+    def _on_disk(self) -> dict[str, Stage]:
+        """Stages as the manifest has them; none of another run's."""
         try:
             found = RunDirectory.open(self.path)
         except HydraError:
             found = self  # there is none yet, or it is damaged: what was read before is the best there is
-        if found.run_id != self.run_id:
-            return {}
-        return {name: stage for name, stage in found.stages.items() if name not in self._changed}
+        return found.stages if found.run_id == self.run_id else {}
+
+    def _merged(self, on_disk: dict[str, Stage]) -> dict[str, Stage]:
+        """`on_disk`, but for the stages that this object has changed, in the order in which they first began."""
+        merged = on_disk | {name: stage for name, stage in self.stages.items() if name in self._changed}
+        return {name: stage for name, stage in merged.items() if name in self.stages or name not in self._changed}
 
     def refresh(self) -> None:
         """Read the manifest again: another process may have ended what it was at. Raises: as `open`."""

@@ -26,6 +26,7 @@ from hydra_pipe.store.run import (
     OF_REDUCE,
     PRUNED,
     RECORD,
+    UPTO,
     RunDirectory,
     export_stage,
     reduce_stage,
@@ -174,8 +175,8 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
     source, fact, what = RECORD, OF_RECORD, "recording"
     if stage.startswith(_EXPORT):
         source, fact, what = reduce_stage(stage.removeprefix(_EXPORT)), OF_REDUCE, "relevance"
-    if stage == RECORD or source not in run.stages:
-        return
+    if stage == RECORD or source not in run.stages or UPTO in run.stages[stage].settings:
+        return  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
     present = run.stages[source].facts.get(CHECKSUMS)
     if present is not None and run.stages[stage].facts.get(fact) != present:
         found = f"is stale: it was computed from another {what} than the one that is there"

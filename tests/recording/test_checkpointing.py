@@ -125,6 +125,18 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("every", ["epoch", "2"])
+def test_gradients_taken_on_the_way_are_the_same_after_a_kill(tmp_path: Path, every: str) -> None:
+    build = BUILDERS["AdamW, dropout, augmented"]
+    hydra_pipe.record(build(), tmp_path / "whole", test_every=every)
+    expected = {"epoch": [3, 6, 9, 12, 15], "2": [2, 4, 6, 8, 10, 12, 14, 15]}
+    assert hydra_pipe.open_run(tmp_path / "whole").gradients.test_steps() == expected[every]
+    for kill_at in (4, 3, 5):
+        killed(kill_at, build, tmp_path / "run", checkpoint_every="3", test_every=every)
+    hydra_pipe.record(build(), tmp_path / "run", checkpoint_every="1", test_every=every)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_what_a_dataset_draws_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     for workers in (0, 1, 2):
         hydra_pipe.record(dropout_pipeline(workers), tmp_path / f"{workers}")

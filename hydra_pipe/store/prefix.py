@@ -1,0 +1,113 @@
+"""The first steps of a recording, which may go on meanwhile: what `reduce --upto` reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_pipe.errors import RunError, StoreError, UsageError, shown
+from hydra_pipe.store import names
+from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.counts import Counts, checked_counts
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.gradients import Gradients, Prefix
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.rows import ROWS_UNREADABLE
+from hydra_pipe.store.run import COMMITTED, PRUNED, RECORD, UPTO, RunDirectory, Stage, export_stage, reduce_stage
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What of a recording is safe on the disk, and is there whatever happens to the process that records.
+
+    Args:
+        prefix: its steps and rows.
+        n_tests: test samples.
+        tests: steps after which test gradients were taken; None: all that there are.
+    """
+
+    prefix: Prefix
+    n_tests: int
+    tests: list[int] | None
+
+
+def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Counts]:
+    """The complete recording, or what it was after `upto` steps. Raises: RunError, UsageError, StoreError: see `open_upto`."""
+    if upto is not None:
+        return open_upto(run, upto)
+    recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+    gradients = Gradients(run.path / names.GRADIENTS)
+    return gradients, checked_counts(gradients, recording)
+
+
+def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
+    """The recording as it was after `step` steps, with the test gradients that were taken then. Reads metadata and step tables.
+
+    Raises:
+        RunError: nothing was recorded yet, or the rows were pruned.
+        UsageError: no test gradients were taken after that step; the message says after which.
+        StoreError: damaged.
+    """
+    recording = run.stages.get(RECORD)
+    found = None if recording is None else committed(recording)
+    if recording is None or found is None:
+        raise RunError(
+            f"{run.path}: no step is committed yet: wait for the first checkpoint or test gradients of hydra-pipe record "
+            f"PIPELINE {run.path} --test-every epoch"
+        )
+    if recording.facts.get(PRUNED):
+        raise RunError(f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto")
+    whole = Gradients(run.path / names.GRADIENTS, found.prefix)
+    tests = [s for s in whole.test_steps() if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)]
+    if step not in tests:
+        there = f"after {_listed(tests)} steps" if tests else "after no step so far"
+        raise UsageError(f"--upto {step}: test gradients were taken {there}: choose one, or record with --test-every")
+    _, counts = whole.rows_of_steps()
+    if (counts < 0).any():
+        raise StoreError(f"{whole.path}/{names.STEPS} has steps of negative length: {ROWS_UNREADABLE}")
+    part_rows = tuple(int(n) for n in counts[:step].sum(axis=0))
+    gradients = Gradients(whole.path, Prefix(step, part_rows))
+    lengths = gradients.lengths(step)
+    wanted = gradients.expected_rows(part_rows, step, 0)
+    test = {f"{names.TEST}/{names.checkpoint_name(step)}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
+    for name, n in (wanted | dict.fromkeys(test, found.n_tests)).items():
+        there_are = lengths.get(name, -1)
+        if there_are < n or (name in test and there_are != n):
+            raise StoreError(f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: {ROWS_UNREADABLE}")
+    for name, array in gradients.arrays():
+        if (name in wanted or name in test) and (fault := array.shortfall()) is not None:
+            raise StoreError(f"{whole.path}: {name} {fault}: {ROWS_UNREADABLE}")
+    return gradients, Counts(recording.count("n_samples", least=1), found.n_tests, step)
+
+
+def _listed(steps: list[int]) -> str:
+    first = [f"{step:,}" for step in steps[:10]]
+    return ", ".join(first) if len(steps) <= 10 else f"{', '.join(first)} ... {steps[-1]:,}"
+
+
+def committed(recording: Stage) -> Committed | None:
+    """What the manifest says of a recording, finished or not; None: nothing. Raises: StoreError: it is damaged."""
+    if recording.state == "complete":
+        prefix = Prefix(recording.count("n_steps"), tuple(recording.rank_rows()))
+        return Committed(prefix, recording.count("n_tests"), None)
+    found = recording.facts.get(COMMITTED)
+    return None if found is None else _parsed(found)
+
+
+def _parsed(found: Any) -> Committed:
+    try:
+        n_steps, n_tests, part_rows, tests = (found[name] for name in ("n_steps", "n_tests", "part_rows", "tests"))
+        if not all(map(is_count, (n_steps, n_tests, *part_rows, *tests))):
+            raise ValueError(f"counts {shown(found)}")
+        return Committed(Prefix(n_steps, tuple(part_rows)), n_tests, list(tests))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{names.MANIFEST} is damaged ({shown(error)}): {ROWS_UNREADABLE}") from error
+
+
+def forget_upto(run: RunDirectory, n_steps: int) -> None:
+    """Discard what was computed from more than `n_steps` steps of an unfinished recording, for these are recorded anew."""
+    for name, stage in list(run.stages.items()):
+        upto = stage.settings.get(UPTO)
+        if name.startswith(reduce_stage("")) and is_count(upto) and upto > n_steps:
+            exported = export_stage(name.removeprefix(reduce_stage("")))
+            run.forget(name, exported)
+            remove(run.path / area_of(name))
+            remove(run.path / area_of(exported))
