@@ -33,7 +33,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
             command(*args, debug=debug, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, SystemExit, BrokenPipeError):  # the last: who reads our output, such as head, has enough
             raise
         except BaseException as error:
             if debug:

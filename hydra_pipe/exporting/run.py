@@ -24,11 +24,14 @@ from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
 from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, UPTO, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.space import fits, room_for
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
 ROW_GROUP = 2**20
 VISIT_ROWS = 2**20
+# of a row of matrix/, of the rankings and of samples.parquet, labels counted as integers
+_PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 52
 
 
 def export_run(
@@ -93,6 +96,8 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
         # readers see the old tables or the new ones, all of them of one export
         with replaced_directory(target) as partial:
             export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
+            if not fits(n_bytes := export.most_bytes(), target):
+                progress.say(room_for(n_bytes, target))
             export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
             source = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
@@ -120,6 +125,12 @@ class _Export:
         self.test_labels = columns.labels(self.gradients.labels(names.TEST_LABELS))
         self.train_type = rankings.label_type(self.train_labels)
         self.test_type = rankings.label_type(self.test_labels)
+
+    def most_bytes(self) -> int:
+        """What the tables take at most, if nothing of them can be compressed, but for labels that are long words."""
+        n_samples, n_tests = self.relevance.shape
+        pairs = n_samples * n_tests if self.full else 0
+        return pairs * _PAIR_BYTES + n_tests * 2 * min(self.top, n_samples) * _RANKED_BYTES + n_samples * _SAMPLE_BYTES
 
     def write(self, progress: Progress) -> None:
         """All tables, in one pass over the relevance."""

@@ -20,10 +20,12 @@ from hydra_pipe.recording.interruption import StopRequest
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.store.checkpoints import checkpoints_in, remove_checkpoints, save_checkpoint
+from hydra_pipe.store.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
 from hydra_pipe.units import parse_seconds
 
 VERSION = 1
+# of a checkpoint, what is beside the tensors: their names, three generators, the recorder's state, at most
+_BESIDE_BYTES = 2**17
 # By itself one is taken this often, or less often where it takes long: 40 times as long as the last one took, 2.5 % of the time.
 DEFAULT_SECONDS = 60.0
 _TIMES_ITS_COST = 40.0
@@ -167,6 +169,13 @@ class Checkpoints:
             self._take(place)
         if self._stop.number is not None:
             raise self._interrupted(f"after step {self._recorder.n_steps:,}")
+
+    def most_bytes(self) -> int:
+        """What checkpoints take on the disk, with one that is being written. Once a step was taken."""
+        model, optimizer = self._pipeline.model.state_dict(), self._pipeline.optimizer.state_dict()
+        held = [*model.values(), *(value for state in optimizer["state"].values() for value in state.values())]
+        one = sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
+        return (KEPT + 1) * (one + _BESIDE_BYTES)
 
     def heed(self) -> None:
         """After training: stop where one was asked to. Raises: InterruptedRunError."""

@@ -281,6 +281,16 @@ class Recorder:
         """Steps after which test gradients were taken."""
         return list(self._output.tests)
 
+    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
+        """What `n_rows` more rows of `n_steps` steps, and `n_tests` test gradients, take on the disk at most.
+
+        Raises:
+            RecordError: before the first recorded step, which shows what a row has.
+        """
+        if self._output.writer is None:
+            raise RecordError("most_bytes comes after the first recorded step")
+        return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
+
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
 

@@ -20,6 +20,7 @@ from hydra_pipe.recording.checkpointing import Checkpoints, Place
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import seeded
 from hydra_pipe.recording.recorder import Recorder, StepNote
+from hydra_pipe.store.space import room_for
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -93,10 +94,10 @@ def train(
     place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
     sizes = [len(ids) for ids in _epoch_order(pipeline, 0)]
     n_rows = (pipeline.epochs - place.epoch) * len(pipeline.train) - sum(sizes[: place.step])
-    done = recorder.n_steps if recorder is not None else 0
-    between = _Between(pipeline, recorder, checkpoints, tests)
-    n_rows += between.n_test_rows(done)
-    with (progress or Progress()).task("record" if recorder else "train", n_rows, "rows") as task:
+    progress = progress or Progress()
+    between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
+    n_rows += between.n_test_rows
+    with progress.task("record" if recorder else "train", n_rows, "rows") as task:
         between.test(task)  # where it goes on from a checkpoint that was taken before it
         while place.epoch < pipeline.epochs:
             order = _epoch_order(pipeline, place.epoch)
@@ -121,22 +122,33 @@ def train(
 class _Between:
     """What happens between two steps of a training that is recorded: a checkpoint, then test gradients, each if it is time.
 
-    A checkpoint that is taken just before test gradients leaves no trace, for these too have all rows written.
+    A checkpoint that is taken just before test gradients leaves no trace, for these too have all rows written. After the first
+    step, when it is known what a row takes, it is said how much there is to write, and whether that fits.
+
+    Args:
+        pipeline, recorder, checkpoints, tests, progress: see `train`.
+        n_rows: of training samples, to come.
     """
 
     def __init__(
-        self, pipeline: Pipeline, recorder: Recorder | None, checkpoints: Checkpoints | None, tests: Midway | None
+        self,
+        pipeline: Pipeline,
+        recorder: Recorder | None,
+        checkpoints: Checkpoints | None,
+        tests: Midway | None,
+        progress: Progress,
+        n_rows: int,
     ) -> None:
         self._pipeline, self._recorder, self._checkpoints = pipeline, recorder, checkpoints
-        self._tests = tests or Midway(0, 0)
-
-    def n_test_rows(self, n_steps: int) -> int:
-        """Test gradients that are yet to be taken on the way, after `n_steps` steps."""
-        left = sum(self._tests.due(step) for step in range(n_steps, self._tests.n_steps))
-        return left * len(self._pipeline.test)
+        self._tests, self._progress, self._n_rows = tests or Midway(0, 0), progress, n_rows
+        # test gradients that are yet to be taken on the way
+        done = recorder.n_steps if recorder is not None else 0
+        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * len(pipeline.test)
+        self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
         """Between a step and one of `next_batch` samples; None: it was the last."""
+        self._say_room()
         if self._checkpoints is not None:
             self._checkpoints.after_step(place, None if self._due() else next_batch)
         self.test(task)
@@ -147,6 +159,14 @@ class _Between:
             assert self._recorder is not None
             batches = test_batches(self._pipeline, task, self._checkpoints)
             self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
+
+    def _say_room(self) -> None:
+        if not self._has_said and self._recorder is not None:
+            n_steps = -(-self._n_rows // self._pipeline.batch_size) + self._pipeline.epochs
+            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + len(self._pipeline.test))
+            n_bytes += self._checkpoints.most_bytes() if self._checkpoints is not None else 0
+            self._progress.say(f"{self._n_rows:,} rows to record: {room_for(n_bytes, self._recorder.path)}")
+            self._has_said = True
 
     def _due(self) -> bool:
         recorder = self._recorder

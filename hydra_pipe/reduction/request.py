@@ -25,6 +25,7 @@ from hydra_pipe.store.hypergradients import Hypergradients
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
 from hydra_pipe.store.run import KEEP, PRUNED, RECORD, UPTO, RunDirectory, Settings
+from hydra_pipe.store.space import room_for
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 METHODS = ("hydra",)
@@ -189,8 +190,8 @@ def summary(given: ReductionInput, plan: ReductionPlan) -> str:
     )
 
 
-def described(given: ReductionInput, plan: ReductionPlan) -> str:
-    """The plan in lines, for people."""
+def described(given: ReductionInput, plan: ReductionPlan, run_path: Path) -> str:
+    """The plan in lines, for people; and whether what is written fits beside the run."""
     what, blocks = ("samples", plan.sample_blocks) if plan.order == "fold first" else ("test samples", plan.test_blocks)
     lines = {
         "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
@@ -201,7 +202,7 @@ def described(given: ReductionInput, plan: ReductionPlan) -> str:
         "tasks": f"{plan.tasks:,}, {len(plan.row_runs)} at once",
         "decoded at once": f"{plan.reading.rows:,} rows x {plan.reading.features:,} features",
         "read": f"{format_bytes(plan.read_bytes)} decoded",
-        "written": format_bytes(plan.written_bytes),
+        "written": room_for(plan.written_bytes, run_path),
         "between workers": f"at most {format_bytes(plan.moved_bytes)}",
         "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
         "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"

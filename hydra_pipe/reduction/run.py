@@ -22,6 +22,7 @@ from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stage, reduce_stage
+from hydra_pipe.store.space import fits, room_for
 
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
@@ -111,6 +112,8 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
         progress.say(summary(given, plan))
+        if not fits(plan.written_bytes, directory.path):
+            progress.say(room_for(plan.written_bytes, directory.path))
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         try:
@@ -131,7 +134,7 @@ def plan_run(run: str | os.PathLike[str], options: Options) -> str:
     """What `reduce_run` would do with these options, in lines for people. Reads metadata only, and raises the same."""
     request = requested(run, options)
     with request.scheduler as using:
-        return described(*request.plan(using.workers))
+        return described(*request.plan(using.workers), request.directory.path)
 
 
 def _store(request: Request) -> Path:

@@ -130,8 +130,8 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
             partial.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise _in_the_way(path, error) from error
-        if isinstance(error, OSError):  # a write does not say of which file
-            error.filename, error.filename2 = os.fspath(path), None
+        if isinstance(error, OSError) and error.errno is not None:  # a write does not say of which file
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 

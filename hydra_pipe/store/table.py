@@ -42,6 +42,14 @@ class Stalls:
             self.seconds += time.perf_counter() - start
 
 
+def writing_failed(error: BaseException) -> StoreError:
+    """What a recording is told of a full or faulty disk."""
+    what = str(error).strip().split("\n")[-1]
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return StoreError(f"writing failed ({what}): make room or mend the disk, then record again")
+
+
 class BackgroundWriter:
     """One thread that runs jobs in order. At most `depth` wait: then `submit` waits too, which is the back-pressure.
 
@@ -92,8 +100,7 @@ class BackgroundWriter:
     def check(self) -> None:
         """Raises: StoreError: a job has failed."""
         if self._failure is not None:
-            message = str(self._failure).strip().split("\n")[-1]
-            raise StoreError(f"writing failed ({message}): make room or mend the disk, then record again") from self._failure
+            raise writing_failed(self._failure) from self._failure
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import METADATA, Array, Group
 from hydra_pipe.store.files import remove, sync, sync_tree
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
-from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter
+from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
 
 STEP_SHARD_ROWS = 4096
+# of a store: some thirty files of metadata, and the block directory
+_METADATA_BYTES = 2**20
 
 
 class GradientsWriter:
@@ -51,7 +53,7 @@ class GradientsWriter:
         kept: Kept | None = None,
         allocate: Allocate = np.zeros,
     ) -> None:
-        self.layout, self.dtype = layout, dtype
+        self.layout, self.dtype, self._n_groups = layout, dtype, n_groups
         if rank == 0 and kept is None:
             attributes = {names.RUN_ID: run_id, names.LAYOUT: layout.to_json(), names.PRECONDITIONED: preconditioned}
             self._root = _create(path, attributes, n_ranks)
@@ -90,6 +92,22 @@ class GradientsWriter:
         if kept and rank == 0:
             _remove_past(path, kept)
 
+    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
+        """What `n_rows` more rows, of `n_steps` steps, and `n_tests` test gradients take at most.
+
+        That is if nothing of them can be compressed, with what chunks, their indices and metadata take beside it.
+        """
+        beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
+        row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside
+        test_bytes = self.layout.n_features * np.dtype(self._test_dtype).itemsize + beside
+        columns = [*_shared_step_columns(self._n_groups, len(self.layout.blocks)), *(Column(*c) for c in ROWS_OF_STEP.items())]
+        step_bytes = sum(np.dtype(c.dtype).itemsize * (1 if c.width is None else c.width[0]) for c in columns)
+        return (n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes) * 17 // 16 + _METADATA_BYTES
+
+    @property
+    def _test_dtype(self) -> str:
+        return "float32" if self.dtype == "float32" else "float16"
+
     def append_step(self, values: dict[str, Any]) -> None:
         """Add a line to the step tables, of which this process keeps its own. `values` has one for each column."""
         for table in self._steps:
@@ -102,7 +120,7 @@ class GradientsWriter:
 
     def test_rows(self, step: int) -> TableWriter:
         """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
-        dtype = "float32" if self.dtype == "float32" else "float16"
+        dtype = self._test_dtype
         geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
         path = self._root.require_group(names.TEST).path / names.checkpoint_name(step)
         remove(path)
@@ -147,7 +165,7 @@ class GradientsWriter:
             sync(root.parent)
             sync(root.parent.parent)
         except OSError as error:
-            raise StoreError(f"writing failed ({error}): make room or mend the disk, then record again") from error
+            raise writing_failed(error) from error
 
     def close(self) -> None:
         """Write what is still in the buffers, and return when all is safe on the disk. Raises: StoreError: writing failed."""

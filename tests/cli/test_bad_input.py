@@ -288,3 +288,11 @@ def test_a_directory_inside_a_file_is_told(tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_2() -> None:
     for arguments in (["record"], ["reduce", "run", "--colour", "red"], ["paint"]):
         assert call(*arguments).exit_code == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_of_ours(tmp_path: Path) -> None:
+    assert call("record", BAD, tmp_path / "run").exit_code == 0
+    command = [sys.executable, "-m", "hydra_pipe.cli.app", "info", tmp_path / "run", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "hydra-pipe:" not in process.stderr.read()

@@ -1,0 +1,38 @@
+"""Whether there is room for what is about to be written."""
+
+import os
+from pathlib import Path
+
+from hydra_pipe.store.files import is_remote
+from hydra_pipe.units import format_bytes
+
+
+def free_bytes(path: Path) -> int | None:
+    """What the file system that `path` is on, or is to be on, has free for this user; None in an object store."""
+    if is_remote(path):
+        return None
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    found = os.statvfs(there)
+    return found.f_bavail * found.f_frsize
+
+
+def room_for(n_bytes: int, path: Path) -> str:
+    """What there is to say before at most `n_bytes` are written at `path`: how much it is, and whether it fits."""
+    free = free_bytes(path)
+    most = f"at most {format_bytes(n_bytes)} to write"
+    if free is None:
+        return most
+    if n_bytes <= free:
+        return f"{most}, {format_bytes(free)} free"
+    return (
+        f"{most}, and only {format_bytes(free)} free: it may not fit; on a full disk the command stops; run again, it goes on "
+        f"once there is room"
+    )
+
+
+def fits(n_bytes: int, path: Path) -> bool:
+    """Whether `n_bytes` fit at `path`, as far as can be told."""
+    free = free_bytes(path)
+    return free is None or n_bytes <= free
