@@ -24,7 +24,9 @@ from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.parts import shard_start
 from hydra_pipe.units import format_bytes
 
-Order = Literal["score first", "fold first", "from hypergradients"]
+# the last is that of sweeps, see plan/sweeping.py
+Order = Literal["score first", "fold first", "from hypergradients", "backward"]
+BACKWARD: Literal["backward"] = "backward"
 Span = tuple[int, int]
 
 # Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
@@ -187,12 +189,16 @@ class ReductionPlan:
 
     @property
     def passes(self) -> int:
-        """Times that the store is read."""
+        """Times that the store is read, by all workers together."""
+        if self.order == BACKWARD:
+            return -(-len(self.test_blocks) // len(self.row_runs))
         return len(self.sample_blocks) if self.order == "fold first" else len(self.test_blocks)
 
     @property
     def tasks(self) -> int:
         """Of the Dask graphs of all passes, those that read or write: a run of rows each, or a share of the samples."""
+        if self.order == BACKWARD:
+            return len(self.test_blocks)
         runs = len(self.row_runs)
         shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
         of_blocks = sum(runs + n_shares for n_shares in shares)
@@ -260,7 +266,7 @@ def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> i
     scores = reading.rows * (4 * tests + 2 * columns) * 4
     # one more sum: the block of the relevance array that is being written
     return (
-        _common_bytes(given, tests)
+        common_bytes(given, tests)
         + _threads(given) * (sums + scores + _worker_bytes(given, reading))
         + sums
         + _merging_bytes(given, sums)
@@ -279,7 +285,7 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     # a shard of what is factored, in pieces, together, and compressed
     keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
     return (
-        _common_bytes(given, tests_held)
+        common_bytes(given, tests_held)
         + _threads(given) * (sums + at_once + answers + keeping + _worker_bytes(given, reading))
         + _merging_bytes(given, sums)
     )
@@ -313,7 +319,7 @@ def _merging_bytes(given: ReductionInput, sums: int) -> int:
     return 2 * given.threads * sums if given.processes else 0
 
 
-def _common_bytes(given: ReductionInput, tests: int) -> int:
+def common_bytes(given: ReductionInput, tests: int) -> int:
     """Of a process, whatever its threads are."""
     # test gradients as stored, and decoded; groups
     test_block = tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)

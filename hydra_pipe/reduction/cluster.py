@@ -69,10 +69,11 @@ class _Cluster(Scheduler):
         self._end_pass = end_pass
         return _Reporter(topic)
 
-    def compute(self, graph: Any) -> None:
+    def compute(self, graph: Any) -> Any:
         future = self._client.compute(graph)
         try:
             self._wait_for(future)
+            result = future.result()
             self._end_pass()
         except KilledWorker as error:
             raise ClusterError(
@@ -83,6 +84,7 @@ class _Cluster(Scheduler):
             raise ClusterError(f"{self._where} is gone: start it, and run the same command again") from error
         finally:
             future.cancel()
+        return result
 
     def _wait_for(self, future: Future) -> None:
         since = time.monotonic()

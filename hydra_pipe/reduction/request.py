@@ -17,6 +17,8 @@ from hydra_pipe.plan.reduction import (
     plan_reduction,
 )
 from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.sweeping import SweepInput, plan_sweep
+from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.store import names
@@ -28,7 +30,8 @@ from hydra_pipe.store.run import KEEP, PRUNED, RECORD, UPTO, RunDirectory, Setti
 from hydra_pipe.store.space import room_for
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
-METHODS = ("hydra",)
+SWEEPS = ("hydra-fisher",)
+METHODS = ("hydra", *SWEEPS)
 # The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
 # is spared of the bounds (benchmarks/RESULTS.md) is more.
 _SAME_BASE_BYTES = 16 * 2**20
@@ -92,7 +95,8 @@ class Request:
     def from_kept(self) -> bool:
         """Whether kept hypergradients answer it."""
         stage = self.directory.stages.get(KEEP)
-        wanted = not self.options.keep_hypergradients and self.options.upto is None  # what is kept is of all steps
+        # what is kept is of all steps, and of method hydra
+        wanted = not self.options.keep_hypergradients and self.options.upto is None and self.options.method not in SWEEPS
         return wanted and stage is not None and stage.state == "complete"
 
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
@@ -102,6 +106,10 @@ class Request:
         given = replace(given, keeping=self.options.keep_hypergradients, kept=self.from_kept)
         if answered is not None and abs(answered.base_bytes - given.base_bytes) <= _SAME_BASE_BYTES:
             given = replace(given, base_bytes=answered.base_bytes)
+        if self.options.method in SWEEPS:
+            most_rows = int(self.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
+            what = SweepInput(given, Expansion(self.gradients.layout).width, most_rows)
+            return given, plan_sweep(what, 0 if answered is None else answered.done)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
 
 
@@ -118,6 +126,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)
     parse_bytes(options.memory)
+    if options.method in SWEEPS:
+        _check_sweep(options)
     if options.upto is not None and options.keep_hypergradients:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
@@ -126,6 +136,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise RunError(
             f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
         )
+    if directory.stages[RECORD].facts.get(PRUNED) and options.method in SWEEPS:
+        raise RunError(f"{directory.path}: its gradients were pruned: only --method hydra is answered without them")
     n_tests = counts.n_tests
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = _grouped(Columns(spans), gradients, options.by)
@@ -133,6 +145,19 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     if request.from_kept:
         Hypergradients(request.kept, gradients).check(gradients, counts.n_samples)
     return request
+
+
+def _check_sweep(options: Options) -> None:
+    if options.keep_hypergradients:
+        raise UsageError(f"--keep-hypergradients is for --method hydra: {options.method} has none that do not depend on the tests")
+    if options.chunks != "auto":
+        raise UsageError(f"--chunks is for --method hydra: {options.method} reads whole files, step by step")
+
+
+def shares(results: list[float | None]) -> dict[str, Any]:
+    """What the manifest keeps of what passes give: the share of the curvature that saturation has left, where there is any."""
+    found = [share for share in results if share is not None]
+    return {"curvature_left": sum(found) / len(found)} if found else {}
 
 
 def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import Answered, Order, ReductionInput, ReductionPlan
+from hydra_pipe.plan.reduction import BACKWARD, Answered, Order, ReductionInput, ReductionPlan
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
+from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
-from hydra_pipe.reduction.request import Options, Request, described, facts, requested, summary
+from hydra_pipe.reduction.request import Options, Request, described, facts, requested, shares, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
@@ -23,6 +24,7 @@ from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stage, reduce_stage
 from hydra_pipe.store.space import fits, room_for
+from hydra_pipe.store.sweeps import remove_states
 
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
@@ -48,7 +50,7 @@ def reduce_run(
 
     Args:
         run: directory of the run.
-        method: "hydra".
+        method: "hydra", or "hydra-fisher" (docs/methods.md).
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
         memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
         scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
@@ -107,6 +109,8 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:
             _begin(request, given, plan)
+            if plan.order == BACKWARD:  # whose first pass may be gone on with in its middle
+                _mark(request, Answered(plan.order, 0, given.base_bytes))
         else:
             _resume(request)
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
@@ -117,7 +121,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         try:
-            _compute(request, given, plan, using, progress)
+            results = _compute(request, given, plan, using, progress)
         except BaseException as error:
             with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
                 directory.end(stage, "failed", error=str(error) or type(error).__name__)
@@ -126,7 +130,9 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     if request.options.keep_hypergradients:
         directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept), checksums=seal(directory, KEEP), **source)
     seconds = time.monotonic() - start
-    found = {"seconds": seconds, "n_tests": given.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
+    if plan.order == BACKWARD:
+        remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
+    found = {"seconds": seconds, "n_tests": given.n_tests, "n_columns": given.n_columns, "plan": facts(whole)} | shares(results)
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
@@ -150,7 +156,7 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     if keeping:
         _forget_kept(request)
     remove(directory.path / names.RANKINGS / names.rankings_directory(name))
-    width = given.n_columns if given.grouped else plan.test_blocks[0][1]
+    width = given.n_columns if given.grouped and plan.order != BACKWARD else plan.test_blocks[0][1]
     create_relevance(_store(request), name, request.options.method, given.n_samples, request.columns, width, directory.run_id)
     if keeping:
         create_hypergradients(request.kept, request.gradients, given.n_samples)
@@ -186,7 +192,8 @@ def _answered(request: Request) -> Answered | None:
     order, done, base_bytes = found.get("order"), found.get("done"), found.get("base_bytes")
     if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
         return None
-    n = request.n_samples if order == "fold first" else request.columns.n_tests
+    n = request.columns.n_columns if order == BACKWARD else request.columns.n_tests
+    n = request.n_samples if order == "fold first" else n
     return Answered(cast(Order, order), done, base_bytes) if done <= n else None
 
 
@@ -203,10 +210,13 @@ def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
     rows, columns = array.chunks
     if array.shards is not None or rows != chunk_samples(request.n_samples) or any(a % rows for a, _ in plan.sample_blocks):
         return False
-    return request.columns.by is not None or all(first % columns == 0 for first, _ in plan.test_blocks)
+    return (request.columns.by is not None and plan.order != BACKWARD) or all(first % columns == 0 for first, _ in plan.test_blocks)
 
 
-def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress) -> None:
+def _compute(
+    request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress
+) -> list[float | None]:
+    """Compute pass by pass. Returns: what each gives."""
     kept = request.kept.absolute() if request.from_kept or request.options.keep_hypergradients else None
     job = Job(
         # what works elsewhere has another current directory
@@ -222,10 +232,13 @@ def _compute(request: Request, given: ReductionInput, plan: ReductionPlan, using
         in_place=not given.processes,
     )
     n_rows = given.n_rows if not request.from_kept or given.n_factored else 0
+    passes = sweep_graphs if plan.order == BACKWARD else graphs
+    results = []
     with progress.task("reduce", n_rows * plan.passes, "rows") as task:
-        for span, graph in graphs(job, using.counter(task.advance, n_rows)):
-            using.compute(graph)
+        for span, graph in passes(job, using.counter(task.advance, n_rows)):
+            results.append(using.compute(graph))
             _mark(request, Answered(plan.order, span[1], given.base_bytes))
+    return results
 
 
 def _mark(request: Request, answered: Answered) -> None:

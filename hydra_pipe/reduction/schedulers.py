@@ -74,8 +74,8 @@ class Scheduler(ABC):
         """
 
     @abstractmethod
-    def compute(self, graph: Any) -> None:
-        """Compute a graph, whose result is nothing. Raises: what its tasks raise; ClusterError: workers are lost."""
+    def compute(self, graph: Any) -> Any:
+        """Compute a graph, whose result is small. Raises: what its tasks raise; ClusterError: workers are lost."""
 
 
 class InProcess(Scheduler):
@@ -93,8 +93,9 @@ class InProcess(Scheduler):
     def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:
         return advance
 
-    def compute(self, graph: Any) -> None:
-        dask.compute(graph, scheduler=_GET[self._name], num_workers=self.workers.count)
+    def compute(self, graph: Any) -> Any:
+        (result,) = dask.compute(graph, scheduler=_GET[self._name], num_workers=self.workers.count)
+        return result
 
 
 def scheduler_of(text: str) -> Scheduler:

@@ -1,0 +1,102 @@
+"""How a backward sweep goes over the store: which columns are carried together, and the memory and the work that is.
+
+A sweep reads the rows from the last step to the first and carries, for each column of the result, an adjoint and a momentum adjoint
+as long as a row. Blocks of columns do not depend on each other: each worker takes one, and reads the rows for itself. Where not
+all of them fit the budget at once, they come one after the other, in passes.
+"""
+
+from dataclasses import dataclass
+
+from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.reduction import BACKWARD, COSTS, TEST_MULTIPLE, Reading, ReductionInput, ReductionPlan, common_bytes
+from hydra_pipe.units import format_bytes
+
+# arrays that are as large as the adjoint: it, that of the momentum, g, what curvature adds, and one that comes and goes
+_STATES = 5
+
+
+@dataclass(frozen=True)
+class SweepInput:
+    """What a sweep works on.
+
+    Args:
+        recording: sizes, budget and workers.
+        width: features that are carried: those of factored blocks multiplied out.
+        most_rows: of a step.
+    """
+
+    recording: ReductionInput
+    width: int
+    most_rows: int
+
+
+def plan_sweep(what: SweepInput, done: int = 0) -> ReductionPlan:
+    """The widest blocks of columns that fit, one for each worker where there are enough; after the first `done` columns.
+
+    Raises:
+        BudgetError: not even one column fits.
+    """
+    given = what.recording
+    workers = min(given.workers, given.n_columns)
+    width = _even_width(given.n_columns, workers)
+    while width > 1 and sweep_peak_bytes(what, width, workers) > given.memory_bytes:
+        passes = -(-given.n_columns // (width * workers))
+        width = min(width - 1, _even_width(given.n_columns, workers * (passes + 1)))
+    while workers > 1 and sweep_peak_bytes(what, width, workers) > given.memory_bytes:
+        workers -= 1
+    peak = sweep_peak_bytes(what, width, workers)
+    if peak > given.memory_bytes:
+        raise BudgetError(
+            f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, --memory is "
+            f"{format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
+        )
+    blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
+    values = given.n_rows * what.width
+    operations = (4 * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
+    read = len(blocks) * given.n_rows * given.n_features * given.item_bytes
+    state = 2 * given.n_steps * what.width * (given.n_columns - done) * _STATES
+    picoseconds = (
+        read * COSTS.decoded_byte
+        + len(blocks) * values * COSTS.converted_value
+        + operations * COSTS.operation
+        + state * COSTS.converted_value
+    )
+    return ReductionPlan(
+        order=BACKWARD,
+        test_blocks=blocks,
+        sample_blocks=((0, given.n_samples),),
+        row_runs=((0, given.n_rows),) * workers,
+        reading=Reading(what.most_rows, given.n_features),
+        peak_bytes=peak,
+        read_bytes=read,
+        written_bytes=given.n_samples * given.n_columns * 4,
+        moved_bytes=0,
+        operations=operations,
+        folded_values=0,
+        picoseconds=picoseconds,
+    )
+
+
+def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
+    """Upper bound of a process's memory while each of its workers carries `columns` columns."""
+    given = what.recording
+    threads = min(given.threads, workers) if given.processes else workers
+    # test gradients as stored and multiplied out, for means all of them
+    tests = given.n_tests if given.grouped else columns
+    start = tests * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 4)
+    carried = _STATES * columns * what.width * 4
+    # sums, what is written of them, and its bytes
+    sums = given.n_samples * columns * 4 * 3
+    # three files of rows, and one on its way there: as stored twice, scale, sample and curvature
+    file = given.shard_rows * (2 * given.n_features * given.item_bytes + given.n_blocks * 4 * 2 + 32)
+    files = (3 + what.most_rows // given.shard_rows) * file * max(1, len(given.part_rows))
+    # a step: as stored, multiplied out, times the root of its weight, times kappa; products in float64 and float32
+    step = what.most_rows * (given.n_features * (given.item_bytes + 8) + 3 * what.width * 4 + 8 * 4 * columns)
+    gram = 4 * what.most_rows**2 * 8
+    return common_bytes(given, 0) + threads * (start + carried + sums + files + step + gram)
+
+
+def _even_width(n_columns: int, blocks: int) -> int:
+    """Columns of each of so many blocks, that fill whole chunks of the relevance array where they are wide."""
+    width = -(-n_columns // blocks)
+    return width if width <= TEST_MULTIPLE else -(-width // TEST_MULTIPLE) * TEST_MULTIPLE

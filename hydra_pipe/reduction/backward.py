@@ -1,0 +1,130 @@
+"""The steps of a recording from the last to the first, read ahead."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.plan.parts import ends_of
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.rows import ROWS_UNREADABLE
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one step, of all processes.
+
+    Args:
+        step: which.
+        stored: shape (row, column), as stored.
+        scale: shape (row, block).
+        sample: shape (row,).
+        weight: n rho of each row, with n the rows of the step in its process: the curvature of the mean loss is the sum of
+            weight r r.T over the rows. Shape (row,); n where rho is not known.
+    """
+
+    step: int
+    stored: NDArray[Any]
+    scale: Floats
+    sample: NDArray[np.int64]
+    weight: Floats
+
+
+@dataclass(frozen=True)
+class _File:
+    """What one file of rows has, and what is beside it."""
+
+    first: int
+    stored: NDArray[Any]
+    scale: Floats
+    sample: NDArray[np.int64]
+    curvature: Floats
+
+
+class _Part:
+    """The rows of one process, whose files are decoded once each, from the last to the first; the next one ahead."""
+
+    def __init__(self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor) -> None:
+        self._store, self._first, self._last, self._pool = store, first, last, pool
+        self._held: dict[int, _File] = {}
+        self._coming: tuple[int, Future[_File]] | None = None
+
+    def rows(self, first: int, last: int) -> Iterator[tuple[_File, slice]]:
+        """The rows [first, last) of the part, file by file. No later ones are asked for after that."""
+        size = self._store.rows.shard_rows
+        numbers = range(first // size, -(-last // size))
+        self._held = {number: file for number, file in self._held.items() if number in numbers}
+        for number in reversed(numbers):
+            if number not in self._held:
+                self._held[number] = self._taken(number)
+        for number in numbers:
+            low = number * size
+            yield self._held[number], slice(max(first - low, 0), min(last - low, size))
+
+    def _taken(self, number: int) -> _File:
+        file = self._coming[1].result() if self._coming is not None and self._coming[0] == number else self._read(number)
+        self._coming = (number - 1, self._pool.submit(self._read, number - 1)) if number else None
+        return file
+
+    def _read(self, number: int) -> _File:
+        size = self._store.rows.shard_rows
+        own = slice(self._first + number * size, min(self._first + (number + 1) * size, self._last))
+        return _File(
+            own.start,
+            self._store.rows.features(own, slice(0, self._store.layout.n_features)),
+            self._store.rows.scales(own),
+            self._store.samples(own),
+            self._store.curvature(own),
+        )
+
+
+def backward(store: Gradients, n_steps: int) -> Iterator[StepRows]:
+    """The first `n_steps` steps, the last of them first. A step's arrays are its own.
+
+    Two files of each process are in memory, or as many as a step has, and one that is coming.
+
+    Raises:
+        StoreError: damaged.
+    """
+    _, counts = store.rows_of_steps()
+    part_ends = ends_of(store.rows.part_rows)
+    if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
+        raise StoreError(f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}")
+    ends = np.cumsum(counts, axis=0)
+    with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
+        parts = [_Part(store, first, last, pool) for first, last in zip([0, *part_ends], part_ends, strict=False)]
+        for step in range(n_steps - 1, -1, -1):
+            pieces = [
+                (file, rows, int(counts[step, i]))
+                for i, part in enumerate(parts)
+                if counts[step, i]
+                for file, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
+            ]
+            yield _joined(step, pieces) if pieces else _without_rows(step, store)
+
+
+def _without_rows(step: int, store: Gradients) -> StepRows:
+    """A step that moved by momentum and decay alone."""
+    none: Floats = np.empty(0, np.float32)
+    stored = np.empty((0, store.layout.n_features), store.rows.dtype)
+    return StepRows(step, stored, np.empty((0, len(store.layout.blocks)), np.float32), np.empty(0, np.int64), none)
+
+
+def _joined(step: int, pieces: list[tuple[_File, slice, int]]) -> StepRows:
+    def one(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    weights = [n * np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows]) for file, rows, n in pieces]
+    return StepRows(
+        step,
+        one([file.stored[rows] for file, rows, _ in pieces]),
+        one([file.scale[rows] for file, rows, _ in pieces]),
+        one([file.sample[rows] for file, rows, _ in pieces]),
+        one(weights).astype(np.float32),
+    )

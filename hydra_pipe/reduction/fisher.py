@@ -1,0 +1,137 @@
+"""Method `hydra-fisher`, out of core: a task for each block of columns, which reads the recording from its end.
+
+What there is to compute is in `sweep.py`; here it is fed, kept from time to time, and its result written.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from dask.delayed import Delayed, delayed
+from numpy.typing import NDArray
+
+from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Span
+from hydra_pipe.plan.selection import cut
+from hydra_pipe.reduction.backward import StepRows, backward
+from hydra_pipe.reduction.blas import single_threaded_blas
+from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.hydra import CountRows, Job
+from hydra_pipe.reduction.loops import Workspace
+from hydra_pipe.reduction.sweep import Floats, Sweep
+from hydra_pipe.reduction.sweep import Span as SeriesSpan
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.sweeps import load_state, remove_state, save_state
+
+# Where a sweep has got to is kept this often, or less often where that takes long: 2.5 % of the time at most.
+KEEP_SECONDS = 60.0
+_TIMES_ITS_COST = 40.0
+# test samples that are multiplied out at a time, where means are taken
+_TESTS_AT_ONCE = 64
+
+
+def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    """The passes in order: columns that are answered, and its graph, which gives the share of the curvature that was left."""
+    sweep, mean = delayed(sweep_columns), delayed(_mean)
+    blocks, workers = job.plan.test_blocks, len(job.plan.row_runs)
+    for start in range(0, len(blocks), workers):
+        together = blocks[start : start + workers]
+        # each reads every row: one of them counts for all
+        shares = [sweep(job, columns, count_rows if columns == together[0] else None) for columns in together]
+        yield (together[0][0], together[-1][1]), mean(shares)
+
+
+def _mean(shares: list[float]) -> float:
+    return sum(shares) / len(shares)
+
+
+@single_threaded_blas
+def sweep_columns(job: Job, columns: Span, count_rows: CountRows | None) -> float:
+    """Fill some columns of the relevance. Where it was interrupted the same call goes on.
+
+    Returns:
+        The share of the curvature that saturation has left, mean over the steps.
+    """
+    store = job.store()
+    expansion = Expansion(store.layout)
+    schedule, series = store.schedules()
+    sweep = Sweep(_columns_of_tests(store, job, expansion, columns), schedule, _merged(expansion, series), job.n_samples)
+    n_steps = _go_on(job, columns, sweep, store.n_steps)
+    scales = store.step_table(names.GRADIENT_SCALE)
+    workspace, kept_at, cost = Workspace(), time.monotonic(), 0.0
+    if count_rows is not None and n_steps < store.n_steps:
+        count_rows(int(store.rows_of_steps()[1][n_steps:].sum()))
+    for rows in backward(store, n_steps):
+        _step(sweep, expansion, rows, scales[rows.step], workspace)
+        if count_rows is not None:
+            count_rows(len(rows.sample))
+        if time.monotonic() - kept_at >= max(KEEP_SECONDS, _TIMES_ITS_COST * cost):
+            start = time.monotonic()
+            _keep(job, columns, sweep, rows.step)
+            kept_at = time.monotonic()
+            cost = kept_at - start
+    array = Array.open(job.relevance)
+    for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
+        write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))
+    remove_state(job.relevance, columns)
+    return sweep.left / max(1, sweep.n_steps)
+
+
+def _step(sweep: Sweep, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
+    out = workspace.matrix(len(rows.sample), expansion.width)
+    expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
+    # weight r r.T of the mean loss, and the update went along c times its gradient: weight / c of (c r)(c r).T
+    weight = rows.weight / np.float32(scale) if scale > 0 else np.zeros_like(rows.weight)
+    sweep.step(rows.step, out, weight, rows.sample)
+
+
+def _columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:
+    """Test gradients multiplied out, or means of them, shape (column, feature)."""
+    rows, averages = store.test_rows(job.checkpoint), job.averages()
+    tests = columns if averages is None else (0, len(averages))
+    found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
+    place = 0
+    for first, last in cut(job.tests, *tests):
+        for low in range(first, last, _TESTS_AT_ONCE):
+            own = slice(low, min(low + _TESTS_AT_ONCE, last))
+            out = np.empty((own.stop - own.start, expansion.width), np.float32)
+            expansion.expand(rows.features(own, slice(0, store.layout.n_features)), rows.scales(own), out)
+            if averages is None:
+                found[place : place + len(out)] = out
+            else:
+                found += averages[place : place + len(out), columns[0] : columns[1]].T @ out
+            place += len(out)
+    return found
+
+
+def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]:
+    """Features of one history that lie side by side are one span."""
+    merged: list[SeriesSpan] = []
+    for first, last, block in expansion.spans:
+        own = int(series[block])
+        if merged and merged[-1][2] == own:
+            merged[-1] = (merged[-1][0], last, own)
+        else:
+            merged.append((first, last, own))
+    return merged
+
+
+def _keep(job: Job, columns: Span, sweep: Sweep, step: int) -> None:
+    save_state(job.relevance, columns, {"step": step, "left": sweep.left}, {"a": sweep.a, "v": sweep.v, "sums": sweep.sums})
+
+
+def _go_on(job: Job, columns: Span, sweep: Sweep, n_steps: int) -> int:
+    """Put a sweep back to where it was. Returns: steps that are left."""
+    shapes = {"a": sweep.a.shape, "v": sweep.v.shape, "sums": sweep.sums.shape}
+    found = load_state(job.relevance, columns, shapes)
+    if found is None:
+        return n_steps
+    state, arrays = found
+    if not is_count(state.get("step")) or state["step"] > n_steps:
+        return n_steps
+    sweep.a, sweep.v, sweep.sums = arrays["a"], arrays["v"], arrays["sums"]
+    sweep.n_steps, sweep.left = n_steps - state["step"], float(state["left"])
+    return int(state["step"])
