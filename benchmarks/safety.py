@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    settings = {"data": given.data, "n_train": given.n_train, "n_test": 500, "epochs": given.epochs}
+    settings = {"data": Path(given.data), "n_train": given.n_train, "n_test": 500, "epochs": given.epochs}
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         hydra_pipe.record(PIPELINE, run, settings=settings)

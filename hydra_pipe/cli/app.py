@@ -56,7 +56,7 @@ Upto = Annotated[
         metavar="STEP", help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)"
     ),
 ]
-Method = Annotated[str, typer.Option(help="how relevance is computed: hydra")]
+Method = Annotated[str, typer.Option(help="how relevance is computed: hydra, or hydra-fisher, with curvature (docs/methods.md)")]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
 Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]

@@ -8,11 +8,15 @@ all of them fit the budget at once, they come one after the other, in passes.
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import BACKWARD, COSTS, TEST_MULTIPLE, Reading, ReductionInput, ReductionPlan, common_bytes
+from hydra_pipe.plan.reduction import BACKWARD, COSTS, Reading, ReductionInput, ReductionPlan, common_bytes
 from hydra_pipe.units import format_bytes
 
-# arrays that are as large as the adjoint: it, that of the momentum, g, what curvature adds, and one that comes and goes
-_STATES = 5
+# arrays that are carried: the adjoint, that of the momentum, and what is written of them when they are kept
+_STATES = 4
+# of a worker, tiles of them that it is at
+_TILE_BYTES = 2**23
+# of the relevance array, columns of a chunk
+MOST_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def plan_sweep(what: SweepInput, done: int = 0) -> ReductionPlan:
     values = given.n_rows * what.width
     operations = (4 * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
     read = len(blocks) * given.n_rows * given.n_features * given.item_bytes
-    state = 2 * given.n_steps * what.width * (given.n_columns - done) * _STATES
+    # once over the adjoints each step, there and back
+    state = 4 * given.n_steps * what.width * (given.n_columns - done)
     picoseconds = (
         read * COSTS.decoded_byte
         + len(blocks) * values * COSTS.converted_value
@@ -84,7 +89,7 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     # test gradients as stored and multiplied out, for means all of them
     tests = given.n_tests if given.grouped else columns
     start = tests * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 4)
-    carried = _STATES * columns * what.width * 4
+    carried = _STATES * columns * what.width * 4 + _TILE_BYTES
     # sums, what is written of them, and its bytes
     sums = given.n_samples * columns * 4 * 3
     # three files of rows, and one on its way there: as stored twice, scale, sample and curvature
@@ -97,6 +102,11 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
 
 
 def _even_width(n_columns: int, blocks: int) -> int:
-    """Columns of each of so many blocks, that fill whole chunks of the relevance array where they are wide."""
+    """Columns of each of so many blocks, that fill whole chunks of the relevance array."""
     width = -(-n_columns // blocks)
-    return width if width <= TEST_MULTIPLE else -(-width // TEST_MULTIPLE) * TEST_MULTIPLE
+    return chunk_columns(width) * -(-width // MOST_CHUNK)
+
+
+def chunk_columns(width: int) -> int:
+    """Columns of a chunk of the relevance array, of which there is a whole number in blocks of `width` columns."""
+    return -(-width // -(-width // MOST_CHUNK))

@@ -120,6 +120,7 @@ def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]
 
 
 def _keep(job: Job, columns: Span, sweep: Sweep, step: int) -> None:
+    sweep.settle()
     save_state(job.relevance, columns, {"step": step, "left": sweep.left}, {"a": sweep.a, "v": sweep.v, "sums": sweep.sums})
 
 

@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.reduction import BACKWARD, Answered, Order, ReductionInput, ReductionPlan
+from hydra_pipe.plan.sweeping import chunk_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
@@ -156,7 +157,9 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     if keeping:
         _forget_kept(request)
     remove(directory.path / names.RANKINGS / names.rankings_directory(name))
-    width = given.n_columns if given.grouped and plan.order != BACKWARD else plan.test_blocks[0][1]
+    width = given.n_columns if given.grouped else plan.test_blocks[0][1]
+    if plan.order == BACKWARD:
+        width = chunk_columns(plan.test_blocks[0][1])
     create_relevance(_store(request), name, request.options.method, given.n_samples, request.columns, width, directory.run_id)
     if keeping:
         create_hypergradients(request.kept, request.gradients, given.n_samples)

@@ -1,7 +1,8 @@
 """Method `hydra-fisher`: the backward sweep with the saturated empirical Fisher, for one block of columns (docs/architecture.md).
 
 Carried, for each column (a test sample, or a mean of some), from the last step to the first: the adjoint a of the parameters and v
-of the momentum buffer, float32, in the features that the rows are recorded in.
+of the momentum buffer, float32, in the features that the rows are recorded in. They are larger than any cache, so each step goes
+over them once, tile by tile: what the curvature of the step after it adds, then the step itself, then its products with the rows.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,15 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.fisher import saturated, saturation
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.reduction.loops import add_rows
+from hydra_pipe.reduction.loops import Workspace, add_rows
 
 Floats = NDArray[np.float32]
 # features [first, last), and the series of the schedule that they follow
 Span = tuple[int, int, int]
+
+# values of an adjoint that are worked on at once: four such arrays fit a core's cache
+_TILE_VALUES = 2**17
+_LEAST_TILE, _MOST_TILE = 256, 4096
 
 
 class Sweep:
@@ -35,8 +40,14 @@ class Sweep:
         self.sums: Floats = np.zeros((n_samples, len(tests)), np.float32)
         # steps that were taken, and the sum of the shares of their curvature that were left
         self.n_steps, self.left = 0, 0.0
-        self._schedule, self._spans = schedule, spans
-        self._g, self._pull = np.empty_like(tests), np.zeros_like(tests)
+        self._schedule = schedule
+        width = min(max(_TILE_VALUES // max(1, len(tests)), _LEAST_TILE), _MOST_TILE)
+        self._tiles = [(low, min(low + width, last), series) for first, last, series in spans for low in range(first, last, width)]
+        self._series = sorted({series for _, _, series in spans})
+        # what the curvature of the last step adds to the adjoint, as factors: (column, row) and rows of two steps in turn
+        self._pull: tuple[Floats, Floats] | None = None
+        self._scaled = [Workspace(), Workspace()]
+        self._g = Workspace()
 
     def step(self, number: int, rows: Floats, weight: Floats, sample: NDArray[np.int64]) -> None:
         """Go one step back.
@@ -47,43 +58,70 @@ class Sweep:
             weight: of each row in the curvature, sum of weight (c r)(c r).T, shape (row,), not negative.
             sample: of each row, shape (row,).
         """
-        kappas = [self._advance(number, span) for span in self._spans]
-        scores = rows @ self._g.T
-        add_rows(scores, sample, self.sums)
+        moves = {series: _Move(self._schedule, number, series) for series in self._series}
         root = np.sqrt(weight)[:, None]
-        scaled = rows * root
-        gram = np.zeros((len(rows), len(rows)))
-        for kappa, (first, last, _) in zip(kappas, self._spans, strict=True):
-            if kappa:
-                own = scaled[:, first:last]
-                gram += kappa * (own @ own.T)
+        scaled = self._scaled[self.n_steps % 2].matrix(*rows.shape)
+        scores, gram = np.zeros((len(rows), len(self.a)), np.float32), np.zeros((len(rows), len(rows)))
+        for first, last, series in self._tiles:
+            a, move = self.a[:, first:last], moves[series]
+            self._add_pull(a, first, last)
+            g = self._g.matrix(len(a), last - first)
+            move.take(a, self.v[:, first:last], g)
+            own = rows[:, first:last]
+            scores += own @ g.T
+            np.multiply(own, root, out=scaled[:, first:last])
+            if move.kappa:
+                gram += move.kappa * (scaled[:, first:last] @ scaled[:, first:last].T)
+        add_rows(scores, sample, self.sums)
         pulled, left = saturated(gram, (root * scores).astype(np.float64))
-        np.matmul(pulled.T.astype(np.float32), scaled, out=self._pull)
-        self.a += self._pull
+        self._pull = np.ascontiguousarray(pulled.T, np.float32), scaled
         self.n_steps, self.left = self.n_steps + 1, self.left + left
 
-    def _advance(self, number: int, span: Span) -> float:
-        """g of some features, and a and v before the step but for its curvature. Returns: kappa; 0 where nothing was updated."""
-        first, last, series = span
-        a, v, g = self.a[:, first:last], self.v[:, first:last], self._g[:, first:last]
-        s = self._schedule
+    def settle(self) -> None:
+        """Let `a` be what it is before the next step: until then what the curvature adds is kept apart."""
+        for first, last, _ in self._tiles:
+            self._add_pull(self.a[:, first:last], first, last)
+        self._pull = None
+
+    def _add_pull(self, a: Floats, first: int, last: int) -> None:
+        if self._pull is not None:
+            factors, scaled = self._pull
+            a += factors @ scaled[:, first:last]
+
+
+class _Move:
+    """One step of one series.
+
+    Args:
+        schedule: of all steps.
+        number: of the step.
+        series: which.
+    """
+
+    def __init__(self, schedule: Schedule, number: int, series: int) -> None:
         at: Any = (number, series)
-        eta, mu, tau, decay = (float(x[at]) for x in (s.learning_rate, s.momentum, s.dampening, s.weight_decay))
-        nesterov, started = bool(s.nesterov[at]), bool(s.momentum_started[at])
-        if not s.updated[at]:
+        settings = (schedule.learning_rate, schedule.momentum, schedule.dampening, schedule.weight_decay, schedule.decoupled_decay)
+        self._eta, self._mu, tau, self._decay, self._shrink = (float(values[at]) for values in settings)
+        self._nesterov, started = bool(schedule.nesterov[at]), bool(schedule.momentum_started[at])
+        self._updated = bool(schedule.updated[at])
+        self._gain, self._rest = (1.0, 0.0) if started else (1.0 - tau, self._mu)
+        # 0 where nothing was updated
+        self.kappa = saturation(self._eta, self._mu, tau, nesterov=self._nesterov) if self._updated else 0.0
+
+    def take(self, a: Floats, v: Floats, g: Floats) -> None:
+        """Fill g, and take a and v to before the step, but for its curvature."""
+        if not self._updated:
             g[:] = 0
-            return 0.0
-        np.multiply(a, -eta, out=g)
-        if mu:
-            gain = 1.0 if started else 1.0 - tau
-            v += mu * g if nesterov else g
-            if nesterov:
-                g += gain * v
+            return
+        np.multiply(a, -self._eta, out=g)
+        if self._mu:
+            v += self._mu * g if self._nesterov else g
+            if self._nesterov:
+                g += self._gain * v
             else:
-                np.multiply(v, gain, out=g)
-            v *= 0.0 if started else mu
-        if (shrink := float(s.decoupled_decay[at])) != 0:
-            a *= 1.0 - shrink
-        if decay:
-            a += decay * g
-        return saturation(eta, mu, tau, nesterov=nesterov)
+                np.multiply(v, self._gain, out=g)
+            v *= self._rest
+        if self._shrink:
+            a *= 1.0 - self._shrink
+        if self._decay:
+            a += self._decay * g
