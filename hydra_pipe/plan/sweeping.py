@@ -35,25 +35,43 @@ class SweepInput:
 
 
 def plan_sweep(what: SweepInput, done: int = 0) -> ReductionPlan:
-    """The widest blocks of columns that fit, one for each worker where there are enough; after the first `done` columns.
+    """The plan that takes least time of those that fit the budget; after the first `done` columns.
 
     Raises:
         BudgetError: not even one column fits.
     """
     given = what.recording
-    workers = min(given.workers, given.n_columns)
-    width = _even_width(given.n_columns, workers)
-    while width > 1 and sweep_peak_bytes(what, width, workers) > given.memory_bytes:
-        passes = -(-given.n_columns // (width * workers))
-        width = min(width - 1, _even_width(given.n_columns, workers * (passes + 1)))
-    while workers > 1 and sweep_peak_bytes(what, width, workers) > given.memory_bytes:
-        workers -= 1
-    peak = sweep_peak_bytes(what, width, workers)
-    if peak > given.memory_bytes:
-        raise BudgetError(
-            f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, --memory is "
-            f"{format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
-        )
+    most = min(given.workers, given.n_columns)
+    # each worker carries columns of its own: fewer of them may take fewer passes
+    ways = [(width, n) for n in range(most, 0, -1) if (width := _widest(what, n)) is not None]
+    if ways:
+        # as if nothing was done yet: going on divides the columns as the interrupted reduction did
+        width, workers = min(ways, key=lambda way: _seconds(_plan(what, way[0], way[1], 0)))
+        return _plan(what, width, workers, done)
+    peak = sweep_peak_bytes(what, 1, 1)
+    raise BudgetError(
+        f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, --memory is "
+        f"{format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
+    )
+
+
+def _seconds(plan: ReductionPlan) -> float:
+    """For comparison. Of the last pass a worker may have no block: whole passes count."""
+    return plan.picoseconds * plan.passes / len(plan.test_blocks)
+
+
+def _widest(what: SweepInput, workers: int) -> int | None:
+    """Columns of each worker's block, in as few passes as fit; None: not even one column does."""
+    n_columns = what.recording.n_columns
+    for passes in range(1, -(-n_columns // workers) + 1):
+        width = min(_even_width(n_columns, workers * passes), n_columns)
+        if sweep_peak_bytes(what, width, workers) <= what.recording.memory_bytes:
+            return width
+    return None
+
+
+def _plan(what: SweepInput, width: int, workers: int, done: int) -> ReductionPlan:
+    given = what.recording
     blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
     values = given.n_rows * what.width
     operations = (4 * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
@@ -72,7 +90,7 @@ def plan_sweep(what: SweepInput, done: int = 0) -> ReductionPlan:
         sample_blocks=((0, given.n_samples),),
         row_runs=((0, given.n_rows),) * workers,
         reading=Reading(what.most_rows, given.n_features),
-        peak_bytes=peak,
+        peak_bytes=sweep_peak_bytes(what, width, workers),
         read_bytes=read,
         written_bytes=given.n_samples * given.n_columns * 4,
         moved_bytes=0,

@@ -1,0 +1,103 @@
+"""Plans of sweeps: within the budget, every column once, in whole chunks, and not slower with more memory."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.reduction import BASE_BYTES, ReductionInput, ReductionPlan
+from hydra_pipe.plan.sweeping import MOST_CHUNK, SweepInput, chunk_columns, plan_sweep, sweep_peak_bytes
+
+MIB = 2**20
+EVERY = settings(max_examples=200, deadline=None)
+
+
+def input_of(width: int = 44_426, most_rows: int = 64, **changes: object) -> SweepInput:
+    """LeNet-5 on 5,000 pictures, five epochs, 200 tests, but for `changes`."""
+    sizes = {
+        "n_rows": 25_000,
+        "n_features": 3390,
+        "n_folding": 2572,
+        "n_samples": 5000,
+        "n_tests": 200,
+        "n_columns": 200,
+        "n_steps": 395,
+        "n_blocks": 10,
+        "n_groups": 1,
+        "item_bytes": 2,
+        "test_item_bytes": 2,
+        "shard_rows": 1024,
+        "chunk_rows": 64,
+        "chunk_features": 3390,
+        "memory_bytes": 4096 * MIB,
+        "workers": 2,
+    }
+    return SweepInput(ReductionInput(**(sizes | changes)), width, most_rows)  # type: ignore[arg-type]
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> SweepInput:
+    columns = draw(st.integers(1, 2000))
+    return input_of(
+        draw(st.integers(1, 200_000)),
+        draw(st.integers(1, 2000)),
+        n_tests=columns,
+        n_columns=columns,
+        n_samples=draw(st.integers(1, 100_000)),
+        workers=draw(st.integers(1, 16)),
+        memory_bytes=draw(st.integers(200, 16_384)) * MIB,
+    )
+
+
+def planned(what: SweepInput, done: int = 0) -> ReductionPlan:
+    try:
+        return plan_sweep(what, done)
+    except BudgetError:
+        assume(False)
+        raise
+
+
+@EVERY
+@given(inputs())
+def test_a_plan_fits_and_has_every_column_once_in_whole_chunks(what: SweepInput) -> None:
+    plan = planned(what)
+    width = plan.test_blocks[0][1]
+    assert plan.peak_bytes == sweep_peak_bytes(what, width, len(plan.row_runs)) <= what.recording.memory_bytes
+    assert [first for first, _ in plan.test_blocks] == list(range(0, what.recording.n_columns, width))
+    assert [last for _, last in plan.test_blocks[:-1]] == [first for first, _ in plan.test_blocks[1:]]
+    assert plan.test_blocks[-1][1] == what.recording.n_columns
+    if len(plan.test_blocks) > 1:
+        assert width % chunk_columns(width) == 0
+    assert chunk_columns(width) <= MOST_CHUNK
+
+
+@EVERY
+@given(inputs(), st.integers(1, 4096))
+def test_more_memory_never_takes_more_passes_of_the_same_workers(what: SweepInput, more: int) -> None:
+    plan = planned(what)
+    larger = replace(what, recording=replace(what.recording, memory_bytes=what.recording.memory_bytes + more * MIB))
+    again = planned(larger)
+    assert len(again.row_runs) != len(plan.row_runs) or again.passes <= plan.passes
+
+
+@EVERY
+@given(inputs(), st.integers(0, 100))
+def test_what_goes_on_divides_the_columns_as_what_was_interrupted(what: SweepInput, number: int) -> None:
+    whole = planned(what)
+    number = min(number, len(whole.test_blocks) - 1)
+    left = plan_sweep(what, whole.test_blocks[number][0])
+    assert left.test_blocks == whole.test_blocks[number:]
+    assert left.row_runs == whole.row_runs
+
+
+def test_one_worker_takes_many_columns_where_two_would_take_few() -> None:
+    what = input_of(n_tests=40, n_columns=40)
+    few = sweep_peak_bytes(what, 2, 2)
+    assert sweep_peak_bytes(what, 20, 2) > few > sweep_peak_bytes(what, 40, 1)
+    plan = plan_sweep(input_of(n_tests=40, n_columns=40, memory_bytes=few))
+    assert (len(plan.row_runs), plan.passes) == (1, 1)
+    assert plan_sweep(input_of()).test_blocks == ((0, 100), (100, 200))
+    with pytest.raises(BudgetError, match=r"a sweep of one column over 44,426 features needs .* raise --memory to \d+MiB"):
+        plan_sweep(input_of(memory_bytes=BASE_BYTES))
