@@ -131,8 +131,9 @@ def _go_on(job: Job, columns: Span, sweep: Sweep, n_steps: int) -> int:
     if found is None:
         return n_steps
     state, arrays = found
-    if not is_count(state.get("step")) or state["step"] > n_steps:
+    left = state.get("left")
+    if not is_count(state.get("step")) or state["step"] > n_steps or not isinstance(left, int | float):
         return n_steps
     sweep.a, sweep.v, sweep.sums = arrays["a"], arrays["v"], arrays["sums"]
-    sweep.n_steps, sweep.left = n_steps - state["step"], float(state["left"])
+    sweep.n_steps, sweep.left = n_steps - state["step"], float(left)
     return int(state["step"])

@@ -318,3 +318,13 @@ def test_a_sweep_does_not_blow_up_where_the_curvature_is_far_too_large_for_the_s
     assert np.linalg.norm(found) < np.linalg.norm(fast)
     assert np.linalg.norm(by_loop(run, factor=1e-12, floor=False)) > 1e6 * np.linalg.norm(fast)
     assert RunDirectory.open(run).stages["reduce hydra-fisher"].facts["curvature_left"] < 0.05
+
+
+def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_path: Path) -> None:
+    for name, epochs, every in (("long", 3, "epoch"), ("short", 1, None)):
+        pipeline = conv_pipeline(epochs=epochs)
+        pipeline.scheduler = None
+        hydra_pipe.record(pipeline, tmp_path / name, test_every=every)
+    hydra_pipe.reduce(tmp_path / "long", method="hydra-fisher", upto=4)
+    hydra_pipe.reduce(tmp_path / "short", method="hydra-fisher")
+    assert np.array_equal(relevance(tmp_path / "long", "hydra-fisher-upto-4"), relevance(tmp_path / "short"))
