@@ -5,6 +5,7 @@ What there is to compute is in `sweep.py`; here it is fed, kept from time to tim
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from dask.delayed import Delayed, delayed
@@ -40,8 +41,14 @@ def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
     for start in range(0, len(blocks), workers):
         together = blocks[start : start + workers]
         # each reads every row: one of them counts for all
-        shares = [sweep(job, columns, count_rows if columns == together[0] else None) for columns in together]
+        counters = [count_rows, *([partial(_heed, count_rows)] * (len(together) - 1))]
+        shares = [sweep(job, columns, count) for columns, count in zip(together, counters, strict=True)]
         yield (together[0][0], together[-1][1]), mean(shares)
+
+
+def _heed(count_rows: CountRows, _: int) -> None:
+    """Count nothing, but end where the counter says so."""
+    count_rows(0)
 
 
 def _mean(shares: list[float]) -> float:
@@ -49,7 +56,7 @@ def _mean(shares: list[float]) -> float:
 
 
 @single_threaded_blas
-def sweep_columns(job: Job, columns: Span, count_rows: CountRows | None) -> float:
+def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
     """Fill some columns of the relevance. Where it was interrupted the same call goes on.
 
     Returns:
@@ -62,12 +69,11 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows | None) -> floa
     n_steps = _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
     workspace, kept_at, cost = Workspace(), time.monotonic(), 0.0
-    if count_rows is not None and n_steps < store.n_steps:
+    if n_steps < store.n_steps:
         count_rows(int(store.rows_of_steps()[1][n_steps:].sum()))
     for rows in backward(store, n_steps):
         _step(sweep, expansion, rows, scales[rows.step], workspace)
-        if count_rows is not None:
-            count_rows(len(rows.sample))
+        count_rows(len(rows.sample))
         if time.monotonic() - kept_at >= max(KEEP_SECONDS, _TIMES_ITS_COST * cost):
             start = time.monotonic()
             _keep(job, columns, sweep, rows.step)

@@ -2,8 +2,11 @@
 
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +69,9 @@ class Scheduler(ABC):
 
     @abstractmethod
     def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:
-        """What a task calls, wherever it runs, with the number of rows that it has done; it reaches `advance`.
+        """What a task calls, wherever it runs, with the number of rows that it has done, 0 too; it reaches `advance`.
+
+        It may raise, which ends the task: what it does is not needed any more.
 
         Args:
             advance: counts rows.
@@ -78,8 +83,12 @@ class Scheduler(ABC):
         """Compute a graph, whose result is small. Raises: what its tasks raise; ClusterError: workers are lost."""
 
 
+class _StoppedError(Exception):
+    """What a task does is not needed any more: another one has failed."""
+
+
 class InProcess(Scheduler):
-    """Dask's own schedulers.
+    """Dask's own schedulers. Where a task fails those beside it end too, before the failure is told: none writes on.
 
     Args:
         name: "threads", one for each core, or "synchronous".
@@ -89,12 +98,26 @@ class InProcess(Scheduler):
         self._name = name
         count = n_cores() if name == "threads" else 1
         self.workers = Workers(count, processes=False, threads=count, resident_bytes=resident_bytes())
+        self._stopped = threading.Event()
 
     def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:
-        return advance
+        def count(n: int) -> None:
+            if self._stopped.is_set():
+                raise _StoppedError
+            advance(n)
+
+        return count
 
     def compute(self, graph: Any) -> Any:
-        (result,) = dask.compute(graph, scheduler=_GET[self._name], num_workers=self.workers.count)
+        with ExitStack() as ends:
+            own = {}
+            if self._name == "threads":
+                own["pool"] = ends.enter_context(ThreadPoolExecutor(self.workers.count, "hydra-pipe worker"))
+            try:
+                (result,) = dask.compute(graph, scheduler=_GET[self._name], num_workers=self.workers.count, **own)
+            except BaseException:
+                self._stopped.set()
+                raise
         return result
 
 

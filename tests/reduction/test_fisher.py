@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.reduction import fisher
 from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.gradients import Gradients
@@ -284,7 +287,7 @@ def test_a_damaged_state_is_not_gone_on_with(run: Path, damage: Callable[[bytes]
     with pytest.MonkeyPatch.context() as stop:
         stop.setattr(fisher, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError))
         with pytest.raises(InterruptedHereError):
-            hydra_pipe.reduce(run, method="hydra-fisher")
+            hydra_pipe.reduce(run, method="hydra-fisher", scheduler="synchronous")
     states = list((run / "relevance.zarr/hydra-fisher").glob("sweep-*"))
     assert states
     for state in states:
@@ -328,3 +331,26 @@ def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_pa
     hydra_pipe.reduce(tmp_path / "long", method="hydra-fisher", upto=4)
     hydra_pipe.reduce(tmp_path / "short", method="hydra-fisher")
     assert np.array_equal(relevance(tmp_path / "long", "hydra-fisher-upto-4"), relevance(tmp_path / "short"))
+
+
+def test_where_one_task_fails_the_others_end_before_it_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would go on writing into what the same call, made again, has begun anew."""
+    in_blocks(monkeypatch, 6, 2)
+    real, steps, begun = fisher._step, [], threading.Event()
+
+    def step(sweep: Sweep, *arguments: object) -> None:
+        steps.append(len(sweep.a))
+        if len(sweep.a) == 5:  # the second block
+            assert begun.wait(30)
+            raise InterruptedHereError
+        begun.set()
+        time.sleep(0.2)
+        real(sweep, *arguments)
+
+    monkeypatch.setattr(fisher, "_step", step)
+    with pytest.raises(InterruptedHereError):
+        hydra_pipe.reduce(run, method="hydra-fisher", scheduler="threads")
+    n_steps = len(steps)
+    assert n_steps < 7
+    time.sleep(0.5)
+    assert len(steps) == n_steps
