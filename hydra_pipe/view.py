@@ -162,7 +162,8 @@ class Run:
         ]
         n_parameters = sum(block.numel for block in store.layout.blocks)
         # of one that goes on, or was interrupted, what is safe: its arrays grow one after the other
-        safe = committed(self._directory.stages[RECORD])
+        recording = self._directory.stages[RECORD]
+        safe = None if recording.state == "complete" else committed(recording)
         prefix = Prefix(store.n_steps, store.rows.part_rows) if safe is None else safe.prefix
         tests = store.test_steps() if safe is None or safe.tests is None else safe.tests
         return {

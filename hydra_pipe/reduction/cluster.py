@@ -72,8 +72,7 @@ class _Cluster(Scheduler):
     def compute(self, graph: Any) -> Any:
         future = self._client.compute(graph)
         try:
-            self._wait_for(future)
-            result = future.result()
+            result = self._wait_for(future)
             self._end_pass()
         except KilledWorker as error:
             raise ClusterError(
@@ -86,16 +85,14 @@ class _Cluster(Scheduler):
             future.cancel()
         return result
 
-    def _wait_for(self, future: Future) -> None:
+    def _wait_for(self, future: Future) -> Any:
         since = time.monotonic()
         while True:
             try:
-                future.result(timeout=1)
+                return future.result(timeout=1)
             except TimeoutError:
-                if future.done():
-                    raise
-            else:
-                return
+                if future.done():  # just now, or with such an error of its own
+                    return future.result()
             if self._has_workers():
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_SECONDS:

@@ -97,7 +97,11 @@ class Cluster:
         for process in reversed(self._started):
             process.terminate()
         for process in self._started:
-            process.wait(PATIENCE)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:  # Dask's nanny, asked to end while it replaces a worker that was killed, may not
+                process.kill()
+                process.wait()
 
 
 @pytest.fixture(scope="module")
