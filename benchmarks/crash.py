@@ -13,8 +13,8 @@ kills    SIGKILL at an instant drawn evenly over the time that the command takes
          reduce --keep-hypergradients, export --full. Instants after the end of a command are drawn again, and do not count
 --faults every call of each command that changes a file is struck in turn, by the library of tests/crash (Linux with glibc and cc):
          SIGKILL before it, after it, half-way through a write; no space once, and from then on; input/output error; half a write
-         that says so. What of these a call meets goes round, and begins at --seed: seven runs with seeds 0 to 6 do all. About 2,600
-         calls, some forty minutes; --every 20 takes each 20th
+         that says so. What of these a call meets goes round, and begins at --seed: seven runs with seeds 0 to 6 do all. About
+         2,500 calls, forty minutes to an hour; --every 20 takes each 20th
 """
 
 import argparse
