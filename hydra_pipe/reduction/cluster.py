@@ -121,6 +121,8 @@ class ClusterHere(_Cluster):
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         self._stack.enter_context(dask.config.set(_HERE))
+        # what goes wrong is raised here; and the cluster's own silence ends before all of it has ended
+        self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         with _interrupts_are_for_this_thread():
             cluster = self._stack.enter_context(
                 LocalCluster(
@@ -131,7 +133,6 @@ class ClusterHere(_Cluster):
                     # no dashboard; what tells of its health listens anywhere that is free
                     dashboard_address="127.0.0.1:0",
                     scheduler_kwargs={"dashboard": False},
-                    # what goes wrong is raised here
                     silence_logs=logging.CRITICAL,
                 )
             )
