@@ -24,7 +24,7 @@ from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
 from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, UPTO, RunDirectory, export_stage, reduce_stage
-from hydra_pipe.store.space import fits, room_for
+from hydra_pipe.store.space import say_if_tight
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
 BLOCK_BYTES = 64 * 2**20
@@ -96,8 +96,7 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
         # readers see the old tables or the new ones, all of them of one export
         with replaced_directory(target) as partial:
             export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
-            if not fits(n_bytes := export.most_bytes(), target):
-                progress.say(room_for(n_bytes, target))
+            say_if_tight(export.most_bytes(), target, progress)
             export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
             source = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}

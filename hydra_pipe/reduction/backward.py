@@ -40,7 +40,6 @@ class StepRows:
 class _File:
     """What one file of rows has, and what is beside it."""
 
-    first: int
     stored: NDArray[Any]
     scale: Floats
     sample: NDArray[np.int64]
@@ -76,7 +75,6 @@ class _Part:
         size = self._store.rows.shard_rows
         own = slice(self._first + number * size, min(self._first + (number + 1) * size, self._last))
         return _File(
-            own.start,
             self._store.rows.features(own, slice(0, self._store.layout.n_features)),
             self._store.rows.scales(own),
             self._store.samples(own),

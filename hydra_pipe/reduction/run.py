@@ -24,7 +24,7 @@ from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stage, reduce_stage
-from hydra_pipe.store.space import fits, room_for
+from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.store.sweeps import remove_states
 
 # of the manifest's facts of a reduction that is not finished
@@ -117,8 +117,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
         progress.say(summary(given, plan))
-        if not fits(plan.written_bytes, directory.path):
-            progress.say(room_for(plan.written_bytes, directory.path))
+        say_if_tight(plan.written_bytes, directory.path, progress)
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         try:

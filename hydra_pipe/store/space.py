@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from hydra_pipe.progress import Progress
 from hydra_pipe.store.files import is_remote
 from hydra_pipe.units import format_bytes
 
@@ -32,7 +33,8 @@ def room_for(n_bytes: int, path: Path) -> str:
     )
 
 
-def fits(n_bytes: int, path: Path) -> bool:
-    """Whether `n_bytes` fit at `path`, as far as can be told."""
+def say_if_tight(n_bytes: int, path: Path, progress: Progress) -> None:
+    """Say so where `n_bytes` may not fit at `path`."""
     free = free_bytes(path)
-    return free is None or n_bytes <= free
+    if free is not None and n_bytes > free:
+        progress.say(room_for(n_bytes, path))
