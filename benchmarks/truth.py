@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.maths import fisher
-from hydra_pipe.recording.trainer import _epoch_order
+from hydra_pipe.recording.batches import epoch_order
 
 N, M, WRONG, BATCH = 400, 100, 40, 40
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -95,7 +95,7 @@ def trained(pipeline: Pipeline, settings: tuple[str, float, float], weight: Tens
     }
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    order = [ids for epoch in range(pipeline.epochs) for ids in _epoch_order(pipeline, epoch)]
+    order = [ids for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
     for t, ids in enumerate(order, start=1):
         gradients = take(parameters, weight[..., ids], inputs[ids], targets[ids])
         parameters = updated(*settings, t, (parameters, first, second), gradients)

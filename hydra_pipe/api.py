@@ -58,13 +58,14 @@ def record(
     """
     # torch takes seconds to import: what works from disk alone does without it
     from hydra_pipe.loading import load_pipeline
+    from hydra_pipe.recording.batches import test_batches
     from hydra_pipe.recording.checkpointing import Checkpoints, Interval
     from hydra_pipe.recording.interruption import stop_requested
     from hydra_pipe.recording.pipeline import Pipeline, described
     from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
-    from hydra_pipe.recording.trainer import Midway, accuracy, test_batches, train
+    from hydra_pipe.recording.trainer import Midway, accuracy, train
     from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
     progress = progress or Progress()

@@ -15,7 +15,7 @@ import torch
 
 from hydra_pipe.errors import HydraError, PipelineError, UsageError
 from hydra_pipe.recording.pipeline import Pipeline
-from hydra_pipe.recording.trainer import user_code_error
+from hydra_pipe.recording.user_code import user_code_error
 
 DEFAULT_FUNCTION = "pipeline"
 

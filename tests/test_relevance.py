@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.recording.trainer import _epoch_order
+from hydra_pipe.recording.batches import epoch_order
 
 
 def read_relevance(run: Path, method: str = "hydra") -> np.ndarray:
@@ -25,7 +25,7 @@ def read_relevance(run: Path, method: str = "hydra") -> np.ndarray:
 def batches_of(pipeline: Pipeline) -> list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     inputs, targets = pipeline.train.tensors
     inputs = inputs.double()
-    return [(ids, inputs[ids], targets[ids]) for epoch in range(pipeline.epochs) for ids in _epoch_order(pipeline, epoch)]
+    return [(ids, inputs[ids], targets[ids]) for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
 
 
 def oracle_relevance(pipeline: Pipeline) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_relevance_is_true_leave_one_out_where_the_loss_is_linear(tmp_path: Path
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1)
         inputs, targets = (t.double() for t in new.train.tensors)
         for epoch in range(new.epochs):
-            for ids in _epoch_order(new, epoch):
+            for ids in epoch_order(new, epoch):
                 weight = torch.tensor([0.0 if i == without else 1.0 for i in ids], dtype=torch.float64)
                 optimizer.zero_grad()
                 # "without" is weight 0 in its batches: the batch stays as large as it was
@@ -175,12 +175,12 @@ def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, mo
     hydra_pipe.record(conv_pipeline(), tmp_path / "a", encoding="exact", dtype="float32")
     shuffled = TensorDataset(*(t[order] for t in data.tensors))
     place = np.argsort(order)
-    real_order = _epoch_order
+    real_order = epoch_order
 
     def same_samples(pipeline: Pipeline, epoch: int) -> list[np.ndarray]:
         return [place[ids] for ids in real_order(pipeline, epoch)]
 
-    monkeypatch.setattr("hydra_pipe.recording.trainer._epoch_order", same_samples)
+    monkeypatch.setattr("hydra_pipe.recording.trainer.epoch_order", same_samples)
     hydra_pipe.record(conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32")
     for run in ("a", "b"):
         hydra_pipe.reduce(tmp_path / run)

@@ -1,28 +1,22 @@
 """Trains a pipeline, with a recorder or without: the same weights, bit for bit."""
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import nan
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, UsageError, UserCodeError
+from hydra_pipe.errors import NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
 from hydra_pipe.recording.pipeline import Pipeline
-from hydra_pipe.recording.randomness import seeded
 from hydra_pipe.recording.recorder import Recorder, StepNote
+from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.space import room_for
-
-_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -89,10 +83,10 @@ def train(
     """
     torch.manual_seed(pipeline.seed)
     device = next(pipeline.model.parameters()).device
-    samples = _Samples(pipeline, "train")
+    samples = Samples(pipeline, "train")
     place = checkpoints.go_on() if checkpoints else None
     place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
-    sizes = [len(ids) for ids in _epoch_order(pipeline, 0)]
+    sizes = [len(ids) for ids in epoch_order(pipeline, 0)]
     n_rows = (pipeline.epochs - place.epoch) * len(pipeline.train) - sum(sizes[: place.step])
     progress = progress or Progress()
     between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
@@ -100,7 +94,7 @@ def train(
     with progress.task("record" if recorder else "train", n_rows, "rows") as task:
         between.test(task)  # where it goes on from a checkpoint that was taken before it
         while place.epoch < pipeline.epochs:
-            order = _epoch_order(pipeline, place.epoch)
+            order = epoch_order(pipeline, place.epoch)
             for ids, inputs, targets in samples.batches(order, place.epoch, place.step):
                 if place.epoch == 0:
                     place.labels = _collect_labels(place.labels, ids, targets)
@@ -173,16 +167,6 @@ class _Between:
         return recorder is not None and self._tests.due(recorder.n_steps) and recorder.n_steps not in recorder.test_steps
 
 
-def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test set in order, in batches of the pipeline's size. Raises: InterruptedRunError: `checkpoints` tells to stop."""
-    order = np.arange(len(pipeline.test))
-    for ids, inputs, targets in _Samples(pipeline, "test").batches(_batches_of(order, pipeline.batch_size)):
-        if checkpoints is not None:
-            checkpoints.heed()
-        yield inputs, targets
-        task.advance(len(ids))
-
-
 def accuracy(pipeline: Pipeline) -> float | None:
     """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
     correct = 0
@@ -217,9 +201,9 @@ def _step(
     ids: NDArray[np.int64],
     where: str,
 ) -> float:
-    with _user_code(f"the model raised at {where}"):
+    with user_code(f"the model raised at {where}"):
         output = pipeline.model(inputs)
-    with _user_code(f"the loss raised at {where}"):
+    with user_code(f"the loss raised at {where}"):
         losses = pipeline.loss(output, targets)
     if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -240,7 +224,7 @@ def _step(
             recorder.tell_loss(pipeline.loss, output, targets)
         if recorder.n_steps == 0:
             recorder.check_split(losses)
-    with _user_code(f"the backward pass raised at {where}"):
+    with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
@@ -250,122 +234,8 @@ def _step(
     return note.loss
 
 
-def _epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
-    """Batches of sample ids of one epoch: a function of (seed, epoch) alone, so that any epoch can be found again."""
-    generator = np.random.default_rng([pipeline.seed, epoch])
-    return _batches_of(generator.permutation(len(pipeline.train)), pipeline.batch_size)
-
-
-def _batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return [ids[first : first + size] for first in range(0, len(ids), size)]
-
-
 def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Tensor) -> NDArray[np.int64] | None:
     if labels is None or targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
         return None
     labels[ids] = targets.cpu().numpy()
     return labels
-
-
-class _Seeded:
-    """A dataset whose randomness is a function of the seed, the epoch and the batch: whatever was drawn before, in any worker.
-
-    Args:
-        dataset: map-style.
-        key: of what is drawn.
-    """
-
-    def __init__(self, dataset: Any, key: tuple[int, ...]) -> None:
-        self._dataset, self._key = dataset, key
-
-    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
-        number, ids = batch
-        if type(self._dataset) is TensorDataset:  # draws nothing, and seeding takes as long as it does
-            return [self._dataset[i] for i in ids]
-        with seeded(*self._key, number):
-            many = getattr(self._dataset, "__getitems__", None)
-            return list(many(ids)) if callable(many) else [self._dataset[i] for i in ids]
-
-
-class _Samples:
-    """Batches of one of a pipeline's datasets, whose samples all have one shape, which is checked."""
-
-    def __init__(self, pipeline: Pipeline, name: str) -> None:
-        self._dataset, self._name = (pipeline.train if name == "train" else pipeline.test), name
-        self._key = (pipeline.seed, int(name == "train"))
-        self._workers = pipeline.num_workers
-        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-
-    def batches(
-        self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """The batches of an epoch, from number `first` on."""
-        # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
-        loader: DataLoader[Any] = DataLoader(
-            _Seeded(self._dataset, (*self._key, epoch)),  # type: ignore[arg-type] # what it yields is what is fetched from it
-            batch_sampler=[(number, ids.tolist()) for number, ids in enumerate(order)][first:],  # type: ignore[arg-type]
-            collate_fn=self._collate,
-            generator=torch.Generator(),
-            num_workers=self._workers,
-        )
-        iterator = iter(loader)
-        for ids in order[first:]:
-            with _user_code(f"the {self._name} dataset raised at samples {_range(ids)}"):
-                inputs, targets = next(iterator)
-            self._check_shapes({(tuple(inputs.shape[1:]), tuple(targets.shape[1:]))})
-            yield ids, inputs, targets
-
-    def _collate(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        for item in items:
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise DataError(f"the {self._name} dataset yields {type(item).__name__}: it must yield pairs (input, target)")
-            for part in item:
-                if not isinstance(part, Tensor | np.ndarray | np.generic | int | float):
-                    raise DataError(
-                        f"the {self._name} dataset yields a pair with a {type(part).__name__}: inputs and targets must be tensors, "
-                        f"arrays or numbers"
-                    )
-        self._check_shapes({(np.shape(i), np.shape(t)) for i, t in items})
-        inputs, targets = default_collate(items)
-        return inputs, targets
-
-    def _check_shapes(self, found: set[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        # in a worker of the loader, those of its own batches; in this process, of all
-        shapes = found | ({self._shapes} - {None})
-        if len(shapes) > 1:
-            first, other = sorted(shapes, key=lambda s: s != self._shapes)[:2]
-            raise DataError(
-                f"the {self._name} dataset yields an (input, target) of shapes {_shapes(other)} after {_shapes(first)}: "
-                f"pad or crop its samples to one shape"
-            )
-        (self._shapes,) = shapes
-
-
-def _shapes(pair: Any) -> str:
-    return " and ".join(str(tuple(shape)) for shape in pair)
-
-
-def _range(ids: NDArray[np.int64]) -> str:
-    return ", ".join(map(str, ids[:5])) + (" ..." if len(ids) > 5 else "")
-
-
-@contextmanager
-def _user_code(what: str) -> Iterator[None]:
-    try:
-        yield
-    except HydraError:
-        raise
-    except Exception as error:
-        raise user_code_error(what, error) from error
-
-
-def user_code_error(what: str, error: BaseException) -> UserCodeError:
-    """An error of ours around one of the user's, with the traceback cut down to the frames of the user's own files."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(Path(f.filename))]
-    excerpt = "".join(traceback.format_list(frames))
-    message = str(error).strip().split("\n")[0]
-    return UserCodeError(f"{what}: {type(error).__name__}: {message}", excerpt)
-
-
-def _is_users(file: Path) -> bool:
-    return _PACKAGE not in file.parents and "site-packages" not in file.parts and "importlib" not in str(file)

@@ -14,7 +14,7 @@ import hydra_pipe
 from hydra_pipe import OptimizerRule, Pipeline, Recorder, register_rule_of_optimizer
 from hydra_pipe.errors import OptimizerError
 from hydra_pipe.recording import optimizers
-from hydra_pipe.recording.trainer import _epoch_order
+from hydra_pipe.recording.batches import epoch_order
 
 
 def adam_pipeline(kind: type[torch.optim.Optimizer], **changes: object) -> Pipeline:
@@ -39,7 +39,7 @@ def adam_oracle(pipeline: Pipeline) -> np.ndarray:
     inputs, targets = pipeline.train.tensors
     first = {name: torch.zeros_like(parameters[name]) for name in names}
     second = {name: torch.zeros_like(parameters[name]) for name in names}
-    order = [ids for epoch in range(pipeline.epochs) for ids in _epoch_order(pipeline, epoch)]
+    order = [ids for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
     steps = []
     for t, ids in enumerate(order, start=1):
         rows = one_by_one_gradients(model, cross_entropy, inputs[ids].double(), targets[ids], names)

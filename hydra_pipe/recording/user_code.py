@@ -1,0 +1,33 @@
+"""Errors in what the user wrote: the model, the loss, a dataset, the pipeline's file."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra_pipe.errors import HydraError, UserCodeError
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """A block of the user's code: what it raises becomes an error of ours that begins with `what`. Raises: UserCodeError."""
+    try:
+        yield
+    except HydraError:
+        raise
+    except Exception as error:
+        raise user_code_error(what, error) from error
+
+
+def user_code_error(what: str, error: BaseException) -> UserCodeError:
+    """An error of ours around one of the user's, with the traceback cut down to the frames of the user's own files."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(Path(f.filename))]
+    excerpt = "".join(traceback.format_list(frames))
+    message = str(error).strip().split("\n")[0]
+    return UserCodeError(f"{what}: {type(error).__name__}: {message}", excerpt)
+
+
+def _is_users(file: Path) -> bool:
+    return _PACKAGE not in file.parents and "site-packages" not in file.parts and "importlib" not in str(file)
