@@ -33,8 +33,8 @@ from stretching import stretch
 from threadpoolctl import threadpool_limits
 
 import hydra_pipe
+from hydra_pipe.api import reduce
 from hydra_pipe.reduction.hydra import row_weights
-from hydra_pipe.reduction.run import reduce_run
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.run import RunDirectory
@@ -43,8 +43,8 @@ PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "fashion_mnist.py")
 WORKERS = len(os.sched_getaffinity(0))
 PEAK = """
 import sys
-from hydra_pipe.reduction.run import reduce_run
-reduce_run(sys.argv[1], memory=sys.argv[2], tests=sys.argv[3], overwrite=True)
+from hydra_pipe.api import reduce
+reduce(sys.argv[1], memory=sys.argv[2], tests=sys.argv[3], overwrite=True)
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -102,7 +102,7 @@ def decode_all(run: Path, workers: int = WORKERS) -> None:
 
 def reduced(run: Path, n_tests: int, scheduler: str = "threads", memory: str = "4GiB") -> dict[str, Any]:
     """Reduce for the first test samples. Returns the plan that was followed."""
-    reduce_run(run, tests=f"0-{n_tests - 1}", overwrite=True, scheduler=scheduler, memory=memory)
+    reduce(run, tests=f"0-{n_tests - 1}", overwrite=True, scheduler=scheduler, memory=memory)
     return dict(RunDirectory.open(run).stages["reduce hydra"].facts["plan"])
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hydra_pipe.api import prune, record, verify
+    from hydra_pipe.api import prune, record, reduce, verify
     from hydra_pipe.errors import HydraError
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.maths.layers import register_rule
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.trainer import train
-    from hydra_pipe.reduction.run import reduce_run as reduce
     from hydra_pipe.view import Run, open_run
 
 __version__ = "0.1.0"
@@ -42,7 +41,7 @@ _HOMES = {
     "open_run": ("hydra_pipe.view", "open_run"),
     "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
-    "reduce": ("hydra_pipe.reduction.run", "reduce_run"),
+    "reduce": ("hydra_pipe.api", "reduce"),
     "register_rule": ("hydra_pipe.maths.layers", "register_rule"),
     "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
     "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),

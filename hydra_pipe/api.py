@@ -1,11 +1,11 @@
-"""What a user calls beside `reduction.run.reduce_run` and `exporting.run.export_run`: recording and checking."""
+"""What a user calls beside `exporting.run.export_run`."""
 
 import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra_pipe.errors import InterruptedRunError, PipelineError
+from hydra_pipe.errors import InterruptedRunError, PipelineError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
@@ -133,6 +133,92 @@ def record(
         remove_checkpoints(directory)  # nothing is left to go on with
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
+
+
+def reduce(
+    run: PathLike,
+    *,
+    method: str = "hydra",
+    chunks: str = "auto",
+    memory: str = "4GiB",
+    scheduler: str = "threads",
+    tests: str | None = None,
+    by: str | None = None,
+    keep_hypergradients: bool = False,
+    upto: int | None = None,
+    rank: int | None = None,
+    pipeline: "str | Pipeline | None" = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Compute the relevance of every training sample for the test samples of a recorded run.
+
+    Where it was interrupted the same call goes on: what is done is not done again.
+
+    Args:
+        run: directory of the run.
+        method: "hydra", "hydra-fisher" or "hydra-exact", which trains again (docs/methods.md).
+        chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
+        memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
+        scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
+            script: call this below `if __name__ == "__main__":`, for they import it); the address of a Dask scheduler, such as
+            "tcp://host:8786", see docs/cluster.md; or "synchronous" for one thread.
+        tests: some of the test samples, such as "0-99,150"; all if absent.
+        by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
+            These are results of their own, named "hydra-by-label" and "hydra-mean".
+        keep_hypergradients: also keep the weighted sums of rows by sample, from which later reductions answer other test
+            samples without the gradients, which `prune` may then delete.
+        upto: only the first so many steps, after which test gradients were taken (`record --test-every`), as if training had
+            ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
+        rank: for "hydra-exact": replay only so many directions of the test gradients, and leave the rest to "hydra-fisher".
+            A result of its own: "hydra-exact-rank-20".
+        pipeline: for "hydra-exact": "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an
+            object was recorded.
+        overwrite: compute again what is there, and discard what was exported from it.
+        progress: where to show progress; nowhere if absent.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        RunError: there is no run, it is not recorded to the end, or training it again does not come out the same.
+        StoreError: the recording is damaged.
+        BudgetError: the budget is too small.
+        UsageError: an option that cannot be.
+        ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
+        PipelineError, UserCodeError: of the pipeline that is trained again.
+    """
+    from hydra_pipe.reduction.request import REPLAYS, Options, requested
+    from hydra_pipe.reduction.run import reduce_request
+
+    options = Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto, rank)
+    progress = progress or Progress()
+    if method in REPLAYS:
+        from hydra_pipe.replay.run import reduce_exact
+
+        return reduce_exact(run, options, pipeline, overwrite=overwrite, progress=progress)
+    _check_no_pipeline(method, pipeline)
+    return reduce_request(requested(run, options), overwrite=overwrite, progress=progress)
+
+
+def plan(run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, **options: Any) -> str:
+    """What `reduce` would do with these arguments, in lines for people. Reads metadata only; for "hydra-exact" it builds the
+    pipeline and tries a step. Raises the same."""
+    from hydra_pipe.reduction.request import REPLAYS, Options, requested
+    from hydra_pipe.reduction.run import plan_request
+
+    asked = Options(method=method, **options)
+    if method in REPLAYS:
+        from hydra_pipe.replay.run import plan_exact
+
+        return plan_exact(run, asked, pipeline)
+    _check_no_pipeline(method, pipeline)
+    return plan_request(requested(run, asked))
+
+
+def _check_no_pipeline(method: str, pipeline: "str | Pipeline | None") -> None:
+    if pipeline is not None:
+        raise UsageError(f"--pipeline is for --method hydra-exact: {method} needs none")
 
 
 def _plain(value: Any) -> Any:

@@ -104,6 +104,45 @@ def hessian_free_relevance(
     return relevance
 
 
+# (step, perturbations (sample, parameter)) -> the mean batch loss's curvature at that step times each, the same shape
+Curvature = Callable[[int, Tensor], Tensor]
+
+
+def forward_relevance(
+    steps: Sequence[RecordedStep], test_gradients: Sequence[dict[str, Tensor]], n_samples: int, curvature: Curvature
+) -> np.ndarray:
+    """HYDRA's own form (AAAI 2021): d theta_t / d w_i of every training sample, carried forward through SGD. N products a step.
+
+    Args:
+        steps: of the run, whose clipping's derivative is left out.
+        test_gradients: h_j.
+        n_samples: training samples.
+        curvature: what stands for the Hessian, in parameters side by side in the order of the rows.
+    """
+    names = list(test_gradients[0])
+    sizes = [test_gradients[0][n].numel() for n in names]
+    flat = torch.stack([torch.cat([h[n].flatten() for n in names]) for h in test_gradients])
+    moved = flat.new_zeros(n_samples, flat.shape[1])
+    buffer = torch.zeros_like(moved)
+    for t, step in enumerate(steps):
+
+        def each(key: str) -> Tensor:
+            values = [float(step.settings[n][key]) for n in names]  # noqa: B023 - called at once
+            return torch.repeat_interleave(torch.tensor(values).to(flat), torch.tensor(sizes))
+
+        gradient = step.scale * curvature(t, moved)
+        for sample, row in zip(step.samples, step.rows, strict=True):
+            gradient[sample] += step.scale * torch.cat([row[n].flatten() for n in names])
+        gradient = gradient + each("weight_decay") * moved
+        started = torch.repeat_interleave(torch.tensor([step.started[n] for n in names]), torch.tensor(sizes))
+        momentum, gain = each("momentum"), torch.where(started, 1.0, 1 - each("dampening"))
+        buffer = torch.where(momentum > 0, torch.where(started, 0.0, momentum) * buffer + gain * gradient, buffer)
+        nesterov = gradient + momentum * buffer
+        update = torch.where(momentum > 0, torch.where(each("nesterov") > 0, nesterov, buffer), gradient)
+        moved = moved - each("lr") * update
+    return -(moved @ flat.T).numpy()
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy of `model` in float64."""
     return deepcopy(model).double()

@@ -15,7 +15,9 @@ FLOORS = [
     {"plan"},
     {"store"},
     {"recording", "reduction", "exporting"},
-    {"loading", "view", "api"},
+    {"loading", "view"},
+    {"replay"},
+    {"api"},
     {"cli"},
 ]
 APART = {"recording", "reduction", "exporting"}

@@ -51,8 +51,8 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PEAK = """
 import sys
-from hydra_pipe.reduction.run import reduce_run
-reduce_run(sys.argv[1], memory=sys.argv[2], chunks=sys.argv[3], overwrite=True)
+from hydra_pipe.api import reduce
+reduce(sys.argv[1], memory=sys.argv[2], chunks=sys.argv[3], overwrite=True)
 # not ru_maxrss, which a process inherits from the one that started it
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,19 @@ Upto = Annotated[
         metavar="STEP", help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)"
     ),
 ]
-Method = Annotated[str, typer.Option(help="how relevance is computed: hydra, or hydra-fisher, with curvature (docs/methods.md)")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, trained again (docs/methods.md)"
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="hydra-exact of K directions of the test gradients only, the rest by hydra-fisher"),
+]
+OfPipeline = Annotated[
+    str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for hydra-exact, where the pipeline's file has moved")
+]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
 Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
@@ -137,6 +149,8 @@ def reduce(
     mean: Mean = False,
     keep_hypergradients: Keep = False,
     upto: Upto = None,
+    rank: Rank = None,
+    pipeline: OfPipeline = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -145,30 +159,29 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.reduction.request import Options
-    from hydra_pipe.reduction.run import plan_run, reduce_run
     from hydra_pipe.store.relevance import result_name
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
     grouping = "mean" if mean else by
+    options: dict[str, Any] = {
+        "method": method,
+        "chunks": chunks,
+        "memory": memory,
+        "scheduler": scheduler,
+        "tests": tests,
+        "by": grouping,
+        "keep_hypergradients": keep_hypergradients,
+        "upto": upto,
+        "rank": rank,
+        "pipeline": pipeline,
+    }
     if dry_run:
-        print(plan_run(run, Options(method, chunks, memory, scheduler, tests, grouping, keep_hypergradients, upto)))
+        print(api.plan(run, **options))
         return
-    done = reduce_run(
-        run,
-        method=method,
-        chunks=chunks,
-        memory=memory,
-        scheduler=scheduler,
-        tests=tests,
-        by=grouping,
-        keep_hypergradients=keep_hypergradients,
-        upto=upto,
-        overwrite=overwrite,
-        progress=ConsoleProgress(),
-    )
-    which = f" --method {result_name(method, grouping, upto)}" if grouping or upto is not None else ""
+    done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
+    name = result_name(method, grouping, upto, rank)
+    which = "" if name == "hydra" else f" --method {name}"
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 

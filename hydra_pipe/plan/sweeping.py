@@ -64,7 +64,7 @@ def _widest(what: SweepInput, workers: int) -> int | None:
     """Columns of each worker's block, in as few passes as fit; None: not even one column does."""
     n_columns = what.recording.n_columns
     for passes in range(1, -(-n_columns // workers) + 1):
-        width = min(_even_width(n_columns, workers * passes), n_columns)
+        width = min(even_width(n_columns, workers * passes), n_columns)
         if sweep_peak_bytes(what, width, workers) <= what.recording.memory_bytes:
             return width
     return None
@@ -119,7 +119,7 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     return common_bytes(given, 0) + threads * (start + carried + sums + files + step + gram)
 
 
-def _even_width(n_columns: int, blocks: int) -> int:
+def even_width(n_columns: int, blocks: int) -> int:
     """Columns of each of so many blocks, that fill whole chunks of the relevance array."""
     width = -(-n_columns // blocks)
     return chunk_columns(width) * -(-width // MOST_CHUNK)

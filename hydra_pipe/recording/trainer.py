@@ -100,7 +100,7 @@ def train(
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
                 with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
-                    loss = _step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where)
+                    loss = take_step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where)
                 place.epoch_loss += loss * len(ids)
                 if pipeline.scheduler is not None:
                     pipeline.scheduler.step()
@@ -192,7 +192,7 @@ def accuracy(pipeline: Pipeline) -> float | None:
     return correct / len(pipeline.test)
 
 
-def _step(
+def take_step(
     pipeline: Pipeline,
     recorder: Recorder | None,
     note: StepNote,
@@ -201,6 +201,20 @@ def _step(
     ids: NDArray[np.int64],
     where: str,
 ) -> float:
+    """One step of the optimiser, whose gradient is that of the mean of the batch's losses.
+
+    Args:
+        pipeline, recorder: see `train`.
+        note: which gets the loss.
+        inputs, targets, ids: of the batch.
+        where: in words.
+
+    Returns:
+        The mean loss.
+
+    Raises:
+        UserCodeError, PipelineError, NonFiniteError: see `train`.
+    """
     with user_code(f"the model raised at {where}"):
         output = pipeline.model(inputs)
     with user_code(f"the loss raised at {where}"):

@@ -132,8 +132,7 @@ def _keep(job: Job, columns: Span, sweep: Sweep, step: int) -> None:
 
 def _go_on(job: Job, columns: Span, sweep: Sweep, n_steps: int) -> int:
     """Put a sweep back to where it was. Returns: steps that are left."""
-    shapes = {"a": sweep.a.shape, "v": sweep.v.shape, "sums": sweep.sums.shape}
-    found = load_state(job.relevance, columns, shapes)
+    found = load_state(job.relevance, columns, {"a": sweep.a, "v": sweep.v, "sums": sweep.sums})
     if found is None:
         return n_steps
     state, arrays = found

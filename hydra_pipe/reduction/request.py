@@ -1,11 +1,13 @@
 """What a reduction is asked for, checked against what there is, and planned."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError
@@ -13,13 +15,15 @@ from hydra_pipe.plan.reduction import (
     Answered,
     ReductionInput,
     ReductionPlan,
+    Span,
     parse_chunks,
     plan_reduction,
 )
 from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.plan.sweeping import SweepInput, plan_sweep
 from hydra_pipe.reduction.expansion import Expansion
-from hydra_pipe.reduction.schedulers import Scheduler, Workers, base_bytes, scheduler_of
+from hydra_pipe.reduction.hydra import Job
+from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
@@ -31,7 +35,9 @@ from hydra_pipe.store.space import room_for
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 SWEEPS = ("hydra-fisher",)
-METHODS = ("hydra", *SWEEPS)
+# that train again, and need torch and the pipeline (`replay`)
+REPLAYS = ("hydra-exact",)
+METHODS = ("hydra", *SWEEPS, *REPLAYS)
 # The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
 # is spared of the bounds (benchmarks/RESULTS.md) is more.
 _SAME_BASE_BYTES = 16 * 2**20
@@ -39,7 +45,7 @@ _SAME_BASE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks of a reduction, as text: see `reduce_run`."""
+    """What a user asks of a reduction, as text: see `hydra_pipe.reduce`."""
 
     method: str = "hydra"
     chunks: str = "auto"
@@ -49,6 +55,26 @@ class Options:
     by: str | None = None
     keep_hypergradients: bool = False
     upto: int | None = None
+    rank: int | None = None
+
+
+class Engine(Protocol):
+    """How a method is computed that needs more than the store: what `reduction/run.py` asks of it."""
+
+    def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
+        """How it goes through; after what was answered before. Raises: BudgetError, and what loading a pipeline does."""
+
+    def passes(self, job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """As `reduction/hydra.py` has them."""
+
+    def n_counted(self, plan: ReductionPlan) -> int:
+        """Rows that all passes count."""
+
+    def lines(self, plan: ReductionPlan) -> dict[str, str]:
+        """The plan, for people: what, and how much."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it found, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class Request:
         groups: group of each test sample, shape (test,), where columns are their means.
         options: as given.
         scheduler: that is to compute it, not entered yet.
+        engine: of a method that needs more than the store.
     """
 
     directory: RunDirectory
@@ -73,11 +100,12 @@ class Request:
     groups: NDArray[np.int64] | None
     options: Options
     scheduler: Scheduler
+    engine: Engine | None = None
 
     @property
     def name(self) -> str:
         """Of the result."""
-        return result_name(self.options.method, self.options.by, self.options.upto)
+        return result_name(self.options.method, self.options.by, self.options.upto, self.options.rank)
 
     @property
     def settings(self) -> Settings:
@@ -96,7 +124,7 @@ class Request:
         """Whether kept hypergradients answer it."""
         stage = self.directory.stages.get(KEEP)
         # what is kept is of all steps, and of method hydra
-        wanted = not self.options.keep_hypergradients and self.options.upto is None and self.options.method not in SWEEPS
+        wanted = not self.options.keep_hypergradients and self.options.upto is None and self.options.method == "hydra"
         return wanted and stage is not None and stage.state == "complete"
 
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
@@ -106,6 +134,8 @@ class Request:
         given = replace(given, keeping=self.options.keep_hypergradients, kept=self.from_kept)
         if answered is not None and abs(answered.base_bytes - given.base_bytes) <= _SAME_BASE_BYTES:
             given = replace(given, base_bytes=answered.base_bytes)
+        if self.engine is not None:
+            return given, self.engine.plan(given, answered)
         if self.options.method in SWEEPS:
             most_rows = int(self.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
             what = SweepInput(given, Expansion(self.gradients.layout).width, most_rows)
@@ -117,7 +147,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     """Check `options` against a run. Reads metadata only.
 
     Raises:
-        RunError, StoreError, UsageError: see `reduce_run`.
+        RunError, StoreError, UsageError: see `hydra_pipe.reduce`.
     """
     if options.method not in METHODS:
         raise UsageError(f"--method {options.method} is unknown: choose one of {', '.join(METHODS)}")
@@ -126,8 +156,10 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)
     parse_bytes(options.memory)
-    if options.method in SWEEPS:
-        _check_sweep(options)
+    if options.method != "hydra":
+        _check_not_hydra(options)
+    if options.rank is not None:
+        _check_rank(options)
     if options.upto is not None and options.keep_hypergradients:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
@@ -147,11 +179,22 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     return request
 
 
-def _check_sweep(options: Options) -> None:
+def _check_not_hydra(options: Options) -> None:
     if options.keep_hypergradients:
         raise UsageError(f"--keep-hypergradients is for --method hydra: {options.method} has none that do not depend on the tests")
     if options.chunks != "auto":
-        raise UsageError(f"--chunks is for --method hydra: {options.method} reads whole files, step by step")
+        raise UsageError(f"--chunks is for --method hydra: {options.method} goes step by step")
+    if options.method in REPLAYS and options.scheduler not in ("threads", "synchronous"):
+        raise UsageError(f"--scheduler {options.scheduler}: {options.method} trains again, in this process: leave it out")
+
+
+def _check_rank(options: Options) -> None:
+    if options.method not in REPLAYS:
+        raise UsageError(f"--rank is for --method hydra-exact: {options.method} does not need it")
+    if options.by is not None:
+        raise UsageError(f"--rank: means by {options.by} are few columns already: leave it out")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: give 1 or more")
 
 
 def shares(results: list[float | None]) -> dict[str, Any]:
@@ -205,8 +248,10 @@ def reduction_input(
     )
 
 
-def summary(given: ReductionInput, plan: ReductionPlan) -> str:
+def summary(request: Request, given: ReductionInput, plan: ReductionPlan) -> str:
     """The plan in one line."""
+    if request.engine is not None:
+        return ", ".join(f"{name}: {value}" for name, value in request.engine.lines(plan).items())
     return (
         f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
@@ -215,8 +260,11 @@ def summary(given: ReductionInput, plan: ReductionPlan) -> str:
     )
 
 
-def described(given: ReductionInput, plan: ReductionPlan, run_path: Path) -> str:
+def described(request: Request, given: ReductionInput, plan: ReductionPlan) -> str:
     """The plan in lines, for people; and whether what is written fits beside the run."""
+    run_path = request.directory.path
+    if request.engine is not None:
+        return _aligned(request.engine.lines(plan) | {"written": room_for(plan.written_bytes, run_path)})
     what, blocks = ("samples", plan.sample_blocks) if plan.order == "fold first" else ("test samples", plan.test_blocks)
     lines = {
         "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
@@ -234,6 +282,10 @@ def described(given: ReductionInput, plan: ReductionPlan, run_path: Path) -> str
         + (" in each process" if given.processes else ""),
         "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
     }
+    return _aligned(lines)
+
+
+def _aligned(lines: dict[str, str]) -> str:
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 

@@ -1,6 +1,5 @@
 """A whole reduction: check, plan, compute pass by pass, write; and go on where one was interrupted."""
 
-import os
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
-from hydra_pipe.reduction.request import Options, Request, described, facts, requested, shares, summary
+from hydra_pipe.reduction.request import Request, described, facts, shares, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
@@ -31,58 +30,17 @@ from hydra_pipe.store.sweeps import remove_states
 _ANSWERED = "answered"
 
 
-def reduce_run(
-    run: str | os.PathLike[str],
-    *,
-    method: str = "hydra",
-    chunks: str = "auto",
-    memory: str = "4GiB",
-    scheduler: str = "threads",
-    tests: str | None = None,
-    by: str | None = None,
-    keep_hypergradients: bool = False,
-    upto: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> bool:
-    """Compute the relevance of every training sample for the test samples of a recorded run.
-
-    Where it was interrupted the same call goes on: passes that are done are not done again.
-
-    Args:
-        run: directory of the run.
-        method: "hydra", or "hydra-fisher" (docs/methods.md).
-        chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
-        memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
-        scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
-            script: call this below `if __name__ == "__main__":`, for they import it); the address of a Dask scheduler, such as
-            "tcp://host:8786", see docs/cluster.md; or "synchronous" for one thread.
-        tests: some of the test samples, such as "0-99,150"; all if absent.
-        by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
-            These are results of their own, named "hydra-by-label" and "hydra-mean".
-        keep_hypergradients: also keep the weighted sums of rows by sample, from which later reductions answer other test
-            samples without the gradients, which `prune` may then delete.
-        upto: only the first so many steps, after which test gradients were taken (`record --test-every`), as if training had
-            ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
-        overwrite: compute again what is there, and discard what was exported from it.
-        progress: where to show progress; nowhere if absent.
+def reduce_request(request: Request, *, overwrite: bool = False, progress: Progress | None = None) -> bool:
+    """Do what is asked for: see `hydra_pipe.reduce`, which has the same arguments and raises the same.
 
     Returns:
         Whether there was anything to do.
-
-    Raises:
-        RunError: there is no run, or it is not recorded to the end.
-        StoreError: the recording is damaged.
-        BudgetError: the budget is too small.
-        UsageError: an option that cannot be.
-        ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
     """
-    request = requested(run, Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto))
     if not _has_work(request, overwrite):
         return False
     with ExitStack() as locks:
         locks.enter_context(one_writer(request.directory.path, reduce_stage(request.name)))
-        if keep_hypergradients:  # of which there is one store, whatever the result is called
+        if request.options.keep_hypergradients:  # of which there is one store, whatever the result is called
             locks.enter_context(one_writer(request.directory.path, KEEP))
         request.directory.refresh()  # another process may have done it in the meantime
         if not _has_work(request, overwrite):
@@ -116,7 +74,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             _resume(request)
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
         start = time.monotonic()
-        progress.say(summary(given, plan))
+        progress.say(summary(request, given, plan))
         say_if_tight(plan.written_bytes, directory.path, progress)
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
@@ -133,14 +91,14 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     if plan.order == BACKWARD:
         remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
     found = {"seconds": seconds, "n_tests": given.n_tests, "n_columns": given.n_columns, "plan": facts(whole)} | shares(results)
+    found |= request.engine.facts() if request.engine is not None else {}
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
-def plan_run(run: str | os.PathLike[str], options: Options) -> str:
-    """What `reduce_run` would do with these options, in lines for people. Reads metadata only, and raises the same."""
-    request = requested(run, options)
+def plan_request(request: Request) -> str:
+    """What `reduce_request` would do, in lines. Reads metadata only, unless a pipeline is needed. Raises: BudgetError."""
     with request.scheduler as using:
-        return described(*request.plan(using.workers), request.directory.path)
+        return described(request, *request.plan(using.workers))
 
 
 def _store(request: Request) -> Path:
@@ -234,9 +192,12 @@ def _compute(
         in_place=not given.processes,
     )
     n_rows = given.n_rows if not request.from_kept or given.n_factored else 0
+    n_counted = n_rows * plan.passes
     passes = sweep_graphs if plan.order == BACKWARD else graphs
+    if request.engine is not None:
+        n_counted, passes = request.engine.n_counted(plan), request.engine.passes
     results = []
-    with progress.task("reduce", n_rows * plan.passes, "rows") as task:
+    with progress.task("reduce", n_counted, "rows") as task:
         for span, graph in passes(job, using.counter(task.advance, n_rows)):
             results.append(using.compute(graph))
             _mark(request, Answered(plan.order, span[1], given.base_bytes))

@@ -24,10 +24,11 @@ BY_LABEL, MEAN = "label", "mean"
 GROUPINGS = (BY_LABEL, MEAN)
 
 
-def result_name(method: str, by: str | None, upto: int | None = None) -> str:
+def result_name(method: str, by: str | None, upto: int | None = None, rank: int | None = None) -> str:
     """Name of the array and the stages of `method`: "hydra"; for means over test samples "hydra-by-label", "hydra-mean"; of the
-    first steps only "hydra-upto-120", "hydra-upto-120-mean"."""
-    name = method if upto is None else f"{method}-upto-{upto}"
+    first steps only "hydra-upto-120", "hydra-upto-120-mean"; of some directions "hydra-exact-rank-20"."""
+    name = method if rank is None else f"{method}-rank-{rank}"
+    name = name if upto is None else f"{name}-upto-{upto}"
     return name if by is None else f"{name}-by-label" if by == BY_LABEL else f"{name}-mean"
 
 

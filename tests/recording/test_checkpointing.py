@@ -77,7 +77,7 @@ BUILDERS: dict[str, Callable[[], Pipeline]] = {
 
 def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dict[str, Any]) -> None:
     """Record in a process of its own, which dies before step `kill_at` of it."""
-    real, steps = trainer._step, 0
+    real, steps = trainer.take_step, 0
 
     def step(*args: Any, **kwargs: Any) -> float:
         nonlocal steps
@@ -86,7 +86,7 @@ def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dic
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    trainer._step = step  # type: ignore[assignment]
+    trainer.take_step = step  # type: ignore[assignment]
     hydra_pipe.record(build(), run, **options)
 
 

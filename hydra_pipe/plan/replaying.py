@@ -1,0 +1,128 @@
+"""How method `hydra-exact` goes through a training run again: columns that are carried together, and states that are kept.
+
+A pass trains the run again, keeping its state now and then, and goes back over it, training each piece between two states again.
+With L levels of at most k states each, k^L >= T, that is L trainings a pass and L k states in memory. The more levels, the fewer
+states, and the more columns fit beside them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.reduction import BACKWARD, Reading, ReductionInput, ReductionPlan, Span, common_bytes
+from hydra_pipe.plan.sweeping import even_width
+from hydra_pipe.units import format_bytes
+
+# of the adjoints of a column, beside those of the training state: that of the gradient before and after clipping, what
+# the optimiser's adjoint takes in between, the product with the Hessian, and what is written when all are kept
+_PASSING = 6
+# a vectorised pass through a graph takes so many times what the graph has saved, for each column
+_GRAPH_TIMES = 4
+# of the budget, what states of training may take
+_SHARE_OF_STATES = 0.4
+_MOST_LEVELS = 14
+
+
+@dataclass(frozen=True)
+class ReplayInput:
+    """What a replay works on.
+
+    Args:
+        recording: sizes and budget.
+        n_steps: that are gone through.
+        parameter_bytes: of all parameters that are moved.
+        n_states: of the optimiser for each: 1 (SGD), 2 (Adam).
+        state_bytes: of everything that training goes on from.
+        batch_bytes: of a step's inputs and targets.
+        graph_bytes: that the graph of a batch's loss and gradient saves.
+        cache_bytes: of graphs, that are worked on at once with profit.
+    """
+
+    recording: ReductionInput
+    n_steps: int
+    parameter_bytes: int
+    n_states: int
+    state_bytes: int
+    batch_bytes: int
+    graph_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """How.
+
+    Args:
+        columns: that are carried in each pass.
+        at_once: of these, columns that go through a batch's graph together.
+        levels: of kept states, and trainings that a pass takes.
+        most_states: of each level.
+        peak_bytes: upper bound of the process's memory.
+    """
+
+    columns: tuple[Span, ...]
+    at_once: int
+    levels: int
+    most_states: int
+    peak_bytes: int
+
+
+def plan_replay(what: ReplayInput) -> ReplayPlan:
+    """The fewest passes and trainings that fit the budget. Raises: BudgetError: not even one column fits."""
+    given = what.recording
+    ways = [(levels, _root(what.n_steps, levels)) for levels in range(2, _MOST_LEVELS + 1)]
+
+    def bytes_of(way: tuple[int, int]) -> int:
+        return way[0] * way[1] * (what.state_bytes + what.batch_bytes)
+
+    small = [way for way in ways if bytes_of(way) <= _SHARE_OF_STATES * given.memory_bytes]
+    levels, most = small[0] if small else min(ways, key=bytes_of)
+    fixed = common_bytes(given, 0) + bytes_of((levels, most))
+    column_graph = _GRAPH_TIMES * what.graph_bytes
+    # graphs stay in the caches, and leave most of the memory to columns
+    worth = min(what.cache_bytes // max(1, what.graph_bytes), (given.memory_bytes - fixed) // (4 * max(1, column_graph)))
+    at_once = max(1, min(given.n_columns, worth))
+    fixed += (at_once + 1) * column_graph
+    each = (1 + what.n_states + _PASSING) * what.parameter_bytes + given.n_samples * 8 * 4
+    most_columns = (given.memory_bytes - fixed) // each
+    if most_columns < 1:
+        peak = fixed + each
+        raise BudgetError(
+            f"hydra-exact of one column, {what.n_steps:,} steps of {what.parameter_bytes // 2**10:,} KiB of parameters, needs "
+            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
+        )
+    passes = -(-given.n_columns // most_columns)
+    while (width := min(even_width(given.n_columns, passes), given.n_columns)) > most_columns:
+        passes += 1
+    columns = tuple((low, min(low + width, given.n_columns)) for low in range(0, given.n_columns, width))
+    return ReplayPlan(columns, min(at_once, width), levels, most, fixed + width * each)
+
+
+def as_reduction(what: ReplayInput, blocks: tuple[Span, ...], plan: ReplayPlan, done: int, seconds: float) -> ReductionPlan:
+    """What a reduction notes of it, whose passes answer `blocks`, in `seconds`; after the first `done` columns."""
+    left = tuple((max(low, done), high) for low, high in blocks if high > done)
+    rows = what.recording.n_rows
+    return ReductionPlan(
+        order=BACKWARD,
+        test_blocks=left,
+        sample_blocks=((0, what.recording.n_samples),),
+        row_runs=((0, rows),),
+        reading=Reading(1, what.recording.n_features),
+        peak_bytes=plan.peak_bytes,
+        read_bytes=0,
+        written_bytes=what.recording.n_samples * what.recording.n_columns * 4,
+        moved_bytes=0,
+        operations=0,
+        folded_values=0,
+        picoseconds=int(seconds * 1e12) * len(left) // len(blocks),
+    )
+
+
+def _root(n_steps: int, levels: int) -> int:
+    """The least k of 2 or more with k^levels >= n_steps."""
+    k = max(2, math.ceil(math.exp(math.log(n_steps) / levels)))
+    while k > 2 and (k - 1) ** levels >= n_steps:
+        k -= 1
+    while k**levels < n_steps:
+        k += 1
+    return k

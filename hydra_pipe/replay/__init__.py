@@ -1,0 +1,1 @@
+"""Training again: method `hydra-exact`. It needs torch, the pipeline and its data."""

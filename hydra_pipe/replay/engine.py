@@ -1,0 +1,268 @@
+"""Method `hydra-exact` as a reduction: which pipeline, how it is planned, and its passes."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from dask.delayed import Delayed, delayed
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydra_pipe.errors import BudgetError, RunError
+from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, ReductionInput, ReductionPlan, Span
+from hydra_pipe.plan.replaying import ReplayInput, ReplayPlan, as_reduction, plan_replay
+from hydra_pipe.recording.batches import Samples, epoch_order
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.reduction.hydra import CountRows, Job
+from hydra_pipe.reduction.request import Request
+from hydra_pipe.replay.lowrank import basis_of, corrected
+from hydra_pipe.replay.products import batch_of, check_twice_differentiable
+from hydra_pipe.replay.sweep import ExactSweep, moving
+from hydra_pipe.replay.testing import test_gradients
+from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
+from hydra_pipe.store.sweeps import load_state, remove_state, save_state
+from hydra_pipe.units import format_bytes, format_seconds
+
+# Graphs of batches that are gone through at once: together they are to stay in the caches of a processor, and to fill a GPU.
+_CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
+# A loss that was met again may differ by rounding, which training makes larger: by so much of it, and of 1.
+_LOSS_RELATIVE, _LOSS_ABSOLUTE = 0.02, 1e-3
+# Where a sweep has got to is kept this often, or less often where that takes long: 2.5 % of the time at most.
+KEEP_SECONDS = 60.0
+_TIMES_ITS_COST = 40.0
+
+
+class Replay:
+    """Trains a recorded run again, and goes back over it.
+
+    Args:
+        request: what is asked for.
+        load: builds the pipeline of the run, untrained.
+    """
+
+    def __init__(self, request: Request, load: Callable[[], Pipeline]) -> None:
+        self._request, self._load = request, load
+        self._pipeline: Pipeline | None = None
+        self._n_steps = request.gradients.n_steps
+        self._recorded = request.gradients.step_table(names.LOSS)
+        self._recorded_tests = request.gradients.test_losses(request.checkpoint)[request.columns.test_ids]
+        # the largest difference between a loss and the recorded one
+        self._off = 0.0
+
+    # ------------------------------------------------------------------ what `reduction/run.py` asks
+
+    def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
+        """See `Engine`. Raises: BudgetError, and what building the pipeline does."""
+        if self._pipeline is None:
+            self._pipeline = self._load()
+            self._trajectory = Trajectory(self._pipeline, self._n_steps)
+            self._what, self._seconds = _measured(self._pipeline, given, self._n_steps)
+        self._found = self._plan(self._what)
+        done = 0 if answered is None else answered.done
+        return as_reduction(self._what, self._blocks(), self._found, done, self._lasting(self._found))
+
+    def _plan(self, what: ReplayInput) -> ReplayPlan:
+        return plan_replay(what)
+
+    def _blocks(self) -> tuple[Span, ...]:
+        """Columns of the result that each pass answers."""
+        return self._found.columns
+
+    def n_counted(self, plan: ReductionPlan) -> int:
+        """See `Engine`: each training counts its rows once, and going back counts them for each column, which takes as long."""
+        carried = sum(last - first for first, last in self._found.columns[-plan.passes :])
+        return self._what.recording.n_rows * (self._found.levels * plan.passes + carried)
+
+    def lines(self, plan: ReductionPlan) -> dict[str, str]:
+        """See `Engine`."""
+        found, what = self._found, self._what
+        n = found.columns[-1][1]
+        of = "groups of test samples" if what.recording.grouped else "test gradients"
+        return {
+            "steps": f"{self._n_steps:,}, trained {found.levels} times in each pass, {found.most_states:,} states kept a level",
+            "columns": f"{n:,} {of}, {found.columns[0][1]:,} in each pass, {found.at_once:,} through a step's graph at once",
+            "passes": f"{plan.passes:,}",
+            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(what.recording.memory_bytes)}",
+            "time": f"about {format_seconds(plan.picoseconds / 1e12)}, as a first step took",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """See `Engine`."""
+        return {"loss_difference": self._off}
+
+    def passes(self, job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Engine`."""
+        for columns in job.plan.test_blocks:
+            yield columns, delayed(self._pass, pure=False)(job, columns, count_rows)
+
+    # ------------------------------------------------------------------ the work
+
+    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> None:
+        pipeline = self._pipeline
+        assert pipeline is not None
+        count = self._counter(count_rows)
+        self._trajectory.forward(self._found.most_states, count)
+        gradients = self._gradients(job.averages(), columns)
+        sums = self._sweep(job, columns, gradients, count_rows, count)
+        array = Array.open(job.relevance)
+        for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
+            write_relevance(array, low, columns[0], (-sums[low : low + SAMPLE_MULTIPLE]).astype(np.float32))
+        remove_state(job.relevance, columns)
+
+    def _gradients(self, averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
+        """At the end of training, one tensor (column, ...) for each parameter."""
+        pipeline, ids = self._pipeline, self._request.columns.test_ids
+        assert pipeline is not None
+        found = test_gradients(pipeline, moving(pipeline), ids, averages, columns, self._found.at_once)
+        for place, (now, then) in enumerate(zip(found.losses.tolist(), self._recorded_tests.tolist(), strict=True)):
+            self._hold(now, then, f"the loss of test sample {ids[place]}")
+        return found.gradients
+
+    def _sweep(
+        self, job: Job, columns: Span, gradients: list[Tensor], count_rows: CountRows, count: Callable[[int, float, int], None]
+    ) -> NDArray[np.float64]:
+        """d l_j / d w_i for what the gradients are of, shape (sample, column)."""
+        assert self._pipeline is not None
+        sweep = ExactSweep(self._pipeline, gradients, job.n_samples, self._found.at_once)
+        width = len(gradients[0])
+        first = self._go_on(job, columns, sweep)
+        if first < self._n_steps:
+            count_rows(width * int(self._request.gradients.rows_of_steps()[1][first:].sum()))
+        kept_at, cost = time.monotonic(), 0.0
+        for step in self._trajectory.backward(first, count):
+            sweep.step(step)
+            count_rows(width * len(step.ids))
+            if time.monotonic() - kept_at >= max(KEEP_SECONDS, _TIMES_ITS_COST * cost):
+                start = time.monotonic()
+                save_state(job.relevance, columns, {"step": step.number}, sweep.arrays())
+                kept_at = time.monotonic()
+                cost = kept_at - start
+        return sweep.sums
+
+    def _go_on(self, job: Job, columns: Span, sweep: ExactSweep) -> int:
+        """Put a sweep back to where it was. Returns: steps that are left."""
+        found = load_state(job.relevance, columns, sweep.arrays())
+        if found is None or not is_count(found[0].get("step")) or found[0]["step"] > self._n_steps:
+            return self._n_steps
+        sweep.restore(found[1])
+        return int(found[0]["step"])
+
+    def _counter(self, count_rows: CountRows) -> Callable[[int, float, int], None]:
+        def after_step(number: int, loss: float, n_rows: int) -> None:
+            self._hold(loss, float(self._recorded[number]), f"the loss of step {number}")
+            count_rows(n_rows)
+
+        return after_step
+
+    def _hold(self, now: float, then: float, what: str) -> None:
+        """Refuse to go on with another training than the one that was recorded. Raises: RunError."""
+        difference = abs(now - then)
+        self._off = max(self._off, difference)
+        if not difference <= _LOSS_RELATIVE * abs(then) + _LOSS_ABSOLUTE:
+            raise RunError(
+                f"{self._request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} when it was recorded: training does "
+                f"not come out the same. Is the pipeline's file, or its data, another one? Is the Pipeline newly built?"
+            )
+
+    def _lasting(self, found: ReplayPlan) -> float:
+        """Seconds, by what a first step took."""
+        train, column = self._seconds
+        return self._n_steps * (train * (1 + found.levels) * len(found.columns) + column * found.columns[-1][1])
+
+
+def _measured(pipeline: Pipeline, given: ReductionInput, n_steps: int) -> tuple[ReplayInput, tuple[float, float]]:
+    """What a replay works on; and how long the graph of a first step takes, and a column's pass through it. Changes nothing."""
+    state = training_state(pipeline, 0)
+    parameters = moving(pipeline)
+    order = epoch_order(pipeline, 0)
+    _, inputs, targets = next(Samples(pipeline, "train").batches(order[:1]))
+    batch_bytes = inputs.nbytes + targets.nbytes
+    device = parameters[0].device
+    inputs, targets = inputs.to(device), targets.to(device)
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    # the first time of everything takes longer
+    check_twice_differentiable(batch_of(pipeline, parameters, inputs, targets))
+    start = time.monotonic()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        batch = batch_of(pipeline, parameters, inputs, targets)
+    train = time.monotonic() - start
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    graph_bytes = sum(n for storage, n in saved.items() if storage not in own)
+    columns = max(1, min(4, given.n_columns))
+    vectors = [torch.ones(columns, *p.shape, dtype=p.dtype, device=device) for p in parameters]
+    batch.products(vectors, columns)
+    start = time.monotonic()
+    batch.products(vectors, columns)
+    column = (time.monotonic() - start) / columns
+    restore(pipeline, state)
+    parameter_bytes = sum(p.nbytes for p in parameters)
+    n_states = 1 if isinstance(pipeline.optimizer, torch.optim.SGD) else 2
+    beside = sum(b.nbytes for b in pipeline.model.buffers())
+    # generators take some 30 KB as they are kept
+    state_bytes = (1 + n_states) * parameter_bytes + beside + 2**15
+    cache_bytes = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
+    what = ReplayInput(given, n_steps, parameter_bytes, n_states, state_bytes, batch_bytes, graph_bytes, cache_bytes)
+    return what, (train, column)
+
+
+class LowRankReplay(Replay):
+    """Replays a few directions of the test gradients, and leaves the rest to an approximation (replay/lowrank.py).
+
+    Args:
+        request, load: see `Replay`.
+        rank: directions.
+        approximation: name of the relevance array that answers for the rest.
+    """
+
+    def __init__(self, request: Request, load: Callable[[], Pipeline], rank: int, approximation: str) -> None:
+        super().__init__(request, load)
+        self._rank, self._approximation = min(rank, request.columns.n_columns), approximation
+        self._held = 0.0
+
+    def _plan(self, what: ReplayInput) -> ReplayPlan:
+        # the test gradients, once more over their norms, and as directions
+        beside = 3 * what.recording.n_tests * what.parameter_bytes + 4 * 8 * what.recording.n_samples * what.recording.n_columns
+        given = replace(what.recording, n_columns=self._rank, memory_bytes=what.recording.memory_bytes - beside)
+        found = plan_replay(replace(what, recording=given))
+        if len(found.columns) > 1:
+            raise BudgetError(
+                f"--rank {self._rank}: not all directions fit {format_bytes(what.recording.memory_bytes)} at once: raise --memory, "
+                f"or lower the rank to {found.columns[0][1]}"
+            )
+        return replace(found, peak_bytes=found.peak_bytes + beside)
+
+    def _blocks(self) -> tuple[Span, ...]:
+        return ((0, self._what.recording.n_columns),)
+
+    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> None:
+        count = self._counter(count_rows)
+        self._trajectory.forward(self._found.most_states, count)
+        basis = basis_of(self._gradients(None, columns), self._rank)
+        self._held = basis.held
+        exact = -self._sweep(job, columns, basis.vectors, count_rows, count)
+        approximate = read_relevance(open_relevance(job.relevance.parent, self._approximation), slice(None))
+        values = corrected(approximate, exact, basis).astype(np.float32)
+        array = Array.open(job.relevance)
+        for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
+            write_relevance(array, low, 0, values[low : low + SAMPLE_MULTIPLE])
+        remove_state(job.relevance, columns)
+
+    def lines(self, plan: ReductionPlan) -> dict[str, str]:
+        """See `Engine`."""
+        return {"directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"} | super().lines(plan)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Engine`."""
+        return super().facts() | {"gradients_held": self._held}

@@ -1,0 +1,69 @@
+"""`--rank K`: relevance is linear in the test gradient, so the exact one of a few directions corrects an approximate one of all.
+
+With the test gradients h_j over their norms as rows of a matrix, and b_1 .. b_K its right singular vectors of the K largest
+singular values, h_j = |h_j| (sum_k c_jk b_k + rest). The b_k are replayed; the rest is left to the approximation A, which is
+linear too:
+
+    R(h_j) = A(h_j) + |h_j| sum_k c_jk (R(b_k) - A(b_k)),      A(b_k) = sum_j m_kj A(h_j)
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Directions that most of the test gradients lie in.
+
+    Args:
+        vectors: b_k, one tensor (direction, ...) for each parameter.
+        mixing: m, by which the b_k are made of the h_j, shape (direction, test).
+        coefficients: |h_j| c_jk, shape (test, direction).
+        held: share of the squared norm of the h_j / |h_j| that the directions hold.
+    """
+
+    vectors: list[Tensor]
+    mixing: Floats
+    coefficients: Floats
+    held: float
+
+
+def basis_of(gradients: list[Tensor], rank: int) -> Basis:
+    """The `rank` leading directions, or as many as there are.
+
+    Args:
+        gradients: h, one tensor (test, ...) for each parameter.
+        rank: K.
+    """
+    flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
+    norms = torch.linalg.vector_norm(flat, dim=1)
+    unit = flat / norms.clamp(min=torch.finfo(flat.dtype).tiny)[:, None]
+    # the products of float32 vectors are good to a part in a million, and directions below that are none
+    values, vectors = np.linalg.eigh((unit @ unit.T).double().cpu().numpy())
+    values, vectors = values[::-1], vectors[:, ::-1]
+    n = int(min(rank, (values > 1e-6 * values[0]).sum()))
+    root = np.sqrt(values[:n])
+    length = norms.double().cpu().numpy()
+    mixing = (vectors[:, :n] / root).T / np.maximum(length, np.finfo(np.float64).tiny)
+    mixed = torch.from_numpy(mixing).to(flat) @ flat
+    pieces = torch.split(mixed, [g[0].numel() for g in gradients], dim=1)
+    directions = [piece.reshape(n, *g.shape[1:]).contiguous() for piece, g in zip(pieces, gradients, strict=True)]
+    return Basis(directions, mixing, length[:, None] * vectors[:, :n] * root, float(values[:n].sum() / max(values.sum(), 1e-300)))
+
+
+def corrected(approximate: NDArray[np.floating], exact: Floats, basis: Basis) -> Floats:
+    """Relevance of every test sample, shape (sample, test).
+
+    Args:
+        approximate: A(h_j), shape (sample, test).
+        exact: R(b_k), shape (sample, direction).
+        basis: of the test gradients.
+    """
+    found: Floats = approximate + (exact - approximate @ basis.mixing.T) @ basis.coefficients.T
+    return found

@@ -1,0 +1,166 @@
+"""Method `hydra-exact`, for some columns: the adjoints of the whole training state, from the last step to the first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hydra_pipe.errors import OptimizerError, PipelineError
+from hydra_pipe.maths.unrolled import AdamStep, Moments, SgdStep, adam_adjoint, sgd_adjoint, unclipped
+from hydra_pipe.recording.optimizers import check_optimizer
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.replay.products import Batch, batch_of
+from hydra_pipe.replay.trajectory import Step, restore
+
+_KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass
+class _Trained:
+    """A parameter that the optimiser trains.
+
+    Args:
+        place: among those that the loss depends on.
+        group: of the optimiser.
+        states: adjoints of what the optimiser keeps of it: that of SGD's buffer, or of Adam's two moments.
+    """
+
+    place: int
+    group: int
+    states: list[Tensor]
+
+
+class ExactSweep:
+    """The state of a sweep, and its sums.
+
+    Args:
+        pipeline: whose model is restored to each step.
+        tests: gradients at the end, one tensor (column, ...) for each of `moving(pipeline)`: become the adjoints, and are changed.
+        n_samples: training samples.
+        at_once: columns that go through a batch's graph together.
+    """
+
+    def __init__(self, pipeline: Pipeline, tests: list[Tensor], n_samples: int, at_once: int) -> None:
+        self._pipeline, self._at_once = pipeline, at_once
+        self._parameters = moving(pipeline)
+        self._is_adam = not isinstance(pipeline.optimizer, torch.optim.SGD)
+        groups = {p: group for p, (_, group) in check_optimizer(pipeline.optimizer, pipeline.model).items()}
+        self.a = tests
+        self._trained = [
+            _Trained(i, groups[p], [torch.zeros_like(tests[i]) for _ in range(2 if self._is_adam else 1)])
+            for i, p in enumerate(self._parameters)
+            if p in groups
+        ]
+        # d l_j / d w_i, shape (sample, column)
+        self.sums: NDArray[np.float64] = np.zeros((n_samples, len(tests[0])), np.float64)
+
+    def arrays(self) -> dict[str, Floats]:
+        """What going on in the middle needs, by name: the adjoints, and the sums."""
+        tensors = {f"a{i}": a for i, a in enumerate(self.a)}
+        tensors |= {f"s{own.place}-{i}": state for own in self._trained for i, state in enumerate(own.states)}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()} | {"sums": self.sums}
+
+    def restore(self, arrays: Mapping[str, Floats]) -> None:
+        """Put back what `arrays` gave."""
+        for i, a in enumerate(self.a):
+            a.copy_(torch.from_numpy(arrays[f"a{i}"]))
+        for own in self._trained:
+            for i, state in enumerate(own.states):
+                state.copy_(torch.from_numpy(arrays[f"s{own.place}-{i}"]))
+        self.sums = arrays["sums"].astype(np.float64)
+
+    def step(self, step: Step) -> None:
+        """Go one step back."""
+        restore(self._pipeline, step.state)
+        batch = batch_of(self._pipeline, self._parameters, step.inputs, step.targets)
+        with torch.no_grad():
+            adjoints = [torch.zeros_like(a) for a in self.a]
+            clipped = self._clipped(batch)
+            for own in self._trained:
+                gradient = clipped[own.place]
+                if gradient is not None:  # the optimiser passes over it otherwise
+                    adjoints[own.place] = self._through_optimizer(own, gradient)
+            if self._pipeline.max_grad_norm is not None:
+                known = [i for i, g in enumerate(batch.gradients) if g is not None]
+                raw = [g.detach() for g in batch.gradients if g is not None]
+                for i, u in zip(known, unclipped([adjoints[i] for i in known], raw, self._pipeline.max_grad_norm), strict=True):
+                    adjoints[i] = u
+        scores, bent = batch.products(adjoints, self._at_once)
+        with torch.no_grad():
+            for a, more in zip(self.a, bent, strict=True):
+                a += more
+        # a sample may be in a batch twice
+        np.add.at(self.sums, step.ids, scores.T.cpu().double().numpy())
+
+    def _clipped(self, batch: Batch) -> list[Tensor | None]:
+        """Gradients as the optimiser gets them."""
+        found = [None if g is None else g.detach() for g in batch.gradients]
+        if self._pipeline.max_grad_norm is None:
+            return found
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found if g is not None]))
+        scale = (self._pipeline.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return [None if g is None else g * scale for g in found]
+
+    def _through_optimizer(self, own: _Trained, gradient: Tensor) -> Tensor:
+        parameter = self._parameters[own.place]
+        group = self._pipeline.optimizer.param_groups[own.group]
+        state = self._pipeline.optimizer.state.get(parameter, {})
+        a = self.a[own.place]
+        if not self._is_adam:
+            return sgd_adjoint(_sgd_step(group, state), a, *own.states)
+        step = _adam_step(group, state)
+        if step.weight_decay and not step.decoupled:
+            gradient = gradient + step.weight_decay * parameter
+        return adam_adjoint(step, _moments(step, state, gradient), a, *own.states)
+
+
+def moving(pipeline: Pipeline) -> list[nn.Parameter]:
+    """Parameters that have a gradient, whether the optimiser trains them or not: all count where gradients are clipped.
+
+    Raises:
+        OptimizerError: the optimiser is not torch.optim.SGD, Adam or AdamW. PipelineError: parameters of half precision.
+    """
+    if type(pipeline.optimizer) not in _KNOWN:
+        known = ", ".join(kind.__name__ for kind in _KNOWN)
+        raise OptimizerError(
+            f"hydra-exact differentiates {known}, not {type(pipeline.optimizer).__name__}: use --method hydra-fisher"
+        )
+    found = [p for p in pipeline.model.parameters() if p.requires_grad]
+    if half := [p.dtype for p in found if p.dtype not in (torch.float32, torch.float64)]:
+        raise PipelineError(
+            f"the model has parameters of {half[0]}: hydra-exact needs float32 or float64 to go back through training"
+        )
+    return found
+
+
+def _sgd_step(group: dict[str, Any], state: dict[str, Any]) -> SgdStep:
+    return SgdStep(
+        float(group["lr"]),
+        float(group["momentum"]),
+        float(group["dampening"]),
+        float(group["weight_decay"]),
+        bool(group["nesterov"]),
+        state.get("momentum_buffer") is None,
+    )
+
+
+def _adam_step(group: dict[str, Any], state: dict[str, Any]) -> AdamStep:
+    beta1, beta2 = map(float, group["betas"])
+    decoupled = bool(group.get("decoupled_weight_decay"))
+    number = int(state.get("step", 0)) + 1
+    return AdamStep(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), decoupled, number)
+
+
+def _moments(step: AdamStep, state: dict[str, Any], gradient: Tensor) -> Moments:
+    first = state.get("exp_avg", torch.zeros_like(gradient))
+    second = state.get("exp_avg_sq", torch.zeros_like(gradient))
+    return Moments(
+        gradient,
+        step.beta1 * first + (1.0 - step.beta1) * gradient,
+        step.beta2 * second + (1.0 - step.beta2) * gradient**2,
+    )

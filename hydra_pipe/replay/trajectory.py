@@ -1,0 +1,186 @@
+"""A training run, gone through again from its beginning, and then from its end.
+
+Parameters before a step cannot be had from those after it. So training runs once from the start, and its state is kept now and
+then; from each kept state on, the steps up to the next one are run again when they are needed (Griewank, "Achieving logarithmic
+growth of temporal and spatial complexity in reverse automatic differentiation", 1992). With two levels of sqrt(T) states each
+this is one more training; with more levels, where memory wants it, one more each.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydra_pipe.recording.batches import Samples, epoch_order
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.recording.randomness import random_state, restore_random_state
+from hydra_pipe.recording.recorder import StepNote
+from hydra_pipe.recording.trainer import take_step
+
+# called with the number of the step, its loss and its samples
+AfterStep = Callable[[int, float, int], None]
+# samples, inputs and targets
+_Batch = tuple[NDArray[np.int64], Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that training goes on from.
+
+    Args:
+        step: that comes next.
+        model, optimizer, scheduler: their state_dict(), with tensors of their own; None: there is no scheduler.
+        random: of all generators.
+    """
+
+    step: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    random: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of training, about to be taken.
+
+    Args:
+        state: before it.
+        ids: training samples of its batch, shape (batch,).
+        inputs, targets: of the batch, on the model's device.
+    """
+
+    state: TrainingState
+    ids: NDArray[np.int64]
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def number(self) -> int:
+        """From 0."""
+        return self.state.step
+
+
+class Trajectory:
+    """The run that `pipeline` trains, as `train` does it.
+
+    Args:
+        pipeline: as it was built: nothing was trained yet.
+        n_steps: of it, the first.
+    """
+
+    def __init__(self, pipeline: Pipeline, n_steps: int) -> None:
+        self._pipeline, self._n_steps, self._most = pipeline, n_steps, 2
+        self._device = next(pipeline.model.parameters()).device
+        torch.manual_seed(pipeline.seed)
+        self._start = training_state(pipeline, 0)
+        # what was kept of the whole run, in order
+        self._kept: list[TrainingState] = []
+
+    def forward(self, most_states: int, after_step: AfterStep) -> None:
+        """Train from the start to the end, where the pipeline's model is afterwards.
+
+        Args:
+            most_states: kept at a time at one level; 2 or more.
+            after_step: of each step.
+        """
+        self._most = most_states
+        borders = _borders(0, self._n_steps, self._most)
+        self._kept = list(self._states(self._start, borders, after_step))
+
+    def backward(self, first: int, after_step: AfterStep) -> Iterator[Step]:
+        """The steps before step `first`, the last of them first.
+
+        Args:
+            first: where to begin; all steps were run again by `forward`.
+            after_step: of each step that is run again.
+        """
+        for state, end in reversed(list(zip(self._kept, [*(s.step for s in self._kept[1:]), self._n_steps], strict=True))):
+            if state.step < first:
+                yield from self._backward(state, min(end, first), after_step)
+
+    def _backward(self, state: TrainingState, end: int, after_step: AfterStep) -> Iterator[Step]:
+        """The steps from `state` to `end`, the last of them first."""
+        if end - state.step <= self._most:
+            yield from reversed(list(self._steps(state, end, after_step)))
+            return
+        borders = _borders(state.step, end, self._most)
+        kept = list(self._states(state, borders, after_step))
+        for own, last in reversed(list(zip(kept, [*(s.step for s in kept[1:]), end], strict=True))):
+            yield from self._backward(own, last, after_step)
+
+    def _states(self, start: TrainingState, borders: list[int], after_step: AfterStep) -> Iterator[TrainingState]:
+        """States before the steps `borders`, of which the first is `start`'s; training goes on to the last of them."""
+        yield start
+        wanted = set(borders[1:-1])
+        for number, _ in self._batches(start, borders[-1], after_step):
+            if number in wanted:
+                yield training_state(self._pipeline, number)
+
+    def _steps(self, start: TrainingState, end: int, after_step: AfterStep) -> Iterator[Step]:
+        """The steps from `start` to before step `end`, in order."""
+        for number, batch in self._batches(start, end, after_step):
+            yield Step(training_state(self._pipeline, number), *batch)
+
+    def _batches(self, start: TrainingState, end: int, after_step: AfterStep) -> Iterator[tuple[int, _Batch]]:
+        """Train from `start` to before step `end`, and tell of each step and its batch just before it is taken."""
+        pipeline = self._pipeline
+        restore(pipeline, start)
+        samples = Samples(pipeline, "train")
+        of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
+        number = start.step
+        while number < end:
+            epoch, first = divmod(number, of_epoch)
+            # no further than is wanted
+            order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
+            for ids, inputs, targets in samples.batches(order, epoch, first):
+                inputs, targets = inputs.to(self._device), targets.to(self._device)
+                yield number, (ids, inputs, targets)
+                loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
+                if pipeline.scheduler is not None:
+                    pipeline.scheduler.step()
+                after_step(number, loss, len(ids))
+                number += 1
+
+
+def training_state(pipeline: Pipeline, step: int) -> TrainingState:
+    """As training stands, before step `step`."""
+    return TrainingState(
+        step,
+        _own(pipeline.model.state_dict()),
+        _own(pipeline.optimizer.state_dict()),
+        copy.deepcopy(pipeline.scheduler.state_dict()) if pipeline.scheduler is not None else None,
+        random_state(),
+    )
+
+
+def restore(pipeline: Pipeline, state: TrainingState) -> None:
+    """Put training back to `state`."""
+    pipeline.model.load_state_dict(state.model)
+    # the optimiser takes the tensors of a state as its own, and changes them in place
+    pipeline.optimizer.load_state_dict(_own(state.optimizer))
+    if pipeline.scheduler is not None and state.scheduler is not None:
+        pipeline.scheduler.load_state_dict(copy.deepcopy(state.scheduler))
+    restore_random_state(state.random)
+
+
+def _own(value: Any) -> Any:
+    """`value` with tensors of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_own(item) for item in value)
+    return value
+
+
+def _borders(first: int, last: int, most: int) -> list[int]:
+    """At most `most` pieces of [first, last) of even length: where each begins, and the end."""
+    length = -(-(last - first) // most)
+    return [*range(first, last, max(1, length)), last]
