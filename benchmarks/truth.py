@@ -26,8 +26,9 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.maths import fisher
+from hydra_pipe.maths.fisher import FORMS, Form
 from hydra_pipe.recording.batches import epoch_order
+from hydra_pipe.reduction.sweep import Sweep
 
 N, M, WRONG, BATCH = 400, 100, 40, 40
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -141,7 +142,7 @@ def spearmans(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saturation", default=str(fisher.SATURATION))
+    parser.add_argument("--saturation", default="", help="f of single forms, trace-matched, besides the default forms")
     parser.add_argument("--runs", default=";".join(RUNS))
     given = parser.parse_args()
     print("| run, method | exact | left out | norm over exact | mislabelled, ROC-AUC | seconds |")
@@ -161,12 +162,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as run:
             hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32")
             show("exact", exact)
-            for method, factor in (("hydra", 0.0), *(("hydra-fisher", float(f)) for f in given.saturation.split(","))):
-                with mock.patch.object(fisher.saturation, "__kwdefaults__", fisher.saturation.__kwdefaults__ | {"factor": factor}):
+            single = {f"hydra-fisher, f = {f}": (Form(float(f), 0.0, np.inf, 1.0),) for f in given.saturation.split(",") if f}
+            for title, forms in {"hydra": FORMS, "hydra-fisher": FORMS, **single}.items():
+                method = title.split(",")[0]
+                with mock.patch.object(Sweep.__init__, "__defaults__", (forms,)):
                     start = time.perf_counter()
                     hydra_pipe.reduce(run, method=method, overwrite=True)
                     seconds = time.perf_counter() - start
-                title = method if method == "hydra" else f"{method}, f = {factor:g}"
                 show(title, np.asarray(hydra_pipe.open_run(run).relevance(method)), seconds)
 
 

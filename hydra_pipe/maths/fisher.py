@@ -1,20 +1,44 @@
 """The curvature of a step from its rows alone: the empirical Fisher, saturated (docs/architecture.md, "The mathematics").
 
-C = W.T W with W the rows r(i, t) times sqrt(n rho_i), n samples in the batch and rho_i the curvature weight of the sample. A batch
-whose C is too large for its learning rate would make the sweep ring and blow up: in its place stands C (I + K C)^-1, with K a
-diagonal matrix, which is W.T (I + W K W.T)^-1 W. Its eigenvalues are below 1 / K.
+C = W.T W with W the rows r(i, t) times sqrt(n w_i), n samples in the batch and w_i the curvature weight rho_i of the
+sample, bounded. A batch whose C is too large for its learning rate would make the sweep ring and blow up: in its place stands
+C (I + K C)^-1, with K a diagonal matrix, which is W.T (I + W K W.T)^-1 W. Its eigenvalues are below 1 / K.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# f of kappa = f * eta / (1 - mu)
-SATURATION = 0.3
+
+@dataclass(frozen=True)
+class Form:
+    """One way to take the curvature of a step.
+
+    Args:
+        factor: f of kappa = f * eta / (1 - mu).
+        least, most: what a row weighs is its rho, but not less and not more than these.
+        share: of this form's relevance in the mean.
+    """
+
+    factor: float
+    least: float
+    most: float
+    share: float
+
+    def weight(self, rho: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of each row."""
+        return np.clip(rho, np.float32(self.least), np.float32(self.most))
 
 
-def saturation(learning_rate: float, momentum: float, dampening: float, *, nesterov: bool, factor: float = SATURATION) -> float:
+# Curvature from above, little and more saturated, and from below, much saturated. Each form is swept for itself, and the relevance
+# is their mean: what they get wrong they get wrong apart (docs/methods.md). Shares add up to 1.
+FORMS = (Form(0.1, 1.0, np.inf, 0.4), Form(0.3, 1.0, np.inf, 0.4), Form(1.0, 0.0, 1.0, 0.2))
+
+
+def saturation(learning_rate: float, momentum: float, dampening: float, *, nesterov: bool, factor: float) -> float:
     """kappa of a step: f times the length that it goes along a constant gradient, eta (1 - tau) / (1 - mu).
 
     It is never so small that a step could ring: heavy ball is stable where eta (1 - tau) times the curvature is below

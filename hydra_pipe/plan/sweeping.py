@@ -1,13 +1,14 @@
 """How a backward sweep goes over the store: which columns are carried together, and the memory and the work that is.
 
-A sweep reads the rows from the last step to the first and carries, for each column of the result, an adjoint and a momentum adjoint
-as long as a row. Blocks of columns do not depend on each other: each worker takes one, and reads the rows for itself. Where not
-all of them fit the budget at once, they come one after the other, in passes.
+A sweep reads the rows from the last step to the first and carries, for each column of the result and each form
+of the curvature, an adjoint and a momentum adjoint as long as a row. Blocks of columns do not depend on each other: each worker
+takes one, and reads the rows for itself. Where not all of them fit the budget at once, they come one after the other, in passes.
 """
 
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
+from hydra_pipe.maths.fisher import FORMS
 from hydra_pipe.plan.reduction import BACKWARD, COSTS, Reading, ReductionInput, ReductionPlan, common_bytes
 from hydra_pipe.units import format_bytes
 
@@ -74,10 +75,10 @@ def _plan(what: SweepInput, width: int, workers: int, done: int) -> ReductionPla
     given = what.recording
     blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
     values = given.n_rows * what.width
-    operations = (4 * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
+    operations = (4 * len(FORMS) * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
     read = len(blocks) * given.n_rows * given.n_features * given.item_bytes
     # once over the adjoints each step, there and back
-    state = 4 * given.n_steps * what.width * (given.n_columns - done)
+    state = 4 * len(FORMS) * given.n_steps * what.width * (given.n_columns - done)
     picoseconds = (
         read * COSTS.decoded_byte
         + len(blocks) * values * COSTS.converted_value
@@ -107,15 +108,15 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     # test gradients as stored and multiplied out, for means all of them
     tests = given.n_tests if given.grouped else columns
     start = tests * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 4)
-    carried = _STATES * columns * what.width * 4 + _TILE_BYTES
+    carried = _STATES * len(FORMS) * columns * what.width * 4 + _TILE_BYTES
     # sums, what is written of them, and its bytes
     sums = given.n_samples * columns * 4 * 3
     # three files of rows, and one on its way there: as stored twice, scale, sample and curvature
     file = given.shard_rows * (2 * given.n_features * given.item_bytes + given.n_blocks * 4 * 2 + 32)
     files = (3 + what.most_rows // given.shard_rows) * file * max(1, len(given.part_rows))
-    # a step: as stored, multiplied out, times the root of its weight, times kappa; products in float64 and float32
-    step = what.most_rows * (given.n_features * (given.item_bytes + 8) + 3 * what.width * 4 + 8 * 4 * columns)
-    gram = 4 * what.most_rows**2 * 8
+    # a step: as stored, multiplied out, and that of the step after it; products in float64 and float32
+    step = what.most_rows * (given.n_features * (given.item_bytes + 8) + 3 * what.width * 4 + 8 * 4 * columns * len(FORMS))
+    gram = (6 + len(FORMS)) * what.most_rows**2 * 8
     return common_bytes(given, 0) + threads * (start + carried + sums + files + step + gram)
 
 

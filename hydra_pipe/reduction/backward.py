@@ -25,15 +25,17 @@ class StepRows:
         stored: shape (row, column), as stored.
         scale: shape (row, block).
         sample: shape (row,).
-        weight: n rho of each row, with n the rows of the step in its process: the curvature of the mean loss is the sum of
-            weight r r.T over the rows. Shape (row,); n where rho is not known.
+        count: n, the rows of the step in the row's process: the curvature of the mean loss is the sum of n rho r r.T over the
+            rows. Shape (row,).
+        rho: shape (row,); 1 where it is not known.
     """
 
     step: int
     stored: NDArray[Any]
     scale: Floats
     sample: NDArray[np.int64]
-    weight: Floats
+    count: Floats
+    rho: Floats
 
 
 @dataclass(frozen=True)
@@ -111,18 +113,19 @@ def _without_rows(step: int, store: Gradients) -> StepRows:
     """A step that moved by momentum and decay alone."""
     none: Floats = np.empty(0, np.float32)
     stored = np.empty((0, store.layout.n_features), store.rows.dtype)
-    return StepRows(step, stored, np.empty((0, len(store.layout.blocks)), np.float32), np.empty(0, np.int64), none)
+    return StepRows(step, stored, np.empty((0, len(store.layout.blocks)), np.float32), np.empty(0, np.int64), none, none)
 
 
 def _joined(step: int, pieces: list[tuple[_File, slice, int]]) -> StepRows:
     def one(arrays: list[NDArray[Any]]) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    weights = [n * np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows]) for file, rows, n in pieces]
+    rho = [np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows]) for file, rows, _ in pieces]
     return StepRows(
         step,
         one([file.stored[rows] for file, rows, _ in pieces]),
         one([file.scale[rows] for file, rows, _ in pieces]),
         one([file.sample[rows] for file, rows, _ in pieces]),
-        one(weights).astype(np.float32),
+        one([np.full(len(of), n, np.float32) for of, (_, _, n) in zip(rho, pieces, strict=True)]),
+        one(rho).astype(np.float32),
     )

@@ -89,9 +89,9 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
 def _step(sweep: Sweep, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
     out = workspace.matrix(len(rows.sample), expansion.width)
     expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
-    # weight r r.T of the mean loss, and the update went along c times its gradient: weight / c of (c r)(c r).T
-    weight = rows.weight / np.float32(scale) if scale > 0 else np.zeros_like(rows.weight)
-    sweep.step(rows.step, out, weight, rows.sample)
+    # n rho r r.T of the mean loss, and the update went along c times its gradient: n rho / c of (c r)(c r).T
+    count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
+    sweep.step(rows.step, out, count, rows.rho, rows.sample)
 
 
 def _columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:

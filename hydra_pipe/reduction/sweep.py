@@ -3,6 +3,7 @@
 Carried, for each column (a test sample, or a mean of some), from the last step to the first: the adjoint a of the parameters and v
 of the momentum buffer, float32, in the features that the rows are recorded in. They are larger than any cache, so each step goes
 over them once, tile by tile: what the curvature of the step after it adds, then the step itself, then its products with the rows.
+Each form of the curvature has adjoints of its own; what the sweep gives is the mean over the forms.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.fisher import saturated, saturation
+from hydra_pipe.maths.fisher import FORMS, Form, saturated, saturation
 from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.reduction.loops import Workspace, add_rows
 
@@ -28,54 +29,69 @@ class Sweep:
     """The state of a sweep, and its sums.
 
     Args:
-        tests: h, shape (column, feature), float32: becomes the adjoint, and is changed.
+        tests: h, shape (column, feature), float32.
         schedule: of every step, shape (step, series).
         spans: of the features, in order; together all of them.
         n_samples: training samples.
+        forms: of the curvature.
     """
 
-    def __init__(self, tests: Floats, schedule: Schedule, spans: Sequence[Span], n_samples: int) -> None:
-        self.a, self.v = tests, np.zeros_like(tests)
+    def __init__(
+        self, tests: Floats, schedule: Schedule, spans: Sequence[Span], n_samples: int, forms: Sequence[Form] = FORMS
+    ) -> None:
+        # shape (form and column, feature): the columns of a form lie together
+        self.a: Floats = np.tile(tests, (len(forms), 1))
+        self.v = np.zeros_like(self.a)
         # what training samples have added up to, - R, shape (sample, column)
         self.sums: Floats = np.zeros((n_samples, len(tests)), np.float32)
-        # steps that were taken, and the sum of the shares of their curvature that were left
+        # steps that were taken, and the sum of the shares of their curvature that were left, mean over the forms
         self.n_steps, self.left = 0, 0.0
-        self._schedule = schedule
-        width = min(max(_TILE_VALUES // max(1, len(tests)), _LEAST_TILE), _MOST_TILE)
+        self._schedule, self._forms = schedule, forms
+        width = min(max(_TILE_VALUES // max(1, len(self.a)), _LEAST_TILE), _MOST_TILE)
         self._tiles = [(low, min(low + width, last), series) for first, last, series in spans for low in range(first, last, width)]
         self._series = sorted({series for _, _, series in spans})
-        # what the curvature of the last step adds to the adjoint, as factors: (column, row) and rows of two steps in turn
+        # what the curvature of the last step adds to the adjoint, as factors: (form and column, row) and rows of two steps in turn
         self._pull: tuple[Floats, Floats] | None = None
-        self._scaled = [Workspace(), Workspace()]
+        self._held = [Workspace(), Workspace()]
         self._g = Workspace()
 
-    def step(self, number: int, rows: Floats, weight: Floats, sample: NDArray[np.int64]) -> None:
+    def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
         """Go one step back.
 
         Args:
             number: of the step.
             rows: c r(i, t), as the update used them, shape (row, feature).
-            weight: of each row in the curvature, sum of weight (c r)(c r).T, shape (row,), not negative.
+            count: n / c: the curvature is the sum of n rho / c (c r)(c r).T. Shape (row,), not negative.
+            rho: of each row, shape (row,), not negative.
             sample: of each row, shape (row,).
         """
-        moves = {series: _Move(self._schedule, number, series) for series in self._series}
-        root = np.sqrt(weight)[:, None]
-        scaled = self._scaled[self.n_steps % 2].matrix(*rows.shape)
-        scores, gram = np.zeros((len(rows), len(self.a)), np.float32), np.zeros((len(rows), len(rows)))
+        moves = {series: _Move(self._schedule, number, series, self._forms) for series in self._series}
+        held = self._held[self.n_steps % 2].matrix(*rows.shape)
+        scores, n_forms = np.zeros((len(rows), len(self.a)), np.float32), len(self._forms)
+        grams = np.zeros((n_forms, len(rows), len(rows)))
         for first, last, series in self._tiles:
             a, move = self.a[:, first:last], moves[series]
             self._add_pull(a, first, last)
             g = self._g.matrix(len(a), last - first)
             move.take(a, self.v[:, first:last], g)
-            own = rows[:, first:last]
+            own = held[:, first:last]
+            np.copyto(own, rows[:, first:last])
             scores += own @ g.T
-            np.multiply(own, root, out=scaled[:, first:last])
-            if move.kappa:
-                gram += move.kappa * (scaled[:, first:last] @ scaled[:, first:last].T)
-        add_rows(scores, sample, self.sums)
-        pulled, left = saturated(gram, (root * scores).astype(np.float64))
-        self._pull = np.ascontiguousarray(pulled.T, np.float32), scaled
-        self.n_steps, self.left = self.n_steps + 1, self.left + left
+            if any(move.kappas):
+                product = own @ own.T
+                for gram, kappa in zip(grams, move.kappas, strict=True):
+                    gram += kappa * product
+        of_forms = scores.reshape(len(rows), n_forms, self.sums.shape[1])
+        shares = np.array([form.share for form in self._forms], np.float32)
+        add_rows(np.ascontiguousarray(np.einsum("rfc,f->rc", of_forms, shares)), sample, self.sums)
+        factors = np.empty((n_forms, of_forms.shape[2], len(rows)), np.float32)
+        for form, gram, found, factor in zip(self._forms, grams, of_forms.swapaxes(0, 1), factors, strict=True):
+            root = np.sqrt((count * form.weight(rho)).astype(np.float64))[:, None]
+            pulled, left = saturated(gram * root * root.T, root * found)
+            factor[:] = (root * pulled).T
+            self.left += form.share * left
+        self._pull = factors.reshape(len(self.a), len(rows)), held
+        self.n_steps += 1
 
     def settle(self) -> None:
         """Let `a` be what it is before the next step: until then what the curvature adds is kept apart."""
@@ -85,8 +101,8 @@ class Sweep:
 
     def _add_pull(self, a: Floats, first: int, last: int) -> None:
         if self._pull is not None:
-            factors, scaled = self._pull
-            a += factors @ scaled[:, first:last]
+            factors, held = self._pull
+            a += factors @ held[:, first:last]
 
 
 class _Move:
@@ -96,17 +112,21 @@ class _Move:
         schedule: of all steps.
         number: of the step.
         series: which.
+        forms: of the curvature.
     """
 
-    def __init__(self, schedule: Schedule, number: int, series: int) -> None:
+    def __init__(self, schedule: Schedule, number: int, series: int, forms: Sequence[Form]) -> None:
         at: Any = (number, series)
         settings = (schedule.learning_rate, schedule.momentum, schedule.dampening, schedule.weight_decay, schedule.decoupled_decay)
         self._eta, self._mu, tau, self._decay, self._shrink = (float(values[at]) for values in settings)
         self._nesterov, started = bool(schedule.nesterov[at]), bool(schedule.momentum_started[at])
         self._updated = bool(schedule.updated[at])
         self._gain, self._rest = (1.0, 0.0) if started else (1.0 - tau, self._mu)
-        # 0 where nothing was updated
-        self.kappa = saturation(self._eta, self._mu, tau, nesterov=self._nesterov) if self._updated else 0.0
+        # of each form; 0 where nothing was updated
+        self.kappas = [
+            saturation(self._eta, self._mu, tau, nesterov=self._nesterov, factor=form.factor) if self._updated else 0.0
+            for form in forms
+        ]
 
     def take(self, a: Floats, v: Floats, g: Floats) -> None:
         """Fill g, and take a and v to before the step, but for its curvature."""

@@ -16,6 +16,7 @@ from torch import nn
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, RunError, UsageError
+from hydra_pipe.maths.fisher import FORMS, Form
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.reduction import fisher
@@ -45,7 +46,12 @@ def whole(stored: np.ndarray, scale: np.ndarray, store: Gradients) -> np.ndarray
     return np.concatenate(found, axis=1)
 
 
-def by_loop(run: Path, factor: float = 0.3, floor: bool = True) -> np.ndarray:
+def by_loop(run: Path, forms: tuple[Form, ...] = FORMS, floor: bool = True) -> np.ndarray:
+    """Mean over the forms, each swept for itself."""
+    return np.sum([form.share * by_loop_of(run, form, floor) for form in forms], axis=0)
+
+
+def by_loop_of(run: Path, form: Form, floor: bool) -> np.ndarray:
     """DESIGN's sweep, step by step, on whole vectors in float64; C as a matrix, saturated by the inverse of one as large."""
     store = hydra_pipe.open_run(run).gradients
     everything = slice(None)
@@ -80,11 +86,11 @@ def by_loop(run: Path, factor: float = 0.3, floor: bool = True) -> np.ndarray:
         g = np.where(has, np.where(nesterov, d + gain * v_new, gain * v_new), d)
         v = np.where(has, np.where(started, 0.0, mu * v_new), v)
         step = np.where(has, eta * (1 - tau), eta)
-        kappa = factor * step / np.maximum(1 - mu, 0.01)
+        kappa = form.factor * step / np.maximum(1 - mu, 0.01)
         if floor:
             kappa = np.maximum(kappa, step * np.where(nesterov, 1 + 2 * mu, 1.0) / (2 * (1 + mu)))
         np.add.at(relevance, samples[own], -(r @ g))
-        weight = counts[t][part[own]] * np.where(np.isnan(rho[own]), 1.0, rho[own])
+        weight = counts[t][part[own]] * np.clip(np.where(np.isnan(rho[own]), 1.0, rho[own]), form.least, form.most)
         curvature = (r.T * weight) @ r / c
         a = (1 - shrink) * a + decay * g + curvature @ np.linalg.solve(np.eye(len(a)) + kappa * curvature, g)
     return relevance
@@ -205,12 +211,12 @@ def test_steps_of_several_processes_and_settings_of_several_groups(tmp_path: Pat
     run = made_up(tmp_path / "run", n_ranks)
     hydra_pipe.reduce(run, method="hydra-fisher")
     expected = by_loop(run)
-    assert relative_error(relevance(run), expected) < 1e-4
+    assert relative_error(relevance(run), expected) < 3e-4
     hydra_pipe.reduce(run, method="hydra-fisher", by="label")
     means = np.stack([expected[:, label::3].mean(axis=1) for label in range(3)], axis=1)
-    assert relative_error(relevance(run, "hydra-fisher-by-label"), means) < 1e-4
+    assert relative_error(relevance(run, "hydra-fisher-by-label"), means) < 3e-4
     hydra_pipe.reduce(run, method="hydra-fisher", by="mean", tests="2-4,8")
-    assert relative_error(relevance(run, "hydra-fisher-mean")[:, 0], expected[:, [2, 3, 4, 8]].mean(axis=1)) < 1e-4
+    assert relative_error(relevance(run, "hydra-fisher-mean")[:, 0], expected[:, [2, 3, 4, 8]].mean(axis=1)) < 3e-4
 
 
 @pytest.fixture
@@ -239,7 +245,7 @@ def test_any_division_of_the_columns_gives_the_same(
     expected = by_loop(run)
     in_blocks(monkeypatch, width, workers)
     hydra_pipe.reduce(run, method="hydra-fisher", scheduler=scheduler)
-    assert relative_error(relevance(run), expected) < 1e-4
+    assert relative_error(relevance(run), expected) < 3e-4
     assert hydra_pipe.verify(run) == []
 
 
@@ -293,7 +299,7 @@ def test_a_damaged_state_is_not_gone_on_with(run: Path, damage: Callable[[bytes]
     for state in states:
         state.write_bytes(damage(state.read_bytes()))
     hydra_pipe.reduce(run, method="hydra-fisher")
-    assert relative_error(relevance(run), expected) < 1e-4
+    assert relative_error(relevance(run), expected) < 3e-4
 
 
 def test_what_a_sweep_cannot_do_is_refused(run: Path) -> None:
@@ -319,8 +325,8 @@ def test_a_sweep_does_not_blow_up_where_the_curvature_is_far_too_large_for_the_s
     hydra_pipe.reduce(run, method="hydra-fisher")
     found, fast = relevance(run), relevance(run, "hydra")
     assert np.linalg.norm(found) < np.linalg.norm(fast)
-    assert np.linalg.norm(by_loop(run, factor=1e-12, floor=False)) > 1e6 * np.linalg.norm(fast)
-    assert RunDirectory.open(run).stages["reduce hydra-fisher"].facts["curvature_left"] < 0.05
+    assert np.linalg.norm(by_loop(run, (Form(1e-12, 0.0, np.inf, 1.0),), floor=False)) > 1e6 * np.linalg.norm(fast)
+    assert RunDirectory.open(run).stages["reduce hydra-fisher"].facts["curvature_left"] < 0.4
 
 
 def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_path: Path) -> None:
@@ -339,8 +345,8 @@ def test_where_one_task_fails_the_others_end_before_it_is_told(run: Path, monkey
     real, steps, begun = fisher._step, [], threading.Event()
 
     def step(sweep: Sweep, *arguments: object) -> None:
-        steps.append(len(sweep.a))
-        if len(sweep.a) == 5:  # the second block
+        steps.append(sweep.sums.shape[1])
+        if sweep.sums.shape[1] == 5:  # the second block
             assert begun.wait(30)
             raise InterruptedHereError
         begun.set()
