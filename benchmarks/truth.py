@@ -1,18 +1,20 @@
 """Relevance against the truth on small runs: the exact hypergradient, and leaving each sample out and training again.
 
-    python benchmarks/truth.py [--saturation 0.1,0.3,1] [--runs "SGD, 20 epochs"]
+    python benchmarks/truth.py [--saturation 0.1,0.3,1] [--damping 0.1,1,10] [--runs "SGD, 20 epochs"]
 
 scikit-learn's 8x8 digits, 400 samples of which 40 are mislabelled, 100 test samples, an MLP 64-24-10 with tanh in float64, batch
 40. Exact: full autograd through every step, of SGD with momentum or AdamW, second moment included. Left out: 400 trainings in which
 a sample has weight zero in its batches, all at once (torch.func). For each method Spearman's rank correlation with both, mean over
 the tests, with an interval of 95 % by drawing tests anew; the ratio of its norm to the exact one's; how well it finds mislabelled
-samples (ROC-AUC of the mean relevance over tests).
+samples (ROC-AUC of the mean relevance over tests, of `self` its own). `tracin` is taken with the test gradients of every epoch,
+and with the last ones alone.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest import mock
 
 import numpy as np
@@ -26,9 +28,11 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.maths.fisher import FORMS, Form
+from hydra_pipe.maths import influence
+from hydra_pipe.maths.fisher import Form
 from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.reduction.sweep import Sweep
+from hydra_pipe.store.gradients import Gradients
 
 N, M, WRONG, BATCH = 400, 100, 40, 40
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -140,9 +144,38 @@ def spearmans(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array([spearmanr(found[:, j], truth[:, j]).statistic for j in range(M)])
 
 
+@contextmanager
+def forms_of(forms: tuple[Form, ...]) -> Iterator[None]:
+    with mock.patch.object(Sweep.__init__, "__defaults__", (forms,)):
+        yield
+
+
+@contextmanager
+def last_tests_only() -> Iterator[None]:
+    """As if no test gradients had been taken on the way."""
+    steps = Gradients.test_steps
+    with mock.patch.object(Gradients, "test_steps", lambda store: steps(store)[-1:]):
+        yield
+
+
+def ways(given: argparse.Namespace) -> Iterator[tuple[str, str, AbstractContextManager[object]]]:
+    """Title and method of each line, and what it is computed within."""
+    yield "hydra", "hydra", nullcontext()
+    yield "hydra-fisher", "hydra-fisher", nullcontext()
+    for factor in filter(None, given.saturation.split(",")):
+        yield f"hydra-fisher, f = {factor}", "hydra-fisher", forms_of((Form(float(factor), 0.0, np.inf, 1.0),))
+    yield "tracin", "tracin", nullcontext()
+    yield "tracin, last test gradients", "tracin", last_tests_only()
+    yield "grad-dot", "grad-dot", nullcontext()
+    yield "grad-cos", "grad-cos", nullcontext()
+    for fraction in map(float, given.damping.split(",")):
+        yield f"influence, damping x {fraction:g}", "influence", mock.patch.object(influence, "DAMPING", fraction)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saturation", default="", help="f of single forms, trace-matched, besides the default forms")
+    parser.add_argument("--damping", default=str(influence.DAMPING))
     parser.add_argument("--runs", default=";".join(RUNS))
     given = parser.parse_args()
     print("| run, method | exact | left out | norm over exact | mislabelled, ROC-AUC | seconds |")
@@ -160,16 +193,17 @@ def main() -> None:
             print(f"| {name}: {method} | {correlations} | {ratio:.2f} | {auc:.3f} | {took} |", flush=True)  # noqa: B023
 
         with tempfile.TemporaryDirectory() as run:
-            hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32")
+            hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32", test_every="epoch")
             show("exact", exact)
-            single = {f"hydra-fisher, f = {f}": (Form(float(f), 0.0, np.inf, 1.0),) for f in given.saturation.split(",") if f}
-            for title, forms in {"hydra": FORMS, "hydra-fisher": FORMS, **single}.items():
-                method = title.split(",")[0]
-                with mock.patch.object(Sweep.__init__, "__defaults__", (forms,)):
+            for title, method, within in ways(given):
+                with within:
                     start = time.perf_counter()
                     hydra_pipe.reduce(run, method=method, overwrite=True)
                     seconds = time.perf_counter() - start
                 show(title, np.asarray(hydra_pipe.open_run(run).relevance(method)), seconds)
+            hydra_pipe.reduce(run, method="self")
+            own = np.asarray(hydra_pipe.open_run(run).relevance("self"))[:, 0]
+            print(f"| {name}: self | | | | {roc_auc_score(wrong, own):.3f} | |", flush=True)
 
 
 if __name__ == "__main__":

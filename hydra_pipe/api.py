@@ -157,7 +157,8 @@ def reduce(
 
     Args:
         run: directory of the run.
-        method: "hydra", "hydra-fisher" or "hydra-exact", which trains again (docs/methods.md).
+        method: "hydra", "hydra-fisher", "hydra-exact" (which trains again), "tracin", "grad-dot", "grad-cos", "influence" or "self"
+            (docs/methods.md).
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
         memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
         scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
@@ -188,12 +189,13 @@ def reduce(
         ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
         PipelineError, UserCodeError: of the pipeline that is trained again.
     """
-    from hydra_pipe.reduction.request import REPLAYS, Options, requested
+    from hydra_pipe.reduction.methods import method_named
+    from hydra_pipe.reduction.request import Options, requested
     from hydra_pipe.reduction.run import reduce_request
 
     options = Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto, rank)
     progress = progress or Progress()
-    if method in REPLAYS:
+    if method_named(method).work == "replay":
         from hydra_pipe.replay.run import reduce_exact
 
         return reduce_exact(run, options, pipeline, overwrite=overwrite, progress=progress)
@@ -204,11 +206,12 @@ def reduce(
 def plan(run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, **options: Any) -> str:
     """What `reduce` would do with these arguments, in lines for people. Reads metadata only; for "hydra-exact" it builds the
     pipeline and tries a step. Raises the same."""
-    from hydra_pipe.reduction.request import REPLAYS, Options, requested
+    from hydra_pipe.reduction.methods import method_named
+    from hydra_pipe.reduction.request import Options, requested
     from hydra_pipe.reduction.run import plan_request
 
     asked = Options(method=method, **options)
-    if method in REPLAYS:
+    if method_named(method).work == "replay":
         from hydra_pipe.replay.run import plan_exact
 
         return plan_exact(run, asked, pipeline)

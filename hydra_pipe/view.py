@@ -95,7 +95,8 @@ class Run:
         """The whole relevance matrix, in memory, float32, dimensions (sample, test); (sample, test_group) where
         `method` names means over test samples, "hydra-by-label" or "hydra-mean".
 
-        R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss.
+        R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss for most methods
+        (docs/methods.md). Method "self" has one column, of each training sample for itself.
 
         Returns:
             An xarray.DataArray with the labels as coordinates where xarray is installed, else a NumPy array.
@@ -127,7 +128,7 @@ class Run:
             dims=(names.SAMPLE_DIM, dimension),
             coords=coordinates,
             name="relevance",
-            attrs={names.METHOD: array.attributes[names.METHOD], names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT},
+            attrs={name: array.attributes[name] for name in (names.METHOD, names.SIGN, names.UNIT)},
         )
 
     def info(self) -> dict[str, Any]:

@@ -35,6 +35,14 @@ class RecordedStep:
     scale: float
     settings: dict[str, dict[str, float]]
     started: dict[str, bool]
+    curvature: np.ndarray
+
+
+def curvature_weights(output: Tensor, targets: Tensor) -> np.ndarray:
+    """rho of each sample's cross-entropy: (1 - sum p^2) / |p - e_y|^2."""
+    p = output.detach().softmax(dim=1)
+    residual = p - torch.nn.functional.one_hot(targets, p.shape[1])
+    return ((1 - (p**2).sum(dim=1)) / (residual**2).sum(dim=1)).numpy()
 
 
 def record_by_loop(
@@ -44,8 +52,12 @@ def record_by_loop(
     batches: Sequence[tuple[np.ndarray, Tensor, Tensor]],
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float | None = None,
+    after: Callable[[int], None] = lambda _: None,
 ) -> list[RecordedStep]:
-    """Train in float64 with batch-of-one gradients and write down what the sweep needs."""
+    """Train in float64 with batch-of-one gradients and write down what the sweep needs.
+
+    `after` is told how many steps were taken, after each.
+    """
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     parameters = dict(model.named_parameters())
     group_of = {p: g for g in optimizer.param_groups for p in g["params"]}
@@ -68,11 +80,13 @@ def record_by_loop(
             settings[name] = {k: float(group[k]) for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
             state = optimizer.state.get(parameters[name], {})
             started[name] = group["momentum"] != 0 and state.get("momentum_buffer") is None
-        steps.append(RecordedStep(np.asarray(ids), rows, scale, settings, started))
+        rho = curvature_weights(model(inputs), targets)
+        steps.append(RecordedStep(np.asarray(ids), rows, scale, settings, started, rho))
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
+        after(len(steps))
     return steps
 
 
@@ -141,6 +155,57 @@ def forward_relevance(
         update = torch.where(momentum > 0, torch.where(each("nesterov") > 0, nesterov, buffer), gradient)
         moved = moved - each("lr") * update
     return -(moved @ flat.T).numpy()
+
+
+def tracin(steps: Sequence[RecordedStep], tests: dict[int, Sequence[dict[str, Tensor]]], n_samples: int) -> np.ndarray:
+    """Sum over steps of eta <c r, h>, h from the test gradients that are nearest to the step, of two as near the later ones."""
+    relevance = np.zeros((n_samples, len(next(iter(tests.values())))))
+    for t, step in enumerate(steps):
+        nearest = max(tests, key=lambda s: (-abs(s - t), s))
+        for i, row in zip(step.samples, step.rows, strict=True):
+            for j, test in enumerate(tests[nearest]):
+                relevance[i, j] += sum(step.settings[n]["lr"] * step.scale * (row[n] * h).sum().item() for n, h in test.items())
+    return relevance
+
+
+def self_relevance(steps: Sequence[RecordedStep], n_samples: int) -> np.ndarray:
+    """Sum over steps of eta <c r, g> with g = c |B| r, the sample's own gradient."""
+    relevance = np.zeros((n_samples, 1))
+    for step in steps:
+        for i, row in zip(step.samples, step.rows, strict=True):
+            for n, r in row.items():
+                relevance[i, 0] += step.settings[n]["lr"] * step.scale**2 * len(step.rows) * (r**2).sum().item()
+    return relevance
+
+
+def last_gradients(steps: Sequence[RecordedStep]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
+    """Of each sample its gradient c |B| r, all parameters in one, when it was last used; and rho / c."""
+    gradients, weights = {}, {}
+    for step in steps:
+        for i, row, rho in zip(step.samples, step.rows, step.curvature, strict=True):
+            gradients[int(i)] = step.scale * len(step.rows) * in_one(row)
+            weights[int(i)] = float(rho) / step.scale
+    return gradients, weights
+
+
+def damping(steps: Sequence[RecordedStep]) -> np.ndarray:
+    """Of each feature: 1 over the lengths of its steps, and the weight decay along them. Of SGD."""
+    found = []
+    for n, r in steps[0].rows[0].items():
+        lengths = [s.settings[n]["lr"] * (1 - s.settings[n]["dampening"]) / (1 - s.settings[n]["momentum"]) for s in steps]
+        decay = sum(length * s.settings[n]["weight_decay"] for length, s in zip(lengths, steps, strict=True))
+        found.append(np.full(r.numel(), (1 + decay) / sum(lengths)))
+    return np.concatenate(found)
+
+
+def in_one(gradient: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([g.flatten() for g in gradient.values()]).numpy()
+
+
+def influence(gradients: np.ndarray, weights: np.ndarray, tests: np.ndarray, damping: np.ndarray) -> np.ndarray:
+    """1/N G (F + Lambda)^-1 H.T with the Fisher as a matrix, for G (sample, feature), H (test, feature), Lambda (feature,)."""
+    fisher = (gradients.T * weights) @ gradients / len(gradients)
+    return gradients @ np.linalg.inv(fisher + np.diag(damping)) @ tests.T / len(gradients)
 
 
 def in_float64(model: nn.Module) -> nn.Module:

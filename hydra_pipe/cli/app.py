@@ -48,7 +48,7 @@ CheckpointEvery = Annotated[
 ]
 TestEvery = Annotated[
     str | None,
-    typer.Option(metavar="epoch|STEPS", help="also take test gradients on the way, for reduce --upto"),
+    typer.Option(metavar="epoch|STEPS", help="also take test gradients on the way, for reduce --upto and --method tracin"),
 ]
 Upto = Annotated[
     int | None,
@@ -59,7 +59,8 @@ Upto = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, trained again (docs/methods.md)"
+        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, trained again; tracin, grad-dot, "
+        "grad-cos or influence, to compare; self, of training samples for themselves (docs/methods.md)"
     ),
 ]
 Rank = Annotated[
@@ -159,7 +160,7 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.store.relevance import result_name
+    from hydra_pipe.store.relevance import ITSELF, result_name
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -182,6 +183,10 @@ def reduce(
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
     name = result_name(method, grouping, upto, rank)
     which = "" if name == "hydra" else f" --method {name}"
+    if method == ITSELF:
+        which = (
+            f" --method {result_name('hydra', None, upto)}, or of another method: the column self_relevance of its samples.parquet"
+        )
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 

@@ -21,9 +21,17 @@ from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.prefix import open_recording
-from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, columns_of, open_relevance, read_relevance
+from hydra_pipe.store.relevance import (
+    ITSELF,
+    RELEVANCE_UNREADABLE,
+    columns_of,
+    open_relevance,
+    parts_of_result,
+    read_relevance,
+    result_name,
+)
 from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, UPTO, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, UPTO, RunDirectory, Settings, export_stage, reduce_stage
 from hydra_pipe.store.space import say_if_tight
 
 # Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
@@ -53,28 +61,59 @@ def export_run(
         overwrite: replace tables written with other settings.
         progress: where to show progress; nowhere if absent.
 
+    Where the relevance of samples for themselves has been computed since (`reduce --method self`), tables are written anew.
+
     Returns:
         Whether there was anything to do.
 
     Raises:
         RunError: there is no run, or it has no relevance of that method.
         StoreError: the relevance is damaged.
-        UsageError: `top` is not positive.
+        UsageError: `top` is not positive, or there is nothing to rank in it.
     """
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
+    if parts_of_result(method)[0] == ITSELF:
+        raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
     directory = RunDirectory.open(run)
     directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
     stage, settings = export_stage(method), {"top": top, "full": full}
-    if not overwrite and not directory.has_work(stage, settings):
+    if not overwrite and not _has_work(directory, method, settings):
         return False
 
     with one_writer(directory.path, stage):
         directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not directory.has_work(stage, settings):
+        if not overwrite and not _has_work(directory, method, settings):
             return False
         _export(directory, method, top, full, progress or Progress())
     return True
+
+
+def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
+    """Whether there are no tables, or they lack what samples are for themselves, or have another than there is."""
+    stage, own = export_stage(method), _own_checksums(directory, method)
+    return directory.has_work(stage, settings) or own not in (None, directory.stages[stage].facts.get(OF_SELF))
+
+
+def _own_name(method: str) -> str:
+    """The relevance of samples for themselves, over the same steps as `method`."""
+    return result_name(ITSELF, None, parts_of_result(method)[2])
+
+
+def _own_checksums(directory: RunDirectory, method: str) -> object:
+    """Of that relevance; None: it was not computed."""
+    stage = directory.stages.get(reduce_stage(_own_name(method)))
+    return stage.facts.get(CHECKSUMS) if stage is not None and stage.state == "complete" else None
+
+
+def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDArray[np.float32] | None:
+    """That relevance, shape (sample,); None: it was not computed. Raises: StoreError: damaged."""
+    if _own_checksums(directory, method) is None:
+        return None
+    array = open_relevance(directory.path / names.RELEVANCE, _own_name(method))
+    if array.shape != (n_samples, 1) or columns_of(array).by != ITSELF:
+        raise StoreError(f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}")
+    return read_relevance(array, slice(None))[:, 0]
 
 
 def _export(directory: RunDirectory, method: str, top: int, full: bool, progress: Progress) -> None:
@@ -83,7 +122,8 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
     upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
     gradients, counts = open_recording(directory, upto)
     relevance = open_relevance(directory.path / names.RELEVANCE, method)
-    n_tests = columns_of(relevance).tests[-1][1]
+    tests = columns_of(relevance).tests
+    n_tests = tests[-1][1] if tests else 0
     fault = relevance.shortfall()
     if relevance.shape[0] != counts.n_samples or n_tests > counts.n_tests:
         fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {counts.n_tests} were recorded"
@@ -95,11 +135,15 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
     try:
         # readers see the old tables or the new ones, all of them of one export
         with replaced_directory(target) as partial:
-            export = _Export(partial, gradients, relevance, rankings.metadata(method, directory.run_id), top, full)
+            own = _own_relevance(directory, method, counts.n_samples)
+            attributes = relevance.attributes
+            meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
+            export = _Export(partial, gradients, relevance, own, meta, top, full)
             say_if_tight(export.most_bytes(), target, progress)
             export.write(progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
             source = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
+            source |= {} if own is None else {OF_SELF: _own_checksums(directory, method)}
             checksums = seal(directory, stage, partial)
     except BaseException as error:
         with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
@@ -113,6 +157,7 @@ class _Export:
     target: Path
     gradients: Gradients
     relevance: Array
+    own: NDArray[np.float32] | None
     meta: dict[str, str]
     top: int
     full: bool
@@ -182,7 +227,7 @@ class _Export:
             pa.array(sums),
             pa.array(sums / n_tests),
             pa.array(rank_harmful(sums)),
-            pa.nulls(len(sums), pa.float32()),
+            pa.nulls(len(sums), pa.float32()) if self.own is None else pa.array(self.own),
             pa.array(self._visits(len(sums))),
         ]
         return pa.Table.from_arrays(columns, schema=rankings.samples_schema(self.train_type, self.meta))

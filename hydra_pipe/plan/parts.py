@@ -1,6 +1,6 @@
 """Rows of several parts, one part after the other, counted as one. Integers only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 
@@ -31,3 +31,29 @@ def shard_start(shard: int, part_rows: Sequence[int], shard_rows: int) -> int:
         shard -= n_shards
         start += n_rows
     return start
+
+
+def shards_of(rows: Iterable[int], part_rows: Sequence[int], shard_rows: int) -> Iterator[int]:
+    """Numbers of the shards, counted over all parts, that have any of `rows`, ascending; each once."""
+    ends = ends_of(part_rows)
+    start = before = part = 0
+    last = -1
+    for row in rows:
+        while row >= ends[part]:
+            before += -(-part_rows[part] // shard_rows)
+            start, part = ends[part], part + 1
+        shard = before + (row - start) // shard_rows
+        if shard != last:
+            yield shard
+        last = shard
+
+
+def rows_of_shards(shards: Sequence[int], part_rows: Sequence[int], shard_rows: int) -> int:
+    """Rows that shards have together, given their numbers, counted over all parts, ascending."""
+    n_rows = len(shards) * shard_rows
+    last = -1
+    for part in part_rows:
+        last += -(-part // shard_rows)
+        if part % shard_rows and last in shards:  # the last shard of a part may have fewer
+            n_rows -= shard_rows - part % shard_rows
+    return n_rows

@@ -1,6 +1,6 @@
 """How a reduction goes through the store: in which order it works, what it takes at once, and the memory and the work that is.
 
-R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> can be taken in two orders.
+R(i, j) = sum_t w(t) <r(i, t), h_j>, a weighted sum over rows, can be taken in two orders.
 
 - *Score first*: the product of every row with every test sample, then sums by sample. A *pass* reads every row once and answers one
   block of test samples. 2 x rows x features x tests operations.
@@ -21,12 +21,14 @@ from itertools import pairwise
 from typing import Literal
 
 from hydra_pipe.errors import BudgetError, UsageError
-from hydra_pipe.plan.parts import shard_start
+from hydra_pipe.plan.parts import rows_of_shards, shard_start
 from hydra_pipe.units import format_bytes
 
-# the last is that of sweeps, see plan/sweeping.py
-Order = Literal["score first", "fold first", "from hypergradients", "backward"]
+# those after the first three are of sweeps and of linear systems, see plan/sweeping.py and plan/solving.py
+Order = Literal["score first", "fold first", "from hypergradients", "backward", "by samples", "by features"]
 BACKWARD: Literal["backward"] = "backward"
+BY_SAMPLES: Literal["by samples"] = "by samples"
+BY_FEATURES: Literal["by features"] = "by features"
 Span = tuple[int, int]
 
 # Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
@@ -91,6 +93,10 @@ class ReductionInput:
         threads: workers in one of these, at most.
         base_bytes: what the process takes before and beside all that is counted here.
         part_rows: rows of each part, where several processes recorded one each; they come one after the other.
+        shards: numbers of the shards that are read, counted over all parts, ascending; None: all of them.
+        folds: whether sums of rows by sample answer it.
+        norms: whether norms of rows are taken too.
+        checkpoints: of how many the test gradients are used.
     """
 
     n_rows: int
@@ -116,6 +122,17 @@ class ReductionInput:
     threads: int = 1
     base_bytes: int = BASE_BYTES
     part_rows: tuple[int, ...] = ()
+    shards: tuple[int, ...] | None = None
+    folds: bool = True
+    norms: bool = False
+    checkpoints: int = 1
+
+    @property
+    def n_read(self) -> int:
+        """Rows of the shards that are read."""
+        if self.shards is None:
+            return self.n_rows
+        return rows_of_shards(self.shards, self.part_rows or (self.n_rows,), self.shard_rows)
 
     @property
     def n_factored(self) -> int:
@@ -192,6 +209,10 @@ class ReductionPlan:
         """Times that the store is read, by all workers together."""
         if self.order == BACKWARD:
             return -(-len(self.test_blocks) // len(self.row_runs))
+        if self.order == BY_SAMPLES:
+            return len(self.sample_blocks) + len(self.test_blocks)
+        if self.order == BY_FEATURES:
+            return 1 + len(self.test_blocks)
         return len(self.sample_blocks) if self.order == "fold first" else len(self.test_blocks)
 
     @property
@@ -199,6 +220,8 @@ class ReductionPlan:
         """Of the Dask graphs of all passes, those that read or write: a run of rows each, or a share of the samples."""
         if self.order == BACKWARD:
             return len(self.test_blocks)
+        if self.order in (BY_SAMPLES, BY_FEATURES):
+            return 1
         runs = len(self.row_runs)
         shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
         of_blocks = sum(runs + n_shares for n_shares in shares)
@@ -230,7 +253,7 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
     Raises:
         BudgetError: not even one block of test samples fits; the message has both numbers and a way out.
     """
-    candidates = _as_asked(chunks, given) if chunks else _readings(given)
+    candidates = _as_asked(chunks, given) if chunks else readings(given)
     orders: dict[Order, Callable[[ReductionInput, Sequence[Reading], int], ReductionPlan | None]]
     orders = {"score first": _scoring, "fold first": _folding}
     if given.kept or given.keeping:
@@ -247,9 +270,9 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
         return left or whole
     alone = replace(given, workers=1)
     needed = _least_bytes(alone, candidates[-1])
-    smallest = _readings(given)[-1]
+    smallest = readings(given)[-1]
     least = _least_bytes(alone, smallest)
-    advice = f"raise --memory to {_suggested(needed)}"
+    advice = f"raise --memory to {suggested(needed)}"
     if least <= given.memory_bytes:
         advice = f"lower --chunks to {smallest.rows}x{smallest.features} or {advice}"
     raise BudgetError(
@@ -261,13 +284,16 @@ def plan_reduction(given: ReductionInput, chunks: tuple[int, int] | None, answer
 def scoring_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
     """Upper bound of a process's memory, score first, with blocks of `tests` test samples."""
     columns = given.n_columns if given.grouped else tests
+    # a worker has the test gradients of one checkpoint: others may have those of others
+    others = min(given.checkpoints, _threads(given)) - 1
     sums = given.n_samples * columns * 4
     # the scores, a product, one of groups, what is added to the sums, and the two factors of a block that is not complete yet
     scores = reading.rows * (4 * tests + 2 * columns) * 4
     # one more sum: the block of the relevance array that is being written
     return (
         common_bytes(given, tests)
-        + _threads(given) * (sums + scores + _worker_bytes(given, reading))
+        + others * _test_bytes(given, tests)
+        + _threads(given) * (sums + scores + worker_bytes(given, reading))
         + sums
         + _merging_bytes(given, sums)
     )
@@ -286,7 +312,7 @@ def folding_peak_bytes(given: ReductionInput, reading: Reading, samples: int, te
     keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
     return (
         common_bytes(given, tests_held)
-        + _threads(given) * (sums + at_once + answers + keeping + _worker_bytes(given, reading))
+        + _threads(given) * (sums + at_once + answers + keeping + worker_bytes(given, reading))
         + _merging_bytes(given, sums)
     )
 
@@ -300,13 +326,13 @@ def kept_peak_bytes(given: ReductionInput, reading: Reading, tests: int) -> int:
 
 def _least_bytes(given: ReductionInput, reading: Reading) -> int:
     """What no plan that reads so can do without."""
-    tests, samples = _test_widths(given)[-1], min(given.n_samples, SAMPLE_MULTIPLE)
+    tests, samples = test_widths(given)[-1], min(given.n_samples, SAMPLE_MULTIPLE)
     if given.kept:
         return kept_peak_bytes(given, reading, tests)
     if given.keeping:
         return folding_peak_bytes(given, reading, samples, tests)
     least = scoring_peak_bytes(given, reading, tests)
-    return min(least, folding_peak_bytes(given, reading, samples, tests)) if given.n_folding else least
+    return min(least, folding_peak_bytes(given, reading, samples, tests)) if given.n_folding and given.folds else least
 
 
 def _threads(given: ReductionInput) -> int:
@@ -321,14 +347,19 @@ def _merging_bytes(given: ReductionInput, sums: int) -> int:
 
 def common_bytes(given: ReductionInput, tests: int) -> int:
     """Of a process, whatever its threads are."""
-    # test gradients as stored, and decoded; groups
-    test_block = tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)
     # flags of each block twice, settings of each group and of each series, weights: all blocks may differ
     steps = given.n_steps * (given.n_blocks * (10 + 8 * 8 + 2 * 8) + given.n_groups * 6 * 8 + _STEP_OBJECT_BYTES)
-    return given.base_bytes + steps + test_block
+    # the last row of each sample, and while these are looked for their steps; a million samples and steps at a time
+    last = 0 if given.shards is None else given.n_samples * 3 * 8 + min(given.n_rows, 2**20) * 5 * 8
+    return given.base_bytes + steps + last + _test_bytes(given, tests)
 
 
-def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
+def _test_bytes(given: ReductionInput, tests: int) -> int:
+    """Test gradients as stored, and decoded; groups."""
+    return tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)
+
+
+def worker_bytes(given: ReductionInput, reading: Reading) -> int:
     """Of a thread that reads and decodes."""
     features = min(reading.features, given.n_features)
     whole_features = -(-given.n_features // given.chunk_features) * given.chunk_features
@@ -336,7 +367,9 @@ def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
     files = 2 * (given.shard_rows * whole_features * given.item_bytes * 17 // 16 + 2**16)
     # one chunk apart from the rows, where they are not whole chunks
     decoded = (reading.rows * features + given.chunk_rows * given.chunk_features) * given.item_bytes
-    converted = reading.rows * features * 4
+    converted = reading.rows * features * 4 * (1 + given.norms)
+    # some of the rows, apart from the others
+    decoded += 0 if given.shards is None else reading.rows * features * given.item_bytes
     # of a whole file: scales and weights of each block, these in float64 on the way; sample, step and order of each row
     scales = given.shard_rows * (given.n_blocks * (4 + 8 + 8 + 4) + 32) + reading.rows * 32
     return files + decoded + converted + scales
@@ -344,27 +377,27 @@ def _worker_bytes(given: ReductionInput, reading: Reading) -> int:
 
 def _scoring(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """Score first, in as few passes as fit: a pass decodes the whole store, so that comes before the better way of reading."""
-    for width in _test_widths(given):
+    for width in test_widths(given):
         for reading in candidates:
             peak = scoring_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
                 blocks = _spans(done, given.n_tests, width)
                 sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
-                operations = 2 * given.n_rows * given.n_tests * (given.n_features + given.grouped * given.n_columns)
+                operations = 2 * given.n_read * given.n_tests * (given.n_features + given.grouped * given.n_columns)
                 return _plan(given, "score first", blocks, ((0, given.n_samples),), reading, peak, sums, operations, 0)
     return None
 
 
 def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """Fold first, in as few passes as fit."""
-    if not given.n_folding and not given.keeping:
+    if not given.folds or (not given.n_folding and not given.keeping):
         return None
     scored = given.n_columns if given.n_factored else 0
     for samples in _sample_widths(given.n_samples):
         if given.n_samples > samples * MOST_PASSES:
             return None
         for reading in candidates:
-            for tests in _test_widths(given):
+            for tests in test_widths(given):
                 peak = folding_peak_bytes(given, reading, samples, tests)
                 if peak <= given.memory_bytes:
                     operations = 2 * given.n_rows * given.n_tests * (given.n_factored + (scored if given.grouped else 0))
@@ -380,7 +413,7 @@ def _folding(given: ReductionInput, candidates: Sequence[Reading], done: int) ->
 
 def _from_kept(given: ReductionInput, candidates: Sequence[Reading], done: int) -> ReductionPlan | None:
     """From kept hypergradients, in as few passes over them as fit."""
-    for width in _test_widths(given):
+    for width in test_widths(given):
         for reading in candidates:
             peak = kept_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
@@ -405,7 +438,7 @@ def _plan(
 ) -> ReductionPlan:
     runs = _row_runs(given)
     passes = len(sample_blocks) if order == "fold first" else len(test_blocks)
-    values = passes * given.n_rows * (given.n_factored if order == "from hypergradients" else given.n_features)
+    values = passes * given.n_read * (given.n_factored if order == "from hypergradients" else given.n_features)
     read = values * given.item_bytes
     if order == "from hypergradients":
         read += passes * given.n_samples * given.n_folding * 4
@@ -439,11 +472,14 @@ def _plan(
 
 def _row_runs(given: ReductionInput) -> tuple[Span, ...]:
     parts, n_shards = given.part_rows or (given.n_rows,), _n_shards(given)
-    starts = [shard_start(i * n_shards // given.workers, parts, given.shard_rows) for i in range(given.workers)]
-    return tuple(pairwise([*starts, given.n_rows]))
+    firsts = [i * n_shards // given.workers for i in range(given.workers)]
+    shards = firsts if given.shards is None else [given.shards[first] for first in firsts]
+    return tuple(pairwise([*(shard_start(shard, parts, given.shard_rows) for shard in shards), given.n_rows]))
 
 
 def _n_shards(given: ReductionInput) -> int:
+    if given.shards is not None:
+        return len(given.shards)
     return sum(-(-n_rows // given.shard_rows) for n_rows in given.part_rows or (given.n_rows,))
 
 
@@ -465,7 +501,7 @@ def _as_asked(chunks: tuple[int, int], given: ReductionInput) -> list[Reading]:
     return [Reading(min(-(-rows // given.chunk_rows) * given.chunk_rows, given.shard_rows), whole_features)]
 
 
-def _readings(given: ReductionInput) -> list[Reading]:
+def readings(given: ReductionInput) -> list[Reading]:
     """The preferred first: as many rows as stay in the cache; then fewer; then a chunk's width."""
     narrow = min(given.chunk_features, given.n_features)
     widths = [given.n_features] if narrow == given.n_features else [given.n_features, narrow]
@@ -481,7 +517,7 @@ def _row_counts(given: ReductionInput, width: int) -> Iterator[int]:
         rows //= 2
 
 
-def _test_widths(given: ReductionInput) -> list[int]:
+def test_widths(given: ReductionInput) -> list[int]:
     """Test samples at once, the preferred first: all, then fewer in whole multiples, then as few as need be."""
     n_tests = given.n_tests
     if given.grouped:  # groups are answered together
@@ -503,5 +539,6 @@ def _sample_widths(n_samples: int) -> Iterator[int]:
         blocks *= 2
 
 
-def _suggested(n_bytes: int) -> str:
+def suggested(n_bytes: int) -> str:
+    """A budget, as an option takes it."""
     return f"{-(-n_bytes // 2**20)}MiB"

@@ -65,7 +65,7 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
     store = job.store()
     expansion = Expansion(store.layout)
     schedule, series = store.schedules()
-    sweep = Sweep(_columns_of_tests(store, job, expansion, columns), schedule, _merged(expansion, series), job.n_samples)
+    sweep = Sweep(columns_of_tests(store, job, expansion, columns), schedule, _merged(expansion, series), job.n_samples)
     n_steps = _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
     workspace, kept_at, cost = Workspace(), time.monotonic(), 0.0
@@ -94,7 +94,7 @@ def _step(sweep: Sweep, expansion: Expansion, rows: StepRows, scale: float, work
     sweep.step(rows.step, out, count, rows.rho, rows.sample)
 
 
-def _columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:
+def columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:
     """Test gradients multiplied out, or means of them, shape (column, feature)."""
     rows, averages = store.test_rows(job.checkpoint), job.averages()
     tests = columns if averages is None else (0, len(averages))

@@ -1,11 +1,13 @@
-"""Method `hydra`: the Hessian-free relevance as a weighted sum over stored rows, as a Dask graph for each pass.
+"""Methods that are weighted sums over stored rows, as a Dask graph for each pass.
 
-R(i, j) = - sum_t alpha(t) c(t) <r(i, t), h_j> (docs/architecture.md), in one of the two orders of `plan/reduction.py`.
+R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the two orders of `plan/reduction.py`. Of `hydra`, the Hessian-free
+relevance, w(t) = - alpha(t) c(t) (docs/architecture.md); those of other methods are in `weights.py`.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,17 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, ReductionPlan, Span
 from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.folds import Folder, folded_columns
 from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.loops import add_rows
+from hydra_pipe.reduction.methods import METHODS, Method
+from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
-from hydra_pipe.store import names
+from hydra_pipe.reduction.weights import Ints, StepWeights, checkpoint_of_steps, last_rows, row_weights
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.hypergradients import Hypergradients, write_folded
@@ -44,7 +47,7 @@ class Job:
 
     Args:
         gradients: path of the store.
-        checkpoint: step of the test gradients.
+        checkpoint: step of the test gradients, of the last where there are several.
         relevance: path of the array that is written to.
         n_samples: training samples.
         tests: spans of test samples, in ascending order; what the plan counts are places among these.
@@ -52,6 +55,8 @@ class Job:
         kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
         plan: how.
         prefix: of the recording, where not all its steps count.
+        method: name of it.
+        checkpoints: of all test gradients that are used, ascending; empty: of that checkpoint alone.
         in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
             cluster, which computes again what it has lost from what it still has.
     """
@@ -65,7 +70,14 @@ class Job:
     kept: Path | None
     plan: ReductionPlan
     prefix: Prefix | None = None
+    method: str = "hydra"
+    checkpoints: tuple[int, ...] = ()
     in_place: bool = True
+
+    @property
+    def asked(self) -> Method:
+        """The method."""
+        return METHODS[self.method]
 
     def store(self) -> Gradients:
         """The recording, opened anew: what is open does not travel to other processes."""
@@ -80,30 +92,6 @@ class Job:
         return of_group
 
 
-@dataclass(frozen=True)
-class StepWeights:
-    """- alpha(t) c(t), once for each distinct history.
-
-    Args:
-        values: shape (step, series), float64.
-        series: of each block, shape (block,).
-    """
-
-    values: NDArray[np.float64]
-    series: NDArray[np.int64]
-
-    def of_rows(self, steps: NDArray[np.int64], scale: Floats) -> Floats:
-        """Weight of each block in each row: the step's, times the row's scale. Shape (row, block), float32."""
-        weights: Floats = (self.values[np.ix_(steps, self.series)] * scale).astype(np.float32)
-        return weights
-
-
-def row_weights(gradients: Gradients) -> StepWeights:
-    """Weights of the rows of every step, from the per-step tables of the store."""
-    schedule, series = gradients.schedules()
-    return StepWeights(-step_weights(schedule) * gradients.step_table(names.GRADIENT_SCALE)[:, None], series)
-
-
 def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
     """The passes in order: what each answers (test samples where rows are scored first, else samples), and its graph.
 
@@ -115,8 +103,9 @@ def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
         count_rows: called with the number of rows that have been done.
     """
     if job.plan.order == "score first":
+        score = _score_run if job.asked.of_tests else _square_run
         for tests in job.plan.test_blocks:
-            yield tests, _pass_of_tests(job, _score_run, _write, tests, count_rows)
+            yield tests, _pass_of_tests(job, score, _write, tests, count_rows)
     elif job.plan.order == "fold first":
         for samples in job.plan.sample_blocks:
             yield samples, _folding_pass(job, samples, count_rows)
@@ -181,14 +170,30 @@ _HELD: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
-def _held_tests(job: Job, tests: Span) -> TestBlock:
-    found: TestBlock = _held(("tests", job.gradients, job.checkpoint, cut(job.tests, *tests)), lambda: _load_tests(job, tests))
+def held_tests(job: Job, tests: Span, checkpoint: int | None = None) -> TestBlock:
+    """Test gradients, of the last checkpoint where none is given."""
+    step = job.checkpoint if checkpoint is None else checkpoint
+    key = ("tests", job.gradients, step, job.asked.cosine, cut(job.tests, *tests))
+    found: TestBlock = _held(key, lambda: _load_tests(job, tests, step))
     return found
 
 
-def _held_weights(job: Job, store: Gradients) -> StepWeights:
-    found: StepWeights = _held(("weights", job.gradients, job.prefix), lambda: row_weights(store))
+def held_weights(job: Job, store: Gradients) -> StepWeights:
+    found: StepWeights = _held(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
     return found
+
+
+def held_last_rows(job: Job, store: Gradients) -> Ints:
+    """The last row of each sample, ascending."""
+    found: _Last = _held(("last rows", job.gradients, job.prefix), lambda: _Last(last_rows(store, job.n_samples)))
+    return found.rows
+
+
+@dataclass(frozen=True)
+class _Last:
+    """Rows, in what can be referred to weakly."""
+
+    rows: Ints
 
 
 def _held(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
@@ -199,29 +204,65 @@ def _held(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         return found
 
 
-def _load_tests(job: Job, tests: Span) -> TestBlock:
+def _load_tests(job: Job, tests: Span, checkpoint: int) -> TestBlock:
     store = job.store()
-    rows = store.test_rows(job.checkpoint)
+    rows, segments = store.test_rows(checkpoint), segments_of(store.layout)
     spans = [slice(*span) for span in cut(job.tests, *tests)]
     stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
     scales = np.concatenate([rows.scales(span) for span in spans])
-    return decode_tests(stored, scales, segments_of(store.layout))
+    if job.asked.cosine:
+        norms = SquaredNorms(segments, store.layout.n_features, job.plan.reading.features)
+        at_once = job.plan.reading.rows
+        for low in range(0, len(stored), at_once):
+            own = slice(low, low + at_once)
+            squares = norms(partial(_window, stored[own]), scales[own].astype(np.float64) ** 2)
+            scales[own] *= inverse_norms(squares)[:, None]
+    return decode_tests(stored, scales, segments)
+
+
+def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
+    return stored[:, first:last]
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some rows in a worker's hands: which, how to read their columns, their weights, and their samples."""
+class Held:
+    """Some rows in a worker's hands.
+
+    Args:
+        rows: which they are, or, of some of these, between which they are.
+        read: gives their columns.
+        weight: of each block in each of them, shape (row, block).
+        samples, steps: of each, shape (row,).
+        n_read: rows that were read for it.
+    """
 
     rows: slice
     read: ReadWindow
     weight: Floats
-    samples: NDArray[np.int64]
+    samples: Ints
+    steps: Ints
+    n_read: int
+
+    def only(self, places: "Ints | slice") -> "Held":
+        """Some of them."""
+        read = self.read
+        return Held(
+            self.rows,
+            lambda first, last: read(first, last)[places],
+            self.weight[places],
+            self.samples[places],
+            self.steps[places],
+            self.n_read,
+        )
 
 
-def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Iterator[_Rows]:
-    """The rows of a run in order. Per-row columns are read for a whole file at once."""
+def rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights, last: Ints | None = None) -> Iterator[Held]:
+    """The rows of a run in order; where `last` is given, ascending, only those of them.
+
+    Per-row columns are read for a whole file at once.
+    """
     beside = slice(0, 0)
-    for piece in store.rows.stream(run, job.plan.reading.rows):
+    for piece in store.rows.stream(run, job.plan.reading.rows, last):
         if piece.rows.start >= beside.stop:
             beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
             samples, steps = store.samples(beside), store.step_of_rows(beside)
@@ -229,19 +270,59 @@ def _rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights) -> Ite
             check_within(steps, len(weights.values), f"steps of {store.path}")
             weight = weights.of_rows(steps, store.rows.scales(beside))
         own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
-        yield _Rows(piece.rows, piece.read, weight[own], samples[own])
+        held = Held(piece.rows, piece.read, weight[own], samples[own], steps[own], own.stop - own.start)
+        if last is not None:
+            places = last[np.searchsorted(last, piece.rows.start) : np.searchsorted(last, piece.rows.stop)] - piece.rows.start
+            held = held if len(places) == held.n_read else held.only(places)
+        yield held
 
 
 @single_threaded_blas
 def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
+    store, averages = job.store(), job.averages()
+    last = held_last_rows(job, store) if job.asked.last_rows else None
+    segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+    weights, norms = held_weights(job, store), SquaredNorms(segments, n_features, at_once)
+    n_columns = tests[1] - tests[0] if averages is None else averages.shape[1]
+    total: Floats = np.zeros((job.n_samples, n_columns), np.float32)
+    scorer, present = None, -1
+    for rows in rows_of(store, job, run, weights, last):
+        for own, checkpoint in _by_checkpoint(job, rows):
+            if scorer is None or present != checkpoint:
+                scorer = None  # before the next one is loaded: a worker has the test gradients of one checkpoint
+                scorer, present = Scorer(held_tests(job, tests, checkpoint), segments, n_features, at_once), checkpoint
+            weight = own.weight
+            if job.asked.cosine:
+                weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
+            _add_scores(total, own.samples, scorer(own.read, weight), averages)
+        count_rows(rows.n_read)
+    return (total,)
+
+
+def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, int]]:
+    """`rows`, of one part and so in order of step, by the test gradients that they meet."""
+    if len(job.checkpoints) < 2:
+        yield rows, job.checkpoint
+        return
+    used = checkpoint_of_steps(np.array(job.checkpoints), rows.steps)
+    bounds = [0, *(np.flatnonzero(np.diff(used)) + 1), len(used)]
+    for low, high in pairwise(bounds):
+        yield rows if high - low == len(used) else rows.only(slice(low, high)), job.checkpoints[used[low]]
+
+
+@single_threaded_blas
+def _square_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+    """What the rows of `run` add to the relevance of samples for themselves, shape (sample, 1)."""
     store = job.store()
-    weights, block, averages = _held_weights(job, store), _held_tests(job, tests), job.averages()
-    scorer = Scorer(block, segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
-    total = _no_scores(job.n_samples, block, averages)
-    for rows in _rows_of(store, job, run, weights):
-        _add_scores(total, rows.samples, scorer(rows.read, rows.weight), averages)
-        count_rows(len(rows.samples))
+    weights = held_weights(job, store)
+    norms = SquaredNorms(segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
+    total: Floats = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
+    for rows in rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series)):
+        # the weight of a square is the step's times the square of the row's scale, which may be too small for float32
+        weight = weights.values[np.ix_(rows.steps, weights.series)] * rows.weight.astype(np.float64) ** 2
+        add_rows(norms(rows.read, weight).astype(np.float32)[:, None], rows.samples, total)
+        count_rows(rows.n_read)
     return (total,)
 
 
@@ -259,19 +340,19 @@ def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Flo
 def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
     store = job.store()
-    weights, averages = _held_weights(job, store), job.averages()
+    weights, averages = held_weights(job, store), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     n_samples = samples[1] - samples[0]
     factored = [s for s in segments if not isinstance(s, DenseSegment)]
     folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
     scorer = scores = None
     if factored:
-        tests = _held_tests(job, (0, job.plan.test_blocks[-1][1]))
+        tests = held_tests(job, (0, job.plan.test_blocks[-1][1]))
         scorer = Scorer(tests, factored, n_features, at_once)
         scores = _no_scores(n_samples, tests, averages)
     # once is enough: what is factored is kept row by row, whatever the samples
     keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
-    for rows in _rows_of(store, job, run, weights):
+    for rows in rows_of(store, job, run, weights):
         if keeper is not None:
             keeper.add(rows.rows, rows.read, rows.weight, rows.samples)
         places = rows.samples - samples[0]
@@ -292,7 +373,7 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
     if job.kept is not None and folded.shape[1]:
         write_folded(job.kept, samples[0], folded)
     for tests in job.plan.test_blocks:
-        values = folded_columns(_load_tests(job, tests).values, segments)
+        values = folded_columns(_load_tests(job, tests, job.checkpoint).values, segments)
         columns = slice(*tests)
         if averages is not None:  # all test samples are one block then, and the columns are the groups
             values = averages.T @ values
@@ -308,7 +389,7 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
 @single_threaded_blas
 def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What factored rows of `run` add to the relevance for `tests`, shape (sample, column)."""
-    kept, block, averages = _open_kept(job), _held_tests(job, tests), job.averages()
+    kept, block, averages = _open_kept(job), held_tests(job, tests), job.averages()
     total = _no_scores(job.n_samples, block, averages)
     if kept.rows is None:
         return (total,)
@@ -331,7 +412,7 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
     values = None
     if kept.folded is not None:
         segments = dense_segments(job.store().layout)
-        values, averages = folded_columns(_held_tests(job, tests).values, segments), job.averages()
+        values, averages = folded_columns(held_tests(job, tests).values, segments), job.averages()
         values = values if averages is None else averages.T @ values
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
         own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))

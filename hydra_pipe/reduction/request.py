@@ -11,7 +11,9 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.plan.parts import shards_of
 from hydra_pipe.plan.reduction import (
+    BY_SAMPLES,
     Answered,
     ReductionInput,
     ReductionPlan,
@@ -20,24 +22,32 @@ from hydra_pipe.plan.reduction import (
     plan_reduction,
 )
 from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.solving import SolveInput, plan_solve
 from hydra_pipe.plan.sweeping import SweepInput, plan_sweep
 from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.hydra import Job
+from hydra_pipe.reduction.methods import Method, method_named
 from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
+from hydra_pipe.reduction.weights import Ints, last_rows
 from hydra_pipe.store import names
+from hydra_pipe.store.counts import Counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import Hypergradients
 from hydra_pipe.store.prefix import open_recording
-from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, Columns, result_name
+from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, ITSELF, MEAN, Columns, result_name
 from hydra_pipe.store.run import KEEP, PRUNED, RECORD, UPTO, RunDirectory, Settings
 from hydra_pipe.store.space import room_for
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
-SWEEPS = ("hydra-fisher",)
-# that train again, and need torch and the pipeline (`replay`)
-REPLAYS = ("hydra-exact",)
-METHODS = ("hydra", *SWEEPS, *REPLAYS)
+# orders whose passes are each of some samples
+_OF_SAMPLES = ("fold first", BY_SAMPLES)
+# why chunks are not the user's to choose
+_READING = {
+    "sweep": "reads whole files, step by step",
+    "solve": "divides what it reads by what its matrix leaves",
+    "replay": "reads no rows",
+}
 # The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
 # is spared of the bounds (benchmarks/RESULTS.md) is more.
 _SAME_BASE_BYTES = 16 * 2**20
@@ -84,9 +94,12 @@ class Request:
     Args:
         directory, gradients: of the run.
         n_samples: training samples.
-        checkpoint: step of the test gradients.
+        method: that is asked for.
+        checkpoint: step of the test gradients, of the last ones where several are used.
+        checkpoints: steps of all that are used, ascending.
         columns: of the result.
         groups: group of each test sample, shape (test,), where columns are their means.
+        last: the last row of each sample, where the method looks at no others; else None.
         options: as given.
         scheduler: that is to compute it, not entered yet.
         engine: of a method that needs more than the store.
@@ -95,9 +108,12 @@ class Request:
     directory: RunDirectory
     gradients: Gradients
     n_samples: int
+    method: Method
     checkpoint: int
+    checkpoints: tuple[int, ...]
     columns: Columns
     groups: NDArray[np.int64] | None
+    last: Ints | None
     options: Options
     scheduler: Scheduler
     engine: Engine | None = None
@@ -112,7 +128,8 @@ class Request:
         """What the result depends on."""
         selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
         first = {} if self.options.upto is None else {UPTO: self.options.upto}
-        return {"checkpoint": self.checkpoint} | selected | first
+        tested = {"checkpoint": self.checkpoint} if self.method.of_tests else {}
+        return tested | selected | first
 
     @property
     def kept(self) -> Path:
@@ -124,42 +141,53 @@ class Request:
         """Whether kept hypergradients answer it."""
         stage = self.directory.stages.get(KEEP)
         # what is kept is of all steps, and of method hydra
-        wanted = not self.options.keep_hypergradients and self.options.upto is None and self.options.method == "hydra"
+        wanted = not self.options.keep_hypergradients and self.options.upto is None and self.method.keeps
         return wanted and stage is not None and stage.state == "complete"
 
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
         memory_bytes = parse_bytes(self.options.memory)
         given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, workers)
-        given = replace(given, keeping=self.options.keep_hypergradients, kept=self.from_kept)
+        given = replace(
+            given,
+            keeping=self.options.keep_hypergradients,
+            kept=self.from_kept,
+            folds=self.method.of_tests and self.last is None and len(self.checkpoints) == 1,
+            norms=self.method.cosine or not self.method.of_tests,
+            checkpoints=len(self.checkpoints),
+        )
+        if self.last is not None:
+            given = replace(given, shards=tuple(shards_of(self.last.tolist(), given.part_rows, given.shard_rows)))
         if answered is not None and abs(answered.base_bytes - given.base_bytes) <= _SAME_BASE_BYTES:
             given = replace(given, base_bytes=answered.base_bytes)
         if self.engine is not None:
             return given, self.engine.plan(given, answered)
-        if self.options.method in SWEEPS:
+        width = Expansion(self.gradients.layout).width
+        if self.method.work == "solve":
+            assert self.last is not None
+            return given, plan_solve(SolveInput(given, width, len(self.last)))
+        if self.method.work == "sweep":
             most_rows = int(self.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
-            what = SweepInput(given, Expansion(self.gradients.layout).width, most_rows)
+            what = SweepInput(given, width, most_rows)
             return given, plan_sweep(what, 0 if answered is None else answered.done)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
 
 
 def requested(run: str | os.PathLike[str], options: Options) -> Request:
-    """Check `options` against a run. Reads metadata only.
+    """Check `options` against a run. Reads metadata, and for methods of the last rows which row is of which sample and step.
 
     Raises:
         RunError, StoreError, UsageError: see `hydra_pipe.reduce`.
     """
-    if options.method not in METHODS:
-        raise UsageError(f"--method {options.method} is unknown: choose one of {', '.join(METHODS)}")
+    method = method_named(options.method)
     scheduler = scheduler_of(options.scheduler)
     if options.by is not None and options.by not in GROUPINGS:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)
     parse_bytes(options.memory)
-    if options.method != "hydra":
-        _check_not_hydra(options)
+    _check_method(options, method)
     if options.rank is not None:
-        _check_rank(options)
+        _check_rank(options, method)
     if options.upto is not None and options.keep_hypergradients:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
@@ -168,38 +196,67 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise RunError(
             f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
         )
-    if directory.stages[RECORD].facts.get(PRUNED) and options.method in SWEEPS:
-        raise RunError(f"{directory.path}: its gradients were pruned: only --method hydra is answered without them")
+    if directory.stages[RECORD].facts.get(PRUNED) and not (method.keeps or method.work == "replay"):
+        raise RunError(f"{directory.path}: its gradients were pruned: only hydra, and hydra-exact, are answered without them")
     n_tests = counts.n_tests
+    checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
+    last = last_rows(gradients, counts.n_samples) if method.last_rows else None
+    if last is not None and not last.size:
+        raise RunError(f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from")
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
-    columns, groups = _grouped(Columns(spans), gradients, options.by)
-    request = Request(directory, gradients, counts.n_samples, counts.checkpoint, columns, groups, options, scheduler)
+    columns, groups = _grouped(Columns(spans), gradients, options.by) if method.of_tests else (Columns((), ITSELF, (ITSELF,)), None)
+    found = (counts.n_samples, method, counts.checkpoint, checkpoints, columns, groups, last)
+    request = Request(directory, gradients, *found, options, scheduler)
     if request.from_kept:
         Hypergradients(request.kept, gradients).check(gradients, counts.n_samples)
     return request
 
 
-def _check_not_hydra(options: Options) -> None:
-    if options.keep_hypergradients:
-        raise UsageError(f"--keep-hypergradients is for --method hydra: {options.method} has none that do not depend on the tests")
-    if options.chunks != "auto":
-        raise UsageError(f"--chunks is for --method hydra: {options.method} goes step by step")
-    if options.method in REPLAYS and options.scheduler not in ("threads", "synchronous"):
-        raise UsageError(f"--scheduler {options.scheduler}: {options.method} trains again, in this process: leave it out")
+def _check_method(options: Options, method: Method) -> None:
+    """Refuse options that mean nothing to the method. Raises: UsageError."""
+    if options.keep_hypergradients and not method.keeps:
+        why = "reads each row once" if method.last_rows or not method.of_tests else "has none that do not depend on the tests"
+        why = "weighs rows in another way" if method.on_the_way else why
+        raise UsageError(f"--keep-hypergradients is for --method hydra: {method.name} {why}")
+    if options.chunks != "auto" and method.work != "sum":
+        raise UsageError(f"--chunks is for --method hydra: {method.name} {_READING[method.work]}")
+    if method.work == "replay" and options.scheduler not in ("threads", "synchronous"):
+        raise UsageError(f"--scheduler {options.scheduler}: {method.name} trains again, in this process: leave it out")
+    asked = {"--tests": options.tests, "--by": options.by if options.by == BY_LABEL else None}
+    asked["--mean"] = options.by if options.by == MEAN else None
+    for option, value in asked.items():
+        if value is not None and not method.of_tests:
+            raise UsageError(f"{option} is for methods of test samples: {method.name} is of each training sample for itself")
 
 
-def _check_rank(options: Options) -> None:
-    if options.method not in REPLAYS:
-        raise UsageError(f"--rank is for --method hydra-exact: {options.method} does not need it")
+def _check_rank(options: Options, method: Method) -> None:
+    if method.work != "replay":
+        raise UsageError(f"--rank is for --method hydra-exact: {method.name} does not need it")
     if options.by is not None:
         raise UsageError(f"--rank: means by {options.by} are few columns already: leave it out")
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank {options.rank}: give 1 or more")
 
 
-def shares(results: list[float | None]) -> dict[str, Any]:
-    """What the manifest keeps of what passes give: the share of the curvature that saturation has left, where there is any."""
+def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
+    """Steps after which test gradients were taken that count, up to the last. Raises: UsageError: of other test samples."""
+    steps = [step for step in gradients.test_steps() if step <= counts.checkpoint]
+    for step in steps:
+        n_tests = gradients.test_rows(step).n_rows
+        if n_tests != counts.n_tests:
+            raise UsageError(
+                f"{gradients.path} has {n_tests} test gradients after {step} steps and {counts.n_tests} after {counts.checkpoint}: "
+                f"--method tracin takes each test sample's at all of them: choose another method, or record with the same tests"
+            )
+    return tuple(steps)
+
+
+def measured(method: Method, results: list[float | None]) -> dict[str, Any]:
+    """What the manifest keeps of what passes give: of a sweep the share of the curvature that saturation has left, mean over the
+    passes; of a linear system its damping."""
     found = [share for share in results if share is not None]
+    if method.work == "solve":
+        return {"damping": found[-1]}
     return {"curvature_left": sum(found) / len(found)} if found else {}
 
 
@@ -228,9 +285,9 @@ def reduction_input(
         n_features=gradients.layout.n_features,
         n_folding=sum(s.columns[1] - s.columns[0] for s in dense_segments(gradients.layout)),
         n_samples=n_samples,
-        n_tests=columns.n_tests,
+        n_tests=max(1, columns.n_tests),
         n_columns=columns.n_columns,
-        grouped=columns.by is not None,
+        grouped=columns.by in GROUPINGS,
         n_steps=gradients.n_steps,
         n_blocks=len(gradients.layout.blocks),
         n_groups=gradients.n_groups,
@@ -253,7 +310,7 @@ def summary(request: Request, given: ReductionInput, plan: ReductionPlan) -> str
     if request.engine is not None:
         return ", ".join(f"{name}: {value}" for name, value in request.engine.lines(plan).items())
     return (
-        f"{given.n_rows:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
+        f"{given.n_read:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
         f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
         + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
@@ -265,9 +322,9 @@ def described(request: Request, given: ReductionInput, plan: ReductionPlan) -> s
     run_path = request.directory.path
     if request.engine is not None:
         return _aligned(request.engine.lines(plan) | {"written": room_for(plan.written_bytes, run_path)})
-    what, blocks = ("samples", plan.sample_blocks) if plan.order == "fold first" else ("test samples", plan.test_blocks)
+    what, blocks = ("samples", plan.sample_blocks) if plan.order in _OF_SAMPLES else ("test samples", plan.test_blocks)
     lines = {
-        "rows x features": f"{given.n_rows:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
+        "rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
         "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"
         + (f", in {given.n_columns:,} groups" if given.grouped else ""),
         "order": plan.order,

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import BACKWARD, Answered, Order, ReductionInput, ReductionPlan
+from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, Answered, Order, ReductionInput, ReductionPlan
 from hydra_pipe.plan.sweeping import chunk_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
-from hydra_pipe.reduction.request import Request, described, facts, shares, summary
+from hydra_pipe.reduction.influence import graphs as solving_graphs
+from hydra_pipe.reduction.request import Request, described, facts, measured, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
@@ -26,6 +27,8 @@ from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stag
 from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.store.sweeps import remove_states
 
+# orders whose first pass may take long, and is divided by the memory that its process had
+_DIVIDED = (BACKWARD, BY_SAMPLES, BY_FEATURES)
 # of the manifest's facts of a reduction that is not finished
 _ANSWERED = "answered"
 
@@ -68,11 +71,16 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:
             _begin(request, given, plan)
-            if plan.order == BACKWARD:  # whose first pass may be gone on with in its middle
+            if plan.order in _DIVIDED:  # that is gone on with, or begun anew, with the same memory
                 _mark(request, Answered(plan.order, 0, given.base_bytes))
         else:
             _resume(request)
             progress.say(f"going on after {answered.done:,} {'samples' if answered.order == 'fold first' else 'test samples'}")
+        if request.method.on_the_way and len(request.checkpoints) == 1:
+            progress.say(
+                f"{request.method.name} takes the test gradients at the end for all steps; TracIn's own are those on the way: "
+                "record with --test-every epoch"
+            )
         start = time.monotonic()
         progress.say(summary(request, given, plan))
         say_if_tight(plan.written_bytes, directory.path, progress)
@@ -90,7 +98,8 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     seconds = time.monotonic() - start
     if plan.order == BACKWARD:
         remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
-    found = {"seconds": seconds, "n_tests": given.n_tests, "n_columns": given.n_columns, "plan": facts(whole)} | shares(results)
+    found = {"seconds": seconds, "n_tests": request.columns.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
+    found |= measured(request.method, results)
     found |= request.engine.facts() if request.engine is not None else {}
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
@@ -117,7 +126,9 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
     if plan.order == BACKWARD:
         width = chunk_columns(plan.test_blocks[0][1])
-    create_relevance(_store(request), name, request.options.method, given.n_samples, request.columns, width, directory.run_id)
+    method = request.method
+    attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
+    create_relevance(_store(request), name, attributes, given.n_samples, request.columns, width, directory.run_id)
     if keeping:
         create_hypergradients(request.kept, request.gradients, given.n_samples)
 
@@ -152,7 +163,7 @@ def _answered(request: Request) -> Answered | None:
     order, done, base_bytes = found.get("order"), found.get("done"), found.get("base_bytes")
     if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
         return None
-    n = request.columns.n_columns if order == BACKWARD else request.columns.n_tests
+    n = request.columns.n_columns if order == BACKWARD else max(1, request.columns.n_tests)
     n = request.n_samples if order == "fold first" else n
     return Answered(cast(Order, order), done, base_bytes) if done <= n else None
 
@@ -189,16 +200,20 @@ def _compute(
         kept=kept,
         plan=plan,
         prefix=request.gradients.prefix,
+        method=request.method.name,
+        checkpoints=request.checkpoints,
         in_place=not given.processes,
     )
-    n_rows = given.n_rows if not request.from_kept or given.n_factored else 0
+    n_rows = given.n_read if not request.from_kept or given.n_factored else 0
+    of_graph = n_rows * (plan.passes if request.method.work == "solve" else 1)
     n_counted = n_rows * plan.passes
-    passes = sweep_graphs if plan.order == BACKWARD else graphs
     if request.engine is not None:
         n_counted, passes = request.engine.n_counted(plan), request.engine.passes
+    else:
+        passes = {"sum": graphs, "sweep": sweep_graphs, "solve": solving_graphs}[request.method.work]
     results = []
     with progress.task("reduce", n_counted, "rows") as task:
-        for span, graph in passes(job, using.counter(task.advance, n_rows)):
+        for span, graph in passes(job, using.counter(task.advance, of_graph)):
             results.append(using.compute(graph))
             _mark(request, Answered(plan.order, span[1], given.base_bytes))
     return results

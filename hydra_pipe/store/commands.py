@@ -3,9 +3,11 @@
 import shlex
 
 from hydra_pipe.store import names
+from hydra_pipe.store.relevance import BY_LABEL, MEAN, parts_of_result, result_name
 from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, export_stage, reduce_stage
 
-_BY_LABEL, _MEAN = "-by-label", "-mean"
+# whose hypergradients can be kept, and that needs no option
+_DEFAULT = "hydra"
 
 
 def command_of(run: RunDirectory, stage: str) -> str:
@@ -16,9 +18,10 @@ def command_of(run: RunDirectory, stage: str) -> str:
     if stage == KEEP:
         return f"{command_of(run, kept_with(run))} --keep-hypergradients"
     if stage.startswith(reduce_stage("")):
-        method = stage.removeprefix(reduce_stage(""))
-        flags = ["--by", "label"] if method.endswith(_BY_LABEL) else ["--mean"] if method.endswith(_MEAN) else []
-        return _command("reduce", str(run.path), *flags, **{"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO)})
+        method, by, _ = parts_of_result(stage.removeprefix(reduce_stage("")))
+        flags = ["--by", "label"] if by == BY_LABEL else ["--mean"] if by == MEAN else []
+        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO)}
+        return _command("reduce", str(run.path), *flags, **options, **{"--method": None if method == _DEFAULT else method})
     method = stage.removeprefix(export_stage(""))
     full = ["--full"] if settings.get("full") else []
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
@@ -26,8 +29,8 @@ def command_of(run: RunDirectory, stage: str) -> str:
 
 def kept_with(run: RunDirectory) -> str:
     """The reduction that hypergradients are kept with: one of all steps that is there, or that of all test samples."""
-    there = (name for name, stage in run.stages.items() if name.startswith(reduce_stage("")) and UPTO not in stage.settings)
-    return next(there, reduce_stage("hydra"))
+    able = [reduce_stage(result_name(_DEFAULT, by)) for by in (None, BY_LABEL, MEAN)]
+    return next((name for name in run.stages if name in able), able[0])
 
 
 def _record(run: RunDirectory, settings: Settings) -> str:

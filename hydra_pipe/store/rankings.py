@@ -7,8 +7,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hydra_pipe.store import names
-
 PARTS: Final = "part-{:05d}.parquet"
 SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
@@ -22,13 +20,13 @@ def is_table(name: str) -> bool:
     return _TABLE.fullmatch(name) is not None
 
 
-def metadata(method: str, run_id: str) -> dict[str, str]:
+def metadata(method: str, sign: str, unit: str, run_id: str) -> dict[str, str]:
     """What stands in every table's schema: which method, sign and unit, of which run."""
     return {
         "hydra_pipe.schema_version": SCHEMA_VERSION,
         "hydra_pipe.method": method,
-        "hydra_pipe.sign": names.SIGN_TEXT,
-        "hydra_pipe.unit": names.UNIT_TEXT,
+        "hydra_pipe.sign": sign,
+        "hydra_pipe.unit": unit,
         "hydra_pipe.run_id": run_id,
     }
 

@@ -21,7 +21,10 @@ CHUNK_SAMPLES, CHUNK_TESTS = 4096, 64
 
 
 BY_LABEL, MEAN = "label", "mean"
+_IN_WORDS = (names.METHOD, names.SIGN, names.UNIT)
 GROUPINGS = (BY_LABEL, MEAN)
+# what the one column is of, where training samples meet themselves and no test sample
+ITSELF = "self"
 
 
 def result_name(method: str, by: str | None, upto: int | None = None, rank: int | None = None) -> str:
@@ -32,14 +35,22 @@ def result_name(method: str, by: str | None, upto: int | None = None, rank: int 
     return name if by is None else f"{name}-by-label" if by == BY_LABEL else f"{name}-mean"
 
 
+def parts_of_result(name: str) -> tuple[str, str | None, int | None]:
+    """What `result_name` made `name` of: method, by, upto."""
+    by = next((by for by in GROUPINGS if name.endswith(result_name("", by))), None)
+    name = name if by is None else name.removesuffix(result_name("", by))
+    method, _, upto = name.partition("-upto-")
+    return method, by, int(upto) if upto.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class Columns:
     """What the columns of a relevance array are.
 
     Args:
         tests: spans of test samples, in ascending order.
-        by: None: one column for each; else their mean by "label", or over all of them ("mean").
-        names: of the groups, where there are any: labels, or the one name "mean".
+        by: None: one column for each; else their mean by "label", or over all of them ("mean"); or "self": one, without tests.
+        names: of the groups, where there are any: labels, or the one name "mean" or "self".
     """
 
     tests: tuple[Span, ...]
@@ -72,7 +83,7 @@ class Columns:
         Raises:
             StoreError: there are fewer labels than test samples.
         """
-        if self.by == MEAN:
+        if self.by in (MEAN, ITSELF):
             return None
         if self.by == BY_LABEL:
             named = any(isinstance(name, str) for name in self.names)
@@ -84,7 +95,7 @@ class Columns:
     def to_attributes(self) -> dict[str, Any]:
         """As the array keeps them."""
         grouping = {} if self.by is None else {names.BY: self.by, names.LABEL_NAMES: list(self.names)}
-        return {names.TESTS: write_selection(self.tests)} | grouping
+        return grouping if self.by == ITSELF else {names.TESTS: write_selection(self.tests)} | grouping
 
 
 def write_group(path: Path, run_id: str) -> None:
@@ -109,7 +120,9 @@ def _group_attributes(run_id: str) -> dict[str, Any]:
     return {names.KIND: "relevance", names.RUN_ID: run_id}
 
 
-def create_relevance(path: Path, name: str, method: str, n_samples: int, columns: Columns, width: int, run_id: str) -> Array:
+def create_relevance(
+    path: Path, name: str, attributes: dict[str, str], n_samples: int, columns: Columns, width: int, run_id: str
+) -> Array:
     """A new array, float32, dimensions (sample, test) or (sample, group); sign and unit stand in its attributes.
 
     It is safe on the disk when this returns, without data.
@@ -117,7 +130,7 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
     Args:
         path: of the store.
         name: of the array.
-        method: that it is of.
+        attributes: method, sign and unit, in words.
         n_samples: training samples.
         columns: what it has a column for.
         width: columns that are written together, so that no chunk is written in two pieces.
@@ -125,11 +138,10 @@ def create_relevance(path: Path, name: str, method: str, n_samples: int, columns
     """
     write_group(path, run_id)
     remove(path / name)
-    attributes = {names.METHOD: method, names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT} | columns.to_attributes()
     chunks = (chunk_samples(n_samples), min(CHUNK_TESTS, width))
     dimensions = (names.SAMPLE_DIM, names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM)
     shape = (n_samples, columns.n_columns)
-    array = Array.create(path / name, shape, "float32", dimensions, chunks, attributes=attributes)
+    array = Array.create(path / name, shape, "float32", dimensions, chunks, attributes=attributes | columns.to_attributes())
     sync_tree(array.path)
     for part in (path / METADATA, path, path.parent):
         sync(part)
@@ -147,9 +159,9 @@ def columns_of(array: Array) -> Columns:
     try:
         by = found.get(names.BY)
         # no number of test samples is given here that could be too small for an id
-        tests = parse_selection(found[names.TESTS], sys.maxsize)
-        if by not in (None, *GROUPINGS) or not isinstance(found[names.METHOD], str):
-            raise ValueError(f"means by {shown(by)} of method {shown(found[names.METHOD])}")
+        tests = () if by == ITSELF else parse_selection(found[names.TESTS], sys.maxsize)
+        if by not in (None, *GROUPINGS, ITSELF) or not all(isinstance(found[name], str) for name in _IN_WORDS):
+            raise ValueError(f"means by {shown(by)} of method {shown(found[names.METHOD])} in {shown(found[names.UNIT])}")
         columns = Columns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
         if columns.n_columns != array.shape[1]:
             raise ValueError(f"attributes for {columns.n_columns} columns")

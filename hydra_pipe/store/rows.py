@@ -105,10 +105,15 @@ class Rows:
         part = next(i for i, end in enumerate(ends[1:]) if row < end)
         return min(ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows, ends[part + 1])
 
-    def stream(self, run: tuple[int, int], at_once: int) -> Iterator["Piece"]:
+    def stream(self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None) -> Iterator["Piece"]:
         """The rows of `run` in order, at most `at_once` in each piece and none of two files. A piece is to be used before the next.
 
         The next file is fetched while the present one is worked on: two files are in memory.
+
+        Args:
+            run: first and one past the last row.
+            at_once: rows.
+            only: files without any of these rows, ascending, are left out; None: none is.
 
         Raises:
             StoreError: damaged.
@@ -119,6 +124,8 @@ class Rows:
             for start in range(first // self.shard_rows * self.shard_rows, last, self.shard_rows)
         ]
         ends = [0, *ends_of(self.part_rows)]
+        if only is not None:
+            files = [file for file in files if has_any(only, ends[file[0]] + file[1] + file[2], ends[file[0]] + file[1] + file[3])]
         window = _Window(self.dtype)
         with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
 
@@ -147,6 +154,11 @@ class Rows:
     def scales(self, rows: slice) -> NDArray[np.float32]:
         """Scales of some rows, shape (row, block). Raises: StoreError: damaged."""
         return joined(lambda part, own: read_array(self._scales[part], own), rows, self.part_rows)
+
+
+def has_any(rows: NDArray[np.int64], first: int, last: int) -> bool:
+    """Whether any of `rows`, ascending, is in [first, last)."""
+    return bool(np.searchsorted(rows, first) < np.searchsorted(rows, last))
 
 
 def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: Sequence[int]) -> NDArray[Any]:

@@ -24,8 +24,8 @@ KEEP = "keep hypergradients"
 PRUNED, COMMITTED = "pruned", "committed"
 # setting of a reduction: of the first steps only
 UPTO = "upto"
-# facts: SHA-256 of the file of a stage's footprints, and of that of what it was computed from
-CHECKSUMS, OF_RECORD, OF_REDUCE = "checksums", "of_record", "of_reduce"
+# facts: SHA-256 of the file of a stage's footprints, and of those of what it was computed from
+CHECKSUMS, OF_RECORD, OF_REDUCE, OF_SELF = "checksums", "of_record", "of_reduce", "of_self"
 
 
 def reduce_stage(method: str) -> str:

@@ -18,12 +18,21 @@ from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import Hypergradients
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
-from hydra_pipe.store.relevance import columns_of, group_is_whole, open_array, open_relevance
+from hydra_pipe.store.relevance import (
+    ITSELF,
+    columns_of,
+    group_is_whole,
+    open_array,
+    open_relevance,
+    parts_of_result,
+    result_name,
+)
 from hydra_pipe.store.run import (
     CHECKSUMS,
     KEEP,
     OF_RECORD,
     OF_REDUCE,
+    OF_SELF,
     PRUNED,
     RECORD,
     UPTO,
@@ -172,15 +181,21 @@ def _pruned(run: RunDirectory, stage: str) -> frozenset[str]:
 
 def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
     """Whether `stage` was computed from what is there now."""
-    source, fact, what = RECORD, OF_RECORD, "recording"
+    sources = [(RECORD, OF_RECORD, "recording")]
+    facts = run.stages[stage].facts
     if stage.startswith(_EXPORT):
-        source, fact, what = reduce_stage(stage.removeprefix(_EXPORT)), OF_REDUCE, "relevance"
-    if stage == RECORD or source not in run.stages or UPTO in run.stages[stage].settings:
+        method = stage.removeprefix(_EXPORT)
+        sources = [(reduce_stage(method), OF_REDUCE, "relevance")]
+        if OF_SELF in facts:
+            own = result_name(ITSELF, None, parts_of_result(method)[2])
+            sources.append((reduce_stage(own), OF_SELF, "relevance of samples for themselves"))
+    if stage == RECORD or UPTO in run.stages[stage].settings:
         return  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
-    present = run.stages[source].facts.get(CHECKSUMS)
-    if present is not None and run.stages[stage].facts.get(fact) != present:
-        found = f"is stale: it was computed from another {what} than the one that is there"
-        yield Fault(area_of(stage), found, consequence, stage=stage)
+    for source, fact, what in sources:
+        present = run.stages[source].facts.get(CHECKSUMS) if source in run.stages else None
+        if present is not None and facts.get(fact) != present:
+            found = f"is stale: it was computed from another {what} than the one that is there"
+            yield Fault(area_of(stage), found, consequence, stage=stage)
 
 
 def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints | None) -> Iterator[Fault]:

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from typer.testing import CliRunner
 
 import hydra_pipe
 from hydra_pipe.cli.app import app
+from hydra_pipe.reduction.methods import METHODS
+from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.relevance import parts_of_result, result_name
+from hydra_pipe.store.run import RunDirectory
 
 
 @pytest.fixture
@@ -50,3 +55,34 @@ def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
     assert "pruned already, nothing to do" in call("prune", str(run))
     assert "healthy" in call("verify", str(run))
     call("reduce", str(run), "--tests", "0", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--method", "grad-dot"], "grad-dot"),
+        (["--method", "influence", "--mean"], "influence-mean"),
+        (["--method", "tracin", "--by", "label", "--tests", "0-4"], "tracin-by-label"),
+        (["--method", "self"], "self"),
+    ],
+)
+def test_what_is_advised_makes_the_same_result_again(run: Path, options: list[str], name: str) -> None:
+    said = call("reduce", str(run), *options)
+    assert "self_relevance" in said if name == "self" else f"next: hydra-pipe export {run} --method {name}\n" in said
+    again = command_of(RunDirectory.open(run), f"reduce {name}")
+    assert "nothing to do" in call(*again.split()[1:])
+    assert hydra_pipe.open_run(run).methods == [name]
+
+
+def test_every_method_is_in_the_help_and_in_the_documents() -> None:
+    text, helped = (ROOT / "docs/methods.md").read_text(), re.sub(r"\s+", "", call("reduce", "--help"))  # lines end at hyphens
+    for method in METHODS:
+        assert f"`{method}`" in text
+        assert method in helped
+
+
+@pytest.mark.parametrize("method", ["hydra", "grad-cos", "up-to-date"])
+@pytest.mark.parametrize("by", [None, "label", "mean"])
+@pytest.mark.parametrize("upto", [None, 12])
+def test_a_name_of_a_result_is_taken_apart_as_it_was_made(method: str, by: str | None, upto: int | None) -> None:
+    assert parts_of_result(result_name(method, by, upto)) == (method, by, upto)

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # of the manifest: what is of the clock and of the disk, and not of the result; and checksums of files that have the run's id
 _PARTICULAR = ("seconds", "train_seconds", "test_seconds", "checkpoint_seconds", "stalls", "stalled_seconds")
-_PARTICULAR += ("checksums", "of_record", "of_reduce")
+_PARTICULAR += ("checksums", "of_record", "of_reduce", "of_self")
 KILLED = -9
 
 

@@ -13,6 +13,7 @@ from conftest import conv_pipeline
 
 import hydra_pipe
 from hydra_pipe.exporting import run as export_module
+from hydra_pipe.store.run import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,52 @@ def test_reducing_again_removes_rankings_of_the_old_relevance(exported: Path) ->
     hydra_pipe.reduce(exported, overwrite=True)
     assert not tables(exported).exists()
     assert hydra_pipe.export(exported) is True
+
+
+def self_relevance(run: Path, method: str = "hydra") -> np.ndarray:
+    return pq.read_table(run / "rankings" / f"method={method}" / "samples.parquet")["self_relevance"].to_numpy()
+
+
+def test_self_relevance_is_filled_once_it_was_computed_and_stays_true(exported: Path) -> None:
+    assert not hydra_pipe.export(exported, top=4, full=True)
+    hydra_pipe.reduce(exported, method="self")
+    assert hydra_pipe.verify(exported) == []
+    assert hydra_pipe.export(exported, top=4, full=True)  # what was written before lacks it
+    assert np.array_equal(self_relevance(exported), np.asarray(hydra_pipe.open_run(exported).relevance("self"))[:, 0])
+    assert (self_relevance(exported) > 0).all()
+    assert hydra_pipe.verify(exported) == []
+    assert not hydra_pipe.export(exported, top=4, full=True)
+    hydra_pipe.reduce(exported, method="self", overwrite=True)  # the same bytes
+    assert not hydra_pipe.export(exported, top=4, full=True)
+
+
+def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
+    hydra_pipe.reduce(exported, method="self")
+    hydra_pipe.export(exported, top=4, full=True)
+    directory = RunDirectory.open(exported)
+    directory.stages["export hydra"].facts["of_self"] = "0" * 64
+    directory.save("export hydra")
+    (fault,) = hydra_pipe.verify(exported)
+    assert "is stale: it was computed from another relevance of samples for themselves" in fault.found
+    assert hydra_pipe.export(exported, top=4, full=True)
+    assert hydra_pipe.verify(exported) == []
+
+
+def test_results_of_the_first_steps_have_the_self_relevance_of_these(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hydra_pipe.record(conv_pipeline(), run, test_every="epoch")
+    hydra_pipe.reduce(run, upto=4)
+    hydra_pipe.reduce(run, method="self")
+    hydra_pipe.export(run, method="hydra-upto-4")
+    assert np.isnan(self_relevance(run, "hydra-upto-4")).all()
+    hydra_pipe.reduce(run, method="self", upto=4)
+    hydra_pipe.export(run, method="hydra-upto-4")
+    expected = np.asarray(hydra_pipe.open_run(run).relevance("self-upto-4"))[:, 0]
+    assert np.array_equal(self_relevance(run, "hydra-upto-4"), expected)
+
+
+def test_tables_say_the_unit_of_their_method(exported: Path) -> None:
+    hydra_pipe.reduce(exported, method="grad-cos")
+    hydra_pipe.export(exported, method="grad-cos")
+    for file in (exported / "rankings" / "method=grad-cos").rglob("*.parquet"):
+        assert pq.read_schema(file).metadata[b"hydra_pipe.unit"] == b"cosine, from -1 to 1"

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_pipe.plan.parts import ends_of, shard_start, split
+from hydra_pipe.plan.parts import ends_of, rows_of_shards, shard_start, shards_of, split
 
 PARTS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
@@ -31,3 +31,20 @@ def test_shards_begin_anew_with_each_part_and_cover_every_row(part_rows: list[in
         assert rows[first][1] % shard_rows == 0
         assert 0 < last - first <= shard_rows
         assert len({part for part, _ in rows[first:last]}) == 1
+
+
+@given(
+    part_rows=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
+    shard_rows=st.integers(1, 9),
+    data=st.data(),
+)
+def test_shards_of_rows_are_those_that_hold_them(part_rows: list[int], shard_rows: int, data: st.DataObject) -> None:
+    rows = sorted(data.draw(st.sets(st.integers(0, sum(part_rows) - 1), min_size=1)))
+    bounds = [
+        (start + low, start + min(low + shard_rows, n))
+        for start, n in zip([0, *ends_of(part_rows)], part_rows, strict=False)
+        for low in range(0, n, shard_rows)
+    ]
+    expected = [i for i, (first, last) in enumerate(bounds) if any(first <= row < last for row in rows)]
+    assert list(shards_of(rows, part_rows, shard_rows)) == expected
+    assert rows_of_shards(expected, part_rows, shard_rows) == sum(last - first for first, last in (bounds[i] for i in expected))

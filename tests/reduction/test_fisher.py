@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ def test_the_sweep_works_in_the_columns_that_were_recorded(tmp_path: Path, optio
     assert relative_error(relevance(tmp_path / "run"), by_loop(tmp_path / "run")) < 1e-4
 
 
-def made_up(path: Path, n_ranks: int, curvature: float = 1.0) -> Path:
+def made_up(path: Path, n_ranks: int, curvature: float = 1.0, tested: Sequence[int] = ()) -> Path:
     """A recording of random rows: two groups of AdamW's kind, a factored block with a bias, some curvature unknown, steps of
     other lengths, of which a process may have none, and that are longer than a file."""
     generator = np.random.default_rng(1)
@@ -191,12 +191,13 @@ def made_up(path: Path, n_ranks: int, curvature: float = 1.0) -> Path:
             own = {names.FIRST_ROW: n_rows[k], names.N_ROWS: n, names.GRADIENT_SCALE: 0.5 + step / 10, names.IMBALANCE: 0.0}
             writer.append_step(line | own)
             n_rows[k] += n
-    tests = writers[0].test_rows(len(sizes))
-    for rows, views in tests.reserve(11):
-        views[names.GRADIENT][:] = generator.standard_normal((rows.stop - rows.start, 19))
-        views[names.SCALE][:] = 1.0
-        views[names.LOSS][:] = 0.0
-    writers[0].flush_test(tests)
+    for n_steps in (*tested, len(sizes)):
+        tests = writers[0].test_rows(n_steps)
+        for rows, views in tests.reserve(11):
+            views[names.GRADIENT][:] = generator.standard_normal((rows.stop - rows.start, 19))
+            views[names.SCALE][:] = 1.0
+            views[names.LOSS][:] = 0.0
+        writers[0].flush_test(tests)
     writers[0].write_labels(names.TEST_LABELS, np.arange(11) % 3)
     for writer in reversed(writers):
         writer.close()

@@ -30,6 +30,7 @@ N_SAMPLES, N_STEPS, SHARD_ROWS = 30, 40, 8
 SIZES = [(1, 2, 3), (2, 3, 1), (2, 1, 2)]
 RUN_ID = "0" * 32
 ALL = Columns(((0, 4),))
+WORDS = {"method": "hydra", "sign": "as it is", "unit": "test loss"}
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
 
 
 def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
-    create_relevance(target, "hydra", "hydra", N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
+    create_relevance(target, "hydra", WORDS, N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
     job = Job(store.path, N_STEPS, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan)
     for _, graph in graphs(job, rows.append):
         graph.compute(scheduler="synchronous")

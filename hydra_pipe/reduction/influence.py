@@ -1,0 +1,205 @@
+"""Method `influence`, out of core: the matrix of the empirical Fisher, made from the last rows and solved in one task.
+
+What is computed is in `maths/influence.py`; the two ways of `plan/solving.py` give the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from dask.delayed import Delayed, delayed
+from numpy.typing import NDArray
+
+from hydra_pipe.maths.influence import damped, inverse_damping
+from hydra_pipe.plan.reduction import BY_FEATURES, SAMPLE_MULTIPLE, Span
+from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.fisher import columns_of_tests
+from hydra_pipe.reduction.hydra import CountRows, Held, Job, held_last_rows, held_tests, held_weights, rows_of
+from hydra_pipe.reduction.loops import Workspace
+from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
+from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.relevance import write_relevance
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    """The one pass: test samples that are answered, and its graph, which gives the least damping of any block."""
+    yield (0, job.plan.test_blocks[-1][1]), delayed(influence)(job, count_rows)
+
+
+def influence(job: Job, count_rows: CountRows) -> float:
+    """Fill the relevance. Not `single_threaded_blas`: no worker is beside it.
+
+    Returns:
+        The least damping of any block.
+    """
+    rows = _LastRows(job, count_rows)
+    matrix = (_by_features if job.plan.order == BY_FEATURES else _by_samples)(job, rows)
+    answers = _answers_by_features if job.plan.order == BY_FEATURES else _answers_by_samples
+    array = Array.open(job.relevance)
+    for tests in job.plan.test_blocks:
+        found = answers(job, rows, matrix, tests)
+        first_column = tests[0] if job.groups is None else 0
+        relevance: Floats = np.zeros((job.n_samples, found.shape[1]), np.float32)
+        relevance[rows.samples] = found / max(1, len(found))
+        for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
+            write_relevance(array, low, first_column, relevance[low : low + SAMPLE_MULTIPLE])
+    return 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some of the last rows, and their places among these."""
+
+    held: Held
+    places: slice
+
+
+class _LastRows:
+    """The last row of each sample, in order, as often as they are asked for: g_i = c |B| r(i, t).
+
+    Args:
+        job: what is reduced.
+        count_rows: called with the number of rows that have been read.
+    """
+
+    def __init__(self, job: Job, count_rows: CountRows) -> None:
+        self._job, self._count_rows = job, count_rows
+        self.store = job.store()
+        self._weights, self._last = held_weights(job, self.store), held_last_rows(job, self.store)
+        schedule, series = self.store.schedules()
+        # of each block
+        self.inverse_damping: Doubles = inverse_damping(schedule)[series]
+        self._n_rows = self.store.rows_of_steps()[1]
+        self.samples: NDArray[np.int64] = np.empty(len(self._last), np.int64)
+        self._n_read = 0  # for all of them, once that is known
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def held(self, first: int, last: int) -> Iterator[_Piece]:
+        """Those at the places [first, last), a file or less at a time; they are not counted."""
+        run, start = (int(self._last[first]), int(self._last[last - 1]) + 1), first
+        for held in rows_of(self.store, self._job, run, self._weights, self._last):
+            places = slice(start, start + len(held.samples))
+            self.samples[places] = held.samples
+            yield _Piece(held, places)
+            start = places.stop
+
+    def pieces(self, first: int = 0) -> Iterator[_Piece]:
+        """Those from place `first` on. They are counted, and those before it as if they had been read."""
+        n_read = 0
+        for piece in self.held(first, len(self)):
+            yield piece
+            n_read += piece.held.n_read
+            self._count_rows(piece.held.n_read)
+        self._n_read = max(self._n_read, n_read)
+        self._count_rows(self._n_read - n_read)
+
+    def undamped(self, piece: _Piece) -> Floats:
+        """Weights of the rows of G Lambda^-1, shape (row, block)."""
+        weights: Floats = (piece.held.weight * self.inverse_damping).astype(np.float32)
+        return weights
+
+    def curvature(self, piece: _Piece) -> Doubles:
+        """d_i = rho_i / N of each, in the units of g_i.
+
+        Where c |B| is not the rows of the step in its process, the loss that the rows are of was scaled by the ratio, and rho by
+        its inverse.
+        """
+        held, rows = piece.held, self._last[piece.places]
+        rho = self.store.curvature(held.rows)[rows - held.rows.start].astype(np.float64)
+        part = np.searchsorted(np.cumsum(self.store.rows.part_rows), rows, side="right")
+        ratio = self._weights.values[held.steps, 0] / self._n_rows[held.steps, part]
+        return np.where(np.isnan(rho), 1.0, rho) / np.where(ratio > 0, ratio, np.inf) / len(self)
+
+
+def _by_samples(job: Job, rows: _LastRows) -> Doubles:
+    """A D + I, shape (place, place)."""
+    store, n = rows.store, len(rows)
+    segments, n_features = segments_of(store.layout), store.layout.n_features
+    matrix, d = np.empty((n, n)), np.empty(n)
+    for low, high in job.plan.sample_blocks:
+        held = _held_block(rows, low, high)
+        scorer = Scorer(held, segments, n_features, job.plan.reading.features)
+        for piece in rows.pieces(low):
+            scores = scorer(piece.held.read, rows.undamped(piece))
+            matrix[piece.places, low:high], matrix[low:high, piece.places] = scores, scores.T
+            d[piece.places] = rows.curvature(piece)
+    matrix *= d
+    return damped(matrix)
+
+
+def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
+    """The last rows at the places [low, high), to be scored against."""
+    n_features = rows.store.layout.n_features
+    stored = np.empty((high - low, n_features), rows.store.rows.dtype)
+    weight: Floats = np.empty((high - low, len(rows.store.layout.blocks)), np.float32)
+    for piece in rows.held(low, high):
+        own = slice(piece.places.start - low, piece.places.stop - low)
+        stored[own], weight[own] = piece.held.read(0, n_features), piece.held.weight
+    return decode_tests(stored, weight, segments_of(rows.store.layout))
+
+
+def _answers_by_samples(job: Job, rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+    """(A D + I)^-1 G Lambda^-1 H.T, shape (place, column)."""
+    layout, averages = rows.store.layout, job.averages()
+    scorer = Scorer(held_tests(job, tests), segments_of(layout), layout.n_features, job.plan.reading.features)
+    sides: Floats = np.empty((len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32)
+    for piece in rows.pieces():
+        scores = scorer(piece.held.read, rows.undamped(piece))
+        sides[piece.places] = scores if averages is None else scores @ averages
+    del scorer
+    return _solved(matrix, sides)
+
+
+def _by_features(job: Job, rows: _LastRows) -> Doubles:
+    """Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature)."""
+    expanded = _Expanded(rows)
+    matrix = np.zeros((expanded.width, expanded.width))
+    for piece in rows.pieces():
+        own = expanded(piece)
+        own *= np.sqrt(rows.curvature(piece)).astype(np.float32)[:, None]
+        matrix += own.T @ own
+    return damped(matrix)
+
+
+def _answers_by_features(job: Job, rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+    """G (F + Lambda)^-1 H.T, shape (place, column)."""
+    columns = tests if job.groups is None else (0, int(job.groups.max()) + 1)
+    expanded = _Expanded(rows)
+    sides = columns_of_tests(rows.store, job, expanded.expansion, columns)
+    sides *= expanded.root
+    solved = _solved(matrix, sides.T)
+    found: Floats = np.empty((len(rows), solved.shape[1]), np.float32)
+    for piece in rows.pieces():
+        found[piece.places] = expanded(piece) @ solved
+    return found
+
+
+class _Expanded:
+    """Rows of G Lambda^-1/2, factored blocks multiplied out, in a buffer that the next call overwrites."""
+
+    def __init__(self, rows: _LastRows) -> None:
+        layout = rows.store.layout
+        self._n_features, self._workspace = layout.n_features, Workspace()
+        self.expansion = Expansion(layout)
+        self.width = self.expansion.width
+        # of Lambda^-1, of each feature
+        self.root: Floats = np.empty(self.width, np.float32)
+        for first, last, block in self.expansion.spans:
+            self.root[first:last] = np.sqrt(rows.inverse_damping[block])
+
+    def __call__(self, piece: _Piece) -> Floats:
+        held = piece.held
+        out = self._workspace.matrix(len(held.samples), self.width)
+        self.expansion.expand(held.read(0, self._n_features), held.weight, out)
+        out *= self.root
+        return out
+
+
+def _solved(matrix: Doubles, sides: Floats) -> Floats:
+    return np.linalg.solve(matrix, sides.astype(np.float64)).astype(np.float32)

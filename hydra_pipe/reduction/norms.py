@@ -1,0 +1,72 @@
+"""Squared norms of stored rows, window by window, without multiplying factors out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.reduction.loops import Workspace, decode
+from hydra_pipe.reduction.scores import Floats, ReadWindow
+from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, overlap
+
+Doubles = NDArray[np.float64]
+
+
+class SquaredNorms:
+    """Of rows of one layout. Keeps its buffer from call to call.
+
+    Args:
+        segments: of the layout.
+        n_features: columns in all.
+        features_at_once: columns to read at a time.
+    """
+
+    def __init__(self, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
+        self._segments, self._n_features, self._features_at_once = segments, n_features, features_at_once
+        self._workspace = Workspace()
+
+    def __call__(self, read: ReadWindow, weight: NDArray[np.floating]) -> Doubles:
+        """sum_b weight_b |r_b|^2 for each row, r_b as stored: |outputs|^2 |inputs|^2 of a factored block.
+
+        Args:
+            read: gives the stored columns of the rows, shape (row, last - first).
+            weight: of each block in each row, with the square of its scale in it, shape (row, block).
+
+        Returns:
+            Shape (row,), float64.
+        """
+        total = np.zeros(len(weight))
+        # of outputs, and of inputs, which may come in several windows
+        factors = {segment: np.zeros((2, len(weight))) for segment in self._segments if isinstance(segment, FactoredSegment)}
+        for first in range(0, self._n_features, self._features_at_once):
+            last = min(first + self._features_at_once, self._n_features)
+            stored = read(first, last)
+            values = self._workspace.matrix(*stored.shape)
+            decode(stored, [(0, last - first, None)], values)
+            for segment in self._segments:
+                if isinstance(segment, DenseSegment):
+                    for block, columns in segment.blocks:
+                        total += weight[:, block] * _squares(values, columns, first, last)
+                else:
+                    factors[segment][0] += _squares(values, segment.outputs, first, last)
+                    factors[segment][1] += _squares(values, segment.inputs, first, last)
+        for segment, (outputs, inputs) in factors.items():
+            total += weight[:, segment.weight] * outputs * inputs
+            if segment.bias is not None:
+                total += weight[:, segment.bias] * outputs
+        return total
+
+
+def _squares(values: Floats, columns: tuple[int, int], first: int, last: int) -> Doubles:
+    """Sums of squares of those of some columns that are in the window."""
+    part = overlap(columns, first, last)
+    if part is None:
+        return np.zeros(len(values))
+    own = values[:, part[0] - first : part[1] - first]
+    squares: Doubles = np.einsum("ij,ij->i", own, own).astype(np.float64)
+    return squares
+
+
+def inverse_norms(squares: Doubles) -> Floats:
+    """1 / |r| of each row, shape (row,), float32; 0 where r is 0."""
+    return np.where(squares > 0, 1 / np.sqrt(np.where(squares > 0, squares, 1)), 0).astype(np.float32)
