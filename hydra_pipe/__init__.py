@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hydra_pipe.api import prune, record, reduce, verify
     from hydra_pipe.errors import HydraError
+    from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.maths.layers import register_rule
     from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
@@ -20,6 +21,7 @@ __all__ = [
     "Pipeline",
     "Recorder",
     "Run",
+    "evaluate",
     "export",
     "open_run",
     "prune",
@@ -37,6 +39,7 @@ _HOMES = {
     "Pipeline": ("hydra_pipe.recording.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "Run": ("hydra_pipe.view", "Run"),
+    "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),
     "prune": ("hydra_pipe.api", "prune"),

@@ -80,6 +80,7 @@ def pipeline(
         name = "y_train" if labels == "clean" else f"y_train_{labels}"
         train = TensorDataset(pixels(file["x_train"][:n_train]), torch.from_numpy(file[name][:n_train].astype(np.int64)))
         chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(int)  # the file is in order of class
+        truth = file["y_train"][:n_train].tolist()
         test = TensorDataset(pixels(file["x_test"][chosen]), torch.from_numpy(file["y_test"][chosen].astype(np.int64)))
     model = resnet(width)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -92,5 +93,6 @@ def pipeline(
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
+        true_labels=truth,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-n_train // batch_size)),
     )

@@ -37,7 +37,7 @@ def pipeline(epochs: int = 20, lr: float = 0.05, noise: float = 0.0, seed: int =
         noise: fraction of training labels that are changed to another digit.
         seed: of the split, the noise, the weights and the order.
     """
-    images, labels, _ = load(noise, seed)
+    images, labels, truth = load(noise, seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     return Pipeline(
         model=model,
@@ -48,6 +48,7 @@ def pipeline(epochs: int = 20, lr: float = 0.05, noise: float = 0.0, seed: int =
         batch_size=32,
         epochs=epochs,
         seed=seed,
+        true_labels=truth[:-N_TEST].tolist(),
     )
 
 

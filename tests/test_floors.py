@@ -17,6 +17,7 @@ FLOORS = [
     {"recording", "reduction", "exporting"},
     {"loading", "view"},
     {"replay"},
+    {"evaluation"},
     {"api"},
     {"cli"},
 ]

@@ -97,6 +97,17 @@ Repair = Annotated[
     bool,
     typer.Option("--repair", help="set the run back to its last good state: keep what is whole, say what must be computed again"),
 ]
+Kind = Annotated[str, typer.Argument(metavar="KIND", help="loo, lds, noise, smoothness or approximation (docs/evaluating.md)")]
+Samples = Annotated[
+    str | None,
+    typer.Option(metavar="SELECTION", help="loo: leave out these training samples, such as 0-99,150; else the first 1,000"),
+]
+Retrainings = Annotated[int | None, typer.Option(help="lds: on how many random halves to train; if not given: 100")]
+Seeds = Annotated[int | None, typer.Option(help="lds: initial weights and orders that each half is trained from; if not given: 1")]
+Methods = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="loo, lds, noise: only these, such as hydra,hydra-fisher; else all that were reduced"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
@@ -237,6 +248,47 @@ def run_all(
     record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, test_every, overwrite, debug=debug)
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, top, full, overwrite, debug=debug)
+
+
+@app.command()
+@explained
+def evaluate(
+    pipeline: PipelineSpec,
+    run: RunPath,
+    kind: Kind,
+    set_: Set = [],  # noqa: B006 - Typer makes a new list each time
+    samples: Samples = None,
+    retrainings: Retrainings = None,
+    seeds: Seeds = None,
+    methods: Methods = None,
+    memory: Memory = "4GiB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Hold relevance against the truth: train again without some of the samples, and see how well it was predicted.
+
+    Killed or interrupted, the same command goes on with the retrainings that are not done yet.
+
+    Example: hydra-pipe evaluate pipelines/digits.py runs/digits lds --set noise=0.1
+    """
+    from hydra_pipe.cli.show import show_evaluation
+    from hydra_pipe.evaluation.run import evaluate_run
+
+    found = evaluate_run(
+        pipeline,
+        run,
+        kind,
+        settings=set_,
+        samples=samples,
+        retrainings=retrainings,
+        seeds=seeds,
+        methods=methods,
+        memory=memory,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    show_evaluation(found.rows, found.summary["says"])
+    _say(found.is_new, run, "evaluated", f"table and summary: {run.rstrip('/')}/{names.EVALUATION}/{kind}")
 
 
 @app.command()

@@ -47,6 +47,29 @@ def show_info(info: dict[str, Any]) -> None:
     console.print(blocks)
 
 
+def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
+    """Print the table of an evaluation, an interval as one column, and what there is to say of it."""
+    if rows:
+        columns = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
+        cells = [columns, *([_cell(row, name) for name in columns] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:  # not as wide as the terminal: a program that reads it has none
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for text in says:
+        print(printable(text))
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return printable(str(value))
+    if f"{name}_low" in row:
+        return f"{value:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
 def _facts(facts: dict[str, Any]) -> str:
     shown = []
     for name, value in facts.items():

@@ -73,7 +73,7 @@ def export_run(
     """
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
-    if parts_of_result(method)[0] == ITSELF:
+    if parts_of_result(method).method == ITSELF:
         raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
     directory = RunDirectory.open(run)
     directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
@@ -97,7 +97,7 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
 
 def _own_name(method: str) -> str:
     """The relevance of samples for themselves, over the same steps as `method`."""
-    return result_name(ITSELF, None, parts_of_result(method)[2])
+    return result_name(ITSELF, None, parts_of_result(method).upto)
 
 
 def _own_checksums(directory: RunDirectory, method: str) -> object:

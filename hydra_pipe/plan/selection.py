@@ -1,4 +1,4 @@
-"""Some of the test samples, written "0-99,150": spans of ids, in order. Integers only."""
+"""Some of the samples, written "0-99,150": spans of ids, in order. Integers only."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,26 @@ from hydra_pipe.errors import UsageError
 Span = tuple[int, int]
 
 
-def parse_selection(text: str, n: int) -> tuple[Span, ...]:
+def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, ...]:
     """First and one past the last id of each span in `text`, in ascending order.
 
     Args:
         text: ids and spans FIRST-LAST, both ends in it, with commas between them; in any order.
-        n: test samples there are.
+        n: samples there are.
+        option: that gave it, "--tests" or "--samples".
 
     Raises:
         UsageError: it cannot be read, or names an id that is not there.
     """
     spans: list[Span] = []
+    what = "test samples" if option == "--tests" else "training samples"
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--tests {text} is not a selection: write ids and spans of them, such as 0-99,150")
+            raise UsageError(f"{option} {text} is not a selection: write ids and spans of them, such as 0-99,150")
         low, high = int(first), int(last) if dash else int(first)
         if high < low or high >= n:
-            raise UsageError(f"--tests {text}: {part.strip()} is not within the {n} test samples, which are 0-{n - 1}")
+            raise UsageError(f"{option} {text}: {part.strip()} is not within the {n} {what}, which are 0-{n - 1}")
         spans.append((low, high + 1))
     joined: list[Span] = []
     for low, end in sorted(spans):

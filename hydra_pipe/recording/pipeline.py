@@ -29,6 +29,8 @@ class Pipeline:
         test_labels: the same for the test samples.
         num_workers: processes that fetch batches, as torch's DataLoader has them; 0: this one. What a dataset draws from Python's,
             NumPy's and torch's global generators is a function of the seed, the epoch and the batch, whatever their number.
+        true_labels: what the label of each training sample should be, where that is known: for `evaluate ... noise`, and no part of
+            the training.
 
     Raises:
         PipelineError: a field is of the wrong kind; the message names it.
@@ -47,6 +49,7 @@ class Pipeline:
     sample_labels: Sequence[int] | Sequence[str] | None = None
     test_labels: Sequence[int] | Sequence[str] | None = None
     num_workers: int = 0
+    true_labels: Sequence[int] | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, nn.Module), "model", self.model, "a torch.nn.Module")
@@ -66,6 +69,7 @@ class Pipeline:
         for name, labels, dataset in (
             ("sample_labels", self.sample_labels, self.train),
             ("test_labels", self.test_labels, self.test),
+            ("true_labels", self.true_labels, self.train),
         ):
             if labels is not None and len(labels) != len(dataset):
                 raise PipelineError(f"the pipeline's {name} has {len(labels)} entries for {len(dataset)} samples")

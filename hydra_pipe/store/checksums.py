@@ -23,7 +23,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array, read_metadata
 from hydra_pipe.store.codec import RottenError, Shape, ShardCodec
 from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, evaluate_stage, export_stage, reduce_stage
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # of a file of an array in an object store, where each small read is a request
@@ -77,6 +77,8 @@ def area_of(stage: str) -> str:
         return names.GRADIENTS if stage == RECORD else names.HYPERGRADIENTS
     if stage.startswith(reduce_stage("")):
         return f"{names.RELEVANCE}/{stage.removeprefix(reduce_stage(''))}"
+    if stage.startswith(evaluate_stage("")):
+        return f"{names.EVALUATION}/{stage.removeprefix(evaluate_stage(''))}"
     return f"{names.RANKINGS}/{names.rankings_directory(stage.removeprefix(export_stage('')))}"
 
 
@@ -116,7 +118,7 @@ def footprints(root: Path, stage: str, written: Path | None = None) -> Footprint
     area = area_of(stage)
     directory = root / area if written is None else written
     there = files_below(directory)
-    if area.startswith(names.RANKINGS):
+    if area.startswith((names.RANKINGS, names.EVALUATION)):
         return Footprints({}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)})
     arrays, files = {}, {}
     for name in sorted(there):

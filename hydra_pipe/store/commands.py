@@ -4,7 +4,7 @@ import shlex
 
 from hydra_pipe.store import names
 from hydra_pipe.store.relevance import BY_LABEL, MEAN, parts_of_result, result_name
-from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, evaluate_stage, export_stage, reduce_stage
 
 # whose hypergradients can be kept, and that needs no option
 _DEFAULT = "hydra"
@@ -18,10 +18,12 @@ def command_of(run: RunDirectory, stage: str) -> str:
     if stage == KEEP:
         return f"{command_of(run, kept_with(run))} --keep-hypergradients"
     if stage.startswith(reduce_stage("")):
-        method, by, _ = parts_of_result(stage.removeprefix(reduce_stage("")))
+        method, by, _, rank = parts_of_result(stage.removeprefix(reduce_stage("")))
         flags = ["--by", "label"] if by == BY_LABEL else ["--mean"] if by == MEAN else []
-        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO)}
+        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO), "--rank": rank}
         return _command("reduce", str(run.path), *flags, **options, **{"--method": None if method == _DEFAULT else method})
+    if stage.startswith(evaluate_stage("")):
+        return _evaluate(run, stage.removeprefix(evaluate_stage("")), settings)
     method = stage.removeprefix(export_stage(""))
     full = ["--full"] if settings.get("full") else []
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
@@ -34,10 +36,23 @@ def kept_with(run: RunDirectory) -> str:
 
 
 def _record(run: RunDirectory, settings: Settings) -> str:
-    own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
-    assignments = [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
     options = {f"--{name}": settings.get(name) for name in ("encoding", "dim", "dtype")}
-    return _command("record", str(settings.get("pipeline") or "PIPELINE"), str(run.path), *assignments, **options)
+    return _command("record", _pipeline(settings), str(run.path), *_assignments(settings), **options)
+
+
+def _evaluate(run: RunDirectory, kind: str, settings: Settings) -> str:
+    recorded = run.stages[RECORD].settings if RECORD in run.stages else {}
+    options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
+    return _command("evaluate", _pipeline(recorded), str(run.path), kind, *_assignments(recorded), **options)
+
+
+def _pipeline(settings: Settings) -> str:
+    return str(settings.get("pipeline") or "PIPELINE")
+
+
+def _assignments(settings: Settings) -> list[str]:
+    own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
+    return [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
 
 
 def _command(*words: str, **options: object) -> str:

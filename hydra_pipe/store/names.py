@@ -14,11 +14,18 @@ CHECKPOINTS: Final = "checkpoints"
 CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
 REPORT: Final = "report.html"
+EVALUATION: Final = "evaluation"
+# in evaluation/KIND
+RETRAINED: Final = "retrained"
+TABLE: Final = "table.parquet"
+SUMMARY: Final = "summary.json"
+PLOT: Final = "plot.svg"
+TRUTH: Final = "truth.npy"
 FINAL_CHECKPOINT: Final = "final.pt"
 # What repairing has moved out of the way, and nobody removes: it may be the user's.
 SET_ASIDE: Final = "set-aside"
 # Everything else that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
+OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, EVALUATION, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"

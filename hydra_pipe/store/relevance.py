@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,22 @@ def result_name(method: str, by: str | None, upto: int | None = None, rank: int 
     return name if by is None else f"{name}-by-label" if by == BY_LABEL else f"{name}-mean"
 
 
-def parts_of_result(name: str) -> tuple[str, str | None, int | None]:
-    """What `result_name` made `name` of: method, by, upto."""
+class Parts(NamedTuple):
+    """What a result is of: see `result_name`."""
+
+    method: str
+    by: str | None
+    upto: int | None
+    rank: int | None
+
+
+def parts_of_result(name: str) -> Parts:
+    """What `result_name` made `name` of."""
     by = next((by for by in GROUPINGS if name.endswith(result_name("", by))), None)
     name = name if by is None else name.removesuffix(result_name("", by))
-    method, _, upto = name.partition("-upto-")
-    return method, by, int(upto) if upto.isdecimal() else None
+    name, _, upto = name.partition("-upto-")
+    method, _, rank = name.partition("-rank-")
+    return Parts(method, by, *(int(n) if n.isdecimal() else None for n in (upto, rank)))
 
 
 @dataclass(frozen=True)

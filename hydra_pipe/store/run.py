@@ -38,6 +38,11 @@ def export_stage(method: str) -> str:
     return f"export {method}"
 
 
+def evaluate_stage(kind: str) -> str:
+    """Name of the stage that holds relevance against the truth, by one kind of evaluation."""
+    return f"evaluate {kind}"
+
+
 @dataclass
 class Stage:
     """One stage of a run.

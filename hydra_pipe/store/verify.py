@@ -37,14 +37,15 @@ from hydra_pipe.store.run import (
     RECORD,
     UPTO,
     RunDirectory,
+    evaluate_stage,
     export_stage,
     reduce_stage,
 )
 from hydra_pipe.store.sense import check_rows
 
-_REDUCE, _EXPORT = reduce_stage(""), export_stage("")
+_REDUCE, _EXPORT, _EVALUATE = reduce_stage(""), export_stage(""), evaluate_stage("")
 # directories in which hydra-pipe alone writes
-PLACES = (names.GRADIENTS, names.HYPERGRADIENTS, names.RELEVANCE, names.RANKINGS, names.CHECKSUMS)
+PLACES = (names.GRADIENTS, names.HYPERGRADIENTS, names.RELEVANCE, names.RANKINGS, names.EVALUATION, names.CHECKSUMS)
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -82,7 +83,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
     for name, stage in run.stages.items():
-        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT))):
+        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT, _EVALUATE))):
             yield from check_stage(run, name, task)
     if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
@@ -148,6 +149,8 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
         return f"no test samples can be answered from what was kept: keep it again with {again}"
     if stage.startswith(_REDUCE):
         return f"the relevance cannot be trusted: compute it again with {again}"
+    if stage.startswith(_EVALUATE):
+        return f"the evaluation cannot be trusted: make it again with {again}"
     return f"the rankings cannot be trusted: write them again with {again}"
 
 
@@ -187,7 +190,7 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
         method = stage.removeprefix(_EXPORT)
         sources = [(reduce_stage(method), OF_REDUCE, "relevance")]
         if OF_SELF in facts:
-            own = result_name(ITSELF, None, parts_of_result(method)[2])
+            own = result_name(ITSELF, None, parts_of_result(method).upto)
             sources.append((reduce_stage(own), OF_SELF, "relevance of samples for themselves"))
     if stage == RECORD or UPTO in run.stages[stage].settings:
         return  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
@@ -207,7 +210,7 @@ def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints |
         yield from _check_kept_shapes(run, consequence)
     elif stage.startswith(_REDUCE):
         yield from _check_relevance(run, stage, consequence)
-    else:
+    elif stage.startswith(_EXPORT):
         yield from _check_rankings(run, stage, consequence, decode=listed is None)
 
 

@@ -84,5 +84,6 @@ def test_every_method_is_in_the_help_and_in_the_documents() -> None:
 @pytest.mark.parametrize("method", ["hydra", "grad-cos", "up-to-date"])
 @pytest.mark.parametrize("by", [None, "label", "mean"])
 @pytest.mark.parametrize("upto", [None, 12])
-def test_a_name_of_a_result_is_taken_apart_as_it_was_made(method: str, by: str | None, upto: int | None) -> None:
-    assert parts_of_result(result_name(method, by, upto)) == (method, by, upto)
+@pytest.mark.parametrize("rank", [None, 20])
+def test_a_name_of_a_result_is_taken_apart_as_it_was_made(method: str, by: str | None, upto: int | None, rank: int | None) -> None:
+    assert parts_of_result(result_name(method, by, upto, rank)) == (method, by, upto, rank)

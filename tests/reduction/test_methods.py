@@ -359,7 +359,7 @@ def test_tracin_refuses_test_gradients_of_other_test_samples(run: Path, monkeypa
 
 
 def test_the_unit_is_said_wherever_relevance_is(run: Path) -> None:
-    for method in METHODS:
+    for method in (name for name, found in METHODS.items() if found.work != "replay"):  # which needs the pipeline
         hydra_pipe.reduce(run, method=method)
         attributes = dict(hydra_pipe.open_run(run).relevance_array(method).attrs)
         assert (attributes["method"], attributes["unit"], attributes["sign"]) == (

@@ -1,0 +1,127 @@
+"""Many retrainings, in stacks that fit into memory, kept as they finish: killed and run again, it goes on."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import BudgetError
+from hydra_pipe.evaluation.models import Values
+from hydra_pipe.evaluation.retraining import MeanOver, Retrainer
+from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.progress import Progress
+from hydra_pipe.store.evaluations import Retrained, digest_of
+from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
+
+# Models of a stack at most: more are not faster, and a stack that is lost costs more.
+MOST_MODELS = 64
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Retrainings that are to be done.
+
+    Args:
+        n: of them.
+        weights: those of the retrainings from one number to another: (first, end) -> shape (end - first, sample), float32.
+        seeds: for each of them all `n` are done; the first is the run's, with its initial weights.
+        mean_over: see `Retrainer`.
+    """
+
+    n: int
+    weights: Callable[[int, int], NDArray[np.float32]]
+    seeds: tuple[int, ...]
+    mean_over: MeanOver
+
+    def stacks(self, most: int) -> list[Span]:
+        """First and end of each stack, counted over all seeds, which are never mixed."""
+        width = -(-self.n // -(-self.n // most))  # of equal size, as far as that goes
+        return [
+            (s * self.n + a, s * self.n + min(a + width, self.n)) for s in range(len(self.seeds)) for a in range(0, self.n, width)
+        ]
+
+    def of(self, span: Span) -> tuple[NDArray[np.float32], int]:
+        """Weights and number of the seed of a stack."""
+        seed, first = divmod(span[0], self.n)
+        return self.weights(first, first + span[1] - span[0]), seed
+
+
+def retrain(subject: Subject, job: Job, directory: Retrained, memory: str, progress: Progress) -> NDArray[np.float64]:
+    """What all retrainings of `job` come to.
+
+    Args:
+        subject: whose pipeline; it is trained once with all weights 1 before anything else, and held against the run.
+        job: what to do.
+        directory: where results are kept; those that are there already are not computed again.
+        memory: budget of this process, such as "4GiB".
+        progress: where to show progress.
+
+    Returns:
+        Loss and hit of each test sample, shape (seed, retraining, 2, test).
+
+    Raises:
+        PipelineError: the pipeline is not that of the run. BudgetError: not even one model fits.
+        UserCodeError: the model, the loss or a dataset raised.
+    """
+    budget = parse_bytes(memory)
+    done = _kept(subject, job, directory)
+    if done is None:
+        done = _done(subject, job, directory, budget, progress)
+    directory.keep_only({span: digest for span, (digest, _) in done.items()})
+    found = np.concatenate([done[span][1] for span in sorted(done)])
+    return found.reshape(len(job.seeds), job.n, *found.shape[1:])
+
+
+_Done = dict[Span, tuple[str, NDArray[np.float64]]]
+
+
+def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
+    """All of them, if all are there."""
+    done: _Done = {}
+    end = 0
+    for span in directory.spans():
+        if span[0] == end and span[1] <= len(job.seeds) * job.n and span[0] // job.n == (span[1] - 1) // job.n:
+            weights, seed = job.of(span)
+            digest = digest_of(weights, job.seeds[seed], job.mean_over)
+            values = directory.read(span, digest, subject.n_tests)
+            if values is not None:
+                done[span], end = (digest, values), span[1]
+    return done if end == len(job.seeds) * job.n else None
+
+
+def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progress: Progress) -> _Done:
+    retrainer = Retrainer(subject.pipeline, progress, job.mean_over)
+    start = time.monotonic()
+    subject.check(retrainer, progress)
+    seconds = time.monotonic() - start
+    room = budget - resident_bytes()
+    if room < retrainer.model_bytes:
+        raise BudgetError(
+            f"a model takes {format_bytes(retrainer.model_bytes)} beside the {format_bytes(budget - room)} that this process has, "
+            f"the budget is {format_bytes(budget)}: raise --memory to {format_bytes(1.2 * (budget - room + retrainer.model_bytes))}"
+        )
+    # a power of two: another call, which finds a little more or less room, cuts the same stacks and so finds these pieces
+    stacks = job.stacks(min(MOST_MODELS, 2 ** int(log2(room // retrainer.model_bytes))))
+    n = len(job.seeds) * job.n
+    progress.say(
+        f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one alone takes {format_seconds(seconds)}, "
+        f"all of them {format_seconds(n * seconds)} at most"
+    )
+    starts: dict[int, Values] = {s: subject.with_seed(seed) for s, seed in enumerate(job.seeds) if s > 0}
+    done: _Done = {}
+    with progress.task("retrain", n * retrainer.n_steps, "steps") as task:
+        for span in stacks:
+            weights, s = job.of(span)
+            digest = digest_of(weights, job.seeds[s], job.mean_over)
+            values = directory.read(span, digest, subject.n_tests)
+            if values is None:
+                values = retrainer.train(weights, task, seed=job.seeds[s], start=starts.get(s))
+                directory.write(span, digest, values)
+            else:
+                task.advance((span[1] - span[0]) * retrainer.n_steps)
+            done[span] = (digest, values)
+    return done

@@ -1,0 +1,142 @@
+"""Known wrong labels: does a ranking put them first, and is the model better without what it puts first?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import PipelineError
+from hydra_pipe.evaluation.campaign import Job, retrain
+from hydra_pipe.evaluation.result import Plot, Result, Row
+from hydra_pipe.evaluation.retraining import HIT
+from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.maths.ranks import roc_auc
+from hydra_pipe.progress import Progress
+from hydra_pipe.store.evaluations import Retrained
+
+# Of the number of wrong labels: how many are looked at, and how many samples are left out before training again.
+LOOKED_AT = (0.1, 0.5, 1.0)
+LEFT_OUT = (0.5, 1.0, 2.0)
+# random choices over which their accuracy is averaged
+RANDOM_DRAWS = 3
+RANDOM, WRONG = "(random)", "(the wrong ones)"
+_SEED = 0x6E6F69
+
+
+@dataclass(frozen=True)
+class Order:
+    """Samples, the most suspicious first.
+
+    Args:
+        method: that says so.
+        scores: higher is more suspicious, shape (sample,); None: it is no method's.
+        first: ids in order, of as many as are known.
+    """
+
+    method: str
+    scores: NDArray[np.float64] | None
+    first: NDArray[np.int64]
+
+
+def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
+    """Which training samples have a label that is not their true one. Shape (sample,).
+
+    Raises:
+        PipelineError: the pipeline names no true labels, labels are unknown or of another type, or none, or all, are wrong.
+    """
+    truth, labels = subject.pipeline.true_labels, subject.sample_labels()
+    if truth is None:
+        raise PipelineError("the pipeline has no true_labels, one for each training sample: return Pipeline(..., true_labels=...)")
+    if labels is None:
+        raise PipelineError(f"{subject.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)")
+    true = np.array([str(label) for label in truth]) if labels.dtype == object else np.asarray(truth)
+    if labels.dtype != object and true.dtype.kind not in "iu":
+        raise PipelineError(f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both")
+    wrong = np.asarray(labels != true, bool)
+    if wrong.all() or not wrong.any():
+        raise PipelineError(
+            f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be some of either kind"
+        )
+    return wrong
+
+
+def noise(subject: Subject, directory: Retrained, progress: Progress, *, methods: str | None, memory: str) -> Result:
+    """Score every method's ranking of the training samples by mean relevance over all tests, the most harmful first.
+
+    By method: ROC-AUC; precision among the first k, with k wrong labels in all and some smaller k; accuracy on the test samples
+    after training without the first k, at the run's seed and order (weight 0, mean over the samples that are kept).
+
+    Args:
+        subject: what is evaluated.
+        directory: of retrainings.
+        progress: where to show progress.
+        methods: see `Subject.relevance`.
+        memory: see `retrain`.
+
+    Raises:
+        PipelineError: see `wrong_labels`.
+        HydraError: see `retrain` and `Subject`.
+    """
+    wrong = wrong_labels(subject)
+    relevance = subject.required_relevance(methods)
+    n_wrong = int(wrong.sum())
+    orders = []
+    for name, found in relevance.items():
+        scores = -found.values().mean(axis=1, dtype=np.float64)
+        orders.append(Order(name, scores, np.argsort(-scores, kind="stable")))
+    # no ranking of their own: they may be left out in any order
+    rng = np.random.default_rng(_SEED)
+    draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
+    ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
+    sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in LEFT_OUT]
+    everything = [*orders, *draws, ideal]
+    left_out = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
+
+    def weights(first: int, end: int) -> NDArray[np.float32]:
+        own = np.ones((end - first, subject.n_samples), np.float32)
+        for row, ids in zip(own, left_out[first:end], strict=True):
+            row[ids] = 0.0
+        return own
+
+    job = Job(len(left_out), weights, (subject.pipeline.seed,), "weights")
+    hits = retrain(subject, job, directory, memory, progress)[0, :, HIT].mean(axis=1)
+    accuracies = hits[1:].reshape(len(everything), len(sizes))
+    n = len(orders)
+    by_order = [*zip(orders, accuracies[:n], strict=True), (draws[0], accuracies[n:-1].mean(axis=0)), (ideal, accuracies[-1])]
+    rows = [_row(order, own, wrong, sizes) for order, own in by_order]
+    rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
+    says = [
+        f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over {subject.n_tests:,} tests, lowest first",
+        f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of a ranking: without_K",
+        f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than {n_wrong} to leave out",
+    ]
+    summary: dict[str, Any] = {"wrong": n_wrong, "accuracy": _plain(hits[0])}
+    return Result(rows, summary, says, _plot(rows, sizes, float(hits[0])))
+
+
+def _row(order: Order, accuracies: NDArray[np.float64], wrong: NDArray[np.bool_], sizes: list[int]) -> Row:
+    row: Row = {"method": order.method, "roc_auc": None if order.scores is None else roc_auc(order.scores, wrong)}
+    for share in LOOKED_AT:
+        k = max(1, round(share * wrong.sum()))
+        row[f"precision_{k}"] = None if order.scores is None else float(wrong[order.first[:k]].mean())
+    return row | {f"without_{k}": _plain(found) for k, found in zip(sizes, accuracies, strict=True)}
+
+
+def _plain(accuracy: float) -> float | None:
+    """None: it is not known, where outputs or targets are not classes."""
+    return None if np.isnan(accuracy) else float(accuracy)
+
+
+def _plot(rows: list[Row], sizes: list[int], accuracy: float) -> Plot | None:
+    if np.isnan(accuracy):
+        return None
+
+    def draw(axes: Any) -> None:
+        for row in rows:
+            axes.plot([0, *sizes], [accuracy, *(row[f"without_{k}"] for k in sizes)], marker="o", label=row["method"])
+        axes.set_xlabel("samples left out, the most harmful first")
+        axes.set_ylabel("accuracy on the test samples")
+        axes.legend()
+
+    return draw

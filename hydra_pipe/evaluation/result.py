@@ -1,0 +1,54 @@
+"""What an evaluation comes to: a table, what was found in plain values, and a picture."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.maths.ranks import bootstrap_interval
+
+Row = dict[str, Any]
+# draws into the axes of matplotlib that it is given
+Plot = Callable[[Any], None]
+INTERVAL = "mean over test samples; interval of 95 % by drawing as many test samples anew, 2,000 times (not the retrainings)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one kind of evaluation.
+
+    Args:
+        rows: of the table, all with the same columns.
+        summary: plain values.
+        says: lines for a person, printed below the table.
+        plot: of the table; None: there is nothing to draw.
+        truth: what relevance was held against, as `truth.npy`; None: nothing of its own.
+    """
+
+    rows: Sequence[Row]
+    summary: Mapping[str, Any]
+    says: Sequence[str]
+    plot: Plot | None = None
+    truth: NDArray[np.float32] | None = field(default=None, repr=False)
+
+
+def with_interval(name: str, per_test: NDArray[np.float64]) -> Row:
+    """Columns of a mean over test samples: `name`, `name_low`, `name_high`."""
+    low, high = bootstrap_interval(per_test)
+    return {name: float(per_test.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def bars(rows: Sequence[Row], name: str, title: str) -> Plot:
+    """A bar for each method, with its interval."""
+
+    def draw(axes: Any) -> None:
+        values = np.array([row[name] for row in rows])
+        around = np.array([[row[name] - row[f"{name}_low"], row[f"{name}_high"] - row[name]] for row in rows]).clip(min=0.0)
+        axes.barh([row["method"] for row in rows], values, xerr=around.T, capsize=3)
+        axes.invert_yaxis()
+        axes.axvline(0.0, color="black", linewidth=0.8)
+        axes.set_xlabel(title)
+
+    return draw

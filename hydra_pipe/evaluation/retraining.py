@@ -1,0 +1,202 @@
+"""Trains a pipeline again, many models side by side, with a weight for each training sample in each of them."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from hydra_pipe.errors import PipelineError
+from hydra_pipe.evaluation.models import Models, Values
+from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
+from hydra_pipe.recording.pipeline import Pipeline
+
+# What the weighted losses of a batch are divided by: all of its samples, or the sum of their weights.
+MeanOver = Literal["batch", "weights"]
+Gradients = tuple[Tensor | None, ...]
+LOSS, HIT = 0, 1
+# of a model in a stack: parameters, gradients, two moments of Adam, and what an update computes on the way
+_PARAMETER_COPIES = 6
+# of a training sample: its weight, as it is made and as a tensor
+_WEIGHT_BYTES = 8
+# torch.nn.utils.clip_grad_norm_ adds it to the norm
+_CLIP_EPS = 1e-6
+
+
+class Retrainer:
+    """Trains the models of a pipeline that has not been trained yet, and leaves it as it is.
+
+    Batches, their order, what datasets and dropout draw, the optimiser and its schedule are those of the run. A sample's weight
+    multiplies its loss; the mean stays over the whole batch, so that the derivative in the weights is what relevance is.
+
+    Args:
+        pipeline: as built.
+        progress: told if the models cannot be stacked.
+        mean_over: see `MeanOver`.
+
+    Raises:
+        PipelineError: the pipeline was trained already.
+    """
+
+    def __init__(self, pipeline: Pipeline, progress: Progress, mean_over: MeanOver = "batch") -> None:
+        if pipeline.optimizer.state:
+            raise PipelineError("the pipeline was trained already: build it anew, its model must be as it was before training")
+        self._pipeline, self._mean_over = pipeline, mean_over
+        self.models = Models(pipeline, progress)
+        self._device = next(pipeline.model.parameters()).device
+        self._parameters = {name: p.detach() for name, p in pipeline.model.named_parameters()}
+        self._trained = [name for name, p in pipeline.model.named_parameters() if p.requires_grad]
+        self._buffers = {name: b.detach() for name, b in pipeline.model.named_buffers()}
+        # changed by each scheduler's step, and the same for all models
+        self._schedule = _schedule(pipeline)
+        self._saved_bytes = 0
+
+    @property
+    def n_steps(self) -> int:
+        return len(self._schedule)
+
+    @property
+    def model_bytes(self) -> int:
+        """What one more model in a stack takes, once a model has been trained."""
+        n_bytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        return _PARAMETER_COPIES * n_bytes + 2 * self._saved_bytes + _WEIGHT_BYTES * len(self._pipeline.train)
+
+    def train(
+        self, weights: NDArray[np.floating], task: Task, *, seed: int | None = None, start: Values | None = None
+    ) -> NDArray[np.float64]:
+        """Train one model for each row of `weights`.
+
+        Args:
+            weights: shape (model, sample).
+            task: counts optimiser steps of models.
+            seed: of the order and of dropout; the pipeline's own if absent.
+            start: parameters and buffers at the beginning; the pipeline's own if absent.
+
+        Returns:
+            Loss and hit (`LOSS`, `HIT`; see `Found.hits`) of each test sample at the end, shape (model, 2, test).
+
+        Raises:
+            UserCodeError: the model, the loss or a dataset raised.
+        """
+        pipeline = self._pipeline if seed is None else replace(self._pipeline, seed=seed)
+        k = len(weights)
+        own = torch.as_tensor(weights, device=self._device)
+        parameters, buffers = (
+            {name: (start or values)[name].expand(k, *value.shape).clone() for name, value in values.items()}
+            for values in (self._parameters, self._buffers)
+        )
+        for name in self._trained:
+            parameters[name].requires_grad_()
+        optimizer = self._optimizer(parameters)
+        trained = [parameters[name] for name in self._trained]
+        torch.manual_seed(pipeline.seed)
+        for (ids, inputs, targets), settings in zip(_batches(pipeline), self._schedule, strict=True):
+            for group, values in zip(optimizer.param_groups, settings, strict=True):
+                group.update(values)
+            with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
+                found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+            self._saved_bytes = self._saved_bytes or 1
+            buffers = found.buffers
+            loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
+            gradients: Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            if pipeline.max_grad_norm is not None:
+                gradients = _clipped(gradients, pipeline.max_grad_norm)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            buffers = {name: buffer.detach() for name, buffer in buffers.items()}
+            task.advance(k)
+        return self._tested(pipeline, parameters, buffers)
+
+    def _mean(self, weights: Tensor, losses: Tensor) -> Tensor:
+        weighted = weights * losses
+        if self._mean_over == "batch":
+            return weighted.mean(dim=1)
+        total = weights.sum(dim=1)
+        return weighted.sum(dim=1) / torch.where(total > 0, total, 1.0)  # of a batch of which nothing is left: no gradient
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        self._saved_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _optimizer(self, parameters: Values) -> torch.optim.Optimizer:
+        """The pipeline's, over stacked parameters: every update that hydra-pipe handles is elementwise, each model's own."""
+        names = {p: name for name, p in self._pipeline.model.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in self._pipeline.optimizer.param_groups]
+        optimizer = copy.deepcopy(self._pipeline.optimizer)
+        for group, of_group in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = [parameters[name] for name in of_group]
+        return optimizer
+
+    def _tested(self, pipeline: Pipeline, parameters: Values, buffers: Values) -> NDArray[np.float64]:
+        was_training = [module for module in pipeline.model.modules() if module.training]
+        pipeline.model.eval()
+        pieces = []
+        try:
+            with torch.no_grad():
+                for inputs, targets in test_batches(pipeline, Task(), None):
+                    found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                    pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
+        finally:
+            for module in was_training:
+                module.training = True
+        return np.concatenate(pieces, axis=2)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _batches(pipeline: Pipeline) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    """Those of the whole training, in order."""
+    samples, dataset = Samples(pipeline, "train"), pipeline.train
+    for epoch in range(pipeline.epochs):
+        order = epoch_order(pipeline, epoch)
+        if type(dataset) is TensorDataset and len(dataset.tensors) == 2:  # sample by sample it takes as long as the training
+            inputs, targets = dataset.tensors
+            yield from ((ids, inputs[ids], targets[ids]) for ids in order)
+        else:
+            yield from samples.batches(order, epoch)
+
+
+def _schedule(pipeline: Pipeline) -> list[list[dict[str, Any]]]:
+    """The optimiser's settings at each step, by parameter group: the scheduler is driven through them once, and put back."""
+    optimizer, scheduler = pipeline.optimizer, pipeline.scheduler
+    before = [_settings(group) for group in optimizer.param_groups]
+    if scheduler is None:
+        return [before] * pipeline.n_steps
+    state = copy.deepcopy(scheduler.state_dict())
+    for parameter in pipeline.model.parameters():
+        parameter.grad = None
+    found = []
+    for _ in range(pipeline.n_steps):
+        found.append([_settings(group) for group in optimizer.param_groups])
+        optimizer.step()  # without gradients it changes nothing, and the scheduler wants it
+        scheduler.step()
+    scheduler.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, before, strict=True):
+        group.update(values)
+    return found
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    # a learning rate may be a tensor, which a scheduler changes in place
+    return {
+        name: copy.copy(value) if not isinstance(value, Tensor) else value.clone()
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+def _clipped(gradients: Gradients, most: float) -> Gradients:
+    """As torch.nn.utils.clip_grad_norm_ does it, for each model by itself."""
+    there = [g for g in gradients if g is not None]
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in there], dim=1)
+    factor = (most / (torch.linalg.vector_norm(norms, dim=1) + _CLIP_EPS)).clamp(max=1.0)
+    return tuple(None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)).to(g.dtype) for g in gradients)

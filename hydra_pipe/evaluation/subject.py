@@ -1,0 +1,207 @@
+"""What is evaluated: a complete recording, the pipeline that it is of, and the relevance that was computed from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import PipelineError, RunError, UsageError, shown
+from hydra_pipe.evaluation.models import Values
+from hydra_pipe.evaluation.retraining import LOSS, Retrainer
+from hydra_pipe.loading import PipelineSource, load_pipeline
+from hydra_pipe.progress import Progress
+from hydra_pipe.recording.pipeline import Pipeline, described
+from hydra_pipe.recording.settings import json_settings
+from hydra_pipe.store import names
+from hydra_pipe.store.counts import checked_counts
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.run import CHECKSUMS, RECORD, UPTO, RunDirectory, reduce_stage
+from hydra_pipe.store.verify import methods_of
+
+# Of the norm of the test losses, how far a retraining with all weights 1 may be from what was recorded: silently, and at all.
+SAME, SIMILAR = 1e-3, 0.05
+# settings of a recording that say how it was recorded, and not what was trained
+_OF_RECORDING = ("pipeline", "encoding", "dim", "dtype", "test_every")
+# how the names of a pipeline function's settings begin there
+_SET = "set "
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run and its pipeline.
+
+    Args:
+        run: with a complete recording.
+        pipeline: of it, as built: not trained.
+        source: where the pipeline is from; None: it was given built.
+        gradients: the recording.
+        n_samples, n_tests, n_steps: of the recording.
+    """
+
+    run: RunDirectory
+    pipeline: Pipeline
+    source: PipelineSource | None
+    gradients: Gradients
+    n_samples: int
+    n_tests: int
+    n_steps: int
+
+    @classmethod
+    def open(cls, pipeline: str | Pipeline, run: RunDirectory, settings: Mapping[str, Any] | list[str] | None) -> "Subject":
+        """The pipeline, which must be the one that was recorded, and its run.
+
+        Raises:
+            RunError: nothing was recorded, or the pipeline has other settings; the message names the first.
+            HydraError: the pipeline cannot be built, or the recording is damaged.
+        """
+        recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+        if isinstance(pipeline, Pipeline):
+            if settings:
+                raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
+            source, built = None, pipeline
+            own: dict[str, Any] = {}
+        else:
+            source = load_pipeline(pipeline, settings)
+            built = source.build()
+            own = {
+                f"set {key}": v if isinstance(v, str | int | float | bool | None) else str(v) for key, v in source.settings.items()
+            }
+        own |= {"seed": built.seed, "n_samples": len(built.train)} | described(built)
+        _compare(run, recording.settings, json_settings(own))
+        gradients = Gradients(run.path / names.GRADIENTS)
+        counts = checked_counts(gradients, recording)
+        return cls(run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps)
+
+    def recorded_losses(self) -> NDArray[np.float64]:
+        """Of the test samples at the end of the run. Shape (test,)."""
+        return self.gradients.test_losses(self.n_steps).astype(np.float64)
+
+    def sample_labels(self) -> NDArray[Any] | None:
+        """Of the training samples, as recorded."""
+        return self.gradients.labels(names.TRAIN_LABELS)
+
+    def check_seeds(self) -> None:
+        """Raises: UsageError: `with_seed` cannot be asked for."""
+        if self.source is None or "seed" not in self.source.settings:
+            raise UsageError("--seeds above 1 needs a pipeline function with a setting `seed`, from which the initial weights come")
+
+    def with_seed(self, seed: int) -> Values:
+        """Initial parameters and buffers of the pipeline with another seed; its data stay those of the run."""
+        assert self.source is not None, "check_seeds has refused it"
+        model = replace(self.source, settings=self.source.settings | {"seed": seed}).build().model
+        return {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+    def check(self, retrainer: Retrainer, progress: Progress) -> None:
+        """Train once with all weights 1, one model by itself, and hold it against what was recorded.
+
+        Raises:
+            PipelineError: it comes to other test losses.
+        """
+        stacked, retrainer.models.stacked = retrainer.models.stacked, False
+        try:
+            with progress.task("train the run again", retrainer.n_steps, "steps") as task:
+                found = retrainer.train(np.ones((1, self.n_samples), np.float32), task)[0, LOSS]
+        finally:
+            retrainer.models.stacked = stacked
+        recorded = self.recorded_losses()
+        apart = float(np.linalg.norm(found - recorded)) / max(float(np.linalg.norm(recorded)), 1e-30)
+        if not apart <= SIMILAR:
+            raise PipelineError(
+                f"trained again with all samples the pipeline comes to other test losses than {self.run.path} has ({apart:.1%} "
+                f"apart): its code, its data or its seed have changed, or it was trained already: give the one that was recorded"
+            )
+        if apart > SAME:
+            progress.say(
+                f"trained again with all samples the test losses are {apart:.2%} apart from the recorded ones: another machine or "
+                f"version of torch rounds differently, or the pipeline has changed a little since"
+            )
+
+    def all_relevance(self) -> "dict[str, Relevance]":
+        """All that was computed of single test samples, by name. Raises: StoreError: damaged."""
+        stages = self.run.stages
+        there = [name for name in methods_of(self.run) if stages[reduce_stage(name)].state == "complete"]
+        found = {name: Relevance.of(self.run, name) for name in there}
+        return {name: relevance for name, relevance in found.items() if relevance is not None}
+
+    def relevance(self, chosen: str | None) -> "dict[str, Relevance]":
+        """Relevance of single test samples, by name.
+
+        Args:
+            chosen: names with commas between them; None: all that have a column for each test sample, of all steps.
+
+        Raises:
+            RunError: there is none, or none called so; the message says what to reduce.
+        """
+        stages = self.run.stages
+        whole = {name: r for name, r in self.all_relevance().items() if r.n_tests == self.n_tests}
+        if chosen is None:
+            return {name: r for name, r in whole.items() if UPTO not in stages[reduce_stage(name)].settings}
+        wanted = [name.strip() for name in chosen.split(",")]
+        for name in wanted:
+            if name not in whole:
+                method, _, upto = name.partition("-upto-")
+                how = f"--method {method}" + (f" --upto {upto}" if upto else "")
+                has = f"it has {', '.join(whole)}" if whole else "it has none"
+                raise RunError(
+                    f"{self.run.path} has no relevance {shown(name)} for each of the {self.n_tests} test samples ({has}): run "
+                    f"hydra-pipe reduce {self.run.path} {how} first"
+                )
+        return {name: whole[name] for name in wanted}
+
+    def required_relevance(self, chosen: str | None) -> "dict[str, Relevance]":
+        """As `relevance`, at least one. Raises: RunError: there is none."""
+        found = self.relevance(chosen)
+        if not found:
+            raise RunError(
+                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: run hydra-pipe reduce "
+                f"{self.run.path} --method hydra-fisher first (and other methods that you want to compare)"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """One relevance array.
+
+    Args:
+        run: that it is in.
+        name: of it.
+        n_tests: test samples that it has a column for.
+        checksums: of its files: it was computed anew where they differ.
+    """
+
+    run: RunDirectory
+    name: str
+    n_tests: int
+    checksums: str
+
+    @classmethod
+    def of(cls, run: RunDirectory, name: str) -> "Relevance | None":
+        """None: its columns are means. Raises: StoreError: damaged."""
+        columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
+        if columns.by is not None:
+            return None
+        return cls(run, name, columns.n_tests, str(run.stages[reduce_stage(name)].facts.get(CHECKSUMS)))
+
+    def values(self) -> NDArray[np.float32]:
+        """Shape (sample, test). Raises: StoreError: damaged."""
+        return read_relevance(open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None))
+
+
+def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises: RunError: the pipeline is not that of the run."""
+    if "optimizer" not in old:
+        raise RunError(f"{run.path} was recorded in a loop of your own, which cannot be trained again from here: record a pipeline")
+    # one that was given built has none of these, whatever function built it
+    both_of_file = all(any(key.startswith(_SET) for key in settings) for settings in (old, new))
+    for key in dict.fromkeys([*new, *old]):
+        if key in _OF_RECORDING or (key.startswith(_SET) and not both_of_file):
+            continue
+        if old.get(key) != new.get(key):
+            was, now = (f"{key}={shown(settings.get(key))}" for settings in (old, new))
+            raise RunError(
+                f"{run.path} was recorded with {was}, the pipeline now has {now}: give the pipeline and the settings of the run"
+            )

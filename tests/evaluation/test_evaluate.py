@@ -1,0 +1,303 @@
+"""evaluate from end to end, on small runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, cross_entropy, images
+from torch import nn
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+import hydra_pipe
+from hydra_pipe import Pipeline
+from hydra_pipe.cli.app import app
+from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError
+from hydra_pipe.evaluation import campaign
+from hydra_pipe.evaluation.lds import half
+from hydra_pipe.evaluation.retraining import LOSS, Retrainer
+from hydra_pipe.progress import Progress, Task
+from hydra_pipe.store.relevance import Columns, create_relevance, write_relevance
+from hydra_pipe.store.run import RunDirectory
+
+N, TESTS = 60, 12
+FILE = """
+import sys
+sys.path[:0] = {tests!r}
+from test_evaluate import net
+
+def pipeline(lr: float = 0.1, seed: int = 0):
+    return net(lr, seed)
+"""
+
+
+def net(lr: float = 0.1, seed: int = 0) -> Pipeline:
+    """48 of 60 labels are right. Smooth: tanh, no momentum, few steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 4))
+    train = images(N, 1)
+    labels = train.tensors[1].clone()
+    labels[:12] = (labels[:12] + 1) % 4
+    return Pipeline(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr, weight_decay=1e-3),
+        loss=cross_entropy,
+        train=TensorDataset(train.tensors[0], labels),
+        test=images(TESTS, 2),
+        batch_size=15,
+        epochs=5,
+        seed=seed,
+        true_labels=train.tensors[1].tolist(),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A pipeline file, and its run, reduced by two methods."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    (directory / "file.py").write_text(FILE.format(tests=[str(ROOT / "tests"), str(Path(__file__).parent)]))
+    run = directory / "run"
+    hydra_pipe.record(str(directory / "file.py"), run)
+    for method in ("hydra", "hydra-fisher"):
+        hydra_pipe.reduce(run, method=method)
+    return str(directory / "file.py"), run
+
+
+@pytest.fixture
+def case(made: tuple[str, Path], tmp_path: Path) -> tuple[str, Path]:
+    return made[0], shutil.copytree(made[1], tmp_path / "run")
+
+
+def put(run: Path, name: str, values: np.ndarray, method: str = "hydra") -> None:
+    """A relevance array called `name`, as if it had been reduced."""
+    directory = RunDirectory.open(run)
+    array = create_relevance(
+        run / "relevance.zarr", name, method, len(values), Columns(((0, values.shape[1]),)), 64, directory.run_id
+    )
+    write_relevance(array, 0, 0, values.astype(np.float32))
+    upto = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
+    directory.begin(f"reduce {name}", upto)
+    directory.end(f"reduce {name}", "complete", checksums=str(values.sum()))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def test_loo_is_what_leaving_out_one_sample_does(case: tuple[str, Path]) -> None:
+    found = hydra_pipe.evaluate(*case, "loo", samples="0-2,17")
+    assert found.is_new
+    truth = np.load(case[1] / "evaluation" / "loo" / "truth.npy")
+    weights = np.ones((2, N), np.float32)
+    weights[1, 17] = 0.0
+    losses = Retrainer(net(), Progress()).train(weights, Task())[:, LOSS]
+    np.testing.assert_allclose(truth[3], losses[1] - losses[0], rtol=1e-3, atol=1e-6)
+    by_method = {row["method"]: row for row in found.rows}
+    # 4 samples order little, but the size of what a sample does is right within the method's own error
+    assert 0.5 < by_method["hydra-fisher"]["norm"] < 2.0
+    assert not hydra_pipe.evaluate(*case, "loo", samples="17,0-2").is_new
+    assert hydra_pipe.verify(case[1]) == []
+
+
+def test_lds_of_the_truth_is_one_and_results_are_files(case: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses that a sum over the kept samples gives exactly are scored 1, and their negative -1."""
+    halves = np.stack([half(i, N) for i in range(12)])
+    retrainer = Retrainer(net(), Progress(), "weights")
+    losses = retrainer.train(halves, Task())[:, LOSS]
+    # as many unknowns as retrainings, or more: there is a relevance that explains them all
+    exact = -np.linalg.pinv(halves.astype(np.float64)) @ losses
+    put(case[1], "right", exact)
+    put(case[1], "wrong", -exact)
+    result = CliRunner().invoke(app, ["evaluate", *map(str, case), "lds", "--retrainings", "12"])
+    assert result.exit_code == 0, result.output
+    place = case[1] / "evaluation" / "lds"
+    table = {row["method"]: row for row in pq.read_table(place / "table.parquet").to_pylist()}
+    assert set(table) == {"hydra", "hydra-fisher", "right", "wrong"}
+    assert table["right"]["lds"] > 0.99
+    assert table["wrong"]["lds"] < -0.99
+    assert table["hydra"]["lds_low"] <= table["hydra"]["lds"] <= table["hydra"]["lds_high"]
+    assert next(iter(table)) == "right", "the best one comes first"
+    assert "right" in result.output
+    assert json.loads((place / "summary.json").read_text())["retrainings"] == 12
+    assert b"<svg" in (place / "plot.svg").read_bytes()
+
+
+def test_a_relevance_that_came_later_is_scored_without_training_again(
+    case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra")
+    monkeypatch.setattr(campaign, "Retrainer", None)
+    assert [row["method"] for row in hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra").rows] == ["hydra"]
+    assert len(hydra_pipe.evaluate(*case, "lds", retrainings=10).rows) == 2
+
+
+def test_seeds_are_other_initial_weights_on_the_same_data(case: tuple[str, Path]) -> None:
+    hydra_pipe.evaluate(*case, "lds", retrainings=10, seeds=2)
+    pieces = sorted((case[1] / "evaluation" / "lds" / "retrained").glob("*.npy"))
+    losses = np.concatenate([np.load(piece) for piece in pieces])[:, LOSS]
+    start = {name: p.detach() for name, p in net(seed=1).model.named_parameters()}
+    weights = np.stack([half(i, N) for i in range(10)])
+    again = Retrainer(net(), Progress(), "weights").train(weights, Task(), seed=1, start=start)[:, LOSS]
+    np.testing.assert_allclose(losses[10:], again, rtol=1e-5)
+    assert np.abs(losses[:10] - losses[10:]).max() > 1e-3
+
+
+def test_killed_and_run_again_it_goes_on_to_the_same_bytes(
+    case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(case[1], tmp_path / "other")
+    program = (
+        "import os, sys, hydra_pipe\n"
+        "from hydra_pipe.evaluation import campaign\n"
+        "from hydra_pipe.store.evaluations import Retrained\n"
+        "campaign.MOST_MODELS = 4\n"
+        "write, left = Retrained.write, [2]\n"
+        "def writes(*args):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] < 0: os.kill(os.getpid(), 9)\n"
+        "    write(*args)\n"
+        "Retrained.write = writes\n"
+        "hydra_pipe.evaluate(sys.argv[1], sys.argv[2], 'lds', retrainings=12)\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
+    killed = subprocess.run([sys.executable, "-c", program, *map(str, case)], cwd=ROOT, env=environment, check=False)
+    assert killed.returncode == -9
+    done = files_of(case[1] / "evaluation" / "lds" / "retrained")
+    assert len(done) == 2
+    monkeypatch.setattr(campaign, "MOST_MODELS", 4)
+    for run in (case[1], other):
+        hydra_pipe.evaluate(case[0], run, "lds", retrainings=12)
+    assert files_of(case[1] / "evaluation") == files_of(other / "evaluation")
+    assert done.items() <= files_of(case[1] / "evaluation" / "lds" / "retrained").items()
+
+
+def test_noise_ranks_wrong_labels_and_leaves_them_out(case: tuple[str, Path]) -> None:
+    wrong = np.arange(N) < 12
+    put(case[1], "oracle", np.repeat(np.where(wrong, -1.0, 1.0)[:, None], TESTS, axis=1))
+    found = hydra_pipe.evaluate(*case, "noise")
+    rows = {row["method"]: row for row in found.rows}
+    assert rows["oracle"]["roc_auc"] == 1.0
+    assert rows["oracle"]["precision_12"] == 1.0
+    assert rows["oracle"]["without_12"] == rows["(the wrong ones)"]["without_12"]
+    assert rows["(random)"]["roc_auc"] is None
+    assert found.summary["wrong"] == 12
+
+
+def test_smoothness_tells_a_smooth_run_from_a_rough_one(case: tuple[str, Path], tmp_path: Path) -> None:
+    found = hydra_pipe.evaluate(*case, "smoothness")
+    assert found.summary["verdict"].startswith("trust exact")
+    assert [row["step"] for row in found.rows][-1] == 1.0
+    rough = net(2.0)
+    rough.optimizer = torch.optim.SGD(rough.model.parameters(), lr=2.0, momentum=0.9)
+    hydra_pipe.record(rough, tmp_path / "rough")
+    again = net(2.0)
+    again.optimizer = torch.optim.SGD(again.model.parameters(), lr=2.0, momentum=0.9)
+    assert not hydra_pipe.evaluate(again, tmp_path / "rough", "smoothness").summary["verdict"].startswith("trust exact")
+
+
+def test_approximation_compares_step_by_step(case: tuple[str, Path]) -> None:
+    with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method hydra-exact first"):
+        hydra_pipe.evaluate(*case, "approximation")
+    exact = np.random.default_rng(0).normal(size=(N, TESTS))
+    put(case[1], "hydra-exact", exact)
+    put(case[1], "hydra-exact-upto-8", exact)
+    put(case[1], "hydra-upto-8", -2 * exact)
+    found = hydra_pipe.evaluate(*case, "approximation")
+    rows = {(row["method"], row["steps"]): row for row in found.rows}
+    assert set(rows) == {("hydra", 8), ("hydra", 20), ("hydra-fisher", 20)}
+    early = rows["hydra", 8]
+    assert early["wrong_signs"] == 1.0
+    assert early["relative_error"] == pytest.approx(3.0)
+    assert early["distance"] == pytest.approx(3 * np.linalg.norm(exact), rel=1e-6)
+    assert early["spearman"] == pytest.approx(-1.0)
+
+
+def other_data(lr: float = 0.1) -> Pipeline:
+    pipeline = net(lr)
+    pipeline.train = TensorDataset(pipeline.train.tensors[0], pipeline.train.tensors[1].flip(0))
+    return pipeline
+
+
+def no_truth() -> Pipeline:
+    pipeline = net()
+    pipeline.true_labels = None
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "options", "error", "message"),
+    [
+        (net, "guess", {}, UsageError, "choose one of loo, lds, noise, smoothness, approximation"),
+        (net, "lds", {"samples": "0"}, UsageError, "--samples is no option of evaluate lds"),
+        (net, "loo", {"samples": "0-60"}, UsageError, "not within the 60 training samples"),
+        (net, "lds", {"retrainings": 2}, UsageError, "give 10 or more"),
+        (net, "lds", {"seeds": 2}, UsageError, "setting `seed`"),
+        (net, "lds", {"methods": "tracin"}, RunError, "hydra-pipe reduce .* --method tracin first"),
+        (net, "lds", {"memory": "1MiB"}, HydraError, "raise --memory to"),
+        (lambda: net(0.2), "lds", {}, RunError, "was recorded with optimizer="),
+        (other_data, "lds", {}, PipelineError, "other test losses than"),
+        (no_truth, "noise", {}, PipelineError, "no true_labels"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    made: tuple[str, Path], change: Any, kind: str, options: dict[str, Any], error: type[HydraError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        hydra_pipe.evaluate(change(), made[1], kind, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_without_relevance_says_what_to_reduce_first(tmp_path: Path) -> None:
+    hydra_pipe.record(net(), tmp_path / "run")
+    with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method hydra-fisher first"):
+        hydra_pipe.evaluate(net(), tmp_path / "run", "lds")
+    assert "evaluate lds" not in RunDirectory.open(tmp_path / "run").stages
+    # the truth is of use without: for relevance that somebody else has computed
+    assert hydra_pipe.evaluate(net(), tmp_path / "run", "loo", samples="3").rows == []
+    assert np.load(tmp_path / "run" / "evaluation" / "loo" / "truth.npy").shape == (1, TESTS)
+    assert not hydra_pipe.evaluate(net(), tmp_path / "run", "loo", samples="3").is_new
+
+
+def test_a_run_of_a_loop_of_ones_own_cannot_be_trained_again(tmp_path: Path) -> None:
+    pipeline = net()
+    recorder = hydra_pipe.Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", n_samples=N)
+    inputs, targets = pipeline.train.tensors
+    with recorder.step(range(8)):
+        cross_entropy(pipeline.model(inputs[:8]), targets[:8]).mean().backward()
+        pipeline.optimizer.step()
+    recorder.record_test([pipeline.test.tensors], cross_entropy)
+    recorder.close()
+    with pytest.raises(RunError, match="in a loop of your own"):
+        hydra_pipe.evaluate(net(), tmp_path / "run", "smoothness")
+
+
+def test_without_matplotlib_only_the_plot_is_missing(case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said: list[str] = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    hydra_pipe.evaluate(*case, "lds", retrainings=10, progress=progress)
+    assert any("pip install 'hydra-pipe[plots]'" in line for line in said)
+    assert sorted(f.name for f in (case[1] / "evaluation" / "lds").iterdir()) == ["retrained", "summary.json", "table.parquet"]
+
+
+def test_other_settings_are_refused_unless_overwritten(case: tuple[str, Path]) -> None:
+    hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra")
+    with pytest.raises(RunError, match="evaluate lds was run with retrainings=10, now retrainings=11"):
+        hydra_pipe.evaluate(*case, "lds", retrainings=11)
+    assert hydra_pipe.evaluate(*case, "lds", retrainings=11, overwrite=True).is_new
+    (case[1] / "evaluation" / "lds" / "table.parquet").write_bytes(b"")
+    faults = hydra_pipe.verify(case[1])
+    assert [fault.where for fault in faults] == ["evaluation/lds/table.parquet"]
+    command = f"hydra-pipe evaluate {case[0]}:pipeline {case[1]} lds --set lr=0.1 --set seed=0 --retrainings 11 --seeds 1"
+    assert command in faults[0].consequence
+    assert hydra_pipe.verify(case[1], repair=True) == []
+    assert hydra_pipe.evaluate(*case, "lds", retrainings=10).is_new
