@@ -33,6 +33,7 @@ from hydra_pipe.maths.fisher import Form
 from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import parts_of_result
 
 N, M, WRONG, BATCH = 400, 100, 40, 40
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -159,7 +160,10 @@ def last_tests_only() -> Iterator[None]:
 
 
 def ways(given: argparse.Namespace) -> Iterator[tuple[str, str, AbstractContextManager[object]]]:
-    """Title and method of each line, and what it is computed within."""
+    """Title and result of each line, and what it is computed within."""
+    yield "hydra-exact", "hydra-exact", nullcontext()
+    for rank in (20, 40):
+        yield f"hydra-exact, rank {rank}", f"hydra-exact-rank-{rank}", nullcontext()
     yield "hydra", "hydra", nullcontext()
     yield "hydra-fisher", "hydra-fisher", nullcontext()
     for factor in filter(None, given.saturation.split(",")):
@@ -194,13 +198,14 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as run:
             hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32", test_every="epoch")
-            show("exact", exact)
-            for title, method, within in ways(given):
+            for title, result, within in ways(given):
+                parts = parts_of_result(result)
+                options = {"pipeline": make(*RUNS[name])} if parts.method == "hydra-exact" else {}
                 with within:
                     start = time.perf_counter()
-                    hydra_pipe.reduce(run, method=method, overwrite=True)
+                    hydra_pipe.reduce(run, method=parts.method, rank=parts.rank, overwrite=True, **options)
                     seconds = time.perf_counter() - start
-                show(title, np.asarray(hydra_pipe.open_run(run).relevance(method)), seconds)
+                show(title, np.asarray(hydra_pipe.open_run(run).relevance(result)), seconds)
             hydra_pipe.reduce(run, method="self")
             own = np.asarray(hydra_pipe.open_run(run).relevance("self"))[:, 0]
             print(f"| {name}: self | | | | {roc_auc_score(wrong, own):.3f} | |", flush=True)
