@@ -21,14 +21,12 @@ from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.store.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
+from hydra_pipe.store.pace import is_due
 from hydra_pipe.units import parse_seconds
 
 VERSION = 1
 # of a checkpoint, what is beside the tensors: their names, three generators, the recorder's state, at most
 _BESIDE_BYTES = 2**17
-# By itself one is taken this often, or less often where it takes long: 40 times as long as the last one took, 2.5 % of the time.
-DEFAULT_SECONDS = 60.0
-_TIMES_ITS_COST = 40.0
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Interval:
 
     Args:
         steps: at least between two; None: by time.
-        seconds: likewise; None: by default, see `DEFAULT_SECONDS`.
+        seconds: likewise; None: by default, see store/pace.py.
     """
 
     steps: int | None = None
@@ -78,7 +76,7 @@ class Interval:
         """Whether it is time, `steps` and `seconds` after the last one, which took `cost` seconds."""
         if self.steps is not None:
             return steps >= self.steps
-        return seconds >= (self.seconds if self.seconds is not None else max(DEFAULT_SECONDS, _TIMES_ITS_COST * cost))
+        return is_due(seconds, cost) if self.seconds is None else seconds >= self.seconds
 
 
 class Checkpoints:

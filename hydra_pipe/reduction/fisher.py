@@ -3,7 +3,6 @@
 What there is to compute is in `sweep.py`; here it is fed, kept from time to time, and its result written.
 """
 
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -23,13 +22,11 @@ from hydra_pipe.reduction.sweep import Span as SeriesSpan
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import write_relevance
 from hydra_pipe.store.sweeps import load_state, remove_state, save_state
 
-# Where a sweep has got to is kept this often, or less often where that takes long: 2.5 % of the time at most.
-KEEP_SECONDS = 60.0
-_TIMES_ITS_COST = 40.0
 # test samples that are multiplied out at a time, where means are taken
 _TESTS_AT_ONCE = 64
 
@@ -68,17 +65,15 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
     sweep = Sweep(columns_of_tests(store, job, expansion, columns), schedule, _merged(expansion, series), job.n_samples)
     n_steps = _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
-    workspace, kept_at, cost = Workspace(), time.monotonic(), 0.0
+    workspace, pace = Workspace(), Pace()
     if n_steps < store.n_steps:
         count_rows(int(store.rows_of_steps()[1][n_steps:].sum()))
     for rows in backward(store, n_steps):
         _step(sweep, expansion, rows, scales[rows.step], workspace)
         count_rows(len(rows.sample))
-        if time.monotonic() - kept_at >= max(KEEP_SECONDS, _TIMES_ITS_COST * cost):
-            start = time.monotonic()
-            _keep(job, columns, sweep, rows.step)
-            kept_at = time.monotonic()
-            cost = kept_at - start
+        if pace.due:
+            with pace.keeping():
+                _keep(job, columns, sweep, rows.step)
     array = Array.open(job.relevance)
     for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
         write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))

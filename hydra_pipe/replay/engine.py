@@ -25,6 +25,7 @@ from hydra_pipe.replay.testing import test_gradients
 from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
 from hydra_pipe.store.sweeps import load_state, remove_state, save_state
@@ -34,9 +35,6 @@ from hydra_pipe.units import format_bytes, format_seconds
 _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
 # A loss that was met again may differ by rounding, which training makes larger: by so much of it, and of 1.
 _LOSS_RELATIVE, _LOSS_ABSOLUTE = 0.02, 1e-3
-# Where a sweep has got to is kept this often, or less often where that takes long: 2.5 % of the time at most.
-KEEP_SECONDS = 60.0
-_TIMES_ITS_COST = 40.0
 
 
 class Replay:
@@ -135,15 +133,13 @@ class Replay:
         first = self._go_on(job, columns, sweep)
         if first < self._n_steps:
             count_rows(width * int(self._request.gradients.rows_of_steps()[1][first:].sum()))
-        kept_at, cost = time.monotonic(), 0.0
+        pace = Pace()
         for step in self._trajectory.backward(first, count):
             sweep.step(step)
             count_rows(width * len(step.ids))
-            if time.monotonic() - kept_at >= max(KEEP_SECONDS, _TIMES_ITS_COST * cost):
-                start = time.monotonic()
-                save_state(job.relevance, columns, {"step": step.number}, sweep.arrays())
-                kept_at = time.monotonic()
-                cost = kept_at - start
+            if pace.due:
+                with pace.keeping():
+                    save_state(job.relevance, columns, {"step": step.number}, sweep.arrays())
         return sweep.sums
 
     def _go_on(self, job: Job, columns: Span, sweep: ExactSweep) -> int:

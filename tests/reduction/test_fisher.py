@@ -22,7 +22,7 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.reduction import fisher
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.sweep import Sweep
-from hydra_pipe.store import names
+from hydra_pipe.store import names, pace
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.run import RECORD, RunDirectory
@@ -258,8 +258,8 @@ class InterruptedHereError(Exception):
 def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     other = shutil.copytree(run, run.with_name("other"))
     in_blocks(monkeypatch, 4, 1)
-    monkeypatch.setattr(fisher, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(fisher, "_TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     hydra_pipe.reduce(other, method="hydra-fisher")
     real, taken = fisher._step, []
 
@@ -288,8 +288,8 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, 
     "damage", [lambda content: content[:-1], lambda content: content[:40] + b"x" + content[41:], lambda _: b""]
 )
 def test_a_damaged_state_is_not_gone_on_with(run: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fisher, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(fisher, "_TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = by_loop(run)
     with pytest.MonkeyPatch.context() as stop:
         stop.setattr(fisher, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError))

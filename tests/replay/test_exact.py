@@ -19,6 +19,7 @@ from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.replay import engine, products
+from hydra_pipe.store import pace
 from hydra_pipe.store.relevance import result_name
 from hydra_pipe.store.run import RunDirectory
 
@@ -220,8 +221,8 @@ class InterruptedHereError(Exception):
 @pytest.mark.parametrize("after", [0, 1, 5, 11, 15, 23])
 def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     planned(monkeypatch, columns=((0, 4), (4, 7)), most_states=3, levels=3)
-    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(engine, "_TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))))
     real, taken = engine.ExactSweep.step, []
 
