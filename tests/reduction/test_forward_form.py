@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.maths.fisher import saturation
+from hydra_pipe.maths.fisher import FORMS, Form, saturation
 from hydra_pipe.recording.batches import epoch_order
 
 RATE, MOMENTUM = 0.1, 0.8
@@ -37,15 +37,20 @@ def test_the_sweep_is_the_transpose_of_the_forward_form(tmp_path: Path) -> None:
     order = [ids for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
     steps = record_by_loop(model, optimizer, cross_entropy, [(ids, x[ids].double(), y[ids]) for ids in order])
     tests = one_by_one_gradients(model, cross_entropy, pipeline.test.tensors[0].double(), pipeline.test.tensors[1], names)
-    kappa = saturation(RATE, MOMENTUM, 0.0, nesterov=False)
 
-    def curvature(t: int, moved: Tensor) -> Tensor:
-        rows = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in steps[t].rows])
-        own = rows * (len(rows) * rho[6 * t : 6 * t + 6]).sqrt()[:, None]
-        inner = torch.linalg.inv(torch.eye(len(own), dtype=torch.float64) + kappa * own @ own.T)
-        return moved @ own.T @ inner @ own
+    def of(form: Form) -> np.ndarray:
+        kappa = saturation(RATE, MOMENTUM, 0.0, nesterov=False, factor=form.factor)
+        weight = rho.clamp(form.least, form.most)
 
-    expected = forward_relevance(steps, tests, len(x), curvature)
+        def curvature(t: int, moved: Tensor) -> Tensor:
+            rows = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in steps[t].rows])
+            own = rows * (len(rows) * weight[6 * t : 6 * t + 6]).sqrt()[:, None]
+            inner = torch.linalg.inv(torch.eye(len(own), dtype=torch.float64) + kappa * own @ own.T)
+            return moved @ own.T @ inner @ own
+
+        return forward_relevance(steps, tests, len(x), curvature)
+
+    expected = np.sum([form.share * of(form) for form in FORMS], axis=0)
     assert relative_error(np.asarray(hydra_pipe.open_run(tmp_path).relevance("hydra-fisher")), expected) < 1e-4
     free = forward_relevance(steps, tests, len(x), lambda _, moved: torch.zeros_like(moved))
     assert relative_error(free, expected) > 0.1

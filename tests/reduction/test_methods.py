@@ -310,7 +310,7 @@ def test_what_means_nothing_to_a_method_is_refused(run: Path) -> None:
             hydra_pipe.reduce(run, method="self", **options)
     with pytest.raises(UsageError, match="--chunks is for --method hydra"):
         hydra_pipe.reduce(run, method="influence", chunks="64x64")
-    with pytest.raises(UsageError, match="--method trak is unknown: choose one of hydra, hydra-fisher, tracin, grad-dot"):
+    with pytest.raises(UsageError, match="--method trak is unknown: choose one of hydra, hydra-fisher, hydra-exact, tracin, grad-dot"):
         hydra_pipe.reduce(run, method="trak")
     with pytest.raises(UsageError, match="--method self ranks nothing"):
         hydra_pipe.export(run, method="self")
