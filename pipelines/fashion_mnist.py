@@ -46,6 +46,15 @@ def load(data: Path, part: str, count: int) -> TensorDataset:
     return TensorDataset(torch.tensor(images)[:, None] / 255, torch.tensor(labels, dtype=torch.int64))
 
 
+def flip(labels: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
+    """`labels` of ten classes with a fraction `noise` of them changed, each to another class."""
+    generator = np.random.default_rng([seed, 1])
+    wrong = torch.from_numpy(generator.choice(len(labels), round(noise * len(labels)), replace=False))
+    changed = labels.clone()
+    changed[wrong] = (labels[wrong] + torch.from_numpy(generator.integers(1, 10, len(wrong)))) % 10
+    return changed
+
+
 def pipeline(
     data: Path = Path("data/fashion-mnist"),
     n_train: int = 20_000,
@@ -54,6 +63,7 @@ def pipeline(
     lr: float = 0.02,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    noise: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Pipeline:
@@ -67,9 +77,12 @@ def pipeline(
         lr: learning rate at the first step; it falls to 0 along a cosine.
         momentum: of SGD.
         weight_decay: of SGD.
+        noise: fraction of training labels that are changed to another class.
         batch_size: pictures a step.
-        seed: of the weights and the order.
+        seed: of the weights, the noise and the order.
     """
+    train = load(data, "train", n_train)
+    images, labels = train.tensors
     model = lenet5()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     steps = epochs * -(-n_train // batch_size)
@@ -77,10 +90,11 @@ def pipeline(
         model=model,
         optimizer=optimizer,
         loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
-        train=load(data, "train", n_train),
+        train=TensorDataset(images, flip(labels, noise, seed)),
         test=load(data, "t10k", n_test),
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
+        true_labels=labels.tolist() if noise > 0 else None,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
     )

@@ -3,23 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from fashion_mnist import lenet5, load
+from fashion_mnist import flip, lenet5, load
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
-
-
-def flip(labels: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
-    """`labels` of ten classes with a fraction `noise` of them changed, each to another class."""
-    generator = np.random.default_rng([seed, 1])
-    wrong = torch.from_numpy(generator.choice(len(labels), round(noise * len(labels)), replace=False))
-    changed = labels.clone()
-    changed[wrong] = (labels[wrong] + torch.from_numpy(generator.integers(1, 10, len(wrong)))) % 10
-    return changed
 
 
 def pipeline(
@@ -61,4 +51,5 @@ def pipeline(
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
+        true_labels=labels.tolist() if noise > 0 else None,
     )

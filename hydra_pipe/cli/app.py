@@ -108,6 +108,12 @@ Methods = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="loo, lds, noise: only these, such as hydra,hydra-fisher; else all that were reduced"),
 ]
+LeftOut = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARES", help="noise: of the number of wrong labels, how many to train without; 0: none; if not given: 0.5,1,2"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
@@ -261,6 +267,7 @@ def evaluate(
     retrainings: Retrainings = None,
     seeds: Seeds = None,
     methods: Methods = None,
+    left_out: LeftOut = None,
     memory: Memory = "4GiB",
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -283,6 +290,7 @@ def evaluate(
         retrainings=retrainings,
         seeds=seeds,
         methods=methods,
+        left_out=left_out,
         memory=memory,
         overwrite=overwrite,
         progress=ConsoleProgress(),

@@ -1,27 +1,51 @@
 """How far relevance without the Hessian is from that with it, as training goes on: the study of the HYDRA paper (AAAI 2021)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.evaluation.result import INTERVAL, Plot, Result, Row, with_interval
-from hydra_pipe.evaluation.subject import Relevance, Subject
+from hydra_pipe.evaluation.subject import Relevance, Subject, reducing
 from hydra_pipe.maths.ranks import spearmans
-from hydra_pipe.store.relevance import result_name
-from hydra_pipe.store.run import UPTO, reduce_stage
+from hydra_pipe.plan.selection import write_selection
+from hydra_pipe.store.relevance import GROUPINGS, Columns, Parts, parts_of_result, result_name
 
 EXACT = "hydra-exact"
 METHODS = ("hydra", "hydra-fisher", "influence")
 _TINY = 1e-30
 
 
-def approximation(subject: Subject) -> Result:
-    """Hold `METHODS` against `EXACT` at the end, and after each number of steps for which both were reduced. Trains nothing.
+@dataclass(frozen=True)
+class Pair:
+    """An approximate result and the exact one.
 
-    By method and step, over all samples and tests: `distance`, the Euclidean norm of the difference, in units of the test loss;
+    Args:
+        steps: that both are of.
+        approximate, exact: what is compared.
+        columns: of either that are of the same test samples, or groups of them. Shape (column,).
+    """
+
+    steps: int
+    approximate: Relevance
+    exact: Relevance
+    columns: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+    def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of both, shape (sample, column). Raises: StoreError: damaged."""
+        found, truth = (r.values()[:, ids] for r, ids in zip((self.approximate, self.exact), self.columns, strict=True))
+        return found.astype(np.float64), truth.astype(np.float64)
+
+
+def approximation(subject: Subject) -> Result:
+    """Hold `METHODS` against `EXACT` at the end, and after each number of steps for which both were reduced, for the test samples
+    that both have; or for means over the same ones. Trains nothing.
+
+    By method and step, over all samples and columns: `distance`, the Euclidean norm of the difference, in units of the test loss;
     `relative_error`, that over the norm of the exact one; `wrong_signs`, the share of pairs in which one says helpful and the other
-    harmful; `spearman`, over samples, mean over tests.
+    harmful; `spearman`, over samples, mean over columns.
 
     Args:
         subject: what is evaluated.
@@ -30,12 +54,13 @@ def approximation(subject: Subject) -> Result:
         RunError: there is no exact relevance, or nothing to hold against it at the same steps; the message says what to reduce.
         StoreError: relevance is damaged.
     """
-    pairs = pairs_of(subject)
     rows: list[Row] = []
-    for step, method, approximate, exact in pairs:
-        found, truth = (relevance.values().astype(np.float64) for relevance in (approximate, exact))
+    for pair in pairs_of(subject):
+        found, truth = pair.values()
         distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
-        row: Row = {"method": method, "steps": step, "distance": distance, "relative_error": distance / max(size, _TINY)}
+        method, by, _, _ = parts_of_result(pair.approximate.name)
+        row: Row = {"method": result_name(method, by), "steps": pair.steps, "columns": found.shape[1]}
+        row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
         row["wrong_signs"] = float((found * truth < 0).mean())
         rows.append(row | with_interval("spearman", spearmans(found, truth)))
     says = [f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"]
@@ -43,36 +68,56 @@ def approximation(subject: Subject) -> Result:
     return Result(rows, {"n_tests": subject.n_tests}, says, _plot(rows))
 
 
-def pairs_of(subject: Subject) -> list[tuple[int, str, Relevance, Relevance]]:
-    """Steps, method, its relevance, and the exact one. Raises: RunError: there is none."""
-    there, run = subject.all_relevance(), subject.run.path
-    stages = [subject.run.stages[reduce_stage(name)] for name in there]
-    uptos = {stage.count(UPTO, least=1) for stage in stages if UPTO in stage.settings}
-    # the end comes last, and its arrays have no number in their names
-    ends: list[tuple[int, int | None]] = [*((step, step) for step in sorted(uptos)), (subject.n_steps, None)]
-    exact = {upto: there.get(result_name(EXACT, None, upto)) for _, upto in ends}
-    if not any(exact.values()):
-        raise RunError(f"{run} has no {EXACT} to hold others against: run hydra-pipe reduce {run} --method {EXACT} first")
+def pairs_of(subject: Subject) -> list[Pair]:
+    """What can be compared, by method, grouping of the test samples and steps. Raises: RunError: nothing can be."""
+    there, run = _by_parts(subject), subject.run
+    if not any(parts.method == EXACT for parts in there):
+        needed = reducing(run, EXACT)
+        raise RunError(f"{run.path} has no {EXACT} to hold others against: run {needed} first")
     found = []
-    for step, upto in ends:
-        of_step, truth = [(m, there.get(result_name(m, None, upto))) for m in METHODS], exact[upto]
-        if truth is not None:
-            found += [(step, m, own, truth) for m, own in of_step if own is not None and own.n_tests == truth.n_tests]
+    for parts, own in there.items():
+        truth = there.get(parts._replace(method=EXACT))
+        if parts.method not in METHODS or truth is None:
+            continue
+        columns = _shared(own.columns, truth.columns)
+        if len(columns[0]):
+            found.append(Pair(subject.n_steps if parts.upto is None else parts.upto, own, truth, columns))
     if not found:
-        raise RunError(f"{run} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first")
-    return sorted(found, key=lambda pair: METHODS.index(pair[1]))
+        raise RunError(f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first")
+
+    def place(pair: Pair) -> tuple[int, int, int]:
+        method, by, _, _ = parts_of_result(pair.approximate.name)
+        return METHODS.index(method), (None, *GROUPINGS).index(by), pair.steps
+
+    return sorted(found, key=place)
 
 
 def missing(subject: Subject) -> list[str]:
-    """Commands that would make the table fuller: after these steps one was reduced, and not the other."""
-    there, run = subject.all_relevance(), subject.run.path
+    """Commands that would make the table fuller: one was reduced, and the other was not, of these steps and test samples."""
+    there = _by_parts(subject)
     commands = []
-    for name in there:
-        method, _, upto = name.partition("-upto-")
-        other = EXACT if method in METHODS else METHODS[0] if method == EXACT else None
-        if other is not None and result_name(other, None, int(upto) if upto else None) not in there:
-            commands.append(f"hydra-pipe reduce {run} --method {other}" + (f" --upto {upto}" if upto else ""))
+    for parts, own in there.items():
+        other = EXACT if parts.method in METHODS else METHODS[0]
+        known = there.get(parts._replace(method=other))
+        if known is None or not len(_shared(own.columns, known.columns)[0]):
+            tests = None if own.columns.n_tests == subject.n_tests else write_selection(own.columns.tests)
+            commands.append(reducing(subject.run, result_name(other, parts.by, parts.upto), tests))
     return list(dict.fromkeys(commands))
+
+
+def _by_parts(subject: Subject) -> dict[Parts, Relevance]:
+    """The results of `METHODS`, and `EXACT`, of all directions."""
+    found = {parts_of_result(name): relevance for name, relevance in subject.all_relevance().items()}
+    return {parts: r for parts, r in found.items() if parts.method in (*METHODS, EXACT) and parts.rank is None}
+
+
+def _shared(a: Columns, b: Columns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which columns of `a`, and of `b`, are of the same: test samples, or means over the same ones."""
+    if a.by is None:
+        _, of_a, of_b = np.intersect1d(a.test_ids, b.test_ids, assume_unique=True, return_indices=True)
+        return of_a, of_b
+    same = np.arange(a.n_columns if a == b else 0)
+    return same, same
 
 
 def _plot(rows: list[Row]) -> Plot:

@@ -1,19 +1,21 @@
 """Known wrong labels: does a ranking put them first, and is the model better without what it puts first?"""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import PipelineError
+from hydra_pipe.errors import PipelineError, UsageError, shown
 from hydra_pipe.evaluation.campaign import Job, retrain
 from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.evaluation.retraining import HIT
-from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.evaluation.subject import Relevance, Subject
 from hydra_pipe.maths.ranks import roc_auc
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.store.relevance import ITSELF
 
 # Of the number of wrong labels: how many are looked at, and how many samples are left out before training again.
 LOOKED_AT = (0.1, 0.5, 1.0)
@@ -61,8 +63,46 @@ def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
     return wrong
 
 
-def noise(subject: Subject, directory: Retrained, progress: Progress, *, methods: str | None, memory: str) -> Result:
-    """Score every method's ranking of the training samples by mean relevance over all tests, the most harmful first.
+def parse_left_out(given: str | None) -> tuple[float, ...]:
+    """Shares of the number of wrong labels, ascending: how many samples are left out before training again.
+
+    Args:
+        given: with commas between them; 0 alone: none, nothing is trained; None: `LEFT_OUT`.
+
+    Raises:
+        UsageError: it is none of that.
+    """
+    if given is None:
+        return LEFT_OUT
+    try:
+        shares = sorted({float(word) for word in given.split(",")})
+    except ValueError:
+        shares = [math.nan]
+    if shares == [0.0]:
+        return ()
+    if not all(0.0 < share < math.inf for share in shares):
+        raise UsageError(f"--left-out {shown(given)}: give shares of the number of wrong labels, such as 0.5,1,2, or 0 for none")
+    return tuple(shares)
+
+
+def order_of(relevance: Relevance) -> Order:
+    """The training samples by mean relevance, the lowest first; those that are relevant to themselves, the highest first."""
+    mean = relevance.values().mean(axis=1, dtype=np.float64)
+    scores = mean if relevance.columns.by == ITSELF else -mean
+    return Order(relevance.name, scores, np.argsort(-scores, kind="stable"))
+
+
+def noise(
+    subject: Subject,
+    directory: Retrained,
+    progress: Progress,
+    *,
+    methods: str | None,
+    memory: str,
+    left_out: tuple[float, ...] = LEFT_OUT,
+) -> Result:
+    """Score every method's ranking of the training samples by mean relevance over all tests, the most harmful first; that of
+    `self` by relevance to themselves, the highest first, for samples that nothing but their own steps could teach are odd ones.
 
     By method: ROC-AUC; precision among the first k, with k wrong labels in all and some smaller k; accuracy on the test samples
     after training without the first k, at the run's seed and order (weight 0, mean over the samples that are kept).
@@ -73,41 +113,44 @@ def noise(subject: Subject, directory: Retrained, progress: Progress, *, methods
         progress: where to show progress.
         methods: see `Subject.relevance`.
         memory: see `retrain`.
+        left_out: shares of the number of wrong labels, see `parse_left_out`.
 
     Raises:
         PipelineError: see `wrong_labels`.
         HydraError: see `retrain` and `Subject`.
     """
     wrong = wrong_labels(subject)
-    relevance = subject.required_relevance(methods)
     n_wrong = int(wrong.sum())
-    orders = []
-    for name, found in relevance.items():
-        scores = -found.values().mean(axis=1, dtype=np.float64)
-        orders.append(Order(name, scores, np.argsort(-scores, kind="stable")))
+    orders = [order_of(found) for found in subject.required_relevance(methods, means=True).values()]
+    says = [
+        f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over {subject.n_tests:,} tests, lowest first; "
+        f"{ITSELF}: highest first"
+    ]
+    if not left_out:
+        rows = sorted((_row(order, wrong) for order in orders), key=lambda row: -row["roc_auc"])
+        return Result(rows, {"wrong": n_wrong}, says)
     # no ranking of their own: they may be left out in any order
     rng = np.random.default_rng(_SEED)
     draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
     ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
-    sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in LEFT_OUT]
+    sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in left_out]
     everything = [*orders, *draws, ideal]
-    left_out = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
+    without = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
 
     def weights(first: int, end: int) -> NDArray[np.float32]:
         own = np.ones((end - first, subject.n_samples), np.float32)
-        for row, ids in zip(own, left_out[first:end], strict=True):
+        for row, ids in zip(own, without[first:end], strict=True):
             row[ids] = 0.0
         return own
 
-    job = Job(len(left_out), weights, (subject.pipeline.seed,), "weights")
+    job = Job(len(without), weights, (subject.pipeline.seed,), "weights")
     hits = retrain(subject, job, directory, memory, progress)[0, :, HIT].mean(axis=1)
     accuracies = hits[1:].reshape(len(everything), len(sizes))
     n = len(orders)
     by_order = [*zip(orders, accuracies[:n], strict=True), (draws[0], accuracies[n:-1].mean(axis=0)), (ideal, accuracies[-1])]
-    rows = [_row(order, own, wrong, sizes) for order, own in by_order]
+    rows = [_row(order, wrong) | _without(own, sizes) for order, own in by_order]
     rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
-    says = [
-        f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over {subject.n_tests:,} tests, lowest first",
+    says += [
         f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of a ranking: without_K",
         f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than {n_wrong} to leave out",
     ]
@@ -115,12 +158,16 @@ def noise(subject: Subject, directory: Retrained, progress: Progress, *, methods
     return Result(rows, summary, says, _plot(rows, sizes, float(hits[0])))
 
 
-def _row(order: Order, accuracies: NDArray[np.float64], wrong: NDArray[np.bool_], sizes: list[int]) -> Row:
+def _row(order: Order, wrong: NDArray[np.bool_]) -> Row:
     row: Row = {"method": order.method, "roc_auc": None if order.scores is None else roc_auc(order.scores, wrong)}
     for share in LOOKED_AT:
         k = max(1, round(share * wrong.sum()))
         row[f"precision_{k}"] = None if order.scores is None else float(wrong[order.first[:k]].mean())
-    return row | {f"without_{k}": _plain(found) for k, found in zip(sizes, accuracies, strict=True)}
+    return row
+
+
+def _without(accuracies: NDArray[np.float64], sizes: list[int]) -> Row:
+    return {f"without_{k}": _plain(found) for k, found in zip(sizes, accuracies, strict=True)}
 
 
 def _plain(accuracy: float) -> float | None:

@@ -33,7 +33,7 @@ DEFAULT_RETRAININGS = 100
 # fact: checksums of the relevance that was scored, by name
 _SCORED = "scored"
 # options, and the kinds that have them
-_OPTIONS = {"samples": (LOO,), "retrainings": (LDS,), "seeds": (LDS,), "methods": (LOO, LDS, NOISE)}
+_OPTIONS = {"samples": (LOO,), "retrainings": (LDS,), "seeds": (LDS,), "methods": (LOO, LDS, NOISE), "left_out": (NOISE,)}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def evaluate_run(
     retrainings: int | None = None,
     seeds: int | None = None,
     methods: str | None = None,
+    left_out: str | None = None,
     memory: str = "4GiB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -79,6 +80,8 @@ def evaluate_run(
         retrainings: of "lds": on how many random halves; if absent `DEFAULT_RETRAININGS`.
         seeds: of "lds": initial weights and orders that each half is trained from; if absent 1.
         methods: of "loo", "lds" and "noise": names of relevance arrays with commas between them; if absent all that are there.
+        left_out: of "noise": how many samples are left out before training again, as shares of the number of wrong labels with
+            commas between them, such as "1"; "0": nothing is trained; if absent "0.5,1,2".
         memory: budget of this process.
         overwrite: discard what an earlier call of this kind left.
         progress: where to show progress; nowhere if absent.
@@ -92,7 +95,7 @@ def evaluate_run(
         PipelineError: the pipeline cannot be used, or comes to other test losses than the run.
         UsageError: an option that the kind does not have, or a value that cannot be.
     """
-    given = {"samples": samples, "retrainings": retrainings, "seeds": seeds, "methods": methods}
+    given = {"samples": samples, "retrainings": retrainings, "seeds": seeds, "methods": methods, "left_out": left_out}
     _check(kind, given)
     parse_bytes(memory)
     from hydra_pipe.evaluation.subject import Subject  # torch takes seconds to import: what is wrong above is told without it
@@ -113,6 +116,11 @@ def evaluate_run(
         own |= {"retrainings": retrainings or DEFAULT_RETRAININGS, "seeds": seeds or 1}
         if own["seeds"] > 1:
             subject.check_seeds()
+    elif left_out is not None:
+        from hydra_pipe.evaluation.noise import parse_left_out
+
+        parse_left_out(left_out)
+        own["left_out"] = left_out
     stage = evaluate_stage(kind)
     with one_writer(directory.path, stage):
         directory.refresh()
@@ -152,7 +160,7 @@ def _check(kind: str, given: Mapping[str, Any]) -> None:
         raise UsageError(f"evaluate {kind}: there is no such kind, choose one of {', '.join(KINDS)}")
     for name, value in given.items():
         if value is not None and kind not in _OPTIONS[name]:
-            raise UsageError(f"--{name} is no option of evaluate {kind}, but of {', '.join(_OPTIONS[name])}")
+            raise UsageError(f"--{name.replace('_', '-')} is no option of evaluate {kind}, but of {', '.join(_OPTIONS[name])}")
     for name, least in (("retrainings", 10), ("seeds", 1)):
         if given[name] is not None and given[name] < least:
             raise UsageError(f"--{name} {given[name]}: give {least} or more")
@@ -165,11 +173,12 @@ def _scored(kind: str, subject: "Subject", methods: str | None) -> "Mapping[str,
     if kind == APPROXIMATION:
         from hydra_pipe.evaluation.approximation import pairs_of
 
-        return {relevance.name: relevance for pair in pairs_of(subject) for relevance in pair[2:]}
+        return {relevance.name: relevance for pair in pairs_of(subject) for relevance in (pair.approximate, pair.exact)}
     if kind == NOISE:
         from hydra_pipe.evaluation.noise import wrong_labels
 
         wrong_labels(subject)
+        return subject.required_relevance(methods, means=True)
     return subject.relevance(methods) if kind == LOO else subject.required_relevance(methods)
 
 
@@ -192,9 +201,10 @@ def _result(
 
         return lds(subject, directory, progress, methods=methods, memory=memory, **own)
     if kind == NOISE:
-        from hydra_pipe.evaluation.noise import noise
+        from hydra_pipe.evaluation.noise import noise, parse_left_out
 
-        return noise(subject, directory, progress, methods=methods, memory=memory)
+        shares = parse_left_out(own.get("left_out"))
+        return noise(subject, directory, progress, methods=methods, memory=memory, left_out=shares)
     if kind == SMOOTHNESS:
         from hydra_pipe.evaluation.smoothness import smoothness
 

@@ -17,7 +17,17 @@ from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.store import names
 from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.relevance import (
+    BY_LABEL,
+    ITSELF,
+    MEAN,
+    Columns,
+    columns_of,
+    open_relevance,
+    parts_of_result,
+    read_relevance,
+    result_name,
+)
 from hydra_pipe.store.run import CHECKSUMS, RECORD, UPTO, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
 
@@ -120,44 +130,46 @@ class Subject:
             )
 
     def all_relevance(self) -> "dict[str, Relevance]":
-        """All that was computed of single test samples, by name. Raises: StoreError: damaged."""
+        """All that was computed, by name. Raises: StoreError: damaged."""
         stages = self.run.stages
         there = [name for name in methods_of(self.run) if stages[reduce_stage(name)].state == "complete"]
-        found = {name: Relevance.of(self.run, name) for name in there}
-        return {name: relevance for name, relevance in found.items() if relevance is not None}
+        return {name: Relevance.of(self.run, name) for name in there}
 
-    def relevance(self, chosen: str | None) -> "dict[str, Relevance]":
-        """Relevance of single test samples, by name.
+    def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
+        """Relevance for each of the test samples, by name.
 
         Args:
-            chosen: names with commas between them; None: all that have a column for each test sample, of all steps.
+            chosen: names with commas between them; None: all there are, of all steps.
+            means: also that whose one column is the mean over all test samples, or of the training samples for themselves.
 
         Raises:
             RunError: there is none, or none called so; the message says what to reduce.
         """
         stages = self.run.stages
-        whole = {name: r for name, r in self.all_relevance().items() if r.n_tests == self.n_tests}
+        whole = {name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)}
         if chosen is None:
             return {name: r for name, r in whole.items() if UPTO not in stages[reduce_stage(name)].settings}
         wanted = [name.strip() for name in chosen.split(",")]
         for name in wanted:
             if name not in whole:
-                method, _, upto = name.partition("-upto-")
-                how = f"--method {method}" + (f" --upto {upto}" if upto else "")
+                parts = parts_of_result(name)
+                by = MEAN if means and parts.by == MEAN else None
+                needed = reducing(self.run, result_name(parts.method, by, parts.upto, parts.rank))
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
                     f"{self.run.path} has no relevance {shown(name)} for each of the {self.n_tests} test samples ({has}): run "
-                    f"hydra-pipe reduce {self.run.path} {how} first"
+                    f"{needed} first"
                 )
         return {name: whole[name] for name in wanted}
 
-    def required_relevance(self, chosen: str | None) -> "dict[str, Relevance]":
+    def required_relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
         """As `relevance`, at least one. Raises: RunError: there is none."""
-        found = self.relevance(chosen)
+        found = self.relevance(chosen, means=means)
         if not found:
+            needed = "hydra-fisher-mean" if means else "hydra-fisher"
             raise RunError(
-                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: run hydra-pipe reduce "
-                f"{self.run.path} --method hydra-fisher first (and other methods that you want to compare)"
+                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: run "
+                f"{reducing(self.run, needed)} first (and other methods that you want to compare)"
             )
         return found
 
@@ -169,26 +181,39 @@ class Relevance:
     Args:
         run: that it is in.
         name: of it.
-        n_tests: test samples that it has a column for.
+        columns: what its columns are.
         checksums: of its files: it was computed anew where they differ.
     """
 
     run: RunDirectory
     name: str
-    n_tests: int
+    columns: Columns
     checksums: str
 
     @classmethod
-    def of(cls, run: RunDirectory, name: str) -> "Relevance | None":
-        """None: its columns are means. Raises: StoreError: damaged."""
+    def of(cls, run: RunDirectory, name: str) -> "Relevance":
+        """What is called `name`. Raises: StoreError: damaged."""
         columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
-        if columns.by is not None:
-            return None
-        return cls(run, name, columns.n_tests, str(run.stages[reduce_stage(name)].facts.get(CHECKSUMS)))
+        return cls(run, name, columns, str(run.stages[reduce_stage(name)].facts.get(CHECKSUMS)))
+
+    def is_whole(self, n_tests: int, means: bool) -> bool:
+        """Whether it is of all `n_tests` test samples, one by one; with `means` also as their mean, or of none but itself."""
+        if self.columns.by is None or (means and self.columns.by == MEAN):
+            return self.columns.n_tests == n_tests
+        return means and self.columns.by == ITSELF
 
     def values(self) -> NDArray[np.float32]:
-        """Shape (sample, test). Raises: StoreError: damaged."""
+        """Shape (sample, column). Raises: StoreError: damaged."""
         return read_relevance(open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None))
+
+
+def reducing(run: RunDirectory, name: str, tests: str | None = None) -> str:
+    """The command that computes what is called `name`, of the test samples `tests`; None: of all."""
+    method, by, upto, rank = parts_of_result(name)
+    options = {"--upto": upto, "--rank": rank, "--tests": tests}
+    words = ["hydra-pipe reduce", str(run.path), "--method", method]
+    words += [f"{option} {value}" for option, value in options.items() if value is not None]
+    return " ".join(words + ([] if by is None else ["--by label" if by == BY_LABEL else "--mean"]))
 
 
 def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ def _record(run: RunDirectory, settings: Settings) -> str:
 def _evaluate(run: RunDirectory, kind: str, settings: Settings) -> str:
     recorded = run.stages[RECORD].settings if RECORD in run.stages else {}
     options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
+    options["--left-out"] = settings.get("left_out")
     return _command("evaluate", _pipeline(recorded), str(run.path), kind, *_assignments(recorded), **options)
 
 

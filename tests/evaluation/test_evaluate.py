@@ -76,12 +76,12 @@ def case(made: tuple[str, Path], tmp_path: Path) -> tuple[str, Path]:
     return made[0], shutil.copytree(made[1], tmp_path / "run")
 
 
-def put(run: Path, name: str, values: np.ndarray, method: str = "hydra") -> None:
+def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None) -> None:
     """A relevance array called `name`, as if it had been reduced."""
     directory = RunDirectory.open(run)
-    array = create_relevance(
-        run / "relevance.zarr", name, method, len(values), Columns(((0, values.shape[1]),)), 64, directory.run_id
-    )
+    words = {"method": "made up", "sign": "positive is helpful", "unit": "test loss"}
+    columns = columns or Columns(((0, values.shape[1]),))
+    array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
     write_relevance(array, 0, 0, values.astype(np.float32))
     upto = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
     directory.begin(f"reduce {name}", upto)
@@ -191,6 +191,34 @@ def test_noise_ranks_wrong_labels_and_leaves_them_out(case: tuple[str, Path]) ->
     assert found.summary["wrong"] == 12
 
 
+def test_noise_ranks_means_and_what_is_relevant_to_itself(case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "Retrainer", None)  # rankings alone need no training
+    hydra_pipe.reduce(case[1], by="mean")
+    hydra_pipe.reduce(case[1], method="self")
+    hydra_pipe.reduce(case[1], by="label")
+    hydra_pipe.reduce(case[1], method="hydra-fisher", by="mean", tests="0-3")
+    put(case[1], "oracle-mean", np.where(np.arange(N) < 12, -1.0, 1.0)[:, None], Columns(((0, TESTS),), "mean", ("mean",)))
+    found = hydra_pipe.evaluate(*case, "noise", left_out="0")
+    rows = {row["method"]: row for row in found.rows}
+    # neither means by label nor that of some test samples
+    assert set(rows) == {"hydra", "hydra-fisher", "hydra-mean", "oracle-mean", "self"}
+    assert rows["hydra-mean"] == rows["hydra"] | {"method": "hydra-mean"}
+    assert rows["oracle-mean"]["roc_auc"] == 1.0
+    assert not any(name.startswith("without") for name in found.rows[0])
+    values = np.asarray(hydra_pipe.open_run(case[1]).relevance("self"))[:, 0]
+    above = values[:12, None] > values[None, 12:]
+    assert rows["self"]["roc_auc"] == pytest.approx(above.mean()), "the most relevant to itself comes first"
+    assert [row["method"] for row in hydra_pipe.evaluate(*case, "noise", left_out="0", methods="self").rows] == ["self"]
+    with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method tracin --mean first"):
+        hydra_pipe.evaluate(*case, "noise", left_out="0", methods="tracin-mean")
+
+
+def test_noise_trains_without_as_many_as_asked_for(case: tuple[str, Path]) -> None:
+    found = hydra_pipe.evaluate(*case, "noise", left_out="1", methods="hydra")
+    assert [name for name in found.rows[0] if name.startswith("without")] == ["without_12"]
+    assert not hydra_pipe.evaluate(*case, "noise", left_out="1", methods="hydra").is_new
+
+
 def test_smoothness_tells_a_smooth_run_from_a_rough_one(case: tuple[str, Path], tmp_path: Path) -> None:
     found = hydra_pipe.evaluate(*case, "smoothness")
     assert found.summary["verdict"].startswith("trust exact")
@@ -220,6 +248,23 @@ def test_approximation_compares_step_by_step(case: tuple[str, Path]) -> None:
     assert early["spearman"] == pytest.approx(-1.0)
 
 
+def test_approximation_compares_the_test_samples_and_means_that_both_have(case: tuple[str, Path]) -> None:
+    whole = np.asarray(hydra_pipe.open_run(case[1]).relevance("hydra"), np.float64)
+    hydra_pipe.reduce(case[1], by="mean")
+    hydra_pipe.reduce(case[1], method="influence", tests="9-11")
+    put(case[1], "hydra-exact", whole[:, [2, 3, 9]], Columns(((2, 4), (9, 10))))
+    put(case[1], "hydra-exact-mean", 2 * whole.mean(axis=1, keepdims=True), Columns(((0, TESTS),), "mean", ("mean",)))
+    put(case[1], "hydra-exact-by-label", whole[:, :2], Columns(((0, TESTS),), "label", (0, 1)))
+    found = hydra_pipe.evaluate(*case, "approximation")
+    rows = {row["method"]: row for row in found.rows}
+    assert {name: row["columns"] for name, row in rows.items()} == {"hydra": 3, "hydra-mean": 1, "hydra-fisher": 3, "influence": 1}
+    assert rows["hydra"]["distance"] == 0.0
+    assert rows["hydra-mean"]["relative_error"] == pytest.approx(0.5, rel=1e-5)
+    assert any("--method hydra --by label" in line for line in found.summary["says"])
+    put(case[1], "hydra-exact-mean", whole[:, :1], Columns(((0, 3),), "mean", ("mean",)))
+    assert "hydra-mean" not in {row["method"] for row in hydra_pipe.evaluate(*case, "approximation").rows}, "of other test samples"
+
+
 def other_data(lr: float = 0.1) -> Pipeline:
     pipeline = net(lr)
     pipeline.train = TensorDataset(pipeline.train.tensors[0], pipeline.train.tensors[1].flip(0))
@@ -239,6 +284,9 @@ def no_truth() -> Pipeline:
         (net, "lds", {"samples": "0"}, UsageError, "--samples is no option of evaluate lds"),
         (net, "loo", {"samples": "0-60"}, UsageError, "not within the 60 training samples"),
         (net, "lds", {"retrainings": 2}, UsageError, "give 10 or more"),
+        (net, "lds", {"left_out": "1"}, UsageError, "--left-out is no option of evaluate lds"),
+        (net, "noise", {"left_out": "half"}, UsageError, "--left-out 'half': give shares"),
+        (net, "noise", {"left_out": "0,1"}, UsageError, "--left-out '0,1': give shares"),
         (net, "lds", {"seeds": 2}, UsageError, "setting `seed`"),
         (net, "lds", {"methods": "tracin"}, RunError, "hydra-pipe reduce .* --method tracin first"),
         (net, "lds", {"memory": "1MiB"}, HydraError, "raise --memory to"),
