@@ -1,17 +1,22 @@
 """Curvature weights: how much of the loss's second derivative each row of the empirical Fisher stands for.
 
-Symbols: o_i the model's output for sample i, l_i its loss, g_i = grad l_i and H_i = hess l_i in o_i, B samples in the step. The
-Fisher |B| sum_i rho_i r_i r_i^T has, in the output's coordinates, the trace of the Hessian where
+Symbols: o_i the model's output for sample i, l_i its loss, g_i = grad l_i and H_i = hess l_i in o_i, B samples in the step, T_i
+*positions* of sample i: parts of its output whose losses are added up or averaged, such as the tokens of a text (1: one
+classification). The Fisher |B| sum_i rho_i r_i r_i^T has, in the output's coordinates, the trace of one position's Hessian where
 
-    rho_i = tr H_i / |g_i|^2
+    rho_i = tr H_i / (T_i |g_i|^2)
+
+The whole trace would be T times that. But the Hessian has it in T directions or more, and the Fisher in one, r_i: along it, and
+that is all that the Fisher says, T times as much would be too much.
 
 Where p = softmax(o) or sigmoid(o) and y the target, cross-entropy has g = p - y, and tr H = sum p (1 - p) either way. Such a loss
 is known from its gradient alone: each element of g that is below zero belongs to y. Where the loss is c times that, or a sum of
-such terms over positions, rho_i = sum tr H / (c sum |p - y|^2).
+such terms over positions, rho_i = sum tr H / (T c sum |p - y|^2).
 
 A row that is zero stands for nothing: rho = 0.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -53,7 +58,7 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
         link: from output to p.
 
     Returns:
-        tr H, |p - y|^2, (p - y) . g and |g|^2, shape (B, 4), float64. Positions without a gradient (padding that
+        tr H, |p - y|^2, (p - y) . g, |g|^2 and T, shape (B, 5), float64. Positions without a gradient (padding that
         the loss ignores) do not count.
     """
     batch = len(output)
@@ -61,8 +66,8 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
         gradient = gradient.double()
         p = torch.sigmoid(output.double())
         residual = p - (gradient < 0).double()
-        terms = torch.stack([p * (1 - p), residual * residual, residual * gradient, gradient * gradient])
-        return torch.where(gradient != 0, terms, 0.0).reshape(4, batch, -1).sum(2).T
+        terms = torch.stack([p * (1 - p), residual * residual, residual * gradient, gradient * gradient, torch.ones_like(p)])
+        return torch.where(gradient != 0, terms, 0.0).reshape(5, batch, -1).sum(2).T
     # (position, class); of the large arrays only products are taken, which are one pass each
     classes = output.shape[_classes(link)]
     gradient = gradient.movedim(_classes(link), -1).reshape(-1, classes)
@@ -72,9 +77,10 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
     gradient, g_y = gradient.double(), g_y[:, 0].double()
     square, product = _dot(p, p), _dot(p, gradient)
     # sum p (1 - p) = 1 - |p|^2; |p - y|^2 = |p|^2 - 2 p_y + 1
-    terms = torch.stack([1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient)])
+    one = torch.ones_like(g_y)
+    terms = torch.stack([1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient), one])
     terms = torch.where(g_y != 0, terms, 0.0)
-    return (terms if terms.shape[1] == batch else terms.reshape(4, batch, -1).sum(2)).T
+    return (terms if terms.shape[1] == batch else terms.reshape(5, batch, -1).sum(2)).T
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -99,14 +105,14 @@ def cross_entropy_weights(
         pass of one sample, which shows no such thing.
     """
     starts = np.cumsum(sizes) - sizes
-    trace, residual, product, square = statistics.T
+    trace, residual, product, square, positions = statistics.T
     with np.errstate(invalid="ignore", divide="ignore"):
         factors = np.add.reduceat(product, starts) / np.add.reduceat(residual, starts)
         factor = np.repeat(factors, sizes)
         # what is left of the gradients, in units of the factor: p is rounded, however near it is to the target
         left = np.sqrt(np.maximum(square - 2 * factor * product + factor**2 * residual, 0.0))
         good = left <= factor * max(_TOLERANCE, 4 * eps) * (1.0 + np.sqrt(residual))
-        rho = np.where(residual > 0.0, trace / (np.repeat(batches, sizes) * factor * residual), 0.0)
+        rho = np.where(residual > 0.0, trace / (positions * np.repeat(batches, sizes) * factor * residual), 0.0)
     known = (sizes > 1) & (factors > 0.0) & np.isfinite(factors) & np.logical_and.reduceat(good, starts)
     return _as_float32(rho), known
 
@@ -146,13 +152,21 @@ def curvature_weights(loss: Loss, output: Tensor, target: Tensor, gradient: Tens
     if not bool((left <= factor * _ROUNDING[gradient.dtype] * squares.sqrt().max()).all()):
         return np.full(len(output), np.nan, np.float32)
     trace = _squared_error_trace(output, target, own.detach())
+    positions = _positions(output, target) if trace is None else output.numel() // len(output)
     if trace is None:
         try:
             trace = _trace(own, leaf)
         except RuntimeError:  # what torch raises where it has no derivative
             return np.full(len(output), np.nan, np.float32)
-    rho = torch.where(squares > 0, trace / (batch * factor * squares), 0.0)
+    rho = torch.where(squares > 0, trace / (positions * batch * factor * squares), 0.0)
     return _as_float32(rho.cpu().numpy())
+
+
+def _positions(output: Tensor, target: Tensor) -> int:
+    """T of a loss that is not known by its form: a class for each, or all that lies between the samples and the last dimension."""
+    if not target.is_floating_point():
+        return max(1, target.numel() // len(target))
+    return math.prod(output.shape[1:-1])
 
 
 def _squared_error_trace(output: Tensor, target: Tensor, gradient: Tensor) -> Tensor | None:
