@@ -83,7 +83,7 @@ def record(
     else:
         source = load_pipeline(pipeline, settings)
         own = {"pipeline": f"{source.file}:{source.function}"}
-        own |= {f"set {key}": _plain(value) for key, value in source.settings.items()}
+        own |= source.recorded_settings
         built = source.build()
     tests = Midway.parse(test_every, built)
     own = json_settings(own | described(built)) | ({} if test_every is None else {"test_every": test_every})
@@ -222,11 +222,6 @@ def plan(run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | No
 def _check_no_pipeline(method: str, pipeline: "str | Pipeline | None") -> None:
     if pipeline is not None:
         raise UsageError(f"--pipeline is for --method hydra-exact: {method} needs none")
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON keeps it, so that what is read back compares equal."""
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":

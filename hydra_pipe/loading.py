@@ -35,6 +35,12 @@ class PipelineSource:
     settings: dict[str, Any]
     _build: Any
 
+    @property
+    def recorded_settings(self) -> dict[str, str | int | float | bool | None]:
+        """The settings as a recording keeps them, each below "set NAME": in JSON, so that what is read back compares equal."""
+        plain = (str, int, float, bool, type(None))
+        return {f"set {name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
+
     def build(self) -> Pipeline:
         """Call the function, with all random generators seeded by its `seed` setting (0 if it has none).
 

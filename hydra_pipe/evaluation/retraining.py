@@ -15,6 +15,7 @@ from hydra_pipe.errors import PipelineError
 from hydra_pipe.evaluation.models import Models, Values
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
+from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 
 # What the weighted losses of a batch are divided by: all of its samples, or the sum of their weights.
@@ -135,17 +136,11 @@ class Retrainer:
         return optimizer
 
     def _tested(self, pipeline: Pipeline, parameters: Values, buffers: Values) -> NDArray[np.float64]:
-        was_training = [module for module in pipeline.model.modules() if module.training]
-        pipeline.model.eval()
         pieces = []
-        try:
-            with torch.no_grad():
-                for inputs, targets in test_batches(pipeline, Task(), None):
-                    found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
-                    pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
-        finally:
-            for module in was_training:
-                module.training = True
+        with evaluating(pipeline.model), torch.no_grad():
+            for inputs, targets in test_batches(pipeline, Task(), None):
+                found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
 
 

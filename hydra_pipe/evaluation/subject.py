@@ -76,9 +76,7 @@ class Subject:
         else:
             source = load_pipeline(pipeline, settings)
             built = source.build()
-            own = {
-                f"set {key}": v if isinstance(v, str | int | float | bool | None) else str(v) for key, v in source.settings.items()
-            }
+            own = dict(source.recorded_settings)
         own |= {"seed": built.seed, "n_samples": len(built.train)} | described(built)
         _compare(run, recording.settings, json_settings(own))
         gradients = Gradients(run.path / names.GRADIENTS)

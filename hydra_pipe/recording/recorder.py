@@ -24,6 +24,7 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.joint import JointSteps, without_step
+from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.optimizers import check_optimizer, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
@@ -428,11 +429,9 @@ class Recorder:
         """
         if self._closed or self.n_steps == 0:
             raise RecordError("record_test comes after the first recorded step and before close()")
-        was_training = [module for module in self._model.modules() if module.training]
         # what was trained and then frozen has a gradient all the same, and earlier rows to multiply it with
         frozen = [p for p in self._parameters if not p.requires_grad]
         try:
-            self._model.eval()
             for parameter in frozen:
                 parameter.requires_grad_(True)
             self._flush()
@@ -443,7 +442,8 @@ class Recorder:
             n_tests, worst = 0, 0.0
             # a loader draws from the global generator, which the training goes on with
             devices = list({p.device for p in self._parameters if p.is_cuda})
-            with together(self._ranks), self._collector.set_aside(), torch.random.fork_rng(devices):
+            aside = self._collector.set_aside()
+            with together(self._ranks), evaluating(self._model), aside, torch.random.fork_rng(devices):
                 if is_first(self._ranks):
                     n_tests, labels, worst = record_test_gradients(
                         self._model, self._collector, writer, self.n_steps, batches, loss, labels
@@ -456,8 +456,6 @@ class Recorder:
             self.fail(error)
             raise
         finally:
-            for module in was_training:
-                module.training = True
             for parameter in frozen:
                 parameter.requires_grad_(False)
             self._in_test = False

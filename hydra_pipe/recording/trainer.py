@@ -13,6 +13,7 @@ from hydra_pipe.errors import NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
+from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
 from hydra_pipe.recording.user_code import user_code
@@ -171,24 +172,18 @@ def accuracy(pipeline: Pipeline) -> float | None:
     """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
     correct = 0
     device = next(pipeline.model.parameters()).device
-    was_training = [module for module in pipeline.model.modules() if module.training]
-    pipeline.model.eval()
-    try:
-        with torch.no_grad():
-            for inputs, targets in test_batches(pipeline, Task(), None):
-                output = pipeline.model(inputs.to(device))
-                if (
-                    not isinstance(output, Tensor)
-                    or output.dim() != 2
-                    or output.shape[1] < 2
-                    or targets.is_floating_point()
-                    or targets.dim() != 1
-                ):
-                    return None
-                correct += int((output.argmax(1).cpu() == targets).sum())
-    finally:
-        for module in was_training:
-            module.training = True
+    with evaluating(pipeline.model), torch.no_grad():
+        for inputs, targets in test_batches(pipeline, Task(), None):
+            output = pipeline.model(inputs.to(device))
+            if (
+                not isinstance(output, Tensor)
+                or output.dim() != 2
+                or output.shape[1] < 2
+                or targets.is_floating_point()
+                or targets.dim() != 1
+            ):
+                return None
+            correct += int((output.argmax(1).cpu() == targets).sum())
     return correct / len(pipeline.test)
 
 

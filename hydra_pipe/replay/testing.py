@@ -10,6 +10,7 @@ from torch import Tensor
 from hydra_pipe.plan.selection import Span
 from hydra_pipe.recording.batches import Samples, batches_of
 from hydra_pipe.recording.losses import per_sample_losses
+from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.replay.products import gradients_of_each
 
@@ -54,9 +55,7 @@ def test_gradients(
     found = [torch.zeros(last - first, *p.shape, dtype=p.dtype, device=p.device) for p in parameters]
     losses = np.zeros(len(test_ids))
     device = parameters[0].device
-    was_training = [module for module in pipeline.model.modules() if module.training]
-    pipeline.model.eval()
-    try:
+    with evaluating(pipeline.model):
         # in the batches in which they were recorded, by which a dataset may draw
         order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
         for ids, inputs, targets in Samples(pipeline, "test").batches(order):
@@ -77,7 +76,4 @@ def test_gradients(
                 for low in range(0, last - first, at_once):
                     for to, g in zip(found, gradients_of_each(each, parameters, shares[low : low + at_once]), strict=True):
                         to[low : low + at_once] += g
-    finally:
-        for module in was_training:
-            module.training = True
     return TestGradients(found, losses)
