@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# of pyproject.toml; with spark too, the recipes of docs/parquet.md are run by Spark
+EXTRAS ?= dev
 
 .PHONY: demo test clean
 
@@ -19,7 +21,7 @@ test: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt hydra_pipe/reduction/_loops.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -214,6 +214,7 @@ def export(
     method: Method = "hydra",
     top: Top = 100,
     full: Full = False,
+    memory: Memory = "4GiB",
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -223,7 +224,7 @@ def export(
     """
     from hydra_pipe.exporting.run import export_run
 
-    done = export_run(run, method=method, top=top, full=full, overwrite=overwrite, progress=ConsoleProgress())
+    done = export_run(run, method=method, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress())
     _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{names.rankings_directory(method)}")
 
 
@@ -253,7 +254,7 @@ def run_all(
     """
     record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, test_every, overwrite, debug=debug)
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
-    export(run, method, top, full, overwrite, debug=debug)
+    export(run, method, top, full, memory, overwrite, debug=debug)
 
 
 @app.command()

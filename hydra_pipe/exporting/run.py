@@ -2,8 +2,9 @@
 
 import os
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, UsageError
-from hydra_pipe.exporting.ranking import ClassMeans, Ranked, rank_harmful, rank_tests
+from hydra_pipe.exporting.parts import Matrix, Parts
+from hydra_pipe.exporting.ranking import ClassMeans, Ranked, Ranking, rank_harmful
+from hydra_pipe.plan.exporting import GROUP_ROWS, ExportInput, plan_export
+from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
@@ -27,16 +31,15 @@ from hydra_pipe.store.relevance import (
     columns_of,
     open_relevance,
     parts_of_result,
+    read_columns,
     read_relevance,
     result_name,
 )
 from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, UPTO, RunDirectory, Settings, export_stage, reduce_stage
 from hydra_pipe.store.space import say_if_tight
+from hydra_pipe.units import parse_bytes, resident_bytes
 
-# Columns of the matrix that are in memory at once, as bytes; and pairs in a row group of the full table.
-BLOCK_BYTES = 64 * 2**20
-ROW_GROUP = 2**20
 VISIT_ROWS = 2**20
 # of a row of matrix/, of the rankings and of samples.parquet, labels counted as integers
 _PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 52
@@ -48,6 +51,7 @@ def export_run(
     method: str = "hydra",
     top: int = 100,
     full: bool = False,
+    memory: str = "4GiB",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -58,6 +62,7 @@ def export_run(
         method: whose relevance.
         top: training samples a side ("helpful", "harmful") for each test sample.
         full: also write every pair.
+        memory: budget for the whole process, such as "4GiB". The tables do not depend on it.
         overwrite: replace tables written with other settings.
         progress: where to show progress; nowhere if absent.
 
@@ -69,8 +74,10 @@ def export_run(
     Raises:
         RunError: there is no run, or it has no relevance of that method.
         StoreError: the relevance is damaged.
-        UsageError: `top` is not positive, or there is nothing to rank in it.
+        BudgetError: the budget is too small.
+        UsageError: `top` is not positive, `memory` is no size, or there is nothing to rank in it.
     """
+    memory_bytes = parse_bytes(memory)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     if parts_of_result(method).method == ITSELF:
@@ -85,7 +92,7 @@ def export_run(
         directory.refresh()  # another process may have done it in the meantime
         if not overwrite and not _has_work(directory, method, settings):
             return False
-        _export(directory, method, top, full, progress or Progress())
+        _export(directory, method, settings, memory_bytes, progress or Progress())
     return True
 
 
@@ -116,8 +123,8 @@ def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDAr
     return read_relevance(array, slice(None))[:, 0]
 
 
-def _export(directory: RunDirectory, method: str, top: int, full: bool, progress: Progress) -> None:
-    stage, settings = export_stage(method), {"top": top, "full": full}
+def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
+    stage = export_stage(method)
     reduction = directory.stages[reduce_stage(method)]
     upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
     gradients, counts = open_recording(directory, upto)
@@ -129,18 +136,18 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
         fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {counts.n_tests} were recorded"
     if fault is not None:
         raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
+    own = _own_relevance(directory, method, counts.n_samples)
+    attributes = relevance.attributes
+    meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
+    export = _Export(gradients, relevance, own, meta, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
     directory.begin(stage, settings)
     start = time.monotonic()
     try:
         # readers see the old tables or the new ones, all of them of one export
         with replaced_directory(target) as partial:
-            own = _own_relevance(directory, method, counts.n_samples)
-            attributes = relevance.attributes
-            meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
-            export = _Export(partial, gradients, relevance, own, meta, top, full)
             say_if_tight(export.most_bytes(), target, progress)
-            export.write(progress)
+            export.write(partial, progress)
             files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
             source = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
             source |= {} if own is None else {OF_SELF: _own_checksums(directory, method)}
@@ -152,23 +159,58 @@ def _export(directory: RunDirectory, method: str, top: int, full: bool, progress
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files, checksums=checksums, **source)
 
 
-@dataclass
 class _Export:
-    target: Path
-    gradients: Gradients
-    relevance: Array
-    own: NDArray[np.float32] | None
-    meta: dict[str, str]
-    top: int
-    full: bool
+    """The tables of one export.
 
-    def __post_init__(self) -> None:
-        self.train_labels = self.gradients.labels(names.TRAIN_LABELS)
-        columns = columns_of(self.relevance)
+    Args:
+        gradients: of the run, for labels and visits.
+        relevance: of the method.
+        own: relevance of samples for themselves, shape (sample,), or None.
+        meta: of the schemas.
+        top, full: see `export_run`.
+        memory_bytes: the budget.
+
+    Raises:
+        BudgetError: it does not fit.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        relevance: Array,
+        own: NDArray[np.float32] | None,
+        meta: dict[str, str],
+        top: int,
+        full: bool,
+        memory_bytes: int,
+    ) -> None:
+        self.gradients = gradients
+        self.relevance = relevance
+        self.own = own
+        self.meta = meta
+        self.top = top
+        self.full = full
+        self.train_labels = gradients.labels(names.TRAIN_LABELS)
+        columns = columns_of(relevance)
         self.test_ids = columns.ids
-        self.test_labels = columns.labels(self.gradients.labels(names.TEST_LABELS))
+        self.test_labels = columns.labels(gradients.labels(names.TEST_LABELS))
         self.train_type = rankings.label_type(self.train_labels)
         self.test_type = rankings.label_type(self.test_labels)
+        self.classes = None
+        if self.train_labels is not None and self.test_labels is not None:
+            self.classes = ClassMeans(self.train_labels, self.test_labels)
+        self.plan = plan_export(
+            ExportInput(
+                n_samples=relevance.shape[0],
+                n_tests=relevance.shape[1],
+                top=top,
+                full=full,
+                n_cells=0 if self.classes is None else self.classes.n_cells,
+                chunk_tests=relevance.chunks[1],
+                base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+                memory_bytes=memory_bytes,
+            )
+        )
 
     def most_bytes(self) -> int:
         """What the tables take at most, if nothing of them can be compressed, but for labels that are long words."""
@@ -176,33 +218,50 @@ class _Export:
         pairs = n_samples * n_tests if self.full else 0
         return pairs * _PAIR_BYTES + n_tests * 2 * min(self.top, n_samples) * _RANKED_BYTES + n_samples * _SAMPLE_BYTES
 
-    def write(self, progress: Progress) -> None:
-        """All tables, in one pass over the relevance."""
+    def write(self, target: Path, progress: Progress) -> None:
+        """All tables, into `target`, in one pass over the relevance: a block is ranked and written while the next one is read."""
         n_samples, n_tests = self.relevance.shape
+        plan, schema = self.plan, rankings.ranking_schema(self.test_type, self.train_type, self.meta)
         sums = np.zeros(n_samples)
-        classes = (
-            ClassMeans(self.train_labels, self.test_labels)
-            if self.train_labels is not None and self.test_labels is not None
-            else None
-        )
-        chunk = self.relevance.chunks[1]
-        width = max(chunk, BLOCK_BYTES // (n_samples * 4) // chunk * chunk)
-        schema = rankings.ranking_schema(self.test_type, self.train_type, self.meta)
-        if self.full:
-            (self.target / rankings.MATRIX).mkdir()
-        with progress.task("export", n_tests, "tests") as task:
-            for part, first in enumerate(range(0, n_tests, width)):
-                block = read_relevance(self.relevance, slice(first, min(first + width, n_tests)))
-                ranked = rank_tests(block, first, self.top)
-                pq.write_table(self._ranking_table(ranked, schema), self.target / rankings.PARTS.format(part))
-                if self.full:
-                    self._write_matrix(block, first, part)
-                sums += block.sum(axis=1, dtype=np.float64)
-                if classes is not None:
-                    classes.add(block, first)
-                task.advance(block.shape[1])
-        pq.write_table(self._samples_table(sums, n_tests), self.target / rankings.SAMPLES)
-        pq.write_table(self._classes_table(classes), self.target / rankings.CLASSES)
+        with ExitStack() as stack:
+            parts = stack.enter_context(Parts(target, schema, plan.ranking_group_tests, plan.ranking_file_tests))
+            matrix = None
+            if self.full:
+                matrix = stack.enter_context(Matrix(target / rankings.MATRIX, self.test_ids, n_samples, plan, self.meta))
+            pool = stack.enter_context(ThreadPoolExecutor(2))
+            task = stack.enter_context(progress.task("export", n_samples * n_tests, "pairs"))
+            ranking = Ranking(0, 0, self.top)
+            for block, tests, samples in self._blocks(pool):
+                written = None if matrix is None else pool.submit(matrix.write, block, tests, samples)
+                if samples.start == 0:
+                    ranking = Ranking(tests.start, len(block), self.top)
+                ranking.add(block, samples.start)
+                for column in block:
+                    sums[samples] += column
+                if self.classes is not None:
+                    self.classes.add(block, tests.start, samples.start)
+                if samples.stop == n_samples:
+                    ranked = ranking.ranked()
+                    parts.add(self._ranking_table(ranked, schema), ranked.ends)
+                if written is not None:
+                    written.result()
+                task.advance(block.size)
+        self._write_samples(target, sums, n_tests, progress)
+        classes_schema = rankings.classes_schema(self.train_type, self.test_type, self.meta)
+        with rankings.table_writer(target / rankings.CLASSES, classes_schema) as writer:
+            writer.write_table(self._classes_table(classes_schema))
+
+    def _blocks(self, pool: Executor) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
+        """Blocks of the relevance, shape (test, sample), and what they are of; the next one is read meanwhile."""
+        waiting: Future[NDArray[np.float32]] | None = None
+        spans = list(self.plan.blocks(*self.relevance.shape))
+        for number, (tests, samples) in enumerate(spans):
+            block = read_columns(self.relevance, samples, tests) if waiting is None else waiting.result()
+            if number + 1 < len(spans):
+                after, low = spans[number + 1]
+                waiting = pool.submit(read_columns, self.relevance, low, after)
+            yield block, tests, samples
+            del block  # before the next but one is read
 
     def _ranking_table(self, ranked: Ranked, schema: pa.Schema) -> pa.Table:
         sides = pa.DictionaryArray.from_arrays(
@@ -219,57 +278,42 @@ class _Export:
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 
-    def _samples_table(self, sums: NDArray[np.float64], n_tests: int) -> pa.Table:
-        ids = np.arange(len(sums))
-        columns = [
-            pa.array(ids),
-            rankings.label_column(self.train_labels, ids, self.train_type),
-            pa.array(sums),
-            pa.array(sums / n_tests),
-            pa.array(rank_harmful(sums)),
-            pa.nulls(len(sums), pa.float32()) if self.own is None else pa.array(self.own),
-            pa.array(self._visits(len(sums))),
-        ]
-        return pa.Table.from_arrays(columns, schema=rankings.samples_schema(self.train_type, self.meta))
+    def _write_samples(self, target: Path, sums: NDArray[np.float64], n_tests: int, progress: Progress) -> None:
+        schema = rankings.samples_schema(self.train_type, self.meta)
+        ranks, visits = rank_harmful(sums), self._visits(len(sums), progress)
+        with rankings.table_writer(target / rankings.SAMPLES, schema) as writer:
+            for first in range(0, len(sums), GROUP_ROWS):
+                rows = slice(first, min(first + GROUP_ROWS, len(sums)))
+                columns = [
+                    pa.array(np.arange(rows.start, rows.stop)),
+                    rankings.label_column(self.train_labels, rows, self.train_type),
+                    pa.array(sums[rows]),
+                    pa.array(sums[rows] / n_tests),
+                    pa.array(ranks[rows]),
+                    pa.nulls(rows.stop - rows.start, pa.float32()) if self.own is None else pa.array(self.own[rows]),
+                    pa.array(visits[rows]),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
-    def _visits(self, n_samples: int) -> NDArray[np.int64]:
+    def _visits(self, n_samples: int, progress: Progress) -> NDArray[np.int64]:
         visits = np.zeros(n_samples, np.int64)
         n_rows = self.gradients.rows.n_rows
-        for first in range(0, n_rows, VISIT_ROWS):
-            samples = self.gradients.samples(slice(first, first + VISIT_ROWS))
-            check_within(samples, n_samples, f"samples of {self.gradients.path}")
-            visits += np.bincount(samples, minlength=n_samples)
+        with progress.task("visits", n_rows, "rows") as task:
+            for first in range(0, n_rows, VISIT_ROWS):
+                samples = self.gradients.samples(slice(first, first + VISIT_ROWS))
+                check_within(samples, n_samples, f"samples of {self.gradients.path}")
+                visits += np.bincount(samples, minlength=n_samples)
+                task.advance(len(samples))
         return visits
 
-    def _classes_table(self, classes: ClassMeans | None) -> pa.Table:
-        schema = rankings.classes_schema(self.train_type, self.test_type, self.meta)
-        if classes is None:
+    def _classes_table(self, schema: pa.Schema) -> pa.Table:
+        if self.classes is None:
             return schema.empty_table()
-        train, test = np.meshgrid(classes.train_names, classes.test_names, indexing="ij")
+        train, test = np.meshgrid(self.classes.train_names, self.classes.test_names, indexing="ij")
         columns = [
             pa.array(train.ravel(), self.train_type),
             pa.array(test.ravel(), self.test_type),
-            pa.array(classes.means().ravel()),
-            pa.array(classes.pairs().ravel()),
+            pa.array(self.classes.means().ravel()),
+            pa.array(self.classes.pairs().ravel()),
         ]
         return pa.Table.from_arrays(columns, schema=schema)
-
-    def _write_matrix(self, block: NDArray[np.float32], first: int, part: int) -> None:
-        """Every pair of the block, sorted by test sample; row groups hold whole test samples where these are small enough."""
-        n_samples, n_tests = block.shape
-        at_once = max(1, ROW_GROUP // n_samples)
-        schema = rankings.matrix_schema(self.meta)
-        train = np.arange(n_samples)
-        with pq.ParquetWriter(self.target / rankings.MATRIX / rankings.PARTS.format(part), schema) as writer:
-            for low in range(0, n_tests, at_once):
-                columns = block[:, low : low + at_once]
-                tests = self.test_ids[first + low : first + low + columns.shape[1]]
-                table = pa.Table.from_arrays(
-                    [
-                        pa.array(np.repeat(tests, n_samples)),
-                        pa.array(np.tile(train, len(tests))),
-                        pa.array(np.ascontiguousarray(columns.T).ravel()),
-                    ],
-                    schema=schema,
-                )
-                writer.write_table(table, row_group_size=ROW_GROUP)

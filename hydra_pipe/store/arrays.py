@@ -265,11 +265,12 @@ class Array:
         """The bytes of a file, read-only. Raises: OSError."""
         return np.frombuffer(read_file(self.file_path(at), self.codec.most_bytes), np.uint8)
 
-    def read(self, *window: slice) -> NDArray[Any]:
+    def read(self, *window: slice, transposed: bool = False) -> NDArray[Any]:
         """Values of a window, every checksum checked.
 
         Args:
             window: a slice for each dimension, in steps of 1; everything in those left out.
+            transposed: lie in memory the other way round (Fortran's order), so that columns are together.
 
         Raises:
             RottenError, OSError: see `ROTTEN`.
@@ -281,7 +282,7 @@ class Array:
         places = [range(low // n, -(-high // n)) for (low, high), n in zip(whole, self._file_shape, strict=True)]
         if 0 not in sizes:
             self._check_room(prod(sizes) * self.dtype.itemsize, prod(map(len, places)))
-        out = np.empty(sizes, self.dtype)
+        out = np.empty(sizes, self.dtype, order="F" if transposed else "C")
         if not out.size:
             return out
         scratch: list[NDArray[Any]] = []

@@ -1,10 +1,12 @@
-"""Names, schemas and metadata of the Parquet tables."""
+"""Names, schemas, metadata and encodings of the Parquet tables."""
 
 import re
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 PARTS: Final = "part-{:05d}.parquet"
@@ -12,6 +14,17 @@ SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
 MATRIX: Final = "matrix"
 SCHEMA_VERSION: Final = "1"
+# How rows are sorted, by the columns that a table has: the first that fits. In order of test sample, helpful before harmful.
+_ASCENDING, _DESCENDING = "ascending", "descending"
+_ORDERS: Final = (
+    (("test_id", _ASCENDING), ("side", _DESCENDING), ("rank", _ASCENDING)),
+    (("test_id", _ASCENDING), ("train_id", _ASCENDING)),
+    (("train_label", _ASCENDING), ("test_label", _ASCENDING)),
+    (("train_id", _ASCENDING),),
+)
+# Few values that come again and again; integers that are near each other; what is in neither is written as it is.
+_DICTIONARIES: Final = ("test_id", "side", "test_label", "train_label", "label", "visits")
+_DELTAS: Final = ("train_id", "rank")
 _TABLE: Final = re.compile(r"(matrix/)?(part-[0-9]{5,9}|samples|classes)\.parquet")
 
 
@@ -89,6 +102,26 @@ def matrix_schema(meta: dict[str, str]) -> pa.Schema:
     )
 
 
-def label_column(labels: NDArray[Any] | None, ids: NDArray[np.int64], kind: pa.DataType) -> pa.Array:
+def label_column(labels: NDArray[Any] | None, ids: NDArray[np.int64] | slice, kind: pa.DataType) -> pa.Array:
     """Labels of the samples `ids`, nulls where labels are unknown."""
-    return pa.nulls(len(ids), kind) if labels is None else pa.array(labels[ids], kind)
+    n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
+    return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
+
+
+def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A new table; whoever writes it decides the row groups.
+
+    Every reader in docs/parquet.md reads these encodings; why these, and no compression of others, is measured in
+    benchmarks/RESULTS.md. To Arrow, labels are plain integers and strings: its own dictionaries become other types in some tools.
+    """
+    order = next(order for order in _ORDERS if all(name in schema.names for name, _ in order))
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression={name: "none" if name in floats else "snappy" for name in schema.names},
+        use_dictionary=[name for name in _DICTIONARIES if name in schema.names],
+        column_encoding={name: "DELTA_BINARY_PACKED" for name in _DELTAS if name in schema.names} | dict.fromkeys(floats, "PLAIN"),
+        write_page_index=True,
+        sorting_columns=pq.SortingColumn.from_ordering(schema, order),
+    )

@@ -217,3 +217,9 @@ def read_relevance(array: Array, tests: slice) -> NDArray[np.float32]:
     """Columns of some test samples, shape (sample, test). Raises: StoreError: damaged."""
     with damage_named(array.path, RELEVANCE_UNREADABLE):
         return array.read(slice(None), tests)
+
+
+def read_columns(array: Array, samples: slice, tests: slice) -> NDArray[np.float32]:
+    """A block, a row for each column of the array: shape (test, sample), contiguous. Raises: StoreError: damaged."""
+    with damage_named(array.path, RELEVANCE_UNREADABLE):
+        return array.read(samples, tests, transposed=True).T

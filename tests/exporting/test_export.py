@@ -1,6 +1,7 @@
 """The Parquet tables, read back by the tools they are for."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -12,7 +13,11 @@ import pytest
 from conftest import conv_pipeline
 
 import hydra_pipe
+from hydra_pipe.errors import BudgetError
 from hydra_pipe.exporting import run as export_module
+from hydra_pipe.plan import exporting as planning
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.relevance import read_columns
 from hydra_pipe.store.run import RunDirectory
 
 
@@ -112,21 +117,24 @@ def test_duckdb_polars_and_pandas_answer_the_same(exported: Path) -> None:
     assert duck == frame.rows() == list(pandas_rows[["train_id", "relevance"]].itertuples(index=False, name=None))
 
 
-def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def contents(run: Path) -> dict[str, pd.DataFrame]:
-        parts = sorted(tables(run).glob("part-*.parquet"))
-        whole = pd.concat([pd.read_parquet(f, partitioning=None) for f in parts], ignore_index=True)
-        single = {n: pd.read_parquet(tables(run) / n, partitioning=None) for n in ("samples.parquet", "classes.parquet")}
-        return {"ranking": whole, **single}
+def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
+    read: list[slice] = []
 
-    before = contents(exported)
-    monkeypatch.setattr(export_module, "BLOCK_BYTES", 1)
+    def counted(array: Array, samples: slice, tests: slice) -> np.ndarray:
+        read.append(tests)
+        return read_columns(array, samples, tests)
+
+    monkeypatch.setattr(export_module, "read_columns", counted)
+    monkeypatch.setattr(planning, "GROUP_ROWS", 8 * 60)
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 1)
     hydra_pipe.export(exported, top=4, full=True, overwrite=True)
-    assert len(list(tables(exported).glob("part-*.parquet"))) == 2
-    for name, table in contents(exported).items():
-        pd.testing.assert_frame_equal(table, before[name], check_exact=False, rtol=1e-12)
+    assert len(read) == 2
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 2**26)
+    wide = {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    assert len(read) == 3
+    assert {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")} == wide != before
 
 
 def test_named_labels_and_unknown_labels(tmp_path: Path) -> None:
@@ -213,3 +221,76 @@ def test_tables_say_the_unit_of_their_method(exported: Path) -> None:
     hydra_pipe.export(exported, method="grad-cos")
     for file in (exported / "rankings" / "method=grad-cos").rglob("*.parquet"):
         assert pq.read_schema(file).metadata[b"hydra_pipe.unit"] == b"cosine, from -1 to 1"
+
+
+def test_tables_declare_how_they_are_sorted_and_are(exported: Path) -> None:
+    found = {}
+    for file in sorted(tables(exported).rglob("*.parquet")):
+        metadata = pq.read_metadata(file)
+        group = metadata.row_group(0)
+        assert all(metadata.row_group(i).sorting_columns == group.sorting_columns for i in range(metadata.num_row_groups))
+        order = [(metadata.schema.column(s.column_index).name, s.descending) for s in group.sorting_columns]
+        found[file.relative_to(tables(exported)).as_posix()] = [name for name, _ in order]
+        table = pq.read_table(file, partitioning=None).to_pandas()
+        table["side"] = table["side"].astype(str) if "side" in table else ""
+        by, ascending = [name for name, _ in order], [not descending for _, descending in order]
+        pd.testing.assert_frame_equal(table, table.sort_values(by, ascending=ascending, kind="stable", ignore_index=True))
+        for i in range(group.num_columns):
+            column = group.column(i)
+            assert column.is_stats_set
+            assert column.has_column_index
+            assert column.has_offset_index
+    assert found == {
+        "classes.parquet": ["train_label", "test_label"],
+        "matrix/part-00000.parquet": ["test_id", "train_id"],
+        "part-00000.parquet": ["test_id", "side", "rank"],
+        "samples.parquet": ["train_id"],
+    }
+
+
+def test_row_groups_hold_whole_test_samples_in_files_of_several(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "GROUP_ROWS", 8 * 60)
+    monkeypatch.setattr(planning, "FILE_ROWS", 3 * 8 * 60)
+    whole = {name: pq.read_table(tables(exported) / name, partitioning=None) for name in ("part-00000.parquet", "matrix")}
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    files = sorted((tables(exported) / "matrix").iterdir())
+    spans = [
+        [(g.column(0).statistics.min, g.column(0).statistics.max, g.num_rows) for g in map(m.row_group, range(m.num_row_groups))]
+        for m in map(pq.read_metadata, files)
+    ]
+    groups = [(low, min(low + 7, 89), 60 * min(8, 90 - low)) for low in range(0, 90, 8)]
+    assert spans == [groups[i : i + 3] for i in range(0, 12, 3)]
+    rankings = sorted(tables(exported).glob("part-*.parquet"))
+    assert [pq.read_metadata(f).num_row_groups for f in rankings] == [3]
+    assert pq.read_table(tables(exported) / "matrix", partitioning=None).equals(whole["matrix"])
+    assert pq.read_table(rankings[0], partitioning=None).equals(whole["part-00000.parquet"])
+
+
+@pytest.mark.parametrize("block_tests", [64, 4])
+def test_slabs_of_very_many_samples_give_the_same_tables(exported: Path, monkeypatch: pytest.MonkeyPatch, block_tests: int) -> None:
+    names = ("part-00000.parquet", "matrix", "samples.parquet", "classes.parquet")
+    whole = {name: pq.read_table(tables(exported) / name, partitioning=None) for name in names}
+    monkeypatch.setattr(planning, "MOST_WHOLE", 50)
+    monkeypatch.setattr(planning, "SLAB_SAMPLES", 25)
+    plan = planning.plan_export
+    monkeypatch.setattr(export_module, "plan_export", lambda given: replace(plan(given), block_tests=block_tests))
+    hydra_pipe.export(exported, top=4, full=True, overwrite=True)
+    files = sorted((tables(exported) / "matrix").iterdir())
+    assert [pq.read_metadata(f).num_rows for f in files] == [60] * 90
+    assert [pq.read_metadata(files[0]).row_group(i).num_rows for i in range(3)] == [25, 25, 10]
+    for name, table in whole.items():
+        found = pq.read_table(tables(exported) / name, partitioning=None)
+        if name == "classes.parquet":  # means, of sums of slabs
+            pd.testing.assert_frame_equal(found.to_pandas(), table.to_pandas(), rtol=1e-12)
+        else:
+            assert found.equals(table)
+    assert hydra_pipe.verify(exported) == []
+
+
+def test_a_budget_that_is_too_small_is_refused_and_leaves_the_old_tables(exported: Path) -> None:
+    before = {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")}
+    with pytest.raises(BudgetError, match="raise --memory to"):
+        hydra_pipe.export(exported, top=4, full=True, memory="100MiB", overwrite=True)
+    assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
+    assert hydra_pipe.verify(exported) == []
+    assert not hydra_pipe.export(exported, top=4, full=True, memory="1GiB")  # no setting that the tables depend on

@@ -1,0 +1,141 @@
+"""Tables in several files, `part-*.parquet`: row groups hold whole test samples, or where these are large, a slab of one."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hydra_pipe.plan.exporting import ExportPlan
+from hydra_pipe.store import rankings
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class Parts:
+    """Row groups, one after the other, each of so many test samples, in files of so many.
+
+    Args:
+        directory: of the files.
+        schema: of the table.
+        group_tests, file_tests: test samples of a row group and of a file, a multiple of that.
+    """
+
+    def __init__(self, directory: Path, schema: pa.Schema, group_tests: int, file_tests: int) -> None:
+        self._directory = directory
+        self._schema = schema
+        self._group_tests = group_tests
+        self._file_tests = file_tests
+        self._n_tests = self._number = 0
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self._write_group()
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, table: pa.Table, ends: Ints) -> None:
+        """More rows.
+
+        Args:
+            table: in order of test sample.
+            ends: one past the last row of each of its test samples, shape (test,).
+        """
+        start = test = 0
+        while test < len(ends):
+            take = min(self._group_tests - self._n_tests % self._group_tests, len(ends) - test)
+            end = int(ends[test + take - 1])
+            self._waiting.append(table.slice(start, end - start))
+            start, test = end, test + take
+            self._n_tests += take
+            if self._n_tests % self._group_tests == 0:
+                self._write_group()
+
+    def _write_group(self) -> None:
+        if not self._waiting:
+            return
+        table = pa.concat_tables(self._waiting)
+        self._waiting = []
+        number = (self._n_tests - 1) // self._file_tests
+        if self._writer is None or number != self._number:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer, self._number = open_part(self._directory, number, self._schema), number
+        self._writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def open_part(directory: Path, number: int, schema: pa.Schema) -> pq.ParquetWriter:
+    """A new file of a table that has several."""
+    return rankings.table_writer(directory / rankings.PARTS.format(number), schema)
+
+
+class Matrix:
+    """Every pair, sorted by test sample, then training sample.
+
+    Args:
+        directory: of the files; made here.
+        test_ids: of the columns of the relevance array.
+        n_samples: training samples.
+        plan: how blocks, row groups and files are divided.
+        meta: of the schema.
+    """
+
+    def __init__(self, directory: Path, test_ids: Ints, n_samples: int, plan: ExportPlan, meta: dict[str, str]) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._test_ids = test_ids
+        self._n_samples = n_samples
+        self._group_tests = plan.group_tests
+        self._schema = rankings.matrix_schema(meta)
+        self._whole = plan.slab_samples == n_samples
+        self._train = pa.array(np.tile(np.arange(plan.slab_samples), plan.group_tests))
+        # of whole columns; of slabs, a file for each test sample of the block
+        self._parts = Parts(directory, self._schema, plan.group_tests, plan.file_tests)
+        self._writers: list[pq.ParquetWriter] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._parts.__exit__(kind, error, trace)
+        self._close()
+
+    def write(self, block: Floats, tests: slice, samples: slice) -> None:
+        """A block, shape (test, sample). They come as the plan has them: all slabs of some test samples, then the next."""
+        if self._whole:
+            for low in range(0, len(block), self._group_tests):
+                rows = block[low : low + self._group_tests]
+                ends = np.arange(1, len(rows) + 1) * self._n_samples
+                self._parts.add(self._table(rows, tests.start + low, 0), ends)
+            return
+        if samples.start == 0:
+            self._writers = [open_part(self._directory, test, self._schema) for test in range(tests.start, tests.stop)]
+        for j, writer in enumerate(self._writers):
+            writer.write_table(self._table(block[j : j + 1], tests.start + j, samples.start), row_group_size=block.shape[1])
+        if samples.stop == self._n_samples:
+            self._close()
+
+    def _close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
+
+    def _table(self, rows: Floats, first_test: int, first_sample: int) -> pa.Table:
+        ids = self._test_ids[first_test : first_test + len(rows)]
+        train = self._train.slice(0, rows.size)
+        columns = [
+            pa.array(np.repeat(ids, rows.shape[1])),
+            train if first_sample == 0 else pc.add(train, first_sample),
+            pa.array(rows.reshape(-1)),
+        ]
+        return pa.Table.from_arrays(columns, schema=self._schema)
