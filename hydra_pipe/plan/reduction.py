@@ -30,6 +30,8 @@ BACKWARD: Literal["backward"] = "backward"
 BY_SAMPLES: Literal["by samples"] = "by samples"
 BY_FEATURES: Literal["by features"] = "by features"
 Span = tuple[int, int]
+# what a pass has found, for the manifest: by name
+Found = dict[str, float]
 
 # Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
 BASE_BYTES = 160 * 2**20
@@ -148,11 +150,13 @@ class Answered:
         order: in which it worked.
         done: test samples or, fold first, samples, from the first on.
         base_bytes: of its process, as `ReductionInput` has it: by it the work was divided.
+        found: what each pass has found, by name.
     """
 
     order: Order
     done: int
     base_bytes: int
+    found: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Span
+from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Found, Span
 from hydra_pipe.plan.selection import cut
 from hydra_pipe.reduction.backward import StepRows, backward
 from hydra_pipe.reduction.blas import single_threaded_blas
@@ -48,8 +48,8 @@ def _heed(count_rows: CountRows, _: int) -> None:
     count_rows(0)
 
 
-def _mean(shares: list[float]) -> float:
-    return sum(shares) / len(shares)
+def _mean(shares: list[float]) -> Found:
+    return {names.CURVATURE_LEFT: sum(shares) / len(shares)}
 
 
 @single_threaded_blas
@@ -134,6 +134,7 @@ def _go_on(job: Job, columns: Span, sweep: Sweep, n_steps: int) -> int:
     left = state.get("left")
     if not is_count(state.get("step")) or state["step"] > n_steps or not isinstance(left, int | float):
         return n_steps
-    sweep.a, sweep.v, sweep.sums = arrays["a"], arrays["v"], arrays["sums"]
+    for own, kept in ((sweep.a, arrays["a"]), (sweep.v, arrays["v"]), (sweep.sums, arrays["sums"])):
+        np.copyto(own, kept)
     sweep.n_steps, sweep.left = n_steps - state["step"], float(left)
     return int(state["step"])

@@ -11,13 +11,14 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.influence import damped, inverse_damping
-from hydra_pipe.plan.reduction import BY_FEATURES, SAMPLE_MULTIPLE, Span
+from hydra_pipe.plan.reduction import BY_FEATURES, SAMPLE_MULTIPLE, Found, Span
 from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.fisher import columns_of_tests
 from hydra_pipe.reduction.hydra import CountRows, Held, Job, held_last_rows, held_tests, held_weights, rows_of
 from hydra_pipe.reduction.loops import Workspace
 from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.relevance import write_relevance
 
@@ -30,7 +31,7 @@ def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
     yield (0, job.plan.test_blocks[-1][1]), delayed(influence)(job, count_rows)
 
 
-def influence(job: Job, count_rows: CountRows) -> float:
+def influence(job: Job, count_rows: CountRows) -> Found:
     """Fill the relevance. Not `single_threaded_blas`: no worker is beside it.
 
     Returns:
@@ -47,7 +48,7 @@ def influence(job: Job, count_rows: CountRows) -> float:
         relevance[rows.samples] = found / max(1, len(found))
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
             write_relevance(array, low, first_column, relevance[low : low + SAMPLE_MULTIPLE])
-    return 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))
+    return {names.DAMPING: 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a reduction is asked for, checked against what there is, and planned."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from hydra_pipe.plan.parts import shards_of
 from hydra_pipe.plan.reduction import (
     BY_SAMPLES,
     Answered,
+    Found,
     ReductionInput,
     ReductionPlan,
     Span,
@@ -48,6 +49,13 @@ _READING = {
     "solve": "divides what it reads by what its matrix leaves",
     "replay": "reads no rows",
 }
+# how what passes find makes one fact
+_COMBINED: dict[str, Callable[[list[float]], float]] = {
+    names.CURVATURE_LEFT: lambda values: sum(values) / len(values),
+    names.DAMPING: min,
+    names.LOSS_DIFFERENCE: max,
+    names.GRADIENTS_HELD: min,
+}
 # The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
 # is spared of the bounds (benchmarks/RESULTS.md) is more.
 _SAME_BASE_BYTES = 16 * 2**20
@@ -71,8 +79,11 @@ class Options:
 class Engine(Protocol):
     """How a method is computed that needs more than the store: what `reduction/run.py` asks of it."""
 
+    def resident_bytes(self) -> int:
+        """What this process takes when all that it needs is there. Raises: what loading a pipeline does."""
+
     def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
-        """How it goes through; after what was answered before. Raises: BudgetError, and what loading a pipeline does."""
+        """How it goes through; after what was answered before. Raises: BudgetError."""
 
     def passes(self, job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
         """As `reduction/hydra.py` has them."""
@@ -82,9 +93,6 @@ class Engine(Protocol):
 
     def lines(self, plan: ReductionPlan) -> dict[str, str]:
         """The plan, for people: what, and how much."""
-
-    def facts(self) -> dict[str, Any]:
-        """What it found, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,8 @@ class Request:
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
         memory_bytes = parse_bytes(self.options.memory)
+        if self.engine is not None:
+            workers = replace(workers, resident_bytes=self.engine.resident_bytes())
         given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, workers)
         given = replace(
             given,
@@ -251,13 +261,17 @@ def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def measured(method: Method, results: list[float | None]) -> dict[str, Any]:
-    """What the manifest keeps of what passes give: of a sweep the share of the curvature that saturation has left, mean over the
-    passes; of a linear system its damping."""
-    found = [share for share in results if share is not None]
-    if method.work == "solve":
-        return {"damping": found[-1]}
-    return {"curvature_left": sum(found) / len(found)} if found else {}
+def combined(passes: Sequence[Found]) -> Found:
+    """What the manifest keeps of what all passes have found."""
+    found = {name: [of_pass[name] for of_pass in passes if name in of_pass] for name in _COMBINED}
+    return {name: _COMBINED[name](values) for name, values in found.items() if values}
+
+
+def is_found(value: Any) -> bool:
+    """Whether this is what a pass can find."""
+    return isinstance(value, dict) and all(
+        name in _COMBINED and isinstance(number, int | float) and not isinstance(number, bool) for name, number in value.items()
+    )
 
 
 def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:

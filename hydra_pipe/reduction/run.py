@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, Answered, Order, ReductionInput, ReductionPlan
+from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, Answered, Found, Order, ReductionInput, ReductionPlan
 from hydra_pipe.plan.sweeping import chunk_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.influence import graphs as solving_graphs
-from hydra_pipe.reduction.request import Request, described, facts, measured, summary
+from hydra_pipe.reduction.request import Request, combined, described, facts, is_found, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
@@ -87,7 +87,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         try:
-            results = _compute(request, given, plan, using, progress)
+            passes = _compute(request, given, plan, using, progress, () if answered is None else answered.found)
         except BaseException as error:
             with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
                 directory.end(stage, "failed", error=str(error) or type(error).__name__)
@@ -99,8 +99,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     if plan.order == BACKWARD:
         remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
     found = {"seconds": seconds, "n_tests": request.columns.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
-    found |= measured(request.method, results)
-    found |= request.engine.facts() if request.engine is not None else {}
+    found |= combined(passes)
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
@@ -160,12 +159,14 @@ def _answered(request: Request) -> Answered | None:
     found = stage.facts.get(_ANSWERED) if stage is not None else None
     if not isinstance(found, dict) or (request.options.keep_hypergradients and not found.get("keeping")):
         return None
-    order, done, base_bytes = found.get("order"), found.get("done"), found.get("base_bytes")
+    order, done, base_bytes, passes = (found.get(name) for name in ("order", "done", "base_bytes", "found"))
     if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
+        return None
+    if not isinstance(passes, list) or not all(map(is_found, passes)):
         return None
     n = request.columns.n_columns if order == BACKWARD else max(1, request.columns.n_tests)
     n = request.n_samples if order == "fold first" else n
-    return Answered(cast(Order, order), done, base_bytes) if done <= n else None
+    return Answered(cast(Order, order), done, base_bytes, tuple(passes)) if done <= n else None
 
 
 def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
@@ -185,9 +186,9 @@ def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
 
 
 def _compute(
-    request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress
-) -> list[float | None]:
-    """Compute pass by pass. Returns: what each gives."""
+    request: Request, given: ReductionInput, plan: ReductionPlan, using: Scheduler, progress: Progress, before: tuple[Found, ...]
+) -> tuple[Found, ...]:
+    """Compute pass by pass. Returns: what they have found, and those `before` them."""
     kept = request.kept.absolute() if request.from_kept or request.options.keep_hypergradients else None
     job = Job(
         # what works elsewhere has another current directory
@@ -211,12 +212,14 @@ def _compute(
         n_counted, passes = request.engine.n_counted(plan), request.engine.passes
     else:
         passes = {"sum": graphs, "sweep": sweep_graphs, "solve": solving_graphs}[request.method.work]
-    results = []
+    found = before
     with progress.task("reduce", n_counted, "rows") as task:
         for span, graph in passes(job, using.counter(task.advance, of_graph)):
-            results.append(using.compute(graph))
-            _mark(request, Answered(plan.order, span[1], given.base_bytes))
-    return results
+            of_pass: Found = using.compute(graph)
+            # of sums there are many passes, that find nothing
+            found += (of_pass,) if of_pass else ()
+            _mark(request, Answered(plan.order, span[1], given.base_bytes, found))
+    return found
 
 
 def _mark(request: Request, answered: Answered) -> None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import BudgetError, RunError
-from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, ReductionInput, ReductionPlan, Span
+from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, ReductionPlan, Span
 from hydra_pipe.plan.replaying import ReplayInput, ReplayPlan, as_reduction, plan_replay
 from hydra_pipe.recording.batches import Samples, epoch_order
 from hydra_pipe.recording.pipeline import Pipeline
@@ -29,7 +28,7 @@ from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
 from hydra_pipe.store.sweeps import load_state, remove_state, save_state
-from hydra_pipe.units import format_bytes, format_seconds
+from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
 
 # Graphs of batches that are gone through at once: together they are to stay in the caches of a processor, and to fill a GPU.
 _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
@@ -56,12 +55,19 @@ class Replay:
 
     # ------------------------------------------------------------------ what `reduction/run.py` asks
 
-    def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
-        """See `Engine`. Raises: BudgetError, and what building the pipeline does."""
+    def resident_bytes(self) -> int:
+        """See `Engine`. Raises: what building the pipeline does."""
         if self._pipeline is None:
             self._pipeline = self._load()
             self._trajectory = Trajectory(self._pipeline, self._n_steps)
-            self._what, self._seconds = _measured(self._pipeline, given, self._n_steps)
+            self._sizes, self._seconds = _measured(self._pipeline, self._request.columns.n_columns)
+            # with its data, and with what torch takes from its first step on
+            self._resident_bytes = resident_bytes()
+        return self._resident_bytes
+
+    def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
+        """See `Engine`. Raises: BudgetError."""
+        self._what = ReplayInput(given, self._n_steps, **self._sizes)
         self._found = self._plan(self._what)
         done = 0 if answered is None else answered.done
         return as_reduction(self._what, self._blocks(), self._found, done, self._lasting(self._found))
@@ -75,7 +81,7 @@ class Replay:
 
     def n_counted(self, plan: ReductionPlan) -> int:
         """See `Engine`: each training counts its rows once, and going back counts them for each column, which takes as long."""
-        carried = sum(last - first for first, last in self._found.columns[-plan.passes :])
+        carried = sum(last - first for first, last in self._found.columns[len(self._found.columns) - plan.passes :])
         return self._what.recording.n_rows * (self._found.levels * plan.passes + carried)
 
     def lines(self, plan: ReductionPlan) -> dict[str, str]:
@@ -91,10 +97,6 @@ class Replay:
             "time": f"about {format_seconds(plan.picoseconds / 1e12)}, as a first step took",
         }
 
-    def facts(self) -> dict[str, Any]:
-        """See `Engine`."""
-        return {"loss_difference": self._off}
-
     def passes(self, job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
         """See `Engine`."""
         for columns in job.plan.test_blocks:
@@ -102,17 +104,16 @@ class Replay:
 
     # ------------------------------------------------------------------ the work
 
-    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> None:
-        pipeline = self._pipeline
-        assert pipeline is not None
+    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
         self._trajectory.forward(self._found.most_states, count)
         gradients = self._gradients(job.averages(), columns)
-        sums = self._sweep(job, columns, gradients, count_rows, count)
+        sums = self._sweep(job, columns, gradients, count_rows, count, {})
         array = Array.open(job.relevance)
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
             write_relevance(array, low, columns[0], (-sums[low : low + SAMPLE_MULTIPLE]).astype(np.float32))
         remove_state(job.relevance, columns)
+        return {names.LOSS_DIFFERENCE: self._off}
 
     def _gradients(self, averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
         """At the end of training, one tensor (column, ...) for each parameter."""
@@ -124,13 +125,22 @@ class Replay:
         return found.gradients
 
     def _sweep(
-        self, job: Job, columns: Span, gradients: list[Tensor], count_rows: CountRows, count: Callable[[int, float, int], None]
+        self,
+        job: Job,
+        columns: Span,
+        gradients: list[Tensor],
+        count_rows: CountRows,
+        count: Callable[[int, float, int], None],
+        beside: dict[str, NDArray[np.float64]],
     ) -> NDArray[np.float64]:
-        """d l_j / d w_i for what the gradients are of, shape (sample, column)."""
+        """d l_j / d w_i for what the gradients are of, shape (sample, column).
+
+        What is `beside` is kept with the state; where the sweep goes on it becomes what was kept.
+        """
         assert self._pipeline is not None
         sweep = ExactSweep(self._pipeline, gradients, job.n_samples, self._found.at_once)
         width = len(gradients[0])
-        first = self._go_on(job, columns, sweep)
+        first = self._go_on(job, columns, sweep, beside)
         if first < self._n_steps:
             count_rows(width * int(self._request.gradients.rows_of_steps()[1][first:].sum()))
         pace = Pace()
@@ -139,15 +149,16 @@ class Replay:
             count_rows(width * len(step.ids))
             if pace.due:
                 with pace.keeping():
-                    save_state(job.relevance, columns, {"step": step.number}, sweep.arrays())
+                    save_state(job.relevance, columns, {"step": step.number}, sweep.arrays() | beside)
         return sweep.sums
 
-    def _go_on(self, job: Job, columns: Span, sweep: ExactSweep) -> int:
-        """Put a sweep back to where it was. Returns: steps that are left."""
-        found = load_state(job.relevance, columns, sweep.arrays())
+    def _go_on(self, job: Job, columns: Span, sweep: ExactSweep, beside: dict[str, NDArray[np.float64]]) -> int:
+        """Put a sweep, and what is beside it, back to where it was. Returns: steps that are left."""
+        found = load_state(job.relevance, columns, sweep.arrays() | beside)
         if found is None or not is_count(found[0].get("step")) or found[0]["step"] > self._n_steps:
             return self._n_steps
         sweep.restore(found[1])
+        beside |= {name: found[1][name].astype(np.float64) for name in beside}
         return int(found[0]["step"])
 
     def _counter(self, count_rows: CountRows) -> Callable[[int, float, int], None]:
@@ -173,8 +184,11 @@ class Replay:
         return self._n_steps * (train * (1 + found.levels) * len(found.columns) + column * found.columns[-1][1])
 
 
-def _measured(pipeline: Pipeline, given: ReductionInput, n_steps: int) -> tuple[ReplayInput, tuple[float, float]]:
-    """What a replay works on; and how long the graph of a first step takes, and a column's pass through it. Changes nothing."""
+def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple[float, float]]:
+    """Sizes of a replay, see `ReplayInput`; and how long the graph of a first step takes, and a column's pass through it.
+
+    Changes nothing.
+    """
     state = training_state(pipeline, 0)
     parameters = moving(pipeline)
     order = epoch_order(pipeline, 0)
@@ -196,7 +210,7 @@ def _measured(pipeline: Pipeline, given: ReductionInput, n_steps: int) -> tuple[
     train = time.monotonic() - start
     own = {p.untyped_storage().data_ptr() for p in parameters}
     graph_bytes = sum(n for storage, n in saved.items() if storage not in own)
-    columns = max(1, min(4, given.n_columns))
+    columns = max(1, min(4, n_columns))
     vectors = [torch.ones(columns, *p.shape, dtype=p.dtype, device=device) for p in parameters]
     batch.products(vectors, columns)
     start = time.monotonic()
@@ -209,8 +223,8 @@ def _measured(pipeline: Pipeline, given: ReductionInput, n_steps: int) -> tuple[
     # generators take some 30 KB as they are kept
     state_bytes = (1 + n_states) * parameter_bytes + beside + 2**15
     cache_bytes = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
-    what = ReplayInput(given, n_steps, parameter_bytes, n_states, state_bytes, batch_bytes, graph_bytes, cache_bytes)
-    return what, (train, column)
+    sizes = {"parameter_bytes": parameter_bytes, "n_states": n_states, "state_bytes": state_bytes, "batch_bytes": batch_bytes}
+    return sizes | {"graph_bytes": graph_bytes, "cache_bytes": cache_bytes}, (train, column)
 
 
 class LowRankReplay(Replay):
@@ -225,7 +239,6 @@ class LowRankReplay(Replay):
     def __init__(self, request: Request, load: Callable[[], Pipeline], rank: int, approximation: str) -> None:
         super().__init__(request, load)
         self._rank, self._approximation = min(rank, request.columns.n_columns), approximation
-        self._held = 0.0
 
     def _plan(self, what: ReplayInput) -> ReplayPlan:
         # the test gradients, once more over their norms, and as directions
@@ -242,23 +255,22 @@ class LowRankReplay(Replay):
     def _blocks(self) -> tuple[Span, ...]:
         return ((0, self._what.recording.n_columns),)
 
-    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> None:
+    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
         self._trajectory.forward(self._found.most_states, count)
         basis = basis_of(self._gradients(None, columns), self._rank)
-        self._held = basis.held
-        exact = -self._sweep(job, columns, basis.vectors, count_rows, count)
+        # kept with the sweep: its directions are those that it began with, whatever comes out where it goes on
+        beside = {"mixing": basis.mixing, "coefficients": basis.coefficients}
+        exact = -self._sweep(job, columns, basis.vectors, count_rows, count, beside)
+        basis = replace(basis, mixing=beside["mixing"], coefficients=beside["coefficients"])
         approximate = read_relevance(open_relevance(job.relevance.parent, self._approximation), slice(None))
         values = corrected(approximate, exact, basis).astype(np.float32)
         array = Array.open(job.relevance)
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
             write_relevance(array, low, 0, values[low : low + SAMPLE_MULTIPLE])
         remove_state(job.relevance, columns)
+        return {names.LOSS_DIFFERENCE: self._off, names.GRADIENTS_HELD: basis.held}
 
     def lines(self, plan: ReductionPlan) -> dict[str, str]:
         """See `Engine`."""
         return {"directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"} | super().lines(plan)
-
-    def facts(self) -> dict[str, Any]:
-        """See `Engine`."""
-        return super().facts() | {"gradients_held": self._held}

@@ -67,11 +67,12 @@ class ExactSweep:
 
     def restore(self, arrays: Mapping[str, Floats]) -> None:
         """Put back what `arrays` gave."""
+        # one at a time a copy that torch may write to: all of them may take most of the memory
         for i, a in enumerate(self.a):
-            a.copy_(torch.from_numpy(arrays[f"a{i}"]))
+            a.copy_(torch.from_numpy(arrays[f"a{i}"].copy()))
         for own in self._trained:
             for i, state in enumerate(own.states):
-                state.copy_(torch.from_numpy(arrays[f"s{own.place}-{i}"]))
+                state.copy_(torch.from_numpy(arrays[f"s{own.place}-{i}"].copy()))
         self.sums = arrays["sums"].astype(np.float64)
 
     def step(self, step: Step) -> None:

@@ -74,6 +74,12 @@ SAMPLE_DIM: Final = "sample"
 TEST_DIM: Final = "test"
 TEST_GROUP_DIM: Final = "test_group"
 
+# facts of a reduction, that its passes find
+CURVATURE_LEFT: Final = "curvature_left"
+DAMPING: Final = "damping"
+LOSS_DIFFERENCE: Final = "loss_difference"
+GRADIENTS_HELD: Final = "gradients_held"
+
 SIGN_TEXT: Final = "positive: helpful, leaving the training sample out raises the test loss"
 UNIT_TEXT: Final = "test loss"
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.selection import Span
-from hydra_pipe.store.files import files_below, read_file, remove, replace_file
+from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
 
 Floats = NDArray[np.floating[Any]]
 
@@ -41,7 +41,10 @@ def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arr
 
 
 def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[dict[str, Any], dict[str, Floats]] | None:
-    """What `save_state` has kept: numbers, and arrays as those of `like`. None: there is none, or it is damaged."""
+    """What `save_state` has kept: numbers, and arrays as those of `like`, which are read-only views of what was read.
+
+    None: there is none, or it is damaged.
+    """
     n_bytes = sum(a.nbytes for a in like.values())
     try:
         content = memoryview(read_file(_path(array, columns), n_bytes + _MOST_HEADER_BYTES))
@@ -55,7 +58,7 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
         return None
     found, start = {}, _DIGEST_BYTES + len(line) + 1
     for name, a in like.items():
-        found[name] = np.frombuffer(content[start : start + a.nbytes], a.dtype).reshape(a.shape).copy()
+        found[name] = np.frombuffer(content[start : start + a.nbytes], a.dtype).reshape(a.shape)
         start += a.nbytes
     return header["state"], found
 
@@ -74,3 +77,4 @@ def remove_states(array: Path) -> None:
     for name in files_below(array):
         if name.startswith(_PREFIX):
             remove(array / name)
+    sync(array)  # or a power cut brings them back, beside a result that is complete

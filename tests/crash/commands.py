@@ -1,7 +1,8 @@
 """Runs hydra-pipe's commands one after the other, each in a process of its own that is forked from here: so torch is loaded once.
 
 Used as a program: a job in JSON a line on its standard input, and the exit code of each on its standard output (negative: the
-signal that ended it). With the argument "small" files, chunks and passes are so small that a tiny run has several of each.
+signal that ended it). With the argument "small" files, chunks and passes are so small that a tiny run has several of each. The
+state of long work is kept all the time.
 """
 
 import atexit
@@ -12,19 +13,26 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 600
+NAP_SECONDS = 0.002
+# before the fork, with whatever these need
+LOADED = ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
+LOADED += ("evaluation.campaign", "store.verify")
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
 def make_small() -> None:
-    """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written."""
+    """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four models are trained together."""
+    from hydra_pipe.evaluation import campaign, smoothness
     from hydra_pipe.plan import geometry
     from hydra_pipe.recording import slab
     from hydra_pipe.reduction import hydra
@@ -37,6 +45,8 @@ def make_small() -> None:
         (relevance, "CHUNK_SAMPLES", 8),
         (hydra, "SAMPLE_MULTIPLE", 8),
         (hypergradients, "MOST_FILE_ROWS", 8),
+        (campaign, "MOST_MODELS", 4),
+        (smoothness, "DIRECTIONS", 2),
     ):
         getattr(module, name)  # or it would be set in vain
         setattr(module, name, value)
@@ -57,6 +67,36 @@ def plan_in(order: str) -> None:
     request.plan_reduction = planned
 
 
+def plan_narrow() -> None:
+    """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows; training is gone through thrice."""
+    from hydra_pipe.plan.replaying import plan_replay
+    from hydra_pipe.plan.solving import plan_solve
+    from hydra_pipe.plan.sweeping import plan_sweep
+    from hydra_pipe.reduction import request
+    from hydra_pipe.replay import engine
+
+    def swept(what: Any, done: int = 0) -> Any:
+        blocks = tuple(block for block in TWOS if block[0] >= done)
+        return dataclasses.replace(plan_sweep(what, done), test_blocks=blocks, row_runs=((0, what.recording.n_rows),) * 2)
+
+    def solved(what: Any) -> Any:
+        return dataclasses.replace(plan_solve(what), test_blocks=TWOS, sample_blocks=EIGHTS)
+
+    def replayed(what: Any) -> Any:
+        plan = plan_replay(what)
+        columns = TWOS if what.recording.n_columns == TWOS[-1][1] else plan.columns
+        return dataclasses.replace(plan, columns=columns, at_once=2, levels=3, most_states=2)
+
+    request.plan_sweep, request.plan_solve, engine.plan_replay = swept, solved, replayed
+
+
+def keep_always() -> None:
+    """Keep the state of long work after every step of it."""
+    from hydra_pipe.store import pace
+
+    pace.KEEP_SECONDS = pace.TIMES_ITS_COST = 0.0
+
+
 def perform(job: dict[str, Any]) -> NoReturn:
     """Do a job, and exit as the command does."""
     from hydra_pipe.cli import app
@@ -68,7 +108,9 @@ def perform(job: dict[str, Any]) -> NoReturn:
     # a command that waits for ever says where
     faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
     os.environ.update(job["environment"])
-    if job["order"]:
+    if job["order"] == "narrow":
+        plan_narrow()
+    elif job["order"]:
         plan_in(job["order"])
     sys.argv = ["hydra-pipe", *job["arguments"]]
     ctypes.CDLL(None).hydra_pipe_shim_begin()
@@ -96,10 +138,10 @@ def load(modules: list[str]) -> None:
 def serve(*, small: bool) -> None:
     import torch
 
-    # loaded before the fork, as is whatever these need
-    for module in ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "exporting.run", "store.verify"):
+    for module in LOADED:
         importlib.import_module(f"hydra_pipe.{module}")
     torch.set_num_threads(1)
+    keep_always()
     if small:
         make_small()
     known: set[str] = set()
@@ -109,11 +151,25 @@ def serve(*, small: bool) -> None:
         process = os.fork()
         if process == 0:
             perform(job)
-        _, status = os.waitpid(process, 0)
-        if status == 0 and job["arguments"][0] not in known:
-            known.add(job["arguments"][0])
+        status = ended(process, job["seconds"])
+        kind = " ".join(word for word in job["arguments"] if "/" not in word)
+        if status == 0 and kind not in known:
+            known.add(kind)
             load(Path(job["modules"]).read_text().split())
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def ended(process: int, seconds: float | None) -> int:
+    """Wait for a process, and kill it when it has lasted `seconds`. Returns: its status."""
+    if seconds is not None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return status
+            time.sleep(min(left, NAP_SECONDS))
+        os.kill(process, signal.SIGKILL)
+    return os.waitpid(process, 0)[1]
 
 
 if __name__ == "__main__":

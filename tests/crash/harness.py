@@ -78,20 +78,23 @@ class Commands(AbstractContextManager["Commands"]):
         self._server.stdout.close()
         self._scratch.cleanup()
 
-    def __call__(self, run: Path, arguments: Sequence[str], order: str | None = None, **struck: Any) -> Ended:
+    def __call__(
+        self, run: Path, arguments: Sequence[str], order: str | None = None, *, seconds: float | None = None, **struck: Any
+    ) -> Ended:
         """One command.
 
         Args:
             run: directory whose files are looked at.
             arguments: of the command.
-            order: of a reduction; None: as it plans itself.
+            order: of a reduction, or "narrow"; None: as it plans itself.
+            seconds: after which it is killed; None: it is not.
             struck: see `shim.environment`.
         """
         scratch = Path(self._scratch.name)
         log, output, errors = (scratch / name for name in ("log", "output", "errors"))
         log.unlink(missing_ok=True)
         environment = shim.environment(run, log=log, **struck)
-        job = {"arguments": list(arguments), "environment": environment, "order": order}
+        job: dict[str, Any] = {"arguments": list(arguments), "environment": environment, "order": order, "seconds": seconds}
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         job |= {"output": str(output), "errors": str(errors), "modules": str(scratch / "modules")}
@@ -126,7 +129,8 @@ def _manifest(content: bytes) -> bytes:
     for stage in manifest["stages"].values():
         for name in _PARTICULAR:
             stage["facts"].pop(name, None)
-        stage["facts"].get("plan", {}).pop("peak_bytes", None)  # which counts what Python takes
+        for name in ("peak_bytes", "picoseconds"):  # the one counts what Python takes, the other how long a step took
+            stage["facts"].get("plan", {}).pop(name, None)
     return json.dumps(manifest, indent=1).encode()
 
 

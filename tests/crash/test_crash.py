@@ -1,7 +1,9 @@
 """A command that is killed, or whose disk fails, at a call that changes a file: the same command ends with the same bytes."""
 
+import random
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import shim
 from harness import KILLED, Commands, area_of, contents, differences, leftovers, unsafe_names
+from stages import ALL, LATER, STAGES
 
 import hydra_pipe
 
@@ -17,17 +20,9 @@ pytestmark = [
     pytest.mark.xdist_group("crash"),
     pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not())),
 ]
-PIPELINE = str(Path(__file__).with_name("tiny.py"))
 KILLS = ("kill", "short-kill", "kill-after")
 FAULTS = ("enospc", "eio", "short", "enospc for good")
-# arguments, order of a reduction, and what comes before it
-STAGES: dict[str, tuple[list[str], str | None, list[str]]] = {
-    "record": (["record", PIPELINE, "RUN", "--encoding", "exact", "--checkpoint-every", "2"], None, []),
-    "reduce, score first": (["reduce", "RUN"], "score first", ["record"]),
-    "reduce, fold first": (["reduce", "RUN", "--keep-hypergradients"], "fold first", ["record"]),
-    "export": (["export", "RUN", "--full", "--top", "5"], None, ["record", "reduce, score first"]),
-    "prune": (["prune", "RUN"], None, ["record", "reduce, fold first"]),
-}
+Struck = tuple[shim.Call, str]
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,30 @@ class Stage:
         name: of it.
         run: what it left.
         before: what was there before it; not there where there was nothing.
+        seconds: it took.
         calls: all of them.
-        struck: one for each area of the run and name of a call, the one in the middle.
+        areas: of these, those of each area of the run and name of a call; but for locks, and for the directory that they were
+            in, of which benchmarks/crash.py strikes all: they are the last calls, and two threads that make a directory may do it
+            in one call more or less, so that a number may be past the end.
     """
 
     name: str
     run: Path
     before: Path
+    seconds: float
     calls: list[shim.Call]
-    struck: list[shim.Call]
+    areas: dict[str, list[shim.Call]]
+
+    def in_the_middle(self, deeds: Sequence[str]) -> list[Struck]:
+        """The call in the middle of each area, with one deed after the other."""
+        return [(calls[len(calls) // 2], deeds[n % len(deeds)]) for n, calls in enumerate(self.areas.values())]
+
+    def drawn(self) -> list[Struck]:
+        """Some deeds, each with a call that it can be done to."""
+        draw = random.Random(self.name)
+        deeds = [*draw.sample(KILLS, 2), *draw.sample(FAULTS, 2)]
+        of_writes = [calls for area, calls in self.areas.items() if "write" in area.partition(" ")[0]]
+        return [(draw.choice(draw.choice(of_writes if "short" in deed else list(self.areas.values()))), deed) for deed in deeds]
 
 
 Perform = Callable[..., object]
@@ -60,7 +70,7 @@ def two_commands() -> Iterator[list[Commands]]:
 
 
 def perform(commands: Commands, name: str, run: Path, **struck: object):
-    arguments, order, _ = STAGES[name]
+    arguments, order, _ = ALL[name]
     return commands(run, [str(run) if word == "RUN" else word for word in arguments], order, **struck)
 
 
@@ -72,33 +82,33 @@ def whole(two_commands: list[Commands], tmp_path_factory: pytest.TempPathFactory
     def of(name: str) -> Stage:
         if name not in made:
             directory = tmp_path_factory.mktemp("whole")
-            for earlier in STAGES[name][2][-1:]:
+            for earlier in ALL[name][2][-1:]:
                 shutil.copytree(of(earlier).run, directory / "before")
                 shutil.copytree(of(earlier).run, directory / "run")
+            start = time.monotonic()
             ended = perform(two_commands[0], name, directory / "run")
+            seconds = time.monotonic() - start
             assert ended.code == 0, ended.errors
             areas: dict[str, list[shim.Call]] = {}
             for call in ended.calls:
-                areas.setdefault(area_of(call, directory / "run"), []).append(call)
-            # of locks, and of the directory that they were in, benchmarks/crash.py strikes all: they are the last calls, and two
-            # threads that make a directory may do it in one call more or less, so that a number may be past the end
-            struck = [calls[len(calls) // 2] for area, calls in areas.items() if "locks" not in area and area != "rmdir ."]
-            made[name] = Stage(name, directory / "run", directory / "before", ended.calls, struck)
+                area = area_of(call, directory / "run")
+                if "locks" not in area and area != "rmdir .":
+                    areas.setdefault(area, []).append(call)
+            made[name] = Stage(name, directory / "run", directory / "before", seconds, ended.calls, areas)
         return made[name]
 
     return of
 
 
 def each(
-    stage: Stage, two_commands: list[Commands], tmp_path: Path, deeds: tuple[str, ...], strike: Callable[..., str | None]
+    stage: Stage, two_commands: list[Commands], tmp_path: Path, struck: list[Struck], strike: Callable[..., str | None]
 ) -> None:
-    """Every call of `stage.struck` with one deed after the other, by `strike`, which says what is wrong; on both cores."""
+    """Every call of `struck`, by `strike`, which says what is wrong; on both cores."""
     expected, numbers = contents(stage.run), count()
 
     def half(first: int) -> list[str]:
         wrong = []
-        for number, call in list(enumerate(stage.struck))[first::2]:
-            deed = deeds[number % len(deeds)]
+        for call, deed in struck[first::2]:
             run = tmp_path / f"{next(numbers)}"
             if stage.before.exists():
                 shutil.copytree(stage.before, run)
@@ -111,7 +121,7 @@ def each(
 
     with ThreadPoolExecutor(2) as both:
         assert [line for lines in both.map(half, range(2)) for line in lines] == []
-    assert len(stage.struck) > 5
+    assert len(struck) > 3
 
 
 def different(run: Path, expected: dict[str, bytes]) -> str | None:
@@ -128,7 +138,8 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
         ended = perform(commands, name, run, at=at, do=deed)
         return None if ended.code == KILLED else f"was not killed: {ended.code}, {len(ended.calls)} calls, {ended.errors}"
 
-    each(whole(name), two_commands, tmp_path, KILLS, strike)
+    stage = whole(name)
+    each(stage, two_commands, tmp_path, stage.in_the_middle(KILLS), strike)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -143,10 +154,44 @@ def test_a_disk_that_fails_is_told_in_one_line_and_the_command_ends_with_the_sam
         ended = perform(commands, name, run, at=at, do=what, stay=bool(stay))
         return different(run, expected) if ended.code == 0 else f"{wrong}: {ended.errors}" if (wrong := ended.fault()) else None
 
-    each(stage, two_commands, tmp_path, FAULTS, strike)
+    each(stage, two_commands, tmp_path, stage.in_the_middle(FAULTS), strike)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", LATER)
+def test_whatever_a_command_meets_it_ends_with_the_same_bytes(
+    name: str, two_commands: list[Commands], whole: Callable[[str], Stage], tmp_path: Path
+) -> None:
+    stage, codes = whole(name), []
+    expected = contents(stage.run)
+
+    def strike(commands: Commands, run: Path, at: int, deed: str) -> str | None:
+        what, _, stay = deed.partition(" ")
+        ended = perform(commands, name, run, at=at, do=what, stay=bool(stay))
+        codes.append(ended.code)
+        if ended.code == 0:
+            return different(run, expected)
+        is_killed = ended.code == KILLED and deed in KILLS
+        return f"{wrong}: {ended.errors}" if not is_killed and (wrong := ended.fault()) else None
+
+    each(stage, two_commands, tmp_path, stage.drawn(), strike)
+    assert KILLED in codes  # not always twice: two threads may take a call more or less: the last of them may not be there
+
+
+@pytest.mark.parametrize("name", ["fisher", "exact", "rank", "lds"])
+def test_a_command_that_is_killed_at_some_moment_ends_with_the_same_bytes(
+    name: str, two_commands: list[Commands], whole: Callable[[str], Stage], tmp_path: Path
+) -> None:
+    """Of `benchmarks/crash.py` a little: at an instant, not at a call."""
+    stage = whole(name)
+    expected = contents(stage.run)
+    run = shutil.copytree(stage.before, tmp_path / "run")
+    for share in (0.3, 0.8):
+        assert perform(two_commands[0], name, run, seconds=share * stage.seconds).code in (0, KILLED)
+    assert perform(two_commands[0], name, run).code == 0
+    assert different(run, expected) is None
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_what_the_manifest_claims_was_safe_on_the_disk_before(name: str, whole: Callable[[str], Stage]) -> None:
     """A power cut takes what was not flushed: no manifest may count on that. Pruning only deletes."""
     stage = whole(name)

@@ -18,7 +18,9 @@ import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.recording.batches import epoch_order
+from hydra_pipe.reduction import run as reduction_run
 from hydra_pipe.replay import engine, products
+from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store import pace
 from hydra_pipe.store.relevance import result_name
 from hydra_pipe.store.run import RunDirectory
@@ -242,6 +244,60 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monke
     assert len(again) == 24 - after  # twelve steps of two blocks
     assert not list((run / "relevance.zarr").rglob("sweep-*"))
     assert hydra_pipe.verify(run) == []
+
+
+@pytest.mark.parametrize(("method", "rank"), [("hydra-fisher", None), ("hydra-exact", None), ("hydra-exact", 3)])
+def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method: str, rank: int | None) -> None:
+    hydra_pipe.reduce(run, method="hydra-fisher")
+    other = Path(shutil.copytree(run, run.with_name("other")))
+    stage = f"reduce {result_name(method, None, rank=rank)}"
+    real = reduction_run.seal
+
+    def reduce(path: Path, **options: Any) -> None:
+        own = {"pipeline": conv_pipeline()} if method == "hydra-exact" else {}
+        hydra_pipe.reduce(path, method=method, rank=rank, **own, **options)
+
+    def interrupted(directory: RunDirectory, sealed: str) -> str:
+        if sealed == stage:
+            raise InterruptedHereError
+        return real(directory, sealed)
+
+    reduce(other, overwrite=True)
+    with pytest.MonkeyPatch.context() as stop:
+        stop.setattr(reduction_run, "seal", interrupted)
+        with pytest.raises(InterruptedHereError):
+            reduce(run, overwrite=True)
+    reduce(run)
+    found, expected = (RunDirectory.open(path).stages[stage].facts for path in (run, other))
+    facts = {"curvature_left"} if method == "hydra-fisher" else {"loss_difference"} | ({"gradients_held"} if rank else set())
+    assert {name: found.get(name) for name in facts} == {name: expected[name] for name in facts}
+    assert hydra_pipe.verify(run) == []
+
+
+def test_a_rank_goes_on_with_the_directions_that_it_began_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular vectors have no sign of their own: another machine, or number of threads, may find the other one."""
+    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))), rank=3)
+    step, basis_of, taken = engine.ExactSweep.step, engine.basis_of, []
+
+    def stopped(self: Any, given: Any) -> None:
+        if len(taken) == 5:
+            raise InterruptedHereError
+        taken.append(given.number)
+        step(self, given)
+
+    with pytest.MonkeyPatch.context() as stop:
+        stop.setattr(engine.ExactSweep, "step", stopped)
+        with pytest.raises(InterruptedHereError):
+            exact(conv_pipeline, run, rank=3)
+
+    def turned(gradients: list[Tensor], rank: int) -> Basis:
+        found = basis_of(gradients, rank)
+        return Basis([-v for v in found.vectors], -found.mixing, -found.coefficients, found.held)
+
+    monkeypatch.setattr(engine, "basis_of", turned)
+    assert np.array_equal(exact(conv_pipeline, run, rank=3), expected)
 
 
 def test_means_and_selections_are_those_of_the_columns(run: Path) -> None:

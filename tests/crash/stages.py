@@ -1,0 +1,32 @@
+"""The commands that are struck, on a tiny run: arguments, how a reduction is planned (see `commands.py`), and what comes before."""
+
+from pathlib import Path
+
+PIPELINE = str(Path(__file__).with_name("tiny.py"))
+RECORD = ["record", PIPELINE, "RUN", "--encoding", "exact"]
+Stages = dict[str, tuple[list[str], str | None, list[str]]]
+
+# of each of these a call of each kind is struck by the tests
+STAGES: Stages = {
+    "record": ([*RECORD, "--checkpoint-every", "2"], None, []),
+    "reduce, score first": (["reduce", "RUN"], "score first", ["record"]),
+    "reduce, fold first": (["reduce", "RUN", "--keep-hypergradients"], "fold first", ["record"]),
+    "export": (["export", "RUN", "--full", "--top", "5"], None, ["record", "reduce, score first"]),
+    "prune": (["prune", "RUN"], None, ["record", "reduce, fold first"]),
+}
+# with test gradients on the way, for tracin
+TESTED: Stages = {"tested": ([*RECORD, "--checkpoint-every", "2", "--test-every", "epoch"], None, [])}
+# of each of these a few calls, and all by benchmarks/crash.py
+LATER: Stages = {
+    "fisher": (["reduce", "RUN", "--method", "hydra-fisher"], "narrow", ["tested"]),
+    "exact": (["reduce", "RUN", "--method", "hydra-exact"], "narrow", ["tested"]),
+    "rank": (["reduce", "RUN", "--method", "hydra-exact", "--rank", "3"], "narrow", ["tested"]),
+    "influence": (["reduce", "RUN", "--method", "influence"], "narrow", ["tested"]),
+    "tracin": (["reduce", "RUN", "--method", "tracin"], "score first", ["tested"]),
+    "self": (["reduce", "RUN", "--method", "self"], None, ["tested"]),
+    "loo": (["evaluate", PIPELINE, "RUN", "loo", "--samples", "0-5"], None, ["tested", "fisher"]),
+    "lds": (["evaluate", PIPELINE, "RUN", "lds", "--retrainings", "10"], None, ["tested", "fisher"]),
+    "noise": (["evaluate", PIPELINE, "RUN", "noise", "--left-out", "1"], None, ["tested", "fisher"]),
+    "smoothness": (["evaluate", PIPELINE, "RUN", "smoothness"], None, ["tested"]),
+}
+ALL = STAGES | TESTED | LATER
