@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra_pipe.api import prune, record, reduce, verify
+    from hydra_pipe.cleaning.run import clean_run as clean
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
@@ -21,6 +22,7 @@ __all__ = [
     "Pipeline",
     "Recorder",
     "Run",
+    "clean",
     "evaluate",
     "export",
     "open_run",
@@ -39,6 +41,7 @@ _HOMES = {
     "Pipeline": ("hydra_pipe.recording.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "Run": ("hydra_pipe.view", "Run"),
+    "clean": ("hydra_pipe.cleaning.run", "clean_run"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),

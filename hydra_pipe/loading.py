@@ -18,6 +18,8 @@ from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.user_code import user_code_error
 
 DEFAULT_FUNCTION = "pipeline"
+# how the names of a pipeline function's settings begin in a recording
+_SET = "set "
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PipelineSource:
     def recorded_settings(self) -> dict[str, str | int | float | bool | None]:
         """The settings as a recording keeps them, each below "set NAME": in JSON, so that what is read back compares equal."""
         plain = (str, int, float, bool, type(None))
-        return {f"set {name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
+        return {f"{_SET}{name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
 
     def build(self) -> Pipeline:
         """Call the function, with all random generators seeded by its `seed` setting (0 if it has none).
@@ -83,6 +85,17 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
     if not callable(build):
         raise PipelineError(f"{path} has no function {function}: define it, or name another as {path}:NAME")
     return PipelineSource(path, function, _settings(f"{path}:{function}", build, assignments or {}), build)
+
+
+def recorded_assignments(settings: Mapping[str, Any]) -> list[str]:
+    """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did.
+
+    Args:
+        settings: of a recording, see `PipelineSource.recorded_settings`.
+    """
+    return [
+        f"{key.removeprefix(_SET)}={'none' if value is None else value}" for key, value in settings.items() if key.startswith(_SET)
+    ]
 
 
 def _run_file(path: str) -> types.ModuleType:

@@ -13,6 +13,9 @@ from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.store import names
 from hydra_pipe.units import format_bytes
 
+# rows of a proposal that are printed
+SHOWN = 10
+
 app = typer.Typer(
     name="hydra-pipe",
     help="Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data.\n\n"
@@ -113,6 +116,26 @@ LeftOut = Annotated[
     typer.Option(
         metavar="SHARES", help="noise: of the number of wrong labels, how many to train without; 0: none; if not given: 0.5,1,2"
     ),
+]
+Lowest = Annotated[int | None, typer.Option(metavar="K", help="propose so many")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="propose what scores below X, in robust standard deviations from the samples with the same label; if neither: fitted",
+    ),
+]
+Retrain = Annotated[
+    bool,
+    typer.Option(
+        "--retrain", help="train again with all samples, without the proposed and without as many at random: accuracy and loss"
+    ),
+]
+CleanSeeds = Annotated[
+    int | None, typer.Option("--seeds", metavar="N", help="for --retrain: initial weights and orders of each; if not given: 3")
+]
+CleanPipeline = Annotated[
+    str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for --retrain, where the pipeline's file has moved")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
@@ -226,6 +249,47 @@ def export(
 
     done = export_run(run, method=method, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress())
     _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{names.rankings_directory(method)}")
+
+
+@app.command()
+@explained
+def clean(
+    run: RunPath,
+    method: Method = "hydra",
+    lowest: Lowest = None,
+    threshold: Threshold = None,
+    retrain: Retrain = False,
+    seeds: CleanSeeds = None,
+    pipeline: CleanPipeline = None,
+    memory: Memory = "4GiB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Propose training samples to relabel or drop, by their relevance, and see what training without them comes to.
+
+    Killed or interrupted, the same command goes on with the retrainings that are not done yet.
+
+    Example: hydra-pipe clean runs/digits --lowest 100 --retrain
+    """
+    from hydra_pipe.cleaning.run import clean_run
+    from hydra_pipe.cli.show import show_cleaning
+
+    found = clean_run(
+        run,
+        method=method,
+        lowest=lowest,
+        threshold=threshold,
+        retrain=retrain,
+        seeds=seeds,
+        pipeline=pipeline,
+        memory=memory,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    place = f"{run.rstrip('/')}/{names.CLEANING}/{names.rankings_directory(method)}"
+    show_cleaning(found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary)
+    _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and summary.json: {place}")
+    print(f"to train on the rest: torch.utils.data.Subset(train, [int(i) for i in open('{place}/keep.txt')])")
 
 
 @app.command(name="run")

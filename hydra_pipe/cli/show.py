@@ -59,6 +59,24 @@ def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
         print(printable(text))
 
 
+def show_cleaning(first: list[dict[str, Any]], n_proposed: int, retraining: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Print the first of what is proposed, what training without it came to, and what there is to say of both.
+
+    Args:
+        first: rows of `drop.parquet`.
+        n_proposed: how many there are of them.
+        retraining: rows of `retraining.parquet`, if there is one.
+        summary: of the proposal.
+    """
+    show_evaluation([{name: value for name, value in row.items() if name != "reason"} for row in first], [])
+    if n_proposed > len(first):
+        print(f"... and {n_proposed - len(first):,} more, each with its reason")
+    for text in summary["says"]:
+        print(printable(text))
+    if "retraining" in summary:
+        show_evaluation(retraining, summary["retraining"]["says"])
+
+
 def _cell(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:

@@ -1,7 +1,7 @@
 """Many retrainings, in stacks that fit into memory, kept as they finish: killed and run again, it goes on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log2
 
@@ -37,6 +37,18 @@ class Job:
     seeds: tuple[int, ...]
     mean_over: MeanOver
 
+    @classmethod
+    def without(cls, left_out: Sequence[NDArray[np.int64]], n_samples: int, seeds: tuple[int, ...]) -> "Job":
+        """Retrainings without some of the samples: those with the ids in `left_out`, one array for each of the retrainings."""
+
+        def weights(first: int, end: int) -> NDArray[np.float32]:
+            found = np.ones((end - first, n_samples), np.float32)
+            for row, ids in zip(found, left_out[first:end], strict=True):
+                row[ids] = 0.0
+            return found
+
+        return cls(len(left_out), weights, seeds, "weights")
+
     def stacks(self, most: int) -> list[Span]:
         """First and end of each stack, counted over all seeds, which are never mixed."""
         width = -(-self.n // -(-self.n // most))  # of equal size, as far as that goes
@@ -50,7 +62,9 @@ class Job:
         return self.weights(first, first + span[1] - span[0]), seed
 
 
-def retrain(subject: Subject, job: Job, directory: Retrained, memory: str, progress: Progress) -> NDArray[np.float64]:
+def retrain(
+    subject: Subject, job: Job, directory: Retrained, memory: str, progress: Progress, *, strict: bool = True
+) -> NDArray[np.float64]:
     """What all retrainings of `job` come to.
 
     Args:
@@ -59,6 +73,7 @@ def retrain(subject: Subject, job: Job, directory: Retrained, memory: str, progr
         directory: where results are kept; those that are there already are not computed again.
         memory: budget of this process, such as "4GiB".
         progress: where to show progress.
+        strict: whether that one must come to the losses of the run; not where retrainings are compared with each other alone.
 
     Returns:
         Loss and hit of each test sample, shape (seed, retraining, 2, test).
@@ -70,7 +85,7 @@ def retrain(subject: Subject, job: Job, directory: Retrained, memory: str, progr
     budget = parse_bytes(memory)
     done = _kept(subject, job, directory)
     if done is None:
-        done = _done(subject, job, directory, budget, progress)
+        done = _done(subject, job, directory, budget, progress, strict)
     directory.keep_only({span: digest for span, (digest, _) in done.items()})
     found = np.concatenate([done[span][1] for span in sorted(done)])
     return found.reshape(len(job.seeds), job.n, *found.shape[1:])
@@ -93,10 +108,10 @@ def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
     return done if end == len(job.seeds) * job.n else None
 
 
-def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progress: Progress) -> _Done:
+def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progress: Progress, strict: bool) -> _Done:
     retrainer = Retrainer(subject.pipeline, progress, job.mean_over)
     start = time.monotonic()
-    subject.check(retrainer, progress)
+    subject.check(retrainer, progress, strict=strict)
     seconds = time.monotonic() - start
     room = budget - resident_bytes()
     if room < retrainer.model_bytes:

@@ -41,11 +41,11 @@ class Order:
     first: NDArray[np.int64]
 
 
-def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
-    """Which training samples have a label that is not their true one. Shape (sample,).
+def true_labels(subject: Subject) -> NDArray[Any]:
+    """The label that each training sample should have, of the type of the recorded ones. Shape (sample,).
 
     Raises:
-        PipelineError: the pipeline names no true labels, labels are unknown or of another type, or none, or all, are wrong.
+        PipelineError: the pipeline names none, or labels are unknown or of another type.
     """
     truth, labels = subject.pipeline.true_labels, subject.sample_labels()
     if truth is None:
@@ -55,7 +55,16 @@ def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
     true = np.array([str(label) for label in truth]) if labels.dtype == object else np.asarray(truth)
     if labels.dtype != object and true.dtype.kind not in "iu":
         raise PipelineError(f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both")
-    wrong = np.asarray(labels != true, bool)
+    return true
+
+
+def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
+    """Which training samples have a label that is not their true one. Shape (sample,).
+
+    Raises:
+        PipelineError: see `true_labels`; or none, or all, are wrong.
+    """
+    wrong = np.asarray(subject.sample_labels() != true_labels(subject), bool)
     if wrong.all() or not wrong.any():
         raise PipelineError(
             f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be some of either kind"
@@ -136,14 +145,7 @@ def noise(
     sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in left_out]
     everything = [*orders, *draws, ideal]
     without = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
-
-    def weights(first: int, end: int) -> NDArray[np.float32]:
-        own = np.ones((end - first, subject.n_samples), np.float32)
-        for row, ids in zip(own, without[first:end], strict=True):
-            row[ids] = 0.0
-        return own
-
-    job = Job(len(without), weights, (subject.pipeline.seed,), "weights")
+    job = Job.without(without, subject.n_samples, (subject.pipeline.seed,))
     hits = retrain(subject, job, directory, memory, progress)[0, :, HIT].mean(axis=1)
     accuracies = hits[1:].reshape(len(everything), len(sizes))
     n = len(orders)

@@ -62,8 +62,6 @@ def smoothness(subject: Subject, directory: Retrained, progress: Progress, *, me
     n = subject.n_samples
     # how much of which half is left out, or of all but that half
     halves = range(DIRECTIONS)
-    # how much of which half is left out, or of all but that half
-    halves = range(DIRECTIONS)
     jobs = [(0.0, 0, False), *((s, d, False) for s in STEPS for d in halves), *((1.0, d, True) for d in halves)]
 
     def weights(first: int, end: int) -> NDArray[np.float32]:
@@ -73,7 +71,6 @@ def smoothness(subject: Subject, directory: Retrained, progress: Progress, *, me
             rows.append(1.0 - step * (1.0 - removed if others else removed))
         return np.stack(rows).astype(np.float32)
 
-    job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
     job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
     losses = retrain(subject, job, directory, memory, progress)[0, :, LOSS]
     changes = losses[1:].reshape(len(STEPS) + 1, DIRECTIONS, -1) - losses[0]

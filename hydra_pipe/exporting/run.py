@@ -24,7 +24,6 @@ from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import (
     ITSELF,
     RELEVANCE_UNREADABLE,
@@ -35,8 +34,9 @@ from hydra_pipe.store.relevance import (
     read_relevance,
     result_name,
 )
+from hydra_pipe.store.result import ReducedRun
 from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, UPTO, RunDirectory, Settings, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, Settings, export_stage, reduce_stage
 from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.units import parse_bytes, resident_bytes
 
@@ -124,22 +124,12 @@ def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDAr
 
 
 def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
-    stage = export_stage(method)
-    reduction = directory.stages[reduce_stage(method)]
-    upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
-    gradients, counts = open_recording(directory, upto)
-    relevance = open_relevance(directory.path / names.RELEVANCE, method)
-    tests = columns_of(relevance).tests
-    n_tests = tests[-1][1] if tests else 0
-    fault = relevance.shortfall()
-    if relevance.shape[0] != counts.n_samples or n_tests > counts.n_tests:
-        fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {counts.n_tests} were recorded"
-    if fault is not None:
-        raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-    own = _own_relevance(directory, method, counts.n_samples)
+    stage, found = export_stage(method), ReducedRun.open(directory, method)
+    relevance = found.relevance
+    own = _own_relevance(directory, method, found.n_samples)
     attributes = relevance.attributes
     meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
-    export = _Export(gradients, relevance, own, meta, **settings, memory_bytes=memory_bytes)
+    export = _Export(found.gradients, relevance, own, meta, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
     directory.begin(stage, settings)
     start = time.monotonic()

@@ -17,13 +17,13 @@ from hydra_pipe.reduction.influence import graphs as solving_graphs
 from hydra_pipe.reduction.request import Request, combined, described, facts, is_found, summary
 from hydra_pipe.reduction.schedulers import Scheduler
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
+from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.store.sweeps import remove_states
 
@@ -114,14 +114,15 @@ def _store(request: Request) -> Path:
 
 
 def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None:
-    """Make what is to be filled, and drop what an earlier reduction led to: rankings of another relevance must not stay behind."""
+    """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay behind."""
     directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
     # first the claims, then what they claim
-    directory.forget(export_stage(name))
+    directory.forget(*stages_of_result(name))
     directory.begin(reduce_stage(name), request.settings)
     if keeping:
         _forget_kept(request)
-    remove(directory.path / names.RANKINGS / names.rankings_directory(name))
+    for stage in stages_of_result(name):
+        remove(directory.path / area_of(stage))
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
     if plan.order == BACKWARD:
         width = chunk_columns(plan.test_blocks[0][1])

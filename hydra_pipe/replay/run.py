@@ -3,17 +3,16 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from hydra_pipe.errors import RunError
-from hydra_pipe.loading import load_pipeline
+from hydra_pipe.loading import load_pipeline, recorded_assignments
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.pipeline import Pipeline, described
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.reduction.request import Options, Request, requested
 from hydra_pipe.reduction.run import plan_request, reduce_request
 from hydra_pipe.replay.engine import LowRankReplay, Replay
-from hydra_pipe.store.run import RECORD, Settings
+from hydra_pipe.store.run import RECORD
 
 # The method that answers for what `--rank` leaves over.
 APPROXIMATION = "hydra-fisher"
@@ -66,19 +65,10 @@ def _loader(request: Request, given: "str | Pipeline | None") -> Callable[[], Pi
         )
 
     def load() -> Pipeline:
-        built = spec if isinstance(spec, Pipeline) else load_pipeline(spec, _assignments(settings)).build()
+        built = spec if isinstance(spec, Pipeline) else load_pipeline(spec, recorded_assignments(settings)).build()
         for name, value in json_settings(described(built)).items():
             if name in settings and settings[name] != value:
                 raise RunError(f"{path} was recorded with {name} {settings[name]}, and the pipeline has {value}: it is another one")
         return built
 
     return load
-
-
-def _assignments(settings: Settings) -> list[str]:
-    """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did."""
-    return [f"{key.removeprefix('set ')}={_text(value)}" for key, value in settings.items() if key.startswith("set ")]
-
-
-def _text(value: Any) -> str:
-    return "none" if value is None else str(value)

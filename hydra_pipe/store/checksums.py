@@ -23,7 +23,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array, read_metadata
 from hydra_pipe.store.codec import RottenError, Shape, ShardCodec
 from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, evaluate_stage, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, clean_stage, evaluate_stage, export_stage, reduce_stage
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # of a file of an array in an object store, where each small read is a request
@@ -79,6 +79,8 @@ def area_of(stage: str) -> str:
         return f"{names.RELEVANCE}/{stage.removeprefix(reduce_stage(''))}"
     if stage.startswith(evaluate_stage("")):
         return f"{names.EVALUATION}/{stage.removeprefix(evaluate_stage(''))}"
+    if stage.startswith(clean_stage("")):
+        return f"{names.CLEANING}/{names.rankings_directory(stage.removeprefix(clean_stage('')))}"
     return f"{names.RANKINGS}/{names.rankings_directory(stage.removeprefix(export_stage('')))}"
 
 
@@ -118,7 +120,7 @@ def footprints(root: Path, stage: str, written: Path | None = None) -> Footprint
     area = area_of(stage)
     directory = root / area if written is None else written
     there = files_below(directory)
-    if area.startswith((names.RANKINGS, names.EVALUATION)):
+    if area.startswith((names.RANKINGS, names.CLEANING, names.EVALUATION)):
         return Footprints({}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)})
     arrays, files = {}, {}
     for name in sorted(there):

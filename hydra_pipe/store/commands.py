@@ -4,7 +4,7 @@ import shlex
 
 from hydra_pipe.store import names
 from hydra_pipe.store.relevance import BY_LABEL, MEAN, parts_of_result, result_name
-from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, evaluate_stage, export_stage, reduce_stage
+from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, clean_stage, evaluate_stage, export_stage, reduce_stage
 
 # whose hypergradients can be kept, and that needs no option
 _DEFAULT = "hydra"
@@ -24,6 +24,9 @@ def command_of(run: RunDirectory, stage: str) -> str:
         return _command("reduce", str(run.path), *flags, **options, **{"--method": None if method == _DEFAULT else method})
     if stage.startswith(evaluate_stage("")):
         return _evaluate(run, stage.removeprefix(evaluate_stage("")), settings)
+    if stage.startswith(clean_stage("")):
+        method = stage.removeprefix(clean_stage(""))
+        return _command("clean", str(run.path), **{"--method": method}, **_cut(settings))
     method = stage.removeprefix(export_stage(""))
     full = ["--full"] if settings.get("full") else []
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
@@ -45,6 +48,10 @@ def _evaluate(run: RunDirectory, kind: str, settings: Settings) -> str:
     options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
     options["--left-out"] = settings.get("left_out")
     return _command("evaluate", _pipeline(recorded), str(run.path), kind, *_assignments(recorded), **options)
+
+
+def _cut(settings: Settings) -> Settings:
+    return {f"--{name}": settings.get(name) for name in ("lowest", "threshold")}
 
 
 def _pipeline(settings: Settings) -> str:

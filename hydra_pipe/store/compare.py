@@ -85,7 +85,7 @@ class Comparison:
 
     def _arrays(self) -> list[str]:
         """Arrays in the area, as the metadata have it. Raises: StoreError: they are damaged."""
-        if self._area.startswith((names.RANKINGS, names.EVALUATION)):
+        if self._area.startswith((names.RANKINGS, names.CLEANING, names.EVALUATION)):
             return []
         if self._stage.startswith(reduce_stage("")):
             return [self._area]

@@ -15,6 +15,7 @@ CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 EVALUATION: Final = "evaluation"
+CLEANING: Final = "cleaning"
 # in evaluation/KIND
 RETRAINED: Final = "retrained"
 TABLE: Final = "table.parquet"
@@ -25,7 +26,7 @@ FINAL_CHECKPOINT: Final = "final.pt"
 # What repairing has moved out of the way, and nobody removes: it may be the user's.
 SET_ASIDE: Final = "set-aside"
 # Everything else that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, EVALUATION, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
+OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CLEANING, EVALUATION, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"

@@ -11,7 +11,7 @@ from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import COMMITTED, PRUNED, RECORD, UPTO, RunDirectory, Stage, export_stage, reduce_stage
+from hydra_pipe.store.run import COMMITTED, PRUNED, RECORD, UPTO, RunDirectory, Stage, reduce_stage, stages_of_result
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def forget_upto(run: RunDirectory, n_steps: int) -> None:
     for name, stage in list(run.stages.items()):
         upto = stage.settings.get(UPTO)
         if name.startswith(reduce_stage("")) and is_count(upto) and upto > n_steps:
-            exported = export_stage(name.removeprefix(reduce_stage("")))
-            run.forget(name, exported)
-            remove(run.path / area_of(name))
-            remove(run.path / area_of(exported))
+            gone = (name, *stages_of_result(name.removeprefix(reduce_stage(""))))
+            run.forget(*gone)
+            for stage_name in gone:
+                remove(run.path / area_of(stage_name))

@@ -13,7 +13,7 @@ from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import write_group
-from hydra_pipe.store.run import CHECKSUMS, KEEP, PRUNED, RECORD, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, KEEP, PRUNED, RECORD, RunDirectory, reduce_stage, stages_of_result
 from hydra_pipe.store.verify import PLACES, check_path
 
 
@@ -119,9 +119,9 @@ def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fau
     if KEEP in damaged and run.stages[RECORD].facts.get(PRUNED):  # what it was computed from is gone
         damaged.setdefault(RECORD, damaged[KEEP])
     for stage in list(damaged):
-        exported = export_stage(stage.removeprefix(reduce_stage("")))
-        if exported in run.stages:
-            damaged.setdefault(exported, damaged[stage])
+        for result in stages_of_result(stage.removeprefix(reduce_stage(""))):
+            if result in run.stages:
+                damaged.setdefault(result, damaged[stage])
     advice = {stage: f"run {command_of(run, stage)}" for stage in damaged}
     if KEEP in advice:
         advice[KEEP] += _after_keeping(run, damaged)
@@ -141,9 +141,9 @@ def _order(stage: str) -> int:
 
 
 def _after_keeping(run: RunDirectory, damaged: dict[str, Fault]) -> str:
-    """Keeping computes a relevance again, and so drops its rankings, which may be whole."""
-    exported = export_stage(kept_with(run).removeprefix(reduce_stage("")))
-    return f", then {command_of(run, exported)}" if exported in run.stages and exported not in damaged else ""
+    """Keeping computes a relevance again, and so drops what came from it, which may be whole."""
+    results = stages_of_result(kept_with(run).removeprefix(reduce_stage("")))
+    return "".join(f", then {command_of(run, stage)}" for stage in results if stage in run.stages and stage not in damaged)
 
 
 def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:

@@ -38,6 +38,16 @@ def export_stage(method: str) -> str:
     return f"export {method}"
 
 
+def clean_stage(method: str) -> str:
+    """Name of the stage that proposes which samples to relabel or drop, by `method`'s relevance."""
+    return f"clean {method}"
+
+
+def stages_of_result(method: str) -> tuple[str, ...]:
+    """Names of the stages whose results come from `method`'s relevance, and go when it does."""
+    return export_stage(method), clean_stage(method)
+
+
 def evaluate_stage(kind: str) -> str:
     """Name of the stage that holds relevance against the truth, by one kind of evaluation."""
     return f"evaluate {kind}"

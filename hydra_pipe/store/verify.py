@@ -18,6 +18,7 @@ from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import Hypergradients
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.relevance import (
     ITSELF,
     columns_of,
@@ -37,15 +38,24 @@ from hydra_pipe.store.run import (
     RECORD,
     UPTO,
     RunDirectory,
+    clean_stage,
     evaluate_stage,
     export_stage,
     reduce_stage,
 )
 from hydra_pipe.store.sense import check_rows
 
-_REDUCE, _EXPORT, _EVALUATE = reduce_stage(""), export_stage(""), evaluate_stage("")
+_REDUCE, _EXPORT, _CLEAN, _EVALUATE = reduce_stage(""), export_stage(""), clean_stage(""), evaluate_stage("")
 # directories in which hydra-pipe alone writes
-PLACES = (names.GRADIENTS, names.HYPERGRADIENTS, names.RELEVANCE, names.RANKINGS, names.EVALUATION, names.CHECKSUMS)
+PLACES = (
+    names.GRADIENTS,
+    names.HYPERGRADIENTS,
+    names.RELEVANCE,
+    names.RANKINGS,
+    names.CLEANING,
+    names.EVALUATION,
+    names.CHECKSUMS,
+)
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -83,7 +93,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
     for name, stage in run.stages.items():
-        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT, _EVALUATE))):
+        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT, _CLEAN, _EVALUATE))):
             yield from check_stage(run, name, task)
     if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
@@ -151,6 +161,8 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
         return f"the relevance cannot be trusted: compute it again with {again}"
     if stage.startswith(_EVALUATE):
         return f"the evaluation cannot be trusted: make it again with {again}"
+    if stage.startswith(_CLEAN):
+        return f"the proposal cannot be trusted: make it again with {again}"
     return f"the rankings cannot be trusted: write them again with {again}"
 
 
@@ -186,8 +198,8 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
     """Whether `stage` was computed from what is there now."""
     sources = [(RECORD, OF_RECORD, "recording")]
     facts = run.stages[stage].facts
-    if stage.startswith(_EXPORT):
-        method = stage.removeprefix(_EXPORT)
+    if stage.startswith((_EXPORT, _CLEAN)):
+        method = stage.removeprefix(_EXPORT if stage.startswith(_EXPORT) else _CLEAN)
         sources = [(reduce_stage(method), OF_REDUCE, "relevance")]
         if OF_SELF in facts:
             own = result_name(ITSELF, None, parts_of_result(method).upto)
@@ -212,6 +224,8 @@ def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints |
         yield from _check_relevance(run, stage, consequence)
     elif stage.startswith(_EXPORT):
         yield from _check_rankings(run, stage, consequence, decode=listed is None)
+    elif stage.startswith(_CLEAN):
+        yield from _check_proposal(run, stage, consequence)
 
 
 def _check_final(run: RunDirectory) -> Iterator[Fault]:
@@ -274,6 +288,13 @@ def _check_rankings(run: RunDirectory, stage: str, consequence: str, *, decode: 
                     del batch
         except (OSError, pa.ArrowException) as error:
             yield Fault(where, f"cannot be read ({shown(error)})", consequence, stage=stage)
+
+
+def _check_proposal(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+    try:
+        read_proposal(run.path / area_of(stage), run.stages[stage].count("n_samples", least=1))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield Fault(f"{area_of(stage)}/{KEEP_FILE}", f"cannot be used ({shown(error)})", consequence, stage=stage)
 
 
 def total_bytes(run: RunDirectory) -> int:

@@ -1,0 +1,223 @@
+"""What the proposed samples do to accuracy: the run trained again without them, without as many others, and with all.
+
+Test samples that have chosen what is left out say too much for it. So the tests are split: the relevance to one half chooses, by
+the same rule, and the other half measures, and then the other way round. What is measured is the rule, and not the very set that is
+proposed, which all tests have chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydra_pipe.cleaning.decision import Cut, scores_of
+from hydra_pipe.cleaning.evidence import sums_over
+from hydra_pipe.errors import RunError
+from hydra_pipe.evaluation.campaign import Job, retrain
+from hydra_pipe.evaluation.noise import true_labels
+from hydra_pipe.evaluation.retraining import HIT, LOSS
+from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.loading import recorded_assignments
+from hydra_pipe.maths.ranks import crossed_interval
+from hydra_pipe.progress import Progress
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.store import names
+from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.store.relevance import Columns
+from hydra_pipe.store.result import ReducedRun
+from hydra_pipe.store.run import RECORD, RunDirectory
+
+DEFAULT_SEEDS = 3
+ALL, PROPOSED, RANDOM, WRONG = "all samples", "without the proposed", "without as many at random", "without the wrong labels"
+_SEED = 0x636C65
+Ids = NDArray[np.int64]
+Row = dict[str, Any]
+
+
+def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: int | None) -> tuple[Subject, int]:
+    """The run with its pipeline, built as it was recorded, and how many seeds there are to be.
+
+    Raises:
+        RunError: the pipeline is not known, or another one. UsageError: it has no setting `seed`, and more than one is asked for.
+        PipelineError: it cannot be built.
+    """
+    settings = directory.stages[RECORD].settings
+    spec = pipeline if pipeline is not None else settings.get("pipeline")
+    if not isinstance(spec, str | Pipeline):
+        raise RunError(
+            f"{directory.path} was recorded by a loop of one's own, or from a Pipeline object: --retrain trains again, and needs "
+            f"that. Give it as hydra_pipe.clean(run, retrain=True, pipeline=...), newly built"
+        )
+    subject = Subject.open(spec, directory, recorded_assignments(settings) if isinstance(spec, str) else None)
+    if seeds is None:
+        return subject, DEFAULT_SEEDS if subject.has_seeds() else 1
+    if seeds > 1:
+        subject.check_seeds()
+    return subject, seeds
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Who chooses, and who measures.
+
+    Args:
+        chosen: columns of the relevance whose sum chooses, bool (column,).
+        tests: ids of the test samples that measure.
+    """
+
+    chosen: NDArray[np.bool_]
+    tests: Ids
+
+
+def folds_of(columns: Columns, n_tests: int, labels: NDArray[Any] | None) -> tuple[list[Fold], str]:
+    """The folds, and in words how far those who measure have not chosen.
+
+    Args:
+        columns: of the relevance.
+        n_tests: of the recording.
+        labels: of the columns, over which both halves are to be alike; None: unknown.
+    """
+    everything = np.ones(columns.n_columns, bool)
+    if columns.by is None and columns.n_columns > 1:
+        order = np.random.default_rng(_SEED).permutation(columns.n_columns)
+        if labels is not None:
+            order = order[np.argsort(np.unique(labels, return_inverse=True)[1][order], kind="stable")]
+        half = np.zeros(columns.n_columns, bool)
+        half[order[::2]] = True
+        ids = columns.test_ids
+        folds = [Fold(half, ids[~half]), Fold(~half, ids[half])]
+        return folds, "each half of the tests measures what the relevance to the other half has left out, by the same rule"
+    others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
+    if len(others):
+        return [Fold(everything, others)], f"measured on the {len(others):,} tests that the relevance is not of"
+    return [Fold(everything, np.arange(n_tests))], (
+        "NOT independent: a mean over the tests cannot be split, so that these tests have also chosen what is left out, and what "
+        "is gained is too good; reduce without --mean or --by to measure it on tests that have not"
+    )
+
+
+def compared(
+    subject: Subject,
+    method: str,
+    cut: Cut,
+    drop: pa.Table,
+    directory: Retrained,
+    progress: Progress,
+    *,
+    seeds: int,
+    memory: str,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Train with all samples, without those that are proposed, without as many at random and, if they are known, without the wrong
+    labels. "Without" is weight 0 in the batches of the run, with the mean over the samples that are kept.
+
+    Args:
+        subject: the run and its pipeline.
+        method: whose relevance.
+        cut: what is proposed.
+        drop: what is proposed by all tests, which is held against true labels if the pipeline has them.
+        directory: of retrainings.
+        progress: where to show progress.
+        seeds: see `retrain`.
+        memory: see `retrain`.
+
+    Returns:
+        A row for each set, and a summary.
+
+    Raises:
+        HydraError: see `retrain`.
+    """
+    found = ReducedRun.open(subject.run, method)
+    labels = subject.sample_labels()
+    folds, how = folds_of(found.columns, subject.n_tests, found.columns.labels(found.gradients.labels(names.TEST_LABELS)))
+    sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
+    proposed = [cut.of(scores_of(own, labels)) for own in sums]
+    rng = np.random.default_rng(_SEED)
+    at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
+    nobody: Ids = np.empty(0, np.int64)
+    # for each set: what is left out in each fold
+    sets: dict[str, list[Ids]] = {ALL: [nobody] * len(folds), PROPOSED: proposed, RANDOM: at_random}
+    summary: dict[str, Any] = {"seeds": seeds, "folds": len(folds)}
+    says = []
+    if subject.pipeline.true_labels is not None:
+        truth = true_labels(subject)
+        wrong = np.flatnonzero(np.asarray(labels != truth))
+        summary["known"] = known = _held_against(truth, wrong, drop)
+        says += _known_in_words(known)
+        if 0 < len(wrong) < subject.n_samples:
+            sets[WRONG] = [wrong] * len(folds)
+    distinct = list({ids.tobytes(): ids for own in sets.values() for ids in own}.values())
+    at = {ids.tobytes(): index for index, ids in enumerate(distinct)}
+    own_seed = subject.pipeline.seed
+    job = Job.without(distinct, subject.n_samples, tuple(own_seed + s for s in range(seeds)))
+    outcome = retrain(subject, job, directory, memory, progress, strict=False)
+    measured = {
+        name: np.concatenate(
+            [outcome[:, at[ids.tobytes()]][:, :, fold.tests] for ids, fold in zip(own, folds, strict=True)], axis=2
+        )
+        for name, own in sets.items()
+    }
+    rows = [_row(name, sets[name], values, measured[ALL]) for name, values in measured.items()]
+    return rows, summary | {"says": [*says, *_says(how, seeds, folds, measured)]}
+
+
+def _held_against(truth: NDArray[Any], wrong: Ids, drop: pa.Table) -> dict[str, Any]:
+    ids = drop.column("train_id").to_numpy()
+    right = np.isin(ids, wrong)
+    suggested = drop.column("suggested_label").to_pylist()
+    hits = sum(label == truth[sample] for sample, label in zip(ids, suggested, strict=True) if label is not None)
+    return {
+        "wrong": len(wrong),
+        "found": int(right.sum()),
+        "precision": float(right.mean()) if len(ids) else None,
+        "recall": float(right.sum() / len(wrong)) if len(wrong) else None,
+        "by_chance": len(wrong) / len(truth),
+        "suggested": sum(label is not None for label in suggested),
+        "suggested_right": int(hits),
+    }
+
+
+def _known_in_words(known: dict[str, Any]) -> list[str]:
+    if known["precision"] is None or known["recall"] is None:
+        return [f"by the pipeline's true labels {known['wrong']:,} labels are wrong"]
+    return [
+        f"by the pipeline's true labels {known['found']:,} of the proposed are wrong: precision {known['precision']:.3f} (by "
+        f"chance {known['by_chance']:.3f}), recall {known['recall']:.3f} of {known['wrong']:,}; of {known['suggested']:,} "
+        f"suggested labels {known['suggested_right']:,} are right"
+    ]
+
+
+def _row(name: str, left_out: Sequence[Ids], values: NDArray[np.float64], everything: NDArray[np.float64]) -> Row:
+    """`values`: shape (seed, 2, test)."""
+    row: Row = {"trained on": name, "left_out": round(float(np.mean([len(ids) for ids in left_out])))}
+    for what, index in (("accuracy", HIT), ("loss", LOSS)):
+        row |= _with_interval(what, values[:, index])
+        row |= _with_interval(f"{what}_change", values[:, index] - everything[:, index])
+    return row
+
+
+def _with_interval(name: str, values: NDArray[np.float64]) -> Row:
+    if np.isnan(values).any():  # accuracy where outputs or targets are not classes; losses of a training that diverged
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    low, high = crossed_interval(values)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def _says(how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArray[np.float64]]) -> list[str]:
+    n_tests = sum(len(fold.tests) for fold in folds)
+    says = [
+        f"{how}; left_out: mean over the {len(folds)} halves" if len(folds) > 1 else how,
+        f"{n_tests:,} tests, {seeds} {'seeds' if seeds > 1 else 'seed'}; intervals of 95 % by drawing seeds and tests anew, 2,000 "
+        f"times; changes are against all samples, test by test",
+    ]
+    if seeds == 1:
+        says.append("with one seed intervals do not tell how another training would come out: --seeds 3")
+    change = measured[PROPOSED][:, HIT] - measured[RANDOM][:, HIT]
+    if not np.isnan(change).any():
+        low, high = crossed_interval(change)
+        says.append(
+            f"accuracy without the proposed, less that without as many at random: {change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+        )
+    return says

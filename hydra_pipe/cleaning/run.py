@@ -1,0 +1,295 @@
+"""A whole proposal: which training samples to relabel or drop, by a relevance that is there, and the files that say so."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydra_pipe.cleaning.decision import CLEAR, Cut, most_harmed, reasons, scores_of
+from hydra_pipe.cleaning.evidence import means_by, sums_over
+from hydra_pipe.errors import NonFiniteError, UsageError
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names, rankings
+from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.store.files import remove_partials, replaced_directory
+from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.proposals import (
+    DROP,
+    RELABEL,
+    carry_retrained,
+    drop_schema,
+    read_proposal,
+    write_proposal,
+    write_retraining,
+)
+from hydra_pipe.store.relevance import BY_LABEL, ITSELF, MEAN, parts_of_result
+from hydra_pipe.store.result import ReducedRun
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RunDirectory, Settings, clean_stage, reduce_stage
+from hydra_pipe.units import parse_bytes
+
+if TYPE_CHECKING:
+    from hydra_pipe.recording.pipeline import Pipeline
+
+# Initial weights and orders that each set is trained from, if nobody says how many and the pipeline has a seed.
+DEFAULT_SEEDS = 3
+# fact: how many seeds the retrainings that are there are of
+_SEEDS = "seeds"
+# in the summary: what they came to
+_RETRAINING = "retraining"
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is proposed.
+
+    Args:
+        is_new: whether there was anything to do.
+        keep: ids of the samples that stay, ascending, shape (kept,).
+        drop: `drop.parquet`, the most suspicious first.
+        retraining: rows of the table of retrainings; empty where nothing was trained.
+        summary: plain values, `says` among them: lines for a person; where samples were trained again without, `retraining` has its
+            own.
+    """
+
+    is_new: bool
+    keep: NDArray[np.int64]
+    drop: pa.Table
+    retraining: list[_Row]
+    summary: dict[str, Any]
+
+
+def clean_run(
+    run: str | os.PathLike[str],
+    *,
+    method: str = "hydra",
+    lowest: int | None = None,
+    threshold: float | None = None,
+    retrain: bool = False,
+    seeds: int | None = None,
+    pipeline: "str | Pipeline | None" = None,
+    memory: str = "4GiB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Cleaning:
+    """Propose training samples to relabel or drop: those whose relevance, summed over the test samples, is far below that of the
+    samples with the same label. docs/cleaning.md says how, and how well that finds wrong labels.
+
+    Args:
+        run: directory of the run.
+        method: whose relevance: the name of a result, such as "hydra-fisher" or "influence-mean".
+        lowest: propose so many.
+        threshold: propose those whose score is below this, in robust standard deviations; if neither is given it is fitted.
+        retrain: also train again without them, without as many others, and with all, and compare accuracy and loss on test samples
+            that did not choose them.
+        seeds: with `retrain`: initial weights and orders that each is trained from; if absent 3, or 1 where the pipeline has no
+            setting `seed`.
+        pipeline: with `retrain`: "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an object
+            was recorded.
+        memory: with `retrain`: budget of this process.
+        overwrite: replace a proposal that was made with other settings.
+        progress: where to show progress; nowhere if absent.
+
+    Returns:
+        The proposal. It is also in RUN/cleaning/method=METHOD: `keep.txt`, `drop.parquet`, `summary.json`.
+
+    Raises:
+        RunError: there is no run, it lacks the relevance, or a proposal was made with other settings.
+        StoreError: the relevance is damaged. NonFiniteError: it has values that are none.
+        UsageError: a value that cannot be.
+        PipelineError: with `retrain`: the pipeline cannot be used, or comes to other test losses than the run.
+    """
+    cut = Cut(lowest, threshold)
+    _check(method, retrain, seeds, pipeline)
+    parse_bytes(memory)
+    progress = progress or Progress()
+    directory = RunDirectory.open(run)
+    directory.require(reduce_stage(method), command_of(directory, reduce_stage(method)))
+    subject = None
+    if retrain:
+        from hydra_pipe.cleaning.retraining import opened  # torch takes seconds to import
+
+        subject, seeds = opened(directory, pipeline, seeds)
+    work = _Work(directory, method, cut)
+    with one_writer(directory.path, work.stage):
+        directory.refresh()  # another process may have done it in the meantime
+        found = None if overwrite else work.existing()
+        if found is None:
+            with work.running():
+                found = proposed(directory, method, cut, progress)
+                work.write(found, carry=not overwrite)
+        if subject is not None and work.seeds != seeds:
+            from hydra_pipe.cleaning.retraining import compared
+
+            with work.running():
+                rows, summary = compared(subject, method, cut, found.drop, work.pieces, progress, seeds=seeds or 1, memory=memory)
+                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {_RETRAINING: summary})
+                work.write(found, carry=True, seeds=seeds)
+    return found
+
+
+def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> None:
+    """Raises: UsageError."""
+    if parts_of_result(method).method == ITSELF:
+        raise UsageError(f"--method {method} is of no test samples: choose the relevance of another method")
+    if not retrain and (seeds is not None or pipeline is not None):
+        raise UsageError(f"{'--seeds' if seeds is not None else '--pipeline'} is for --retrain: add it")
+    if seeds is not None and seeds < 1:
+        raise UsageError(f"--seeds {seeds}: give 1 or more")
+
+
+class _Work:
+    """The stage of a proposal.
+
+    Args:
+        directory: of the run.
+        method: whose relevance.
+        cut: what is asked for.
+    """
+
+    def __init__(self, directory: RunDirectory, method: str, cut: Cut) -> None:
+        self._directory, self._method = directory, method
+        self.stage = clean_stage(method)
+        self._settings: Settings = {"lowest": cut.lowest, "threshold": cut.threshold}
+        self._place = directory.path / area_of(self.stage)
+        self._facts: dict[str, Any] = {}
+
+    @property
+    def pieces(self) -> Retrained:
+        """Where the results of retrainings are kept as they finish."""
+        return Retrained(self._place)
+
+    @property
+    def seeds(self) -> object:
+        """Of the retrainings that the complete stage has; None: it has none."""
+        return self._directory.stages[self.stage].facts.get(_SEEDS)
+
+    def existing(self) -> Cleaning | None:
+        """What is there; None: nothing, or it is unfinished, damaged, or of another relevance than there is.
+
+        Raises:
+            RunError: it was made with other settings.
+        """
+        directory = self._directory
+        source = directory.stages[reduce_stage(self._method)].facts.get(CHECKSUMS)
+        if directory.has_work(self.stage, self._settings) or directory.stages[self.stage].facts.get(OF_REDUCE) != source:
+            return None
+        n_samples = directory.stages[self.stage].count("n_samples", least=1)
+        with suppress(OSError, ValueError, pa.ArrowException):
+            return Cleaning(False, *read_proposal(self._place, n_samples))
+        return None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block that ends with `write`."""
+        directory, start = self._directory, time.monotonic()
+        directory.begin(self.stage, self._settings)
+        try:
+            remove_partials(self._place)
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+                directory.end(self.stage, "failed", error=str(error) or type(error).__name__)
+            raise
+        source = {OF_REDUCE: directory.stages[reduce_stage(self._method)].facts.get(CHECKSUMS)}
+        directory.end(self.stage, "complete", seconds=time.monotonic() - start, **self._facts, **source)
+
+    def write(self, found: Cleaning, *, carry: bool, seeds: int | None = None) -> None:
+        """Put all files in the place of those that are there; with `carry` the pieces of retrainings stay."""
+        with replaced_directory(self._place) as partial:
+            write_proposal(partial, found.keep, found.drop, found.summary)
+            if found.retraining:
+                write_retraining(partial, found.retraining)
+            if carry:
+                carry_retrained(self._place, partial)
+            checksums = seal(self._directory, self.stage, partial)
+        n_proposed = found.drop.num_rows
+        self._facts = {"n_samples": len(found.keep) + n_proposed, "n_proposed": n_proposed, CHECKSUMS: checksums}
+        self._facts |= {} if seeds is None else {_SEEDS: seeds}
+
+
+def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress) -> Cleaning:
+    """What is to be proposed by `method`'s relevance, which is there; writes nothing. Raises: as `clean_run`."""
+    found = ReducedRun.open(directory, method)
+    attributes, columns = found.relevance.attributes, found.columns
+    labels = found.gradients.labels(names.TRAIN_LABELS)
+    (sums,) = sums_over(found.relevance, np.ones((1, columns.n_columns), bool), progress)
+    check_finite(sums, method)
+    scores = scores_of(sums, labels)
+    ids = cut.of(scores)
+    suggested = _suggested(found, ids, labels)
+    what = "mean relevance" if columns.by == MEAN else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
+    kind = rankings.label_type(labels)
+    given = [label is not None for label in suggested]
+    ranks = np.empty(len(sums), np.int32)
+    ranks[np.argsort(sums, kind="stable")] = np.arange(1, len(sums) + 1, dtype=np.int32)
+    drop = pa.Table.from_arrays(
+        [
+            pa.array(ids),
+            rankings.label_column(labels, ids, kind),
+            pa.array(sums[ids]),
+            pa.array(ranks[ids]),
+            pa.array(scores[ids]),
+            pa.array(suggested, kind),
+            pa.array([RELABEL if is_given else DROP for is_given in given], pa.string()),
+            pa.array(reasons(sums, scores, ids, labels, suggested, what), pa.string()),
+        ],
+        schema=drop_schema(kind, rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)),
+    )
+    keep = np.setdiff1d(np.arange(len(sums)), ids)
+    held = "all samples" if labels is None else "the samples with the same label"
+    below = None if cut.lowest is not None else cut.below(scores)
+    if below is None:
+        asked = f"the {cut.lowest:,} lowest"
+    else:
+        asked = f"those below {below:.3g}{' (fitted)' if cut.threshold is None else ''}"
+    says = [
+        f"{len(ids):,} of {len(sums):,} training samples are proposed: {asked} by {what} ({method}), in robust standard deviations "
+        f"from the median of {held}",
+        f"{sum(given):,} to relabel (one other class is harmed {CLEAR:g} times as much as any), {len(ids) - sum(given):,} to drop, "
+        f"or to look at",
+    ]
+    summary = {
+        "run_id": directory.run_id,
+        "method": method,
+        "lowest": cut.lowest,
+        "threshold": below if below is not None and np.isfinite(below) else None,
+        "n_samples": len(sums),
+        "n_proposed": len(ids),
+        RELABEL: sum(given),
+        DROP: len(ids) - sum(given),
+        "says": says,
+    }
+    return Cleaning(True, keep, drop, [], summary)
+
+
+def check_finite(sums: NDArray[np.float64], method: str) -> None:
+    """Raises: NonFiniteError: some sums of relevance are no numbers."""
+    strange = int((~np.isfinite(sums)).sum())
+    if strange:
+        raise NonFiniteError(
+            f"relevance {method} of {strange:,} of {sums.shape[-1]:,} training samples is infinite or not a number: nothing can be "
+            f"told from it, choose another method"
+        )
+
+
+def _columns_of(by: str | None) -> str:
+    return "labels of tests" if by == BY_LABEL else "tests"
+
+
+def _suggested(found: ReducedRun, ids: NDArray[np.int64], labels: NDArray[Any] | None) -> list[Any]:
+    """A label for each of `ids`; None where nothing says which."""
+    of_columns = found.columns.labels(found.gradients.labels(names.TEST_LABELS))
+    if labels is None or of_columns is None or (labels.dtype == object) != (of_columns.dtype == object) or not len(ids):
+        return [None] * len(ids)
+    classes, groups = np.unique(of_columns, return_inverse=True)
+    worst = most_harmed(means_by(found.relevance, ids, groups, len(classes)), classes, labels[ids])
+    return [None if index < 0 else classes.tolist()[index] for index in worst]

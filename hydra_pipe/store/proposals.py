@@ -1,0 +1,94 @@
+"""`cleaning/method=RESULT`: names, schema and form of what is proposed to be kept and dropped."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hydra_pipe.store import names
+from hydra_pipe.store.files import files_below, is_partial, read_file
+from hydra_pipe.store.parsing import MOST_JSON_BYTES
+
+KEEP_FILE: Final = "keep.txt"
+DROP_FILE: Final = "drop.parquet"
+RETRAINING_FILE: Final = "retraining.parquet"
+RELABEL, DROP = "relabel", "drop"
+# digits of an id and the end of its line
+_LINE_BYTES = 19
+_ID = re.compile(r"[0-9]{1,18}")
+
+
+def drop_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+    """Of `drop.parquet`. `labels`: type of the labels; `meta`: see `store.rankings.metadata`."""
+    return pa.schema(
+        [
+            pa.field("train_id", pa.int64(), nullable=False),
+            pa.field("label", labels),
+            pa.field("relevance_sum", pa.float64(), nullable=False),
+            pa.field("rank", pa.int32(), nullable=False),
+            pa.field("score", pa.float64(), nullable=False),
+            pa.field("suggested_label", labels),
+            pa.field("action", pa.string(), nullable=False),
+            pa.field("reason", pa.string(), nullable=False),
+        ],
+        metadata=meta,
+    )
+
+
+def write_proposal(directory: Path, keep: NDArray[np.int64], drop: pa.Table, summary: dict[str, Any]) -> None:
+    """Put the three files into a new directory."""
+    np.savetxt(directory / KEEP_FILE, keep, fmt="%d")
+    pq.write_table(drop, directory / DROP_FILE)
+    (directory / names.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def write_retraining(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put the table of retrainings into a new directory."""
+    pq.write_table(pa.Table.from_pylist(list(rows)), directory / RETRAINING_FILE)
+
+
+def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], pa.Table, list[dict[str, Any]], dict[str, Any]]:
+    """What was written: ids to keep, those to drop, the rows of retrainings, if there are any, and the summary.
+
+    Args:
+        directory: of the proposal.
+        n_samples: training samples, each of which must be in one of the two.
+
+    Raises:
+        OSError, ValueError, pyarrow.ArrowException: missing or damaged.
+    """
+    lines = read_file(directory / KEEP_FILE, n_samples * _LINE_BYTES).decode("ascii").splitlines()
+    if not all(_ID.fullmatch(line) for line in lines):
+        raise ValueError(f"{KEEP_FILE} has lines that are no ids")
+    keep = np.array([int(line) for line in lines], np.int64)
+    drop = pq.read_table(pa.BufferReader(read_file(directory / DROP_FILE)))
+    ids = drop.schema.get_field_index("train_id")
+    if ids < 0 or drop.schema.field(ids).type != pa.int64() or drop.column(ids).null_count:
+        raise ValueError(f"{DROP_FILE} has no ids")
+    # the number of samples is what a manifest says: it is held against what is there before memory is asked for
+    there = np.sort(np.concatenate([keep, drop.column(ids).to_numpy()]))
+    if len(there) != n_samples or (there != np.arange(len(there))).any() or (np.diff(keep) < 0).any():
+        raise ValueError(f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, in order")
+    summary = json.loads(read_file(directory / names.SUMMARY, MOST_JSON_BYTES))
+    says = summary.get("says") if isinstance(summary, dict) else None
+    if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
+        raise ValueError(f"{names.SUMMARY} is no summary of a proposal")
+    rows = []
+    if (directory / RETRAINING_FILE).exists():
+        rows = pq.read_table(pa.BufferReader(read_file(directory / RETRAINING_FILE))).to_pylist()
+    return keep, drop, rows, summary
+
+
+def carry_retrained(directory: Path, target: Path) -> None:
+    """Put the pieces of retrainings that are in `directory` into a new one that is to take its place."""
+    for name in files_below(directory / names.RETRAINED):
+        if is_partial(name):
+            continue
+        (target / names.RETRAINED).mkdir(exist_ok=True)
+        (target / names.RETRAINED / name).write_bytes(read_file(directory / names.RETRAINED / name))
