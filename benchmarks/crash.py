@@ -4,7 +4,7 @@
 
 Data are real: `pipelines/digits.py`, 1,400 samples of which a tenth are mislabelled, one epoch, 397 test samples; a checkpoint
 every 10 steps. Prints, for each command, how often it was struck, how many bytes differ in what it leaves (weights:
-checkpoints/final.pt; rows: gradients.zarr; relevance: relevance.zarr and hypergradients.zarr; rankings: every Parquet file;
+checkpoints/final.pt; rows: gradients.zarr; relevance: relevance.zarr and hypergradients; rankings: every Parquet file;
 evaluation: all of it; other: the manifest, but for its clock and the id of the run, and files that should not be there), how many
 faults `verify` finds in that, and how many commands failed that should not, or said it badly. Exits 1 if any of these is not 0.
 
@@ -66,7 +66,7 @@ PARTS = {
     "checkpoints": "weights",
     "gradients.zarr": "rows",
     "relevance.zarr": "relevance",
-    "hypergradients.zarr": "relevance",
+    "hypergradients": "relevance",
     "rankings": "rankings",
     "evaluation": "evaluation",
 }

@@ -230,6 +230,9 @@ def trak(given: Inputs, states: list[State], proj_dim: int = 2048) -> Score:
     class Passage(AbstractModelOutput):  # type: ignore[misc] # no stubs
         """Margin of a passage's mean log-probability; of pictures "image_classification" is what the package has."""
 
+        def __init__(self) -> None:
+            """There is nothing to keep; the base class has it abstract."""
+
         @staticmethod
         def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
             logits = torch.func.functional_call(model, (weights, buffers), x.unsqueeze(0))

@@ -167,8 +167,9 @@ def reduce(
         tests: some of the test samples, such as "0-99,150"; all if absent.
         by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
             These are results of their own, named "hydra-by-label" and "hydra-mean".
-        keep_hypergradients: also keep the weighted sums of rows by sample, from which later reductions answer other test
-            samples without the gradients, which `prune` may then delete.
+        keep_hypergradients: of "hydra" and "hydra-fisher": also keep what answers other test samples later without the rows,
+            which `prune` may then delete: weighted sums of rows by sample, or the matrix (sample, feature) that a sweep of every
+            feature gives, at the cost of as many test samples.
         upto: only the first so many steps, after which test gradients were taken (`record --test-every`), as if training had
             ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
         rank: for "hydra-exact": replay only so many directions of the test gradients, and leave the rest to "hydra-fisher".
@@ -249,13 +250,14 @@ def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = Fa
 def prune(run: PathLike, progress: Progress | None = None) -> int:
     """Delete the recorded rows of a run whose hypergradients are kept (`reduce(..., keep_hypergradients=True)`).
 
-    Test samples are answered from the hypergradients afterwards, by method "hydra"; what needs the rows themselves no longer works.
+    Test samples are answered from the hypergradients afterwards, by the methods whose own are kept ("hydra", "hydra-fisher"), and
+    by "hydra-exact", which trains again; what needs the rows themselves no longer works.
 
     Returns:
         Bytes that were deleted.
 
     Raises:
-        RunError: there is no run, or it keeps no hypergradients.
+        RunError: there is no run, or it keeps no hypergradients, or those of a method not to the end.
         StoreError: what it keeps is damaged: nothing was deleted.
     """
     from hydra_pipe.store.pruning import prune_rows

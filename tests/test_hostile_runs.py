@@ -86,8 +86,8 @@ def test_samples_that_are_not_there_are_told_by_export_and_from_hypergradients(
     with pytest.raises(StoreError, match=r"samples of .* are -3 to 25, not within 0 to 25"):
         hydra_pipe.export(run, overwrite=True)
     kept = shutil.copytree(finished["kept"], tmp_path / "kept")
-    put(kept / "hypergradients.zarr/factored/sample", 0, 26)
-    with pytest.raises(StoreError, match=r"samples of .*hypergradients.zarr are 0 to 26, not within 0 to 25"):
+    put(kept / "hypergradients/hydra.zarr/factored/sample", 0, 26)
+    with pytest.raises(StoreError, match=r"samples of .*hydra.zarr are 0 to 26, not within 0 to 25"):
         hydra_pipe.reduce(kept, overwrite=True)
 
 

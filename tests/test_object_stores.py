@@ -98,6 +98,17 @@ def test_all_stages_leave_what_they_leave_on_a_disk(root: str, tmp_path: Path) -
 
 
 @in_memory
+def test_a_matrix_of_hypergradients_is_there_what_it_is_on_a_disk(root: str, tmp_path: Path) -> None:
+    for run in (f"{root}/run", tmp_path / "run"):
+        hydra_pipe.record(conv_pipeline(epochs=1), run, encoding="projected", dim=40)
+        assert hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
+        assert hydra_pipe.prune(run) > 0
+        assert hydra_pipe.reduce(run, method="hydra-fisher", tests="1-3", overwrite=True)
+        assert hydra_pipe.verify(run) == []
+    assert contents(f"{root}/run") == contents(tmp_path / "run")
+
+
+@in_memory
 def test_the_same_command_does_nothing_and_overwrite_begins_anew(root: str) -> None:
     all_stages(f"{root}/run")
     assert not hydra_pipe.record(conv_pipeline(), f"{root}/run", encoding="exact", dtype="float16")
@@ -142,7 +153,7 @@ def test_other_files_are_told_by_their_sizes_and_repaired(root: str) -> None:
     ]
     assert re.search(r"is not what was written: it has \d+ bytes, \d+ were written", found["relevance.zarr/hydra/c/0/0"])
     assert hydra_pipe.verify(run, repair=True) == []
-    assert list(RunDirectory.open(run).stages) == ["record", "keep hypergradients"]
+    assert list(RunDirectory.open(run).stages) == ["record", "keep hydra"]
     assert location(f"{run}/set-aside/rankings/method=hydra/notes.txt").read_bytes() == b"mine"
     assert hydra_pipe.reduce(run)
     assert hydra_pipe.export(run, top=3)

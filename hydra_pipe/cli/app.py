@@ -82,7 +82,8 @@ Keep = Annotated[
     bool,
     typer.Option(
         "--keep-hypergradients",
-        help="also keep the weighted sums of rows by sample: they answer other test samples without the rows",
+        help="hydra, hydra-fisher: also keep what answers other test samples later, by one product and without the rows: sums of "
+        "rows by sample, or a sweep of every feature or sample, which costs that of as many tests (see --dry-run)",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
@@ -404,7 +405,7 @@ def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Deb
 def prune(run: RunPath, debug: Debug = False) -> None:
     """Delete the recorded rows of a run that keeps its hypergradients, once these have been read and checked.
 
-    Test samples are still answered, by method hydra. Other methods need the rows.
+    Test samples are still answered by the methods whose hypergradients are kept, and by hydra-exact. Other methods need the rows.
 
     Example: hydra-pipe prune runs/digits, after hydra-pipe reduce runs/digits --keep-hypergradients
     """

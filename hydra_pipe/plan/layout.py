@@ -73,6 +73,14 @@ class Layout:
     n_features: int
     seed: int
 
+    @property
+    def whole_width(self) -> int:
+        """Features where factored blocks are multiplied out."""
+        return sum(
+            (block.columns[1] - block.columns[0]) * (1 if block.inputs is None else block.inputs[1] - block.inputs[0])
+            for block in self.blocks
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {"n_features": self.n_features, "seed": self.seed, "blocks": [asdict(block) for block in self.blocks]}
 

@@ -24,9 +24,14 @@ from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.parts import rows_of_shards, shard_start
 from hydra_pipe.units import format_bytes
 
-# those after the first three are of sweeps and of linear systems, see plan/sweeping.py and plan/solving.py
-Order = Literal["score first", "fold first", "from hypergradients", "backward", "by samples", "by features"]
+# those after the first three are of sweeps, of what they have kept, and of linear systems: see plan/sweeping.py, plan/answering.py
+# and plan/solving.py
+Order = Literal[
+    "score first", "fold first", "from hypergradients", "backward", "forward", "from the matrix", "by samples", "by features"
+]
 BACKWARD: Literal["backward"] = "backward"
+FORWARD: Literal["forward"] = "forward"
+FROM_MATRIX: Literal["from the matrix"] = "from the matrix"
 BY_SAMPLES: Literal["by samples"] = "by samples"
 BY_FEATURES: Literal["by features"] = "by features"
 Span = tuple[int, int]
@@ -211,7 +216,7 @@ class ReductionPlan:
     @property
     def passes(self) -> int:
         """Times that the store is read, by all workers together."""
-        if self.order == BACKWARD:
+        if self.order in (BACKWARD, FORWARD):
             return -(-len(self.test_blocks) // len(self.row_runs))
         if self.order == BY_SAMPLES:
             return len(self.sample_blocks) + len(self.test_blocks)
@@ -222,8 +227,10 @@ class ReductionPlan:
     @property
     def tasks(self) -> int:
         """Of the Dask graphs of all passes, those that read or write: a run of rows each, or a share of the samples."""
-        if self.order == BACKWARD:
+        if self.order in (BACKWARD, FORWARD):
             return len(self.test_blocks)
+        if self.order == FROM_MATRIX:
+            return self.passes * len(self.row_runs)
         if self.order in (BY_SAMPLES, BY_FEATURES):
             return 1
         runs = len(self.row_runs)

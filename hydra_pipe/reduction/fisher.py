@@ -10,14 +10,16 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Found, Span
+from hydra_pipe.plan.answering import TESTS_AT_ONCE
+from hydra_pipe.plan.reduction import FORWARD, SAMPLE_MULTIPLE, Found, Span
 from hydra_pipe.plan.selection import cut
-from hydra_pipe.reduction.backward import StepRows, backward
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.forward import ForwardSweep
 from hydra_pipe.reduction.hydra import CountRows, Job
 from hydra_pipe.reduction.loops import Workspace
-from hydra_pipe.reduction.sweep import Floats, Sweep
+from hydra_pipe.reduction.steps import StepRows, backward, forward
+from hydra_pipe.reduction.sweep import Floats, Recursion, Sweep
 from hydra_pipe.reduction.sweep import Span as SeriesSpan
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
@@ -25,10 +27,8 @@ from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.sweeps import load_state, remove_state, save_state
-
-# test samples that are multiplied out at a time, where means are taken
-_TESTS_AT_ONCE = 64
 
 
 def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
@@ -54,7 +54,7 @@ def _mean(shares: list[float]) -> Found:
 
 @single_threaded_blas
 def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
-    """Fill some columns of the relevance. Where it was interrupted the same call goes on.
+    """Fill some columns of the relevance, or of the matrix; or, forward, some of its samples. Where it was interrupted it goes on.
 
     Returns:
         The share of the curvature that saturation has left, mean over the steps.
@@ -62,31 +62,58 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
     store = job.store()
     expansion = Expansion(store.layout)
     schedule, series = store.schedules()
-    sweep = Sweep(columns_of_tests(store, job, expansion, columns), schedule, _merged(expansion, series), job.n_samples)
-    n_steps = _go_on(job, columns, sweep, store.n_steps)
+    spans = _merged(expansion, series)
+    sweep: Recursion
+    if job.plan.order == FORWARD:
+        sweep = ForwardSweep(columns, expansion.width, schedule, spans)
+    else:
+        starts = units(expansion, columns) if job.of_features else columns_of_tests(store, job, expansion, columns)
+        sweep = Sweep(starts, schedule, spans, job.n_samples)
+    _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
-    workspace, pace = Workspace(), Pace()
-    if n_steps < store.n_steps:
-        count_rows(int(store.rows_of_steps()[1][n_steps:].sum()))
-    for rows in backward(store, n_steps):
+    workspace, pace, taken = Workspace(), Pace(), sweep.n_steps
+    ordered = forward(store, taken) if job.plan.order == FORWARD else backward(store, store.n_steps - taken)
+    if taken:
+        counts = store.rows_of_steps()[1].sum(axis=1)
+        count_rows(int((counts[:taken] if job.plan.order == FORWARD else counts[len(counts) - taken :]).sum()))
+    for rows in ordered:
+        check_within(rows.sample, job.n_samples, f"samples of {store.path}")
         _step(sweep, expansion, rows, scales[rows.step], workspace)
         count_rows(len(rows.sample))
         if pace.due:
             with pace.keeping():
-                _keep(job, columns, sweep, rows.step)
-    array = Array.open(job.relevance)
-    for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
-        write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))
+                _keep(job, columns, sweep)
+    _write(Array.open(job.relevance), columns, sweep)
     remove_state(job.relevance, columns)
     return sweep.left / max(1, sweep.n_steps)
 
 
-def _step(sweep: Sweep, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
+def _write(array: Array, columns: Span, sweep: Recursion) -> None:
+    """Write what a sweep that is at its end has found."""
+    if isinstance(sweep, ForwardSweep):
+        sweep.settle()
+        width = array.chunks[1]
+        for left in range(0, array.shape[1], width):
+            features = slice(left, min(left + width, array.shape[1]))
+            write_relevance(array, columns[0], left, np.negative(sweep.changes(features)))
+    elif isinstance(sweep, Sweep):
+        for low in range(0, array.shape[0], SAMPLE_MULTIPLE):
+            write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))
+
+
+def _step(sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
     out = workspace.matrix(len(rows.sample), expansion.width)
     expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
     # n rho r r.T of the mean loss, and the update went along c times its gradient: n rho / c of (c r)(c r).T
     count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
     sweep.step(rows.step, out, count, rows.rho, rows.sample)
+
+
+def units(expansion: Expansion, features: Span) -> Floats:
+    """Vectors of one feature each, shape (feature of these, feature)."""
+    found: Floats = np.zeros((features[1] - features[0], expansion.width), np.float32)
+    found[np.arange(len(found)), np.arange(*features)] = 1
+    return found
 
 
 def columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:
@@ -96,8 +123,8 @@ def columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: 
     found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
     place = 0
     for first, last in cut(job.tests, *tests):
-        for low in range(first, last, _TESTS_AT_ONCE):
-            own = slice(low, min(low + _TESTS_AT_ONCE, last))
+        for low in range(first, last, TESTS_AT_ONCE):
+            own = slice(low, min(low + TESTS_AT_ONCE, last))
             out = np.empty((own.stop - own.start, expansion.width), np.float32)
             expansion.expand(rows.features(own, slice(0, store.layout.n_features)), rows.scales(own), out)
             if averages is None:
@@ -120,21 +147,19 @@ def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]
     return merged
 
 
-def _keep(job: Job, columns: Span, sweep: Sweep, step: int) -> None:
+def _keep(job: Job, columns: Span, sweep: Recursion) -> None:
     sweep.settle()
-    save_state(job.relevance, columns, {"step": step, "left": sweep.left}, {"a": sweep.a, "v": sweep.v, "sums": sweep.sums})
+    save_state(job.relevance, columns, {"taken": sweep.n_steps, "left": sweep.left}, sweep.arrays())
 
 
-def _go_on(job: Job, columns: Span, sweep: Sweep, n_steps: int) -> int:
-    """Put a sweep back to where it was. Returns: steps that are left."""
-    found = load_state(job.relevance, columns, {"a": sweep.a, "v": sweep.v, "sums": sweep.sums})
+def _go_on(job: Job, columns: Span, sweep: Recursion, n_steps: int) -> None:
+    """Put a sweep back to where it was."""
+    found = load_state(job.relevance, columns, sweep.arrays())
     if found is None:
-        return n_steps
+        return
     state, arrays = found
-    left = state.get("left")
-    if not is_count(state.get("step")) or state["step"] > n_steps or not isinstance(left, int | float):
-        return n_steps
-    for own, kept in ((sweep.a, arrays["a"]), (sweep.v, arrays["v"]), (sweep.sums, arrays["sums"])):
-        np.copyto(own, kept)
-    sweep.n_steps, sweep.left = n_steps - state["step"], float(left)
-    return int(state["step"])
+    taken, left = state.get("taken"), state.get("left")
+    if not is_count(taken) or taken > n_steps or not isinstance(left, int | float):
+        return
+    sweep.restore(arrays)
+    sweep.n_steps, sweep.left = taken, float(left)

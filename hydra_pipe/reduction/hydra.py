@@ -49,6 +49,8 @@ class Job:
         gradients: path of the store.
         checkpoint: step of the test gradients, of the last where there are several.
         relevance: path of the array that is written to.
+        of_features: whether that is the matrix of hypergradients, whose columns are features: what a sweep begins with is a unit
+            vector of each then, and no test gradient.
         n_samples: training samples.
         tests: spans of test samples, in ascending order; what the plan counts are places among these.
         groups: where test samples are averaged: the group of each of them, shape (test,), else None.
@@ -73,6 +75,7 @@ class Job:
     method: str = "hydra"
     checkpoints: tuple[int, ...] = ()
     in_place: bool = True
+    of_features: bool = False
 
     @property
     def asked(self) -> Method:
@@ -174,18 +177,18 @@ def held_tests(job: Job, tests: Span, checkpoint: int | None = None) -> TestBloc
     """Test gradients, of the last checkpoint where none is given."""
     step = job.checkpoint if checkpoint is None else checkpoint
     key = ("tests", job.gradients, step, job.asked.cosine, cut(job.tests, *tests))
-    found: TestBlock = _held(key, lambda: _load_tests(job, tests, step))
+    found: TestBlock = shared(key, lambda: _load_tests(job, tests, step))
     return found
 
 
 def held_weights(job: Job, store: Gradients) -> StepWeights:
-    found: StepWeights = _held(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
+    found: StepWeights = shared(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
     return found
 
 
 def held_last_rows(job: Job, store: Gradients) -> Ints:
     """The last row of each sample, ascending."""
-    found: _Last = _held(("last rows", job.gradients, job.prefix), lambda: _Last(last_rows(store, job.n_samples)))
+    found: _Last = shared(("last rows", job.gradients, job.prefix), lambda: _Last(last_rows(store, job.n_samples)))
     return found.rows
 
 
@@ -196,7 +199,7 @@ class _Last:
     rows: Ints
 
 
-def _held(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+def shared(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
     with _LOADING:
         found = _HELD.get(key)
         if found is None:

@@ -17,7 +17,7 @@ class Method:
     Args:
         name: as users write it.
         work: that it is.
-        keeps: whether it has sums of rows that do not depend on the tests (hypergradients).
+        keeps: whether it has what does not depend on the tests (hypergradients): sums of rows, or a sweep of each feature.
         last_rows: whether it looks at the last row of each sample, and at no other.
         on_the_way: whether it uses the test gradients that were taken on the way, beside the last ones.
         of_tests: whether it has anything to do with test samples.
@@ -38,7 +38,7 @@ class Method:
 
 _METHODS = (
     Method("hydra", keeps=True),
-    Method("hydra-fisher", work="sweep"),
+    Method("hydra-fisher", work="sweep", keeps=True),
     Method("hydra-exact", work="replay"),
     Method("tracin", on_the_way=True),
     Method("grad-dot", last_rows=True, unit="test loss times training loss, over parameter squared"),

@@ -1,7 +1,7 @@
 """What a reduction is asked for, checked against what there is, and planned."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +10,13 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.errors import RunError, StoreError, UsageError
+from hydra_pipe.plan.answering import AnswerInput, plan_answers
+from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.parts import shards_of
 from hydra_pipe.plan.reduction import (
     BY_SAMPLES,
+    FROM_MATRIX,
     Answered,
     Found,
     ReductionInput,
@@ -24,20 +27,20 @@ from hydra_pipe.plan.reduction import (
 )
 from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.plan.solving import SolveInput, plan_solve
-from hydra_pipe.plan.sweeping import SweepInput, plan_sweep
+from hydra_pipe.plan.sweeping import SweepInput, plan_matrix, plan_sweep
 from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.hydra import Job
-from hydra_pipe.reduction.methods import Method, method_named
+from hydra_pipe.reduction.methods import METHODS, Method, method_named
 from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.reduction.weights import Ints, last_rows
 from hydra_pipe.store import names
 from hydra_pipe.store.counts import Counts
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import Hypergradients
+from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix, Hypergradients
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, ITSELF, MEAN, Columns, result_name
-from hydra_pipe.store.run import KEEP, PRUNED, RECORD, UPTO, RunDirectory, Settings
+from hydra_pipe.store.run import PRUNED, RECORD, UPTO, RunDirectory, Settings, Stage, keep_stage
 from hydra_pipe.store.space import room_for
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
@@ -48,13 +51,6 @@ _READING = {
     "sweep": "reads whole files, step by step",
     "solve": "divides what it reads by what its matrix leaves",
     "replay": "reads no rows",
-}
-# how what passes find makes one fact
-_COMBINED: dict[str, Callable[[list[float]], float]] = {
-    names.CURVATURE_LEFT: lambda values: sum(values) / len(values),
-    names.DAMPING: min,
-    names.LOSS_DIFFERENCE: max,
-    names.GRADIENTS_HELD: min,
 }
 # The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
 # is spared of the bounds (benchmarks/RESULTS.md) is more.
@@ -141,16 +137,25 @@ class Request:
 
     @property
     def kept(self) -> Path:
-        """Where hypergradients are, or would be."""
-        return self.directory.path / names.HYPERGRADIENTS
+        """Where hypergradients of the method are, or would be."""
+        return self.directory.path / names.kept_store(self.method.name)
+
+    @property
+    def keep_stage(self) -> str:
+        """The stage that keeps them."""
+        return keep_stage(self.method.name)
 
     @property
     def from_kept(self) -> bool:
         """Whether kept hypergradients answer it."""
-        stage = self.directory.stages.get(KEEP)
-        # what is kept is of all steps, and of method hydra
+        # what is kept is of all steps
         wanted = not self.options.keep_hypergradients and self.options.upto is None and self.method.keeps
-        return wanted and stage is not None and stage.state == "complete"
+        return wanted and self.method.name in self.directory.kept_methods()
+
+    @property
+    def fills(self) -> bool:
+        """Whether a matrix of hypergradients is to be kept, before anything is answered from it."""
+        return self.options.keep_hypergradients and self.method.work == "sweep"
 
     def plan(self, workers: Workers, answered: Answered | None = None) -> tuple[ReductionInput, ReductionPlan]:
         """What there is to reduce, and how; after what was answered before. Raises: BudgetError."""
@@ -172,14 +177,19 @@ class Request:
             given = replace(given, base_bytes=answered.base_bytes)
         if self.engine is not None:
             return given, self.engine.plan(given, answered)
-        width = Expansion(self.gradients.layout).width
+        width, done = self.gradients.layout.whole_width, 0 if answered is None else answered.done
         if self.method.work == "solve":
             assert self.last is not None
             return given, plan_solve(SolveInput(given, width, len(self.last)))
+        if self.from_kept and self.method.work == "sweep":
+            return given, plan_answers(AnswerInput(given, width), done)
         if self.method.work == "sweep":
             most_rows = int(self.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
-            what = SweepInput(given, width, most_rows)
-            return given, plan_sweep(what, 0 if answered is None else answered.done)
+            what = SweepInput(given, width, most_rows, given.n_samples)
+            if self.fills:
+                way, plan = plan_matrix(what, answered)
+                return way.recording, plan
+            return given, plan_sweep(what, done)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
 
 
@@ -202,12 +212,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, options.upto)
-    if directory.stages[RECORD].facts.get(PRUNED) and options.keep_hypergradients:
-        raise RunError(
-            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
-        )
-    if directory.stages[RECORD].facts.get(PRUNED) and not (method.keeps or method.work == "replay"):
-        raise RunError(f"{directory.path}: its gradients were pruned: only hydra, and hydra-exact, are answered without them")
+    if directory.stages[RECORD].facts.get(PRUNED):
+        _check_pruned(directory, options, method)
     n_tests = counts.n_tests
     checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
     last = last_rows(gradients, counts.n_samples) if method.last_rows else None
@@ -218,8 +224,37 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     found = (counts.n_samples, method, counts.checkpoint, checkpoints, columns, groups, last)
     request = Request(directory, gradients, *found, options, scheduler)
     if request.from_kept:
-        Hypergradients(request.kept, gradients).check(gradients, counts.n_samples)
+        _check_kept(request)
     return request
+
+
+def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> None:
+    """Refuse what needs rows that are gone. Raises: RunError."""
+    kept = [name for name in directory.kept_methods() if name in METHODS and METHODS[name].keeps]
+    if method.name not in kept and method.work != "replay":
+        able = ", ".join(kept) or "none"
+        raise RunError(f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them")
+    if options.keep_hypergradients:
+        raise RunError(
+            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
+        )
+
+
+def _check_kept(request: Request) -> None:
+    """Hold what is to be answered from against the recording. Raises: StoreError."""
+    gradients = request.gradients
+    if request.method.work != "sweep":
+        Hypergradients(request.kept, gradients).check(gradients, request.n_samples)
+        return
+    kept = HypergradientMatrix(request.kept, gradients)
+    kept.check(gradients, request.n_samples)
+    if kept.spans != feature_spans(gradients.layout):
+        raise StoreError(f"{kept.path} has other features than {gradients.path}: {HYPERGRADIENTS_UNREADABLE}")
+
+
+def feature_spans(layout: Layout) -> list[list[object]]:
+    """Name of each block, its first feature and the one past its last, in order: as a matrix of hypergradients has them."""
+    return [[layout.blocks[block].name, first, last] for first, last, block in Expansion(layout).spans]
 
 
 def _check_method(options: Options, method: Method) -> None:
@@ -227,7 +262,7 @@ def _check_method(options: Options, method: Method) -> None:
     if options.keep_hypergradients and not method.keeps:
         why = "reads each row once" if method.last_rows or not method.of_tests else "has none that do not depend on the tests"
         why = "weighs rows in another way" if method.on_the_way else why
-        raise UsageError(f"--keep-hypergradients is for --method hydra: {method.name} {why}")
+        raise UsageError(f"--keep-hypergradients is for --method hydra and hydra-fisher: {method.name} {why}")
     if options.chunks != "auto" and method.work != "sum":
         raise UsageError(f"--chunks is for --method hydra: {method.name} {_READING[method.work]}")
     if method.work == "replay" and options.scheduler not in ("threads", "synchronous"):
@@ -261,17 +296,10 @@ def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def combined(passes: Sequence[Found]) -> Found:
-    """What the manifest keeps of what all passes have found."""
-    found = {name: [of_pass[name] for of_pass in passes if name in of_pass] for name in _COMBINED}
-    return {name: _COMBINED[name](values) for name, values in found.items() if values}
-
-
-def is_found(value: Any) -> bool:
-    """Whether this is what a pass can find."""
-    return isinstance(value, dict) and all(
-        name in _COMBINED and isinstance(number, int | float) and not isinstance(number, bool) for name, number in value.items()
-    )
+def left_of(stage: Stage) -> Found:
+    """What a reduction keeps of the matrix that it was answered from: the share of the curvature that was left."""
+    left = stage.facts.get(names.CURVATURE_LEFT)
+    return {names.CURVATURE_LEFT: left} if isinstance(left, float) else {}
 
 
 def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:
@@ -323,8 +351,11 @@ def summary(request: Request, given: ReductionInput, plan: ReductionPlan) -> str
     """The plan in one line."""
     if request.engine is not None:
         return ", ".join(f"{name}: {value}" for name, value in request.engine.lines(plan).items())
+    what = f"{given.n_read:,} rows x {given.n_features:,} features"
+    if plan.order == FROM_MATRIX:
+        what = f"{given.n_samples:,} samples x {request.gradients.layout.whole_width:,} features"
     return (
-        f"{given.n_read:,} rows x {given.n_features:,} features, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
+        f"{what}, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
         f"pass{'es' if plan.passes > 1 else ''} of {len(plan.row_runs)} workers, {plan.reading.rows}x{plan.reading.features} "
         f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
         + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
@@ -335,10 +366,12 @@ def described(request: Request, given: ReductionInput, plan: ReductionPlan) -> s
     """The plan in lines, for people; and whether what is written fits beside the run."""
     run_path = request.directory.path
     if request.engine is not None:
-        return _aligned(request.engine.lines(plan) | {"written": room_for(plan.written_bytes, run_path)})
+        return aligned(request.engine.lines(plan) | {"written": room_for(plan.written_bytes, run_path)})
     what, blocks = ("samples", plan.sample_blocks) if plan.order in _OF_SAMPLES else ("test samples", plan.test_blocks)
-    lines = {
-        "rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)",
+    lines = {"rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"}
+    if plan.order == FROM_MATRIX:
+        lines = {"hypergradients": f"{given.n_samples:,} samples x {request.gradients.layout.whole_width:,} features"}
+    lines |= {
         "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"
         + (f", in {given.n_columns:,} groups" if given.grouped else ""),
         "order": plan.order,
@@ -353,10 +386,10 @@ def described(request: Request, given: ReductionInput, plan: ReductionPlan) -> s
         + (" in each process" if given.processes else ""),
         "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
     }
-    return _aligned(lines)
+    return aligned(lines)
 
 
-def _aligned(lines: dict[str, str]) -> str:
+def aligned(lines: dict[str, str]) -> str:
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 

@@ -2,35 +2,38 @@
 
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, Answered, Found, Order, ReductionInput, ReductionPlan
+from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, FROM_MATRIX, Answered, Found, ReductionInput, ReductionPlan
 from hydra_pipe.plan.sweeping import chunk_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
+from hydra_pipe.reduction.filling import described_filling, fill
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.influence import graphs as solving_graphs
-from hydra_pipe.reduction.request import Request, combined, described, facts, is_found, summary
-from hydra_pipe.reduction.schedulers import Scheduler
+from hydra_pipe.reduction.marks import ANSWERED, combined, mark, marked, run_again
+from hydra_pipe.reduction.matrix import graphs as matrix_graphs
+from hydra_pipe.reduction.request import Request, described, facts, left_of, summary
+from hydra_pipe.reduction.schedulers import Scheduler, scheduler_of
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import CHECKSUMS, KEEP, OF_RECORD, RECORD, reduce_stage, stages_of_result
+from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.store.sweeps import remove_states
 
 # orders whose first pass may take long, and is divided by the memory that its process had
 _DIVIDED = (BACKWARD, BY_SAMPLES, BY_FEATURES)
-# of the manifest's facts of a reduction that is not finished
-_ANSWERED = "answered"
+# whose columns are done block by block
+_BY_COLUMNS = (BACKWARD, FROM_MATRIX)
+# fact of an interrupted reduction: whether it kept hypergradients too
+_KEEPING = "keeping"
 
 
 def reduce_request(request: Request, *, overwrite: bool = False, progress: Progress | None = None) -> bool:
@@ -39,12 +42,15 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     Returns:
         Whether there was anything to do.
     """
+    if request.fills:
+        filled = fill(request, overwrite=overwrite, progress=progress or Progress())
+        return reduce_request(_from_filled(request), overwrite=overwrite, progress=progress) or filled
     if not _has_work(request, overwrite):
         return False
     with ExitStack() as locks:
         locks.enter_context(one_writer(request.directory.path, reduce_stage(request.name)))
         if request.options.keep_hypergradients:  # of which there is one store, whatever the result is called
-            locks.enter_context(one_writer(request.directory.path, KEEP))
+            locks.enter_context(one_writer(request.directory.path, request.keep_stage))
         request.directory.refresh()  # another process may have done it in the meantime
         if not _has_work(request, overwrite):
             return False
@@ -52,9 +58,15 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     return True
 
 
+def _from_filled(request: Request) -> Request:
+    """What is left of a request once the matrix is there: to answer from it."""
+    options = replace(request.options, keep_hypergradients=False)
+    return replace(request, options=options, scheduler=scheduler_of(options.scheduler))
+
+
 def _has_work(request: Request, overwrite: bool) -> bool:
     directory = request.directory
-    kept = directory.stages.get(KEEP)
+    kept = directory.stages.get(request.keep_stage)
     to_keep = request.options.keep_hypergradients and (kept is None or kept.state != "complete")
     return overwrite or directory.has_work(reduce_stage(request.name), request.settings) or to_keep
 
@@ -94,18 +106,23 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             raise
     source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
     if request.options.keep_hypergradients:
-        directory.end(KEEP, "complete", n_bytes=tree_bytes(request.kept), checksums=seal(directory, KEEP), **source)
+        own = {"n_bytes": tree_bytes(request.kept), "checksums": seal(directory, request.keep_stage)}
+        directory.end(request.keep_stage, "complete", **own, **source)
     seconds = time.monotonic() - start
     if plan.order == BACKWARD:
         remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
     found = {"seconds": seconds, "n_tests": request.columns.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
     found |= combined(passes)
+    if plan.order == FROM_MATRIX:
+        found |= left_of(directory.stages[request.keep_stage])
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
 def plan_request(request: Request) -> str:
     """What `reduce_request` would do, in lines. Reads metadata only, unless a pipeline is needed. Raises: BudgetError."""
     with request.scheduler as using:
+        if request.fills:
+            return described_filling(request, using.workers)
         return described(request, *request.plan(using.workers))
 
 
@@ -124,7 +141,7 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     for stage in stages_of_result(name):
         remove(directory.path / area_of(stage))
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
-    if plan.order == BACKWARD:
+    if plan.order in _BY_COLUMNS:
         width = chunk_columns(plan.test_blocks[0][1])
     method = request.method
     attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
@@ -137,18 +154,15 @@ def _forget_kept(request: Request) -> None:
     """Mark that hypergradients are kept anew: what interrupted reductions have kept before is not there any more."""
     directory = request.directory
     for name, stage in directory.stages.items():
-        if isinstance(found := stage.facts.get(_ANSWERED), dict) and found.get("keeping"):
-            del stage.facts[_ANSWERED]
+        if isinstance(found := stage.facts.get(ANSWERED), dict) and found.get(_KEEPING):
+            del stage.facts[ANSWERED]
             directory.save(name)
-    directory.begin(KEEP, {})
+    directory.begin(request.keep_stage, {})
 
 
 def _resume(request: Request) -> None:
     """Mark that the reduction runs again, and clean up after the process that was killed."""
-    directory, stage = request.directory, request.directory.stages[reduce_stage(request.name)]
-    stage.state = "running"
-    stage.facts = {_ANSWERED: stage.facts[_ANSWERED]}
-    directory.save(reduce_stage(request.name))
+    run_again(request.directory, reduce_stage(request.name))
     remove_partials(_store(request) / request.name)
     if request.options.keep_hypergradients:
         remove_partials(request.kept)
@@ -156,18 +170,13 @@ def _resume(request: Request) -> None:
 
 def _answered(request: Request) -> Answered | None:
     """What an interrupted reduction has written to the end, and kept if this one is to keep it."""
-    stage = request.directory.stages.get(reduce_stage(request.name))
-    found = stage.facts.get(_ANSWERED) if stage is not None else None
-    if not isinstance(found, dict) or (request.options.keep_hypergradients and not found.get("keeping")):
+    found = marked(request.directory.stages.get(reduce_stage(request.name)))
+    if found is None or (request.options.keep_hypergradients and not found[1].get(_KEEPING)):
         return None
-    order, done, base_bytes, passes = (found.get(name) for name in ("order", "done", "base_bytes", "found"))
-    if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
-        return None
-    if not isinstance(passes, list) or not all(map(is_found, passes)):
-        return None
-    n = request.columns.n_columns if order == BACKWARD else max(1, request.columns.n_tests)
-    n = request.n_samples if order == "fold first" else n
-    return Answered(cast(Order, order), done, base_bytes, tuple(passes)) if done <= n else None
+    answered = found[0]
+    n = request.columns.n_columns if answered.order in _BY_COLUMNS else max(1, request.columns.n_tests)
+    n = request.n_samples if answered.order == "fold first" else n
+    return answered if answered.done <= n else None
 
 
 def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
@@ -183,7 +192,8 @@ def _goes_on(request: Request, answered: Answered, plan: ReductionPlan) -> bool:
     rows, columns = array.chunks
     if array.shards is not None or rows != chunk_samples(request.n_samples) or any(a % rows for a, _ in plan.sample_blocks):
         return False
-    return (request.columns.by is not None and plan.order != BACKWARD) or all(first % columns == 0 for first, _ in plan.test_blocks)
+    groups_together = request.columns.by is not None and plan.order not in _BY_COLUMNS
+    return groups_together or all(first % columns == 0 for first, _ in plan.test_blocks)
 
 
 def _compute(
@@ -211,10 +221,13 @@ def _compute(
     n_counted = n_rows * plan.passes
     if request.engine is not None:
         n_counted, passes = request.engine.n_counted(plan), request.engine.passes
+    elif plan.order == FROM_MATRIX:
+        of_graph, passes = given.n_samples, matrix_graphs
+        n_counted = of_graph * plan.passes
     else:
         passes = {"sum": graphs, "sweep": sweep_graphs, "solve": solving_graphs}[request.method.work]
     found = before
-    with progress.task("reduce", n_counted, "rows") as task:
+    with progress.task("reduce", n_counted, "samples" if plan.order == FROM_MATRIX else "rows") as task:
         for span, graph in passes(job, using.counter(task.advance, of_graph)):
             of_pass: Found = using.compute(graph)
             # of sums there are many passes, that find nothing
@@ -228,6 +241,4 @@ def _mark(request: Request, answered: Answered) -> None:
     sync_tree(_store(request) / request.name, files=False)
     if request.options.keep_hypergradients:
         sync_tree(request.kept, files=False)
-    stage = request.directory.stages[reduce_stage(request.name)]
-    stage.facts[_ANSWERED] = asdict(answered) | {"keeping": request.options.keep_hypergradients}
-    request.directory.save(reduce_stage(request.name))
+    mark(request.directory, reduce_stage(request.name), answered, **{_KEEPING: request.options.keep_hypergradients})

@@ -6,6 +6,7 @@ over them once, tile by tile: what the curvature of the step after it adds, then
 Each form of the curvature has adjoints of its own; what the sweep gives is the mean over the forms.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.reduction.loops import Workspace, add_rows
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 # features [first, last), and the series of the schedule that they follow
 Span = tuple[int, int, int]
 
@@ -25,38 +27,30 @@ _TILE_VALUES = 2**17
 _LEAST_TILE, _MOST_TILE = 256, 4096
 
 
-class Sweep:
-    """The state of a sweep, and its sums.
+class Recursion(ABC):
+    """What goes over the steps one by one, with a vector of features for each form of the curvature and column.
 
     Args:
-        tests: h, shape (column, feature), float32.
+        n_columns: for each form.
         schedule: of every step, shape (step, series).
         spans: of the features, in order; together all of them.
-        n_samples: training samples.
         forms: of the curvature.
     """
 
-    def __init__(
-        self, tests: Floats, schedule: Schedule, spans: Sequence[Span], n_samples: int, forms: Sequence[Form] = FORMS
-    ) -> None:
-        # shape (form and column, feature): the columns of a form lie together
-        self.a: Floats = np.tile(tests, (len(forms), 1))
-        self.v = np.zeros_like(self.a)
-        # what training samples have added up to, - R, shape (sample, column)
-        self.sums: Floats = np.zeros((n_samples, len(tests)), np.float32)
+    def __init__(self, n_columns: int, schedule: Schedule, spans: Sequence[Span], forms: Sequence[Form]) -> None:
         # steps that were taken, and the sum of the shares of their curvature that were left, mean over the forms
         self.n_steps, self.left = 0, 0.0
-        self._schedule, self._forms = schedule, forms
-        width = min(max(_TILE_VALUES // max(1, len(self.a)), _LEAST_TILE), _MOST_TILE)
+        self._schedule, self._forms, self._n_columns = schedule, forms, n_columns
+        width = min(max(_TILE_VALUES // max(1, n_columns * len(forms)), _LEAST_TILE), _MOST_TILE)
         self._tiles = [(low, min(low + width, last), series) for first, last, series in spans for low in range(first, last, width)]
         self._series = sorted({series for _, _, series in spans})
-        # what the curvature of the last step adds to the adjoint, as factors: (form and column, row) and rows of two steps in turn
-        self._pull: tuple[Floats, Floats] | None = None
+        self._shares = np.array([form.share for form in forms], np.float32)
+        # rows of two steps in turn
         self._held = [Workspace(), Workspace()]
-        self._g = Workspace()
 
+    @abstractmethod
     def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
-        """Go one step back.
+        """Take one step.
 
         Args:
             number: of the step.
@@ -65,7 +59,67 @@ class Sweep:
             rho: of each row, shape (row,), not negative.
             sample: of each row, shape (row,).
         """
-        moves = {series: _Move(self._schedule, number, series, self._forms) for series in self._series}
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Let the state be complete: of the last step something is put off until the next one."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, Floats]:
+        """The state, by name, once it is settled."""
+
+    @abstractmethod
+    def restore(self, arrays: dict[str, Floats]) -> None:
+        """Go on from what `arrays` gave."""
+
+    def _moves(self, number: int) -> "dict[int, Move]":
+        return {series: Move(self._schedule, number, series, self._forms) for series in self._series}
+
+    def _pulls(self, grams: Doubles, scores: Floats, count: Floats, rho: Floats) -> Floats:
+        """What the curvature of a step gives for what its rows score, as factors of the rows.
+
+        Args:
+            grams: rows times rows times kappa, shape (form, row, row).
+            scores: shape (row, form, column).
+            count, rho: see `step`.
+
+        Returns:
+            Shape (form, column, row).
+        """
+        factors = np.empty((len(self._forms), scores.shape[2], len(scores)), np.float32)
+        for form, gram, found, factor in zip(self._forms, grams, scores.swapaxes(0, 1), factors, strict=True):
+            root = np.sqrt((count * form.weight(rho)).astype(np.float64))[:, None]
+            pulled, left = saturated(gram * root * root.T, root * found)
+            factor[:] = (root * pulled).T
+            self.left += form.share * left
+        return factors
+
+
+class Sweep(Recursion):
+    """The state of a sweep, and its sums.
+
+    Args:
+        tests: h, shape (column, feature), float32.
+        n_samples: training samples.
+        schedule, spans, forms: see `Recursion`.
+    """
+
+    def __init__(
+        self, tests: Floats, schedule: Schedule, spans: Sequence[Span], n_samples: int, forms: Sequence[Form] = FORMS
+    ) -> None:
+        super().__init__(len(tests), schedule, spans, forms)
+        # shape (form and column, feature): the columns of a form lie together
+        self.a: Floats = np.tile(tests, (len(forms), 1))
+        self.v = np.zeros_like(self.a)
+        # what training samples have added up to, - R, shape (sample, column)
+        self.sums: Floats = np.zeros((n_samples, len(tests)), np.float32)
+        # what the curvature of the last step adds to the adjoint, as factors: (form and column, row), and rows
+        self._pull: tuple[Floats, Floats] | None = None
+        self._g = Workspace()
+
+    def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
+        """Go one step back. See `Recursion`."""
+        moves = self._moves(number)
         held = self._held[self.n_steps % 2].matrix(*rows.shape)
         scores, n_forms = np.zeros((len(rows), len(self.a)), np.float32), len(self._forms)
         grams = np.zeros((n_forms, len(rows), len(rows)))
@@ -81,16 +135,9 @@ class Sweep:
                 product = own @ own.T
                 for gram, kappa in zip(grams, move.kappas, strict=True):
                     gram += kappa * product
-        of_forms = scores.reshape(len(rows), n_forms, self.sums.shape[1])
-        shares = np.array([form.share for form in self._forms], np.float32)
-        add_rows(np.ascontiguousarray(np.einsum("rfc,f->rc", of_forms, shares)), sample, self.sums)
-        factors = np.empty((n_forms, of_forms.shape[2], len(rows)), np.float32)
-        for form, gram, found, factor in zip(self._forms, grams, of_forms.swapaxes(0, 1), factors, strict=True):
-            root = np.sqrt((count * form.weight(rho)).astype(np.float64))[:, None]
-            pulled, left = saturated(gram * root * root.T, root * found)
-            factor[:] = (root * pulled).T
-            self.left += form.share * left
-        self._pull = factors.reshape(len(self.a), len(rows)), held
+        of_forms = scores.reshape(len(rows), n_forms, self._n_columns)
+        add_rows(np.ascontiguousarray(np.einsum("rfc,f->rc", of_forms, self._shares)), sample, self.sums)
+        self._pull = self._pulls(grams, of_forms, count, rho).reshape(len(self.a), len(rows)), held
         self.n_steps += 1
 
     def settle(self) -> None:
@@ -99,13 +146,22 @@ class Sweep:
             self._add_pull(self.a[:, first:last], first, last)
         self._pull = None
 
+    def arrays(self) -> dict[str, Floats]:
+        """See `Recursion`."""
+        return {"a": self.a, "v": self.v, "sums": self.sums}
+
+    def restore(self, arrays: dict[str, Floats]) -> None:
+        """See `Recursion`."""
+        for own, kept in ((self.a, arrays["a"]), (self.v, arrays["v"]), (self.sums, arrays["sums"])):
+            np.copyto(own, kept)
+
     def _add_pull(self, a: Floats, first: int, last: int) -> None:
         if self._pull is not None:
             factors, held = self._pull
             a += factors @ held[:, first:last]
 
 
-class _Move:
+class Move:
     """One step of one series.
 
     Args:
@@ -145,3 +201,23 @@ class _Move:
             a *= 1.0 - self._shrink
         if self._decay:
             a += self._decay * g
+
+    def give(self, x: Floats, m: Floats, q: Floats) -> None:
+        """The transpose of `take`, curvature and all: take x and m, of what `a` and `v` are before the step, to after it.
+
+        Args:
+            x: of the parameters.
+            m: of the momentum buffer.
+            q: of the gradient, but for the decay; used up.
+        """
+        if not self._updated:
+            return
+        if self._decay:
+            q += self._decay * x
+        if self._mu:
+            m *= self._rest
+            m += self._gain * q
+            q = q + self._mu * m if self._nesterov else m
+        if self._shrink:
+            x *= 1.0 - self._shrink
+        x -= self._eta * q

@@ -23,7 +23,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array, read_metadata
 from hydra_pipe.store.codec import RottenError, Shape, ShardCodec
 from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run import KEEP, RECORD, RunDirectory, clean_stage, evaluate_stage, export_stage, reduce_stage
+from hydra_pipe.store.run import RECORD, RunDirectory, clean_stage, evaluate_stage, export_stage, keep_stage, reduce_stage
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # of a file of an array in an object store, where each small read is a request
@@ -73,8 +73,10 @@ def _taken_apart(joined: str) -> list[str]:
 
 def area_of(stage: str) -> str:
     """The directory, relative to the run, of what `stage` alone writes."""
-    if stage in (RECORD, KEEP):
-        return names.GRADIENTS if stage == RECORD else names.HYPERGRADIENTS
+    if stage == RECORD:
+        return names.GRADIENTS
+    if stage.startswith(keep_stage("")):
+        return names.kept_store(stage.removeprefix(keep_stage("")))
     if stage.startswith(reduce_stage("")):
         return f"{names.RELEVANCE}/{stage.removeprefix(reduce_stage(''))}"
     if stage.startswith(evaluate_stage("")):

@@ -4,9 +4,19 @@ import shlex
 
 from hydra_pipe.store import names
 from hydra_pipe.store.relevance import BY_LABEL, MEAN, parts_of_result, result_name
-from hydra_pipe.store.run import KEEP, RECORD, UPTO, RunDirectory, Settings, clean_stage, evaluate_stage, export_stage, reduce_stage
+from hydra_pipe.store.run import (
+    RECORD,
+    UPTO,
+    RunDirectory,
+    Settings,
+    clean_stage,
+    evaluate_stage,
+    export_stage,
+    keep_stage,
+    reduce_stage,
+)
 
-# whose hypergradients can be kept, and that needs no option
+# that needs no option
 _DEFAULT = "hydra"
 
 
@@ -15,8 +25,8 @@ def command_of(run: RunDirectory, stage: str) -> str:
     settings = run.stages[stage].settings if stage in run.stages else {}
     if stage == RECORD:
         return _record(run, settings)
-    if stage == KEEP:
-        return f"{command_of(run, kept_with(run))} --keep-hypergradients"
+    if stage.startswith(keep_stage("")):
+        return f"{command_of(run, kept_with(run, stage))} --keep-hypergradients"
     if stage.startswith(reduce_stage("")):
         method, by, _, rank = parts_of_result(stage.removeprefix(reduce_stage("")))
         flags = ["--by", "label"] if by == BY_LABEL else ["--mean"] if by == MEAN else []
@@ -32,9 +42,9 @@ def command_of(run: RunDirectory, stage: str) -> str:
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
 
 
-def kept_with(run: RunDirectory) -> str:
-    """The reduction that hypergradients are kept with: one of all steps that is there, or that of all test samples."""
-    able = [reduce_stage(result_name(_DEFAULT, by)) for by in (None, BY_LABEL, MEAN)]
+def kept_with(run: RunDirectory, stage: str) -> str:
+    """The reduction that `stage` keeps hypergradients with: one of all steps that is there, or that of all test samples."""
+    able = [reduce_stage(result_name(stage.removeprefix(keep_stage("")), by)) for by in (None, BY_LABEL, MEAN)]
     return next((name for name in run.stages if name in able), able[0])
 
 

@@ -1,10 +1,13 @@
-"""`hypergradients.zarr`: what a reduction has summed by sample, kept so that new test samples need no gradients.
+"""`hypergradients/METHOD.zarr`: hypergradients H(i) of all samples, kept so that new test samples need no gradients.
 
-H(i) = - sum_t alpha(t) c(t) r(i, t), in two parts: `folded` (sample, feature) has the sums, of the columns of blocks that are not
-factored, in order. A sum of outer products is none, so `factored` has the columns of factored blocks row by row, as they were
-recorded, with the weight of each block in `scale`.
+R(i, j) = <H(i), h_j>. Of sums of rows, H(i) = - sum_t alpha(t) c(t) r(i, t), in two parts: `folded` (sample, feature) has the sums,
+of the columns of blocks that are not factored, in order. A sum of outer products is none, so `factored` has the columns of
+factored blocks row by row, as they were recorded, with the weight of each block in `scale`.
+
+Of a sweep, `swept` (sample, feature), with factored blocks multiplied out: for what curvature does to an outer product is none.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import StoreError
+from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.plan.layout import factored_part
+from hydra_pipe.plan.sweeping import MOST_FEATURES, MOST_SAMPLES
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array, Group
+from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.files import remove, sync, sync_tree
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROW_DTYPES, Rows, check_kind, joined, read_array
@@ -27,22 +31,58 @@ _COUNTED_AT_ONCE = 2**20
 MOST_FILE_ROWS = 4096
 
 
-class Hypergradients:
-    """`hypergradients.zarr`, opened for reading.
+class Kept(ABC):
+    """Hypergradients of one method, opened for reading.
 
     Args:
         path: of the store.
         gradients: of the same run; its rows may be gone.
 
     Raises:
-        StoreError: it is missing, damaged, or of another run.
+        StoreError: it is missing, damaged, of another run, of another method than its name says, or of another kind.
     """
+
+    kind: str
 
     def __init__(self, path: Path, gradients: Gradients) -> None:
         self.path = path
         self._root = Group.open(path, HYPERGRADIENTS_UNREADABLE)
-        if self._root.attributes.get(names.RUN_ID) != gradients.run_id:
+        found = self._root.attributes
+        if found.get(names.RUN_ID) != gradients.run_id:
             raise StoreError(f"{path} is of another recording: {HYPERGRADIENTS_UNREADABLE}")
+        if found.get(names.METHOD) != path.stem or found.get(names.KIND) != self.kind:
+            what = f"{shown(found.get(names.KIND))} of method {shown(found.get(names.METHOD))}"
+            raise StoreError(f"{path} has {what}, not {self.kind} of {path.stem}: {HYPERGRADIENTS_UNREADABLE}")
+
+    def arrays(self) -> list[tuple[str, Array]]:
+        """Every array with its name."""
+        return [(name, self._root.array(name)) for name in self._root.array_names()]
+
+    def check(self, gradients: Gradients, n_samples: int) -> None:
+        """Hold shapes against those of the run, and against the files. Reads no values. Raises: StoreError."""
+        self._check_kinds(gradients)
+        for name, shape in self.expected_shapes(gradients, n_samples).items():
+            array = self._root.array(name)
+            fault = f"has shape {array.shape}, not {shape}" if array.shape != shape else array.shortfall()
+            if fault is not None:
+                raise StoreError(f"{array.path} {fault}: {HYPERGRADIENTS_UNREADABLE}")
+
+    @abstractmethod
+    def _check_kinds(self, gradients: Gradients) -> None:
+        """Hold dtypes and chunks against what is written. Raises: StoreError."""
+
+    @abstractmethod
+    def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
+        """Every array that must be there, and its shape."""
+
+
+class Hypergradients(Kept):
+    """Sums of weighted rows. Arguments and errors: as of `Kept`."""
+
+    kind = "hypergradients"
+
+    def __init__(self, path: Path, gradients: Gradients) -> None:
+        super().__init__(path, gradients)
         _check_width(self._root, gradients)
         # the layout of the factored columns alone, and where they are in that of the run
         self.layout, self.columns, self.blocks = factored_part(gradients.layout)
@@ -60,21 +100,11 @@ class Hypergradients:
         assert self.folded is not None
         return read_array(self.folded, samples)
 
-    def arrays(self) -> list[tuple[str, Array]]:
-        """Every array with its name."""
-        return [(name, self._root.array(name)) for name in self._root.array_names()]
-
-    def check(self, gradients: Gradients, n_samples: int) -> None:
-        """Hold shapes against those of the run, and against the files. Reads no values. Raises: StoreError."""
+    def _check_kinds(self, gradients: Gradients) -> None:
         if self.folded is not None:
             check_kind(self.folded, ("float32",), gradients.layout.n_features - len(self.columns))
         for part in self._parts:
             check_kind(part.array(names.SAMPLE), ("int64",), None)
-        for name, shape in self.expected_shapes(gradients, n_samples).items():
-            array = self._root.array(name)
-            fault = f"has shape {array.shape}, not {shape}" if array.shape != shape else array.shortfall()
-            if fault is not None:
-                raise StoreError(f"{array.path} {fault}: {HYPERGRADIENTS_UNREADABLE}")
 
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
         """Every array that must be there, and its shape."""
@@ -93,17 +123,82 @@ class Hypergradients:
         return expected
 
 
+class HypergradientMatrix(Kept):
+    """What a sweep gives for each feature. Arguments and errors: as of `Kept`."""
+
+    kind = "hypergradient matrix"
+
+    def __init__(self, path: Path, gradients: Gradients) -> None:
+        super().__init__(path, gradients)
+        self.swept = self._root.array(names.SWEPT)
+        self.spans: Any = self._root.attributes.get(names.FEATURES)
+
+    def _check_kinds(self, gradients: Gradients) -> None:
+        check_kind(self.swept, ("float32",), gradients.layout.whole_width)
+        rows, columns = self.swept.chunks
+        # whoever reads takes whole chunks
+        if self.swept.shards is not None or rows > MOST_SAMPLES or columns > MOST_FEATURES:
+            raise StoreError(f"{self.swept.path} is not as hydra-pipe writes it: {HYPERGRADIENTS_UNREADABLE}")
+
+    def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
+        """Every array that must be there, and its shape."""
+        return {names.SWEPT: (n_samples, gradients.layout.whole_width)}
+
+    def tiles(self) -> list[slice]:
+        """Features that are in files of their own, in order."""
+        width, own = self.swept.shape[1], self.swept.chunks[1]
+        return [slice(low, min(low + own, width)) for low in range(0, width, own)]
+
+    def read(self, samples: slice, features: slice) -> NDArray[np.float32]:
+        """Some features of some samples, shape (sample, feature). Raises: StoreError: damaged."""
+        with damage_named(self.swept.path, HYPERGRADIENTS_UNREADABLE):
+            return self.swept.read(samples, features)
+
+
+def open_kept(path: Path, gradients: Gradients) -> Kept:
+    """The hypergradients at `path`, of whichever kind. Arguments and errors: as of `Kept`."""
+    kind = Group.open(path, HYPERGRADIENTS_UNREADABLE).attributes.get(names.KIND)
+    opened = HypergradientMatrix if kind == HypergradientMatrix.kind else Hypergradients
+    return opened(path, gradients)
+
+
+def create_matrix(
+    path: Path, run_id: str, shape: tuple[int, int], chunks: tuple[int, int], spans: Sequence[Sequence[object]]
+) -> Array:
+    """A new array for what a sweep gives for each feature, without data, safe on the disk. What is there is removed.
+
+    Args:
+        path: of the store, which is named after the method.
+        run_id: of the run.
+        shape: (sample, feature).
+        chunks: samples and features of a file, which is never written in two pieces.
+        spans: name of each block, its first feature and the one past its last.
+    """
+    remove(path)
+    attributes = {names.KIND: HypergradientMatrix.kind, names.RUN_ID: run_id, names.METHOD: path.stem}
+    Group.create(path, attributes | {names.FEATURES: [list(span) for span in spans]})
+    array = Array.create(path / names.SWEPT, shape, "float32", (names.SAMPLE_DIM, names.FEATURE_DIM), chunks)
+    _sync(path)
+    return array
+
+
 def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> None:
     """A new store for the hypergradients of a run, without data, safe on the disk. What is there is removed."""
     remove(path)
     _create(path, gradients, n_samples)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     sync_tree(path)
-    sync(path.parent)
+    for directory in (path.parent, path.parent.parent):  # the first of which may be new
+        sync(directory)
 
 
 def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
     layout, columns, blocks = factored_part(gradients.layout)
-    root = Group.create(path, {names.KIND: "hypergradients", names.RUN_ID: gradients.run_id, names.LAYOUT: layout.to_json()})
+    attributes = {names.KIND: Hypergradients.kind, names.RUN_ID: gradients.run_id, names.METHOD: path.stem}
+    root = Group.create(path, attributes | {names.LAYOUT: layout.to_json()})
     n_folded = gradients.layout.n_features - len(columns)
     if n_folded:
         # a power of two, so that files fill the blocks of samples that are written together

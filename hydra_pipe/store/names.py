@@ -8,7 +8,7 @@ FORMAT_VERSION: Final = 1
 MANIFEST: Final = "run.json"
 GRADIENTS: Final = "gradients.zarr"
 RELEVANCE: Final = "relevance.zarr"
-HYPERGRADIENTS: Final = "hypergradients.zarr"
+HYPERGRADIENTS: Final = "hypergradients"
 RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
 CHECKSUMS: Final = "checksums"
@@ -40,9 +40,10 @@ SAMPLE: Final = "sample"
 STEP: Final = "step"
 CURVATURE: Final = "curvature"
 LOSS: Final = "loss"
-# groups and arrays of hypergradients.zarr
+# groups and arrays of hypergradients/METHOD.zarr
 FACTORED: Final = "factored"
 FOLDED: Final = "folded"
+SWEPT: Final = "swept"
 # arrays of gradients.zarr/steps
 FIRST_ROW: Final = "first_row"
 N_ROWS: Final = "n_rows"
@@ -54,6 +55,7 @@ TEST_LABELS: Final = "test"
 
 # attributes
 LAYOUT: Final = "hydra_pipe_blocks"
+FEATURES: Final = "hydra_pipe_features"
 PRECONDITIONED: Final = "preconditioned"
 N_RANKS: Final = "n_ranks"
 KIND: Final = "hydra_pipe"
@@ -98,6 +100,11 @@ def rank_name(rank: int) -> str:
 def checksums_file(stage: str) -> str:
     """Where the footprints of a stage's files are, relative to the run."""
     return f"{CHECKSUMS}/{stage.replace(' ', '-')}.json"
+
+
+def kept_store(method: str) -> str:
+    """Store of one method's hypergradients, relative to the run."""
+    return f"{HYPERGRADIENTS}/{method}.zarr"
 
 
 def rankings_directory(method: str) -> str:

@@ -13,8 +13,11 @@ from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import write_group
-from hydra_pipe.store.run import CHECKSUMS, KEEP, PRUNED, RECORD, RunDirectory, reduce_stage, stages_of_result
+from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.verify import PLACES, check_path
+
+# the method whose hypergradients are sums of rows
+_SUMMED = "hydra"
 
 
 def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -35,7 +38,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
         known = copy
     with ExitStack() as locks:
         for stage in dict.fromkeys([RECORD, *(known.stages if known is not None else ())]):
-            if stage != KEEP and known is not None:  # which comes with a reduction
+            if known is not None:
                 locks.enter_context(one_writer(location(path), stage))
         faults = check_path(path, progress)
         if any(fault.kind == "manifest" for fault in faults):
@@ -116,15 +119,20 @@ def _listed_again(run: RunDirectory, stage: str) -> bool:
 
 def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fault]) -> Iterator[str]:
     """Forget the stages `damaged`, each for the fault that is named first, and those that depend on them."""
-    if KEEP in damaged and run.stages[RECORD].facts.get(PRUNED):  # what it was computed from is gone
-        damaged.setdefault(RECORD, damaged[KEEP])
+    lost = [stage for stage in damaged if stage.startswith(keep_stage(""))]
+    pruned = bool(run.stages[RECORD].facts.get(PRUNED))
+    if lost and pruned and all(keep_stage(method) in damaged for method in run.kept_methods()):
+        # nothing is left that would answer, and what it was computed from is gone
+        damaged.setdefault(RECORD, damaged[lost[0]])
     for stage in list(damaged):
         for result in stages_of_result(stage.removeprefix(reduce_stage(""))):
             if result in run.stages:
                 damaged.setdefault(result, damaged[stage])
     advice = {stage: f"run {command_of(run, stage)}" for stage in damaged}
-    if KEEP in advice:
-        advice[KEEP] += _after_keeping(run, damaged)
+    for stage in lost:
+        advice[stage] += _after_keeping(run, stage, damaged)
+        if pruned and RECORD not in damaged:
+            advice[stage] = "its rows were pruned: other hypergradients are whole, and still answer"
     for stage in sorted(damaged, key=_order):
         fault = damaged[stage]
         if stage == RECORD:
@@ -137,13 +145,15 @@ def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fau
 
 
 def _order(stage: str) -> int:
-    return next(i for i, prefix in enumerate((RECORD, KEEP, reduce_stage(""), "")) if stage.startswith(prefix))
+    return next(i for i, prefix in enumerate((RECORD, keep_stage(""), reduce_stage(""), "")) if stage.startswith(prefix))
 
 
-def _after_keeping(run: RunDirectory, damaged: dict[str, Fault]) -> str:
-    """Keeping computes a relevance again, and so drops what came from it, which may be whole."""
-    results = stages_of_result(kept_with(run).removeprefix(reduce_stage("")))
-    return "".join(f", then {command_of(run, stage)}" for stage in results if stage in run.stages and stage not in damaged)
+def _after_keeping(run: RunDirectory, stage: str, damaged: dict[str, Fault]) -> str:
+    """Keeping sums of rows computes a relevance again, and so drops what came from it, which may be whole."""
+    if stage != keep_stage(_SUMMED):
+        return ""
+    results = stages_of_result(kept_with(run, stage).removeprefix(reduce_stage("")))
+    return "".join(f", then {command_of(run, result)}" for result in results if result in run.stages and result not in damaged)
 
 
 def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:

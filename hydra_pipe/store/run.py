@@ -18,8 +18,6 @@ State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
 
 RECORD = "record"
-# hypergradients that a reduction has kept
-KEEP = "keep hypergradients"
 # facts of the recording: its rows were deleted after that; and until it is complete, what is safe on the disk
 PRUNED, COMMITTED = "pruned", "committed"
 # setting of a reduction: of the first steps only
@@ -31,6 +29,11 @@ CHECKSUMS, OF_RECORD, OF_REDUCE, OF_SELF = "checksums", "of_record", "of_reduce"
 def reduce_stage(method: str) -> str:
     """Name of the stage that computes `method`'s relevance."""
     return f"reduce {method}"
+
+
+def keep_stage(method: str) -> str:
+    """Name of the stage that keeps `method`'s hypergradients."""
+    return f"keep {method}"
 
 
 def export_stage(method: str) -> str:
@@ -208,6 +211,11 @@ class RunDirectory:
         # how far it got, or what went wrong before, is of no interest any more when it is complete
         stage.facts = facts if state == "complete" else stage.facts | facts
         self.save(name)
+
+    def kept_methods(self) -> list[str]:
+        """Methods whose hypergradients are kept, to the end."""
+        prefix = keep_stage("")
+        return [name.removeprefix(prefix) for name, s in self.stages.items() if name.startswith(prefix) and s.state == "complete"]
 
     def forget(self, *stage_names: str) -> None:
         """Drop stages whose results are about to be removed."""

@@ -16,7 +16,7 @@ from hydra_pipe.store.compare import Comparison
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import Hypergradients
+from hydra_pipe.store.hypergradients import open_kept
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.relevance import (
@@ -30,7 +30,6 @@ from hydra_pipe.store.relevance import (
 )
 from hydra_pipe.store.run import (
     CHECKSUMS,
-    KEEP,
     OF_RECORD,
     OF_REDUCE,
     OF_SELF,
@@ -41,11 +40,13 @@ from hydra_pipe.store.run import (
     clean_stage,
     evaluate_stage,
     export_stage,
+    keep_stage,
     reduce_stage,
 )
 from hydra_pipe.store.sense import check_rows
 
-_REDUCE, _EXPORT, _CLEAN, _EVALUATE = reduce_stage(""), export_stage(""), clean_stage(""), evaluate_stage("")
+_KEEP, _REDUCE, _EXPORT = keep_stage(""), reduce_stage(""), export_stage("")
+_CLEAN, _EVALUATE = clean_stage(""), evaluate_stage("")
 # directories in which hydra-pipe alone writes
 PLACES = (
     names.GRADIENTS,
@@ -93,7 +94,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
     for name, stage in run.stages.items():
-        if stage.state == "complete" and (name in (RECORD, KEEP) or name.startswith((_REDUCE, _EXPORT, _CLEAN, _EVALUATE))):
+        if stage.state == "complete" and (name == RECORD or name.startswith((_KEEP, _REDUCE, _EXPORT, _CLEAN, _EVALUATE))):
             yield from check_stage(run, name, task)
     if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
@@ -119,7 +120,7 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
         for file in files_below(run.path / directory):
             whole, part = f"{directory}/{file}", f"{directory}/{file.split('/')[0]}"
             if whole not in known and not is_partial(whole) and not {directory, part} & areas:
-                strays.add(directory if directory in (names.GRADIENTS, names.HYPERGRADIENTS) else part)
+                strays.add(directory if directory == names.GRADIENTS else part)
     for where in sorted(strays):
         yield Fault(
             where,
@@ -155,7 +156,7 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
     if stage == RECORD:
         return "no relevance can be computed from this recording: record the run again with --overwrite"
     again = f"{command_of(run, stage)} --overwrite"
-    if stage == KEEP:
+    if stage.startswith(_KEEP):
         return f"no test samples can be answered from what was kept: keep it again with {again}"
     if stage.startswith(_REDUCE):
         return f"the relevance cannot be trusted: compute it again with {again}"
@@ -218,8 +219,8 @@ def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints |
     if stage == RECORD:
         yield from _check_final(run)
         yield from check_rows(run, consequence)
-    elif stage == KEEP:
-        yield from _check_kept_shapes(run, consequence)
+    elif stage.startswith(_KEEP):
+        yield from _check_kept_shapes(run, stage, consequence)
     elif stage.startswith(_REDUCE):
         yield from _check_relevance(run, stage, consequence)
     elif stage.startswith(_EXPORT):
@@ -241,24 +242,25 @@ def _check_final(run: RunDirectory) -> Iterator[Fault]:
 
 def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
     """Every fault of the hypergradients that a run keeps."""
-    return check_stage(run, KEEP, task)
+    for method in run.kept_methods():
+        yield from check_stage(run, keep_stage(method), task)
 
 
-def _check_kept_shapes(run: RunDirectory, consequence: str) -> Iterator[Fault]:
+def _check_kept_shapes(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
     try:
         gradients = Gradients(run.path / names.GRADIENTS)
     except StoreError:
         return  # a fault of the recording, and told there: what was kept may be whole
     if gradients.run_id != run.run_id:
         return  # likewise
-    store = Hypergradients(run.path / names.HYPERGRADIENTS, gradients)
+    store = open_kept(run.path / area_of(stage), gradients)
     found = dict(store.arrays())
     for name, shape in store.expected_shapes(gradients, run.stages[RECORD].count("n_samples")).items():
-        where = f"{names.HYPERGRADIENTS}/{name}"
+        where = f"{area_of(stage)}/{name}"
         if name not in found:
-            yield Fault(where, "is missing", consequence, stage=KEEP)
+            yield Fault(where, "is missing", consequence, stage=stage)
         elif found[name].shape != shape:
-            yield Fault(where, f"has shape {found[name].shape}, not {shape}", consequence, stage=KEEP)
+            yield Fault(where, f"has shape {found[name].shape}, not {shape}", consequence, stage=stage)
 
 
 def _check_relevance(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
@@ -305,8 +307,8 @@ def total_bytes(run: RunDirectory) -> int:
             gradients = Gradients(run.path / names.GRADIENTS)
             pruned = gradients.pruned_arrays() if run.stages[RECORD].facts.get(PRUNED) else []
             total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
-            if KEEP in run.stages:
-                total += sum(array.n_bytes for _, array in Hypergradients(run.path / names.HYPERGRADIENTS, gradients).arrays())
+            for kept in run.kept_methods():
+                total += sum(array.n_bytes for _, array in open_kept(run.path / names.kept_store(kept), gradients).arrays())
         for method in methods_of(run):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

@@ -34,7 +34,8 @@ def input_of(width: int = 44_426, most_rows: int = 64, **changes: object) -> Swe
         "memory_bytes": 4096 * MIB,
         "workers": 2,
     }
-    return SweepInput(ReductionInput(**(sizes | changes)), width, most_rows)  # type: ignore[arg-type]
+    given = ReductionInput(**(sizes | changes))  # type: ignore[arg-type]
+    return SweepInput(given, width, most_rows, given.n_samples)
 
 
 @st.composite

@@ -79,7 +79,7 @@ def test_more_than_one_file_and_chunk_are_kept_whole(
     monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 4)
     hydra_pipe.record(conv_pipeline(), tmp_path / "small", encoding="exact", dtype="float32")
     hydra_pipe.reduce(tmp_path / "small", keep_hypergradients=True)
-    assert len(list((tmp_path / "small/hypergradients.zarr/folded/c").iterdir())) == 7
+    assert len(list((tmp_path / "small/hypergradients/hydra.zarr/folded/c").iterdir())) == 7
     hydra_pipe.prune(tmp_path / "small")
     hydra_pipe.reduce(tmp_path / "small", overwrite=True)
     assert relative_error(relevance(tmp_path / "small"), whole) < 1e-5
@@ -95,9 +95,7 @@ def test_what_is_kept_later_is_the_same(run: Path, whole: np.ndarray) -> None:
 
 def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
     hydra_pipe.reduce(run)
-    with pytest.raises(
-        RunError, match=r"keep hypergradients has not been run: run hydra-pipe reduce .* --keep-hypergradients first"
-    ):
+    with pytest.raises(RunError, match=r"keeps no hypergradients: run hydra-pipe reduce .* --keep-hypergradients first"):
         hydra_pipe.prune(run)
     assert hydra_pipe.verify(run) == []
 
@@ -106,8 +104,8 @@ def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 def test_rows_are_not_deleted_where_what_is_kept_is_damaged(run: Path, name: str, damage: Callable[[Path], None]) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
-    damage(run / "hypergradients.zarr" / name)
-    assert [fault.where for fault in hydra_pipe.verify(run)] == [f"hypergradients.zarr/{name}"]
+    damage(run / "hypergradients/hydra.zarr" / name)
+    assert [fault.where for fault in hydra_pipe.verify(run)] == [f"hypergradients/hydra.zarr/{name}"]
     with pytest.raises(StoreError, match="nothing was deleted"):
         hydra_pipe.prune(run)
     assert (run / "gradients.zarr/gradient/c/0/0").exists()
@@ -125,8 +123,8 @@ def test_a_new_recording_drops_what_was_kept(run: Path) -> None:
 
     hydra_pipe.reduce(run, keep_hypergradients=True)
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)
-    assert not (run / "hypergradients.zarr").exists()
-    assert "keep hypergradients" not in RunDirectory.open(run).stages
+    assert not (run / "hypergradients/hydra.zarr").exists()
+    assert "keep hydra" not in RunDirectory.open(run).stages
 
 
 def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
@@ -181,7 +179,7 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
 
 def test_rows_are_not_deleted_while_hypergradients_are_kept_anew(run: Path) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
-    with one_writer(run, "keep hypergradients"), pytest.raises(RunError, match="is being written by this very process"):
+    with one_writer(run, "keep hydra"), pytest.raises(RunError, match="is being written by this very process"):
         hydra_pipe.prune(run)
 
 

@@ -39,7 +39,7 @@ EVERYTHING = [
     ["export", "RUN", "--top", "3", "--full"],
     ["export", "RUN", "--method", "hydra-by-label"],
 ]
-RECORD, KEEP, REDUCE, EXPORT = "record", "keep hypergradients", "reduce hydra", "export hydra"
+RECORD, KEEP, REDUCE, EXPORT = "record", "keep hydra", "reduce hydra", "export hydra"
 BY_LABEL = ("reduce hydra-by-label", "export hydra-by-label")
 COMPUTED = (KEEP, REDUCE, EXPORT, *BY_LABEL)
 
@@ -181,7 +181,7 @@ def everything(run: Path, other: Path) -> None:
                 flip(file)
 
 
-ROWS, KEPT, RELEVANCE, RANKINGS = "gradients.zarr", "hypergradients.zarr", "relevance.zarr", "rankings/method=hydra"
+ROWS, KEPT, RELEVANCE, RANKINGS = "gradients.zarr", "hypergradients/hydra.zarr", "relevance.zarr", "rankings/method=hydra"
 STEPS, TEST = f"{ROWS}/steps", f"{ROWS}/test/0000000008"
 RECORD_AGAIN = "no relevance can be computed from this recording: record the run again"
 REDUCE_AGAIN = r"the relevance cannot be trusted: compute it again with hydra-pipe reduce \S+run --overwrite"

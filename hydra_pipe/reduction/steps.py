@@ -1,4 +1,4 @@
-"""The steps of a recording from the last to the first, read ahead."""
+"""The steps of a recording from the last to the first, or from the first to the last, read ahead."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,19 +49,19 @@ class _File:
 
 
 class _Part:
-    """The rows of one process, whose files are decoded once each, from the last to the first; the next one ahead."""
+    """The rows of one process, whose files are decoded once each, in one direction: -1 or 1; the next one ahead."""
 
-    def __init__(self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor) -> None:
-        self._store, self._first, self._last, self._pool = store, first, last, pool
+    def __init__(self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor, direction: int) -> None:
+        self._store, self._first, self._last, self._pool, self._direction = store, first, last, pool, direction
         self._held: dict[int, _File] = {}
         self._coming: tuple[int, Future[_File]] | None = None
 
     def rows(self, first: int, last: int) -> Iterator[tuple[_File, slice]]:
-        """The rows [first, last) of the part, file by file. No later ones are asked for after that."""
+        """The rows [first, last) of the part, file by file. What is asked for after that lies in the part's direction."""
         size = self._store.rows.shard_rows
         numbers = range(first // size, -(-last // size))
         self._held = {number: file for number, file in self._held.items() if number in numbers}
-        for number in reversed(numbers):
+        for number in numbers[:: self._direction]:
             if number not in self._held:
                 self._held[number] = self._taken(number)
         for number in numbers:
@@ -70,7 +70,9 @@ class _Part:
 
     def _taken(self, number: int) -> _File:
         file = self._coming[1].result() if self._coming is not None and self._coming[0] == number else self._read(number)
-        self._coming = (number - 1, self._pool.submit(self._read, number - 1)) if number else None
+        following = number + self._direction
+        there = 0 <= following < -(-(self._last - self._first) // self._store.rows.shard_rows)
+        self._coming = (following, self._pool.submit(self._read, following)) if there else None
         return file
 
     def _read(self, number: int) -> _File:
@@ -92,14 +94,23 @@ def backward(store: Gradients, n_steps: int) -> Iterator[StepRows]:
     Raises:
         StoreError: damaged.
     """
+    yield from _in_order(store, range(n_steps - 1, -1, -1), -1)
+
+
+def forward(store: Gradients, n_steps: int) -> Iterator[StepRows]:
+    """The steps after the first `n_steps`, in order; else as `backward`."""
+    yield from _in_order(store, range(n_steps, store.n_steps), 1)
+
+
+def _in_order(store: Gradients, steps: range, direction: int) -> Iterator[StepRows]:
     _, counts = store.rows_of_steps()
     part_ends = ends_of(store.rows.part_rows)
     if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
         raise StoreError(f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}")
     ends = np.cumsum(counts, axis=0)
     with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
-        parts = [_Part(store, first, last, pool) for first, last in zip([0, *part_ends], part_ends, strict=False)]
-        for step in range(n_steps - 1, -1, -1):
+        parts = [_Part(store, first, last, pool, direction) for first, last in zip([0, *part_ends], part_ends, strict=False)]
+        for step in steps:
             pieces = [
                 (file, rows, int(counts[step, i]))
                 for i, part in enumerate(parts)

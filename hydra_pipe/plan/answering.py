@@ -1,0 +1,88 @@
+"""How test samples are answered from the matrix of hypergradients that a sweep has kept: R = H h, with no row read.
+
+A pass holds the test gradients of some columns, multiplied out, and goes over the whole matrix, tile by tile; each worker takes a
+share of the samples.
+"""
+
+from dataclasses import dataclass
+
+from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.reduction import COSTS, FROM_MATRIX, SAMPLE_MULTIPLE, Reading, ReductionInput, ReductionPlan, suggested
+from hydra_pipe.plan.sweeping import MOST_FEATURES, even_width
+from hydra_pipe.units import format_bytes
+
+# test samples that are multiplied out at a time
+TESTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class AnswerInput:
+    """What is answered from.
+
+    Args:
+        recording: sizes, budget and workers.
+        width: features of the matrix.
+    """
+
+    recording: ReductionInput
+    width: int
+
+
+def plan_answers(what: AnswerInput, done: int = 0) -> ReductionPlan:
+    """The plan with the fewest passes that fit the budget; after the first `done` columns.
+
+    Raises:
+        BudgetError: not even one column fits.
+    """
+    given = what.recording
+    for passes in range(1, given.n_columns + 1):
+        width = min(even_width(given.n_columns, passes), given.n_columns)
+        if answer_peak_bytes(what, width, 1) <= given.memory_bytes:
+            workers = next(n for n in range(_most_workers(given), 0, -1) if answer_peak_bytes(what, width, n) <= given.memory_bytes)
+            return _plan(what, width, workers, done)
+    peak = answer_peak_bytes(what, 1, 1)
+    raise BudgetError(
+        f"answering one column from hypergradients of {what.width:,} features needs {format_bytes(peak)}, --memory is "
+        f"{format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
+    )
+
+
+def _most_workers(given: ReductionInput) -> int:
+    return min(given.workers, -(-given.n_samples // SAMPLE_MULTIPLE))
+
+
+def _plan(what: AnswerInput, width: int, workers: int, done: int) -> ReductionPlan:
+    given = what.recording
+    blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
+    read = len(blocks) * given.n_samples * what.width * 4
+    operations = 2 * given.n_samples * what.width * (given.n_columns - done)
+    converted = given.n_tests * what.width
+    return ReductionPlan(
+        order=FROM_MATRIX,
+        test_blocks=blocks,
+        sample_blocks=((0, given.n_samples),),
+        row_runs=((0, given.n_rows),) * workers,
+        reading=Reading(min(SAMPLE_MULTIPLE, given.n_samples), min(MOST_FEATURES, what.width)),
+        peak_bytes=answer_peak_bytes(what, width, workers),
+        read_bytes=read,
+        written_bytes=given.n_samples * given.n_columns * 4,
+        moved_bytes=0,
+        operations=operations,
+        folded_values=0,
+        picoseconds=read * COSTS.decoded_byte + operations * COSTS.operation + converted * COSTS.converted_value,
+    )
+
+
+def answer_peak_bytes(what: AnswerInput, columns: int, workers: int) -> int:
+    """Upper bound of a process's memory while each of its workers answers `columns` columns."""
+    given = what.recording
+    threads = min(given.threads, workers) if given.processes else workers
+    samples = min(SAMPLE_MULTIPLE, given.n_samples)
+    # what is held, and test gradients as stored and multiplied out on the way there; groups
+    tests = columns * what.width * 4 + given.grouped * given.n_tests * given.n_columns * 4
+    tests += TESTS_AT_ONCE * (given.n_features * (given.test_item_bytes + 4) + 2 * what.width * 4 + given.n_blocks * 4)
+    # a tile as stored, and decoded twice where what is asked for is not whole chunks
+    tile = 3 * samples * min(MOST_FEATURES, what.width) * 4
+    # sums, a product, and what is written, as it is and compressed
+    answers = 4 * samples * columns * 4
+    return given.base_bytes + tests + threads * (tile + answers)

@@ -1,0 +1,59 @@
+"""What the manifest says of a stage that is not finished: how far it got, and by which memory its work was divided."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, cast, get_args
+
+from hydra_pipe.plan.reduction import Answered, Found, Order
+from hydra_pipe.store import names
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.run import RunDirectory, Stage
+
+# of the facts of a stage
+ANSWERED = "answered"
+# how what passes find makes one fact
+_COMBINED: dict[str, Callable[[list[float]], float]] = {
+    names.CURVATURE_LEFT: lambda values: sum(values) / len(values),
+    names.DAMPING: min,
+    names.LOSS_DIFFERENCE: max,
+    names.GRADIENTS_HELD: min,
+}
+
+
+def marked(stage: Stage | None) -> tuple[Answered, dict[str, Any]] | None:
+    """How far a stage got, and all that is said of it. None: nothing is said, or nothing that makes sense."""
+    found = stage.facts.get(ANSWERED) if stage is not None else None
+    if not isinstance(found, dict):
+        return None
+    order, done, base_bytes, passes = (found.get(name) for name in ("order", "done", "base_bytes", "found"))
+    if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
+        return None
+    if not isinstance(passes, list) or not all(map(_is_found, passes)):
+        return None
+    return Answered(cast(Order, order), done, base_bytes, tuple(passes)), found
+
+
+def combined(passes: Sequence[Found]) -> Found:
+    """What the manifest keeps of what all passes have found."""
+    found = {name: [of_pass[name] for of_pass in passes if name in of_pass] for name in _COMBINED}
+    return {name: _COMBINED[name](values) for name, values in found.items() if values}
+
+
+def _is_found(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        name in _COMBINED and isinstance(number, int | float) and not isinstance(number, bool) for name, number in value.items()
+    )
+
+
+def mark(directory: RunDirectory, stage: str, answered: Answered, **more: Any) -> None:
+    """Say that so much of `stage` is safe on the disk."""
+    directory.stages[stage].facts[ANSWERED] = asdict(answered) | more
+    directory.save(stage)
+
+
+def run_again(directory: RunDirectory, stage: str) -> None:
+    """Mark that `stage` is gone on with: of its facts the mark stays."""
+    found = directory.stages[stage]
+    found.state = "running"
+    found.facts = {ANSWERED: found.facts[ANSWERED]}
+    directory.save(stage)
