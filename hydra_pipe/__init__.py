@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.maths.layers import register_rule
+    from hydra_pipe.probing import probe
     from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
     from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.recording.recorder import Recorder
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "export",
     "open_run",
+    "probe",
     "prune",
     "record",
     "reduce",
@@ -45,6 +47,7 @@ _HOMES = {
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),
+    "probe": ("hydra_pipe.probing", "probe"),
     "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
     "reduce": ("hydra_pipe.api", "reduce"),

@@ -147,7 +147,9 @@ def reduce(
     keep_hypergradients: bool = False,
     upto: int | None = None,
     rank: int | None = None,
+    test: str | None = None,
     pipeline: "str | Pipeline | None" = None,
+    dataset: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -174,8 +176,10 @@ def reduce(
             ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
         rank: for "hydra-exact": replay only so many directions of the test gradients, and leave the rest to "hydra-fisher".
             A result of its own: "hydra-exact-rank-20".
+        test: the samples of this probe (`probe`) instead of the run's own test samples. A result of its own: "hydra-of-wrong".
         pipeline: for "hydra-exact": "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an
             object was recorded.
+        dataset: for "hydra-exact" of a probe whose dataset was given as an object: that again.
         overwrite: compute again what is there, and discard what was exported from it.
         progress: where to show progress; nowhere if absent.
 
@@ -194,17 +198,19 @@ def reduce(
     from hydra_pipe.reduction.request import Options, requested
     from hydra_pipe.reduction.run import reduce_request
 
-    options = Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto, rank)
+    options = Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto, rank, test)
     progress = progress or Progress()
     if method_named(method).work == "replay":
         from hydra_pipe.replay.run import reduce_exact
 
-        return reduce_exact(run, options, pipeline, overwrite=overwrite, progress=progress)
-    _check_no_pipeline(method, pipeline)
+        return reduce_exact(run, options, pipeline, dataset, overwrite=overwrite, progress=progress)
+    _check_no_training(method, pipeline, dataset)
     return reduce_request(requested(run, options), overwrite=overwrite, progress=progress)
 
 
-def plan(run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, **options: Any) -> str:
+def plan(
+    run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, dataset: Any = None, **options: Any
+) -> str:
     """What `reduce` would do with these arguments, in lines for people. Reads metadata only; for "hydra-exact" it builds the
     pipeline and tries a step. Raises the same."""
     from hydra_pipe.reduction.methods import method_named
@@ -215,14 +221,15 @@ def plan(run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | No
     if method_named(method).work == "replay":
         from hydra_pipe.replay.run import plan_exact
 
-        return plan_exact(run, asked, pipeline)
-    _check_no_pipeline(method, pipeline)
+        return plan_exact(run, asked, pipeline, dataset)
+    _check_no_training(method, pipeline, dataset)
     return plan_request(requested(run, asked))
 
 
-def _check_no_pipeline(method: str, pipeline: "str | Pipeline | None") -> None:
-    if pipeline is not None:
-        raise UsageError(f"--pipeline is for --method hydra-exact: {method} needs none")
+def _check_no_training(method: str, pipeline: "str | Pipeline | None", dataset: Any) -> None:
+    for option, given in (("--pipeline", pipeline), ("dataset", dataset)):
+        if given is not None:
+            raise UsageError(f"{option} is for --method hydra-exact: {method} needs none")
 
 
 def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":

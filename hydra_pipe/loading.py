@@ -1,11 +1,11 @@
-"""From `path/to/file.py:function` and `KEY=VALUE` settings to a pipeline."""
+"""From `path/to/file.py:function` and `KEY=VALUE` settings to a pipeline, or a dataset; and to the pipeline of a run, again."""
 
 import importlib.util
 import inspect
 import random
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,17 +13,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 
-from hydra_pipe.errors import HydraError, PipelineError, UsageError
-from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError, shown
+from hydra_pipe.recording.pipeline import Pipeline, check_dataset, described
+from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.recording.user_code import user_code_error
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings
 
 DEFAULT_FUNCTION = "pipeline"
-# how the names of a pipeline function's settings begin in a recording
+# how the names of a function's settings begin in a manifest
 _SET = "set "
 
 
 @dataclass(frozen=True)
-class PipelineSource:
+class Source:
     """A function in a user's file, with all of its settings resolved. The file has been run, the function not yet.
 
     Args:
@@ -38,17 +40,21 @@ class PipelineSource:
     _build: Any
 
     @property
+    def spec(self) -> str:
+        """As `load_pipeline` takes it."""
+        return f"{self.file}:{self.function}"
+
+    @property
     def recorded_settings(self) -> dict[str, str | int | float | bool | None]:
         """The settings as a recording keeps them, each below "set NAME": in JSON, so that what is read back compares equal."""
         plain = (str, int, float, bool, type(None))
         return {f"{_SET}{name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
 
-    def build(self) -> Pipeline:
+    def call(self) -> Any:
         """Call the function, with all random generators seeded by its `seed` setting (0 if it has none).
 
         Raises:
             UserCodeError: it raised.
-            PipelineError: it does not return a Pipeline.
         """
         seed = self.settings.get("seed", 0)
         seed = seed if isinstance(seed, int) else 0
@@ -56,14 +62,32 @@ class PipelineSource:
         np.random.seed(seed % 2**32)  # the user's code may draw from the global generator
         random.seed(seed)
         try:
-            pipeline = self._build(**self.settings)
+            return self._build(**self.settings)
         except HydraError:
             raise
         except (Exception, SystemExit) as error:
-            raise user_code_error(f"{self.file}:{self.function} raised", error) from error
+            raise user_code_error(f"{self.spec} raised", error) from error
+
+
+class PipelineSource(Source):
+    """A function that returns a Pipeline."""
+
+    def build(self) -> Pipeline:
+        """Call it. Raises: UserCodeError: it raised. PipelineError: it does not return a Pipeline."""
+        pipeline = self.call()
         if not isinstance(pipeline, Pipeline):
-            raise PipelineError(f"{self.file}:{self.function} returned {type(pipeline).__name__}: it must return a Pipeline")
+            raise PipelineError(f"{self.spec} returned {type(pipeline).__name__}: it must return a Pipeline")
         return pipeline
+
+
+class DatasetSource(Source):
+    """A function that returns a map-style dataset of (input, target)."""
+
+    def build(self) -> Any:
+        """Call it. Raises: UserCodeError: it raised. PipelineError: it returns something else, or an empty dataset."""
+        dataset = self.call()
+        check_dataset(f"what {self.spec} returned", dataset)
+        return dataset
 
 
 def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None = None) -> PipelineSource:
@@ -78,30 +102,87 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
         UserCodeError: the file raised when run.
         UsageError: an unknown setting, or a value that is not of the annotated type.
     """
-    path, colon, function = spec.rpartition(":")
-    if not colon or function.endswith(".py"):
-        path, function = spec, DEFAULT_FUNCTION
-    build = getattr(_run_file(path), function, None)
-    if not callable(build):
-        raise PipelineError(f"{path} has no function {function}: define it, or name another as {path}:NAME")
-    return PipelineSource(path, function, _settings(f"{path}:{function}", build, assignments or {}), build)
+    path, function = _split_spec(spec)
+    return PipelineSource(*_found(path, function or DEFAULT_FUNCTION, assignments, "pipeline file"))
 
 
-def recorded_assignments(settings: Mapping[str, Any]) -> list[str]:
-    """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did.
+def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = None) -> DatasetSource:
+    """Find the function that `spec` names and bind its settings.
 
     Args:
-        settings: of a recording, see `PipelineSource.recorded_settings`.
+        spec: "path/to/file.py:function".
+        assignments: see `load_pipeline`, which raises the same.
+
+    Raises:
+        UsageError: also where no function is named.
     """
-    return [
-        f"{key.removeprefix(_SET)}={'none' if value is None else value}" for key, value in settings.items() if key.startswith(_SET)
-    ]
+    path, function = _split_spec(spec)
+    if not function:
+        raise UsageError(f"{spec} names no function: write {path}:NAME, of one that returns a dataset of (input, target)")
+    return DatasetSource(*_found(path, function, assignments, "file"))
 
 
-def _run_file(path: str) -> types.ModuleType:
+def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) -> Callable[[], Pipeline]:
+    """What builds the pipeline that `run` was recorded with again, untrained, and refuses another.
+
+    Args:
+        run: with a recording.
+        given: the pipeline newly built, or the file that builds it; None: the file that was recorded.
+        advice: what needs it and how to give it, for a run that does not know it.
+
+    Raises:
+        RunError: it is not known; and, when it is built: it is another one than was recorded, the message says in what.
+    """
+    settings = run.stages[RECORD].settings
+    spec = given if given is not None else settings.get("pipeline")
+    if not isinstance(spec, str | Pipeline):
+        raise RunError(f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}")
+
+    def load() -> Pipeline:
+        built = spec if isinstance(spec, Pipeline) else load_pipeline(spec, recorded_assignments(settings)).build()
+        for name, value in json_settings(described(built)).items():
+            if name in settings and settings[name] != value:
+                what, was, now = _difference(name, settings[name], value)
+                raise RunError(f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it is another one")
+        return built
+
+    return load
+
+
+def recorded_assignments(settings: Settings) -> list[str]:
+    """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did."""
+    own = {key.removeprefix(_SET): value for key, value in settings.items() if key.startswith(_SET)}
+    return [f"{key}={'none' if value is None else value}" for key, value in own.items()]
+
+
+def _difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:
+    """In what two settings called `name` differ, and both values: of objects of the first key that does, in words."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key))
+        return _difference(f"{name} {key}", was.get(key), now.get(key))
+    then, since = ("none" if value is None else shown(value) for value in (was, now))
+    return name, then, since
+
+
+def _split_spec(spec: str) -> tuple[str, str]:
+    """The file, and the function; "": none is named."""
+    path, colon, function = spec.rpartition(":")
+    return (spec, "") if not colon or function.endswith(".py") else (path, function)
+
+
+def _found(
+    path: str, function: str, assignments: Mapping[str, Any] | list[str] | None, what: str
+) -> tuple[str, str, dict[str, Any], Any]:
+    build = getattr(_run_file(path, what), function, None)
+    if not callable(build):
+        raise PipelineError(f"{path} has no function {function}: define it, or name another as {path}:NAME")
+    return path, function, _settings(f"{path}:{function}", build, assignments or {}), build
+
+
+def _run_file(path: str, what: str) -> types.ModuleType:
     file = Path(path)
     if not file.is_file():
-        raise PipelineError(f"there is no pipeline file {path}: give the path of a .py file")
+        raise PipelineError(f"there is no {what} {path}: give the path of a .py file")
     spec = importlib.util.spec_from_file_location(f"hydra_pipe_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise PipelineError(f"{path} is not a Python file: its name must end in .py")

@@ -14,7 +14,8 @@ from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
 from hydra_pipe.store.prefix import committed
-from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.probes import open_probe
+from hydra_pipe.store.relevance import columns_of, open_relevance, parts_of_result, read_relevance
 from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
 
@@ -91,9 +92,17 @@ class Run:
             )
         return open_relevance(self.path / names.RELEVANCE, method)
 
+    def _test_labels(self, result: str) -> NDArray[Any] | None:
+        """Of the test samples that a result is for."""
+        name = parts_of_result(result).test
+        if name is None:
+            return self.gradients.labels(names.TEST_LABELS)
+        return open_probe(self._directory, self.gradients, name).labels()
+
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
         """The whole relevance matrix, in memory, float32, dimensions (sample, test); (sample, test_group) where
-        `method` names means over test samples, "hydra-by-label" or "hydra-mean".
+        `method` names means over test samples, "hydra-by-label" or "hydra-mean". That for the samples of the probe `wrong` is
+        called "hydra-of-wrong".
 
         R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss for most methods
         (docs/methods.md). Method "self" has one column, of each training sample for itself.
@@ -117,7 +126,7 @@ class Run:
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
         for which, labels in (
             (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
-            (dimension, columns.labels(self.gradients.labels(names.TEST_LABELS))),
+            (dimension, columns.labels(self._test_labels(method))),
         ):
             if labels is not None:
                 if len(labels) != sizes[which]:

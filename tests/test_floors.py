@@ -16,7 +16,7 @@ FLOORS = [
     {"store"},
     {"recording", "reduction", "exporting"},
     {"loading", "view"},
-    {"replay"},
+    {"replay", "probing"},
     {"evaluation"},
     {"cleaning"},
     {"api"},

@@ -24,7 +24,6 @@ from hydra_pipe.loading import recorded_assignments
 from hydra_pipe.maths.ranks import crossed_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.pipeline import Pipeline
-from hydra_pipe.store import names
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns
 from hydra_pipe.store.result import ReducedRun
@@ -131,7 +130,7 @@ def compared(
     """
     found = ReducedRun.open(subject.run, method)
     labels = subject.sample_labels()
-    folds, how = folds_of(found.columns, subject.n_tests, found.columns.labels(found.gradients.labels(names.TEST_LABELS)))
+    folds, how = folds_of(found.columns, subject.n_tests, found.test_labels)
     sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
     proposed = [cut.of(scores_of(own, labels)) for own in sums]
     rng = np.random.default_rng(_SEED)

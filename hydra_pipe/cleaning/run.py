@@ -140,6 +140,8 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
     """Raises: UsageError."""
     if parts_of_result(method).method == ITSELF:
         raise UsageError(f"--method {method} is of no test samples: choose the relevance of another method")
+    if retrain and parts_of_result(method).test is not None:
+        raise UsageError(f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: leave it out")
     if not retrain and (seeds is not None or pipeline is not None):
         raise UsageError(f"{'--seeds' if seeds is not None else '--pipeline'} is for --retrain: add it")
     if seeds is not None and seeds < 1:
@@ -287,7 +289,7 @@ def _columns_of(by: str | None) -> str:
 
 def _suggested(found: ReducedRun, ids: NDArray[np.int64], labels: NDArray[Any] | None) -> list[Any]:
     """A label for each of `ids`; None where nothing says which."""
-    of_columns = found.columns.labels(found.gradients.labels(names.TEST_LABELS))
+    of_columns = found.test_labels
     if labels is None or of_columns is None or (labels.dtype == object) != (of_columns.dtype == object) or not len(ids):
         return [None] * len(ids)
     classes, groups = np.unique(of_columns, return_inverse=True)

@@ -73,6 +73,16 @@ Rank = Annotated[
 OfPipeline = Annotated[
     str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for hydra-exact, where the pipeline's file has moved")
 ]
+MovedPipeline = Annotated[str | None, typer.Option("--pipeline", metavar="PIPELINE", help="where the pipeline's file has moved")]
+DatasetSpec = Annotated[
+    str, typer.Argument(metavar="FILE.py:FUNCTION", help="a function that returns a map-style dataset of (input, target)")
+]
+OfFunction = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the function; may be repeated")]
+ProbeName = Annotated[str, typer.Option("--name", metavar="NAME", help="of the probe: letters, digits and _")]
+Test = Annotated[
+    str | None,
+    typer.Option("--test", metavar="NAME", help="the samples of this probe (hydra-pipe probe), in place of the run's test samples"),
+]
 Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
 Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
 Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
@@ -192,6 +202,7 @@ def reduce(
     keep_hypergradients: Keep = False,
     upto: Upto = None,
     rank: Rank = None,
+    test: Test = None,
     pipeline: OfPipeline = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -216,13 +227,14 @@ def reduce(
         "keep_hypergradients": keep_hypergradients,
         "upto": upto,
         "rank": rank,
+        "test": test,
         "pipeline": pipeline,
     }
     if dry_run:
         print(api.plan(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
-    name = result_name(method, grouping, upto, rank)
+    name = result_name(method, grouping, upto, rank, test)
     which = "" if name == "hydra" else f" --method {name}"
     if method == ITSELF:
         which = (
@@ -236,6 +248,7 @@ def reduce(
 def export(
     run: RunPath,
     method: Method = "hydra",
+    test: Test = None,
     top: Top = 100,
     full: Full = False,
     memory: Memory = "4GiB",
@@ -247,9 +260,13 @@ def export(
     Example: hydra-pipe export runs/digits --top 20
     """
     from hydra_pipe.exporting.run import export_run
+    from hydra_pipe.store.relevance import result_of
 
-    done = export_run(run, method=method, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress())
-    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{names.rankings_directory(method)}")
+    done = export_run(
+        run, method=method, test=test, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress()
+    )
+    directory = names.rankings_directory(result_of(method, test))
+    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{directory}")
 
 
 @app.command()
@@ -319,7 +336,28 @@ def run_all(
     """
     record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, test_every, overwrite, debug=debug)
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
-    export(run, method, top, full, memory, overwrite, debug=debug)
+    export(run, method, None, top, full, memory, overwrite, debug=debug)
+
+
+@app.command()
+@explained
+def probe(
+    run: RunPath,
+    dataset: DatasetSpec,
+    name: ProbeName,
+    set_: OfFunction = [],  # noqa: B006 - Typer makes a new list each time
+    pipeline: MovedPipeline = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Take the test gradients of new inputs on a finished run: reduce and export --test NAME then answer for these.
+
+    Example: hydra-pipe probe runs/digits mistakes.py:wrong --name wrong --set day=monday
+    """
+    from hydra_pipe.probing import probe as take
+
+    done = take(run, dataset, name=name, settings=set_, pipeline=pipeline, overwrite=overwrite, progress=ConsoleProgress())
+    _say(done, run, f"probe {name} taken", f"next: hydra-pipe reduce {run} --test {name}")
 
 
 @app.command()

@@ -58,8 +58,8 @@ def approximation(subject: Subject) -> Result:
     for pair in pairs_of(subject):
         found, truth = pair.values()
         distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
-        method, by, _, _ = parts_of_result(pair.approximate.name)
-        row: Row = {"method": result_name(method, by), "steps": pair.steps, "columns": found.shape[1]}
+        parts = parts_of_result(pair.approximate.name)
+        row: Row = {"method": result_name(parts.method, parts.by), "steps": pair.steps, "columns": found.shape[1]}
         row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
         row["wrong_signs"] = float((found * truth < 0).mean())
         rows.append(row | with_interval("spearman", spearmans(found, truth)))
@@ -86,8 +86,8 @@ def pairs_of(subject: Subject) -> list[Pair]:
         raise RunError(f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first")
 
     def place(pair: Pair) -> tuple[int, int, int]:
-        method, by, _, _ = parts_of_result(pair.approximate.name)
-        return METHODS.index(method), (None, *GROUPINGS).index(by), pair.steps
+        parts = parts_of_result(pair.approximate.name)
+        return METHODS.index(parts.method), (None, *GROUPINGS).index(parts.by), pair.steps
 
     return sorted(found, key=place)
 

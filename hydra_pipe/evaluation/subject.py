@@ -138,9 +138,10 @@ class Subject:
             )
 
     def all_relevance(self) -> "dict[str, Relevance]":
-        """All that was computed, by name. Raises: StoreError: damaged."""
+        """All that was computed for the recording's own test samples, by name. Raises: StoreError: damaged."""
         stages = self.run.stages
         there = [name for name in methods_of(self.run) if stages[reduce_stage(name)].state == "complete"]
+        there = [name for name in there if parts_of_result(name).test is None]  # probes have no losses to be held against
         return {name: Relevance.of(self.run, name) for name in there}
 
     def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
@@ -217,11 +218,11 @@ class Relevance:
 
 def reducing(run: RunDirectory, name: str, tests: str | None = None) -> str:
     """The command that computes what is called `name`, of the test samples `tests`; None: of all."""
-    method, by, upto, rank = parts_of_result(name)
-    options = {"--upto": upto, "--rank": rank, "--tests": tests}
-    words = ["hydra-pipe reduce", str(run.path), "--method", method]
+    parts = parts_of_result(name)
+    options = {"--upto": parts.upto, "--rank": parts.rank, "--tests": tests}
+    words = ["hydra-pipe reduce", str(run.path), "--method", parts.method]
     words += [f"{option} {value}" for option, value in options.items() if value is not None]
-    return " ".join(words + ([] if by is None else ["--by label" if by == BY_LABEL else "--mean"]))
+    return " ".join(words + ([] if parts.by is None else ["--by label" if parts.by == BY_LABEL else "--mean"]))
 
 
 def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

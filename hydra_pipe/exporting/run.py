@@ -21,9 +21,11 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.checksums import seal
+from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.probes import WhichTests
 from hydra_pipe.store.relevance import (
     ITSELF,
     RELEVANCE_UNREADABLE,
@@ -33,6 +35,7 @@ from hydra_pipe.store.relevance import (
     read_columns,
     read_relevance,
     result_name,
+    result_of,
 )
 from hydra_pipe.store.result import ReducedRun
 from hydra_pipe.store.rows import check_within
@@ -49,6 +52,7 @@ def export_run(
     run: str | os.PathLike[str],
     *,
     method: str = "hydra",
+    test: str | None = None,
     top: int = 100,
     full: bool = False,
     memory: str = "4GiB",
@@ -60,6 +64,7 @@ def export_run(
     Args:
         run: directory of the run.
         method: whose relevance.
+        test: for the samples of this probe, instead of the run's own test samples.
         top: training samples a side ("helpful", "harmful") for each test sample.
         full: also write every pair.
         memory: budget for the whole process, such as "4GiB". The tables do not depend on it.
@@ -77,13 +82,13 @@ def export_run(
         BudgetError: the budget is too small.
         UsageError: `top` is not positive, `memory` is no size, or there is nothing to rank in it.
     """
-    memory_bytes = parse_bytes(memory)
+    method, memory_bytes = result_of(method, test), parse_bytes(memory)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     if parts_of_result(method).method == ITSELF:
         raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
     directory = RunDirectory.open(run)
-    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    directory.require(reduce_stage(method), command_of(directory, reduce_stage(method)))
     stage, settings = export_stage(method), {"top": top, "full": full}
     if not overwrite and not _has_work(directory, method, settings):
         return False
@@ -129,7 +134,7 @@ def _export(directory: RunDirectory, method: str, settings: Settings, memory_byt
     own = _own_relevance(directory, method, found.n_samples)
     attributes = relevance.attributes
     meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
-    export = _Export(found.gradients, relevance, own, meta, **settings, memory_bytes=memory_bytes)
+    export = _Export(found.gradients, found.tested, relevance, own, meta, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
     directory.begin(stage, settings)
     start = time.monotonic()
@@ -154,6 +159,7 @@ class _Export:
 
     Args:
         gradients: of the run, for labels and visits.
+        tested: whose test samples these are.
         relevance: of the method.
         own: relevance of samples for themselves, shape (sample,), or None.
         meta: of the schemas.
@@ -167,6 +173,7 @@ class _Export:
     def __init__(
         self,
         gradients: Gradients,
+        tested: WhichTests,
         relevance: Array,
         own: NDArray[np.float32] | None,
         meta: dict[str, str],
@@ -183,7 +190,7 @@ class _Export:
         self.train_labels = gradients.labels(names.TRAIN_LABELS)
         columns = columns_of(relevance)
         self.test_ids = columns.ids
-        self.test_labels = columns.labels(gradients.labels(names.TEST_LABELS))
+        self.test_labels = columns.labels(tested.labels(gradients))
         self.train_type = rankings.label_type(self.train_labels)
         self.test_type = rankings.label_type(self.test_labels)
         self.classes = None

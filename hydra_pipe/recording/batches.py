@@ -58,13 +58,18 @@ class _Seeded:
             return list(many(ids)) if callable(many) else [self._dataset[i] for i in ids]
 
 
-class Samples:
-    """Batches of one of a pipeline's datasets, whose samples all have one shape, which is checked."""
+class Batches:
+    """Batches of a dataset, whose samples all have one shape, which is checked.
 
-    def __init__(self, pipeline: Pipeline, name: str) -> None:
-        self._dataset, self._name = (pipeline.train if name == "train" else pipeline.test), name
-        self._key = (pipeline.seed, int(name == "train"))
-        self._workers = pipeline.num_workers
+    Args:
+        dataset: map-style, of (input, target).
+        name: of it, for messages.
+        key: of what it draws.
+        workers: processes that fetch; 0: this one.
+    """
+
+    def __init__(self, dataset: Any, name: str, key: tuple[int, int], workers: int = 0) -> None:
+        self._dataset, self._name, self._key, self._workers = dataset, name, key, workers
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def batches(
@@ -110,6 +115,21 @@ class Samples:
                 f"pad or crop its samples to one shape"
             )
         (self._shapes,) = shapes
+
+
+class Samples(Batches):
+    """Batches of one of a pipeline's datasets, "train" or "test"."""
+
+    def __init__(self, pipeline: Pipeline, name: str) -> None:
+        is_train = name == "train"
+        super().__init__(pipeline.train if is_train else pipeline.test, name, (pipeline.seed, int(is_train)), pipeline.num_workers)
+
+
+def probe_batches(dataset: Any, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of a probe in order: as those of a test set, of a pipeline with this seed and size of a batch, are taken."""
+    order = batches_of(np.arange(len(dataset)), batch_size)
+    for _, inputs, targets in Batches(dataset, "probe", (seed, 0)).batches(order):
+        yield inputs, targets
 
 
 def _shapes(pair: Any) -> str:

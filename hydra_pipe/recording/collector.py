@@ -20,9 +20,11 @@ from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
-from hydra_pipe.recording.optimizers import OptimizerRule
 from hydra_pipe.recording.portions import Portion, check_covered
 from hydra_pipe.recording.slab import Slab
+
+# (number of a block, its gradient that the optimiser is about to use) -> root of its preconditioner then; None: as it stands now
+Root = Callable[[int, Tensor | None], Tensor]
 
 
 class Collector:
@@ -30,8 +32,7 @@ class Collector:
 
     Args:
         model: that is watched.
-        optimizer: whose state a preconditioner is taken from.
-        rule: of the optimiser.
+        root: of the preconditioner that rows are times; None: there is none.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
         on_error: see `Capture`.
@@ -40,8 +41,7 @@ class Collector:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rule: OptimizerRule,
+        root: Root | None,
         trained: Mapping[nn.Parameter, tuple[str, int]],
         choice: EncodingChoice,
         dim: int,
@@ -52,7 +52,7 @@ class Collector:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
-        self._model, self._optimizer, self._rule = model, optimizer, rule
+        self._model, self._root = model, root
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
         self._choice, self._dim, self._seed = choice, dim, seed
         #: of the stored rows; None as long as it is not chosen
@@ -123,9 +123,12 @@ class Collector:
         place = _places(portions)
         return seen if place is None else [replace(o, first=place(o.first)) for o in seen]
 
-    def group_of(self, index: int) -> dict[str, Any]:
-        """The optimiser's group of block `index`."""
-        return self._optimizer.param_groups[self._described[index].group]
+    def roots(self) -> list[NDArray[Any]] | None:
+        """Root of the preconditioner of each block as it stands now, flattened; None: there is none."""
+        if self._root is None:
+            return None
+        found = [self._root(index, None) for index in range(len(self.parameters))]
+        return [root.detach().flatten().float().cpu().numpy() for root in found]
 
     def add_to(
         self,
@@ -171,7 +174,7 @@ class Collector:
                     f"the recording has {_in_words(was)} where the optimizer now has {_in_words(now)}: build the model and the "
                     f"optimizer as they were, or record from the beginning"
                 )
-        self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._rule.preconditioned), dtype
+        self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
     def check_split(self, losses: Tensor) -> None:
         """See `Recorder.check_split`."""
@@ -226,7 +229,7 @@ class Collector:
         self._backward = backward
         # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
         # known only when the step's gradient is complete.
-        encoder = None if self._rule.preconditioned else self.encoder
+        encoder = None if self._root is not None else self.encoder
         for index, contribution in contributions.items():
             given = Given(contribution, first)
             if encoder is None:
@@ -260,16 +263,15 @@ class Collector:
         """Reduce what waits, preconditioned for the step that is about to use `gradients`, or as it stands now."""
         while self._waiting:
             index, given = self._waiting.popitem()  # one at a time, so that whole rows of one block only are in memory
-            parameter = self.parameters[index]
             gradient = gradients[index] if gradients is not None else None
-            root = self._rule.root(parameter, gradient, self._optimizer.state.get(parameter, {}), self.group_of(index))
+            root = self._root(index, gradient) if self._root is not None else None
             self._reduced[index] = [encoder.reduce(index, g, root) for g in given]
 
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor
-        described = self._described if self._rule.preconditioned else describe(self._waiting, self._described)
+        described = self._described if self._root is not None else describe(self._waiting, self._described)
         layout, self.dtype = choose_recording(described, self._choice, self._dim, self._seed, self.dtype)
-        return RowEncoder(layout, preconditioned=self._rule.preconditioned)
+        return RowEncoder(layout, preconditioned=self._root is not None)
 
 
 def _places(portions: Sequence[Portion]) -> Callable[[int], int] | None:

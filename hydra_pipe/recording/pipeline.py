@@ -56,10 +56,7 @@ class Pipeline:
         _require(isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer")
         _require(callable(self.loss), "loss", self.loss, "a function (output, target) -> losses of shape (batch,)")
         for name, dataset in (("train", self.train), ("test", self.test)):
-            map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-            _require(map_style, name, dataset, "a map-style dataset with __getitem__ and __len__")
-            if len(dataset) == 0:
-                raise PipelineError(f"the pipeline's {name} dataset is empty: give it at least one (input, target)")
+            check_dataset(f"the pipeline's {name} dataset", dataset)
         for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             _require(isinstance(number, int) and number > 0, name, number, "a positive integer")
         workers = self.num_workers
@@ -78,6 +75,16 @@ class Pipeline:
     def n_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.epochs * -(-len(self.train) // self.batch_size)
+
+
+def check_dataset(what: str, dataset: Any) -> None:
+    """Refuse what is no map-style dataset, or an empty one. Raises: PipelineError."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise PipelineError(
+            f"{what} is {type(dataset).__name__} {dataset!r:.60}: it must be a map-style dataset with __getitem__ and __len__"
+        )
+    if len(dataset) == 0:
+        raise PipelineError(f"{what} is empty: give it at least one (input, target)")
 
 
 def described(pipeline: Pipeline) -> dict[str, Any]:

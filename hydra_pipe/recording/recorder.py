@@ -37,6 +37,7 @@ from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
 from hydra_pipe.recording.update import UpdateReader
 from hydra_pipe.store import names
+from hydra_pipe.store.checkpoints import state_digests
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run import Settings
 
@@ -156,7 +157,8 @@ class Recorder:
         self.facts: dict[str, str | int | float | None] = {}
         self._closed = self._ended = False
         hold = self._joint.hold if self._joint is not None else None
-        self._collector = Collector(self._model, optimizer, self._rule, trained, encoding, dim, seed, dtype, hold)
+        root = self._updates.root if self._rule.preconditioned else None
+        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     def _holding(self) -> AbstractContextManager[None]:
@@ -413,7 +415,8 @@ class Recorder:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
         After training, and before that as often as wanted: of a run that goes on, `hydra-pipe reduce --upto STEP` answers for the
-        steps after which it was called. All rows so far are safe on the disk then.
+        steps after which it was called. All rows so far are safe on the disk then. For later probes digests of the parameters and
+        buffers are kept, and, of the last time, Adam's preconditioner.
 
         The model is put into eval mode meanwhile; `.grad` is not touched. With several ranks all call it, with the whole test set:
         rank 0 does the work, and the others wait for it without looking at `batches`.
@@ -425,7 +428,7 @@ class Recorder:
 
         Raises:
             RecordError: before the first step, or nothing to test.
-            NonFiniteError, BooksError, LayerError: as in training.
+            NonFiniteError, BooksError, LayerError: as in training. UserCodeError: the model or the loss raised.
         """
         if self._closed or self.n_steps == 0:
             raise RecordError("record_test comes after the first recorded step and before close()")
@@ -445,9 +448,13 @@ class Recorder:
             aside = self._collector.set_aside()
             with together(self._ranks), evaluating(self._model), aside, torch.random.fork_rng(devices):
                 if is_first(self._ranks):
-                    n_tests, labels, worst = record_test_gradients(
-                        self._model, self._collector, writer, self.n_steps, batches, loss, labels
-                    )
+                    table = writer.test_rows(self.n_steps, state_digests(self._model))
+                    when = f"after {self.n_steps} steps"
+                    found = record_test_gradients(self._model, self._collector, table, batches, loss, labels, when)
+                    writer.flush_test(table)
+                    n_tests, labels, worst = found
+                    if (roots := self._collector.roots()) is not None:
+                        writer.write_preconditioner(self.n_steps, roots)
                     if labels is not None:
                         self._output.write_labels(names.TEST_LABELS, labels)
             self._output.note_tests(self.n_steps, n_tests, worst)

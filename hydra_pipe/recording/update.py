@@ -50,6 +50,13 @@ class UpdateReader:
             raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
         return gradients_in_use(self._optimizer, gradients)
 
+    def root(self, index: int, gradient: Tensor | None) -> Tensor:
+        """Root of the preconditioner of block `index`: where the optimiser is about to use `gradient`, or as it stands now."""
+        parameter, group = self._trained[index]
+        state = self._optimizer.state.get(parameter, _NO_STATE)
+        found = self._rule.root(parameter, gradient, state, self._optimizer.param_groups[group])
+        return torch.ones_like(parameter) if found is None else found
+
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """The step's line of the step tables by parameter group and by block; `gradients` are those in use."""
         groups = self._optimizer.param_groups

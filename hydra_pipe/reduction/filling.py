@@ -200,7 +200,7 @@ def _compute(
     job = Job(
         # what works elsewhere has another current directory
         gradients=request.gradients.path.absolute(),
-        checkpoint=request.checkpoint,
+        tested=request.tested,
         relevance=(request.kept / names.SWEPT).absolute(),
         n_samples=request.n_samples,
         tests=(),

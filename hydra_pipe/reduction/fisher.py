@@ -118,7 +118,7 @@ def units(expansion: Expansion, features: Span) -> Floats:
 
 def columns_of_tests(store: Gradients, job: Job, expansion: Expansion, columns: Span) -> Floats:
     """Test gradients multiplied out, or means of them, shape (column, feature)."""
-    rows, averages = store.test_rows(job.checkpoint), job.averages()
+    rows, averages = job.tested.rows(store), job.averages()
     tests = columns if averages is None else (0, len(averages))
     found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
     place = 0

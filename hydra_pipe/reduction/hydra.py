@@ -31,6 +31,7 @@ from hydra_pipe.reduction.weights import Ints, StepWeights, checkpoint_of_steps,
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.hypergradients import Hypergradients, write_folded
+from hydra_pipe.store.probes import WhichTests
 from hydra_pipe.store.relevance import write_relevance
 from hydra_pipe.store.rows import check_within
 
@@ -47,7 +48,7 @@ class Job:
 
     Args:
         gradients: path of the store.
-        checkpoint: step of the test gradients, of the last where there are several.
+        tested: which test gradients, the last where there are several.
         relevance: path of the array that is written to.
         of_features: whether that is the matrix of hypergradients, whose columns are features: what a sweep begins with is a unit
             vector of each then, and no test gradient.
@@ -58,13 +59,13 @@ class Job:
         plan: how.
         prefix: of the recording, where not all its steps count.
         method: name of it.
-        checkpoints: of all test gradients that are used, ascending; empty: of that checkpoint alone.
+        checkpoints: steps of all test gradients that are used, ascending; empty: those of `tested` alone.
         in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
             cluster, which computes again what it has lost from what it still has.
     """
 
     gradients: Path
-    checkpoint: int
+    tested: WhichTests
     relevance: Path
     n_samples: int
     tests: tuple[Span, ...]
@@ -173,11 +174,11 @@ _HELD: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
-def held_tests(job: Job, tests: Span, checkpoint: int | None = None) -> TestBlock:
-    """Test gradients, of the last checkpoint where none is given."""
-    step = job.checkpoint if checkpoint is None else checkpoint
-    key = ("tests", job.gradients, step, job.asked.cosine, cut(job.tests, *tests))
-    found: TestBlock = shared(key, lambda: _load_tests(job, tests, step))
+def held_tests(job: Job, tests: Span, tested: WhichTests | None = None) -> TestBlock:
+    """Test gradients, those of the job where none are named."""
+    of = job.tested if tested is None else tested
+    key = ("tests", job.gradients, of, job.asked.cosine, cut(job.tests, *tests))
+    found: TestBlock = shared(key, lambda: _load_tests(job, tests, of))
     return found
 
 
@@ -207,9 +208,9 @@ def shared(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         return found
 
 
-def _load_tests(job: Job, tests: Span, checkpoint: int) -> TestBlock:
+def _load_tests(job: Job, tests: Span, tested: WhichTests) -> TestBlock:
     store = job.store()
-    rows, segments = store.test_rows(checkpoint), segments_of(store.layout)
+    rows, segments = tested.rows(store), segments_of(store.layout)
     spans = [slice(*span) for span in cut(job.tests, *tests)]
     stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
     scales = np.concatenate([rows.scales(span) for span in spans])
@@ -289,12 +290,12 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     weights, norms = held_weights(job, store), SquaredNorms(segments, n_features, at_once)
     n_columns = tests[1] - tests[0] if averages is None else averages.shape[1]
     total: Floats = np.zeros((job.n_samples, n_columns), np.float32)
-    scorer, present = None, -1
+    scorer, present = None, job.tested
     for rows in rows_of(store, job, run, weights, last):
-        for own, checkpoint in _by_checkpoint(job, rows):
-            if scorer is None or present != checkpoint:
+        for own, tested in _by_checkpoint(job, rows):
+            if scorer is None or present != tested:
                 scorer = None  # before the next one is loaded: a worker has the test gradients of one checkpoint
-                scorer, present = Scorer(held_tests(job, tests, checkpoint), segments, n_features, at_once), checkpoint
+                scorer, present = Scorer(held_tests(job, tests, tested), segments, n_features, at_once), tested
             weight = own.weight
             if job.asked.cosine:
                 weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
@@ -303,15 +304,15 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     return (total,)
 
 
-def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, int]]:
+def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, WhichTests]]:
     """`rows`, of one part and so in order of step, by the test gradients that they meet."""
     if len(job.checkpoints) < 2:
-        yield rows, job.checkpoint
+        yield rows, job.tested
         return
     used = checkpoint_of_steps(np.array(job.checkpoints), rows.steps)
     bounds = [0, *(np.flatnonzero(np.diff(used)) + 1), len(used)]
     for low, high in pairwise(bounds):
-        yield rows if high - low == len(used) else rows.only(slice(low, high)), job.checkpoints[used[low]]
+        yield rows if high - low == len(used) else rows.only(slice(low, high)), WhichTests(job.checkpoints[used[low]])
 
 
 @single_threaded_blas
@@ -376,7 +377,7 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
     if job.kept is not None and folded.shape[1]:
         write_folded(job.kept, samples[0], folded)
     for tests in job.plan.test_blocks:
-        values = folded_columns(_load_tests(job, tests, job.checkpoint).values, segments)
+        values = folded_columns(_load_tests(job, tests, job.tested).values, segments)
         columns = slice(*tests)
         if averages is not None:  # all test samples are one block then, and the columns are the groups
             values = averages.T @ values

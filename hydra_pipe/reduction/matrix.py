@@ -59,6 +59,6 @@ class _Columns:
 
 def _held_columns(job: Job, store: Gradients, columns: Span) -> _Columns:
     """Of which tasks of this process that run at the same time share one."""
-    key = ("columns", job.gradients, job.checkpoint, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
+    key = ("columns", job.gradients, job.tested, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
     found: _Columns = shared(key, lambda: _Columns(columns_of_tests(store, job, Expansion(store.layout), columns)))
     return found

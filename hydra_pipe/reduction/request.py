@@ -39,6 +39,7 @@ from hydra_pipe.store.counts import Counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix, Hypergradients
 from hydra_pipe.store.prefix import open_recording
+from hydra_pipe.store.probes import WhichTests, tested_by
 from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, ITSELF, MEAN, Columns, result_name
 from hydra_pipe.store.run import PRUNED, RECORD, UPTO, RunDirectory, Settings, Stage, keep_stage
 from hydra_pipe.store.space import room_for
@@ -70,6 +71,7 @@ class Options:
     keep_hypergradients: bool = False
     upto: int | None = None
     rank: int | None = None
+    test: str | None = None
 
 
 class Engine(Protocol):
@@ -99,7 +101,7 @@ class Request:
         directory, gradients: of the run.
         n_samples: training samples.
         method: that is asked for.
-        checkpoint: step of the test gradients, of the last ones where several are used.
+        tested: which test gradients, the last ones where several are used.
         checkpoints: steps of all that are used, ascending.
         columns: of the result.
         groups: group of each test sample, shape (test,), where columns are their means.
@@ -113,7 +115,7 @@ class Request:
     gradients: Gradients
     n_samples: int
     method: Method
-    checkpoint: int
+    tested: WhichTests
     checkpoints: tuple[int, ...]
     columns: Columns
     groups: NDArray[np.int64] | None
@@ -125,14 +127,15 @@ class Request:
     @property
     def name(self) -> str:
         """Of the result."""
-        return result_name(self.options.method, self.options.by, self.options.upto, self.options.rank)
+        options = self.options
+        return result_name(options.method, options.by, options.upto, options.rank, options.test)
 
     @property
     def settings(self) -> Settings:
         """What the result depends on."""
         selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
         first = {} if self.options.upto is None else {UPTO: self.options.upto}
-        tested = {"checkpoint": self.checkpoint} if self.method.of_tests else {}
+        tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
         return tested | selected | first
 
     @property
@@ -162,7 +165,7 @@ class Request:
         memory_bytes = parse_bytes(self.options.memory)
         if self.engine is not None:
             workers = replace(workers, resident_bytes=self.engine.resident_bytes())
-        given = reduction_input(self.gradients, self.checkpoint, self.n_samples, self.columns, memory_bytes, workers)
+        given = reduction_input(self.gradients, self.tested, self.n_samples, self.columns, memory_bytes, workers)
         given = replace(
             given,
             keeping=self.options.keep_hypergradients,
@@ -208,20 +211,24 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     _check_method(options, method)
     if options.rank is not None:
         _check_rank(options, method)
+    if options.test is not None:
+        _check_test(options, method)
     if options.upto is not None and options.keep_hypergradients:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, options.upto)
     if directory.stages[RECORD].facts.get(PRUNED):
         _check_pruned(directory, options, method)
-    n_tests = counts.n_tests
+    tested, n_tests = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, options.test)
     checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
     last = last_rows(gradients, counts.n_samples) if method.last_rows else None
     if last is not None and not last.size:
         raise RunError(f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from")
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
-    columns, groups = _grouped(Columns(spans), gradients, options.by) if method.of_tests else (Columns((), ITSELF, (ITSELF,)), None)
-    found = (counts.n_samples, method, counts.checkpoint, checkpoints, columns, groups, last)
+    columns, groups = (
+        _grouped(Columns(spans), gradients, tested, options.by) if method.of_tests else (Columns((), ITSELF, (ITSELF,)), None)
+    )
+    found = (counts.n_samples, method, tested, checkpoints, columns, groups, last)
     request = Request(directory, gradients, *found, options, scheduler)
     if request.from_kept:
         _check_kept(request)
@@ -283,6 +290,21 @@ def _check_rank(options: Options, method: Method) -> None:
         raise UsageError(f"--rank {options.rank}: give 1 or more")
 
 
+def _check_test(options: Options, method: Method) -> None:
+    if not method.of_tests:
+        raise UsageError(f"--test is for methods of test samples: {method.name} is of each training sample for itself")
+    if method.on_the_way:
+        raise UsageError(
+            f"--test {options.test}: {method.name} takes test gradients on the way, and a probe has those at the end of training "
+            f"only: choose another method, such as grad-dot"
+        )
+    if options.upto is not None:
+        raise UsageError(
+            f"--test {options.test} and --upto: choose one: a probe's gradients were taken at the end of training, not after "
+            f"{options.upto} steps"
+        )
+
+
 def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
     """Steps after which test gradients were taken that count, up to the last. Raises: UsageError: of other test samples."""
     steps = [step for step in gradients.test_steps() if step <= counts.checkpoint]
@@ -302,26 +324,28 @@ def left_of(stage: Stage) -> Found:
     return {names.CURVATURE_LEFT: left} if isinstance(left, float) else {}
 
 
-def _grouped(columns: Columns, gradients: Gradients, by: str | None) -> tuple[Columns, NDArray[np.int64] | None]:
+def _grouped(
+    columns: Columns, gradients: Gradients, tested: WhichTests, by: str | None
+) -> tuple[Columns, NDArray[np.int64] | None]:
     if by is None:
         return columns, None
     if by != BY_LABEL:
         return Columns(columns.tests, by, ("mean",)), np.zeros(columns.n_tests, np.int64)
-    labels = columns.labels(gradients.labels(names.TEST_LABELS))
+    labels = columns.labels(tested.labels(gradients))
     if labels is None:
-        raise UsageError(
-            f"--by label: {gradients.path} has no labels of test samples: take the mean of all with --mean, or record with "
-            f"recorder.record_test(..., labels=...)"
-        )
+        path, how = gradients.path, "record with recorder.record_test(..., labels=...)"
+        if tested.probe is not None:
+            path, how = tested.probe, "give them to hydra_pipe.probe(..., labels=...)"
+        raise UsageError(f"--by label: {path} has no labels of test samples: take the mean of all with --mean, or {how}")
     unique, groups = np.unique(labels, return_inverse=True)
     return Columns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)
 
 
 def reduction_input(
-    gradients: Gradients, checkpoint: int, n_samples: int, columns: Columns, memory_bytes: int, workers: Workers
+    gradients: Gradients, tested: WhichTests, n_samples: int, columns: Columns, memory_bytes: int, workers: Workers
 ) -> ReductionInput:
     """The sizes that a plan is made from, read off the store's metadata."""
-    rows, tests = gradients.rows, gradients.test_rows(checkpoint)
+    rows, tests = gradients.rows, tested.rows(gradients)
     return ReductionInput(
         n_rows=rows.n_rows,
         n_features=gradients.layout.n_features,

@@ -24,7 +24,7 @@ from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_byte
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, reduce_stage, stages_of_result
+from hydra_pipe.store.run import CHECKSUMS, OF_PROBE, OF_RECORD, RECORD, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
 from hydra_pipe.store.sweeps import remove_states
 
@@ -115,6 +115,8 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     found |= combined(passes)
     if plan.order == FROM_MATRIX:
         found |= left_of(directory.stages[request.keep_stage])
+    if request.options.test is not None:
+        source[OF_PROBE] = directory.stages[probe_stage(request.options.test)].facts.get(CHECKSUMS)
     directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
 
 
@@ -204,7 +206,7 @@ def _compute(
     job = Job(
         # what works elsewhere has another current directory
         gradients=request.gradients.path.absolute(),
-        checkpoint=request.checkpoint,
+        tested=request.tested,
         relevance=(_store(request) / request.name).absolute(),
         n_samples=given.n_samples,
         tests=request.columns.tests,

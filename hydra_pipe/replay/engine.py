@@ -49,7 +49,7 @@ class Replay:
         self._pipeline: Pipeline | None = None
         self._n_steps = request.gradients.n_steps
         self._recorded = request.gradients.step_table(names.LOSS)
-        self._recorded_tests = request.gradients.test_losses(request.checkpoint)[request.columns.test_ids]
+        self._recorded_tests = request.tested.losses(request.gradients)[request.columns.test_ids]
         # the largest difference between a loss and the recorded one
         self._off = 0.0
 

@@ -30,6 +30,34 @@ def save_final(directory: Path, model: nn.Module) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def load_final(directory: Path, sha256: object) -> dict[str, Any]:
+    """What `save_final` has kept: parameters and buffers by name.
+
+    Raises:
+        StoreError: the file is missing, or not the one with that SHA-256.
+    """
+    path = directory / names.FINAL_CHECKPOINT
+    try:
+        content = read_file(path)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error}): record the run again with --overwrite") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise StoreError(f"{path} is not what was written at the end of training: record the run again with --overwrite")
+    return unpacked(content)
+
+
+def state_digests(model: nn.Module) -> dict[str, str]:
+    """Of each parameter and buffer of a model's state_dict: the beginning of the SHA-256 of its dtype, shape and values."""
+    return {name: _digest_of(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _digest_of(value: torch.Tensor) -> str:
+    own = value.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}\n".encode())
+    found.update(own.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A file with the training's state. Its name has the step and the beginning of its content's SHA-256.

@@ -23,7 +23,16 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array, read_metadata
 from hydra_pipe.store.codec import RottenError, Shape, ShardCodec
 from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run import RECORD, RunDirectory, clean_stage, evaluate_stage, export_stage, keep_stage, reduce_stage
+from hydra_pipe.store.run import (
+    RECORD,
+    RunDirectory,
+    clean_stage,
+    evaluate_stage,
+    export_stage,
+    keep_stage,
+    probe_stage,
+    reduce_stage,
+)
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # of a file of an array in an object store, where each small read is a request
@@ -79,6 +88,8 @@ def area_of(stage: str) -> str:
         return names.kept_store(stage.removeprefix(keep_stage("")))
     if stage.startswith(reduce_stage("")):
         return f"{names.RELEVANCE}/{stage.removeprefix(reduce_stage(''))}"
+    if stage.startswith(probe_stage("")):
+        return names.probe_store(stage.removeprefix(probe_stage("")))
     if stage.startswith(evaluate_stage("")):
         return f"{names.EVALUATION}/{stage.removeprefix(evaluate_stage(''))}"
     if stage.startswith(clean_stage("")):
@@ -129,10 +140,10 @@ def footprints(root: Path, stage: str, written: Path | None = None) -> Footprint
         below, _, last = name.rpartition("/")
         if last != METADATA:
             continue
-        parent = f"{area}/{below}".rstrip("/")
-        files[f"{parent}/{METADATA}"] = of_file(root / parent / METADATA)
-        if read_metadata(root / parent)["node_type"] == "array":
-            array = Array.open(root / parent)
+        parent, path = f"{area}/{below}".rstrip("/"), (directory / below if below else directory)
+        files[f"{parent}/{METADATA}"] = of_file(path / METADATA)
+        if read_metadata(path)["node_type"] == "array":
+            array = Array.open(path)
             sizes = {at: there.get(f"{below}/{name_of(at)}".lstrip("/")) for at in places(array)}
             arrays[parent] = [_required(array, at, size) for at, size in sizes.items()]
     return Footprints(arrays, files)

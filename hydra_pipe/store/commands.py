@@ -13,9 +13,12 @@ from hydra_pipe.store.run import (
     evaluate_stage,
     export_stage,
     keep_stage,
+    probe_stage,
     reduce_stage,
 )
 
+# setting of a probe: FILE:FUNCTION of its dataset, or null
+DATASET = "dataset"
 # that needs no option
 _DEFAULT = "hydra"
 
@@ -28,10 +31,15 @@ def command_of(run: RunDirectory, stage: str) -> str:
     if stage.startswith(keep_stage("")):
         return f"{command_of(run, kept_with(run, stage))} --keep-hypergradients"
     if stage.startswith(reduce_stage("")):
-        method, by, _, rank = parts_of_result(stage.removeprefix(reduce_stage("")))
-        flags = ["--by", "label"] if by == BY_LABEL else ["--mean"] if by == MEAN else []
-        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO), "--rank": rank}
-        return _command("reduce", str(run.path), *flags, **options, **{"--method": None if method == _DEFAULT else method})
+        parts = parts_of_result(stage.removeprefix(reduce_stage("")))
+        flags = ["--by", "label"] if parts.by == BY_LABEL else ["--mean"] if parts.by == MEAN else []
+        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO), "--rank": parts.rank}
+        options |= {"--test": parts.test, "--method": None if parts.method == _DEFAULT else parts.method}
+        return _command("reduce", str(run.path), *flags, **options)
+    if stage.startswith(probe_stage("")):
+        dataset = str(settings.get(DATASET) or "FILE.py:FUNCTION")
+        name = {"--name": stage.removeprefix(probe_stage(""))}
+        return _command("probe", str(run.path), dataset, *_assignments(settings), **name)
     if stage.startswith(evaluate_stage("")):
         return _evaluate(run, stage.removeprefix(evaluate_stage("")), settings)
     if stage.startswith(clean_stage("")):

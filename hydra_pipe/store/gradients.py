@@ -256,6 +256,30 @@ class Gradients:
         check_kind(array, ("float32",), None)
         return read_array(array, slice(None))
 
+    def state_at(self, step: int) -> dict[str, str]:
+        """Digests of the parameters and buffers, by name, that the test gradients of `step` were taken at; empty: not known."""
+        found = self._test_group(step).attributes.get(names.STATE)
+        if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
+            return {}
+        return dict(found)
+
+    def preconditioner(self, step: int) -> list[NDArray[np.float32]] | None:
+        """D^(1/2) of each block, flattened, as the test gradients of `step` are times it; None: it is not kept.
+
+        Raises:
+            StoreError: damaged.
+        """
+        if not (self.path / names.PRECONDITIONER).exists():
+            return None
+        array = self._root.array(names.PRECONDITIONER)
+        if array.attributes.get(names.STEP) != step:
+            return None
+        check_kind(array, ("float32",), None)
+        ends = np.cumsum([block.numel for block in self.layout.blocks])
+        if array.shape != (ends[-1],):
+            raise StoreError(f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: {ROWS_UNREADABLE}")
+        return np.split(read_array(array), ends[:-1])
+
     def _test_group(self, step: int) -> Group:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
         if group is None:
@@ -271,19 +295,7 @@ class Gradients:
         group = self._root.group(names.LABELS)
         if group is None or not (group.path / which).exists():
             return None
-        array = group.array(which)
-        check_kind(array, ("int64",), None)
-        with damage_named(array.path, "labels are not readable"):
-            codes = array.read()
-        label_names = array.attributes.get(names.LABEL_NAMES)
-        if label_names is None:
-            return codes
-        found = label_objects(label_names)
-        if found is None:
-            raise StoreError(f"{array.path} is damaged: its names are not a list of strings: labels are not readable")
-        check_within(codes, len(found), f"labels of {array.path}")
-        labels: NDArray[Any] = found[codes]
-        return labels
+        return read_labels(group.array(which))
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Every array of the store with its name, for those who check or measure all of it."""
@@ -334,6 +346,22 @@ class Gradients:
         gone = self.pruned_arrays() if pruned else []
         arrays = ((name, array) for name, array in self.arrays() if name not in gone)
         return [f"{name} {fault}" for name, array in arrays if (fault := array.shortfall())]
+
+
+def read_labels(array: Array) -> NDArray[Any]:
+    """Labels: int64, or str objects where they were named. Raises: StoreError: damaged."""
+    check_kind(array, ("int64",), None)
+    with damage_named(array.path, "labels are not readable"):
+        codes = array.read()
+    label_names = array.attributes.get(names.LABEL_NAMES)
+    if label_names is None:
+        return codes
+    found = label_objects(label_names)
+    if found is None:
+        raise StoreError(f"{array.path} is damaged: its names are not a list of strings: labels are not readable")
+    check_within(codes, len(found), f"labels of {array.path}")
+    labels: NDArray[Any] = found[codes]
+    return labels
 
 
 def label_objects(label_names: Any) -> NDArray[Any] | None:

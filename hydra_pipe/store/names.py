@@ -16,6 +16,7 @@ LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"
+PROBES: Final = "probes"
 # in evaluation/KIND
 RETRAINED: Final = "retrained"
 TABLE: Final = "table.parquet"
@@ -26,12 +27,25 @@ FINAL_CHECKPOINT: Final = "final.pt"
 # What repairing has moved out of the way, and nobody removes: it may be the user's.
 SET_ASIDE: Final = "set-aside"
 # Everything else that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (GRADIENTS, HYPERGRADIENTS, RELEVANCE, RANKINGS, CLEANING, EVALUATION, CHECKPOINTS, CHECKSUMS, REPORT, MANIFEST)
+OWNED: Final = (
+    GRADIENTS,
+    HYPERGRADIENTS,
+    PROBES,
+    RELEVANCE,
+    RANKINGS,
+    CLEANING,
+    EVALUATION,
+    CHECKPOINTS,
+    CHECKSUMS,
+    REPORT,
+    MANIFEST,
+)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"
 TEST: Final = "test"
 LABELS: Final = "labels"
+PRECONDITIONER: Final = "preconditioner"
 RANK: Final = "rank"
 # arrays of gradients.zarr, and of test/<checkpoint>
 GRADIENT: Final = "gradient"
@@ -57,6 +71,8 @@ TEST_LABELS: Final = "test"
 LAYOUT: Final = "hydra_pipe_blocks"
 FEATURES: Final = "hydra_pipe_features"
 PRECONDITIONED: Final = "preconditioned"
+STATE: Final = "state"
+MADE_OF: Final = "made_of"
 N_RANKS: Final = "n_ranks"
 KIND: Final = "hydra_pipe"
 LABEL_NAMES: Final = "names"
@@ -76,6 +92,7 @@ STEP_DIM: Final = "step"
 SAMPLE_DIM: Final = "sample"
 TEST_DIM: Final = "test"
 TEST_GROUP_DIM: Final = "test_group"
+PARAMETER_DIM: Final = "parameter"
 
 # facts of a reduction, that its passes find
 CURVATURE_LEFT: Final = "curvature_left"
@@ -90,6 +107,11 @@ UNIT_TEXT: Final = "test loss"
 def checkpoint_name(step: int) -> str:
     """Group of the test gradients taken after `step` steps."""
     return f"{step:010d}"
+
+
+def probe_store(name: str) -> str:
+    """Where the test gradients of probe `name` are, relative to the run."""
+    return f"{PROBES}/{name}.zarr"
 
 
 def rank_name(rank: int) -> str:

@@ -13,7 +13,7 @@ from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import write_group
-from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, reduce_stage, stages_of_result
+from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.verify import PLACES, check_path
 
 # the method whose hypergradients are sums of rows
@@ -145,7 +145,8 @@ def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fau
 
 
 def _order(stage: str) -> int:
-    return next(i for i, prefix in enumerate((RECORD, keep_stage(""), reduce_stage(""), "")) if stage.startswith(prefix))
+    prefixes = (RECORD, keep_stage(""), probe_stage(""), reduce_stage(""), "")
+    return next(i for i, prefix in enumerate(prefixes) if stage.startswith(prefix))
 
 
 def _after_keeping(run: RunDirectory, stage: str, damaged: dict[str, Fault]) -> str:

@@ -1,13 +1,17 @@
 """A relevance array together with the recording that it was computed from, held against each other."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_recording
-from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance
+from hydra_pipe.store.probes import WhichTests, tested_by
+from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance, parts_of_result
 from hydra_pipe.store.run import UPTO, RunDirectory, reduce_stage
 
 
@@ -19,12 +23,14 @@ class ReducedRun:
         gradients: the recording.
         relevance: the array, whose files are all there.
         columns: what its columns are.
+        tested: whose test samples they are of.
         n_samples: training samples.
     """
 
     gradients: Gradients
     relevance: Array
     columns: Columns
+    tested: WhichTests
     n_samples: int
 
     @classmethod
@@ -33,12 +39,18 @@ class ReducedRun:
         reduction = directory.stages[reduce_stage(name)]
         upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
         gradients, counts = open_recording(directory, upto)
+        tested, n_known = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, parts_of_result(name).test)
         relevance = open_relevance(directory.path / names.RELEVANCE, name)
         columns = columns_of(relevance)
         n_tests = columns.tests[-1][1] if columns.tests else 0
         fault = relevance.shortfall()
-        if relevance.shape[0] != counts.n_samples or n_tests > counts.n_tests:
-            fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {counts.n_tests} were recorded"
+        if relevance.shape[0] != counts.n_samples or n_tests > n_known:
+            fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {n_known} were recorded"
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-        return cls(gradients, relevance, columns, counts.n_samples)
+        return cls(gradients, relevance, columns, tested, counts.n_samples)
+
+    @property
+    def test_labels(self) -> NDArray[Any] | None:
+        """Of the columns; None where they are not known. Shape (column,). Raises: StoreError: damaged."""
+        return self.columns.labels(self.tested.labels(self.gradients))

@@ -35,8 +35,8 @@ class Piece:
 class _Window:
     """Decodes windows into one buffer, and the one that is in it already not again."""
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self._buffer = np.empty(0, dtype)
+    def __init__(self, dtype: np.dtype[Any], consequence: str) -> None:
+        self._buffer, self._consequence = np.empty(0, dtype), consequence
         self._scratch: list[NDArray[Any]] = []
         self._held: tuple[StoredFile, slice, int, int] | None = None
 
@@ -47,7 +47,7 @@ class _Window:
         out = self._buffer[: n * width].reshape(n, width)
         if self._held != (file, rows, left, right):
             self._held = None
-            with damage_named(array.path, ROWS_UNREADABLE):
+            with damage_named(array.path, self._consequence):
                 file.read((rows, slice(left, right)), out, self._scratch)
             self._held = (file, rows, left, right)
         return out
@@ -60,24 +60,33 @@ class Rows:
         groups: that hold them; the rows of the first come first.
         n_features, n_blocks: of a row.
         part_rows: of each group only so many, the first; None: all.
+        consequence: of damage, for messages.
 
     Raises:
         StoreError: an array is missing or damaged, has fewer rows, or is not of this kind.
     """
 
-    def __init__(self, groups: Sequence[Group], n_features: int, n_blocks: int, part_rows: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        n_features: int,
+        n_blocks: int,
+        part_rows: tuple[int, ...] | None = None,
+        consequence: str = ROWS_UNREADABLE,
+    ) -> None:
+        self._consequence = consequence
         self._gradients = [group.array(names.GRADIENT) for group in groups]
         self._scales = [group.array(names.SCALE) for group in groups]
         self._first = self._gradients[0]
         for gradient, scale in zip(self._gradients, self._scales, strict=True):
-            check_kind(gradient, ROW_DTYPES, n_features)
-            check_kind(scale, ("float32",), n_blocks)
+            check_kind(gradient, ROW_DTYPES, n_features, consequence)
+            check_kind(scale, ("float32",), n_blocks, consequence)
             if not gradient.files_hold_rows or not gradient.stored_like(self._first):
-                raise StoreError(f"{gradient.path} has files in which rows are cut, or unlike those of others: {ROWS_UNREADABLE}")
+                raise StoreError(f"{gradient.path} has files in which rows are cut, or unlike those of others: {consequence}")
         there = tuple(array.shape[0] for array in self._gradients)
         self.part_rows = there if part_rows is None else part_rows
         if len(self.part_rows) != len(there) or any(n > has for n, has in zip(self.part_rows, there, strict=True)):
-            raise StoreError(f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {ROWS_UNREADABLE}")
+            raise StoreError(f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {consequence}")
 
     @property
     def n_rows(self) -> int:
@@ -126,7 +135,7 @@ class Rows:
         ends = [0, *ends_of(self.part_rows)]
         if only is not None:
             files = [file for file in files if has_any(only, ends[file[0]] + file[1] + file[2], ends[file[0]] + file[1] + file[3])]
-        window = _Window(self.dtype)
+        window = _Window(self.dtype, self._consequence)
         with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
 
             def fetch(number: int) -> "Future[Bytes] | None":
@@ -139,7 +148,7 @@ class Rows:
             for number, (part, start, low, high) in enumerate(files):
                 array = self._gradients[part]
                 assert coming is not None
-                with damage_named(array.path, ROWS_UNREADABLE):
+                with damage_named(array.path, self._consequence):
                     file = StoredFile(coming.result(), array.codec)
                 coming = fetch(number + 1)
                 for first in range(low, high, at_once):
@@ -149,11 +158,14 @@ class Rows:
 
     def features(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""
-        return joined(lambda part, own: read_array(self._gradients[part], own, columns), rows, self.part_rows)
+        return joined(lambda part, own: self._read(self._gradients[part], own, columns), rows, self.part_rows)
 
     def scales(self, rows: slice) -> NDArray[np.float32]:
         """Scales of some rows, shape (row, block). Raises: StoreError: damaged."""
-        return joined(lambda part, own: read_array(self._scales[part], own), rows, self.part_rows)
+        return joined(lambda part, own: self._read(self._scales[part], own), rows, self.part_rows)
+
+    def _read(self, array: Array, *window: slice) -> NDArray[Any]:
+        return read_array(array, *window, consequence=self._consequence)
 
 
 def has_any(rows: NDArray[np.int64], first: int, last: int) -> bool:
@@ -170,12 +182,12 @@ def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: S
     return np.concatenate(found) if found else read(0, slice(0, 0))
 
 
-def check_kind(array: Array, dtypes: Sequence[str], width: int | None) -> None:
+def check_kind(array: Array, dtypes: Sequence[str], width: int | None, consequence: str = ROWS_UNREADABLE) -> None:
     """Refuse an array of another dtype or width (None: one value a row) than what it is read as. Raises: StoreError."""
     if array.dtype.name not in dtypes or array.shape[1:] != (() if width is None else (width,)):
         raise StoreError(
             f"{array.path} has {array.dtype.name} values of shape {array.shape}, not {' or '.join(dtypes)} "
-            f"{'one' if width is None else width} a row: {ROWS_UNREADABLE}"
+            f"{'one' if width is None else width} a row: {consequence}"
         )
 
 
@@ -185,7 +197,7 @@ def check_within(values: NDArray[np.int64], n: int, what: str) -> None:
         raise StoreError(f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}")
 
 
-def read_array(array: Array, *window: slice) -> NDArray[Any]:
-    """Values of a window of one array. Raises: StoreError: damaged."""
-    with damage_named(array.path, ROWS_UNREADABLE):
+def read_array(array: Array, *window: slice, consequence: str = ROWS_UNREADABLE) -> NDArray[Any]:
+    """Values of a window of one array. Raises: StoreError: damaged; the message adds `consequence`."""
+    with damage_named(array.path, consequence):
         return array.read(*window)

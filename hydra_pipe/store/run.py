@@ -23,7 +23,7 @@ PRUNED, COMMITTED = "pruned", "committed"
 # setting of a reduction: of the first steps only
 UPTO = "upto"
 # facts: SHA-256 of the file of a stage's footprints, and of those of what it was computed from
-CHECKSUMS, OF_RECORD, OF_REDUCE, OF_SELF = "checksums", "of_record", "of_reduce", "of_self"
+CHECKSUMS, OF_RECORD, OF_PROBE, OF_REDUCE, OF_SELF = "checksums", "of_record", "of_probe", "of_reduce", "of_self"
 
 
 def reduce_stage(method: str) -> str:
@@ -49,6 +49,11 @@ def clean_stage(method: str) -> str:
 def stages_of_result(method: str) -> tuple[str, ...]:
     """Names of the stages whose results come from `method`'s relevance, and go when it does."""
     return export_stage(method), clean_stage(method)
+
+
+def probe_stage(name: str) -> str:
+    """Name of the stage that takes the test gradients of probe `name`."""
+    return f"probe {name}"
 
 
 def evaluate_stage(kind: str) -> str:

@@ -18,6 +18,7 @@ from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import open_kept
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.probes import Probe
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.relevance import (
     ITSELF,
@@ -30,6 +31,7 @@ from hydra_pipe.store.relevance import (
 )
 from hydra_pipe.store.run import (
     CHECKSUMS,
+    OF_PROBE,
     OF_RECORD,
     OF_REDUCE,
     OF_SELF,
@@ -41,16 +43,19 @@ from hydra_pipe.store.run import (
     evaluate_stage,
     export_stage,
     keep_stage,
+    probe_stage,
     reduce_stage,
 )
 from hydra_pipe.store.sense import check_rows
 
 _KEEP, _REDUCE, _EXPORT = keep_stage(""), reduce_stage(""), export_stage("")
-_CLEAN, _EVALUATE = clean_stage(""), evaluate_stage("")
+_CLEAN, _EVALUATE, _PROBE = clean_stage(""), evaluate_stage(""), probe_stage("")
+_STAGES = (_KEEP, _PROBE, _REDUCE, _EXPORT, _CLEAN, _EVALUATE)
 # directories in which hydra-pipe alone writes
 PLACES = (
     names.GRADIENTS,
     names.HYPERGRADIENTS,
+    names.PROBES,
     names.RELEVANCE,
     names.RANKINGS,
     names.CLEANING,
@@ -94,7 +99,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
     for name, stage in run.stages.items():
-        if stage.state == "complete" and (name == RECORD or name.startswith((_KEEP, _REDUCE, _EXPORT, _CLEAN, _EVALUATE))):
+        if stage.state == "complete" and (name == RECORD or name.startswith(_STAGES)):
             yield from check_stage(run, name, task)
     if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
@@ -158,6 +163,8 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
     again = f"{command_of(run, stage)} --overwrite"
     if stage.startswith(_KEEP):
         return f"no test samples can be answered from what was kept: keep it again with {again}"
+    if stage.startswith(_PROBE):
+        return f"nothing can be computed for its test samples: take it again with {again}"
     if stage.startswith(_REDUCE):
         return f"the relevance cannot be trusted: compute it again with {again}"
     if stage.startswith(_EVALUATE):
@@ -199,6 +206,9 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
     """Whether `stage` was computed from what is there now."""
     sources = [(RECORD, OF_RECORD, "recording")]
     facts = run.stages[stage].facts
+    probed = parts_of_result(stage.removeprefix(_REDUCE)).test if stage.startswith(_REDUCE) else None
+    if probed is not None:
+        sources.append((probe_stage(probed), OF_PROBE, "probe"))
     if stage.startswith((_EXPORT, _CLEAN)):
         method = stage.removeprefix(_EXPORT if stage.startswith(_EXPORT) else _CLEAN)
         sources = [(reduce_stage(method), OF_REDUCE, "relevance")]
@@ -221,6 +231,8 @@ def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints |
         yield from check_rows(run, consequence)
     elif stage.startswith(_KEEP):
         yield from _check_kept_shapes(run, stage, consequence)
+    elif stage.startswith(_PROBE):
+        _check_probe(run, stage)
     elif stage.startswith(_REDUCE):
         yield from _check_relevance(run, stage, consequence)
     elif stage.startswith(_EXPORT):
@@ -246,13 +258,26 @@ def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
         yield from check_stage(run, keep_stage(method), task)
 
 
-def _check_kept_shapes(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+def _recording_of(run: RunDirectory) -> Gradients | None:
+    """The recording; None where it has a fault, which is told there: what was made of it may be whole."""
     try:
         gradients = Gradients(run.path / names.GRADIENTS)
     except StoreError:
-        return  # a fault of the recording, and told there: what was kept may be whole
-    if gradients.run_id != run.run_id:
-        return  # likewise
+        return None
+    return gradients if gradients.run_id == run.run_id else None
+
+
+def _check_probe(run: RunDirectory, stage: str) -> None:
+    """Raises: StoreError: something is wrong with the probe, though every file may be as it was written."""
+    gradients = _recording_of(run)
+    if gradients is not None:
+        Probe(run.path / area_of(stage), gradients).check(run.stages[stage].count("n_tests", least=1))
+
+
+def _check_kept_shapes(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+    gradients = _recording_of(run)
+    if gradients is None:
+        return
     store = open_kept(run.path / area_of(stage), gradients)
     found = dict(store.arrays())
     for name, shape in store.expected_shapes(gradients, run.stages[RECORD].count("n_samples")).items():
@@ -309,6 +334,8 @@ def total_bytes(run: RunDirectory) -> int:
             total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
             for kept in run.kept_methods():
                 total += sum(array.n_bytes for _, array in open_kept(run.path / names.kept_store(kept), gradients).arrays())
+            for stage in (name for name in run.stages if name.startswith(_PROBE)):
+                total += sum(array.n_bytes for _, array in Probe(run.path / area_of(stage), gradients).arrays())
         for method in methods_of(run):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

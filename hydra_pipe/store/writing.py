@@ -1,6 +1,6 @@
 """`gradients.zarr`, for writing: a recording begins, or goes on, and its rows and steps stream in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STE
 from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
 
 STEP_SHARD_ROWS = 4096
+# of a file of the preconditioner
+_PARAMETERS_IN_FILE = 2**22
 # of a store: some thirty files of metadata, and the block directory
 _METADATA_BYTES = 2**20
 
@@ -99,14 +101,12 @@ class GradientsWriter:
         """
         beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
         row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside
-        test_bytes = self.layout.n_features * np.dtype(self._test_dtype).itemsize + beside
+        test_bytes = self.layout.n_features * np.dtype(test_dtype(self.dtype)).itemsize + beside
+        n_preconditioned = sum(block.numel for block in self.layout.blocks) if self._root.attributes[names.PRECONDITIONED] else 0
         columns = [*_shared_step_columns(self._n_groups, len(self.layout.blocks)), *(Column(*c) for c in ROWS_OF_STEP.items())]
         step_bytes = sum(np.dtype(c.dtype).itemsize * (1 if c.width is None else c.width[0]) for c in columns)
-        return (n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes) * 17 // 16 + _METADATA_BYTES
-
-    @property
-    def _test_dtype(self) -> str:
-        return "float32" if self.dtype == "float32" else "float16"
+        values_bytes = n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_preconditioned * 4
+        return values_bytes * 17 // 16 + _METADATA_BYTES
 
     def append_step(self, values: dict[str, Any]) -> None:
         """Add a line to the step tables, of which this process keeps its own. `values` has one for each column."""
@@ -118,32 +118,37 @@ class GradientsWriter:
         """Steps whose lines are on disk."""
         return self._steps[-1].n_written
 
-    def test_rows(self, step: int) -> TableWriter:
-        """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample."""
-        dtype = self._test_dtype
-        geometry = store_geometry(self.layout.n_features, np.dtype(dtype).itemsize)
+    def test_rows(self, step: int, state: Mapping[str, str] | None = None) -> TableWriter:
+        """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample.
+
+        Args:
+            step: so many steps were taken.
+            state: digests of the model's parameters and buffers, by name; None: not known.
+        """
         path = self._root.require_group(names.TEST).path / names.checkpoint_name(step)
         remove(path)
-        group = Group.create(path, {names.STEP: step})
-        columns = [*_gradient_columns(self.layout, dtype, geometry), Column(names.LOSS, "float32")]
-        return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, self._writer)
+        group = Group.create(path, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)}))
+        return test_table(group, self.layout, self.dtype, self._writer)
+
+    def write_preconditioner(self, step: int, roots: Sequence[NDArray[Any]]) -> None:
+        """Keep D^(1/2) of each block as it is after `step` steps, in place of an earlier one: later test gradients need it.
+
+        Args:
+            step: so many steps were taken.
+            roots: of each block, flattened.
+        """
+        path, values = self._root.path / names.PRECONDITIONER, np.concatenate(roots).astype(np.float32)
+        in_file = min(len(values), _PARAMETERS_IN_FILE)
+        remove(path)
+        attributes = {names.STEP: step}
+        array = Array.create(path, values.shape, "float32", (names.PARAMETER_DIM,), (in_file,), attributes=attributes)
+        for number in range(-(-len(values) // in_file)):
+            array.write_file((number,), values[number * in_file : (number + 1) * in_file])
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
-        """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`).
-
-        Integers are kept as they are; strings as codes, with their names in the attributes.
-        """
-        path = self._root.require_group(names.LABELS).path / which
-        values = np.asarray(labels)
+        """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`)."""
         dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
-        attributes = {}
-        if values.dtype.kind not in "iu":
-            unique, values = np.unique(values.astype(str), return_inverse=True)
-            attributes[names.LABEL_NAMES] = unique.tolist()
-        remove(path)
-        array = Array.create(path, values.shape, "int64", (dimension,), (max(1, len(values)),), attributes=attributes)
-        if len(values):
-            array.write_file((0,), values.astype(np.int64))
+        put_labels(self._root.require_group(names.LABELS).path / which, labels, dimension)
 
     @property
     def stalls(self) -> Stalls:
@@ -157,7 +162,9 @@ class GradientsWriter:
         self._writer.drain()
         try:
             root = self._paths[-1]
-            for part in (names.TEST, names.LABELS) if self._is_first else ():  # others might see files that come and go
+            for part in (
+                (names.TEST, names.LABELS, names.PRECONDITIONER) if self._is_first else ()
+            ):  # others might see files that come and go
                 sync_tree(root / part)
             for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
                 sync(group / METADATA)
@@ -180,6 +187,32 @@ class GradientsWriter:
         """Write the end of a table of test gradients and wait for it."""
         table.flush()
         self._writer.drain()
+
+
+def test_dtype(dtype: str) -> str:
+    """Of test gradients, beside rows of `dtype`."""
+    return "float32" if dtype == "float32" else "float16"
+
+
+def test_table(group: Group, layout: Layout, dtype: str, writer: BackgroundWriter) -> TableWriter:
+    """A table of test gradients in `group`, beside rows of `dtype`: gradient, scale and loss of each test sample."""
+    own = test_dtype(dtype)
+    geometry = store_geometry(layout.n_features, np.dtype(own).itemsize)
+    columns = [*_gradient_columns(layout, own, geometry), Column(names.LOSS, "float32")]
+    return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, writer)
+
+
+def put_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any], dimension: str) -> None:
+    """Write an array of labels; integers are kept as they are, strings as codes, with their names in the attributes."""
+    values = np.asarray(labels)
+    attributes = {}
+    if values.dtype.kind not in "iu":
+        unique, values = np.unique(values.astype(str), return_inverse=True)
+        attributes[names.LABEL_NAMES] = unique.tolist()
+    remove(path)
+    array = Array.create(path, values.shape, "int64", (dimension,), (max(1, len(values)),), attributes=attributes)
+    if len(values):
+        array.write_file((0,), values.astype(np.int64))
 
 
 def _create(path: Path, attributes: dict[str, Any], n_ranks: int) -> Group:
@@ -205,12 +238,15 @@ def _open_shared(path: Path, run_id: str) -> Group:
 
 
 def _remove_past(path: Path, kept: Kept) -> None:
-    """Remove test gradients and labels that are not kept."""
+    """Remove test gradients and labels that are not kept, and a preconditioner of such test gradients."""
     for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
         there = (path / part).is_dir()
         found = [entry for entry in (path / part).iterdir() if entry.is_dir() and entry.name not in wanted] if there else []
         for entry in found if wanted else [path / part]:
             remove(entry)
+    preconditioner = path / names.PRECONDITIONER
+    if preconditioner.exists() and Array.open(preconditioner).attributes.get(names.STEP) not in kept.tests:
+        remove(preconditioner)
 
 
 def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:

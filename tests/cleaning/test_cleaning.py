@@ -95,7 +95,7 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp
     assert 50 < found.drop.num_rows < 350
     assert (labels != truth)[drop["train_id"]].mean() > 0.6, "by chance 0.2"
     relabelled = [(i, s) for i, s in zip(drop["train_id"], drop["suggested_label"], strict=True) if s is not None]
-    assert len(relabelled) > 20
+    assert len(relabelled) > 10
     assert np.mean([truth[i] == s for i, s in relabelled]) > 0.6, "by chance 0.1"
     assert hydra_pipe.verify(run) == []
 

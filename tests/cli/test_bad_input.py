@@ -68,7 +68,7 @@ RECORD = [
     (f"{BAD}:model_that_raises", [], r"the model raised at step 0 \(epoch 1\): RuntimeError: mat1 and mat2", 1),
     (f"{BAD}:no_pairs", [], r"train dataset yields Tensor: it must yield pairs", 1),
     (f"{BAD}:empty_test", [], r"test dataset is empty", 1),
-    (f"{BAD}:no_dataset", [], r"train is int 7: it must be a map-style dataset", 1),
+    (f"{BAD}:no_dataset", [], r"train dataset is int 7: it must be a map-style dataset", 1),
     (f"{BAD}:too_few_labels", [], r"sample_labels has 3 entries for 20 samples", 1),
     (f"{BAD}:nothing_to_train", [], r"no trainable parameter", 1),
     (f"{BAD}:other_optimizer", [], r"Adagrad is not handled", 1),

@@ -13,7 +13,7 @@ import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.store.commands import command_of
-from hydra_pipe.store.relevance import parts_of_result, result_name
+from hydra_pipe.store.relevance import parts_of_result, result_name, result_of
 from hydra_pipe.store.run import RunDirectory
 
 
@@ -85,5 +85,9 @@ def test_every_method_is_in_the_help_and_in_the_documents() -> None:
 @pytest.mark.parametrize("by", [None, "label", "mean"])
 @pytest.mark.parametrize("upto", [None, 12])
 @pytest.mark.parametrize("rank", [None, 20])
-def test_a_name_of_a_result_is_taken_apart_as_it_was_made(method: str, by: str | None, upto: int | None, rank: int | None) -> None:
-    assert parts_of_result(result_name(method, by, upto, rank)) == (method, by, upto, rank)
+@pytest.mark.parametrize("test", [None, "wrong", "mean", "by_label", "2"])
+def test_a_name_of_a_result_is_taken_apart_as_it_was_made(
+    method: str, by: str | None, upto: int | None, rank: int | None, test: str | None
+) -> None:
+    assert parts_of_result(result_name(method, by, upto, rank, test)) == (method, by, upto, rank, test)
+    assert result_of(result_name(method, by, upto, rank), test) == result_name(method, by, upto, rank, test)

@@ -31,6 +31,7 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import cluster, hydra, schedulers
 from hydra_pipe.reduction import request as request_module
 from hydra_pipe.store import relevance
+from hydra_pipe.store.probes import WhichTests
 
 # one process starts the clusters, once
 pytestmark = pytest.mark.xdist_group("schedulers")
@@ -224,7 +225,7 @@ def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
     for n_chunks in (1, 3, 40):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hydra, "SAMPLE_MULTIPLE", -(-20 // n_chunks))
-            job = hydra.Job(Path(), 0, Path(), 20, (), None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
+            job = hydra.Job(Path(), WhichTests(0), Path(), 20, (), None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
             found = [(share, sums.compute(scheduler="synchronous")) for share, sums in hydra._totals(job, inputs, (100, 120))]
         assert found[0][0][0] == 100
         assert found[-1][0][1] == 120

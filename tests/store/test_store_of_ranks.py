@@ -21,11 +21,13 @@ from hydra_pipe.reduction.schedulers import Workers
 from hydra_pipe.store import names
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
+from hydra_pipe.store.probes import WhichTests
 from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance
 from hydra_pipe.store.writing import GradientsWriter
 
 LAYOUT = Layout((Block("w", (7, 5), 0, "factored", (0, 7), (7, 12)), Block("c", (9,), 0, "dense", (12, 21))), 21, 0)
 N_SAMPLES, N_STEPS, SHARD_ROWS = 30, 40, 8
+AT_END = WhichTests(N_STEPS)
 # rows of each rank in a step
 SIZES = [(1, 2, 3), (2, 3, 1), (2, 1, 2)]
 RUN_ID = "0" * 32
@@ -115,7 +117,7 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
     found = []
     for path in stores:
         store = Gradients(path)
-        given = reduction_input(store, N_STEPS, N_SAMPLES, ALL, 2**40, threads(workers))
+        given = reduction_input(store, AT_END, N_SAMPLES, ALL, 2**40, threads(workers))
         plan = plan_reduction(given, None)
         assert all(start in shard_starts(store.rows.part_rows) for start, _ in plan.row_runs)
         for asked in orders_of(plan):
@@ -138,7 +140,7 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
 
 def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
     create_relevance(target, "hydra", WORDS, N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
-    job = Job(store.path, N_STEPS, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan)
+    job = Job(store.path, AT_END, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan)
     for _, graph in graphs(job, rows.append):
         graph.compute(scheduler="synchronous")
     return open_relevance(target, "hydra").read()
@@ -148,7 +150,7 @@ def test_building_a_graph_computes_and_reads_nothing(
     stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Gradients(stores[0])
-    plan = plan_reduction(reduction_input(store, N_STEPS, N_SAMPLES, ALL, 2**40, threads(2)), None)
+    plan = plan_reduction(reduction_input(store, AT_END, N_SAMPLES, ALL, 2**40, threads(2)), None)
     shutil.rmtree(stores[0])
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -158,7 +160,10 @@ def test_building_a_graph_computes_and_reads_nothing(
     with dask.config.set(scheduler=refuse):
         for asked in orders_of(plan):
             built = list(
-                graphs(Job(store.path, N_STEPS, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, None, asked), refuse)
+                graphs(
+                    Job(store.path, AT_END, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, None, asked),
+                    refuse,
+                )
             )
             assert len(built) == asked.passes
     assert not (tmp_path / "none").exists()

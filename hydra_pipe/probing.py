@@ -1,0 +1,298 @@
+"""Test gradients of new inputs on a finished run: from the function that gives them to `probes/NAME.zarr`."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.loading import load_dataset, pipeline_of
+from hydra_pipe.maths.quantise import Dtype
+from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.batches import probe_batches
+from hydra_pipe.recording.collector import Collector, Root
+from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.pipeline import Pipeline, check_dataset
+from hydra_pipe.recording.ranks import unwrapped
+from hydra_pipe.recording.settings import json_settings
+from hydra_pipe.recording.testing import Labels, digest_of, record_test_gradients
+from hydra_pipe.store import names
+from hydra_pipe.store.checkpoints import load_final, state_digests
+from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.commands import DATASET
+from hydra_pipe.store.files import replaced_directory
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.prefix import open_recording
+from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
+from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, Settings, probe_stage
+from hydra_pipe.units import format_seconds
+
+# of a run that does not say it: samples that go through the model at once
+_BATCH = 64
+_AGAIN = "record the run again with --overwrite"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be taken.
+
+    Args:
+        dataset: the new test samples.
+        seed, batch_size: how they are drawn.
+        labels: of them; None: integer targets, or unknown.
+        settings: of the stage.
+    """
+
+    dataset: Any
+    seed: int
+    batch_size: int
+    labels: Labels | None
+    settings: Settings
+
+    def batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of (inputs, targets), in order."""
+        return _counted(probe_batches(self.dataset, self.seed, self.batch_size), task)
+
+
+def _counted(batches: Iterator[tuple[Tensor, Tensor]], task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    for inputs, targets in batches:
+        yield inputs, targets
+        task.advance(len(inputs))
+
+
+def probe(
+    run: str | os.PathLike[str],
+    dataset: Any,
+    *,
+    name: str,
+    settings: Mapping[str, Any] | list[str] | None = None,
+    labels: Labels | None = None,
+    pipeline: str | Pipeline | None = None,
+    model: nn.Module | None = None,
+    loss: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Take the test gradients of new inputs at the end of a finished run, for `reduce(..., test=name)`.
+
+    They are taken at the run's final parameters, with its encodings and seeds, as if they had been among its test samples.
+
+    Args:
+        run: directory of the run.
+        dataset: map-style dataset of (input, target), or "path/to/file.py:function" of a function that returns one.
+        name: of the probe: letters, digits and "_".
+        settings: of the function, as a mapping of values or as "KEY=VALUE" strings.
+        labels: one, integer or string, for each sample; taken from integer targets if absent.
+        pipeline: that was recorded: the file where it has moved, or a Pipeline where such an object was recorded, whose model
+            gets the final parameters.
+        model, loss: of a run that was recorded in a loop of one's own: the model with the parameters that `record_test` met, and
+            (output, target) -> losses of shape (batch,), or their mean or sum.
+        overwrite: take it again, and discard what was computed from it.
+        progress: where to show progress; nowhere if absent.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        RunError: there is no run, it is not recorded to the end, or the model is not that of the run.
+        StoreError: the recording is damaged.
+        UsageError: arguments that cannot be.
+        PipelineError, UserCodeError, DataError, NonFiniteError, BooksError, LayerError: as in recording.
+    """
+    check_name(name)
+    if (model is None) != (loss is None) or (model is not None and pipeline is not None):
+        raise UsageError("give a pipeline, or a model and its loss: both of these, and not beside a pipeline")
+    progress = progress or Progress()
+    directory = RunDirectory.open(run)
+    gradients, counts = open_recording(directory, None)
+    asked = _asked(directory, dataset, settings, labels, counts.checkpoint, progress)
+    stage = probe_stage(name)
+    if not overwrite and not _has_work(directory, stage, asked.settings):
+        return False
+    with ExitStack() as locks:
+        for own in (stage, *results_of(directory, name)):
+            locks.enter_context(one_writer(directory.path, own))
+        directory.refresh()  # another process may have done it in the meantime
+        if not overwrite and not _has_work(directory, stage, asked.settings):
+            return False
+        start = time.monotonic()
+        subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
+        _take(directory, gradients, name, subject, asked, progress)
+        progress.say(f"took the gradients of {len(asked.dataset):,} samples in {format_seconds(time.monotonic() - start)}")
+    return True
+
+
+def _has_work(directory: RunDirectory, stage: str, settings: Settings) -> bool:
+    """Whether the probe is yet to be taken: of one that has failed nothing is there, whatever it was of. Raises: RunError."""
+    found = directory.stages.get(stage)
+    return found is None or found.state != "complete" or directory.has_work(stage, settings)
+
+
+def _asked(
+    directory: RunDirectory,
+    dataset: Any,
+    settings: Mapping[str, Any] | list[str] | None,
+    labels: Labels | None,
+    checkpoint: int,
+    progress: Progress,
+) -> _Asked:
+    """Raises: UsageError, PipelineError, UserCodeError, DataError: the dataset cannot be had, or is none."""
+    recorded = directory.stages[RECORD].settings
+    seed, batch_size = recorded.get("seed"), recorded.get("batch_size")
+    seed, batch_size = seed if is_count(seed) else 0, batch_size if is_count(batch_size, 1) else _BATCH
+    own: Settings = {DATASET: None}
+    if isinstance(dataset, str):
+        source = load_dataset(dataset, settings)
+        own = {DATASET: source.spec} | source.recorded_settings
+        dataset = source.build()
+    elif settings:
+        raise UsageError("settings go with a function FILE:NAME: a dataset has been made already")
+    check_dataset("the dataset", dataset)
+    with progress.task("read", len(dataset), "rows") as task:
+        own[SAMPLES] = digest_of(_counted(probe_batches(dataset, seed, batch_size), task))
+    if labels is not None:
+        own[LABELS] = hashlib.sha256(repr(np.asarray(labels).tolist()).encode()).hexdigest()[:16]
+    return _Asked(dataset, seed, batch_size, labels, json_settings(own | {"checkpoint": checkpoint}))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the gradients are taken of.
+
+    Args:
+        model: with the final parameters.
+        loss: of it.
+        trained: name and group of each parameter that was recorded, in the order of the blocks.
+        root: of the preconditioner at the end; None: there is none.
+    """
+
+    model: nn.Module
+    loss: Any
+    trained: dict[nn.Parameter, tuple[str, int]]
+    root: Root | None
+
+
+def _subject(
+    directory: RunDirectory, gradients: Gradients, step: int, pipeline: str | Pipeline | None, model: nn.Module | None, loss: Any
+) -> _Subject:
+    """Raises: RunError: it is not the run's, or not known."""
+    if model is None:
+        advice = (
+            "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., loss=...), or pipeline=... where "
+            "that was recorded"
+        )
+        load, sha256 = pipeline_of(directory, pipeline, advice), directory.stages[RECORD].facts.get("final_sha256")
+        if sha256 is None:
+            raise RunError(f"{directory.path} was recorded by a loop of one's own, which keeps its parameters itself: {advice}")
+        built = load()
+        model, loss = built.model, built.loss
+        final = load_final(directory.path / names.CHECKPOINTS, sha256)
+        _check_names(directory, model.state_dict(), final)
+        model.load_state_dict(final)
+    model = unwrapped(model)
+    _check_state(directory, gradients.state_at(step), state_digests(model), step)
+    parameters = dict(model.named_parameters())
+    trained = {}
+    for block in gradients.layout.blocks:
+        parameter = parameters.get(block.name)
+        if parameter is None or tuple(parameter.shape) != block.shape:
+            has = "none of that name" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            raise RunError(
+                f"{directory.path} has recorded parameter {block.name} {block.shape}, the model has {has}: give the run's own"
+            )
+        trained[parameter] = (block.name, block.group)
+    return _Subject(model, loss, trained, _root(directory, gradients, step, list(trained)))
+
+
+def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping[str, Any]) -> None:
+    """Raises: RunError: other parameters and buffers, or of another shape, than were kept at the end of training."""
+    for name in dict.fromkeys([*final, *now]):
+        shapes = [tuple(np.shape(values[name])) if name in values else None for values in (final, now)]
+        if shapes[0] != shapes[1]:
+            was, has = ("none" if shape is None else f"shape {shape}" for shape in shapes)
+            raise RunError(f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it is another one")
+
+
+def _check_state(directory: RunDirectory, recorded: Mapping[str, str], now: Mapping[str, str], step: int) -> None:
+    """Raises: RunError: the model's parameters and buffers are not those that the test gradients were taken at."""
+    if not recorded:
+        raise RunError(f"{directory.path} does not say which parameters its test gradients were taken at: {_AGAIN}")
+    for name in dict.fromkeys([*recorded, *now]):
+        if recorded.get(name) != now.get(name):
+            how = "lacks it" if name not in now else "has it beside" if name not in recorded else "has other values"
+            raise RunError(
+                f"{directory.path}: {name} is not as it was after {step} steps, when the test gradients were taken: the model "
+                f"{how}: load the parameters of that moment"
+            )
+
+
+def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: list[nn.Parameter]) -> Root | None:
+    if not gradients.preconditioned:
+        return None
+    found = gradients.preconditioner(step)
+    if found is None:
+        raise RunError(
+            f"{directory.path} does not have the optimizer's preconditioner as it was after {step} steps, without which no test "
+            f"gradient can be taken: {_AGAIN}"
+        )
+    roots = [torch.from_numpy(root).to(p).reshape(p.shape) for root, p in zip(found, parameters, strict=True)]
+    return lambda index, _: roots[index]
+
+
+def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
+    stage = probe_stage(name)
+    drop_results(directory, name)
+    directory.begin(stage, asked.settings)
+    start = time.monotonic()
+    path = directory.path / area_of(stage)
+    attributes = {names.RUN_ID: directory.run_id, names.MADE_OF: asked.settings}
+    dtype = str(gradients.rows.dtype)
+    try:
+        with replaced_directory(path) as partial:
+            with (
+                _collecting(subject, gradients, cast(Dtype, dtype)) as collector,
+                progress.task("probe", len(asked.dataset), "rows") as task,
+                probe_table(partial, attributes, gradients.layout, dtype) as table,
+            ):
+                n_tests, labels, worst = record_test_gradients(
+                    subject.model, collector, table, asked.batches(task), subject.loss, asked.labels, "at the end", "probe"
+                )
+            if labels is not None:
+                write_probe_labels(partial, labels)
+            checksums = seal(directory, stage, partial)
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+            directory.end(stage, "failed", error=str(error) or type(error).__name__)
+        raise
+    source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
+    seconds = time.monotonic() - start
+    directory.end(stage, "complete", n_tests=n_tests, seconds=seconds, worst_imbalance=worst, checksums=checksums, **source)
+
+
+@contextmanager
+def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterator[Collector]:
+    """A collector of the model's gradients in the run's own columns. Afterwards the model and its hooks are as they were."""
+    # what was trained and then frozen has a gradient all the same
+    frozen = [parameter for parameter in subject.trained if not parameter.requires_grad]
+    devices = list({parameter.device for parameter in subject.trained if parameter.is_cuda})
+    layout = gradients.layout
+    collector = Collector(subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype)
+    try:
+        collector.resume(layout, dtype)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with evaluating(subject.model), torch.random.fork_rng(devices):
+            yield collector
+    finally:
+        collector.detach()
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,163 @@
+"""`probes/NAME.zarr`: gradients of new test samples, taken where the last test gradients of the recording were taken."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError, UsageError, shown
+from hydra_pipe.plan.layout import Layout
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array, Group
+from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.gradients import Gradients, read_labels
+from hydra_pipe.store.relevance import parts_of_result
+from hydra_pipe.store.rows import Rows, check_kind, read_array
+from hydra_pipe.store.run import RunDirectory, probe_stage
+from hydra_pipe.store.table import BackgroundWriter, TableWriter
+from hydra_pipe.store.writing import put_labels, test_table
+
+PROBE_UNREADABLE = "the probe is not readable: take it again with hydra-pipe probe --overwrite"
+# settings of the stage: digests of the samples, and of labels that were given
+SAMPLES, LABELS = "samples", "labels"
+# a part of the names of results, whose parts hyphens divide
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,49}")
+
+
+def check_name(name: str) -> None:
+    """Refuse what no probe can be called. Raises: UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit first")
+
+
+class Probe:
+    """A probe, opened for reading.
+
+    Args:
+        path: of its store.
+        gradients: of the same run; its rows may be gone.
+
+    Raises:
+        StoreError: it is missing, damaged, or of another run.
+    """
+
+    def __init__(self, path: Path, gradients: Gradients) -> None:
+        self.path = path
+        self._root = Group.open(path, PROBE_UNREADABLE)
+        kind, run_id = (self._root.attributes.get(name) for name in (names.KIND, names.RUN_ID))
+        if kind != "probe" or run_id != gradients.run_id:
+            raise StoreError(f"{path} is no probe of this recording: {PROBE_UNREADABLE}")
+        layout = gradients.layout
+        self.rows = Rows([self._root], layout.n_features, len(layout.blocks), None, PROBE_UNREADABLE)
+
+    def losses(self) -> NDArray[np.float32]:
+        """Loss of each test sample. Raises: StoreError: damaged."""
+        array = self._root.array(names.LOSS)
+        check_kind(array, ("float32",), None, PROBE_UNREADABLE)
+        return read_array(array, consequence=PROBE_UNREADABLE)
+
+    def labels(self) -> NDArray[Any] | None:
+        """Of the test samples: int64, or str objects where they were named; None: not known. Raises: StoreError: damaged."""
+        return read_labels(self._root.array(names.LABELS)) if (self.path / names.LABELS).exists() else None
+
+    def arrays(self) -> list[tuple[str, Array]]:
+        """Every array with its name."""
+        return [(name, self._root.array(name)) for name in self._root.array_names()]
+
+    def check(self, n_tests: int) -> None:
+        """Hold lengths against what the manifest counts, and against the files. Reads no values. Raises: StoreError."""
+        for name, array in self.arrays():
+            fault = f"has {array.shape[0]} rows, {n_tests} were written" if array.shape[0] != n_tests else array.shortfall()
+            if fault is not None:
+                raise StoreError(f"{self.path / name} {fault}: {PROBE_UNREADABLE}")
+
+
+@dataclass(frozen=True)
+class WhichTests:
+    """Which test samples relevance is for, and where their gradients are.
+
+    Args:
+        step: the recording's own, as they were taken after so many steps; or
+        probe: path of the store of a probe, which was taken at the same parameters. None: the recording's own.
+    """
+
+    step: int
+    probe: Path | None = None
+
+    def rows(self, store: Gradients) -> Rows:
+        """Their gradients. Raises: StoreError: there are none."""
+        return store.test_rows(self.step) if self.probe is None else Probe(self.probe, store).rows
+
+    def losses(self, store: Gradients) -> NDArray[np.float32]:
+        """Of each. Raises: StoreError: damaged."""
+        return store.test_losses(self.step) if self.probe is None else Probe(self.probe, store).losses()
+
+    def labels(self, store: Gradients) -> NDArray[Any] | None:
+        """Of each; None: not known. Raises: StoreError: damaged."""
+        return store.labels(names.TEST_LABELS) if self.probe is None else Probe(self.probe, store).labels()
+
+
+def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
+    """Probe `name`, with an absolute path.
+
+    Raises:
+        UsageError: no probe can be called so. RunError: there is none. StoreError: it is damaged.
+    """
+    check_name(name)
+    stage = run.require(probe_stage(name), f"hydra-pipe probe {run.path} FILE.py:FUNCTION --name {name}")
+    probe = Probe(run.path.absolute() / names.probe_store(name), store)
+    probe.check(stage.count("n_tests", least=1))
+    return probe
+
+
+def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name: str | None) -> tuple[WhichTests, int]:
+    """The test samples of probe `name`, or the recording's own `n_tests` as they were after `step` steps; and how many they are.
+
+    Raises:
+        UsageError, RunError, StoreError: see `open_probe`.
+    """
+    if name is None:
+        return WhichTests(step), n_tests
+    probe = open_probe(run, store, name)
+    return WhichTests(step, probe.path), probe.rows.n_rows
+
+
+@contextmanager
+def probe_table(path: Path, attributes: Mapping[str, Any], layout: Layout, dtype: str) -> Iterator[TableWriter]:
+    """A block that writes a new store at `path`, and its table of test gradients, beside rows of `dtype`.
+
+    Raises:
+        StoreError: when the block ends: writing failed.
+    """
+    writer = BackgroundWriter()
+    try:
+        table = test_table(Group.create(path, {names.KIND: "probe", **attributes}), layout, dtype, writer)
+        yield table
+        table.flush()
+    finally:
+        writer.close()
+
+
+def write_probe_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
+    """Keep one label for each test sample of the probe that is written at `path`."""
+    put_labels(path / names.LABELS, labels, names.TEST_DIM)
+
+
+def results_of(run: RunDirectory, name: str) -> list[str]:
+    """Stages that hold what was computed for probe `name`."""
+    return [stage for stage in run.stages if parts_of_result(stage.partition(" ")[2]).test == name]
+
+
+def drop_results(run: RunDirectory, name: str) -> None:
+    """Discard what was computed for probe `name`."""
+    stages = results_of(run, name)
+    if stages:  # first the claims, then what they claim
+        run.forget(*stages)
+    for stage in stages:
+        remove(run.path / area_of(stage))
