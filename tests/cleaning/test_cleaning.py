@@ -84,7 +84,7 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
 
 def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp_path: Path) -> None:
     run, spec = tmp_path / "run", str(ROOT / "pipelines" / "digits.py")
-    hydra_pipe.record(spec, run, settings={"noise": 0.2, "epochs": 5})
+    hydra_pipe.record(spec, run, settings={"noise": 0.2, "epochs": 8})
     hydra_pipe.reduce(run)
     found = hydra_pipe.clean(run)
     sys.path.insert(0, str(ROOT / "pipelines"))
@@ -95,7 +95,7 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp
     assert 50 < found.drop.num_rows < 350
     assert (labels != truth)[drop["train_id"]].mean() > 0.6, "by chance 0.2"
     relabelled = [(i, s) for i, s in zip(drop["train_id"], drop["suggested_label"], strict=True) if s is not None]
-    assert len(relabelled) > 10
+    assert len(relabelled) > 20
     assert np.mean([truth[i] == s for i, s in relabelled]) > 0.6, "by chance 0.1"
     assert hydra_pipe.verify(run) == []
 
