@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.trainer import train
+    from hydra_pipe.reporting.run import report_run as report
     from hydra_pipe.view import Run, open_run
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "reduce",
     "register_rule",
     "register_rule_of_optimizer",
+    "report",
     "train",
     "verify",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "reduce": ("hydra_pipe.api", "reduce"),
     "register_rule": ("hydra_pipe.maths.layers", "register_rule"),
     "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
+    "report": ("hydra_pipe.reporting.run", "report_run"),
     "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
     "train": ("hydra_pipe.recording.trainer", "train"),
     "verify": ("hydra_pipe.api", "verify"),

@@ -36,6 +36,10 @@ class UsageError(HydraError):
     exit_code = 2
 
 
+class ExtraError(HydraError):
+    """Something needs a package that is not installed, and that hydra-pipe does not depend on."""
+
+
 class PipelineError(HydraError):
     """The user's pipeline file is missing, broken, or describes something that cannot be trained."""
 

@@ -4,9 +4,10 @@ import importlib.util
 import inspect
 import random
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,12 +15,18 @@ import numpy as np
 import torch
 
 from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError, shown
+from hydra_pipe.recording.batches import probe_batches
 from hydra_pipe.recording.pipeline import Pipeline, check_dataset, described
 from hydra_pipe.recording.settings import json_settings
+from hydra_pipe.recording.testing import digest_of
 from hydra_pipe.recording.user_code import user_code_error
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.commands import DATASET
+from hydra_pipe.store.files import is_remote
+from hydra_pipe.store.probes import SAMPLES
+from hydra_pipe.store.run import RECORD, RunDirectory, Settings, probe_stage
 
 DEFAULT_FUNCTION = "pipeline"
+_PACKAGE = Path(__file__).parent
 # how the names of a function's settings begin in a manifest
 _SET = "set "
 
@@ -123,7 +130,7 @@ def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = 
 
 
 def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) -> Callable[[], Pipeline]:
-    """What builds the pipeline that `run` was recorded with again, untrained, and refuses another.
+    """What builds the pipeline that `run` was recorded from again, untrained, and refuses another.
 
     Args:
         run: with a recording.
@@ -131,12 +138,9 @@ def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) ->
         advice: what needs it and how to give it, for a run that does not know it.
 
     Raises:
-        RunError: it is not known; and, when it is built: it is another one than was recorded, the message says in what.
+        RunError: see `recorded_spec`; and, when it is built: it is another one than was recorded, the message says in what.
     """
-    settings = run.stages[RECORD].settings
-    spec = given if given is not None else settings.get("pipeline")
-    if not isinstance(spec, str | Pipeline):
-        raise RunError(f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}")
+    settings, spec = run.stages[RECORD].settings, recorded_spec(run, given, advice)
 
     def load() -> Pipeline:
         built = spec if isinstance(spec, Pipeline) else load_pipeline(spec, recorded_assignments(settings)).build()
@@ -149,10 +153,80 @@ def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) ->
     return load
 
 
+def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given: Any = None) -> Callable[[], Pipeline]:
+    """What builds a pipeline with the samples of probe `name` as its tests.
+
+    Args:
+        run: with that probe.
+        load: builds the pipeline.
+        name: of the probe.
+        given: its dataset; None: as the probe names it.
+
+    Raises:
+        RunError: the dataset is not known; and, when it is built: it is another one than the probe was taken of.
+    """
+    path, settings = run.path, run.stages[probe_stage(name)].settings
+    spec = settings.get(DATASET)
+    if given is None and not isinstance(spec, str):
+        raise RunError(
+            f"{path}: probe {name} is of a dataset that was given as an object, and hydra-exact needs its samples: give it again, "
+            f"as hydra_pipe.reduce(run, method='hydra-exact', test='{name}', dataset=...)"
+        )
+
+    def probed() -> Pipeline:
+        pipeline = load()
+        dataset = load_dataset(str(spec), recorded_assignments(settings)).build() if given is None else given
+        check_dataset(f"the dataset of probe {name}", dataset)
+        if digest_of(probe_batches(dataset, pipeline.seed, pipeline.batch_size)) != settings.get(SAMPLES):
+            raise RunError(
+                f"{path}: the samples of probe {name} are others than those that it was taken of: give these, or take it again "
+                f"with hydra-pipe probe --overwrite"
+            )
+        return replace(pipeline, test=dataset, test_labels=None)
+
+    return probed
+
+
+def recorded_spec(run: RunDirectory, given: str | Pipeline | None, advice: str) -> str | Pipeline:
+    """What `load_pipeline` takes to build the pipeline of `run`, or the pipeline. Arguments: see `pipeline_of`.
+
+    Raises:
+        RunError: it is not known, or is a file that nobody should run unasked.
+    """
+    if given is not None:
+        return given
+    spec = run.stages[RECORD].settings.get("pipeline")
+    if not isinstance(spec, str):
+        raise RunError(f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}")
+    _refuse_stranger(run.path, spec)
+    return spec
+
+
 def recorded_assignments(settings: Settings) -> list[str]:
     """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did."""
     own = {key.removeprefix(_SET): value for key, value in settings.items() if key.startswith(_SET)}
     return [f"{key}={'none' if value is None else value}" for key, value in own.items()]
+
+
+def _refuse_stranger(run: Path, spec: str) -> None:
+    """A run may come from a stranger, and its manifest name any function of any file: only pipelines of the user's own are run.
+
+    Raises: RunError: `spec` is in the run itself, of an installed package, or does not use hydra-pipe.
+    """
+    file = Path(_split_spec(spec)[0])
+    if not file.is_file():
+        return  # which is told where it is loaded
+    where = file.resolve()
+    packages = {"site-packages", "dist-packages"} & set(where.parts) or _PACKAGE in where.parents
+    if not is_remote(run) and run.resolve() in where.parents:
+        why = "lies in the run itself"
+    elif packages or any(Path(place).resolve() in where.parents for place in (sysconfig.get_path("stdlib"), sys.prefix)):
+        why = "is part of an installed package"
+    elif "hydra_pipe" not in where.read_text(encoding="utf-8", errors="replace"):
+        why = "does not mention hydra_pipe"
+    else:
+        return
+    raise RunError(f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with --pipeline if it is yours")
 
 
 def _difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:

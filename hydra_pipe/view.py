@@ -1,14 +1,18 @@
 """A run as an object, for reading."""
 
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RunError, StoreError
+from hydra_pipe.errors import HydraError, StoreError
+from hydra_pipe.notebook.frames import samples_frame, top_frame
+from hydra_pipe.notebook.plots import Plots
+from hydra_pipe.notebook.results import Results
+from hydra_pipe.notebook.summary import html, html_of_failure, plain
+from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import is_remote, tree_bytes
@@ -16,10 +20,11 @@ from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMN
 from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.probes import open_probe
 from hydra_pipe.store.relevance import columns_of, open_relevance, parts_of_result, read_relevance
-from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RECORD, RunDirectory
 from hydra_pipe.store.verify import methods_of
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
     import zarr
 
@@ -35,31 +40,45 @@ def open_run(run: str | os.PathLike[str]) -> "Run":
 
 
 class Run:
-    """A run directory, for reading. Made by `open_run`."""
+    """A run directory, for reading. Made by `open_run`.
+
+    It answers as the run is when it is asked: what is reduced or exported later is there without opening it again.
+    """
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
+        self._results = Results(directory)
+        self.plot = Plots(self._results)
+
+    def __repr__(self) -> str:
+        return plain(self._results.directory(), self.methods)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        directory = self._results.directory()
+        try:
+            return html(directory, self._recording())
+        except HydraError as error:
+            return html_of_failure(directory, error)
 
     @property
     def path(self) -> Path:
         """Where it is."""
-        return self._directory.path
+        return self._results.path
 
     @property
     def run_id(self) -> str:
         """Its name in every table written from it."""
-        return self._directory.run_id
+        return self._results.directory().run_id
 
     @property
     def methods(self) -> list[str]:
         """Methods whose relevance is there."""
-        stages = self._directory.stages
-        return [m for m in methods_of(self._directory) if stages[reduce_stage(m)].state == "complete"]
+        return self._results.methods()
 
-    @cached_property
+    @property
     def gradients(self) -> Gradients:
         """The recorded rows. Raises: StoreError: missing or damaged."""
-        return Gradients(self.path / names.GRADIENTS)
+        return self._results.gradients
 
     @property
     def steps(self) -> dict[str, NDArray[Any]]:
@@ -85,11 +104,7 @@ class Run:
         return zarr.open_array(store, mode="r", zarr_format=3)
 
     def _relevance(self, method: str) -> Array:
-        if method not in self.methods:
-            raise RunError(
-                f"{self.path} has no relevance of method {method} (it has {', '.join(self.methods) or 'none'}): run "
-                f"hydra-pipe reduce {self.path} --method {method} first"
-            )
+        self._results.check(method)
         return open_relevance(self.path / names.RELEVANCE, method)
 
     def _test_labels(self, result: str) -> NDArray[Any] | None:
@@ -97,18 +112,20 @@ class Run:
         name = parts_of_result(result).test
         if name is None:
             return self.gradients.labels(names.TEST_LABELS)
-        return open_probe(self._directory, self.gradients, name).labels()
+        return open_probe(self._results.directory(), self.gradients, name).labels()
 
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
         """The whole relevance matrix, in memory, float32, dimensions (sample, test); (sample, test_group) where
         `method` names means over test samples, "hydra-by-label" or "hydra-mean". That for the samples of the probe `wrong` is
-        called "hydra-of-wrong".
+        called "hydra-of-wrong". `relevance_array` reads a part of it.
 
         R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss for most methods
         (docs/methods.md). Method "self" has one column, of each training sample for itself.
 
         Returns:
-            An xarray.DataArray with the labels as coordinates where xarray is installed, else a NumPy array.
+            An xarray.DataArray where xarray is installed, else a NumPy array. Its coordinates are `sample` and `test`, the ids, and
+            `sample_label` and `test_label` where labels are known (`test_group` and `test_group_label` of means); its attributes
+            `method`, `sign`, `unit` and `run_id`.
 
         Raises:
             RunError: it was not computed.
@@ -121,6 +138,7 @@ class Run:
         except ImportError:
             return values
         columns = columns_of(array)
+        sign, unit = (array.attributes[name] for name in (names.SIGN, names.UNIT))
         dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
         coordinates: dict[str, Any] = {names.SAMPLE_DIM: np.arange(values.shape[0]), dimension: columns.ids}
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
@@ -137,24 +155,71 @@ class Run:
             dims=(names.SAMPLE_DIM, dimension),
             coords=coordinates,
             name="relevance",
-            attrs={name: array.attributes[name] for name in (names.METHOD, names.SIGN, names.UNIT)},
+            attrs={names.METHOD: method, names.SIGN: sign, names.UNIT: unit, names.RUN_ID: self._results.directory().run_id},
         )
+
+    def top(self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra") -> "pandas.DataFrame":
+        """The training samples that helped or harmed one test sample most. Reads the column of that test sample, no more than a
+        chunk of them.
+
+        Args:
+            test_id: of the test sample; of means the number of the column.
+            k: how many a side at most; fewer where fewer have that sign.
+            side: "helpful", "harmful" or "both".
+            method: whose relevance.
+
+        Returns:
+            Columns `rank` (from 1), `train_id`, `label`, `relevance`, as the exported rankings have them, ties by `train_id`; with
+            both sides `side` before these. `attrs` has `method`, `sign`, `unit`, `run_id` and `test_id`.
+
+        Raises:
+            UsageError: no such test sample, side or number.
+            RunError: the relevance was not computed.
+            StoreError: it is damaged.
+            ExtraError: pandas is not installed.
+        """
+        return top_frame(self._results, method, test_id, k, side)
+
+    def samples(self, method: str = "hydra", *, progress: Progress | None = None) -> "pandas.DataFrame":
+        """Every training sample over all test samples: what was exported, if it is of the relevance that is there now, else added
+        up out of core.
+
+        Args:
+            method: whose relevance.
+            progress: where to show progress; nowhere if absent.
+
+        Returns:
+            The columns of `samples.parquet`, in order of `train_id`: `train_id`, `label`, `relevance_sum`, `relevance_mean`, `rank`
+            (1 = most harmful), `self_relevance` (not a number before `reduce --method self`), `visits`. `attrs` as in `top`.
+
+        Raises:
+            UsageError: the method has no test samples.
+            RunError: the relevance was not computed.
+            StoreError: it is damaged.
+            ExtraError: pandas is not installed.
+        """
+        return samples_frame(self._results, method, progress or Progress())
 
     def info(self) -> dict[str, Any]:
         """What is there: sizes, encodings, progress of every stage, settings. Plain values, as `info --json` prints them."""
-        stages = {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in self._directory.stages.items()}
+        directory = self._results.directory()
+        stages = {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in directory.stages.items()}
+        reports = [names.report_file(method) for method in methods_of(directory) if method != names.DEFAULT_RESULT]
         found: dict[str, Any] = {
             "path": str(self.path),
             "run_id": self.run_id,
-            "versions": self._directory.versions,
+            "versions": directory.versions,
             "stages": stages,
-            "bytes": {name: tree_bytes(self.path / name) for name in names.OWNED if (self.path / name).exists()},
+            "bytes": {name: tree_bytes(self.path / name) for name in [*names.OWNED, *reports] if (self.path / name).exists()},
         }
-        if RECORD in stages and (self.path / names.GRADIENTS).is_dir():
-            found["recording"] = self._recording()
-        return found
+        recording = self._recording()
+        return found if recording is None else found | {"recording": recording}
 
-    def _recording(self) -> dict[str, Any]:
+    def _recording(self) -> dict[str, Any] | None:
+        """What is recorded so far; None: nothing."""
+        directory = self._results.directory()
+        if RECORD not in directory.stages or not (self.path / names.GRADIENTS).is_dir():
+            return None
         store = self.gradients
         item_bytes = store.rows.dtype.itemsize
         blocks = [
@@ -172,7 +237,7 @@ class Run:
         ]
         n_parameters = sum(block.numel for block in store.layout.blocks)
         # of one that goes on, or was interrupted, what is safe: its arrays grow one after the other
-        recording = self._directory.stages[RECORD]
+        recording = directory.stages[RECORD]
         safe = None if recording.state == "complete" else committed(recording)
         prefix = Prefix(store.n_steps, store.rows.part_rows) if safe is None else safe.prefix
         tests = store.test_steps() if safe is None or safe.tests is None else safe.tests

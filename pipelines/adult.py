@@ -13,6 +13,23 @@ from hydra_pipe import Pipeline
 
 NUMBERS = (0, 2, 4, 10, 11, 12)
 CATEGORIES = (1, 3, 5, 6, 7, 8, 9, 13)
+COLUMNS = (
+    "age",
+    "workclass",
+    "fnlwgt",
+    "education",
+    "education-num",
+    "marital-status",
+    "occupation",
+    "relationship",
+    "race",
+    "sex",
+    "capital-gain",
+    "capital-loss",
+    "hours-per-week",
+    "native-country",
+)
+CLASSES = ("<=50K", ">50K")
 
 
 class Tabular(nn.Module):
@@ -76,14 +93,25 @@ def pipeline(
         labels = torch.tensor([int(row[14].startswith(">50K")) for row in rows])
         return TensorDataset(torch.cat([scaled, categories.float()], dim=1), labels)
 
+    def render(row: Tensor) -> dict[str, str]:
+        unscaled = (row[: len(NUMBERS)] * spread + mean).round().long().tolist()
+        found = dict(zip(NUMBERS, map(str, unscaled), strict=True))
+        for column, names, code in zip(CATEGORIES, values, row[len(NUMBERS) :].long().tolist(), strict=True):
+            found[column] = names[code - 1] if code else "(not in the training rows)"
+        return {name: found[column] for column, name in enumerate(COLUMNS)}
+
+    train_set, test_set = dataset(train), dataset(test)
     model = Tabular([len(names) + 1 for names in values], len(NUMBERS))
     return Pipeline(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2),
         loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
-        train=dataset(train),
-        test=dataset(test),
+        train=train_set,
+        test=test_set,
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
+        sample_labels=[CLASSES[label] for label in train_set.tensors[1].tolist()],
+        test_labels=[CLASSES[label] for label in test_set.tensors[1].tolist()],
+        render=render,
     )

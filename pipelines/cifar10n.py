@@ -80,6 +80,7 @@ def pipeline(
         name = "y_train" if labels == "clean" else f"y_train_{labels}"
         train = TensorDataset(pixels(file["x_train"][:n_train]), torch.from_numpy(file[name][:n_train].astype(np.int64)))
         chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(int)  # the file is in order of class
+        classes = file["class_names"].tolist()
         truth = file["y_train"][:n_train].tolist()
         test = TensorDataset(pixels(file["x_test"][chosen]), torch.from_numpy(file["y_test"][chosen].astype(np.int64)))
     model = resnet(width)
@@ -93,6 +94,8 @@ def pipeline(
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
-        true_labels=truth,
+        sample_labels=[classes[label] for label in train.tensors[1].tolist()],
+        test_labels=[classes[label] for label in test.tensors[1].tolist()],
+        true_labels=[classes[label] for label in truth],
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-n_train // batch_size)),
     )

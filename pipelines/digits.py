@@ -49,6 +49,7 @@ def pipeline(epochs: int = 20, lr: float = 0.05, noise: float = 0.0, seed: int =
         epochs=epochs,
         seed=seed,
         true_labels=truth[:-N_TEST].tolist(),
+        render=lambda pixels: pixels.reshape(8, 8),
     )
 
 

@@ -55,6 +55,11 @@ def flip(labels: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
     return changed
 
 
+def named(labels: torch.Tensor) -> list[str]:
+    """Of each label the name of its class."""
+    return [CLASSES[label] for label in labels.tolist()]
+
+
 def pipeline(
     data: Path = Path("data/fashion-mnist"),
     n_train: int = 20_000,
@@ -81,8 +86,9 @@ def pipeline(
         batch_size: pictures a step.
         seed: of the weights, the noise and the order.
     """
-    train = load(data, "train", n_train)
+    train, test = load(data, "train", n_train), load(data, "t10k", n_test)
     images, labels = train.tensors
+    given = flip(labels, noise, seed)
     model = lenet5()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     steps = epochs * -(-n_train // batch_size)
@@ -90,11 +96,13 @@ def pipeline(
         model=model,
         optimizer=optimizer,
         loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
-        train=TensorDataset(images, flip(labels, noise, seed)),
-        test=load(data, "t10k", n_test),
+        train=TensorDataset(images, given),
+        test=test,
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
-        true_labels=labels.tolist() if noise > 0 else None,
+        sample_labels=named(given),
+        test_labels=named(test.tensors[1]),
+        true_labels=named(labels) if noise > 0 else None,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
     )

@@ -106,4 +106,5 @@ def pipeline(
         seed=seed,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up)),
         max_grad_norm=1.0,
+        render=lambda tokens: "".join(symbols[token] for token in tokens),
     )

@@ -15,8 +15,9 @@ FLOORS = [
     {"plan"},
     {"store"},
     {"recording", "reduction", "exporting"},
-    {"loading", "view"},
-    {"replay", "probing"},
+    {"loading", "notebook"},
+    {"view"},
+    {"replay", "probing", "reporting"},
     {"evaluation"},
     {"cleaning"},
     {"api"},
@@ -79,6 +80,7 @@ def test_an_import_that_points_up_is_named(unit: str, source: str, expected: str
 def test_reduction_export_and_command_line_need_no_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "import hydra_pipe.reduction.run, hydra_pipe.exporting.run, hydra_pipe.cleaning.run, hydra_pipe.view, hydra_pipe.cli.app"
+        "import hydra_pipe.reduction.run, hydra_pipe.exporting.run, hydra_pipe.cleaning.run, hydra_pipe.reporting.run\n"
+        "import hydra_pipe.view, hydra_pipe.cli.app"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -181,7 +181,7 @@ def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(root: str, mo
         raise OSError("the connection is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.exporting.run._Export._classes_table", fail)
+        patch.setattr("hydra_pipe.exporting.totals.Adding.classes", fail)
         with pytest.raises(OSError, match="connection is gone"):
             hydra_pipe.export(run)
     assert RunDirectory.open(run).stages["export hydra"].state == "failed"

@@ -34,10 +34,30 @@ def test_relevance_is_an_xarray_with_labels(finished: Path) -> None:
     relevance = hydra_pipe.open_run(finished).relevance("hydra")
     assert isinstance(relevance, xarray.DataArray)
     assert relevance.dims == ("sample", "test")
-    assert relevance.attrs["unit"] == "test loss"
+    assert set(relevance.coords) == {"sample", "test", "sample_label", "test_label"}
+    assert relevance.sizes == {"sample": 26, "test": 7}
+    assert relevance.attrs == {
+        "method": "hydra",
+        "sign": "positive: helpful, leaving the training sample out raises the test loss",
+        "unit": "test loss",
+        "run_id": hydra_pipe.open_run(finished).run_id,
+    }
     pipeline = conv_pipeline()
     np.testing.assert_array_equal(relevance.sample_label, pipeline.train.tensors[1])
     np.testing.assert_array_equal(relevance.test_label, pipeline.test.tensors[1])
+
+
+def test_relevance_of_chosen_test_samples_and_of_means_has_their_ids_and_labels(run: Path) -> None:
+    labels = conv_pipeline().test.tensors[1].numpy()
+    hydra_pipe.reduce(run, by="label")
+    means = hydra_pipe.open_run(run).relevance("hydra-by-label")
+    assert means.dims == ("sample", "test_group")
+    np.testing.assert_array_equal(means.test_group_label, np.unique(labels))
+    assert means.attrs["method"] == "hydra-by-label"
+    hydra_pipe.reduce(run, tests="2,4-5", overwrite=True)
+    chosen = hydra_pipe.open_run(run).relevance()
+    np.testing.assert_array_equal(chosen.test, [2, 4, 5])
+    np.testing.assert_array_equal(chosen.test_label, labels[[2, 4, 5]])
 
 
 def test_xarray_opens_the_store_itself(finished: Path) -> None:

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from hydra_pipe.cleaning.decision import Cut, scores_of
 from hydra_pipe.cleaning.evidence import sums_over
-from hydra_pipe.errors import RunError
 from hydra_pipe.evaluation.campaign import Job, retrain
 from hydra_pipe.evaluation.noise import true_labels
 from hydra_pipe.evaluation.retraining import HIT, LOSS
 from hydra_pipe.evaluation.subject import Subject
-from hydra_pipe.loading import recorded_assignments
+from hydra_pipe.loading import recorded_assignments, recorded_spec
 from hydra_pipe.maths.ranks import crossed_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.pipeline import Pipeline
@@ -32,6 +31,7 @@ from hydra_pipe.store.run import RECORD, RunDirectory
 DEFAULT_SEEDS = 3
 ALL, PROPOSED, RANDOM, WRONG = "all samples", "without the proposed", "without as many at random", "without the wrong labels"
 _SEED = 0x636C65
+_ADVICE = "--retrain trains again, and needs that. Give it as hydra_pipe.clean(run, retrain=True, pipeline=...), newly built"
 Ids = NDArray[np.int64]
 Row = dict[str, Any]
 
@@ -40,16 +40,12 @@ def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: in
     """The run with its pipeline, built as it was recorded, and how many seeds there are to be.
 
     Raises:
-        RunError: the pipeline is not known, or another one. UsageError: it has no setting `seed`, and more than one is asked for.
+        RunError: the pipeline is not known, is not to be run unasked, or is another one. UsageError: it has no setting `seed`, and
+            more than one is asked for.
         PipelineError: it cannot be built.
     """
+    spec = recorded_spec(directory, pipeline, _ADVICE)
     settings = directory.stages[RECORD].settings
-    spec = pipeline if pipeline is not None else settings.get("pipeline")
-    if not isinstance(spec, str | Pipeline):
-        raise RunError(
-            f"{directory.path} was recorded by a loop of one's own, or from a Pipeline object: --retrain trains again, and needs "
-            f"that. Give it as hydra_pipe.clean(run, retrain=True, pipeline=...), newly built"
-        )
     subject = Subject.open(spec, directory, recorded_assignments(settings) if isinstance(spec, str) else None)
     if seeds is None:
         return subject, DEFAULT_SEEDS if subject.has_seeds() else 1
@@ -130,7 +126,7 @@ def compared(
     """
     found = ReducedRun.open(subject.run, method)
     labels = subject.sample_labels()
-    folds, how = folds_of(found.columns, subject.n_tests, found.test_labels)
+    folds, how = folds_of(found.columns, subject.n_tests, found.labels_of_columns())
     sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
     proposed = [cut.of(scores_of(own, labels)) for own in sums]
     rng = np.random.default_rng(_SEED)

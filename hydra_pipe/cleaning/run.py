@@ -289,7 +289,7 @@ def _columns_of(by: str | None) -> str:
 
 def _suggested(found: ReducedRun, ids: NDArray[np.int64], labels: NDArray[Any] | None) -> list[Any]:
     """A label for each of `ids`; None where nothing says which."""
-    of_columns = found.test_labels
+    of_columns = found.labels_of_columns()
     if labels is None or of_columns is None or (labels.dtype == object) != (of_columns.dtype == object) or not len(ids):
         return [None] * len(ids)
     classes, groups = np.unique(of_columns, return_inverse=True)

@@ -106,6 +106,11 @@ Scheduler = Annotated[
     ),
 ]
 Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
+ShownTests = Annotated[
+    str | None,
+    typer.Option("--tests", metavar="SELECTION", help="show these test samples, such as 0-99,150; else those that tell most"),
+]
+Shown = Annotated[int, typer.Option("--top", help="training samples a side (helpful, harmful) to show for each test sample")]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
 Repair = Annotated[
     bool,
@@ -271,6 +276,42 @@ def export(
 
 @app.command()
 @explained
+def report(
+    run: RunPath,
+    method: Method = "hydra",
+    test: Test = None,
+    tests: ShownTests = None,
+    top: Shown = 5,
+    memory: Memory = "4GiB",
+    pipeline: MovedPipeline = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a reduced run: predictions, the training samples that made them, and those to check first.
+
+    Samples are drawn by the pipeline that was recorded, which is built again.
+
+    Example: hydra-pipe report runs/digits --tests 0-19
+    """
+    from hydra_pipe.reporting.run import report_run
+    from hydra_pipe.store.relevance import result_of
+
+    done = report_run(
+        run,
+        method=method,
+        test=test,
+        tests=tests,
+        top=top,
+        memory=memory,
+        pipeline=pipeline,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    _say(done, run, "reported", f"open {run.rstrip('/')}/{names.report_file(result_of(method, test))}")
+
+
+@app.command()
+@explained
 def clean(
     run: RunPath,
     method: Method = "hydra",
@@ -350,7 +391,7 @@ def probe(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Take the test gradients of new inputs on a finished run: reduce and export --test NAME then answer for these.
+    """Take the test gradients of new inputs on a finished run: reduce, export and report --test NAME then answer for these.
 
     Example: hydra-pipe probe runs/digits mistakes.py:wrong --name wrong --set day=monday
     """

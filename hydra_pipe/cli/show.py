@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_pipe.errors import printable
+from hydra_pipe.notebook.summary import rows_line, settings_line
 from hydra_pipe.units import format_bytes, format_seconds
 
 _LONGEST_SECONDS = 1e12
@@ -26,19 +27,12 @@ def show_info(info: dict[str, Any]) -> None:
     console.print(f"on disk: {sizes}")
 
     settings = info["stages"].get("record", {}).get("settings", {})
-    console.print(
-        "settings: "
-        + printable(", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None)))
-    )
+    console.print(f"settings: {settings_line(settings)}")
 
     recording = info.get("recording")
     if recording is None:
         return
-    ranks = f", recorded by {recording['ranks']} processes" if recording["ranks"] > 1 else ""
-    console.print(
-        f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
-        f"{recording['parameters']:,} parameters, {recording['steps']:,} steps{ranks}"
-    )
+    console.print(rows_line(recording))
     blocks = Table("block", "shape", "group", "encoding", "columns", "bytes a row", "exact", box=None, pad_edge=False)
     for block in recording["blocks"]:
         shape = "x".join(map(str, block["shape"]))

@@ -82,12 +82,7 @@ class ExportPlan:
 
     def blocks(self, n_samples: int, n_tests: int) -> Iterator[tuple[slice, slice]]:
         """Test samples and training samples of each block, in order: all slabs of some test samples, then the next."""
-        for first in range(0, n_tests, self.block_tests):
-            for low in range(0, n_samples, self.slab_samples):
-                yield (
-                    slice(first, min(first + self.block_tests, n_tests)),
-                    slice(low, min(low + self.slab_samples, n_samples)),
-                )
+        return _divided(n_samples, n_tests, self.slab_samples, self.block_tests)
 
 
 def plan_export(given: ExportInput) -> ExportPlan:
@@ -96,9 +91,10 @@ def plan_export(given: ExportInput) -> ExportPlan:
     Raises:
         BudgetError: not even the smallest do; the message has both numbers and a way out.
     """
-    slab = given.n_samples if given.n_samples <= MOST_WHOLE else SLAB_SAMPLES
+    slab = _slab(given.n_samples)
     group = power_of_two(GROUP_ROWS // given.n_samples)
-    width = _widest(given, slab, group)
+    column_bytes = 4 * slab + given.ranked * _RANKED_BYTES
+    width = _widest(slab == given.n_samples, max(given.chunk_tests, group), column_bytes)
     while (peak := _peak_bytes(given, slab, width, group)) > given.memory_bytes:
         if width == group:
             raise BudgetError(
@@ -119,16 +115,47 @@ def plan_export(given: ExportInput) -> ExportPlan:
     )
 
 
+def blocks_to_add(n_samples: int, n_tests: int, chunk_tests: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks for whoever adds up the relevance, ranks nothing and has no budget: an export's slabs, so its sums, in whole chunks.
+
+    Two of them, one that is added up while the next is read, take 512 MiB at most.
+
+    Args:
+        n_samples, n_tests: of the relevance array.
+        chunk_tests: columns of a chunk of it.
+
+    Returns:
+        As `ExportPlan.blocks`.
+    """
+    slab = _slab(n_samples)
+    return _divided(n_samples, n_tests, slab, _widest(slab == n_samples, chunk_tests, 4 * slab))
+
+
+def _divided(n_samples: int, n_tests: int, slab_samples: int, block_tests: int) -> Iterator[tuple[slice, slice]]:
+    for first in range(0, n_tests, block_tests):
+        for low in range(0, n_samples, slab_samples):
+            yield slice(first, min(first + block_tests, n_tests)), slice(low, min(low + slab_samples, n_samples))
+
+
+def _slab(n_samples: int) -> int:
+    return n_samples if n_samples <= MOST_WHOLE else SLAB_SAMPLES
+
+
 def power_of_two(n: int) -> int:
     """The largest up to `n`; 1 where there is none."""
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _widest(given: ExportInput, slab: int, group: int) -> int:
-    """Test samples of a block where memory is no object: whole row groups of matrix/, and whole chunks of the array."""
-    least = max(1 << (given.chunk_tests - 1).bit_length(), group)
-    wanted = least if slab < given.n_samples else BLOCK_BYTES // (4 * slab + given.ranked * _RANKED_BYTES)
-    return max(least, power_of_two(wanted))
+def _widest(whole: bool, least: int, column_bytes: int) -> int:
+    """Test samples of a block where memory is no object: a power of two, so whole row groups of matrix/ and chunks of the array.
+
+    Args:
+        whole: a block has whole columns.
+        least: test samples, at least.
+        column_bytes: of a block, for each of them.
+    """
+    least = 1 << (least - 1).bit_length()
+    return max(least, power_of_two(BLOCK_BYTES // column_bytes)) if whole else least
 
 
 def _peak_bytes(given: ExportInput, slab: int, width: int, group: int) -> int:

@@ -31,6 +31,9 @@ class Pipeline:
             NumPy's and torch's global generators is a function of the seed, the epoch and the batch, whatever their number.
         true_labels: what the label of each training sample should be, where that is known: for `evaluate ... noise`, and no part of
             the training.
+        render: what a person should see of an input in `report`, and no part of the training: an image (array or tensor of shape
+            (height, width), or with 1, 3 or 4 channels first or last; or of Pillow), a str, or a mapping of column name to value.
+            If absent an input is drawn by its kind (docs/report.md).
 
     Raises:
         PipelineError: a field is of the wrong kind; the message names it.
@@ -50,11 +53,14 @@ class Pipeline:
     test_labels: Sequence[int] | Sequence[str] | None = None
     num_workers: int = 0
     true_labels: Sequence[int] | Sequence[str] | None = None
+    render: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, nn.Module), "model", self.model, "a torch.nn.Module")
         _require(isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer")
         _require(callable(self.loss), "loss", self.loss, "a function (output, target) -> losses of shape (batch,)")
+        is_render = self.render is None or callable(self.render)
+        _require(is_render, "render", self.render, "a function of an input that returns an image, a str or a mapping")
         for name, dataset in (("train", self.train), ("test", self.test)):
             check_dataset(f"the pipeline's {name} dataset", dataset)
         for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):

@@ -32,6 +32,7 @@ from hydra_pipe.store.run import (
     keep_stage,
     probe_stage,
     reduce_stage,
+    report_stage,
 )
 
 _CRC_DIGITS, _DIGITS = 8, 20
@@ -81,7 +82,7 @@ def _taken_apart(joined: str) -> list[str]:
 
 
 def area_of(stage: str) -> str:
-    """The directory, relative to the run, of what `stage` alone writes."""
+    """The directory, relative to the run, of what `stage` alone writes; of a report the file."""
     if stage == RECORD:
         return names.GRADIENTS
     if stage.startswith(keep_stage("")):
@@ -94,7 +95,22 @@ def area_of(stage: str) -> str:
         return f"{names.EVALUATION}/{stage.removeprefix(evaluate_stage(''))}"
     if stage.startswith(clean_stage("")):
         return f"{names.CLEANING}/{names.rankings_directory(stage.removeprefix(clean_stage('')))}"
+    if stage.startswith(report_stage("")):
+        return names.report_file(stage.removeprefix(report_stage("")))
     return f"{names.RANKINGS}/{names.rankings_directory(stage.removeprefix(export_stage('')))}"
+
+
+def has_arrays(stage: str) -> bool:
+    """Whether `stage` writes arrays: its other files are their metadata."""
+    return stage == RECORD or stage.startswith((keep_stage(""), reduce_stage("")))
+
+
+def files_of(root: Path, stage: str) -> dict[str, int]:
+    """Every file in the area of `stage` that is there: name relative to the run, and bytes."""
+    area = area_of(stage)
+    if stage.startswith(report_stage("")):
+        return {area: (root / area).stat().st_size} if (root / area).is_file() else {}
+    return {f"{area}/{name}": n_bytes for name, n_bytes in files_below(root / area).items()}
 
 
 def seal(run: RunDirectory, stage: str, written: Path | None = None) -> str:
@@ -132,8 +148,10 @@ def footprints(root: Path, stage: str, written: Path | None = None) -> Footprint
     """Those of everything in the area of `stage`. Arguments and errors: as of `seal`, and the run's directory."""
     area = area_of(stage)
     directory = root / area if written is None else written
+    if written is None and not has_arrays(stage):
+        return Footprints({}, {name: of_file(root / name) for name in sorted(files_of(root, stage))})
     there = files_below(directory)
-    if area.startswith((names.RANKINGS, names.CLEANING, names.EVALUATION)):
+    if not has_arrays(stage):
         return Footprints({}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)})
     arrays, files = {}, {}
     for name in sorted(there):

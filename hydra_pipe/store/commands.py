@@ -15,6 +15,7 @@ from hydra_pipe.store.run import (
     keep_stage,
     probe_stage,
     reduce_stage,
+    report_stage,
 )
 
 # setting of a probe: FILE:FUNCTION of its dataset, or null
@@ -45,6 +46,9 @@ def command_of(run: RunDirectory, stage: str) -> str:
     if stage.startswith(clean_stage("")):
         method = stage.removeprefix(clean_stage(""))
         return _command("clean", str(run.path), **{"--method": method}, **_cut(settings))
+    if stage.startswith(report_stage("")):
+        options = {"--tests": settings.get(names.TESTS), "--top": settings.get("top")}
+        return _command("report", str(run.path), **{"--method": stage.removeprefix(report_stage(""))}, **options)
     method = stage.removeprefix(export_stage(""))
     full = ["--full"] if settings.get("full") else []
     return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.progress import Task
-from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, ROTTEN, Array, Group
 from hydra_pipe.store.checksums import (
     Footprints,
     area_of,
     bytes_of,
     file_shape,
+    files_of,
     fits,
+    has_arrays,
     n_places,
     name_of,
     of_array_file,
@@ -23,7 +24,7 @@ from hydra_pipe.store.checksums import (
 )
 from hydra_pipe.store.codec import Shape
 from hydra_pipe.store.fault import Fault
-from hydra_pipe.store.files import files_below, is_partial
+from hydra_pipe.store.files import is_partial
 from hydra_pipe.store.run import reduce_stage
 
 # missing files of an array that are named one by one
@@ -49,7 +50,7 @@ class Comparison:
         self._listed, self._pruned, self._task = listed, pruned, task
         self._area = area_of(stage)
         # every file that is there, with its size, relative to the run; those that are accounted for are taken out
-        self._left = {f"{self._area}/{name}": size for name, size in files_below(root / self._area).items()}
+        self._left = files_of(root, stage)
         self._told: set[str] = set()
         self._written_as: dict[str, str] | None = None
 
@@ -85,7 +86,7 @@ class Comparison:
 
     def _arrays(self) -> list[str]:
         """Arrays in the area, as the metadata have it. Raises: StoreError: they are damaged."""
-        if self._area.startswith((names.RANKINGS, names.CLEANING, names.EVALUATION)):
+        if not has_arrays(self._stage):
             return []
         if self._stage.startswith(reduce_stage("")):
             return [self._area]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.store import names
 from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
-from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.parsing import read_json
+from hydra_pipe.store.rankings import opened_table
 
 _PIECE = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{16})\.npy")
 N_FOUND = 2  # loss and hit
@@ -109,9 +110,19 @@ def write_file(path: Path, content: bytes) -> None:
 
 def read_result(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What `write_result` wrote. Raises: OSError, ValueError, pyarrow.ArrowException: missing or damaged."""
-    table = pq.read_table(pa.BufferReader(read_file(directory / names.TABLE)))
-    summary = json.loads(read_file(directory / names.SUMMARY, MOST_JSON_BYTES))
+    table = opened_table(directory / names.TABLE).read()
+    return table.to_pylist(), _read_summary(directory)
+
+
+def read_says(directory: Path) -> list[str]:
+    """What the summary of an evaluation says, in lines for a person. Raises: OSError, ValueError: missing or damaged."""
+    lines: list[str] = _read_summary(directory)["says"]
+    return lines
+
+
+def _read_summary(directory: Path) -> dict[str, Any]:
+    summary = read_json(directory / names.SUMMARY)
     says = summary.get("says") if isinstance(summary, dict) else None
-    if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
+    if not isinstance(summary, dict) or not isinstance(says, list) or not all(isinstance(line, str) for line in says):
         raise ValueError(f"{directory / names.SUMMARY} is no summary of an evaluation")
-    return table.to_pylist(), summary
+    return summary

@@ -13,7 +13,9 @@ RANKINGS: Final = "rankings"
 CHECKPOINTS: Final = "checkpoints"
 CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
+# of result "hydra"; of others report-RESULT.html
 REPORT: Final = "report.html"
+DEFAULT_RESULT: Final = "hydra"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"
 PROBES: Final = "probes"
@@ -127,6 +129,11 @@ def checksums_file(stage: str) -> str:
 def kept_store(method: str) -> str:
     """Store of one method's hypergradients, relative to the run."""
     return f"{HYPERGRADIENTS}/{method}.zarr"
+
+
+def report_file(result: str) -> str:
+    """The page about a result, relative to the run."""
+    return REPORT if result == DEFAULT_RESULT else REPORT.replace(".", f"-{result}.")
 
 
 def rankings_directory(method: str) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hydra_pipe.store import names
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.rankings import opened_table
 
 KEEP_FILE: Final = "keep.txt"
 DROP_FILE: Final = "drop.parquet"
@@ -67,7 +68,7 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
     if not all(_ID.fullmatch(line) for line in lines):
         raise ValueError(f"{KEEP_FILE} has lines that are no ids")
     keep = np.array([int(line) for line in lines], np.int64)
-    drop = pq.read_table(pa.BufferReader(read_file(directory / DROP_FILE)))
+    drop = opened_table(directory / DROP_FILE).read()
     ids = drop.schema.get_field_index("train_id")
     if ids < 0 or drop.schema.field(ids).type != pa.int64() or drop.column(ids).null_count:
         raise ValueError(f"{DROP_FILE} has no ids")
@@ -81,7 +82,7 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
         raise ValueError(f"{names.SUMMARY} is no summary of a proposal")
     rows = []
     if (directory / RETRAINING_FILE).exists():
-        rows = pq.read_table(pa.BufferReader(read_file(directory / RETRAINING_FILE))).to_pylist()
+        rows = opened_table(directory / RETRAINING_FILE).read().to_pylist()
     return keep, drop, rows, summary
 
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hydra_pipe.store.files import read_file
+
 PARTS: Final = "part-{:05d}.parquet"
 SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
@@ -106,6 +108,16 @@ def label_column(labels: NDArray[Any] | None, ids: NDArray[np.int64] | slice, ki
     """Labels of the samples `ids`, nulls where labels are unknown."""
     n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
     return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
+
+
+def opened_table(file: Path) -> pq.ParquetFile:
+    """A Parquet file, read whole. Not `pq.read_table`, which makes a data set of it: that may be dropped by a thread of Arrow's
+    when Python is about to end, and aborts it (pyarrow 26).
+
+    Raises:
+        OSError: it is not there. pyarrow.ArrowException: it is damaged.
+    """
+    return pq.ParquetFile(pa.BufferReader(read_file(file)))
 
 
 def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -3,16 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
+from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.counts import Counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import WhichTests, tested_by
 from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance, parts_of_result
+from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.run import UPTO, RunDirectory, reduce_stage
+
+_VISIT_ROWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -20,18 +26,19 @@ class ReducedRun:
     """What a complete reduction has left.
 
     Args:
-        gradients: the recording.
+        upto: steps it is of; None: all.
+        gradients, counts: the recording, or its first steps.
         relevance: the array, whose files are all there.
         columns: what its columns are.
         tested: whose test samples they are of.
-        n_samples: training samples.
     """
 
+    upto: int | None
     gradients: Gradients
+    counts: Counts
     relevance: Array
     columns: Columns
     tested: WhichTests
-    n_samples: int
 
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "ReducedRun":
@@ -44,13 +51,24 @@ class ReducedRun:
         columns = columns_of(relevance)
         n_tests = columns.tests[-1][1] if columns.tests else 0
         fault = relevance.shortfall()
-        if relevance.shape[0] != counts.n_samples or n_tests > n_known:
+        if relevance.shape[0] != counts.n_samples or n_tests > n_known or 0 in relevance.shape:
             fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {n_known} were recorded"
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-        return cls(gradients, relevance, columns, tested, counts.n_samples)
+        return cls(upto, gradients, counts, relevance, columns, tested)
 
-    @property
-    def test_labels(self) -> NDArray[Any] | None:
-        """Of the columns; None where they are not known. Shape (column,). Raises: StoreError: damaged."""
+    def labels_of_columns(self) -> NDArray[Any] | None:
+        """None where they are not known. Shape (column,). Raises: StoreError: damaged."""
         return self.columns.labels(self.tested.labels(self.gradients))
+
+    def visits(self, progress: Progress) -> NDArray[np.int64]:
+        """Steps that used each sample, shape (sample,). Raises: StoreError: damaged."""
+        visits = np.zeros(self.counts.n_samples, np.int64)
+        n_rows = self.gradients.rows.n_rows
+        with progress.task("visits", n_rows, "rows") as task:
+            for first in range(0, n_rows, _VISIT_ROWS):
+                samples = self.gradients.samples(slice(first, first + _VISIT_ROWS))
+                check_within(samples, len(visits), f"samples of {self.gradients.path}")
+                visits += np.bincount(samples, minlength=len(visits))
+                task.advance(len(samples))
+        return visits

@@ -46,9 +46,14 @@ def clean_stage(method: str) -> str:
     return f"clean {method}"
 
 
+def report_stage(method: str) -> str:
+    """Name of the stage that writes the page about `method`'s relevance."""
+    return f"report {method}"
+
+
 def stages_of_result(method: str) -> tuple[str, ...]:
     """Names of the stages whose results come from `method`'s relevance, and go when it does."""
-    return export_stage(method), clean_stage(method)
+    return export_stage(method), clean_stage(method), report_stage(method)
 
 
 def probe_stage(name: str) -> str:
@@ -59,6 +64,9 @@ def probe_stage(name: str) -> str:
 def evaluate_stage(kind: str) -> str:
     """Name of the stage that holds relevance against the truth, by one kind of evaluation."""
     return f"evaluate {kind}"
+
+
+_REPORT = report_stage("")
 
 
 @dataclass
@@ -290,9 +298,10 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove everything hydra-pipe has put into the directory, and nothing else."""
+        reports = [names.report_file(stage.removeprefix(_REPORT)) for stage in self.stages if stage.startswith(_REPORT)]
         # first the claim, then what it claims: a manifest must not call complete what is gone
         self.forget(*list(self.stages))
-        for name in names.OWNED:
+        for name in (*names.OWNED, *reports):
             remove(self.path / name)
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hydra_pipe.errors import ManifestError, RunError, StoreError, shown
 from hydra_pipe.progress import Progress, Task
@@ -20,6 +19,7 @@ from hydra_pipe.store.hypergradients import open_kept
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
 from hydra_pipe.store.probes import Probe
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
+from hydra_pipe.store.rankings import opened_table
 from hydra_pipe.store.relevance import (
     ITSELF,
     columns_of,
@@ -45,12 +45,13 @@ from hydra_pipe.store.run import (
     keep_stage,
     probe_stage,
     reduce_stage,
+    report_stage,
 )
 from hydra_pipe.store.sense import check_rows
 
 _KEEP, _REDUCE, _EXPORT = keep_stage(""), reduce_stage(""), export_stage("")
-_CLEAN, _EVALUATE, _PROBE = clean_stage(""), evaluate_stage(""), probe_stage("")
-_STAGES = (_KEEP, _PROBE, _REDUCE, _EXPORT, _CLEAN, _EVALUATE)
+_CLEAN, _REPORT, _EVALUATE, _PROBE = clean_stage(""), report_stage(""), evaluate_stage(""), probe_stage("")
+_STAGES = (_KEEP, _PROBE, _REDUCE, _EXPORT, _CLEAN, _REPORT, _EVALUATE)
 # directories in which hydra-pipe alone writes
 PLACES = (
     names.GRADIENTS,
@@ -171,6 +172,8 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
         return f"the evaluation cannot be trusted: make it again with {again}"
     if stage.startswith(_CLEAN):
         return f"the proposal cannot be trusted: make it again with {again}"
+    if stage.startswith(_REPORT):
+        return f"the report cannot be trusted: write it again with {again}"
     return f"the rankings cannot be trusted: write them again with {again}"
 
 
@@ -215,6 +218,8 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
         if OF_SELF in facts:
             own = result_name(ITSELF, None, parts_of_result(method).upto)
             sources.append((reduce_stage(own), OF_SELF, "relevance of samples for themselves"))
+    if stage.startswith(_REPORT):
+        sources = [(reduce_stage(stage.removeprefix(_REPORT)), OF_REDUCE, "relevance")]
     if stage == RECORD or UPTO in run.stages[stage].settings:
         return  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
     for source, fact, what in sources:
@@ -303,7 +308,7 @@ def _check_rankings(run: RunDirectory, stage: str, consequence: str, *, decode: 
             continue
         where = f"{area_of(stage)}/{name}"
         try:
-            table = pq.ParquetFile(pa.BufferReader(read_file(run.path / where)))
+            table = opened_table(run.path / where)
             n_rows, kept = table.metadata.num_rows, table.schema_arrow.metadata or {}
             if kept.get(b"hydra_pipe.run_id") != run.run_id.encode():
                 yield Fault(where, "belongs to another run", consequence, stage=stage)

@@ -42,9 +42,10 @@ def small(seed: int = 0) -> Pipeline:
 FILE = f"""
 import sys
 sys.path[:0] = {[str(ROOT / "tests"), str(Path(__file__).parent)]!r}
+from hydra_pipe import Pipeline
 from test_cleaning import small
 
-def pipeline(seed: int = 0):
+def pipeline(seed: int = 0) -> Pipeline:
     return small(seed)
 """
 

@@ -15,6 +15,8 @@ from conftest import conv_pipeline
 import hydra_pipe
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.exporting import run as export_module
+from hydra_pipe.exporting import source as source_module
+from hydra_pipe.exporting import totals as totals_module
 from hydra_pipe.plan import exporting as planning
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.relevance import read_columns
@@ -125,7 +127,7 @@ def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(exported: Pat
         read.append(tests)
         return read_columns(array, samples, tests)
 
-    monkeypatch.setattr(export_module, "read_columns", counted)
+    monkeypatch.setattr(source_module, "read_columns", counted)
     monkeypatch.setattr(planning, "GROUP_ROWS", 8 * 60)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 1)
     hydra_pipe.export(exported, top=4, full=True, overwrite=True)
@@ -161,7 +163,7 @@ def test_a_failed_export_leaves_the_old_tables(exported: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "rank_harmful", fail)
+    monkeypatch.setattr(totals_module, "rank_harmful", fail)
     with pytest.raises(OSError, match="No space"):
         hydra_pipe.export(exported, top=7, overwrite=True)
     assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.exporting import GROUP_ROWS, MOST_WHOLE, ExportInput, ExportPlan, plan_export
+from hydra_pipe.plan.exporting import GROUP_ROWS, MOST_WHOLE, ExportInput, ExportPlan, blocks_to_add, plan_export
 
 MIB = 2**20
 EVERY = settings(max_examples=100, deadline=None)
@@ -68,6 +68,18 @@ def test_blocks_have_every_pair_once_in_order(n_samples: int, n_tests: int, slab
         seen[tests, samples] += 1
     assert (seen == 1).all()
     assert [(t.start, s.start) for t, s in spans] == sorted((t.start, s.start) for t, s in spans)
+
+
+@EVERY
+@given(inputs())
+def test_blocks_to_add_have_the_slabs_of_an_export_and_a_bound(what: ExportInput) -> None:
+    n_samples, n_tests, slab = what.n_samples, min(what.n_tests, 200), planned(what).slab_samples
+    blocks = list(blocks_to_add(n_samples, n_tests, min(what.chunk_tests, n_tests)))
+    slabs = sorted({(samples.start, samples.stop) for _, samples in blocks})
+    assert slabs == [(low, min(low + slab, n_samples)) for low in range(0, n_samples, slab)]
+    assert sum((t.stop - t.start) * (s.stop - s.start) for t, s in blocks) == n_samples * n_tests
+    assert max(4 * (t.stop - t.start) * (s.stop - s.start) for t, s in blocks) <= 256 * MIB
+    assert all(t.start % 64 == 0 for t, _ in blocks)  # whole chunks
 
 
 def test_memory_grows_by_a_few_numbers_a_sample_beyond_what_is_held_whole() -> None:

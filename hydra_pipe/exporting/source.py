@@ -1,0 +1,136 @@
+"""What tables are made from: a result, held against the recording that it is of."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.store import names, rankings
+from hydra_pipe.store.relevance import (
+    ITSELF,
+    RELEVANCE_UNREADABLE,
+    columns_of,
+    open_relevance,
+    parts_of_result,
+    read_columns,
+    read_relevance,
+    result_name,
+)
+from hydra_pipe.store.result import ReducedRun
+from hydra_pipe.store.run import CHECKSUMS, RunDirectory, reduce_stage
+
+
+@dataclass(frozen=True)
+class Source(ReducedRun):
+    """A result and its recording, which agree in what they count.
+
+    Args:
+        method: name of the result.
+        own: relevance of the samples for themselves, float32 (sample,); None: it was not computed.
+        meta: method, sign, unit and run, as every table's schema has them.
+        train_labels, test_labels: of samples and columns; None where they are unknown.
+    """
+
+    method: str
+    own: NDArray[np.float32] | None
+    meta: dict[str, str]
+    train_labels: NDArray[Any] | None
+    test_labels: NDArray[Any] | None
+
+    @property
+    def n_samples(self) -> int:
+        """Training samples."""
+        return self.relevance.shape[0]
+
+    @property
+    def n_tests(self) -> int:
+        """Columns."""
+        return self.relevance.shape[1]
+
+    @cached_property
+    def test_ids(self) -> NDArray[np.int64]:
+        """Of the columns."""
+        return self.columns.ids
+
+    @cached_property
+    def train_type(self) -> pa.DataType:
+        """Of the samples' labels."""
+        return rankings.label_type(self.train_labels)
+
+    @cached_property
+    def test_type(self) -> pa.DataType:
+        """Of the columns' labels."""
+        return rankings.label_type(self.test_labels)
+
+    def blocks(self, spans: Iterable[tuple[slice, slice]], pool: Executor) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
+        """Blocks of the relevance, shape (test, sample), and what they are of.
+
+        Args:
+            spans: test samples and training samples of each, in order.
+            pool: reads the next one meanwhile.
+
+        Raises:
+            StoreError: damaged.
+        """
+        waiting: Future[NDArray[np.float32]] | None = None
+        listed = list(spans)
+        for number, (tests, samples) in enumerate(listed):
+            block = read_columns(self.relevance, samples, tests) if waiting is None else waiting.result()
+            if number + 1 < len(listed):
+                after, low = listed[number + 1]
+                waiting = pool.submit(read_columns, self.relevance, low, after)
+            yield block, tests, samples
+            del block  # before the next but one is read
+
+
+def open_source(directory: RunDirectory, method: str) -> Source:
+    """The relevance of `method`, and what it is of.
+
+    Raises:
+        RunError: it was not computed, or the recording is not complete.
+        StoreError: one of them is damaged, or they do not belong together.
+    """
+    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    found = ReducedRun.open(directory, method)
+    attributes = found.relevance.attributes
+    meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
+    return Source(
+        *(found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested),
+        method=method,
+        own=_own_relevance(directory, method, found.counts.n_samples),
+        meta=meta,
+        train_labels=found.gradients.labels(names.TRAIN_LABELS),
+        test_labels=found.labels_of_columns(),
+    )
+
+
+def check_ranks(method: str) -> None:
+    """Refuse what is not of test samples. Raises: UsageError."""
+    if parts_of_result(method).method == ITSELF:
+        raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
+
+
+def own_checksums(directory: RunDirectory, method: str) -> object:
+    """Of the relevance of samples for themselves over the same steps as `method`; None: it was not computed."""
+    stage = directory.stages.get(reduce_stage(_own_name(method)))
+    return stage.facts.get(CHECKSUMS) if stage is not None and stage.state == "complete" else None
+
+
+def _own_name(method: str) -> str:
+    return result_name(ITSELF, None, parts_of_result(method).upto)
+
+
+def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDArray[np.float32] | None:
+    """That relevance, shape (sample,); None: it was not computed. Raises: StoreError: damaged."""
+    if own_checksums(directory, method) is None:
+        return None
+    array = open_relevance(directory.path / names.RELEVANCE, _own_name(method))
+    if array.shape != (n_samples, 1) or columns_of(array).by != ITSELF:
+        raise StoreError(f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}")
+    return read_relevance(array, slice(None))[:, 0]

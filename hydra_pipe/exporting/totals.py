@@ -1,0 +1,136 @@
+"""What the whole matrix says of each training sample, and of each pair of classes: added up block by block, or read."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
+from hydra_pipe.exporting.source import Source, own_checksums
+from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names, rankings
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, export_stage, reduce_stage
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Two tables, of which neither is as large as the matrix.
+
+    Args:
+        samples: a row for each training sample (`rankings.samples_schema`).
+        classes: a row for each pair of labels (`rankings.classes_schema`); none where labels are unknown.
+    """
+
+    samples: pa.Table
+    classes: pa.Table
+
+
+class Adding:
+    """`Totals` in the making.
+
+    What is added in which order does not depend on the width of blocks: any budget gives the same bytes.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._sums = np.zeros(source.n_samples)
+        known = source.train_labels is not None and source.test_labels is not None
+        self._classes = ClassMeans(source.train_labels, source.test_labels) if known else None  # type: ignore[arg-type]
+
+    @property
+    def n_cells(self) -> int:
+        """Pairs of labels."""
+        return 0 if self._classes is None else self._classes.n_cells
+
+    def add(self, block: NDArray[np.float32], first_test: int, first_sample: int) -> None:
+        """Count a block, shape (test, sample), that begins at column `first_test` and training sample `first_sample`."""
+        sums = self._sums[first_sample : first_sample + block.shape[1]]
+        for column in block:
+            sums += column
+        if self._classes is not None:
+            self._classes.add(block, first_test, first_sample)
+
+    def samples(self, progress: Progress) -> Iterator[pa.Table]:
+        """`Totals.samples`, when all blocks are counted: a few rows after the other. Raises: StoreError: damaged."""
+        source, sums = self._source, self._sums
+        schema = rankings.samples_schema(source.train_type, source.meta)
+        ranks, visits = rank_harmful(sums), source.visits(progress)
+        for first in range(0, len(sums), GROUP_ROWS):
+            rows = slice(first, min(first + GROUP_ROWS, len(sums)))
+            columns = [
+                pa.array(np.arange(rows.start, rows.stop)),
+                rankings.label_column(source.train_labels, rows, source.train_type),
+                pa.array(sums[rows]),
+                pa.array(sums[rows] / source.n_tests),
+                pa.array(ranks[rows]),
+                pa.nulls(rows.stop - rows.start, pa.float32()) if source.own is None else pa.array(source.own[rows]),
+                pa.array(visits[rows]),
+            ]
+            yield pa.Table.from_arrays(columns, schema=schema)
+
+    def classes(self) -> pa.Table:
+        """`Totals.classes`, when all blocks are counted."""
+        source = self._source
+        schema = rankings.classes_schema(source.train_type, source.test_type, source.meta)
+        if self._classes is None:
+            return schema.empty_table()
+        train, test = np.meshgrid(self._classes.train_names, self._classes.test_names, indexing="ij")
+        columns = [
+            pa.array(train.ravel(), source.train_type),
+            pa.array(test.ravel(), source.test_type),
+            pa.array(self._classes.means().ravel()),
+            pa.array(self._classes.pairs().ravel()),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+
+def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> Totals:
+    """The totals of `source`: those that were exported from what is there now, else added up from the matrix.
+
+    Raises:
+        StoreError: damaged.
+    """
+    method = source.method
+    if _exported(directory, method):
+        known = source.train_labels is not None and source.test_labels is not None
+        pairs = len(np.unique(source.train_labels)) * len(np.unique(source.test_labels)) if known else 0  # type: ignore[arg-type]
+        samples = rankings.samples_schema(source.train_type, source.meta)
+        classes = rankings.classes_schema(source.train_type, source.test_type, source.meta)
+        return Totals(
+            _read(directory, method, rankings.SAMPLES, samples, source.n_samples),
+            _read(directory, method, rankings.CLASSES, classes, pairs),
+        )
+    adding = Adding(source)
+    spans = blocks_to_add(source.n_samples, source.n_tests, source.relevance.chunks[1])
+    with ThreadPoolExecutor(1) as pool, progress.task("add up", source.n_samples * source.n_tests, "pairs") as task:
+        for block, tests, samples in source.blocks(spans, pool):
+            adding.add(block, tests.start, samples.start)
+            task.advance(block.size)
+    return Totals(pa.concat_tables(adding.samples(progress)), adding.classes())
+
+
+def _exported(directory: RunDirectory, method: str) -> bool:
+    """Whether there are tables of the very relevance that is there, that of samples for themselves included."""
+    stage = directory.stages.get(export_stage(method))
+    if stage is None or stage.state != "complete":
+        return False
+    source = directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)
+    return bool(stage.facts.get(OF_REDUCE) == source and stage.facts.get(OF_SELF) == own_checksums(directory, method))
+
+
+def _read(directory: RunDirectory, method: str, name: str, schema: pa.Schema, n_rows: int) -> pa.Table:
+    file = directory.path / names.RANKINGS / names.rankings_directory(method) / name
+    try:
+        table = rankings.opened_table(file)
+        # few bytes can say many rows
+        if not table.schema_arrow.equals(schema, check_metadata=True) or table.metadata.num_rows != n_rows:
+            raise ValueError(f"it has {table.metadata.num_rows} rows of {shown(table.schema_arrow.names)}")
+        return table.read()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        again = f"hydra-pipe export {directory.path} --method {method} --overwrite"
+        raise StoreError(f"{file} is not what was exported ({shown(error)}): write it again with {again}") from error

@@ -1,0 +1,66 @@
+"""Rankings as pandas data frames."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import UsageError
+from hydra_pipe.exporting.ranking import top_samples
+from hydra_pipe.exporting.source import Source
+from hydra_pipe.notebook.extras import imported
+from hydra_pipe.notebook.results import Results
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names, rankings
+
+if TYPE_CHECKING:
+    import pandas
+
+SIDES = {"helpful": 1, "harmful": -1}
+BOTH = "both"
+
+
+def top_frame(results: Results, method: str, test_id: int, k: int, side: str) -> "pandas.DataFrame":
+    """See `Run.top`."""
+    imported("pandas", "a data frame")
+    if side not in (*SIDES, BOTH):
+        raise UsageError(f"side {side!r}: give helpful, harmful or both")
+    if k < 1:
+        raise UsageError(f"k = {k}: give 1 or more")
+    source, column = results.source(method), results.column(method, test_id)
+    chosen = [name for name in SIDES if side in (name, BOTH)]
+    tables = [_side_table(source, column, name, k) for name in chosen]
+    table = pa.concat_tables(tables if side == BOTH else [tables[0].drop_columns("side")])
+    return _framed(table, source, test_id=int(test_id))
+
+
+def _side_table(source: Source, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
+    ids = top_samples(column * SIDES[side], k)
+    return pa.table(
+        {
+            "side": pa.array([side] * len(ids), pa.string()),
+            "rank": pa.array(np.arange(1, len(ids) + 1, dtype=np.int32)),
+            "train_id": pa.array(ids),
+            "label": rankings.label_column(source.train_labels, ids, source.train_type),
+            "relevance": pa.array(column[ids]),
+        }
+    )
+
+
+def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.DataFrame":
+    """See `Run.samples`."""
+    imported("pandas", "a data frame")
+    source = results.source(method)
+    return _framed(results.totals(method, progress).samples, source)
+
+
+def attributes_of(source: Source) -> dict[str, str]:
+    """Method, sign, unit and run, as the attributes of whatever shows relevance."""
+    return {name: source.meta[f"hydra_pipe.{name}"] for name in (names.METHOD, names.SIGN, names.UNIT, names.RUN_ID)}
+
+
+def _framed(table: pa.Table, source: Source, **more: Any) -> "pandas.DataFrame":
+    frame = table.replace_schema_metadata().to_pandas()
+    frame.attrs = attributes_of(source) | more
+    return frame

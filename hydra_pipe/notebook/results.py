@@ -1,0 +1,140 @@
+"""The results of a run as they are now. What was read is kept for the next question, until it is computed anew."""
+
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_checksums
+from hydra_pipe.exporting.totals import Totals, totals_of
+from hydra_pipe.plan.selection import write_selection
+from hydra_pipe.progress import Progress
+from hydra_pipe.store import names
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.relevance import read_relevance
+from hydra_pipe.store.run import CHECKSUMS, RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.verify import methods_of
+
+# columns of one chunk are kept together if they take no more
+_MOST_KEPT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns of a matrix, (sample, column), from number `first` on."""
+
+    of: tuple[Any, ...]
+    first: int
+    values: NDArray[np.float32]
+
+
+class Results:
+    """Of one run.
+
+    Args:
+        directory: of it; its manifest is read again before each answer, for a notebook reduces between two looks.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._gradients: Gradients | None = None
+        self._sources: dict[str, tuple[Any, Source]] = {}
+        self._totals: dict[str, tuple[Any, Totals]] = {}
+        self._block: _Block | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the run is."""
+        return self._directory.path
+
+    def directory(self) -> RunDirectory:
+        """The run, with its manifest as it is now. Raises: RunError, StoreError: it is gone or damaged."""
+        before = (self._directory.run_id, self._directory.stages.get(RECORD))
+        self._directory.refresh()
+        if before != (self._directory.run_id, self._directory.stages.get(RECORD)):
+            self._gradients = None  # recorded further, or anew
+        return self._directory
+
+    @property
+    def gradients(self) -> Gradients:
+        """The recorded rows. Raises: RunError, StoreError: missing or damaged."""
+        self.directory()
+        if self._gradients is None:
+            self._gradients = Gradients(self._directory.path / names.GRADIENTS)
+        return self._gradients
+
+    def methods(self) -> list[str]:
+        """Methods whose relevance is there."""
+        directory = self.directory()
+        return [m for m in methods_of(directory) if directory.stages[reduce_stage(m)].state == "complete"]
+
+    def check(self, method: str) -> None:
+        """Raises: RunError: the relevance of `method` is not there."""
+        methods = self.methods()
+        if method not in methods:
+            raise RunError(
+                f"{self._directory.path} has no relevance of method {method} (it has {', '.join(methods) or 'none'}): run "
+                f"hydra-pipe reduce {self._directory.path} --method {method} first"
+            )
+
+    def source(self, method: str) -> Source:
+        """The relevance of `method`, and what it is of.
+
+        Raises:
+            UsageError: it is of no test samples.
+            RunError: it was not computed.
+            StoreError: it is damaged.
+        """
+        check_ranks(method)
+        self.check(method)
+        key, kept = self._key(method), self._sources.get(method)
+        if kept is None or kept[0] != key:
+            kept = self._sources[method] = (key, open_source(self._directory, method))
+        return kept[1]
+
+    def totals(self, method: str, progress: Progress) -> Totals:
+        """Of all training samples and classes, without the matrix in memory. Raises: as `source`."""
+        source = self.source(method)
+        key, kept = self._key(method), self._totals.get(method)
+        if kept is None or kept[0] != key:
+            kept = self._totals[method] = (key, totals_of(self._directory, source, progress))
+        return kept[1]
+
+    def column(self, method: str, test_id: int) -> NDArray[np.float32]:
+        """Relevance of every training sample for one test sample, shape (sample,).
+
+        Args:
+            method: whose relevance.
+            test_id: of the test sample; of means the number of the column.
+
+        Raises:
+            UsageError: the relevance has no such column.
+            RunError, StoreError: as `source`.
+        """
+        source, wanted = self.source(method), operator.index(test_id)
+        column = int(np.searchsorted(source.test_ids, wanted))
+        if column == source.n_tests or source.test_ids[column] != wanted:
+            columns = source.columns
+            there = f"test samples {write_selection(columns.tests)}" if columns.by is None else f"columns 0 to {source.n_tests - 1}"
+            raise UsageError(f"the relevance of method {method} has no test sample {wanted}: it has {there}")
+        block = self._block
+        if block is None or block.of != (method, self._key(method)) or not 0 <= column - block.first < block.values.shape[1]:
+            block = self._block = self._read_block(method, source, column)
+        return block.values[:, column - block.first]
+
+    def _read_block(self, method: str, source: Source, column: int) -> _Block:
+        # files hold several columns, and who asks for one test sample will ask for another
+        width = source.relevance.chunks[1]
+        width = width if source.n_samples * width * 4 <= _MOST_KEPT_BYTES else 1
+        first = column // width * width
+        values = read_relevance(source.relevance, slice(first, min(first + width, source.n_tests)))
+        return _Block((method, self._key(method)), first, values)
+
+    def _key(self, method: str) -> tuple[Any, ...]:
+        """Differs when the relevance is another one, or that of samples for themselves is."""
+        stage = self._directory.stages[reduce_stage(method)]
+        return self._directory.run_id, stage.facts.get(CHECKSUMS), own_checksums(self._directory, method)

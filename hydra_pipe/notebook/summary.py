@@ -1,0 +1,120 @@
+"""What a run is, in a few lines of HTML: inline styles only, which notebooks keep, and no colours that need a light page."""
+
+from html import escape
+from typing import Any
+
+from hydra_pipe.errors import HydraError, printable
+from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.files import tree_bytes
+from hydra_pipe.store.relevance import ITSELF, parts_of_result
+from hydra_pipe.store.run import RECORD, RunDirectory, Stage, export_stage, reduce_stage
+from hydra_pipe.units import format_bytes, format_seconds
+
+_REDUCE = reduce_stage("")
+_MOST_COMMANDS, _LONGEST_SECONDS = 3, 1e12
+# readable on white and on black
+_STATES = {"complete": ("✓", "#2e9d5b"), "running": ("…", "#c98a12"), "failed": ("✗", "#d9483b")}
+# a page's own rules for tables, and browsers', would put colours of a light page in here
+_INHERITED = "color:inherit;font-size:inherit"
+_CELL = f"text-align:left;padding:1px 14px 1px 0;background:transparent;border:0;{_INHERITED}"
+_DIM = "opacity:0.65"
+
+
+def rows_line(recording: dict[str, Any]) -> str:
+    """What was recorded, from `Run.info()["recording"]`."""
+    ranks = f", recorded by {recording['ranks']} processes" if recording["ranks"] > 1 else ""
+    return (
+        f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
+        f"{recording['parameters']:,} parameters, {recording['steps']:,} steps{ranks}"
+    )
+
+
+def settings_line(settings: dict[str, Any]) -> str:
+    """The settings of a recording that are single values."""
+    return printable(", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None)))
+
+
+def next_commands(run: RunDirectory) -> list[str]:
+    """What to run next: what is unfinished, else a first reduction, else what was reduced and not exported."""
+    stages = run.stages
+    if RECORD not in stages:
+        return [command_of(run, RECORD)]
+    unfinished = [name for name, stage in stages.items() if stage.state != "complete"]
+    if unfinished:
+        return [command_of(run, name) for name in unfinished]
+    methods = [name.removeprefix(_REDUCE) for name in stages if name.startswith(_REDUCE)]
+    ranked = [method for method in methods if parts_of_result(method).method != ITSELF]
+    if not ranked:
+        return [command_of(run, reduce_stage("hydra"))]
+    return [command_of(run, export_stage(method)) for method in ranked if export_stage(method) not in stages]
+
+
+def plain(run: RunDirectory, methods: list[str]) -> str:
+    """One line: where it is, and how far."""
+    stage = run.stages.get(RECORD)
+    state = "nothing recorded" if stage is None else f"recording {stage.state}"
+    done = f"relevance of {', '.join(methods)}" if methods else "no relevance yet"
+    return printable(f"Run({str(run.path)!r}: {state}, {done})")
+
+
+def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
+    """The summary, every word of the run escaped.
+
+    Args:
+        run: its manifest as it is now.
+        recording: `Run.info()["recording"]`; None: there is none.
+    """
+    lines = [f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run {_text(run.run_id)}</span></div>"]
+    if recording is not None:
+        lines.append(f"<div>{_counted(run)}{_text(rows_line(recording))}{_exactness(recording)}</div>")
+    if run.stages:
+        rows = "".join(_row(run, name, stage) for name, stage in run.stages.items())
+        heads = "".join(f"<th style='{_CELL};font-weight:normal;{_DIM}'>{head}</th>" for head in ("stage", "state", "size", "took"))
+        lines.append(f"<table style='border-collapse:collapse;margin:6px 0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>")
+    if RECORD in run.stages:
+        lines.append(f"<div style='{_DIM}'>{_text(settings_line(run.stages[RECORD].settings))}</div>")
+    commands = next_commands(run)
+    lines += [f"<div>next: <code>{_text(command)}</code></div>" for command in commands[:_MOST_COMMANDS]]
+    if len(commands) > _MOST_COMMANDS:
+        lines.append(f"<div>and {len(commands) - _MOST_COMMANDS} more</div>")
+    return _boxed(lines)
+
+
+def html_of_failure(run: RunDirectory, error: HydraError) -> str:
+    """In place of the summary where the run cannot be read."""
+    return _boxed([f"<div><b>{_text(str(run.path))}</b></div>", f"<div>{_text(str(error))}</div>"])
+
+
+def _boxed(lines: list[str]) -> str:
+    return f"<div style='border-left:3px solid #8888;padding:2px 0 2px 10px;line-height:1.5'>{''.join(lines)}</div>"
+
+
+def _counted(run: RunDirectory) -> str:
+    stage = run.stages[RECORD]
+    if stage.state != "complete":
+        return ""
+    return f"{stage.count('n_samples'):,} training samples, {stage.count('n_tests'):,} test samples<br>"
+
+
+def _exactness(recording: dict[str, Any]) -> str:
+    blocks = recording["blocks"]
+    projected = sum(not block["exact"] for block in blocks)
+    return f", {projected} of {len(blocks)} blocks projected" if projected else ", without projection"
+
+
+def _row(run: RunDirectory, name: str, stage: Stage) -> str:
+    mark, colour = _STATES[stage.state]
+    state = f"<span style='color:{colour}'>{mark}</span> {stage.state}"
+    if (why := stage.facts.get("error")) is not None:
+        state += f": {_text(str(why))}"
+    seconds = stage.facts.get("train_seconds" if name == RECORD else "seconds")
+    took = format_seconds(seconds) if isinstance(seconds, int | float) and abs(seconds) < _LONGEST_SECONDS else ""
+    n_bytes = tree_bytes(run.path / area_of(name))
+    cells = (_text(name), state, format_bytes(n_bytes) if n_bytes else "", took)
+    shown = "".join(f"<td style='{_CELL}'>{cell}</td>" for cell in cells)
+    return f"<tr style='background:transparent'>{shown}</tr>"
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))

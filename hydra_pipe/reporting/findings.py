@@ -1,0 +1,169 @@
+"""What one pass over the relevance tells: rankings of some test samples, sums by sample, means by class, the distribution."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.exporting.ranking import ClassMeans, top_samples
+from hydra_pipe.progress import Task
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.relevance import read_relevance
+
+# labels a side of the table of classes: more cannot be read
+MOST_CLASSES = 24
+_EXPONENTS, _BIAS, _MANTISSA_BITS = 256, 127, 23
+
+
+@dataclass(frozen=True)
+class Side:
+    """The training samples that help, or harm, one test sample most.
+
+    Args:
+        ids: the strongest first, shape (rank,).
+        relevance: theirs.
+    """
+
+    ids: NDArray[np.int64]
+    relevance: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Mean relevance by label of the training and the test sample.
+
+    Args:
+        train, test: labels, in order.
+        means: shape (train label, test label); not a number where there is no pair.
+        n_train, n_test: labels there are, of which these are those with the most samples.
+    """
+
+    train: list[Any]
+    test: list[Any]
+    means: NDArray[np.float64]
+    n_train: int
+    n_test: int
+
+
+@dataclass
+class Distribution:
+    """How many pairs have which relevance, by powers of two.
+
+    Args:
+        counts: of sign (0: positive) and exponent as float32 has them, shape (2, 256).
+    """
+
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, _EXPONENTS), np.int64))
+
+    def add(self, relevance: NDArray[np.float32]) -> None:
+        """Count the values of a contiguous array."""
+        bits = relevance.reshape(-1).view(np.uint32) >> _MANTISSA_BITS
+        self.counts += np.bincount(bits, minlength=2 * _EXPONENTS).reshape(2, _EXPONENTS)
+
+    @property
+    def zeros(self) -> int:
+        """Pairs of relevance 0, or too small for float32."""
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def strange(self) -> int:
+        """Pairs whose relevance is infinite or not a number."""
+        return int(self.counts[:, -1].sum())
+
+    @property
+    def helpful(self) -> int:
+        return int(self.counts[0, 1:-1].sum())
+
+    @property
+    def harmful(self) -> int:
+        return int(self.counts[1, 1:-1].sum())
+
+    def bins(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """Lower edges of the size of relevance, each up to twice that, and the pairs that help and that harm in them."""
+        used = np.flatnonzero(self.counts[:, 1:-1].sum(axis=0)) + 1
+        span = np.arange(used[0], used[-1] + 1) if len(used) else np.zeros(0, np.int64)
+        return np.exp2(span - _BIAS).astype(np.float64), self.counts[0, span], self.counts[1, span]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the relevance tells.
+
+    Args:
+        sides: (helpful, harmful) of each column that was asked for, in its order.
+        sums: over all columns, shape (sample,).
+        classes: None where labels are not known.
+        distribution: of all pairs.
+    """
+
+    sides: list[tuple[Side, Side]]
+    sums: NDArray[np.float64]
+    classes: Classes | None
+    distribution: Distribution
+
+
+def findings(
+    relevance: Array,
+    columns: Sequence[int],
+    top: int,
+    train_labels: NDArray[Any] | None,
+    test_labels: NDArray[Any] | None,
+    width: int,
+    task: Task,
+) -> Findings:
+    """Read the relevance once, `width` columns at a time.
+
+    Args:
+        relevance: shape (sample, column).
+        columns: of which rankings are wanted.
+        top: training samples a side.
+        train_labels: shape (sample,).
+        test_labels: shape (column,).
+        width: columns at once.
+        task: counts columns.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    n_samples, n_columns = relevance.shape
+    wanted = set(columns)
+    sides: dict[int, tuple[Side, Side]] = {}
+    sums, distribution = np.zeros(n_samples), Distribution()
+    by_class = None
+    n_labels = (0, 0)
+    if train_labels is not None and test_labels is not None:
+        n_labels = len(np.unique(train_labels)), len(np.unique(test_labels))
+        (train, train_codes), (test, test_codes) = _most_frequent(train_labels), _most_frequent(test_labels)
+        by_class = ClassMeans(train_codes, test_codes)
+    for first in range(0, n_columns, width):
+        block = read_relevance(relevance, slice(first, min(first + width, n_columns)))
+        sums += block.sum(axis=1, dtype=np.float64)
+        by_test = np.ascontiguousarray(block.T)
+        if by_class is not None:
+            by_class.add(by_test, first, 0)
+        for number, column in enumerate(by_test, start=first):
+            distribution.add(column)
+            if number in wanted:
+                sides[number] = (_side(column, top, 1), _side(column, top, -1))
+        task.advance(block.shape[1])
+    classes = None
+    if by_class is not None:
+        # the last of each may be all the other labels
+        classes = Classes(train, test, by_class.means()[: len(train), : len(test)], *n_labels)
+    return Findings([sides[column] for column in columns], sums, classes, distribution)
+
+
+def _side(column: NDArray[np.float32], top: int, sign: int) -> Side:
+    ids = top_samples(column * np.float32(sign), top)
+    return Side(ids, column[ids])
+
+
+def _most_frequent(labels: NDArray[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """The labels that most samples have, in order, and of each sample which it has of these; as one more number: none."""
+    names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    kept = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
+    places = np.full(len(names), len(kept), np.int64)
+    places[kept] = np.arange(len(kept))
+    return names[kept].tolist(), places[codes]

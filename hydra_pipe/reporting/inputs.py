@@ -1,0 +1,176 @@
+"""The pipeline behind a run, for looking at: its samples drawn, and its predictions. This file needs torch."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hydra_pipe.errors import HydraError, StoreError
+from hydra_pipe.loading import pipeline_of, with_probe
+from hydra_pipe.progress import Progress
+from hydra_pipe.recording.batches import Samples, batches_of
+from hydra_pipe.recording.losses import per_sample_losses
+from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
+from hydra_pipe.store import names
+from hydra_pipe.store.checkpoints import unpacked
+from hydra_pipe.store.files import read_file
+from hydra_pipe.store.run import RECORD, RunDirectory
+
+_ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the final parameters make of some test samples.
+
+    Args:
+        values: of each, a class, a number, or a class for each position; None: outputs are none of these.
+        targets: likewise.
+        right: share of it that is right, from 0 to 1; not a number where there is no right and wrong. Shape (test,).
+        losses: shape (test,).
+    """
+
+    values: list[Any] | None
+    targets: list[Any] | None
+    right: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    @property
+    def are_classes(self) -> bool:
+        """Whether each is right or wrong as a whole."""
+        return self.targets is not None and not np.isnan(self.right).any() and all(np.ndim(target) == 0 for target in self.targets)
+
+
+class Inputs:
+    """Samples and model of a pipeline.
+
+    Args:
+        pipeline: newly built.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @classmethod
+    def of_run(cls, run: RunDirectory, given: str | Pipeline | None, probe: str | None) -> "Inputs":
+        """Of the pipeline that `run` was recorded from; with the samples of a probe as its tests.
+
+        Raises:
+            HydraError: it is not known, gone, or another one now.
+        """
+        load = pipeline_of(run, given, _ADVICE)
+        return cls((load if probe is None else with_probe(run, load, probe))())
+
+    def load_final(self, run: RunDirectory) -> None:
+        """Put the final parameters into the model. Raises: StoreError: they are missing or damaged."""
+        path = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
+        try:
+            content = read_file(path)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror or error})") from error
+        if hashlib.sha256(content).hexdigest() != run.stages[RECORD].facts.get("final_sha256"):
+            raise StoreError(f"{path} is damaged: its SHA-256 is not what {names.MANIFEST} says")
+        with user_code("the model does not take the final parameters"):
+            self.pipeline.model.load_state_dict(unpacked(content))
+
+    def predict(self, tests: NDArray[np.int64], progress: Progress) -> Predictions:
+        """Run the model on some of the test samples, in eval mode.
+
+        Args:
+            tests: their ids, ascending.
+            progress: where to show progress.
+
+        Raises:
+            HydraError: the model, the loss or the dataset raised.
+        """
+        pipeline = self.pipeline
+        device = next(pipeline.model.parameters()).device
+        found: list[tuple[NDArray[Any], NDArray[Any]] | None] = []
+        right: list[NDArray[np.float64]] = []
+        losses: list[NDArray[np.float64]] = []
+        # in the batches in which they were recorded, by which a dataset may draw
+        order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
+        with evaluating(pipeline.model), torch.no_grad(), progress.task("predict", len(pipeline.test), "tests") as task:
+            for ids, inputs, targets in Samples(pipeline, "test").batches(order):
+                task.advance(len(ids))
+                own = np.flatnonzero(np.isin(ids, tests))
+                if not len(own):
+                    continue
+                with user_code(f"the model raised at test samples {ids[0]}-{ids[-1]}"):
+                    output, to = pipeline.model(inputs.to(device)), targets.to(device)
+                    losses.append(per_sample_losses(pipeline.loss, output, to).cpu().double().numpy()[own])
+                predicted, share = _predicted(output, to)
+                right.append(share.cpu().double().numpy()[own])
+                found.append(None if predicted is None else (predicted.cpu().numpy()[own], targets.cpu().numpy()[own]))
+        both = [pair for pair in found if pair is not None]
+        known = len(both) == len(found)
+        return Predictions(
+            [value for values, _ in both for value in values] if known else None,
+            [target for _, targets in both for target in targets] if known else None,
+            np.concatenate(right),
+            np.concatenate(losses),
+        )
+
+    def draw(self, which: str, ids: NDArray[np.int64], progress: Progress) -> Iterator[tuple[int, Drawn]]:
+        """Each of the samples `ids`, ascending, of "train" or "test".
+
+        Raises:
+            HydraError: the dataset or `render` raised, or returned what cannot be shown.
+        """
+        order = batches_of(ids, self.pipeline.batch_size)
+        with progress.task(f"draw {which} samples", len(ids), "samples") as task:
+            for batch, inputs, _ in Samples(self.pipeline, which).batches(order):
+                for sample, value in zip(batch.tolist(), inputs, strict=True):
+                    yield sample, self.drawn(value, f"{which} sample {sample}")
+                task.advance(len(batch))
+
+    def drawn(self, value: Any, what: str) -> Drawn:
+        """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""
+        render = self.pipeline.render
+        if render is None:
+            return by_kind(value)
+        with user_code(f"the pipeline's render raised at {what}"):
+            shown = render(value)
+        return rendered(shown)
+
+    def drawn_prediction(self, value: Any) -> str | None:
+        """A prediction for each position as the input is shown, where that is a text; else None."""
+        try:
+            shown = self.drawn(torch.as_tensor(value), "a prediction")
+        except HydraError:
+            return None  # render is for inputs, and need not take this
+        # side by side with its target, position by position
+        return shown.text.replace("\n", "\N{RETURN SYMBOL}") if isinstance(shown, Text) else None
+
+
+def _predicted(output: Any, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Classes, or numbers, that a model's output stands for, and the share of each sample's that is right."""
+    unknown = torch.full((len(targets),), torch.nan)
+    if not isinstance(output, Tensor):
+        return None, unknown
+    if targets.is_floating_point():
+        of_one = output.reshape(len(targets), -1).shape[1] == 1 and targets.reshape(len(targets), -1).shape[1] == 1
+        return (output.reshape(-1) if of_one else None), unknown
+    class_dimension = _class_dimension(output, targets)
+    if class_dimension is None:
+        return None, unknown
+    predicted = output.argmax(class_dimension)
+    return predicted, (predicted == targets).reshape(len(targets), -1).double().mean(1)
+
+
+def _class_dimension(output: Tensor, targets: Tensor) -> int | None:
+    """Where the classes are in an output for targets of shape (batch, ...); None: nowhere."""
+    for dimension in dict.fromkeys((1, output.dim() - 1)):
+        if 0 < dimension < output.dim() and output.shape[dimension] > 1:
+            others = (*output.shape[:dimension], *output.shape[dimension + 1 :])
+            if others == tuple(targets.shape):
+                return dimension
+    return None

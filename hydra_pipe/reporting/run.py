@@ -1,0 +1,128 @@
+"""A whole report: what there is to tell is gathered, and the page takes its place."""
+
+import os
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from hydra_pipe.errors import UsageError
+from hydra_pipe.progress import Progress
+from hydra_pipe.reporting.source import Source, evaluations_of
+from hydra_pipe.store import names
+from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.files import remove_partials_of, replace_file, sync
+from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.relevance import ITSELF, parts_of_result, result_of
+from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RunDirectory, Settings, reduce_stage, report_stage
+from hydra_pipe.units import parse_bytes
+
+if TYPE_CHECKING:
+    from hydra_pipe.recording.pipeline import Pipeline
+
+# facts: the evaluations that a report tells of, by stage; and why it shows no samples
+_EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"
+# packages of the extra "report", as they are imported
+_NEEDED = ("matplotlib", "PIL")
+
+
+def report_run(
+    run: str | os.PathLike[str],
+    *,
+    method: str = "hydra",
+    test: str | None = None,
+    tests: str | None = None,
+    top: int = 5,
+    memory: str = "4GiB",
+    pipeline: "str | Pipeline | None" = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Write a page about a reduced run, one HTML file that needs nothing else: `report.html`, or `report-METHOD.html` of a result
+    other than "hydra". docs/report.md tells what is on it.
+
+    Samples are drawn, and predictions made, by the pipeline that the recording names, which is built anew. Where that is not known,
+    or cannot be built any more, the page has ids and labels, and says why.
+
+    Args:
+        run: directory of the run.
+        method: whose relevance.
+        test: for the samples of this probe, instead of the run's own test samples.
+        tests: which test samples to show, such as "0-99,150"; if absent those that tell most: wrongly predicted, and of high loss.
+        top: training samples a side ("helpful", "harmful") for each of them.
+        memory: budget for the whole process, such as "4GiB".
+        pipeline: "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an object was recorded,
+            whose model gets the final parameters.
+        overwrite: write it again though it is there.
+        progress: where to show progress; nowhere if absent.
+
+    Where an evaluation of the run was made since, the page is written anew.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        RunError: there is no run, or it has no relevance of that method.
+        StoreError: it is damaged.
+        BudgetError: the budget is too small.
+        UsageError: `top` or `tests` cannot be, or a package is missing; the message says what to install.
+    """
+    method = result_of(method, test)
+    if top < 1:
+        raise UsageError(f"--top {top}: give 1 or more")
+    if parts_of_result(method).method == ITSELF:
+        raise UsageError(f"--method {method} is of no test samples, and no report: export puts it into samples.parquet")
+    memory_bytes = parse_bytes(memory)
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"a report needs Matplotlib and Pillow, and there is no {missing[0]}: pip install 'hydra-pipe[report]'")
+    directory = RunDirectory.open(run)
+    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    source = Source.open(directory, method)
+    selected = source.selected(tests)
+    stage, settings = report_stage(method), {names.TESTS: selected, "top": top}
+    if not overwrite and not _has_work(directory, stage, settings, pipeline):
+        return False
+    progress = progress or Progress()
+    with one_writer(directory.path, stage):
+        directory.refresh()  # another process may have done it in the meantime
+        if not overwrite and not _has_work(directory, stage, settings, pipeline):
+            return False
+        target = directory.path / area_of(stage)
+        directory.begin(stage, settings)
+        start = time.monotonic()
+        try:
+            # of the packages that may be missing
+            from hydra_pipe.reporting.gathering import Gathering
+            from hydra_pipe.reporting.page import page_of
+
+            report = Gathering(source, selected, top, memory_bytes, progress)
+            page = page_of(report.content(pipeline))
+            for text in page.left_out:
+                progress.say(f"to stay small the report leaves out {text}")
+            remove_partials_of(target)
+            replace_file(target, [page.html])
+            sync(target.parent)
+            facts: dict[str, Any] = {
+                "n_bytes": len(page.html),
+                "n_shown": page.n_columns,
+                "left_out": page.left_out,
+                _NO_SAMPLES: report.no_samples,
+                _EVALUATIONS: evaluations_of(directory),
+                OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS),
+                CHECKSUMS: seal(directory, stage),
+            }
+        except BaseException as error:
+            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+                directory.end(stage, "failed", error=str(error) or type(error).__name__)
+            raise
+        directory.end(stage, "complete", seconds=time.monotonic() - start, **facts)
+    return True
+
+
+def _has_work(directory: RunDirectory, stage: str, settings: Settings, pipeline: "str | Pipeline | None") -> bool:
+    """Whether there is no page, or there are evaluations that it does not tell of, or now a pipeline where it had none."""
+    if directory.has_work(stage, settings):
+        return True
+    facts = directory.stages[stage].facts
+    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (pipeline is not None and facts.get(_NO_SAMPLES) is not None)

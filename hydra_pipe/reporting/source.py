@@ -1,0 +1,79 @@
+"""A result, and the recording that it is of: what there is to report on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hydra_pipe.errors import UsageError
+from hydra_pipe.plan.selection import parse_selection, write_selection
+from hydra_pipe.store.relevance import parts_of_result
+from hydra_pipe.store.result import ReducedRun
+from hydra_pipe.store.run import CHECKSUMS, RECORD, RunDirectory, evaluate_stage
+
+
+@dataclass(frozen=True)
+class Source(ReducedRun):
+    """A result, and the recording it is of.
+
+    Args:
+        directory: of the run.
+        result: name of the result.
+    """
+
+    directory: RunDirectory
+    result: str
+
+    @classmethod
+    def open(cls, directory: RunDirectory, name: str) -> "Source":
+        """The result `name`, whose stage is complete. Raises: StoreError: damaged, or of another recording."""
+        found = ReducedRun.open(directory, name)
+        agreeing = (found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested)
+        return cls(*agreeing, directory, name)
+
+    @property
+    def probe(self) -> str | None:
+        """Whose samples the columns are of; None: the run's own."""
+        return parts_of_result(self.result).test
+
+    @property
+    def n_tests(self) -> int:
+        """Test samples that there are, of which there may be no columns."""
+        return self.counts.n_tests if self.probe is None else len(self.tested.losses(self.gradients))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether columns are means over test samples."""
+        return self.columns.by is not None
+
+    def selected(self, tests: str | None) -> str | None:
+        """The selection `tests` in the one way to write it. Raises: UsageError: it names test samples that have no column."""
+        if tests is None:
+            return None
+        if self.grouped:
+            raise UsageError(f"--tests {tests}: {self.result} is of means over test samples: leave it out")
+        spans = parse_selection(tests, self.n_tests)
+        there = self.columns.test_ids
+        for first, last in spans:
+            lacking = np.setdiff1d(np.arange(first, last), there)
+            if len(lacking):
+                raise UsageError(
+                    f"--tests {tests}: {self.result} has no relevance for test sample {lacking[0]}, it was reduced for "
+                    f"{write_selection(self.columns.tests)}"
+                )
+        return write_selection(spans)
+
+    @property
+    def final(self) -> bool:
+        """Whether it is of the parameters at the end of training."""
+        return self.upto is None or self.upto == self.directory.stages[RECORD].facts.get("n_steps")
+
+
+def evaluations_of(directory: RunDirectory) -> dict[str, Any]:
+    """Checksums of the evaluations that are there, by stage."""
+    prefix = evaluate_stage("")
+    return {
+        name: stage.facts.get(CHECKSUMS)
+        for name, stage in directory.stages.items()
+        if name.startswith(prefix) and stage.state == "complete"
+    }
