@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # of pyproject.toml; with spark too, the recipes of docs/parquet.md are run by Spark
 EXTRAS ?= dev
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 # The main job on real data: noisy digits, recorded, reduced, ranked.
 demo: $(INSTALLED)
@@ -18,6 +18,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
+
+# The documentation as a site.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
+	@echo build/site/index.html
 
 $(INSTALLED): pyproject.toml constraints.txt hydra_pipe/reduction/_loops.c
 	$(PYTHON) -m venv $(VENV)

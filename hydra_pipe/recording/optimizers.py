@@ -25,7 +25,7 @@ class OptimizerRule:
     with P = 1, or P elementwise, positive, and taken as it was at the step.
     """
 
-    #: Whether P is not 1: then rows and test gradients are stored times the root of P.
+    #: True where P is not 1; then rows and test gradients are stored times the root of P.
     preconditioned = False
 
     def check(self, group: Group, index: int) -> None:

@@ -24,7 +24,7 @@ class Pipeline:
         epochs: passes over `train`.
         seed: of the order of the batches, and of dropout and the like.
         scheduler: learning-rate scheduler, stepped once after each optimiser step.
-        max_grad_norm: clip the gradient to this norm before each step, as torch.nn.utils.clip_grad_norm_.
+        max_grad_norm: clip the gradient to this norm before each step, as `torch.nn.utils.clip_grad_norm_`.
         sample_labels: a label, integer or string, for each training sample; taken from integer targets if absent.
         test_labels: the same for the test samples.
         num_workers: processes that fetch batches, as torch's DataLoader has them; 0: this one. What a dataset draws from Python's,

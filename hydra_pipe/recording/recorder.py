@@ -61,7 +61,7 @@ class Recorder:
     """Records the per-sample gradients of a training run as it happens.
 
     Each `step` gives one row for each sample of its batch: r(i, t) = the sample's share of the batch
-    gradient (docs/architecture.md). Training is not changed: the weights are those of training without it, bit for bit.
+    gradient (docs/architecture.md). Training is not changed: the weights are those of training without it, bit for bit::
 
         recorder = Recorder(model, optimizer, "runs/mine", n_samples=len(train))
         for inputs, targets, sample_ids in loader:
@@ -217,7 +217,7 @@ class Recorder:
             self._collector.forget()
 
     def track(self, loader: DataLoader[Any]) -> TrackedLoader:
-        """`loader` again, recording what a loop does with its batches: the loop itself stays as it is.
+        """`loader` again, recording what a loop does with its batches: the loop itself stays as it is::
 
             loader = recorder.track(loader)
             for inputs, targets in loader:
