@@ -65,7 +65,7 @@ def orders(run: Path) -> dict[str, str]:
         (adamw, {"encoding": "exact", "dtype": "float32"}, "backward"),
         (adamw, {"encoding": "projected", "dim": 60}, "forward"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_the_matrix_answers_as_the_sweep_without_the_rows(
     tmp_path: Path,
