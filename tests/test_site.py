@@ -17,6 +17,8 @@ from hydra_pipe.cli.app import app
 DOCS = Path(__file__).parents[1] / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
 EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md")
+# one process of pytest-xdist, so that the site is built once
+of_site = pytest.mark.xdist_group("site")
 
 
 class Page(HTMLParser):
@@ -67,6 +69,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "html"
 
 
+@of_site
 def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
     sections = Page(site / "reference" / "commands.html").sections
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -80,6 +83,7 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
                 assert re.search(rf"^{re.escape(option)}( |:|/|$)", said, flags=re.MULTILINE), (name, option)
 
 
+@of_site
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     ids = Page(site / "reference" / "python.html").ids
     for name in hydra_pipe.__all__:
@@ -91,6 +95,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
             assert {f"hydra_pipe.{name}.{m}" for m in members} <= ids, name
 
 
+@of_site
 def test_every_page_is_reached_from_the_first(site: Path) -> None:
     first = (site / "index.html").read_text()
     for page in DOCS.glob("*.md"):
