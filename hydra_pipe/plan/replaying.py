@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import BACKWARD, Reading, ReductionInput, ReductionPlan, Span, common_bytes
+from hydra_pipe.plan.reduction import BACKWARD, Reading, ReductionInput, ReductionPlan, Span, common_bytes, suggested
 from hydra_pipe.plan.sweeping import even_width
 from hydra_pipe.units import format_bytes
 
@@ -89,7 +89,7 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
         peak = fixed + each
         raise BudgetError(
             f"hydra-exact of one column, {what.n_steps:,} steps of {what.parameter_bytes // 2**10:,} KiB of parameters, needs "
-            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
+            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
         )
     passes = -(-given.n_columns // most_columns)
     while (width := min(even_width(given.n_columns, passes), given.n_columns)) > most_columns:

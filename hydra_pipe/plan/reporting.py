@@ -1,6 +1,7 @@
 """How much of the relevance a report reads at once. Integers only."""
 
 from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.reduction import suggested
 from hydra_pipe.units import format_bytes
 
 # More at once is not faster.
@@ -26,11 +27,7 @@ def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes:
     if least > memory_bytes:
         raise BudgetError(
             f"a report on {n_samples:,} training samples needs {format_bytes(least)}, {format_bytes(base_bytes)} of them for the "
-            f"program and the pipeline's data, the budget is {format_bytes(memory_bytes)}: raise --memory to {_rounded_up(least)}"
+            f"program and the pipeline's data, the budget is {format_bytes(memory_bytes)}: raise --memory to {suggested(least)}"
         )
     room = memory_bytes - base_bytes - n_samples * SAMPLE_BYTES
     return max(1, min(n_columns, room // (n_samples * PAIR_BYTES), BLOCK_BYTES // (n_samples * 4)))
-
-
-def _rounded_up(n_bytes: int) -> str:
-    return f"{-(-n_bytes // 2**20)}MiB"

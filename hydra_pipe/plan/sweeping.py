@@ -12,7 +12,17 @@ from typing import Literal
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
-from hydra_pipe.plan.reduction import BACKWARD, COSTS, FORWARD, Answered, Reading, ReductionInput, ReductionPlan, common_bytes
+from hydra_pipe.plan.reduction import (
+    BACKWARD,
+    COSTS,
+    FORWARD,
+    Answered,
+    Reading,
+    ReductionInput,
+    ReductionPlan,
+    common_bytes,
+    suggested,
+)
 from hydra_pipe.units import format_bytes
 
 # arrays that are carried: the adjoint, that of the momentum, and what is written of them when they are kept
@@ -89,7 +99,7 @@ def plan_sweep(what: SweepInput, done: int = 0) -> ReductionPlan:
     peak = sweep_peak_bytes(what, 1, 1)
     raise BudgetError(
         f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, --memory is "
-        f"{format_bytes(given.memory_bytes)}: raise --memory to {-(-peak // 2**20)}MiB"
+        f"{format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
     )
 
 

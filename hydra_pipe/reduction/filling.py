@@ -7,6 +7,7 @@ features, or of samples, as a reduction is in blocks of columns, and gone on wit
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from hydra_pipe.errors import BudgetError, StoreError
 from hydra_pipe.maths.fisher import FORMS
@@ -51,12 +52,8 @@ def fill(request: Request, *, overwrite: bool, progress: Progress) -> bool:
 def _fill(request: Request, overwrite: bool, progress: Progress) -> None:
     directory, stage = request.directory, request.keep_stage
     with request.scheduler as using:
-        answered = None if overwrite else _answered(request)
-        given, plan = request.plan(using.workers, answered)
-        if answered is not None and not _goes_on(request, answered, plan):
-            answered = None
-            given, plan = request.plan(using.workers)
-        whole = plan if answered is None else request.plan(using.workers, replace(answered, done=0))[1]
+        going_on = request.going_on(using.workers, None if overwrite else _answered(request), partial(_goes_on, request))
+        answered, given, plan, whole = going_on.after, going_on.given, going_on.plan, going_on.whole
         _check_room(request, whole, 0 if answered is None else answered.done)
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:

@@ -1,7 +1,7 @@
 """What a reduction is asked for, checked against what there is, and planned."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,6 +194,31 @@ class Request:
                 return way.recording, plan
             return given, plan_sweep(what, done)
         return given, plan_reduction(given, parse_chunks(self.options.chunks), answered)
+
+    def going_on(self, workers: Workers, answered: Answered | None, fits: Callable[[Answered, ReductionPlan], bool]) -> "GoingOn":
+        """How to go on after what was answered, if that `fits` the plan for it; else how to begin. Raises: BudgetError."""
+        given, plan = self.plan(workers, answered)
+        if answered is not None and not fits(answered, plan):
+            answered = None
+            given, plan = self.plan(workers)
+        whole = plan if answered is None else self.plan(workers, replace(answered, done=0))[1]
+        return GoingOn(answered, given, plan, whole)
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """What is left of a reduction.
+
+    Args:
+        after: what was answered before; None: it begins.
+        given: what there is to reduce.
+        plan, whole: of what is left, and of all.
+    """
+
+    after: Answered | None
+    given: ReductionInput
+    plan: ReductionPlan
+    whole: ReductionPlan
 
 
 def requested(run: str | os.PathLike[str], options: Options) -> Request:

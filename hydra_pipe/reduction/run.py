@@ -3,6 +3,7 @@
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hydra_pipe.errors import StoreError
@@ -74,12 +75,8 @@ def _has_work(request: Request, overwrite: bool) -> bool:
 def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     directory, stage = request.directory, reduce_stage(request.name)
     with request.scheduler as using:
-        answered = None if overwrite else _answered(request)
-        given, plan = request.plan(using.workers, answered)
-        if answered is not None and not _goes_on(request, answered, plan):
-            answered = None
-            given, plan = request.plan(using.workers)
-        whole = plan if answered is None else request.plan(using.workers, replace(answered, done=0))[1]
+        going_on = request.going_on(using.workers, None if overwrite else _answered(request), partial(_goes_on, request))
+        answered, given, plan, whole = going_on.after, going_on.given, going_on.plan, going_on.whole
         using.start(request.gradients.path, directory.run_id, plan.peak_bytes)
         if answered is None:
             _begin(request, given, plan)

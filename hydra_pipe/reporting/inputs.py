@@ -1,6 +1,5 @@
 """The pipeline behind a run, for looking at: its samples drawn, and its predictions. This file needs torch."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import HydraError, StoreError
+from hydra_pipe.errors import HydraError
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.batches import Samples, batches_of
@@ -20,8 +19,7 @@ from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
 from hydra_pipe.store import names
-from hydra_pipe.store.checkpoints import unpacked
-from hydra_pipe.store.files import read_file
+from hydra_pipe.store.checkpoints import load_final
 from hydra_pipe.store.run import RECORD, RunDirectory
 
 _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
@@ -71,15 +69,9 @@ class Inputs:
 
     def load_final(self, run: RunDirectory) -> None:
         """Put the final parameters into the model. Raises: StoreError: they are missing or damaged."""
-        path = run.path / names.CHECKPOINTS / names.FINAL_CHECKPOINT
-        try:
-            content = read_file(path)
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read ({error.strerror or error})") from error
-        if hashlib.sha256(content).hexdigest() != run.stages[RECORD].facts.get("final_sha256"):
-            raise StoreError(f"{path} is damaged: its SHA-256 is not what {names.MANIFEST} says")
+        final = load_final(run.path / names.CHECKPOINTS, run.stages[RECORD].facts.get("final_sha256"))
         with user_code("the model does not take the final parameters"):
-            self.pipeline.model.load_state_dict(unpacked(content))
+            self.pipeline.model.load_state_dict(final)
 
     def predict(self, tests: NDArray[np.int64], progress: Progress) -> Predictions:
         """Run the model on some of the test samples, in eval mode.

@@ -4,7 +4,8 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -254,17 +255,13 @@ class InterruptedHereError(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 6, 8, 13, 20])
-def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = shutil.copytree(run, run.with_name("other"))
-    in_blocks(monkeypatch, 4, 1)
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
-    hydra_pipe.reduce(other, method="hydra-fisher")
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """What is swept in it is interrupted after so many steps."""
     real, taken = fisher._step, []
 
     def step(*arguments: object) -> None:
-        if len(taken) == after:
+        if len(taken) == steps:
             raise InterruptedHereError
         taken.append(arguments)
         real(*arguments)
@@ -272,8 +269,19 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, 
     with pytest.MonkeyPatch.context() as stop:
         stop.setattr(fisher, "_step", step)
         with pytest.raises(InterruptedHereError):
-            hydra_pipe.reduce(run, method="hydra-fisher")
-    again = []
+            yield
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 6, 8, 13, 20])
+def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = shutil.copytree(run, run.with_name("other"))
+    in_blocks(monkeypatch, 4, 1)
+    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    hydra_pipe.reduce(other, method="hydra-fisher")
+    with interrupted_after(after):
+        hydra_pipe.reduce(run, method="hydra-fisher")
+    real, again = fisher._step, []
     monkeypatch.setattr(fisher, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
     hydra_pipe.reduce(run, method="hydra-fisher")
     assert len(again) == 21 - after  # seven steps of three blocks

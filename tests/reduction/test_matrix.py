@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 from conftest import conv_pipeline, relative_error
-from test_fisher import InterruptedHereError, adamw, by_loop, in_blocks, made_up, relevance
+from test_fisher import InterruptedHereError, adamw, by_loop, in_blocks, interrupted_after, made_up, relevance
 from typer.testing import CliRunner
 
 import hydra_pipe
@@ -168,22 +168,12 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     keep(other)
-    real, taken = fisher._step, []
-
-    def step(*arguments: object) -> None:
-        if len(taken) == after:
-            raise InterruptedHereError
-        taken.append(arguments)
-        real(*arguments)
-
-    with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(fisher, "_step", step)
-        with pytest.raises(InterruptedHereError):
-            keep(run)
+    with interrupted_after(after):
+        keep(run)
     assert "keep hydra-fisher" in {name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"}
     with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first"):
         hydra_pipe.prune(run)
-    again: list[object] = []
+    real, again = fisher._step, []
     monkeypatch.setattr(fisher, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
     keep(run)
     n_blocks = {"backward": 4, "forward": 3}[order]
