@@ -15,7 +15,7 @@ FLOORS = [
     {"plan"},
     {"store"},
     {"recording", "reduction", "exporting"},
-    {"loading", "notebook"},
+    {"loading", "notebook", "integrations"},
     {"view"},
     {"replay", "probing", "reporting"},
     {"evaluation"},

@@ -137,15 +137,25 @@ class Capture:
 
     def _watch_output(self, model: nn.Module, args: Any, output: Any) -> None:
         sink, (first, _) = self._sink, self._portion.of_pass
-        if sink is None or not isinstance(output, Tensor) or not output.requires_grad:
+        # what a model of transformers returns is a mapping, the loss in it
+        logits = output.get("logits") if isinstance(output, Mapping) else output
+        if sink is None or not isinstance(logits, Tensor) or not logits.requires_grad:
             return
-        value, version = output.detach(), output._version
+        value, version = logits.detach(), logits._version
 
         def on_gradient(gradient: Tensor) -> None:
             if self._sink is sink:
-                self.outputs.append(SeenOutput(value, version, gradient.detach(), first))
+                self.outputs.append(SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first))
 
-        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        if logits is output:
+            logits.register_hook(on_gradient)
+            return
+        # Accelerate gives back a copy of what autocast has made, and the loss is of the original
+        node, place = logits.grad_fn, logits.output_nr
+        if isinstance(node, torch.autograd.graph.Node) and node.name() == "ToCopyBackward0":
+            node, place = node.next_functions[0]
+        if node is not None:
+            node.register_prehook(lambda gradients: on_gradient(gradients[place]) if gradients[place] is not None else None)
 
     def _forward_hook(
         self, name: str, owned: Mapping[str, int], *, whole: bool
@@ -160,6 +170,12 @@ class Capture:
             if not wanted:
                 return None
             samples = self._portion.of_pass
+            if isinstance(module, nn.Embedding) and output.shape[0] == 1 < samples[1]:
+                # positions, looked up once for all samples, to be added to what is each one's own: as autograd broadcasts them,
+                # but by sample
+                output = output.expand(samples[1], *output.shape[1:])
+                args = tuple(x.expand(samples[1], *x.shape[1:]) for x in args)
+                kwargs = {key: x.expand(samples[1], *x.shape[1:]) for key, x in kwargs.items()}
             if is_sequence_module(module) or not isinstance(output, Tensor):
                 self._watch_several(module, args, kwargs, output, wanted, owned, samples)
                 return None

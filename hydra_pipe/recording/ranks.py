@@ -44,34 +44,43 @@ class Ranks:
     """The processes of one DistributedDataParallel model.
 
     Args:
-        model: wrapped; its process group is used, at points where it has nothing under way.
+        model: that they train.
+        group: theirs; it is used at points where it has nothing under way.
+        static_graph: whether DistributedDataParallel was told that the graph is the same at each step.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._group = model.process_group
+    def __init__(self, model: nn.Module, group: distributed.ProcessGroup, *, static_graph: bool) -> None:
+        self._group = group
         self.rank = distributed.get_rank(self._group)
         self.size = distributed.get_world_size(self._group)
-        self.static_graph = bool(model.static_graph)
+        self.static_graph = static_graph
         parameter = next(model.parameters())
         # NCCL moves what is on the GPU only, Gloo what is on the CPU
         self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Ranks | None":
+    def of(cls, model: nn.Module, group: distributed.ProcessGroup | None = None) -> "Ranks | None":
         """The ranks that train `model` together; None: it is this process alone.
 
+        Args:
+            model: wrapped in DistributedDataParallel; or what is wrapped, with the `group` that trains it.
+            group: see `model`.
+
         Raises:
-            RecordError: there are several processes and `model` is not wrapped.
+            RecordError: there are several processes, `model` is not wrapped, and no group is given.
         """
         if n_processes() == 1:
             return None
-        if not isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel):
+            ranks = cls(model, model.process_group, static_graph=bool(model.static_graph))
+        elif group is not None:
+            ranks = cls(model, group, static_graph=False)
+        else:
             raise RecordError(
                 f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
-                f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder; other ways of training in parallel are "
-                f"not recorded"
+                f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give process_group if another "
+                f"wraps it; other ways of training in parallel are not recorded"
             )
-        ranks = cls(model)
         return ranks if ranks.size > 1 else None
 
     def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:

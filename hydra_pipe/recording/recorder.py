@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import (
@@ -89,6 +90,8 @@ class Recorder:
         settings: further settings that the recording depends on, kept in the manifest.
         sample_labels: one integer or string for each training sample, for rankings and reports.
         overwrite: discard a recording that is there.
+        process_group: of the processes that train `model` together by DistributedDataParallel, where a trainer wraps it and `model`
+            is what is wrapped.
 
     Raises:
         RunError: the directory holds a finished recording, one with other settings, or something else.
@@ -110,8 +113,9 @@ class Recorder:
         settings: Settings | None = None,
         sample_labels: Labels | None = None,
         overwrite: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        self._ranks = Ranks.of(model)
+        self._ranks = Ranks.of(model, process_group)
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
         self._model, self._optimizer = unwrapped(model), optimizer
         self.path = location(run)
@@ -149,6 +153,8 @@ class Recorder:
         self._curvature = CurvatureWatch()
         # whether the loop is inside of `step`, whether `record_test` runs, whether a loader is tracked
         self._in_step = self._in_test = self._tracks = False
+        # the last batch that `next_batch` named
+        self._named: Portion | None = None
         # whether it goes on with a recording and has not taken a step yet
         self._resumed = False
         # steps taken, and those of them that had ended when the present `step` began
@@ -251,17 +257,39 @@ class Recorder:
         self._tracks = True
         return tracked
 
+    def next_batch(self, sample_ids: ArrayLike | Tensor) -> StepNote:
+        """Say whose the model's next pass is, where no `with` can stand around a step, as in a trainer's callback.
+
+        A step is what happens from one optimizer.step() to the next, as with `track`: all batches named in between are accumulated.
+
+        Args:
+            sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in which the samples go through the
+                model.
+
+        Returns:
+            A note whose `loss`, that of the whole step, the loop may set before optimizer.step().
+
+        Raises:
+            RecordError: ids that cannot be, the last batch was never met, inside of `step`, or the recorder is closed.
+        """
+        self._check_open()
+        with self._heeding():
+            ids = checked_ids(sample_ids, self.n_samples)
+            self._named = self._hand_over(ids, self._named)
+        self._tracks = True
+        return self._note
+
     def _hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
-        """A batch of a tracked loader comes, after `before` if it is not the first of its epoch."""
+        """A batch comes that a tracked loader or `next_batch` names, after `before` if it is not the first of its epoch."""
         if self._closed or self._in_test or (self._joint is not None and self._joint.held is not None):
             return None
         if self._in_step:
-            raise RecordError("a batch of the tracked loader inside of recorder.step(): use one of the two, not both")
+            raise RecordError("a batch named by a loader or by next_batch() inside of recorder.step(): use one of them, not both")
         # a loop that goes on in mid-epoch draws what it has done already, and leaves it
         if before is not None and not before.met and not self._resumed:
             raise RecordError(
-                f"at step {self.n_steps} the loop drew a batch of the tracked loader before the model had met the last one: a "
-                f"loop that draws ahead, or leaves batches out, has to name its samples with recorder.step(ids)"
+                f"at step {self.n_steps} a next batch came before the model had met the last one: a loop that draws ahead, or "
+                f"leaves batches out, has to name its samples with recorder.step(ids)"
             )
         return self._collector.watch(samples, tracked=True)
 
@@ -422,7 +450,8 @@ class Recorder:
         rank 0 does the work, and the others wait for it without looking at `batches`.
 
         Args:
-            batches: of (inputs, targets) or (inputs, targets, anything); test ids count from 0 in this order.
+            batches: of (inputs, targets) or (inputs, targets, anything); test ids count from 0 in this order. Inputs are a tensor,
+                or a tuple or a mapping of what the model is called with; the targets are a tensor, one for each sample.
             loss: (output, target) -> losses of shape (batch,), or their mean or sum.
             labels: one for each test sample; taken from integer targets if absent.
 
@@ -538,8 +567,8 @@ class Recorder:
         portions = self._collector.portions
         if not portions:
             raise RecordError(
-                f"optimizer.step() at step {self.n_steps} after no batch of the tracked loader: draw a batch for each step, or "
-                f"close() the recorder first"
+                f"optimizer.step() at step {self.n_steps} after no batch that a loader or next_batch() named: draw, or name, "
+                f"a batch for each step, or close() the recorder first"
                 if self._tracks
                 else "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
                 "recorder first"
@@ -563,6 +592,8 @@ class Recorder:
         }
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
         self._pending.append((self._note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))
+        if not self._in_step:
+            self._note = StepNote()
         self.n_steps += 1
         self._resumed = False
         if self._joint is None and self._output.writer is None:

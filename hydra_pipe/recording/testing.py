@@ -1,13 +1,15 @@
 """Test gradients: what each test sample's loss asks of the parameters, taken in the same columns as the rows."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hydra_pipe.errors import DataError, NonFiniteError, RecordError
 from hydra_pipe.recording.collector import Collector
@@ -30,6 +32,16 @@ def digest_of(batches: Iterable[tuple[Tensor, Tensor]]) -> str:
     return found.hexdigest()[:16]
 
 
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
 def record_test_gradients(
     model: nn.Module,
     collector: Collector,
@@ -46,7 +58,8 @@ def record_test_gradients(
         model: in eval mode.
         collector: of its gradients, watching nothing.
         table: where they go; it is to be flushed.
-        batches: of (inputs, targets) or (inputs, targets, anything).
+        batches: of (inputs, targets) or (inputs, targets, anything); inputs are a tensor, or a tuple or a mapping of what the
+            model is called with.
         loss: (output, target) -> losses of shape (batch,), or their mean or sum.
         labels: one for each test sample; taken from integer targets if absent.
         when: the moment, in words such as "after 3 steps".
@@ -64,12 +77,12 @@ def record_test_gradients(
     n_tests, worst = 0, 0.0
     slab: Slab | None = None
     for inputs, targets, *_ in batches:
-        inputs, targets = inputs.to(device), targets.to(device)
-        collector.watch(n_tests + np.arange(len(inputs)))
+        inputs, targets = tree_map(partial(_on, device), inputs), targets.to(device)
+        collector.watch(n_tests + np.arange(len(targets)))
         with torch.enable_grad():
-            among = f"{what} samples {n_tests} to {n_tests + len(inputs) - 1}"
+            among = f"{what} samples {n_tests} to {n_tests + len(targets) - 1}"
             with user_code(f"the model raised at {among}"):
-                output = model(inputs)
+                output = _called(model, inputs)
             with user_code(f"the loss raised at {among}"):
                 losses = per_sample_losses(loss, output, targets)
             if not torch.isfinite(losses).all():
@@ -89,7 +102,7 @@ def record_test_gradients(
         slab.write(checked, table)
         if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
             targets_seen.append(targets.cpu().numpy())
-        n_tests += len(inputs)
+        n_tests += len(targets)
     if n_tests == 0:
         raise RecordError("there are no test samples: give record_test at least one batch")
     if labels is not None and len(labels) != n_tests:

@@ -236,7 +236,7 @@ TOLD = [
     ("test", r"NonFiniteError: rank 0: the loss of test sample 0 is not finite after 1 steps", 1),
     ("tracked ids", r"RecordError: rank 1: sample id -1 is not among the 24 training samples", 2),
     ("tracked in part", r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3", 2),
-    ("drawn ahead", r"RecordError: rank 1: at step 2 the loop drew a batch of the tracked loader before", 2),
+    ("drawn ahead", r"RecordError: rank 1: at step 2 a next batch came before", 2),
     ("tracked and named", r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the tracked", 2),
     ("tracked, not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5", 5),
     ("tracked, doubled", r"LayerError: rank 1: first \(Linear\) has an output of shape \(6, 8\) in a batch of 3", 4),

@@ -499,7 +499,7 @@ class TestLoopsThatGoWrong:
         x, y, _ = next(iter(loader))
         cross_entropy(model(x), y).mean().backward()
         optimizer.step()
-        with pytest.raises(RecordError, match=r"optimizer\.step\(\) at step 1 after no batch of the tracked loader"):
+        with pytest.raises(RecordError, match=r"optimizer\.step\(\) at step 1 after no batch that a loader"):
             optimizer.step()
 
     def test_a_batch_of_which_samples_are_left_out(self, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ class TestLoopsThatGoWrong:
             cross_entropy(model(x), y).mean().backward()
             optimizer.step()
         next(batches)
-        with pytest.raises(RecordError, match=f"at step {int(later)} the loop drew a batch of the tracked loader before"):
+        with pytest.raises(RecordError, match=f"at step {int(later)} a next batch came before"):
             next(batches)
 
     def test_step_and_track_in_one(self, tmp_path: Path) -> None:

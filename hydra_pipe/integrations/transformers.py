@@ -1,0 +1,323 @@
+"""Recording under `transformers.Trainer`, its loop untouched: `pip install 'hydra-pipe[transformers]'`."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, named_batches
+from hydra_pipe.maths.quantise import Dtype
+from hydra_pipe.plan.layout import EncodingChoice
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
+from hydra_pipe.store.run import Settings
+
+# (output of the model, labels) -> losses of shape (batch,)
+TestLoss = Callable[[Any, Tensor], Tensor]
+
+_ATTRIBUTES, _STATE = "attributes", "recorder"
+_LABELS = ("labels", "label", "label_ids")
+
+
+class HydraCallback(TrainerCallback, ExportableState):
+    """Records a `transformers.Trainer`'s training::
+
+        trainer = Trainer(model, args, train_dataset=train, callbacks=[HydraCallback("runs/sst2", test_dataset)])
+        trainer.train()
+
+    Then `hydra-pipe reduce runs/sst2`. Training is not changed: the weights are those without the callback, bit for bit. A
+    sample's id is its index in the training set. Each optimizer step is one step of the run, whatever is accumulated for it, and
+    a row is the sample's share of that step's gradient: where the trainer divides by the number of tokens (causal language
+    models), a long sample has a larger share than a short one, as it had in training.
+
+    The recorder's state is kept in the trainer's checkpoints: `trainer.train(resume_from_checkpoint=...)` goes on with the
+    recording too. Under `torchrun` every process gives the same callback.
+
+    The test gradients are taken of the last step's parameters, before `load_best_model_at_end` puts others back.
+
+    Args:
+        run: directory of the run.
+        test_dataset: samples as those of the training set, whose predictions are to be explained. What the collator does not take
+            of a training sample is left out of these as well.
+        test_loss: (what the model returns, labels) -> losses of shape (batch,). None: the loss that the model itself returns for
+            the sample alone: of a language model the mean over its tokens.
+        encoding, dim, dtype, seed, overwrite: see `hydra_pipe.Recorder`.
+        settings: further settings to keep in the manifest, beside those of the trainer that change training.
+        sample_labels, test_labels: one for each sample, for rankings and reports; taken from integer labels if absent.
+
+    Raises:
+        UsageError: see `hydra_pipe.Recorder`.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | None = None,
+        test_dataset: Any = None,
+        *,
+        test_loss: TestLoss | None = None,
+        encoding: EncodingChoice = "auto",
+        dim: int = DEFAULT_DIM,
+        dtype: Dtype | None = None,
+        seed: int = 0,
+        settings: Settings | None = None,
+        sample_labels: Labels | None = None,
+        test_labels: Labels | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if run is None or test_dataset is None:
+            # the trainer makes callbacks anew, without their arguments, where it is to restore them
+            raise UsageError(
+                "HydraCallback needs a run and a test_dataset; leave restore_callback_states_from_checkpoint at False: it goes on "
+                "from the trainer's checkpoint without"
+            )
+        if not len(test_dataset):
+            raise DataError("test_dataset is empty: give at least one sample")
+        self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
+        self._options: dict[str, Any] = {"encoding": encoding, "dim": dim, "dtype": dtype, "seed": seed, "overwrite": overwrite}
+        self._settings = settings or {}
+        self._sample_labels, self._test_labels = sample_labels, test_labels
+        self._session: _Session | None = None
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder of the training that goes on, or of the last one; None before the first."""
+        return None if self._session is None else self._session.recorder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:  # the trainer's own signature
+        """Begin, or go on with, the recording."""
+        if self._session is not None:
+            self._session.leave()  # of a training that was given up, as where memory did not suffice for its batches
+        _refuse_what_cannot_be(args)
+        model, loader = objects["model"], objects["train_dataloader"]
+        optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])  # which Accelerate wraps
+        dataset = named_batches(loader)
+        recorder = Recorder(
+            model,
+            optimizer,
+            self._run,
+            len(dataset),
+            settings=_settings_of(args) | self._settings,
+            sample_labels=self._sample_labels if self._sample_labels is not None else _labels_of(dataset),
+            process_group=torch.distributed.group.WORLD if args.world_size > 1 else None,
+            **self._options,
+        )
+        scale = args.world_size if args.average_tokens_across_devices else 1
+        collate = loader.collate_fn
+        assert isinstance(collate, NamingCollator)
+        self._session = _Session(recorder, model, collate.collate, set(dataset[0]), scale)
+        if state.global_step:
+            self._session.go_on(state, type(self).__name__)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the recording down where a checkpoint is to be made."""
+        self._keep(args, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the recording down where a checkpoint is to be made."""
+        self._keep(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the recording down where a checkpoint may be made, for what was found."""
+        self._keep(args, control, anyway=args.save_strategy == "best")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Finish the recording with the trainer's last line, after which it may load another model."""
+        if logs is not None and "train_runtime" in logs:
+            self._finish()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Finish the recording."""
+        self._finish()
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer's checkpoint keeps."""
+        attributes = {} if self._session is None else {_STATE: self._session.state()}
+        return {"args": {}, _ATTRIBUTES: attributes}
+
+    def _keep(self, args: TrainingArguments, control: TrainerControl, *, anyway: bool = False) -> None:
+        # all processes do it together, and only one of them is asked for its state
+        if self._session is not None and args.world_size > 1 and (control.should_save or anyway):
+            self._session.keep()
+
+    def _finish(self) -> None:
+        if self._session is not None and not self._session.finished:
+            batches, loss = self._session.tests(self._test_dataset, self._test_loss)
+            labels = self._test_labels if self._test_labels is not None else _labels_of(self._test_dataset)
+            self._session.finish(batches, loss, labels)
+
+
+class _Session:
+    """One training that is recorded.
+
+    Args:
+        recorder: of it.
+        model: that the trainer calls, or what it wraps.
+        collate: the trainer's collator.
+        columns: of a training sample.
+        scale: that the trainer multiplies a loss by that is divided by the number of items.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        model: nn.Module,
+        collate: Callable[[list[Any]], Any],
+        columns: set[str],
+        scale: int,
+    ) -> None:
+        self.recorder = recorder
+        self._collate, self._columns = collate, columns
+        self._scale = scale
+        self.finished = False
+        self._kept: tuple[int, dict[str, Any]] | None = None
+        # the step that goes on, the losses of its batches, and whether they are parts of one sum, or each a mean
+        self._note: StepNote | None = None
+        self._losses: list[float] = []
+        self._parts = False
+        self._passing = False
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._before_pass, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after_pass),
+        ]
+
+    def go_on(self, state: TrainerState, name: str) -> None:
+        """Go on where a checkpoint was made. Raises: RecordError: it was made without this callback."""
+        kept = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, Mapping) else None
+        found = kept.get(_ATTRIBUTES, {}).get(_STATE) if isinstance(kept, Mapping) else None
+        if found is None:
+            raise RecordError(
+                f"the checkpoint of step {state.global_step} was made without {name}, so that the steps before it were not "
+                f"recorded: train from the beginning, or from a checkpoint that was made with it"
+            )
+        self.recorder.load_state_dict(found)
+
+    def keep(self) -> None:
+        """Put the recording down. Collective."""
+        if not self.finished:
+            self._kept = self.recorder.n_steps, self.recorder.state_dict()
+
+    def state(self) -> dict[str, Any] | None:
+        """Of the recorder."""
+        if self.finished:
+            return None
+        if self._kept is None or self._kept[0] != self.recorder.n_steps:
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise RecordError(
+                    "a checkpoint is made that was not announced when the step ended, and the other processes have not put the "
+                    "recording down: give HydraCallback after the callbacks that ask for checkpoints"
+                )
+            self.keep()
+        assert self._kept is not None
+        return self._kept[1]
+
+    def leave(self) -> None:
+        """Take the hooks away, and leave the recording as it is."""
+        self._forget()
+        if not self.finished:
+            self.recorder.fail(RecordError("the trainer began anew before its training had ended"))
+
+    def finish(self, batches: Iterator[tuple[Any, Tensor]], loss: TestLoss, labels: Labels | None) -> None:
+        """Record the test gradients and close."""
+        self.recorder.record_test(batches, loss, labels=labels)
+        self.recorder.close()
+        self.finished = True
+        self._forget()
+
+    def tests(self, dataset: Any, loss: TestLoss | None) -> tuple[Iterator[tuple[Any, Tensor]], TestLoss]:
+        """The test samples as the model is called with them, one at a time, and their loss."""
+
+        def batches() -> Iterator[tuple[Any, Tensor]]:
+            for i in range(len(dataset)):
+                batch = dict(self._collate([{name: x for name, x in dataset[i].items() if name in self._columns}]))
+                labels = batch.get("labels")
+                if labels is None:
+                    raise DataError(f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}")
+                yield batch, labels
+
+        return batches(), loss if loss is not None else _models_own
+
+    def _before_pass(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        ids = inputs.get(SAMPLE_IDS)
+        if ids is None:
+            return None
+        if torch.is_grad_enabled():
+            note = self.recorder.next_batch(ids)
+            if note is not self._note:
+                self._note, self._losses = note, []
+            self._parts, self._passing = "num_items_in_batch" in inputs, True
+        return args, {name: value for name, value in inputs.items() if name != SAMPLE_IDS}
+
+    def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not self._passing or self._note is None:
+            return
+        self._passing = False
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        self._losses.append(float(loss.detach()) if isinstance(loss, Tensor) and loss.dim() == 0 else nan)
+        self._note.loss = sum(self._losses) * (self._scale if self._parts else 1 / len(self._losses))
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _models_own(output: Any, _: Tensor) -> Tensor:
+    """The loss that the model returns for one sample, shape (1,)."""
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    if not isinstance(loss, Tensor):
+        raise DataError(
+            "the model returns no loss: give HydraCallback(..., test_loss=...), (output, labels) -> one loss per sample"
+        )
+    return loss.reshape(1)
+
+
+def _refuse_what_cannot_be(args: TrainingArguments) -> None:
+    """Raises: UsageError: names the option."""
+    refused = {
+        "several GPUs in one process (DataParallel)": args.n_gpu > 1,
+        "fsdp": bool(args.fsdp),
+        "deepspeed": bool(args.deepspeed),
+        "torch_compile": bool(args.torch_compile),
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise UsageError(
+                f"{option} hides the samples' gradients, and is not recorded: train without it, or on several GPUs by torchrun"
+            )
+
+
+def _settings_of(args: TrainingArguments) -> Settings:
+    """What the training depends on and the recorder does not see."""
+    return {
+        "trainer seed": args.seed,
+        "epochs": args.num_train_epochs,
+        "max steps": args.max_steps,
+        "batch size": args.per_device_train_batch_size,
+        "accumulated batches": args.gradient_accumulation_steps,
+    }
+
+
+def _labels_of(dataset: Any) -> Sequence[int] | None:
+    """One integer for each sample, where they have one."""
+    first = dataset[0]
+    column = next((name for name in _LABELS if name in first), None) if isinstance(first, Mapping) else None
+    if column is None or _integer(first[column]) is None:
+        return None
+    named = getattr(dataset, "column_names", None)
+    values = dataset[column] if isinstance(named, list) and column in named else [dataset[i][column] for i in range(len(dataset))]
+    labels = [_integer(value) for value in values]
+    return None if None in labels else labels  # type: ignore[return-value]
+
+
+def _integer(value: Any) -> int | None:
+    item = value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+    return item if isinstance(item, int) else None
