@@ -21,6 +21,7 @@ from transformers import (
 )
 
 VOCABULARY = 60
+EXACT: dict[str, Any] = {"encoding": "exact", "dtype": "float32"}
 Sample = dict[str, Any]
 
 
@@ -134,3 +135,18 @@ def sst2(data: Path, n: int, n_tests: int, *, causal: bool, vocabulary: int) -> 
         for rows in (train, test)
     ]
     return as_samples[0], as_samples[1], words
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Killer(TrainerCallback):
+    """Ends a training in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise StoppedError

@@ -1,6 +1,10 @@
 """Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +12,26 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from small_trainers import classifier, language_model, padded, texts, trainer
+from conftest import ROOT
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from small_trainers import EXACT, Killer, StoppedError, classifier, language_model, padded, sst2, texts, trainer
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 import hydra_pipe
 from hydra_pipe import Recorder
+from hydra_pipe.errors import DataError, HydraError, RecordError, RunError, UsageError
 from hydra_pipe.integrations.transformers import HydraCallback
 from hydra_pipe.store import names
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*optimizer.step.*:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # in peft
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in torch's compiler
+]
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"language model": language_model, "classifier": classifier}
-EXACT: dict[str, Any] = {"encoding": "exact", "dtype": "float32"}
 
 
 class Witness(TrainerCallback):
@@ -31,21 +42,6 @@ class Witness(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.states.append(torch.get_rng_state())
-
-
-class StoppedError(Exception):
-    pass
-
-
-class Killer(TrainerCallback):
-    """Ends a training in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise StoppedError
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -138,7 +134,9 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_pa
     assert np.abs(relevances[0]).max() > 0
 
 
-def record(tmp_path: Path, name: str, train: Any, *others: TrainerCallback, resume: Path | None = None, **options: Any) -> nn.Module:
+def record(
+    tmp_path: Path, name: str, train: Any, *others: TrainerCallback, resume: Path | None = None, **options: Any
+) -> nn.Module:
     """A classifier trained and recorded; its trainer's own files are in `name`-out."""
     model = classifier()
     callback = HydraCallback(tmp_path / name, texts(5, 1, causal=False), **EXACT)
@@ -165,7 +163,7 @@ def test_a_training_that_was_stopped_goes_on_from_the_trainers_checkpoint(
 
 def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) -> None:
     train, others = texts(32, 0, causal=False), texts(9, 2, causal=False)
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "dataloader_num_workers": 2}
+    options = {"eval_strategy": "steps", "eval_steps": 3, "dataloader_num_workers": 2}
     models = {}
     for name, best in (("plain", False), ("last", False), ("best", True)):
         models[name] = classifier()
@@ -175,3 +173,135 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
     assert_same_weights(models["plain"], models["last"])
     # of the last step's parameters, whatever the trainer puts into the model afterwards
     assert_same_run(tmp_path / "last", tmp_path / "best")
+
+
+def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(here), str(here.parent), str(ROOT)])
+    common = {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(2):
+        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (tmp_path / f"{rank}.log").open("w") as log:
+            command = [sys.executable, str(here / "trainer_ranks.py"), str(tmp_path)]
+            ranks.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name in ("whole", "run"):
+        for found in (one[name], two[name]):
+            assert all(torch.equal(value, one["plain"][key]) for key, value in found.items())
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert hydra_pipe.verify(tmp_path / "run") == []
+    rows = arrays(tmp_path / "run")
+    samples = np.concatenate([rows[f"rank/{rank}/{names.SAMPLE}"] for rank in range(2)])
+    assert sorted(samples) == sorted([*range(32)] * 2)  # each once an epoch
+    assert rows[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
+    assert np.isfinite(rows[f"{names.STEPS}/{names.LOSS}"]).all()
+
+
+def test_adapters_are_recorded_without_loss(tmp_path: Path) -> None:
+    train, tests = texts(32, 0, causal=True), texts(5, 1, causal=True)
+    models = []
+    for run in (None, tmp_path / "run"):
+        lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        models.append(get_peft_model(language_model(), lora))
+        callbacks = [] if run is None else [HydraCallback(run, tests, encoding="exact")]
+        trainer(tmp_path / "out", models[-1], train, callbacks).train()
+    assert_same_weights(*models)
+    recording = hydra_pipe.open_run(tmp_path / "run").info()["recording"]
+    # each layer: attention 16 to 48, feed-forward 16 to 64, of rank 2
+    assert recording["features"] == recording["parameters"] == 2 * 2 * (16 + 48 + 16 + 64)
+    assert all(block["exact"] and ".lora_" in block["name"] for block in recording["blocks"])
+    assert arrays(tmp_path / "run")[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
+    def dataset(n: int, seed: int) -> Dataset:
+        return Dataset.from_list([row | {"sentence": f"text {i}"} for i, row in enumerate(texts(n, seed, causal=False))])
+
+    for name, train, tests in (
+        ("lists", texts(32, 0, causal=False), texts(5, 1, causal=False)),
+        ("datasets", dataset(32, 0), dataset(5, 1)),
+    ):
+        trainer(tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / name, tests, **EXACT)]).train()
+    assert_same_run(tmp_path / "lists", tmp_path / "datasets")
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(texts(32, 0, causal=False))
+
+
+def bare(rows: list[Any]) -> Any:
+    return tuple(padded(rows).values())
+
+
+REFUSED: list[tuple[str, Callable[[Path], Any], type[HydraError], str]] = [
+    ("no test samples", lambda run: HydraCallback(run, []), DataError, "test_dataset is empty"),
+    ("restored", lambda run: HydraCallback(), UsageError, "leave restore_callback_states_from_checkpoint at False"),
+    ("stream", lambda run: record(run, "run", Stream(), max_steps=4), RecordError, "Stream is an iterable dataset"),
+    ("compiled", lambda run: record(run, "run", texts(8, 0, causal=False), torch_compile=True), UsageError, "torch_compile hides"),
+    ("tuples", lambda run: record(run, "run", texts(8, 0, causal=False), collator=bare), DataError, "collator returned tuple"),
+    ("optimizer", lambda run: record(run, "run", texts(8, 0, causal=False), optim="adagrad"), HydraError, "Adagrad is not handled"),
+]
+
+
+@pytest.mark.parametrize(("case", "act", "error", "message"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_what_cannot_be_recorded_is_refused(
+    tmp_path: Path, case: str, act: Callable[[Path], Any], error: type[HydraError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        act(tmp_path)
+
+
+def test_a_checkpoint_without_a_recording_is_refused(tmp_path: Path) -> None:
+    train = texts(32, 0, causal=False)
+    with pytest.raises(StoppedError):
+        trainer(tmp_path / "run-out", classifier(), train, [Killer(4)]).train()
+    with pytest.raises(RecordError, match="the checkpoint of step 3 was made without HydraCallback"):
+        record(tmp_path, "run", train, resume=tmp_path / "run-out" / "checkpoint-3")
+
+
+def test_a_finished_recording_is_kept(tmp_path: Path) -> None:
+    record(tmp_path, "run", texts(32, 0, causal=False))
+    with pytest.raises(RunError, match="is recorded already"):
+        record(tmp_path, "run", texts(32, 0, causal=False))
+
+
+def test_test_samples_without_labels_are_told(tmp_path: Path) -> None:
+    tests = [{"input_ids": [5, 6]}]
+    callback = HydraCallback(tmp_path / "run", tests)
+
+    def unlabelled(rows: list[Any]) -> Any:
+        return padded(rows) if "labels" in rows[0] else {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+    with pytest.raises(DataError, match="test sample 0 has no labels"):
+        trainer(tmp_path / "out", classifier(), texts(8, 0, causal=False), [callback], collator=unlabelled).train()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None:
+    """As above, with real sentences of many lengths."""
+    causal = kind == "language model"
+    train, tests, _ = sst2(shared_data, 120, 6, causal=causal, vocabulary=200)
+    of_words = {"language model": language_model, "classifier": classifier}[kind]
+    plain, recorded = of_words(200), of_words(200)
+    options = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
+    trainer(tmp_path / "plain", plain, train, **options).train()
+    trainer(tmp_path / "out", recorded, train, [HydraCallback(tmp_path / "run", tests)], **options).train()
+    assert_same_weights(plain, recorded)
+    found = arrays(tmp_path / "run")
+    assert sorted(found[names.SAMPLE]) == list(range(120))
+    assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
+    hydra_pipe.reduce(tmp_path / "run")
+    assert np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))).min(axis=0).max() > 0
