@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.trainer import train
     from hydra_pipe.reporting.run import report_run as report
+    from hydra_pipe.reporting.shown import ShownSamples
     from hydra_pipe.view import Run, open_run
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Pipeline",
     "Recorder",
     "Run",
+    "ShownSamples",
     "clean",
     "evaluate",
     "export",
@@ -45,6 +47,7 @@ _HOMES = {
     "Pipeline": ("hydra_pipe.recording.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "Run": ("hydra_pipe.view", "Run"),
+    "ShownSamples": ("hydra_pipe.reporting.shown", "ShownSamples"),
     "clean": ("hydra_pipe.cleaning.run", "clean_run"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),

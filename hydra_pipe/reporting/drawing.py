@@ -60,7 +60,7 @@ Drawn = Picture | Text | Cells
 
 
 def rendered(shown: Any) -> Drawn:
-    """What a pipeline's `render` returned. Raises: PipelineError: it is no image, no str and no mapping."""
+    """What `render` returned. Raises: PipelineError: it is no image, no str and no mapping."""
     if isinstance(shown, Drawn):
         return shown
     if isinstance(shown, str):
@@ -73,7 +73,7 @@ def rendered(shown: Any) -> Drawn:
     image = None if values is None else _image(values, _WITH_ALPHA)
     if image is None:
         found = type(shown).__name__ if values is None else f"an array of shape {values.shape}"
-        raise PipelineError(f"the pipeline's render returned {found}: return an image, a str, or a mapping of name to value")
+        raise PipelineError(f"render returned {found}: return an image, a str, or a mapping of name to value")
     return image
 
 
@@ -84,7 +84,7 @@ def by_kind(value: Any) -> Drawn:
         return _text(value)
     values = _array(value)
     if values is None:
-        return _text(f"{type(value).__name__}, which is not drawn: give Pipeline(..., render=...)")
+        return _text(f"{type(value).__name__}, which is not drawn: give render=...")
     if values.ndim == 0:
         return _text(_value(values.item()))
     if values.ndim == 1 and values.dtype.kind in "iub":
@@ -93,7 +93,7 @@ def by_kind(value: Any) -> Drawn:
         # no more than are kept: a row may be long
         return _cells([(str(i), _value(v)) for i, v in enumerate(values[: MOST_CELLS + 1].tolist())], len(values))
     image = _image(values, _CHANNELS) if values.dtype.kind == "f" or values.dtype == np.uint8 else None
-    return image or _text(f"{values.dtype} of shape {values.shape}, which is not drawn: give Pipeline(..., render=...)")
+    return image or _text(f"{values.dtype} of shape {values.shape}, which is not drawn: give render=...")
 
 
 def _array(value: Any) -> NDArray[Any] | None:

@@ -15,6 +15,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
 from hydra_pipe.reporting.content import Column, Content, Suspect
 from hydra_pipe.reporting.findings import Findings, findings
+from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
@@ -55,8 +56,8 @@ class Gathering:
         self.no_samples: str | None = None
         self._missing: list[str] = []
 
-    def content(self, pipeline: "str | Pipeline | None") -> Content:
-        """All of it."""
+    def content(self, pipeline: "str | Pipeline | None", samples: ShownSamples | None) -> Content:
+        """All of it; `samples` are shown instead of the pipeline's."""
         source, directory = self._source, self._source.directory
         gradients, columns = source.gradients, source.columns
         train_labels = gradients.labels(names.TRAIN_LABELS)
@@ -64,14 +65,14 @@ class Gathering:
             raise StoreError(f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} training samples")
         test_labels = source.labels_of_columns()
         losses = self._losses()
-        inputs = self._inputs(pipeline)
+        inputs = self._inputs(pipeline) if samples is None else None
         predictions = None if inputs is None or source.grouped else self._predictions(inputs, losses)
         chosen = self._chosen(losses, predictions)
         found = self._findings(chosen, train_labels, test_labels)
         order = np.argsort(found.sums, kind="stable")[:SHOWN_HARMFUL]
         suspects = order[found.sums[order] < 0]
         visits = source.visits(self._progress)
-        train_drawn, test_drawn = self._drawn(inputs, chosen, found, suspects)
+        train_drawn, test_drawn = self._drawn(samples, inputs, chosen, found, suspects)
         unit = str(source.relevance.attributes[names.UNIT])
         return Content(
             name=os.path.basename(os.path.abspath(str(directory.path))),
@@ -191,15 +192,29 @@ class Gathering:
             return findings(relevance, chosen.tolist(), self._top, train_labels, test_labels, width, task)
 
     def _drawn(
-        self, inputs: "Inputs | None", chosen: NDArray[np.int64], found: Findings, suspects: NDArray[np.int64]
+        self,
+        samples: ShownSamples | None,
+        inputs: "Inputs | None",
+        chosen: NDArray[np.int64],
+        found: Findings,
+        suspects: NDArray[np.int64],
     ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
         """What a person sees of the training samples and test samples on the page, by id."""
-        if inputs is None:
+        if samples is None and inputs is None:
             return {}, {}
         train = np.unique(np.concatenate([suspects, *(side.ids for both in found.sides for side in both)]))
         tests = np.zeros(0, np.int64) if self._source.grouped else np.sort(self._source.columns.test_ids[chosen])
+
+        def drawn(which: str, ids: NDArray[np.int64]) -> "dict[int, Drawn]":
+            from hydra_pipe.reporting.inputs import draw_shown  # torch takes seconds to import
+
+            if samples is not None:
+                return dict(draw_shown(samples, which, ids, self._progress))
+            assert inputs is not None
+            return dict(inputs.draw(which, ids, self._progress))
+
         try:
-            return dict(inputs.draw("train", train, self._progress)), dict(inputs.draw("test", tests, self._progress))
+            return drawn("train", train), drawn("test", tests)
         except HydraError as error:
             self._lacks_samples(error)
             return {}, {}

@@ -1,6 +1,6 @@
 """The pipeline behind a run, for looking at: its samples drawn, and its predictions. This file needs torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,33 @@ from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
+from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import load_final
 from hydra_pipe.store.run import RECORD, RunDirectory
 
 _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
+
+
+def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress) -> Iterator[tuple[int, Drawn]]:
+    """Each of the samples `ids` of "train" or "test". Raises: HydraError: the dataset or `render` raised, or cannot be shown."""
+    dataset = samples.train if which == "train" else samples.test
+    with progress.task(f"draw {which} samples", len(ids), "samples") as task:
+        for sample in ids.tolist():
+            what = f"{which} sample {sample}"
+            with user_code(f"the dataset raised at {what}"):
+                value = dataset[sample]
+            yield sample, drawn_by(samples.render, value, what)
+            task.advance(1)
+
+
+def drawn_by(render: Callable[[Any], Any] | None, value: Any, what: str) -> Drawn:
+    """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""
+    if render is None:
+        return by_kind(value)
+    with user_code(f"render raised at {what}"):
+        shown = render(value)
+    return rendered(shown)
 
 
 @dataclass(frozen=True)
@@ -126,12 +148,7 @@ class Inputs:
 
     def drawn(self, value: Any, what: str) -> Drawn:
         """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""
-        render = self.pipeline.render
-        if render is None:
-            return by_kind(value)
-        with user_code(f"the pipeline's render raised at {what}"):
-            shown = render(value)
-        return rendered(shown)
+        return drawn_by(self.pipeline.render, value, what)
 
     def drawn_prediction(self, value: Any) -> str | None:
         """A prediction for each position as the input is shown, where that is a text; else None."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
+from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
@@ -35,6 +36,7 @@ def report_run(
     top: int = 5,
     memory: str = "4GiB",
     pipeline: "str | Pipeline | None" = None,
+    samples: ShownSamples | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -53,6 +55,7 @@ def report_run(
         memory: budget for the whole process, such as "4GiB".
         pipeline: "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an object was recorded,
             whose model gets the final parameters.
+        samples: to be drawn where there is no pipeline, as of a loop of one's own; of a probe, its own as `test`.
         overwrite: write it again though it is there.
         progress: where to show progress; nowhere if absent.
 
@@ -65,11 +68,14 @@ def report_run(
         RunError: there is no run, or it has no relevance of that method.
         StoreError: it is damaged.
         BudgetError: the budget is too small.
-        UsageError: `top` or `tests` cannot be, or a package is missing; the message says what to install.
+        UsageError: `top` or `tests` cannot be, both a pipeline and samples are given, or a package is missing; the message says
+            what to install.
     """
     method = result_of(method, test)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
+    if pipeline is not None and samples is not None:
+        raise UsageError("give a pipeline, which has its samples, or samples, not both")
     if parts_of_result(method).method == ITSELF:
         raise UsageError(f"--method {method} is of no test samples, and no report: export puts it into samples.parquet")
     memory_bytes = parse_bytes(memory)
@@ -81,12 +87,12 @@ def report_run(
     source = Source.open(directory, method)
     selected = source.selected(tests)
     stage, settings = report_stage(method), {names.TESTS: selected, "top": top}
-    if not overwrite and not _has_work(directory, stage, settings, pipeline):
+    if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
         return False
     progress = progress or Progress()
     with one_writer(directory.path, stage):
         directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not _has_work(directory, stage, settings, pipeline):
+        if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
             return False
         target = directory.path / area_of(stage)
         directory.begin(stage, settings)
@@ -97,7 +103,7 @@ def report_run(
             from hydra_pipe.reporting.page import page_of
 
             report = Gathering(source, selected, top, memory_bytes, progress)
-            page = page_of(report.content(pipeline))
+            page = page_of(report.content(pipeline, samples))
             for text in page.left_out:
                 progress.say(f"to stay small the report leaves out {text}")
             remove_partials_of(target)
@@ -120,9 +126,9 @@ def report_run(
     return True
 
 
-def _has_work(directory: RunDirectory, stage: str, settings: Settings, pipeline: "str | Pipeline | None") -> bool:
-    """Whether there is no page, or there are evaluations that it does not tell of, or now a pipeline where it had none."""
+def _has_work(directory: RunDirectory, stage: str, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
+    """Whether there is no page, or there are evaluations that it does not tell of, or samples are given now where it had none."""
     if directory.has_work(stage, settings):
         return True
     facts = directory.stages[stage].facts
-    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (pipeline is not None and facts.get(_NO_SAMPLES) is not None)
+    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (given is not None and facts.get(_NO_SAMPLES) is not None)

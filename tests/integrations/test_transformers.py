@@ -1,5 +1,6 @@
 """Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
+import html
 import os
 import socket
 import subprocess
@@ -293,7 +294,7 @@ def test_test_samples_without_labels_are_told(tmp_path: Path) -> None:
 def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None:
     """As above, with real sentences of many lengths."""
     causal = kind == "language model"
-    train, tests, _ = sst2(shared_data, 120, 6, causal=causal, vocabulary=200)
+    train, tests, words = sst2(shared_data, 120, 6, causal=causal, vocabulary=200)
     of_words = {"language model": language_model, "classifier": classifier}[kind]
     plain, recorded = of_words(200), of_words(200)
     options = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
@@ -305,3 +306,9 @@ def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None
     assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
     hydra_pipe.reduce(tmp_path / "run")
     assert np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))).min(axis=0).max() > 0
+    shown = hydra_pipe.ShownSamples(train, tests, lambda sample: words.decode(sample["input_ids"]))
+    assert hydra_pipe.report(tmp_path / "run", samples=shown)
+    page = html.unescape((tmp_path / "run" / names.REPORT).read_text(encoding="utf-8"))
+    assert all(words.decode(sample["input_ids"]) in page for sample in tests)
+    with pytest.raises(UsageError, match="not both"):
+        hydra_pipe.report(tmp_path / "run", samples=shown, pipeline="pipelines/digits.py")
