@@ -22,6 +22,8 @@ from hydra_pipe.store.run import Settings
 TestLoss = Callable[[Any, Tensor], Tensor]
 
 _ATTRIBUTES, _STATE = "attributes", "recorder"
+# what the loss of a step is: the trainer asks a model that takes the number of items for sums over them
+_SUM, _MEAN = "what its batches add, divided by the step's items as the model does", "mean of its batches' losses"
 _LABELS = ("labels", "label", "label_ids")
 
 
@@ -255,6 +257,7 @@ class _Session:
             if note is not self._note:
                 self._note, self._losses = note, []
             self._parts, self._passing = "num_items_in_batch" in inputs, True
+            self.recorder.facts["step_loss"] = _SUM if self._parts else _MEAN
         return args, {name: value for name, value in inputs.items() if name != SAMPLE_IDS}
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
