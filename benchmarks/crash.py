@@ -5,8 +5,9 @@
 Data are real: `pipelines/digits.py`, 1,400 samples of which a tenth are mislabelled, one epoch, 397 test samples; a checkpoint
 every 10 steps. Prints, for each command, how often it was struck, how many bytes differ in what it leaves (weights:
 checkpoints/final.pt; rows: gradients.zarr; relevance: relevance.zarr and hypergradients; rankings: every Parquet file;
-evaluation: all of it; other: the manifest, but for its clock and the id of the run, and files that should not be there), how many
-faults `verify` finds in that, and how many commands failed that should not, or said it badly. Exits 1 if any of these is not 0.
+evaluation: all of it; other: the manifest, but for its clock and the id of the run, probes, proposals, reports, and files that
+should not be there), how many faults `verify` finds in that, and how many commands failed that should not, or said it badly.
+Exits 1 if any of these is not 0.
 
 Linux with glibc and cc. Each command is a process of its own, forked from one that has loaded the packages already, so that what is
 struck is the work and not an import. State of long work is kept after each step of it, in place of each minute.
@@ -53,6 +54,7 @@ DIGITS: stages.Stages = {
     "fisher": (["reduce", "RUN", "--method", "hydra-fisher", "--memory", "256MiB"], None, ["record"]),
     "exact": (["reduce", "RUN", "--method", "hydra-exact", "--tests", "0-49"], None, ["record"]),
     "rank": (["reduce", "RUN", "--method", "hydra-exact", "--tests", "0-49", "--rank", "8"], None, ["record"]),
+    "keep": (["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"], None, ["record"]),
     "influence": (["reduce", "RUN", "--method", "influence"], None, ["record"]),
     "tracin": (["reduce", "RUN", "--method", "tracin"], None, ["record"]),
     "self": (["reduce", "RUN", "--method", "self"], None, ["record"]),
@@ -60,6 +62,8 @@ DIGITS: stages.Stages = {
     "lds": ([*EVALUATE, "lds"], None, ["record", "reduce"]),
     "noise": ([*EVALUATE, "noise"], None, ["record", "reduce"]),
     "smoothness": ([*EVALUATE, "smoothness"], None, ["record"]),
+    "report": (["report", "RUN"], None, ["record", "reduce"]),
+    "clean": (["clean", "RUN", "--retrain", "--seeds", "1"], None, ["record", "reduce"]),
 }
 DEEDS = ("kill", "enospc", "short-kill", "eio", "kill-after", "short", "enospc for good")
 PARTS = {
@@ -128,7 +132,7 @@ class Bench:
 
     def perform(self, name: str, run: Path, **struck: Any) -> Ended:
         arguments, order, _ = self.table[name]
-        return self.commands(run, [str(run) if word == "RUN" else word for word in arguments], order, **struck)
+        return self.commands(run, arguments, order, **struck)
 
     def begun(self, name: str, run: Path) -> Path:
         """`run` as it is before the command `name`."""
@@ -142,7 +146,7 @@ class Bench:
         needed = {name for struck in self.names for name in (struck, *self.table[struck][2])}
         for name in (name for name in self.table if name in needed):
             for _ in range(2):
-                run = self.begun(name, self.scratch / name.replace(", ", "-"))
+                run = self.begun(name, self.scratch / name.replace(", ", "-") / "run")
                 start = time.perf_counter()
                 ended = self.perform(name, run)
                 if ended.code != 0:
@@ -158,7 +162,7 @@ class Bench:
         while done < n_kills:
             name = self.names[turn % len(self.names)]
             turn += 1
-            tally, run = tallies[name], self.begun(name, self.scratch / "run")
+            tally, run = tallies[name], self.begun(name, self.scratch / "struck" / "run")
             instants = list(self._killed(name, run, draw))
             tally.counts["struck"] += len(instants)
             done += len(instants)
@@ -185,11 +189,11 @@ class Bench:
         """Strike every call in turn, or each of `every`."""
         tallies = {name: Tally() for name in self.names}
         for name, tally in tallies.items():
-            n_calls = len(self.perform(name, self.begun(name, self.scratch / "run")).calls)
+            n_calls = len(self.perform(name, self.begun(name, self.scratch / "struck" / "run")).calls)
             print(f"{name}: {n_calls} calls", flush=True)
             for number, at in enumerate(range(1, n_calls + 1, every)):
                 deed = DEEDS[(number + first) % len(DEEDS)]
-                run = self.begun(name, self.scratch / "run")
+                run = self.begun(name, self.scratch / "struck" / "run")
                 what = f"{name}, {deed} at call {at}"
                 do, _, stay = deed.partition(" ")
                 ended = self.perform(name, run, at=at, do=do, stay=bool(stay))

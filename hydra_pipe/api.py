@@ -254,11 +254,17 @@ def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = Fa
     return repair_path(run, progress or Progress()) if repair else check_path(run, progress or Progress())
 
 
-def prune(run: PathLike, progress: Progress | None = None) -> int:
+def prune(run: PathLike, progress: Progress | None = None, *, discard_unfinished: bool = False) -> int:
     """Delete the recorded rows of a run whose hypergradients are kept (`reduce(..., keep_hypergradients=True)`).
 
     Test samples are answered from the hypergradients afterwards, by the methods whose own are kept ("hydra", "hydra-fisher"), and
     by "hydra-exact", which trains again; what needs the rows themselves no longer works.
+
+    Args:
+        run: directory of the run.
+        progress: where to show progress; nowhere if absent.
+        discard_unfinished: where the keeping of some hypergradients was interrupted, which only the rows could finish, and others
+            are kept: discard what there is of the former. Otherwise that is refused.
 
     Returns:
         Bytes that were deleted.
@@ -272,4 +278,4 @@ def prune(run: PathLike, progress: Progress | None = None) -> int:
 
     directory = RunDirectory.open(run)
     with (progress or Progress()).task("check", total_bytes(directory), "bytes") as task:
-        return prune_rows(directory, task)
+        return prune_rows(directory, task, discard_unfinished=discard_unfinished)

@@ -1,6 +1,6 @@
 """Reads damaged copies of a run, with little memory to spare. A process of its own: `python hostile_reader.py RUN WHICH N`.
 
-`WHICH` is "random" for N random changes to one JSON file at a time, or "crafted" for files that lie in agreement.
+`WHICH` is "random" for N random changes to one JSON file at a time, "crafted" for files that lie in agreement, or "both".
 """
 
 import copy
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError
+from hydra_pipe.store import arrays
 from hydra_pipe.store.run import RunDirectory
 
 SPARE_BYTES = 200 * 2**20
@@ -37,6 +38,25 @@ REDUCTIONS: list[dict[str, Any]] = [
 ]
 # One of these beside what is always called: they cost as much as all of the rest.
 ALSO = ["steps", "relevance", "export before", "nothing"]
+# what is not damaged: no call fails, and some take long, for they load modules
+HEALTHY = "nothing at all"
+PROBE = "late"
+# What is called of a run that was probed, each with the options of one reduction.
+OF_PROBED: list[dict[str, Any]] = [
+    {"call": "reduce", "test": PROBE, "overwrite": True},
+    {"call": "reduce", "test": PROBE, "method": "hydra-fisher", "overwrite": True},
+    {"call": "reduce", "test": PROBE, "by": "label"},
+    {"call": "reduce", "method": "hydra-fisher", "keep_hypergradients": True},
+    {"call": "export", "test": PROBE, "overwrite": True},
+    {"call": "clean"},
+    {"call": "clean", "lowest": 3, "overwrite": True},
+    {"call": "report", "overwrite": True},
+    {"call": "report", "test": PROBE, "top": 2},
+    {"call": "probe"},
+    {"call": "prune"},
+]
+# and where what these read is: of the rest there is enough in the other runs
+PLACES_OF_PROBED = ("probes", "hypergradients", "cleaning", "relevance.zarr", "run.json", "checksums")
 BOMB = json.loads("[" * 60 + "]" * 60)
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, 7, -1, -(2**70), 10**15, 2**31, 2**62, 2**63 - 1, 2**64, 10**4000, 0.5, 26.0, 1e308),
@@ -82,7 +102,10 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_probed = (path / "probes").exists()
         self.json = sorted(file for file in path.rglob("*.json"))
+        if self.is_probed:
+            self.json = [file for file in self.json if file.relative_to(path).parts[0] in PLACES_OF_PROBED]
         self._files = {file: file.read_bytes() for file in self._all()}
         self._stats = {file: _stat(file) for file in self._files}
 
@@ -114,14 +137,35 @@ class Run:
             "reduce": lambda: hydra_pipe.reduce(self.path, **BUDGET, overwrite="by" not in reduction, **reduction),
             "export": lambda: hydra_pipe.export(self.path, method=by, top=5, overwrite=True),
         }
+        self._perform({name: call for name, call in calls.items() if name not in ALSO or name == also}, what)
+
+    def use_probed(self, options: dict[str, Any], what: Any) -> None:
+        """What reads a run that was probed, one of `OF_PROBED`. Raises: as `use`."""
+        options = dict(options)
+        name = options.pop("call")
+        if name == "reduce":
+            options |= BUDGET
+        if name == "probe":
+            from conftest import conv_pipeline, images  # torch takes memory, which is not to spare
+
+            options = {"dataset": images(3, 5), "name": PROBE, "pipeline": conv_pipeline(), "overwrite": True}
+        calls = {
+            "info": lambda: hydra_pipe.open_run(self.path).info(),
+            "verify": lambda: hydra_pipe.verify(self.path),
+            name: lambda: getattr(hydra_pipe, name)(self.path, **options),
+        }
+        self._perform(calls, what)
+
+    def _perform(self, calls: dict[str, Callable[[], Any]], what: Any) -> None:
+        """Call after call. Raises: whatever is not an error of ours in one line, and soon."""
         for name, call in calls.items():
-            if name in ALSO and name != also:
-                continue
             start = time.process_time()
             signal.alarm(MOST_WAITING)
             try:
                 call()
             except HydraError as error:
+                if what is HEALTHY:
+                    raise
                 message = str(error)
                 assert "\n" not in message, (name, what, message)
                 assert len(message) < 2000, (name, what, message)
@@ -130,7 +174,23 @@ class Run:
                 print(f"{name} of {what}", file=sys.stderr)
                 raise
             seconds = time.process_time() - start
-            assert seconds < MOST_SECONDS, (name, what, seconds)
+            assert seconds < MOST_SECONDS or what is HEALTHY, (name, what, seconds)
+
+
+def remember_metadata() -> None:
+    """Parse metadata anew only where they have changed: all but one file are what they were."""
+    read, known = arrays.read_metadata, {}
+
+    def remembered(path: Path) -> dict[str, Any]:
+        try:
+            stat = _stat(path / arrays.METADATA)
+        except OSError:
+            return read(path)
+        if stat not in known:
+            known[stat] = read(path)
+        return known[stat]
+
+    arrays.read_metadata = remembered
 
 
 def _stat(file: Path) -> tuple[int, int, int]:
@@ -206,7 +266,7 @@ def damaged_at_random(run: Run, n: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(damage=damages(files), reduction=st.sampled_from(REDUCTIONS), also=st.sampled_from(ALSO))
+    @given(damage=damages(files), reduction=st.sampled_from(OF_PROBED if run.is_probed else REDUCTIONS), also=st.sampled_from(ALSO))
     def check(damage: tuple[Path, str, bytes | None], reduction: dict[str, Any], also: str) -> None:
         file, what, content = damage
         try:
@@ -215,7 +275,11 @@ def damaged_at_random(run: Run, n: int) -> None:
                 file.mkdir()
             else:
                 file.write_bytes(content)
-            run.use(reduction, also, (str(file.relative_to(run.path)), what))
+            of = (str(file.relative_to(run.path)), what, reduction)
+            if run.is_probed:
+                run.use_probed(reduction, of)
+            else:
+                run.use(reduction, also, of)
         finally:
             if file.is_dir():
                 file.rmdir()
@@ -363,6 +427,52 @@ CRAFTED = [
 SIZES = [0, 1, 5, 100, 8001, 10**6, 10**9 + 7, 10**12, 10**15, 2**62, 2**63 - 1]
 
 
+def of_stage(run: Path, name: str, **facts: Any) -> None:
+    change(run / "run.json", lambda data: data["stages"][name]["facts"].update(facts))
+
+
+def probed_in_agreement(run: Path, n: int) -> None:
+    of_shapes(run, lambda name: name.startswith("probes/"), n)
+    of_stage(run, f"probe {PROBE}", n_tests=n)
+
+
+def matrix_in_agreement(run: Path, n: int) -> None:
+    """Of more features than the recording has."""
+    of_shapes(run, lambda name: name.endswith("/swept"), n, axis=1)
+
+
+def proposal_in_agreement(run: Path, n: int) -> None:
+    of_stage(run, "clean hydra", n_samples=n, n_proposed=n)
+
+
+def keeping_resumed(run: Path, n: int) -> None:
+    """Hypergradients that say how far they got."""
+
+    def begun(data: Any) -> None:
+        stage = data["stages"]["keep hydra-fisher"]
+        answered = {"order": ["backward", "forward", "x"][n % 3], "done": n, "base_bytes": n, "found": [{"x": n}]}
+        stage |= {"state": "running", "facts": {"answered": answered}}
+
+    change(run / "run.json", begun)
+
+
+CRAFTED_OF_PROBED = [
+    *(probed_in_agreement, matrix_in_agreement, proposal_in_agreement, keeping_resumed),
+    *(samples_in_agreement, chunks_in_agreement, thin_chunks),
+]
+
+
+def crafted_of_probed(run: Run) -> None:
+    able = [options for options in OF_PROBED if options["call"] != "probe"]
+    for (number, craft), (i, n) in product(enumerate(CRAFTED_OF_PROBED), enumerate(SIZES)):
+        options = able[(number + i) % len(able)]
+        try:
+            craft(run.path, n)
+            run.use_probed(options, (craft.__name__, n, options))
+        finally:
+            run.put_back()
+
+
 def crafted(run: Run) -> None:
     for (number, craft), (i, n) in product(enumerate(CRAFTED), enumerate(SIZES)):
         reduction, also = REDUCTIONS[(number + i) % len(REDUCTIONS)], ALSO[(number + i) % len(ALSO)]
@@ -379,20 +489,26 @@ def main(path: str, which: str, n: int) -> None:
     # jemalloc, which Arrow takes otherwise, reserves what it may need
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     os.fsync = lambda _: None
+    remember_metadata()
     run = Run(Path(path))
-    for reduction, also in zip_longest(REDUCTIONS, ALSO, fillvalue="nothing"):
-        run.use(reduction, also, "nothing")
-        run.put_back()
+    if run.is_probed:
+        for options in OF_PROBED:
+            run.use_probed(options, HEALTHY)
+            run.put_back()
+    else:
+        for reduction, also in zip_longest(REDUCTIONS, ALSO, fillvalue="nothing"):
+            run.use(reduction, also, "nothing")
+            run.put_back()
     assert RunDirectory.open(path).stages
     in_use = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
     resource.setrlimit(resource.RLIMIT_DATA, (in_use + SPARE_BYTES, in_use + SPARE_BYTES))
     with suppress(MemoryError):  # the limit holds
         bytearray(SPARE_BYTES + 2**26)
         raise AssertionError("there is more memory than there should be")
-    if which == "random":
+    if which in ("random", "both"):
         damaged_at_random(run, n)
-    else:
-        crafted(run)
+    if which in ("crafted", "both"):
+        (crafted_of_probed if run.is_probed else crafted)(run)
 
 
 if __name__ == "__main__":

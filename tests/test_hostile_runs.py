@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, conv_pipeline, images
 from numcodecs import blosc
 from typer.testing import CliRunner
 
@@ -41,6 +41,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> di
     return made
 
 
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> Path:
+    """A run with a probe and what was made of it, a matrix of hypergradients, a proposal and a report."""
+    run = shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp("probed") / "run")
+    hydra_pipe.reduce(run)
+    hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
+    hydra_pipe.probe(run, images(3, 5), name="late", pipeline=conv_pipeline())
+    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.clean(run)
+    hydra_pipe.report(run)
+    return run
+
+
 @pytest.fixture
 def run(finished: dict[str, Path], tmp_path: Path) -> Path:
     return shutil.copytree(finished["rows"], tmp_path / "run")
@@ -61,6 +74,10 @@ def test_any_damage_of_any_json_ends_in_a_result_or_an_error_of_ours(finished: d
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_lie_in_agreement_are_refused_at_once(finished: dict[str, Path], tmp_path: Path, kind: str) -> None:
     read_by_another_process(shutil.copytree(finished[kind], tmp_path / "run"), "crafted", 0)
+
+
+def test_what_was_made_of_a_probe_is_read_with_the_same_care(probed: Path, tmp_path: Path) -> None:
+    read_by_another_process(shutil.copytree(probed, tmp_path / "run"), "both", 50)
 
 
 def put(array: Path, place: int, value: int) -> None:

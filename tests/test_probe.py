@@ -19,6 +19,7 @@ import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, RunError, StoreError, UsageError, UserCodeError
+from hydra_pipe.store.files import remove
 from hydra_pipe.store.relevance import result_of
 from hydra_pipe.store.run import RunDirectory
 
@@ -525,3 +526,31 @@ def test_evaluations_leave_probes_out(run: Path) -> None:
     hydra_pipe.reduce(run, test="late")
     hydra_pipe.reduce(run)
     assert list(Subject.open(mlp_pipeline(), RunDirectory.open(run), None).relevance(None)) == ["hydra"]
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was_killed(
+    tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, left = tmp_path / "run", after
+    hydra_pipe.record(mlp_pipeline(), run)
+    again = {"name": "late", "pipeline": mlp_pipeline(), "overwrite": True}
+    hydra_pipe.probe(run, HELD_BACK, **again)
+    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.export(run, test="late")
+
+    def killed(path: Path) -> None:
+        nonlocal left
+        if not left:
+            raise InterruptedError
+        left -= 1
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hydra_pipe.store.discarding.remove", killed)
+        with pytest.raises(InterruptedError):
+            hydra_pipe.probe(run, HELD_BACK, **again)
+    assert hydra_pipe.verify(run) != []
+    hydra_pipe.probe(run, HELD_BACK, **again)
+    assert set(RunDirectory.open(run).stages) == {"record", "probe late"}
+    assert hydra_pipe.verify(run) == []

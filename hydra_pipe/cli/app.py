@@ -153,6 +153,12 @@ CleanSeeds = Annotated[
 CleanPipeline = Annotated[
     str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for --retrain, where the pipeline's file has moved")
 ]
+DiscardUnfinished = Annotated[
+    bool,
+    typer.Option(
+        "--discard-unfinished", help="where keeping some hypergradients was interrupted, and others are kept: discard the former"
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
@@ -481,14 +487,14 @@ def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Deb
 
 @app.command()
 @explained
-def prune(run: RunPath, debug: Debug = False) -> None:
+def prune(run: RunPath, discard_unfinished: DiscardUnfinished = False, debug: Debug = False) -> None:
     """Delete the recorded rows of a run that keeps its hypergradients, once these have been read and checked.
 
     Test samples are still answered by the methods whose hypergradients are kept, and by hydra-exact. Other methods need the rows.
 
     Example: hydra-pipe prune runs/digits, after hydra-pipe reduce runs/digits --keep-hypergradients
     """
-    freed = api.prune(run, ConsoleProgress())
+    freed = api.prune(run, ConsoleProgress(), discard_unfinished=discard_unfinished)
     print(f"{run}: {format_bytes(freed)} deleted" if freed else f"{run}: pruned already, nothing to do")
 
 

@@ -28,6 +28,8 @@ LEASE_SECONDS = 120.0
 _RENEW_SECONDS = 20.0
 # between writing a lease and reading it back: another who has written at the same time is seen then
 _SETTLE_SECONDS = 0.5
+# of a lock's file: one that has more is not ours
+_MOST_BYTES = 4096
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
@@ -172,10 +174,10 @@ class Lock:
     def _holder(self) -> dict[str, Any]:
         """What the lock's file says; empty where there is none, or it says nothing that makes sense."""
         try:
-            found = json.loads(read_file(self._path))
+            found = json.loads(read_file(self._path, _MOST_BYTES))
             ours = {"pid": int(found["pid"]), "host": str(found["host"]), "time": float(found["time"])}
             return ours | {"token": str(found["token"])}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return {}
 
     def _refusal(self, holder: dict[str, Any]) -> RunError:

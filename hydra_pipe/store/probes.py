@@ -14,8 +14,7 @@ from hydra_pipe.errors import StoreError, UsageError, shown
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group
-from hydra_pipe.store.checksums import area_of
-from hydra_pipe.store.files import remove
+from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.gradients import Gradients, read_labels
 from hydra_pipe.store.relevance import parts_of_result
 from hydra_pipe.store.rows import Rows, check_kind, read_array
@@ -156,8 +155,4 @@ def results_of(run: RunDirectory, name: str) -> list[str]:
 
 def drop_results(run: RunDirectory, name: str) -> None:
     """Discard what was computed for probe `name`."""
-    stages = results_of(run, name)
-    if stages:  # first the claims, then what they claim
-        run.forget(*stages)
-    for stage in stages:
-        remove(run.path / area_of(stage))
+    discard(run, *results_of(run, name))

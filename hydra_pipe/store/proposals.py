@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.store import names
 from hydra_pipe.store.files import files_below, is_partial, read_file
-from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.parsing import read_json
 from hydra_pipe.store.rankings import opened_table
 
 KEEP_FILE: Final = "keep.txt"
@@ -76,7 +76,7 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
     there = np.sort(np.concatenate([keep, drop.column(ids).to_numpy()]))
     if len(there) != n_samples or (there != np.arange(len(there))).any() or (np.diff(keep) < 0).any():
         raise ValueError(f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, in order")
-    summary = json.loads(read_file(directory / names.SUMMARY, MOST_JSON_BYTES))
+    summary = read_json(directory / names.SUMMARY)
     says = summary.get("says") if isinstance(summary, dict) else None
     if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
         raise ValueError(f"{names.SUMMARY} is no summary of a proposal")

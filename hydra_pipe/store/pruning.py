@@ -6,20 +6,24 @@ from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS
+from hydra_pipe.store.checksums import area_of
 from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.run import PRUNED, RECORD, RunDirectory, keep_stage
+from hydra_pipe.store.relevance import parts_of_result
+from hydra_pipe.store.run import PRUNED, RECORD, RunDirectory, keep_stage, reduce_stage
 from hydra_pipe.store.verify import check_hypergradients
 
 
-def prune_rows(run: RunDirectory, task: Task) -> int:
+def prune_rows(run: RunDirectory, task: Task, *, discard_unfinished: bool = False) -> int:
     """Delete the rows of `run`, once everything that is kept instead has been read and its checksums verified.
 
     Args:
         run: the run.
         task: counts the bytes that are read.
+        discard_unfinished: give up hypergradients that were begun and need the rows, where others are kept.
 
     Returns:
         Bytes of files that were deleted; 0 where they were before.
@@ -29,10 +33,10 @@ def prune_rows(run: RunDirectory, task: Task) -> int:
         StoreError: what is kept is damaged, and nothing was deleted.
     """
     with ExitStack() as locks:
-        for stage in _keeping(run):
+        for stage in dict.fromkeys([*_keeping(run), *_unfinished(run)]):
             locks.enter_context(one_writer(run.path, stage))
         run.refresh()
-        return _prune(run, task)
+        return _prune(run, task, discard_unfinished)
 
 
 def _keeping(run: RunDirectory) -> list[str]:
@@ -40,21 +44,46 @@ def _keeping(run: RunDirectory) -> list[str]:
     return [name for name in run.stages if name.startswith(keep_stage(""))]
 
 
-def _prune(run: RunDirectory, task: Task) -> int:
+def _unfinished(run: RunDirectory) -> list[str]:
+    """Stages that need the rows to be finished: hypergradients that were begun, and relevance that was begun with them."""
+    kept = run.kept_methods()
+    begun = [name for name in _keeping(run) if run.stages[name].state != "complete"]
+    methods = {name.removeprefix(keep_stage("")) for name in begun} - set(kept)
+    for name, stage in run.stages.items():
+        result = name.removeprefix(reduce_stage(""))
+        if result != name and stage.state != "complete" and parts_of_result(result).method in methods:
+            begun.append(name)
+    return begun
+
+
+def _check_finished(run: RunDirectory) -> None:
+    """Raises: RunError: some hypergradients are not kept to the end."""
+    for stage in _keeping(run):
+        try:
+            run.require(stage, command_of(run, stage))
+        except RunError as error:
+            if not run.kept_methods():
+                raise
+            raise RunError(f"{error}, or give it up with hydra-pipe prune {run.path} --discard-unfinished") from error
+
+
+def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
-    if not (keeping := _keeping(run)):
+    if not _keeping(run):
         raise RunError(f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first")
-    for stage in keeping:  # an unfinished one needs the rows
-        run.require(stage, command_of(run, stage))
+    unfinished = _unfinished(run) if discard_unfinished and run.kept_methods() else []
+    if not unfinished:
+        _check_finished(run)
     faults = list(check_hypergradients(run, task))
     if faults:
         advice = "" if recording.facts.get(PRUNED) else "; nothing was deleted"
         raise StoreError(f"{faults[0].where}: {faults[0].what}{advice}")
+    n_bytes = sum(tree_bytes(run.path / area_of(stage)) for stage in unfinished)
+    discard(run, *unfinished)
     gradients = Gradients(run.path / names.GRADIENTS)
     # first the claim: what is being deleted must not be taken for a complete recording
     recording.facts[PRUNED] = True
     run.save(RECORD)
-    n_bytes = 0
     for name in gradients.pruned_arrays():
         chunks = gradients.path / name / CHUNKS
         if chunks.exists():

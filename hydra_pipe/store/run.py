@@ -298,10 +298,14 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove everything hydra-pipe has put into the directory, and nothing else."""
-        reports = [names.report_file(stage.removeprefix(_REPORT)) for stage in self.stages if stage.startswith(_REPORT)]
-        # first the claim, then what it claims: a manifest must not call complete what is gone
+        reports = [stage for stage in self.stages if stage.startswith(_REPORT)]
+        # first the claim, then what it claims: a manifest must not call complete what is gone. Whose file only the claim leads to,
+        # its claim is the last to go.
+        for stage in reports:
+            self.begin(stage, self.stages[stage].settings)
+            remove(self.path / names.report_file(stage.removeprefix(_REPORT)))
         self.forget(*list(self.stages))
-        for name in (*names.OWNED, *reports):
+        for name in names.OWNED:
             remove(self.path / name)
 
 

@@ -54,7 +54,7 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
         header = json.loads(line)
         if header["columns"] != list(columns) or header["arrays"] != _kinds(like):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     found, start = {}, _DIGEST_BYTES + len(line) + 1
     for name, a in like.items():

@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 600
 NAP_SECONDS = 0.002
 # before the fork, with whatever these need
 LOADED = ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
-LOADED += ("evaluation.campaign", "store.verify")
+LOADED += ("evaluation.campaign", "store.verify", "probing", "cleaning.retraining", "reporting.page", "reporting.gathering")
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
@@ -69,15 +69,27 @@ def plan_in(order: str) -> None:
 
 def plan_narrow() -> None:
     """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows; training is gone through thrice."""
+    from hydra_pipe.plan.answering import plan_answers
     from hydra_pipe.plan.replaying import plan_replay
     from hydra_pipe.plan.solving import plan_solve
-    from hydra_pipe.plan.sweeping import plan_sweep
+    from hydra_pipe.plan.sweeping import plan_matrix, plan_sweep
     from hydra_pipe.reduction import request
     from hydra_pipe.replay import engine
 
     def swept(what: Any, done: int = 0) -> Any:
         blocks = tuple(block for block in TWOS if block[0] >= done)
         return dataclasses.replace(plan_sweep(what, done), test_blocks=blocks, row_runs=((0, what.recording.n_rows),) * 2)
+
+    def kept(what: Any, answered: Any = None) -> Any:
+        way, plan = plan_matrix(what, answered)
+        assert way.recording.n_columns == EIGHTS[-1][1]  # a forward sweep of every sample
+        done = answered.done if answered else 0
+        blocks = tuple(block for block in EIGHTS if block[0] >= done)
+        return way, dataclasses.replace(plan, test_blocks=blocks, row_runs=((0, what.recording.n_rows),) * 2)
+
+    def answering(what: Any, done: int = 0) -> Any:
+        blocks = tuple(block for block in TWOS if block[0] >= done)
+        return dataclasses.replace(plan_answers(what, done), test_blocks=blocks)
 
     def solved(what: Any) -> Any:
         return dataclasses.replace(plan_solve(what), test_blocks=TWOS, sample_blocks=EIGHTS)
@@ -88,6 +100,7 @@ def plan_narrow() -> None:
         return dataclasses.replace(plan, columns=columns, at_once=2, levels=3, most_states=2)
 
     request.plan_sweep, request.plan_solve, engine.plan_replay = swept, solved, replayed
+    request.plan_matrix, request.plan_answers = kept, answering
 
 
 def keep_always() -> None:
@@ -108,6 +121,7 @@ def perform(job: dict[str, Any]) -> NoReturn:
     # a command that waits for ever says where
     faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
     os.environ.update(job["environment"])
+    os.chdir(job["directory"])
     if job["order"] == "narrow":
         plan_narrow()
     elif job["order"]:

@@ -85,7 +85,8 @@ class Commands(AbstractContextManager["Commands"]):
 
         Args:
             run: directory whose files are looked at.
-            arguments: of the command.
+            arguments: of the command, with "RUN" for the run. They name it relative to the directory that it is in, so that
+                what is said of it is the same for all runs that are called alike.
             order: of a reduction, or "narrow"; None: as it plans itself.
             seconds: after which it is killed; None: it is not.
             struck: see `shim.environment`.
@@ -94,10 +95,12 @@ class Commands(AbstractContextManager["Commands"]):
         log, output, errors = (scratch / name for name in ("log", "output", "errors"))
         log.unlink(missing_ok=True)
         environment = shim.environment(run, log=log, **struck)
-        job: dict[str, Any] = {"arguments": list(arguments), "environment": environment, "order": order, "seconds": seconds}
+        named = [run.name if word == "RUN" else word for word in arguments]
+        job: dict[str, Any] = {"arguments": named, "environment": environment, "order": order, "seconds": seconds}
+        run.parent.mkdir(parents=True, exist_ok=True)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        job |= {"output": str(output), "errors": str(errors), "modules": str(scratch / "modules")}
+        job |= {"directory": str(run.parent), "output": str(output), "errors": str(errors), "modules": str(scratch / "modules")}
         print(json.dumps(job), file=self._server.stdin, flush=True)
         code = int(self._server.stdout.readline())
         return Ended(code, errors.read_text(), shim.calls(log))

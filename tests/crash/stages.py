@@ -4,6 +4,7 @@ from pathlib import Path
 
 PIPELINE = str(Path(__file__).with_name("tiny.py"))
 RECORD = ["record", PIPELINE, "RUN", "--encoding", "exact"]
+PROBE = ["probe", "RUN", f"{PIPELINE}:mistakes", "--name", "wrong"]
 Stages = dict[str, tuple[list[str], str | None, list[str]]]
 
 # of each of these a call of each kind is struck by the tests
@@ -28,5 +29,11 @@ LATER: Stages = {
     "lds": (["evaluate", PIPELINE, "RUN", "lds", "--retrainings", "10"], None, ["tested", "fisher"]),
     "noise": (["evaluate", PIPELINE, "RUN", "noise", "--left-out", "1"], None, ["tested", "fisher"]),
     "smoothness": (["evaluate", PIPELINE, "RUN", "smoothness"], None, ["tested"]),
+    "probe": (PROBE, None, ["record"]),
+    "reduce of a probe": (["reduce", "RUN", "--test", "wrong"], "score first", ["record", "probe"]),
+    "probe anew": ([*PROBE, "--overwrite"], None, ["record", "probe", "reduce of a probe"]),
+    "keep": (["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"], "narrow", ["tested"]),
+    "report": (["report", "RUN"], None, ["record", "reduce, score first"]),
+    "clean": (["clean", "RUN", "--lowest", "4", "--retrain"], None, ["record", "reduce, score first"]),
 }
 ALL = STAGES | TESTED | LATER

@@ -71,7 +71,7 @@ def two_commands() -> Iterator[list[Commands]]:
 
 def perform(commands: Commands, name: str, run: Path, **struck: object):
     arguments, order, _ = ALL[name]
-    return commands(run, [str(run) if word == "RUN" else word for word in arguments], order, **struck)
+    return commands(run, arguments, order, **struck)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def each(
     def half(first: int) -> list[str]:
         wrong = []
         for call, deed in struck[first::2]:
-            run = tmp_path / f"{next(numbers)}"
+            run = tmp_path / f"{next(numbers)}" / "run"
             if stage.before.exists():
                 shutil.copytree(stage.before, run)
             found = strike(two_commands[first], run, call.number, deed)

@@ -1,6 +1,7 @@
 """A training of two epochs on 26 samples, of which three labels are wrong: convolutions, a Linear that is factored, and norms."""
 
 from conftest import conv_pipeline, images
+from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
 
@@ -8,3 +9,8 @@ from hydra_pipe import Pipeline
 def pipeline() -> Pipeline:
     labels = images(26, 1).tensors[1].tolist()
     return conv_pipeline(epochs=2, true_labels=[(label + 1) % 4 if i in (3, 8, 21) else label for i, label in enumerate(labels)])
+
+
+def mistakes() -> TensorDataset:
+    """New inputs, for a probe: as many as there are tests."""
+    return images(7, 3)

@@ -7,6 +7,7 @@ runs every function of that group, in order, and writes what each returned or ra
 
 import copy
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -83,10 +84,11 @@ CASES = {
     "accumulated": Case(conv_net, SGD, UNEVEN, clip=0.3, passes=2),
     "float16": Case(conv_net, SGD, EVEN, options=(("encoding", "exact"),)),
 }
+PROBED = ("uneven", "adamw, sketched")
 
 
-def train(case: Case, run: Path | None) -> dict[str, torch.Tensor]:
-    """Train as one of the ranks, recorded where there is a `run`; what the model ends with."""
+def train(case: Case, run: Path | None) -> nn.Module:
+    """Train as one of the ranks, recorded where there is a `run`; the model, wrapped."""
     model = DistributedDataParallel(case.build())
     optimizer = case.optimizer(model.parameters())
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, N_STEPS)
@@ -111,14 +113,17 @@ def train(case: Case, run: Path | None) -> dict[str, torch.Tensor]:
     if recorder:
         recorder.record_test(DataLoader(TEST, 2), cross_entropy)
         recorder.close()
-    return model.module.state_dict()
+    return model
 
 
 def record_case(name: str, directory: Path) -> object:
-    """Whether the recorded run ends in the very weights of one that is not recorded."""
-    plain = train(CASES[name], None)
-    recorded = train(CASES[name], directory / name)
-    return all(torch.equal(recorded[key], value) for key, value in plain.items())
+    """Whether the recorded run ends in the very weights of one that is not recorded. Of some a copy is probed, by one rank."""
+    plain, model = (train(CASES[name], run) for run in (None, directory / name))
+    if name in PROBED and distributed.get_rank() == 0:
+        probed = shutil.copytree(directory / name, directory / f"{name}, probed")
+        hydra_pipe.probe(probed, TEST, name="again", model=model, loss=cross_entropy)
+    recorded = model.state_dict()
+    return all(torch.equal(recorded[key], value) for key, value in plain.state_dict().items())
 
 
 class Switched(nn.Module):

@@ -19,7 +19,7 @@ import torch
 import zarr
 from conftest import ROOT, cross_entropy
 from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked
-from ranks_worker import CASES, GROUPS, N_STEPS, TEST, UNEVEN, WORLD, Case, X, Y
+from ranks_worker import CASES, GROUPS, N_STEPS, PROBED, TEST, UNEVEN, WORLD, Case, X, Y
 from test_recorder import _decode
 from test_state import assert_same_run
 from test_track import arrays
@@ -184,6 +184,20 @@ def test_weights_are_those_of_training_without_a_recorder(spawn, name: str) -> N
 def test_without_clipping_the_scale_is_exactly_one_over_the_ranks(spawn) -> None:
     scale = hydra_pipe.open_run(spawn("runs")[0] / "even").steps["gradient_scale"]
     assert scale.tolist() == [1 / WORLD] * N_STEPS
+
+
+@pytest.mark.parametrize("name", PROBED)
+@pytest.mark.parametrize("method", ["hydra", "hydra-fisher"])
+def test_a_probe_of_a_run_of_two_ranks_is_what_its_own_tests_are(spawn, name: str, method: str) -> None:
+    run = spawn("runs")[0] / f"{name}, probed"
+    own, probed = (
+        [hydra_pipe.reduce(run, method=method, test=test), np.asarray(hydra_pipe.open_run(run).relevance(result))][1]
+        for test, result in ((None, method), ("again", f"{method}-of-again"))
+    )
+    assert own.shape == (24, len(TEST))
+    assert np.abs(own).max() > 0
+    assert_close(probed, own, 1e-5)
+    assert hydra_pipe.verify(run) == []
 
 
 def test_the_run_says_how_many_ranks_recorded_it(spawn) -> None:

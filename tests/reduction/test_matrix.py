@@ -324,6 +324,29 @@ def test_a_pruned_run_answers_by_what_it_keeps_and_one_loss_leaves_the_other(run
         hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
 
 
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
+    run: Path, is_answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_answered:  # by a sweep, before: which is no part of what is given up
+        hydra_pipe.reduce(run, method="hydra-fisher")
+    with monkeypatch.context() as patch, interrupted_after(9):
+        in_blocks(patch, 8, 1)
+        keep(run)
+    with pytest.raises(RunError, match=r"--keep-hypergradients first$"):  # nothing would answer
+        hydra_pipe.prune(run, discard_unfinished=True)
+    assert "keep hydra-fisher" in RunDirectory.open(run).stages
+    hydra_pipe.reduce(run, keep_hypergradients=True)
+    with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* --discard-unfinished"):
+        hydra_pipe.prune(run)
+    assert CliRunner().invoke(app, ["prune", str(run), "--discard-unfinished"]).exit_code == 0
+    assert not (run / KEPT).exists()
+    kept = {"record", "keep hydra", "reduce hydra"} | ({"reduce hydra-fisher"} if is_answered else set())
+    assert set(RunDirectory.open(run).stages) == kept
+    assert hydra_pipe.verify(run) == []
+    assert hydra_pipe.reduce(run, tests="3", overwrite=True)
+
+
 def test_the_first_steps_are_not_answered_from_a_matrix_of_all(tmp_path: Path) -> None:
     run = made_up(tmp_path / "run", 1, tested=(4,))
     keep(run)

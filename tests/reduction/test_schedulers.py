@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, conv_pipeline, relative_error
+from conftest import ROOT, conv_pipeline, images, relative_error
 from dask.delayed import delayed
 from distributed import Client
 from test_relevance import oracle_relevance, read_relevance
@@ -178,6 +178,19 @@ def test_relevance_is_the_oracles_on_any_scheduler(
     assert progress.done == progress.total
     assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1"), "where nothing is to do nothing is connected to"
     assert scheduler != "processes" or workers_left() == []
+
+
+def test_a_probe_is_answered_by_processes_as_in_this_one(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recording.parent)
+    in_order(monkeypatch, "score first")
+    hydra_pipe.probe("run", images(7, 3), name="late", pipeline=conv_pipeline())
+    found = {}
+    for scheduler in ("threads", "processes"):
+        assert hydra_pipe.reduce("run", test="late", scheduler=scheduler, overwrite=True)
+        found[scheduler] = np.asarray(hydra_pipe.open_run("run").relevance("hydra-of-late"))
+    assert np.abs(found["threads"]).max() > 0
+    assert relative_error(found["processes"], found["threads"]) < 1e-6
+    assert hydra_pipe.verify("run") == []
 
 
 @pytest.mark.parametrize("order", ORDERS)

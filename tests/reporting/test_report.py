@@ -30,6 +30,7 @@ from hydra_pipe.reporting.findings import findings
 from hydra_pipe.reporting.page import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
+from hydra_pipe.store.files import remove
 from hydra_pipe.store.relevance import Columns, create_relevance, read_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
 
@@ -495,3 +496,28 @@ def test_fewer_labels_than_samples_are_told(run: Path) -> None:
     metadata.write_text(json.dumps(data))
     with pytest.raises(StoreError, match="has 25 labels of 26 training samples"):
         hydra_pipe.report(run)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_run_that_is_interrupted_while_it_is_cleared_is_cleared_of_its_reports_the_next_time(
+    run: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of a report is known by its stage only, unlike what is in a directory of hydra-pipe's own."""
+    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.report(run, method="hydra-mean")
+    left = after
+
+    def killed(path: Path) -> None:
+        nonlocal left
+        if not left:
+            raise InterruptedError
+        left -= 1
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hydra_pipe.store.run.remove", killed)
+        with pytest.raises(InterruptedError):
+            RunDirectory.open(run).clear()
+    assert (run / "report-hydra-mean.html").exists() == (after == 0)
+    RunDirectory.open(run).clear()
+    assert not [path for path in run.rglob("*") if path.is_file()]

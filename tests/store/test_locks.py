@@ -138,6 +138,19 @@ def test_a_lease_is_free_when_its_holder_is_gone(run: Path, holder: dict[str, An
             Lock(run, "record")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 3000, b"[" * 10**6, b'{"pid": Infinity, "host": "", "time": 0, "token": ""}', b"\xff", b'{"pid": 1}'],
+    ids=["empty", "deep", "large", "infinite", "not UTF-8", "half"],
+)
+@pytest.mark.parametrize("run", ["lease"], indirect=True)
+def test_a_lease_that_makes_no_sense_is_free(run: Path, content: bytes) -> None:
+    file = run / names.LOCKS / "record.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    Lock(run, "record").release()
+
+
 @pytest.mark.parametrize("run", ["lease"], indirect=True)
 def test_a_lease_is_renewed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_RENEW_SECONDS", 0.01)

@@ -1,0 +1,21 @@
+"""Discarding stages: what they claim, and what they have written."""
+
+from hydra_pipe.store import names
+from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.run import RunDirectory
+
+
+def discard(run: RunDirectory, *stages: str) -> None:
+    """Forget `stages`, and remove what they have written.
+
+    A call that is killed leaves them in the manifest, as begun and without anything done, until all of it is removed: by their
+    names the next call knows what there is left to remove, and nobody goes on with half of it.
+    """
+    for stage in stages:
+        run.begin(stage, run.stages[stage].settings)
+    for stage in stages:
+        remove(run.path / area_of(stage))
+        remove(run.path / names.checksums_file(stage))
+    if stages:
+        run.forget(*stages)
