@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -256,23 +256,18 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
     path = directory.path / area_of(stage)
     attributes = {names.RUN_ID: directory.run_id, names.MADE_OF: asked.settings}
     dtype = str(gradients.rows.dtype)
-    try:
-        with replaced_directory(path) as partial:
-            with (
-                _collecting(subject, gradients, cast(Dtype, dtype)) as collector,
-                progress.task("probe", len(asked.dataset), "rows") as task,
-                probe_table(partial, attributes, gradients.layout, dtype) as table,
-            ):
-                n_tests, labels, worst = record_test_gradients(
-                    subject.model, collector, table, asked.batches(task), subject.loss, asked.labels, "at the end", "probe"
-                )
-            if labels is not None:
-                write_probe_labels(partial, labels)
-            checksums = seal(directory, stage, partial)
-    except BaseException as error:
-        with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-            directory.end(stage, "failed", error=str(error) or type(error).__name__)
-        raise
+    with directory.failing(stage), replaced_directory(path) as partial:
+        with (
+            _collecting(subject, gradients, cast(Dtype, dtype)) as collector,
+            progress.task("probe", len(asked.dataset), "rows") as task,
+            probe_table(partial, attributes, gradients.layout, dtype) as table,
+        ):
+            n_tests, labels, worst = record_test_gradients(
+                subject.model, collector, table, asked.batches(task), subject.loss, asked.labels, "at the end", "probe"
+            )
+        if labels is not None:
+            write_probe_labels(partial, labels)
+        checksums = seal(directory, stage, partial)
     source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
     seconds = time.monotonic() - start
     directory.end(stage, "complete", n_tests=n_tests, seconds=seconds, worst_imbalance=worst, checksums=checksums, **source)

@@ -194,13 +194,9 @@ class _Work:
         """A block that ends with `write`."""
         directory, start = self._directory, time.monotonic()
         directory.begin(self.stage, self._settings)
-        try:
+        with directory.failing(self.stage):
             remove_partials(self._place)
             yield
-        except BaseException as error:
-            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-                directory.end(self.stage, "failed", error=str(error) or type(error).__name__)
-            raise
         source = {OF_REDUCE: directory.stages[reduce_stage(self._method)].facts.get(CHECKSUMS)}
         directory.end(self.stage, "complete", seconds=time.monotonic() - start, **self._facts, **source)
 

@@ -137,17 +137,13 @@ def evaluate_run(
                 return Evaluation(False, *read_result(place))
         directory.begin(stage, own)
         start = time.monotonic()
-        try:
+        with directory.failing(stage):
             remove_partials(place)
             result = _result(kind, subject, progress, own, spans, methods, memory)
             summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
             checksums = seal(directory, stage)
-        except BaseException as error:
-            with suppress(OSError):
-                directory.end(stage, "failed", error=str(error) or type(error).__name__)
-            raise
         source = directory.stages[RECORD].facts.get(CHECKSUMS)
         facts = {"seconds": time.monotonic() - start, _SCORED: scored, CHECKSUMS: checksums, OF_RECORD: source}
         directory.end(stage, "complete", **facts)

@@ -3,7 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +96,14 @@ def _export(directory: RunDirectory, method: str, settings: Settings, memory_byt
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
     directory.begin(stage, settings)
     start = time.monotonic()
-    try:
-        # readers see the old tables or the new ones, all of them of one export
-        with replaced_directory(target) as partial:
-            say_if_tight(export.most_bytes(), target, progress)
-            export.write(partial, progress)
-            files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
-            origin = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
-            origin |= {} if source.own is None else {OF_SELF: own_checksums(directory, method)}
-            checksums = seal(directory, stage, partial)
-    except BaseException as error:
-        with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-            directory.end(stage, "failed", error=str(error) or type(error).__name__)
-        raise
+    # readers see the old tables or the new ones, all of them of one export
+    with directory.failing(stage), replaced_directory(target) as partial:
+        say_if_tight(export.most_bytes(), target, progress)
+        export.write(partial, progress)
+        files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
+        origin = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
+        origin |= {} if source.own is None else {OF_SELF: own_checksums(directory, method)}
+        checksums = seal(directory, stage, partial)
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files, checksums=checksums, **origin)
 
 

@@ -5,7 +5,6 @@ features, or of samples, as a reduction is in blocks of columns, and gone on wit
 """
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -65,12 +64,8 @@ def _fill(request: Request, overwrite: bool, progress: Progress) -> None:
             progress.say(f"going on after {answered.done:,} of {given.n_columns:,} {_columns(plan)}")
         start = time.monotonic()
         progress.say(_summary(request, whole))
-        try:
+        with directory.failing(stage):
             passes = _compute(request, plan, using, given.base_bytes, progress, () if answered is None else answered.found)
-        except BaseException as error:
-            with suppress(OSError):
-                directory.end(stage, "failed", error=str(error) or type(error).__name__)
-            raise
     remove_states(request.kept / names.SWEPT)  # of blocks that another budget had
     found = {"seconds": time.monotonic() - start, "n_bytes": tree_bytes(request.kept), "plan": facts(whole)}
     found |= combined(passes) | {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}

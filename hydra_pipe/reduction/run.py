@@ -1,7 +1,7 @@
 """A whole reduction: check, plan, compute pass by pass, write; and go on where one was interrupted."""
 
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,12 +95,8 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
         say_if_tight(plan.written_bytes, directory.path, progress)
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
-        try:
+        with directory.failing(stage):
             passes = _compute(request, given, plan, using, progress, () if answered is None else answered.found)
-        except BaseException as error:
-            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-                directory.end(stage, "failed", error=str(error) or type(error).__name__)
-            raise
     source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
     if request.options.keep_hypergradients:
         own = {"n_bytes": tree_bytes(request.kept), "checksums": seal(directory, request.keep_stage)}

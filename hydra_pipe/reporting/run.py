@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +96,7 @@ def report_run(
         target = directory.path / area_of(stage)
         directory.begin(stage, settings)
         start = time.monotonic()
-        try:
+        with directory.failing(stage):
             # of the packages that may be missing
             from hydra_pipe.reporting.gathering import Gathering
             from hydra_pipe.reporting.page import page_of
@@ -118,10 +117,6 @@ def report_run(
                 OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS),
                 CHECKSUMS: seal(directory, stage),
             }
-        except BaseException as error:
-            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-                directory.end(stage, "failed", error=str(error) or type(error).__name__)
-            raise
         directory.end(stage, "complete", seconds=time.monotonic() - start, **facts)
     return True
 

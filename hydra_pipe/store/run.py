@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -224,6 +225,16 @@ class RunDirectory:
         # how far it got, or what went wrong before, is of no interest any more when it is complete
         stage.facts = facts if state == "complete" else stage.facts | facts
         self.save(name)
+
+    @contextmanager
+    def failing(self, name: str) -> Iterator[None]:
+        """A block of stage `name`, which has begun: what the block raises marks the stage as failed."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+                self.end(name, "failed", error=str(error) or type(error).__name__)
+            raise
 
     def kept_methods(self) -> list[str]:
         """Methods whose hypergradients are kept, to the end."""
