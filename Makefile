@@ -26,7 +26,9 @@ docs: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt hydra_pipe/reduction/_loops.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
+	# on all cores, where pip takes one; what is written for other versions of Python is passed over, as pip does
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	touch $@
 
 clean:

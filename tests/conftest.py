@@ -1,8 +1,11 @@
 """Small real runs that many tests look at."""
 
+import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,16 @@ def shared_data() -> Path:
     if not where:
         pytest.skip("HYDRA_PIPE_DATA does not name the shared data sets")
     return Path(where)
+
+
+def forked(target: Callable[..., object], *args: object, **options: object) -> BaseProcess:
+    """Start another process for `target`. It has imported what this one has: torch alone takes seconds, its optimisers more."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args, kwargs=options)
+    with warnings.catch_warnings():
+        # said since Python 3.12 where there are other threads: none of them holds what the target needs
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        process.start()
+    return process
 
 
 def relative_error(value: np.ndarray, truth: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from hydra_pipe import Pipeline
 
-N_SAMPLES, N_TRAIN, N_TEST = 50_000, 512, 150
+N_SAMPLES, N_TRAIN, N_TEST = 50_000, 256, 150
 
 
 def pipeline() -> Pipeline:

@@ -22,6 +22,7 @@ from hydra_pipe.store.writing import GradientsWriter
 from hydra_pipe.units import parse_bytes
 
 PIPELINE = str(Path(__file__).with_name("heavy_pipeline.py"))
+pytestmark = pytest.mark.xdist_group("memory")  # one process of pytest-xdist, so that each recording is made once
 
 
 def random_rows(n: int, width: int, seed: int) -> NDArray[np.float16]:
@@ -73,8 +74,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             return path
         if name == "large":  # 260 MiB
             return made_up(path, 3000, 90_000, 600, 1500, 1000)
-        # larger: 570 MiB, 190 on the disk; more features than samples
-        return made_up(path, 2000, 100_000, 64, 3000, 100, checkpoints=3, n_random=1000)
+        # larger: 340 MiB, 115 on the disk; more features than samples
+        return made_up(path, 2000, 60_000, 64, 3000, 100, checkpoints=3, n_random=1000)
 
     def of(name: str) -> Path:
         if name not in made:

@@ -29,6 +29,7 @@ from hydra_pipe.plan import exporting as planning
 from hydra_pipe.store.run import RunDirectory
 
 N_TRAIN, N_TEST = 60, 90  # two chunks of test samples
+pytestmark = pytest.mark.xdist_group("notebook")  # begun with the other groups, so that the tutorial does not begin last
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 # a run is some hundred requests, of some milliseconds each: what S3 itself does not change is tested in memory
 in_memory = pytest.mark.parametrize("root", ["memory"], indirect=True)
+in_s3 = pytest.mark.parametrize("root", ["s3"], indirect=True)
 both = pytest.mark.parametrize("root", ["s3", "memory"], indirect=True)
 
 
@@ -71,14 +72,37 @@ def all_stages(run: str | Path) -> None:
     assert hydra_pipe.export(run, top=3, full=True)
 
 
+def files_of(run: str) -> dict[str, bytes]:
+    """What a run in a store consists of."""
+    fs, _, [path] = fsspec.get_fs_token_paths(run)
+    return {name[len(path) + 1 :]: fs.cat_file(name) for name in fs.find(path)}
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, dict[str, bytes]]:
+    """The files that all stages have left, by the kind of store."""
+    return {}
+
+
+@pytest.fixture
+def run(root: str, made: dict[str, dict[str, bytes]]) -> str:
+    """A run that all stages have made in a store of that kind: the first test's is made, the others' are copies of its files."""
+    run, kind = f"{root}/run", root.partition(":")[0]
+    if kind not in made:
+        all_stages(run)
+        made[kind] = files_of(run)
+    else:
+        fs, _, [path] = fsspec.get_fs_token_paths(run)
+        fs.pipe({f"{path}/{name}": content for name, content in made[kind].items()})
+    return run
+
+
 def contents(run: str | Path) -> dict[str, bytes]:
     """Every file of a run but the manifest and checksums, whose seconds and run id differ; and metadata without the run id."""
     if isinstance(run, Path):
         found = {str(f.relative_to(run)): f.read_bytes() for f in run.rglob("*") if f.is_file()}
     else:
-        fs, _, [path] = fsspec.get_fs_token_paths(run)
-        start = len(path) + 1
-        found = {name[start:]: fs.cat_file(name) for name in fs.find(path)}
+        found = files_of(run)
     run_id = json.loads(found.pop("run.json"))["run_id"].encode()
     # Parquet compresses its own; what it says is compared by the tables' values
     compared = {name: content for name, content in found.items() if not name.endswith(".parquet") and "checksums/" not in name}
@@ -86,12 +110,11 @@ def contents(run: str | Path) -> dict[str, bytes]:
 
 
 @both
-def test_all_stages_leave_what_they_leave_on_a_disk(root: str, tmp_path: Path) -> None:
-    all_stages(f"{root}/run")
+def test_all_stages_leave_what_they_leave_on_a_disk(run: str, tmp_path: Path) -> None:
     all_stages(tmp_path / "run")
-    assert contents(f"{root}/run") == contents(tmp_path / "run")
-    assert hydra_pipe.verify(f"{root}/run") == []
-    view = hydra_pipe.open_run(f"{root}/run")
+    assert contents(run) == contents(tmp_path / "run")
+    assert hydra_pipe.verify(run) == []
+    view = hydra_pipe.open_run(run)
     np.testing.assert_array_equal(view.relevance().values, hydra_pipe.open_run(tmp_path / "run").relevance().values)
     np.testing.assert_array_equal(view.relevance_array()[:], view.relevance().values)
     assert view.info()["bytes"]["gradients.zarr"] > 0
@@ -109,38 +132,34 @@ def test_a_matrix_of_hypergradients_is_there_what_it_is_on_a_disk(root: str, tmp
 
 
 @in_memory
-def test_the_same_command_does_nothing_and_overwrite_begins_anew(root: str) -> None:
-    all_stages(f"{root}/run")
-    assert not hydra_pipe.record(conv_pipeline(), f"{root}/run", encoding="exact", dtype="float16")
-    assert not hydra_pipe.reduce(f"{root}/run")
-    assert not hydra_pipe.export(f"{root}/run", top=3, full=True)
-    hydra_pipe.record(conv_pipeline(), f"{root}/run", encoding="exact", dtype="float32", overwrite=True)
-    assert not location(f"{root}/run/relevance.zarr").exists()
-    assert not location(f"{root}/run/rankings").exists()
-    assert hydra_pipe.reduce(f"{root}/run")
-    assert hydra_pipe.verify(f"{root}/run") == []
+def test_the_same_command_does_nothing_and_overwrite_begins_anew(run: str) -> None:
+    assert not hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
+    assert not hydra_pipe.reduce(run)
+    assert not hydra_pipe.export(run, top=3, full=True)
+    hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)
+    assert not location(f"{run}/relevance.zarr").exists()
+    assert not location(f"{run}/rankings").exists()
+    assert hydra_pipe.reduce(run)
+    assert hydra_pipe.verify(run) == []
 
 
 @both
-def test_damage_and_loss_are_found(root: str) -> None:
-    all_stages(f"{root}/run")
-    rows = location(f"{root}/run/gradients.zarr/gradient/c/0/0")
+def test_damage_and_loss_are_found(run: str) -> None:
+    rows = location(f"{run}/gradients.zarr/gradient/c/0/0")
     content = bytearray(rows.read_bytes())
     content[100] ^= 1
     rows.write_bytes(bytes(content))
-    assert [fault.where for fault in hydra_pipe.verify(f"{root}/run")] == ["gradients.zarr/gradient/c/0/0"]
+    assert [fault.where for fault in hydra_pipe.verify(run)] == ["gradients.zarr/gradient/c/0/0"]
     with pytest.raises(StoreError, match="the checksum is wrong"):
-        hydra_pipe.reduce(f"{root}/run", overwrite=True, keep_hypergradients=True)
+        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True)
     rows.unlink()
     with pytest.raises(StoreError, match="gradient lacks 1 chunk files"):
-        hydra_pipe.reduce(f"{root}/run", overwrite=True, keep_hypergradients=True)
+        hydra_pipe.reduce(run, overwrite=True, keep_hypergradients=True)
 
 
 @both
-def test_other_files_are_told_by_their_sizes_and_repaired(root: str) -> None:
+def test_other_files_are_told_by_their_sizes_and_repaired(run: str) -> None:
     """Footprints of arrays' files have no checksum there, where each small read is a request."""
-    run = f"{root}/run"
-    all_stages(run)
     relevance = Array.open(location(f"{run}/relevance.zarr/hydra"))
     relevance.write_file((0, 0), np.zeros(relevance.shape, np.float32))
     location(f"{run}/rankings/method=hydra/notes.txt").write_bytes(b"mine")
@@ -161,13 +180,12 @@ def test_other_files_are_told_by_their_sizes_and_repaired(root: str) -> None:
 
 
 @in_memory
-def test_rows_are_pruned_and_tests_answered_without_them(root: str) -> None:
-    all_stages(f"{root}/run")
-    whole = hydra_pipe.open_run(f"{root}/run").relevance().values
-    assert hydra_pipe.prune(f"{root}/run") > 0
-    assert not location(f"{root}/run/gradients.zarr/gradient/c").exists()
-    hydra_pipe.reduce(f"{root}/run", tests="2-4", overwrite=True)
-    found = hydra_pipe.open_run(f"{root}/run").relevance().values
+def test_rows_are_pruned_and_tests_answered_without_them(run: str) -> None:
+    whole = hydra_pipe.open_run(run).relevance().values
+    assert hydra_pipe.prune(run) > 0
+    assert not location(f"{run}/gradients.zarr/gradient/c").exists()
+    hydra_pipe.reduce(run, tests="2-4", overwrite=True)
+    found = hydra_pipe.open_run(run).relevance().values
     np.testing.assert_allclose(found, whole[:, 2:5], rtol=1e-4, atol=1e-6 * np.abs(whole).max())
 
 
@@ -246,16 +264,15 @@ def test_a_url_that_cannot_be_used_is_told(url: str, message: str) -> None:
         hydra_pipe.open_run(url)
 
 
-def test_the_command_line_takes_urls_and_tells_what_is_wrong(s3: str, tmp_path: Path) -> None:
-    run = f"{s3}/{tmp_path.name}/run"
+@in_s3
+def test_the_command_line_takes_urls_and_tells_what_is_wrong(run: str, root: str) -> None:
 
     def call(*arguments: str, code: int = 0) -> str:
         result = CliRunner().invoke(app, list(arguments))
         assert result.exit_code == code, result.output
         return result.stdout if code == 0 else result.stderr
 
-    assert f"there is no run at {run}" in call("info", run, code=1)
-    all_stages(run)
+    assert f"there is no run at {root}/none" in call("info", f"{root}/none", code=1)
     assert "healthy" in call("verify", run)
     assert json.loads(call("info", run, "--json"))["path"] == run
     assert f"rankings: {run}/rankings/method=hydra" in call("export", run, "--top", "2", "--overwrite")

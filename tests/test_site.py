@@ -17,7 +17,7 @@ from hydra_pipe.cli.app import app
 DOCS = Path(__file__).parents[1] / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
 EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md")
-# one process of pytest-xdist, so that the site is built once
+# one process of pytest-xdist, so that the site is built once; groups begin first, so that nothing long begins last
 of_site = pytest.mark.xdist_group("site")
 
 
@@ -113,6 +113,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     assert any(path.name == "run.json" for path in tmp_path.rglob("run.json"))
 
 
+@of_site
 def test_a_newcomer_can_follow_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(DOCS.parent / "pipelines")

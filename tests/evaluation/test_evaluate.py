@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, cross_entropy, images
+from conftest import ROOT, cross_entropy, forked, images
 from torch import nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
@@ -25,6 +25,7 @@ from hydra_pipe.evaluation import campaign
 from hydra_pipe.evaluation.lds import half
 from hydra_pipe.evaluation.retraining import LOSS, Retrainer
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns, create_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
 
@@ -150,26 +151,28 @@ def test_seeds_are_other_initial_weights_on_the_same_data(case: tuple[str, Path]
     assert np.abs(losses[:10] - losses[10:]).max() > 1e-3
 
 
+def evaluate_until_killed(pipeline: str, run: Path) -> None:
+    """What a process does that has kept two pieces when it is killed."""
+    write, left = Retrained.write, [2]
+
+    def writes(*args: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+
+    Retrained.write = writes
+    campaign.MOST_MODELS = 4
+    hydra_pipe.evaluate(pipeline, run, "lds", retrainings=12)
+
+
 def test_killed_and_run_again_it_goes_on_to_the_same_bytes(
     case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = shutil.copytree(case[1], tmp_path / "other")
-    program = (
-        "import os, sys, hydra_pipe\n"
-        "from hydra_pipe.evaluation import campaign\n"
-        "from hydra_pipe.store.evaluations import Retrained\n"
-        "campaign.MOST_MODELS = 4\n"
-        "write, left = Retrained.write, [2]\n"
-        "def writes(*args):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] < 0: os.kill(os.getpid(), 9)\n"
-        "    write(*args)\n"
-        "Retrained.write = writes\n"
-        "hydra_pipe.evaluate(sys.argv[1], sys.argv[2], 'lds', retrainings=12)\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
-    killed = subprocess.run([sys.executable, "-c", program, *map(str, case)], cwd=ROOT, env=environment, check=False)
-    assert killed.returncode == -9
+    killed = forked(evaluate_until_killed, *case)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     done = files_of(case[1] / "evaluation" / "lds" / "retrained")
     assert len(done) == 2
     monkeypatch.setattr(campaign, "MOST_MODELS", 4)

@@ -1,16 +1,16 @@
-"""What test_ranks.py has two ranks do beyond `step`: tracked loops, states and going on. Started like ranks_worker.py."""
+"""What test_ranks.py has two ranks do beyond `step`: tracked loops, states and going on."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import ranks_worker
 import torch
 from conftest import cross_entropy
-from ranks_worker import ADAMW, SGD, TEST, TRAIN, Switched, X, Y, infinite, loop, main, mlp, plain, switched
+from ranks_worker import ADAMW, SGD, TEST, TRAIN, Switched, X, Y, infinite, loop, mlp, plain, run_group, switched
 from test_state import make_files_small
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -319,5 +319,7 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
     },
 }
 
-if __name__ == "__main__":
-    main(GROUPS, *sys.argv[1:])
+
+def as_rank(group: str, rank: int, directory: Path) -> None:
+    """What a process is to do."""
+    run_group(group, (ranks_worker.GROUPS | GROUPS)[group], rank, directory)

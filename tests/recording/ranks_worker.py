@@ -1,14 +1,9 @@
-"""One of the processes that test_ranks.py starts: trains small models under DistributedDataParallel, with gloo.
-
-    python ranks_worker.py GROUP RANK DIRECTORY
-
-runs every function of that group, in order, and writes what each returned or raised to DIRECTORY/RANK.json.
-"""
+"""What the processes do that test_ranks.py starts: train small models under DistributedDataParallel, with gloo."""
 
 import copy
 import json
+import os
 import shutil
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -357,13 +352,19 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
 }
 
 
-def main(groups: Mapping[str, Mapping[str, Callable[[Path], object]]], group: str, rank_text: str, path: str) -> None:
-    rank, directory = int(rank_text), Path(path)
+def run_group(group: str, functions: Mapping[str, Callable[[Path], object]], rank: int, directory: Path) -> None:
+    """Be one of the ranks: call every function, in order, and write what each returned or raised to DIRECTORY/RANK.json.
+
+    What is printed goes to DIRECTORY/RANK.log.
+    """
+    with (directory / f"{rank}.log").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     torch.set_num_threads(1)
     store = distributed.FileStore(str(directory / f"store of {group}"), WORLD)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
     found: dict[str, object] = {}
-    for name, run in groups[group].items():
+    for name, run in functions.items():
         try:
             found[name] = run(directory)
         except HydraError as error:
@@ -373,7 +374,3 @@ def main(groups: Mapping[str, Mapping[str, Callable[[Path], object]]], group: st
             found[name] = type(error).__name__
         (directory / f"{rank}.json").write_text(json.dumps(found))
     # the other rank may have ended: leave without a word to it
-
-
-if __name__ == "__main__":
-    main(GROUPS, *sys.argv[1:])

@@ -1,27 +1,28 @@
 """A pipeline's recording that was killed, at any step and as often as one likes, and goes on: the same bytes."""
 
 import json
-import multiprocessing
 import os
 import random
+import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, conv_pipeline, cross_entropy, images
+from conftest import conv_pipeline, cross_entropy, forked, images
 from test_state import contents, make_files_small, stages
 from torch import nn
 from torch.utils.data import Dataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline
+from hydra_pipe.cli.app import app
 from hydra_pipe.errors import InterruptedRunError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording import batches, trainer
@@ -91,8 +92,7 @@ def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dic
 
 
 def killed(kill_at: int, build: Callable[[], Pipeline], run: Path, **options: Any) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_die_at, args=(kill_at, build, run, options))
-    process.start()
+    process = forked(_die_at, kill_at, build, run, options)
     process.join()
     assert process.exitcode == -signal.SIGKILL
 
@@ -211,40 +211,55 @@ def test_a_state_that_cannot_be_read_without_executing_it_is_said_and_not_kept(t
     assert checkpoints_in(tmp_path / "run" / "checkpoints") == []
 
 
-def started(run: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hydra_pipe.cli.app", "record", str(ROOT / "pipelines" / "digits.py"), str(run), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def _command(arguments: list[str], errors: Path) -> None:
+    with errors.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    app(arguments)
 
 
-def wait_until_recording(process: subprocess.Popen[str], run: Path) -> None:
-    while not (run / "run.json").exists():
-        assert process.poll() is None, process.communicate()
+LONG = """
+from conftest import mlp_pipeline
+
+def pipeline():
+    return mlp_pipeline(epochs=2000)
+"""
+
+
+def started(run: Path, errors: Path) -> BaseProcess:
+    """The command that records, in a process of its own, which says in the file `errors` what it says."""
+    long = run.with_name("long.py")
+    long.write_text(LONG)
+    return forked(_command, ["record", str(long), str(run)], errors)
+
+
+def wait_until(process: BaseProcess, errors: Path, happened: Callable[[], bool]) -> None:
+    while not happened():
+        assert process.is_alive(), errors.read_text()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    run, epochs = tmp_path / "run", ("--set", "epochs=200")
-    process = started(run, *epochs)
-    wait_until_recording(process, run)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert f"hydra-pipe: stopped by {number.name} after step" in error
-    assert "run the same command again to go on after step" in error
-    assert "Traceback" not in error
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    process = started(run, errors)
+    wait_until(process, errors, (run / "run.json").exists)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == code
+    said = errors.read_text()
+    assert f"hydra-pipe: stopped by {number.name} after step" in said
+    assert "run the same command again to go on after step" in said
+    assert "Traceback" not in said
     (checkpoint,) = checkpoints_in(run / "checkpoints")
     assert json.loads((run / "run.json").read_text())["stages"]["record"]["state"] == "failed"
-    again = started(run, *epochs)
-    for line in again.stderr:  # type: ignore[union-attr]
-        if line.startswith("going on after step"):
-            assert int(line.split()[4].replace(",", "")) == checkpoint.step
-            break
-    else:
-        pytest.fail("it did not go on")
-    again.send_signal(signal.SIGKILL)
-    again.communicate()
+    again = started(run, errors)
+    heard = re.compile(r"^going on after step ([\d,]+) \(epoch", flags=re.MULTILINE)
+    wait_until(again, errors, lambda: heard.search(errors.read_text()) is not None)
+    again.kill()
+    again.join()
+    (step,) = heard.findall(errors.read_text())
+    assert int(step.replace(",", "")) == checkpoint.step
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
 """Two processes under DistributedDataParallel: one run, equal to that of one process with the same batches; no rank fails alone.
 
-Each spawn costs seconds, so that a few of them, by ranks_worker.py and ranks_tracked.py, do everything that is looked at here.
+Each pair of processes does everything of a group of ranks_worker.py or ranks_tracked.py, and many tests look at what it left.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import zarr
 from conftest import ROOT, cross_entropy
-from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked
+from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked, as_rank
 from ranks_worker import CASES, GROUPS, N_STEPS, PROBED, TEST, UNEVEN, WORLD, Case, X, Y
 from test_recorder import _decode
 from test_state import assert_same_run
@@ -36,35 +37,40 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one process of pytest-xdist, so
 
 
 @pytest.fixture(scope="session")
-def spawn(tmp_path_factory: pytest.TempPathFactory):
+def processes() -> BaseContext:
+    """Starts processes that have imported what the ranks need: one imports it, and forks the others."""
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent, ROOT))))
+        patch.setenv("PYTHONWARNINGS", "error")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks_tracked", "torch._dynamo"])  # which the first optimiser imports
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def spawn(processes: BaseContext, tmp_path_factory: pytest.TempPathFactory):
     """The directory in which the ranks ran a group of functions, after `before` if any, and what each found, by function."""
     done: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
 
     def run(group: str, before: str | None = None, code: int = 0) -> tuple[Path, list[dict[str, Any]]]:
         if group not in done:
             directory = run(before, code=7)[0] if before else tmp_path_factory.mktemp("ranks")
-            here = Path(__file__).parent
-            paths = [str(here), str(here.parent), str(ROOT)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-            command = [
-                sys.executable,
-                "-W",
-                "error",
-                str(here / ("ranks_worker.py" if group in GROUPS else "ranks_tracked.py")),
-                group,
-            ]
-            logs = [directory / f"{rank}.log" for rank in range(WORLD)]
-            ranks = []
-            for rank, log in enumerate(logs):
-                with log.open("w") as output:
-                    arguments = [*command, str(rank), str(directory)]
-                    ranks.append(subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT))
+            ranks = [processes.Process(target=as_rank, args=(group, rank, directory)) for rank in range(WORLD)]
+            for rank in ranks:
+                rank.start()
             try:
-                codes = [rank.wait(SECONDS) for rank in ranks]
+                for rank in ranks:
+                    rank.join(SECONDS)
+                codes = [rank.exitcode for rank in ranks]
             finally:
                 for rank in ranks:
                     rank.kill()
-                    rank.wait()
+                    rank.join()
+            logs = [directory / f"{rank}.log" for rank in range(WORLD)]
             assert codes == [code] * WORLD, "\n".join(log.read_text()[-3000:] for log in logs)
             found = [directory / f"{rank}.json" for rank in range(WORLD)]
             done[group] = directory, [json.loads(path.read_text()) for path in found if not code]
@@ -114,12 +120,13 @@ def assert_close(value: np.ndarray, truth: np.ndarray, tolerance: float, what: s
     np.testing.assert_allclose(value, truth, rtol=0, atol=tolerance * np.abs(truth).max(), err_msg=what)
 
 
-@pytest.fixture(params=CASES)
-def pair(request: pytest.FixtureRequest, spawn, tmp_path: Path) -> tuple[str, Path, Path]:
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, spawn, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A case, the run of two ranks, and that of one process."""
     directory, _ = spawn("runs")
-    alone(CASES[request.param], tmp_path / "alone")
-    return request.param, directory / request.param, tmp_path / "alone"
+    run = tmp_path_factory.mktemp("alone") / "run"
+    alone(CASES[request.param], run)
+    return request.param, directory / request.param, run
 
 
 def test_two_ranks_record_the_run_of_one_process(pair: tuple[str, Path, Path]) -> None:

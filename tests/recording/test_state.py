@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, conv_net, cross_entropy, images
+from conftest import conv_net, cross_entropy, forked, images
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -106,13 +104,9 @@ def train(
 
 def killed(run: Path, checkpoint: Path, **options: object) -> None:
     """`train` in another process, which dies."""
-    program = "import sys, json, pathlib, test_state as t; t.make_files_small(setattr); run, to, o = sys.argv[1:]; "
-    program += "t.train(pathlib.Path(run), pathlib.Path(to), **json.loads(o))"
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(here), str(here.parent)])}
-    arguments = [sys.executable, "-c", program, str(run), str(checkpoint), json.dumps(options)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 7, done.stderr
+    process = forked(train, run, checkpoint, **options)
+    process.join()
+    assert process.exitcode == 7
 
 
 def contents(run: Path) -> dict[str, bytes]:
