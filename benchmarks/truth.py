@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[str, float, float, int]] = {
 Values = dict[str, Tensor]
 
 
-def make(kind: str, rate: float, momentum: float, epochs: int) -> Pipeline:
+def make(kind: str, rate: float, momentum: float, epochs: int, n_test: int = M) -> Pipeline:
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     inputs = torch.tensor(digits.data[order] / 16)
@@ -64,7 +64,7 @@ def make(kind: str, rate: float, momentum: float, epochs: int) -> Pipeline:
         optimizer=optimizer,
         loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
         train=TensorDataset(inputs[:N], targets[:N]),
-        test=TensorDataset(inputs[N : N + M], targets[N : N + M]),
+        test=TensorDataset(inputs[N : N + n_test], targets[N : N + n_test]),
         batch_size=BATCH,
         epochs=epochs,
     )

@@ -16,7 +16,8 @@ from hydra_pipe.cli.app import app
 
 DOCS = Path(__file__).parents[1] / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
-EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md")
+MIGRATING = ("bergson", "captum", "dattri", "dattri-llm", "kronfluence", "logix", "trak")
+EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md", *(f"migrating/{peer}.md" for peer in MIGRATING))
 # one process of pytest-xdist, so that the site is built once; groups begin first, so that nothing long begins last
 of_site = pytest.mark.xdist_group("site")
 
@@ -98,8 +99,9 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 @of_site
 def test_every_page_is_reached_from_the_first(site: Path) -> None:
     first = (site / "index.html").read_text()
-    for page in DOCS.glob("*.md"):
-        assert page.stem == "index" or f'href="{page.stem}.html"' in first, page.name
+    for page in [*DOCS.glob("*.md"), *DOCS.glob("migrating/*.md")]:
+        name = page.relative_to(DOCS).with_suffix(".html").as_posix()
+        assert name == "index.html" or f'href="{name}"' in first, name
 
 
 @pytest.mark.parametrize("page", EXECUTED)
