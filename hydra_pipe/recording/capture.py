@@ -40,6 +40,13 @@ class SeenOutput:
     first: int
 
 
+@dataclass(slots=True, eq=False)
+class _OutputWatch:
+    """Whether an output is the one that the loss is taken of, and not a part's whose whole returned another."""
+
+    is_used: bool = True
+
+
 class Capture:
     """Watches the modules of `model` that own one of `parameters`.
 
@@ -68,7 +75,12 @@ class Capture:
             if owned and module not in answered:
                 hook = self._forward_hook(name or type(module).__name__, owned, whole=whole)
                 self._handles.append(module.register_forward_hook(self._guarded(hook), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(self._watch_output))
+        self._handles.append(model.register_forward_hook(partial(self._watch_output, whole=True)))
+        self._inner: _OutputWatch | None = None
+        for child in model.children():
+            # a trainer's module may call the network that it holds, and leave out its own forward
+            if parameters.keys() <= set(child.parameters()):
+                self._handles.append(child.register_forward_hook(partial(self._watch_output, whole=False)))
 
     def watch(self, portion: Portion, sink: Sink) -> None:
         """From now on send the contributions of passes over `portion` to `sink`. One whose place is 0 begins a step."""
@@ -135,16 +147,22 @@ class Capture:
         self._portion.live = True
         return True
 
-    def _watch_output(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _watch_output(self, model: nn.Module, args: Any, output: Any, *, whole: bool) -> None:
+        """The model has returned `output`, or, if not `whole`, the one part of it that holds everything that is trained."""
         sink, (first, _) = self._sink, self._portion.of_pass
         # what a model of transformers returns is a mapping, the loss in it
         logits = output.get("logits") if isinstance(output, Mapping) else output
-        if sink is None or not isinstance(logits, Tensor) or not logits.requires_grad:
+        # a scalar is of no sample: the loss, where a trainer calls the model for its training step
+        if sink is None or not isinstance(logits, Tensor) or not logits.requires_grad or logits.dim() == 0:
             return
+        watch = _OutputWatch()
+        if whole and self._inner is not None:
+            self._inner.is_used = False
+        self._inner = None if whole else watch
         value, version = logits.detach(), logits._version
 
         def on_gradient(gradient: Tensor) -> None:
-            if self._sink is sink:
+            if self._sink is sink and watch.is_used:
                 self.outputs.append(SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first))
 
         if logits is output:

@@ -1,7 +1,7 @@
 """The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import nan
@@ -279,6 +279,12 @@ class Recorder:
         self._tracks = True
         return self._note
 
+    def end_batch(self) -> None:
+        """Say that the model's next passes are not of the batch that `next_batch` named, whether it was met or not."""
+        if not (self._closed or self._in_step):
+            self._named = None
+            self._collector.rest()
+
     def _hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
         """A batch comes that a tracked loader or `next_batch` names, after `before` if it is not the first of its epoch."""
         if self._closed or self._in_test or (self._joint is not None and self._joint.held is not None):
@@ -546,16 +552,51 @@ class Recorder:
         self._step_hook.remove()
         self._output.close()
 
-    def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_optimizer_step(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if leaves_out_step(self._optimizer):
-            return  # as if it had not been called, which is what a scaler does with any other optimiser
+            return None  # as if it had not been called, which is what a scaler does with any other optimiser
+        own, *given = args  # args begin with the optimiser
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._heed_step()
+            return None
+        # The closure makes the gradients, within optimizer.step(), which uses them at once.
+        after = self._heeding_step_after(closure)
+        return ((own, after, *given[1:]), kwargs) if given else (args, kwargs | {"closure": after})
+
+    def _heeding_step_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """`closure`, which optimizer.step() calls once, and what comes between it and the update."""
+        n_calls = 0
+
+        def after() -> Any:
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls > 1:
+                error = RecordError(
+                    f"{type(self._optimizer).__name__} called the closure of step {self.n_steps} twice, and its update is of "
+                    f"several gradients: use an optimizer that takes one"
+                )
+                self.fail(error)
+                raise error
+            found = closure()
+            # a closure that has left its batch out leaves the optimiser nothing to do
+            if any(p.grad is not None for p in self._parameters):
+                self._heed_step()
+            return found
+
+        return after
+
+    def _heed_step(self) -> None:
+        """The gradients are as the optimiser is about to use them."""
         try:
             if self._joint is not None and self._in_step and self.n_steps > self._n_ended:
                 self._end_step(taken=True)  # an earlier one of the same `step`
                 self._n_ended = self.n_steps
             if self._joint is None or self._joint.held is None:
                 with self._holding():
-                    self._take_step(args, kwargs)
+                    self._take_step()
             if self._joint is not None and not self._in_step:
                 self._collector.forget()  # also where an error is held and nothing was taken
                 self._end_step(taken=True)  # where the loop names its samples, leaving `step` does it
@@ -563,7 +604,7 @@ class Recorder:
             self.fail(error)
             raise
 
-    def _take_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_step(self) -> None:
         portions = self._collector.portions
         if not portions:
             raise RecordError(
@@ -573,8 +614,6 @@ class Recorder:
                 else "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
                 "recorder first"
             )
-        if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):  # args begin with the optimiser
-            raise RecordError("optimizer.step(closure) is not handled: run the backward pass before optimizer.step()")
         samples = np.concatenate([portion.samples for portion in portions])
         self._record_rows(samples)
         self._collector.forget()

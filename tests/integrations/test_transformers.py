@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zarr
+from comparing import arrays, assert_same_run, assert_same_weights, steps_of
 from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -43,34 +43,6 @@ class Witness(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.states.append(torch.get_rng_state())
-
-
-def weights(model: nn.Module) -> list[torch.Tensor]:
-    return [value.clone() for value in model.state_dict().values()]
-
-
-def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
-
-
-def arrays(run: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Every array of the recording; those by row and by step by their last name."""
-    store = zarr.open_group(run / names.GRADIENTS, mode="r")
-    return {name: np.asarray(found[:]) for name, found in store.members(max_depth=None) if isinstance(found, zarr.Array)}
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """All arrays of two recordings, bit for bit."""
-    one, two = arrays(run), arrays(other)
-    assert sorted(one) == sorted(two)
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, two[name], err_msg=name)
-
-
-def steps_of(run: Path) -> list[np.ndarray[Any, Any]]:
-    """The sample ids of each step."""
-    found = arrays(run)
-    return [found[names.SAMPLE][found[names.STEP] == step] for step in range(found[names.STEP].max() + 1)]
 
 
 def plain_recording(run: Path, model: nn.Module, train: Any, tests: Any, out: Path, of: Path, states: list[torch.Tensor]) -> None:

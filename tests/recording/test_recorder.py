@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import zarr
 from conftest import conv_net, conv_pipeline, cross_entropy, mlp_pipeline
 from oracles import one_by_one_gradients
+from test_track import assert_same_arrays
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +30,7 @@ from hydra_pipe.errors import (
     UsageError,
 )
 from hydra_pipe.plan import geometry
+from hydra_pipe.recording import optimizers
 from hydra_pipe.store.appender import Appender
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.names import TEST_LABELS, TRAIN_LABELS
@@ -256,6 +260,59 @@ def test_clipping_is_recorded_as_the_steps_scale(tmp_path: Path) -> None:
         assert scale == pytest.approx(min(1.0, 0.1 / (norm + 1e-6)), rel=1e-4)
 
 
+def closure_of(model, x, y) -> Callable[[], torch.Tensor]:
+    def closure() -> torch.Tensor:
+        model.zero_grad()
+        loss = cross_entropy(model(x), y).mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("form", ["positional", "keyword"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_whose_closure_makes_the_gradients_is_one_whose_loop_does(tmp_path: Path, form: str, optimizer) -> None:
+    def train(how: str, run: Path | None) -> dict[str, torch.Tensor]:
+        pipeline = mlp_pipeline()
+        model = pipeline.model
+        inputs, targets = pipeline.train.tensors
+        acting = optimizer(model.parameters(), lr=0.1)
+        recorder = Recorder(model, acting, run, n_samples=40, dtype="float32") if run else None
+        for first in range(0, 40, 8):
+            closure = closure_of(model, inputs[first : first + 8], targets[first : first + 8])
+            with recorder.step(range(first, first + 8)) if recorder else nullcontext():
+                if how == "positional":
+                    assert acting.step(closure).item() > 0
+                elif how == "keyword":
+                    acting.step(closure=closure)
+                else:
+                    closure()
+                    acting.step()
+        if recorder:
+            recorder.close()
+        return model.state_dict()
+
+    plain = train(form, None)
+    recorded = train(form, tmp_path / form)
+    train("before", tmp_path / "before")
+    assert all(torch.equal(value, recorded[name]) for name, value in plain.items())
+    assert_same_arrays(tmp_path / "before", tmp_path / form)
+
+
+def test_a_closure_that_makes_no_gradient_leaves_no_step(tmp_path: Path) -> None:
+    pipeline = mlp_pipeline()
+    recorder = Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", n_samples=40)
+    inputs, targets = pipeline.train.tensors
+    for k in range(4):
+        recorder.next_batch(range(8))
+        pipeline.optimizer.zero_grad()
+        pipeline.optimizer.step(closure_of(pipeline.model, inputs[:8], targets[:8]) if k != 2 else lambda: None)
+        recorder.end_batch()
+    recorder.close()
+    assert recorder.n_steps == 3
+
+
 class TestLoopsThatGoWrong:
     def step(self, tmp_path: Path, body, ids=range(8), **options: object) -> None:
         pipeline = mlp_pipeline()
@@ -279,17 +336,19 @@ class TestLoopsThatGoWrong:
         with pytest.raises(RecordError, match=r"optimizer\.step\(\) outside of recorder\.step\(\)"):
             self.right(pipeline.model, pipeline.optimizer, *(t[:8] for t in pipeline.train.tensors))
 
-    def test_a_closure(self, tmp_path: Path) -> None:
-        def body(model, optimizer, x, y) -> None:
-            def closure() -> torch.Tensor:
-                loss = cross_entropy(model(x), y).mean()
-                loss.backward()
-                return loss
+    def test_a_closure_that_is_called_twice(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Twice(torch.optim.SGD):
+            def step(self, closure) -> None:
+                closure()
+                closure()
 
-            optimizer.step(closure)
-
-        with pytest.raises(RecordError, match=r"optimizer\.step\(closure\) is not handled"):
-            self.step(tmp_path, body)
+        monkeypatch.setitem(optimizers._RULES, Twice, optimizers.SgdRule())
+        pipeline = mlp_pipeline()
+        optimizer = Twice(pipeline.model.parameters(), lr=0.1)
+        recorder = Recorder(pipeline.model, optimizer, tmp_path / "run", n_samples=40)
+        inputs, targets = pipeline.train.tensors
+        with pytest.raises(RecordError, match="Twice called the closure of step 1 twice"), recorder.step(range(8)):
+            optimizer.step(closure_of(pipeline.model, inputs[:8], targets[:8]))
 
     def test_no_backward_pass(self, tmp_path: Path) -> None:
         with pytest.raises(RecordError, match=r"no parameter has a gradient at step 0"):

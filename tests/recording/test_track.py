@@ -443,7 +443,7 @@ class TestWhatCannotBeTracked:
     @pytest.mark.parametrize(
         ("loader", "error", "message"),
         [
-            (lambda: [1, 2], UsageError, r"takes a torch\.utils\.data\.DataLoader, not a list"),
+            (lambda: [1, 2], UsageError, r"only a torch\.utils\.data\.DataLoader can be tracked, not a list"),
             (lambda: DataLoader(Stream()), RecordError, "Stream is an IterableDataset"),
             (lambda: DataLoader(TRAIN, num_workers=2, in_order=False), RecordError, "in_order=False"),
             (lambda: DataLoader(images(21, 0)), DataError, "dataset has 21 samples, the recorder's n_samples is 22"),
