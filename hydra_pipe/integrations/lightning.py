@@ -286,6 +286,11 @@ class _Session:
 
 def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
     """Raises: UsageError: names it."""
+    if not isinstance(trainer, Trainer):
+        raise UsageError(
+            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of lightning.pytorch, and not of the "
+            f"package pytorch_lightning"
+        )
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise UsageError(

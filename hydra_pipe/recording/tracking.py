@@ -39,12 +39,13 @@ class WatchedLoader:
         self.n_samples, self._instead = _checked(base, n_samples, instead), instead
         # what a loader draws ahead of what it gives: for its workers, and Accelerate to know the last batch
         self._ahead = base.num_workers * (base.prefetch_factor or 0) + (base is not loader) + ahead
-        self.name = type(loader).__name__
+        self._name = type(loader).__name__
         #: which of a loader's attributes is another one here
         self.replaced = "sampler" if base.batch_sampler is None else "batch_sampler"
         self._spy = _Spy(getattr(base, self.replaced))
         watched = _copied(base)
         watched.__dict__[self.replaced] = self._spy  # the attribute itself forbids it
+        #: what to iterate
         self.loader = watched
         if base is not loader:
             self.loader = _copied(loader)
@@ -64,7 +65,7 @@ class WatchedLoader:
         """Ids of the batch that an iteration, whose batches are `drawn`, has just given, shape (batch,). Raises: RecordError."""
         if not drawn or len(drawn) > self._ahead + 1:
             raise RecordError(
-                f"{self.name} gave one batch when its sampler had drawn {len(drawn or ())}, where a DataLoader draws at most "
+                f"{self._name} gave one batch when its sampler had drawn {len(drawn or ())}, where a DataLoader draws at most "
                 f"{self._ahead} ahead: its batches cannot be paired with their samples; {self._instead}"
             )
         return checked_ids(drawn.popleft(), self.n_samples)

@@ -373,6 +373,14 @@ def test_strategies_that_hide_gradients_are_refused(tmp_path: Path, strategy: An
         callback.setup(made, Net(), "fit")
 
 
+def test_the_trainer_of_another_package_is_refused(tmp_path: Path) -> None:
+    class Trainer:
+        pass
+
+    with pytest.raises(UsageError, match=r"the trainer is .*\.Trainer: take that of lightning\.pytorch"):
+        HydraCallback(tmp_path / "run", TESTS, cross_entropy).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
+
+
 def test_no_test_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="test_dataset is empty"):
         HydraCallback(tmp_path / "run", [], cross_entropy)
