@@ -24,9 +24,11 @@ python_maximum_signature_line_length = 100
 
 # The reference is made from the code and from --help, so that nothing can be missing from it.
 _REFERENCE = Path(__file__).parent / "reference"
+INTEGRATIONS = ("transformers", "lightning")
 _PYTHON_HEAD = """# Python
 
-What hydra-pipe offers to Python is in the package `hydra_pipe` itself; names deeper in it may change at any time.
+What hydra-pipe offers to Python is in the package `hydra_pipe` itself, but for the callbacks of [trainers](../trainers.md), which are at
+the end of this page. Other names deeper in it may change at any time.
 
 ```python
 import hydra_pipe
@@ -41,13 +43,19 @@ def _directive(name: str) -> str:
     return f"## {name}\n\n```{{eval-rst}}\n.. {kind}:: hydra_pipe.{name}{members}\n```\n"
 
 
+def _callback(package: str) -> str:
+    """A trainer's callback; its methods are the trainer's to call."""
+    module = f"hydra_pipe.integrations.{package}"
+    return f"## HydraCallback of {package}\n\n```{{eval-rst}}\n.. autoclass:: {module}.HydraCallback\n```\n"
+
+
 def _write_reference() -> None:
     _REFERENCE.mkdir(exist_ok=True)
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="hydra-pipe")
     pages = {
         "commands.md": typer.cli.get_docs_for_click(obj=command, ctx=context, name="hydra-pipe", title="Commands"),
-        "python.md": _PYTHON_HEAD + "\n".join(_directive(name) for name in hydra_pipe.__all__),
+        "python.md": _PYTHON_HEAD + "\n".join([*map(_directive, hydra_pipe.__all__), *map(_callback, INTEGRATIONS)]),
     }
     for name, text in pages.items():
         page = _REFERENCE / name

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
 MIGRATING = ("bergson", "captum", "dattri", "dattri-llm", "kronfluence", "logix", "trak")
 EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md", *(f"migrating/{peer}.md" for peer in MIGRATING))
@@ -87,6 +88,9 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
 @of_site
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     ids = Page(site / "reference" / "python.html").ids
+    callbacks = (ROOT / "hydra_pipe" / "integrations").glob("*.py")
+    for module in [path.stem for path in callbacks if "class HydraCallback(" in path.read_text()]:
+        assert f"hydra_pipe.integrations.{module}.HydraCallback" in ids
     for name in hydra_pipe.__all__:
         assert f"hydra_pipe.{name}" in ids
         found = getattr(hydra_pipe, name)
