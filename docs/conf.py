@@ -27,8 +27,8 @@ _REFERENCE = Path(__file__).parent / "reference"
 INTEGRATIONS = ("transformers", "lightning")
 _PYTHON_HEAD = """# Python
 
-What hydra-pipe offers to Python is in the package `hydra_pipe` itself, but for the callbacks of [trainers](../trainers.md), which are at
-the end of this page. Other names deeper in it may change at any time.
+What hydra-pipe offers to Python is in the package `hydra_pipe` itself, but for the callbacks of [trainers](../trainers.md), which
+are at the end of this page. Other names deeper in it may change at any time.
 
 ```python
 import hydra_pipe
