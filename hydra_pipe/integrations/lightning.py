@@ -297,6 +297,11 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
             f"{type(strategy).__name__} hides the samples' gradients, and is not recorded: train on one device, or with "
             f'strategy="ddp"'
         )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise UsageError(
+            'gradient_clip_algorithm="value" changes each element of the gradient by itself, so that no share of it is a '
+            'sample\'s: clip by "norm"'
+        )
     if not module.automatic_optimization:
         raise UsageError(
             f"{type(module).__name__} has automatic_optimization=False, so that its steps are its own, with one optimizer or "

@@ -364,6 +364,12 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path, module: Any, train: 
     assert not (tmp_path / "run").exists()
 
 
+def test_clipping_by_value_is_refused(tmp_path: Path) -> None:
+    callback = HydraCallback(tmp_path / "run", TESTS, cross_entropy)
+    with pytest.raises(UsageError, match='gradient_clip_algorithm="value" changes each element'):
+        fit(Net(), callback, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_hide_gradients_are_refused(tmp_path: Path, strategy: Any) -> None:
     callback = HydraCallback(tmp_path / "run", TESTS, cross_entropy)
