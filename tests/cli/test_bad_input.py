@@ -162,7 +162,7 @@ KEEPS = [
     (["reduce", "RUN", "--overwrite", "--memory", "much"], r"'much' is not a size", 2),
     (
         ["reduce", "RUN", "--overwrite", "--memory", "10MiB"],
-        r"needs \d+ MiB, --memory is 10 MiB: raise --memory to \d+MiB",
+        r"needs [\d.]+ [MG]iB, --memory is 10 MiB: raise --memory to \d+MiB",
         1,
     ),
 ]
