@@ -271,7 +271,8 @@ def measured(name: str, peer: str, method: str, title: str, python: str, work: P
     """Run one method where that was not done, and hold it against the truth."""
     out, found = work / f"{peer}-{method}", Found(peer, method, title)
     failure = out / "failure.txt"
-    if not out.exists():
+    if not failure.exists() and not (out / "facts.json").exists():
+        subprocess.run(["rm", "-rf", str(out)], check=True)  # of a call that was killed
         out.mkdir()
         command = [python, str(HERE / f"with_{peer}.py"), name, method, str(work / "inputs.npz"), str(out)]
         try:

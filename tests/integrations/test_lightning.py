@@ -1,9 +1,5 @@
 """Recording under `lightning.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, IterableDataset
+from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
@@ -209,34 +206,8 @@ def test_a_training_that_was_killed_goes_on_from_the_trainers_checkpoint(tmp_pat
 
 @pytest.mark.xdist_group("ranks")
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(ROOT)]), "GLOO_SOCKET_IFNAME": "lo"}
-    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(here / "lightning_ranks.py"), str(tmp_path)]
-    ranks = []
-    for rank in range(2):
-        with (tmp_path / f"{rank}.log").open("w") as log:
-            own = os.environ | common | {"LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in ("whole", "run"):
-        for found in (one[name], two[name]):
-            assert all(torch.equal(value, one["plain"][key]) for key, value in found.items())
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert hydra_pipe.verify(tmp_path / "run") == []
-    rows = arrays(tmp_path / "run")
-    samples = np.concatenate([rows[f"rank/{rank}/{names.SAMPLE}"] for rank in range(2)])
-    assert sorted(samples) == sorted([*range(26)] * 3)  # each once an epoch
-    assert np.isfinite(rows[f"{names.STEPS}/{names.LOSS}"]).all()
+    rows = rows_of_two("lightning_ranks.py", tmp_path, {"LOCAL_RANK": "RANK"}, NODE_RANK="0")
+    assert samples_of_two(rows) == sorted([*range(26)] * 3)  # each once an epoch
     assert all(np.isfinite(rows[f"rank/{rank}/{names.CURVATURE}"]).all() for rank in range(2))
 
 

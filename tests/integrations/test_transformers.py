@@ -1,10 +1,6 @@
 """Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
 import html
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from comparing import arrays, assert_same_run, assert_same_weights, steps_of
-from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from small_trainers import EXACT, Killer, StoppedError, classifier, language_model, padded, sst2, texts, trainer
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup
+from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
@@ -148,37 +144,11 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
     assert_same_run(tmp_path / "last", tmp_path / "best")
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(here), str(here.parent), str(ROOT)])
-    common = {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    common |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = []
-    for rank in range(2):
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (tmp_path / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(here / "trainer_ranks.py"), str(tmp_path)]
-            ranks.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in ("whole", "run"):
-        for found in (one[name], two[name]):
-            assert all(torch.equal(value, one["plain"][key]) for key, value in found.items())
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    assert hydra_pipe.verify(tmp_path / "run") == []
-    rows = arrays(tmp_path / "run")
-    samples = np.concatenate([rows[f"rank/{rank}/{names.SAMPLE}"] for rank in range(2)])
-    assert sorted(samples) == sorted([*range(32)] * 2)  # each once an epoch
+    rows = rows_of_two("trainer_ranks.py", tmp_path, {"RANK": "RANK", "LOCAL_RANK": "RANK"}, WORLD_SIZE="2")
+    assert samples_of_two(rows) == sorted([*range(32)] * 2)  # each once an epoch
     assert rows[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
-    assert np.isfinite(rows[f"{names.STEPS}/{names.LOSS}"]).all()
 
 
 def test_adapters_are_recorded_without_loss(tmp_path: Path) -> None:
