@@ -107,14 +107,14 @@ class HydraCallback(TrainerCallback, ExportableState):
             self._run,
             len(dataset),
             settings=_settings_of(args) | self._settings,
-            sample_labels=self._sample_labels if self._sample_labels is not None else _labels_of(dataset),
+            sample_labels=self._sample_labels,
             process_group=torch.distributed.group.WORLD if args.world_size > 1 else None,
             **self._options,
         )
         scale = args.world_size if args.average_tokens_across_devices else 1
         collate = loader.collate_fn
         assert isinstance(collate, NamingCollator)
-        self._session = _Session(recorder, model, collate.collate, set(dataset[0]), scale)
+        self._session = _Session(recorder, model, collate.collate, dataset, scale)
         if state.global_step:
             self._session.go_on(state, type(self).__name__)
 
@@ -153,6 +153,9 @@ class HydraCallback(TrainerCallback, ExportableState):
 
     def _finish(self) -> None:
         if self._session is not None and not self._session.finished:
+            # not before: a dataset that is asked for samples may draw random numbers, which training goes on with
+            if self._sample_labels is None and (found := _labels_of(self._session.dataset)) is not None:
+                self._session.recorder.label_samples(found)
             batches, loss = self._session.tests(self._test_dataset, self._test_loss)
             labels = self._test_labels if self._test_labels is not None else _labels_of(self._test_dataset)
             self._session.finish(batches, loss, labels)
@@ -165,7 +168,7 @@ class _Session:
         recorder: of it.
         model: that the trainer calls, or what it wraps.
         collate: the trainer's collator.
-        columns: of a training sample.
+        dataset: of the training samples.
         scale: that the trainer multiplies a loss by that is divided by the number of items.
     """
 
@@ -174,12 +177,11 @@ class _Session:
         recorder: Recorder,
         model: nn.Module,
         collate: Callable[[list[Any]], Any],
-        columns: set[str],
+        dataset: Any,
         scale: int,
     ) -> None:
-        self.recorder = recorder
-        self._collate, self._columns = collate, columns
-        self._scale = scale
+        self.recorder, self.dataset = recorder, dataset
+        self._collate, self._scale = collate, scale
         self.finished = False
         self._kept: tuple[int, dict[str, Any]] | None = None
         # the step that goes on, the losses of its batches, and whether they are parts of one sum, or each a mean
@@ -237,10 +239,11 @@ class _Session:
 
     def tests(self, dataset: Any, loss: TestLoss | None) -> tuple[Iterator[tuple[Any, Tensor]], TestLoss]:
         """The test samples as the model is called with them, one at a time, and their loss."""
+        columns = set(self.dataset[0])
 
         def batches() -> Iterator[tuple[Any, Tensor]]:
             for i in range(len(dataset)):
-                batch = dict(self._collate([{name: x for name, x in dataset[i].items() if name in self._columns}]))
+                batch = dict(self._collate([{name: x for name, x in dataset[i].items() if name in columns}]))
                 labels = batch.get("labels")
                 if labels is None:
                     raise DataError(f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}")

@@ -179,6 +179,22 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> No
     assert_same_run(tmp_path / "lists", tmp_path / "datasets")
 
 
+class Augmented(list[Any]):
+    """Samples that draw a random number each time."""
+
+    def __getitem__(self, index: Any) -> Any:
+        torch.rand(())
+        return super().__getitem__(index)
+
+
+def test_a_dataset_that_draws_random_numbers_draws_none_more(tmp_path: Path) -> None:
+    train = Augmented(texts(32, 0, causal=False))
+    plain = classifier()
+    trainer(tmp_path / "plain", plain, train).train()
+    assert_same_weights(plain, record(tmp_path, "run", train))
+    assert arrays(tmp_path / "run")["labels/train"].tolist() == [sample["labels"] for sample in list(train)]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(texts(32, 0, causal=False))
