@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
+from hydra_pipe.store.files import remove
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +129,20 @@ def forked(target: Callable[..., object], *args: object, **options: object) -> B
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         process.start()
     return process
+
+
+def killed_after(n: int) -> Callable[[Path], None]:
+    """`hydra_pipe.store.files.remove`, which does it n times and is then interrupted."""
+    left = n
+
+    def killed(path: Path) -> None:
+        nonlocal left
+        if not left:
+            raise InterruptedError
+        left -= 1
+        remove(path)
+
+    return killed
 
 
 def relative_error(value: np.ndarray, truth: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, conv_pipeline, cross_entropy, images, mlp_pipeline, relative_error
+from conftest import ROOT, conv_pipeline, cross_entropy, images, killed_after, mlp_pipeline, relative_error
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typer.testing import CliRunner
@@ -19,7 +19,6 @@ import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, RunError, StoreError, UsageError, UserCodeError
-from hydra_pipe.store.files import remove
 from hydra_pipe.store.relevance import result_of
 from hydra_pipe.store.run import RunDirectory
 
@@ -532,22 +531,15 @@ def test_evaluations_leave_probes_out(run: Path) -> None:
 def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was_killed(
     tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, left = tmp_path / "run", after
+    run = tmp_path / "run"
     hydra_pipe.record(mlp_pipeline(), run)
     again = {"name": "late", "pipeline": mlp_pipeline(), "overwrite": True}
     hydra_pipe.probe(run, HELD_BACK, **again)
     hydra_pipe.reduce(run, test="late")
     hydra_pipe.export(run, test="late")
 
-    def killed(path: Path) -> None:
-        nonlocal left
-        if not left:
-            raise InterruptedError
-        left -= 1
-        remove(path)
-
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.discarding.remove", killed)
+        patch.setattr("hydra_pipe.store.discarding.remove", killed_after(after))
         with pytest.raises(InterruptedError):
             hydra_pipe.probe(run, HELD_BACK, **again)
     assert hydra_pipe.verify(run) != []

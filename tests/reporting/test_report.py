@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline
+from conftest import conv_pipeline, killed_after
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +30,6 @@ from hydra_pipe.reporting.findings import findings
 from hydra_pipe.reporting.page import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
-from hydra_pipe.store.files import remove
 from hydra_pipe.store.relevance import Columns, create_relevance, read_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
 
@@ -505,17 +504,9 @@ def test_a_run_that_is_interrupted_while_it_is_cleared_is_cleared_of_its_reports
     """The file of a report is known by its stage only, unlike what is in a directory of hydra-pipe's own."""
     hydra_pipe.reduce(run, by="mean")
     hydra_pipe.report(run, method="hydra-mean")
-    left = after
-
-    def killed(path: Path) -> None:
-        nonlocal left
-        if not left:
-            raise InterruptedError
-        left -= 1
-        remove(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.run.remove", killed)
+        patch.setattr("hydra_pipe.store.run.remove", killed_after(after))
         with pytest.raises(InterruptedError):
             RunDirectory.open(run).clear()
     assert (run / "report-hydra-mean.html").exists() == (after == 0)
