@@ -164,7 +164,8 @@ class Recorder:
         self._closed = self._ended = False
         hold = self._joint.hold if self._joint is not None else None
         root = self._updates.root if self._rule.preconditioned else None
-        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold)
+        probes = self._ranks is None or not self._ranks.static_graph
+        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold, probes=probes)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     def _holding(self) -> AbstractContextManager[None]:
@@ -415,24 +416,6 @@ class Recorder:
             self._joint.go_on(wanted.n_steps, wanted.meet_every)
         self.n_steps, self._collector.n_dropped = wanted.n_steps, wanted.n_skipped
         self._resumed = True
-
-    def check_split(self, losses: Tensor) -> None:
-        """Refuse a model that mixes samples, or keeps them elsewhere than in the first dimension, before a row is written.
-
-        One backward pass from the first sample's loss alone: it must reach no row but the first. For the first pass of a
-        loop that knows each sample's loss; `record_test` does it too. The graph is kept, `.grad` is not touched. Batch
-        normalisation in training mode mixes samples on purpose and is let through.
-
-        Args:
-            losses: of a pass under `step`, shape (batch,), before its backward pass.
-
-        Raises:
-            LayerError: names the parameter.
-        """
-        if self._ranks is not None and self._ranks.static_graph:
-            return
-        with self._holding():
-            self._collector.check_split(losses)
 
     def _end_step(self, *, taken: bool) -> None:
         # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows

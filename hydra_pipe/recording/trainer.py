@@ -231,8 +231,6 @@ def take_step(
     if recorder is not None:
         if isinstance(output, Tensor):
             recorder.tell_loss(pipeline.loss, output, targets)
-        if recorder.n_steps == 0:
-            recorder.check_split(losses)
     with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:
