@@ -25,7 +25,7 @@ from hydra_pipe.maths.factors import Contribution, Factors, bounds_of, rows_of
 from hydra_pipe.maths.layers import takes_any_leading_dimensions
 from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, mixing_block, plan_of, whole_plan
-from hydra_pipe.recording.places import Call, Pass, Watched, order_of_rows
+from hydra_pipe.recording.places import Call, Origin, Pass, Watched, order_of_rows
 
 if TYPE_CHECKING:
     from hydra_pipe.recording.capture import Capture
@@ -39,19 +39,6 @@ _MOST_ASKED = 4
 # Difference between rows and gradient, over the larger of the gradient and the sum of what cancels in it.
 _LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """An output of a pass, where probes begin.
-
-    Args:
-        output: of the model.
-        order: where it keeps the samples.
-    """
-
-    output: Tensor
-    order: SampleOrder
 
 
 @dataclass
@@ -104,10 +91,11 @@ class Probe:
         }
         self.other_dims[watched] = self.other_dims.get(watched, dims) & dims
 
-    def take(self, contributions: Mapping[int, Contribution], first: int, _: bool) -> None:
+    def take(self, contributions: Mapping[int, Contribution], first: int, _: bool) -> bool:
         """Rows were made."""
         for block, value in contributions.items():
             self.rows.setdefault(block, []).append((first, value))
+        return False
 
 
 class Attribution:
@@ -164,7 +152,7 @@ class Attribution:
         finally:
             self.probe = kept
 
-    def end(self, module: nn.Module, outputs: Sequence[Tensor], of_pass: Pass) -> None:
+    def end(self, module: nn.Module, outputs: Sequence[Tensor], of_pass: Pass) -> tuple[bool, list[Origin]]:
         """A pass has ended: probe it if it is time, and see to the parameters that are left to the graph.
 
         Args:
@@ -172,19 +160,23 @@ class Attribution:
             outputs: tensors that it has returned, with a history.
             of_pass: the pass.
 
+        Returns:
+            Whether it was time for a probe, and the outputs that keep the samples apart.
+
         Raises:
             LayerError: the model mixes the samples of a batch, or one of its parameters cannot be split by sample.
         """
         is_due = self._is_due(of_pass)
-        if not is_due and not self.by_graph:
-            return
-        walk = Walk(outputs, self.parameters)
         origins = _origins(outputs, of_pass.count)
+        if not is_due and not self.by_graph:
+            return False, origins
+        walk = Walk(outputs, self.parameters)
         can_probe = self._probes and bool(origins)
         if is_due and can_probe:
             self._attribute(walk, origins, of_pass, is_first=is_due == 1)
         if self.by_graph:
             self._take_routes(walk, self._plan(walk, origins, of_pass, can_probe=can_probe), origins, of_pass)
+        return is_due > 0, origins
 
     def _is_due(self, of_pass: Pass) -> int:
         """Number of the pass among those of its mode, if it is to be probed; else 0."""
@@ -375,16 +367,16 @@ class Attribution:
         handles = []
         for route in plan.routes:
             call = RouteCall(route, self.trained, of_pass.count)
-            handles.append(walk.nodes[route.node].register_prehook(partial(self._on_node, call, of_pass.first)))
+            handles.append(walk.nodes[route.node].register_prehook(partial(self._on_node, call, of_pass)))
         if plan.slow and origins:
             self._take_slowly(plan.slow, origins, of_pass)
         return handles
 
-    def _on_node(self, call: RouteCall, first: int, gradients: Sequence[Tensor | None]) -> None:
+    def _on_node(self, call: RouteCall, of_pass: Pass, gradients: Sequence[Tensor | None]) -> None:
         given = next((g for g in gradients if g is not None), None)
         if given is not None:
             node = torch._C._current_autograd_node()
-            self._capture.on_route(partial(call.rows, node, gradients), call.blocks, first, given)
+            self._capture.on_route(partial(call.rows, node, gradients), call.blocks, of_pass, given)
 
     def _take_slowly(self, blocks: frozenset[int], origins: Sequence[Origin], of_pass: Pass) -> None:
         """One backward pass a sample, from the gradients at the outputs, for what nothing else can split."""
@@ -399,7 +391,7 @@ class Attribution:
             if not used:
                 return
             rows = partial(self._slow_rows, sorted(blocks), trained, used, of_pass.count)
-            self._capture.on_route(rows, blocks, of_pass.first, used[0][1])
+            self._capture.on_route(rows, blocks, of_pass, used[0][1])
 
         if len(origins) == 1:
             origins[0].output.register_hook(lambda gradient: on_gradients([gradient]))  # type: ignore[no-untyped-call]

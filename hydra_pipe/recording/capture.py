@@ -19,12 +19,13 @@ from hydra_pipe.errors import HydraError, LayerError
 from hydra_pipe.maths.factors import Contribution
 from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.recording.attribution import Attribution
+from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
 
 # (contributions of one call by index of the parameter's block, place of their first sample in the step, whether the loop has asked for
-# these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`)
-Sink = Callable[[Mapping[int, Contribution], int, bool], None]
+# these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`) -> whether they count
+Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
 
 _NOTHING = nullcontext()
 
@@ -93,6 +94,7 @@ class Capture:
         names: of the parameters.
         on_error: takes what hooks raise; None: they raise it into the training's passes.
         probes: whether probes may be sent through the model.
+        allows_mixing: whether the loss may mix samples.
     """
 
     def __init__(
@@ -103,8 +105,11 @@ class Capture:
         on_error: Callable[[HydraError], None] | None = None,
         *,
         probes: bool = True,
+        allows_mixing: bool = False,
     ) -> None:
         self._on_error = on_error
+        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing)
+        self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
         self._portion = Portion(np.empty(0, np.int64))
         self._model = model
@@ -154,6 +159,7 @@ class Capture:
             call.release()
         self._calls = []
         self._attribution.release()
+        self.coupling.release()
 
     @contextmanager
     def sending_to(self, sink: Sink | None) -> Iterator[None]:
@@ -169,10 +175,12 @@ class Capture:
         """Let the block watch other passes, then go on with the present ones."""
         kept = self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open
         self._calls, self._passes_open = [], 0
+        coupling, self.coupling = self.coupling, LossCoupling(partial(self.sending_to, None), allows_mixing=True)
         try:
             with self._attribution.set_aside():
                 yield
         finally:
+            self.coupling = coupling
             self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open = kept
 
     def detach(self) -> None:
@@ -184,6 +192,10 @@ class Capture:
         for handles in self._container_handles.values():
             for handle in handles:
                 handle.remove()
+
+    def check_passes(self, when: str) -> None:
+        """Refuse several passes over the same places of the step, if they may be of other samples. Raises: LayerError."""
+        self.coupling.check_repeats(partial(same_targets, self.outputs), when)
 
     @property
     def attribution(self) -> Attribution:
@@ -223,7 +235,7 @@ class Capture:
             tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
             if module is self._model or self._holds_all(module):
                 self._portion.begin_pass(_samples_in(tensors, len(self._portion.samples)))
-            self._pass = Pass(*self._portion.of_pass, tensors)
+            self._pass = Pass(*self._portion.of_pass, references(tensors))
             self._attribution.begin(module)
 
     def _end_call(self, module: nn.Module, _: nn.Module, args: Any, output: Any) -> None:
@@ -236,13 +248,15 @@ class Capture:
         if (
             of_pass.count < batch
             and any(len(x) == batch for x in leaves if x.dim())
-            and any(batch in x.shape for x in of_pass.inputs)
+            and any(batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None)
         ):
             # what seemed to be a part of the batch is all of it, with another dimension first
             self._portion.correct_pass(batch)
             of_pass.count = batch
         if leaves:
-            self._attribution.end(module, leaves, self._pass)
+            is_due, origins = self._attribution.end(module, leaves, self._pass)
+            if module is self._model or self._holds_all(module):
+                self.coupling.add(self._pass, origins, is_due=is_due)
 
     def _holds_all(self, module: nn.Module) -> bool:
         return self._attribution.parameters.keys() <= set(module.parameters())
@@ -366,17 +380,18 @@ class Capture:
         finally:
             self._sink = sink
         for place, contributions in found:
-            sink(contributions, place, is_asked)
+            if sink(contributions, place, is_asked):
+                call.of_pass.has_gradient = True
 
     def on_route(
-        self, rows: Callable[[], list[tuple[int, Contribution]]], blocks: Iterable[int], first: int, gradient: Tensor
+        self, rows: Callable[[], list[tuple[int, Contribution]]], blocks: Iterable[int], of_pass: Pass, gradient: Tensor
     ) -> None:
         """A node that uses parameters outside of a rule is about to run.
 
         Args:
             rows: makes the contributions of the pass's samples.
             blocks: that they are of.
-            first: place of the first of the samples.
+            of_pass: the pass.
             gradient: at the node.
         """
         sink = self._sink
@@ -399,7 +414,8 @@ class Capture:
         finally:
             self._sink = sink
         for block, contribution in found:
-            sink({block: contribution}, first, is_asked)
+            if sink({block: contribution}, of_pass.first, is_asked):
+                of_pass.has_gradient = True
 
     def _release_at_end(self, call: Call) -> None:
         """Let go of all inputs when the backward pass that runs is over: autograd lets go of its own then."""
@@ -413,6 +429,7 @@ class Capture:
         self._releasing.discard(task)
         if not self._releasing:
             self._passes_open = 0
+            self.coupling.after_backward()
         for call in self._calls:
             if call.task == task:
                 call.release()

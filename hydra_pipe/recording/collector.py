@@ -34,7 +34,7 @@ class Collector:
         root: of the preconditioner that rows are times; None: there is none.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
-        on_error, probes: see `Capture`.
+        on_error, probes, allows_mixing: see `Capture`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Collector:
         on_error: Callable[[HydraError], None] | None = None,
         *,
         probes: bool = True,
+        allows_mixing: bool = False,
     ) -> None:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
@@ -67,7 +68,9 @@ class Collector:
         # whether all that was collected are gradients that the loop has asked for itself, which need not be those of the step
         self._only_asked = True
         blocks = {p: i for i, p in enumerate(self.parameters)}
-        self._capture = Capture(model, blocks, [name for name, _ in trained.values()], on_error, probes=probes)
+        self._capture = Capture(
+            model, blocks, [name for name, _ in trained.values()], on_error, probes=probes, allows_mixing=allows_mixing
+        )
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
         """Collect the passes over one more portion of the present step, after the earlier ones."""
@@ -159,6 +162,7 @@ class Collector:
         """
         portions = self.portions
         check_covered(portions, when)
+        self._capture.check_passes(when)
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
             batch = sum(len(p.samples) for p in portions)
@@ -195,11 +199,11 @@ class Collector:
         given = chain(*self._waiting.values(), *self._reduced.values())
         return (g.value.norms() if isinstance(g.value, Factors) else rows_of(g.value) for g in given)
 
-    def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> None:
+    def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
         backward = torch._C._current_graph_task_id()
         if is_asked != self._only_asked:
             if is_asked:
-                return  # what is added to `.grad` is the step's, and gradients beside it are the loop's own affair
+                return False  # what is added to `.grad` is the step's, and gradients beside it are the loop's own affair
             if self._waiting or self._reduced:
                 self._drop()
             self._only_asked = False
@@ -207,7 +211,7 @@ class Collector:
         if portion is None or not portion.holds(first):
             portion = next((p for p in reversed(self._portions) if p.holds(first)), None)
         if portion is None:
-            return  # of a portion that was dropped: the books tell if its gradient is used after all
+            return False  # of a portion that was dropped: the books tell if its gradient is used after all
         # Hooks come before what they see is added to `.grad`. So where an earlier pass has left gradients to accumulate they are
         # there; where they are not, the loop has thrown them away. One pass adds nothing up before its end.
         is_new = backward != self._backward and not is_asked
@@ -224,6 +228,7 @@ class Collector:
                 self._waiting.setdefault(index, []).append(given)
             else:
                 self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
+        return True
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""
@@ -236,6 +241,7 @@ class Collector:
     def _drop(self, but: Portion | None = None) -> None:
         self._portions = [p for p in self._portions if not p.seen or p is but]
         self._waiting, self._reduced = {}, {}
+        self._capture.coupling.forget_gradients()
         # the output's hook comes before all others: what is there may be of the pass that has found this out
         outputs = self._capture.outputs
         self._capture.outputs = [o for o in outputs if any(p.holds(o.first) for p in self._portions)]

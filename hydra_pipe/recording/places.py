@@ -5,6 +5,7 @@ after the other. A module that is called once with the batch has N = B. One that
 view has others; its `SampleOrder` is that of the N rows.
 """
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,19 @@ class Watched:
         return [n for n, block in self.owned.items() if block not in by_graph and (p := own[n]) is not None and p.requires_grad]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """An output of a pass, where probes begin.
+
+    Args:
+        output: of the model.
+        order: where it keeps the samples.
+    """
+
+    output: Tensor
+    order: SampleOrder
+
+
 @dataclass(slots=True, eq=False)
 class Pass:
     """One pass of some samples through the model.
@@ -52,12 +66,14 @@ class Pass:
     Args:
         first: place of the first of them in the step.
         count: B.
-        inputs: tensors that the model was called with.
+        inputs: tensors that the model was called with, as far as others keep them.
+        has_gradient: whether a gradient has come back that counts.
     """
 
     first: int
     count: int
-    inputs: Sequence[Tensor] = ()
+    inputs: Sequence["weakref.ref[Tensor]"] = ()
+    has_gradient: bool = False
     seen: dict[Watched, int] = field(default_factory=dict)
 
     def next_rows(self, watched: Watched, n_rows: int) -> int:
