@@ -3,16 +3,16 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class _Shared:
-    """A value, and how many blocks are in."""
+    """A value, and the blocks that are in."""
 
     value: Any
-    n_users: int = 0
+    users: set[object] = field(default_factory=set)
 
 
 _SHARED: dict[tuple[Any, ...], _Shared] = {}
@@ -23,18 +23,20 @@ _LOCK = threading.Lock()
 def shared(key: tuple[Any, ...], load: Callable[[], Any]) -> Iterator[Any]:
     """A block that has the value of `key`: the first to enter loads the value, and the last to leave drops it.
 
-    Counted, and not left to weak references: these would keep what the traceback of an interrupted task still refers to, and give
-    it to a later reduction of a run that was recorded anew.
+    The blocks are counted. Weak references would keep what the traceback of an interrupted task still refers to, and give it to
+    a later reduction of a run that was recorded anew.
     """
-    with _LOCK:
-        found = _SHARED.get(key)
-        if found is None:
-            _SHARED[key] = found = _Shared(load())
-        found.n_users += 1
+    user = object()
     try:
+        with _LOCK:
+            if key not in _SHARED:
+                _SHARED[key] = _Shared(load())
+            found = _SHARED[key]
+            found.users.add(user)
         yield found.value
     finally:
         with _LOCK:
-            found.n_users -= 1
-            if not found.n_users:
-                del _SHARED[key]
+            if key in _SHARED:
+                _SHARED[key].users.discard(user)
+                if not _SHARED[key].users:
+                    del _SHARED[key]
