@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hydra_pipe.errors import InterruptedRunError, PipelineError, UsageError
@@ -111,8 +112,11 @@ def record(
         try:
             trained = train(built, recorder, progress, checkpoints, tests)
             train_seconds = time.monotonic() - start
-            with progress.task("test gradients", len(built.test), "rows") as task:
-                recorder.record_test(test_batches(built, task, checkpoints), built.loss, labels=built.test_labels)
+            with (
+                progress.task("test gradients", len(built.test), "rows") as task,
+                closing(test_batches(built, task, checkpoints)) as batches,
+            ):
+                recorder.record_test(batches, built.loss, labels=built.test_labels)
             recorder.facts |= {
                 "train_seconds": train_seconds,
                 "checkpoint_seconds": checkpoints.seconds,

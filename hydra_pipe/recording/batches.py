@@ -1,6 +1,7 @@
 """The batches that a pipeline is trained on: which samples, in which order, and what their datasets draw for them."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from hydra_pipe.recording.checkpointing import Checkpoints
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import seeded
 from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.streams import Stream
+
+# ids, inputs and targets of the samples
+Batch = tuple[NDArray[np.int64], Tensor, Tensor]
 
 
 def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
@@ -28,10 +33,18 @@ def batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
-def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test set in order, in batches of the pipeline's size. Raises: InterruptedRunError: `checkpoints` tells to stop."""
-    order = np.arange(len(pipeline.test))
-    for ids, inputs, targets in Samples(pipeline, "test").batches(batches_of(order, pipeline.batch_size)):
+def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Stream[tuple[Tensor, Tensor]]:
+    """The test set in order, in batches of the pipeline's size. Close it.
+
+    Raises:
+        InterruptedRunError: when it is iterated: `checkpoints` tells to stop.
+    """
+    batches = Samples(pipeline, "test").batches(batches_of(np.arange(len(pipeline.test)), pipeline.batch_size))
+    return Stream(_heeding(batches, task, checkpoints), batches.close)
+
+
+def _heeding(batches: Stream[Batch], task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for ids, inputs, targets in batches:
         if checkpoints is not None:
             checkpoints.heed()
         yield inputs, targets
@@ -72,10 +85,12 @@ class Batches:
         self._dataset, self._name, self._key, self._workers = dataset, name, key, workers
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
-    def batches(
-        self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """The batches of an epoch, from number `first` on."""
+    def batches(self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0) -> Stream[Batch]:
+        """The batches of an epoch, from number `first` on. Close it: there may be processes that fetch."""
+        ends = ExitStack()
+        return Stream(self._fetched(order, epoch, first, ends), ends.close)
+
+    def _fetched(self, order: list[NDArray[np.int64]], epoch: int, first: int, ends: ExitStack) -> Iterator[Batch]:
         # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self._dataset, (*self._key, epoch)),  # type: ignore[arg-type] # what it yields is what is fetched from it
@@ -85,6 +100,8 @@ class Batches:
             num_workers=self._workers,
         )
         iterator = iter(loader)
+        if self._workers:
+            ends.callback(iterator._shutdown_workers)  # type: ignore[attr-defined] # otherwise they end when the collector comes
         for ids in order[first:]:
             with user_code(f"the {self._name} dataset raised at samples {_range(ids)}"):
                 inputs, targets = next(iterator)
@@ -128,6 +145,7 @@ class Samples(Batches):
 def probe_batches(dataset: Any, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of a probe in order: as those of a test set, of a pipeline with this seed and size of a batch, are taken."""
     order = batches_of(np.arange(len(dataset)), batch_size)
+    # without processes: there is nothing to close
     for _, inputs, targets in Batches(dataset, "probe", (seed, 0)).batches(order):
         yield inputs, targets
 

@@ -1,6 +1,6 @@
 """Trains a pipeline, with a recorder or without: the same weights, bit for bit."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from math import nan
 
@@ -92,11 +92,11 @@ def train(
     progress = progress or Progress()
     between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
     n_rows += between.n_test_rows
-    with progress.task("record" if recorder else "train", n_rows, "rows") as task:
+    with progress.task("record" if recorder else "train", n_rows, "rows") as task, ExitStack() as ends:
         between.test(task)  # where it goes on from a checkpoint that was taken before it
         while place.epoch < pipeline.epochs:
             order = epoch_order(pipeline, place.epoch)
-            for ids, inputs, targets in samples.batches(order, place.epoch, place.step):
+            for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, place.epoch, place.step))):
                 if place.epoch == 0:
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
@@ -152,8 +152,8 @@ class _Between:
         """Take test gradients if it is time."""
         if self._due():
             assert self._recorder is not None
-            batches = test_batches(self._pipeline, task, self._checkpoints)
-            self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
+            with closing(test_batches(self._pipeline, task, self._checkpoints)) as batches:
+                self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
 
     def _say_room(self) -> None:
         if not self._has_said and self._recorder is not None:
@@ -172,8 +172,8 @@ def accuracy(pipeline: Pipeline) -> float | None:
     """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
     correct = 0
     device = next(pipeline.model.parameters()).device
-    with evaluating(pipeline.model), torch.no_grad():
-        for inputs, targets in test_batches(pipeline, Task(), None):
+    with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
+        for inputs, targets in batches:
             output = pipeline.model(inputs.to(device))
             if (
                 not isinstance(output, Tensor)

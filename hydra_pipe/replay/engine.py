@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -192,7 +193,8 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     state = training_state(pipeline, 0)
     parameters = moving(pipeline)
     order = epoch_order(pipeline, 0)
-    _, inputs, targets = next(Samples(pipeline, "train").batches(order[:1]))
+    with closing(Samples(pipeline, "train").batches(order[:1])) as batches:
+        _, inputs, targets = next(batches)
     batch_bytes = inputs.nbytes + targets.nbytes
     device = parameters[0].device
     inputs, targets = inputs.to(device), targets.to(device)
