@@ -24,9 +24,10 @@ from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.diagnosis import refuse
 from hydra_pipe.recording.joint import JointSteps, without_step
 from hydra_pipe.recording.modes import evaluating
-from hydra_pipe.recording.optimizers import check_optimizer, leaves_out_step, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, innermost, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.ranks import Ranks, is_first, together, unwrapped
@@ -117,6 +118,7 @@ class Recorder:
     ) -> None:
         self._ranks = Ranks.of(model, process_group)
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
+        optimizer = innermost(optimizer)
         self._model, self._optimizer = unwrapped(model), optimizer
         self.path = location(run)
         with together(self._ranks):
@@ -124,6 +126,7 @@ class Recorder:
             if n_samples < 1:
                 raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
             trained = check_optimizer(optimizer, self._model)
+            refuse(self._model, optimizer, trained)
             self._rule = rule_of(optimizer)
             self._parameters = list(trained)
             self.n_samples = n_samples
@@ -164,7 +167,7 @@ class Recorder:
         self._closed = self._ended = False
         hold = self._joint.hold if self._joint is not None else None
         root = self._updates.root if self._rule.preconditioned else None
-        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold)
+        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold, optimizer)
         self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     def _holding(self) -> AbstractContextManager[None]:
@@ -435,12 +438,11 @@ class Recorder:
             self._collector.check_split(losses)
 
     def _end_step(self, *, taken: bool) -> None:
-        # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows
-        overflowed = not taken and self._collector.overflowed()
+        left_out = not taken and self._collector.left_out()
         if self._joint is not None:
-            if self._joint.end_step(taken=taken, overflowed=overflowed):
+            if self._joint.end_step(taken=taken, overflowed=left_out):
                 self._flush()
-        elif overflowed:
+        elif left_out:
             self._collector.n_dropped += 1
         elif not taken:
             raise without_step(self.n_steps)

@@ -4,7 +4,7 @@ One step of a small model is a few hundred small tensors; treated one by one, th
 takes them as they are, in one copy, and the rest is done on many steps at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import cast
@@ -18,6 +18,7 @@ from hydra_pipe.errors import BooksError, NonFiniteError
 from hydra_pipe.maths.books import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.diagnosis import Evidence, penalty_of
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
 from hydra_pipe.recording.ranks import Ranks
 from hydra_pipe.recording.transfer import Transfer
@@ -112,10 +113,18 @@ class Slab:
         parameters: of the blocks; their device and dtype are the slab's, but float32 at least.
         batch: rows of a step; a larger one makes more room.
         scalar: whole gradient over the sum of the rows where it is known, else it is found, step by step.
+        explain: (name of a block's parameter, what is known of it) -> why its books may not balance, in words.
     """
 
-    def __init__(self, encoder: RowEncoder, parameters: Sequence[Tensor], batch: int, scalar: float | None = None) -> None:
-        self._encoder, self._scalar = encoder, scalar
+    def __init__(
+        self,
+        encoder: RowEncoder,
+        parameters: Sequence[Tensor],
+        batch: int,
+        scalar: float | None = None,
+        explain: Callable[[str, Evidence], str] | None = None,
+    ) -> None:
+        self._encoder, self._scalar, self._parameters, self._explain = encoder, scalar, parameters, explain
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
         self._transfer = Transfer(self._device)
@@ -320,17 +329,26 @@ class Slab:
                 books.scalar[step], books.imbalance[step] = better.scalar[0], better.imbalance[0]
             else:
                 good = Balance(books.scalar[:step], books.imbalance[:step])
-                return good, self._off_balance(entries[step], better.imbalance[0])
+                missed = grads[step] - better.scalar[0] * sums[step]
+                return good, self._off_balance(entries[step], better.imbalance[0], missed)
         return books, None
 
-    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64]) -> BooksError:
+    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]) -> BooksError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
-        return BooksError(
-            f"the books do not balance {entry.when}: the recorded rows of {self._encoder.layout.blocks[worst].name} miss "
-            f"{imbalance[worst]:.2%} of its gradient. It is used where hooks cannot see it (a functional call such "
-            f"as F.linear(x, module.weight), a penalty added to the loss, or .grad changed by hand): call its "
-            f"module instead, or freeze it"
-        )
+        name, columns = self._encoder.layout.blocks[worst].name, self._encoder.book_columns[worst]
+        said = f"the books do not balance {entry.when}: the recorded rows of {name} miss {imbalance[worst]:.2%} of its gradient"
+        if self._explain is None:
+            return BooksError(said)
+        parameter = self._parameters[worst].detach()
+        penalty = penalty_of(missed[columns], *(self._in_books(worst, x) for x in (parameter, parameter.sign())))
+        evidence = Evidence(has_rows=bool(entry.present[worst]), penalty=penalty, training=self._scalar is None)
+        return BooksError(f"{said}. {self._explain(name, evidence)}")
+
+    def _in_books(self, index: int, value: Tensor) -> NDArray[np.float64]:
+        """`value`, of the shape of block `index`, as the books have its gradient."""
+        outs = [self._empty(1, c.stop - c.start)[0] for c in self._encoder.book_columns]
+        self._encoder.put_in_books([value if i == index else None for i in range(len(outs))], outs)
+        return outs[index].double().cpu().numpy()
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
         """Upper bound of the summed norms of each block's rows, shape (step, block)."""
