@@ -59,6 +59,8 @@ def balance(
     reference = np.where(reference == 0.0, norms, reference)
     # not a number stays what it is, and is over any limit
     imbalance = np.divide(residual, reference, out=np.zeros_like(residual), where=reference != 0.0)
+    # beside norms that have overflowed any difference would be as good as none
+    imbalance[~np.isfinite(reference)] = np.inf
     return Balance(scalars, imbalance)
 
 

@@ -7,6 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAIN_UNSHARDED = "train on one device, or with torch.nn.parallel.DistributedDataParallel"
 # cosine beyond which what the rows miss is the gradient of a penalty: rounding and one step's change of the parameter leave more
 _SAME_DIRECTION = 0.99
+# features of which hardly any two directions are that close by chance: of two any gradient of two classes may be
+_FEWEST_FEATURES = 8
 # elements of one magnitude that clipping by value leaves and that hardly come by chance
 _FEWEST_CLIPPED = 3
 
@@ -141,6 +144,8 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
             "is on the meta device and has no values (init_empty_weights, or a device_map that offloads): load the model onto a "
             "device as a whole"
         )
+    if parameter.numel() == 0:
+        return "has no elements: freeze it, or leave it out of the optimizer"
     if parameter.dtype not in _DTYPES:
         return f"is {parameter.dtype}: train it in float32 or bfloat16, quantise afterwards, or freeze it"
     kind = type(parameter)
@@ -269,18 +274,18 @@ def penalty_of(missed: NDArray[np.float64], value: NDArray[np.float64], sign: ND
     """The penalty on a parameter whose gradient is what the rows miss; None: none that is known.
 
     Args:
-        missed: the gradient in use less what the rows account for, as the books have it, shape (feature,).
-        value: the parameter in the same features.
-        sign: its signs in the same features.
+        missed: the gradient in use less what the rows account for, as the books have it, of every block that is off, shape
+            (feature,).
+        value: the parameters in the same features.
+        sign: their signs in the same features.
     """
 
     def along(direction: NDArray[np.float64]) -> float:
         norms = float(np.linalg.norm(missed) * np.linalg.norm(direction))
-        # of one feature any direction is that of the parameter
-        return abs(float(missed @ direction)) / norms if norms > 0.0 and np.isfinite(norms) and len(missed) > 1 else 0.0
+        return abs(float(missed @ direction)) / norms if norms > 0.0 and np.isfinite(norms) else 0.0
 
     l2, l1 = along(value), along(sign)
-    if max(l1, l2) < _SAME_DIRECTION:
+    if len(missed) < _FEWEST_FEATURES or max(l1, l2) < _SAME_DIRECTION:
         return None
     return "L2" if l2 >= l1 else "L1"
 
@@ -341,11 +346,6 @@ def _certain(
             "Another hook of the optimizer (register_step_pre_hook) may change gradients just before the step: change the loss "
             "instead, or take the hook away."
         )
-    if evidence.training and (largest := _clipped_at(parameter.grad)) is not None:
-        yield (
-            f"The largest elements of its gradient are all of magnitude {largest:.6g}, as clip_grad_value_ leaves them, and then "
-            f"no share of it is a sample's: use clip_grad_norm_."
-        )
 
 
 def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Evidence) -> Iterator[str]:
@@ -357,6 +357,11 @@ def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Ev
         yield (
             f"the model was called {evidence.passes} times for {evidence.batches} batches: put passes whose gradients the loop "
             f"throws away (FGSM, SAM, Grad-CAM, another network's loss) into `with recorder.paused():`"
+        )
+    if evidence.training and (largest := _clipped_at(model)) is not None:
+        yield (
+            f"the largest elements of the gradient are all of magnitude {largest:.6g}, as clip_grad_value_ leaves them, and then "
+            f"no share of it is a sample's: use clip_grad_norm_"
         )
     if evidence.has_rows:
         yield (
@@ -452,15 +457,13 @@ def _is_functional_graph(module: nn.Module) -> bool:
     return graph is not None and any(node.op == "get_attr" for node in graph.nodes)
 
 
-def _clipped_at(gradient: Tensor | None) -> float | None:
-    """The magnitude that clipping by value has left; None where the gradient is not clipped."""
-    if gradient is None or gradient.layout != torch.strided or gradient.numel() <= _FEWEST_CLIPPED:
-        return None
-    magnitudes = gradient.detach().abs()
-    largest = magnitudes.max()
-    at_it = int((magnitudes == largest).sum())
-    clipped = _FEWEST_CLIPPED <= at_it < gradient.numel() and bool(largest > 0) and bool(torch.isfinite(largest))
-    return float(largest) if clipped else None
+def _clipped_at(model: nn.Module) -> float | None:
+    """The magnitude that clipping by value has left of the largest elements of the gradient; None: none, as far as can be seen."""
+    gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None and p.grad.layout == torch.strided]
+    magnitudes = [g.abs() for g in gradients if g.numel()]
+    largest = max((float(m.max()) for m in magnitudes), default=0.0)
+    at_it = sum(int((m == largest).sum()) for m in magnitudes)
+    return largest if 0.0 < largest < inf and at_it >= _FEWEST_CLIPPED else None
 
 
 # trainers

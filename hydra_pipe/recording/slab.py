@@ -35,6 +35,20 @@ _MOST_VIEWS = 4 * SLAB_STEPS
 # A difference between rows and gradient beyond rounding, relative to the summed norms of the rows.
 IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+# The same of float32 where the loop lets matrix products have fewer bits: of TF32 (set_float32_matmul_precision("high"), or
+# allow_tf32) or of bfloat16 ("medium"). Rows and gradients are rounded differently then.
+_FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
+
+
+def imbalance_limit(dtype: torch.dtype) -> float:
+    """The limit for gradients of `dtype`, as the loop has set the precision of products."""
+    if dtype != torch.float32:
+        return IMBALANCE_LIMIT[dtype]
+    try:
+        return _FLOAT32_LIMIT[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set by torch's newer options, of which some product has fewer bits: the old question has no answer
+        return _FLOAT32_LIMIT["high"]
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -219,7 +233,7 @@ class Slab:
             if known and len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
         dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
-        limit = max([IMBALANCE_LIMIT[dtype] for dtype in dtypes])
+        limit = max([imbalance_limit(dtype) for dtype in dtypes])
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
     def _parts_at(self, rows: slice) -> list[Tensor]:
@@ -335,20 +349,31 @@ class Slab:
 
     def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]) -> BooksError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
-        name, columns = self._encoder.layout.blocks[worst].name, self._encoder.book_columns[worst]
+        name = self._encoder.layout.blocks[worst].name
+        if not np.isfinite(imbalance[worst]):
+            return BooksError(
+                f"the books of {name} cannot be checked {entry.when}: norms of its rows are not finite, as in half precision: call "
+                f"backward() outside of autocast, lower the learning rate, or clip"
+            )
         said = f"the books do not balance {entry.when}: the recorded rows of {name} miss {imbalance[worst]:.2%} of its gradient"
         if self._explain is None:
             return BooksError(said)
-        parameter = self._parameters[worst].detach()
-        penalty = penalty_of(missed[columns], *(self._in_books(worst, x) for x in (parameter, parameter.sign())))
-        evidence = Evidence(has_rows=bool(entry.present[worst]), penalty=penalty, training=self._scalar is None)
+        off = np.flatnonzero(~(imbalance <= entry.limit)).tolist()
+        values = [p.detach() if index in off else None for index, p in enumerate(self._parameters)]
+        found = [self._in_books(v, off) for v in (values, [None if p is None else p.sign() for p in values])]
+        evidence = Evidence(
+            has_rows=bool(entry.present[worst]),
+            penalty=penalty_of(np.concatenate([missed[self._encoder.book_columns[index]] for index in off]), *found),
+            training=self._scalar is None,
+            half=entry.limit >= IMBALANCE_LIMIT[torch.float16],
+        )
         return BooksError(f"{said}. {self._explain(name, evidence)}")
 
-    def _in_books(self, index: int, value: Tensor) -> NDArray[np.float64]:
-        """`value`, of the shape of block `index`, as the books have its gradient."""
-        outs = [self._empty(1, c.stop - c.start)[0] for c in self._encoder.book_columns]
-        self._encoder.put_in_books([value if i == index else None for i in range(len(outs))], outs)
-        return outs[index].double().cpu().numpy()
+    def _in_books(self, values: Sequence[Tensor | None], wanted: Sequence[int]) -> NDArray[np.float64]:
+        """`values`, one for each block, as the books have gradients, of the blocks `wanted` side by side."""
+        outs = [self._empty(1, columns.stop - columns.start)[0] for columns in self._encoder.book_columns]
+        self._encoder.put_in_books(values, outs)
+        return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
         """Upper bound of the summed norms of each block's rows, shape (step, block)."""
