@@ -204,9 +204,16 @@ class Collector:
                 f"samples of a batch there, or the first dimension of that module's output is not the sample"
             )
 
-    def left_out(self) -> bool:
-        """Whether the loop, or a gradient scaler, has meant a step that was not taken: its gradients will not be used."""
-        return any(p.seen for p in self._portions) and (self._gradients_dropped() or self.overflowed())
+    def left_out(self, *, begun: bool) -> bool:
+        """Whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
+
+        Args:
+            begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has
+                forgotten optimizer.step().
+        """
+        if not any(p.seen for p in self._portions):
+            return False
+        return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
 
     def overflowed(self) -> bool:
         """Whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().

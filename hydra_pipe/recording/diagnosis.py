@@ -382,6 +382,8 @@ def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Ev
         if evidence.half:
             yield "half precision rounded the gradient away: unscale it before clipping, or train in bfloat16"
         return
+    if parameter.is_cuda:
+        yield "the loop replays a CUDA graph (torch.cuda.graph), which calls no hooks: train without"
     if _anything_compiled():
         yield (
             "the loop calls it within a function that torch.compile made: call torch._dynamo.reset() just before Recorder(...), or "

@@ -171,6 +171,8 @@ def _path_of(kind: type) -> str:
 
 def _kind_in_words(optimizer: Any) -> str:
     """What an optimizer without a rule is, beside its name; empty where nothing is known."""
+    if isinstance(optimizer, (list, tuple, dict)):
+        return "several optimizers or none; give one of all parameters, in groups where their settings differ"
     home = type(optimizer).__module__.partition(".")[0]
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         return "sharded over processes, of which each updates a part; wrap the model in DistributedDataParallel, not the optimizer"

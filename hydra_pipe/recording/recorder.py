@@ -438,7 +438,7 @@ class Recorder:
             self._collector.check_split(losses)
 
     def _end_step(self, *, taken: bool) -> None:
-        left_out = not taken and self._collector.left_out()
+        left_out = not taken and self._collector.left_out(begun=self.n_steps > 0)
         if self._joint is not None:
             if self._joint.end_step(taken=taken, overflowed=left_out):
                 self._flush()

@@ -350,6 +350,11 @@ class Slab:
     def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]) -> BooksError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
         name = self._encoder.layout.blocks[worst].name
+        if not np.isfinite(missed[self._encoder.book_columns[worst]]).all():
+            return BooksError(
+                f"the gradient of {name} is not finite {entry.when}, and each sample's share is: the sum overflowed, as in half "
+                f"precision: use torch.amp.GradScaler, lower its init_scale, or train in bfloat16"
+            )
         if not np.isfinite(imbalance[worst]):
             return BooksError(
                 f"the books of {name} cannot be checked {entry.when}: norms of its rows are not finite, as in half precision: call "

@@ -161,7 +161,7 @@ def loop(
     for step in range(steps):
         with recorder.step(ids(step)):
             body(rank, step, model, optimizer, X[ids(0)], Y[ids(0)])
-            optimizer.zero_grad()
+        optimizer.zero_grad()  # not inside: gradients that are cleared there are those of a step that is left out on purpose
     recorder.close()
     return {"n_steps": recorder.n_steps, "n_skipped": recorder.n_skipped}
 

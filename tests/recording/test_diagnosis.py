@@ -396,12 +396,13 @@ def zero_redundancy(model: nn.Module) -> Any:
         ),
         (lambda m: Lookahead(sgd(m)), r"Lookahead is not handled: it is a wrapper around torch\.optim\.SGD"),
         (zero_redundancy, r"ZeroRedundancyOptimizer is not handled: it is sharded over processes"),
+        (lambda m: [sgd(m[0]), sgd(m[2])], r"list is not handled: it is several optimizers.*in groups"),
         (
             lambda m: torch.optim.RMSprop(m.parameters()),
             r"torch\.optim\.RMSprop is not handled\. hydra-pipe knows .*torch\.optim\.AdamW:",
         ),
     ],
-    ids=["subclass", "namesake", "wrapper", "sharded", "other"],
+    ids=["subclass", "namesake", "wrapper", "sharded", "several", "other"],
 )
 def test_an_optimizer_is_named_by_where_it_comes_from(group: None, build: Callable[[nn.Module], Any], said: str) -> None:
     model = mlp()
@@ -610,6 +611,16 @@ def test_few_features_prove_no_penalty() -> None:
 
 
 # half precision
+
+
+def test_a_gradient_that_overflowed_where_no_share_did_is_told_as_such(tmp_path: Path) -> None:
+    model = mlp()
+
+    def overflow() -> None:
+        model[2].weight.grad[0, 0] = torch.inf
+
+    with pytest.raises(BooksError, match=r"gradient of 2\.weight is not finite at step 0, and each sample's share is.*GradScaler"):
+        train(tmp_path / "run", model, before_step=overflow)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("highest", 1e-4), ("high", 1e-3), ("medium", 1e-2)])

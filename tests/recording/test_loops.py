@@ -232,12 +232,17 @@ def test_a_step_whose_gradients_the_loop_clears_is_skipped_and_one_that_it_forge
             optimizer.zero_grad()
     assert (recorder.n_steps, recorder.n_skipped) == (2, 1)
 
-    def forgotten() -> None:
+    def forgotten(recorder: Recorder, *, clear: bool) -> None:
         with recorder.step(np.arange(8)):
             cross_entropy(model(INPUTS[:8]), TARGETS[:8]).mean().backward()
+            if clear:
+                optimizer.zero_grad()
 
-    with pytest.raises(RecordError, match=r"ended without optimizer\.step\(\): put it inside.*or call zero_grad\(\) there"):
-        forgotten()
+    said = r"ended without optimizer\.step\(\): put it inside.*or call zero_grad\(\) there"
+    with pytest.raises(RecordError, match=said):
+        forgotten(recorder, clear=False)
+    with pytest.raises(RecordError, match=said):  # by a loop that takes no step at all
+        forgotten(Recorder(model, optimizer, tmp_path / "other", n_samples=24), clear=True)
 
 
 class UsedTwice(nn.Module):
