@@ -326,6 +326,12 @@ def _certain(
     if (found := reparametrization(model, name)) is not None:
         yield found
         return
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        yield (
+            f"{name} is in a {type(module).__name__}, which is never called: keep it as an attribute of the module whose forward "
+            f"uses it, or freeze it."
+        )
+        return
     if not evidence.has_rows and (_is_functional_graph(module) or _is_functional_graph(model)):
         yield "The model is a graph of torch.export or torch.fx, which calls functions, not modules: train what it was made of."
         return

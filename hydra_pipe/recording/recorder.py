@@ -189,7 +189,8 @@ class Recorder:
         """Record one optimiser step over the samples `sample_ids`.
 
         The block holds one or more backward passes and then optimizer.step(). Several passes over a part of the samples each
-        (gradient accumulation) take the ids in order. A step that a gradient scaler leaves out is counted, not recorded.
+        (gradient accumulation) take the ids in order. A step that a gradient scaler leaves out, or whose gradients the loop clears
+        in place of optimizer.step(), is counted, not recorded.
 
         Args:
             sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in which the samples go through the

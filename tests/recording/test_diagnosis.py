@@ -589,6 +589,13 @@ def test_what_the_other_owner_of_a_tied_parameter_is_called_is_told() -> None:
     assert "it is also 1.weight" in explain(model, None, "0.weight", Evidence(has_rows=False))
 
 
+@pytest.mark.parametrize("holder", [nn.ParameterList([torch.ones(3)]), nn.ParameterDict({"0": torch.ones(3)})])
+def test_a_list_of_parameters_is_told_as_such(holder: nn.Module) -> None:
+    model = mlp()
+    model.listed = holder
+    assert f"listed.0 is in a {type(holder).__name__}, which is never called" in explain(model, None, "listed.0")
+
+
 def test_passes_beyond_the_batches_are_the_first_cause() -> None:
     found = explain(mlp(), None, "0.weight", Evidence(passes=2, batches=1))
     assert "(1) the model was called 2 times for 1 batches" in found
