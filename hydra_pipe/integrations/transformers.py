@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
-from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.errors import DataError, RecordError, UsageError, missing_extra
 from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, named_batches
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
 from hydra_pipe.store.run import Settings
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise missing_extra(__name__, "transformers", error) from error
 
 # (output of the model, labels) -> losses of shape (batch,)
 TestLoss = Callable[[Any, Tensor], Tensor]

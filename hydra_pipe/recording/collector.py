@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, chain, zip_longest
 from typing import Any
 
@@ -18,6 +19,7 @@ from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
+from hydra_pipe.recording.diagnosis import explain
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.portions import Portion, check_covered
 from hydra_pipe.recording.slab import Slab
@@ -35,6 +37,7 @@ class Collector:
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
         on_error, probes, allows_mixing: see `Capture`.
+        optimizer: that is about to use the gradients, for messages.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Collector:
         seed: int,
         dtype: Dtype | None,
         on_error: Callable[[HydraError], None] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         probes: bool = True,
         allows_mixing: bool = False,
@@ -54,7 +58,7 @@ class Collector:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
-        self._model, self._root = model, root
+        self._model, self._root, self._optimizer = model, root, optimizer
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
         self._choice, self._dim, self._seed = choice, dim, seed
         #: of the stored rows; None as long as it is not chosen
@@ -108,7 +112,7 @@ class Collector:
     def n_waiting(self) -> int:
         """Portions whose gradients wait for the optimiser: none where the loop has cleared them, or a scaler will not use them."""
         waiting = sum(p.seen for p in self._portions)
-        return 0 if waiting and (self._gradients_dropped() or self.overflowed() or self._grad_overflowed()) else waiting
+        return 0 if waiting and (self._gradients_dropped() or self.overflowed()) else waiting
 
     def drop_seen(self) -> None:
         """Forget the portions that a gradient came from: the loop will not use it."""
@@ -166,7 +170,8 @@ class Collector:
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
             batch = sum(len(p.samples) for p in portions)
-            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0)
+            why = partial(explain, self._model, self._optimizer)
+            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0, why)
             self._reduce_waiting(encoder, gradients if at_step else None)
             self._move_up(portions)
             slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
@@ -185,14 +190,25 @@ class Collector:
                 )
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
-    def overflowed(self) -> bool:
-        """Whether the hooks saw a gradient that is not finite, which makes a gradient scaler leave out optimizer.step()."""
-        # what the hooks saw, not `.grad`, which the loop may have cleared by now
-        return not all(bool(torch.isfinite(values).all()) for values in self._collected())
+    def left_out(self, *, begun: bool) -> bool:
+        """Whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
 
-    def _grad_overflowed(self) -> bool:
-        """Whether `.grad` is not finite: with several ranks also where the hooks of another rank saw that, and these did not."""
-        return not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
+        Args:
+            begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has
+                forgotten optimizer.step().
+        """
+        if not any(p.seen for p in self._portions):
+            return False
+        return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
+
+    def overflowed(self) -> bool:
+        """Whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
+
+        Hooks see what is lost from `.grad` where the loop has cleared it. `.grad` has what they do not see: a sum over the batch
+        that overflowed in half precision, of finite shares; and what the hooks of another rank saw.
+        """
+        collected = all(bool(torch.isfinite(values).all()) for values in self._collected())
+        return not collected or not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
 
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""

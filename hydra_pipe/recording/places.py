@@ -31,6 +31,7 @@ class Watched:
         rule: of the module.
         order: of its rows.
         is_known: whether a probe has found the order; else it is the usual one.
+        is_single: whether the module had one row a sample then.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Watched:
     rule: Rule
     order: SampleOrder = FIRST
     is_known: bool = False
+    is_single: bool = True
 
     def wanted(self, by_graph: Collection[int]) -> list[str]:
         """Names of the parameters to split in the present pass."""
