@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, bounds_of, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.layers import takes_any_leading_dimensions
 from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, mixing_block, plan_of, whole_plan
@@ -476,7 +476,9 @@ def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, par
     difference = wanted.reshape(outputs, -1) @ probe
     size = float(torch.linalg.vector_norm(difference))
     for _, value in rows:
-        if not isinstance(value, Factors) or value.given_right is None:
+        if isinstance(value, TokenRows):
+            difference = difference - value.sum_times(probe.to(value.values)).to(probe)
+        elif not isinstance(value, Factors) or value.given_right is None:
             of_rows = value.left.sum((0, 1)) if isinstance(value, Factors) else rows_of(value).sum(0)
             difference = difference - of_rows.reshape(outputs, -1).to(probe) @ probe
         else:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import HydraError, RunError
-from hydra_pipe.maths.factors import Contribution, Factors, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
@@ -24,8 +24,9 @@ from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.portions import Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
-# (number of a block, its gradient that the optimiser is about to use) -> root of its preconditioner then; None: as it stands now
-Root = Callable[[int, Tensor | None], Tensor]
+# (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner then; without a gradient
+# as it stands now; without lines of the whole block
+Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
 
 class Collector:
@@ -139,7 +140,7 @@ class Collector:
         """Root of the preconditioner of each block as it stands now, flattened; None: there is none."""
         if self._root is None:
             return None
-        found = [self._root(index, None) for index in range(len(self.parameters))]
+        found = [self._root(index, None, None) for index in range(len(self.parameters))]
         return [root.detach().flatten().float().cpu().numpy() for root in found]
 
     def add_to(
@@ -213,7 +214,7 @@ class Collector:
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""
         given = chain(*self._waiting.values(), *self._reduced.values())
-        return (g.value.norms() if isinstance(g.value, Factors) else rows_of(g.value) for g in given)
+        return (bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value) for g in given)
 
     def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
         backward = torch._C._current_graph_task_id()
@@ -274,8 +275,11 @@ class Collector:
         while self._waiting:
             index, given = self._waiting.popitem()  # one at a time, so that whole rows of one block only are in memory
             gradient = gradients[index] if gradients is not None else None
-            root = self._root(index, gradient) if self._root is not None else None
-            self._reduced[index] = [encoder.reduce(index, g, root) for g in given]
+            lines = None
+            if self._root is not None and encoder.takes_lines(index, given):
+                lines = torch.unique(torch.cat([g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]))
+            root = self._root(index, gradient, lines) if self._root is not None else None
+            self._reduced[index] = [encoder.reduce(index, g, root, lines) for g in given]
 
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor

@@ -220,7 +220,7 @@ class Slab:
         rows = slice(self._filled, self._filled + batch)
         self._encoder.place(contributions, self._parts_at(rows))
         step = len(self._entries)
-        self._encoder.put_in_books(gradients, self._actual_views[step])
+        self._encoder.put_in_books(gradients, self._actual_views[step], contributions)
         if self._encoder.preconditioned:
             for index, where in enumerate(self._encoder.book_columns):
                 parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
@@ -377,7 +377,7 @@ class Slab:
     def _in_books(self, values: Sequence[Tensor | None], wanted: Sequence[int]) -> NDArray[np.float64]:
         """`values`, one for each block, as the books have gradients, of the blocks `wanted` side by side."""
         outs = [self._empty(1, columns.stop - columns.start)[0] for columns in self._encoder.book_columns]
-        self._encoder.put_in_books(values, outs)
+        self._encoder.put_in_books(values, outs, {})
         return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -228,9 +228,8 @@ def take_step(
             f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
             f"max_grad_norm; the steps before it are recorded and readable"
         )
-    if recorder is not None:
-        if isinstance(output, Tensor):
-            recorder.tell_loss(pipeline.loss, output, targets)
+    if recorder is not None and isinstance(output, Tensor):
+        recorder.tell_loss(pipeline.loss, output, targets)
     with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:
