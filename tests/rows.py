@@ -5,6 +5,7 @@ Used by `tests/recording/random_models.py` and `benchmarks/zoo.py`. Only the sto
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +27,19 @@ def stored_rows(run: Path | str, step: int = 0) -> tuple[np.ndarray, list[dict[s
     blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
     places = np.flatnonzero(np.asarray(group["step"][:]) == step)
     samples = np.asarray(group["sample"][:])[places]
-    rows: list[dict[str, Tensor]] = []
-    for place in places:
-        values, scales = np.asarray(group["gradient"][int(place)]), np.asarray(group["scale"][int(place)])
-        row = {}
-        for block, scale in zip(blocks, scales, strict=True):
-            found = torch.from_numpy(values[slice(*block["columns"])].copy())
-            if block["encoding"] == "factored" and block["inputs"]:
-                found = torch.outer(found, torch.from_numpy(values[slice(*block["inputs"])].copy())).flatten()
-            row[block["name"]] = found * float(scale)
-        rows.append(row)
+    rows = [_row(blocks, np.asarray(group["gradient"][int(k)]), np.asarray(group["scale"][int(k)])) for k in places]
     return samples, rows
+
+
+def _row(blocks: Sequence[Mapping[str, Any]], values: np.ndarray, scales: np.ndarray) -> dict[str, Tensor]:
+    """One line of the store, decoded."""
+    row = {}
+    for block, scale in zip(blocks, scales, strict=True):
+        found = torch.from_numpy(values[slice(*block["columns"])].copy())
+        if block["encoding"] == "factored" and block["inputs"]:
+            found = torch.outer(found, torch.from_numpy(values[slice(*block["inputs"])].copy())).flatten()
+        row[block["name"]] = found * float(scale)
+    return row
 
 
 def without_preconditioner(rows: Sequence[Row], gradients: Row, eps: float) -> list[dict[str, Tensor]]:
@@ -144,3 +147,11 @@ def differences(rows: Sequence[Row], truth: Sequence[Row]) -> dict[str, float]:
             off = float((values - wanted[name]).norm()) / size
             worst[name] = max(worst.get(name, 0.0), off if off == off else float("inf"))
     return worst
+
+
+def stored_tests(run: Path | str) -> list[dict[str, Tensor]]:
+    """Gradients of the test samples that were taken last, of a run with encoding="exact", dtype="float32"."""
+    group = zarr.open_group(Path(run) / "gradients.zarr", mode="r")
+    blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
+    last = group[f"test/{max(group['test'].group_keys())}"]
+    return [_row(blocks, *pair) for pair in zip(np.asarray(last["gradient"][:]), np.asarray(last["scale"][:]), strict=True)]
