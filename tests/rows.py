@@ -18,7 +18,7 @@ Row = Mapping[str, Tensor]
 
 # A difference is measured against the larger of the row and this share of the sample's gradient of all parameters together:
 # a gradient that is zero in exact arithmetic has a row of rounding error.
-FLOOR = 1e-2
+FLOOR = 3e-3
 
 
 def stored_rows(run: Path | str, step: int = 0) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
@@ -87,13 +87,14 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
     stack: list = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        stack.append((torch.get_rng_state(), {k: b.clone() for k, b in module.named_buffers()}))
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=torch.is_autocast_enabled("cpu"))
+        stack.append((torch.get_rng_state(), {k: b.clone() for k, b in module.named_buffers()}, cast))
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-        state, buffers = stack.pop()
+        state, buffers, cast = stack.pop()
         leaves, tree = tree_flatten(output)
         places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        calls.append((module, args, kwargs, state, buffers, [leaves[k] for k in places], places))
+        calls.append((module, args, kwargs, state, buffers, cast, [leaves[k] for k in places], places))
         return tree_unflatten([x.clone() if k in places else x for k, x in enumerate(leaves)], tree)
 
     for module in owned:
@@ -104,11 +105,11 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
     finally:
         for handle in handles:
             handle.remove()
-    watched = [x for call in calls for x in call[5]]
+    watched = [x for call in calls for x in call[6]]
     flowing = dict(zip(map(id, watched), torch.autograd.grad(total, watched, allow_unused=True), strict=True))
     names = {p: name for name, p in model.named_parameters()}
     shares = [{name: torch.zeros(p.numel()) for name, p in model.named_parameters() if p.requires_grad} for _ in range(n)]
-    for module, args, kwargs, state, buffers, outputs, places in calls:
+    for module, args, kwargs, state, buffers, cast, outputs, places in calls:
         leaves, tree = tree_flatten((args, kwargs))
         detached = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
         given, keywords = tree_unflatten(detached, tree)
@@ -116,7 +117,8 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
         torch.set_rng_state(state)
         for name, buffer in module.named_buffers():
             buffer.data.copy_(buffers[name])  # without a trace in the graph
-        again = tree_leaves(module(*given, **keywords))
+        with cast:
+            again = tree_leaves(module(*given, **keywords))
         for name, buffer in module.named_buffers():
             buffer.data.copy_(kept[name])
         pairs = [(again[k], flowing[id(x)]) for k, x in zip(places, outputs, strict=True) if flowing[id(x)] is not None]
