@@ -56,8 +56,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 BATCH, STEPS, CLASSES, VOCABULARY, LENGTH = 4, 2, 5, 60, 10
-# Of a row, by precision: what rounding explains at most.
-TOLERANCE = {"fp32": 2e-3, "bf16": 0.25}
+# Of a row: what rounding explains at most.
+TOLERANCE = 2e-3
 ADAM_EPS = 1e-8
 VERDICTS = ("right", "refused", "wrong", "share", "changed", "crash", "slow", "unfit")
 
@@ -669,7 +669,17 @@ def _enliven(model: Any) -> None:
 def run_case(library: str, name: str, optimizer_name: str, precision: str, norm: str) -> dict[str, Any]:
     """One case, in this process. Returns: verdict, and what there is to say of it."""
     import torch
-    from rows import FLOOR, couples, differences, gradients_of_losses, shares_of_outputs, stored_rows, without_preconditioner
+    from rows import (
+        FLOOR,
+        HALF_FLOOR,
+        HALF_TOLERANCE,
+        couples,
+        differences,
+        gradients_of_losses,
+        shares_of_outputs,
+        stored_rows,
+        without_preconditioner,
+    )
 
     from hydra_pipe import Recorder
     from hydra_pipe.errors import HydraError
@@ -760,17 +770,17 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
         torch.manual_seed(1)
         terms = losses(parts[0]) / BATCH
         truth = gradients_of_losses(terms, trained)
-        worst = differences(rows, truth)
-        tolerance = TOLERANCE[precision]
+        tolerance, floor = (TOLERANCE, FLOOR) if precision == "fp32" else (HALF_TOLERANCE, HALF_FLOOR)
+        worst = differences(rows, truth, floor)
         if couples(model) and max(worst.values()) > tolerance:
             model.load_state_dict(first)
             torch.manual_seed(1)
             shares = shares_of_outputs(model, lambda: losses(parts[0]) / BATCH, BATCH)
             facts["coupled"] = True
-            worst = {k: min(worst[k], off) for k, off in differences(rows, shares).items()}
+            worst = {k: min(worst[k], off) for k, off in differences(rows, shares, floor).items()}
         at = max(worst, key=lambda k: worst[k])
         # rows so small beside the others that a wrong one would pass
-        least = tolerance * FLOOR * max(float(torch.cat(list(row.values())).norm()) for row in truth)
+        least = tolerance * floor * max(float(torch.cat(list(row.values())).norm()) for row in truth)
         small = sum(max(float(row[k].norm()) for row in truth) < least for k in worst)
         facts["untested"] = round(small / len(worst), 3)
         facts |= {"off": float(f"{worst[at]:.2e}")}
@@ -818,7 +828,7 @@ def _tested(recorder: Any, subject: Subject, model: Any, run: Path, optimizer: A
         module.training = mode
     worst = differences(tests, truth)
     at = max(worst, key=lambda k: worst[k])
-    if worst[at] <= TOLERANCE["fp32"]:
+    if worst[at] <= TOLERANCE:
         return {"test": "right"}
     return {"test": "wrong", "test_why": f"{at} off by {worst[at]:.1%}"}
 

@@ -19,6 +19,8 @@ Row = Mapping[str, Tensor]
 # A difference is measured against the larger of the row and this share of the sample's gradient of all parameters together:
 # a gradient that is zero in exact arithmetic has a row of rounding error.
 FLOOR = 3e-3
+# The same, and the largest difference, in bfloat16.
+HALF_FLOOR, HALF_TOLERANCE = 0.1, 0.25
 
 
 def stored_rows(run: Path | str, step: int = 0) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
@@ -139,13 +141,13 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
     return shares
 
 
-def differences(rows: Sequence[Row], truth: Sequence[Row]) -> dict[str, float]:
+def differences(rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR) -> dict[str, float]:
     """For each parameter the largest difference between a row and what it should be, relative (see `FLOOR`)."""
     worst: dict[str, float] = {}
     for row, wanted in zip(rows, truth, strict=True):
         whole = torch.stack([wanted[name].norm() for name in row]).norm()
         for name, values in row.items():
-            size = max(float(wanted[name].norm()), FLOOR * float(whole), 1e-30)
+            size = max(float(wanted[name].norm()), floor * float(whole), 1e-30)
             off = float((values - wanted[name]).norm()) / size
             worst[name] = max(worst.get(name, 0.0), off if off == off else float("inf"))
     return worst

@@ -45,7 +45,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rows import couples, differences, gradients_of_losses, shares_of_outputs, stored_rows, stored_tests
+from rows import (
+    FLOOR,
+    HALF_FLOOR,
+    HALF_TOLERANCE,
+    couples,
+    differences,
+    gradients_of_losses,
+    shares_of_outputs,
+    stored_rows,
+    stored_tests,
+)
 
 from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError
@@ -777,6 +787,7 @@ HEADS = (
 PASSES = ("one", "summed", "twice", "thrown away", "without gradients first", "evaluated first", "adversarial", "drawn anew")
 MODES = ("step", "next_batch", "track")
 OPTIMIZERS = ("sgd", "momentum", "adamw")
+PRECISIONS = ("fp32", "bf16", "bf16, backward inside")
 INTERRUPTED = ("never", "before the pass", "after the pass", "after backward")
 
 
@@ -800,6 +811,12 @@ class Case:
     again: bool = False
     zero_first: bool = False
     shuffle: bool = False
+    precision: str = PRECISIONS[0]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Largest difference, and floor, of `rows.differences`."""
+        return (TOLERANCE, FLOOR) if self.precision == "fp32" else (HALF_TOLERANCE, HALF_FLOOR)
 
     def __str__(self) -> str:
         plainest = Case(self.seed, self.blocks)
@@ -831,6 +848,9 @@ def case_of(seed: int, only: str = "") -> Case:
     passes = seldom(PASSES, 0.65)
     if passes == "adversarial" and "checkpointed, reentrant" in blocks:
         passes = PASSES[0]  # torch has no gradient at the input of such a model
+    precision = seldom(PRECISIONS, 0.9)
+    if "bilinear" in blocks:
+        precision = PRECISIONS[0]  # which has no autocast
     return Case(
         seed=seed,
         blocks=tuple(blocks),
@@ -848,6 +868,7 @@ def case_of(seed: int, only: str = "") -> Case:
         again=rng.random() < 0.12,
         zero_first=rng.random() < 0.3,
         shuffle=rng.random() < 0.3,
+        precision=precision,
     )
 
 
@@ -902,13 +923,14 @@ class Model(nn.Module):
 
 
 def loss_of(case: Case, output: object, target: Tensor) -> Tensor:
-    """One loss a sample."""
-    if case.head == "two outputs":
-        assert isinstance(output, tuple)
-        return F.cross_entropy(output[0], target, reduction="none") + 0.1 * output[1].pow(3).mean((1, 2))
+    """One loss a sample, in float32."""
     if isinstance(output, dict):
         output = output["logits"]
+    if case.head == "two outputs":
+        assert isinstance(output, tuple)
+        return F.cross_entropy(output[0].float(), target, reduction="none") + 0.1 * output[1].float().pow(3).mean((1, 2))
     assert isinstance(output, Tensor)
+    output = output.float()
     if case.head == "over positions":
         return F.cross_entropy(output, target % output.shape[1], reduction="none")
     if output.dim() == 3:
@@ -1001,6 +1023,8 @@ def train(
     n = n_samples(case)
     x, y = data_of(case, n)
     loader = DataLoader(TensorDataset(x, y, torch.arange(n)), batch_size=case.batch, shuffle=case.shuffle)
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=case.precision != "fp32")
+    inside = casting if case.precision == "bf16, backward inside" else contextlib.nullcontext()
     model.train()
     torch.manual_seed(case.seed + 1)
 
@@ -1011,16 +1035,22 @@ def train(
 
     def one_pass(inputs: Tensor, targets: Tensor, ids: Tensor, share: float, weight: float = 1.0, *, counts: bool = True) -> Tensor:
         def terms() -> Tensor:
-            return loss_of(case, model(inputs), targets) * weight * (1.0 if case.head == "sum of losses" else share)
+            with casting:
+                output = model(inputs)
+            return loss_of(case, output, targets) * weight * (1.0 if case.head == "sum of losses" else share)
 
         return twin.add(model, terms, ids) if twin is not None and counts else terms()
+
+    def backward(terms: Tensor) -> None:
+        with inside:
+            terms.sum().backward()
 
     def micro_batch(inputs: Tensor, targets: Tensor, ids: Tensor, share: float, *, interrupt: bool) -> None:
         other = inputs.roll(1, 1) if case.stem != "images" else inputs.flip(-1)
         if interrupt and case.interrupted == "before the pass":
             raise Interrupted
         if case.passes == "thrown away":
-            one_pass(inputs, targets, ids, share, counts=False).sum().backward()
+            backward(one_pass(inputs, targets, ids, share, counts=False))
             zero()
         elif case.passes == "drawn anew":
             one_pass(inputs, targets, ids, share, counts=False)  # a pass that nothing comes of
@@ -1041,9 +1071,9 @@ def train(
             raise Interrupted
         if case.passes == "summed":
             found = found + one_pass(other, targets, ids, share, weight=0.5)
-        found.sum().backward()
+        backward(found)
         if case.passes == "twice":
-            one_pass(other, targets, ids, share).sum().backward()
+            backward(one_pass(other, targets, ids, share))
         if interrupt and case.interrupted == "after backward":
             raise Interrupted
 
@@ -1180,7 +1210,7 @@ def run(case: Case, *, debug: bool = False) -> Outcome:
         truth = _test_gradients(case, copied, test_x, test_y)
         roots = twin.roots_of(optimizer, at_step=False)
         tests = [{k: v / roots[k] for k, v in row.items()} for row in stored_tests(path)]
-        worst = differences(tests, truth)
+        worst = differences(tests, truth)  # which are taken without autocast
         at = max(worst, key=lambda k: worst[k])
         if len(tests) != len(truth) or worst[at] > TOLERANCE:
             return Outcome("wrong", f"test gradient of {at} off by {worst[at]:.1%}", worst[at])
@@ -1192,6 +1222,7 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
     if not (path / "gradients.zarr").exists():
         return Outcome("wrong", "nothing was written") if complete else Outcome("right")
     worst_off, verdict, why = 0.0, "right", ""
+    tolerance, floor = case.limits
     zeros = {name: torch.zeros(p.numel()) for name, p in twin.trained.items()}
     for step, (truth, shares, roots) in enumerate(zip(twin.steps, twin.shares, twin.roots, strict=True)):
         samples, stored = stored_rows(path, step)
@@ -1206,25 +1237,25 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
         ids = sorted(found)
         rows = [found[i] for i in ids]
         wanted = [truth.get(i, zeros) for i in ids]
-        worst = differences(rows, wanted)
+        worst = differences(rows, wanted, floor)
         if shares:
-            by_place = differences(rows, [shares.get(i, zeros) for i in ids])
+            by_place = differences(rows, [shares.get(i, zeros) for i in ids], floor)
             worst = {k: min(off, by_place[k]) for k, off in worst.items()}
         at = max(worst, key=lambda k: worst[k])
         worst_off = max(worst_off, worst[at])
-        if worst[at] > TOLERANCE:
+        if worst[at] > tolerance:
             why = f"step {step}: {at} off by {worst[at]:.1%}"
             if not shares:
                 products = sum(float(row[k] @ want[k]) for row, want in zip(rows, wanted, strict=True) for k in row)
                 factor = products / max(sum(float(want[k] @ want[k]) for want in wanted for k in want), 1e-30)
                 fitting = [{k: v / factor for k, v in row.items()} for row in rows] if factor else rows
-                if max(differences(fitting, wanted).values()) <= TOLERANCE:
+                if max(differences(fitting, wanted, floor).values()) <= tolerance:
                     return Outcome("scaled", f"step {step}: all rows times {factor:.3f}", worst_off)
                 return Outcome("wrong", why, worst_off)
             # shares that are neither: those of a parameter whose owner has batch normalisation inside
             size = sum(float(row[at].norm()) for row in wanted)
             missing = float((sum(row[at] for row in rows) - sum(row[at] for row in wanted)).norm())
-            if missing > TOLERANCE * max(size, 1e-6):
+            if missing > tolerance * max(size, 1e-6):
                 return Outcome("wrong", why, worst_off)
             verdict = "share"
     if complete and len(stored_rows(path, len(twin.steps))[0]):
@@ -1252,6 +1283,11 @@ def _line(error: BaseException) -> str:
 
 def shrunk(case: Case, verdict: str) -> Case:
     """The smallest case near `case` with the same verdict."""
+    for blocks in (*((name,) for name in case.blocks), case.blocks):  # one step is often enough
+        plain = Case(case.seed, blocks, case.batch, case.length)
+        if run(plain).verdict == verdict:
+            case = plain
+            break
     smaller = True
     while smaller:
         smaller = False
@@ -1298,7 +1334,7 @@ def report(found: list[tuple[Case, Outcome]]) -> None:
     parts: dict[str, Counter[str]] = {}
     for case, outcome in found:
         named = set(case.blocks) | {
-            f"{k}: {getattr(case, k)}" for k in ("stem", "head", "mode", "passes", "interrupted", "optimizer")
+            f"{k}: {getattr(case, k)}" for k in ("stem", "head", "mode", "passes", "interrupted", "optimizer", "precision")
         }
         named |= {k for k in ("clip", "short", "again", "zero_first", "shuffle") if getattr(case, k)}
         named |= {f"batch: {case.batch}", f"micro: {case.micro}"} | (
