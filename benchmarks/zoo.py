@@ -33,10 +33,10 @@ import copy
 import importlib.abc
 import importlib.machinery
 import json
+import multiprocessing
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -59,6 +59,7 @@ BATCH, STEPS, CLASSES, VOCABULARY, LENGTH = 4, 2, 5, 60, 10
 # Of a row: what rounding explains at most.
 TOLERANCE = 2e-3
 ADAM_EPS = 1e-8
+FORK = multiprocessing.get_context("fork")
 VERDICTS = ("right", "refused", "wrong", "share", "changed", "crash", "slow", "unfit")
 
 # Names of timm, with the image size and what makes the model smaller.
@@ -527,6 +528,20 @@ def _smaller(timm: Any, name: str, options: dict[str, Any], drawn: dict[str, flo
         return timm.create_model(name, pretrained=False, num_classes=CLASSES, **drawn)
 
 
+def _import(libraries: str) -> None:
+    import rows  # noqa: F401
+    import torch
+
+    import hydra_pipe.recording.recorder  # noqa: F401
+
+    torch.set_num_threads(1)
+    if "timm" in libraries:
+        _put_torchvision()
+        import timm  # noqa: F401
+    if "transformers" in libraries:
+        import transformers  # noqa: F401
+
+
 def timm_subject(name: str) -> Subject:
     import torch
     from torch.nn import functional as F
@@ -843,25 +858,33 @@ def _where(error: BaseException) -> str:
 
 
 def in_a_process(case: list[str], limit: float, memory: float) -> dict[str, Any]:
-    """`run_case` in a process of its own."""
-    bytes_ = int(memory * 2**30)
+    """`run_case` in a process of its own, forked from this one, which has imported what takes long."""
+    receiver, sender = FORK.Pipe(duplex=False)
     start = time.perf_counter()
+    process = FORK.Process(target=_send_case, args=(case, int(memory * 2**30), sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, "--case", *case],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_)),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"verdict": "slow", "why": f"more than {limit:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return {"verdict": "slow" if "MemoryError" in last or "allocate memory" in last else "crash", "why": last[:300]}
-    return json.loads(lines[-1]) | {"seconds": round(time.perf_counter() - start, 1)}
+        found: dict[str, Any] = receiver.recv() if receiver.poll(limit) else {"verdict": "slow", "why": f"more than {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        found = {"verdict": "crash", "why": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return found | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _send_case(case: list[str], most_bytes: int, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    warnings.simplefilter("ignore")
+    try:
+        found = run_case(*case)
+    except MemoryError as error:
+        found = {"verdict": "slow", "why": _line(error)}
+    except Exception as error:  # noqa: BLE001
+        memory = "allocate memory" in str(error)
+        found = {"verdict": "slow" if memory else "crash", "why": _line(error), "where": _where(error)}
+    sender.send(found)
 
 
 def _kind_of(why: str) -> str:
@@ -927,12 +950,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8, help="GiB of a case")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.case:
-        warnings.simplefilter("ignore")
-        print("\n" + json.dumps(run_case(*asked.case)))
-        return
     names = {"timm": TIMM, "transformers": TRANSFORMERS}
     cases = [
         [library, name, optimizer, precision, norm]
@@ -951,6 +969,8 @@ def main() -> None:
     if asked.jsonl and asked.jsonl.exists():
         lines = [json.loads(line) for line in asked.jsonl.read_text().splitlines() if line]
     done = {tuple(line[key] for key in keys) for line in lines}
+    if not asked.summary:
+        _import(asked.library)
     for number, case in enumerate(cases if not asked.summary else []):
         if tuple(case) in done:
             continue
