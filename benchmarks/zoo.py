@@ -145,7 +145,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "volo_d1_224": {"size": 64, "img": True, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
     "eva02_tiny_patch14_224": {"size": 56, "img": True, "depth": 3},
     "hiera_tiny_224": {"size": 224, "img": True, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
-    "nest_tiny": {"size": 56, "img": True, "embed_dims": (24, 48, 96), "num_heads": (1, 2, 4), "depths": (1, 1, 1)},
+    "nest_tiny": {"size": 64, "img": True, "embed_dims": (24, 48, 96), "num_heads": (1, 2, 4), "depths": (1, 1, 1)},
     "crossvit_tiny_240": {"size": 240},
     "davit_tiny": {"size": 64, "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)},
     "efficientvit_b0": {"size": 64},
@@ -776,6 +776,8 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
         if moved:
             return facts | {"verdict": "changed", "why": f"{len(moved)} tensors, such as {moved[0]}"}
         facts |= _tested(recorder, subject, model, run, chosen)
+        if facts["test"] != "right":
+            recorder.close()  # which writes the rows
         samples, rows = stored_rows(run)
         if list(samples) != list(range(BATCH)):
             return facts | {"verdict": "wrong", "why": f"samples {list(samples)} in the first step"}
@@ -820,6 +822,18 @@ def _tested(recorder: Any, subject: Subject, model: Any, run: Path, optimizer: A
     from hydra_pipe.errors import HydraError
 
     part = slice(0, 2)
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            output = subject.output(model, subject.batch(part))
+            truth = gradients_of_losses(subject.losses(output, subject.targets[part]), trained)
+    except Exception as error:  # noqa: BLE001
+        return {"test": "unfit", "test_why": _line(error)}
+    finally:
+        for module, mode in modes:
+            module.training = mode
     try:
         recorder.record_test([(subject.batch(part), subject.targets[part])], subject.losses)
         recorder.close()
@@ -827,20 +841,12 @@ def _tested(recorder: Any, subject: Subject, model: Any, run: Path, optimizer: A
         return {"test": "refused", "test_why": _line(error)}
     except Exception as error:  # noqa: BLE001
         return {"test": "crash", "test_why": _line(error)}
-    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     tests = stored_tests(run)
     for k, p in trained.items() if isinstance(optimizer, torch.optim.AdamW) else ():
         if state := optimizer.state.get(p):
             moment = state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))
             root = (moment.sqrt() + ADAM_EPS).sqrt().flatten()
             tests = [row | {k: row[k] * root} for row in tests]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with torch.random.fork_rng():
-        output = subject.output(model, subject.batch(part))
-        truth = gradients_of_losses(subject.losses(output, subject.targets[part]), trained)
-    for module, mode in modes:
-        module.training = mode
     worst = differences(tests, truth)
     at = max(worst, key=lambda k: worst[k])
     if worst[at] <= TOLERANCE:

@@ -560,7 +560,7 @@ def _(t: int, n: int) -> nn.Module:
     def run(m: Block, x: Tensor) -> Tensor:
         kept = x[..., 0] > -0.3
         out = torch.zeros_like(x)
-        out[kept] = m.f(x[kept])
+        out[kept] = m.f(x[kept]).to(x.dtype)
         return x + out
 
     return Block(run, f=linear())
@@ -576,7 +576,7 @@ def _(t: int, n: int) -> nn.Module:
         for k, expert in enumerate(m.f):
             at = (which == k).nonzero()[:, 0]
             if len(at):
-                out = out.index_add(0, at, expert(flat[at]) * best[at, None])
+                out = out.index_add(0, at, (expert(flat[at]) * best[at, None]).to(out.dtype))
         return x + out.view(x.shape)
 
     return Block(run, r=linear(2), f=nn.ModuleList([linear(), linear()]))
@@ -599,7 +599,7 @@ def _(t: int, n: int) -> nn.Module:
 @block("every second sample", MOVING)
 def _(t: int, n: int) -> nn.Module:
     def run(m: Block, x: Tensor) -> Tensor:
-        return x.index_add(0, torch.arange(0, len(x), 2), m.f(x[::2]))
+        return x.index_add(0, torch.arange(0, len(x), 2), m.f(x[::2]).to(x.dtype))
 
     return Block(run, f=linear())
 
