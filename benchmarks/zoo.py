@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -528,17 +528,17 @@ def _smaller(timm: Any, name: str, options: dict[str, Any], drawn: dict[str, flo
         return timm.create_model(name, pretrained=False, num_classes=CLASSES, **drawn)
 
 
-def _import(libraries: str) -> None:
+def _import(library: str) -> None:
     import rows  # noqa: F401
     import torch
 
     import hydra_pipe.recording.recorder  # noqa: F401
 
     torch.set_num_threads(1)
-    if "timm" in libraries:
+    if library == "timm":
         _put_torchvision()
         import timm  # noqa: F401
-    if "transformers" in libraries:
+    else:
         import transformers  # noqa: F401
 
 
@@ -960,7 +960,8 @@ def main() -> None:
     names = {"timm": TIMM, "transformers": TRANSFORMERS}
     cases = [
         [library, name, optimizer, precision, norm]
-        for library in asked.library.split(",")
+        # transformers first: it is not to meet the empty torchvision
+        for library in sorted(asked.library.split(","), reverse=True)
         for name in names[library]
         if re.search(asked.only, name, re.IGNORECASE)
         for optimizer in asked.optimizers.split(",")
@@ -975,11 +976,10 @@ def main() -> None:
     if asked.jsonl and asked.jsonl.exists():
         lines = [json.loads(line) for line in asked.jsonl.read_text().splitlines() if line]
     done = {tuple(line[key] for key in keys) for line in lines}
-    if not asked.summary:
-        _import(asked.library)
     for number, case in enumerate(cases if not asked.summary else []):
         if tuple(case) in done:
             continue
+        _import(case[0])
         line = dict(zip(keys, case, strict=True)) | in_a_process(case, asked.limit, asked.memory)
         lines.append(line)
         if asked.jsonl:
