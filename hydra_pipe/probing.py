@@ -29,6 +29,7 @@ from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.commands import DATASET
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.prefix import open_recording
@@ -124,6 +125,7 @@ def probe(
         directory.refresh()  # another process may have done it in the meantime
         if not overwrite and not _has_work(directory, stage, asked.settings):
             return False
+        say_unlisted(directory, progress)
         start = time.monotonic()
         subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
         _take(directory, gradients, name, subject, asked, progress)

@@ -20,10 +20,12 @@ from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.files import remove_partials, replaced_directory
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.proposals import (
     DROP,
     RELABEL,
+    RETRAINING,
     carry_retrained,
     drop_schema,
     read_proposal,
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
 DEFAULT_SEEDS = 3
 # fact: how many seeds the retrainings that are there are of
 _SEEDS = "seeds"
-# in the summary: what they came to
-_RETRAINING = "retraining"
 _Row = dict[str, Any]
 
 
@@ -123,6 +123,7 @@ def clean_run(
         directory.refresh()  # another process may have done it in the meantime
         found = None if overwrite else work.existing()
         if found is None:
+            say_unlisted(directory, progress)
             with work.running():
                 found = proposed(directory, method, cut, progress)
                 work.write(found, carry=not overwrite)
@@ -131,7 +132,7 @@ def clean_run(
 
             with work.running():
                 rows, summary = compared(subject, method, cut, found.drop, work.pieces, progress, seeds=seeds or 1, memory=memory)
-                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {_RETRAINING: summary})
+                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {RETRAINING: summary})
                 work.write(found, carry=True, seeds=seeds)
     return found
 

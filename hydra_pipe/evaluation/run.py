@@ -16,6 +16,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, evaluate_stage
 from hydra_pipe.units import parse_bytes
@@ -135,6 +136,7 @@ def evaluate_run(
         elif not directory.has_work(stage, own) and directory.stages[stage].facts.get(_SCORED) == scored:
             with suppress(OSError, ValueError, pa.ArrowException):
                 return Evaluation(False, *read_result(place))
+        say_unlisted(directory, progress)
         directory.begin(stage, own)
         start = time.monotonic()
         with directory.failing(stage):

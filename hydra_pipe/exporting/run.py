@@ -22,6 +22,7 @@ from hydra_pipe.store import names, rankings
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import replaced_directory
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import result_of
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, Settings, export_stage, reduce_stage
@@ -91,6 +92,7 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
 
 
 def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
+    say_unlisted(directory, progress)
     stage, source = export_stage(method), open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)

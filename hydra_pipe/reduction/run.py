@@ -23,6 +23,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, OF_PROBE, OF_RECORD, RECORD, probe_stage, reduce_stage, stages_of_result
@@ -43,8 +44,9 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     Returns:
         Whether there was anything to do.
     """
+    progress = progress or Progress()
     if request.fills:
-        filled = fill(request, overwrite=overwrite, progress=progress or Progress())
+        filled = fill(request, overwrite=overwrite, progress=progress)
         return reduce_request(_from_filled(request), overwrite=overwrite, progress=progress) or filled
     if not _has_work(request, overwrite):
         return False
@@ -55,7 +57,8 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
         request.directory.refresh()  # another process may have done it in the meantime
         if not _has_work(request, overwrite):
             return False
-        _reduce(request, overwrite, progress or Progress())
+        say_unlisted(request.directory, progress)
+        _reduce(request, overwrite, progress)
     return True
 
 

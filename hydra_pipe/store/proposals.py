@@ -20,6 +20,8 @@ KEEP_FILE: Final = "keep.txt"
 DROP_FILE: Final = "drop.parquet"
 RETRAINING_FILE: Final = "retraining.parquet"
 RELABEL, DROP = "relabel", "drop"
+# in the summary: what training without the proposed came to
+RETRAINING: Final = "retraining"
 # digits of an id and the end of its line
 _LINE_BYTES = 19
 _ID = re.compile(r"[0-9]{1,18}")
@@ -81,7 +83,7 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
     if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
         raise ValueError(f"{names.SUMMARY} is no summary of a proposal")
     rows = []
-    if (directory / RETRAINING_FILE).exists():
+    if RETRAINING in summary:  # or the table is that of an earlier proposal, which a copy has left
         rows = opened_table(directory / RETRAINING_FILE).read().to_pylist()
     return keep, drop, rows, summary
 

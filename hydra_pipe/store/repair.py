@@ -11,10 +11,11 @@ from hydra_pipe.store.checksums import area_of, digest, footprints
 from hydra_pipe.store.commands import command_of, kept_with
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
+from hydra_pipe.store.listing import PLACES
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.relevance import write_group
 from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, probe_stage, reduce_stage, stages_of_result
-from hydra_pipe.store.verify import PLACES, check_path
+from hydra_pipe.store.verify import check_path
 
 # the method whose hypergradients are sums of rows
 _SUMMED = "hydra"
