@@ -73,7 +73,7 @@ def members_of(stage: str, footprints: Footprints) -> Listed:
 
 
 def unlisted(run: RunDirectory) -> list[str]:
-    """Arrays, groups and tables in the directories of a run that its manifest does not list, relative to the run, sorted.
+    """Arrays, groups and tables in the directories of a run that its manifest does not list, relative to the run, in the order of `PLACES`.
 
     What belongs to an unfinished stage, or to one whose list is lost, cannot be told and is left out.
     """
@@ -107,7 +107,7 @@ def unlisted(run: RunDirectory) -> list[str]:
             with suppress(StoreError):  # the array is damaged, which its reader tells
                 wanted = set(map(name_of, places(Array.open(run.path / array))))
                 strays |= {f"{array}/{chunk}" for chunk in found_chunks if chunk not in wanted}
-    return sorted(strays)
+    return sorted(strays, key=lambda name: (PLACES.index(name.partition("/")[0]), name))
 
 
 def say_unlisted(run: RunDirectory, progress: Progress) -> None:
