@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.exporting.parts import Matrix, Parts
@@ -102,7 +101,7 @@ def _export(directory: RunDirectory, method: str, settings: Settings, memory_byt
     with directory.failing(stage), replaced_directory(target) as partial:
         say_if_tight(export.most_bytes(), target, progress)
         export.write(partial, progress)
-        files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
+        files = {str(f.relative_to(partial)): rankings.n_rows_of(f) for f in sorted(partial.rglob("*.parquet"))}
         origin = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
         origin |= {} if source.own is None else {OF_SELF: own_checksums(directory, method)}
         checksums = seal(directory, stage, partial)
