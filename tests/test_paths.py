@@ -75,7 +75,7 @@ def test_a_tilde_is_the_home_directory_for_the_command_line_and_for_python(tmp_p
     (tmp_path / "home/pipe.py").write_text(PIPELINE)
     assert load_pipeline("~/pipe.py", ["data=~/set"]).settings == {"data": tmp_path / "home/set"}
     assert not hydra_pipe.record("pipe.py", "~/x")
-    with pytest.raises(UsageError, match="there is no such user: write ./~nobody-here/x"):
+    with pytest.raises(UsageError, match=r"there is no such user: write \./~nobody-here/x"):
         location("~nobody-here/x")
 
 

@@ -22,6 +22,7 @@ from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.files import remove_partials, replaced_directory
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.proposals import (
     DROP,
     RELABEL,
@@ -194,6 +195,7 @@ class _Work:
     def running(self) -> Iterator[None]:
         """A block that ends with `write`."""
         directory, start = self._directory, time.monotonic()
+        check_stages(directory.path, self.stage)
         directory.begin(self.stage, self._settings)
         with directory.failing(self.stage):
             remove_partials(self._place)

@@ -18,6 +18,7 @@ from hydra_pipe.store.evaluations import Retrained, read_result, write_array, wr
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, evaluate_stage
 from hydra_pipe.units import parse_bytes
 
@@ -127,6 +128,7 @@ def evaluate_run(
         directory.refresh()
         scored = {name: found.checksums for name, found in _scored(kind, subject, methods).items()}
         place = directory.path / area_of(stage)
+        check_stages(directory.path, stage)
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
         if begun and not Retrained(place).spans():
             directory.forget(stage)  # it has come to nothing: its settings bind nobody

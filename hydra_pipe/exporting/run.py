@@ -23,6 +23,7 @@ from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.relevance import result_of
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, Settings, export_stage, reduce_stage
 from hydra_pipe.store.space import say_if_tight
@@ -95,6 +96,7 @@ def _export(directory: RunDirectory, method: str, settings: Settings, memory_byt
     stage, source = export_stage(method), open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
+    check_stages(directory.path, stage)
     directory.begin(stage, settings)
     start = time.monotonic()
     # readers see the old tables or the new ones, all of them of one export

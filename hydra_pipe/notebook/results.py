@@ -13,7 +13,6 @@ from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_ch
 from hydra_pipe.exporting.totals import Totals, totals_of
 from hydra_pipe.plan.selection import write_selection
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_gradients
 from hydra_pipe.store.relevance import read_relevance

@@ -262,7 +262,7 @@ def _identity(address: str) -> dict[str, Any]:
     def ask() -> None:
         try:
             found.append(asyncio.run(in_time()))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised by the thread that waits
             found.append(error)
 
     # A notebook runs a loop in its own thread; and Ctrl-C ends the wait of this one, not of a loop.

@@ -25,6 +25,7 @@ from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_byte
 from hydra_pipe.store.hypergradients import create_hypergradients
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, OF_PROBE, OF_RECORD, RECORD, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
@@ -131,6 +132,8 @@ def _store(request: Request) -> Path:
 def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None:
     """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay behind."""
     directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
+    kept = (request.keep_stage,) if keeping else ()
+    check_stages(directory.path, reduce_stage(name), *stages_of_result(name), *kept)
     # first the claims, then what they claim
     directory.forget(*stages_of_result(name))
     directory.begin(reduce_stage(name), request.settings)

@@ -38,9 +38,8 @@ def footprints_or_fault(run: RunDirectory, stage: str) -> Footprints | str:
     """What a complete `stage` has written, or what is wrong with the file that says so."""
     try:
         content = read_file(run.path / names.checksums_file(stage), MOST_JSON_BYTES)
-        if digest(content) == run.stages[stage].facts.get(CHECKSUMS):
-            return Footprints.parse(content)
-        return f"is not what was written: {names.MANIFEST} has another SHA-256"
+        same = digest(content) == run.stages[stage].facts.get(CHECKSUMS)
+        return Footprints.parse(content) if same else f"is not what was written: {names.MANIFEST} has another SHA-256"
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError) as error:
@@ -59,8 +58,8 @@ def listed(run: RunDirectory, stage: str) -> Listed | None:
     found = footprints_or_fault(run, stage)
     if isinstance(found, str):
         raise StoreError(
-            f"{run.path / names.checksums_file(stage)} {found}: nothing else tells the files of {stage} from those of an older run: "
-            f"run hydra-pipe verify {run.path} --repair, which writes it again where it can"
+            f"{run.path / names.checksums_file(stage)} {found}: nothing else tells the files of {stage} from those of an older "
+            f"run: run hydra-pipe verify {run.path} --repair, which writes it again where it can"
         )
     return members_of(stage, found)
 
@@ -73,7 +72,7 @@ def members_of(stage: str, footprints: Footprints) -> Listed:
 
 
 def unlisted(run: RunDirectory) -> list[str]:
-    """Arrays, groups and tables in the directories of a run that its manifest does not list, relative to the run, in the order of `PLACES`.
+    """Arrays, groups and tables that lie in the directories of a run and that its manifest does not list, by name.
 
     What belongs to an unfinished stage, or to one whose list is lost, cannot be told and is left out.
     """

@@ -13,6 +13,7 @@ from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
 from hydra_pipe.store.listing import PLACES
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_writable
 from hydra_pipe.store.relevance import write_group
 from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.verify import check_path
@@ -52,6 +53,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
             progress.say(printable(f"{fault.where}: {fault.what}"))
         run = RunDirectory.open(path)
         _refuse_links(run)
+        check_writable(run.path, *PLACES, names.CHECKPOINTS, names.SET_ASIDE)
         for line in _repair(run, faults):
             progress.say(printable(line))
         return [fault for fault in check_path(path, progress) if fault.kind != "unfinished"]

@@ -1,4 +1,4 @@
-"""Files of an older run, left by a copy that deletes nothing, are nobody's: results are those of the run that the manifest lists."""
+"""Files of an older run, left by a copy that deletes nothing, are nobody's: results are of what the manifest lists."""
 
 import json
 import shutil
