@@ -16,13 +16,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 from hydra_pipe.errors import RunError, StoreError, UsageError
 
 # how the names of files end that are not whole yet
 PARTIAL = ".partial"
 # what fsspec needs for a protocol -> the extra of this package that has it
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+# protocols of web servers, which are read only
+_WEB = ("http", "https")
 # protocols of this machine's own files
 _LOCAL = ("file", "local")
 # a protocol, and however many slashes follow it
@@ -104,6 +107,20 @@ def _is_url_path(path: Any) -> bool:
 def is_remote(path: Path) -> bool:
     """Whether `path` is in an object store."""
     return _is_url_path(path)
+
+
+def is_web(path: Path) -> bool:
+    """Whether `path` is on a web server, from which it can be read only."""
+    return is_remote(path) and path.protocol in _WEB  # type: ignore[attr-defined]
+
+
+def refuse_read_only(path: Path) -> None:
+    """Refuse to write where nobody can. Raises: RunError."""
+    if is_web(path):
+        raise RunError(
+            f"{path} is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy the run to a disk, or "
+            f"name an object store such as s3://bucket/run"
+        )
 
 
 def read_file(path: Path, most_bytes: int | None = None) -> bytes:
@@ -251,8 +268,17 @@ def files_below(path: Path) -> dict[str, int]:
     """Every file in a directory and in those below it: name relative to `path`, with slashes, and bytes. Empty without one."""
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
-        return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
+        found = _fs(path).find(_name(path), detail=True)
+        shown = unquote if is_web(path) else str  # a web server's listing is of links
+        return {shown(name[start:]): _size(path, name, entry) for name, entry in found.items()}
     return _local_files(os.fspath(path)) if path.is_dir() else {}
+
+
+def _size(path: Path, name: str, entry: dict[str, Any]) -> int:
+    """Bytes of a file, which the listings of web servers do not have."""
+    size = entry.get("size")
+    size = _fs(path).info(name)["size"] if size is None else size
+    return int(size if size is not None else len(_fs(path).cat_file(name)))
 
 
 def _local_files(root: str) -> dict[str, int]:
@@ -270,6 +296,8 @@ def _local_files(root: str) -> dict[str, int]:
 
 def tree_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
+    if is_web(path):  # to which a directory is a file too, with its listing in it
+        return sum(files_below(path).values()) or _size(path, _name(path), {})
     return path.stat().st_size if path.is_file() else sum(files_below(path).values())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of
-from hydra_pipe.store.files import is_remote
+from hydra_pipe.store.files import is_remote, refuse_read_only
 
 
 def check_stages(run: Path, *stages: str) -> None:
@@ -22,8 +22,9 @@ def check_writable(run: Path, *places: str) -> None:
         places: files and directories, relative to the run, likewise.
 
     Raises:
-        PermissionError: it may not; its file name is that of the directory.
+        PermissionError: it may not; its file name is that of the directory. RunError: nobody may.
     """
+    refuse_read_only(run)
     if is_remote(run):
         return
     for place in (names.CHECKSUMS, *places):
