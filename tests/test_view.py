@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
+import zarr
 from conftest import conv_pipeline
 from typer.testing import CliRunner
 
@@ -64,6 +65,67 @@ def test_xarray_opens_the_store_itself(finished: Path) -> None:
     dataset = xarray.open_zarr(finished / "relevance.zarr", consolidated=False)
     assert dataset["hydra"].dims == ("sample", "test")
     np.testing.assert_array_equal(dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance())
+
+
+def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
+    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, method="tracin", tests="2,4-5")
+    hydra_pipe.reduce(run, method="self")
+    hydra_pipe.probe(run, conv_pipeline(n_test=4).test, name="late", pipeline=conv_pipeline())
+    hydra_pipe.reduce(run, test="late")
+    dataset = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
+    train, test = (data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test))
+    opened = hydra_pipe.open_run(run)
+    assert set(dataset.data_vars) == set(opened.methods)
+    for method in opened.methods:
+        np.testing.assert_array_equal(dataset[method], opened.relevance(method))
+        np.testing.assert_array_equal(dataset[method].sample, np.arange(26))
+        np.testing.assert_array_equal(dataset[method].sample_label, train)
+    np.testing.assert_array_equal(dataset["hydra"].test, np.arange(7))
+    np.testing.assert_array_equal(dataset["hydra"].test_label, test)
+    assert dataset["hydra-by-label"]["test_of_hydra-by-label"].to_numpy().tolist() == np.unique(test).tolist()
+    assert dataset["tracin"]["test_of_tracin"].to_numpy().tolist() == [2, 4, 5]
+    assert dataset["hydra-of-late"].sizes == {"sample": 26, "test_of_hydra-of-late": 4}
+    assert hydra_pipe.verify(run) == []
+    hydra_pipe.reduce(run, method="tracin", overwrite=True)
+    again = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
+    assert again["tracin"].dims == ("sample", "test")
+    assert "test_of_tracin" not in again.coords
+    assert hydra_pipe.verify(run) == []
+
+
+def test_xarray_opens_every_group_of_a_run_and_takes_labels_for_labels(run: Path) -> None:
+    hydra_pipe.reduce(run, by="label", keep_hypergradients=True)
+    for place in ("gradients.zarr", "relevance.zarr", "hypergradients/hydra.zarr"):
+        for file in (run / place).rglob("zarr.json"):
+            if json.loads(file.read_text())["node_type"] == "group":
+                group = str(file.parent.relative_to(run / place))
+                xarray.open_zarr(run / place, group=None if group == "." else group, consolidated=False).load()
+    labels = xarray.open_zarr(run / "gradients.zarr", group="labels", consolidated=False)
+    assert dict(labels.indexes) == {}
+    assert set(labels.data_vars) == {"train", "test"}
+    np.testing.assert_array_equal(labels["test"], conv_pipeline().test.tensors[1])
+
+
+def test_labels_of_words_are_numbers_with_their_names_beside(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [["cat", "añ ß"][int(target) % 2] for target in conv_pipeline().test.tensors[1]]
+    hydra_pipe.record(conv_pipeline(test_labels=words), run)
+    hydra_pipe.reduce(run, by="label")
+    label = xarray.open_zarr(run / "relevance.zarr", consolidated=False).test_label
+    assert [label.attrs["names"][code] for code in label.to_numpy()] == words
+
+
+def test_wrong_coordinates_are_found_and_repaired(run: Path) -> None:
+    hydra_pipe.reduce(run, by="label")
+    for name in ("sample", "test_label", "test_of_hydra-by-label"):
+        coordinate = zarr.open_array(run / "relevance.zarr" / name)
+        coordinate[0] = 5
+        assert [fault.where for fault in hydra_pipe.verify(run)] == [f"relevance.zarr/{name}"]
+        assert hydra_pipe.verify(run, repair=True) == []
+        shutil.rmtree(run / "relevance.zarr" / name)
+        assert hydra_pipe.verify(run) == []  # they may be absent
 
 
 def test_relevance_of_a_method_that_was_not_computed_is_refused(finished: Path) -> None:

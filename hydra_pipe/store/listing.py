@@ -15,7 +15,7 @@ from hydra_pipe.store.arrays import CHUNKS, METADATA, Array
 from hydra_pipe.store.checksums import Footprints, area_of, digest, name_of, places
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
-from hydra_pipe.store.run import CHECKSUMS, RunDirectory
+from hydra_pipe.store.run import CHECKSUMS, RunDirectory, reduce_stage
 
 # directories in which hydra-pipe alone writes
 PLACES = (
@@ -71,6 +71,13 @@ def members_of(stage: str, footprints: Footprints) -> Listed:
     return own.__contains__
 
 
+def coordinate_names(run: RunDirectory) -> set[str]:
+    """Arrays of coordinates that the results of a run may have beside them."""
+    prefix = reduce_stage("")
+    own = {names.columns_dimension(stage.removeprefix(prefix)) for stage in run.stages if stage.startswith(prefix)}
+    return own | {names.SAMPLE_DIM, names.TEST_DIM, names.SAMPLE_LABEL, names.TEST_LABEL}
+
+
 def unlisted(run: RunDirectory) -> list[str]:
     """Arrays, groups and tables that lie in the directories of a run and that its manifest does not list, by name.
 
@@ -79,7 +86,8 @@ def unlisted(run: RunDirectory) -> list[str]:
     own = {names.checksums_file(stage) for stage in run.stages}
     own |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
     arrays: dict[str, int] = {}
-    untold = set()
+    # what they say is checked, and they are of several stages
+    untold = {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
     for name, stage in run.stages.items():
         found = footprints_or_fault(run, name) if stage.state == "complete" else ""
         if isinstance(found, str):

@@ -5,7 +5,7 @@ from typing import Any
 
 from hydra_pipe.errors import RunError, StoreError, UsageError, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.checksums import places_of
 from hydra_pipe.store.counts import Counts, checked_counts
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients, Prefix
@@ -137,4 +137,5 @@ def forget_upto(run: RunDirectory, n_steps: int) -> None:
             gone = (name, *stages_of_result(name.removeprefix(reduce_stage(""))))
             run.forget(*gone)
             for stage_name in gone:
-                remove(run.path / area_of(stage_name))
+                for place in places_of(stage_name):
+                    remove(run.path / place)

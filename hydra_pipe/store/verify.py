@@ -12,11 +12,12 @@ from hydra_pipe.store.arrays import METADATA
 from hydra_pipe.store.checksums import Footprints, area_of
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.compare import Comparison
+from hydra_pipe.store.coordinates import coordinates_of, wrong_coordinates
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import open_kept
-from hydra_pipe.store.listing import PLACES, Listed, footprints_or_fault, members_of
+from hydra_pipe.store.listing import PLACES, Listed, coordinate_names, footprints_or_fault, members_of
 from hydra_pipe.store.probes import Probe
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.rankings import opened_table
@@ -98,6 +99,13 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
+    for name in wrong_coordinates(run.path / names.RELEVANCE, coordinates_of(run)):
+        yield Fault(
+            f"{names.RELEVANCE}/{name}",
+            "does not say what the samples, test samples or means are: xarray shows wrong coordinates",
+            f"hydra-pipe verify {run.path} --repair writes it again",
+            kind="group",
+        )
 
 
 def methods_of(run: RunDirectory) -> list[str]:
@@ -109,7 +117,7 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     """What is in hydra-pipe's own directories and belongs to no stage."""
     known = {names.checksums_file(stage) for stage in run.stages}
     known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
-    areas = {area_of(stage) for stage in run.stages}
+    areas = {area_of(stage) for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
     strays: set[str] = set()
     for directory in PLACES:
         for file in files_below(run.path / directory):

@@ -147,7 +147,7 @@ class GradientsWriter:
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
         """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`)."""
-        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
+        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_LABEL_DIM
         put_labels(self._root.require_group(names.LABELS).path / which, labels, dimension)
 
     @property
