@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.cleaning.decision import CLEAR, Cut, most_harmed, reasons, scores_of
 from hydra_pipe.cleaning.evidence import means_by, sums_over
+from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
@@ -225,7 +226,9 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     (sums,) = sums_over(found.relevance, np.ones((1, columns.n_columns), bool), progress)
     check_finite(sums, method)
     scores = scores_of(sums, labels)
-    ids = cut.of(scores)
+    beyond, caveats = unjudged(found, labels)
+    judged = ~beyond if cut.is_fitted else np.ones(len(sums), bool)
+    ids = cut.of(scores, judged)
     suggested = _suggested(found, ids, labels)
     what = "mean relevance" if columns.by == MEAN else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
     kind = rankings.label_type(labels)
@@ -247,7 +250,7 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     )
     keep = np.setdiff1d(np.arange(len(sums)), ids)
     held = "all samples" if labels is None else "the samples with the same label"
-    below = None if cut.lowest is not None else cut.below(scores)
+    below = None if cut.lowest is not None else cut.below(scores[judged])
     if below is None:
         asked = f"the {cut.lowest:,} lowest"
     else:
@@ -257,6 +260,7 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
         f"from the median of {held}",
         f"{sum(given):,} to relabel (one other class is harmed {CLEAR:g} times as much as any), {len(ids) - sum(given):,} to drop, "
         f"or to look at",
+        *caveats,
     ]
     summary = {
         "run_id": directory.run_id,

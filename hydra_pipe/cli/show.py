@@ -1,5 +1,6 @@
 """`info` for people."""
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -77,8 +78,11 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "-"
     if not isinstance(value, float):
         return printable(str(value))
-    if f"{name}_low" in row:
-        return f"{value:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
+    if math.isnan(value):
+        return "unknown"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if isinstance(low, float) and isinstance(high, float) and math.isfinite(low):
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 

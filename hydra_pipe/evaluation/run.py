@@ -1,15 +1,17 @@
 """A whole evaluation: retrainings, what they tell of each method, and the files that say so."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from hydra_pipe.errors import UsageError
+from hydra_pipe.evaluation.result import ONE_TEST
 from hydra_pipe.plan.selection import Span, parse_selection, write_selection
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
@@ -144,6 +146,8 @@ def evaluate_run(
         with directory.failing(stage):
             remove_partials(place)
             result = _result(kind, subject, progress, own, spans, methods, memory)
+            if any(_lacks_interval(row) for row in result.rows):
+                result = replace(result, says=[*result.says, ONE_TEST])
             summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
@@ -212,6 +216,12 @@ def _result(
     from hydra_pipe.evaluation.approximation import approximation
 
     return approximation(subject)
+
+
+def _lacks_interval(row: Mapping[str, Any]) -> bool:
+    """Whether a mean in `row` is of one test sample."""
+    bounds = (value for name, value in row.items() if name.endswith("_low"))
+    return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 
 
 def _write(run: RunDirectory, stage: str, result: "Result", summary: Mapping[str, Any], progress: Progress) -> None:
