@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import RunError
+from hydra_pipe.store.files import tree_bytes
+from hydra_pipe.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,43 @@ def test_info_says_what_is_recorded_and_how_exactly(finished: Path) -> None:
     shown = " ".join(CliRunner().invoke(app, ["info", str(finished)]).stdout.split())  # wherever the terminal breaks its lines
     for text in ("5.weight", "12x64", "factored", "complete", "float16", "encoding=auto", "stalls 0, stalled 0.0 s"):
         assert text in shown
+
+
+def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = torch.nn.ModuleDict({f"part{i}": torch.nn.Linear(64, 64) for i in range(2)})
+
+    class Deep(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer_with_a_long_name = layers
+            self.head = torch.nn.Linear(64, 4)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            hidden = inputs.flatten(1)
+            for layer in self.transformer_with_a_long_name.values():
+                hidden = layer(hidden).relu()
+            return self.head(hidden)
+
+    model = Deep()
+    deep = run.with_name("deep")
+    hydra_pipe.record(conv_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scheduler=None), deep)
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = CliRunner().invoke(app, ["info", str(deep)]).stdout
+    for name, _ in model.named_parameters():
+        assert f"\n{name} " in shown
+    assert shown.splitlines()[-1] == f"next: hydra-pipe reduce {deep}"
+    assert "encoding: 6 factored; without loss but that of the dtype" in shown
+    assert f"on disk: {format_bytes(tree_bytes(deep))}" in shown
+    done = CliRunner().invoke(app, ["info", str(run)]).stdout
+    manifest = json.loads((run / "run.json").read_text())
+    for stage in manifest["stages"].values():
+        for fact, value in stage["facts"].items():
+            if fact == "checksums" or fact.startswith("of_") or fact.endswith("sha256"):
+                assert str(value)[:8] not in done
+                assert f"{fact}: " not in done
+    assert json.loads(CliRunner().invoke(app, ["info", str(run), "--json"]).stdout)["stages"] == manifest["stages"]
+    hydra_pipe.reduce(run, by="mean")
+    assert f"next: hydra-pipe export {run} --method hydra-mean" in CliRunner().invoke(app, ["info", str(run)]).stdout
 
 
 def test_the_final_checkpoint_is_the_trained_model(finished: Path) -> None:

@@ -32,6 +32,6 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     listed = ", ".join(map(str, lacking[:_LISTED])) + (" ..." if len(lacking) > _LISTED else "")
     n = int(of_lacking.sum())
     return of_lacking, [
-        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing is told, and none is proposed {asked}; "
-        f"record test samples of every label"
+        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing is told, and none is proposed "
+        f"{asked}; record test samples of every label"
     ]
