@@ -22,7 +22,8 @@ def check_writable(run: Path, *places: str) -> None:
         places: files and directories, relative to the run, likewise.
 
     Raises:
-        PermissionError: it may not; its file name is that of the directory. RunError: nobody may.
+        PermissionError: it may not; its file name is that of the directory. OSError: the file system is read-only.
+        RunError: nobody may, for it is on a web server.
     """
     refuse_read_only(run)
     if is_remote(run):
@@ -39,4 +40,5 @@ def check_writable(run: Path, *places: str) -> None:
 def _check(directory: Path) -> None:
     # the effective user is who opens files
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(directory))
+        number = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), os.fspath(directory))  # which makes a PermissionError of the latter
