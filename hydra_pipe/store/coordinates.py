@@ -106,5 +106,5 @@ def _is_whole(path: Path, wanted: Coordinate) -> bool:
     with suppress(StoreError):
         array = Array.open(path)
         if array.shape == (wanted.n,) and array.metadata.get("dimension_names") == [wanted.dimension]:
-            return read_labels(array).tolist() == wanted.values().tolist()
+            return bool(read_labels(array).tolist() == wanted.values().tolist())
     return False
