@@ -425,7 +425,13 @@ class Attribution:
         rows: list[list[Tensor]] = [[] for _ in blocks]
         for sample in range(batch):
             alone = [origin.order.only(gradient, batch, sample) for origin, gradient in used]
-            found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
+            try:
+                found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise LayerError(
+                    f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that the loss "
+                    f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or let the model return one of them"
+                ) from error
             for of_block, parameter, gradient in zip(rows, trained, found, strict=True):
                 of_block.append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.detach().flatten())
         return [(block, torch.stack(of_block)) for block, of_block in zip(blocks, rows, strict=True)]
