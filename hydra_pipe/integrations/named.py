@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError
+from hydra_pipe.recording.collating import checked_collate
 
 #: under which a batch carries the ids of its samples
 SAMPLE_IDS = "hydra_pipe_sample_ids"
@@ -49,10 +50,10 @@ class NamingCollator:
     """`collate` again, of named samples: the batch holds their ids as `SAMPLE_IDS`, int64, shape (batch,)."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+        self.collate, self._checked = collate, checked_collate(collate)
 
     def __call__(self, samples: Sequence[_Named]) -> Any:
-        batch = self.collate([named.sample for named in samples])
+        batch = self._checked([named.sample for named in samples])
         if not isinstance(batch, MutableMapping):
             raise DataError(
                 f"the data collator returned {type(batch).__name__}, and its samples cannot be told: return a mapping of what the "

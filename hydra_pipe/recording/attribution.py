@@ -139,9 +139,6 @@ class Attribution:
         """One parameter that the backward pass should reach."""
         return next((p for p in self.trained if p.requires_grad), None)
 
-    def begin(self, module: nn.Module) -> None:
-        """A pass begins."""
-
     def release(self) -> None:
         """The step is over."""
 

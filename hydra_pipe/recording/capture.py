@@ -19,6 +19,7 @@ from hydra_pipe.errors import HydraError, LayerError
 from hydra_pipe.maths.factors import Contribution
 from hydra_pipe.maths.layers import rule_for
 from hydra_pipe.recording.attribution import Attribution
+from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
@@ -224,7 +225,7 @@ class Capture:
         for module in model.modules():
             holds = any(p in parameters for p in module.parameters())
             if module is model or (holds and next(module.children(), None) is not None):
-                begin, end = partial(self._begin_call, module), partial(self._end_call, module)
+                begin, end = self._guarded(partial(self._begin_call, module)), partial(self._end_call, module)
                 self._container_handles[module] = [
                     module.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
                     module.register_forward_hook(_Hook(self._guarded(end)), always_call=True),
@@ -238,7 +239,17 @@ class Capture:
             if module is self._model or self._holds_all(module):
                 self._portion.begin_pass(_samples_in(tensors, len(self._portion.samples)))
             self._pass = Pass(*self._portion.of_pass, references(tensors))
-            self._attribution.begin(module)
+            self._check_arrangement(tensors)
+
+    def _check_arrangement(self, inputs: Sequence[Tensor]) -> None:
+        portion = self._portion
+        if portion.partners is not None:
+            return
+        for reference in portion.tensors:
+            batch = reference()
+            for given in inputs:
+                if batch is not None and given.is_floating_point() and given.shape == batch.shape and not portion.seen:
+                    check_arrangement(given, batch, portion.samples)
 
     def _end_call(self, module: nn.Module, _: nn.Module, args: Any, output: Any) -> None:
         self._depth.value = max(0, self._depth.value - 1)
@@ -318,7 +329,7 @@ class Capture:
             self._attribution.leave_to_graph(watched.owned.values())
             return
         wanted = watched.wanted(self._attribution.by_graph)
-        if not wanted or not output.requires_grad:
+        if not wanted or not output.requires_grad or not output.numel():
             return
         is_recomputed = torch._C._current_graph_task_id() != -1
         parameter = cast("nn.Parameter", module._parameters[wanted[0]])

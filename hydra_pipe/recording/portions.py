@@ -1,10 +1,12 @@
 """The batches of one optimiser step: which samples they are of, and which of them the model has met."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hydra_pipe.errors import RecordError
 
@@ -20,6 +22,7 @@ class Portion:
         met: whether the model was called since it came, with gradients or without.
         live: whether it was called with gradients.
         seen: whether a gradient came back.
+        tensors: of the batch as a loader has handed it over, as far as others keep them.
         partners: ids of the samples that these were mixed with, and the weights of these, both of shape (batch,); None: not mixed.
     """
 
@@ -29,6 +32,7 @@ class Portion:
     met: bool = False
     live: bool = False
     seen: bool = False
+    tensors: Sequence["weakref.ref[Tensor]"] = ()
     partners: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
     _passed: int = field(default=0, init=False)
     _pass_size: int | None = field(default=None, init=False)
@@ -70,6 +74,7 @@ class Mixture:
     Args:
         weights: of the step's own samples, shape (batch,).
         places: of the rows that others have a share in, shape (shares,).
+        tensors: of the batch as a loader has handed it over, as far as others keep them.
         partners: ids of these others, shape (shares,).
     """
 

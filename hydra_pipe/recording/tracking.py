@@ -1,5 +1,6 @@
 """A DataLoader that says which samples each batch is of, without being asked and without drawing anything differently."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.recording.collating import checked_collate
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import checked_ids
 from hydra_pipe.recording.targets import TargetCheck
@@ -21,6 +23,10 @@ from hydra_pipe.recording.targets import TargetCheck
 HandOver = Callable[[NDArray[np.int64], Portion | None], Portion | None]
 
 NAME_THEM = "use recorder.step(ids) instead"
+
+
+# Batches that are held against what the model is given, before others follow at ever larger distances.
+_AT_FIRST = 4
 
 
 class WatchedLoader:
@@ -49,6 +55,8 @@ class WatchedLoader:
         self._spy = _Spy(getattr(base, self.replaced))
         watched = _copied(base)
         watched.__dict__[self.replaced] = self._spy  # the attribute itself forbids it
+        if base.batch_sampler is not None:
+            watched.collate_fn = checked_collate(base.collate_fn)
         #: what to iterate
         self.loader = watched
         if base is not loader:
@@ -97,13 +105,14 @@ class TrackedLoader:
         targets: TargetCheck,
     ) -> None:
         self._targets = targets
+        self._n_batches = 0
         self._watched = WatchedLoader(loader, n_samples)
         self._loader, self._hand_over, self._heeding = loader, hand_over, heeding
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "_watched"):  # not made yet, as while it is copied
             raise AttributeError(name)
-        return getattr(self._loader if name == self._watched.replaced else self._watched.loader, name)
+        return getattr(self._loader if name in (self._watched.replaced, "collate_fn") else self._watched.loader, name)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -120,6 +129,10 @@ class TrackedLoader:
                 ids = self._watched.next_ids(drawn)
                 self._check_targets(ids, batch)
                 portion = self._hand_over(ids, portion)
+                self._n_batches += 1
+                if portion is not None and (self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0):
+                    floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
+                    portion.tensors = [weakref.ref(x) for x in floats if len(x) == len(ids)]
             yield batch
 
     def _check_targets(self, ids: NDArray[np.int64], batch: Any) -> None:

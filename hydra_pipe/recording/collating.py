@@ -1,0 +1,164 @@
+"""Whether a batch holds its samples in the order in which they were drawn."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data._utils.collate import default_collate, default_convert
+
+from hydra_pipe.errors import RecordError
+
+# Values of a sample that are compared, and batches that are looked at before others follow at ever larger distances.
+_MOST_VALUES = 64
+_AT_FIRST = 4
+
+
+class CheckedCollate:
+    """`collate` again, whose batches are held against the samples that they are made of.
+
+    Args:
+        collate: of the loader.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self.collate = collate
+        self._n_batches = 0
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """A batch. Raises: RecordError: it holds its samples in another order."""
+        batch = self.collate(samples)
+        self._n_batches += 1
+        if self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0:
+            check_order(samples, batch)
+        return batch
+
+
+def checked_collate(collate: Any) -> Any:
+    """`collate` with a check of the order; as it is where it is known to keep the order."""
+    return collate if collate in (default_collate, default_convert) else CheckedCollate(collate)
+
+
+def check_order(samples: Sequence[Any], batch: Any) -> None:
+    """Refuse a batch whose rows are its samples in another order.
+
+    A row is a sample's if the two have the same values, or if the row begins or ends with the sample's, as where shorter ones are padded.
+    Where rows are like no sample (a collate function that draws or changes), nothing is known and nothing is said.
+
+    Raises:
+        RecordError: names the order.
+    """
+    n = len(samples)
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    of_samples = [[_values(x) for x in tree_leaves(sample)] for sample in samples]
+    if n < 2 or len({len(leaves) for leaves in of_samples}) != 1:
+        return
+    rows = [x for x in tree_leaves(batch) if isinstance(x, Tensor | np.ndarray) and x.ndim > 0 and len(x) == n]
+    for of_batch in rows:
+        values = [_values(of_batch[i]) for i in range(n)]
+        for leaf in range(len(of_samples[0])):
+            order = _order([leaves[leaf] for leaves in of_samples], values)
+            if order is None:
+                continue
+            if order == list(range(n)):
+                return
+            raise RecordError(
+                f"the collate function gives the batch in another order than its samples were drawn in: row 0 is sample number {order[0]} "
+                f"of those drawn. Let it keep the order, or put the ids into the batch and name them by recorder.step(ids)"
+            )
+
+
+def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> None:
+    """Refuse what a model is given where it is the loader's batch, permuted or mixed with itself.
+
+    Args:
+        given: to the model, shape (B, ...).
+        batch: as the loader has handed it over, of the same shape.
+        ids: of the batch, for the message.
+
+    Raises:
+        RecordError: samples were permuted, or mixed as mixup and cutmix do, without a word to the recorder.
+    """
+    n = len(batch)
+    if n < 2 or given.data_ptr() == batch.data_ptr() or torch.equal(given, batch.to(given)):
+        return
+    # one channel, since those of pictures are normalised each by itself
+    ours, theirs = (x.detach().reshape(n, x.shape[1] if x.dim() > 2 else 1, -1)[:, 0].double().cpu() for x in (given, batch))
+    if ours.shape[1] < 2 * (n + 1):
+        return
+    every = max(1, ours.shape[1] // 4096)
+    ours, theirs = ours[:, ::every], theirs[:, ::every]
+    regressors = torch.cat([theirs, torch.ones(1, theirs.shape[1], dtype=theirs.dtype)])
+    if int(torch.linalg.matrix_rank(regressors)) == n + 1:
+        found = torch.linalg.lstsq(regressors.T, ours.T).solution.T[:, :n]
+        left = torch.linalg.vector_norm(found @ theirs + (ours - found @ theirs).mean(1, keepdim=True) - ours)
+        if float(left) <= 1e-3 * float(torch.linalg.vector_norm(ours)):
+            weights = found.abs() / found.abs().sum(1, keepdim=True)
+            if float(weights.diagonal().min()) < 0.99:
+                _refuse_arrangement(weights, ids)
+            return
+    _check_cut(ours, theirs, ids)
+
+
+def _check_cut(ours: Tensor, theirs: Tensor, ids: NDArray[np.int64]) -> None:
+    """Refuse pictures of which a part is cut from another of the batch."""
+    n = len(ours)
+    weights = torch.zeros(n, n, dtype=ours.dtype)
+    for i in range(n):
+        own = ours[i] == theirs[i]
+        rest = ~own
+        others = [j for j in range(n) if j != i and bool(rest.any()) and bool((ours[i][rest] == theirs[j][rest]).all())]
+        if not bool(rest.any()) or not others:
+            weights[i, i] = 1.0
+            continue
+        weights[i, i], weights[i, others[0]] = own.double().mean(), rest.double().mean()
+    distinct = (theirs[:, None] != theirs[None]).any(2).sum() == n * (n - 1)
+    if bool(distinct) and float(weights.diagonal().min()) < 0.99:
+        _refuse_arrangement(weights, ids)
+
+
+def _refuse_arrangement(weights: Tensor, ids: NDArray[np.int64]) -> None:
+    row = int(weights.diagonal().argmin())
+    other = int(torch.where(torch.arange(len(weights)) == row, -1.0, weights[row]).argmax())
+    share = float(weights[row, other])
+    raise RecordError(
+        f"what the model is given in place of sample {ids[row]} is {share:.0%} sample {ids[other]}: the batch is "
+        + ("permuted" if share > 0.99 else "mixed (mixup, cutmix)")
+        + " between the loader and the model. Tell the recorder by recorder.mixed(order, weight), or name the samples in their order by "
+        "recorder.step(ids)"
+    )
+
+
+def _order(samples: Sequence[NDArray[Any] | None], rows: Sequence[NDArray[Any] | None]) -> list[int] | None:
+    """The sample of each row, where each row is like one sample alone; None: that is not so."""
+    found = []
+    for row in rows:
+        like = [k for k, sample in enumerate(samples) if row is not None and sample is not None and _is_like(row, sample)]
+        if len(like) != 1:
+            return None
+        found.append(like[0])
+    return found if len(set(found)) == len(found) else None
+
+
+def _is_like(row: NDArray[Any], sample: NDArray[Any]) -> bool:
+    n = len(sample)
+    if n > len(row) or n == 0:
+        return False
+    return bool(np.array_equal(row[:n], sample) or np.array_equal(row[len(row) - n :], sample))
+
+
+def _values(value: Any) -> NDArray[Any] | None:
+    """Some values of a sample's part, flattened; None: it is no number, or of numbers."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    if isinstance(value, bool | int | float | np.ndarray | np.number | list):
+        found = np.asarray(value)
+        if found.dtype.kind in "biuf":
+            flat = found.reshape(-1)
+            # short ones as they are, since they may be padded; of long ones values at a distance
+            return flat if len(flat) <= 16 * _MOST_VALUES else flat[:: len(flat) // _MOST_VALUES]
+    return None
