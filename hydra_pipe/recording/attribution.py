@@ -58,6 +58,7 @@ class Probe:
     other_dims: dict[Watched, set[int]] = field(default_factory=dict)
     in_batches: dict[Watched, bool] = field(default_factory=dict)
     rows: dict[int, list[tuple[int, Contribution]]] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
 
     @classmethod
     def of_one(cls, sample: int, batch: int) -> "Probe":
@@ -240,7 +241,7 @@ class Attribution:
     def _ask_nodes(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, nodes: OrderProbe, sample: int) -> None:
         """Find where the nodes of the graph keep their samples, and plan by it."""
         for n_asked in range(min(_MOST_ASKED, of_pass.count)):
-            if n_asked and nodes.is_complete:
+            if n_asked and nodes.is_complete and not nodes.may_mix:
                 break
             of_next = (sample + n_asked) % of_pass.count
             nodes.look_at(of_next)
@@ -326,6 +327,8 @@ class Attribution:
         finally:
             for handle in handles:
                 handle.remove()
+        for block in probe.failed:  # no row at all is told from torch's gradient
+            probe.rows.pop(block, None)
         return probe.rows, totals
 
     def _slow_of(self, walk: Walk, of_pass: Pass) -> frozenset[int]:

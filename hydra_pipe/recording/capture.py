@@ -391,6 +391,11 @@ class Capture:
                     found = rows_of_call(call, gradient.detach(), wanted)
                 else:  # a second backward pass through a graph that the loop has retained
                     found = rows_by_node(call, torch._C._current_autograd_node(), gradient, attribution.parameters)
+        except LayerError:
+            if attribution.probe is None:
+                raise
+            attribution.probe.failed |= {call.watched.owned[name] for name in wanted}  # what the graph may do better
+            found = []
         finally:
             self._sink = sink
         for place, contributions in found:

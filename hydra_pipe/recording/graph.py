@@ -164,8 +164,8 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
 def mixing_block(walk: Walk, probe: "OrderProbe", buffers: Collection[int], wanted: frozenset[int]) -> int | None:
     """A block that is used where the samples of a batch are mixed; None: there is none.
 
-    A node whose output has the samples first and yet is reached from one sample in the rows of others has mixed them behind it, if the
-    node multiplies a parameter with data. What is no data (a mask, a table of positions) all samples share.
+    A node has mixed samples behind it if it multiplies a parameter with data, and one row of its output is reached from two samples.
+    What is no data (a mask, a table of positions) all samples share.
 
     Args:
         walk, probe, wanted: see `plan_of`.
@@ -175,12 +175,12 @@ def mixing_block(walk: Walk, probe: "OrderProbe", buffers: Collection[int], want
     for number in probe.mixed:
         node = walk.nodes[number]
         shape = tuple(node._input_metadata[0].shape)
-        if node.name() not in _TIMES_DATA or len(shape) < 2 or shape[0] != probe.batch or not leads[number]:
+        if number not in probe.overlapping or node.name() not in _TIMES_DATA or len(shape) < 2 or not leads[number]:
             continue
         given = {slot for slot, *_ in walk.inputs[number]}
         for name, slot in _TIMES_DATA[node.name()].items():
             data = getattr(node, name, None)
-            if slot in given or not isinstance(data, Tensor) or data.dim() < 2 or data.shape[0] != probe.batch:
+            if slot in given or not isinstance(data, Tensor) or data.dim() < 2 or data.shape[0] % probe.batch:
                 continue
             if data.untyped_storage().data_ptr() not in buffers:
                 return min(leads[number])
@@ -239,6 +239,9 @@ class OrderProbe:
         self._orders: Orders = {}
         #: nodes that a gradient of one sample has reached in the rows of others
         self.mixed: set[int] = set()
+        #: those of them of which one row was reached from two samples; and the rows that were reached
+        self.overlapping: set[int] = set()
+        self._rows: dict[int, Tensor] = {}
         leads = walk.leading_to(wanted)
         self._watched = [number for number in range(len(walk.nodes)) if leads[number] and number not in walk.leaves]
         self._handles = [walk.nodes[number].register_prehook(self._hook(number)) for number in self._watched]
@@ -246,6 +249,11 @@ class OrderProbe:
     def look_at(self, sample: int) -> None:
         """The gradients that come next are of `sample`."""
         self._sample = sample
+
+    @property
+    def may_mix(self) -> bool:
+        """Whether a node that multiplies a parameter with data was reached in the rows of several samples."""
+        return any(self._walk.nodes[number].name() in _TIMES_DATA for number in self.mixed - self.overlapping)
 
     @property
     def is_complete(self) -> bool:
@@ -288,6 +296,13 @@ class OrderProbe:
                 order = order_of(gradient.detach(), self.batch, self._sample, usual or FIRST)
                 if order is None or (usual is not None and order != usual):
                     self.mixed.add(number)
+                if gradient.dim() > 1:
+                    rows = (gradient.detach() != 0).flatten(1).any(1)
+                    if number in self._rows and len(rows) == len(self._rows[number]):
+                        if bool((rows & self._rows[number]).any()):
+                            self.overlapping.add(number)
+                        rows = rows | self._rows[number]
+                    self._rows[number] = rows
                 found[place] = order
             if any(order is not None for order in found):
                 self._orders[number] = tuple(found)
