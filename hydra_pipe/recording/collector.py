@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import accumulate, chain, zip_longest
 from typing import Any
@@ -63,7 +63,8 @@ class Collector:
         # of the backward pass that the last contribution came from, and how many dropped steps were seen
         self._backward = -1
         self.n_dropped = 0
-        self._capture = Capture(model, {p: i for i, p in enumerate(self.parameters)}, on_error)
+        self._on_error = on_error
+        self.attach()
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
         """Collect the passes over one more portion of the present step, after the earlier ones."""
@@ -111,8 +112,16 @@ class Collector:
         """Take no notice of the model until the next `watch`. What was collected stays."""
         self._capture.rest()
 
+    def paused(self) -> AbstractContextManager[None]:
+        """A block whose passes are none of the step's, be they forward or backward."""
+        return self._capture.sending_to(None)
+
+    def attach(self) -> None:
+        """Hook the model, at first and after `detach`."""
+        self._capture = Capture(self._model, {p: i for i, p in enumerate(self.parameters)}, self._on_error)
+
     def detach(self) -> None:
-        """Remove the hooks for good."""
+        """Remove the hooks."""
         self._capture.detach()
 
     @property

@@ -1,5 +1,6 @@
 """A DataLoader that says which samples each batch is of, without being asked and without drawing anything differently."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.recording.leaving import left_by_exception
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import checked_ids
 
@@ -78,16 +80,22 @@ class TrackedLoader:
         loader, n_samples: see `WatchedLoader`.
         hand_over: called with the ids of each batch.
         heeding: a block that hears of what is raised in it.
+        left: called where an exception ends the loop.
 
     Raises:
         UsageError, RecordError, DataError: see `WatchedLoader`.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], n_samples: int, hand_over: HandOver, heeding: Callable[[], AbstractContextManager[None]]
+        self,
+        loader: DataLoader[Any],
+        n_samples: int,
+        hand_over: HandOver,
+        heeding: Callable[[], AbstractContextManager[None]],
+        left: Callable[[], None],
     ) -> None:
         self._watched = WatchedLoader(loader, n_samples)
-        self._loader, self._hand_over, self._heeding = loader, hand_over, heeding
+        self._loader, self._hand_over, self._heeding, self._left = loader, hand_over, heeding, left
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "_watched"):  # not made yet, as while it is copied
@@ -103,11 +111,19 @@ class TrackedLoader:
 
     def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[Any]] | None) -> Iterator[Any]:
         portion: Portion | None = None
-        for batch in iterator:
-            drawn = self._watched.drawn if drawn is None else drawn
-            with self._heeding():
-                portion = self._hand_over(self._watched.next_ids(drawn), portion)
-            yield batch
+        try:
+            for batch in iterator:
+                drawn = self._watched.drawn if drawn is None else drawn
+                with self._heeding():
+                    portion = self._hand_over(self._watched.next_ids(drawn), portion)
+                yield batch
+        except GeneratorExit:
+            if left_by_exception(sys._getframe(1)):
+                self._left()
+            raise
+        except BaseException:  # where a batch is drawn
+            self._left()
+            raise
 
 
 class _Spy:
