@@ -15,6 +15,7 @@ from hydra_pipe.errors import PipelineError
 from hydra_pipe.evaluation.models import Models, Values
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
+from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 
@@ -101,7 +102,7 @@ class Retrainer:
             for group, values in zip(optimizer.param_groups, settings, strict=True):
                 group.update(values)
             with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
-                found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
             self._saved_bytes = self._saved_bytes or 1
             buffers = found.buffers
             loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
@@ -139,7 +140,7 @@ class Retrainer:
         pieces = []
         with evaluating(pipeline.model), torch.no_grad():
             for inputs, targets in test_batches(pipeline, Task(), None):
-                found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
 

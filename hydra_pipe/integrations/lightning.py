@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.settings import Labels
 from hydra_pipe.recording.tracking import WatchedLoader
 from hydra_pipe.store.run import Settings
 

@@ -15,7 +15,8 @@ from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, named_batches
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.settings import Labels
 from hydra_pipe.store.run import Settings
 
 # (output of the model, labels) -> losses of shape (batch,)

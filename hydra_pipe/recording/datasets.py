@@ -23,10 +23,16 @@ _NUMBERS = (int, float, np.generic)
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """What `model` returns for `inputs`: a tensor, several arguments in a tuple or a list, or a mapping of arguments."""
+    """What `model` returns for `inputs`."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with for `inputs`: a tensor, several arguments in a tuple or a list, or a mapping of arguments."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def on_device(values: Any, device: torch.device) -> Any:
@@ -70,8 +76,8 @@ def is_dataset(given: Any) -> bool:
     """Whether `given` yields samples by their number, and not batches."""
     if isinstance(given, list | tuple):
         return bool(given) and _is_sample(given[0])
-    others = DataLoader | IterableDataset | Mapping | Tensor
-    return hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, others)
+    is_numbered = hasattr(given, "__getitem__") and hasattr(given, "__len__")
+    return is_numbered and not isinstance(given, (DataLoader, IterableDataset, Mapping, Tensor))
 
 
 def _is_sample(item: Any) -> bool:

@@ -94,9 +94,7 @@ def checked_labels(labels: Any, name: str, count: int | None = None, samples: st
     if values.ndim == 1 and values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
-        raise DataError(
-            f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample"
-        )
+        raise DataError(f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample")
     if count is not None and len(values) != count:
         raise DataError(f"{name} has {len(values)} entries for {count} {samples}")
     return values

@@ -329,7 +329,8 @@ class Slab:
             f"the books do not balance {entry.when}: the recorded rows of {self._encoder.layout.blocks[worst].name} miss "
             f"{imbalance[worst]:.2%} of its gradient. It is used where hooks cannot see it (a functional call such "
             f"as F.linear(x, module.weight), a penalty added to the loss, or .grad changed by hand): call its "
-            f"module instead, or freeze it"
+            f"module instead, or freeze it; passes whose gradients are thrown away (an attack on the inputs, a first pass of "
+            f"SAM) go into `with recorder.paused():`"
         )
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from hydra_pipe.errors import NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
+from hydra_pipe.recording.datasets import called, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
@@ -101,7 +103,7 @@ def train(
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
                 with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
-                    loss = take_step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where)
+                    loss = take_step(pipeline, recorder, note, on_device(inputs, device), on_device(targets, device), ids, where)
                 place.epoch_loss += loss * len(ids)
                 if pipeline.scheduler is not None:
                     pipeline.scheduler.step()
@@ -174,9 +176,10 @@ def accuracy(pipeline: Pipeline) -> float | None:
     device = next(pipeline.model.parameters()).device
     with evaluating(pipeline.model), torch.no_grad():
         for inputs, targets in test_batches(pipeline, Task(), None):
-            output = pipeline.model(inputs.to(device))
+            output = called(pipeline.model, on_device(inputs, device))
             if (
                 not isinstance(output, Tensor)
+                or not isinstance(targets, Tensor)
                 or output.dim() != 2
                 or output.shape[1] < 2
                 or targets.is_floating_point()
@@ -191,8 +194,8 @@ def take_step(
     pipeline: Pipeline,
     recorder: Recorder | None,
     note: StepNote,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     ids: NDArray[np.int64],
     where: str,
 ) -> float:
@@ -211,7 +214,7 @@ def take_step(
         UserCodeError, PipelineError, NonFiniteError: see `train`.
     """
     with user_code(f"the model raised at {where}"):
-        output = pipeline.model(inputs)
+        output = called(pipeline.model, inputs)
     with user_code(f"the loss raised at {where}"):
         losses = pipeline.loss(output, targets)
     if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
@@ -229,7 +232,7 @@ def take_step(
             f"max_grad_norm; the steps before it are recorded and readable"
         )
     if recorder is not None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and isinstance(targets, Tensor):
             recorder.tell_loss(pipeline.loss, output, targets)
         if recorder.n_steps == 0:
             recorder.check_split(losses)
@@ -243,8 +246,14 @@ def take_step(
     return note.loss
 
 
-def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Tensor) -> NDArray[np.int64] | None:
-    if labels is None or targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
+def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Any) -> NDArray[np.int64] | None:
+    if (
+        labels is None
+        or not isinstance(targets, Tensor)
+        or targets.dim() != 1
+        or targets.is_floating_point()
+        or targets.is_complex()
+    ):
         return None
     labels[ids] = targets.cpu().numpy()
     return labels

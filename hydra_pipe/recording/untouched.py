@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -46,9 +47,9 @@ def _may_change(model: nn.Module) -> list[Tensor]:
     return list(dict.fromkeys([*scaled, *trained, *model.buffers()]))
 
 
-def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], None]]:
+def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], object]]:
     """What puts back the generators that `sources` hold in attributes, lists and mappings of theirs."""
-    found: list[Callable[[], None]] = []
+    found: list[Callable[[], object]] = []
     seen: set[int] = set()
     level = list(sources)
     for _ in range(_LEVELS):
@@ -69,7 +70,7 @@ def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], None]]:
     return found
 
 
-def _restorer(value: Any) -> Callable[[], None] | None:
+def _restorer(value: Any) -> Callable[[], object] | None:
     """What puts a generator back into its present state; None: `value` is no generator."""
     if isinstance(value, random.Random):
         numbers = value.getstate()
@@ -79,5 +80,5 @@ def _restorer(value: Any) -> Callable[[], None] | None:
         return lambda: setattr(bits, "state", state)
     if isinstance(value, torch.Generator | np.random.RandomState):
         own = value.get_state()
-        return lambda: value.set_state(own)  # type: ignore[arg-type] # of the same object
+        return partial(value.set_state, own)  # type: ignore[arg-type] # of the same object
     return None

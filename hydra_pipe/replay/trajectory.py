@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.recording.batches import Samples, epoch_order
+from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import StepNote
@@ -139,7 +140,7 @@ class Trajectory:
             # no further than is wanted
             order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
             for ids, inputs, targets in samples.batches(order, epoch, first):
-                inputs, targets = inputs.to(self._device), targets.to(self._device)
+                inputs, targets = on_device(inputs, self._device), on_device(targets, self._device)
                 yield number, (ids, inputs, targets)
                 loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
                 if pipeline.scheduler is not None:
