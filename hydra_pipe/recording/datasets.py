@@ -85,7 +85,7 @@ def _is_sample(item: Any) -> bool:
     if isinstance(item, Mapping):
         return not any(isinstance(x, Tensor) and x.dim() > 0 for x in tree_leaves(dict(item)))
     if not isinstance(item, tuple | list) or len(item) < 2:
-        return False
+        return True  # which neither can be: it is told as of a dataset
     return isinstance(item[1], _NUMBERS) or (isinstance(item[1], Tensor) and item[1].dim() == 0)
 
 

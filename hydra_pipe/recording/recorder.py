@@ -413,6 +413,11 @@ class Recorder:
             raise RecordError(f"this recorder is closed{why}: make a new one for another run")
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it records no more: it was closed, or the recording has failed."""
+        return self._closed
+
+    @property
     def n_skipped(self) -> int:
         """Steps that a gradient scaler left out, or whose gradients the loop cleared."""
         return self._collector.n_dropped + (self._joint.n_skipped if self._joint is not None else 0)

@@ -1,7 +1,9 @@
 """Test gradients: what each test sample's loss asks of the parameters, taken in the same columns as the rows."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hydra_pipe.errors import DataError, NonFiniteError, RecordError
+from hydra_pipe.errors import DataError, NonFiniteError, RecordError, RecordWarning
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import called, on_device, size_of
 from hydra_pipe.recording.losses import per_sample_losses
@@ -55,6 +57,16 @@ def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, de
             raise DataError("there are no test samples: give at least one")
         inputs, targets = (on_device(values, device) for values in first)
         _losses(model, loss, inputs, targets, "the first test samples, before training")
+
+
+def say_without_tests(error: BaseException, path: Path) -> None:
+    """Warn that a recording is complete without test gradients, which have failed with `error`."""
+    warnings.warn(
+        f"the test gradients of {path} were not taken: {error}. The training is recorded, and complete without them: mend the "
+        f"test samples or their loss, and take them by hydra-pipe probe {path} FILE:FUNCTION --name NAME, or hydra_pipe.probe(...)",
+        RecordWarning,
+        stacklevel=2,
+    )
 
 
 def _losses(model: nn.Module, loss: Any, inputs: Any, targets: Any, among: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import NonFiniteError, PipelineError, UsageError
+from hydra_pipe.errors import InterruptedRunError, NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
@@ -18,6 +18,7 @@ from hydra_pipe.recording.datasets import called, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
+from hydra_pipe.recording.testing import say_without_tests, try_test
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.space import room_for
 
@@ -51,6 +52,8 @@ class Midway:
     def parse(cls, text: str | None, pipeline: Pipeline) -> "Midway":
         """Of "epoch", or "500", steps; None: never. Raises: UsageError."""
         of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
+        if text is not None and pipeline.test is None:
+            raise UsageError(f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every")
         if text is not None and text != "epoch" and not (text.isdecimal() and int(text) > 0):
             raise UsageError(f"--test-every {text}: give epoch, or a number of steps, such as 500")
         steps = 0 if text is None else of_epoch if text == "epoch" else int(text)
@@ -140,7 +143,8 @@ class _Between:
         self._tests, self._progress, self._n_rows = tests or Midway(0, 0), progress, n_rows
         # test gradients that are yet to be taken on the way
         done = recorder.n_steps if recorder is not None else 0
-        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * len(pipeline.test)
+        self._n_tests = 0 if pipeline.test is None else len(pipeline.test)
+        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
         self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
@@ -160,7 +164,7 @@ class _Between:
     def _say_room(self) -> None:
         if not self._has_said and self._recorder is not None:
             n_steps = -(-self._n_rows // self._pipeline.batch_size) + self._pipeline.epochs
-            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + len(self._pipeline.test))
+            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + self._n_tests)
             n_bytes += self._checkpoints.most_bytes() if self._checkpoints is not None else 0
             self._progress.say(f"{self._n_rows:,} rows to record: {room_for(n_bytes, self._recorder.path)}")
             self._has_said = True
@@ -168,6 +172,38 @@ class _Between:
     def _due(self) -> bool:
         recorder = self._recorder
         return recorder is not None and self._tests.due(recorder.n_steps) and recorder.n_steps not in recorder.test_steps
+
+
+def try_tests(pipeline: Pipeline) -> None:
+    """Take the losses of the first test samples before training, which does not change. Raises: see `try_test`."""
+    if pipeline.test is not None:
+        device = next(pipeline.model.parameters()).device
+        order = [np.arange(min(len(pipeline.test), pipeline.batch_size))]
+        batches = ((inputs, targets) for _, inputs, targets in Samples(pipeline, "test").batches(order))
+        try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
+
+
+def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, checkpoints: Checkpoints | None) -> Exception | None:
+    """Take the test gradients at the end, if there is a test set.
+
+    Returns:
+        What has failed, which is told by a warning: the training is over, and its recording goes without test gradients.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop.
+    """
+    if pipeline.test is None:
+        return None
+    with progress.task("test gradients", len(pipeline.test), "rows") as task:
+        batches = test_batches(pipeline, task, checkpoints)
+        try:
+            recorder.record_test(batches, pipeline.loss, labels=pipeline.test_labels)
+        except InterruptedRunError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more
+            say_without_tests(error, recorder.path)
+            return error
+    return None
 
 
 def accuracy(pipeline: Pipeline) -> float | None:
