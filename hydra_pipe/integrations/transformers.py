@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import find_labels
 
-from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.errors import DataError, HydraError, RecordError, UsageError
 from hydra_pipe.integrations.finishing import finish, optional
-from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, named_batches
+from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_batch, named_batches
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.ranks import unwrapped
@@ -276,18 +276,27 @@ class _Session:
         # the training set is not asked for a sample: it may draw random numbers, and they may be its own
         named = getattr(self.dataset, "column_names", None)
         columns = set(named) if isinstance(named, list) else None
-        try_test(model, self._tests(dataset, loss, lambda: columns), loss or _models_own, device, dataset, self._collate)
+        sources = dataset, self.dataset, self._collate
+        try:
+            try_test(model, self._tests(dataset, loss, lambda: columns), loss or _models_own, device, *sources)
+        except HydraError:
+            if columns is not None:
+                raise
+            # it may be for columns that only the test samples have: these are left out
+            try_test(model, self._tests(dataset, loss, lambda: set(self.dataset[0])), loss or _models_own, device, *sources)
 
     def _tests(self, dataset: Any, loss: TestLoss | None, columns: Callable[[], set[str] | None]) -> Iterator[tuple[Any, Any]]:
         """The test samples as the model is called with them, one at a time, and their labels."""
         wanted, model = columns(), unwrapped(self._model)
         takes = inspect.signature(model.forward).parameters
+        known = find_labels(type(model)) or _LABELS  # type: ignore[no-untyped-call]
         for i in range(len(dataset)):
             sample = dataset[i]
             with user_code(f"the data collator raised at test sample {i}"):
                 kept = sample if wanted is None else {name: x for name, x in sample.items() if name in wanted}
-                batch = dict(self._collate([kept]))
-            names = [name for name in find_labels(type(model)) or _LABELS if name in batch]
+                collated = self._collate([kept])
+            batch = dict(checked_batch(collated))
+            names = [name for name in known if name in batch]
             names = names or [name for name in _LABELS if name in batch]
             labels = [batch[name] for name in names if batch[name] is not None]
             if not labels:
