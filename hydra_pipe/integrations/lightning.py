@@ -114,7 +114,7 @@ class HydraCallback(Callback):
         if stage != "fit":
             return
         self._leave(RecordError("the trainer began anew before its training had ended"))
-        _refuse_what_cannot_be(trainer, pl_module)
+        _refuse_what_cannot_be(trainer, pl_module, tested=self._test_dataset is not None)
         self._batches, self._loaded = _TrainBatches(trainer), None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,7 +303,7 @@ class _Session:
         self.recorder.fail(error)
 
 
-def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
+def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested: bool) -> None:
     """Raises: UsageError: names it."""
     if not isinstance(trainer, Trainer):
         raise UsageError(
@@ -330,7 +330,7 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
         isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
     ):
         raise UsageError(f"{type(module).__name__} is compiled, which hides the samples' gradients: train it as it is")
-    if type(module).forward is LightningModule.forward:
+    if tested and type(module).forward is LightningModule.forward:
         raise UsageError(
             f"{type(module).__name__} has no forward, with which the test samples would be predicted: define forward(self, inputs)"
         )
