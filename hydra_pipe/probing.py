@@ -294,7 +294,7 @@ def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterat
         collector.resume(layout, dtype)
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with untouched(subject.model), evaluating(subject.model):
+        with untouched(subject.model, subject.loss), evaluating(subject.model):
             yield collector
     finally:
         collector.detach()

@@ -607,7 +607,7 @@ class Recorder:
             self._in_test = True
             n_tests, worst = 0, 0.0
             aside = self._collector.set_aside()
-            with together(self._ranks), aside, untouched(self._model, tests), evaluating(self._model):
+            with together(self._ranks), aside, untouched(self._model, loss, tests), evaluating(self._model):
                 if is_first(self._ranks):
                     n_tests, worst = self._take_tests(tests, loss, labels)
             self._output.note_tests(self.n_steps, n_tests, worst)

@@ -3,7 +3,9 @@
 import hashlib
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
+
+_EMPTY = CellType()
 
 
 def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
@@ -51,12 +55,31 @@ def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, de
         DataError: there are no test samples, or they are of the wrong kind.
         UserCodeError: the model, the loss or a dataset raised. PipelineError: the loss is not one per sample.
     """
-    with untouched(model, *sources), evaluating(model), torch.no_grad():
+    with untouched(model, loss, *sources), evaluating(model), torch.no_grad():
         first = next(iter(batches), None)
         if first is None:
             raise DataError("there are no test samples: give at least one")
         inputs, targets = (on_device(values, device) for values in first)
-        _losses(model, loss, inputs, targets, "the first test samples, before training")
+        # what a function keeps between its calls nobody can put back
+        known = loss if _keeps_nothing(loss) else _zeros
+        _losses(model, known, inputs, targets, "the first test samples, before training")
+
+
+def _keeps_nothing(loss: Any) -> bool:
+    """Whether no call of `loss` can change the next: a module, whose state can be put back, or a function over plain values."""
+    if isinstance(loss, partial):
+        return all(map(_keeps_nothing, (loss.func, *loss.args, *loss.keywords.values())))
+    if isinstance(loss, FunctionType):
+        cells = [cell.cell_contents for cell in loss.__closure__ or () if cell != _EMPTY]
+        return all(map(_keeps_nothing, cells))
+    if isinstance(loss, MethodType):
+        return isinstance(loss.__self__, nn.Module)
+    plain = (nn.Module, Tensor, BuiltinFunctionType, ModuleType, type, str, int, float, type(None), torch.dtype, torch.device)
+    return isinstance(loss, plain)
+
+
+def _zeros(output: Any, targets: Any) -> Tensor:
+    return torch.zeros(size_of(targets))
 
 
 def say_without_tests(error: BaseException, path: Path) -> None:

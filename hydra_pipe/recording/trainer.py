@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import InterruptedRunError, NonFiniteError, PipelineError, UsageError
+from hydra_pipe.errors import HydraError, InterruptedRunError, NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
@@ -19,6 +19,7 @@ from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
 from hydra_pipe.recording.testing import say_without_tests, try_test
+from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.space import room_for
 
@@ -180,7 +181,19 @@ def try_tests(pipeline: Pipeline) -> None:
         device = next(pipeline.model.parameters()).device
         order = [np.arange(min(len(pipeline.test), pipeline.batch_size))]
         batches = ((inputs, targets) for _, inputs, targets in Samples(pipeline, "test").batches(order))
-        try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
+        try:
+            try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
+        except HydraError:
+            _try_training(pipeline, device)  # of what fails on any samples the first step is to tell
+            raise
+
+
+def _try_training(pipeline: Pipeline, device: torch.device) -> None:
+    """Take the losses of the first step's samples; training does not change. Raises: as `take_step`."""
+    order = epoch_order(pipeline, 0)[:1]
+    with untouched(pipeline.model, pipeline.train), torch.no_grad():
+        for ids, inputs, targets in Samples(pipeline, "train").batches(order):
+            _losses(pipeline, on_device(inputs, device), on_device(targets, device), ids, "step 0 (epoch 1)")
 
 
 def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, checkpoints: Checkpoints | None) -> Exception | None:
@@ -249,16 +262,7 @@ def take_step(
     Raises:
         UserCodeError, PipelineError, NonFiniteError: see `train`.
     """
-    with user_code(f"the model raised at {where}"):
-        output = called(pipeline.model, inputs)
-    with user_code(f"the loss raised at {where}"):
-        losses = pipeline.loss(output, targets)
-    if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise PipelineError(
-            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
-            f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
-        )
+    output, losses = _losses(pipeline, inputs, targets, ids, where)
     loss = losses.mean()
     note.loss = loss.item()
     if not np.isfinite(note.loss):
@@ -280,6 +284,21 @@ def take_step(
     # the model's, not the optimiser's: what is left in parameters that are not trained would count in the clipped norm
     pipeline.model.zero_grad()
     return note.loss
+
+
+def _losses(pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64], where: str) -> tuple[Any, Tensor]:
+    """The model's output, and the losses of shape (batch,). Raises: UserCodeError, PipelineError: see `train`."""
+    with user_code(f"the model raised at {where}"):
+        output = called(pipeline.model, inputs)
+    with user_code(f"the loss raised at {where}"):
+        losses = pipeline.loss(output, targets)
+    if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PipelineError(
+            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
+            f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
+        )
+    return output, losses
 
 
 def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Any) -> NDArray[np.int64] | None:

@@ -19,19 +19,24 @@ _MOST_ITEMS = 100
 
 
 @contextmanager
-def untouched(model: nn.Module, *sources: Any) -> Iterator[None]:
-    """A block after which parameters, buffers and random generators have the values from before it.
+def untouched(*things: Any) -> Iterator[None]:
+    """A block after which parameters, buffers, attributes of modules and random generators have the values from before it.
 
     Args:
-        model: forward passes may change it even in eval mode: an embedding with `max_norm` scales the rows that it meets. Of
-            the parameters that are not trained only these are looked after, for they may be the bulk of a large model.
-        sources: datasets or loaders, whose own generators (of torch, NumPy or random) are put back too.
+        things: models, and losses that are modules: forward passes may change them even in eval mode (an embedding with `max_norm`
+            scales the rows that it meets). Of parameters that are not trained only those of such embeddings are looked after,
+            for they may be the bulk of a large model. Datasets or loaders, whose own generators (of torch, NumPy or random) are
+            put back too.
     """
-    kept, of_sources = random_state(), _restoring(sources)
-    before = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _may_change(model)]
+    modules = [thing for thing in things if isinstance(thing, nn.Module)]
+    kept, of_sources = random_state(), _restoring(things)
+    attributes = [pair for module in modules for pair in _attributes(module)]
+    before = [(tensor, tensor.detach().to("cpu", copy=True)) for module in modules for tensor in _may_change(module)]
     try:
         yield
     finally:
+        for own, was in attributes:
+            _put_in(own, was)
         with torch.no_grad():
             for tensor, values in before:
                 if not torch.equal(tensor, there := values.to(tensor.device)):
@@ -45,6 +50,27 @@ def _may_change(model: nn.Module) -> list[Tensor]:
     scaled = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return list(dict.fromkeys([*scaled, *trained, *model.buffers()]))
+
+
+def _attributes(model: nn.Module) -> list[tuple[dict[Any, Any] | list[Any], Any]]:
+    """What the modules hold: their attributes, and what is in dictionaries and lists among these, such as counters and caches."""
+    found: list[tuple[dict[Any, Any] | list[Any], Any]] = []
+    for module in model.modules():
+        own = vars(module)
+        found += [(own, dict(own)), *((value, value.copy()) for value in own.values() if type(value) in (dict, list))]
+    return found
+
+
+def _put_in(own: dict[Any, Any] | list[Any], was: Any) -> None:
+    """Let `own` hold what it held: attributes that are as they were are not touched."""
+    if isinstance(own, list):
+        own[:] = was
+        return
+    for name in [name for name in own if name not in was]:
+        del own[name]
+    for name, value in was.items():
+        if name not in own or own[name] is not value:
+            own[name] = value
 
 
 def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], object]]:

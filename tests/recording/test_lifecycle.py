@@ -392,6 +392,16 @@ def test_a_pipeline_may_have_a_model_of_two_inputs(tmp_path: Path, form: str) ->
     hydra_pipe.reduce(tmp_path / "run", method="hydra-exact", pipeline=build())
 
 
+class Counting(nn.Module):
+    """A loss that grows with its calls."""
+
+    calls = 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return cross_entropy(output, target) * self.calls
+
+
 class TestPipelines:
     """The same for `hydra_pipe.record`."""
 
@@ -414,6 +424,23 @@ class TestPipelines:
             hydra_pipe.record(Pipeline(**vars(pipeline) | {"test": tests}), tmp_path / "run")
         assert all(torch.equal(value, before[name]) for name, value in pipeline.model.state_dict().items())
         assert not (tmp_path / "run").exists()
+
+    def test_a_model_or_a_loss_that_counts_its_calls_is_not_changed_by_the_trial(self, tmp_path: Path) -> None:
+        def build(of_function: bool) -> Pipeline:
+            pipeline = mlp_pipeline()
+            own, calls = Counting(), iter(range(100))
+
+            def counting(output: Tensor, target: Tensor) -> Tensor:
+                return cross_entropy(output, target) * (1 + next(calls))
+
+            return Pipeline(**vars(pipeline) | {"loss": counting if of_function else own})
+
+        for of_function in (True, False):
+            plain, own = build(of_function), build(of_function)
+            hydra_pipe.train(plain)
+            hydra_pipe.record(own, tmp_path / str(of_function))
+            for a, b in zip(plain.model.parameters(), own.model.parameters(), strict=True):
+                assert torch.equal(a, b)
 
     def test_a_test_set_that_fails_later_leaves_the_training(self, tmp_path: Path) -> None:
         pipeline = mlp_pipeline()
@@ -456,9 +483,12 @@ class TestTraces:
             self.embed, self.frozen = nn.Embedding(9, 4, max_norm=0.5), nn.Embedding(9, 4, max_norm=0.5).requires_grad_(False)
             self.head = nn.Linear(8, 2)
             self.register_buffer("calls", torch.zeros(()))
+            self.passes, self.cache, self.last = 0, [], None
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
+            self.passes, self.last = self.passes + 1, x
+            self.cache.append(x)
             return self.head((self.embed(x) + self.frozen(x)).flatten(1))
 
     @pytest.mark.parametrize("way", ["batches", "a dataset", "a loader", "one that fails"])
@@ -489,6 +519,8 @@ class TestTraces:
         assert generators() == drawn
         assert own[:2] == (drawing.own.bit_generator.state, drawing.inner[0].getstate())  # type: ignore[attr-defined]
         assert torch.equal(own[2], drawing.inner[1]["of torch"].get_state())  # type: ignore[index]
+        assert (model.passes, len(model.cache)) == (1, 1)
+        assert model.last is tokens
         assert model.embed.weight.grad is marked
         assert model.training
         assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
