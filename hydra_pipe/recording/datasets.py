@@ -109,7 +109,9 @@ def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iter
 
 
 def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:
-    """(inputs, targets) of what somebody gives as test samples: a dataset, or an iterable of batches. Raises: DataError."""
+    """(inputs, targets) of what somebody gives as test samples: a dataset, an iterable of batches, or one. Raises: DataError."""
+    if isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
+        given = [given]  # one batch
     if is_dataset(given):
         yield from dataset_batches(given, "test", seed, batch_size)
         return

@@ -334,6 +334,8 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "a TensorDataset": (net, lambda: TensorDataset(X, Y)),
     "a loader": (net, lambda: DataLoader(TensorDataset(X, Y), 5)),
     "a list of batches": (net, lambda: [(X[:7], Y[:7]), (X[7:], Y[7:], "more")]),
+    "one batch": (net, lambda: (X, Y)),
+    "one mapping": (Pair, lambda: {"x": X, "mask": MASK, "labels": Y}),
     "a generator of batches": (net, lambda: ((x[None], y[None]) for x, y in zip(X, Y, strict=True))),
     "a list of samples": (net, lambda: [(x.numpy(), int(y)) for x, y in zip(X, Y, strict=True)]),
     "a dataset of mappings": (Pair, lambda: Listed([{"x": X[i], "mask": MASK[i], "label": int(Y[i])} for i in range(12)])),
