@@ -17,7 +17,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadgroup
+	# a test that has stood still for too long ends its process, and would be given to the next one
+	$(BIN)/pytest -n auto --dist loadgroup --max-worker-restart 0
 
 # The documentation as a site.
 docs: $(INSTALLED)

@@ -211,3 +211,14 @@ def influence(gradients: np.ndarray, weights: np.ndarray, tests: np.ndarray, dam
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy of `model` in float64."""
     return deepcopy(model).double()
+
+
+def rows_in_context(model: nn.Module, losses: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Tensor]:
+    """Each sample's gradient, by one backward pass from its loss alone through a pass over the whole batch, shape (batch, numel)."""
+    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for loss in losses(model(inputs)):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+            rows[name].append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten())
+    return {name: torch.stack(of_samples) for name, of_samples in rows.items()}

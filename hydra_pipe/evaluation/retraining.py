@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from hydra_pipe.errors import PipelineError
 from hydra_pipe.evaluation.models import Models, Values
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
-from hydra_pipe.recording.datasets import on_device
+from hydra_pipe.recording.datasets import Batch, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.streams import Stream
 
 # What the weighted losses of a batch are divided by: all of its samples, or the sum of their weights.
 MeanOver = Literal["batch", "weights"]
@@ -98,22 +100,23 @@ class Retrainer:
         optimizer = self._optimizer(parameters)
         trained = [parameters[name] for name in self._trained]
         torch.manual_seed(pipeline.seed)
-        for (ids, inputs, targets), settings in zip(_batches(pipeline), self._schedule, strict=True):
-            for group, values in zip(optimizer.param_groups, settings, strict=True):
-                group.update(values)
-            with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
-                found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
-            self._saved_bytes = self._saved_bytes or 1
-            buffers = found.buffers
-            loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
-            gradients: Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-            if pipeline.max_grad_norm is not None:
-                gradients = _clipped(gradients, pipeline.max_grad_norm)
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            buffers = {name: buffer.detach() for name, buffer in buffers.items()}
-            task.advance(k)
+        with closing(_batches(pipeline)) as batches:
+            for (ids, inputs, targets), settings in zip(batches, self._schedule, strict=True):
+                for group, values in zip(optimizer.param_groups, settings, strict=True):
+                    group.update(values)
+                with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
+                    found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
+                self._saved_bytes = self._saved_bytes or 1
+                buffers = found.buffers
+                loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
+                gradients: Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+                if pipeline.max_grad_norm is not None:
+                    gradients = _clipped(gradients, pipeline.max_grad_norm)
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                buffers = {name: buffer.detach() for name, buffer in buffers.items()}
+                task.advance(k)
         return self._tested(pipeline, parameters, buffers)
 
     def _mean(self, weights: Tensor, losses: Tensor) -> Tensor:
@@ -138,8 +141,8 @@ class Retrainer:
 
     def _tested(self, pipeline: Pipeline, parameters: Values, buffers: Values) -> NDArray[np.float64]:
         pieces = []
-        with evaluating(pipeline.model), torch.no_grad():
-            for inputs, targets in test_batches(pipeline, Task(), None):
+        with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
+            for inputs, targets in batches:
                 found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
@@ -149,8 +152,13 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _batches(pipeline: Pipeline) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-    """Those of the whole training, in order."""
+def _batches(pipeline: Pipeline) -> Stream[Batch]:
+    """Those of the whole training, in order. Close it."""
+    ends = ExitStack()
+    return Stream(_of_training(pipeline, ends), ends.close)
+
+
+def _of_training(pipeline: Pipeline, ends: ExitStack) -> Iterator[Batch]:
     samples, dataset = Samples(pipeline, "train"), pipeline.train
     for epoch in range(pipeline.epochs):
         order = epoch_order(pipeline, epoch)
@@ -158,7 +166,9 @@ def _batches(pipeline: Pipeline) -> Iterator[tuple[NDArray[np.int64], Tensor, Te
             inputs, targets = dataset.tensors
             yield from ((ids, inputs[ids], targets[ids]) for ids in order)
         else:
-            yield from samples.batches(order, epoch)
+            # no `yield from`: where the collector closes this, it would close the batches too
+            for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, epoch))):
+                yield ids, inputs, targets
 
 
 def _schedule(pipeline: Pipeline) -> list[list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Tables in several files, `part-*.parquet`: row groups hold whole test samples, or where these are large, a slab of one."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,10 +40,12 @@ class Parts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self._write_group()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if error is None:
+                self._write_group()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
 
     def add(self, table: pa.Table, ends: Ints) -> None:
         """More rows.
@@ -102,13 +105,16 @@ class Matrix:
         # of whole columns; of slabs, a file for each test sample of the block
         self._parts = Parts(directory, self._schema, plan.group_tests, plan.file_tests)
         self._writers: list[pq.ParquetWriter] = []
+        self._files = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._parts.__exit__(kind, error, trace)
-        self._close()
+        try:
+            self._parts.__exit__(kind, error, trace)
+        finally:
+            self._files.close()
 
     def write(self, block: Floats, tests: slice, samples: slice) -> None:
         """A block, shape (test, sample). They come as the plan has them: all slabs of some test samples, then the next."""
@@ -119,16 +125,12 @@ class Matrix:
                 self._parts.add(self._table(rows, tests.start + low, 0), ends)
             return
         if samples.start == 0:
-            self._writers = [open_part(self._directory, test, self._schema) for test in range(tests.start, tests.stop)]
+            tests_of_block = range(tests.start, tests.stop)
+            self._writers = [self._files.enter_context(open_part(self._directory, test, self._schema)) for test in tests_of_block]
         for j, writer in enumerate(self._writers):
             writer.write_table(self._table(block[j : j + 1], tests.start + j, samples.start), row_group_size=block.shape[1])
         if samples.stop == self._n_samples:
-            self._close()
-
-    def _close(self) -> None:
-        for writer in self._writers:
-            writer.close()
-        self._writers = []
+            self._files.close()
 
     def _table(self, rows: Floats, first_test: int, first_sample: int) -> pa.Table:
         ids = self._test_ids[first_test : first_test + len(rows)]

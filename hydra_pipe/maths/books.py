@@ -57,7 +57,8 @@ def balance(
     # rows that are all zero leave nothing to divide by: any gradient beside them is wholly unaccounted for
     reference = np.abs(scalars)[:, None] * magnitude
     reference = np.where(reference == 0.0, norms, reference)
-    # not a number stays what it is, and is over any limit
+    # a reference that is not finite explains nothing, and what is not a number is over any limit
+    residual = np.where(np.isfinite(reference), residual, np.nan)
     imbalance = np.divide(residual, reference, out=np.zeros_like(residual), where=reference != 0.0)
     return Balance(scalars, imbalance)
 

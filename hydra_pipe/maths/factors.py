@@ -118,5 +118,32 @@ class Factors:
             torch.bmm(left.transpose(1, 2), right[samples], out=out.view(len(left), left.shape[2], -1))
 
 
-# What a rule yields for one parameter: factors, or the rows themselves, shape (B, numel).
-Contribution = Factors | Tensor
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Gradients of B samples that are sums over positions, written out.
+
+    Args:
+        rows: shape (B, numel).
+        bounds: upper bound of the summed norms of each row's terms, shape (B,). Where the terms cancel, the row is their rounding.
+    """
+
+    rows: Tensor
+    bounds: Tensor
+
+
+# What a rule yields for one parameter: factors, sums, or the rows themselves, shape (B, numel).
+Contribution = Factors | Summed | Tensor
+
+
+def rows_of(value: Contribution) -> Tensor:
+    """The rows, written out, shape (B, numel)."""
+    if isinstance(value, Factors):
+        return value.rows()
+    return value.rows if isinstance(value, Summed) else value
+
+
+def bounds_of(value: Contribution) -> Tensor:
+    """Upper bound of each row's norm, and of what the row is a sum of, as far as it is known; shape (B,)."""
+    if isinstance(value, Factors):
+        return value.norms()
+    return value.bounds if isinstance(value, Summed) else torch.linalg.vector_norm(value, dim=1)

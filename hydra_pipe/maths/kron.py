@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydra_pipe.maths.factors import Contribution, Factors
+from hydra_pipe.maths.factors import Factors
 
 
 class Kron:
@@ -55,7 +55,7 @@ class Kron:
         # of the result, not of the signs: these are exact in any dtype, so that rounding does not make the projection biased
         self._scale = 1 / sqrt((1 if self._out is None else k_out) * (1 if self._in is None else k_in))
 
-    def __call__(self, contribution: Contribution) -> Tensor:
+    def __call__(self, contribution: Factors | Tensor) -> Tensor:
         """Project factors, or rows of shape (B, O * I), to (B, k_out * k_in), in their dtype, on their device."""
         if isinstance(contribution, Factors) and contribution.given_right is not None:
             signs_out, signs_in = self._signs_like(contribution.left)

@@ -6,8 +6,7 @@ A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin,
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors
-from hydra_pipe.maths.patches import Conv, ConvTranspose, Patches
+from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.patches import Conv, ConvTranspose, Patches, norms
 
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
 Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
@@ -39,10 +38,10 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
     _RULES[module_type] = rule
 
 
-def rule_for(module: nn.Module) -> Rule:
-    """The rule that splits `module`'s gradient by sample: a registered one, else the general fallback.
+def rule_for(module: nn.Module) -> Rule | None:
+    """The registered rule that splits `module`'s gradient by sample; None: it has none, and is left to the graph.
 
-    A module with a rule from here and parameters of other names (a reparametrised weight, say) gets the fallback too.
+    A module with a rule from here and parameters of other names (a reparametrised weight, say) has none either.
     """
     for module_type in type(module).__mro__:
         rule = _rule_of_type(module_type)
@@ -50,8 +49,13 @@ def rule_for(module: nn.Module) -> Rule:
             # A subclass that computes something else must not be taken for its parent.
             same_forward = getattr(type(module), "forward", None) is getattr(module_type, "forward", None)
             usual = rule not in _OWN or set(module._parameters) <= {"weight", "bias"}
-            return rule if same_forward and usual else general_rule
-    return general_rule
+            return rule if same_forward and usual and "forward" not in module.__dict__ else None
+    return None
+
+
+def takes_any_leading_dimensions(rule: Rule) -> bool:
+    """Whether `rule` takes samples and positions in any order, so that the samples may be moved to the front."""
+    return rule in (linear_rule, conv1d_of_transformers_rule, embedding_rule, last_dims_norm_rule)
 
 
 def _rule_of_type(module_type: type) -> Rule | None:
@@ -174,9 +178,17 @@ def last_dims_norm_rule(
     else:
         normed = F.rms_norm(inputs, shape, None, module.eps)
     size = math.prod(shape)
+    lefts = grad_output.reshape(len(inputs), -1, size)
     return {
-        name: (grad_output * normed if name == "weight" else grad_output).reshape(len(inputs), -1, size).sum(1) for name in wanted
+        name: _over_positions(lefts * normed.reshape(lefts.shape)) if name == "weight" else Factors(lefts, None) for name in wanted
     }
+
+
+def _over_positions(terms: Tensor) -> Contribution:
+    """Sums over positions of terms of shape (B, P, n). The books know what is summed: where a softmax follows, only rounding may be left."""
+    if terms.shape[1] == 1:
+        return terms[:, 0]
+    return Summed(terms.sum(1), norms(terms).mul_(terms.shape[1] ** 0.5))
 
 
 def channel_norm_rule(
@@ -190,9 +202,13 @@ def channel_norm_rule(
     (inputs,) = args or kwargs.values()
     rows: dict[str, Contribution] = {}
     for name in wanted:
-        # in place: another array of that size costs more than the product
-        terms = _channel_normed(module, inputs).mul_(grad_output) if name == "weight" else grad_output
-        rows[name] = terms.reshape(*inputs.shape[:2], -1).sum(2)
+        if name == "weight":
+            # in place: another array of that size costs more than the product
+            terms = _channel_normed(module, inputs).mul_(grad_output)
+            rows[name] = _over_positions(terms.reshape(*inputs.shape[:2], -1).transpose(1, 2))
+        else:
+            # of factors the books know what is summed: where a mean over positions is taken off, nothing but rounding is left of it
+            rows[name] = Factors(grad_output.reshape(*inputs.shape[:2], -1).transpose(1, 2), None)
     return rows
 
 
@@ -206,120 +222,6 @@ def _channel_normed(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(inputs, *kept, training=own, eps=module.eps)
     return F.instance_norm(inputs, *kept, use_input_stats=own, eps=module.eps)
-
-
-def general_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
-) -> dict[str, Contribution]:
-    """Any module whose samples do not mix: its own backward, vectorised over samples taken one by one.
-
-    Computes the module's forward pass once more, on a copy of its buffers. Tensors whose first dimension is not the batch are
-    passed as they are. Where two or more tensors have the batch's length, one of them may be shared by all samples (a causal
-    mask of as many positions as there are samples): what comes of splitting them is checked, and where it is not right, the
-    rows are taken from passes over the whole batch, one backward a sample.
-
-    Raises:
-        LayerError: the module cannot be run that way.
-    """
-    batch = grad_output.shape[0]
-    # a replica: the user's module must not see these passes, neither in its hooks nor in what it keeps of a pass
-    replica = replica_of(module)
-    others = {name: value.detach() for name, value in module.named_parameters()}
-    parameters = {name: others.pop(name) for name in wanted}
-    values = [*args, *kwargs.values()]
-    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in values]
-    samples = tuple(x for x, of_sample in zip(values, batched, strict=True) if of_sample)
-
-    def pull_back(inputs: Sequence[Any]) -> PullBack:
-        keywords = dict(zip(kwargs, inputs[len(args) :], strict=True))
-
-        def output(own: dict[str, Tensor]) -> Tensor:
-            # the replay may change buffers: its own, made anew
-            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            called = torch.func.functional_call(replica, {**others, **buffers, **own}, tuple(inputs[: len(args)]), keywords)
-            assert isinstance(called, Tensor)
-            return called
-
-        vjp = torch.func.vjp(output, parameters)[1]
-        return lambda gradient: {name: row.detach() for name, row in vjp(gradient)[0].items()}
-
-    def one_sample(gradient: Tensor, *sample: Tensor) -> dict[str, Tensor]:
-        rest = iter(sample)
-        inputs = [next(rest).unsqueeze(0) if s else x for x, s in zip(values, batched, strict=True)]
-        return pull_back(inputs)(gradient.unsqueeze(0))
-
-    def split() -> dict[str, Tensor]:
-        rows: dict[str, Tensor] = torch.func.vmap(one_sample, randomness="different")(grad_output, *samples)
-        return rows
-
-    devices = [grad_output.device] if grad_output.is_cuda else []
-    try:
-        # forked: a random module must not draw from the generator that the training goes on with
-        with torch.enable_grad(), torch.random.fork_rng(devices):
-            unclear = batch > 1 and len(samples) > 1
-            gradients = _split_or_whole(split, pull_back(values), grad_output) if unclear else split()
-    except _CANNOT_RUN as error:
-        raise LayerError(
-            f"{type(module).__name__} has no layer rule and cannot be run one sample at a time ({_first_line(error)}): "
-            f"freeze its parameters or give it a rule with hydra_pipe.register_rule"
-        ) from error
-    # where nothing is to be done a row is the gradient at the output itself (x + b in a batch of one), and that may be what
-    # autograd puts into `.grad`, which the loop then clips
-    storage = grad_output.untyped_storage().data_ptr()
-    owned = {n: g.clone() if g.untyped_storage().data_ptr() == storage else g for n, g in gradients.items()}
-    return {name: gradient.detach().flatten(1) for name, gradient in owned.items()}
-
-
-# From the gradient at a module's output to that of its parameters.
-PullBack = Callable[[Tensor], dict[str, Tensor]]
-_CANNOT_RUN = (RuntimeError, TypeError, ValueError, AssertionError)
-
-
-def _split_or_whole(split: Callable[[], dict[str, Tensor]], pull_back: PullBack, grad_output: Tensor) -> dict[str, Tensor]:
-    """The rows of `split` if they are right, else those of `pull_back`, which is of the whole batch, from one sample at a time.
-
-    They are right if their sum, each times a random number of its own, is the gradient of the outputs times these numbers: a
-    wrong row goes unseen with probability 0 (Freivalds, as in `hydra_pipe.maths.books`).
-    """
-    batch = len(grad_output)
-    weights = torch.randn(batch, generator=torch.Generator().manual_seed(0)).to(grad_output)
-    with suppress(*_CANNOT_RUN):
-        rows = split()
-        truth = pull_back(grad_output * weights.reshape(-1, *[1] * (grad_output.dim() - 1)))
-        if all(_adds_up(rows[name].flatten(1), weights, truth[name].flatten()) for name in rows):
-            return rows
-    of_samples = []
-    for i in range(batch):
-        alone = torch.zeros_like(grad_output)
-        alone[i] = grad_output[i]
-        of_samples.append(pull_back(alone))
-    return {name: torch.stack([row[name] for row in of_samples]) for name in of_samples[0]}
-
-
-def _adds_up(rows: Tensor, weights: Tensor, truth: Tensor) -> bool:
-    """Whether the weighted sum of `rows` is `truth` up to rounding."""
-    magnitude = weights.abs() @ torch.linalg.vector_norm(rows, dim=1)
-    error = torch.linalg.vector_norm(weights @ rows - truth)
-    return bool(error <= magnitude * torch.finfo(rows.dtype).eps ** 0.5)
-
-
-def replica_of(module: nn.Module) -> nn.Module:
-    """A module of the same structure that shares tensors with `module` and has no hooks."""
-    replica = module.__new__(type(module))
-    replica.__dict__ = module.__dict__.copy()
-    replica._parameters = module._parameters.copy()
-    replica._buffers = module._buffers.copy()
-    replica._modules = {name: child and replica_of(child) for name, child in module._modules.items()}
-    for name, value in module.__dict__.items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            replica.__dict__[name] = type(value)()
-        elif isinstance(value, list):  # recurrent modules keep their weights in one, and change it when one is set
-            replica.__dict__[name] = value.copy()
-    return replica
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]
 
 
 _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {

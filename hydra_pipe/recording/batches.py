@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from hydra_pipe.progress import Task
 from hydra_pipe.recording.checkpointing import Checkpoints
-from hydra_pipe.recording.datasets import Batches, batches_of
+from hydra_pipe.recording.datasets import Batch, Batches, batches_of
 from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.streams import Stream
 
 
 def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
@@ -18,10 +19,18 @@ def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
     return batches_of(generator.permutation(len(pipeline.train)), pipeline.batch_size)
 
 
-def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Any, Any]]:
-    """The test set in order, in batches of the pipeline's size. Raises: InterruptedRunError: `checkpoints` tells to stop."""
-    order = np.arange(len(pipeline.test))
-    for ids, inputs, targets in Samples(pipeline, "test").batches(batches_of(order, pipeline.batch_size)):
+def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Stream[tuple[Any, Any]]:
+    """The test set in order, in batches of the pipeline's size. Close it.
+
+    Raises:
+        InterruptedRunError: when it is iterated: `checkpoints` tells to stop.
+    """
+    batches = Samples(pipeline, "test").batches(batches_of(np.arange(len(pipeline.test)), pipeline.batch_size))
+    return Stream(_heeding(batches, task, checkpoints), batches.close)
+
+
+def _heeding(batches: Stream[Batch], task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Any, Any]]:
+    for ids, inputs, targets in batches:
         if checkpoints is not None:
             checkpoints.heed()
         yield inputs, targets

@@ -1,24 +1,31 @@
-"""Hooks that see each module's input and the gradient at its output, and leave no trace when they are gone."""
+"""Hooks that see each module's input and the gradient at its output. They change nothing and leave no trace when they are gone.
+
+What a module hands on is what it made: no hook returns another output. Where a gradient belongs to a sample is found from the place of the
+gradient, and the place is held against probes (`hydra_pipe.recording.attribution`): gradients of one sample's output alone.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.errors import HydraError, LayerError
 from hydra_pipe.maths.factors import Contribution
 from hydra_pipe.maths.layers import rule_for
-from hydra_pipe.maths.sequences import ANSWERS_FOR_CHILDREN, is_sequence_module, sequence_rows, several_rows
+from hydra_pipe.recording.attribution import Attribution
+from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
+from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
 
-# (contributions of one call of one module by index of the parameter's block, place of their first sample in the step)
-Sink = Callable[[Mapping[int, Contribution], int], None]
+# (contributions of one call by index of the parameter's block, place of their first sample in the step, whether the loop has asked for
+# these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`) -> whether they count
+Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
 
 _NOTHING = nullcontext()
 
@@ -47,6 +54,35 @@ class _OutputWatch:
     is_used: bool = True
 
 
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """The hook of a copied or unpickled module."""
+
+
+def _nothing() -> Callable[..., None]:
+    return _do_nothing
+
+
+class _Hook:
+    """A hook that stays with its module: copies and pickles of the module have one that does nothing."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _nothing, ()
+
+
+@dataclass(slots=True)
+class _Depth:
+    """How many watched modules the present call is inside of, and which were called from outside of all others."""
+
+    value: int = 0
+    outermost: set[nn.Module] = field(default_factory=set)
+
+
 class Capture:
     """Watches the modules of `model` that own one of `parameters`.
 
@@ -54,44 +90,76 @@ class Capture:
 
     Args:
         model: stays as it is.
-        parameters: index of the block of each recorded parameter, by parameter.
+        parameters: index of the block of each recorded parameter, by parameter, in the order of the blocks.
+        names: of the parameters.
         on_error: takes what hooks raise; None: they raise it into the training's passes.
+        probes: whether probes may be sent through the model.
+        allows_mixing: whether the loss may mix samples.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[nn.Parameter, int], on_error: Callable[[HydraError], None] | None = None
+        self,
+        model: nn.Module,
+        parameters: Mapping[nn.Parameter, int],
+        names: Sequence[str],
+        on_error: Callable[[HydraError], None] | None = None,
+        *,
+        probes: bool = True,
+        allows_mixing: bool = False,
     ) -> None:
         self._on_error = on_error
+        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing)
+        self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
         self._portion = Portion(np.empty(0, np.int64))
+        self._model = model
         self.half_precision = False
         self.outputs: list[SeenOutput] = []
-        self._handles = [model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)]
-        answered: set[nn.Module] = set()
+        self._pass = Pass(0, 0)
+        # calls whose inputs are kept, and the backward passes at whose ends they are released
+        self._calls: list[Call] = []
+        self._releasing: set[int] = set()
+        self._passes_open = 0
+        self._attribution = Attribution(self, model, parameters, names, probes=probes)
+        self._depth = _Depth()
+        self._handles: list[Any] = []
+        self._container_handles: dict[nn.Module, list[Any]] = {}
+        self._hook_containers(model, parameters)
         for name, module in model.named_modules():
-            whole = isinstance(module, ANSWERS_FOR_CHILDREN)
-            answered |= set(module.modules()) - {module} if whole else set()
-            owned = {n: parameters[p] for n, p in module.named_parameters(recurse=whole) if p in parameters}
-            if owned and module not in answered:
-                hook = self._forward_hook(name or type(module).__name__, owned, whole=whole)
-                self._handles.append(module.register_forward_hook(self._guarded(hook), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(partial(self._watch_output, whole=True)))
+            owned = {n: parameters[p] for n, p in module._parameters.items() if p is not None and p in parameters}
+            rule = rule_for(module)
+            if owned and rule is not None:
+                watched = Watched(name or type(module).__name__, module, owned, rule)
+                self._attribution.add(watched)
+                hook = partial(self._forward, watched)
+                # before the hooks of others, which may change the output
+                self._handles.append(module.register_forward_hook(_Hook(self._guarded(hook)), prepend=True, with_kwargs=True))
         self._inner: _OutputWatch | None = None
-        for child in model.children():
+        for part in (model, *model.children()):
             # a trainer's module may call the network that it holds, and leave out its own forward
-            if parameters.keys() <= set(child.parameters()):
-                self._handles.append(child.register_forward_hook(partial(self._watch_output, whole=False)))
+            if part is model or parameters.keys() <= set(part.parameters()):
+                self._handles.append(part.register_forward_hook(_Hook(partial(self._watch_output, part is model))))
 
     def watch(self, portion: Portion, sink: Sink) -> None:
         """From now on send the contributions of passes over `portion` to `sink`. One whose place is 0 begins a step."""
         self._portion, self._sink = portion, sink
+        self._depth.value = 0
         if portion.first == 0:
             self.half_precision = False
             self.outputs = []
+        self._pass = Pass(*portion.of_pass)
 
     def rest(self) -> None:
         """Take no notice of what the model does until the next `watch`."""
         self._sink = None
+
+    def release(self) -> None:
+        """Let go of the inputs of the passes so far."""
+        for call in self._calls:
+            call.release()
+        self._calls = []
+        self._attribution.release()
+        self.coupling.release()
 
     @contextmanager
     def sending_to(self, sink: Sink | None) -> Iterator[None]:
@@ -105,17 +173,34 @@ class Capture:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Let the block watch other passes, then go on with the present ones."""
-        kept = self._portion, self._sink, self.half_precision, self.outputs
+        kept = self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open
+        self._calls, self._passes_open = [], 0
+        coupling, self.coupling = self.coupling, LossCoupling(partial(self.sending_to, None), allows_mixing=True)
         try:
-            yield
+            with self._attribution.set_aside():
+                yield
         finally:
-            self._portion, self._sink, self.half_precision, self.outputs = kept
+            self.coupling = coupling
+            self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open = kept
 
     def detach(self) -> None:
         """Remove every hook."""
         self.rest()
+        self.release()
         for handle in self._handles:
             handle.remove()
+        for handles in self._container_handles.values():
+            for handle in handles:
+                handle.remove()
+
+    def check_passes(self, when: str) -> None:
+        """Refuse several passes over the same places of the step, if they may be of other samples. Raises: LayerError."""
+        self.coupling.check_repeats(partial(same_targets, self.outputs), when)
+
+    @property
+    def attribution(self) -> Attribution:
+        """Where samples are, and how it is known."""
+        return self._attribution
 
     def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """`hook`, but what it raises goes where it is wanted: other processes may wait for this pass to go on."""
@@ -132,10 +217,58 @@ class Capture:
 
         return guarded
 
-    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._watching():
-            sizes = (len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0)
-            self._portion.begin_pass(next(sizes, None))
+    def _hook_containers(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
+        """Hooks that tell where a pass begins and ends: with the call of a module that no other watched module has called."""
+        for module in model.modules():
+            holds = any(p in parameters for p in module.parameters())
+            if module is model or (holds and next(module.children(), None) is not None):
+                begin, end = partial(self._begin_call, module), partial(self._end_call, module)
+                self._container_handles[module] = [
+                    module.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
+                    module.register_forward_hook(_Hook(self._guarded(end)), always_call=True),
+                ]
+
+    def _begin_call(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._depth.value += 1
+        if self._depth.value == 1 and torch._C._current_graph_task_id() == -1 and self._watching():
+            self._depth.outermost.add(module)
+            tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
+            if module is self._model or self._holds_all(module):
+                self._portion.begin_pass(_samples_in(tensors, len(self._portion.samples)))
+            self._pass = Pass(*self._portion.of_pass, references(tensors))
+            self._attribution.begin(module)
+
+    def _end_call(self, module: nn.Module, _: nn.Module, args: Any, output: Any) -> None:
+        self._depth.value = max(0, self._depth.value - 1)
+        if self._depth.value or self._sink is None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        self._passes_open += 1
+        leaves = [x for x in _outputs_in(output) if x.requires_grad]
+        batch, of_pass = len(self._portion.samples), self._pass
+        if (
+            of_pass.count < batch
+            and any(len(x) == batch for x in leaves if x.dim())
+            and any(batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None)
+        ):
+            # what seemed to be a part of the batch is all of it, with another dimension first
+            self._portion.correct_pass(batch)
+            of_pass.count = batch
+        if leaves:
+            is_due, origins = self._attribution.end(module, leaves, self._pass)
+            if module is self._model or self._holds_all(module):
+                self.coupling.add(self._pass, origins, is_due=is_due)
+
+    def _holds_all(self, module: nn.Module) -> bool:
+        return self._attribution.parameters.keys() <= set(module.parameters())
+
+    def forget_containers(self) -> None:
+        """The first step is over: go on watching only those modules that were called from outside."""
+        outermost = self._depth.outermost
+        if not outermost:
+            return
+        for module in [m for m in self._container_handles if m not in outermost]:
+            for handle in self._container_handles.pop(module):
+                handle.remove()
 
     def _watching(self) -> bool:
         """Whether the call that is being made is one of a pass to record."""
@@ -147,8 +280,8 @@ class Capture:
         self._portion.live = True
         return True
 
-    def _watch_output(self, model: nn.Module, args: Any, output: Any, *, whole: bool) -> None:
-        """The model has returned `output`, or, if not `whole`, the one part of it that holds everything that is trained."""
+    def _watch_output(self, is_whole: bool, model: nn.Module, args: Any, output: Any) -> None:
+        """The model has returned `output`, or, if not `is_whole`, the one part of it that holds everything that is trained."""
         sink, (first, _) = self._sink, self._portion.of_pass
         # what a model of transformers returns is a mapping, the loss in it
         logits = output.get("logits") if isinstance(output, Mapping) else output
@@ -156,13 +289,13 @@ class Capture:
         if sink is None or not isinstance(logits, Tensor) or not logits.requires_grad or logits.dim() == 0:
             return
         watch = _OutputWatch()
-        if whole and self._inner is not None:
+        if is_whole and self._inner is not None:
             self._inner.is_used = False
-        self._inner = None if whole else watch
+        self._inner = None if is_whole else watch
         value, version = logits.detach(), logits._version
 
         def on_gradient(gradient: Tensor) -> None:
-            if self._sink is sink and watch.is_used:
+            if self._sink is sink and watch.is_used and self._destination(None) is not False:
                 self.outputs.append(SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first))
 
         if logits is output:
@@ -175,120 +308,161 @@ class Capture:
         if node is not None:
             node.register_prehook(lambda gradients: on_gradient(gradients[place]) if gradients[place] is not None else None)
 
-    def _forward_hook(
-        self, name: str, owned: Mapping[str, int], *, whole: bool
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor | None]:
-        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not self._watching():
-                return None
-            # without the search by name that get_parameter makes, where there is nothing to search
-            own = module._parameters
-            present = {n: module.get_parameter(n) if whole else cast("Tensor", own[n]) for n in owned}
-            wanted = [n for n, parameter in present.items() if parameter.requires_grad]
-            if not wanted:
-                return None
-            samples = self._portion.of_pass
-            if isinstance(module, nn.Embedding) and output.shape[0] == 1 < samples[1]:
-                # positions, looked up once for all samples, to be added to what is each one's own: as autograd broadcasts them,
-                # but by sample
-                output = output.expand(samples[1], *output.shape[1:])
-                args = tuple(x.expand(samples[1], *x.shape[1:]) for x in args)
-                kwargs = {key: x.expand(samples[1], *x.shape[1:]) for key, x in kwargs.items()}
-            if is_sequence_module(module) or not isinstance(output, Tensor):
-                self._watch_several(module, args, kwargs, output, wanted, owned, samples)
-                return None
-            if not output.requires_grad:
-                return None
-            # A view that is later changed in place (Linear with a bias returns one, ReLU(inplace=True) changes it) gets a new
-            # history, which leaves out the hook. The same memory that autograd does not take for a view keeps its own. A view
-            # of something that the model still holds must stay one, or changing it would go unseen.
-            fresh = output._is_view() and (
-                type(module) is nn.Linear or not _shares_memory(output, (*args, *kwargs.values(), *module.parameters()))
-            )
-            watched: Tensor = torch.ops.aten._unsafe_view(output, output.shape) if fresh else output
-            inputs = tuple([_detached(x) for x in args])
-            keywords = {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs
-            # under autocast outputs are in half precision, and parameters and their gradients are not
-            dtype = present[wanted[0]].dtype
-            hook = partial(self._backward, name, module, inputs, keywords, wanted, owned, samples, dtype)
-            watched.register_hook(self._guarded(hook))  # type: ignore[no-untyped-call]
-            return watched
+    def _forward(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._watching():
+            return
+        if not isinstance(output, Tensor):
+            self._attribution.leave_to_graph(watched.owned.values())
+            return
+        wanted = watched.wanted(self._attribution.by_graph)
+        if not wanted or not output.requires_grad:
+            return
+        is_recomputed = torch._C._current_graph_task_id() != -1
+        parameter = cast("nn.Parameter", module._parameters[wanted[0]])
+        call = Call(watched, parameter, args, kwargs, self._pass, is_recomputed, tuple(output.shape))
+        self._calls.append(call)
+        # under autocast outputs are in half precision, and parameters and their gradients are not
+        hook = self._guarded(partial(self._backward, call))
+        # Linear with a bias returns a view. When ReLU(inplace=True) changes the view, autograd gives it a new history, which leaves
+        # out hooks that were set before. What it is a view of keeps its own history, hooks included.
+        base = output._base if output._is_view() else None
+        is_own = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+        if is_own and base is not None and not _shares_memory(base, (*args, *kwargs.values(), *module.parameters())):
+            base.register_hook(hook)  # type: ignore[no-untyped-call]
+        else:
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
 
-        return forward_hook
+    def _destination(self, parameter: nn.Parameter | None) -> bool | None:
+        """Whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by torch.autograd.grad."""
+        parameter = parameter if parameter is not None else self._attribution.any_trained()
+        if parameter is None:
+            return True
+        try:
+            return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node))
+        except RuntimeError:
+            return None
 
-    def _watch_several(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        output: Any,
-        wanted: list[str],
-        owned: Mapping[str, int],
-        samples: tuple[int, int],
-    ) -> None:
-        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        # the hook must not hold the outputs: they hold the hook, in a ring that nothing collects
-        n_leaves, at = len(leaves), {k for k, x in enumerate(leaves) if x.requires_grad}
-        inputs, keywords = tree_map(_detached, (args, dict(kwargs)))
-
-        def on_gradients(gradients: Sequence[Tensor | None]) -> None:
-            sink = self._sink
-            if sink is None:
-                return
-            known = iter(gradients)
-            every = [next(known) if k in at else None for k in range(n_leaves)]
-            with self.sending_to(None), torch.no_grad():
-                rows_of = sequence_rows if is_sequence_module(module) else several_rows
-                rows = rows_of(module, inputs, keywords, every, wanted, samples[1])
-            sink({owned[parameter]: row for parameter, row in rows.items()}, samples[0])
-
-        if at:
-            torch.autograd.graph.register_multi_grad_hook([leaves[k] for k in sorted(at)], self._guarded(on_gradients))
-
-    def _backward(
-        self,
-        name: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        wanted: list[str],
-        owned: Mapping[str, int],
-        samples: tuple[int, int],
-        dtype: torch.dtype,
-        gradient: Tensor,
-    ) -> None:
+    def _backward(self, call: Call, gradient: Tensor) -> None:
         sink = self._sink
         if sink is None:
             return
-        first, count = samples
-        if gradient.dim() == 0 or gradient.shape[0] != count:
+        attribution = self._attribution
+        if attribution.probe is not None:
+            attribution.probe.saw(call, gradient)
+            is_asked = False
+            if not attribution.probe.wants_rows:
+                return
+        else:
+            destination = self._destination(call.parameter)
+            if destination is False:
+                return  # the pass differentiates something else, such as an input
+            is_asked = destination is None
+            self._release_at_end(call)
+        wanted = call.watched.wanted(attribution.by_graph)
+        if not wanted:
+            return  # since the forward pass the module was left to the graph
+        if call.is_recomputed and self._passes_open > 1:
             raise LayerError(
-                f"{name} ({type(module).__name__}) has an output of shape {tuple(gradient.shape)} in a batch of {count}: "
-                f"its first dimension must be the sample, or its gradient cannot be split by sample"
+                f"{call.watched.name} is recomputed by reentrant checkpointing after {self._passes_open} passes, and which of them it is "
+                f"of cannot be known: call backward() after each pass, or checkpoint with use_reentrant=False"
             )
         # A rule may run the module, or parts of it, again: those passes are not the training's.
         self._sink = None
         try:
             # gradients are on here only where the loop wants to differentiate this backward pass again
-            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-                if gradient.dtype != dtype:
+            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+                if gradient.dtype != call.dtype:
                     self.half_precision = True
-                    gradient, args = gradient.to(dtype), tuple(_in_dtype(x, dtype) for x in args)
-                    kwargs = {key: _in_dtype(x, dtype) for key, x in kwargs.items()}
-                contributions = rule_for(module)(module, args, kwargs, gradient.detach(), wanted)
+                if call.inputs is not None:
+                    found = rows_of_call(call, gradient.detach(), wanted)
+                else:  # a second backward pass through a graph that the loop has retained
+                    found = rows_by_node(call, torch._C._current_autograd_node(), gradient, attribution.parameters)
         finally:
             self._sink = sink
-        sink({owned[parameter]: contribution for parameter, contribution in contributions.items()}, first)
+        for place, contributions in found:
+            if sink(contributions, place, is_asked):
+                call.of_pass.has_gradient = True
+
+    def on_route(
+        self, rows: Callable[[], list[tuple[int, Contribution]]], blocks: Iterable[int], of_pass: Pass, gradient: Tensor
+    ) -> None:
+        """A node that uses parameters outside of a rule is about to run.
+
+        Args:
+            rows: makes the contributions of the pass's samples.
+            blocks: that they are of.
+            of_pass: the pass.
+            gradient: at the node.
+        """
+        sink = self._sink
+        if sink is None:
+            return
+        is_asked = False
+        if self._attribution.probe is None:
+            destination = self._destination(self._attribution.trained[next(iter(blocks))])
+            if destination is False:
+                return
+            is_asked = destination is None
+        elif not self._attribution.probe.wants_rows:
+            return
+        self._sink = None
+        try:
+            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+                if gradient.dtype in (torch.float16, torch.bfloat16):
+                    self.half_precision = True
+                found = rows()
+        finally:
+            self._sink = sink
+        for block, contribution in found:
+            if sink({block: contribution}, of_pass.first, is_asked):
+                of_pass.has_gradient = True
+
+    def _release_at_end(self, call: Call) -> None:
+        """Let go of all inputs when the backward pass that runs is over: autograd lets go of its own then."""
+        task = torch._C._current_graph_task_id()
+        call.task = task
+        if task not in self._releasing:  # a recomputed part has a backward pass of its own within another
+            self._releasing.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._after_backward, task))
+
+    def _after_backward(self, task: int) -> None:
+        self._releasing.discard(task)
+        if not self._releasing:
+            self._passes_open = 0
+            self.coupling.after_backward()
+        for call in self._calls:
+            if call.task == task:
+                call.release()
+        self._calls = [call for call in self._calls if call.task != task]
+
+
+@contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """A block outside of autocast: rows that are made in half precision would be wrong, and their norms infinite."""
+    kind = like.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _samples_in(tensors: Sequence[Tensor], batch: int) -> int | None:
+    """How many samples the model is called with: `batch` where one of its inputs may hold as many."""
+    if not tensors:
+        return None
+    # where it is longer than the batch, the first dimension is another, such as time
+    is_whole = any(len(x) == batch for x in tensors) or (len(tensors[0]) > batch and any(batch in x.shape for x in tensors))
+    return batch if is_whole else len(tensors[0])
+
+
+def _outputs_in(output: Any) -> list[Tensor]:
+    """Tensors of what a model has returned; of a mapping that has `logits` these alone."""
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return [cast("Tensor", output["logits"])]
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:
     storage = output.untyped_storage().data_ptr()
     return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in others)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

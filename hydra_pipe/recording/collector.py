@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hydra_pipe.errors import HydraError, LayerError, RunError
-from hydra_pipe.maths.factors import Contribution, Factors
-from hydra_pipe.maths.layers import may_couple
+from hydra_pipe.errors import HydraError, RunError
+from hydra_pipe.maths.factors import Contribution, Factors, rows_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
@@ -35,7 +34,7 @@ class Collector:
         root: of the preconditioner that rows are times; None: there is none.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
-        on_error: see `Capture`.
+        on_error, probes, allows_mixing: see `Capture`.
     """
 
     def __init__(
@@ -48,6 +47,9 @@ class Collector:
         seed: int,
         dtype: Dtype | None,
         on_error: Callable[[HydraError], None] | None = None,
+        *,
+        probes: bool = True,
+        allows_mixing: bool = False,
     ) -> None:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
@@ -63,7 +65,10 @@ class Collector:
         # of the backward pass that the last contribution came from, and how many dropped steps were seen
         self._backward = -1
         self.n_dropped = 0
-        self._on_error = on_error
+        # whether all that was collected are gradients that the loop has asked for itself, which need not be those of the step
+        self._only_asked = True
+        self._block_names = [name for name, _ in trained.values()]
+        self._on_error, self._probes, self._allows_mixing = on_error, probes, allows_mixing
         self.attach()
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
@@ -83,19 +88,20 @@ class Collector:
 
     def forget(self) -> None:
         """The step is over: forget what was collected, and take no notice of the model until the next `watch`."""
-        self._portions, self._waiting, self._reduced = [], {}, {}
+        self._portions, self._waiting, self._reduced, self._only_asked = [], {}, {}, True
         self._capture.rest()
+        self._capture.release()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Let the block collect something else, then go on with the present step."""
-        kept = self._portions, self._waiting, self._reduced, self._backward
-        self._portions, self._waiting, self._reduced = [], {}, {}
+        kept = self._portions, self._waiting, self._reduced, self._backward, self._only_asked
+        self._portions, self._waiting, self._reduced, self._only_asked = [], {}, {}, True
         try:
             with self._capture.set_aside():
                 yield
         finally:
-            self._portions, self._waiting, self._reduced, self._backward = kept
+            self._portions, self._waiting, self._reduced, self._backward, self._only_asked = kept
 
     @property
     def n_waiting(self) -> int:
@@ -118,7 +124,9 @@ class Collector:
 
     def attach(self) -> None:
         """Hook the model, at first and after `detach`."""
-        self._capture = Capture(self._model, {p: i for i, p in enumerate(self.parameters)}, self._on_error)
+        blocks = {p: i for i, p in enumerate(self.parameters)}
+        checks = {"probes": self._probes, "allows_mixing": self._allows_mixing}
+        self._capture = Capture(self._model, blocks, self._block_names, self._on_error, **checks)
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -163,6 +171,7 @@ class Collector:
         """
         portions = self.portions
         check_covered(portions, when)
+        self._capture.check_passes(when)
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
             batch = sum(len(p.samples) for p in portions)
@@ -185,29 +194,6 @@ class Collector:
                 )
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
-    def check_split(self, losses: Tensor) -> None:
-        """See `Recorder.check_split`."""
-        if len(losses) < 2 or any(may_couple(module) for module in self._model.modules()):
-            return
-        mixed: set[int] = set()
-
-        def look(contributions: Mapping[int, Contribution], _: int) -> None:
-            for index, contribution in contributions.items():
-                # of factors the norms, which are zero where either is: the other may be the layer's input
-                others = contribution.norms()[1:] if isinstance(contribution, Factors) else contribution[1:]
-                # not a number is told later, by sample: 0 times an infinite slope is one
-                if bool((others.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
-                    mixed.add(index)
-
-        with self._capture.sending_to(look):
-            trained = [p for p in self.parameters if p.requires_grad]
-            torch.autograd.grad(losses[0], trained, retain_graph=True, allow_unused=True)
-        if mixed:
-            raise LayerError(
-                f"the loss of one sample alone reaches other rows of {self._described[min(mixed)].name}: the model mixes the "
-                f"samples of a batch there, or the first dimension of that module's output is not the sample"
-            )
-
     def overflowed(self) -> bool:
         """Whether the hooks saw a gradient that is not finite, which makes a gradient scaler leave out optimizer.step()."""
         # what the hooks saw, not `.grad`, which the loop may have cleared by now
@@ -220,21 +206,27 @@ class Collector:
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""
         given = chain(*self._waiting.values(), *self._reduced.values())
-        return (g.value.norms() if isinstance(g.value, Factors) else g.value for g in given)
+        return (g.value.norms() if isinstance(g.value, Factors) else rows_of(g.value) for g in given)
 
-    def _collect(self, contributions: Mapping[int, Contribution], first: int) -> None:
+    def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
         backward = torch._C._current_graph_task_id()
+        if is_asked != self._only_asked:
+            if is_asked:
+                return False  # what is added to `.grad` is the step's, and gradients beside it are the loop's own affair
+            if self._waiting or self._reduced:
+                self._drop()
+            self._only_asked = False
         portion = self._portions[-1] if self._portions else None
         if portion is None or not portion.holds(first):
             portion = next((p for p in reversed(self._portions) if p.holds(first)), None)
         if portion is None:
-            return  # of a portion that was dropped: the books tell if its gradient is used after all
-        if not portion.seen:
-            # Hooks come before what they see is added to `.grad`. So where an earlier pass has left gradients to accumulate
-            # they are there; where they are not, the loop has thrown them away. One pass adds nothing up before its end.
-            if backward != self._backward and any(p.seen for p in self._portions) and self._gradients_dropped():
-                self._drop()
-            portion.seen = True
+            return False  # of a portion that was dropped: the books tell if its gradient is used after all
+        # Hooks come before what they see is added to `.grad`. So where an earlier pass has left gradients to accumulate they are
+        # there; where they are not, the loop has thrown them away. One pass adds nothing up before its end.
+        is_new = backward != self._backward and not is_asked
+        if is_new and any(p.seen for p in self._portions) and self._gradients_dropped():
+            self._drop(but=portion)
+        portion.seen = True
         self._backward = backward
         # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
         # known only when the step's gradient is complete.
@@ -245,6 +237,7 @@ class Collector:
                 self._waiting.setdefault(index, []).append(given)
             else:
                 self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
+        return True
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""
@@ -254,9 +247,10 @@ class Collector:
         # a loss of zero leaves zeros, but leaves them: other ranks, which know by their own values, must not be alone with it
         return not gradients or any(bool((values != 0).any()) for values in self._collected())
 
-    def _drop(self) -> None:
-        self._portions = [p for p in self._portions if not p.seen]
+    def _drop(self, but: Portion | None = None) -> None:
+        self._portions = [p for p in self._portions if not p.seen or p is but]
         self._waiting, self._reduced = {}, {}
+        self._capture.coupling.forget_gradients()
         # the output's hook comes before all others: what is there may be of the pass that has found this out
         outputs = self._capture.outputs
         self._capture.outputs = [o for o in outputs if any(p.holds(o.first) for p in self._portions)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydra_pipe.maths.curvature import LINKS, Link, Loss, cross_entropy_statistics, cross_entropy_weights, curvature_weights, fits
 from hydra_pipe.recording.capture import SeenOutput
+from hydra_pipe.recording.targets import TargetCheck
 
 # Outputs and gradients wait until the rows of several steps are written, since small ones cost less together; up to this.
 _WAITING_BYTES = 2**20
@@ -25,6 +26,7 @@ class _Pass:
         gradient: that arrived at it.
         batch: samples of the whole step.
         out: where its weights go, shape (B,).
+        samples: ids, shape (B,).
         told: what the loop said of its loss: the function and the targets.
     """
 
@@ -33,6 +35,7 @@ class _Pass:
     gradient: Tensor
     batch: int
     out: NDArray[np.float32]
+    samples: NDArray[np.int64]
     told: tuple[Loss, Tensor] | None
 
     @property
@@ -43,10 +46,14 @@ class _Pass:
 class CurvatureWatch:
     """Finds rho (`hydra_pipe.maths.curvature`) for the rows of a training run.
 
-    It knows cross-entropy by its gradient; any other loss it has to be told.
+    It knows cross-entropy by its gradient; any other loss it has to be told. What it knows tells the targets, too.
+
+    Args:
+        targets: holds them against the labels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, targets: TargetCheck) -> None:
+        self._targets = targets
         self._links: tuple[Link, ...] = LINKS
         self._waiting: list[_Pass] = []
         self._waiting_bytes = 0
@@ -56,16 +63,17 @@ class CurvatureWatch:
         """The loss of the pass that gave `output` is `loss(output, target)`, one for each sample."""
         self._told.append((loss, output, target))
 
-    def see(self, passes: Sequence[SeenOutput], batch: int) -> NDArray[np.float32]:
-        """A step of `batch` samples is about to be recorded.
+    def see(self, passes: Sequence[SeenOutput], samples: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A step is about to be recorded.
 
         Args:
             passes: of the step.
-            batch: samples of the step.
+            samples: ids of the step's samples, shape (batch,).
 
         Returns:
             rho of each sample, shape (batch,): filled in by `settle`, not a number where it is not known.
         """
+        batch = len(samples)
         column = np.full(batch, np.nan, np.float32)
         ends = [seen.first + seen.output.shape[0] for seen in passes]
         for seen, end in zip(passes, ends, strict=True):
@@ -74,7 +82,8 @@ class CurvatureWatch:
             if meeting == 1 and end <= batch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 out = column[seen.first : end]
-                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, told))
+                own = samples[seen.first : end]
+                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, own, told))
                 # of a view all that it is a view of stays in memory
                 self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
@@ -83,7 +92,7 @@ class CurvatureWatch:
         return column
 
     def settle(self) -> None:
-        """Fill in what `see` has returned so far."""
+        """Fill in what `see` has returned so far. Raises: RecordError: targets are those of other samples than the ids say."""
         # the loop may have written over an output since
         waiting, self._waiting = [p for p in self._waiting if p.output._version == p.version], []
         self._waiting_bytes = 0
@@ -114,8 +123,17 @@ class CurvatureWatch:
             for one, of_pass, is_known in zip(group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True):
                 if is_known:
                     one.out[:] = of_pass
+                    if link == "softmax" and self._targets.is_on:
+                        self._check_targets(one)
                 else:
                     left.append(one)
             if known.any():
                 self._links = (link, *(other for other in LINKS if other != link))  # the likeliest first
         return left
+
+    def _check_targets(self, one: _Pass) -> None:
+        """Of cross-entropy with classes: the one element of the gradient that is below zero belongs to the target."""
+        if one.gradient.dim() == 2:
+            least, targets = one.gradient.min(1)
+            seen = (least < 0).cpu().numpy()  # a loss of zero tells no target
+            self._targets.check(one.samples[seen], targets.cpu().numpy()[seen], one.gradient.shape[1])

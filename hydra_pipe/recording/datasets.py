@@ -1,6 +1,7 @@
 """Samples as batches: what a dataset or a loader gives, taken apart into inputs and targets, and what the model is called with."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from hydra_pipe.errors import DataError
 from hydra_pipe.recording.randomness import seeded
 from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.streams import Stream
+
+# ids, inputs and targets of the samples
+Batch = tuple[NDArray[np.int64], Any, Any]
 
 #: samples that go through the model at once, where nothing says how many
 BATCH = 64
@@ -104,6 +109,7 @@ def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iter
         batch_size: samples at once. Where shapes differ a batch ends.
     """
     order = batches_of(np.arange(len(dataset)), batch_size)
+    # without processes: there is nothing to close
     for _, inputs, targets in Batches(dataset, name, (seed, 0), alike=False).batches(order):
         yield inputs, targets
 
@@ -157,10 +163,12 @@ class Batches:
         self._alike = alike
         self._shapes: str | None = None
 
-    def batches(
-        self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0
-    ) -> Iterator[tuple[NDArray[np.int64], Any, Any]]:
-        """The batches of an epoch, from number `first` on: ids, inputs and targets."""
+    def batches(self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0) -> Stream[Batch]:
+        """The batches of an epoch, from number `first` on. Close it: there may be processes that fetch."""
+        ends = ExitStack()
+        return Stream(self._fetched(order, epoch, first, ends), ends.close)
+
+    def _fetched(self, order: list[NDArray[np.int64]], epoch: int, first: int, ends: ExitStack) -> Iterator[Batch]:
         # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self._dataset, (*self._key, epoch)),  # type: ignore[arg-type] # what it yields is what is fetched from it
@@ -170,6 +178,8 @@ class Batches:
             num_workers=self._workers,
         )
         iterator = iter(loader)
+        if self._workers:
+            ends.callback(iterator._shutdown_workers)  # type: ignore[attr-defined] # otherwise they end when the collector comes
         for ids in order[first:]:
             with user_code(f"the {self._name} dataset raised at samples {_range(ids)}"):
                 parts = next(iterator)

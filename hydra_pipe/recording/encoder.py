@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, bounds_of
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
@@ -121,26 +121,27 @@ class RowEncoder:
         if self._is_factored[index]:
             return Reduced(value, given.first)
         if index in self._krons:
-            bounds = value.norms() if isinstance(value, Factors) else torch.linalg.vector_norm(value, dim=1)
-            return Reduced(self._krons[index](value), given.first, bounds.sum())
+            return Reduced(self._krons[index](_plain(value)), given.first, bounds_of(value).sum())
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
-        norm = value.norms().sum() if isinstance(value, Factors) and value.n_positions > 1 else None
+        sums_up = isinstance(value, Summed) or (isinstance(value, Factors) and value.n_positions > 1)
+        norm = bounds_of(value).sum() if sums_up else None
+        plain = _plain(value)
         columns, norms, sums = [], [], []
         signs = self._sketches[index].signs(root) if root is not None and index in self._sketches else None
-        pieces, order = self._pieces(index, value)
+        pieces, order = self._pieces(index, plain)
         for rows in pieces:
             columns.append(self._in_columns(index, rows, root, signs, order))
             if root is not None and norm is None:
                 norms.append(torch.linalg.vector_norm(rows, dim=1).sum())
-            if root is not None and not self._sums_without_rows(index, value):
+            if root is not None and not self._sums_without_rows(index, plain):
                 sums.append(self._sum_in_books(index, rows))
         in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
         if root is None:
             return Reduced(in_columns, given.first, norm)
-        expected = _sum(sums) if sums else self._sum_of_factors(index, value)
+        expected = _sum(sums) if sums else self._sum_of_factors(index, plain)
         return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
 
-    def _pieces(self, index: int, value: Contribution) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
+    def _pieces(self, index: int, value: Factors | Tensor) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
         """Rows of a few samples after the other, and the order of the block's dimensions in them; None: their own."""
         if not isinstance(value, Factors):
             return (value,), None
@@ -289,6 +290,10 @@ class RowEncoder:
         if probe.device != like.device or probe.dtype != like.dtype:
             probe = self._probes[index] = probe.to(like)
         return probe
+
+
+def _plain(value: Contribution) -> Factors | Tensor:
+    return value.rows if isinstance(value, Summed) else value
 
 
 def _sum(values: list[Tensor]) -> Tensor:

@@ -56,6 +56,10 @@ class Portion:
             self._passed += self._pass_size
         self._pass_size = size
 
+    def correct_pass(self, size: int) -> None:
+        """The present pass holds `size` samples, as its output shows."""
+        self._pass_size = size
+
 
 def check_covered(portions: Sequence[Portion], when: str) -> None:
     """Refuse passes that did not take exactly the samples of `portions`. Raises: RecordError."""

@@ -47,6 +47,7 @@ from hydra_pipe.recording.settings import (
 )
 from hydra_pipe.recording.slab import Slab
 from hydra_pipe.recording.state import RecorderState
+from hydra_pipe.recording.targets import TargetCheck
 from hydra_pipe.recording.testing import record_test_gradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
@@ -107,6 +108,8 @@ class Recorder:
         overwrite: discard a recording that is there.
         process_group: of the processes that train `model` together by DistributedDataParallel, where a trainer wraps it and `model`
             is what is wrapped.
+        allow_mixed_loss: record a loss that mixes the samples of a batch, as contrastive losses do. A row is then the share of the
+            batch's gradient that goes through the sample's own outputs, and no derivative in the sample's weight.
 
     Raises:
         RunError: the directory holds a finished recording, one with other settings, or something else.
@@ -130,6 +133,7 @@ class Recorder:
         sample_labels: Labels | None = None,
         overwrite: bool = False,
         process_group: ProcessGroup | None = None,
+        allow_mixed_loss: bool = False,
     ) -> None:
         self._ranks = Ranks.of(model, process_group)
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
@@ -166,7 +170,8 @@ class Recorder:
         self._slab: Slab | None = None
         self._pending: list[tuple[StepNote, dict[str, Any]]] = []
         self._note = StepNote()
-        self._curvature = CurvatureWatch()
+        self._targets = TargetCheck(self._sample_labels)
+        self._curvature = CurvatureWatch(self._targets)
         # whether the loop is inside of `step`, whether `record_test` runs, whether a loader is tracked
         self._in_step = self._in_test = self._tracks = False
         # the last batch that `next_batch` named
@@ -188,7 +193,10 @@ class Recorder:
         self._seed = seed
         hold = self._joint.hold if self._joint is not None else None
         root = self._updates.root if self._rule.preconditioned else None
-        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, hold)
+        probes = self._ranks is None or not self._ranks.static_graph
+        self._collector = Collector(
+            self._model, root, trained, encoding, dim, seed, dtype, hold, probes=probes, allows_mixing=allow_mixed_loss
+        )
         self._weights = WeightsNote(self._model, self._parameters)
         self._hook()
 
@@ -334,7 +342,7 @@ class Recorder:
         """
         self._check_open()
         with together(self._ranks):
-            tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding, self._leave)
+            tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding, self._targets, self._leave)
         self._tracks = True
         return tracked
 
@@ -529,24 +537,6 @@ class Recorder:
             self._joint.go_on(wanted.n_steps, wanted.meet_every)
         self.n_steps, self._collector.n_dropped = wanted.n_steps, wanted.n_skipped
         self._resumed = True
-
-    def check_split(self, losses: Tensor) -> None:
-        """Refuse a model that mixes samples, or keeps them elsewhere than in the first dimension, before a row is written.
-
-        One backward pass from the first sample's loss alone: it must reach no row but the first. For the first pass of a
-        loop that knows each sample's loss; `record_test` does it too. The graph is kept, `.grad` is not touched. Batch
-        normalisation in training mode mixes samples on purpose and is let through.
-
-        Args:
-            losses: of a pass under `step`, shape (batch,), before its backward pass.
-
-        Raises:
-            LayerError: names the parameter.
-        """
-        if self._ranks is not None and self._ranks.static_graph:
-            return
-        with self._holding():
-            self._collector.check_split(losses)
 
     def _end_step(self, *, taken: bool) -> None:
         # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows
@@ -814,7 +804,7 @@ class Recorder:
         columns = {
             names.SAMPLE: samples,
             names.STEP: np.full(len(samples), self.n_steps),
-            names.CURVATURE: self._curvature.see(self._collector.outputs, len(samples)),
+            names.CURVATURE: self._curvature.see(self._collector.outputs, samples),
         }
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
         self._pending.append((self._note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))

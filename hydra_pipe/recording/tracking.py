@@ -7,13 +7,17 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.recording.leaving import left_by_exception
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import checked_ids
+from hydra_pipe.recording.targets import TargetCheck
 
 # (ids of a batch, the batch that the same iteration gave before it) -> the batch, if it counts
 HandOver = Callable[[NDArray[np.int64], Portion | None], Portion | None]
@@ -80,6 +84,7 @@ class TrackedLoader:
         loader, n_samples: see `WatchedLoader`.
         hand_over: called with the ids of each batch.
         heeding: a block that hears of what is raised in it.
+        targets: holds the batches' integer targets against the labels.
         left: called where an exception ends the loop.
 
     Raises:
@@ -92,8 +97,10 @@ class TrackedLoader:
         n_samples: int,
         hand_over: HandOver,
         heeding: Callable[[], AbstractContextManager[None]],
+        targets: TargetCheck,
         left: Callable[[], None],
     ) -> None:
+        self._targets = targets
         self._watched = WatchedLoader(loader, n_samples)
         self._loader, self._hand_over, self._heeding, self._left = loader, hand_over, heeding, left
 
@@ -115,7 +122,9 @@ class TrackedLoader:
             for batch in iterator:
                 drawn = self._watched.drawn if drawn is None else drawn
                 with self._heeding():
-                    portion = self._hand_over(self._watched.next_ids(drawn), portion)
+                    ids = self._watched.next_ids(drawn)
+                    self._check_targets(ids, batch)
+                    portion = self._hand_over(ids, portion)
                 yield batch
         except GeneratorExit:
             if left_by_exception(sys._getframe(1)):
@@ -124,6 +133,14 @@ class TrackedLoader:
         except BaseException:  # where a batch is drawn
             self._left()
             raise
+
+    def _check_targets(self, ids: NDArray[np.int64], batch: Any) -> None:
+        if not self._targets.is_on:
+            return
+        leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.shape == ids.shape]
+        integers = [x for x in leaves if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)]
+        if len(integers) == 1:  # of several, which are the targets is not known
+            self._targets.check(ids, integers[0].cpu().numpy())
 
 
 class _Spy:

@@ -1,6 +1,6 @@
 """Trains a pipeline, with a recorder or without: the same weights, bit for bit."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -98,11 +98,11 @@ def train(
     progress = progress or Progress()
     between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
     n_rows += between.n_test_rows
-    with progress.task("record" if recorder else "train", n_rows, "rows") as task:
+    with progress.task("record" if recorder else "train", n_rows, "rows") as task, ExitStack() as ends:
         between.test(task)  # where it goes on from a checkpoint that was taken before it
         while place.epoch < pipeline.epochs:
             order = epoch_order(pipeline, place.epoch)
-            for ids, inputs, targets in samples.batches(order, place.epoch, place.step):
+            for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, place.epoch, place.step))):
                 if place.epoch == 0:
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
@@ -159,8 +159,8 @@ class _Between:
         """Take test gradients if it is time."""
         if self._due():
             assert self._recorder is not None
-            batches = test_batches(self._pipeline, task, self._checkpoints)
-            self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
+            with closing(test_batches(self._pipeline, task, self._checkpoints)) as batches:
+                self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
 
     def _say_room(self) -> None:
         if not self._has_said and self._recorder is not None:
@@ -180,9 +180,10 @@ def try_tests(pipeline: Pipeline) -> None:
     if pipeline.test is not None:
         device = next(pipeline.model.parameters()).device
         order = [np.arange(min(len(pipeline.test), pipeline.batch_size))]
-        batches = ((inputs, targets) for _, inputs, targets in Samples(pipeline, "test").batches(order))
         try:
-            try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
+            with closing(Samples(pipeline, "test").batches(order)) as samples:
+                batches = ((inputs, targets) for _, inputs, targets in samples)
+                try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
         except HydraError:
             _try_training(pipeline, device)  # of what fails on any samples the first step is to tell
             raise
@@ -191,8 +192,12 @@ def try_tests(pipeline: Pipeline) -> None:
 def _try_training(pipeline: Pipeline, device: torch.device) -> None:
     """Take the losses of the first step's samples; training does not change. Raises: as `take_step`."""
     order = epoch_order(pipeline, 0)[:1]
-    with untouched(pipeline.model, pipeline.train), torch.no_grad():
-        for ids, inputs, targets in Samples(pipeline, "train").batches(order):
+    with (
+        untouched(pipeline.model, pipeline.loss, pipeline.train),
+        torch.no_grad(),
+        closing(Samples(pipeline, "train").batches(order)) as batches,
+    ):
+        for ids, inputs, targets in batches:
             _losses(pipeline, on_device(inputs, device), on_device(targets, device), ids, "step 0 (epoch 1)")
 
 
@@ -207,8 +212,10 @@ def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, check
     """
     if pipeline.test is None:
         return None
-    with progress.task("test gradients", len(pipeline.test), "rows") as task:
-        batches = test_batches(pipeline, task, checkpoints)
+    with (
+        progress.task("test gradients", len(pipeline.test), "rows") as task,
+        closing(test_batches(pipeline, task, checkpoints)) as batches,
+    ):
         try:
             recorder.record_test(batches, pipeline.loss, labels=pipeline.test_labels)
         except InterruptedRunError:
@@ -223,8 +230,8 @@ def accuracy(pipeline: Pipeline) -> float | None:
     """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
     correct = 0
     device = next(pipeline.model.parameters()).device
-    with evaluating(pipeline.model), torch.no_grad():
-        for inputs, targets in test_batches(pipeline, Task(), None):
+    with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
+        for inputs, targets in batches:
             output = called(pipeline.model, on_device(inputs, device))
             if (
                 not isinstance(output, Tensor)
@@ -271,11 +278,8 @@ def take_step(
             f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
             f"max_grad_norm; the steps before it are recorded and readable"
         )
-    if recorder is not None:
-        if isinstance(output, Tensor) and isinstance(targets, Tensor):
-            recorder.tell_loss(pipeline.loss, output, targets)
-        if recorder.n_steps == 0:
-            recorder.check_split(losses)
+    if recorder is not None and isinstance(output, Tensor) and isinstance(targets, Tensor):
+        recorder.tell_loss(pipeline.loss, output, targets)
     with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:

@@ -136,7 +136,7 @@ class ClusterHere(_Cluster):
                     silence_logs=logging.CRITICAL,
                 )
             )
-        self._client = self._stack.enter_context(Client(cluster, set_as_default=False))
+            self._client = self._stack.enter_context(Client(cluster, set_as_default=False))
 
 
 class ClusterAt(_Cluster):
@@ -162,12 +162,12 @@ class ClusterAt(_Cluster):
                 # of any package that Dask knows; those that matter are compared below
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
+                self._client = self._stack.enter_context(client)
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
                 f"`dask scheduler` runs there, host and port, and that no firewall is between"
             ) from error
-        self._client = self._stack.enter_context(client)
         try:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:

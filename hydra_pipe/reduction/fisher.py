@@ -4,6 +4,7 @@ What there is to compute is in `sweep.py`; here it is fed, kept from time to tim
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -72,17 +73,17 @@ def sweep_columns(job: Job, columns: Span, count_rows: CountRows) -> float:
     _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
     workspace, pace, taken = Workspace(), Pace(), sweep.n_steps
-    ordered = forward(store, taken) if job.plan.order == FORWARD else backward(store, store.n_steps - taken)
     if taken:
         counts = store.rows_of_steps()[1].sum(axis=1)
         count_rows(int((counts[:taken] if job.plan.order == FORWARD else counts[len(counts) - taken :]).sum()))
-    for rows in ordered:
-        check_within(rows.sample, job.n_samples, f"samples of {store.path}")
-        _step(sweep, expansion, rows, scales[rows.step], workspace)
-        count_rows(len(rows.sample))
-        if pace.due:
-            with pace.keeping():
-                _keep(job, columns, sweep)
+    with closing(forward(store, taken) if job.plan.order == FORWARD else backward(store, store.n_steps - taken)) as steps:
+        for rows in steps:
+            check_within(rows.sample, job.n_samples, f"samples of {store.path}")
+            _step(sweep, expansion, rows, scales[rows.step], workspace)
+            count_rows(len(rows.sample))
+            if pace.due:
+                with pace.keeping():
+                    _keep(job, columns, sweep)
     _write(Array.open(job.relevance), columns, sweep)
     remove_state(job.relevance, columns)
     return sweep.left / max(1, sweep.n_steps)

@@ -4,14 +4,13 @@ R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the two orders 
 relevance, w(t) = - alpha(t) c(t) (docs/architecture.md); those of other methods are in `weights.py`.
 """
 
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 from dask.delayed import Delayed, delayed
@@ -27,13 +26,15 @@ from hydra_pipe.reduction.methods import METHODS, Method
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
+from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.weights import Ints, StepWeights, checkpoint_of_steps, last_rows, row_weights
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.hypergradients import Hypergradients, write_folded
 from hydra_pipe.store.probes import WhichTests
 from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.rows import check_within
+from hydra_pipe.store.rows import Piece, check_within
+from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]
 CountRows = Callable[[int], None]
@@ -169,43 +170,21 @@ def _add(sums: list[Sums], in_place: bool) -> Sums:
     return first
 
 
-# What tasks of this process that run at the same time share; it goes with the last of them.
-_HELD: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
-_LOADING = threading.Lock()
-
-
-def held_tests(job: Job, tests: Span, tested: WhichTests | None = None) -> TestBlock:
-    """Test gradients, those of the job where none are named."""
+def held_tests(job: Job, tests: Span, tested: WhichTests | None = None) -> AbstractContextManager[TestBlock]:
+    """A block that has test gradients, those of the job where none are named."""
     of = job.tested if tested is None else tested
     key = ("tests", job.gradients, of, job.asked.cosine, cut(job.tests, *tests))
-    found: TestBlock = shared(key, lambda: _load_tests(job, tests, of))
-    return found
+    return shared(key, lambda: _load_tests(job, tests, of))
 
 
-def held_weights(job: Job, store: Gradients) -> StepWeights:
-    found: StepWeights = shared(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
-    return found
+def held_weights(job: Job, store: Gradients) -> AbstractContextManager[StepWeights]:
+    """A block that has the weights of the steps."""
+    return shared(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
 
 
-def held_last_rows(job: Job, store: Gradients) -> Ints:
-    """The last row of each sample, ascending."""
-    found: _Last = shared(("last rows", job.gradients, job.prefix), lambda: _Last(last_rows(store, job.n_samples)))
-    return found.rows
-
-
-@dataclass(frozen=True)
-class _Last:
-    """Rows, in what can be referred to weakly."""
-
-    rows: Ints
-
-
-def shared(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
-    with _LOADING:
-        found = _HELD.get(key)
-        if found is None:
-            _HELD[key] = found = load()
-        return found
+def held_last_rows(job: Job, store: Gradients) -> AbstractContextManager[Ints]:
+    """A block that has the last row of each sample, ascending."""
+    return shared(("last rows", job.gradients, job.prefix), lambda: last_rows(store, job.n_samples))
 
 
 def _load_tests(job: Job, tests: Span, tested: WhichTests) -> TestBlock:
@@ -260,13 +239,18 @@ class Held:
         )
 
 
-def rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights, last: Ints | None = None) -> Iterator[Held]:
-    """The rows of a run in order; where `last` is given, ascending, only those of them.
+def rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights, last: Ints | None = None) -> Stream[Held]:
+    """The rows of a run in order; where `last` is given, ascending, only those of them. Close it.
 
     Per-row columns are read for a whole file at once.
     """
+    pieces = store.rows.stream(run, job.plan.reading.rows, last)
+    return Stream(_held(store, job, pieces, weights, last), pieces.close)
+
+
+def _held(store: Gradients, job: Job, pieces: Stream[Piece], weights: StepWeights, last: Ints | None) -> Iterator[Held]:
     beside = slice(0, 0)
-    for piece in store.rows.stream(run, job.plan.reading.rows, last):
+    for piece in pieces:
         if piece.rows.start >= beside.stop:
             beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
             samples, steps = store.samples(beside), store.step_of_rows(beside)
@@ -285,22 +269,30 @@ def rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights, last: I
 def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
     store, averages = job.store(), job.averages()
-    last = held_last_rows(job, store) if job.asked.last_rows else None
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
-    weights, norms = held_weights(job, store), SquaredNorms(segments, n_features, at_once)
+    norms = SquaredNorms(segments, n_features, at_once)
     n_columns = tests[1] - tests[0] if averages is None else averages.shape[1]
     total: Floats = np.zeros((job.n_samples, n_columns), np.float32)
     scorer, present = None, job.tested
-    for rows in rows_of(store, job, run, weights, last):
-        for own, tested in _by_checkpoint(job, rows):
-            if scorer is None or present != tested:
-                scorer = None  # before the next one is loaded: a worker has the test gradients of one checkpoint
-                scorer, present = Scorer(held_tests(job, tests, tested), segments, n_features, at_once), tested
-            weight = own.weight
-            if job.asked.cosine:
-                weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
-            _add_scores(total, own.samples, scorer(own.read, weight), averages)
-        count_rows(rows.n_read)
+    with (
+        held_weights(job, store) as weights,
+        held_last_rows(job, store) if job.asked.last_rows else nullcontext() as last,
+        ExitStack() as held,
+        closing(rows_of(store, job, run, weights, last)) as pieces,
+    ):
+        for rows in pieces:
+            for own, tested in _by_checkpoint(job, rows):
+                if scorer is None or present != tested:
+                    scorer = None  # before the next one is loaded: a worker has the test gradients of one checkpoint
+                    held.close()
+                    block = held.enter_context(held_tests(job, tests, tested))
+                    scorer, present = Scorer(block, segments, n_features, at_once), tested
+                    del block
+                weight = own.weight
+                if job.asked.cosine:
+                    weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
+                _add_scores(total, own.samples, scorer(own.read, weight), averages)
+            count_rows(rows.n_read)
     return (total,)
 
 
@@ -319,14 +311,17 @@ def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, WhichTests]]:
 def _square_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance of samples for themselves, shape (sample, 1)."""
     store = job.store()
-    weights = held_weights(job, store)
     norms = SquaredNorms(segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
     total: Floats = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
-    for rows in rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series)):
-        # the weight of a square is the step's times the square of the row's scale, which may be too small for float32
-        weight = weights.values[np.ix_(rows.steps, weights.series)] * rows.weight.astype(np.float64) ** 2
-        add_rows(norms(rows.read, weight).astype(np.float32)[:, None], rows.samples, total)
-        count_rows(rows.n_read)
+    with (
+        held_weights(job, store) as weights,
+        closing(rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series))) as pieces,
+    ):
+        for rows in pieces:
+            # the weight of a square is the step's times the square of the row's scale, which may be too small for float32
+            weight = weights.values[np.ix_(rows.steps, weights.series)] * rows.weight.astype(np.float64) ** 2
+            add_rows(norms(rows.read, weight).astype(np.float32)[:, None], rows.samples, total)
+            count_rows(rows.n_read)
     return (total,)
 
 
@@ -343,28 +338,29 @@ def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Flo
 @single_threaded_blas
 def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
-    store = job.store()
-    weights, averages = held_weights(job, store), job.averages()
+    store, averages = job.store(), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     n_samples = samples[1] - samples[0]
     factored = [s for s in segments if not isinstance(s, DenseSegment)]
     folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
     scorer = scores = None
-    if factored:
-        tests = held_tests(job, (0, job.plan.test_blocks[-1][1]))
-        scorer = Scorer(tests, factored, n_features, at_once)
-        scores = _no_scores(n_samples, tests, averages)
     # once is enough: what is factored is kept row by row, whatever the samples
     keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
-    for rows in rows_of(store, job, run, weights):
-        if keeper is not None:
-            keeper.add(rows.rows, rows.read, rows.weight, rows.samples)
-        places = rows.samples - samples[0]
-        places[places >= n_samples] = -1
-        folder.add(rows.read, rows.weight, places)
-        if scorer is not None and scores is not None:
-            _add_scores(scores, places, scorer(rows.read, rows.weight), averages)
-        count_rows(len(places))
+    with ExitStack() as held:
+        if factored:
+            tests = held.enter_context(held_tests(job, (0, job.plan.test_blocks[-1][1])))
+            scorer = Scorer(tests, factored, n_features, at_once)
+            scores = _no_scores(n_samples, tests, averages)
+        weights = held.enter_context(held_weights(job, store))
+        for rows in held.enter_context(closing(rows_of(store, job, run, weights))):
+            if keeper is not None:
+                keeper.add(rows.rows, rows.read, rows.weight, rows.samples)
+            places = rows.samples - samples[0]
+            places[places >= n_samples] = -1
+            folder.add(rows.read, rows.weight, places)
+            if scorer is not None and scores is not None:
+                _add_scores(scores, places, scorer(rows.read, rows.weight), averages)
+            count_rows(len(places))
     return (folder.sums,) if scores is None else (folder.sums, scores)
 
 
@@ -393,17 +389,19 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
 @single_threaded_blas
 def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What factored rows of `run` add to the relevance for `tests`, shape (sample, column)."""
-    kept, block, averages = _open_kept(job), held_tests(job, tests), job.averages()
-    total = _no_scores(job.n_samples, block, averages)
-    if kept.rows is None:
-        return (total,)
-    own = TestBlock(np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks])
-    scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
-    for piece in kept.rows.stream(run, job.plan.reading.rows):
-        found, samples = scorer(piece.read, kept.rows.scales(piece.rows)), kept.samples(piece.rows)
-        check_within(samples, job.n_samples, f"samples of {kept.path}")
-        _add_scores(total, samples, found, averages)
-        count_rows(len(found))
+    kept, averages = _open_kept(job), job.averages()
+    with held_tests(job, tests) as block:
+        total = _no_scores(job.n_samples, block, averages)
+        if kept.rows is None:
+            return (total,)
+        own = TestBlock(np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks])
+        scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
+        with closing(kept.rows.stream(run, job.plan.reading.rows)) as pieces:
+            for piece in pieces:
+                found, samples = scorer(piece.read, kept.rows.scales(piece.rows)), kept.samples(piece.rows)
+                check_within(samples, job.n_samples, f"samples of {kept.path}")
+                _add_scores(total, samples, found, averages)
+                count_rows(len(found))
     return (total,)
 
 
@@ -415,8 +413,9 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
     first_column = tests[0] if job.groups is None else 0
     values = None
     if kept.folded is not None:
-        segments = dense_segments(job.store().layout)
-        values, averages = folded_columns(held_tests(job, tests).values, segments), job.averages()
+        segments, averages = dense_segments(job.store().layout), job.averages()
+        with held_tests(job, tests) as block:
+            values = folded_columns(block.values, segments)
         values = values if averages is None else averages.T @ values
     for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
         own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))

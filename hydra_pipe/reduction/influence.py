@@ -4,6 +4,7 @@ What is computed is in `maths/influence.py`; the two ways of `plan/solving.py` g
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,12 @@ from hydra_pipe.reduction.hydra import CountRows, Held, Job, held_last_rows, hel
 from hydra_pipe.reduction.loops import Workspace
 from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.reduction.weights import Ints, StepWeights
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -37,7 +41,12 @@ def influence(job: Job, count_rows: CountRows) -> Found:
     Returns:
         The least damping of any block.
     """
-    rows = _LastRows(job, count_rows)
+    store = job.store()
+    with held_weights(job, store) as weights, held_last_rows(job, store) as last:
+        return _influence(job, _LastRows(job, store, weights, last, count_rows))
+
+
+def _influence(job: Job, rows: "_LastRows") -> Found:
     matrix = (_by_features if job.plan.order == BY_FEATURES else _by_samples)(job, rows)
     answers = _answers_by_features if job.plan.order == BY_FEATURES else _answers_by_samples
     array = Array.open(job.relevance)
@@ -64,13 +73,15 @@ class _LastRows:
 
     Args:
         job: what is reduced.
+        store: the recording.
+        weights: of its steps.
+        last: which rows.
         count_rows: called with the number of rows that have been read.
     """
 
-    def __init__(self, job: Job, count_rows: CountRows) -> None:
+    def __init__(self, job: Job, store: Gradients, weights: StepWeights, last: Ints, count_rows: CountRows) -> None:
         self._job, self._count_rows = job, count_rows
-        self.store = job.store()
-        self._weights, self._last = held_weights(job, self.store), held_last_rows(job, self.store)
+        self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
         # of each block
         self.inverse_damping: Doubles = inverse_damping(schedule)[series]
@@ -81,19 +92,27 @@ class _LastRows:
     def __len__(self) -> int:
         return len(self._last)
 
-    def held(self, first: int, last: int) -> Iterator[_Piece]:
-        """Those at the places [first, last), a file or less at a time; they are not counted."""
-        run, start = (int(self._last[first]), int(self._last[last - 1]) + 1), first
-        for held in rows_of(self.store, self._job, run, self._weights, self._last):
+    def held(self, first: int, last: int) -> Stream[_Piece]:
+        """Those at the places [first, last), a file or less at a time; they are not counted. Close it."""
+        run = (int(self._last[first]), int(self._last[last - 1]) + 1)
+        rows = rows_of(self.store, self._job, run, self._weights, self._last)
+        return Stream(self._placed(rows, first), rows.close)
+
+    def _placed(self, rows: Stream[Held], start: int) -> Iterator[_Piece]:
+        for held in rows:
             places = slice(start, start + len(held.samples))
             self.samples[places] = held.samples
             yield _Piece(held, places)
             start = places.stop
 
-    def pieces(self, first: int = 0) -> Iterator[_Piece]:
-        """Those from place `first` on. They are counted, and those before it as if they had been read."""
+    def pieces(self, first: int = 0) -> Stream[_Piece]:
+        """Those from place `first` on. They are counted, and those before it as if they had been read. Close it."""
+        held = self.held(first, len(self))
+        return Stream(self._counted(held), held.close)
+
+    def _counted(self, pieces: Stream[_Piece]) -> Iterator[_Piece]:
         n_read = 0
-        for piece in self.held(first, len(self)):
+        for piece in pieces:
             yield piece
             n_read += piece.held.n_read
             self._count_rows(piece.held.n_read)
@@ -126,10 +145,11 @@ def _by_samples(job: Job, rows: _LastRows) -> Doubles:
     for low, high in job.plan.sample_blocks:
         held = _held_block(rows, low, high)
         scorer = Scorer(held, segments, n_features, job.plan.reading.features)
-        for piece in rows.pieces(low):
-            scores = scorer(piece.held.read, rows.undamped(piece))
-            matrix[piece.places, low:high], matrix[low:high, piece.places] = scores, scores.T
-            d[piece.places] = rows.curvature(piece)
+        with closing(rows.pieces(low)) as pieces:
+            for piece in pieces:
+                scores = scorer(piece.held.read, rows.undamped(piece))
+                matrix[piece.places, low:high], matrix[low:high, piece.places] = scores, scores.T
+                d[piece.places] = rows.curvature(piece)
     matrix *= d
     return damped(matrix)
 
@@ -139,21 +159,23 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
     n_features = rows.store.layout.n_features
     stored = np.empty((high - low, n_features), rows.store.rows.dtype)
     weight: Floats = np.empty((high - low, len(rows.store.layout.blocks)), np.float32)
-    for piece in rows.held(low, high):
-        own = slice(piece.places.start - low, piece.places.stop - low)
-        stored[own], weight[own] = piece.held.read(0, n_features), piece.held.weight
+    with closing(rows.held(low, high)) as pieces:
+        for piece in pieces:
+            own = slice(piece.places.start - low, piece.places.stop - low)
+            stored[own], weight[own] = piece.held.read(0, n_features), piece.held.weight
     return decode_tests(stored, weight, segments_of(rows.store.layout))
 
 
 def _answers_by_samples(job: Job, rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
     """(A D + I)^-1 G Lambda^-1 H.T, shape (place, column)."""
     layout, averages = rows.store.layout, job.averages()
-    scorer = Scorer(held_tests(job, tests), segments_of(layout), layout.n_features, job.plan.reading.features)
     sides: Floats = np.empty((len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32)
-    for piece in rows.pieces():
-        scores = scorer(piece.held.read, rows.undamped(piece))
-        sides[piece.places] = scores if averages is None else scores @ averages
-    del scorer
+    with held_tests(job, tests) as block, closing(rows.pieces()) as pieces:
+        scorer = Scorer(block, segments_of(layout), layout.n_features, job.plan.reading.features)
+        for piece in pieces:
+            scores = scorer(piece.held.read, rows.undamped(piece))
+            sides[piece.places] = scores if averages is None else scores @ averages
+    del scorer, block
     return _solved(matrix, sides)
 
 
@@ -161,10 +183,11 @@ def _by_features(job: Job, rows: _LastRows) -> Doubles:
     """Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature)."""
     expanded = _Expanded(rows)
     matrix = np.zeros((expanded.width, expanded.width))
-    for piece in rows.pieces():
-        own = expanded(piece)
-        own *= np.sqrt(rows.curvature(piece)).astype(np.float32)[:, None]
-        matrix += own.T @ own
+    with closing(rows.pieces()) as pieces:
+        for piece in pieces:
+            own = expanded(piece)
+            own *= np.sqrt(rows.curvature(piece)).astype(np.float32)[:, None]
+            matrix += own.T @ own
     return damped(matrix)
 
 
@@ -176,8 +199,9 @@ def _answers_by_features(job: Job, rows: _LastRows, matrix: Doubles, tests: Span
     sides *= expanded.root
     solved = _solved(matrix, sides.T)
     found: Floats = np.empty((len(rows), solved.shape[1]), np.float32)
-    for piece in rows.pieces():
-        found[piece.places] = expanded(piece) @ solved
+    with closing(rows.pieces()) as pieces:
+        for piece in pieces:
+            found[piece.places] = expanded(piece) @ solved
     return found
 
 

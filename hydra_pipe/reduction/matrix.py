@@ -1,7 +1,7 @@
 """Answers from the matrix of hypergradients that a sweep has kept: R = H h, a task for each share of the samples."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +11,8 @@ from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Found, Span
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.fisher import columns_of_tests
-from hydra_pipe.reduction.hydra import CountRows, Job, shared
+from hydra_pipe.reduction.hydra import CountRows, Job
+from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.sweep import Floats
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.gradients import Gradients
@@ -39,26 +40,18 @@ def answer(job: Job, samples: Span, columns: Span, count_rows: CountRows) -> Non
     """Write some columns of the relevance of some samples."""
     assert job.kept is not None
     store = job.store()
-    kept, tests = HypergradientMatrix(job.kept, store), _held_columns(job, store, columns).values
-    array = Array.open(job.relevance)
-    for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
-        own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
-        found: Floats = np.zeros((own.stop - own.start, len(tests)), np.float32)
-        for features in kept.tiles():
-            found += kept.read(own, features) @ tests[:, features].T
-        write_relevance(array, low, columns[0], found)
-        count_rows(len(found))
+    kept, array = HypergradientMatrix(job.kept, store), Array.open(job.relevance)
+    with _held_columns(job, store, columns) as tests:
+        for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
+            own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
+            found: Floats = np.zeros((own.stop - own.start, len(tests)), np.float32)
+            for features in kept.tiles():
+                found += kept.read(own, features) @ tests[:, features].T
+            write_relevance(array, low, columns[0], found)
+            count_rows(len(found))
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Test gradients multiplied out, or means of them, shape (column, feature), in what can be referred to weakly."""
-
-    values: Floats
-
-
-def _held_columns(job: Job, store: Gradients, columns: Span) -> _Columns:
-    """Of which tasks of this process that run at the same time share one."""
+def _held_columns(job: Job, store: Gradients, columns: Span) -> AbstractContextManager[Floats]:
+    """A block that has test gradients multiplied out, or means of them, shape (column, feature)."""
     key = ("columns", job.gradients, job.tested, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
-    found: _Columns = shared(key, lambda: _Columns(columns_of_tests(store, job, Expansion(store.layout), columns)))
-    return found
+    return shared(key, lambda: columns_of_tests(store, job, Expansion(store.layout), columns))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROWS_UNREADABLE
+from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]
 
@@ -86,38 +88,42 @@ class _Part:
         )
 
 
-def backward(store: Gradients, n_steps: int) -> Iterator[StepRows]:
-    """The first `n_steps` steps, the last of them first. A step's arrays are its own.
+def backward(store: Gradients, n_steps: int) -> Stream[StepRows]:
+    """The first `n_steps` steps, the last of them first. A step's arrays are its own. Close it.
 
-    Two files of each process are in memory, or as many as a step has, and one that is coming.
+    Two files of each process are in memory, or as many as a step has, and one that is coming, which a thread reads.
 
     Raises:
         StoreError: damaged.
     """
-    yield from _in_order(store, range(n_steps - 1, -1, -1), -1)
+    return _in_order(store, range(n_steps - 1, -1, -1), -1)
 
 
-def forward(store: Gradients, n_steps: int) -> Iterator[StepRows]:
+def forward(store: Gradients, n_steps: int) -> Stream[StepRows]:
     """The steps after the first `n_steps`, in order; else as `backward`."""
-    yield from _in_order(store, range(n_steps, store.n_steps), 1)
+    return _in_order(store, range(n_steps, store.n_steps), 1)
 
 
-def _in_order(store: Gradients, steps: range, direction: int) -> Iterator[StepRows]:
+def _in_order(store: Gradients, steps: range, direction: int) -> Stream[StepRows]:
+    pool = ThreadPoolExecutor(1, "hydra-pipe reader")
+    return Stream(_steps(store, steps, direction, pool), partial(pool.shutdown, cancel_futures=True))
+
+
+def _steps(store: Gradients, steps: range, direction: int, pool: ThreadPoolExecutor) -> Iterator[StepRows]:
     _, counts = store.rows_of_steps()
     part_ends = ends_of(store.rows.part_rows)
     if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
         raise StoreError(f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}")
     ends = np.cumsum(counts, axis=0)
-    with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
-        parts = [_Part(store, first, last, pool, direction) for first, last in zip([0, *part_ends], part_ends, strict=False)]
-        for step in steps:
-            pieces = [
-                (file, rows, int(counts[step, i]))
-                for i, part in enumerate(parts)
-                if counts[step, i]
-                for file, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
-            ]
-            yield _joined(step, pieces) if pieces else _without_rows(step, store)
+    parts = [_Part(store, first, last, pool, direction) for first, last in zip([0, *part_ends], part_ends, strict=False)]
+    for step in steps:
+        pieces = [
+            (file, rows, int(counts[step, i]))
+            for i, part in enumerate(parts)
+            if counts[step, i]
+            for file, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
+        ]
+        yield _joined(step, pieces) if pieces else _without_rows(step, store)
 
 
 def _without_rows(step: int, store: Gradients) -> StepRows:

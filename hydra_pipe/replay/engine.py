@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -194,7 +195,8 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     state = training_state(pipeline, 0)
     parameters = moving(pipeline)
     order = epoch_order(pipeline, 0)
-    _, inputs, targets = next(Samples(pipeline, "train").batches(order[:1]))
+    with closing(Samples(pipeline, "train").batches(order[:1])) as batches:
+        _, inputs, targets = next(batches)
     batch_bytes = sum(values.nbytes for values in tree_leaves((inputs, targets)))
     device = parameters[0].device
     inputs, targets = on_device(inputs, device), on_device(targets, device)

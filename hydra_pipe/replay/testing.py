@@ -1,5 +1,6 @@
 """Test gradients of whole parameters, where training has come to its end."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +57,10 @@ def test_gradients(
     found = [torch.zeros(last - first, *p.shape, dtype=p.dtype, device=p.device) for p in parameters]
     losses = np.zeros(len(test_ids))
     device = parameters[0].device
-    with evaluating(pipeline.model):
-        # in the batches in which they were recorded, by which a dataset may draw
-        order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
-        for ids, inputs, targets in Samples(pipeline, "test").batches(order):
+    # in the batches in which they were recorded, by which a dataset may draw
+    order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
+    with evaluating(pipeline.model), closing(Samples(pipeline, "test").batches(order)) as batches:
+        for ids, inputs, targets in batches:
             places = np.searchsorted(test_ids, ids[np.isin(ids, test_ids)])
             if not len(places):
                 continue

@@ -8,6 +8,7 @@ this is one more training; with more levels, where memory wants it, one more eac
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ class Trajectory:
         """
         self._most = most_states
         borders = _borders(0, self._n_steps, self._most)
-        self._kept = list(self._states(self._start, borders, after_step))
+        self._kept = self._states(self._start, borders, after_step)
 
     def backward(self, first: int, after_step: AfterStep) -> Iterator[Step]:
         """The steps before step `first`, the last of them first.
@@ -108,27 +109,35 @@ class Trajectory:
     def _backward(self, state: TrainingState, end: int, after_step: AfterStep) -> Iterator[Step]:
         """The steps from `state` to `end`, the last of them first."""
         if end - state.step <= self._most:
-            yield from reversed(list(self._steps(state, end, after_step)))
+            yield from reversed(self._steps(state, end, after_step))
             return
         borders = _borders(state.step, end, self._most)
-        kept = list(self._states(state, borders, after_step))
+        kept = self._states(state, borders, after_step)
         for own, last in reversed(list(zip(kept, [*(s.step for s in kept[1:]), end], strict=True))):
             yield from self._backward(own, last, after_step)
 
-    def _states(self, start: TrainingState, borders: list[int], after_step: AfterStep) -> Iterator[TrainingState]:
+    def _states(self, start: TrainingState, borders: list[int], after_step: AfterStep) -> list[TrainingState]:
         """States before the steps `borders`, of which the first is `start`'s; training goes on to the last of them."""
-        yield start
-        wanted = set(borders[1:-1])
-        for number, _ in self._batches(start, borders[-1], after_step):
+        kept, wanted = [start], set(borders[1:-1])
+
+        def keep(number: int, _: _Batch) -> None:
             if number in wanted:
-                yield training_state(self._pipeline, number)
+                kept.append(training_state(self._pipeline, number))
 
-    def _steps(self, start: TrainingState, end: int, after_step: AfterStep) -> Iterator[Step]:
+        self._train(start, borders[-1], keep, after_step)
+        return kept
+
+    def _steps(self, start: TrainingState, end: int, after_step: AfterStep) -> list[Step]:
         """The steps from `start` to before step `end`, in order."""
-        for number, batch in self._batches(start, end, after_step):
-            yield Step(training_state(self._pipeline, number), *batch)
+        found: list[Step] = []
 
-    def _batches(self, start: TrainingState, end: int, after_step: AfterStep) -> Iterator[tuple[int, _Batch]]:
+        def keep(number: int, batch: _Batch) -> None:
+            found.append(Step(training_state(self._pipeline, number), *batch))
+
+        self._train(start, end, keep, after_step)
+        return found
+
+    def _train(self, start: TrainingState, end: int, before_step: Callable[[int, _Batch], None], after_step: AfterStep) -> None:
         """Train from `start` to before step `end`, and tell of each step and its batch just before it is taken."""
         pipeline = self._pipeline
         restore(pipeline, start)
@@ -139,14 +148,15 @@ class Trajectory:
             epoch, first = divmod(number, of_epoch)
             # no further than is wanted
             order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
-            for ids, inputs, targets in samples.batches(order, epoch, first):
-                inputs, targets = on_device(inputs, self._device), on_device(targets, self._device)
-                yield number, (ids, inputs, targets)
-                loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
-                if pipeline.scheduler is not None:
-                    pipeline.scheduler.step()
-                after_step(number, loss, len(ids))
-                number += 1
+            with closing(samples.batches(order, epoch, first)) as batches:
+                for ids, inputs, targets in batches:
+                    inputs, targets = on_device(inputs, self._device), on_device(targets, self._device)
+                    before_step(number, (ids, inputs, targets))
+                    loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
+                    if pipeline.scheduler is not None:
+                        pipeline.scheduler.step()
+                    after_step(number, loss, len(ids))
+                    number += 1
 
 
 def training_state(pipeline: Pipeline, step: int) -> TrainingState:

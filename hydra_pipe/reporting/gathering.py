@@ -209,9 +209,9 @@ class Gathering:
             from hydra_pipe.reporting.inputs import draw_shown  # torch takes seconds to import
 
             if samples is not None:
-                return dict(draw_shown(samples, which, ids, self._progress))
+                return draw_shown(samples, which, ids, self._progress)
             assert inputs is not None
-            return dict(inputs.draw(which, ids, self._progress))
+            return inputs.draw(which, ids, self._progress)
 
         try:
             return drawn("train", train), drawn("test", tests)

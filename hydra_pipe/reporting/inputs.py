@@ -1,6 +1,7 @@
 """The pipeline behind a run, for looking at: its samples drawn, and its predictions. This file needs torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +28,18 @@ from hydra_pipe.store.run import RECORD, RunDirectory
 _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
 
 
-def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress) -> Iterator[tuple[int, Drawn]]:
+def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
     """Each of the samples `ids` of "train" or "test". Raises: HydraError: the dataset or `render` raised, or cannot be shown."""
     dataset = samples.train if which == "train" else samples.test
+    found = {}
     with progress.task(f"draw {which} samples", len(ids), "samples") as task:
         for sample in ids.tolist():
             what = f"{which} sample {sample}"
             with user_code(f"the dataset raised at {what}"):
                 value = dataset[sample]
-            yield sample, drawn_by(samples.render, value, what)
+            found[sample] = drawn_by(samples.render, value, what)
             task.advance(1)
+    return found
 
 
 def drawn_by(render: Callable[[Any], Any] | None, value: Any, what: str) -> Drawn:
@@ -113,8 +116,13 @@ class Inputs:
         losses: list[NDArray[np.float64]] = []
         # in the batches in which they were recorded, by which a dataset may draw
         order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
-        with evaluating(pipeline.model), torch.no_grad(), progress.task("predict", len(pipeline.test), "tests") as task:
-            for ids, inputs, targets in Samples(pipeline, "test").batches(order):
+        with (
+            evaluating(pipeline.model),
+            torch.no_grad(),
+            progress.task("predict", len(pipeline.test), "tests") as task,
+            closing(Samples(pipeline, "test").batches(order)) as batches,
+        ):
+            for ids, inputs, targets in batches:
                 task.advance(len(ids))
                 own = np.flatnonzero(np.isin(ids, tests))
                 if not len(own):
@@ -134,18 +142,23 @@ class Inputs:
             np.concatenate(losses),
         )
 
-    def draw(self, which: str, ids: NDArray[np.int64], progress: Progress) -> Iterator[tuple[int, Drawn]]:
+    def draw(self, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
         """Each of the samples `ids`, ascending, of "train" or "test".
 
         Raises:
             HydraError: the dataset or `render` raised, or returned what cannot be shown.
         """
+        found = {}
         order = batches_of(ids, self.pipeline.batch_size)
-        with progress.task(f"draw {which} samples", len(ids), "samples") as task:
-            for batch, inputs, _ in Samples(self.pipeline, which).batches(order):
+        with (
+            progress.task(f"draw {which} samples", len(ids), "samples") as task,
+            closing(Samples(self.pipeline, which).batches(order)) as batches,
+        ):
+            for batch, inputs, _ in batches:
                 for sample, value in zip(batch.tolist(), inputs, strict=True):
-                    yield sample, self.drawn(value, f"{which} sample {sample}")
+                    found[sample] = self.drawn(value, f"{which} sample {sample}")
                 task.advance(len(batch))
+        return found
 
     def drawn(self, value: Any, what: str) -> Drawn:
         """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""

@@ -209,11 +209,11 @@ def files_below(path: Path) -> dict[str, int]:
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
         return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
-    return dict(_local_files(os.fspath(path))) if path.is_dir() else {}
+    return _local_files(os.fspath(path)) if path.is_dir() else {}
 
 
-def _local_files(root: str) -> Iterator[tuple[str, int]]:
-    waiting = [(root, "")]
+def _local_files(root: str) -> dict[str, int]:
+    found, waiting = {}, [(root, "")]
     while waiting:
         directory, prefix = waiting.pop()
         with os.scandir(directory) as entries:
@@ -221,7 +221,8 @@ def _local_files(root: str) -> Iterator[tuple[str, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
                 elif entry.is_file():  # not a link that leads nowhere
-                    yield prefix + entry.name, entry.stat().st_size
+                    found[prefix + entry.name] = entry.stat().st_size
+    return found
 
 
 def tree_bytes(path: Path) -> int:

@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
@@ -33,15 +34,68 @@ _MOST_BYTES = 4096
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
-# those of this process
-_HELD: WeakSet["Lock"] = WeakSet()
+@dataclass(eq=False)
+class _Held:
+    """What there is of a lock: a file that is open and locked, or a lease and the thread that writes it again."""
+
+    path: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    descriptor: int | None = None
+    renewing: threading.Thread | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    released: bool = False
+
+    def release(self) -> None:
+        """Let it go; nothing stays behind. May be called again."""
+        if not self.released:
+            self.released = True
+            self.ended.set()
+            if self.renewing is not None:
+                self.renewing.join()  # it may be writing the lease at this moment
+            with suppress(OSError):
+                remove(self.path)  # while it is held: who waits for this very file sees that it is not the one in the directory
+        self.close()
+        if not is_remote(self.path):
+            for directory in (self.path.parent, self.path.parent.parent):
+                with suppress(OSError):
+                    directory.rmdir()  # only where it is empty
+
+    def close(self) -> None:
+        """Let the file go, and leave it where it is."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def renew(self) -> None:
+        """Write the lease again and again."""
+        while not self.ended.wait(_RENEW_SECONDS):
+            with suppress(Exception):  # an object store that does not answer now may do so before the lease has run out
+                replace_file(self.path, [self.description()], safely=False)
+
+    def description(self) -> bytes:
+        """What the file says of its holder."""
+        found = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self.token}
+        return json.dumps(found).encode()
+
+
+# Those of this process, and whose they are. One that is left without `release`, with a recorder that nobody closed, is let go by
+# the next lock that is taken, and not by the garbage collector: that comes at any moment, in any thread.
+_HELD: dict[_Held, "ref[Lock]"] = {}
 
 
 def _forget_in_child() -> None:
     # a child (a worker of a DataLoader, say) would hold on to its parent's locks after that was killed
-    for lock in _HELD:
-        lock.forget()
+    for held in _HELD:
+        held.released = True
+        held.close()
     _HELD.clear()
+
+
+def _release_left() -> None:
+    for held, holder in list(_HELD.items()):
+        if holder() is None:
+            held.release()
+            _HELD.pop(held, None)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -78,58 +132,41 @@ class Lock:
     """
 
     def __init__(self, run: Path, stage: str, *, take_over: bool = False) -> None:
-        self._descriptor: int | None = None
-        self._path = run / names.LOCKS / f"{stage}.lock"
-        self._stage = stage
+        _release_left()
+        self._held = _Held(run / names.LOCKS / f"{stage}.lock")
+        self._path, self._stage = self._held.path, stage
         self.lost = False
-        own = next((lock for lock in _HELD if lock._path == self._path), None)
-        if own is not None and take_over:
-            own.release()
-            own.lost = True
-        self._ended = threading.Event()
-        self._token = secrets.token_hex(8)
-        if is_remote(run) or not self._flock():
-            self._lease()
-        _HELD.add(self)
+        if take_over:
+            for own in [holder() for held, holder in list(_HELD.items()) if held.path == self._path]:
+                if own is not None:
+                    own.release()
+                    own.lost = True
+        # first of all: whatever comes between, somebody knows of what is held
+        _HELD[self._held] = ref(self)
+        try:
+            if is_remote(run) or not self._flock():
+                self._lease()
+        except BaseException:
+            if self._holder().get("token") == self._held.token:
+                self._held.release()  # interrupted when it was taken already
+            self._held.close()
+            _HELD.pop(self._held, None)
+            raise
 
     def release(self) -> None:
         """Let it go; nothing stays behind. May be called again."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        _HELD.discard(self)
-        with suppress(OSError):
-            remove(self._path)  # while it is held: who waits for this very file sees that it is not the one in the directory
-        self._close()
-        if not is_remote(self._path):
-            for directory in (self._path.parent, self._path.parent.parent):
-                with suppress(OSError):
-                    directory.rmdir()  # only where it is empty
-
-    def __del__(self) -> None:
-        # a recorder that was left without `close`: its descriptor would stay locked, and nobody would know of it any more
-        if self._descriptor is not None:  # one that was refused has nothing: the file is its holder's
-            self.release()
-
-    def forget(self) -> None:
-        """In a child of the process that holds it: it is not the child's."""
-        self._ended.set()
-        self._close()
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._held.release()
+        _HELD.pop(self._held, None)
 
     def _flock(self) -> bool:
         """Take it as a lock of the system; False: there are none here."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._held.descriptor = descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                os.close(descriptor)
+                self._held.close()
                 if error.errno in _NO_LOCKS:
                     return False
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -137,10 +174,9 @@ class Lock:
                 raise
             if self._is_in_directory(descriptor):
                 break
-            os.close(descriptor)  # its holder has just removed it
+            self._held.close()  # its holder has just removed it
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, self._self_description())
-        self._descriptor = descriptor
+        os.write(descriptor, self._held.description())
         return True
 
     def _is_in_directory(self, descriptor: int) -> bool:
@@ -155,21 +191,13 @@ class Lock:
         left = holder.get("host") == socket.gethostname() and not _is_alive(holder.get("pid"))
         if holder and age < LEASE_SECONDS and not left:
             raise self._refusal(holder)
-        replace_file(self._path, [self._self_description()], safely=False)
+        replace_file(self._path, [self._held.description()], safely=False)
         time.sleep(_SETTLE_SECONDS)
         holder = self._holder()
-        if holder.get("token") != self._token:
+        if holder.get("token") != self._held.token:
             raise self._refusal(holder)
-        threading.Thread(target=self._renew, name="hydra-pipe lease", daemon=True).start()
-
-    def _renew(self) -> None:
-        while not self._ended.wait(_RENEW_SECONDS):
-            with suppress(Exception):  # an object store that does not answer now may do so before the lease has run out
-                replace_file(self._path, [self._self_description()], safely=False)
-
-    def _self_description(self) -> bytes:
-        found = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self._token}
-        return json.dumps(found).encode()
+        self._held.renewing = threading.Thread(target=self._held.renew, name="hydra-pipe lease", daemon=True)
+        self._held.renewing.start()
 
     def _holder(self) -> dict[str, Any]:
         """What the lock's file says; empty where there is none, or it says nothing that makes sense."""

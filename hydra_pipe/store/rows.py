@@ -14,6 +14,7 @@ from hydra_pipe.plan.parts import ends_of, split
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.codec import Bytes, StoredFile
+from hydra_pipe.streams import Stream
 
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
 ROW_DTYPES = ("float16", "int8", "float32")
@@ -114,10 +115,10 @@ class Rows:
         part = next(i for i, end in enumerate(ends[1:]) if row < end)
         return min(ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows, ends[part + 1])
 
-    def stream(self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None) -> Iterator["Piece"]:
+    def stream(self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None) -> Stream[Piece]:
         """The rows of `run` in order, at most `at_once` in each piece and none of two files. A piece is to be used before the next.
 
-        The next file is fetched while the present one is worked on: two files are in memory.
+        The next file is fetched by a thread while the present one is worked on: two files are in memory. Close it.
 
         Args:
             run: first and one past the last row.
@@ -127,6 +128,12 @@ class Rows:
         Raises:
             StoreError: damaged.
         """
+        pool = ThreadPoolExecutor(1, "hydra-pipe reader")
+        return Stream(self._pieces(run, at_once, only, pool), partial(pool.shutdown, cancel_futures=True))
+
+    def _pieces(
+        self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None, pool: ThreadPoolExecutor
+    ) -> Iterator[Piece]:
         files = [
             (part, start, max(first - start, 0), min(last - start, self.shard_rows))
             for part, first, last in split(run, ends_of(self.part_rows))
@@ -136,25 +143,24 @@ class Rows:
         if only is not None:
             files = [file for file in files if has_any(only, ends[file[0]] + file[1] + file[2], ends[file[0]] + file[1] + file[3])]
         window = _Window(self.dtype, self._consequence)
-        with ThreadPoolExecutor(1, "hydra-pipe reader") as pool:
 
-            def fetch(number: int) -> "Future[Bytes] | None":
-                if number >= len(files):
-                    return None
-                part, start, _, _ = files[number]
-                return pool.submit(self._gradients[part].fetch, (start // self.shard_rows, 0))
+        def fetch(number: int) -> Future[Bytes] | None:
+            if number >= len(files):
+                return None
+            part, start, _, _ = files[number]
+            return pool.submit(self._gradients[part].fetch, (start // self.shard_rows, 0))
 
-            coming = fetch(0)
-            for number, (part, start, low, high) in enumerate(files):
-                array = self._gradients[part]
-                assert coming is not None
-                with damage_named(array.path, self._consequence):
-                    file = StoredFile(coming.result(), array.codec)
-                coming = fetch(number + 1)
-                for first in range(low, high, at_once):
-                    last = min(first + at_once, high)
-                    base = ends[part] + start
-                    yield Piece(slice(base + first, base + last), partial(window.read, array, file, slice(first, last)))
+        coming = fetch(0)
+        for number, (part, start, low, high) in enumerate(files):
+            array = self._gradients[part]
+            assert coming is not None
+            with damage_named(array.path, self._consequence):
+                file = StoredFile(coming.result(), array.codec)
+            coming = fetch(number + 1)
+            for first in range(low, high, at_once):
+                last = min(first + at_once, high)
+                base = ends[part] + start
+                yield Piece(slice(base + first, base + last), partial(window.read, array, file, slice(first, last)))
 
     def features(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,51 +52,71 @@ def writing_failed(error: BaseException) -> StoreError:
 
 
 class BackgroundWriter:
-    """One thread that runs jobs in order. At most `depth` wait: then `submit` waits too, which is the back-pressure.
+    """Runs jobs in order, in a thread of its own. At most `depth` wait: then `submit` waits too, which is the back-pressure.
 
-    `stalls` counts the waits of the thread that submits.
+    The thread ends when no job is left, and the next job starts another: a recording that is left in the middle, by an
+    interrupted loop or without `close`, leaves no thread behind. Always the same thread submits; `stalls` counts its waits.
 
     Raises:
-        StoreError: from `submit` and `close`, once a job has failed.
+        StoreError: from `submit`, `drain` and `close`, once a job has failed.
     """
 
     def __init__(self, depth: int = 2) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
+        self._depth = depth
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        # the last that was started, and whether it will look for jobs once more
+        self._thread: threading.Thread | None = None
+        self._looks = False
+        # one thread at a time does jobs: where a start was interrupted there may be two
+        self._turn = threading.Lock()
         self._failure: BaseException | None = None
         self.stalls = Stalls()
-        self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
-        self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
         self.check()
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            with self.stalls.waiting():
-                self._jobs.put(job)
+        with self._changed:
+            if not self._has_place():
+                with self.stalls.waiting():
+                    self._changed.wait_for(self._has_place)
+            if not self._looks:
+                self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
+                self._thread.start()
+                self._looks = True
+            # after the start, which may be interrupted: a job that is taken has a thread that does it
+            self._jobs.append(job)
+
+    def _has_place(self) -> bool:
+        return len(self._jobs) < self._depth
 
     def drain(self) -> None:
-        """Wait until every submitted job is done."""
-        self._jobs.join()
+        """Wait until every submitted job is done, and the thread has ended."""
+        if self._thread is not None:
+            self._thread.join()
         self.check()
 
     def close(self) -> None:
-        """Finish all jobs and end the thread."""
-        self._jobs.put(None)
-        self._thread.join()
-        self.check()
+        """Finish all jobs, and end the thread."""
+        self.drain()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                # after a failure later jobs are dropped: rows past a hole would not be readable anyway
-                if self._failure is None:
-                    job()
-            except BaseException as error:  # noqa: BLE001 - handed to the training thread, whatever it is
-                self._failure = error
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
+        with self._turn:
+            while (job := self._next()) is not None:
+                try:
+                    # after a failure later jobs are dropped: rows past a hole would not be readable anyway
+                    if self._failure is None:
+                        job()
+                except BaseException as error:  # noqa: BLE001 - handed to the training thread, whatever it is
+                    self._failure = error
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            if not self._jobs:
+                self._looks = False
+                return None
+            job = self._jobs.popleft()
+            self._changed.notify_all()
+            return job
 
     def check(self) -> None:
         """Raises: StoreError: a job has failed."""

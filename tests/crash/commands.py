@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 500
 NAP_SECONDS = 0.002
 # before the fork, with whatever these need
 LOADED = ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "replay.run", "exporting.run", "evaluation.run")

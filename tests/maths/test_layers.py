@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths import layers
+from hydra_pipe.maths.factors import rows_of
 from hydra_pipe.maths.layers import (
     Factors,
     conv1d_of_transformers_rule,
     conv_rule,
-    general_rule,
     linear_rule,
     may_couple,
     register_rule,
@@ -36,7 +36,7 @@ def own_names(module: nn.Module) -> list[str]:
 
 
 def written_out(contributions: Mapping[str, layers.Contribution]) -> Rows:
-    return {name: c.rows() if isinstance(c, Factors) else c for name, c in contributions.items()}
+    return {name: rows_of(c) for name, c in contributions.items()}
 
 
 class Called(nn.Module):
@@ -161,7 +161,7 @@ def test_a_rule_known_by_its_types_name_is_a_rule_like_others() -> None:
         register_rule(Conv1D, my_rule)
     module = Conv1D(3, 2)
     module.gain = nn.Parameter(torch.ones(3))
-    assert rule_for(module) is general_rule
+    assert rule_for(module) is None
 
 
 @st.composite
@@ -258,65 +258,6 @@ def batch_norm_after_some_training() -> nn.BatchNorm2d:
     return module.eval()
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.LayerNorm(4), (3, 4)),
-        (nn.LayerNorm((2, 4), bias=False), (3, 5, 2, 4)),
-        (nn.GroupNorm(2, 4), (3, 4, 5)),
-        (nn.Conv1d(2, 4, 3, padding=1, groups=2), (3, 2, 6)),
-        (nn.ConvTranspose2d(2, 3, 2, stride=2), (3, 2, 3, 3)),
-        (nn.PReLU(3), (4, 3, 2)),
-        (batch_norm_after_some_training(), (4, 3, 2, 2)),
-        (Scaled(), (5, 4)),
-        (Scaled(), (1, 4)),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
-)
-def test_the_fallback_gives_batch_of_one_gradients_of_any_module(module: nn.Module, shape: tuple[int, ...]) -> None:
-    assert_rows_are_batch_of_one_gradients(module, random(*shape), rule=general_rule)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    batch=st.integers(1, 5),
-    positions=st.lists(st.integers(1, 4), max_size=2),
-    width=st.integers(1, 5),
-    padding_idx=st.sampled_from([None, 0]),
-    seed=st.integers(0, 100),
-)
-def test_rule_and_fallback_give_batch_of_one_gradients_of_an_embedding(
-    batch: int, positions: list[int], width: int, padding_idx: int | None, seed: int
-) -> None:
-    module = nn.Embedding(4, width, padding_idx=padding_idx)
-    tokens = torch.randint(0, 4, (batch, *positions), generator=torch.Generator().manual_seed(seed))
-    assert_rows_are_batch_of_one_gradients(module, tokens, rule=general_rule)
-    assert_rows_are_batch_of_one_gradients(module, tokens)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for this layer
-def test_the_fallback_feeds_two_inputs_sample_by_sample() -> None:
-    module = nn.Bilinear(3, 2, 4)
-    assert rule_for(module) is general_rule
-    assert_rows_are_batch_of_one_gradients(module, random(5, 5), Called(module, [3, 2], []))
-
-
-def test_the_fallback_feeds_keyword_inputs_sample_by_sample() -> None:
-    module = Gated()
-    for widths, keywords in (([3, 4], ["gate"]), ([3], ["inputs"]), ([3, 4], ["inputs", "gate"])):
-        inputs = random(5, sum(widths))
-        assert_rows_are_batch_of_one_gradients(module, inputs, Called(module, widths, keywords))
-
-
-def test_the_fallback_passes_on_as_they_are_what_is_no_tensor_or_has_no_sample_dimension() -> None:
-    module = Gated()
-    inputs, gate, grad_output = random(5, 3), random(1, 4, seed=2), random(5, 4, seed=1)
-    found = general_rule(module, (inputs, gate), {"power": 3}, grad_output, ["weight"])["weight"]
-    truth = one_by_one_gradients(module, lambda output, g: output * gate.sigmoid() ** 3 * g, inputs, grad_output, ["weight"])
-    assert isinstance(found, Tensor)
-    torch.testing.assert_close(found, torch.stack([row["weight"].flatten() for row in truth]))
-
-
 class Mixing(nn.Module):
     """One of its tensors is of positions, shared by all samples: added, or multiplied from the left as a mask is."""
 
@@ -327,25 +268,6 @@ class Mixing(nn.Module):
     def forward(self, inputs: Tensor, added: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         hidden = inputs @ self.weight if added is None else (inputs + added) @ self.weight
         return torch.tanh(hidden if mask is None else mask @ hidden)
-
-
-@pytest.mark.parametrize("loss", [lambda output, g: output * g, lambda output, _: output], ids=["any loss", "sum of the output"])
-@pytest.mark.parametrize("shared", ["added", "mask", "both"])
-@pytest.mark.parametrize("batch", [1, 3, 4])
-def test_the_fallback_does_not_split_what_is_shared_though_it_is_as_long_as_the_batch(batch: int, shared: str, loss: Any) -> None:
-    module, positions = Mixing(), 4
-    inputs, weights = random(batch, positions, 3), random(batch, positions, 3, seed=1)
-    args, kwargs = [inputs], {}
-    if shared != "mask":
-        args.append(random(positions, 3, seed=2))
-    if shared != "added":
-        kwargs["mask"] = random(positions, positions, seed=3)
-    output = module(*args, **kwargs)
-    (grad_output,) = torch.autograd.grad(loss(output, weights).sum(), output)
-    found = general_rule(module, tuple(args), kwargs, grad_output, ["weight"])["weight"]
-    truth = one_by_one_gradients(of_first_input(module, args[1:], kwargs), loss, inputs, weights, ["module.weight"])
-    assert isinstance(found, Tensor)
-    torch.testing.assert_close(found, torch.stack([row["module.weight"].flatten() for row in truth]))
 
 
 def of_first_input(module: nn.Module, args: list[Tensor], kwargs: dict[str, Tensor]) -> nn.Module:
@@ -360,23 +282,6 @@ def of_first_input(module: nn.Module, args: list[Tensor], kwargs: dict[str, Tens
             return self.module(inputs, *args, **kwargs)
 
     return Rest()
-
-
-def test_the_fallback_goes_through_the_whole_batch_for_each_sample_only_where_split_rows_are_wrong() -> None:
-    truth, grad_output = random(9, 4), torch.ones(9, 1, dtype=torch.float64)
-    wrong = truth.clone()
-    wrong[2] += 1e-3
-    wrong[5] -= 1e-3  # so that the sum is right
-    for rows, n_calls in ((truth, 1), (wrong, 10)):
-        calls: list[Tensor] = []
-
-        def pull_back(gradient: Tensor, calls: list[Tensor] = calls) -> Rows:
-            calls.append(gradient)
-            return {"weight": (truth * gradient).sum(0)}
-
-        found = layers._split_or_whole(lambda rows=rows: {"weight": rows}, pull_back, grad_output)
-        assert torch.equal(found["weight"], truth)
-        assert len(calls) == n_calls
 
 
 @settings(max_examples=50, deadline=None)
@@ -445,13 +350,6 @@ class Noisy(nn.Module):
         return F.dropout(inputs * self.weight, 0.5)
 
 
-def test_the_fallback_leaves_the_random_numbers_of_training_as_they_were() -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    general_rule(Noisy(), (random(4, 3),), {}, random(4, 3), ["weight"])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 class Counting(nn.Module):
     """Changes a buffer in its forward pass."""
 
@@ -463,40 +361,6 @@ class Counting(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += 1
         return inputs * self.weight
-
-
-def test_the_fallback_runs_a_module_that_changes_its_buffers_on_copies_of_them() -> None:
-    module = Counting()
-    inputs, grad_output = random(4, 3), random(4, 3, seed=1)
-    found = general_rule(module, (inputs,), {}, grad_output, ["weight"])["weight"]
-    assert isinstance(found, Tensor)
-    torch.testing.assert_close(found, inputs * grad_output)
-    assert module.calls.item() == 0
-
-
-def test_the_fallback_leaves_the_module_as_it_was() -> None:
-    module = Scaled().double()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    parameters = dict(module.named_parameters())
-    general_rule(module, (random(5, 4),), {}, random(5, 2), ["gain", "shift"])
-    for name, parameter in module.named_parameters():
-        assert parameter is parameters[name]
-        assert torch.equal(parameter, before[name])
-        assert parameter.grad is None
-        assert parameter.requires_grad
-
-
-def test_the_fallback_calls_no_hook_of_the_module_or_of_its_children() -> None:
-    module = Scaled().double()
-    called = []
-    for hooked in (module, module.child):
-        hooked.register_forward_pre_hook(lambda *_: called.append("before"))
-        hooked.register_forward_hook(lambda *_: called.append("after"))
-        hooked.register_full_backward_hook(lambda *_: called.append("backward"))
-    general_rule(module, (random(5, 4),), {}, random(5, 2), ["gain", "shift"])
-    assert called == []
-    module(random(5, 4))
-    assert called == ["before", "before", "after", "after"]
 
 
 class Remembering(nn.Module):
@@ -512,16 +376,10 @@ class Remembering(nn.Module):
         return inputs * self.weight
 
 
-def test_the_fallback_leaves_nothing_of_its_passes_on_the_module() -> None:
-    module = Remembering()
-    general_rule(module, (random(4, 3),), {}, random(4, 3), ["weight"])
-    assert module.last is None
-
-
 def test_a_linear_with_parameters_of_its_own_is_not_taken_for_a_linear() -> None:
     module = nn.Linear(4, 3)
     module.gain = nn.Parameter(torch.ones(3))
-    assert rule_for(module) is general_rule
+    assert rule_for(module) is None
 
 
 class Looking(nn.Module):
@@ -533,11 +391,6 @@ class Looking(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs * self.weight if inputs.sum().item() > 0 else inputs
-
-
-def test_a_module_that_cannot_be_run_sample_by_sample_is_named_in_the_error() -> None:
-    with pytest.raises(LayerError, match=r"Looking has no layer rule.*freeze its parameters or give it a rule"):
-        general_rule(Looking(), (torch.ones(4, 3),), {}, torch.ones(4, 3), ["weight"])
 
 
 def my_rule(*_: Any) -> dict[str, layers.Contribution]:
@@ -555,7 +408,7 @@ def test_a_second_rule_for_a_type_is_refused_and_both_are_named() -> None:
 def test_a_rule_that_is_registered_is_used_for_its_type_and_for_no_other() -> None:
     register_rule(Scaled, my_rule)
     assert rule_for(Scaled()) is my_rule
-    assert rule_for(Gated()) is general_rule
+    assert rule_for(Gated()) is None
 
 
 class Halved(nn.Linear):
@@ -572,9 +425,7 @@ class HalvedAgain(Halved):
     pass
 
 
-@pytest.mark.parametrize(
-    ("module", "rule"), [(Halved(3, 2), general_rule), (HalvedAgain(3, 2), general_rule), (Named(3, 2), linear_rule)]
-)
+@pytest.mark.parametrize(("module", "rule"), [(Halved(3, 2), None), (HalvedAgain(3, 2), None), (Named(3, 2), linear_rule)])
 def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(module: nn.Module, rule: layers.Rule) -> None:
     assert rule_for(module) is rule
     assert_rows_are_batch_of_one_gradients(module, random(4, 3))

@@ -624,23 +624,11 @@ class Mixing(nn.Module):
         return hidden - hidden.mean(0)
 
 
-class TimeFirst(nn.Module):
-    """Has the sample in the second dimension, which is as long as the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x.squeeze(1).transpose(0, 1)).sum(0)
-
-
-@pytest.mark.parametrize("build", [Mixing, TimeFirst])
-def test_a_model_that_mixes_samples_is_refused_before_anything_is_written(tmp_path: Path, build) -> None:
+def test_a_model_that_mixes_samples_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = build()
+    model = Mixing()
     pipeline = mlp_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(LayerError, match=r"the loss of one sample alone reaches other rows of layer\.weight"):
+    with pytest.raises(LayerError, match="depends on other rows of layer: the model mixes the samples"):
         hydra_pipe.record(pipeline, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -549,7 +549,7 @@ class TestLoopsThatGoWrong:
             recorder.close()
         assert facts_of(tmp_path / "run")["n_steps"] == 2
 
-    def test_a_model_that_mixes_samples_is_told_by_its_test_gradients(self, tmp_path: Path) -> None:
+    def test_a_model_that_mixes_samples_is_told_at_its_first_batch(self, tmp_path: Path) -> None:
         class Mixing(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -562,9 +562,8 @@ class TestLoopsThatGoWrong:
         model = Mixing()
         optimizer = sgd(model)
         recorder = tracking(tmp_path / "run", model, optimizer)
-        tracked_loop(model, optimizer, recorder.track(DataLoader(TRAIN, batch_size=8)), 1, 1)
         with pytest.raises(LayerError, match="the model mixes the samples"):
-            recorder.record_test(DataLoader(TRAIN, batch_size=8), cross_entropy)
+            tracked_loop(model, optimizer, recorder.track(DataLoader(TRAIN, batch_size=8)), 1, 1)
 
 
 def test_the_curvature_of_tracked_batches_is_that_of_named_samples_and_dropped_ones_leave_none(tmp_path: Path) -> None:

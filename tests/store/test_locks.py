@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,19 +82,20 @@ def test_a_child_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     child = context.Process(target=time.sleep, args=(60,))
     child.start()
-    assert lock._descriptor is not None
-    os.close(lock._descriptor)  # as the system does it for a process that was killed
-    lock._descriptor = None
+    lock._held.close()  # as the system does it for a process that was killed
     Lock(tmp_path / "run", "record", take_over=True).release()
     child.kill()
     child.join()
 
 
-@pytest.mark.parametrize("run", ["flock"], indirect=True)
-def test_a_lock_that_was_left_without_releasing_it_is_free(run: Path) -> None:
+def test_a_lock_that_was_left_without_releasing_it_is_let_go_by_the_next_and_not_by_the_collector(run: Path) -> None:
     lock = Lock(run, "record")
     del lock
     gc.collect()
+    assert (run / names.LOCKS / "record.lock").exists()
+    Lock(run, "export").release()
+    assert not (run / names.LOCKS / "record.lock").exists()
+    assert not any(thread.name == "hydra-pipe lease" for thread in threading.enumerate())
     Lock(run, "record").release()
 
 

@@ -1,0 +1,333 @@
+"""Rules for one node of the autograd graph: from the gradient at the node's output to each sample's gradient at one of its inputs.
+
+A layer rule (`hydra_pipe.maths.layers`) needs a module. A node rule needs nothing but the graph that autograd keeps of every pass: it
+serves parameters that a module of any kind owns, and parameters that are used outside of the module that owns them.
+
+Symbols: B samples in the pass, P positions of a sample, O output and I input features, T time steps, H hidden features.
+
+`by_sample` always works: it calls the node once for each sample, with zeros in place of the other samples' gradients. A rule is fast.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.orders import WHOLE, SampleOrder
+from hydra_pipe.maths.recurrent import LstmLayer, lstm_gate_gradients
+
+#: Each sample's gradient at an input of shape S: rows of shape (B, numel), or factors of them.
+ByInput = Contribution
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCall:
+    """A node that is about to run backward.
+
+    Args:
+        node: of the autograd graph; its saved tensors are still there.
+        gradients: at each output of the node, None where there is none.
+        orders: where the gradients keep their samples, None where there is no gradient.
+        batch: B.
+        shapes: of the inputs whose gradients are wanted, by the input's number.
+    """
+
+    node: Any
+    gradients: Sequence[Tensor | None]
+    orders: Sequence[SampleOrder | None]
+    batch: int
+    shapes: Mapping[int, tuple[int, ...]]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of a node with one output."""
+        (gradient,) = self.gradients
+        assert gradient is not None
+        return gradient
+
+    @property
+    def order(self) -> SampleOrder:
+        """Of a node with one output."""
+        (order,) = self.orders
+        assert order is not None
+        return order
+
+
+# Returns the inputs that the rule knows; the others are left to the slow twin.
+NodeRule = Callable[[NodeCall], Mapping[int, ByInput]]
+
+
+def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
+    """Each sample's gradient at the wanted inputs of a node, by a rule where there is one.
+
+    Returns:
+        By the input's number: rows of shape (B, numel of the input), or factors of them.
+
+    Raises:
+        RuntimeError, TypeError: the node cannot be called by itself.
+    """
+    rule = _RULES.get(call.node.name())
+    whole = any(order is WHOLE for order in call.orders)
+    found = {} if rule is None or whole else dict(rule(call))
+    left = {slot: shape for slot, shape in call.shapes.items() if slot not in found}
+    return found | (slow_gradients_by_sample(call, left) if left else {})
+
+
+def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
+    """The slow twin of every rule: the node's own backward, once for each sample. See `gradients_by_sample`."""
+    rows: dict[int, list[Tensor]] = {slot: [] for slot in shapes}
+    for sample in range(call.batch):
+        alone = [
+            None if gradient is None or order is None else order.only(gradient, call.batch, sample)
+            for gradient, order in zip(call.gradients, call.orders, strict=True)
+        ]
+        at_inputs = _called(call.node, alone)
+        for slot, shape in shapes.items():
+            found = at_inputs[slot]
+            # the engine, not the node, sums what was broadcast
+            rows[slot].append(_zeros(alone, shape) if found is None else found.detach().sum_to_size(shape).reshape(-1))
+    return {slot: torch.stack(of_samples) for slot, of_samples in rows.items()}
+
+
+def _zeros(like: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    """Zeros for an input of `shape` that a node has no gradient for, flattened."""
+    device = next(x.device for x in like if x is not None)
+    return torch.zeros(torch.Size(shape).numel(), device=device)
+
+
+def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """What the node makes of `gradients`, one entry for each of its `next_functions`."""
+    own = getattr(node, "apply", None)
+    if own is None:
+        found = node(*gradients)
+        return found if isinstance(found, tuple) else (found,)
+    # A torch.autograd.Function answers for everything that its forward took, tensors or not.
+    found = own(*gradients)
+    all_found = found if isinstance(found, tuple) else (found,)
+    needed = iter([g for g, is_needed in zip(all_found, node.needs_input_grad, strict=False) if is_needed])
+    return [next(needed) if function is not None else None for function, _ in node.next_functions]
+
+
+def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]) -> Summed | None:
+    """Each sample's part of `values`, summed to `shape` as autograd sums what was broadcast; None where `shape` holds samples itself.
+
+    Args:
+        values: a gradient times whatever multiplied the input, shape as the node's output.
+        order: where `values` keeps its samples.
+        batch: B.
+        shape: of the input that was broadcast.
+
+    Returns:
+        Rows of shape (B, numel of `shape`).
+    """
+    aligned = (1,) * (values.dim() - len(shape)) + shape
+    if len(aligned) != values.dim() or aligned[order.dim] != 1:
+        return None
+    others = aligned[: order.dim] + aligned[order.dim + 1 :]
+    by_sample = order.split(values, batch)
+    spread = [1, *(2 + dim for dim, size in enumerate(others) if size == 1)]
+    rows = by_sample.sum(spread).reshape(batch, -1)
+    terms = by_sample.numel() / max(rows.numel(), 1)
+    return Summed(rows, torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5)
+
+
+def _broadcast(call: NodeCall, factors: Mapping[int, Callable[[], Tensor | None]]) -> dict[int, ByInput]:
+    """Rules of elementwise nodes: the gradient times the factor of each input, summed to the input's shape."""
+    found: dict[int, ByInput] = {}
+    for slot, shape in call.shapes.items():
+        if slot in factors:
+            values = factors[slot]()
+            summed = None if values is None else summed_by_sample(values, call.order, call.batch, shape)
+            if summed is not None:
+                found[slot] = summed
+    return found
+
+
+def _add_rule(call: NodeCall) -> dict[int, ByInput]:
+    return _broadcast(call, {0: lambda: call.gradient, 1: lambda: call.gradient * call.node._saved_alpha})
+
+
+def _sub_rule(call: NodeCall) -> dict[int, ByInput]:
+    return _broadcast(call, {0: lambda: call.gradient, 1: lambda: call.gradient * -call.node._saved_alpha})
+
+
+def _mul_rule(call: NodeCall) -> dict[int, ByInput]:
+    return _broadcast(call, {0: lambda: _times(call, "_saved_other"), 1: lambda: _times(call, "_saved_self")})
+
+
+def _times(call: NodeCall, name: str) -> Tensor | None:
+    other = getattr(call.node, name)
+    return None if other is None else call.gradient * other.detach()
+
+
+def _div_rule(call: NodeCall) -> dict[int, ByInput]:
+    def numerator() -> Tensor | None:
+        other = call.node._saved_other
+        return None if other is None else call.gradient / other.detach()
+
+    return _broadcast(call, {0: numerator})
+
+
+def _expand_rule(call: NodeCall) -> dict[int, ByInput]:
+    return _broadcast(call, {0: lambda: call.gradient})
+
+
+def _prelu_rule(call: NodeCall) -> dict[int, ByInput]:
+    """PReLU, y = max(x, 0) + w min(x, 0): dw_i = sum_p g_ip min(x_ip, 0)."""
+    return _broadcast(call, {1: lambda: call.gradient * call.node._saved_self.detach().clamp(max=0)})
+
+
+def _addmm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """beta b + alpha X M, X of shape (N, I), M of shape (I, O): dM_i = alpha sum_p x_ip g_ip^T."""
+    return _product(call, bias=0, left=1, right=2, scale=call.node._saved_alpha, bias_scale=call.node._saved_beta)
+
+
+def _mm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """X M: see `_addmm_rule`."""
+    return _product(call, bias=None, left=0, right=1, scale=1, bias_scale=1)
+
+
+def _product(call: NodeCall, *, bias: int | None, left: int, right: int, scale: float, bias_scale: float) -> dict[int, ByInput]:
+    found: dict[int, ByInput] = {}
+    order, batch = call.order, call.batch
+    if bias is not None and bias in call.shapes:
+        summed = summed_by_sample(call.gradient, order, batch, call.shapes[bias])
+        if summed is not None:
+            found[bias] = Summed(summed.rows * bias_scale, summed.bounds * abs(bias_scale))
+    if order.dim == 0 and right in call.shapes:
+        saved = call.node._saved_mat1 if bias is not None else call.node._saved_self
+        gradient = order.split(call.gradient, batch)
+        found[right] = Factors(order.split(saved.detach(), batch), gradient if scale == 1 else gradient * scale)
+    if order.dim == 1 and left in call.shapes:
+        saved = call.node._saved_mat2
+        gradient = order.split(call.gradient, batch)
+        found[left] = Factors(gradient if scale == 1 else gradient * scale, order.split(saved.detach(), batch))
+    return found
+
+
+def _convolution_rule(call: NodeCall) -> dict[int, ByInput]:
+    """A convolution by its own backward, the entries of one sample at a time: no other sample's work is done for it."""
+    node, order, batch = call.node, call.order, call.batch
+    found: dict[int, ByInput] = {}
+    if order.dim != 0:
+        return found
+    if 2 in call.shapes:
+        found[2] = _by_channel(call.gradient, order, batch)
+    if 1 in call.shapes:
+        gradients, inputs = order.split(call.gradient, batch), order.split(node._saved_input.detach(), batch)
+        weight = node._saved_weight.detach()
+        geometry = (
+            *(list(node._saved_stride), list(node._saved_padding), list(node._saved_dilation)),
+            *(node._saved_transposed, list(node._saved_output_padding), node._saved_groups),
+        )
+        rows = [
+            torch.ops.aten.convolution_backward(g.contiguous(), x.contiguous(), weight, None, *geometry, [False, True, False])[1]
+            for g, x in zip(gradients, inputs, strict=True)
+        ]
+        found[1] = torch.stack(rows).flatten(1)
+    return found
+
+
+def _batch_norm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """y = w n(x) + b by channel: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip, with the statistics of the whole batch."""
+    node = call.node
+    if call.gradients[0] is None or call.orders[0] is None or call.orders[0].dim != 0:
+        return {}
+    order, gradient = call.orders[0], call.gradients[0]
+    found: dict[int, ByInput] = {}
+    if 1 in call.shapes:
+        values, own = node._saved_input.detach(), bool(node._saved_training)
+        kept = (None, None) if own else (node._saved_running_mean, node._saved_running_var)
+        eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+        normed = F.batch_norm(values, kept[0], kept[1], training=own, eps=eps)
+        found[1] = _by_channel(gradient * normed, order, call.batch)
+    if 2 in call.shapes:
+        found[2] = _by_channel(gradient, order, call.batch)
+    return found
+
+
+def _by_channel(values: Tensor, order: SampleOrder, batch: int) -> Summed:
+    """(N, C, ...) to rows of shape (B, C)."""
+    by_sample = order.split(values.reshape(*values.shape[:2], -1), batch)  # (B, k, C, P)
+    terms = by_sample.shape[1] * by_sample.shape[3]
+    return Summed(by_sample.sum((1, 3)), torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5)
+
+
+def _group_norm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """y = w n(x) + b by channel, normed over groups of channels: see `_batch_norm_rule`."""
+    node, gradient, order = call.node, call.gradients[0], call.orders[0]
+    if gradient is None or order is None or order.dim != 0:
+        return {}
+    found: dict[int, ByInput] = {}
+    if 1 in call.shapes:
+        normed = F.group_norm(node._saved_input.detach(), node._saved_group, None, None, node._saved_eps)
+        found[1] = _by_channel(gradient * normed, order, call.batch)
+    if 2 in call.shapes:
+        found[2] = _by_channel(gradient, order, call.batch)
+    return found
+
+
+def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """y = w n(x) + b over the last dimensions: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip."""
+    node, gradient, order = call.node, call.gradients[0], call.orders[0]
+    if gradient is None or order is None:
+        return {}
+    found: dict[int, ByInput] = {}
+    for slot in (1, 2):
+        if slot in call.shapes:
+            values = gradient
+            if slot == 1:
+                normed = (node._saved_input.detach() - node._saved_result1) * node._saved_result2
+                values = gradient * normed
+            summed = summed_by_sample(values, order, call.batch, call.shapes[slot])
+            if summed is not None:
+                found[slot] = summed
+    return found
+
+
+def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
+    """One layer of an LSTM in one direction: see `hydra_pipe.maths.recurrent`."""
+    node = call.node
+    places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))  # of the outputs, and of the last hidden and cell state
+    usual = all(o is None or o == place for o, place in zip(call.orders, places, strict=False))
+    if node._saved_mode != _LSTM or not usual or node._saved_input.shape[1] != call.batch:
+        return {}
+    weights = [getattr(node, f"_saved_weight{k}").detach() for k in range(4)]
+    if not node._saved_has_biases:
+        weights[2:] = [weights[0].new_zeros(len(weights[0]))] * 2
+    layer = LstmLayer(
+        node._saved_input.detach(),
+        weights,
+        node._saved_hx_.detach(),
+        node._saved_cx_.detach(),
+        node._saved_result0.detach(),
+        bool(node._saved_reverse),
+    )
+    gates, inputs, before = lstm_gate_gradients(layer, *call.gradients[:3])
+    rights = {1: inputs, 2: before, 3: None, 4: None}
+    return {slot: Factors(gates, rights[slot]) for slot in call.shapes if slot in rights}
+
+
+# torch's number of the mode
+_LSTM = 2
+
+_RULES: dict[str, NodeRule] = {
+    "AddBackward0": _add_rule,
+    "SubBackward0": _sub_rule,
+    "MulBackward0": _mul_rule,
+    "DivBackward0": _div_rule,
+    "ExpandBackward0": _expand_rule,
+    "PreluKernelBackward0": _prelu_rule,
+    "AddmmBackward0": _addmm_rule,
+    "MmBackward0": _mm_rule,
+    "ConvolutionBackward0": _convolution_rule,
+    "NativeBatchNormBackward0": _batch_norm_rule,
+    "CudnnBatchNormBackward0": _batch_norm_rule,
+    "NativeGroupNormBackward0": _group_norm_rule,
+    "NativeLayerNormBackward0": _layer_norm_rule,
+    "MkldnnRnnLayerBackward0": _lstm_rule,
+}

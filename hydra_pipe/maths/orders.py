@@ -1,0 +1,89 @@
+"""The place of each sample in a tensor: along which dimension, and in which order.
+
+Symbols: B samples in a pass, L the length of the dimension that holds them, k = L / B entries of each sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOrder:
+    """Where a tensor keeps its samples.
+
+    Args:
+        dim: the dimension that holds the samples. Its length L is a multiple of the batch B.
+        major: True: the k entries of a sample are neighbours (windows of a picture). False: entry 0 of all samples comes first, then
+            entry 1 of all samples (time steps before samples).
+    """
+
+    dim: int = 0
+    major: bool = True
+
+    def fits(self, value: Tensor, batch: int) -> bool:
+        """Whether `value` may hold `batch` samples in this order."""
+        return value.dim() > self.dim and value.shape[self.dim] > 0 and value.shape[self.dim] % batch == 0
+
+    def split(self, value: Tensor, batch: int) -> Tensor:
+        """`value` by sample, shape (B, k, the other dimensions). A view where `value` allows a view."""
+        first = value.movedim(self.dim, 0)
+        rest = first.shape[1:]
+        if self.major:
+            return first.reshape(batch, -1, *rest)
+        return first.reshape(-1, batch, *rest).transpose(0, 1)
+
+    def only(self, value: Tensor, batch: int, sample: int) -> Tensor:
+        """A copy of `value` with zeros in place of every sample but `sample`."""
+        alone = torch.zeros_like(value)
+        self.split_view(alone, batch)[sample] = self.split_view(value, batch)[sample]
+        return alone
+
+    def split_view(self, value: Tensor, batch: int) -> Tensor:
+        """`split` without a copy: writing to the result writes to `value`. The samples come first, then k, then the rest."""
+        k = value.shape[self.dim] // batch
+        sizes = (batch, k) if self.major else (k, batch)
+        found: Tensor = value.unflatten(self.dim, sizes)  # type: ignore[no-untyped-call]
+        at, other = (self.dim, self.dim + 1) if self.major else (self.dim + 1, self.dim)
+        return found.movedim((at, other), (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole(SampleOrder):
+    """The order of a batch of one: everything is the sample's."""
+
+    def fits(self, value: Tensor, batch: int) -> bool:
+        return batch == 1
+
+    def only(self, value: Tensor, batch: int, sample: int) -> Tensor:
+        return value
+
+
+#: A batch of one: everything is the sample's, whatever its shape. Only `fits` and `only` serve it.
+WHOLE: SampleOrder = _Whole()
+#: The usual one: the first dimension is the sample, or the positions of one sample after those of another.
+FIRST = SampleOrder()
+
+
+def order_of(gradient: Tensor, batch: int, sample: int, usual: SampleOrder = FIRST) -> SampleOrder | None:
+    """The order that explains a gradient which comes from `sample` alone.
+
+    Args:
+        gradient: at some tensor of a pass, zero where `sample` has no part. Not zero everywhere.
+        batch: samples of the pass.
+        sample: the place of the one whose output the gradient comes from.
+        usual: the order to prefer where several explain it.
+
+    Returns:
+        The order, or None where the gradient reaches entries of other samples in every order.
+    """
+    reached = gradient != 0
+    candidates = [usual, *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False))]
+    for order in candidates:
+        if order.fits(gradient, batch):
+            by_sample = order.split(reached, batch).flatten(1).any(1)
+            by_sample[sample] = False
+            if not bool(by_sample.any()):
+                return order
+    return None

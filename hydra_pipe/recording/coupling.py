@@ -1,0 +1,245 @@
+"""Losses that mix samples, and passes that nothing ties to the samples of the step.
+
+A row is a sample's own where the loss is a sum of the samples' losses. The model's probes (`hydra_pipe.recording.attribution`) end at its
+outputs; what the loop makes of these is seen just before a backward pass, when the graph of the loss is whole. The gradient at the output of
+one sample must not change with the outputs of others: the second derivative of the loss between them is zero. One kind is let through, a
+function of the sum of the samples' losses (a root of a mean, say): there the second derivative is the gradient itself, times one number.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_pipe.errors import LayerError
+from hydra_pipe.recording.places import Origin, Pass
+
+# Larger outputs (the logits of a language model) would take as much memory again, several times.
+_MOST_ELEMENTS = 2**25
+# Of the second derivative between two samples, over that of one with itself.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """What the second derivative of a loss has shown.
+
+    Args:
+        mixes: the place of a sample whose gradient depends on the outputs of others; None: there is none.
+        tied: pairs of passes between which the loss of one sample depends on its outputs in both.
+    """
+
+    mixes: int | None
+    tied: Sequence[tuple[Pass, Pass]]
+
+
+class BackwardWatch:
+    """Looks at the next call of torch.autograd.backward before it runs.
+
+    Args:
+        look: is given the losses, and their gradients if the loop gives any.
+    """
+
+    def __init__(self, look: Callable[[Sequence[Tensor], Sequence[Any]], None]) -> None:
+        self.look = look
+        self._usual: Callable[..., None] | None = None
+
+    def begin(self) -> None:
+        """Look at the next call."""
+        if self._usual is None:
+            self._usual = torch.autograd.backward
+            torch.autograd.backward = self._backward
+
+    def end(self) -> None:
+        """Look at none."""
+        if self._usual is not None and torch.autograd.backward == self._backward:
+            torch.autograd.backward = self._usual
+            self._usual = None
+
+    def _backward(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        usual = self._usual
+        assert usual is not None
+        self.end()
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(losses))
+        self.look(losses, gradients)
+        usual(tensors, grad_tensors, *args, **kwargs)
+
+
+def coupling_of(
+    losses: Sequence[Tensor], gradients: Sequence[Any], outputs: Sequence[tuple[Origin, Pass]], sample: int
+) -> Coupling | None:
+    """How a loss couples the outputs that it is of.
+
+    Args:
+        losses: of the loop.
+        gradients: of each, None for a scalar.
+        outputs: of passes that may have led to them, and where they keep the samples.
+        sample: number of the one to look at, in each pass.
+
+    Returns:
+        What was found; None where nothing can be: no output is reached, or the loss has no second derivative.
+    """
+    if sum(origin.output.numel() for origin, _ in outputs) > _MOST_ELEMENTS:
+        return None
+    values = [origin.output for origin, _ in outputs]
+    terms = [loss.sum() if g is None else (loss * g).sum() for loss, g in zip(losses, gradients, strict=True) if loss.requires_grad]
+    if not terms or not values:
+        return None
+    try:
+        with torch.enable_grad():
+            total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+            first = torch.autograd.grad(total, values, create_graph=True, retain_graph=True, allow_unused=True)
+            used = [(origin, of_pass, g) for (origin, of_pass), g in zip(outputs, first, strict=True) if g is not None]
+            mixes: int | None = None
+            tied: list[tuple[Pass, Pass]] = []
+            for number, (origin, of_pass, gradient) in enumerate(used):
+                at = sample % of_pass.count
+                own = origin.order.split(gradient, of_pass.count)[at]
+                if not own.requires_grad:
+                    continue
+                direction = torch.randn(own.shape, generator=torch.Generator().manual_seed(number)).to(own)
+                second = torch.autograd.grad(
+                    (own * direction).sum(), [o.output for o, *_ in used], retain_graph=True, allow_unused=True
+                )
+                if _reaches_others(second, used, of_pass.first + at):
+                    mixes = of_pass.first + at
+                for (_, other, _), h in zip(used, second, strict=True):
+                    if other is not of_pass and h is not None and bool(h.any()):
+                        tied.append((of_pass, other))
+    except (RuntimeError, NotImplementedError):  # the loss has no second derivative
+        return None
+    return Coupling(mixes, tied)
+
+
+def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int) -> bool:
+    """Whether second derivatives of a sample's gradient are those of a loss that mixes it with others."""
+    others, gradients, own = [], [], 0.0
+    for (origin, of_pass, gradient), h in zip(used, second, strict=True):
+        if h is None:
+            continue
+        by_sample = origin.order.split(h.detach(), of_pass.count).flatten(1).double()
+        of_gradient = origin.order.split(gradient.detach(), of_pass.count).flatten(1).double()
+        is_other = torch.ones(of_pass.count, dtype=torch.bool)
+        if 0 <= place - of_pass.first < of_pass.count:
+            is_other[place - of_pass.first] = False
+            own = max(own, float(torch.linalg.vector_norm(by_sample[place - of_pass.first])))
+        others.append(by_sample[is_other].flatten())
+        gradients.append(of_gradient[is_other].flatten())
+    if not others:
+        return False
+    between, gradient = torch.cat(others), torch.cat(gradients)
+    size = float(torch.linalg.vector_norm(between))
+    if size <= _TOLERANCE * own or size == 0.0:
+        return False
+    factor = float(between @ gradient) / max(float(gradient @ gradient), torch.finfo(torch.float64).tiny)
+    return float(torch.linalg.vector_norm(between - factor * gradient)) > 1e-2 * size
+
+
+def same_inputs(one: Pass, other: Pass) -> bool:
+    """Whether two passes were given the same tensor."""
+    ours = [x for reference in one.inputs if (x := reference()) is not None]
+    theirs = [x for reference in other.inputs if (x := reference()) is not None]
+    return any(a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0 for a in ours for b in theirs)
+
+
+def references(tensors: Sequence[Tensor]) -> list["weakref.ref[Tensor]"]:
+    """`tensors`, kept alive by others only."""
+    return [weakref.ref(x) for x in tensors]
+
+
+class LossCoupling:
+    """Holds what the loop makes of the outputs against what a row is.
+
+    Args:
+        quiet: a block in which gradients are nobody's.
+        allows_mixing: whether a loss may mix samples; rows are then shares of its gradient, by the outputs they go through.
+    """
+
+    def __init__(self, quiet: Callable[[], AbstractContextManager[None]], *, allows_mixing: bool) -> None:
+        self._quiet, self._allows_mixing = quiet, allows_mixing
+        self.watch = BackwardWatch(self._look)
+        # passes of the step, and the outputs of those whose backward pass is to come
+        self._passes: list[Pass] = []
+        self._outputs: list[tuple[Origin, Pass]] = []
+        self._tied: set[tuple[int, int]] = set()
+        self._is_known = False
+
+    def add(self, of_pass: Pass, origins: Sequence[Origin], *, is_due: bool) -> None:
+        """A pass of the whole model has ended, with outputs `origins`."""
+        repeats = any(p.first == of_pass.first and p.count == of_pass.count for p in self._passes)
+        self._passes.append(of_pass)
+        self._outputs += [(origin, of_pass) for origin in origins[:1]]
+        if is_due or (repeats and not self._is_known):
+            self.watch.begin()
+
+    def after_backward(self) -> None:
+        """Let go of outputs whose graph is gone."""
+        self._outputs = []
+
+    def forget_gradients(self) -> None:
+        """The loop has thrown the gradients of all passes so far away."""
+        for of_pass in self._passes:
+            of_pass.has_gradient = False
+
+    def release(self) -> None:
+        """The step is over."""
+        self.watch.end()
+        self._passes, self._outputs, self._tied = [], [], set()
+
+    def check_repeats(self, same_targets: Callable[[Pass, Pass], bool], when: str) -> None:
+        """Refuse several passes over the same places of a step which nothing ties to the same samples. Raises: LayerError."""
+        counted = [p for p in self._passes if p.has_gradient]
+        if self._is_known or len(counted) < 2:
+            return
+        for number, one in enumerate(counted):
+            for other in counted[number + 1 :]:
+                if (one.first, one.count) != (other.first, other.count):
+                    continue
+                tied = (id(one), id(other)) in self._tied or same_inputs(one, other) or same_targets(one, other)
+                if not tied and not self._allows_mixing:
+                    raise LayerError(
+                        f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same ones (a "
+                        f"second batch, such as unlabelled or generated samples, has samples of its own): name those of both calls, one "
+                        f"after the other, as in recorder.step(torch.cat([ids, ids_of_the_second_call]))"
+                    )
+                self._is_known = True
+
+    def _look(self, losses: Sequence[Tensor], gradients: Sequence[Any]) -> None:
+        outputs = self._outputs
+        if not outputs:
+            return
+        with self._quiet():
+            found = coupling_of(losses, gradients, outputs, sample=outputs[0][1].count // 2)
+        if found is None:
+            return
+        self._tied |= {pair for one, other in found.tied for pair in ((id(one), id(other)), (id(other), id(one)))}
+        if found.mixes is not None and not self._allows_mixing:
+            raise LayerError(
+                "the loss of one sample depends on the outputs of others (in-batch negatives, or another contrastive or batch-wide loss): "
+                "no row would be a sample's own. Take a loss that is a sum over samples, or give Recorder(..., allow_mixed_loss=True): "
+                "a row is then the share of the batch's gradient that goes through the sample's own outputs"
+            )
+
+
+def same_targets(outputs: Sequence[Any], one: Pass, other: Pass) -> bool:
+    """Whether the gradients at the outputs of two passes are those of cross-entropy with the same targets.
+
+    Args:
+        outputs: `SeenOutput` of each backward pass, in the order of the passes.
+        one, other: passes over the same places.
+    """
+    seen = [o.gradient for o in outputs if o.first == one.first and o.gradient.dim() == 2 and len(o.gradient) == one.count]
+    if len(seen) < 2:
+        return False
+    targets = []
+    for gradient in seen:
+        size = gradient.abs().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        if bool((gradient.sum(1).abs() > 1e-3 * size).any()) or bool(((gradient < 0).sum(1) > 1).any()):
+            return False
+        targets.append(gradient.argmin(1))
+    return len(targets[0].unique()) > 1 and all(bool((t == targets[0]).all()) for t in targets)

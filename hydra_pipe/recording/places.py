@@ -1,0 +1,282 @@
+"""Calls of one module in one pass, and whose rows they make.
+
+Symbols: B samples in the pass, N rows of a module in it, over all its calls: the entries of the first dimension of its outputs, one call
+after the other. A module that is called once with the batch has N = B. One that is called sample by sample, window by window or view by
+view has others; its `SampleOrder` is that of the N rows.
+"""
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.layers import Rule, takes_any_leading_dimensions
+from hydra_pipe.maths.orders import FIRST, SampleOrder
+from hydra_pipe.recording.graph import rows_at_node
+
+
+@dataclass(eq=False)
+class Watched:
+    """A module with a layer rule, and where its outputs keep the samples.
+
+    Args:
+        name: of the module.
+        module: that owns recorded parameters.
+        owned: block of each of them, by the module's own name of it.
+        rule: of the module.
+        order: of its rows.
+        is_known: whether a probe has found the order; else it is the usual one.
+    """
+
+    name: str
+    module: nn.Module
+    owned: Mapping[str, int]
+    rule: Rule
+    order: SampleOrder = FIRST
+    is_known: bool = False
+
+    def wanted(self, by_graph: Collection[int]) -> list[str]:
+        """Names of the parameters to split in the present pass."""
+        own = self.module._parameters
+        return [n for n, block in self.owned.items() if block not in by_graph and (p := own[n]) is not None and p.requires_grad]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """An output of a pass, where probes begin.
+
+    Args:
+        output: of the model.
+        order: where it keeps the samples.
+    """
+
+    output: Tensor
+    order: SampleOrder
+
+
+@dataclass(slots=True, eq=False)
+class Pass:
+    """One pass of some samples through the model.
+
+    Args:
+        first: place of the first of them in the step.
+        count: B.
+        inputs: tensors that the model was called with, as far as others keep them.
+        has_gradient: whether a gradient has come back that counts.
+    """
+
+    first: int
+    count: int
+    inputs: Sequence["weakref.ref[Tensor]"] = ()
+    has_gradient: bool = False
+    seen: dict[Watched, int] = field(default_factory=dict)
+
+    def next_rows(self, watched: Watched, n_rows: int) -> int:
+        """Count a call's rows; returns how many rows the module had before."""
+        before = self.seen.get(watched, 0)
+        self.seen[watched] = before + n_rows
+        return before
+
+
+class Call:
+    """One call of a watched module, whose gradient is to come.
+
+    Args:
+        watched: the module.
+        parameter: one that it owns and that is trained.
+        args, kwargs: that it was called with; kept, detached, until `release`.
+        of_pass: the pass.
+        is_recomputed: whether the backward pass itself makes the call.
+        shape: of the output.
+    """
+
+    __slots__ = ("_inputs", "dtype", "is_recomputed", "n_rows", "of_pass", "offset", "parameter", "shape", "task", "watched")
+
+    def __init__(
+        self,
+        watched: Watched,
+        parameter: nn.Parameter,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        of_pass: Pass,
+        is_recomputed: bool,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.watched, self.of_pass, self.is_recomputed, self.shape = watched, of_pass, is_recomputed, shape
+        self.parameter, self.dtype = parameter, parameter.dtype
+        inputs = tuple([_detached(x) for x in args])
+        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (
+            inputs,
+            {k: _detached(x) for k, x in kwargs.items()} if kwargs else {},
+        )
+        self.n_rows = shape[0] if shape else 1
+        self.offset = 0 if is_recomputed else of_pass.next_rows(watched, self.n_rows)
+        #: backward pass that the gradient came from last
+        self.task = -1
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        """Positional and keyword inputs; None where they were let go of."""
+        return self._inputs
+
+    def release(self) -> None:
+        """Let go of the inputs."""
+        self._inputs = None
+
+
+def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tuple[int, dict[int, Contribution]]]:
+    """The contributions of a call by block, each with the place of their first sample in the step.
+
+    Args:
+        call: whose inputs are still there.
+        gradient: at its output, whose shape it may have flattened.
+        wanted: names of the module's parameters to split.
+
+    Raises:
+        LayerError: the samples of the output cannot be told.
+    """
+    watched, batch = call.watched, call.of_pass.count
+    assert call.inputs is not None
+    args, kwargs = call.inputs
+    gradient = gradient.reshape(call.shape)
+    if gradient.dtype != call.dtype or any(_is_narrower(x, call.dtype) for x in (*args, *kwargs.values())):
+        gradient, args = gradient.to(call.dtype), tuple(_in_dtype(x, call.dtype) for x in args)
+        kwargs = {key: _in_dtype(x, call.dtype) for key, x in kwargs.items()}
+    dim = watched.order.dim if batch > 1 else 0
+    if dim and gradient.dim() > dim and gradient.shape[dim] == batch and takes_any_leading_dimensions(watched.rule):
+        gradient, args = gradient.movedim(dim, 0), tuple(_moved(x, dim, batch) for x in args)
+        kwargs = {key: _moved(x, dim, batch) for key, x in kwargs.items()}
+        where: tuple[int, int, bool] | None = (0, batch, True)
+    else:
+        where = _where(call, batch) if not dim else None
+    if where is None:
+        raise _unclear(call)
+    place, n_samples, is_major = where
+    if gradient.dim() == 1:  # a vector without any other dimension
+        gradient, args = gradient.unsqueeze(0), tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args)
+        kwargs = {key: x.unsqueeze(0) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    found = watched.rule(watched.module, args, kwargs, gradient, wanted)
+    rows = {watched.owned[name]: _merged(value, n_samples, is_major) for name, value in found.items()}
+    return [(call.of_pass.first + place, rows)]
+
+
+def rows_by_node(
+    call: Call, node: Any, gradient: Tensor, blocks: Mapping[nn.Parameter, int]
+) -> list[tuple[int, dict[int, Contribution]]]:
+    """As `rows_of_call`, of a call whose inputs were let go of: from what autograd has saved at the node that makes the output.
+
+    Raises:
+        LayerError: the samples of the output cannot be told.
+    """
+    if call.n_rows != call.of_pass.count or call.watched.order.dim:
+        raise _unclear(call)
+    found = rows_at_node(node, gradient, FIRST, call.of_pass.count, blocks)
+    return [(call.of_pass.first, {block: value}) for block, value in found if block in call.watched.owned.values()]
+
+
+def _where(call: Call, batch: int) -> tuple[int, int, bool] | None:
+    """Place of the first sample of a call, how many it is of, and whether the rows of a sample are neighbours; None: not known."""
+    order, offset, n_rows = call.watched.order, call.offset, call.n_rows
+    if batch == 1 or (len(call.shape) < 2 and n_rows != batch):
+        return (0, 1, True) if batch == 1 else None
+    total = call.of_pass.seen.get(call.watched, n_rows)
+    if not call.watched.is_known or call.is_recomputed:
+        return (0, batch, True) if n_rows == batch else None
+    if order.major:
+        if total % batch:
+            return None
+        k = total // batch
+        if offset % k == 0 and n_rows % k == 0:
+            return offset // k, n_rows // k, True
+        if offset // k == (offset + n_rows - 1) // k:
+            return offset // k, 1, True
+        return None
+    if n_rows % batch == 0 and offset % batch == 0:
+        return 0, batch, False
+    return (offset % batch, n_rows, False) if offset % batch + n_rows <= batch else None
+
+
+def _unclear(call: Call) -> LayerError:
+    kind = type(call.watched.module).__name__
+    return LayerError(
+        f"{call.watched.name} ({kind}) has an output of shape {call.shape} in a batch of {call.of_pass.count}: its first dimension must be "
+        f"the sample, or its gradient cannot be split by sample"
+    )
+
+
+def _merged(value: Contribution, n_samples: int, is_major: bool) -> Contribution:
+    """Contributions of the rows of a call as contributions of `n_samples` samples."""
+    if isinstance(value, Summed):
+        bounds = _merged(value.bounds[:, None], n_samples, is_major)
+        rows = _merged(value.rows, n_samples, is_major)
+        assert isinstance(bounds, Tensor)
+        assert isinstance(rows, Tensor)
+        return Summed(rows, bounds[:, 0])
+    n_rows = len(value.left) if isinstance(value, Factors) else len(value)
+    if n_rows == n_samples:
+        return value
+    if isinstance(value, Tensor):
+        return (
+            value.reshape(n_samples, -1, value.shape[1]).sum(1) if is_major else value.reshape(-1, n_samples, value.shape[1]).sum(0)
+        )
+    if value.given_right is not None and not isinstance(value.given_right, Tensor):
+        return _merged(value.rows(), n_samples, is_major)
+    right = None if value.given_right is None else _side_by_side(value.given_right, n_samples, is_major)
+    return Factors(_side_by_side(value.left, n_samples, is_major), right)
+
+
+def _side_by_side(values: Tensor, n_samples: int, is_major: bool) -> Tensor:
+    """(n, P, C) to (n_samples, k P, C): the positions of all rows of a sample."""
+    if not is_major:
+        values = values.reshape(-1, n_samples, *values.shape[1:]).transpose(0, 1)
+    return values.reshape(n_samples, -1, values.shape[-1])
+
+
+def order_of_rows(
+    watched: Watched, reached: Sequence[tuple[int, Tensor]], total: int, batch: int, sample: int, *, in_batches: bool
+) -> SampleOrder | None:
+    """The order that explains which rows a probe of one sample has reached.
+
+    Args:
+        watched: the module.
+        reached: of each call, how many rows came before, and the numbers of its rows that were reached.
+        total: N.
+        batch: B.
+        sample: that the probe was of.
+        in_batches: whether each call had B rows.
+
+    Returns:
+        The order; None: none explains it.
+    """
+    if total % batch:
+        return None
+    rows = torch.cat([offset + numbers for offset, numbers in reached])
+    major, minor = replace(FIRST, major=True), replace(FIRST, major=False)
+    fits = {
+        major: bool((rows // (total // batch) == sample).all()),
+        minor: bool((rows % batch == sample).all()),
+    }
+    known = [watched.order] if watched.is_known else []
+    likeliest = [minor, major] if in_batches and total > batch else [major, minor]
+    return next((order for order in (*known, *likeliest) if fits.get(order)), None)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _is_narrower(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _moved(value: Any, dim: int, batch: int) -> Any:
+    return value.movedim(dim, 0) if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch else value

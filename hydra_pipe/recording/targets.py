@@ -1,0 +1,68 @@
+"""Targets of a batch against the labels of its ids: a batch in another order than its ids has rows of the wrong samples."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RecordError
+
+# Of a batch this long, targets that are the labels in another order are no chance.
+_ENOUGH = 4
+
+
+class TargetCheck:
+    """Holds the targets that training has seen against the labels of the samples.
+
+    The labels need not be the targets (true labels of noisy ones, or coarser classes). They are taken for the targets once a batch agrees with
+    them; from then on each has to. A batch that holds the right labels in another order is refused at once.
+
+    Args:
+        labels: of all training samples; None, or other than integers: nothing is checked.
+    """
+
+    def __init__(self, labels: object = None) -> None:
+        values = None if labels is None else np.asarray(labels)
+        self._labels: NDArray[np.int64] | None = None
+        if values is not None and values.ndim == 1 and values.dtype.kind in "iu":
+            self._labels = values.astype(np.int64)
+        self._agreed = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is something to check."""
+        return self._labels is not None
+
+    def check(self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None) -> None:
+        """Hold the targets of a batch against the labels of its ids.
+
+        Args:
+            ids: of the batch, shape (batch,).
+            targets: shape (batch,).
+            n_classes: that targets are among; None: not known.
+
+        Raises:
+            RecordError: they are those of other samples.
+        """
+        if self._labels is None or not len(ids):
+            return
+        labels = self._labels[ids]
+        agree = labels == targets
+        if agree.all():
+            self._agreed = self._agreed or len(np.unique(labels)) > 1
+            return
+        is_permuted = len(ids) >= _ENOUGH and len(np.unique(labels)) > 1 and np.array_equal(np.sort(labels), np.sort(targets))
+        is_like = n_classes is not None and self._labels.min() >= 0 and self._labels.max() == n_classes - 1
+        is_strange = is_like and len(ids) >= _ENOUGH and agree.mean() < 0.5
+        if self._agreed or is_permuted or is_strange:
+            first = int(np.flatnonzero(~agree)[0])
+            raise RecordError(
+                f"the batch is not in the order of its ids: its target number {first} is {targets[first]}, and the label of sample "
+                f"{ids[first]} is {labels[first]}"
+                + (
+                    " (the batch holds the labels of its ids in another order: does a collate function sort?)"
+                    if is_permuted
+                    else ""
+                )
+                + ". Give the ids in the order of the batch; if sample_labels are not the targets, give them by "
+                "recorder.label_samples() after the last step"
+            )
+        self._labels = None  # they are something else than the targets
