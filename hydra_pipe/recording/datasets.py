@@ -80,9 +80,14 @@ def pair_of(item: Any, what: str) -> tuple[Any, Any]:
 def is_dataset(given: Any) -> bool:
     """Whether `given` yields samples by their number, and not batches."""
     if isinstance(given, list | tuple):
-        return bool(given) and _is_sample(given[0])
+        return bool(given) and not _is_batch(given) and _is_sample(given[0])
     is_numbered = hasattr(given, "__getitem__") and hasattr(given, "__len__")
     return is_numbered and not isinstance(given, (DataLoader, IterableDataset, Mapping, Tensor))
+
+
+def _is_batch(given: Any) -> bool:
+    """Whether `given` is one batch, and not several."""
+    return isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) > 1 and isinstance(given[0], Tensor))
 
 
 def _is_sample(item: Any) -> bool:
@@ -116,8 +121,8 @@ def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iter
 
 def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:
     """(inputs, targets) of what somebody gives as test samples: a dataset, an iterable of batches, or one. Raises: DataError."""
-    if isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
-        given = [given]  # one batch
+    if _is_batch(given):
+        given = [given]
     if is_dataset(given):
         yield from dataset_batches(given, "test", seed, batch_size)
         return
