@@ -36,8 +36,36 @@ class UsageError(HydraError):
     exit_code = 2
 
 
-class ExtraError(HydraError):
+class ExtraError(HydraError, ModuleNotFoundError):
     """Something needs a package that is not installed, and that hydra-pipe does not depend on."""
+
+
+# what is imported of a package that hydra-pipe does not depend on -> the extra that has it
+_EXTRAS = {
+    "PIL": "report",
+    "accelerate": "transformers",
+    "gcsfs": "gcs",
+    "lightning": "lightning",
+    "matplotlib": "plots",
+    "pandas": "notebook",
+    "pyspark": "spark",
+    "s3fs": "s3",
+    "sklearn": "pipelines",
+    "transformers": "transformers",
+    "upath": "url",
+    "xarray": "xarray",
+}
+
+
+def extra_of(error: BaseException) -> str | None:
+    """The extra of hydra-pipe that has the package whose absence `error` tells of; None: there is none."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return _EXTRAS.get((name or "").partition(".")[0])
+
+
+def missing_extra(what: str, extra: str, error: ImportError) -> ExtraError:
+    """The error to raise where `what` cannot be imported without the packages of `extra`, as `error` says."""
+    return ExtraError(f"{what} cannot be used ({error}): pip install 'hydra-pipe[{extra}]'", name=error.name)
 
 
 class PipelineError(HydraError):

@@ -255,7 +255,11 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
             f"gradient can be taken: {_AGAIN}"
         )
     roots = [torch.from_numpy(root).to(p).reshape(p.shape) for root, p in zip(found, parameters, strict=True)]
-    return lambda index, _: roots[index]
+
+    def root(index: int, _: torch.Tensor | None, lines: torch.Tensor | None) -> torch.Tensor:
+        return roots[index] if lines is None else roots[index][lines]
+
+    return root
 
 
 def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:

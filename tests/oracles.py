@@ -214,7 +214,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def rows_in_context(model: nn.Module, losses: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Tensor]:
-    """Each sample's gradient, by one backward pass from its loss alone through a pass over the whole batch, shape (batch, numel)."""
+    """Each sample's gradient, by a backward pass from its loss alone through a pass over the whole batch; shape (batch, numel)."""
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for loss in losses(model(inputs)):

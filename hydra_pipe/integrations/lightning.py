@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.errors import DataError, RecordError, UsageError, missing_extra
 from hydra_pipe.integrations.finishing import Tests, finish
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
@@ -28,6 +25,13 @@ from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.tracking import WatchedLoader
 from hydra_pipe.store.run import Settings
+
+try:
+    from lightning.fabric.utilities.data import sized_len
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+except ImportError as error:
+    raise missing_extra(__name__, "lightning", error) from error
 
 # (output of the module, targets) -> losses of shape (batch,)
 TestLoss = Callable[[Any, Tensor], Tensor]

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.utils.generic import find_labels
 
-from hydra_pipe.errors import DataError, HydraError, RecordError, UsageError
+from hydra_pipe.errors import DataError, HydraError, RecordError, UsageError, missing_extra
 from hydra_pipe.integrations.finishing import finish, optional
 from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_batch, named_batches
 from hydra_pipe.maths.quantise import Dtype
@@ -27,6 +24,13 @@ from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.run import Settings
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+    from transformers.utils.generic import find_labels
+except ImportError as error:
+    raise missing_extra(__name__, "transformers", error) from error
 
 # (output of the model, labels) -> losses of shape (batch,)
 TestLoss = Callable[[Any, Tensor], Tensor]

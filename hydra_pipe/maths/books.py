@@ -60,6 +60,8 @@ def balance(
     # a reference that is not finite explains nothing, and what is not a number is over any limit
     residual = np.where(np.isfinite(reference), residual, np.nan)
     imbalance = np.divide(residual, reference, out=np.zeros_like(residual), where=reference != 0.0)
+    # beside norms that have overflowed any difference would be as good as none
+    imbalance[~np.isfinite(reference)] = np.inf
     return Balance(scalars, imbalance)
 
 

@@ -131,13 +131,45 @@ class Summed:
     bounds: Tensor
 
 
-# What a rule yields for one parameter: factors, sums, or the rows themselves, shape (B, numel).
-Contribution = Factors | Summed | Tensor
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Gradients of a table of which each sample uses some lines: an embedding's.
+
+    Args:
+        tokens: lines that each position of a sample uses, shape (B, P), int64.
+        values: gradient at each position, shape (B, P, D); positions of one line add up.
+        n_lines: of the table, shape (n_lines, D).
+    """
+
+    tokens: Tensor
+    values: Tensor
+    n_lines: int
+
+    def rows(self) -> Tensor:
+        """The gradients written out, shape (B, n_lines * D)."""
+        batch, _, width = self.values.shape
+        rows = self.values.new_zeros(batch * self.n_lines, width)
+        places = self.tokens + self.n_lines * torch.arange(batch, device=self.tokens.device).unsqueeze(1)
+        rows.index_add_(0, places.flatten(), self.values.flatten(0, 1))
+        return rows.reshape(batch, -1)
+
+    def bounds(self) -> Tensor:
+        """Upper bound of each row's norm, shape (B,): the norms of its positions, added up."""
+        norms: Tensor = torch.linalg.vector_norm(self.values, dim=2)
+        return norms.sum(1)
+
+    def sum_times(self, vector: Tensor) -> Tensor:
+        """The sum of all rows, as a table, times `vector` of shape (D,); shape (n_lines,)."""
+        return self.values.new_zeros(self.n_lines).index_add_(0, self.tokens.flatten(), (self.values @ vector).flatten())
+
+
+# What a rule yields for one parameter: factors, sums, lines of a table, or the rows themselves, shape (B, numel).
+Contribution = Factors | Summed | TokenRows | Tensor
 
 
 def rows_of(value: Contribution) -> Tensor:
     """The rows, written out, shape (B, numel)."""
-    if isinstance(value, Factors):
+    if isinstance(value, Factors | TokenRows):
         return value.rows()
     return value.rows if isinstance(value, Summed) else value
 
@@ -146,4 +178,6 @@ def bounds_of(value: Contribution) -> Tensor:
     """Upper bound of each row's norm, and of what the row is a sum of, as far as it is known; shape (B,)."""
     if isinstance(value, Factors):
         return value.norms()
+    if isinstance(value, TokenRows):
+        return value.bounds()
     return value.bounds if isinstance(value, Summed) else torch.linalg.vector_norm(value, dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows
 from hydra_pipe.maths.patches import Conv, ConvTranspose, Patches, norms
 
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
@@ -155,15 +155,17 @@ def embedding_rule(
     if module.scale_grad_by_freq or module.sparse:
         raise LayerError("an Embedding with scale_grad_by_freq or sparse=True cannot be recorded: make it without")
     (tokens,) = args or kwargs.values()
-    batch, width = len(tokens), module.embedding_dim
-    grads = grad_output.reshape(batch, -1, width)
-    tokens = tokens.reshape(batch, -1)
-    if module.padding_idx is not None:
-        grads = grads * (tokens != module.padding_idx).unsqueeze(2)
-    rows = grads.new_zeros(batch * module.num_embeddings, width)
-    places = tokens + module.num_embeddings * torch.arange(batch, device=tokens.device).unsqueeze(1)
-    rows.index_add_(0, places.flatten(), grads.flatten(0, 1))
-    return {name: rows.reshape(batch, -1) for name in wanted}
+    batch = len(tokens)
+    values = grad_output.reshape(batch, -1, module.embedding_dim)
+    lines = token_rows(tokens.reshape(batch, -1), values, module.num_embeddings, module.padding_idx)
+    return dict.fromkeys(wanted, lines)
+
+
+def token_rows(tokens: Tensor, values: Tensor, n_lines: int, padding: int | None) -> TokenRows:
+    """Lines of a table, without those of padding. See `TokenRows`."""
+    if padding is not None and padding >= 0:
+        values = values * (tokens != padding).unsqueeze(2)
+    return TokenRows(tokens.long(), values, n_lines)
 
 
 def last_dims_norm_rule(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.layers import token_rows
 from hydra_pipe.maths.orders import WHOLE, SampleOrder
 from hydra_pipe.maths.recurrent import LstmLayer, lstm_gate_gradients
 
@@ -250,6 +251,17 @@ def _batch_norm_rule(call: NodeCall) -> dict[int, ByInput]:
     return found
 
 
+def _embedding_rule(call: NodeCall) -> dict[int, ByInput]:
+    """A look-up: the gradient at each position goes to the line of its token."""
+    node, order, batch = call.node, call.order, call.batch
+    indices: Tensor = node._saved_indices
+    if order.dim >= indices.dim() or node._saved_scale_grad_by_freq or 0 not in call.shapes:
+        return {}
+    tokens = order.split(indices, batch).reshape(batch, -1)
+    values = order.split(call.gradient, batch).reshape(batch, -1, call.gradient.shape[-1])
+    return {0: token_rows(tokens, values, call.shapes[0][0], node._saved_padding_idx)}
+
+
 def _by_channel(values: Tensor, order: SampleOrder, batch: int) -> Summed:
     """(N, C, ...) to rows of shape (B, C)."""
     by_sample = order.split(values.reshape(*values.shape[:2], -1), batch)  # (B, k, C, P)
@@ -324,6 +336,7 @@ _RULES: dict[str, NodeRule] = {
     "PreluKernelBackward0": _prelu_rule,
     "AddmmBackward0": _addmm_rule,
     "MmBackward0": _mm_rule,
+    "EmbeddingBackward0": _embedding_rule,
     "ConvolutionBackward0": _convolution_rule,
     "NativeBatchNormBackward0": _batch_norm_rule,
     "CudnnBatchNormBackward0": _batch_norm_rule,

@@ -41,6 +41,7 @@ class Sketch:
         self.n_columns = n_columns
         self._shape = tuple(map(int, shape))
         self._gathers: dict[tuple[int, ...], Tensor] = {}
+        self._places: Tensor | None = None
         self._run = run_length(numel, n_columns)
         self._order = torch.from_numpy(np.argsort(words[: numel // self._run], kind="stable"))
         self._sign = self._in_order(torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[None])
@@ -74,6 +75,29 @@ class Sketch:
         sums[:, : rest.shape[1]] += rest
         return sums
 
+    def of_lines(self, tokens: Tensor, values: Tensor) -> Tensor:
+        """Project rows of which only some lines are not zero: no other line is looked at.
+
+        Args:
+            tokens: lines of the block, shape (B, P).
+            values: what to add there, shape (B, P, elements of a line).
+
+        Returns:
+            Shape (B, k).
+        """
+        self._to(values.device)
+        if self._places is None:  # where each run is in the sketch's order
+            self._places = torch.empty_like(self._order).scatter_(
+                0, self._order, torch.arange(len(self._order), device=values.device)
+            )
+        width = values.shape[2]
+        own = torch.arange(width, device=values.device)
+        first = tokens.unsqueeze(2) * width + own
+        place = self._places[first // self._run] * self._run + first % self._run
+        sums = values.new_zeros(len(values), self.n_columns)
+        sums.scatter_add_(1, (place % self.n_columns).flatten(1), (values * self._sign[0, place].to(values.dtype)).flatten(1))
+        return sums
+
     def _gather(self, order: tuple[int, ...]) -> Tensor:
         """Where each element of the sketch's order is in rows whose dimensions are in `order`."""
         found = self._gathers.get(order)
@@ -88,3 +112,4 @@ class Sketch:
         if self._order.device != device:
             self._order, self._sign = self._order.to(device), self._sign.to(device)
             self._gathers.clear()
+            self._places = None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, bounds_of, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.layers import takes_any_leading_dimensions
 from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, mixing_block, plan_of, whole_plan
@@ -182,6 +182,8 @@ class Attribution:
         """Number of the pass among those of its mode, if it is to be probed; else 0."""
         mode = self._model.training, of_pass.count == 1
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
+        if any(w.is_known and w.is_single != (total == of_pass.count) for w, total in of_pass.seen.items()):
+            return 1  # a module is called with other parts of the batch than before
         return number if number == 1 or (number >= _FIRST_AGAIN and number & (number - 1) == 0) else 0
 
     def _attribute(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, *, is_first: bool) -> None:
@@ -253,7 +255,7 @@ class Attribution:
             if order is None and takes_any_leading_dimensions(watched.rule) and probe.other_dims[watched]:
                 order = SampleOrder(min(probe.other_dims[watched]))
             if order is not None:
-                watched.order, watched.is_known = order, True
+                watched.order, watched.is_known, watched.is_single = order, True, total in (0, of_pass.count)
                 continue
             self._refuse_mixing(watched, reached, of_pass, sample)
             self.leave_to_graph(watched.owned.values())
@@ -474,7 +476,9 @@ def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, par
     difference = wanted.reshape(outputs, -1) @ probe
     size = float(torch.linalg.vector_norm(difference))
     for _, value in rows:
-        if not isinstance(value, Factors) or value.given_right is None:
+        if isinstance(value, TokenRows):
+            difference = difference - value.sum_times(probe.to(value.values)).to(probe)
+        elif not isinstance(value, Factors) or value.given_right is None:
             of_rows = value.left.sum((0, 1)) if isinstance(value, Factors) else rows_of(value).sum(0)
             difference = difference - of_rows.reshape(outputs, -1).to(probe) @ probe
         else:

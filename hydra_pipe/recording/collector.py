@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, chain, zip_longest
 from typing import Any
 
@@ -13,17 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import HydraError, RunError
-from hydra_pipe.maths.factors import Contribution, Factors, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
+from hydra_pipe.recording.diagnosis import explain
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.portions import Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
-# (number of a block, its gradient that the optimiser is about to use) -> root of its preconditioner then; None: as it stands now
-Root = Callable[[int, Tensor | None], Tensor]
+# (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner then; without a gradient
+# as it stands now; without lines of the whole block
+Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
 
 class Collector:
@@ -35,6 +38,7 @@ class Collector:
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
         on_error, probes, allows_mixing: see `Capture`.
+        optimizer: that is about to use the gradients, for messages.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Collector:
         seed: int,
         dtype: Dtype | None,
         on_error: Callable[[HydraError], None] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         *,
         probes: bool = True,
         allows_mixing: bool = False,
@@ -54,7 +59,7 @@ class Collector:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
-        self._model, self._root = model, root
+        self._model, self._root, self._optimizer = model, root, optimizer
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
         self._choice, self._dim, self._seed = choice, dim, seed
         #: of the stored rows; None as long as it is not chosen
@@ -107,7 +112,7 @@ class Collector:
     def n_waiting(self) -> int:
         """Portions whose gradients wait for the optimiser: none where the loop has cleared them, or a scaler will not use them."""
         waiting = sum(p.seen for p in self._portions)
-        return 0 if waiting and (self._gradients_dropped() or self.overflowed() or self._grad_overflowed()) else waiting
+        return 0 if waiting and (self._gradients_dropped() or self.overflowed()) else waiting
 
     def drop_seen(self) -> None:
         """Forget the portions that a gradient came from: the loop will not use it."""
@@ -144,7 +149,7 @@ class Collector:
         """Root of the preconditioner of each block as it stands now, flattened; None: there is none."""
         if self._root is None:
             return None
-        found = [self._root(index, None) for index in range(len(self.parameters))]
+        found = [self._root(index, None, None) for index in range(len(self.parameters))]
         return [root.detach().flatten().float().cpu().numpy() for root in found]
 
     def add_to(
@@ -175,7 +180,8 @@ class Collector:
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
             batch = sum(len(p.samples) for p in portions)
-            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0)
+            why = partial(explain, self._model, self._optimizer)
+            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0, why)
             self._reduce_waiting(encoder, gradients if at_step else None)
             self._move_up(portions)
             slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
@@ -194,19 +200,30 @@ class Collector:
                 )
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
-    def overflowed(self) -> bool:
-        """Whether the hooks saw a gradient that is not finite, which makes a gradient scaler leave out optimizer.step()."""
-        # what the hooks saw, not `.grad`, which the loop may have cleared by now
-        return not all(bool(torch.isfinite(values).all()) for values in self._collected())
+    def left_out(self, *, begun: bool) -> bool:
+        """Whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
 
-    def _grad_overflowed(self) -> bool:
-        """Whether `.grad` is not finite: with several ranks also where the hooks of another rank saw that, and these did not."""
-        return not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
+        Args:
+            begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has
+                forgotten optimizer.step().
+        """
+        if not any(p.seen for p in self._portions):
+            return False
+        return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
+
+    def overflowed(self) -> bool:
+        """Whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
+
+        Hooks see what is lost from `.grad` where the loop has cleared it. `.grad` has what they do not see: a sum over the batch
+        that overflowed in half precision, of finite shares; and what the hooks of another rank saw.
+        """
+        collected = all(bool(torch.isfinite(values).all()) for values in self._collected())
+        return not collected or not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
 
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""
         given = chain(*self._waiting.values(), *self._reduced.values())
-        return (g.value.norms() if isinstance(g.value, Factors) else rows_of(g.value) for g in given)
+        return (bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value) for g in given)
 
     def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
         backward = torch._C._current_graph_task_id()
@@ -267,8 +284,11 @@ class Collector:
         while self._waiting:
             index, given = self._waiting.popitem()  # one at a time, so that whole rows of one block only are in memory
             gradient = gradients[index] if gradients is not None else None
-            root = self._root(index, gradient) if self._root is not None else None
-            self._reduced[index] = [encoder.reduce(index, g, root) for g in given]
+            lines = None
+            if self._root is not None and encoder.takes_lines(index, given):
+                lines = torch.unique(torch.cat([g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]))
+            root = self._root(index, gradient, lines) if self._root is not None else None
+            self._reduced[index] = [encoder.reduce(index, g, root, lines) for g in given]
 
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed, bounds_of
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, bounds_of
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.layout import Block, Layout, Parameter
@@ -76,10 +76,12 @@ class Reduced(Given):
     Args:
         norm: upper bound of the summed norms of its rows and of what they are sums of, a scalar; None: take it from the rows.
         expected: of rows that are preconditioned, what they summed to before, in the form of `RowEncoder.put_in_books`.
+        lines: of rows of a table, the lines that are not zero; None: any may be.
     """
 
     norm: Tensor | None = None
     expected: Tensor | None = None
+    lines: Tensor | None = None
 
 
 class RowEncoder:
@@ -115,9 +117,22 @@ class RowEncoder:
         ends = np.cumsum(widths).tolist()
         self.book_columns = [slice(last - width, last) for last, width in zip(ends, widths, strict=True)]
 
-    def reduce(self, index: int, given: Given, root: Tensor | None = None) -> Reduced:
-        """The contribution in the columns of block `index`, times the `root` of a preconditioner where there is one."""
+    def takes_lines(self, index: int, given: Sequence[Given]) -> bool:
+        """Whether the columns of block `index` are made of the lines of a table that contributions use, and no others are looked at."""
+        return index in self._sketches and all(isinstance(g.value, TokenRows) for g in given)
+
+    def reduce(self, index: int, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """The contribution in the columns of block `index`, times the `root` of a preconditioner where there is one.
+
+        Args:
+            index: of the block.
+            given: the contribution.
+            root: of the block's shape, or of its `lines` only.
+            lines: sorted numbers of the lines that `root` is of; None: all.
+        """
         value = given.value
+        if isinstance(value, TokenRows) and index in self._sketches:
+            return self._reduce_lines(index, value, given.first, root, lines)
         if self._is_factored[index]:
             return Reduced(value, given.first)
         if index in self._krons:
@@ -140,6 +155,15 @@ class RowEncoder:
             return Reduced(in_columns, given.first, norm)
         expected = _sum(sums) if sums else self._sum_of_factors(index, plain)
         return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
+
+    def _reduce_lines(self, index: int, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None) -> Reduced:
+        values = value.values
+        if root is not None:
+            root = root.reshape(-1, values.shape[2])
+            values = values * root[value.tokens if lines is None else torch.searchsorted(lines, value.tokens)]
+        columns = self._sketches[index].of_lines(value.tokens, values)
+        expected = value.sum_times(self._like(index, value.values)) if root is not None else None
+        return Reduced(columns, first, value.bounds().sum(), expected, torch.unique(value.tokens))
 
     def _pieces(self, index: int, value: Factors | Tensor) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
         """Rows of a few samples after the other, and the order of the block's dimensions in them; None: their own."""
@@ -174,8 +198,16 @@ class RowEncoder:
             return rows.sum(0)
         return rows.sum(0).reshape(self.layout.blocks[index].shape[0], -1) @ self._like(index, rows)
 
-    def put_in_books(self, gradients: Sequence[Tensor | None], outs: Sequence[Tensor]) -> None:
-        """Put the whole gradient of each block into its `out`, in the form in which the books compare it, one dimension."""
+    def put_in_books(
+        self, gradients: Sequence[Tensor | None], outs: Sequence[Tensor], contributions: Mapping[int, Sequence[Reduced]]
+    ) -> None:
+        """Put the whole gradient of each block into its `out`, in the form in which the books compare it, one dimension.
+
+        Args:
+            gradients: of the blocks; None: there is none.
+            outs: one for each.
+            contributions: that the gradients are to be the sums of.
+        """
         copied: list[Tensor] = []
         copies: list[Tensor] = []
         for index, (gradient, out) in enumerate(zip(gradients, outs, strict=True)):
@@ -188,7 +220,10 @@ class RowEncoder:
             else:
                 kron = self._krons.get(index)
                 sketch = self._sketches.get(index) if not self.preconditioned else None
-                if kron is not None or sketch is not None:
+                lines = _lines(contributions.get(index, ())) if sketch is not None else None
+                if lines is not None and sketch is not None and (of_lines := _sketched_lines(sketch, gradient, lines)) is not None:
+                    gradient = of_lines
+                elif kron is not None or sketch is not None:
                     gradient = (kron or sketch)(gradient.reshape(1, -1))  # type: ignore[misc] # one of the two is there
                 copied.append(out)
                 copies.append(gradient if gradient.dim() == 1 else gradient.reshape(-1))
@@ -293,7 +328,28 @@ class RowEncoder:
 
 
 def _plain(value: Contribution) -> Factors | Tensor:
+    if isinstance(value, TokenRows):
+        return value.rows()
     return value.rows if isinstance(value, Summed) else value
+
+
+def _lines(given: Sequence[Reduced]) -> Tensor | None:
+    """The lines of a table that all of the contributions are of; None: there are others."""
+    lines = [r.lines for r in given if r.lines is not None]
+    if not lines or len(lines) < len(given):
+        return None
+    return lines[0] if len(lines) == 1 else torch.unique(torch.cat(lines))
+
+
+def _sketched_lines(sketch: Sketch, gradient: Tensor, lines: Tensor) -> Tensor | None:
+    """The sketch of a table's gradient of which only some lines are not zero; None: others are not, or looking costs more."""
+    if gradient.device.type != "cpu":  # the look at the others would make the device wait
+        return None
+    own = gradient.reshape(len(gradient), -1)[lines]
+    whole, part = torch.linalg.vector_norm(gradient).double(), torch.linalg.vector_norm(own).double()
+    if not bool((whole - part).abs() <= 1e-5 * whole):
+        return None
+    return sketch.of_lines(lines[None], own[None])
 
 
 def _sum(values: list[Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, rows_of
+from hydra_pipe.maths.layers import token_rows
 from hydra_pipe.maths.nodes import ByInput, NodeCall, gradients_by_sample
 from hydra_pipe.maths.orders import FIRST, WHOLE, SampleOrder, order_of
 
@@ -341,6 +342,11 @@ class RouteCall:
             (block,) = blocks
             return [(block, _turned(value, shape, self.parameters[block]) if is_turned else _cast(value, self.parameters[block]))]
         rows = rows_of(value)
+        if edge[0].name() == "EmbeddingBackward0" and getattr(edge[0].next_functions[0][0], "variable", None) is not None:
+            (block,) = blocks
+            indices = edge[0]._saved_indices.reshape(1, -1).expand(len(rows), -1)
+            values = rows.reshape(len(rows), -1, shape[-1]).to(self.parameters[block].dtype)
+            return [(block, token_rows(indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx))]
         wanted = sorted(blocks)
         parameters = [self.parameters[block] for block in wanted]
         gradients = _pulled_back(edge, rows.reshape(len(rows), *shape), parameters)
@@ -380,6 +386,8 @@ def _cast(value: ByInput, parameter: nn.Parameter) -> Contribution:
     if isinstance(value, Factors):
         right = value.given_right
         return Factors(value.left.to(dtype), right.to(dtype) if isinstance(right, Tensor) else right, value.beside)
+    if isinstance(value, TokenRows):
+        return TokenRows(value.tokens, value.values.to(dtype), value.n_lines)
     if isinstance(value, Summed):
         return Summed(value.rows.to(dtype), value.bounds.to(dtype))
     return value.to(dtype)

@@ -179,7 +179,10 @@ class JointSteps:
 
 def without_step(step: int) -> RecordError:
     """What is said of a step that the optimiser did not take."""
-    return RecordError(f"step {step} ended without optimizer.step(): put it inside the with block of recorder.step()")
+    return RecordError(
+        f"step {step} ended without optimizer.step(): put it inside the with block of recorder.step(), or call zero_grad() there "
+        f"where the loop leaves the step out"
+    )
 
 
 def _padded(values: list[float], filler: float) -> list[float]:

@@ -112,6 +112,18 @@ _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
 }
 
 
+# (package, class) of wrappers that hand the step on to the optimizer that they hold as `optimizer`, and change nothing of it
+_THIN_WRAPPERS = {
+    ("accelerate", "AcceleratedOptimizer"),
+    ("lightning", "_FabricOptimizer"),
+    ("lightning_fabric", "_FabricOptimizer"),
+    ("lightning", "LightningOptimizer"),
+    ("pytorch_lightning", "LightningOptimizer"),
+}
+# packages whose optimizers have the names of torch's
+_NAMESAKES = {"apex", "bitsandbytes", "torchao"}
+
+
 def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule: OptimizerRule) -> None:
     """Use `rule` for optimisers of exactly `optimizer_type`.
 
@@ -128,14 +140,51 @@ def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule
 
 def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
     """The rule for `optimizer`. Raises: OptimizerError: there is none; a subclass may do anything, so it needs its own."""
-    rule = _RULES.get(type(optimizer))
-    if rule is None:
-        known = ", ".join(t.__name__ for t in _RULES)
-        raise OptimizerError(
-            f"{type(optimizer).__name__} is not handled: hydra-pipe knows the update rules of {known}; use one of them, or teach "
-            f"it yours with hydra_pipe.register_rule_of_optimizer"
-        )
-    return rule
+    kind = type(optimizer)
+    rule = _RULES.get(kind)
+    if rule is not None:
+        return rule
+    known = ", ".join(map(_path_of, _RULES))
+    base = next((t for t in kind.__mro__ if t in _RULES), None)
+    what = f"a subclass of {_path_of(base)}, whose update may be another" if base is not None else _kind_in_words(optimizer)
+    raise OptimizerError(
+        f"{_path_of(kind)} is not handled{what and f': it is {what}'}. hydra-pipe knows the update rules of {known}: use one of "
+        f"them, or teach it yours with hydra_pipe.register_rule_of_optimizer"
+    )
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that takes the step where Accelerate or Lightning has wrapped it: its hooks are called, the wrapper's are not.
+
+    Other wrappers, such as those of lookahead or of sharpness-aware minimisation, change the update, and stay what they are.
+    """
+    while any((t.__module__.partition(".")[0], t.__name__) in _THIN_WRAPPERS for t in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _path_of(kind: type) -> str:
+    """Where `kind` comes from, which its name alone does not tell: torch's own classes as users import them."""
+    module = "torch.optim" if getattr(torch.optim, kind.__name__, None) is kind else kind.__module__
+    return f"{module}.{kind.__qualname__}"
+
+
+def _kind_in_words(optimizer: Any) -> str:
+    """What an optimizer without a rule is, beside its name; empty where nothing is known."""
+    if isinstance(optimizer, (list, tuple, dict)):
+        return "several optimizers or none; give one of all parameters, in groups where their settings differ"
+    home = type(optimizer).__module__.partition(".")[0]
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        return "sharded over processes, of which each updates a part; wrap the model in DistributedDataParallel, not the optimizer"
+    if home == "deepspeed":
+        return "DeepSpeed's, which holds gradients in shards; train without it, with DistributedDataParallel"
+    if home in _NAMESAKES:
+        return f'of {home}, whose state hydra-pipe does not read; in transformers\' trainer set optim="adamw_torch"'
+    held = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer"))
+    inner = next((o for o in held if isinstance(o, torch.optim.Optimizer)), None)
+    if inner is not None:
+        return f"a wrapper around {_path_of(type(inner))}, and may change its update"
+    return "" if isinstance(optimizer, torch.optim.Optimizer) else "not a torch.optim.Optimizer"
 
 
 def leaves_out_step(optimizer: torch.optim.Optimizer) -> bool:
@@ -182,5 +231,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
         raise OptimizerError("there is no trainable parameter: the optimizer holds none of the model's with requires_grad=True")
     for parameter, (name, _) in trained.items():
         if parameter.is_complex() or parameter.is_sparse:
-            raise OptimizerError(f"parameter {name} is {parameter.dtype}, {parameter.layout}: only dense real ones are handled")
+            raise OptimizerError(
+                f"parameter {name} is {parameter.dtype}, {parameter.layout}: only dense real ones are handled, freeze it"
+            )
     return trained

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows
 from hydra_pipe.maths.layers import Rule, takes_any_leading_dimensions
 from hydra_pipe.maths.orders import FIRST, SampleOrder
 from hydra_pipe.recording.graph import rows_at_node
@@ -31,6 +31,7 @@ class Watched:
         rule: of the module.
         order: of its rows.
         is_known: whether a probe has found the order; else it is the usual one.
+        is_single: whether the module had one row a sample then.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Watched:
     rule: Rule
     order: SampleOrder = FIRST
     is_known: bool = False
+    is_single: bool = True
 
     def wanted(self, by_graph: Collection[int]) -> list[str]:
         """Names of the parameters to split in the present pass."""
@@ -211,6 +213,11 @@ def _unclear(call: Call) -> LayerError:
 
 def _merged(value: Contribution, n_samples: int, is_major: bool) -> Contribution:
     """Contributions of the rows of a call as contributions of `n_samples` samples."""
+    if isinstance(value, TokenRows):
+        if len(value.tokens) == n_samples:
+            return value
+        tokens = _side_by_side(value.tokens[..., None], n_samples, is_major)[..., 0]
+        return TokenRows(tokens, _side_by_side(value.values, n_samples, is_major), value.n_lines)
     if isinstance(value, Summed):
         bounds = _merged(value.bounds[:, None], n_samples, is_major)
         rows = _merged(value.rows, n_samples, is_major)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_pipe import errors
 from hydra_pipe.errors import HydraError, RecordError, UsageError
+from hydra_pipe.recording.diagnosis import sharding
 
 Floats = NDArray[np.float64]
 
@@ -77,7 +78,8 @@ class Ranks:
             ranks = cls(model, group, static_graph=False)
         else:
             raise RecordError(
-                f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
+                sharding(model)
+                or f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
                 f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give process_group if another "
                 f"wraps it; other ways of training in parallel are not recorded"
             )

@@ -29,10 +29,11 @@ from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.copies import CleanCopies
 from hydra_pipe.recording.curvature import CurvatureWatch
 from hydra_pipe.recording.datasets import given_batches
+from hydra_pipe.recording.diagnosis import refuse
 from hydra_pipe.recording.joint import JointSteps, without_step
 from hydra_pipe.recording.leaving import last_uncaught
 from hydra_pipe.recording.modes import evaluating
-from hydra_pipe.recording.optimizers import check_optimizer, leaves_out_step, rule_of
+from hydra_pipe.recording.optimizers import check_optimizer, innermost, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.ranks import Ranks, is_first, together, unwrapped
@@ -137,6 +138,7 @@ class Recorder:
     ) -> None:
         self._ranks = Ranks.of(model, process_group)
         self._joint = JointSteps(self._ranks) if self._ranks is not None else None
+        optimizer = innermost(optimizer)
         self._model, self._optimizer = unwrapped(model), optimizer
         self.path = location(run)
         with together(self._ranks):
@@ -144,6 +146,7 @@ class Recorder:
             if n_samples < 1:
                 raise DataError(f"n_samples is {n_samples}: there is nothing to train on")
             trained = check_optimizer(optimizer, self._model)
+            refuse(self._model, optimizer, trained)
             self._rule = rule_of(optimizer)
             self._parameters = list(trained)
             self.n_samples = n_samples
@@ -195,7 +198,7 @@ class Recorder:
         root = self._updates.root if self._rule.preconditioned else None
         probes = self._ranks is None or not self._ranks.static_graph
         self._collector = Collector(
-            self._model, root, trained, encoding, dim, seed, dtype, hold, probes=probes, allows_mixing=allow_mixed_loss
+            self._model, root, trained, encoding, dim, seed, dtype, hold, optimizer, probes=probes, allows_mixing=allow_mixed_loss
         )
         self._weights = WeightsNote(self._model, self._parameters)
         self._hook()
@@ -269,7 +272,8 @@ class Recorder:
         """Record one optimiser step over the samples `sample_ids`.
 
         The block holds one or more backward passes and then optimizer.step(). Several passes over a part of the samples each
-        (gradient accumulation) take the ids in order. A step that a gradient scaler leaves out is counted, not recorded.
+        (gradient accumulation) take the ids in order. A step that a gradient scaler leaves out, or whose gradients the loop clears
+        in place of optimizer.step(), is counted, not recorded.
 
         Args:
             sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in which the samples go through the
@@ -539,12 +543,11 @@ class Recorder:
         self._resumed = True
 
     def _end_step(self, *, taken: bool) -> None:
-        # a gradient scaler leaves out optimizer.step() where a scaled gradient overflows
-        overflowed = not taken and self._collector.overflowed()
+        left_out = not taken and self._collector.left_out(begun=self.n_steps > 0)
         if self._joint is not None:
-            if self._joint.end_step(taken=taken, overflowed=overflowed):
+            if self._joint.end_step(taken=taken, overflowed=left_out):
                 self._flush()
-        elif overflowed:
+        elif left_out:
             self._collector.n_dropped += 1
         elif not taken:
             raise without_step(self.n_steps)

@@ -4,7 +4,7 @@ One step of a small model is a few hundred small tensors; treated one by one, th
 takes them as they are, in one copy, and the rest is done on many steps at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import cast
@@ -18,6 +18,7 @@ from hydra_pipe.errors import BooksError, NonFiniteError
 from hydra_pipe.maths.books import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.diagnosis import Evidence, penalty_of
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
 from hydra_pipe.recording.ranks import Ranks
 from hydra_pipe.recording.transfer import Transfer
@@ -33,6 +34,20 @@ _MOST_VIEWS = 4 * SLAB_STEPS
 
 # A difference between rows and gradient beyond rounding, relative to the summed norms of the rows.
 IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# The same of float32 where the loop lets matrix products have fewer bits: of TF32 (set_float32_matmul_precision("high"), or
+# allow_tf32) or of bfloat16 ("medium"). Rows and gradients are rounded differently then.
+_FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
+
+
+def imbalance_limit(dtype: torch.dtype) -> float:
+    """The limit for gradients of `dtype`, as the loop has set the precision of products."""
+    if dtype != torch.float32:
+        return IMBALANCE_LIMIT[dtype]
+    try:
+        return _FLOAT32_LIMIT[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set by torch's newer options, of which some product has fewer bits: the old question has no answer
+        return _FLOAT32_LIMIT["high"]
 
 
 @dataclass(frozen=True)
@@ -112,10 +127,18 @@ class Slab:
         parameters: of the blocks; their device and dtype are the slab's, but float32 at least.
         batch: rows of a step; a larger one makes more room.
         scalar: whole gradient over the sum of the rows where it is known, else it is found, step by step.
+        explain: (name of a block's parameter, what is known of it) -> why its books may not balance, in words.
     """
 
-    def __init__(self, encoder: RowEncoder, parameters: Sequence[Tensor], batch: int, scalar: float | None = None) -> None:
-        self._encoder, self._scalar = encoder, scalar
+    def __init__(
+        self,
+        encoder: RowEncoder,
+        parameters: Sequence[Tensor],
+        batch: int,
+        scalar: float | None = None,
+        explain: Callable[[str, Evidence], str] | None = None,
+    ) -> None:
+        self._encoder, self._scalar, self._parameters, self._explain = encoder, scalar, parameters, explain
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
         self._transfer = Transfer(self._device)
@@ -197,7 +220,7 @@ class Slab:
         rows = slice(self._filled, self._filled + batch)
         self._encoder.place(contributions, self._parts_at(rows))
         step = len(self._entries)
-        self._encoder.put_in_books(gradients, self._actual_views[step])
+        self._encoder.put_in_books(gradients, self._actual_views[step], contributions)
         if self._encoder.preconditioned:
             for index, where in enumerate(self._encoder.book_columns):
                 parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
@@ -210,7 +233,7 @@ class Slab:
             if known and len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
         dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
-        limit = max([IMBALANCE_LIMIT[dtype] for dtype in dtypes])
+        limit = max([imbalance_limit(dtype) for dtype in dtypes])
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
     def _parts_at(self, rows: slice) -> list[Tensor]:
@@ -320,18 +343,42 @@ class Slab:
                 books.scalar[step], books.imbalance[step] = better.scalar[0], better.imbalance[0]
             else:
                 good = Balance(books.scalar[:step], books.imbalance[:step])
-                return good, self._off_balance(entries[step], better.imbalance[0])
+                missed = grads[step] - better.scalar[0] * sums[step]
+                return good, self._off_balance(entries[step], better.imbalance[0], missed)
         return books, None
 
-    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64]) -> BooksError:
+    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]) -> BooksError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
-        return BooksError(
-            f"the books do not balance {entry.when}: the recorded rows of {self._encoder.layout.blocks[worst].name} miss "
-            f"{imbalance[worst]:.2%} of its gradient. It is used where hooks cannot see it (a functional call such "
-            f"as F.linear(x, module.weight), a penalty added to the loss, or .grad changed by hand): call its "
-            f"module instead, or freeze it; passes whose gradients are thrown away (an attack on the inputs, a first pass of "
-            f"SAM) go into `with recorder.paused():`"
+        name = self._encoder.layout.blocks[worst].name
+        if not np.isfinite(missed[self._encoder.book_columns[worst]]).all():
+            return BooksError(
+                f"the gradient of {name} is not finite {entry.when}, and each sample's share is: the sum overflowed, as in half "
+                f"precision: use torch.amp.GradScaler, lower its init_scale, or train in bfloat16"
+            )
+        if not np.isfinite(imbalance[worst]):
+            return BooksError(
+                f"the books of {name} cannot be checked {entry.when}: norms of its rows are not finite, as in half precision: call "
+                f"backward() outside of autocast, lower the learning rate, or clip"
+            )
+        said = f"the books do not balance {entry.when}: the recorded rows of {name} miss {imbalance[worst]:.2%} of its gradient"
+        if self._explain is None:
+            return BooksError(said)
+        off = np.flatnonzero(~(imbalance <= entry.limit)).tolist()
+        values = [p.detach() if index in off else None for index, p in enumerate(self._parameters)]
+        found = [self._in_books(v, off) for v in (values, [None if p is None else p.sign() for p in values])]
+        evidence = Evidence(
+            has_rows=bool(entry.present[worst]),
+            penalty=penalty_of(np.concatenate([missed[self._encoder.book_columns[index]] for index in off]), *found),
+            training=self._scalar is None,
+            half=entry.limit >= IMBALANCE_LIMIT[torch.float16],
         )
+        return BooksError(f"{said}. {self._explain(name, evidence)}")
+
+    def _in_books(self, values: Sequence[Tensor | None], wanted: Sequence[int]) -> NDArray[np.float64]:
+        """`values`, one for each block, as the books have gradients, of the blocks `wanted` side by side."""
+        outs = [self._empty(1, columns.stop - columns.start)[0] for columns in self._encoder.book_columns]
+        self._encoder.put_in_books(values, outs, {})
+        return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
         """Upper bound of the summed norms of each block's rows, shape (step, block)."""

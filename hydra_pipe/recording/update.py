@@ -50,10 +50,21 @@ class UpdateReader:
             raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
         return gradients_in_use(self._optimizer, gradients)
 
-    def root(self, index: int, gradient: Tensor | None) -> Tensor:
-        """Root of the preconditioner of block `index`: where the optimiser is about to use `gradient`, or as it stands now."""
+    def root(self, index: int, gradient: Tensor | None, lines: Tensor | None = None) -> Tensor:
+        """Root of the preconditioner of block `index`: where the optimiser is about to use `gradient`, or as it stands now.
+
+        Args:
+            index: of the block.
+            gradient: of the whole block.
+            lines: of the block that are wanted; None: all. A preconditioner is elementwise, so that no other line matters.
+        """
         parameter, group = self._trained[index]
-        state = self._optimizer.state.get(parameter, _NO_STATE)
+        state: Mapping[str, Any] = self._optimizer.state.get(parameter, _NO_STATE)
+        if lines is not None:
+            shape = parameter.shape
+            of_lines = {k: x[lines] if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()}
+            parameter, state = nn.Parameter(parameter.detach()[lines], requires_grad=False), of_lines
+            gradient = None if gradient is None else gradient[lines]
         found = self._rule.root(parameter, gradient, state, self._optimizer.param_groups[group])
         return torch.ones_like(parameter) if found is None else found
 

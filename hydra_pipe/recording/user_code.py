@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hydra_pipe.errors import HydraError, UserCodeError
+from hydra_pipe.errors import HydraError, UserCodeError, extra_of
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -26,7 +26,9 @@ def user_code_error(what: str, error: BaseException) -> UserCodeError:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(Path(f.filename))]
     excerpt = "".join(traceback.format_list(frames))
     message = str(error).strip().split("\n")[0]
-    return UserCodeError(f"{what}: {type(error).__name__}: {message}", excerpt)
+    extra = extra_of(error)
+    install = f": pip install 'hydra-pipe[{extra}]'" if extra is not None else ""
+    return UserCodeError(f"{what}: {type(error).__name__}: {message}{install}", excerpt)
 
 
 def _is_users(file: Path) -> bool:

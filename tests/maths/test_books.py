@@ -183,6 +183,15 @@ def test_a_gradient_that_is_not_a_number_does_not_balance() -> None:
     assert not bool((books.imbalance <= LIMIT).all())
 
 
+@pytest.mark.parametrize("overflowed", [np.inf, np.nan])
+def test_a_gradient_beside_norms_that_have_overflowed_does_not_balance(overflowed: float) -> None:
+    step = step_of([3, 4], [1.0, 1.0], 0)
+    actual = [step.expected[0] * 2.0 + torch.tensor([0.0, 1.0, 0.0]), step.expected[1]]
+    imbalance = balance(step.expected, actual, np.array([overflowed, step.magnitude[1]]), 1.0).imbalance
+    assert not imbalance[0] <= LIMIT
+    assert imbalance[1] <= LIMIT
+
+
 def test_float64_rows_are_compared_in_float64() -> None:
     rows = torch.linspace(1, 2, 6, dtype=torch.float64)
     changed = rows * (1 + 1e-9 * torch.linspace(-1, 1, 6, dtype=torch.float64))

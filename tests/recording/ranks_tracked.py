@@ -299,7 +299,7 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
         "drawn ahead": partial(tracked_loop, body=draws_ahead, name="drawn ahead"),
         "tracked and named": partial(tracked_loop, body=names_too, name="tracked and named"),
         "tracked, not finite": partial(tracked_loop, body=unnamed(infinite), name="tracked, not finite"),
-        "tracked, doubled": partial(tracked_loop, body=unnamed(partial(switched, "doubled", 4)), name="tracked, doubled"),
+        "tracked, mixing": partial(tracked_loop, body=unnamed(partial(switched, "mixing", 0)), name="tracked, mixing"),
         "tracked, another set": partial(
             tracked_loop,
             body=unnamed(plain),

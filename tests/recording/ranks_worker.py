@@ -131,8 +131,9 @@ class Switched(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1)
-        if self.switch == "doubled":
-            x = self.first(torch.cat([x, x]))[: len(x)]
+        if self.switch == "mixing":
+            x = self.first(x)
+            x = x - x.mean(0)
         elif self.switch == "positions":
             x = self.first(torch.stack([x, 0 * x], 1)).sum(1)
         else:
@@ -158,7 +159,7 @@ def loop(
     for step in range(steps):
         with recorder.step(ids(step)):
             body(rank, step, model, optimizer, X[ids(0)], Y[ids(0)])
-            optimizer.zero_grad()
+        optimizer.zero_grad()  # not inside: gradients that are cleared there are those of a step that is left out on purpose
     recorder.close()
     return {"n_steps": recorder.n_steps, "n_skipped": recorder.n_skipped}
 
@@ -336,7 +337,7 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
         "penalty at once": partial(loop, body=partial(penalised, 0), name="penalty at once"),
         "penalty, projected": partial(loop, body=partial(penalised, 0), name="penalty, projected", encoding="projected", dim=64),
         "penalty later": partial(loop, body=partial(penalised, 4), name="penalty later"),
-        "doubled": partial(loop, body=partial(switched, "doubled", 4), name="doubled"),
+        "mixing": partial(loop, body=partial(switched, "mixing", 0), name="mixing"),
         "layouts": partial(loop, body=partial(switched, "positions", 0), name="layouts", encoding="exact"),
         "rates": partial(loop, body=other_rate, name="rates"),
         "scales": partial(loop, body=own_scale, name="scales"),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.errors import RecordError
+from hydra_pipe.errors import BooksError, RecordError
 
 N = 8
 INPUTS, TARGETS = images(24, 1).tensors
@@ -178,6 +178,110 @@ def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: st
     factor = N if reduction == "sum" else 1
     for name, rows in decoded(tmp_path / "run").items():
         np.testing.assert_allclose(rows, decoded(tmp_path / "mean")[name] * factor, rtol=1e-4, atol=1e-7)
+
+
+class MeanOverPositions(nn.Module):
+    """Sums over many positions: the gradient of a weight overflows in half precision where no output's gradient does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x))).mean(1)
+
+
+@pytest.mark.parametrize("clear", ["after", "before", "within", "within, to zero"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_that_only_a_weight_gradient_makes_a_scaler_leave_out_is_skipped(tmp_path: Path, clear: str, passes: int) -> None:
+    model, x = MeanOverPositions(), 40 * torch.rand(8, 512, 8, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=8)
+    n_taken = 0
+    for _ in range(8):
+        if clear == "before":
+            optimizer.zero_grad()
+        with recorder.step(np.arange(8)):
+            for part in x.chunk(passes):
+                with torch.autocast("cpu", torch.float16):
+                    loss = model(part).float().mean() / passes
+                scaler.scale(loss).backward()
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            n_taken += scaler.get_scale() >= scale
+            if clear.startswith("within"):
+                optimizer.zero_grad(set_to_none=clear == "within")
+        optimizer.zero_grad()
+    recorder.close()
+    assert 0 < n_taken < 8  # so that there is something to be tested
+    assert (recorder.n_steps, recorder.n_skipped) == (n_taken, 8 - n_taken)
+
+
+def test_a_step_whose_gradients_the_loop_clears_is_skipped_and_one_that_it_forgets_is_refused(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=24)
+    for step in range(3):
+        with recorder.step(np.arange(8)):
+            cross_entropy(model(INPUTS[:8]), TARGETS[:8]).mean().backward()
+            if step != 1:  # as where the loss has jumped
+                optimizer.step()
+            optimizer.zero_grad()
+    assert (recorder.n_steps, recorder.n_skipped) == (2, 1)
+
+    def forgotten(recorder: Recorder, *, clear: bool) -> None:
+        with recorder.step(np.arange(8)):
+            cross_entropy(model(INPUTS[:8]), TARGETS[:8]).mean().backward()
+            if clear:
+                optimizer.zero_grad()
+
+    said = r"ended without optimizer\.step\(\): put it inside.*or call zero_grad\(\) there"
+    with pytest.raises(RecordError, match=said):
+        forgotten(recorder, clear=False)
+    with pytest.raises(RecordError, match=said):  # by a loop that takes no step at all
+        forgotten(Recorder(model, optimizer, tmp_path / "other", n_samples=24), clear=True)
+
+
+class UsedTwice(nn.Module):
+    """Its first weight is used by a function too, which no hook sees, from the second pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.calls = nn.Linear(64, 64), nn.Linear(64, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        h = h + nn.functional.linear(x, self.a.weight) if self.calls else h
+        self.calls += 1
+        return self.b(torch.relu(h)).mean(1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_books_see_what_is_missed_where_backward_is_called_within_autocast(tmp_path: Path, inside: bool) -> None:
+    model = UsedTwice()
+    x, y = 30 * torch.rand(8, 128, 64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=8, encoding="exact")
+
+    def train() -> None:
+        for _ in range(3):
+            with recorder.step(np.arange(8)):
+                with torch.autocast("cpu", torch.float16):
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    if inside:
+                        loss.backward()
+                if not inside:
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        recorder.close()
+
+    with pytest.raises(BooksError, match=r"a\.weight"):
+        train()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
