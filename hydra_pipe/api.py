@@ -65,6 +65,7 @@ def record(
     from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
+    from hydra_pipe.recording.testing import say_without_tests
     from hydra_pipe.recording.trainer import Midway, accuracy, take_tests, train, try_tests
     from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
@@ -131,6 +132,8 @@ def record(
                 progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
             raise
         remove_checkpoints(directory)  # nothing is left to go on with
+    if slip is not None:  # not before: a warning may be an error
+        say_without_tests(slip, recorder.path)
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
 

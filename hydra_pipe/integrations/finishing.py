@@ -21,13 +21,14 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
     Raises:
         HydraError: rows of the training itself cannot be recorded, so that the recording has failed.
     """
+    slip: Exception | None = None
     if tests is not None:
         try:
             recorder.record_test(tests(), loss, labels=labels)
         except Exception as error:
             if recorder.is_closed:
                 raise
-            say_without_tests(error, recorder.path)
+            slip = error
     try:
         recorder.close()
     except Exception as error:
@@ -37,6 +38,8 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
             f"the recording of {recorder.path} was not closed: {error}. All of it is there: mend this, and call "
             f"callback.recorder.close()"
         )
+    if slip is not None:  # not before: a warning may be an error
+        say_without_tests(slip, recorder.path)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hydra_pipe.recording.datasets import called, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
-from hydra_pipe.recording.testing import say_without_tests, try_test
+from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.space import room_for
@@ -205,7 +205,7 @@ def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, check
     """Take the test gradients at the end, if there is a test set.
 
     Returns:
-        What has failed, which is told by a warning: the training is over, and its recording goes without test gradients.
+        What has failed, which is to be told once the recording is complete without test gradients: the training is over.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -221,7 +221,6 @@ def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, check
         except InterruptedRunError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more
-            say_without_tests(error, recorder.path)
             return error
     return None
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
+from hydra_pipe.cli.app import app
 from hydra_pipe.errors import (
     BooksError,
     DataError,
@@ -886,3 +887,26 @@ def test_no_warning_of_a_plain_loop(tmp_path: Path) -> None:
         recorder, _ = recorded(tmp_path / "run", net())
         recorder.record_test(DataLoader(TensorDataset(X, Y), 5), cross_entropy)
         recorder.close()
+
+
+def test_the_command_says_in_one_line_that_test_gradients_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("late.py").write_text(
+        "import torch\nfrom torch.nn.functional import cross_entropy\nfrom hydra_pipe import Pipeline\n\n\n"
+        "class Late(list):\n    def __getitem__(self, i):\n        if i == 5:\n            raise OSError('gone')\n"
+        "        return super().__getitem__(i)\n\n\n"
+        "def pipeline():\n    data = Late((torch.randn(4), i % 2) for i in range(6))\n    model = torch.nn.Linear(4, 2)\n"
+        "    def loss(output, target):\n        return cross_entropy(output, target, reduction='none')\n"
+        "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "    return Pipeline(model, optimizer, loss, list(data)[:5], data, batch_size=4, epochs=1)\n"
+    )
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:  # noqa: PT012 - both are one act
+        warnings.simplefilter("always")
+        app(["record", "late.py", "run"])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 0
+    assert [line for line in told if line.startswith("hydra-pipe: the test gradients of")]
+    assert not any("RecordWarning" in line for line in told)
+    assert state_of(tmp_path / "run")["state"] == "complete"
