@@ -70,6 +70,7 @@ def record(
     from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
     progress = progress or Progress()
+    run = location(run)
     check_options(encoding, dim, dtype)
     interval = Interval.parse(checkpoint_every)
     if n_processes() > 1:
@@ -91,7 +92,7 @@ def record(
     everything = record_settings(encoding, dim, dtype, built.seed, len(built.train)) | own
     if not needs_recording(run, everything, overwrite=overwrite):
         # it may have been killed when it was complete and about to do this
-        remove_checkpoints(location(run) / names.CHECKPOINTS)
+        remove_checkpoints(run / names.CHECKPOINTS)
         return False
     recorder = Recorder(
         built.model,

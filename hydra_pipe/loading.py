@@ -22,7 +22,7 @@ from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.recording.testing import digest_of
 from hydra_pipe.recording.user_code import user_code_error
 from hydra_pipe.store.commands import DATASET
-from hydra_pipe.store.files import is_remote
+from hydra_pipe.store.files import is_remote, local_path
 from hydra_pipe.store.probes import SAMPLES
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings, probe_stage
 
@@ -215,7 +215,7 @@ def _refuse_stranger(run: Path, spec: str) -> None:
 
     Raises: RunError: `spec` is in the run itself, of an installed package, or does not use hydra-pipe.
     """
-    file = Path(_split_spec(spec)[0])
+    file = local_path(_split_spec(spec)[0], "the pipeline's file")
     if not file.is_file():
         return  # which is told where it is loaded
     where = file.resolve()
@@ -249,6 +249,7 @@ def _split_spec(spec: str) -> tuple[str, str]:
 def _found(
     path: str, function: str, assignments: Mapping[str, Any] | list[str] | None, what: str
 ) -> tuple[str, str, dict[str, Any], Any]:
+    path = str(local_path(path, f"the {what}"))
     build = getattr(_run_file(path, what), function, None)
     if not callable(build):
         raise PipelineError(f"{path} has no function {function}: define it, or name another as {path}:NAME")
@@ -325,7 +326,9 @@ def _converted(what: str, key: str, text: str, kind: Any) -> Any:
         if text.lower() not in _TRUE + _FALSE:
             raise UsageError(f"{what}: {key}={text!r} is not a bool: write true or false")
         return text.lower() in _TRUE
-    if kind in (int, float, Path):
+    if kind is Path:
+        return local_path(text, key) if text else Path()
+    if kind in (int, float):
         try:
             return kind(text)
         except ValueError:

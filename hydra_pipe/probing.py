@@ -30,8 +30,10 @@ from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.commands import DATASET
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, Settings, probe_stage
@@ -129,6 +131,7 @@ def probe(
         directory.refresh()  # another process may have done it in the meantime
         if not overwrite and not _has_work(directory, stage, asked.settings):
             return False
+        say_unlisted(directory, progress)
         start = time.monotonic()
         subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
         _take(directory, gradients, name, subject, asked, progress)
@@ -264,6 +267,7 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
 
 def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
     stage = probe_stage(name)
+    check_stages(directory.path, stage, *results_of(directory, name))
     drop_results(directory, name)
     directory.begin(stage, asked.settings)
     start = time.monotonic()

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hydra_pipe.units import format_bytes, format_seconds
 
@@ -34,7 +34,7 @@ class ConsoleProgress(Progress):
     """On standard error: a bar with rate and time left on a terminal, else a line every 15 seconds."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
@@ -47,7 +47,13 @@ class ConsoleProgress(Progress):
             task.finish()
 
     def say(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        _tell(message)
+
+
+def _tell(line: str) -> None:
+    """Print a line of progress. The work goes on where nobody reads it any more: a terminal that is gone, a full disk."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class _LineTask(Task):
@@ -66,21 +72,15 @@ class _LineTask(Task):
             self._last_line = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else 0.0
-        print(
+        _tell(
             f"{self._description}: {_amount(self._done, self._unit)} of {_amount(self._total, self._unit)}, "
-            f"{_amount(rate, self._unit)}/s, {format_seconds(left)} left",
-            file=sys.stderr,
-            flush=True,
+            f"{_amount(rate, self._unit)}/s, {format_seconds(left)} left"
         )
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._start
         rate = self._done / seconds if seconds else 0.0
-        print(
-            f"{self._description}: {_amount(self._done, self._unit)} in {format_seconds(seconds)}, {_amount(rate, self._unit)}/s",
-            file=sys.stderr,
-            flush=True,
-        )
+        _tell(f"{self._description}: {_amount(self._done, self._unit)} in {format_seconds(seconds)}, {_amount(rate, self._unit)}/s")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hydra_pipe.errors import HydraError, StoreError
 from hydra_pipe.notebook.frames import samples_frame, top_frame
 from hydra_pipe.notebook.plots import Plots
 from hydra_pipe.notebook.results import Results
-from hydra_pipe.notebook.summary import html, html_of_failure, plain
+from hydra_pipe.notebook.summary import html, html_of_failure, next_commands, plain
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
@@ -210,6 +210,7 @@ class Run:
             "run_id": self.run_id,
             "versions": directory.versions,
             "stages": stages,
+            "next": next_commands(directory),
             "bytes": {name: tree_bytes(self.path / name) for name in [*names.OWNED, *reports] if (self.path / name).exists()},
         }
         recording = self._recording()

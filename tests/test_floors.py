@@ -22,6 +22,7 @@ FLOORS = [
     {"cleaning"},
     {"api"},
     {"cli"},
+    {"__main__"},
 ]
 APART = {"recording", "reduction", "exporting"}
 RANK = {name: rank for rank, floor in enumerate(FLOORS) for name in floor}

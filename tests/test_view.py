@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import xarray
+import zarr
 from conftest import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import RunError
+from hydra_pipe.store.files import tree_bytes
+from hydra_pipe.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,67 @@ def test_xarray_opens_the_store_itself(finished: Path) -> None:
     np.testing.assert_array_equal(dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance())
 
 
+def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
+    hydra_pipe.reduce(run, by="mean")
+    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.reduce(run, method="tracin", tests="2,4-5")
+    hydra_pipe.reduce(run, method="self")
+    hydra_pipe.probe(run, conv_pipeline(n_test=4).test, name="late", pipeline=conv_pipeline())
+    hydra_pipe.reduce(run, test="late")
+    dataset = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
+    train, test = (data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test))
+    opened = hydra_pipe.open_run(run)
+    assert set(dataset.data_vars) == set(opened.methods)
+    for method in opened.methods:
+        np.testing.assert_array_equal(dataset[method], opened.relevance(method))
+        np.testing.assert_array_equal(dataset[method].sample, np.arange(26))
+        np.testing.assert_array_equal(dataset[method].sample_label, train)
+    np.testing.assert_array_equal(dataset["hydra"].test, np.arange(7))
+    np.testing.assert_array_equal(dataset["hydra"].test_label, test)
+    assert dataset["hydra-by-label"]["test_of_hydra-by-label"].to_numpy().tolist() == np.unique(test).tolist()
+    assert dataset["tracin"]["test_of_tracin"].to_numpy().tolist() == [2, 4, 5]
+    assert dataset["hydra-of-late"].sizes == {"sample": 26, "test_of_hydra-of-late": 4}
+    assert hydra_pipe.verify(run) == []
+    hydra_pipe.reduce(run, method="tracin", overwrite=True)
+    again = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
+    assert again["tracin"].dims == ("sample", "test")
+    assert "test_of_tracin" not in again.coords
+    assert hydra_pipe.verify(run) == []
+
+
+def test_xarray_opens_every_group_of_a_run_and_takes_labels_for_labels(run: Path) -> None:
+    hydra_pipe.reduce(run, by="label", keep_hypergradients=True)
+    for place in ("gradients.zarr", "relevance.zarr", "hypergradients/hydra.zarr"):
+        for file in (run / place).rglob("zarr.json"):
+            if json.loads(file.read_text())["node_type"] == "group":
+                group = str(file.parent.relative_to(run / place))
+                xarray.open_zarr(run / place, group=None if group == "." else group, consolidated=False).load()
+    labels = xarray.open_zarr(run / "gradients.zarr", group="labels", consolidated=False)
+    assert dict(labels.indexes) == {}
+    assert set(labels.data_vars) == {"train", "test"}
+    np.testing.assert_array_equal(labels["test"], conv_pipeline().test.tensors[1])
+
+
+def test_labels_of_words_are_numbers_with_their_names_beside(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [["cat", "añ ß"][int(target) % 2] for target in conv_pipeline().test.tensors[1]]
+    hydra_pipe.record(conv_pipeline(test_labels=words), run)
+    hydra_pipe.reduce(run, by="label")
+    label = xarray.open_zarr(run / "relevance.zarr", consolidated=False).test_label
+    assert [label.attrs["names"][code] for code in label.to_numpy()] == words
+
+
+def test_wrong_coordinates_are_found_and_repaired(run: Path) -> None:
+    hydra_pipe.reduce(run, by="label")
+    for name in ("sample", "test_label", "test_of_hydra-by-label"):
+        coordinate = zarr.open_array(run / "relevance.zarr" / name)
+        coordinate[0] = 5
+        assert [fault.where for fault in hydra_pipe.verify(run)] == [f"relevance.zarr/{name}"]
+        assert hydra_pipe.verify(run, repair=True) == []
+        shutil.rmtree(run / "relevance.zarr" / name)
+        assert hydra_pipe.verify(run) == []  # they may be absent
+
+
 def test_relevance_of_a_method_that_was_not_computed_is_refused(finished: Path) -> None:
     with pytest.raises(RunError, match=r"no relevance of method magic \(it has hydra\): run hydra-pipe reduce"):
         hydra_pipe.open_run(finished).relevance("magic")
@@ -89,6 +153,43 @@ def test_info_says_what_is_recorded_and_how_exactly(finished: Path) -> None:
     shown = " ".join(CliRunner().invoke(app, ["info", str(finished)]).stdout.split())  # wherever the terminal breaks its lines
     for text in ("5.weight", "12x64", "factored", "complete", "float16", "encoding=auto", "stalls 0, stalled 0.0 s"):
         assert text in shown
+
+
+def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = torch.nn.ModuleDict({f"part{i}": torch.nn.Linear(64, 64) for i in range(2)})
+
+    class Deep(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer_with_a_long_name = layers
+            self.head = torch.nn.Linear(64, 4)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            hidden = inputs.flatten(1)
+            for layer in self.transformer_with_a_long_name.values():
+                hidden = layer(hidden).relu()
+            return self.head(hidden)
+
+    model = Deep()
+    deep = run.with_name("deep")
+    hydra_pipe.record(conv_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scheduler=None), deep)
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = CliRunner().invoke(app, ["info", str(deep)]).stdout
+    for name, _ in model.named_parameters():
+        assert f"\n{name} " in shown
+    assert shown.splitlines()[-1] == f"next: hydra-pipe reduce {deep}"
+    assert "encoding: 6 factored; without loss but that of the dtype" in shown
+    assert f"on disk: {format_bytes(tree_bytes(deep))}" in shown
+    done = CliRunner().invoke(app, ["info", str(run)]).stdout
+    manifest = json.loads((run / "run.json").read_text())
+    for stage in manifest["stages"].values():
+        for fact, value in stage["facts"].items():
+            if fact == "checksums" or fact.startswith("of_") or fact.endswith("sha256"):
+                assert str(value)[:8] not in done
+                assert f"{fact}: " not in done
+    assert json.loads(CliRunner().invoke(app, ["info", str(run), "--json"]).stdout)["stages"] == manifest["stages"]
+    hydra_pipe.reduce(run, by="mean")
+    assert f"next: hydra-pipe export {run} --method hydra-mean" in CliRunner().invoke(app, ["info", str(run)]).stdout
 
 
 def test_the_final_checkpoint_is_the_trained_model(finished: Path) -> None:

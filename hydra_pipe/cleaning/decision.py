@@ -39,21 +39,34 @@ class Cut:
         if self.threshold is not None and not -np.inf < self.threshold < 0:
             raise UsageError(f"--threshold {self.threshold:g}: give a number below 0, such as -3")
 
-    def of(self, scores: Floats) -> Ints:
+    @property
+    def is_fitted(self) -> bool:
+        """Whether nobody has said how many, or below which score."""
+        return self.lowest is None and self.threshold is None
+
+    def of(self, scores: Floats, judged: NDArray[np.bool_] | None = None) -> Ints:
         """Ids of the samples that are proposed, the lowest score first; ties go to the smaller id.
+
+        Args:
+            scores: shape (sample,).
+            judged: which samples may be proposed, shape (sample,); None: all.
 
         Raises:
             UsageError: that would be all of them.
         """
-        order = np.argsort(scores, kind="stable")
-        n = self.lowest if self.lowest is not None else int((scores < self.below(scores)).sum())
+        candidates = np.arange(len(scores)) if judged is None else np.flatnonzero(judged)
+        own = scores[candidates]
+        order = candidates[np.argsort(own, kind="stable")]
+        n = self.lowest if self.lowest is not None else int((own < self.below(own)).sum())
         if n >= len(scores):
             raise UsageError(f"--lowest {n}: there are {len(scores)} training samples, and some must stay: give fewer")
         return order[:n]
 
     def below(self, scores: Floats) -> float:
         """The threshold; minus infinity where nothing is found to be odd."""
-        return tail_threshold(scores) if self.threshold is None else self.threshold
+        if self.threshold is not None:
+            return self.threshold
+        return tail_threshold(scores) if len(scores) else -np.inf
 
 
 def scores_of(sums: Floats, labels: NDArray[Any] | None) -> Floats:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from hydra_pipe.cleaning.decision import Cut, scores_of
 from hydra_pipe.cleaning.evidence import sums_over
+from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.evaluation.campaign import Job, retrain
 from hydra_pipe.evaluation.noise import true_labels
+from hydra_pipe.evaluation.result import ONE_TEST
 from hydra_pipe.evaluation.retraining import HIT, LOSS
 from hydra_pipe.evaluation.subject import Subject
 from hydra_pipe.loading import recorded_assignments, recorded_spec
@@ -88,6 +90,10 @@ def folds_of(columns: Columns, n_tests: int, labels: NDArray[Any] | None) -> tup
     others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
     if len(others):
         return [Fold(everything, others)], f"measured on the {len(others):,} tests that the relevance is not of"
+    if columns.by is None:
+        return [Fold(everything, np.arange(n_tests))], (
+            "NOT independent: there is one test sample, which has also chosen what is left out: what is gained tells nothing"
+        )
     return [Fold(everything, np.arange(n_tests))], (
         "NOT independent: a mean over the tests cannot be split, so that these tests have also chosen what is left out, and what "
         "is gained is too good; reduce without --mean or --by to measure it on tests that have not"
@@ -128,7 +134,8 @@ def compared(
     labels = subject.sample_labels()
     folds, how = folds_of(found.columns, subject.n_tests, found.labels_of_columns())
     sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
-    proposed = [cut.of(scores_of(own, labels)) for own in sums]
+    judged = ~unjudged(found, labels)[0] if cut.is_fitted else None
+    proposed = [cut.of(scores_of(own, labels), judged) for own in sums]
     rng = np.random.default_rng(_SEED)
     at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
     nobody: Ids = np.empty(0, np.int64)
@@ -196,7 +203,7 @@ def _row(name: str, left_out: Sequence[Ids], values: NDArray[np.float64], everyt
 def _with_interval(name: str, values: NDArray[np.float64]) -> Row:
     if np.isnan(values).any():  # accuracy where outputs or targets are not classes; losses of a training that diverged
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = crossed_interval(values)
+    low, high = crossed_interval(values) if values.shape[1] > 1 else (np.nan, np.nan)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -210,7 +217,9 @@ def _says(how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArr
     if seeds == 1:
         says.append("with one seed intervals do not tell how another training would come out: --seeds 3")
     change = measured[PROPOSED][:, HIT] - measured[RANDOM][:, HIT]
-    if not np.isnan(change).any():
+    if n_tests < 2:
+        says.append(ONE_TEST)
+    elif not np.isnan(change).any():
         low, high = crossed_interval(change)
         says.append(
             f"accuracy without the proposed, less that without as many at random: {change.mean():+.4f} ({low:+.4f} to {high:+.4f})"

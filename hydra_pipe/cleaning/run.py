@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.cleaning.decision import CLEAR, Cut, most_harmed, reasons, scores_of
 from hydra_pipe.cleaning.evidence import means_by, sums_over
+from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
@@ -20,10 +21,13 @@ from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.files import remove_partials, replaced_directory
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.proposals import (
     DROP,
     RELABEL,
+    RETRAINING,
     carry_retrained,
     drop_schema,
     read_proposal,
@@ -42,8 +46,6 @@ if TYPE_CHECKING:
 DEFAULT_SEEDS = 3
 # fact: how many seeds the retrainings that are there are of
 _SEEDS = "seeds"
-# in the summary: what they came to
-_RETRAINING = "retraining"
 _Row = dict[str, Any]
 
 
@@ -123,6 +125,7 @@ def clean_run(
         directory.refresh()  # another process may have done it in the meantime
         found = None if overwrite else work.existing()
         if found is None:
+            say_unlisted(directory, progress)
             with work.running():
                 found = proposed(directory, method, cut, progress)
                 work.write(found, carry=not overwrite)
@@ -131,7 +134,7 @@ def clean_run(
 
             with work.running():
                 rows, summary = compared(subject, method, cut, found.drop, work.pieces, progress, seeds=seeds or 1, memory=memory)
-                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {_RETRAINING: summary})
+                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {RETRAINING: summary})
                 work.write(found, carry=True, seeds=seeds)
     return found
 
@@ -193,6 +196,7 @@ class _Work:
     def running(self) -> Iterator[None]:
         """A block that ends with `write`."""
         directory, start = self._directory, time.monotonic()
+        check_stages(directory.path, self.stage)
         directory.begin(self.stage, self._settings)
         with directory.failing(self.stage):
             remove_partials(self._place)
@@ -222,7 +226,9 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     (sums,) = sums_over(found.relevance, np.ones((1, columns.n_columns), bool), progress)
     check_finite(sums, method)
     scores = scores_of(sums, labels)
-    ids = cut.of(scores)
+    beyond, caveats = unjudged(found, labels)
+    judged = ~beyond if cut.is_fitted else np.ones(len(sums), bool)
+    ids = cut.of(scores, judged)
     suggested = _suggested(found, ids, labels)
     what = "mean relevance" if columns.by == MEAN else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
     kind = rankings.label_type(labels)
@@ -244,7 +250,7 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     )
     keep = np.setdiff1d(np.arange(len(sums)), ids)
     held = "all samples" if labels is None else "the samples with the same label"
-    below = None if cut.lowest is not None else cut.below(scores)
+    below = None if cut.lowest is not None else cut.below(scores[judged])
     if below is None:
         asked = f"the {cut.lowest:,} lowest"
     else:
@@ -254,6 +260,7 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
         f"from the median of {held}",
         f"{sum(given):,} to relabel (one other class is harmed {CLEAR:g} times as much as any), {len(ids) - sum(given):,} to drop, "
         f"or to look at",
+        *caveats,
     ]
     summary = {
         "run_id": directory.run_id,

@@ -8,6 +8,7 @@ import typer
 
 from hydra_pipe import api
 from hydra_pipe.cli.failures import explained
+from hydra_pipe.cli.streams import settled_streams
 from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.store import names
@@ -162,6 +163,23 @@ DiscardUnfinished = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # takes as long as NumPy
+
+        print(f"hydra-pipe {version('hydra-pipe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -507,7 +525,8 @@ def main() -> None:
     # OpenMP's threads wait busily for 10 ms or more: with a writer beside them on few cores, each parallel region of torch then
     # waits for the scheduler (steps of 1 ms were seen to take 100). Read when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    app()
+    with settled_streams():
+        app()
 
 
 if __name__ == "__main__":

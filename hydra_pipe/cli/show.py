@@ -1,54 +1,73 @@
 """`info` for people."""
 
+import math
+from collections import Counter
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from hydra_pipe.errors import printable
 from hydra_pipe.notebook.summary import rows_line, settings_line
+from hydra_pipe.store.run import CHECKSUMS
 from hydra_pipe.units import format_bytes, format_seconds
 
 _LONGEST_SECONDS = 1e12
+# of a column, as far as its cells are filled up
+_WIDEST = 80
+# of those that come next
+_MOST_COMMANDS = 3
 
 
 def show_info(info: dict[str, Any]) -> None:
-    """Print what `Run.info` found. What a run says is text, and no markup and nothing that a terminal obeys."""
-    console = Console(highlight=False, markup=False)
-    console.print(info["path"], style="bold", end="  ")
-    console.print(f"run {printable(info['run_id'])}")
+    """Print what `Run.info` found, for a person: what is recorded, how exactly, how far every stage is, and what comes next.
 
-    stages = Table("stage", "state", "what it found", box=None, pad_edge=False)
-    for name, stage in info["stages"].items():
-        stages.add_row(name, stage["state"], _facts(stage["facts"]))
-    console.print(stages)
-
-    sizes = ", ".join(f"{name} {format_bytes(n)}" for name, n in info["bytes"].items())
-    console.print(f"on disk: {sizes}")
-
-    settings = info["stages"].get("record", {}).get("settings", {})
-    console.print(f"settings: {settings_line(settings)}")
-
+    What a run says is text, and nothing that a terminal obeys. No line is cut, and none is as wide as the terminal: names of blocks
+    differ at their ends.
+    """
+    print(printable(f"{info['path']}  run {info['run_id']}"))
     recording = info.get("recording")
-    if recording is None:
-        return
-    console.print(rows_line(recording))
-    blocks = Table("block", "shape", "group", "encoding", "columns", "bytes a row", "exact", box=None, pad_edge=False)
-    for block in recording["blocks"]:
-        shape = "x".join(map(str, block["shape"]))
-        cells = (block["group"], block["encoding"], block["columns"], block["bytes_a_row"])
-        blocks.add_row(printable(block["name"]), shape, *map(str, cells), "yes" if block["exact"] else "no: projected")
-    console.print(blocks)
+    if recording is not None:
+        print(rows_line(recording))
+        print(f"encoding: {_encodings(recording['blocks'])}")
+    total = sum(info["bytes"].values())
+    print(f"on disk: {format_bytes(total)}: {', '.join(f'{name} {format_bytes(n)}' for name, n in info['bytes'].items())}")
+    settings = info["stages"].get("record", {}).get("settings", {})
+    print(f"settings: {settings_line(settings)}")
+    _print_table(
+        ["stage", "state", "what it found"],
+        [[printable(name), stage["state"], _facts(stage["facts"])] for name, stage in info["stages"].items()],
+    )
+    if recording is not None:
+        rows = []
+        for block in recording["blocks"]:
+            cells = (block["group"], block["encoding"], block["columns"], block["bytes_a_row"])
+            shape = "x".join(map(str, block["shape"]))
+            rows.append([printable(block["name"]), shape, *map(str, cells), "yes" if block["exact"] else "no: projected"])
+        _print_table(["block", "shape", "group", "encoding", "columns", "bytes a row", "exact"], rows)
+    for command in info["next"][:_MOST_COMMANDS]:
+        print(f"next: {printable(command)}")
+    if len(info["next"]) > _MOST_COMMANDS:
+        print(f"and {len(info['next']) - _MOST_COMMANDS} more")
+
+
+def _encodings(blocks: list[dict[str, Any]]) -> str:
+    """How many blocks have each encoding, and whether that loses anything."""
+    counts = Counter(block["encoding"] for block in blocks)
+    projected = sum(not block["exact"] for block in blocks)
+    exact = f"{projected} of {len(blocks)} blocks projected" if projected else "without loss but that of the dtype"
+    return f"{', '.join(f'{n:,} {name}' for name, n in counts.items())}; {exact}"
+
+
+def _print_table(heads: list[str], rows: list[list[str]]) -> None:
+    # a longer cell is shown whole, and the others are not made as wide: a stranger's run may have a name of any length
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(heads, *rows, strict=True)]
+    for cells in (heads, *rows):  # not as wide as the terminal: a program that reads it has none
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
     """Print the table of an evaluation, an interval as one column, and what there is to say of it."""
     if rows:
         columns = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
-        cells = [columns, *([_cell(row, name) for name in columns] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for line in cells:  # not as wide as the terminal: a program that reads it has none
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        _print_table(columns, [[_cell(row, name) for name in columns] for row in rows])
     for text in says:
         print(printable(text))
 
@@ -77,15 +96,19 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "-"
     if not isinstance(value, float):
         return printable(str(value))
-    if f"{name}_low" in row:
-        return f"{value:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
+    if math.isnan(value):
+        return "unknown"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if isinstance(low, float) and isinstance(high, float) and math.isfinite(low):
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 def _facts(facts: dict[str, Any]) -> str:
     shown = []
     for name, value in facts.items():
-        if isinstance(value, dict) or name.endswith("sha256"):
+        # digests tell a person nothing, and of lists and objects --json has all
+        if isinstance(value, dict | list) or name.endswith("sha256") or name == CHECKSUMS or name.startswith("of_"):
             continue
         if name.endswith("seconds") and isinstance(value, int | float) and abs(value) < _LONGEST_SECONDS:
             shown.append(f"{name.removesuffix('seconds').rstrip('_') or 'took'} {format_seconds(value)}")

@@ -101,7 +101,7 @@ def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
     for span in directory.spans():
         if span[0] == end and span[1] <= len(job.seeds) * job.n and span[0] // job.n == (span[1] - 1) // job.n:
             weights, seed = job.of(span)
-            digest = digest_of(weights, job.seeds[seed], job.mean_over)
+            digest = digest_of(subject.run.run_id, weights, job.seeds[seed], job.mean_over)
             values = directory.read(span, digest, subject.n_tests)
             if values is not None:
                 done[span], end = (digest, values), span[1]
@@ -131,7 +131,7 @@ def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progres
     with progress.task("retrain", n * retrainer.n_steps, "steps") as task:
         for span in stacks:
             weights, s = job.of(span)
-            digest = digest_of(weights, job.seeds[s], job.mean_over)
+            digest = digest_of(subject.run.run_id, weights, job.seeds[s], job.mean_over)
             values = directory.read(span, digest, subject.n_tests)
             if values is None:
                 values = retrainer.train(weights, task, seed=job.seeds[s], start=starts.get(s))

@@ -14,6 +14,9 @@ from hydra_pipe.plan.selection import Span
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.evaluations import Retrained
 
+# samples that are ranked, below which a rank correlation is 1, -1 or nothing whatever is compared
+FEWEST = 3
+
 
 def loo(
     subject: Subject, directory: Retrained, progress: Progress, *, samples: tuple[Span, ...], methods: str | None, memory: str
@@ -52,13 +55,18 @@ def loo(
         f"spearman: of relevance and the change of the loss, over {len(ids)} samples left out one at a time, {INTERVAL}",
         "norm: of relevance over that of the change; 1 is right",
     ]
+    finite = np.isfinite(truth).all(axis=1)
+    if finite.sum() < FEWEST:
+        says.append(
+            f"Spearman's correlation over {finite.sum()} samples tells nothing, and is left out: leave out {FEWEST} or more, by "
+            f"--samples"
+        )
     if not rows:
         says = [f"there is no relevance to compare with: hydra-pipe reduce {subject.run.path} --method hydra-fisher computes one"]
-    finite = np.isfinite(truth).all(axis=1)
     if not finite.all():
         says.append(f"{(~finite).sum()} retrainings diverged, and are not compared")
     summary = {"n_left_out": len(ids), "diverged": int((~finite).sum()), "n_tests": subject.n_tests}
-    plot = bars(rows, "spearman", "Spearman with leave-one-out") if rows else None
+    plot = bars(rows, "spearman", "Spearman with leave-one-out") if rows and finite.sum() >= FEWEST else None
     return Result(rows, summary, says, plot, truth.astype(np.float32))
 
 
@@ -75,6 +83,7 @@ def compared(relevance: Mapping[str, Relevance], ids: NDArray[np.int64], truth: 
     size = float(np.linalg.norm(truth[finite])) or 1.0
     for name, found in relevance.items():
         values = found.values()[ids].astype(np.float64)[finite]
-        row: Row = {"method": name} | with_interval("spearman", spearmans(values, truth[finite]))
+        told = spearmans(values, truth[finite]) if finite.sum() >= FEWEST else np.full(truth.shape[1], np.nan)
+        row: Row = {"method": name} | with_interval("spearman", told)
         rows.append(row | {"norm": float(np.linalg.norm(values)) / size})
-    return sorted(rows, key=lambda row: -row["spearman"])
+    return sorted(rows, key=lambda row: -row["spearman"] if np.isfinite(row["spearman"]) else 0.0)

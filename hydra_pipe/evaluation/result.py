@@ -34,9 +34,12 @@ class Result:
     truth: NDArray[np.float32] | None = field(default=None, repr=False)
 
 
+ONE_TEST = "there is one test sample, or one mean of them: nothing tells how others would come out, and no interval is given"
+
+
 def with_interval(name: str, per_test: NDArray[np.float64]) -> Row:
-    """Columns of a mean over test samples: `name`, `name_low`, `name_high`."""
-    low, high = bootstrap_interval(per_test)
+    """Columns of a mean over test samples: `name`, `name_low`, `name_high`; the last two are no numbers where there is one."""
+    low, high = bootstrap_interval(per_test) if len(per_test) > 1 else (np.nan, np.nan)
     return {name: float(per_test.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -45,7 +48,8 @@ def bars(rows: Sequence[Row], name: str, title: str) -> Plot:
 
     def draw(axes: Any) -> None:
         values = np.array([row[name] for row in rows])
-        around = np.array([[row[name] - row[f"{name}_low"], row[f"{name}_high"] - row[name]] for row in rows]).clip(min=0.0)
+        around = np.array([[row[name] - row[f"{name}_low"], row[f"{name}_high"] - row[name]] for row in rows])
+        around = np.nan_to_num(around).clip(min=0.0)
         axes.barh([row["method"] for row in rows], values, xerr=around.T, capsize=3)
         axes.invert_yaxis()
         axes.axvline(0.0, color="black", linewidth=0.8)

@@ -1,22 +1,26 @@
 """A whole evaluation: retrainings, what they tell of each method, and the files that say so."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from hydra_pipe.errors import UsageError
+from hydra_pipe.evaluation.result import ONE_TEST
 from hydra_pipe.plan.selection import Span, parse_selection, write_selection
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, evaluate_stage
 from hydra_pipe.units import parse_bytes
 
@@ -126,6 +130,7 @@ def evaluate_run(
         directory.refresh()
         scored = {name: found.checksums for name, found in _scored(kind, subject, methods).items()}
         place = directory.path / area_of(stage)
+        check_stages(directory.path, stage)
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
         if begun and not Retrained(place).spans():
             directory.forget(stage)  # it has come to nothing: its settings bind nobody
@@ -135,11 +140,14 @@ def evaluate_run(
         elif not directory.has_work(stage, own) and directory.stages[stage].facts.get(_SCORED) == scored:
             with suppress(OSError, ValueError, pa.ArrowException):
                 return Evaluation(False, *read_result(place))
+        say_unlisted(directory, progress)
         directory.begin(stage, own)
         start = time.monotonic()
         with directory.failing(stage):
             remove_partials(place)
             result = _result(kind, subject, progress, own, spans, methods, memory)
+            if any(_lacks_interval(row) for row in result.rows):
+                result = replace(result, says=[*result.says, ONE_TEST])
             summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
@@ -208,6 +216,12 @@ def _result(
     from hydra_pipe.evaluation.approximation import approximation
 
     return approximation(subject)
+
+
+def _lacks_interval(row: Mapping[str, Any]) -> bool:
+    """Whether a mean in `row` is of one test sample."""
+    bounds = (value for name, value in row.items() if name.endswith("_low"))
+    return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 
 
 def _write(run: RunDirectory, stage: str, result: "Result", summary: Mapping[str, Any], progress: Progress) -> None:

@@ -17,6 +17,7 @@ from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.store import names
 from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.prefix import open_gradients
 from hydra_pipe.store.relevance import (
     BY_LABEL,
     ITSELF,
@@ -79,7 +80,7 @@ class Subject:
             own = dict(source.recorded_settings)
         own |= {"seed": built.seed, "n_samples": len(built.train)} | described(built)
         _compare(run, recording.settings, json_settings(own))
-        gradients = Gradients(run.path / names.GRADIENTS)
+        gradients = open_gradients(run)
         counts = checked_counts(gradients, recording)
         counts.require_tests(run.path)
         return cls(run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.exporting.parts import Matrix, Parts
@@ -22,7 +21,9 @@ from hydra_pipe.store import names, rankings
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import replaced_directory
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.relevance import result_of
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, Settings, export_stage, reduce_stage
 from hydra_pipe.store.space import say_if_tight
@@ -91,16 +92,18 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
 
 
 def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
+    say_unlisted(directory, progress)
     stage, source = export_stage(method), open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
     target = directory.path / names.RANKINGS / names.rankings_directory(method)
+    check_stages(directory.path, stage)
     directory.begin(stage, settings)
     start = time.monotonic()
     # readers see the old tables or the new ones, all of them of one export
     with directory.failing(stage), replaced_directory(target) as partial:
         say_if_tight(export.most_bytes(), target, progress)
         export.write(partial, progress)
-        files = {str(f.relative_to(partial)): pq.read_metadata(f).num_rows for f in sorted(partial.rglob("*.parquet"))}
+        files = {str(f.relative_to(partial)): rankings.n_rows_of(f) for f in sorted(partial.rglob("*.parquet"))}
         origin = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
         origin |= {} if source.own is None else {OF_SELF: own_checksums(directory, method)}
         checksums = seal(directory, stage, partial)

@@ -9,7 +9,7 @@ Symbols: B samples in the pass, P positions of a sample, O output and I input fe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hydra_pipe.maths.factors import Contribution, Factors, Summed
 from hydra_pipe.maths.layers import token_rows
-from hydra_pipe.maths.orders import WHOLE, SampleOrder
+from hydra_pipe.maths.orders import FIRST, WHOLE, SampleOrder
 from hydra_pipe.maths.recurrent import LstmLayer, lstm_gate_gradients
 
 #: Each sample's gradient at an input of shape S: rows of shape (B, numel), or factors of them.
@@ -72,8 +72,15 @@ def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
         RuntimeError, TypeError: the node cannot be called by itself.
     """
     rule = _RULES.get(call.node.name())
-    whole = any(order is WHOLE for order in call.orders)
-    found = {} if rule is None or whole else dict(rule(call))
+    found: dict[int, ByInput] = {}
+    if rule is not None:
+        # in a batch of one the first dimension may as well hold the sample
+        orders = [
+            FIRST if order is WHOLE and g is not None and g.dim() else order
+            for order, g in zip(call.orders, call.gradients, strict=True)
+        ]
+        if not any(order is WHOLE for order in orders):
+            found = dict(rule(replace(call, orders=orders)))
     left = {slot: shape for slot, shape in call.shapes.items() if slot not in found}
     return found | (slow_gradients_by_sample(call, left) if left else {})
 

@@ -13,8 +13,8 @@ from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_ch
 from hydra_pipe.exporting.totals import Totals, totals_of
 from hydra_pipe.plan.selection import write_selection
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.prefix import open_gradients
 from hydra_pipe.store.relevance import read_relevance
 from hydra_pipe.store.run import CHECKSUMS, RECORD, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
@@ -64,7 +64,7 @@ class Results:
         """The recorded rows. Raises: RunError, StoreError: missing or damaged."""
         self.directory()
         if self._gradients is None:
-            self._gradients = Gradients(self._directory.path / names.GRADIENTS)
+            self._gradients = open_gradients(self._directory)
         return self._gradients
 
     def methods(self) -> list[str]:

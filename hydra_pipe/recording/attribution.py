@@ -34,6 +34,8 @@ _LOG = logging.getLogger("hydra_pipe")
 
 # Passes of a mode after which one is probed again: this one, and each that has twice the number.
 _FIRST_AGAIN = 64
+# Of batches so small that samples in a random order are in their own by chance: so many of the first passes.
+_SMALL, _AT_FIRST = 4, 8
 # Samples that are asked where the graph keeps them, if branches were dropped for the first.
 _MOST_ASKED = 4
 # Difference between rows and gradient, over the larger of the gradient and the sum of what cancels in it.
@@ -171,7 +173,7 @@ class Attribution:
         if not is_due and not self.by_graph:
             return False, origins
         walk = Walk(outputs, self.parameters)
-        can_probe = self._probes and bool(origins)
+        can_probe = self._probes and bool(origins) and not (walk.is_checkpointed and self._accumulates_elsewhere())
         if is_due and can_probe:
             self._attribute(walk, origins, of_pass, is_first=is_due == 1)
         if self.by_graph:
@@ -184,7 +186,8 @@ class Attribution:
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
         if any(w.is_known and w.is_single != (total == of_pass.count) for w, total in of_pass.seen.items()):
             return 1  # a module is called with other parts of the batch than before
-        return number if number == 1 or (number >= _FIRST_AGAIN and number & (number - 1) == 0) else 0
+        again = number & (number - 1) == 0 if number >= _FIRST_AGAIN else number <= _AT_FIRST and of_pass.count <= _SMALL
+        return number if number == 1 or again else 0
 
     def _attribute(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, *, is_first: bool) -> None:
         """Find where each module keeps its samples, and hold the rows against torch's gradients."""
@@ -225,7 +228,17 @@ class Attribution:
                     self._ask_nodes(walk, origins, of_pass, nodes, of_pass.count // 2)
             else:
                 self._plans[key] = Plan(slow=frozenset(b for b in wanted if b in walk.leaves.values()))
-        return self._plans[key]
+        plan = self._plans[key]
+        if plan.slow and walk.is_checkpointed:
+            raise LayerError(
+                f"{self._names[min(plan.slow)]} is used inside of reentrant checkpointing, by a module without a layer rule: its gradient "
+                f"cannot be split by sample there. Checkpoint with use_reentrant=False"
+            )
+        return plan
+
+    def _accumulates_elsewhere(self) -> bool:
+        """Whether something else than `.grad` hears of gradients, such as a reducer of several ranks."""
+        return self._capture.has_ranks or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._model.parameters())
 
     def _ask_nodes(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, nodes: OrderProbe, sample: int) -> None:
         """Find where the nodes of the graph keep their samples, and plan by it."""
@@ -354,9 +367,14 @@ class Attribution:
         gradients = [_generic(origin, probe.weights) for origin in origins]
         coupled = [node.register_hook(_uncoupled) for node in walk.nodes if "BatchNorm" in node.name()]
         self.probe = probe
+        outputs = [o.output for o in origins]
+        found: Sequence[Tensor | None]
         try:
             with self._capture.sending_to(probe.take):
-                found = torch.autograd.grad([o.output for o in origins], trained, gradients, retain_graph=True, allow_unused=True)
+                if walk.is_checkpointed:
+                    found = _by_backward(walk, self._model, outputs, gradients, trained)
+                else:
+                    found = torch.autograd.grad(outputs, trained, gradients, retain_graph=True, allow_unused=True)
         finally:
             self.probe = None
             for handle in coupled:
@@ -407,7 +425,13 @@ class Attribution:
         rows: list[list[Tensor]] = [[] for _ in blocks]
         for sample in range(batch):
             alone = [origin.order.only(gradient, batch, sample) for origin, gradient in used]
-            found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
+            try:
+                found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise LayerError(
+                    f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that the loss "
+                    f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or let the model return one of them"
+                ) from error
             for of_block, parameter, gradient in zip(rows, trained, found, strict=True):
                 of_block.append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.detach().flatten())
         return [(block, torch.stack(of_block)) for block, of_block in zip(blocks, rows, strict=True)]
@@ -445,6 +469,23 @@ def _generic(origin: Origin, weights: Tensor) -> Tensor:
         )
         by_sample.mul_(factors.to(gradient).reshape([size if d == dim else 1 for d in range(by_sample.dim())]))
     return gradient
+
+
+def _by_backward(
+    walk: Walk, model: nn.Module, outputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """Gradients by way of `.grad`, which is put back: reentrant checkpointing knows no other."""
+    found = {getattr(node, "variable", None) for node in walk.nodes}
+    leaves = list({*model.parameters(), *(x for x in found if x is not None)})
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        return [parameter.grad for parameter in wanted]
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient
 
 
 def _uncoupled(at_inputs: Sequence[Tensor | None], at_outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:

@@ -108,6 +108,8 @@ class Capture:
         allows_mixing: bool = False,
     ) -> None:
         self._on_error = on_error
+        #: whether several ranks train the model together
+        self.has_ranks = on_error is not None
         self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing)
         self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
@@ -254,7 +256,8 @@ class Capture:
             self._portion.correct_pass(batch)
             of_pass.count = batch
         if leaves:
-            is_due, origins = self._attribution.end(module, leaves, self._pass)
+            with full_precision(leaves[0]):
+                is_due, origins = self._attribution.end(module, leaves, self._pass)
             if module is self._model or self._holds_all(module):
                 self.coupling.add(self._pass, origins, is_due=is_due)
 

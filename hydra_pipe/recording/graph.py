@@ -81,20 +81,20 @@ class Walk:
             names.append(node.name())
         return number
 
-    def leading_to(self, wanted: frozenset[int]) -> list[frozenset[int]]:
-        """The blocks among `wanted` that each node leads to."""
+    def leading_to(self, wanted: frozenset[int], but_through: Collection[int] = ()) -> list[frozenset[int]]:
+        """The blocks among `wanted` that each node leads to, by paths that do not go on through the nodes `but_through`."""
         nothing: frozenset[int] = frozenset()
         found = [nothing] * len(self.nodes)
         for number, block in self.leaves.items():
             if block in wanted:
                 found[number] = frozenset((block,))
-        for number in self._deepest_first():
-            below = [found[child] for _, child, _ in self.inputs[number] if found[child]]
+        for number in self.deepest_first():
+            below = [found[child] for _, child, _ in self.inputs[number] if found[child] and child not in but_through]
             if below:
                 found[number] = below[0] if len(below) == 1 else nothing.union(*below)
         return found
 
-    def _deepest_first(self) -> list[int]:
+    def deepest_first(self) -> list[int]:
         """Numbers of the nodes, each after all that are behind it."""
         order: list[int] = []
         state = bytearray(len(self.nodes))
@@ -197,6 +197,8 @@ def plan_of(walk: Walk, probe: "OrderProbe", wanted: frozenset[int]) -> Plan:
     """
     leads = walk.leading_to(wanted)
     orders = probe.assumed_orders(leads)
+    # what lies behind a node that keeps the samples apart is that node's own affair, also where a chain leads there
+    leads = walk.leading_to(wanted, orders)
     routes: list[Route] = []
     reached: set[int] = set()
     for number, of_node in orders.items():
@@ -204,7 +206,23 @@ def plan_of(walk: Walk, probe: "OrderProbe", wanted: frozenset[int]) -> Plan:
         if shared:
             routes.append(Route(number, of_node, shared))
             reached |= set().union(*shared.values())
-    return Plan(routes, wanted - reached)
+    twice = _also_through(walk, orders, [route.node for route in routes], wanted)
+    return Plan(routes, wanted - reached).without(twice) if twice else Plan(routes, wanted - reached)
+
+
+def _also_through(walk: Walk, orders: Orders, nodes: Iterable[int], wanted: frozenset[int]) -> frozenset[int]:
+    """Blocks that a chain of one of `nodes` leads to by itself and through another node that keeps the samples apart."""
+    directly, at_all = walk.leading_to(wanted, orders), walk.leading_to(wanted)
+    through: list[frozenset[int]] = [frozenset()] * len(walk.nodes)
+    for number in walk.deepest_first():
+        below = [at_all[child] if child in orders else through[child] for _, child, _ in walk.inputs[number]]
+        through[number] = frozenset().union(*below)
+    found: frozenset[int] = frozenset()
+    for number in nodes:
+        for _, child, _ in walk.inputs[number]:
+            if child not in orders:
+                found |= directly[child] & through[child]
+    return found
 
 
 class OrderProbe:

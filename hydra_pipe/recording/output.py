@@ -153,7 +153,8 @@ class Output:
         """Let readers of the unfinished run know what is safe on the disk. By rank 0, others do nothing."""
         if self._directory is not None:
             parts = {"n_steps": state.n_steps, "part_rows": state.part_rows}
-            self._directory.stages[RECORD].facts[COMMITTED] = parts | {"tests": state.tests, "n_tests": state.n_tests}
+            beside = {"tests": state.tests, "n_tests": state.n_tests, "labels": sorted(state.labels)}
+            self._directory.stages[RECORD].facts[COMMITTED] = parts | beside
             self._directory.save(RECORD)
 
     def go_on(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
+from hydra_pipe.store import names
+from hydra_pipe.store.files import location
+from hydra_pipe.store.permission import check_writable
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
@@ -41,9 +44,13 @@ def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrit
 
     Raises:
         RunError: it was recorded, or begun, with other settings; or it holds something else.
+        PermissionError: it may not be written there, or what is there may not be removed.
     """
     directory = RunDirectory.open_or_none(run)
-    return directory is None or overwrite or directory.has_work(RECORD, settings)
+    needed = directory is None or overwrite or directory.has_work(RECORD, settings)
+    if needed:
+        check_writable(location(run), *names.OWNED)
+    return needed
 
 
 def check_options(encoding: str, dim: int, dtype: str | None) -> None:

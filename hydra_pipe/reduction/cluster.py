@@ -1,8 +1,11 @@
 """Worker processes that dask.distributed schedules: started here, or found at an address."""
 
+import asyncio
 import logging
 import signal
+import socket
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -14,6 +17,9 @@ from typing import Any, Self
 
 import dask
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
+from distributed.comm.addressing import parse_address, parse_host_port
+from distributed.core import connect, send_recv
+from distributed.security import Security
 from distributed.utils import silence_logging_cmgr
 from distributed.versions import VersionMismatchWarning
 
@@ -23,6 +29,8 @@ from hydra_pipe.units import format_bytes
 
 # to reach a scheduler, and to see its first worker
 CONNECT_SECONDS = 5.0
+# what listens at an address to say what it is
+_ANSWER_SECONDS = 1.0
 # without any worker: a batch system may bring new ones
 PATIENCE_SECONDS = 60.0
 # of a worker with NumPy, Dask and this package loaded: measured (65 MiB), rounded up
@@ -157,6 +165,7 @@ class ClusterAt(_Cluster):
 
     def _connect(self) -> None:
         self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        self._check_listener()
         try:
             with warnings.catch_warnings():
                 # of any package that Dask knows; those that matter are compared below
@@ -164,10 +173,7 @@ class ClusterAt(_Cluster):
                 client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
                 self._client = self._stack.enter_context(client)
         except (OSError, ValueError) as error:
-            raise ClusterError(
-                f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
-                f"`dask scheduler` runs there, host and port, and that no firewall is between"
-            ) from error
+            raise self._unanswered(error) from error
         try:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
@@ -177,6 +183,30 @@ class ClusterAt(_Cluster):
         threads = [told["threads"] for told in self._told.values()]
         resident = max(told["resident_bytes"] for told in self._told.values())
         self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=resident)
+
+    def _check_listener(self) -> None:
+        """Refuse what is no scheduler: a client would wait for its answer without an end. Raises: ClusterError."""
+        try:
+            kind = _identity(self._address).get("type")
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            if not isinstance(error, TimeoutError):
+                raise self._unanswered(error) from error
+            kind = "web server" if _is_web_server(self._address) else None
+        except (MemoryError, EOFError):  # its first bytes were taken for a length, or what it says ends too early
+            kind = None
+        if kind == "Scheduler":
+            return
+        found = "what listens there does not talk as one" if kind is None else f"a {kind.lower()} listens there"
+        advice = "give the address that `dask scheduler` prints as it starts, such as tcp://host:8786"
+        if kind == "web server":
+            advice = f"if it is the dashboard of one, {advice}"
+        raise ClusterError(f"{self._address} is not a Dask scheduler, {found}: {advice}")
+
+    def _unanswered(self, error: BaseException) -> ClusterError:
+        return ClusterError(
+            f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
+            f"`dask scheduler` runs there, host and port, and that no firewall is between"
+        )
 
     def _check_versions(self) -> None:
         told = self._client.get_versions(packages=["hydra_pipe"])
@@ -204,6 +234,55 @@ class ClusterAt(_Cluster):
                     f"need {format_bytes(peak_bytes)}: lower --memory to {int(limit * _PAUSE) // 2**20}MiB, or start it "
                     f"with a larger --memory-limit"
                 )
+
+
+def _identity(address: str) -> dict[str, Any]:
+    """What Dask's server at an address says of itself.
+
+    Raises:
+        TimeoutError: something listens there and does not say.
+        OSError, ValueError, TypeError, ImportError: it cannot be connected to.
+        MemoryError, EOFError: what it says is not what Dask's servers say.
+    """
+
+    async def asked() -> dict[str, Any]:
+        comm = await connect(address, timeout=CONNECT_SECONDS, **Security().get_connection_args("client"))
+        try:
+            told = await send_recv(comm, op="identity")
+        finally:
+            comm.abort()
+        return dict(told)
+
+    async def in_time() -> dict[str, Any]:
+        # longer than connecting may take, which then tells what is wrong with it
+        return await asyncio.wait_for(asked(), CONNECT_SECONDS + _ANSWER_SECONDS)
+
+    found: list[dict[str, Any] | Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(asyncio.run(in_time()))
+        except Exception as error:  # noqa: BLE001 - raised by the thread that waits
+            found.append(error)
+
+    # A notebook runs a loop in its own thread; and Ctrl-C ends the wait of this one, not of a loop.
+    thread = threading.Thread(target=ask, name="hydra-pipe connecting", daemon=True)
+    thread.start()
+    thread.join()
+    (told,) = found
+    if isinstance(told, Exception):
+        raise told
+    return told
+
+
+def _is_web_server(address: str) -> bool:
+    try:
+        host, port = parse_host_port(parse_address(address)[1])
+        with socket.create_connection((host, port), timeout=_ANSWER_SECONDS) as connection:
+            connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+            return connection.recv(5) == b"HTTP/"
+    except (OSError, ValueError):
+        return False
 
 
 class _Reporter:

@@ -25,6 +25,7 @@ from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_matrix
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD
 from hydra_pipe.store.space import free_bytes, room_for
 from hydra_pipe.store.sweeps import remove_states
@@ -146,6 +147,7 @@ def _check_room(request: Request, plan: ReductionPlan, done: int) -> None:
 def _begin(request: Request, plan: ReductionPlan) -> None:
     """Make what is to be filled: first the claim, then what is claimed."""
     directory, layout = request.directory, request.gradients.layout
+    check_stages(directory.path, request.keep_stage)
     directory.begin(request.keep_stage, {})
     shape = (request.n_samples, layout.whole_width)
     create_matrix(request.kept, directory.run_id, shape, _chunks(plan, shape), feature_spans(layout))

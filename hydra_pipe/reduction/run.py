@@ -20,10 +20,14 @@ from hydra_pipe.reduction.matrix import graphs as matrix_graphs
 from hydra_pipe.reduction.request import Request, described, facts, left_of, summary
 from hydra_pipe.reduction.schedulers import Scheduler, scheduler_of
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.checksums import places_of, seal
+from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
+from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.run import CHECKSUMS, OF_PROBE, OF_RECORD, RECORD, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
@@ -43,8 +47,9 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     Returns:
         Whether there was anything to do.
     """
+    progress = progress or Progress()
     if request.fills:
-        filled = fill(request, overwrite=overwrite, progress=progress or Progress())
+        filled = fill(request, overwrite=overwrite, progress=progress)
         return reduce_request(_from_filled(request), overwrite=overwrite, progress=progress) or filled
     if not _has_work(request, overwrite):
         return False
@@ -55,7 +60,8 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
         request.directory.refresh()  # another process may have done it in the meantime
         if not _has_work(request, overwrite):
             return False
-        _reduce(request, overwrite, progress or Progress())
+        say_unlisted(request.directory, progress)
+        _reduce(request, overwrite, progress)
     return True
 
 
@@ -128,19 +134,27 @@ def _store(request: Request) -> Path:
 def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None:
     """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay behind."""
     directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
+    kept = (request.keep_stage,) if keeping else ()
+    check_stages(directory.path, reduce_stage(name), *stages_of_result(name), *kept)
     # first the claims, then what they claim
     directory.forget(*stages_of_result(name))
     directory.begin(reduce_stage(name), request.settings)
     if keeping:
         _forget_kept(request)
-    for stage in stages_of_result(name):
-        remove(directory.path / area_of(stage))
+    for stage in (reduce_stage(name), *stages_of_result(name)):
+        for place in places_of(stage):
+            remove(directory.path / place)
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
     if plan.order in _BY_COLUMNS:
         width = chunk_columns(plan.test_blocks[0][1])
     method = request.method
     attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
-    create_relevance(_store(request), name, attributes, given.n_samples, request.columns, width, directory.run_id)
+    own = committed(directory.stages[RECORD])
+    n_tests = 0 if own is None else own.n_tests
+    is_whole = request.options.test is None and request.columns.by is None and request.columns.tests == ((0, n_tests),)
+    create_relevance(_store(request), name, attributes, given.n_samples, request.columns, width, directory.run_id, whole=is_whole)
+    coordinates = shared_coordinates(request.gradients, given.n_samples, n_tests)
+    write_coordinates(_store(request), coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)})
     if keeping:
         create_hypergradients(request.kept, request.gradients, given.n_samples)
 

@@ -24,7 +24,7 @@ CountRows = Callable[[int], None]
 # Not by name: to look one up Dask imports all of distributed, which takes longer than reducing a small run.
 _GET = {"threads": dask.threaded.get, "synchronous": dask.local.get_sync}
 # tcp://host:8786, tls://..., or host:8786
-_ADDRESS = re.compile(r"([a-z]+://)?[^\s/]+:\d+/?")
+_ADDRESS = re.compile(r"([a-z]+://)?[^\s/]+:\d{1,5}/?")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ def scheduler_of(text: str) -> Scheduler:
     """The scheduler that `--scheduler` names. Connects to nothing yet. Raises: UsageError: it names none."""
     if text in ("threads", "synchronous"):
         return InProcess(text)
+    if text.lower().startswith(("http://", "https://")):
+        raise UsageError(
+            f"--scheduler {text} is a web address, such as that of a scheduler's dashboard: give the address that workers connect "
+            f"to, which `dask scheduler` prints as it starts, such as tcp://host:8786"
+        )
     if text != "processes" and not _ADDRESS.fullmatch(text):
         raise UsageError(
             f"--scheduler {text} is unknown: choose one of threads, processes, synchronous, or the address of a Dask scheduler, "

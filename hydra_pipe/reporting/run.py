@@ -12,7 +12,9 @@ from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
+from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.relevance import ITSELF, parts_of_result, result_of
 from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RunDirectory, Settings, reduce_stage, report_stage
 from hydra_pipe.units import parse_bytes
@@ -93,7 +95,9 @@ def report_run(
         directory.refresh()  # another process may have done it in the meantime
         if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
             return False
+        say_unlisted(directory, progress)
         target = directory.path / area_of(stage)
+        check_stages(directory.path, stage)
         directory.begin(stage, settings)
         start = time.monotonic()
         with directory.failing(stage):

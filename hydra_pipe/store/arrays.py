@@ -5,7 +5,7 @@ either one chunk or one shard; `store/codec.py` has their bytes.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from math import prod
@@ -52,11 +52,13 @@ class Group:
     Args:
         path: its directory.
         attributes: of it, as JSON has them.
+        listed: whether a member counts, by its name in this group, slashes for members further down; None: all that are there.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any], listed: Callable[[str], bool] | None = None) -> None:
         self.path = path
         self.attributes = attributes
+        self._listed = listed
 
     @classmethod
     def create(cls, path: Path, attributes: Mapping[str, Any] | None = None) -> Self:
@@ -66,8 +68,8 @@ class Group:
         return group
 
     @classmethod
-    def open(cls, path: Path, consequence: str) -> Self:
-        """The group at `path`.
+    def open(cls, path: Path, consequence: str, listed: Callable[[str], bool] | None = None) -> Self:
+        """The group at `path`. `listed`: see the class.
 
         Raises:
             StoreError: there is none, or its metadata is damaged; the message adds `consequence`.
@@ -78,15 +80,26 @@ class Group:
             metadata = read_metadata(path)
             if metadata["node_type"] != "group":
                 raise ValueError(f"a {shown(metadata['node_type'])}, not a group")
-            return cls(path, _attributes(metadata))
+            return cls(path, _attributes(metadata), listed)
         except (*_MALFORMED, OSError) as error:
             raise StoreError(f"the metadata of {path} is damaged ({shown(error)}): {consequence}") from error
 
     def group(self, name: str) -> "Group | None":
         """Sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
-        if not (self.path / name / METADATA).is_file():
+        if not self._counts(name) or not (self.path / name / METADATA).is_file():
             return None
-        return Group.open(self.path / name, "the store is not readable")
+        return Group.open(self.path / name, "the store is not readable", self._below(name))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a member called `name`, whole or damaged."""
+        return self._counts(name) and (self.path / name).exists()
+
+    def _counts(self, name: str) -> bool:
+        return self._listed is None or self._listed(name)
+
+    def _below(self, name: str) -> Callable[[str], bool] | None:
+        listed = self._listed
+        return None if listed is None else lambda member: listed(f"{name}/{member}")
 
     def require_group(self, name: str) -> "Group":
         """Sub-group `name`, made if it is not there."""
@@ -99,6 +112,8 @@ class Group:
 
     def array(self, name: str) -> "Array":
         """Array `name`, which may be some groups further down. Raises: StoreError: it is not there, or damaged."""
+        if not self._counts(name):
+            raise StoreError(f"{self.path / name} is of another run: the manifest does not list it")
         return Array.open(self.path / name)
 
     def array_names(self) -> list[str]:
@@ -113,11 +128,12 @@ class Group:
             elif path.is_symlink() or not levels:
                 raise StoreError(f"{path} is a link to a group, or more than {_MOST_LEVELS} groups deep")
             else:
-                yield from (f"{path.name}/{name}" for name in Group(path, {})._array_names(levels - 1))
+                below = Group(path, {}, self._below(path.name))
+                yield from (f"{path.name}/{name}" for name in below._array_names(levels - 1))
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.path.iterdir(), key=lambda path: path.name):
-            if not is_partial(path.name) and (path / METADATA).is_file():
+            if not is_partial(path.name) and self._counts(path.name) and (path / METADATA).is_file():
                 try:
                     metadata = read_metadata(path)
                     yield path, {"node_type": metadata["node_type"]}

@@ -100,6 +100,12 @@ def area_of(stage: str) -> str:
     return f"{names.RANKINGS}/{names.rankings_directory(stage.removeprefix(export_stage('')))}"
 
 
+def places_of(stage: str) -> tuple[str, ...]:
+    """What goes when `stage` is discarded, relative to the run: its area, and the coordinates of its columns beside it."""
+    result = stage.removeprefix(reduce_stage(""))
+    return (area_of(stage),) if result == stage else (area_of(stage), f"{names.RELEVANCE}/{names.columns_dimension(result)}")
+
+
 def has_arrays(stage: str) -> bool:
     """Whether `stage` writes arrays: its other files are their metadata."""
     return stage == RECORD or stage.startswith((keep_stage(""), reduce_stage("")))

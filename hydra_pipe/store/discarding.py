@@ -1,7 +1,7 @@
 """Discarding stages: what they claim, and what they have written."""
 
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.checksums import places_of
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.run import RunDirectory
 
@@ -15,7 +15,8 @@ def discard(run: RunDirectory, *stages: str) -> None:
     for stage in stages:
         run.begin(stage, run.stages[stage].settings)
     for stage in stages:
-        remove(run.path / area_of(stage))
+        for place in places_of(stage):
+            remove(run.path / place)
         remove(run.path / names.checksums_file(stage))
     if stages:
         run.forget(*stages)

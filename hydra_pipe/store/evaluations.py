@@ -24,9 +24,9 @@ N_FOUND = 2  # loss and hit
 _MOST_HEADER_BYTES = 2**16
 
 
-def digest_of(weights: NDArray[np.floating], seed: int, mean_over: str) -> str:
-    """Of what the models of a piece were trained with, 16 digits: a piece counts only where this is asked of it."""
-    found = hashlib.sha256(f"{seed} {mean_over} {weights.shape} {weights.dtype}\n".encode())
+def digest_of(run_id: str, weights: NDArray[np.floating], seed: int, mean_over: str) -> str:
+    """Of the run and of what the models of a piece were trained with, 16 digits: a piece counts only where this is asked of it."""
+    found = hashlib.sha256(f"{run_id} {seed} {mean_over} {weights.shape} {weights.dtype}\n".encode())
     found.update(np.ascontiguousarray(weights).tobytes())
     return found.hexdigest()[:16]
 

@@ -7,6 +7,7 @@ an object, put there in one request, and a directory is nothing but the beginnin
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -15,13 +16,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
-from hydra_pipe.errors import RunError, StoreError
+from hydra_pipe.errors import RunError, StoreError, UsageError
 
 # how the names of files end that are not whole yet
 PARTIAL = ".partial"
 # what fsspec needs for a protocol -> the extra of this package that has it
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+# protocols of web servers, which are read only
+_WEB = ("http", "https")
+# protocols of this machine's own files
+_LOCAL = ("file", "local")
+# a protocol, and however many slashes follow it
+_SLASHES = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
 # what making a directory or a file raises where the other stands
 _IN_THE_WAY = (IsADirectoryError, FileExistsError, NotADirectoryError)
 
@@ -30,15 +38,17 @@ def location(path: "str | os.PathLike[str]") -> Path:
     """Where a user says that a run is: a path, or a URL such as "s3://bucket/run".
 
     Raises:
+        UsageError: it is empty, or looks like a URL and is none; the message says what was meant.
         RunError: the URL cannot be used; the message says what to install.
     """
     if _is_url_path(path):
         return cast(Path, path)  # behaves like one
     text = os.fspath(path)
+    _refuse_slashes(text)
     protocol, is_url, rest = text.partition("://")
     if not is_url:
-        return Path(text)
-    if protocol in ("file", "local"):
+        return local_path(text, "RUN")
+    if protocol in _LOCAL:
         return Path(rest)
     extra = _EXTRAS.get(protocol, "url")
     try:
@@ -54,6 +64,42 @@ def location(path: "str | os.PathLike[str]") -> Path:
     return cast(Path, found)  # behaves like one
 
 
+def local_path(text: str, what: str) -> Path:
+    """A path of this machine, as a user writes it. `~` at its beginning is a home directory, whoever has read it before.
+
+    Args:
+        text: as it was given.
+        what: it is of, for the message.
+
+    Raises:
+        UsageError: it is empty, holds a null character, or names a user that is none.
+    """
+    if not text.strip() or "\0" in text:
+        fault = "holds a null character" if text.strip() else "is empty"
+        raise UsageError(f"{what} {fault}: name a file or directory, or a URL such as s3://bucket/run where a run may be one")
+    path = Path(text)
+    if text.startswith("~"):
+        try:
+            path = path.expanduser()
+        except RuntimeError as error:
+            raise UsageError(f"{text}: there is no such user: write ./{text} for a path of that name") from error
+    # what was written "./~" or "./s3:/x" has lost its beginning, and would be read as something else the next time
+    return path.absolute() if str(path).startswith("~") or _SLASHES.match(str(path)) else path
+
+
+def _refuse_slashes(text: str) -> None:
+    """Refuse a URL with more slashes than two, or fewer, before a directory of such a name is made. Raises: UsageError."""
+    found = _SLASHES.match(text)
+    if found is None or len(found[2]) == 2 or (found[1] in _LOCAL and len(found[2]) == 3):
+        return
+    from fsspec.registry import known_implementations
+
+    protocol, rest = found[1].lower(), found[3]
+    if protocol in known_implementations or protocol in _LOCAL:
+        meant = f"{protocol}://{'/' if protocol in _LOCAL else ''}{rest}"
+        raise UsageError(f"{text}: did you mean {meant}? (pathlib takes a slash away: give text; for a directory, write ./{text})")
+
+
 def _is_url_path(path: Any) -> bool:
     return hasattr(path, "fs") and hasattr(path, "storage_options") and not isinstance(path, Path)
 
@@ -61,6 +107,20 @@ def _is_url_path(path: Any) -> bool:
 def is_remote(path: Path) -> bool:
     """Whether `path` is in an object store."""
     return _is_url_path(path)
+
+
+def is_web(path: Path) -> bool:
+    """Whether `path` is on a web server, from which it can be read only."""
+    return is_remote(path) and path.protocol in _WEB  # type: ignore[attr-defined]
+
+
+def refuse_read_only(path: Path) -> None:
+    """Refuse to write where nobody can. Raises: RunError."""
+    if is_web(path):
+        raise RunError(
+            f"{path} is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy the run to a disk, or "
+            f"name an object store such as s3://bucket/run"
+        )
 
 
 def read_file(path: Path, most_bytes: int | None = None) -> bytes:
@@ -208,8 +268,17 @@ def files_below(path: Path) -> dict[str, int]:
     """Every file in a directory and in those below it: name relative to `path`, with slashes, and bytes. Empty without one."""
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
-        return {name[start:]: int(entry["size"]) for name, entry in _fs(path).find(_name(path), detail=True).items()}
+        found = _fs(path).find(_name(path), detail=True)
+        shown = unquote if is_web(path) else str  # a web server's listing is of links
+        return {shown(name[start:]): _size(path, name, entry) for name, entry in found.items()}
     return _local_files(os.fspath(path)) if path.is_dir() else {}
+
+
+def _size(path: Path, name: str, entry: dict[str, Any]) -> int:
+    """Bytes of a file, which the listings of web servers do not have."""
+    size = entry.get("size")
+    size = _fs(path).info(name)["size"] if size is None else size
+    return int(size if size is not None else len(_fs(path).cat_file(name)))
 
 
 def _local_files(root: str) -> dict[str, int]:
@@ -227,6 +296,8 @@ def _local_files(root: str) -> dict[str, int]:
 
 def tree_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
+    if is_web(path):  # to which a directory is a file too, with its listing in it
+        return sum(files_below(path).values()) or _size(path, _name(path), {})
     return path.stat().st_size if path.is_file() else sum(files_below(path).values())
 
 

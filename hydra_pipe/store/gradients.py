@@ -1,7 +1,7 @@
 """`gradients.zarr`, for reading: rows of the training steps, per-step tables, test gradients, labels."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,16 @@ class Gradients:
     Args:
         path: of the store.
         prefix: read only these steps, as if there were no others: a recording may be adding some. None: all.
+        listed: whether a group or an array is of the recording, by its name (`store/listing.py`); None: all that are there.
 
     Raises:
         StoreError: it is missing, damaged, shorter than `prefix`, or not what this project writes.
     """
 
-    def __init__(self, path: Path, prefix: Prefix | None = None) -> None:
+    def __init__(self, path: Path, prefix: Prefix | None = None, listed: Callable[[str], bool] | None = None) -> None:
         self.path = path
         self._prefix = prefix
-        self._root = Group.open(path, ROWS_UNREADABLE)
+        self._root = Group.open(path, ROWS_UNREADABLE, listed)
         if self._root.attributes.get(names.KIND) != "gradients":
             raise StoreError(f"{path} is a Zarr store, but not one that hydra-pipe wrote")
         layout = self._root.attributes.get(names.LAYOUT)
@@ -269,7 +270,7 @@ class Gradients:
         Raises:
             StoreError: damaged.
         """
-        if not (self.path / names.PRECONDITIONER).exists():
+        if not self._root.has(names.PRECONDITIONER):
             return None
         array = self._root.array(names.PRECONDITIONER)
         if array.attributes.get(names.STEP) != step:
@@ -293,7 +294,7 @@ class Gradients:
             StoreError: damaged.
         """
         group = self._root.group(names.LABELS)
-        if group is None or not (group.path / which).exists():
+        if group is None or not group.has(which):
             return None
         return read_labels(group.array(which))
 

@@ -23,7 +23,7 @@ from weakref import ref
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
-from hydra_pipe.store.files import is_remote, read_file, remove, replace_file
+from hydra_pipe.store.files import is_remote, read_file, refuse_read_only, remove, replace_file
 
 LEASE_SECONDS = 120.0
 _RENEW_SECONDS = 20.0
@@ -132,6 +132,7 @@ class Lock:
     """
 
     def __init__(self, run: Path, stage: str, *, take_over: bool = False) -> None:
+        refuse_read_only(run)
         _release_left()
         self._held = _Held(run / names.LOCKS / f"{stage}.lock")
         self._path, self._stage = self._held.path, stage

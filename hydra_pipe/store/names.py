@@ -84,6 +84,8 @@ METHOD: Final = "method"
 TESTS: Final = "tests"
 BY: Final = "by"
 RUN_ID: Final = "run_id"
+# of a group: its arrays that are coordinates beside those named like a dimension (CF conventions)
+COORDINATES: Final = "coordinates"
 
 # dimension names
 ROW_DIM: Final = "row"
@@ -95,6 +97,11 @@ SAMPLE_DIM: Final = "sample"
 TEST_DIM: Final = "test"
 TEST_GROUP_DIM: Final = "test_group"
 PARAMETER_DIM: Final = "parameter"
+# of gradients.zarr/labels/test: not the name of the array, or readers such as xarray take labels for an index
+TEST_LABEL_DIM: Final = "test_sample"
+# arrays of relevance.zarr beside the results: labels of samples and of test samples
+SAMPLE_LABEL: Final = "sample_label"
+TEST_LABEL: Final = "test_label"
 
 # facts of a reduction, that its passes find
 CURVATURE_LEFT: Final = "curvature_left"
@@ -134,6 +141,11 @@ def kept_store(method: str) -> str:
 def report_file(result: str) -> str:
     """The page about a result, relative to the run."""
     return REPORT if result == DEFAULT_RESULT else REPORT.replace(".", f"-{result}.")
+
+
+def columns_dimension(result: str) -> str:
+    """Second dimension of a result whose columns are not all test samples of the run, and the array of its coordinates."""
+    return f"{TEST_DIM}_of_{result}"
 
 
 def rankings_directory(method: str) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 
 from hydra_pipe.errors import RunError, StoreError, UsageError, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of
+from hydra_pipe.store.checksums import places_of
 from hydra_pipe.store.counts import Counts, checked_counts
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients, Prefix
+from hydra_pipe.store.listing import Listed, listed
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run import COMMITTED, PRUNED, RECORD, UPTO, RunDirectory, Stage, reduce_stage, stages_of_result
@@ -22,11 +23,21 @@ class Committed:
         prefix: its steps and rows.
         n_tests: test samples.
         tests: steps after which test gradients were taken; None: all that there are.
+        labels: arrays of labels that are there; None: all that there are.
     """
 
     prefix: Prefix
     n_tests: int
     tests: list[int] | None
+    labels: list[str] | None
+
+    def has(self, name: str) -> bool:
+        """Whether a group or an array of `gradients.zarr`, by its name there, is of the recording."""
+        place, _, member = name.partition("/")
+        member = member.partition("/")[0]
+        if place == names.TEST and member and self.tests is not None:
+            return member in map(names.checkpoint_name, self.tests)
+        return place != names.LABELS or not member or self.labels is None or member in self.labels
 
 
 def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Counts]:
@@ -34,8 +45,23 @@ def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Coun
     if upto is not None:
         return open_upto(run, upto)
     recording = run.require_recording()
-    gradients = Gradients(run.path / names.GRADIENTS)
+    gradients = open_gradients(run)
     return gradients, checked_counts(gradients, recording)
+
+
+def open_gradients(run: RunDirectory, prefix: Prefix | None = None) -> Gradients:
+    """The rows of `run`, and what is beside them: only what its manifest lists.
+
+    Raises:
+        StoreError: they are missing or damaged, or the list is.
+    """
+    recording = run.stages.get(RECORD)
+    own: Listed | None = None
+    if recording is not None and recording.state == "complete":
+        own = listed(run, RECORD)
+    elif recording is not None and (found := committed(recording)) is not None:
+        own = found.has
+    return Gradients(run.path / names.GRADIENTS, prefix, own)
 
 
 def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
@@ -55,7 +81,7 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
         )
     if recording.facts.get(PRUNED):
         raise RunError(f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto")
-    whole = Gradients(run.path / names.GRADIENTS, found.prefix)
+    whole = open_gradients(run, found.prefix)
     tests = [s for s in whole.test_steps() if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)]
     if found.tests is None and not found.n_tests:  # where none were taken at the end, the parameters were noted
         tests = [s for s in tests if s < found.prefix.n_steps]
@@ -66,7 +92,7 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     if (counts < 0).any():
         raise StoreError(f"{whole.path}/{names.STEPS} has steps of negative length: {ROWS_UNREADABLE}")
     part_rows = tuple(int(n) for n in counts[:step].sum(axis=0))
-    gradients = Gradients(whole.path, Prefix(step, part_rows))
+    gradients = open_gradients(run, Prefix(step, part_rows))
     lengths = gradients.lengths(step)
     wanted = gradients.expected_rows(part_rows, step, 0)
     test = {f"{names.TEST}/{names.checkpoint_name(step)}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
@@ -91,7 +117,7 @@ def committed(recording: Stage) -> Committed | None:
     """What the manifest says of a recording, finished or not; None: nothing. Raises: StoreError: it is damaged."""
     if recording.state == "complete":
         prefix = Prefix(recording.count("n_steps"), tuple(recording.rank_rows()))
-        return Committed(prefix, recording.count("n_tests"), None)
+        return Committed(prefix, recording.count("n_tests"), None, None)
     found = recording.facts.get(COMMITTED)
     return None if found is None else _parsed(found)
 
@@ -99,9 +125,10 @@ def committed(recording: Stage) -> Committed | None:
 def _parsed(found: Any) -> Committed:
     try:
         n_steps, n_tests, part_rows, tests = (found[name] for name in ("n_steps", "n_tests", "part_rows", "tests"))
+        labels = found.get("labels")
         if not all(map(is_count, (n_steps, n_tests, *part_rows, *tests))):
             raise ValueError(f"counts {shown(found)}")
-        return Committed(Prefix(n_steps, tuple(part_rows)), n_tests, list(tests))
+        return Committed(Prefix(n_steps, tuple(part_rows)), n_tests, list(tests), None if labels is None else list(labels))
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{names.MANIFEST} is damaged ({shown(error)}): {ROWS_UNREADABLE}") from error
 
@@ -114,4 +141,5 @@ def forget_upto(run: RunDirectory, n_steps: int) -> None:
             gone = (name, *stages_of_result(name.removeprefix(reduce_stage(""))))
             run.forget(*gone)
             for stage_name in gone:
-                remove(run.path / area_of(stage_name))
+                for place in places_of(stage_name):
+                    remove(run.path / place)

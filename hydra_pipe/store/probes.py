@@ -16,6 +16,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group
 from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.gradients import Gradients, read_labels
+from hydra_pipe.store.listing import Listed, listed
 from hydra_pipe.store.relevance import parts_of_result
 from hydra_pipe.store.rows import Rows, check_kind, read_array
 from hydra_pipe.store.run import RunDirectory, probe_stage
@@ -41,14 +42,15 @@ class Probe:
     Args:
         path: of its store.
         gradients: of the same run; its rows may be gone.
+        listed: whether an array is of the probe, by its name (`store/listing.py`); None: all that are there.
 
     Raises:
         StoreError: it is missing, damaged, or of another run.
     """
 
-    def __init__(self, path: Path, gradients: Gradients) -> None:
+    def __init__(self, path: Path, gradients: Gradients, listed: Listed | None = None) -> None:
         self.path = path
-        self._root = Group.open(path, PROBE_UNREADABLE)
+        self._root = Group.open(path, PROBE_UNREADABLE, listed)
         kind, run_id = (self._root.attributes.get(name) for name in (names.KIND, names.RUN_ID))
         if kind != "probe" or run_id != gradients.run_id:
             raise StoreError(f"{path} is no probe of this recording: {PROBE_UNREADABLE}")
@@ -61,9 +63,14 @@ class Probe:
         check_kind(array, ("float32",), None, PROBE_UNREADABLE)
         return read_array(array, consequence=PROBE_UNREADABLE)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether its test samples have labels."""
+        return self._root.has(names.LABELS)
+
     def labels(self) -> NDArray[Any] | None:
         """Of the test samples: int64, or str objects where they were named; None: not known. Raises: StoreError: damaged."""
-        return read_labels(self._root.array(names.LABELS)) if (self.path / names.LABELS).exists() else None
+        return read_labels(self._root.array(names.LABELS)) if self.has_labels else None
 
     def arrays(self) -> list[tuple[str, Array]]:
         """Every array with its name."""
@@ -84,10 +91,12 @@ class WhichTests:
     Args:
         step: the recording's own, as they were taken after so many steps; or
         probe: path of the store of a probe, which was taken at the same parameters. None: the recording's own.
+        probe_labelled: whether the probe has labels.
     """
 
     step: int
     probe: Path | None = None
+    probe_labelled: bool = False
 
     def rows(self, store: Gradients) -> Rows:
         """Their gradients. Raises: StoreError: there are none."""
@@ -99,7 +108,9 @@ class WhichTests:
 
     def labels(self, store: Gradients) -> NDArray[Any] | None:
         """Of each; None: not known. Raises: StoreError: damaged."""
-        return store.labels(names.TEST_LABELS) if self.probe is None else Probe(self.probe, store).labels()
+        if self.probe is None:
+            return store.labels(names.TEST_LABELS)
+        return Probe(self.probe, store).labels() if self.probe_labelled else None
 
 
 def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
@@ -110,7 +121,7 @@ def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
     """
     check_name(name)
     stage = run.require(probe_stage(name), f"hydra-pipe probe {run.path} FILE.py:FUNCTION --name {name}")
-    probe = Probe(run.path.absolute() / names.probe_store(name), store)
+    probe = Probe(run.path.absolute() / names.probe_store(name), store, listed(run, probe_stage(name)))
     probe.check(stage.count("n_tests", least=1))
     return probe
 
@@ -124,7 +135,7 @@ def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name
     if name is None:
         return WhichTests(step), n_tests
     probe = open_probe(run, store, name)
-    return WhichTests(step, probe.path), probe.rows.n_rows
+    return WhichTests(step, probe.path, probe.has_labels), probe.rows.n_rows
 
 
 @contextmanager

@@ -20,6 +20,8 @@ KEEP_FILE: Final = "keep.txt"
 DROP_FILE: Final = "drop.parquet"
 RETRAINING_FILE: Final = "retraining.parquet"
 RELABEL, DROP = "relabel", "drop"
+# in the summary: what training without the proposed came to
+RETRAINING: Final = "retraining"
 # digits of an id and the end of its line
 _LINE_BYTES = 19
 _ID = re.compile(r"[0-9]{1,18}")
@@ -45,13 +47,18 @@ def drop_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
 def write_proposal(directory: Path, keep: NDArray[np.int64], drop: pa.Table, summary: dict[str, Any]) -> None:
     """Put the three files into a new directory."""
     np.savetxt(directory / KEEP_FILE, keep, fmt="%d")
-    pq.write_table(drop, directory / DROP_FILE)
+    _write_table(directory / DROP_FILE, drop)
     (directory / names.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def write_retraining(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put the table of retrainings into a new directory."""
-    pq.write_table(pa.Table.from_pylist(list(rows)), directory / RETRAINING_FILE)
+    _write_table(directory / RETRAINING_FILE, pa.Table.from_pylist(list(rows)))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with open(path, "wb") as file:  # pyarrow takes some names for URLs
+        pq.write_table(table, file)
 
 
 def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], pa.Table, list[dict[str, Any]], dict[str, Any]]:
@@ -81,7 +88,7 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
     if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
         raise ValueError(f"{names.SUMMARY} is no summary of a proposal")
     rows = []
-    if (directory / RETRAINING_FILE).exists():
+    if RETRAINING in summary:  # or the table is that of an earlier proposal, which a copy has left
         rows = opened_table(directory / RETRAINING_FILE).read().to_pylist()
     return keep, drop, rows, summary
 

@@ -12,6 +12,7 @@ from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.relevance import parts_of_result
 from hydra_pipe.store.run import PRUNED, RECORD, RunDirectory, keep_stage, reduce_stage
 from hydra_pipe.store.verify import check_hypergradients
@@ -78,6 +79,7 @@ def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     if faults:
         advice = "" if recording.facts.get(PRUNED) else "; nothing was deleted"
         raise StoreError(f"{faults[0].where}: {faults[0].what}{advice}")
+    check_stages(run.path, RECORD, *unfinished)
     n_bytes = sum(tree_bytes(run.path / area_of(stage)) for stage in unfinished)
     discard(run, *unfinished)
     gradients = Gradients(run.path / names.GRADIENTS)

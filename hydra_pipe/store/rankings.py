@@ -1,5 +1,6 @@
 """Names, schemas, metadata and encodings of the Parquet tables."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -121,15 +122,17 @@ def opened_table(file: Path) -> pq.ParquetFile:
 
 
 def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A new table; whoever writes it decides the row groups.
+    """A new table; whoever writes it decides the row groups, and closes it.
 
     Every reader in docs/parquet.md reads these encodings; why these, and no compression of others, is measured in
     benchmarks/RESULTS.md. To Arrow, labels are plain integers and strings: its own dictionaries become other types in some tools.
     """
     order = next(order for order in _ORDERS if all(name in schema.names for name, _ in order))
     floats = [field.name for field in schema if pa.types.is_floating(field.type)]
-    return pq.ParquetWriter(
-        path,
+    # pyarrow takes a name such as "exp:1" for a URL, and "~" for somebody's home: it is given open files
+    file = pa.OSFile(os.path.abspath(path), "wb")
+    writer = pq.ParquetWriter(
+        file,
         schema,
         compression={name: "none" if name in floats else "snappy" for name in schema.names},
         use_dictionary=[name for name in _DICTIONARIES if name in schema.names],
@@ -137,3 +140,11 @@ def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         write_page_index=True,
         sorting_columns=pq.SortingColumn.from_ordering(schema, order),
     )
+    writer.file_handle = file  # which it closes when it is closed
+    return writer
+
+
+def n_rows_of(path: Path) -> int:
+    """Rows of a table on a local disk. Reads its metadata only. Raises: as `opened_table`."""
+    with pa.OSFile(os.path.abspath(path)) as file:
+        return int(pq.read_metadata(file).num_rows)

@@ -139,25 +139,34 @@ def write_group(path: Path, run_id: str) -> None:
     with brief_lock(path):
         remove_partials_of(path / METADATA)
         if not group_is_whole(path, run_id):
-            Group.create(path, _group_attributes(run_id))
+            Group.create(path, _identity(run_id) | {names.COORDINATES: f"{names.SAMPLE_LABEL} {names.TEST_LABEL}"})
 
 
 def group_is_whole(path: Path, run_id: str) -> bool:
     """Whether the group is as `write_group` makes it."""
     try:
-        return Group.open(path, "").attributes == _group_attributes(run_id)
+        found = Group.open(path, "").attributes
+        return all(found.get(name) == value for name, value in _identity(run_id).items())
     except StoreError:
         return False
 
 
-def _group_attributes(run_id: str) -> dict[str, Any]:
+def _identity(run_id: str) -> dict[str, Any]:
     return {names.KIND: "relevance", names.RUN_ID: run_id}
 
 
 def create_relevance(
-    path: Path, name: str, attributes: dict[str, str], n_samples: int, columns: Columns, width: int, run_id: str
+    path: Path,
+    name: str,
+    attributes: dict[str, str],
+    n_samples: int,
+    columns: Columns,
+    width: int,
+    run_id: str,
+    *,
+    whole: bool = True,
 ) -> Array:
-    """A new array, float32, dimensions (sample, test) or (sample, group); sign and unit stand in its attributes.
+    """A new array, float32, dimensions (sample, test) or (sample, its own columns). Sign and unit are attributes.
 
     It is safe on the disk when this returns, without data.
 
@@ -169,11 +178,13 @@ def create_relevance(
         columns: what it has a column for.
         width: columns that are written together, so that no chunk is written in two pieces.
         run_id: of the run.
+        whole: whether its columns are all test samples of the run: those are one dimension of all results.
     """
     write_group(path, run_id)
     remove(path / name)
     chunks = (chunk_samples(n_samples), min(CHUNK_TESTS, width))
-    dimensions = (names.SAMPLE_DIM, names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM)
+    is_shared = whole and columns.by is None
+    dimensions = (names.SAMPLE_DIM, names.TEST_DIM if is_shared else names.columns_dimension(name))
     shape = (n_samples, columns.n_columns)
     array = Array.create(path / name, shape, "float32", dimensions, chunks, attributes=attributes | columns.to_attributes())
     sync_tree(array.path)

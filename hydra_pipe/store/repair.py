@@ -7,14 +7,17 @@ from contextlib import ExitStack
 from hydra_pipe.errors import HydraError, StoreError, printable
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of, digest, footprints
+from hydra_pipe.store.checksums import area_of, digest, footprints, places_of
 from hydra_pipe.store.commands import command_of, kept_with
+from hydra_pipe.store.coordinates import coordinates_of, write_coordinates
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
+from hydra_pipe.store.listing import PLACES
 from hydra_pipe.store.locks import one_writer
+from hydra_pipe.store.permission import check_writable
 from hydra_pipe.store.relevance import write_group
 from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, probe_stage, reduce_stage, stages_of_result
-from hydra_pipe.store.verify import PLACES, check_path
+from hydra_pipe.store.verify import check_path
 
 # the method whose hypergradients are sums of rows
 _SUMMED = "hydra"
@@ -51,6 +54,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
             progress.say(printable(f"{fault.where}: {fault.what}"))
         run = RunDirectory.open(path)
         _refuse_links(run)
+        check_writable(run.path, *PLACES, names.CHECKPOINTS, names.SET_ASIDE)
         for line in _repair(run, faults):
             progress.say(printable(line))
         return [fault for fault in check_path(path, progress) if fault.kind != "unfinished"]
@@ -76,6 +80,7 @@ def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
             yield f"{fault.where}: written again"
         elif fault.kind == "group":
             write_group(run.path / names.RELEVANCE, run.run_id)
+            write_coordinates(run.path / names.RELEVANCE, coordinates_of(run))
             yield f"{fault.where}: written again"
     damaged = {fault.stage: fault for fault in reversed(faults) if fault.kind == "damaged" and fault.stage is not None}
     for fault in faults:
@@ -140,7 +145,8 @@ def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fau
             advice[stage] += ", which begins anew and discards what was computed from it"
         else:
             run.forget(stage)
-            remove(run.path / area_of(stage))
+            for place in places_of(stage):
+                remove(run.path / place)
         yield f"{stage}: set back, for {fault.where} {fault.found}: {advice[stage]}"
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.files import is_partial_of, location, remove, remove_partials_of, replace_file, sync
+from hydra_pipe.store.files import is_partial_of, is_web, location, read_file, remove, remove_partials_of, replace_file, sync
 from hydra_pipe.store.locks import brief_lock
 from hydra_pipe.store.parsing import is_count, is_plain, read_json
 
@@ -128,6 +128,8 @@ class RunDirectory:
         """
         root = location(path)
         manifest = root / names.MANIFEST
+        if is_web(root):
+            _check_web(root)
         if not root.exists():
             raise RunError(f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}")
         if not manifest.is_file():
@@ -335,6 +337,24 @@ class RunDirectory:
         self.forget(*list(self.stages))
         for name in names.OWNED:
             remove(self.path / name)
+
+
+def _check_web(root: Path) -> None:
+    """A web server says of whatever goes wrong that nothing is there. Raises: RunError: there is no run, or it cannot be read."""
+    try:
+        read_file(root / names.MANIFEST)
+    except FileNotFoundError as error:
+        raise RunError(f"there is no run at {root}: the web server has no {names.MANIFEST} there") from error
+    except Exception as error:
+        raise RunError(f"{root} cannot be read ({shown(error)}): check the address, and that the web server runs") from error
+    listed: set[str] = set()
+    with suppress(Exception):  # whatever the server answers in place of a listing
+        listed = {entry.name for entry in root.iterdir()}
+    if names.MANIFEST not in listed:
+        raise RunError(
+            f"the web server of {root} does not list its directories, and a run is read by its listings: have the server list them "
+            f"(python -m http.server does, nginx with autoindex), or copy the run to a disk"
+        )
 
 
 def _stage(name: str, entry: Mapping[str, Any]) -> Stage:

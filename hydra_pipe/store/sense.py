@@ -14,13 +14,13 @@ from hydra_pipe.store.run import RECORD, RunDirectory
 _ROWS = 2**20
 
 
-def check_rows(run: RunDirectory, consequence: str) -> Iterator[Fault]:
-    """Every fault of a recording's lengths, steps and samples.
+def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterator[Fault]:
+    """Every fault of the lengths, steps and samples of a recording, whose rows are in `store`.
 
     Raises:
         StoreError: something that is needed cannot be read.
     """
-    store, recording = Gradients(run.path / names.GRADIENTS), run.stages[RECORD]
+    recording = run.stages[RECORD]
     if store.run_id != run.run_id:
         yield Fault(names.GRADIENTS, f"is of run {store.run_id}, {names.MANIFEST} of {run.run_id}", consequence, stage=RECORD)
     n_rows, n_steps, n_samples = recording.count("n_rows"), recording.count("n_steps"), recording.count("n_samples")

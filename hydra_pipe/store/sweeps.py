@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.selection import Span
+from hydra_pipe.store.arrays import METADATA
 from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
 
 Floats = NDArray[np.floating[Any]]
@@ -32,7 +33,7 @@ def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arr
         state: numbers.
         arrays: by name, float32 or float64.
     """
-    header = {"columns": list(columns), "state": dict(state), "arrays": _kinds(arrays)}
+    header = {"of": _made_for(array), "columns": list(columns), "state": dict(state), "arrays": _kinds(arrays)}
     pieces = [json.dumps(header).encode() + b"\n", *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
     digest = hashlib.sha256()
     for piece in pieces:
@@ -43,7 +44,7 @@ def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arr
 def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[dict[str, Any], dict[str, Floats]] | None:
     """What `save_state` has kept: numbers, and arrays as those of `like`, which are read-only views of what was read.
 
-    None: there is none, or it is damaged.
+    None: there is none, it is damaged, or another run has left it here.
     """
     n_bytes = sum(a.nbytes for a in like.values())
     try:
@@ -52,7 +53,7 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
             return None
         line, _, _ = content[_DIGEST_BYTES : _DIGEST_BYTES + _MOST_HEADER_BYTES].tobytes().partition(b"\n")
         header = json.loads(line)
-        if header["columns"] != list(columns) or header["arrays"] != _kinds(like):
+        if header["of"] != _made_for(array) or header["columns"] != list(columns) or header["arrays"] != _kinds(like):
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -61,6 +62,11 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
         found[name] = np.frombuffer(content[start : start + a.nbytes], a.dtype).reshape(a.shape)
         start += a.nbytes
     return header["state"], found
+
+
+def _made_for(array: Path) -> str:
+    """Tells the array from one of the same name in another run: SHA-256 of its metadata and of its group's, which name the run."""
+    return hashlib.sha256(b"".join(read_file(path / METADATA) for path in (array, array.parent))).hexdigest()
 
 
 def _kinds(arrays: Mapping[str, Floats]) -> dict[str, list[Any]]:

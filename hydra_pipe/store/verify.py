@@ -9,14 +9,15 @@ from hydra_pipe.errors import ManifestError, RunError, StoreError, shown
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import METADATA
-from hydra_pipe.store.checksums import Footprints, area_of, digest
+from hydra_pipe.store.checksums import Footprints, area_of
 from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.compare import Comparison
+from hydra_pipe.store.coordinates import coordinates_of, wrong_coordinates
 from hydra_pipe.store.fault import Fault
-from hydra_pipe.store.files import files_below, is_partial, read_file, sha256_of
+from hydra_pipe.store.files import files_below, is_partial, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import open_kept
-from hydra_pipe.store.parsing import MOST_JSON_BYTES
+from hydra_pipe.store.listing import PLACES, Listed, coordinate_names, footprints_or_fault, members_of
 from hydra_pipe.store.probes import Probe
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.rankings import opened_table
@@ -52,17 +53,6 @@ from hydra_pipe.store.sense import check_rows
 _KEEP, _REDUCE, _EXPORT = keep_stage(""), reduce_stage(""), export_stage("")
 _CLEAN, _REPORT, _EVALUATE, _PROBE = clean_stage(""), report_stage(""), evaluate_stage(""), probe_stage("")
 _STAGES = (_KEEP, _PROBE, _REDUCE, _EXPORT, _CLEAN, _REPORT, _EVALUATE)
-# directories in which hydra-pipe alone writes
-PLACES = (
-    names.GRADIENTS,
-    names.HYPERGRADIENTS,
-    names.PROBES,
-    names.RELEVANCE,
-    names.RANKINGS,
-    names.CLEANING,
-    names.EVALUATION,
-    names.CHECKSUMS,
-)
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -109,6 +99,13 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
+    for name in wrong_coordinates(run.path / names.RELEVANCE, coordinates_of(run)):
+        yield Fault(
+            f"{names.RELEVANCE}/{name}",
+            "does not say what the samples, test samples or means are: xarray shows wrong coordinates",
+            f"hydra-pipe verify {run.path} --repair writes it again",
+            kind="group",
+        )
 
 
 def methods_of(run: RunDirectory) -> list[str]:
@@ -120,7 +117,7 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     """What is in hydra-pipe's own directories and belongs to no stage."""
     known = {names.checksums_file(stage) for stage in run.stages}
     known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
-    areas = {area_of(stage) for stage in run.stages}
+    areas = {area_of(stage) for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
     strays: set[str] = set()
     for directory in PLACES:
         for file in files_below(run.path / directory):
@@ -179,16 +176,9 @@ def _consequence_of(run: RunDirectory, stage: str) -> str:
 
 def _footprints_of(run: RunDirectory, stage: str) -> tuple[Footprints | None, Fault | None]:
     """What `stage` has written, or what is wrong with the file that says so."""
-    where = names.checksums_file(stage)
-    try:
-        content = read_file(run.path / where, MOST_JSON_BYTES)
-        if digest(content) == run.stages[stage].facts.get(CHECKSUMS):
-            return Footprints.parse(content), None
-        found = f"is not what was written: {names.MANIFEST} has another SHA-256"
-    except FileNotFoundError:
-        found = "is missing"
-    except (OSError, ValueError) as error:
-        found = f"is damaged ({shown(error)})"
+    where, found = names.checksums_file(stage), footprints_or_fault(run, stage)
+    if isinstance(found, Footprints):
+        return found, None
     advice = f"hydra-pipe verify {run.path} --repair writes it again where it can"
     return None, Fault(
         where, found, f"swapped and exchanged files of {stage} cannot be told: {advice}", kind="unlisted", stage=stage
@@ -231,13 +221,14 @@ def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[F
 
 def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints | None) -> Iterator[Fault]:
     """What is wrong with `stage` though every file may be as it was written. Raises: StoreError: something cannot be read."""
+    own = None if listed is None else members_of(stage, listed)
     if stage == RECORD:
         yield from _check_final(run)
-        yield from check_rows(run, consequence)
+        yield from check_rows(run, Gradients(run.path / names.GRADIENTS, listed=own), consequence)
     elif stage.startswith(_KEEP):
         yield from _check_kept_shapes(run, stage, consequence)
     elif stage.startswith(_PROBE):
-        _check_probe(run, stage)
+        _check_probe(run, stage, own)
     elif stage.startswith(_REDUCE):
         yield from _check_relevance(run, stage, consequence)
     elif stage.startswith(_EXPORT):
@@ -272,11 +263,11 @@ def _recording_of(run: RunDirectory) -> Gradients | None:
     return gradients if gradients.run_id == run.run_id else None
 
 
-def _check_probe(run: RunDirectory, stage: str) -> None:
+def _check_probe(run: RunDirectory, stage: str, listed: Listed | None) -> None:
     """Raises: StoreError: something is wrong with the probe, though every file may be as it was written."""
     gradients = _recording_of(run)
     if gradients is not None:
-        Probe(run.path / area_of(stage), gradients).check(run.stages[stage].count("n_tests", least=1))
+        Probe(run.path / area_of(stage), gradients, listed).check(run.stages[stage].count("n_tests", least=1))
 
 
 def _check_kept_shapes(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:

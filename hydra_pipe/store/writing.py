@@ -13,7 +13,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import METADATA, Array, Group
 from hydra_pipe.store.files import PARTIAL, move, remove, sync, sync_tree
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
+from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROW_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
 from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
 
 STEP_SHARD_ROWS = 4096
@@ -152,7 +152,7 @@ class GradientsWriter:
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
         """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`)."""
-        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_DIM
+        dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_LABEL_DIM
         put_labels(self._root.require_group(names.LABELS).path / which, labels, dimension)
 
     @property
@@ -255,7 +255,9 @@ def _open_shared(path: Path, run_id: str) -> Group:
 
 
 def _remove_past(path: Path, kept: Kept) -> None:
-    """Remove test gradients and labels that are not kept, and a preconditioner of such test gradients."""
+    """Remove test gradients and labels that are not kept, a preconditioner of such test gradients, and rows of another run."""
+    for name in (names.RANK,) if len(kept.part_rows) == 1 else ROW_COLUMNS:
+        remove(path / name)
     for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
         there = (path / part).is_dir()
         found = [entry for entry in (path / part).iterdir() if entry.is_dir() and entry.name not in wanted] if there else []

@@ -159,22 +159,6 @@ def strangers_parameters() -> Pipeline:
     return make(optimizer=torch.optim.SGD(nn.Linear(6, 3).parameters(), lr=0.1))
 
 
-class Functional(nn.Module):
-    """Uses a module's weight where no hook can see it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen, self.hidden = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(torch.tanh(self.seen(x)), self.hidden.weight)
-
-
-def functional_use() -> Pipeline:
-    model = Functional()
-    return make(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-
-
 def penalty() -> Pipeline:
     model = nn.Linear(6, 3)
 
@@ -187,18 +171,3 @@ def penalty() -> Pipeline:
 def mixing() -> Pipeline:
     # a softmax over the batch instead of the classes
     return make(nn.Sequential(nn.Linear(6, 5), nn.Softmax(dim=0), nn.Linear(5, 3)))
-
-
-class Folding(nn.Module):
-    """Hides the samples: its second layer sees two rows for each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.two(torch.tanh(self.one(x.reshape(-1, 3)))).reshape(len(x), 2, 3).sum(1)
-
-
-def folded_batch() -> Pipeline:
-    return make(Folding())

@@ -16,6 +16,7 @@ from hydra_pipe import Recorder
 from hydra_pipe.maths.curvature import curvature_weights
 from hydra_pipe.recording.capture import SeenOutput
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.targets import TargetCheck
 
 N = 8
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -288,8 +289,8 @@ def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
 
 def test_outputs_that_are_views_are_counted_with_all_that_they_keep_in_memory() -> None:
     whole = torch.randn(N, 40000, 4)  # 5 MiB, of which 128 bytes are the output
-    watch = CurvatureWatch()
-    column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], N)
+    watch = CurvatureWatch(TargetCheck())
+    column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], np.arange(N))
     assert not watch._waiting
     assert len(column) == N
 

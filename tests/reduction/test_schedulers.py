@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -300,6 +301,84 @@ def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.M
     told = refused(recording, "tcp://127.0.0.1:1")
     assert "the scheduler at tcp://127.0.0.1:1 does not answer within" in told
     assert "check that `dask scheduler` runs there" in told
+
+
+class Impostor:
+    """Listens at an address, and is no scheduler: it says `first` at once, or `answer` to whoever asks, or nothing."""
+
+    def __init__(self, first: bytes = b"", answer: bytes = b"", *, closes: bool = False) -> None:
+        self._first, self._answer, self._closes = first, answer, closes
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection = self._socket.accept()[0]
+                self._open.append(connection)
+                connection.sendall(self._first)
+                if self._closes:
+                    connection.close()
+                elif self._answer and b"HTTP" in connection.recv(64):
+                    connection.sendall(self._answer)
+
+    def __enter__(self) -> "Impostor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for connection in self._open:
+            connection.close()
+        self._thread.join()
+
+
+IMPOSTORS = {
+    "silent": (Impostor, {}, "is not a Dask scheduler, what listens there does not talk as one"),
+    "web server": (Impostor, {"answer": b"HTTP/1.0 200 OK\r\n\r\n"}, "a web server listens there: if it is the dashboard of one"),
+    "talks otherwise": (Impostor, {"first": b"SSH-2.0-OpenSSH_9.6\r\n"}, "tcp://127.0.0.1:"),
+    "hangs up": (Impostor, {"closes": True}, "tcp://127.0.0.1:"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_what_is_no_scheduler_is_refused_within_seconds(recording: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind, options, message = IMPOSTORS[name]
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    with kind(**options) as impostor:
+        start = time.monotonic()
+        told = refused(recording, impostor.address)
+        assert time.monotonic() - start < 10
+    assert message in told
+    assert "dask scheduler" in told
+
+
+def test_the_address_of_a_worker_and_of_a_dashboard_are_told(recording: Path, two_workers: Cluster) -> None:
+    with Client(two_workers.address, set_as_default=False) as client:
+        worker = next(iter(client.scheduler_info()["workers"]))
+    assert "is not a Dask scheduler, a worker listens there" in refused(recording, worker)
+    with pytest.raises(UsageError, match=r"http://127\.0\.0\.1:8787 is a web address, such as that of a scheduler's dashboard"):
+        hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787")
+
+
+def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
+    with Impostor() as impostor:
+        command = [sys.executable, "-m", "hydra_pipe.cli.app", "reduce", str(recording), "--scheduler", impostor.address]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            until(lambda: bool(impostor._open) or process.poll() is not None)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=PATIENCE)[1]
+            assert time.monotonic() - start < 3
+            assert process.returncode == 130
+            assert told.splitlines() == ["hydra-pipe: interrupted: what is finished is kept, run the same command again to go on"]
+        finally:
+            process.kill()
 
 
 def test_a_scheduler_without_workers_is_told(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,37 @@
+"""Training samples of which the test samples tell nothing: there is one test, or none with their label."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.store.result import ReducedRun
+
+# test samples from which something is told
+FEWEST_TESTS = 2
+# labels that a line names
+_LISTED = 5
+
+
+def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np.bool_], list[str]]:
+    """Training samples of which the test samples tell nothing, shape (sample,), and why, in lines for a person."""
+    n_samples, n_tests = found.counts.n_samples, found.columns.n_tests
+    asked = "unless --lowest or --threshold asks for them"
+    if n_tests < FEWEST_TESTS:
+        return np.ones(n_samples, bool), [
+            f"there is one test sample: which training samples serve it says little of which labels are wrong, and none is "
+            f"proposed {asked}; record with more test samples"
+        ]
+    of_tests = found.tested.labels(found.gradients)
+    if labels is None or of_tests is None or (labels.dtype == object) != (of_tests.dtype == object):
+        return np.zeros(n_samples, bool), []
+    lacking = np.setdiff1d(labels, of_tests[found.columns.test_ids])
+    of_lacking = np.isin(labels, lacking)
+    if not len(lacking) or of_lacking.all():  # the last: labels of tests are of another kind
+        return np.zeros(n_samples, bool), []
+    listed = ", ".join(map(str, lacking[:_LISTED])) + (" ..." if len(lacking) > _LISTED else "")
+    n = int(of_lacking.sum())
+    return of_lacking, [
+        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing is told, and none is proposed "
+        f"{asked}; record test samples of every label"
+    ]
