@@ -21,7 +21,7 @@ from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.diagnosis import explain
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
-from hydra_pipe.recording.portions import Portion, check_covered
+from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
 # (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner then; without a gradient
@@ -90,6 +90,11 @@ class Collector:
     def portions(self) -> Sequence[Portion]:
         """Those that take part in the present step: all that a gradient came from, or else the last."""
         return [p for p in self._portions if p.seen] or self._portions[-1:]
+
+    @property
+    def portion(self) -> Portion | None:
+        """The batch that was named last in the present step; None: there is none."""
+        return self._portions[-1] if self._portions else None
 
     def forget(self) -> None:
         """The step is over: forget what was collected, and take no notice of the model until the next `watch`."""
@@ -184,7 +189,8 @@ class Collector:
             slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0, why)
             self._reduce_waiting(encoder, gradients if at_step else None)
             self._move_up(portions)
-            slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision)
+            mixture = Mixture.of(portions)
+            slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision, mixture=mixture)
         self._reduced = {}
         return slab
 

@@ -54,6 +54,8 @@ class CurvatureWatch:
 
     def __init__(self, targets: TargetCheck) -> None:
         self._targets = targets
+        # columns of steps with shares, the step's own samples, and whose curvature the shares have
+        self._shared: list[tuple[NDArray[np.float32], int, NDArray[np.int64]]] = []
         self._links: tuple[Link, ...] = LINKS
         self._waiting: list[_Pass] = []
         self._waiting_bytes = 0
@@ -63,18 +65,23 @@ class CurvatureWatch:
         """The loss of the pass that gave `output` is `loss(output, target)`, one for each sample."""
         self._told.append((loss, output, target))
 
-    def see(self, passes: Sequence[SeenOutput], samples: NDArray[np.int64]) -> NDArray[np.float32]:
+    def see(
+        self, passes: Sequence[SeenOutput], samples: NDArray[np.int64], shares: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """A step is about to be recorded.
 
         Args:
             passes: of the step.
             samples: ids of the step's samples, shape (batch,).
+            shares: places of the samples that others have shares in; None: there are none.
 
         Returns:
-            rho of each sample, shape (batch,): filled in by `settle`, not a number where it is not known.
+            rho of each sample, and of each share, shape (batch + shares,): filled in by `settle`, not a number where it is not known.
         """
         batch = len(samples)
-        column = np.full(batch, np.nan, np.float32)
+        column = np.full(batch + (0 if shares is None else len(shares)), np.nan, np.float32)
+        if shares is not None:
+            self._shared.append((column, batch, shares))
         ends = [seen.first + seen.output.shape[0] for seen in passes]
         for seen, end in zip(passes, ends, strict=True):
             # the terms of a sample that was seen twice in a step have no curvature in common
@@ -82,7 +89,7 @@ class CurvatureWatch:
             if meeting == 1 and end <= batch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 out = column[seen.first : end]
-                own = samples[seen.first : end]
+                own = samples[seen.first : end] if shares is None else samples[:0]
                 self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, own, told))
                 # of a view all that it is a view of stays in memory
                 self._waiting_bytes += seen.output.untyped_storage().nbytes()
@@ -104,6 +111,9 @@ class CurvatureWatch:
                 # forked: a loss may draw from the generator that the training goes on with
                 with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
                     one.out[:] = curvature_weights(loss, one.output, target, one.gradient, one.batch)
+        for column, batch, shares in self._shared:
+            column[batch:] = column[shares]
+        self._shared = []
 
     def _by_gradient(self, passes: Sequence[_Pass], link: Link) -> list[_Pass]:
         """Fill in the weights of those whose loss is cross-entropy of `link`; the others are returned."""
@@ -123,7 +133,7 @@ class CurvatureWatch:
             for one, of_pass, is_known in zip(group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True):
                 if is_known:
                     one.out[:] = of_pass
-                    if link == "softmax" and self._targets.is_on:
+                    if link == "softmax" and self._targets.is_on and len(one.samples):
                         self._check_targets(one)
                 else:
                     left.append(one)

@@ -117,6 +117,12 @@ class RowEncoder:
         ends = np.cumsum(widths).tolist()
         self.book_columns = [slice(last - width, last) for last, width in zip(ends, widths, strict=True)]
 
+    @property
+    def linear_columns(self) -> list[slice]:
+        """Columns that a number multiplies where it multiplies the rows: all but the input factors of factored blocks."""
+        inputs = {parts[1] for parts in self.parts_of_block if len(parts) > 1}
+        return [columns for part, columns in enumerate(self.part_columns) if part not in inputs]
+
     def takes_lines(self, index: int, given: Sequence[Given]) -> bool:
         """Whether the columns of block `index` are made of the lines of a table that contributions use, and no others are looked at."""
         return index in self._sketches and all(isinstance(g.value, TokenRows) for g in given)

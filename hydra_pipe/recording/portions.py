@@ -20,6 +20,7 @@ class Portion:
         met: whether the model was called since it came, with gradients or without.
         live: whether it was called with gradients.
         seen: whether a gradient came back.
+        partners: ids of the samples that these were mixed with, and the weights of these, both of shape (batch,); None: not mixed.
     """
 
     samples: NDArray[np.int64]
@@ -28,6 +29,7 @@ class Portion:
     met: bool = False
     live: bool = False
     seen: bool = False
+    partners: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
     _passed: int = field(default=0, init=False)
     _pass_size: int | None = field(default=None, init=False)
 
@@ -59,6 +61,32 @@ class Portion:
     def correct_pass(self, size: int) -> None:
         """The present pass holds `size` samples, as its output shows."""
         self._pass_size = size
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of a step that belong to two samples each, by weights.
+
+    Args:
+        weights: of the step's own samples, shape (batch,).
+        places: of the rows that others have a share in, shape (shares,).
+        partners: ids of these others, shape (shares,).
+    """
+
+    weights: NDArray[np.float64]
+    places: NDArray[np.int64]
+    partners: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, portions: Sequence[Portion]) -> "Mixture | None":
+        """Of the batches of a step; None where none is mixed."""
+        if all(p.partners is None for p in portions):
+            return None
+        weights = np.concatenate([np.ones(len(p.samples)) if p.partners is None else p.partners[1] for p in portions])
+        starts = np.cumsum([0, *(len(p.samples) for p in portions)])
+        mixed = [(start, p.partners[0]) for start, p in zip(starts, portions, strict=False) if p.partners is not None]
+        places = np.concatenate([start + np.arange(len(ids)) for start, ids in mixed])
+        return cls(weights, places, np.concatenate([ids for _, ids in mixed]))
 
 
 def check_covered(portions: Sequence[Portion], when: str) -> None:

@@ -35,7 +35,7 @@ from hydra_pipe.recording.leaving import last_uncaught
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
-from hydra_pipe.recording.portions import Portion
+from hydra_pipe.recording.portions import Mixture, Portion
 from hydra_pipe.recording.ranks import Ranks, is_first, together, unwrapped
 from hydra_pipe.recording.settings import (
     Labels,
@@ -371,6 +371,42 @@ class Recorder:
             self._named = self._hand_over(ids, self._named)
         self._tracks = True
         return self._note
+
+    def mixed(self, order: ArrayLike | Tensor, weight: float | ArrayLike | Tensor) -> None:
+        """Say that the samples of the present batch were mixed with each other, as mixup and cutmix do.
+
+        Sample number b of the batch has the weight w_b in what the model is given, and sample number order[b] the weight 1 - w_b::
+
+            with recorder.step(ids):
+                order, weight = torch.randperm(len(x)), 0.3
+                recorder.mixed(order, weight)
+                loss = loss_fn(model(weight * x + (1 - weight) * x[order]), y, y[order])
+
+        Each row is shared out by these weights: the step has two rows for each of its places. In a tracked loop it comes after the
+        batch was drawn.
+
+        Args:
+            order: a permutation of the batch, integers of shape (batch,).
+            weight: of the sample itself, between 0 and 1: one number, or one for each, shape (batch,).
+
+        Raises:
+            RecordError: no batch is named, or the order or the weights cannot be those of the batch.
+        """
+        self._check_open()
+        with self._heeding():
+            portion = self._collector.portion
+            if portion is None:
+                raise RecordError(
+                    "recorder.mixed() before a batch was named: call it inside of recorder.step(), or after the batch was drawn"
+                )
+            batch = len(portion.samples)
+            places = np.asarray(order.cpu() if isinstance(order, Tensor) else order)
+            weights = np.asarray(weight.cpu() if isinstance(weight, Tensor) else weight, np.float64)
+            if places.shape != (batch,) or not np.array_equal(np.sort(places), np.arange(batch)):
+                raise RecordError(f"the order of recorder.mixed() is no permutation of the {batch} samples of the batch")
+            if weights.shape not in ((), (batch,)) or not ((weights >= 0) & (weights <= 1)).all():
+                raise RecordError("the weights of recorder.mixed() are to be one number between 0 and 1, or one for each sample")
+            portion.partners = portion.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
     def end_batch(self) -> None:
         """Say that the model's next passes are not of the batch that `next_batch` named, whether it was met or not."""
@@ -795,19 +831,22 @@ class Recorder:
                 "recorder first"
             )
         samples = np.concatenate([portion.samples for portion in portions])
-        self._record_rows(samples)
+        self._record_rows(samples, Mixture.of(portions))
         self._collector.forget()
         if self._in_step:
             self._collector.watch(samples)
 
-    def _record_rows(self, samples: NDArray[np.int64]) -> None:
+    def _record_rows(self, samples: NDArray[np.int64], mixture: Mixture | None) -> None:
         gradients = self._updates.gradients(self.n_steps)
+        curvature = self._curvature.see(self._collector.outputs, samples, None if mixture is None else mixture.places)
+        if mixture is not None:
+            samples = np.concatenate([samples, mixture.partners])
         if self._joint is None and self._slab is not None and not self._slab.fits(len(samples)):
             self._flush()
         columns = {
             names.SAMPLE: samples,
             names.STEP: np.full(len(samples), self.n_steps),
-            names.CURVATURE: self._curvature.see(self._collector.outputs, samples),
+            names.CURVATURE: curvature,
         }
         self._slab = self._collector.add_to(self._slab, gradients, columns, f"at step {self.n_steps}", at_step=True)
         self._pending.append((self._note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))

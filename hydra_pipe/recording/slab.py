@@ -20,6 +20,7 @@ from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.diagnosis import Evidence, penalty_of
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
+from hydra_pipe.recording.portions import Mixture
 from hydra_pipe.recording.ranks import Ranks
 from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
@@ -197,6 +198,7 @@ class Slab:
         when: str,
         *,
         half: bool,
+        mixture: Mixture | None = None,
     ) -> None:
         """Add the rows of a step.
 
@@ -206,6 +208,7 @@ class Slab:
             columns: further columns of each row, each of shape (batch,).
             when: the moment, in words such as "at step 3".
             half: whether gradients went through half precision on their way.
+            mixture: how rows are shared out; `columns` have entries for the shares of others after those of the step's own samples.
 
         Raises:
             LayerError: a factored block no longer has one position a sample.
@@ -218,7 +221,10 @@ class Slab:
         elif self._filled + batch > len(self.features):
             self._grow(self._filled + batch)
         rows = slice(self._filled, self._filled + batch)
-        self._encoder.place(contributions, self._parts_at(rows))
+        own = rows if mixture is None else slice(rows.start, rows.stop - len(mixture.places))
+        self._encoder.place(contributions, self._parts_at(own))
+        if mixture is not None:
+            self._share_out(own, rows.stop, mixture)
         step = len(self._entries)
         self._encoder.put_in_books(gradients, self._actual_views[step], contributions)
         if self._encoder.preconditioned:
@@ -235,6 +241,17 @@ class Slab:
         dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
         limit = max([imbalance_limit(dtype) for dtype in dtypes])
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
+
+    def _share_out(self, own: slice, stop: int, mixture: Mixture) -> None:
+        """Give others their shares of the rows at `own`, in the places behind, and leave those their own."""
+        weights = torch.from_numpy(mixture.weights).to(self.features)[:, None]
+        places = torch.from_numpy(mixture.places).to(self._device)
+        values = self.features[own]
+        others = self.features[own.stop : stop]
+        torch.index_select(values, 0, places, out=others)
+        for columns in self._encoder.linear_columns:
+            others[:, columns] *= 1 - weights[places]
+            values[:, columns] *= weights
 
     def _parts_at(self, rows: slice) -> list[Tensor]:
         key = (rows.start, rows.stop)
