@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hydra_pipe.errors import InterruptedRunError, PipelineError, UsageError
@@ -36,7 +35,8 @@ def record(
     """Train `pipeline` and record every step's per-sample gradients, then the test gradients at the end.
 
     Where it was interrupted or killed the same call goes on from the last checkpoint, to the same bytes. SIGINT and SIGTERM end it
-    after a few steps more, with a checkpoint; a second one at once.
+    after a few steps more, with a checkpoint; a second one at once. The first test samples are tried before training. Where others
+    fail after it, a `RecordWarning` says so, and the recording is complete without test gradients: `probe` takes some.
 
     Args:
         pipeline: "path/to/file.py", "path/to/file.py:function", or a Pipeline, which is trained in place.
@@ -59,14 +59,14 @@ def record(
     """
     # torch takes seconds to import: what works from disk alone does without it
     from hydra_pipe.loading import load_pipeline
-    from hydra_pipe.recording.batches import test_batches
     from hydra_pipe.recording.checkpointing import Checkpoints, Interval
     from hydra_pipe.recording.interruption import stop_requested
     from hydra_pipe.recording.pipeline import Pipeline, described
     from hydra_pipe.recording.ranks import n_processes
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
-    from hydra_pipe.recording.trainer import Midway, accuracy, train
+    from hydra_pipe.recording.testing import say_without_tests
+    from hydra_pipe.recording.trainer import Midway, accuracy, take_tests, train, try_tests
     from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
 
     progress = progress or Progress()
@@ -111,19 +111,16 @@ def record(
         directory = recorder.path / names.CHECKPOINTS
         checkpoints = Checkpoints(directory, built, recorder, interval, stop, progress, anew=overwrite)
         try:
+            try_tests(built)
             trained = train(built, recorder, progress, checkpoints, tests)
             train_seconds = time.monotonic() - start
-            with (
-                progress.task("test gradients", len(built.test), "rows") as task,
-                closing(test_batches(built, task, checkpoints)) as batches,
-            ):
-                recorder.record_test(batches, built.loss, labels=built.test_labels)
+            slip = take_tests(built, recorder, progress, checkpoints)
             recorder.facts |= {
                 "train_seconds": train_seconds,
                 "checkpoint_seconds": checkpoints.seconds,
                 "test_seconds": time.monotonic() - start - train_seconds,
                 "last_epoch_loss": trained.last_epoch_loss,
-                "test_accuracy": accuracy(built),
+                "test_accuracy": accuracy(built) if built.test is not None and slip is None else None,
                 "final_sha256": save_final(directory, built.model),
             }
             labels = built.sample_labels if built.sample_labels is not None else trained.labels
@@ -136,6 +133,8 @@ def record(
                 progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
             raise
         remove_checkpoints(directory)  # nothing is left to go on with
+    if slip is not None:  # not before: a warning may be an error
+        say_without_tests(slip, recorder.path)
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
 

@@ -134,3 +134,7 @@ class BudgetError(HydraError):
 
 class ClusterError(HydraError):
     """Worker processes that cannot be reached, cannot do what is asked of them, or are lost."""
+
+
+class RecordWarning(UserWarning):
+    """A recording goes on, or is complete, with something that its user has to know: the message says what, and what to do."""

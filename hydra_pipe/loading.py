@@ -13,9 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError, shown
-from hydra_pipe.recording.batches import probe_batches
+from hydra_pipe.recording.datasets import dataset_batches
 from hydra_pipe.recording.pipeline import Pipeline, check_dataset, described
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.recording.testing import digest_of
@@ -88,12 +89,13 @@ class PipelineSource(Source):
 
 
 class DatasetSource(Source):
-    """A function that returns a map-style dataset of (input, target)."""
+    """A function that returns a map-style dataset of (input, target), or a loader."""
 
     def build(self) -> Any:
         """Call it. Raises: UserCodeError: it raised. PipelineError: it returns something else, or an empty dataset."""
         dataset = self.call()
-        check_dataset(f"what {self.spec} returned", dataset)
+        if not isinstance(dataset, DataLoader):
+            check_dataset(f"what {self.spec} returned", dataset)
         return dataset
 
 
@@ -177,7 +179,7 @@ def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given
         pipeline = load()
         dataset = load_dataset(str(spec), recorded_assignments(settings)).build() if given is None else given
         check_dataset(f"the dataset of probe {name}", dataset)
-        if digest_of(probe_batches(dataset, pipeline.seed, pipeline.batch_size)) != settings.get(SAMPLES):
+        if digest_of(dataset_batches(dataset, "probe", pipeline.seed, pipeline.batch_size)) != settings.get(SAMPLES):
             raise RunError(
                 f"{path}: the samples of probe {name} are others than those that it was taken of: give these, or take it again "
                 f"with hydra-pipe probe --overwrite"

@@ -3,26 +3,27 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hydra_pipe.errors import RunError, UsageError
 from hydra_pipe.loading import load_dataset, pipeline_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.recording.batches import probe_batches
 from hydra_pipe.recording.collector import Collector, Root
+from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline, check_dataset
 from hydra_pipe.recording.ranks import unwrapped
-from hydra_pipe.recording.settings import json_settings
-from hydra_pipe.recording.testing import Labels, digest_of, record_test_gradients
+from hydra_pipe.recording.settings import Labels, json_settings
+from hydra_pipe.recording.testing import digest_of, record_test_gradients
+from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import load_final, state_digests
 from hydra_pipe.store.checksums import area_of, seal
@@ -38,8 +39,6 @@ from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, p
 from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, Settings, probe_stage
 from hydra_pipe.units import format_seconds
 
-# of a run that does not say it: samples that go through the model at once
-_BATCH = 64
 _AGAIN = "record the run again with --overwrite"
 
 
@@ -48,27 +47,33 @@ class _Asked:
     """What is to be taken.
 
     Args:
-        dataset: the new test samples.
-        seed, batch_size: how they are drawn.
+        dataset: the new test samples; or batches of them, as a loader has given them.
+        n_samples: how many.
+        seed, batch_size: how they are drawn from a dataset.
         labels: of them; None: integer targets, or unknown.
         settings: of the stage.
     """
 
     dataset: Any
+    n_samples: int
     seed: int
     batch_size: int
     labels: Labels | None
     settings: Settings
 
-    def batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
         """Of (inputs, targets), in order."""
-        return _counted(probe_batches(self.dataset, self.seed, self.batch_size), task)
+        return _counted(_batches(self.dataset, self.seed, self.batch_size), task)
 
 
-def _counted(batches: Iterator[tuple[Tensor, Tensor]], task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(dataset: Any, seed: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    return dataset_batches(dataset, "probe", seed, batch_size) if is_dataset(dataset) else iter(dataset)
+
+
+def _counted(batches: Iterator[tuple[Any, Any]], task: Task) -> Iterator[tuple[Any, Any]]:
     for inputs, targets in batches:
         yield inputs, targets
-        task.advance(len(inputs))
+        task.advance(size_of(targets))
 
 
 def probe(
@@ -90,7 +95,7 @@ def probe(
 
     Args:
         run: directory of the run.
-        dataset: map-style dataset of (input, target), or "path/to/file.py:function" of a function that returns one.
+        dataset: what `Recorder.record_test` takes, or "path/to/file.py:function" of a function that returns it.
         name: of the probe: letters, digits and "_".
         settings: of the function, as a mapping of values or as "KEY=VALUE" strings.
         labels: one, integer or string, for each sample; taken from integer targets if absent.
@@ -130,7 +135,7 @@ def probe(
         start = time.monotonic()
         subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
         _take(directory, gradients, name, subject, asked, progress)
-        progress.say(f"took the gradients of {len(asked.dataset):,} samples in {format_seconds(time.monotonic() - start)}")
+        progress.say(f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}")
     return True
 
 
@@ -151,7 +156,7 @@ def _asked(
     """Raises: UsageError, PipelineError, UserCodeError, DataError: the dataset cannot be had, or is none."""
     recorded = directory.stages[RECORD].settings
     seed, batch_size = recorded.get("seed"), recorded.get("batch_size")
-    seed, batch_size = seed if is_count(seed) else 0, batch_size if is_count(batch_size, 1) else _BATCH
+    seed, batch_size = seed if is_count(seed) else 0, batch_size if is_count(batch_size, 1) else BATCH
     own: Settings = {DATASET: None}
     if isinstance(dataset, str):
         source = load_dataset(dataset, settings)
@@ -159,12 +164,17 @@ def _asked(
         dataset = source.build()
     elif settings:
         raise UsageError("settings go with a function FILE:NAME: a dataset has been made already")
-    check_dataset("the dataset", dataset)
-    with progress.task("read", len(dataset), "rows") as task:
-        own[SAMPLES] = digest_of(_counted(probe_batches(dataset, seed, batch_size), task))
+    if is_dataset(dataset) or not isinstance(dataset, Iterable):
+        check_dataset("the dataset", dataset)
+        n_samples = len(dataset)
+    else:  # a loader gives its batches once, and may draw others the next time
+        dataset = list(given_batches(dataset, seed))
+        n_samples = sum(size_of(targets) for _, targets in dataset)
+    with progress.task("read", n_samples, "rows") as task:
+        own[SAMPLES] = digest_of(_counted(_batches(dataset, seed, batch_size), task))
     if labels is not None:
         own[LABELS] = hashlib.sha256(repr(np.asarray(labels).tolist()).encode()).hexdigest()[:16]
-    return _Asked(dataset, seed, batch_size, labels, json_settings(own | {"checkpoint": checkpoint}))
+    return _Asked(dataset, n_samples, seed, batch_size, labels, json_settings(own | {"checkpoint": checkpoint}))
 
 
 @dataclass(frozen=True)
@@ -267,7 +277,7 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
     with directory.failing(stage), replaced_directory(path) as partial:
         with (
             _collecting(subject, gradients, cast(Dtype, dtype)) as collector,
-            progress.task("probe", len(asked.dataset), "rows") as task,
+            progress.task("probe", asked.n_samples, "rows") as task,
             probe_table(partial, attributes, gradients.layout, dtype) as table,
         ):
             n_tests, labels, worst = record_test_gradients(
@@ -286,14 +296,13 @@ def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterat
     """A collector of the model's gradients in the run's own columns. Afterwards the model and its hooks are as they were."""
     # what was trained and then frozen has a gradient all the same
     frozen = [parameter for parameter in subject.trained if not parameter.requires_grad]
-    devices = list({parameter.device for parameter in subject.trained if parameter.is_cuda})
     layout = gradients.layout
     collector = Collector(subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype)
     try:
         collector.resume(layout, dtype)
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with evaluating(subject.model), torch.random.fork_rng(devices):
+        with untouched(subject.model, subject.loss), evaluating(subject.model):
             yield collector
     finally:
         collector.detach()

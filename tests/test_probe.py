@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
     "no dataset": (7, {}, PipelineError, "the dataset is int 7: it must be a map-style dataset"),
     "empty": (changed(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()), {}, PipelineError, "the dataset is empty"),
     "no pairs": ([1, 2], {}, DataError, "the probe dataset yields int: it must yield pairs"),
-    "ragged": (Ragged(), {}, DataError, "the probe dataset yields an .* after .*: pad or crop"),
+    "ragged": (Ragged(), {}, UserCodeError, "the model raised at probe samples 2 to 2"),
     "not finite": (with_nan(), {}, NonFiniteError, "the loss of probe sample 1 is not finite at the end"),
     "another shape": (
         changed(torch.zeros(3, 1, 9, 9)),

@@ -3,12 +3,13 @@
 import errno
 import functools
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
-from hydra_pipe.errors import HydraError, UserCodeError, printable
+from hydra_pipe.errors import HydraError, RecordWarning, UserCodeError, printable
 
 _ADVICE = {
     errno.ENOSPC: "make room on the disk and run the same command again",
@@ -32,7 +33,9 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
-            command(*args, debug=debug, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(*args, debug=debug, **kwargs)
         except (typer.Exit, SystemExit, BrokenPipeError):  # the last: who reads our output, such as head, has enough
             raise
         except BaseException as error:
@@ -45,6 +48,15 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from None
 
     return wrapped
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    if issubclass(category, RecordWarning):
+        print(f"hydra-pipe: {printable(str(message))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
 
 def _told(error: BaseException) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hydra_pipe.progress import Progress
+from hydra_pipe.recording.datasets import arguments
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.user_code import user_code
 
@@ -98,7 +99,7 @@ class Models:
     def _one(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Values]:
         # batch normalisation changes its buffers in place
         state = parameters | {name: buffer.clone() for name, buffer in buffers.items()}
-        output = functional_call(self._pipeline.model, state, (inputs,))
+        output = functional_call(self._pipeline.model, state, *arguments(inputs))
         losses = self._pipeline.loss(output, targets)
         return losses, _hits(output, targets, losses), {name: state[name] for name in buffers}
 

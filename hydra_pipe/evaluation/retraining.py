@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from hydra_pipe.errors import PipelineError
 from hydra_pipe.evaluation.models import Models, Values
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.recording.batches import Batch, Samples, epoch_order, test_batches
+from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
+from hydra_pipe.recording.datasets import Batch, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.streams import Stream
@@ -104,7 +105,7 @@ class Retrainer:
                 for group, values in zip(optimizer.param_groups, settings, strict=True):
                     group.update(values)
                 with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
-                    found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                    found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
                 self._saved_bytes = self._saved_bytes or 1
                 buffers = found.buffers
                 loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
@@ -142,7 +143,7 @@ class Retrainer:
         pieces = []
         with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
             for inputs, targets in batches:
-                found = self.models(parameters, buffers, inputs.to(self._device), targets.to(self._device))
+                found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
 

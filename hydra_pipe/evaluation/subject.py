@@ -29,7 +29,7 @@ from hydra_pipe.store.relevance import (
     read_relevance,
     result_name,
 )
-from hydra_pipe.store.run import CHECKSUMS, RECORD, UPTO, RunDirectory, reduce_stage
+from hydra_pipe.store.run import CHECKSUMS, UPTO, RunDirectory, reduce_stage
 from hydra_pipe.store.verify import methods_of
 
 # Of the norm of the test losses, how far a retraining with all weights 1 may be from what was recorded: silently, and at all.
@@ -68,7 +68,7 @@ class Subject:
             RunError: nothing was recorded, or the pipeline has other settings; the message names the first.
             HydraError: the pipeline cannot be built, or the recording is damaged.
         """
-        recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+        recording = run.require_recording()
         if isinstance(pipeline, Pipeline):
             if settings:
                 raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
@@ -82,6 +82,7 @@ class Subject:
         _compare(run, recording.settings, json_settings(own))
         gradients = open_gradients(run)
         counts = checked_counts(gradients, recording)
+        counts.require_tests(run.path)
         return cls(run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps)
 
     def recorded_losses(self) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError, missing_extra
+from hydra_pipe.integrations.finishing import Tests, finish
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
+from hydra_pipe.recording.datasets import pair_of
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.settings import Labels, checked_labels
+from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.tracking import WatchedLoader
 from hydra_pipe.store.run import Settings
 
@@ -57,24 +62,26 @@ class HydraCallback(Callback):
 
     Args:
         run: directory of the run.
-        test_dataset: (input, target) samples whose predictions are to be explained, put into batches as those of the train
-            dataloader. Inputs are what the module itself is called with, its `forward`.
+        test_dataset: (input, target) samples whose predictions are to be explained, or mappings that hold their targets as
+            "labels" or the like, put into batches as those of the train dataloader. Inputs are what the module itself is called
+            with, its `forward`. None: `hydra_pipe.probe` takes test gradients later.
         test_loss: (output of the module, targets) -> losses of shape (batch,), or their mean or sum: what is trained on, or
-            whatever else is to be explained.
+            whatever else is to be explained. The first batch is tried before training.
         encoding, dim, dtype, seed, overwrite: see `hydra_pipe.Recorder`.
         settings: further settings to keep in the manifest, beside those of the trainer that change training.
         sample_labels, test_labels: one for each sample, for rankings and reports; taken from integer targets if absent, of
             the training samples where the dataset is a TensorDataset or has `targets`.
 
     Raises:
-        DataError: there are no test samples.
+        DataError: there are no test samples in `test_dataset`, or labels are not one integer or string for each sample.
+        UsageError: a `test_dataset` without its `test_loss`.
     """
 
     def __init__(
         self,
         run: str | os.PathLike[str],
-        test_dataset: Any,
-        test_loss: TestLoss,
+        test_dataset: Any = None,
+        test_loss: TestLoss | None = None,
         *,
         encoding: EncodingChoice = "auto",
         dim: int = DEFAULT_DIM,
@@ -85,8 +92,14 @@ class HydraCallback(Callback):
         test_labels: Labels | None = None,
         overwrite: bool = False,
     ) -> None:
-        if not len(test_dataset):
+        if (test_dataset is None) != (test_loss is None):
+            raise UsageError(
+                "give HydraCallback a test_dataset and a test_loss, or none of them, and test gradients by probe later"
+            )
+        if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
+        if test_labels is not None:
+            checked_labels(test_labels, "test_labels", 0 if test_dataset is None else len(test_dataset), "test samples")
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
         self._options: dict[str, Any] = {"encoding": encoding, "dim": dim, "dtype": dtype, "seed": seed, "overwrite": overwrite}
         self._settings = settings or {}
@@ -105,7 +118,7 @@ class HydraCallback(Callback):
         if stage != "fit":
             return
         self._leave(RecordError("the trainer began anew before its training had ended"))
-        _refuse_what_cannot_be(trainer, pl_module)
+        _refuse_what_cannot_be(trainer, pl_module, tested=self._test_dataset is not None)
         self._batches, self._loaded = _TrainBatches(trainer), None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,6 +137,9 @@ class HydraCallback(Callback):
         )
         recorder.facts["step_loss"] = _STEP_LOSS
         self._session = _Session(recorder, trainer)
+        if self._test_dataset is not None:
+            sources = self._test_dataset, loader.loader
+            try_test(pl_module, self._tests(trainer), self._test_loss, pl_module.device, *sources)
         if trainer.global_step:
             self._session.go_on(self._loaded)
 
@@ -150,12 +166,16 @@ class HydraCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the test gradients and finish the recording."""
         assert self._session is not None
+        tests = None if self._test_dataset is None else partial(self._tests, trainer)
+        self._session.finish(tests, self._test_loss, self._test_labels)
+
+    def _tests(self, trainer: Trainer) -> Iterator[tuple[Any, Any]]:
+        """The test samples, in batches as those of the train dataloader."""
         assert self._batches is not None
         loader = self._batches.only.loader
         collate = None if loader.batch_sampler is None else loader.collate_fn
-        tests: DataLoader[Any] = DataLoader(self._test_dataset, loader.batch_size or 1, collate_fn=collate)
-        convert = trainer.precision_plugin.convert_input
-        self._session.finish((convert(batch) for batch in tests), self._test_loss, self._test_labels)
+        for batch in DataLoader(self._test_dataset, loader.batch_size or 1, collate_fn=collate):
+            yield pair_of(trainer.precision_plugin.convert_input(batch), "test_dataset")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the recording as it is."""
@@ -271,10 +291,9 @@ class _Session:
             return {_WITHOUT: "between batches whose gradients are accumulated, which it does not hold"}
         return {_STATE: self.recorder.state_dict()}
 
-    def finish(self, tests: Iterator[Any], loss: TestLoss, labels: Labels | None) -> None:
+    def finish(self, tests: Tests | None, loss: TestLoss | None, labels: Labels | None) -> None:
         """Record the test gradients and close."""
-        self.recorder.record_test(tests, loss, labels=labels)
-        self.recorder.close()
+        finish(self.recorder, tests, loss, labels)
         self._over = "after the recording was complete"
 
     def leave(self, error: BaseException) -> None:
@@ -288,7 +307,7 @@ class _Session:
         self.recorder.fail(error)
 
 
-def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
+def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested: bool) -> None:
     """Raises: UsageError: names it."""
     if not isinstance(trainer, Trainer):
         raise UsageError(
@@ -315,7 +334,7 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule) -> None:
         isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
     ):
         raise UsageError(f"{type(module).__name__} is compiled, which hides the samples' gradients: train it as it is")
-    if type(module).forward is LightningModule.forward:
+    if tested and type(module).forward is LightningModule.forward:
         raise UsageError(
             f"{type(module).__name__} has no forward, with which the test samples would be predicted: define forward(self, inputs)"
         )

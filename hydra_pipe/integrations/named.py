@@ -53,14 +53,19 @@ class NamingCollator:
         self.collate, self._checked = collate, checked_collate(collate)
 
     def __call__(self, samples: Sequence[_Named]) -> Any:
-        batch = self._checked([named.sample for named in samples])
-        if not isinstance(batch, MutableMapping):
-            raise DataError(
-                f"the data collator returned {type(batch).__name__}, and its samples cannot be told: return a mapping of what the "
-                f"model is called with"
-            )
+        batch = checked_batch(self._checked([named.sample for named in samples]))
         batch[SAMPLE_IDS] = torch.tensor([named.sample_id for named in samples])
         return batch
+
+
+def checked_batch(batch: Any) -> MutableMapping[str, Any]:
+    """`batch`, which must be a mapping. Raises: DataError."""
+    if not isinstance(batch, MutableMapping):
+        raise DataError(
+            f"the data collator returned {type(batch).__name__}, and its samples cannot be told: return a mapping of what the "
+            f"model is called with"
+        )
+    return batch
 
 
 def named_batches(loader: DataLoader[Any]) -> Any:

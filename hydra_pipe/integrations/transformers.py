@@ -1,24 +1,34 @@
 """Recording under `transformers.Trainer`, its loop untouched: `pip install 'hydra-pipe[transformers]'`."""
 
+import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from math import nan
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hydra_pipe.errors import DataError, RecordError, UsageError, missing_extra
-from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, named_batches
+from hydra_pipe.errors import DataError, HydraError, RecordError, UsageError, missing_extra
+from hydra_pipe.integrations.finishing import finish, optional
+from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_batch, named_batches
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Labels, Recorder, StepNote
+from hydra_pipe.recording.ranks import unwrapped
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.settings import Labels, checked_labels
+from hydra_pipe.recording.testing import try_test
+from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.run import Settings
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
+    from transformers.utils.generic import find_labels
 except ImportError as error:
     raise missing_extra(__name__, "transformers", error) from error
 
@@ -50,9 +60,10 @@ class HydraCallback(TrainerCallback, ExportableState):
     Args:
         run: directory of the run.
         test_dataset: samples as those of the training set, whose predictions are to be explained. What the collator does not take
-            of a training sample is left out of these as well.
+            of a training sample is left out of these as well. The first is tried before training. None: `hydra_pipe.probe` takes
+            test gradients later.
         test_loss: (what the model returns, labels) -> losses of shape (batch,). None: the loss that the model itself returns for
-            the sample alone: of a language model the mean over its tokens.
+            the sample alone: of a language model the mean over its tokens. Of a model whose forward takes no labels it is needed.
         encoding, dim, dtype, seed, overwrite: see `hydra_pipe.Recorder`.
         settings: further settings to keep in the manifest, beside those of the trainer that change training.
         sample_labels, test_labels: one for each sample, for rankings and reports; taken from integer labels if absent.
@@ -76,14 +87,16 @@ class HydraCallback(TrainerCallback, ExportableState):
         test_labels: Labels | None = None,
         overwrite: bool = False,
     ) -> None:
-        if run is None or test_dataset is None:
+        if run is None:
             # the trainer makes callbacks anew, without their arguments, where it is to restore them
             raise UsageError(
-                "HydraCallback needs a run and a test_dataset; leave restore_callback_states_from_checkpoint at False: it goes on "
+                "HydraCallback needs a run; leave restore_callback_states_from_checkpoint at False: it goes on "
                 "from the trainer's checkpoint without"
             )
-        if not len(test_dataset):
+        if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
+        if test_labels is not None:
+            checked_labels(test_labels, "test_labels", 0 if test_dataset is None else len(test_dataset), "test samples")
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
         self._options: dict[str, Any] = {"encoding": encoding, "dim": dim, "dtype": dtype, "seed": seed, "overwrite": overwrite}
         self._settings = settings or {}
@@ -95,12 +108,19 @@ class HydraCallback(TrainerCallback, ExportableState):
         """The recorder of the training that goes on, or of the last one; None before the first."""
         return None if self._session is None else self._session.recorder
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Hear of an error or an interrupt that ends a training: the trainer tells its callbacks of a good end only."""
+        trainer = _trainer_above(sys._getframe(1))
+        if trainer is not None:
+            trainer.train = _leaving(trainer.train, self)  # type: ignore[method-assign]
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:  # the trainer's own signature
         """Begin, or go on with, the recording."""
         if self._session is not None:
-            self._session.leave()  # of a training that was given up, as where memory did not suffice for its batches
+            # of a training that was given up, as where memory did not suffice for its batches
+            self.leave(RecordError("the trainer began anew before its training had ended"))
         _refuse_what_cannot_be(args)
         model, loader = objects["model"], objects["train_dataloader"]
         optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])  # which Accelerate wraps
@@ -119,6 +139,8 @@ class HydraCallback(TrainerCallback, ExportableState):
         collate = loader.collate_fn
         assert isinstance(collate, NamingCollator)
         self._session = _Session(recorder, model, collate.collate, dataset, scale)
+        if self._test_dataset is not None:
+            self._session.try_tests(self._test_dataset, self._test_loss)
         if state.global_step:
             self._session.go_on(state, type(self).__name__)
 
@@ -155,14 +177,24 @@ class HydraCallback(TrainerCallback, ExportableState):
         if self._session is not None and args.world_size > 1 and (control.should_save or anyway):
             self._session.keep()
 
+    def leave(self, error: BaseException) -> None:
+        """Take the hooks away, and leave the recording as it is, because of `error`."""
+        if self._session is not None:
+            self._session.leave(error)
+
     def _finish(self) -> None:
         if self._session is not None and not self._session.finished:
             # not before: a dataset that is asked for samples may draw random numbers, which training goes on with
-            if self._sample_labels is None and (found := _labels_of(self._session.dataset)) is not None:
-                self._session.recorder.label_samples(found)
-            batches, loss = self._session.tests(self._test_dataset, self._test_loss)
-            labels = self._test_labels if self._test_labels is not None else _labels_of(self._test_dataset)
-            self._session.finish(batches, loss, labels)
+            recorder = self._session.recorder
+            if self._sample_labels is None:
+                with optional(recorder.path, "labels of the training samples"):
+                    if (found := _labels_of(self._session.dataset)) is not None:
+                        recorder.label_samples(found)
+            labels = self._test_labels
+            if labels is None and self._test_dataset is not None:
+                with optional(recorder.path, "labels of the test samples"):
+                    labels = _labels_of(self._test_dataset)
+            self._session.finish(self._test_dataset, self._test_loss, labels)
 
 
 class _Session:
@@ -184,7 +216,7 @@ class _Session:
         dataset: Any,
         scale: int,
     ) -> None:
-        self.recorder, self.dataset = recorder, dataset
+        self.recorder, self.dataset, self._model = recorder, dataset, model
         self._collate, self._scale = collate, scale
         self.finished = False
         self._kept: tuple[int, dict[str, Any]] | None = None
@@ -228,32 +260,60 @@ class _Session:
         assert self._kept is not None
         return self._kept[1]
 
-    def leave(self) -> None:
+    def leave(self, error: BaseException) -> None:
         """Take the hooks away, and leave the recording as it is."""
         self._forget()
         if not self.finished:
-            self.recorder.fail(RecordError("the trainer began anew before its training had ended"))
+            self.recorder.fail(error)
 
-    def finish(self, batches: Iterator[tuple[Any, Tensor]], loss: TestLoss, labels: Labels | None) -> None:
+    def finish(self, dataset: Any, loss: TestLoss | None, labels: Labels | None) -> None:
         """Record the test gradients and close."""
-        self.recorder.record_test(batches, loss, labels=labels)
-        self.recorder.close()
+        tests = None if dataset is None else partial(self._tests, dataset, loss, lambda: set(self.dataset[0]))
+        finish(self.recorder, tests, loss if loss is not None else _models_own, labels)
         self.finished = True
         self._forget()
 
-    def tests(self, dataset: Any, loss: TestLoss | None) -> tuple[Iterator[tuple[Any, Tensor]], TestLoss]:
-        """The test samples as the model is called with them, one at a time, and their loss."""
-        columns = set(self.dataset[0])
+    def try_tests(self, dataset: Any, loss: TestLoss | None) -> None:
+        """Take the loss of the first test sample, before training. Raises: see `try_test`."""
+        model = unwrapped(self._model)
+        device = next(model.parameters()).device
+        # the training set is not asked for a sample: it may draw random numbers, and they may be its own
+        named = getattr(self.dataset, "column_names", None)
+        columns = set(named) if isinstance(named, list) else None
+        sources = dataset, self.dataset, self._collate
+        try:
+            try_test(model, self._tests(dataset, loss, lambda: columns), loss or _models_own, device, *sources)
+        except HydraError:
+            if columns is not None:
+                raise
+            # it may be for columns that only the test samples have: these are left out
+            try_test(model, self._tests(dataset, loss, lambda: set(self.dataset[0])), loss or _models_own, device, *sources)
 
-        def batches() -> Iterator[tuple[Any, Tensor]]:
-            for i in range(len(dataset)):
-                batch = dict(self._collate([{name: x for name, x in dataset[i].items() if name in columns}]))
-                labels = batch.get("labels")
-                if labels is None:
-                    raise DataError(f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}")
-                yield batch, labels
-
-        return batches(), loss if loss is not None else _models_own
+    def _tests(self, dataset: Any, loss: TestLoss | None, columns: Callable[[], set[str] | None]) -> Iterator[tuple[Any, Any]]:
+        """The test samples as the model is called with them, one at a time, and their labels."""
+        wanted, model = columns(), unwrapped(self._model)
+        takes = inspect.signature(model.forward).parameters
+        known = find_labels(type(model)) or _LABELS  # type: ignore[no-untyped-call]
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            with user_code(f"the data collator raised at test sample {i}"):
+                kept = sample if wanted is None else {name: x for name, x in sample.items() if name in wanted}
+                collated = self._collate([kept])
+            batch = dict(checked_batch(collated))
+            names = [name for name in known if name in batch]
+            names = names or [name for name in _LABELS if name in batch]
+            labels = [batch[name] for name in names if batch[name] is not None]
+            if not labels:
+                raise DataError(f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}")
+            if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+                refused = [name for name in names if name not in takes]
+                if refused and loss is None:
+                    raise DataError(
+                        f"{type(model).__name__}.forward takes no {refused[0]}, and returns no loss: give HydraCallback(..., "
+                        f"test_loss=...), (output, labels) -> one loss per sample"
+                    )
+                batch = {name: values for name, values in batch.items() if name not in refused}
+            yield batch, labels[0] if len(labels) == 1 else tuple(labels)
 
     def _before_pass(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         ids = inputs.get(SAMPLE_IDS)
@@ -280,10 +340,32 @@ class _Session:
             handle.remove()
 
 
-def _models_own(output: Any, _: Tensor) -> Tensor:
+def _trainer_above(frame: FrameType | None) -> Trainer | None:
+    """The trainer that is being made by one of the callers of `frame`."""
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _leaving(train: Callable[..., Any], callback: HydraCallback) -> Callable[..., Any]:
+    """`train` again; what it raises ends the recording too."""
+
+    @wraps(train)
+    def leaving(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            callback.leave(error)
+            raise
+
+    return leaving
+
+
+def _models_own(output: Any, _: Any) -> Tensor:
     """The loss that the model returns for one sample, shape (1,)."""
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    if not isinstance(loss, Tensor):
+    # a model that returns a tuple has the loss first, if it was given labels
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise DataError(
             "the model returns no loss: give HydraCallback(..., test_loss=...), (output, labels) -> one loss per sample"
         )

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, zip_longest
@@ -72,10 +72,9 @@ class Collector:
         self.n_dropped = 0
         # whether all that was collected are gradients that the loop has asked for itself, which need not be those of the step
         self._only_asked = True
-        blocks = {p: i for i, p in enumerate(self.parameters)}
-        self._capture = Capture(
-            model, blocks, [name for name, _ in trained.values()], on_error, probes=probes, allows_mixing=allows_mixing
-        )
+        self._block_names = [name for name, _ in trained.values()]
+        self._on_error, self._probes, self._allows_mixing = on_error, probes, allows_mixing
+        self.attach()
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
         """Collect the passes over one more portion of the present step, after the earlier ones."""
@@ -129,8 +128,18 @@ class Collector:
         """Take no notice of the model until the next `watch`. What was collected stays."""
         self._capture.rest()
 
+    def paused(self) -> AbstractContextManager[None]:
+        """A block whose passes are none of the step's, be they forward or backward."""
+        return self._capture.sending_to(None)
+
+    def attach(self) -> None:
+        """Hook the model, at first and after `detach`."""
+        blocks = {p: i for i, p in enumerate(self.parameters)}
+        checks = {"probes": self._probes, "allows_mixing": self._allows_mixing}
+        self._capture = Capture(self._model, blocks, self._block_names, self._on_error, **checks)
+
     def detach(self) -> None:
-        """Remove the hooks for good."""
+        """Remove the hooks."""
         self._capture.detach()
 
     @property

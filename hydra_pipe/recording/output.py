@@ -209,6 +209,8 @@ class Output:
         with together(self._ranks):
             if self.writer is None:
                 raise RecordError("nothing was recorded: no step was taken")
+            if n_steps not in self.tests:
+                self.n_tests = 0  # those on the way were of other parameters
             rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # the end waits for the writer whatever it is
             close()
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydra_pipe.errors import PipelineError
+from hydra_pipe.errors import DataError, PipelineError
+from hydra_pipe.recording.settings import checked_labels
 
 
 @dataclass
@@ -18,8 +19,9 @@ class Pipeline:
         model: the network, trained in place.
         optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
         loss: (output, target) -> one loss per sample, shape (batch,).
-        train: map-style dataset of (input, target); its indices are the sample ids.
-        test: map-style dataset of (input, target); its indices are the test ids.
+        train: map-style dataset of (input, target), or of mappings that hold their targets as "labels" or the like; its indices are
+            the sample ids. An input is a tensor, or a tuple or a mapping of what the model is called with.
+        test: the same; its indices are the test ids. None: no test gradients are taken, and `hydra_pipe.probe` gives some later.
         batch_size: samples a step; the last step of an epoch takes what is left.
         epochs: passes over `train`.
         seed: of the order of the batches, and of dropout and the like.
@@ -61,8 +63,9 @@ class Pipeline:
         _require(callable(self.loss), "loss", self.loss, "a function (output, target) -> losses of shape (batch,)")
         is_render = self.render is None or callable(self.render)
         _require(is_render, "render", self.render, "a function of an input that returns an image, a str or a mapping")
-        for name, dataset in (("train", self.train), ("test", self.test)):
-            check_dataset(f"the pipeline's {name} dataset", dataset)
+        check_dataset("the pipeline's train dataset", self.train)
+        if self.test is not None:
+            check_dataset("the pipeline's test dataset", self.test)
         for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             _require(isinstance(number, int) and number > 0, name, number, "a positive integer")
         workers = self.num_workers
@@ -74,8 +77,12 @@ class Pipeline:
             ("test_labels", self.test_labels, self.test),
             ("true_labels", self.true_labels, self.train),
         ):
-            if labels is not None and len(labels) != len(dataset):
-                raise PipelineError(f"the pipeline's {name} has {len(labels)} entries for {len(dataset)} samples")
+            if labels is None:
+                continue
+            try:
+                checked_labels(labels, f"the pipeline's {name}", 0 if dataset is None else len(dataset))
+            except DataError as error:
+                raise PipelineError(str(error)) from error
 
     @property
     def n_steps(self) -> int:
@@ -103,7 +110,7 @@ def described(pipeline: Pipeline) -> dict[str, Any]:
         "epochs": pipeline.epochs,
         "batch_size": pipeline.batch_size,
         "max_grad_norm": pipeline.max_grad_norm,
-        "n_tests": len(pipeline.test),
+        "n_tests": 0 if pipeline.test is None else len(pipeline.test),
         "optimizer": {"type": type(pipeline.optimizer).__name__, "groups": groups},
         "scheduler": type(pipeline.scheduler).__name__ if pipeline.scheduler is not None else None,
         "parameters": {name: list(p.shape) for name, p in pipeline.model.named_parameters()},

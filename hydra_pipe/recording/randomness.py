@@ -10,14 +10,14 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy's global generator, and torch's on the CPU and on every CUDA device; tensors and plain values."""
+    """Of Python, NumPy's global generator, and torch's on the CPU and on every CUDA device in use; tensors and plain values."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
     }
 
 

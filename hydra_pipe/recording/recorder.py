@@ -1,11 +1,13 @@
 """The recorder: what a training loop calls, one `with` a step, or once for its loader."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import nan
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,34 +19,46 @@ from torch.utils.data import DataLoader
 from hydra_pipe.errors import (
     DataError,
     RecordError,
+    RecordWarning,
     RunError,
 )
 from hydra_pipe.maths.curvature import Loss
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.copies import CleanCopies
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.datasets import given_batches
 from hydra_pipe.recording.diagnosis import refuse
 from hydra_pipe.recording.joint import JointSteps, without_step
+from hydra_pipe.recording.leaving import last_uncaught
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, leaves_out_step, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.portions import Mixture, Portion
 from hydra_pipe.recording.ranks import Ranks, is_first, together, unwrapped
-from hydra_pipe.recording.settings import check_options, checked_ids, json_settings, needs_recording, record_settings
+from hydra_pipe.recording.settings import (
+    Labels,
+    check_options,
+    checked_ids,
+    checked_labels,
+    json_settings,
+    needs_recording,
+    record_settings,
+)
 from hydra_pipe.recording.slab import Slab
 from hydra_pipe.recording.state import RecorderState
 from hydra_pipe.recording.targets import TargetCheck
 from hydra_pipe.recording.testing import record_test_gradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
+from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.update import UpdateReader
+from hydra_pipe.recording.weights import WeightsNote
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import state_digests
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run import Settings
-
-Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
 DEFAULT_DIM = 4096
 
@@ -76,7 +90,8 @@ class Recorder:
         recorder.record_test(test_loader, loss_fn)
         recorder.close()
 
-    Or the loop stays as it is, and `loader = recorder.track(loader)` stands before it.
+    Or the loop stays as it is, and `loader = recorder.track(loader)` stands before it. `with Recorder(...) as recorder:` around
+    both closes it, and marks the recording as failed where an exception ends the block.
 
     Args:
         model: the module that is trained; its modules are hooked until `close`. Wrapped in DistributedDataParallel where several
@@ -101,6 +116,7 @@ class Recorder:
         RunError: the directory holds a finished recording, one with other settings, or something else.
         OptimizerError, LayerError: this run cannot be recorded; the message says why.
         UsageError: an unknown encoding or dtype.
+        DataError: `sample_labels` are not one integer or string for each sample.
     """
 
     def __init__(
@@ -134,7 +150,7 @@ class Recorder:
             self._rule = rule_of(optimizer)
             self._parameters = list(trained)
             self.n_samples = n_samples
-            self._sample_labels: Labels | None = None
+            self._sample_labels: NDArray[Any] | None = None
             if sample_labels is not None:
                 self.label_samples(sample_labels)
             all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
@@ -170,13 +186,72 @@ class Recorder:
         # what else the manifest is to say of this recording
         self.facts: dict[str, str | int | float | None] = {}
         self._closed = self._ended = False
+        # blocks of `paused` that the loop is in; whether an exception has ended the loop, and the hooks are off
+        self._n_paused, self._is_left = 0, False
+        # what came to a prompt last, when the last batch was named
+        self._uncaught = last_uncaught()
+        # what `record_test` has raised since the last step, and why the recording failed
+        self._slip: BaseException | None = None
+        self._failure: BaseException | None = None
+        self._seed = seed
         hold = self._joint.hold if self._joint is not None else None
         root = self._updates.root if self._rule.preconditioned else None
         probes = self._ranks is None or not self._ranks.static_graph
         self._collector = Collector(
             self._model, root, trained, encoding, dim, seed, dtype, hold, optimizer, probes=probes, allows_mixing=allow_mixed_loss
         )
-        self._step_hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._weights = WeightsNote(self._model, self._parameters)
+        self._hook()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close; or mark the recording as failed where an exception ends the block, unless only test gradients are missing."""
+        if error is None and self.n_steps == 0 and not self._closed:
+            self._ended = True
+            self._release()  # nothing was trained, and nothing is written
+        elif error is None:
+            self.close()
+        elif error is self._slip:
+            with suppress(Exception):  # the first error is the one to tell
+                self.close()
+        else:
+            self.fail(error)
+
+    def _hook(self) -> None:
+        """Take notice of the optimizer; the collector does of the model."""
+        self._copies = CleanCopies(self._model)
+        self._step_hooks = [
+            self._optimizer.register_step_pre_hook(self._before_optimizer_step),
+            self._optimizer.register_step_post_hook(self._after_optimizer_step),
+        ]
+
+    def _unhook(self) -> None:
+        self._collector.detach()
+        self._copies.remove()
+        for hook in self._step_hooks:
+            hook.remove()
+
+    def _leave(self) -> None:
+        """An exception has ended the loop: take no notice of what is trained from now on, until a batch is named again."""
+        if not (self._closed or self._in_step or self._is_left):
+            self._is_left, self._named = True, None
+            self._collector.forget()
+            self._unhook()
+
+    def _come_back(self, *, to_train: bool) -> None:
+        """The loop goes on after `_leave`. Raises: RecordError: it would train on after steps that are missing."""
+        if not self._is_left:
+            return
+        if to_train and self._weights.changed():
+            raise RecordError(
+                f"an exception has ended the loop at step {self.n_steps}, and the model was trained on, or changed, without the "
+                f"recorder: close() it, or make a new one"
+            )
+        self._is_left = False
+        self._collector.attach()
+        self._hook()
 
     def _holding(self) -> AbstractContextManager[None]:
         """A block in the middle of a step: with several ranks, what is raised in it waits until they meet."""
@@ -214,6 +289,12 @@ class Recorder:
             StoreError: writing failed.
         """
         self._check_open()
+        if self._n_paused:
+            raise RecordError(
+                "recorder.step() inside of recorder.paused(): its passes would be missing; let the pause be within the step"
+            )
+        self._come_back(to_train=True)
+        self._slip, self._uncaught = None, last_uncaught()
         try:
             self._note = StepNote()
             self._in_step = True
@@ -265,7 +346,7 @@ class Recorder:
         """
         self._check_open()
         with together(self._ranks):
-            tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding, self._targets)
+            tracked = TrackedLoader(loader, self.n_samples, self._hand_over, self._heeding, self._targets, self._leave)
         self._tracks = True
         return tracked
 
@@ -335,8 +416,10 @@ class Recorder:
 
     def _hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
         """A batch comes that a tracked loader or `next_batch` names, after `before` if it is not the first of its epoch."""
-        if self._closed or self._in_test or (self._joint is not None and self._joint.held is not None):
+        if self._closed or self._in_test or self._n_paused or (self._joint is not None and self._joint.held is not None):
             return None
+        self._come_back(to_train=True)
+        self._slip, self._uncaught = None, last_uncaught()
         if self._in_step:
             raise RecordError("a batch named by a loader or by next_batch() inside of recorder.step(): use one of them, not both")
         # a loop that goes on in mid-epoch draws what it has done already, and leaves it
@@ -347,9 +430,40 @@ class Recorder:
             )
         return self._collector.watch(samples, tracked=True)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose passes are not recorded, in a step or between steps: those whose gradients the optimizer never uses.
+
+        For an attack on the inputs, the first pass of sharpness-aware minimisation, the other half of an adversarial pair, a
+        teacher, or a saliency map::
+
+            with recorder.paused():
+                x = attacked(model, x, y)
+            loss_fn(model(x), y).backward()
+
+        A graph belongs to the block in which its forward pass was made, and its backward pass too. What the block adds to
+        `.grad` has to be cleared before optimizer.step(), as the loop does without a recorder, or the books do not balance.
+        Batches that a tracked loader gives in the block are not named.
+
+        Raises:
+            RecordError: optimizer.step() in the block, whose gradients would be missing.
+        """
+        self._n_paused += 1
+        try:
+            with self._collector.paused():
+                yield
+        finally:
+            self._n_paused -= 1
+
     def _check_open(self) -> None:
         if self._closed:
-            raise RecordError("this recorder is closed: make a new one for another run")
+            why = "" if self._failure is None else f", for its recording has failed ({self._failure})"
+            raise RecordError(f"this recorder is closed{why}: make a new one for another run")
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it records no more: it was closed, or the recording has failed."""
+        return self._closed
 
     @property
     def n_skipped(self) -> int:
@@ -474,71 +588,114 @@ class Recorder:
         elif not taken:
             raise without_step(self.n_steps)
 
-    def record_test(self, batches: Iterable[Any], loss: Any, *, labels: Labels | None = None) -> None:
+    def record_test(self, tests: Any, loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
         After training, and before that as often as wanted: of a run that goes on, `hydra-pipe reduce --upto STEP` answers for the
         steps after which it was called. All rows so far are safe on the disk then. For later probes digests of the parameters and
         buffers are kept, and, of the last time, Adam's preconditioner.
 
-        The model is put into eval mode meanwhile; `.grad` is not touched. With several ranks all call it, with the whole test set:
-        rank 0 does the work, and the others wait for it without looking at `batches`.
+        What fails leaves the recording as it was: mend it and call this again, or close(), and `hydra_pipe.probe` takes test
+        gradients later.
+
+        The model is put into eval mode meanwhile. Parameters, buffers, `.grad` and random generators are as before afterwards.
+        With several ranks all call it, with the whole test set: rank 0 does the work, and the others wait for it without looking
+        at `tests`.
 
         Args:
-            batches: of (inputs, targets) or (inputs, targets, anything); test ids count from 0 in this order. Inputs are a tensor,
-                or a tuple or a mapping of what the model is called with; the targets are a tensor, one for each sample.
+            tests: a dataset of (input, target), or of mappings that hold their targets as "labels" or the like; or a loader, or
+                any iterable, of batches of these. Test ids count from 0 in this order. Inputs are a tensor, or a tuple or a
+                mapping of what the model is called with. Samples of a dataset may be of unlike shapes.
             loss: (output, target) -> losses of shape (batch,), or their mean or sum.
             labels: one for each test sample; taken from integer targets if absent.
 
         Raises:
             RecordError: before the first step, or nothing to test.
+            DataError: not test samples, or not one label for each.
             NonFiniteError, BooksError, LayerError: as in training. UserCodeError: the model or the loss raised.
+
+        Warns:
+            RecordWarning: the parameters are not those that the last recorded step left.
         """
-        if self._closed or self.n_steps == 0:
+        if not self._closed and self.n_steps == 0:
             raise RecordError("record_test comes after the first recorded step and before close()")
+        self._check_open()
+        self._come_back(to_train=False)
+        try:
+            self._flush()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._slab = None  # as in `state_dict`: a state that is taken here is to leave no trace
+        self._say_whether_weights_changed("the test gradients are of these")
         # what was trained and then frozen has a gradient all the same, and earlier rows to multiply it with
         frozen = [p for p in self._parameters if not p.requires_grad]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            self._flush()
-            self._slab = None  # as in `state_dict`: a state that is taken here is to leave no trace
-            writer = self._output.writer
-            assert writer is not None
             self._in_test = True
             n_tests, worst = 0, 0.0
-            # a loader draws from the global generator, which the training goes on with
-            devices = list({p.device for p in self._parameters if p.is_cuda})
             aside = self._collector.set_aside()
-            with together(self._ranks), evaluating(self._model), aside, torch.random.fork_rng(devices):
+            with together(self._ranks), aside, untouched(self._model, loss, tests), evaluating(self._model):
                 if is_first(self._ranks):
-                    table = writer.test_rows(self.n_steps, state_digests(self._model))
-                    when = f"after {self.n_steps} steps"
-                    found = record_test_gradients(self._model, self._collector, table, batches, loss, labels, when)
-                    writer.flush_test(table)
-                    n_tests, labels, worst = found
-                    if (roots := self._collector.roots()) is not None:
-                        writer.write_preconditioner(self.n_steps, roots)
-                    if labels is not None:
-                        self._output.write_labels(names.TEST_LABELS, labels)
+                    n_tests, worst = self._take_tests(tests, loss, labels)
             self._output.note_tests(self.n_steps, n_tests, worst)
             self._put_down()
+            self._slip = None
         except BaseException as error:
-            self.fail(error)
+            self._slip = error
             raise
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             self._in_test = False
 
+    def _take_tests(self, tests: Any, loss: Any, labels: Labels | None) -> tuple[int, float]:
+        """How many there are, and the largest share of a gradient that its rows miss."""
+        writer = self._output.writer
+        assert writer is not None
+        table = writer.test_rows(self.n_steps, state_digests(self._model))
+        try:
+            batches, when = given_batches(tests, self._seed), f"after {self.n_steps} steps"
+            n_tests, labels, worst = record_test_gradients(self._model, self._collector, table, batches, loss, labels, when)
+            writer.flush_test(table)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell
+                writer.drop_test()
+            raise
+        self._write_preconditioner()
+        if labels is not None:
+            self._output.write_labels(names.TEST_LABELS, labels)
+        return n_tests, worst
+
+    def _write_preconditioner(self) -> None:
+        if (roots := self._collector.roots()) is not None:
+            assert self._output.writer is not None
+            self._output.writer.write_preconditioner(self.n_steps, roots)
+
+    def _say_whether_weights_changed(self, which: str) -> None:
+        changed = self._weights.changed()
+        self.facts["test_weights"] = f"changed after step {self.n_steps - 1}" if changed else None
+        if changed:
+            warnings.warn(
+                f"the parameters were written to since the last recorded step, {self.n_steps - 1} (those of the best epoch, an "
+                f"average, or a change by hand): {which}, and the relevance of training samples leaves the change out",
+                RecordWarning,
+                stacklevel=3,
+            )
+
     def label_samples(self, labels: Labels) -> None:
-        """Give each training sample a label, for rankings and reports. Raises: DataError: not one for each sample."""
-        if len(labels) != self.n_samples:
-            raise DataError(f"sample_labels has {len(labels)} entries for {self.n_samples} training samples")
-        self._sample_labels = labels
+        """Give each training sample a label, for rankings and reports.
+
+        Raises:
+            DataError: not one integer or string for each sample.
+        """
+        self._sample_labels = checked_labels(labels, "sample_labels", self.n_samples, "training samples")
 
     def close(self) -> None:
         """Write what is left, remove the hooks and mark the recording as complete.
+
+        A run that has no test gradients of its end gets some by `hydra_pipe.probe`: what that needs is kept.
 
         Raises:
             StoreError: writing failed.
@@ -548,22 +705,39 @@ class Recorder:
             return
         try:
             self._flush()
-            self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
         except BaseException as error:
             self.fail(error)
+            raise
+        if self._output.writer is not None and self.n_steps not in self._output.tests:
+            self._say_whether_weights_changed("probes will be of these")
+        try:
+            self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
+        except BaseException as error:
+            if self._closed or self._output.writer is None:  # else it may be tried again
+                self.fail(error)
             raise
         self._ended = True
 
     def _end(self) -> None:
-        if self._sample_labels is not None and is_first(self._ranks):
-            self._output.write_labels(names.TRAIN_LABELS, self._sample_labels)
+        if is_first(self._ranks):
+            if self._sample_labels is not None:
+                self._output.write_labels(names.TRAIN_LABELS, self._sample_labels)
+            if self.n_steps not in self._output.tests:
+                self._keep_what_probes_need()
         self._release()
+
+    def _keep_what_probes_need(self) -> None:
+        """Test gradients of no sample, with digests of the parameters, and the preconditioner."""
+        writer = self._output.writer
+        assert writer is not None
+        writer.flush_test(writer.test_rows(self.n_steps, state_digests(self._model)))
+        self._write_preconditioner()
 
     def fail(self, error: BaseException) -> None:
         """Keep what was recorded so far readable and mark the recording as failed. With several ranks, it waits for no other."""
         if self._ended:
             return
-        self._ended = True
+        self._ended, self._failure = True, error
         if not self._closed:
             # the first error is the one to tell, whatever comes of a disk, or of the user's loss that is called here
             with suppress(Exception):
@@ -577,13 +751,23 @@ class Recorder:
 
     def _release(self) -> None:
         self._closed = True
-        self._collector.detach()
-        self._step_hook.remove()
+        self._collector.forget()
+        self._unhook()
         self._output.close()
 
     def _before_optimizer_step(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._n_paused:
+            error = RecordError(
+                f"optimizer.step() at step {self.n_steps} inside of recorder.paused(): its gradients would be missing; leave the "
+                f"block first, or close() the recorder"
+            )
+            self.fail(error)
+            raise error
+        if last_uncaught() is not self._uncaught and not self._in_step:
+            self._leave()  # an error has ended the cell in which the last batch was named
+            return None
         if leaves_out_step(self._optimizer):
             return None  # as if it had not been called, which is what a scaler does with any other optimiser
         own, *given = args  # args begin with the optimiser
@@ -594,6 +778,9 @@ class Recorder:
         # The closure makes the gradients, within optimizer.step(), which uses them at once.
         after = self._heeding_step_after(closure)
         return ((own, after, *given[1:]), kwargs) if given else (args, kwargs | {"closure": after})
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        self._weights.take()
 
     def _heeding_step_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """`closure`, which optimizer.step() calls once, and what comes between it and the update."""

@@ -2,18 +2,22 @@
 
 import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import RecordError, UsageError
+from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.permission import check_writable
 from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+
+Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
 
 def record_settings(encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int) -> Settings:
@@ -73,3 +77,31 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
             f"sample id {outside[0]} is not among the {n_samples} training samples: ids run from 0 to {n_samples - 1}"
         )
     return ids.astype(np.int64)
+
+
+def checked_labels(labels: Any, name: str, count: int | None = None, samples: str = "samples") -> NDArray[Any]:
+    """Labels as an array of integers or strings, shape (sample,).
+
+    Args:
+        labels: a sequence, an array or a tensor.
+        name: of them, for messages.
+        count: how many there must be; None: any number.
+        samples: what they are of, for messages.
+
+    Raises:
+        DataError: they are of another kind or shape, or not one for each sample.
+    """
+    plain = labels.detach().cpu() if isinstance(labels, Tensor) else labels
+    try:
+        values = np.asarray(plain)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name} cannot be an array ({error}): give one integer or string for each sample") from error
+    if values.dtype.kind == "O" and values.ndim == 1 and all(isinstance(label, str) for label in values):
+        values = values.astype(str)
+    if values.ndim == 1 and values.dtype.kind == "b":
+        values = values.astype(np.int64)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
+        raise DataError(f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample")
+    if count is not None and len(values) != count:
+        raise DataError(f"{name} has {len(values)} entries for {count} {samples}")
+    return values

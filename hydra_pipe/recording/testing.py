@@ -1,52 +1,109 @@
 """Test gradients: what each test sample's loss asks of the parameters, taken in the same columns as the rows."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
-from hydra_pipe.errors import DataError, NonFiniteError, RecordError
+from hydra_pipe.errors import DataError, NonFiniteError, RecordError, RecordWarning
 from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.datasets import called, on_device, size_of
 from hydra_pipe.recording.losses import per_sample_losses
+from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
-Labels = Sequence[int] | Sequence[str] | NDArray[Any]
+_EMPTY = CellType()
 
 
-def digest_of(batches: Iterable[tuple[Tensor, Tensor]]) -> str:
+def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
     """The beginning of the SHA-256 of some samples, by which others are told."""
     found = hashlib.sha256()
     for pair in batches:
-        for values in pair:
+        for values in tree_leaves(pair):
             found.update(f"{values.dtype} {tuple(values.shape)}\n".encode())
             found.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, device: torch.device, *sources: Any) -> None:
+    """Take the losses of the first test samples before training, so that what cannot be tested is told then.
+
+    Training is not changed: parameters, buffers and generators are as they were.
+
+    Args:
+        model: that is to be trained.
+        batches: of (inputs, targets); only the first is asked for.
+        loss: see `record_test_gradients`.
+        device: of the model.
+        sources: what `batches` draw from, see `untouched`.
+
+    Raises:
+        DataError: there are no test samples, or they are of the wrong kind.
+        UserCodeError: the model, the loss or a dataset raised. PipelineError: the loss is not one per sample.
+    """
+    with untouched(model, loss, *sources), evaluating(model), torch.no_grad():
+        first = next(iter(batches), None)
+        if first is None:
+            raise DataError("there are no test samples: give at least one")
+        inputs, targets = (on_device(values, device) for values in first)
+        # what a function keeps between its calls nobody can put back
+        known = loss if _keeps_nothing(loss) else _zeros
+        _losses(model, known, inputs, targets, "the first test samples, before training")
 
 
-def _called(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+def _keeps_nothing(loss: Any) -> bool:
+    """Whether no call of `loss` can change the next: a module, whose state can be put back, or a function over plain values."""
+    if isinstance(loss, partial):
+        return all(map(_keeps_nothing, (loss.func, *loss.args, *loss.keywords.values())))
+    if isinstance(loss, FunctionType):
+        cells = [cell.cell_contents for cell in loss.__closure__ or () if cell != _EMPTY]
+        return all(map(_keeps_nothing, cells))
+    if isinstance(loss, MethodType):
+        return isinstance(loss.__self__, nn.Module)
+    plain = (nn.Module, Tensor, BuiltinFunctionType, ModuleType, type, str, int, float, type(None), torch.dtype, torch.device)
+    return isinstance(loss, plain)
+
+
+def _zeros(output: Any, targets: Any) -> Tensor:
+    return torch.zeros(size_of(targets))
+
+
+def say_without_tests(error: BaseException, path: Path) -> None:
+    """Warn that a recording is complete without test gradients, which have failed with `error`."""
+    warnings.warn(
+        f"the test gradients of {path} were not taken: {error}. The training is recorded, and complete without them: mend the "
+        f"test samples or their loss, and take them by hydra-pipe probe {path} FILE:FUNCTION --name NAME, or hydra_pipe.probe(...)",
+        RecordWarning,
+        stacklevel=2,
+    )
+
+
+def _losses(model: nn.Module, loss: Any, inputs: Any, targets: Any, among: str) -> Tensor:
+    with user_code(f"the model raised at {among}"):
+        output = called(model, inputs)
+    with user_code(f"the loss raised at {among}"):
+        return per_sample_losses(loss, output, targets)
 
 
 def record_test_gradients(
     model: nn.Module,
     collector: Collector,
     table: TableWriter,
-    batches: Iterable[Any],
+    batches: Iterable[tuple[Any, Any]],
     loss: Any,
     labels: Labels | None,
     when: str,
@@ -58,8 +115,7 @@ def record_test_gradients(
         model: in eval mode.
         collector: of its gradients, watching nothing.
         table: where they go; it is to be flushed.
-        batches: of (inputs, targets) or (inputs, targets, anything); inputs are a tensor, or a tuple or a mapping of what the
-            model is called with.
+        batches: of (inputs, targets); inputs are a tensor, or several or a mapping of what the model is called with.
         loss: (output, target) -> losses of shape (batch,), or their mean or sum.
         labels: one for each test sample; taken from integer targets if absent.
         when: the moment, in words such as "after 3 steps".
@@ -72,19 +128,18 @@ def record_test_gradients(
         RecordError: nothing to test. DataError: not one label for each.
         NonFiniteError, BooksError, LayerError: as in training. UserCodeError: the model or the loss raised.
     """
+    if labels is not None:
+        checked_labels(labels, f"{what}_labels")  # before the work
     device = collector.parameters[0].device
     targets_seen: list[NDArray[np.int64]] = []
     n_tests, worst = 0, 0.0
     slab: Slab | None = None
-    for inputs, targets, *_ in batches:
-        inputs, targets = tree_map(partial(_on, device), inputs), targets.to(device)
-        collector.watch(n_tests + np.arange(len(targets)))
+    for pair in batches:
+        inputs, targets = (on_device(values, device) for values in pair)
+        size = size_of(targets)
+        collector.watch(n_tests + np.arange(size))
         with torch.enable_grad():
-            among = f"{what} samples {n_tests} to {n_tests + len(targets) - 1}"
-            with user_code(f"the model raised at {among}"):
-                output = _called(model, inputs)
-            with user_code(f"the loss raised at {among}"):
-                losses = per_sample_losses(loss, output, targets)
+            losses = _losses(model, loss, inputs, targets, f"{what} samples {n_tests} to {n_tests + size - 1}")
             if not torch.isfinite(losses).all():
                 bad = n_tests + int(torch.argmin(torch.isfinite(losses).int()))
                 raise NonFiniteError(f"the loss of {what} sample {bad} is not finite {when}")
@@ -98,13 +153,13 @@ def record_test_gradients(
             raise checked.error
         worst = max(worst, float(checked.books.imbalance.max()))
         slab.write(checked, table)
-        if not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
+        if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
             targets_seen.append(targets.cpu().numpy())
-        n_tests += len(targets)
+        n_tests += size
     if n_tests == 0:
         raise RecordError("there are no test samples: give record_test at least one batch")
-    if labels is not None and len(labels) != n_tests:
-        raise DataError(f"{what}_labels has {len(labels)} entries for {n_tests} {what} samples")
+    if labels is not None:
+        labels = checked_labels(labels, f"{what}_labels", n_tests, f"{what} samples")
     if labels is None and sum(map(len, targets_seen)) == n_tests:
         labels = np.concatenate(targets_seen)
     return n_tests, labels, worst

@@ -1,5 +1,6 @@
 """A DataLoader that says which samples each batch is of, without being asked and without drawing anything differently."""
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.recording.collating import checked_collate
+from hydra_pipe.recording.leaving import left_by_exception
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import checked_ids
 from hydra_pipe.recording.targets import TargetCheck
@@ -91,6 +93,7 @@ class TrackedLoader:
         hand_over: called with the ids of each batch.
         heeding: a block that hears of what is raised in it.
         targets: holds the batches' integer targets against the labels.
+        left: called where an exception ends the loop.
 
     Raises:
         UsageError, RecordError, DataError: see `WatchedLoader`.
@@ -103,11 +106,12 @@ class TrackedLoader:
         hand_over: HandOver,
         heeding: Callable[[], AbstractContextManager[None]],
         targets: TargetCheck,
+        left: Callable[[], None],
     ) -> None:
         self._targets = targets
         self._n_batches = 0
         self._watched = WatchedLoader(loader, n_samples)
-        self._loader, self._hand_over, self._heeding = loader, hand_over, heeding
+        self._loader, self._hand_over, self._heeding, self._left = loader, hand_over, heeding, left
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "_watched"):  # not made yet, as while it is copied
@@ -123,17 +127,29 @@ class TrackedLoader:
 
     def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[Any]] | None) -> Iterator[Any]:
         portion: Portion | None = None
-        for batch in iterator:
-            drawn = self._watched.drawn if drawn is None else drawn
-            with self._heeding():
-                ids = self._watched.next_ids(drawn)
-                self._check_targets(ids, batch)
-                portion = self._hand_over(ids, portion)
-                self._n_batches += 1
-                if portion is not None and (self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0):
-                    floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
-                    portion.tensors = [weakref.ref(x) for x in floats if len(x) == len(ids)]
-            yield batch
+        try:
+            for batch in iterator:
+                drawn = self._watched.drawn if drawn is None else drawn
+                with self._heeding():
+                    ids = self._watched.next_ids(drawn)
+                    self._check_targets(ids, batch)
+                    portion = self._hand_over(ids, portion)
+                    self._note_tensors(portion, batch)
+                yield batch
+        except GeneratorExit:
+            if left_by_exception(sys._getframe(1)):
+                self._left()
+            raise
+        except BaseException:  # where a batch is drawn
+            self._left()
+            raise
+
+    def _note_tensors(self, portion: Portion | None, batch: Any) -> None:
+        """Let the batch be held against what the model is given, now and then."""
+        self._n_batches += 1
+        if portion is not None and (self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0):
+            floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
+            portion.tensors = [weakref.ref(x) for x in floats if len(x) == len(portion.samples)]
 
     def _check_targets(self, ids: NDArray[np.int64], batch: Any) -> None:
         if not self._targets.is_on:

@@ -3,19 +3,23 @@
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import NonFiniteError, PipelineError, UsageError
+from hydra_pipe.errors import HydraError, InterruptedRunError, NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.checkpointing import Checkpoints, Place
+from hydra_pipe.recording.datasets import called, on_device
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.recorder import Recorder, StepNote
+from hydra_pipe.recording.testing import try_test
+from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.space import room_for
 
@@ -49,6 +53,8 @@ class Midway:
     def parse(cls, text: str | None, pipeline: Pipeline) -> "Midway":
         """Of "epoch", or "500", steps; None: never. Raises: UsageError."""
         of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
+        if text is not None and pipeline.test is None:
+            raise UsageError(f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every")
         if text is not None and text != "epoch" and not (text.isdecimal() and int(text) > 0):
             raise UsageError(f"--test-every {text}: give epoch, or a number of steps, such as 500")
         steps = 0 if text is None else of_epoch if text == "epoch" else int(text)
@@ -101,7 +107,7 @@ def train(
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
                 with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
-                    loss = take_step(pipeline, recorder, note, inputs.to(device), targets.to(device), ids, where)
+                    loss = take_step(pipeline, recorder, note, on_device(inputs, device), on_device(targets, device), ids, where)
                 place.epoch_loss += loss * len(ids)
                 if pipeline.scheduler is not None:
                     pipeline.scheduler.step()
@@ -138,7 +144,8 @@ class _Between:
         self._tests, self._progress, self._n_rows = tests or Midway(0, 0), progress, n_rows
         # test gradients that are yet to be taken on the way
         done = recorder.n_steps if recorder is not None else 0
-        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * len(pipeline.test)
+        self._n_tests = 0 if pipeline.test is None else len(pipeline.test)
+        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
         self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
@@ -158,7 +165,7 @@ class _Between:
     def _say_room(self) -> None:
         if not self._has_said and self._recorder is not None:
             n_steps = -(-self._n_rows // self._pipeline.batch_size) + self._pipeline.epochs
-            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + len(self._pipeline.test))
+            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + self._n_tests)
             n_bytes += self._checkpoints.most_bytes() if self._checkpoints is not None else 0
             self._progress.say(f"{self._n_rows:,} rows to record: {room_for(n_bytes, self._recorder.path)}")
             self._has_said = True
@@ -168,15 +175,66 @@ class _Between:
         return recorder is not None and self._tests.due(recorder.n_steps) and recorder.n_steps not in recorder.test_steps
 
 
+def try_tests(pipeline: Pipeline) -> None:
+    """Take the losses of the first test samples before training, which does not change. Raises: see `try_test`."""
+    if pipeline.test is not None:
+        device = next(pipeline.model.parameters()).device
+        order = [np.arange(min(len(pipeline.test), pipeline.batch_size))]
+        try:
+            with closing(Samples(pipeline, "test").batches(order)) as samples:
+                batches = ((inputs, targets) for _, inputs, targets in samples)
+                try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
+        except HydraError:
+            _try_training(pipeline, device)  # of what fails on any samples the first step is to tell
+            raise
+
+
+def _try_training(pipeline: Pipeline, device: torch.device) -> None:
+    """Take the losses of the first step's samples; training does not change. Raises: as `take_step`."""
+    order = epoch_order(pipeline, 0)[:1]
+    with (
+        untouched(pipeline.model, pipeline.loss, pipeline.train),
+        torch.no_grad(),
+        closing(Samples(pipeline, "train").batches(order)) as batches,
+    ):
+        for ids, inputs, targets in batches:
+            _losses(pipeline, on_device(inputs, device), on_device(targets, device), ids, "step 0 (epoch 1)")
+
+
+def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, checkpoints: Checkpoints | None) -> Exception | None:
+    """Take the test gradients at the end, if there is a test set.
+
+    Returns:
+        What has failed, which is to be told once the recording is complete without test gradients: the training is over.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop.
+    """
+    if pipeline.test is None:
+        return None
+    with (
+        progress.task("test gradients", len(pipeline.test), "rows") as task,
+        closing(test_batches(pipeline, task, checkpoints)) as batches,
+    ):
+        try:
+            recorder.record_test(batches, pipeline.loss, labels=pipeline.test_labels)
+        except InterruptedRunError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more
+            return error
+    return None
+
+
 def accuracy(pipeline: Pipeline) -> float | None:
     """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
     correct = 0
     device = next(pipeline.model.parameters()).device
     with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
         for inputs, targets in batches:
-            output = pipeline.model(inputs.to(device))
+            output = called(pipeline.model, on_device(inputs, device))
             if (
                 not isinstance(output, Tensor)
+                or not isinstance(targets, Tensor)
                 or output.dim() != 2
                 or output.shape[1] < 2
                 or targets.is_floating_point()
@@ -191,8 +249,8 @@ def take_step(
     pipeline: Pipeline,
     recorder: Recorder | None,
     note: StepNote,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     ids: NDArray[np.int64],
     where: str,
 ) -> float:
@@ -210,16 +268,7 @@ def take_step(
     Raises:
         UserCodeError, PipelineError, NonFiniteError: see `train`.
     """
-    with user_code(f"the model raised at {where}"):
-        output = pipeline.model(inputs)
-    with user_code(f"the loss raised at {where}"):
-        losses = pipeline.loss(output, targets)
-    if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise PipelineError(
-            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
-            f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
-        )
+    output, losses = _losses(pipeline, inputs, targets, ids, where)
     loss = losses.mean()
     note.loss = loss.item()
     if not np.isfinite(note.loss):
@@ -228,7 +277,7 @@ def take_step(
             f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
             f"max_grad_norm; the steps before it are recorded and readable"
         )
-    if recorder is not None and isinstance(output, Tensor):
+    if recorder is not None and isinstance(output, Tensor) and isinstance(targets, Tensor):
         recorder.tell_loss(pipeline.loss, output, targets)
     with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
@@ -240,8 +289,29 @@ def take_step(
     return note.loss
 
 
-def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Tensor) -> NDArray[np.int64] | None:
-    if labels is None or targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
+def _losses(pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64], where: str) -> tuple[Any, Tensor]:
+    """The model's output, and the losses of shape (batch,). Raises: UserCodeError, PipelineError: see `train`."""
+    with user_code(f"the model raised at {where}"):
+        output = called(pipeline.model, inputs)
+    with user_code(f"the loss raised at {where}"):
+        losses = pipeline.loss(output, targets)
+    if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PipelineError(
+            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
+            f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
+        )
+    return output, losses
+
+
+def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Any) -> NDArray[np.int64] | None:
+    if (
+        labels is None
+        or not isinstance(targets, Tensor)
+        or targets.dim() != 1
+        or targets.is_floating_point()
+        or targets.is_complex()
+    ):
         return None
     labels[ids] = targets.cpu().numpy()
     return labels

@@ -242,6 +242,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, options.upto)
+    if method.of_tests and options.test is None:
+        counts.require_tests(directory.path)
     if directory.stages[RECORD].facts.get(PRUNED):
         _check_pruned(directory, options, method)
     tested, n_tests = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, options.test)

@@ -10,11 +10,13 @@ import torch
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.errors import BudgetError, RunError
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, ReductionPlan, Span
 from hydra_pipe.plan.replaying import ReplayInput, ReplayPlan, as_reduction, plan_replay
 from hydra_pipe.recording.batches import Samples, epoch_order
+from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.reduction.hydra import CountRows, Job
 from hydra_pipe.reduction.request import Request
@@ -195,9 +197,9 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     order = epoch_order(pipeline, 0)
     with closing(Samples(pipeline, "train").batches(order[:1])) as batches:
         _, inputs, targets = next(batches)
-    batch_bytes = inputs.nbytes + targets.nbytes
+    batch_bytes = sum(values.nbytes for values in tree_leaves((inputs, targets)))
     device = parameters[0].device
-    inputs, targets = inputs.to(device), targets.to(device)
+    inputs, targets = on_device(inputs, device), on_device(targets, device)
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hydra_pipe.errors import HydraError, PipelineError
+from hydra_pipe.recording.datasets import called
 from hydra_pipe.recording.pipeline import Pipeline
 
 _RAISING = ("torch::autograd::Error", "torch::autograd::NotImplemented")
@@ -80,7 +81,7 @@ def check_twice_differentiable(batch: Batch) -> None:
 def batch_of(pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Batch:
     """The loss of a batch at the model's parameters as they are. Raises: PipelineError: see `Batch.products`."""
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
-        losses = pipeline.loss(pipeline.model(inputs), targets)
+        losses = pipeline.loss(called(pipeline.model, inputs), targets)
         weight = torch.ones_like(losses, requires_grad=True)
         with _twice_differentiable():
             gradients = torch.autograd.grad((weight * losses).mean(), parameters, create_graph=True, allow_unused=True)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.plan.selection import Span
-from hydra_pipe.recording.batches import Samples, batches_of
+from hydra_pipe.recording.batches import Samples
+from hydra_pipe.recording.datasets import batches_of, called, on_device
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
@@ -64,7 +65,9 @@ def test_gradients(
             if not len(places):
                 continue
             own = torch.from_numpy(test_ids[places] - ids[0]).to(device)
-            each = per_sample_losses(pipeline.loss, pipeline.model(inputs.to(device)), targets.to(device))[own]
+            each = per_sample_losses(pipeline.loss, called(pipeline.model, on_device(inputs, device)), on_device(targets, device))[
+                own
+            ]
             losses[places] = each.detach().cpu().double().numpy()
             if averages is None:
                 wanted = np.flatnonzero((places >= first) & (places < last))

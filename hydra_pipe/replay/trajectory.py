@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.recording.batches import Samples, epoch_order
+from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import StepNote
@@ -149,7 +150,7 @@ class Trajectory:
             order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
             with closing(samples.batches(order, epoch, first)) as batches:
                 for ids, inputs, targets in batches:
-                    inputs, targets = inputs.to(self._device), targets.to(self._device)
+                    inputs, targets = on_device(inputs, self._device), on_device(targets, self._device)
                     before_step(number, (ids, inputs, targets))
                     loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
                     if pipeline.scheduler is not None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from hydra_pipe.errors import HydraError
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.batches import Samples, batches_of
+from hydra_pipe.recording.batches import Samples
+from hydra_pipe.recording.datasets import batches_of, called, on_device
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.pipeline import Pipeline
@@ -127,7 +128,7 @@ class Inputs:
                 if not len(own):
                     continue
                 with user_code(f"the model raised at test samples {ids[0]}-{ids[-1]}"):
-                    output, to = pipeline.model(inputs.to(device)), targets.to(device)
+                    output, to = called(pipeline.model, on_device(inputs, device)), on_device(targets, device)
                     losses.append(per_sample_losses(pipeline.loss, output, to).cpu().double().numpy()[own])
                 predicted, share = _predicted(output, to)
                 right.append(share.cpu().double().numpy()[own])

@@ -28,7 +28,7 @@ from hydra_pipe.store.codec import (
     ShardCodec,
     StoredFile,
 )
-from hydra_pipe.store.files import files_below, read_file, replace_file
+from hydra_pipe.store.files import files_below, is_partial, read_file, replace_file
 from hydra_pipe.store.parsing import is_count, read_json
 
 METADATA = "zarr.json"
@@ -133,7 +133,7 @@ class Group:
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.path.iterdir(), key=lambda path: path.name):
-            if self._counts(path.name) and (path / METADATA).is_file():
+            if not is_partial(path.name) and self._counts(path.name) and (path / METADATA).is_file():
                 try:
                     metadata = read_metadata(path)
                     yield path, {"node_type": metadata["node_type"]}

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.errors import RunError, StoreError, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROWS_UNREADABLE
@@ -17,13 +18,22 @@ class Counts:
     """Of a recording, as its manifest and its arrays have them.
 
     Args:
-        n_samples, n_tests: training samples, and test samples.
-        checkpoint: step of their test gradients, the last there are.
+        n_samples, n_tests: training samples, and test samples; none where no test gradients were taken.
+        checkpoint: step of their test gradients, the last there are; without any, the last step.
     """
 
     n_samples: int
     n_tests: int
     checkpoint: int
+
+    def require_tests(self, path: Path) -> None:
+        """Refuse what needs the recording's own test gradients where there are none. Raises: RunError: says how to take some."""
+        if not self.n_tests:
+            raise RunError(
+                f"{path} was recorded without test gradients: take some of the final parameters, by hydra-pipe probe {path} "
+                f"FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --test NAME; any that were taken on the way "
+                f"answer --upto STEP"
+            )
 
 
 def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
@@ -37,16 +47,18 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
     steps = gradients.test_steps()
     if not steps:
         raise StoreError(
-            f"{gradients.path} has no test gradients: call recorder.record_test(...) before recorder.close() and record again"
+            f"{gradients.path} has no test gradients, and does not say at which parameters any could be taken: record again, with "
+            f"recorder.record_test(...) before recorder.close()"
         )
-    counts = {name: recording.count(name, least=1) for name in ("n_samples", "n_tests", "n_rows", "n_steps")}
+    counts = {name: recording.count(name, least=name != "n_tests") for name in ("n_samples", "n_tests", "n_rows", "n_steps")}
     lengths = gradients.lengths(steps[-1])
     for name, n in gradients.expected_rows(recording.rank_rows(), counts["n_steps"], 0).items():
         _compare(gradients, name, lengths, n)
     for name in (names.GRADIENT, names.SCALE, names.LOSS):
         _compare(gradients, f"{names.TEST}/{names.checkpoint_name(steps[-1])}/{name}", lengths, counts["n_tests"])
     for which, n in recording.counts("labels").items():
-        if which not in _LABELS_OF or n != counts[_LABELS_OF[which]]:
+        # test labels may be of test gradients on the way
+        if which not in _LABELS_OF or (n != counts[_LABELS_OF[which]] and counts[_LABELS_OF[which]]):
             raise StoreError(f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}")
         _compare(gradients, f"{names.LABELS}/{which}", lengths, n)
     missing = gradients.missing(pruned=bool(recording.facts.get(PRUNED)))

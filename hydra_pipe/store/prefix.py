@@ -44,7 +44,7 @@ def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Coun
     """The complete recording, or what it was after `upto` steps. Raises: RunError, UsageError, StoreError: see `open_upto`."""
     if upto is not None:
         return open_upto(run, upto)
-    recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+    recording = run.require_recording()
     gradients = open_gradients(run)
     return gradients, checked_counts(gradients, recording)
 
@@ -76,13 +76,15 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     found = None if recording is None else committed(recording)
     if recording is None or found is None:
         raise RunError(
-            f"{run.path}: no step is committed yet: wait for the first checkpoint or test gradients of hydra-pipe record "
-            f"PIPELINE {run.path} --test-every epoch"
+            f"{run.path}: no step is committed yet: wait for the first checkpoint or test gradients, of hydra-pipe record "
+            f"--test-every epoch, or of recorder.record_test() on the way in a loop of your own"
         )
     if recording.facts.get(PRUNED):
         raise RunError(f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto")
     whole = open_gradients(run, found.prefix)
     tests = [s for s in whole.test_steps() if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)]
+    if found.tests is None and not found.n_tests:  # where none were taken at the end, the parameters were noted
+        tests = [s for s in tests if s < found.prefix.n_steps]
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
         raise UsageError(f"--upto {step}: test gradients were taken {there}: choose one, or record with --test-every")
@@ -94,14 +96,16 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     lengths = gradients.lengths(step)
     wanted = gradients.expected_rows(part_rows, step, 0)
     test = {f"{names.TEST}/{names.checkpoint_name(step)}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
-    for name, n in (wanted | dict.fromkeys(test, found.n_tests)).items():
+    # a complete recording counts those of its end, and may have none there
+    n_tests = found.n_tests or lengths.get(f"{names.TEST}/{names.checkpoint_name(step)}/{names.LOSS}", 0)
+    for name, n in (wanted | dict.fromkeys(test, n_tests)).items():
         there_are = lengths.get(name, -1)
         if there_are < n or (name in test and there_are != n):
             raise StoreError(f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: {ROWS_UNREADABLE}")
     for name, array in gradients.arrays():
         if (name in wanted or name in test) and (fault := array.shortfall()) is not None:
             raise StoreError(f"{whole.path}: {name} {fault}: {ROWS_UNREADABLE}")
-    return gradients, Counts(recording.count("n_samples", least=1), found.n_tests, step)
+    return gradients, Counts(recording.count("n_samples", least=1), n_tests, step)
 
 
 def _listed(steps: list[int]) -> str:

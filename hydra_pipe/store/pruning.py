@@ -69,7 +69,7 @@ def _check_finished(run: RunDirectory) -> None:
 
 
 def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
-    recording = run.require(RECORD, f"hydra-pipe record PIPELINE {run.path}")
+    recording = run.require_recording()
     if not _keeping(run):
         raise RunError(f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first")
     unfinished = _unfinished(run) if discard_unfinished and run.kept_methods() else []

@@ -264,6 +264,23 @@ class RunDirectory:
             raise RunError(f"{self.path}: {name} {why}{detail}: run {command} first")
         return stage
 
+    def require_recording(self) -> Stage:
+        """The recording, which must be complete. Raises: RunError: it is not; the message says what completes it."""
+        stage = self.stages.get(RECORD)
+        # a pipeline's settings name it, if only as None; those of a loop of one's own do not
+        if stage is None or stage.state == "complete" or "pipeline" in stage.settings:
+            return self.require(RECORD, f"hydra-pipe record PIPELINE {self.path}")
+        if stage.state == "running":
+            raise RunError(
+                f"the recording of {self.path} was never closed: call recorder.close() after the training, or train in a block "
+                f"`with Recorder(...) as recorder:`; if its process has ended, run the training again"
+            )
+        detail = f", {printable(str(stage.facts['error']))}" if "error" in stage.facts else ""
+        raise RunError(
+            f"{self.path}: record is not finished (state: {stage.state}){detail}: run the training again, or go on from a state of "
+            f"the recorder"
+        )
+
     def save(self, *changed: str) -> None:
         """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
 

@@ -12,7 +12,7 @@ from hydra_pipe.plan.geometry import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import METADATA, Array, Group
-from hydra_pipe.store.files import remove, sync, sync_tree
+from hydra_pipe.store.files import PARTIAL, move, remove, sync, sync_tree
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROW_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
 from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
 
@@ -66,6 +66,8 @@ class GradientsWriter:
         self._paths = list(dict.fromkeys((path / part_name, path)))
         self._is_first = rank == 0
         self._writer = BackgroundWriter()
+        # where the test gradients go that are being taken, and their place when all are there
+        self._taking: tuple[Path, Path] | None = None
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
         self.rows = TableWriter(
             part,
@@ -126,8 +128,11 @@ class GradientsWriter:
             state: digests of the model's parameters and buffers, by name; None: not known.
         """
         path = self._root.require_group(names.TEST).path / names.checkpoint_name(step)
-        remove(path)
-        group = Group.create(path, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)}))
+        # hidden: readers meanwhile, and a later try, are to find none or all of them
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        remove(partial)
+        group = Group.create(partial, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)}))
+        self._taking = partial, path
         return test_table(group, self.layout, self.dtype, self._writer)
 
     def write_preconditioner(self, step: int, roots: Sequence[NDArray[Any]]) -> None:
@@ -184,9 +189,21 @@ class GradientsWriter:
             self._writer.close()
 
     def flush_test(self, table: TableWriter) -> None:
-        """Write the end of a table of test gradients and wait for it."""
+        """Write the end of a table of test gradients, and put it in the place of an earlier one of the same step."""
         table.flush()
         self._writer.drain()
+        assert self._taking is not None
+        partial, path = self._taking
+        remove(path)
+        move(partial, path)
+        self._taking = None
+
+    def drop_test(self) -> None:
+        """Remove a table of test gradients that was begun and not ended, if there is one. Raises: StoreError: see `close`."""
+        if self._taking is not None:
+            self._writer.drain()
+            remove(self._taking[0])
+            self._taking = None
 
 
 def test_dtype(dtype: str) -> str:

@@ -1,6 +1,9 @@
 """Recording under `lightning.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
+import copy
+import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,12 @@ from small_lightning import EXACT, TESTS, TRAIN, GoingOn, Killer, Net, StoppedEr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.errors import DataError, HydraError, OptimizerError, RecordError, RunError, UsageError
+from hydra_pipe.errors import DataError, HydraError, OptimizerError, RecordError, RecordWarning, RunError, UsageError
 from hydra_pipe.integrations.lightning import HydraCallback
 from hydra_pipe.loading import load_pipeline
 from hydra_pipe.store import names
@@ -391,3 +394,98 @@ def test_lenet_on_fashion_mnist(tmp_path: Path, shared_data: Path) -> None:
     relevance = np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))
     assert relevance.shape == (256, 20)
     assert np.abs(relevance).max() > 0
+
+
+class Failing(Dataset[Any]):
+    """Its last sample cannot be had."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 5:
+            raise OSError("the file is gone")
+        return TESTS[i % 5]
+
+
+def complete(run: Path) -> bool:
+    return json.loads((run / names.MANIFEST).read_text())["stages"]["record"]["state"] == "complete"
+
+
+class OfMappings(Net):
+    """Its batches are mappings."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(self(batch["x"]), batch["label"])
+
+    validation_step = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("tests", [None, "mappings", "pairs"])
+def test_batches_may_be_mappings_and_a_test_set_is_optional(tmp_path: Path, tests: str | None) -> None:
+    data = [{"x": x, "label": y} for x, y in TRAIN]
+    given = {None: (), "mappings": (data[:5], cross_entropy), "pairs": (TESTS, cross_entropy)}[tests]
+    callback = HydraCallback(tmp_path / "run", *given, **EXACT)
+    module, plain = OfMappings(), OfMappings()
+    for own, callbacks in ((module, [callback]), (plain, [])):
+        pl.seed_everything(5, verbose=False)
+        trainer(*callbacks).fit(own, DataLoader(data, 4, shuffle=True))
+    assert_same_weights(plain, module)
+    assert hydra_pipe.verify(tmp_path / "run") == []
+    if tests is None:
+        hydra_pipe.probe(tmp_path / "run", TESTS, name="late", model=module, loss=cross_entropy)
+        assert hydra_pipe.reduce(tmp_path / "run", test="late")
+    else:
+        assert hydra_pipe.reduce(tmp_path / "run")
+
+
+SLIPS: dict[str, tuple[Any, Any, str]] = {
+    "a loss that raises": (TESTS, lambda output, target: output.no_such, "the loss raised at the first test samples"),
+    "a loss of another shape": (TESTS, lambda output, target: output, "the loss has shape"),
+    "inputs of another shape": (TensorDataset(torch.zeros(5, 2), TESTS.tensors[1]), cross_entropy, "the model raised at the first"),
+    "no pairs": ([1, 2, 3], cross_entropy, "test_dataset yields Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+def test_test_samples_that_cannot_be_are_told_before_training(tmp_path: Path, case: str) -> None:
+    tests, loss, message = SLIPS[case]
+    module = Net()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(HydraError, match=message):
+        fit(module, HydraCallback(tmp_path / "run", tests, loss, **EXACT))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not (tmp_path / "run").exists()
+    assert not any(hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+
+
+def test_test_samples_that_fail_after_training_leave_its_result(tmp_path: Path) -> None:
+    with pytest.warns(RecordWarning, match=r"the file is gone.*hydra_pipe.probe"):
+        module = fit(Net(), HydraCallback(tmp_path / "run", Failing(), cross_entropy, **EXACT))
+    assert_same_weights(fit(Net()), module)
+    assert complete(tmp_path / "run")
+    assert hydra_pipe.verify(tmp_path / "run") == []
+
+
+def test_labels_that_cannot_be_are_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sample_labels has shape"):
+        fit(Net(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, sample_labels=[[1]] * 26))
+    with pytest.raises(DataError, match="test_labels has 2 entries for 5 test samples"):
+        HydraCallback(tmp_path / "run", TESTS, cross_entropy, test_labels=[1, 2])
+    with pytest.raises(UsageError, match="a test_dataset and a test_loss, or none"):
+        HydraCallback(tmp_path / "run", TESTS)
+
+
+class Interrupter(pl.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_nothing_hooked(tmp_path: Path) -> None:
+    module = Net()
+    with suppress(KeyboardInterrupt, SystemExit):  # which of them depends on the trainer's version
+        fit(module, HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), Interrupter())
+    assert not any(hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    cross_entropy(module(TRAIN.tensors[0]), TRAIN.tensors[1]).mean().backward()
+    optimizer.step()

@@ -1,6 +1,7 @@
 """Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a plain loop."""
 
 import html
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,27 @@ import torch
 from comparing import arrays, assert_same_run, assert_same_weights, steps_of
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from small_trainers import EXACT, Killer, StoppedError, classifier, language_model, padded, sst2, texts, trainer
+from small_trainers import (
+    EXACT,
+    VOCABULARY,
+    Killer,
+    StoppedError,
+    arguments,
+    classifier,
+    language_model,
+    padded,
+    sst2,
+    texts,
+    trainer,
+)
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, get_cosine_schedule_with_warmup
+from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
 from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.errors import DataError, HydraError, RecordError, RunError, UsageError
+from hydra_pipe.errors import DataError, HydraError, RecordError, RecordWarning, RunError, UsageError
 from hydra_pipe.integrations.transformers import HydraCallback
 from hydra_pipe.store import names
 
@@ -270,3 +283,118 @@ def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None
     assert all(words.decode(sample["input_ids"]) in page for sample in tests)
     with pytest.raises(UsageError, match="not both"):
         hydra_pipe.report(tmp_path / "run", samples=shown, pipeline="pipelines/digits.py")
+
+
+class Padded(nn.Module):
+    """A classifier whose forward takes no labels and returns a tuple, or with labels the loss before its scores."""
+
+    def __init__(self, *, takes_labels: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 2)
+        if takes_labels:
+            self.forward = self.with_labels  # type: ignore[method-assign]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        masked = self.embed(input_ids) * attention_mask[..., None]
+        return (self.head(masked.sum(1)),)
+
+    def with_labels(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        scores = self.head((self.embed(input_ids) * attention_mask[..., None]).sum(1))
+        return (scores,) if labels is None else (nn.functional.cross_entropy(scores, labels), scores)
+
+
+class OwnLoss(Trainer):
+    """Computes the loss itself, of a model that takes no labels."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs[0], labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def own(tmp_path: Path, model: nn.Module, callback: HydraCallback, kind: type[Trainer]) -> None:
+    train = texts(32, 0, causal=False)
+    args = arguments(tmp_path / "out", remove_unused_columns=False, bf16=False)
+    kind(model, args, train_dataset=train, data_collator=padded, callbacks=[callback]).train()
+
+
+def state_of(run: Path) -> str:
+    return str(json.loads((run / names.MANIFEST).read_text())["stages"]["record"]["state"])
+
+
+def test_a_model_that_returns_a_tuple_has_its_loss_first(tmp_path: Path) -> None:
+    own(tmp_path, Padded(takes_labels=True), HydraCallback(tmp_path / "run", texts(5, 1, causal=False), **EXACT), Trainer)
+    assert hydra_pipe.reduce(tmp_path / "run")
+
+
+def test_a_model_whose_forward_takes_no_labels_needs_a_test_loss(tmp_path: Path) -> None:
+    tests = texts(5, 1, causal=False)
+    with pytest.raises(DataError, match=r"Padded.forward takes no labels, and returns no loss: give HydraCallback.*test_loss"):
+        own(tmp_path, Padded(takes_labels=False), HydraCallback(tmp_path / "none", tests), OwnLoss)
+    assert not (tmp_path / "none").exists()
+
+    def loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output[0], labels, reduction="none")
+
+    own(tmp_path, Padded(takes_labels=False), HydraCallback(tmp_path / "run", tests, test_loss=loss, **EXACT), OwnLoss)
+    assert hydra_pipe.reduce(tmp_path / "run")
+
+
+TOO_LONG = {"input_ids": [5] * 99, "labels": 1}
+
+
+def test_a_test_set_is_optional(tmp_path: Path) -> None:
+    model = classifier()
+    trainer(tmp_path / "out", model, texts(32, 0, causal=False), [HydraCallback(tmp_path / "run", **EXACT)]).train()
+    assert hydra_pipe.verify(tmp_path / "run") == []
+    tests = [padded([sample]) for sample in texts(5, 1, causal=False)]
+
+    def loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output.logits, labels, reduction="none")
+
+    hydra_pipe.probe(tmp_path / "run", tests, name="late", model=model, loss=loss)
+    assert hydra_pipe.reduce(tmp_path / "run", test="late")
+
+
+SLIPS: list[tuple[str, Any, str]] = [
+    ("too long", TOO_LONG, "the model raised at the first test samples, before training"),
+    ("raw text", {"input_ids": "a film to see", "labels": 1}, "the data collator raised at test sample 0"),
+    ("no labels", {"input_ids": [5, 6]}, "the data collator raised at test sample 0: KeyError"),
+    ("a label that is none of the model's", {"input_ids": [5, 6], "labels": 99}, "the model raised at the first"),
+]
+
+
+@pytest.mark.parametrize(("case", "sample", "message"), SLIPS, ids=[case[0] for case in SLIPS])
+def test_a_slip_in_the_test_samples_is_told_before_training_or_leaves_its_result(
+    tmp_path: Path, case: str, sample: Any, message: str
+) -> None:
+    train, good = texts(32, 0, causal=False), texts(2, 1, causal=False)
+    with pytest.raises(HydraError, match=message):
+        trainer(tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / "first", [sample, *good], **EXACT)]).train()
+    assert not (tmp_path / "first").exists()
+    plain, model = classifier(), classifier()
+    trainer(tmp_path / "plain", plain, train).train()
+    callback = HydraCallback(tmp_path / "last", [*good, sample], test_labels=[0, 1, 0], **EXACT)
+    with pytest.warns(RecordWarning, match="were not taken: .*hydra_pipe.probe"):
+        assert trainer(tmp_path / "out", model, train, [callback]).train().global_step == 6
+    assert_same_weights(plain, model)
+    assert state_of(tmp_path / "last") == "complete"
+    assert hydra_pipe.verify(tmp_path / "last") == []
+
+
+class Interrupter(TrainerCallback):
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_nothing_hooked(tmp_path: Path) -> None:
+    model = classifier()
+    made = trainer(tmp_path / "out", model, texts(32, 0, causal=False), [HydraCallback(tmp_path / "run", **EXACT), Interrupter()])
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert not any(hook for part in model.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**padded(texts(3, 0, causal=False))).loss.backward()
+    optimizer.step()

@@ -25,7 +25,7 @@ from hydra_pipe import Pipeline
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import InterruptedRunError, UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording import batches, trainer
+from hydra_pipe.recording import trainer
 from hydra_pipe.recording.checkpointing import Interval
 from hydra_pipe.recording.interruption import stop_requested
 from hydra_pipe.store.checkpoints import KEPT, checkpoints_in
@@ -294,14 +294,14 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 def test_a_signal_among_the_test_gradients_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "whole")
-    real = batches.test_batches
+    real = trainer.test_batches
 
     def interrupted(*args: Any) -> Iterator[Any]:
         signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "test_batches", interrupted)
+        patch.setattr(trainer, "test_batches", interrupted)
         with pytest.raises(InterruptedRunError, match=r"while taking test gradients: .* go on after step 10") as raised:
             hydra_pipe.record(conv_pipeline(), tmp_path / "run", checkpoint_every="9")
     assert raised.value.exit_code == 143

@@ -1,0 +1,55 @@
+"""The end of a training that a trainer ran: its result is returned whatever happens to the recording's last parts."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra_pipe.errors import RecordWarning
+from hydra_pipe.recording.recorder import Recorder
+from hydra_pipe.recording.settings import Labels
+from hydra_pipe.recording.testing import say_without_tests
+
+# what gives batches of (inputs, targets), anew each time
+Tests = Callable[[], Iterator[tuple[Any, Any]]]
+
+
+def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | None) -> None:
+    """Record the test gradients, if there are test samples, and close; what fails is told by a warning.
+
+    Raises:
+        HydraError: rows of the training itself cannot be recorded, so that the recording has failed.
+    """
+    slip: Exception | None = None
+    if tests is not None:
+        try:
+            recorder.record_test(tests(), loss, labels=labels)
+        except Exception as error:
+            if recorder.is_closed:
+                raise
+            slip = error
+    try:
+        recorder.close()
+    except Exception as error:
+        if recorder.is_closed:
+            raise
+        _warn(
+            f"the recording of {recorder.path} was not closed: {error}. All of it is there: mend this, and call "
+            f"callback.recorder.close()"
+        )
+    if slip is not None:  # not before: a warning may be an error
+        say_without_tests(slip, recorder.path)
+
+
+@contextmanager
+def optional(path: Path, what: str) -> Iterator[None]:
+    """A block without which the recording is complete: what it raises becomes a warning that `what` is left out."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the user's own code, after hours of training
+        _warn(f"{what} of {path} are left out: {type(error).__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RecordWarning, stacklevel=3)
