@@ -54,7 +54,7 @@ def gradients_of_losses(losses: Tensor, parameters: Mapping[str, nn.Parameter]) 
     """One backward pass from each of `losses`, shape (batch,), of one pass over the whole batch."""
     result = []
     for loss in losses:
-        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        found = _gradients(loss, list(parameters.values()))
         result.append(
             {
                 name: torch.zeros(p.numel()) if g is None else g.detach().flatten().float()
@@ -62,6 +62,17 @@ def gradients_of_losses(losses: Tensor, parameters: Mapping[str, nn.Parameter]) 
             }
         )
     return result
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """By way of `.grad`, since reentrant checkpointing knows no other."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward(retain_graph=True)
+    found = [None if p.grad is None else p.grad.clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
 def couples(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.layers import takes_any_leading_dimensions
 from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
-from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, mixing_block, plan_of, whole_plan
+from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, gradients_by_backward, mixing_block, plan_of, whole_plan
 from hydra_pipe.recording.places import Call, Origin, Pass, Watched, order_of_rows
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class Attribution:
         try:
             with self._capture.sending_to(probe.take):
                 if walk.is_checkpointed:
-                    found = _by_backward(walk, self._model, outputs, gradients, trained)
+                    found = gradients_by_backward(walk, self._model, outputs, gradients, trained)
                 else:
                     found = torch.autograd.grad(outputs, trained, gradients, retain_graph=True, allow_unused=True)
         finally:
@@ -469,23 +469,6 @@ def _generic(origin: Origin, weights: Tensor) -> Tensor:
         )
         by_sample.mul_(factors.to(gradient).reshape([size if d == dim else 1 for d in range(by_sample.dim())]))
     return gradient
-
-
-def _by_backward(
-    walk: Walk, model: nn.Module, outputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[nn.Parameter]
-) -> list[Tensor | None]:
-    """Gradients by way of `.grad`, which is put back: reentrant checkpointing knows no other."""
-    found = {getattr(node, "variable", None) for node in walk.nodes}
-    leaves = list({*model.parameters(), *(x for x in found if x is not None)})
-    kept = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(outputs, gradients, retain_graph=True)
-        return [parameter.grad for parameter in wanted]
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
 
 
 def _uncoupled(at_inputs: Sequence[Tensor | None], at_outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:

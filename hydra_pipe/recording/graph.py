@@ -439,3 +439,28 @@ def _pulled_back(edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[
         singly = [torch.autograd.grad([output], parameters, [one], **options) for one in gradients]
         found = [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*singly, strict=True)]
     return [None if g is None else g.detach().reshape(len(gradients), -1) for g in found]
+
+
+def gradients_of(model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """Gradients of a scalar, whatever checkpointing `model` uses; `.grad` is as before."""
+    walk = Walk([total], {})
+    if walk.is_checkpointed:
+        return gradients_by_backward(walk, model, [total], [torch.ones_like(total)], wanted)
+    return torch.autograd.grad(total, list(wanted), allow_unused=True)
+
+
+def gradients_by_backward(
+    walk: Walk, model: nn.Module, outputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """Gradients by way of `.grad`, which is put back: reentrant checkpointing knows no other. The graph is kept."""
+    found = {getattr(node, "variable", None) for node in walk.nodes}
+    leaves = list({*model.parameters(), *(x for x in found if x is not None)})
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        return [parameter.grad for parameter in wanted]
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import DataError, NonFiniteError, RecordError, RecordWarning
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import called, on_device, size_of
+from hydra_pipe.recording.graph import gradients_of
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.settings import Labels, checked_labels
@@ -143,7 +144,7 @@ def record_test_gradients(
             if not torch.isfinite(losses).all():
                 bad = n_tests + int(torch.argmin(torch.isfinite(losses).int()))
                 raise NonFiniteError(f"the loss of {what} sample {bad} is not finite {when}")
-            given = torch.autograd.grad(losses.sum(), collector.parameters, allow_unused=True)
+            given = gradients_of(model, losses.sum(), collector.parameters)
         collector.rest()
         columns = {names.LOSS: losses.detach().float().cpu().numpy()}
         slab = collector.add_to(slab, given, columns, f"in the {what} gradients {when}", at_step=False)
