@@ -66,12 +66,13 @@ def gradients_of_losses(losses: Tensor, parameters: Mapping[str, nn.Parameter]) 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
     """By way of `.grad`, since reentrant checkpointing knows no other."""
+    kept = [p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
     loss.backward(retain_graph=True)
-    found = [None if p.grad is None else p.grad.clone() for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
+    found = [p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, kept, strict=True):
+        parameter.grad = gradient
     return found
 
 
