@@ -41,7 +41,7 @@ class Cut:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether nobody has said how many, or below which score."""
+        """Tell whether nobody has said how many, or below which score."""
         return self.lowest is None and self.threshold is None
 
     def of(self, scores: Floats, judged: NDArray[np.bool_] | None = None) -> Ints:

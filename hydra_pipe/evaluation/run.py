@@ -219,7 +219,7 @@ def _result(
 
 
 def _lacks_interval(row: Mapping[str, Any]) -> bool:
-    """Whether a mean in `row` is of one test sample."""
+    """Tell whether a mean in `row` is of one test sample."""
     bounds = (value for name, value in row.items() if name.endswith("_low"))
     return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 

@@ -54,7 +54,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def takes_any_leading_dimensions(rule: Rule) -> bool:
-    """Whether `rule` takes samples and positions in any order, so that the samples may be moved to the front."""
+    """Tell whether `rule` takes samples and positions in any order, so that the samples may be moved to the front."""
     return rule in (linear_rule, conv1d_of_transformers_rule, embedding_rule, last_dims_norm_rule)
 
 
@@ -187,7 +187,10 @@ def last_dims_norm_rule(
 
 
 def _over_positions(terms: Tensor) -> Contribution:
-    """Sums over positions of terms of shape (B, P, n). The books know what is summed: where a softmax follows, only rounding may be left."""
+    """Sum terms of shape (B, P, n) over positions, and keep what is summed.
+
+    Where a softmax over positions follows, nothing but rounding may be left of the sum.
+    """
     if terms.shape[1] == 1:
         return terms[:, 0]
     return Summed(terms.sum(1), norms(terms).mul_(terms.shape[1] ** 0.5))

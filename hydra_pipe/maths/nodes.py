@@ -1,11 +1,13 @@
 """Rules for one node of the autograd graph: from the gradient at the node's output to each sample's gradient at one of its inputs.
 
-A layer rule (`hydra_pipe.maths.layers`) needs a module. A node rule needs nothing but the graph that autograd keeps of every pass: it
-serves parameters that a module of any kind owns, and parameters that are used outside of the module that owns them.
+A layer rule (`hydra_pipe.maths.layers`) needs a module. A node rule needs nothing but the graph that autograd keeps
+of every pass: it serves parameters that a module of any kind owns, and parameters that are used outside of the module
+that owns them.
 
 Symbols: B samples in the pass, P positions of a sample, O output and I input features, T time steps, H hidden features.
 
-`by_sample` always works: it calls the node once for each sample, with zeros in place of the other samples' gradients. A rule is fast.
+`by_sample` always works: it calls the node once for each sample, with zeros in place of the other samples' gradients.
+A rule is fast.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +123,8 @@ def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | 
 
 
 def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]) -> Summed | None:
-    """Each sample's part of `values`, summed to `shape` as autograd sums what was broadcast; None where `shape` holds samples itself.
+    """Each sample's part of `values`, summed to `shape` as autograd sums what was broadcast; None where `shape` holds
+    samples itself.
 
     Args:
         values: a gradient times whatever multiplied the input, shape as the node's output.

@@ -15,15 +15,15 @@ class SampleOrder:
 
     Args:
         dim: the dimension that holds the samples. Its length L is a multiple of the batch B.
-        major: True: the k entries of a sample are neighbours (windows of a picture). False: entry 0 of all samples comes first, then
-            entry 1 of all samples (time steps before samples).
+        major: True: the k entries of a sample are neighbours (windows of a picture). False: entry 0 of all samples
+            comes first, then entry 1 of all samples (time steps before samples).
     """
 
     dim: int = 0
     major: bool = True
 
     def fits(self, value: Tensor, batch: int) -> bool:
-        """Whether `value` may hold `batch` samples in this order."""
+        """Tell whether `value` may hold `batch` samples in this order."""
         return value.dim() > self.dim and value.shape[self.dim] > 0 and value.shape[self.dim] % batch == 0
 
     def split(self, value: Tensor, batch: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Whose a gradient is, known from outside of the books.
 
-The books see sums: rows of the wrong sample balance as well. So gradients of one sample's output alone, a *probe*, are sent back through
-the graph of the training's own pass. Wherever they arrive belongs to that sample: the first probe finds where each module and each node
-keeps its samples, the next one, of another sample, holds the rows that the recorder would make against torch's own gradients. Probes go
-through the first pass of each mode, and through one now and then. They draw no random number, touch no `.grad` and change nothing.
+The books see sums: rows of the wrong sample balance as well. So gradients of one sample's output alone, a *probe*,
+are sent back through the graph of the training's own pass. Wherever they arrive belongs to that sample: the first
+probe finds where each module and each node keeps its samples, the next one, of another sample, holds the rows that
+the recorder would make against torch's own gradients. Probes go through the first pass of each mode, and through one
+now and then. They draw no random number, touch no `.grad` and change nothing.
 
-A parameter whose rows are wrong by its layer rule is left to the graph (`hydra_pipe.recording.graph`), and one that the graph cannot split
-to one backward pass a sample. A module that mixes the samples of a batch is refused by name.
+A parameter whose rows are wrong by its layer rule is left to the graph (`hydra_pipe.recording.graph`), and one that
+the graph cannot split to one backward pass a sample. A module that mixes the samples of a batch is refused by name.
 """
 
 import logging
@@ -229,13 +230,14 @@ class Attribution:
         plan = self._plans[key]
         if plan.slow and walk.is_checkpointed:
             raise LayerError(
-                f"{self._names[min(plan.slow)]} is used inside of reentrant checkpointing, by a module without a layer rule: its gradient "
+                f"{self._names[min(plan.slow)]} is used inside of reentrant checkpointing, by a module without a layer "
+                f"rule: its gradient "
                 f"cannot be split by sample there. Checkpoint with use_reentrant=False"
             )
         return plan
 
     def _accumulates_elsewhere(self) -> bool:
-        """Whether something else than `.grad` hears of gradients, such as a reducer of several ranks."""
+        """Tell whether something else than `.grad` hears of gradients, such as a reducer of several ranks."""
         return self._capture.has_ranks or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._model.parameters())
 
     def _ask_nodes(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, nodes: OrderProbe, sample: int) -> None:
@@ -429,7 +431,8 @@ class Attribution:
                 found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise LayerError(
-                    f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that the loss "
+                    f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that "
+                    f"the loss "
                     f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or let the model return one of them"
                 ) from error
             for of_block, parameter, gradient in zip(rows, trained, found, strict=True):
@@ -439,7 +442,8 @@ class Attribution:
 
 def _mixes(name: str) -> LayerError:
     return LayerError(
-        f"the output of one sample alone depends on other rows of {name}: the model mixes the samples of a batch there, and no row is a "
+        f"the output of one sample alone depends on other rows of {name}: the model mixes the samples of a batch "
+        f"there, and no row is a "
         f"sample's own. Leave the mixing out while recording, or freeze {name}"
     )
 

@@ -1,7 +1,8 @@
 """Hooks that see each module's input and the gradient at its output. They change nothing and leave no trace when they are gone.
 
-What a module hands on is what it made: no hook returns another output. Where a gradient belongs to a sample is found from the place of the
-gradient, and the place is held against probes (`hydra_pipe.recording.attribution`): gradients of one sample's output alone.
+What a module hands on is what it made: no hook returns another output. Where a gradient belongs to a sample is found
+from the place of the gradient, and the place is held against probes (`hydra_pipe.recording.attribution`): gradients
+of one sample's output alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
 
-# (contributions of one call by index of the parameter's block, place of their first sample in the step, whether the loop has asked for
-# these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`) -> whether they count
+# (contributions of one call by index of the parameter's block, place of their first sample in the step, whether the
+# loop has asked for these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`) -> whether they
+# count
 Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
 
 _NOTHING = nullcontext()
@@ -347,7 +349,7 @@ class Capture:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _destination(self, parameter: nn.Parameter | None) -> bool | None:
-        """Whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by torch.autograd.grad."""
+        """Tell whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by torch.autograd.grad."""
         parameter = parameter if parameter is not None else self._attribution.any_trained()
         if parameter is None:
             return True
@@ -377,7 +379,8 @@ class Capture:
             return  # since the forward pass the module was left to the graph
         if call.is_recomputed and self._passes_open > 1:
             raise LayerError(
-                f"{call.watched.name} is recomputed by reentrant checkpointing after {self._passes_open} passes, and which of them it is "
+                f"{call.watched.name} is recomputed by reentrant checkpointing after {self._passes_open} passes, and which "
+                f"of them it is "
                 f"of cannot be known: call backward() after each pass, or checkpoint with use_reentrant=False"
             )
         # A rule may run the module, or parts of it, again: those passes are not the training's.

@@ -1,4 +1,4 @@
-"""Whether a batch holds its samples in the order in which they were drawn."""
+"""Tell whether a batch holds its samples in the order in which they were drawn."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,8 +45,9 @@ def checked_collate(collate: Any) -> Any:
 def check_order(samples: Sequence[Any], batch: Any) -> None:
     """Refuse a batch whose rows are its samples in another order.
 
-    A row is a sample's if the two have the same values, or if the row begins or ends with the sample's, as where shorter ones are padded.
-    Where rows are like no sample (a collate function that draws or changes), nothing is known and nothing is said.
+    A row is a sample's if the two have the same values, or if the row begins or ends with the sample's, as where
+    shorter ones are padded. Where rows are like no sample (a collate function that draws or changes), nothing is
+    known and nothing is said.
 
     Raises:
         RecordError: names the order.
@@ -66,7 +67,8 @@ def check_order(samples: Sequence[Any], batch: Any) -> None:
             if order == list(range(n)):
                 return
             raise RecordError(
-                f"the collate function gives the batch in another order than its samples were drawn in: row 0 is sample number {order[0]} "
+                f"the collate function gives the batch in another order than its samples were drawn in: row 0 is sample "
+                f"number {order[0]} "
                 f"of those drawn. Let it keep the order, or put the ids into the batch and name them by recorder.step(ids)"
             )
 
@@ -127,7 +129,8 @@ def _refuse_arrangement(weights: Tensor, ids: NDArray[np.int64]) -> None:
     raise RecordError(
         f"what the model is given in place of sample {ids[row]} is {share:.0%} sample {ids[other]}: the batch is "
         + ("permuted" if share > 0.99 else "mixed (mixup, cutmix)")
-        + " between the loader and the model. Tell the recorder by recorder.mixed(order, weight), or name the samples in their order by "
+        + " between the loader and the model. Tell the recorder by recorder.mixed(order, weight), or name the "
+        "samples in their order by "
         "recorder.step(ids)"
     )
 

@@ -24,8 +24,8 @@ from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
-# (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner then; without a gradient
-# as it stands now; without lines of the whole block
+# (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner
+# then; without a gradient as it stands now; without lines of the whole block
 Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
 
@@ -207,7 +207,7 @@ class Collector:
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
     def left_out(self, *, begun: bool) -> bool:
-        """Whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
+        """Tell whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
 
         Args:
             begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has
@@ -218,7 +218,7 @@ class Collector:
         return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
 
     def overflowed(self) -> bool:
-        """Whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
+        """Tell whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
 
         Hooks see what is lost from `.grad` where the loop has cleared it. `.grad` has what they do not see: a sum over the batch
         that overflowed in half precision, of finite shares; and what the hooks of another rank saw.

@@ -1,9 +1,10 @@
 """Losses that mix samples, and passes that nothing ties to the samples of the step.
 
-A row is a sample's own where the loss is a sum of the samples' losses. The model's probes (`hydra_pipe.recording.attribution`) end at its
-outputs; what the loop makes of these is seen just before a backward pass, when the graph of the loss is whole. The gradient at the output of
-one sample must not change with the outputs of others: the second derivative of the loss between them is zero. One kind is let through, a
-function of the sum of the samples' losses (a root of a mean, say): there the second derivative is the gradient itself, times one number.
+A row is a sample's own where the loss is a sum of the samples' losses. The model's probes
+(`hydra_pipe.recording.attribution`) end at its outputs; what the loop makes of these is seen just before a backward
+pass, when the graph of the loss is whole. The gradient at the output of one sample must not change with the outputs
+of others: the second derivative of the loss between them is zero. One kind is let through, a function of the sum of
+the samples' losses (a root of a mean, say): there the second derivative is the gradient itself, times one number.
 """
 
 import weakref
@@ -117,7 +118,7 @@ def coupling_of(
 
 
 def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int) -> bool:
-    """Whether second derivatives of a sample's gradient are those of a loss that mixes it with others."""
+    """Tell whether second derivatives of a sample's gradient are those of a loss that mixes it with others."""
     others, gradients, own = [], [], 0.0
     for (origin, of_pass, gradient), h in zip(used, second, strict=True):
         if h is None:
@@ -141,7 +142,7 @@ def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin
 
 
 def same_inputs(one: Pass, other: Pass) -> bool:
-    """Whether two passes were given the same tensor."""
+    """Tell whether two passes were given the same tensor."""
     ours = [x for reference in one.inputs if (x := reference()) is not None]
     theirs = [x for reference in other.inputs if (x := reference()) is not None]
     return any(a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0 for a in ours for b in theirs)
@@ -203,8 +204,10 @@ class LossCoupling:
                 tied = (id(one), id(other)) in self._tied or same_inputs(one, other) or same_targets(one, other)
                 if not tied and not self._allows_mixing:
                     raise LayerError(
-                        f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same ones (a "
-                        f"second batch, such as unlabelled or generated samples, has samples of its own): name those of both calls, one "
+                        f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same "
+                        f"ones (a "
+                        f"second batch, such as unlabelled or generated samples, has samples of its own): name those of both "
+                        f"calls, one "
                         f"after the other, as in recorder.step(torch.cat([ids, ids_of_the_second_call]))"
                     )
                 self._is_known = True
@@ -220,14 +223,16 @@ class LossCoupling:
         self._tied |= {pair for one, other in found.tied for pair in ((id(one), id(other)), (id(other), id(one)))}
         if found.mixes is not None and not self._allows_mixing:
             raise LayerError(
-                "the loss of one sample depends on the outputs of others (in-batch negatives, or another contrastive or batch-wide loss): "
-                "no row would be a sample's own. Take a loss that is a sum over samples, or give Recorder(..., allow_mixed_loss=True): "
+                "the loss of one sample depends on the outputs of others (in-batch negatives, or another contrastive or "
+                "batch-wide loss): "
+                "no row would be a sample's own. Take a loss that is a sum over samples, or give Recorder(..., "
+                "allow_mixed_loss=True): "
                 "a row is then the share of the batch's gradient that goes through the sample's own outputs"
             )
 
 
 def same_targets(outputs: Sequence[Any], one: Pass, other: Pass) -> bool:
-    """Whether the gradients at the outputs of two passes are those of cross-entropy with the same targets.
+    """Tell whether the gradients at the outputs of two passes are those of cross-entropy with the same targets.
 
     Args:
         outputs: `SeenOutput` of each backward pass, in the order of the passes.

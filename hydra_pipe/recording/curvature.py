@@ -76,7 +76,8 @@ class CurvatureWatch:
             shares: places of the samples that others have shares in; None: there are none.
 
         Returns:
-            rho of each sample, and of each share, shape (batch + shares,): filled in by `settle`, not a number where it is not known.
+            rho of each sample, and of each share, shape (batch + shares,): filled in by `settle`, not a number where
+            it is not known.
         """
         batch = len(samples)
         column = np.full(batch + (0 if shares is None else len(shares)), np.nan, np.float32)

@@ -78,7 +78,7 @@ def pair_of(item: Any, what: str) -> tuple[Any, Any]:
 
 
 def is_dataset(given: Any) -> bool:
-    """Whether `given` yields samples by their number, and not batches."""
+    """Tell whether `given` yields samples by their number, and not batches."""
     if isinstance(given, list | tuple):
         return bool(given) and not _is_batch(given) and _is_sample(given[0])
     is_numbered = hasattr(given, "__getitem__") and hasattr(given, "__len__")
@@ -86,12 +86,12 @@ def is_dataset(given: Any) -> bool:
 
 
 def _is_batch(given: Any) -> bool:
-    """Whether `given` is one batch, and not several."""
+    """Tell whether `given` is one batch, and not several."""
     return isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) > 1 and isinstance(given[0], Tensor))
 
 
 def _is_sample(item: Any) -> bool:
-    """Whether an item of a list is one sample: its target is a number, or its values are not tensors yet."""
+    """Tell whether an item of a list is one sample: its target is a number, or its values are not tensors yet."""
     if isinstance(item, Mapping):
         return not any(isinstance(x, Tensor) and x.dim() > 0 for x in tree_leaves(dict(item)))
     if not isinstance(item, tuple | list) or len(item) < 2:

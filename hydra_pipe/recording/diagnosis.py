@@ -184,7 +184,7 @@ def _path_of(kind: type) -> str:
 
 
 def _is_graphed(module: nn.Module, parameters: Trained) -> bool:
-    """Whether CUDA graphs run `module`, as far as can be seen."""
+    """Tell whether CUDA graphs run `module`, as far as can be seen."""
     if "make_graphed_callables" in getattr(module.__dict__.get("forward"), "__qualname__", ""):
         return True
     context = module.__dict__.get("dynamo_ctx") or getattr(module, "_compiled_call_impl", None)
@@ -228,7 +228,7 @@ def _compiled_around(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_code(module: nn.Module) -> bool:
-    """Whether there is compiled code of the forward pass of `module`, or of another of its class, with which it is shared."""
+    """Tell whether there is compiled code of the forward pass of `module`, or of another of its class, with which it is shared."""
     entries = getattr(torch._C._dynamo.eval_frame, "_debug_get_cache_entry_list", None)
     if entries is None:
         return False
@@ -241,7 +241,7 @@ def _has_code(module: nn.Module) -> bool:
 
 
 def _anything_compiled() -> bool:
-    """Whether torch.compile has compiled anything in this process."""
+    """Tell whether torch.compile has compiled anything in this process."""
     convert = sys.modules.get("torch._dynamo.convert_frame")
     return bool(getattr(getattr(convert, "input_codes", None), "seen", ()))
 

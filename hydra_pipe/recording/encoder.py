@@ -124,7 +124,7 @@ class RowEncoder:
         return [columns for part, columns in enumerate(self.part_columns) if part not in inputs]
 
     def takes_lines(self, index: int, given: Sequence[Given]) -> bool:
-        """Whether the columns of block `index` are made of the lines of a table that contributions use, and no others are looked at."""
+        """Tell whether block `index` is projected from the lines of a table that its contributions use."""
         return index in self._sketches and all(isinstance(g.value, TokenRows) for g in given)
 
     def reduce(self, index: int, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:

@@ -1,8 +1,9 @@
 """The autograd graph of one pass: which nodes use a parameter, and how each sample's gradient comes from there to the parameter.
 
-A *route* begins at a node whose output keeps the samples apart and which has an input that all samples share: a parameter, or something
-made of parameters alone (a transposed weight, an embedding of positions). `hydra_pipe.maths.nodes` splits the node's gradient by sample;
-what lies between the input and the parameters, the *chain*, is differentiated for all samples at once.
+A *route* begins at a node whose output keeps the samples apart and which has an input that all samples share: a
+parameter, or something made of parameters alone (a transposed weight, an embedding of positions).
+`hydra_pipe.maths.nodes` splits the node's gradient by sample; what lies between the input and the parameters, the
+*chain*, is differentiated for all samples at once.
 """
 
 import warnings
@@ -164,8 +165,8 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
 def mixing_block(walk: Walk, probe: "OrderProbe", buffers: Collection[int], wanted: frozenset[int]) -> int | None:
     """A block that is used where the samples of a batch are mixed; None: there is none.
 
-    A node has mixed samples behind it if it multiplies a parameter with data, and one row of its output is reached from two samples.
-    What is no data (a mask, a table of positions) all samples share.
+    A node has mixed samples behind it if it multiplies a parameter with data, and one row of its output is reached
+    from two samples. What is no data (a mask, a table of positions) all samples share.
 
     Args:
         walk, probe, wanted: see `plan_of`.
@@ -252,12 +253,12 @@ class OrderProbe:
 
     @property
     def may_mix(self) -> bool:
-        """Whether a node that multiplies a parameter with data was reached in the rows of several samples."""
+        """Tell whether a node that multiplies a parameter with data was reached in the rows of several samples."""
         return any(self._walk.nodes[number].name() in _TIMES_DATA for number in self.mixed - self.overlapping)
 
     @property
     def is_complete(self) -> bool:
-        """Whether a gradient has come through every node."""
+        """Tell whether a gradient has come through every node."""
         return all(number in self._orders or number in self.mixed for number in self._watched)
 
     def remove(self) -> None:
@@ -344,7 +345,8 @@ class RouteCall:
             order = self.route.orders[place] if place < len(self.route.orders) else None
             if gradient is not None and (order is None or not order.fits(gradient, self.batch)):
                 raise LayerError(
-                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} keeps its samples elsewhere than in the "
+                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} keeps its samples elsewhere than "
+                    f"in the "
                     f"first step ({node.name()}): freeze the parameters behind it, or use a batch of one"
                 )
             orders.append(None if gradient is None else order)
@@ -358,7 +360,8 @@ class RouteCall:
                 found += self._through_chain(below[slot], at_inputs[slot], shapes[slot], blocks)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise LayerError(
-                f"the gradient of {node.name()} cannot be split by sample ({str(error).splitlines()[0][:200]}): freeze the parameters "
+                f"the gradient of {node.name()} cannot be split by sample ({str(error).splitlines()[0][:200]}): freeze the "
+                f"parameters "
                 f"behind it, or use a batch of one"
             ) from error
         return found

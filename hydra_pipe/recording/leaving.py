@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 def left_by_exception(frame: FrameType | None) -> bool:
-    """Whether an exception is ending the loop that has just let go of its iterator.
+    """Tell whether an exception is ending the loop that has just let go of its iterator.
 
     The interpreter drops the iterator of a loop before any handler runs, and shows the exception to nobody meanwhile. But a
     traceback says at which instruction the frame raised. A loop that is left by `break` has come to another one.

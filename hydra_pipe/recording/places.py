@@ -1,8 +1,8 @@
 """Calls of one module in one pass, and whose rows they make.
 
-Symbols: B samples in the pass, N rows of a module in it, over all its calls: the entries of the first dimension of its outputs, one call
-after the other. A module that is called once with the batch has N = B. One that is called sample by sample, window by window or view by
-view has others; its `SampleOrder` is that of the N rows.
+Symbols: B samples in the pass, N rows of a module in it, over all its calls: the entries of the first dimension of
+    its outputs, one call after the other. A module that is called once with the batch has N = B. One that is called
+    sample by sample, window by window or view by view has others; its `SampleOrder` is that of the N rows.
 """
 
 import weakref
@@ -206,7 +206,8 @@ def _where(call: Call, batch: int) -> tuple[int, int, bool] | None:
 def _unclear(call: Call) -> LayerError:
     kind = type(call.watched.module).__name__
     return LayerError(
-        f"{call.watched.name} ({kind}) has an output of shape {call.shape} in a batch of {call.of_pass.count}: its first dimension must be "
+        f"{call.watched.name} ({kind}) has an output of shape {call.shape} in a batch of {call.of_pass.count}: its "
+        f"first dimension must be "
         f"the sample, or its gradient cannot be split by sample"
     )
 

@@ -462,7 +462,7 @@ class Recorder:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it records no more: it was closed, or the recording has failed."""
+        """Tell whether it records no more: it was closed, or the recording has failed."""
         return self._closed
 
     @property

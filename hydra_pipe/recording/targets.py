@@ -12,8 +12,9 @@ _ENOUGH = 4
 class TargetCheck:
     """Holds the targets that training has seen against the labels of the samples.
 
-    The labels need not be the targets (true labels of noisy ones, or coarser classes). They are taken for the targets once a batch agrees with
-    them; from then on each has to. A batch that holds the right labels in another order is refused at once.
+    The labels need not be the targets (true labels of noisy ones, or coarser classes). They are taken for the targets
+    once a batch agrees with them; from then on each has to. A batch that holds the right labels in another order is
+    refused at once.
 
     Args:
         labels: of all training samples; None, or other than integers: nothing is checked.
@@ -28,7 +29,7 @@ class TargetCheck:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is something to check."""
+        """Tell whether there is something to check."""
         return self._labels is not None
 
     def check(self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model's parameters are those that the last recorded step left."""
+"""Tell whether a model's parameters are those that the last recorded step left."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ class WeightsNote:
             torch._foreach_copy_(self._kept, self._elements)
 
     def changed(self) -> bool:
-        """Whether parameters were written to since they were noted; False where they never were."""
+        """Tell whether parameters were written to since they were noted; False where they never were."""
         if self._counts is None:
             return False
         if self._counts != [p._version for p in self._counted] or self._addresses != [p.data_ptr() for p in self._counted]:

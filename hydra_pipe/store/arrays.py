@@ -91,7 +91,7 @@ class Group:
         return Group.open(self.path / name, "the store is not readable", self._below(name))
 
     def has(self, name: str) -> bool:
-        """Whether there is a member called `name`, whole or damaged."""
+        """Tell whether there is a member called `name`, whole or damaged."""
         return self._counts(name) and (self.path / name).exists()
 
     def _counts(self, name: str) -> bool:

@@ -110,7 +110,7 @@ def is_remote(path: Path) -> bool:
 
 
 def is_web(path: Path) -> bool:
-    """Whether `path` is on a web server, from which it can be read only."""
+    """Tell whether `path` is on a web server, from which it can be read only."""
     return is_remote(path) and path.protocol in _WEB  # type: ignore[attr-defined]
 
 

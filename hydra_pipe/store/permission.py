@@ -1,4 +1,4 @@
-"""Whether a stage may write where it is about to, asked before it withdraws anything."""
+"""Tell whether a stage may write where it is about to, asked before it withdraws anything."""
 
 import errno
 import os

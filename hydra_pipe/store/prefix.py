@@ -32,7 +32,7 @@ class Committed:
     labels: list[str] | None
 
     def has(self, name: str) -> bool:
-        """Whether a group or an array of `gradients.zarr`, by its name there, is of the recording."""
+        """Tell whether a group or an array of `gradients.zarr`, by its name there, is of the recording."""
         place, _, member = name.partition("/")
         member = member.partition("/")[0]
         if place == names.TEST and member and self.tests is not None:

@@ -65,7 +65,7 @@ class Probe:
 
     @property
     def has_labels(self) -> bool:
-        """Whether its test samples have labels."""
+        """Tell whether its test samples have labels."""
         return self._root.has(names.LABELS)
 
     def labels(self) -> NDArray[Any] | None:
