@@ -349,7 +349,8 @@ class Capture:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _destination(self, parameter: nn.Parameter | None) -> bool | None:
-        """Tell whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by torch.autograd.grad."""
+        """Tell whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by "
+        "torch.autograd.grad."""
         parameter = parameter if parameter is not None else self._attribution.any_trained()
         if parameter is None:
             return True

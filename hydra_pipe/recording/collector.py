@@ -207,7 +207,8 @@ class Collector:
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
     def left_out(self, *, begun: bool) -> bool:
-        """Tell whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not finite, or cleared.
+        """Tell whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not
+        finite, or cleared.
 
         Args:
             begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has

@@ -67,7 +67,8 @@ def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, de
 
 
 def _keeps_nothing(loss: Any) -> bool:
-    """Tell whether no call of `loss` can change the next: a module, whose state can be put back, or a function over plain values."""
+    """Tell whether no call of `loss` can change the next: a module, whose state can be put back, or a "
+    "function over plain values."""
     if isinstance(loss, partial):
         return all(map(_keeps_nothing, (loss.func, *loss.args, *loss.keywords.values())))
     if isinstance(loss, FunctionType):
