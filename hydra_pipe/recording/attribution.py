@@ -141,9 +141,6 @@ class Attribution:
         """One parameter that the backward pass should reach."""
         return next((p for p in self.trained if p.requires_grad), None)
 
-    def release(self) -> None:
-        """The step is over."""
-
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Let the block take other passes."""

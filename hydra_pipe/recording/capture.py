@@ -163,8 +163,8 @@ class Capture:
         for call in self._calls:
             call.release()
         self._calls = []
-        self._attribution.release()
         self.coupling.release()
+        self._forget_containers()
 
     @contextmanager
     def sending_to(self, sink: Sink | None) -> Iterator[None]:
@@ -277,12 +277,12 @@ class Capture:
     def _holds_all(self, module: nn.Module) -> bool:
         return self._attribution.parameters.keys() <= set(module.parameters())
 
-    def forget_containers(self) -> None:
+    def _forget_containers(self) -> None:
         """The first step is over: go on watching only those modules that were called from outside."""
         outermost = self._depth.outermost
         if not outermost:
             return
-        for module in [m for m in self._container_handles if m not in outermost]:
+        for module in [m for m in self._container_handles if m not in outermost and m is not self._model]:
             for handle in self._container_handles.pop(module):
                 handle.remove()
 
@@ -335,7 +335,8 @@ class Capture:
             return
         is_recomputed = torch._C._current_graph_task_id() != -1
         parameter = cast("nn.Parameter", module._parameters[wanted[0]])
-        call = Call(watched, parameter, args, kwargs, self._pass, is_recomputed, tuple(output.shape))
+        inputs = tuple([_detached(x) for x in args]), {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs
+        call = Call(watched, parameter, inputs, self._pass, is_recomputed, tuple(output.shape))
         self._calls.append(call)
         # under autocast outputs are in half precision, and parameters and their gradients are not
         hook = self._guarded(partial(self._backward, call))
@@ -484,6 +485,10 @@ def _outputs_in(output: Any) -> list[Tensor]:
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
         return [cast("Tensor", output["logits"])]
     return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:

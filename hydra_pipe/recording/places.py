@@ -91,7 +91,7 @@ class Call:
     Args:
         watched: the module.
         parameter: one that it owns and that is trained.
-        args, kwargs: that it was called with; kept, detached, until `release`.
+        inputs: positional and keyword inputs, detached; kept until `release`.
         of_pass: the pass.
         is_recomputed: whether the backward pass itself makes the call.
         shape: of the output.
@@ -103,19 +103,14 @@ class Call:
         self,
         watched: Watched,
         parameter: nn.Parameter,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
         of_pass: Pass,
         is_recomputed: bool,
         shape: tuple[int, ...],
     ) -> None:
         self.watched, self.of_pass, self.is_recomputed, self.shape = watched, of_pass, is_recomputed, shape
         self.parameter, self.dtype = parameter, parameter.dtype
-        inputs = tuple([_detached(x) for x in args])
-        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (
-            inputs,
-            {k: _detached(x) for k, x in kwargs.items()} if kwargs else {},
-        )
+        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = inputs
         self.n_rows = shape[0] if shape else 1
         self.offset = 0 if is_recomputed else of_pass.next_rows(watched, self.n_rows)
         #: backward pass that the gradient came from last
@@ -272,10 +267,6 @@ def order_of_rows(
     known = [watched.order] if watched.is_known else []
     likeliest = [minor, major] if in_batches and total > batch else [major, minor]
     return next((order for order in (*known, *likeliest) if fits.get(order)), None)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _is_narrower(value: Any, dtype: torch.dtype) -> bool:
