@@ -146,8 +146,8 @@ def test_tables_elsewhere_are_not_read(run: Path, name: str, monkeypatch: pytest
 
     change(run / "run.json", counted)
     read: list[Path] = []
-    original = hydra_pipe.store.verify.read_file
-    monkeypatch.setattr("hydra_pipe.store.verify.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
+    original = hydra_pipe.store.listing.read_file
+    monkeypatch.setattr("hydra_pipe.store.listing.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
     assert [fault.what[:28] for fault in hydra_pipe.verify(run)] == ["export hydra has no table " + repr(name)[:2]]
     assert read
     directories = [run / name for name in ("rankings/method=hydra", "rankings/method=hydra/matrix", "checksums")]

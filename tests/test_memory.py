@@ -138,6 +138,10 @@ def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:
         tracemalloc.stop()
         return found, peak
 
+    for directory in (tmp_path, tmp_path / "array"):  # of which a state is
+        directory.mkdir(exist_ok=True)
+        (directory / "zarr.json").write_text("{}")
+    tmp_path = tmp_path / "array"
     _, written = peak_of(lambda: save_state(tmp_path, (0, 4), {"step": 3}, arrays))
     found, read = peak_of(lambda: load_state(tmp_path, (0, 4), arrays))
     assert found[0] == {"step": 3}

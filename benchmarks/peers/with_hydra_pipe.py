@@ -1,6 +1,7 @@
 """hydra-pipe: a `Recorder` in the same loop as the peers have, `reduce`, and `probe` for tests that come later."""
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 import hydra_pipe
 import hydra_pipe.reduction.run  # `reduce` imports it when it is called; the imports of the peers are not counted either
 from hydra_pipe import Pipeline, Recorder
+from hydra_pipe.errors import RecordWarning
 
 
 class Recorded(Hooks):
@@ -34,6 +36,11 @@ class Recorded(Hooks):
             yield
 
     def record_test(self) -> None:
+        with warnings.catch_warnings():  # the runner loads the trained weights anew, which are the same
+            warnings.simplefilter("ignore", RecordWarning)
+            self._record_test()
+
+    def _record_test(self) -> None:
         self.recorder.record_test(self._given.batches(self._given.test, 50), losses)
 
     def end(self) -> None:

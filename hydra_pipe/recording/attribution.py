@@ -354,8 +354,8 @@ class Attribution:
             others = float(sizes[part == 0].sum())
             error, size = _missing(of_block, total, parameter)
             size = max(size, float(sizes.sum()))
-            if not math.isfinite(error + others + size) and self._capture.half_precision:
-                continue  # an overflow of the probe says nothing of the rows
+            if not math.isfinite(error + others + size):
+                continue  # it is told of the step's own gradients; an overflow of the probe says nothing of the rows
             if not error + others <= self._limit(parameter) * size + torch.finfo(torch.float32).tiny:
                 wrong.add(block)
         return wrong

@@ -113,7 +113,7 @@ class Capture:
         self._on_error = on_error
         #: whether several ranks train the model together
         self.has_ranks = on_error is not None
-        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing)
+        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing, looks=probes)
         self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
         self._portion = Portion(np.empty(0, np.int64))

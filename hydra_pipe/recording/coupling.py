@@ -159,10 +159,11 @@ class LossCoupling:
     Args:
         quiet: a block in which gradients are nobody's.
         allows_mixing: whether a loss may mix samples; rows are then shares of its gradient, by the outputs they go through.
+        looks: whether the graph of the loss may be gone through.
     """
 
-    def __init__(self, quiet: Callable[[], AbstractContextManager[None]], *, allows_mixing: bool) -> None:
-        self._quiet, self._allows_mixing = quiet, allows_mixing
+    def __init__(self, quiet: Callable[[], AbstractContextManager[None]], *, allows_mixing: bool, looks: bool = True) -> None:
+        self._quiet, self._allows_mixing, self._looks = quiet, allows_mixing, looks
         self.watch = BackwardWatch(self._look)
         # passes of the step, and the outputs of those whose backward pass is to come
         self._passes: list[Pass] = []
@@ -175,7 +176,7 @@ class LossCoupling:
         repeats = any(p.first == of_pass.first and p.count == of_pass.count for p in self._passes)
         self._passes.append(of_pass)
         self._outputs += [(origin, of_pass) for origin in origins[:1]]
-        if is_due or (repeats and not self._is_known):
+        if self._looks and (is_due or (repeats and not self._is_known)):
             self.watch.begin()
 
     def after_backward(self) -> None:

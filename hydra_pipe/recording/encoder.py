@@ -166,7 +166,7 @@ class RowEncoder:
         values = value.values
         if root is not None:
             root = root.reshape(-1, values.shape[2])
-            values = values * root[value.tokens if lines is None else torch.searchsorted(lines, value.tokens)]
+            values = values * root[value.tokens if lines is None else torch.searchsorted(lines, value.tokens.contiguous())]
         columns = self._sketches[index].of_lines(value.tokens, values)
         expected = value.sum_times(self._like(index, value.values)) if root is not None else None
         return Reduced(columns, first, value.bounds().sum(), expected, torch.unique(value.tokens))

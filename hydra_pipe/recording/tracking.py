@@ -127,22 +127,26 @@ class TrackedLoader:
 
     def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[Any]] | None) -> Iterator[Any]:
         portion: Portion | None = None
-        try:
-            for batch in iterator:
+        while True:
+            try:
+                batch = next(iterator)
                 drawn = self._watched.drawn if drawn is None else drawn
                 with self._heeding():
                     ids = self._watched.next_ids(drawn)
                     self._check_targets(ids, batch)
                     portion = self._hand_over(ids, portion)
                     self._note_tensors(portion, batch)
-                yield batch
-        except GeneratorExit:
-            if left_by_exception(sys._getframe(1)):
+            except StopIteration:
+                return
+            except BaseException:  # where a batch is drawn
                 self._left()
-            raise
-        except BaseException:  # where a batch is drawn
-            self._left()
-            raise
+                raise
+            try:
+                yield batch
+            except GeneratorExit:
+                if left_by_exception(sys._getframe(1)):
+                    self._left()
+                raise
 
     def _note_tensors(self, portion: Portion | None, batch: Any) -> None:
         """Let the batch be held against what the model is given, now and then."""

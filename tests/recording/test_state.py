@@ -266,7 +266,7 @@ def test_a_recording_that_failed_goes_on_from_its_last_state(tmp_path: Path) -> 
     other, model, optimizer = started(tmp_path / "run", 0)
     other.load_state_dict(state)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["record"]
-    committed = {name: state[name] for name in ("n_steps", "part_rows", "tests", "n_tests")}
+    committed = {name: state[name] for name in ("n_steps", "part_rows", "tests", "n_tests")} | {"labels": []}
     assert (record["state"], record["facts"]) == ("running", {"committed": committed})
     one_step(other, model, optimizer)
     other.close()
