@@ -258,7 +258,12 @@ def is_partial(name: str) -> bool:
 def move(path: Path, target: Path) -> None:
     """Move a file or a directory tree to where nothing is."""
     if is_remote(path):
-        _fs(path).mv(_name(path), _name(target), recursive=True)
+        # file by file: object stores have no directories, and `mv` would move those too
+        fs, source = _fs(path), _name(path)
+        fs.invalidate_cache()  # which may list files that came and went
+        files = fs.find(source)
+        fs.copy(files, [_name(target) + name[len(source) :] for name in files])
+        fs.rm(source, recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     path.rename(target)

@@ -94,8 +94,9 @@ def _forget_in_child() -> None:
 def _release_left() -> None:
     for held, holder in list(_HELD.items()):
         if holder() is None:
-            held.release()
             _HELD.pop(held, None)
+            with suppress(Exception):  # whose store is gone, say: it is no affair of who takes the next
+                held.release()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
