@@ -116,7 +116,10 @@ def coupling_of(
 
 
 def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin, Pass, Tensor]]) -> list[Pass]:
-    """Other passes on whose outputs the gradient at the output of `of_pass` depends, in any sample: of some, a hinge leaves no loss."""
+    """Find the other passes on whose outputs the gradient at the output of `of_pass` depends.
+
+    All samples are asked at once, because a hinge leaves some of them without a loss.
+    """
     others = [(origin.output, other) for origin, other, _ in used if other is not of_pass]
     if not others:
         return []
