@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError, RecordWarning
+from hydra_pipe.maths import layers
 from hydra_pipe.recording import ranks
 from hydra_pipe.recording.diagnosis import refuse_training_arguments
 
@@ -228,6 +229,12 @@ class Gain(nn.Module):
         return x * self.gain
 
 
+def wrong_rule(run: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(layers._RULES, Gain, lambda module, args, kwargs, gradient, wanted: {"gain": 2 * (args[0] * gradient).sum(1)})
+        body(Gain)(run)
+
+
 LAYERS: dict[str, Callable[[Path], object]] = {
     "`Linear`": body(with_kind(nn.Linear, D, D)),
     "`Conv1d`, `Conv2d`, `Conv3d`": several(*map(convolution, (1, 2, 3))),
@@ -256,6 +263,7 @@ LAYERS: dict[str, Callable[[Path], object]] = {
     ),
     "Pruned weights": body(pruned),
     "A module of your own": body(Gain),
+    "A layer rule that is wrong": wrong_rule,
     "`Embedding(sparse=True)`": refused_model(with_kind(nn.Embedding, 11, D, sparse=True)),
     "`Embedding(scale_grad_by_freq=True)`": refused_model(with_kind(nn.Embedding, 11, D, scale_grad_by_freq=True)),
     "`SyncBatchNorm`": refused_model(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(channels_last(nn.BatchNorm1d(D)))),
