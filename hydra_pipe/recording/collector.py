@@ -20,13 +20,16 @@ from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput
 from hydra_pipe.recording.diagnosis import explain
-from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe
+from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe, key_of_side_by_side, side_by_side
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
 # (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner
 # then; without a gradient as it stands now; without lines of the whole block
 Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
+
+# Contributions of one parameter that are reduced together.
+_MOST_HELD = 64
 
 
 class Collector:
@@ -66,6 +69,8 @@ class Collector:
         self.dtype = dtype
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
+        # contributions of the present backward pass that wait for others of their key; a key is there from its first on
+        self._held: dict[tuple[int, ...], list[Given]] = {}
         self._portions: list[Portion] = []
         # of the backward pass that the last contribution came from, and how many dropped steps were seen
         self._backward = -1
@@ -98,20 +103,20 @@ class Collector:
 
     def forget(self) -> None:
         """The step is over: forget what was collected, and take no notice of the model until the next `watch`."""
-        self._portions, self._waiting, self._reduced, self._only_asked = [], {}, {}, True
+        self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
         self._capture.rest()
         self._capture.release()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Let the block collect something else, then go on with the present step."""
-        kept = self._portions, self._waiting, self._reduced, self._backward, self._only_asked
-        self._portions, self._waiting, self._reduced, self._only_asked = [], {}, {}, True
+        kept = self._portions, self._waiting, self._reduced, self._held, self._backward, self._only_asked
+        self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
         try:
             with self._capture.set_aside():
                 yield
         finally:
-            self._portions, self._waiting, self._reduced, self._backward, self._only_asked = kept
+            self._portions, self._waiting, self._reduced, self._held, self._backward, self._only_asked = kept
 
     @property
     def n_waiting(self) -> int:
@@ -187,6 +192,7 @@ class Collector:
             batch = sum(len(p.samples) for p in portions)
             why = partial(explain, self._model, self._optimizer)
             slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0, why)
+            self._reduce_held()
             self._reduce_waiting(encoder, gradients if at_step else None)
             self._move_up(portions)
             mixture = Mixture.of(portions)
@@ -229,7 +235,7 @@ class Collector:
 
     def _collected(self) -> Iterator[Tensor]:
         """Values of everything that was collected, of factors their norms."""
-        given = chain(*self._waiting.values(), *self._reduced.values())
+        given = chain(*self._waiting.values(), *self._reduced.values(), *self._held.values())
         return (bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value) for g in given)
 
     def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
@@ -251,6 +257,8 @@ class Collector:
         if is_new and any(p.seen for p in self._portions) and self._gradients_dropped():
             self._drop(but=portion)
         portion.seen = True
+        if backward != self._backward:
+            self._reduce_held()
         self._backward = backward
         # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
         # known only when the step's gradient is complete.
@@ -260,8 +268,32 @@ class Collector:
             if encoder is None:
                 self._waiting.setdefault(index, []).append(given)
             else:
-                self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
+                self._reduce(encoder, index, given)
         return True
+
+    def _reduce(self, encoder: RowEncoder, index: int, given: Given) -> None:
+        """Reduce a contribution, or hold it until others of its backward pass can be reduced together with it.
+
+        The first one of a parameter is reduced at once: most parameters have no other, and nothing of theirs is kept in memory.
+        """
+        key = None if encoder.is_factored(index) else key_of_side_by_side(index, given)
+        if key is None or key not in self._held:
+            self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
+            if key is not None:
+                self._held[key] = []
+            return
+        self._held[key].append(given)
+        if len(self._held[key]) == _MOST_HELD:
+            self._reduced[index].append(encoder.reduce(index, side_by_side(self._held[key])))
+            self._held[key] = []
+
+    def _reduce_held(self) -> None:
+        """Reduce what is held: its backward pass is over."""
+        for (index, *_), given in self._held.items():
+            if given:
+                assert self.encoder is not None
+                self._reduced[index].append(self.encoder.reduce(index, side_by_side(given)))
+        self._held = {}
 
     def _gradients_dropped(self) -> bool:
         """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""
@@ -273,7 +305,7 @@ class Collector:
 
     def _drop(self, but: Portion | None = None) -> None:
         self._portions = [p for p in self._portions if not p.seen or p is but]
-        self._waiting, self._reduced = {}, {}
+        self._waiting, self._reduced, self._held = {}, {}, {}
         self._capture.coupling.forget_gradients()
         # the output's hook comes before all others: what is there may be of the pass that has found this out
         outputs = self._capture.outputs
@@ -295,7 +327,17 @@ class Collector:
             if self._root is not None and encoder.takes_lines(index, given):
                 lines = torch.unique(torch.cat([g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]))
             root = self._root(index, gradient, lines) if self._root is not None else None
-            self._reduced[index] = [encoder.reduce(index, g, root, lines) for g in given]
+            self._reduced[index] = [encoder.reduce(index, g, root, lines) for g in self._grouped(encoder, index, given)]
+
+    @staticmethod
+    def _grouped(encoder: RowEncoder, index: int, given: Sequence[Given]) -> list[Given]:
+        """Contributions of one block, those side by side that may stand so."""
+        if len(given) == 1 or encoder.is_factored(index):
+            return list(given)
+        groups: dict[Any, list[Given]] = {}
+        for number, one in enumerate(given):
+            groups.setdefault(key_of_side_by_side(index, one) or number, []).append(one)
+        return [side_by_side(group[k : k + _MOST_HELD]) for group in groups.values() for k in range(0, len(group), _MOST_HELD)]
 
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor

@@ -109,12 +109,23 @@ def coupling_of(
                 )
                 if _reaches_others(second, used, of_pass.first + at):
                     mixes = of_pass.first + at
-                for (_, other, _), h in zip(used, second, strict=True):
-                    if other is not of_pass and h is not None and bool(h.any()):
-                        tied.append((of_pass, other))
+                tied += [(of_pass, other) for other in _reached_passes(gradient, of_pass, used)]
     except (RuntimeError, NotImplementedError):  # the loss has no second derivative
         return None
     return Coupling(mixes, tied)
+
+
+def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin, Pass, Tensor]]) -> list[Pass]:
+    """Find the other passes on whose outputs the gradient at the output of `of_pass` depends.
+
+    All samples are asked at once, because a hinge leaves some of them without a loss.
+    """
+    others = [(origin.output, other) for origin, other, _ in used if other is not of_pass]
+    if not others:
+        return []
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
+    second = torch.autograd.grad((gradient * direction).sum(), [x for x, _ in others], retain_graph=True, allow_unused=True)
+    return [other for (_, other), h in zip(others, second, strict=True) if h is not None and bool(h.any())]
 
 
 def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int) -> bool:
@@ -202,7 +213,7 @@ class LossCoupling:
             for other in counted[number + 1 :]:
                 if (one.first, one.count) != (other.first, other.count):
                     continue
-                tied = (id(one), id(other)) in self._tied or same_inputs(one, other) or same_targets(one, other)
+                tied = id(other) in self._tied_to(one) or same_inputs(one, other) or same_targets(one, other)
                 if not tied and not self._allows_mixing:
                     raise LayerError(
                         f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same "
@@ -212,6 +223,16 @@ class LossCoupling:
                         f"after the other, as in recorder.step(torch.cat([ids, ids_of_the_second_call]))"
                     )
                 self._is_known = True
+
+    def _tied_to(self, one: Pass) -> set[int]:
+        """Passes that ties lead to from `one`: the positive and the negative of a triplet are tied by way of its anchor."""
+        found, waiting = {id(one)}, [id(one)]
+        while waiting:
+            at = waiting.pop()
+            further = {other for first, other in self._tied if first == at} - found
+            found |= further
+            waiting += further
+        return found
 
     def _look(self, losses: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         outputs = self._outputs

@@ -30,6 +30,8 @@ class Given:
     first: int
 
 
+# positions of a contribution that may be put beside others
+_FEW_POSITIONS = 4
 _NOTHING: tuple[Sequence[Tensor], Sequence[Given]] = ((), ())
 
 
@@ -60,6 +62,27 @@ def _sides(value: Contribution) -> tuple[int, int] | None:
     if not isinstance(value, Factors) or value.given_right is None:
         return None
     return value.left.shape[-1], value.n_inputs
+
+
+def key_of_side_by_side(index: int, given: Given) -> tuple[int, ...] | None:
+    """Tell with which contributions of block `index` one may stand side by side: they have one key. None: with none.
+
+    Only a few positions are put beside others, so that little is copied: a recurrent module's time steps.
+    """
+    value, right = given.value, given.value.given_right if isinstance(given.value, Factors) else None
+    if not isinstance(value, Factors) or value.n_positions > _FEW_POSITIONS or not (right is None or isinstance(right, Tensor)):
+        return None
+    return index, given.first, len(value.left), value.left.shape[2], 0 if right is None else right.shape[2]
+
+
+def side_by_side(given: Sequence[Given]) -> Given:
+    """Contributions with one key (`key_of_side_by_side`) as one that has the positions of all."""
+    if len(given) == 1:
+        return given[0]
+    factors = [g.value for g in given if isinstance(g.value, Factors)]
+    rights = [f.given_right for f in factors if isinstance(f.given_right, Tensor)]
+    left = torch.cat([f.left for f in factors], 1)
+    return Given(Factors(left, torch.cat(rights, 1) if rights else None), given[0].first)
 
 
 def _outer_products(given: Sequence[Given]) -> list[Factors]:
@@ -122,6 +145,10 @@ class RowEncoder:
         """Columns that a number multiplies where it multiplies the rows: all but the input factors of factored blocks."""
         inputs = {parts[1] for parts in self.parts_of_block if len(parts) > 1}
         return [columns for part, columns in enumerate(self.part_columns) if part not in inputs]
+
+    def is_factored(self, index: int) -> bool:
+        """Tell whether the columns of block `index` are factors of the rows."""
+        return self._is_factored[index]
 
     def takes_lines(self, index: int, given: Sequence[Given]) -> bool:
         """Tell whether block `index` is projected from the lines of a table that its contributions use."""

@@ -235,7 +235,10 @@ class Slab:
         present[list(contributions)] = True
         norms = {}
         for index, given in contributions.items():
-            known = [r.norm for r in given if r.norm is not None]
+            # what several passes, or several uses of one parameter, leave in a row may cancel, as terms of a sum over positions do
+            meet = len({r.first for r in given}) < len(given)
+            norms_of = [_norm_of(r) if meet and r.norm is None else r.norm for r in given]
+            known = [norm for norm in norms_of if norm is not None]
             if known and len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
         dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
@@ -407,3 +410,8 @@ class Slab:
             values = torch.stack([norm for *_, norm in known]).double().cpu().numpy()
             magnitude[[step for step, *_ in known], [index for _, index, _ in known]] = values
         return magnitude
+
+
+def _norm_of(reduced: Reduced) -> Tensor | None:
+    value = reduced.value
+    return torch.linalg.vector_norm(value, dim=1).sum() if isinstance(value, Tensor) else None

@@ -120,7 +120,7 @@ def test_test_gradients_are_taken_one_by_one_at_the_final_parameters(tmp_path: P
 
 
 class Dropping(nn.Module):
-    """Draws random numbers in every pass, and has a module that only the general fallback knows."""
+    """Draws random numbers in every pass, and has a module without a layer rule."""
 
     def __init__(self) -> None:
         super().__init__()

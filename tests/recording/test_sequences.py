@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hydra_pipe
-from hydra_pipe import Pipeline
+from hydra_pipe import Pipeline, Recorder
+from hydra_pipe.recording import collector
 
 BATCH, LENGTH, WIDTH = 6, 5, 8
 
@@ -173,3 +175,38 @@ def test_recording_holds_no_graph_after_a_step(tmp_path: Path) -> None:
     recorder.close()
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("encoding", ["exact", "projected"])
+def test_time_steps_that_are_encoded_together_give_the_rows_of_each_alone(
+    tmp_path: Path, encoding: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = torch.randn(BATCH, 70, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(BATCH) % 4
+    n_encoded = []
+    reduce = collector.RowEncoder.reduce
+
+    def counted(*args: Any) -> Any:
+        n_encoded[-1] += 1
+        return reduce(*args)
+
+    monkeypatch.setattr(collector.RowEncoder, "reduce", counted)
+    for most in (1, 64):
+        monkeypatch.setattr(collector, "_MOST_HELD", most)
+        n_encoded.append(0)
+        torch.manual_seed(0)
+        model = Recurrent("GRU", batch_first=True)
+        model(x)  # gives the lazy layer its shape
+        used = optimizer(model.parameters(), lr=0.01)
+        options: Any = {"encoding": encoding, "dtype": "float32", "dim": 200}
+        with Recorder(model, used, tmp_path / str(most), n_samples=BATCH, **options) as recorder:
+            for _ in range(3):
+                with recorder.step(range(BATCH)):
+                    for part in (slice(0, 4), slice(4, BATCH)):  # accumulated
+                        cross_entropy(model(x[part]), y[part]).sum().backward()
+                    used.step()
+                    used.zero_grad()
+    assert n_encoded[1] < 0.6 * n_encoded[0]  # biases have rows of their own
+    alone, together = (decoded(tmp_path / str(most)) for most in (1, 64))
+    for name, rows in alone.items():
+        np.testing.assert_allclose(together[name], rows, rtol=1e-3, atol=1e-4 * np.abs(rows).max(), err_msg=name)
