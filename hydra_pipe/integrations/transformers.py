@@ -18,6 +18,7 @@ from hydra_pipe.integrations.finishing import finish, optional
 from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_batch, named_batches
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
+from hydra_pipe.recording.diagnosis import refuse_training_arguments, unnamed_pass
 from hydra_pipe.recording.ranks import unwrapped
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
 from hydra_pipe.recording.settings import Labels, checked_labels
@@ -122,6 +123,7 @@ class HydraCallback(TrainerCallback, ExportableState):
             # of a training that was given up, as where memory did not suffice for its batches
             self.leave(RecordError("the trainer began anew before its training had ended"))
         _refuse_what_cannot_be(args)
+        refuse_training_arguments(args)
         model, loader = objects["model"], objects["train_dataloader"]
         optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])  # which Accelerate wraps
         dataset = named_batches(loader)
@@ -318,6 +320,8 @@ class _Session:
     def _before_pass(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         ids = inputs.get(SAMPLE_IDS)
         if ids is None:
+            if torch.is_grad_enabled() and model.training and self._note is None:
+                raise RecordError(unnamed_pass(model, inputs))  # before the first batch: the ids are lost on the way
             return None
         if torch.is_grad_enabled():
             note = self.recorder.next_batch(ids)
