@@ -41,7 +41,7 @@ class Sketch:
         self.n_columns = n_columns
         self._shape = tuple(map(int, shape))
         self._gathers: dict[tuple[int, ...], Tensor] = {}
-        self._places: Tensor | None = None
+        self._signed: Tensor | None = None
         self._run = run_length(numel, n_columns)
         self._order = torch.from_numpy(np.argsort(words[: numel // self._run], kind="stable"))
         self._sign = self._in_order(torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[None])
@@ -86,17 +86,20 @@ class Sketch:
             Shape (B, k).
         """
         self._to(values.device)
-        if self._places is None:  # where each run is in the sketch's order
-            self._places = torch.empty_like(self._order).scatter_(
-                0, self._order, torch.arange(len(self._order), device=values.device)
-            )
-        width = values.shape[2]
-        own = torch.arange(width, device=values.device)
-        first = tokens.unsqueeze(2) * width + own
-        place = self._places[first // self._run] * self._run + first % self._run
+        signed = self._signed_columns().view(-1, values.shape[2])[tokens]
         sums = values.new_zeros(len(values), self.n_columns)
-        sums.scatter_add_(1, (place % self.n_columns).flatten(1), (values * self._sign[0, place].to(values.dtype)).flatten(1))
-        return sums
+        columns = signed.abs().sub_(1).long()
+        return sums.scatter_add_(1, columns.flatten(1), (values * signed.sign()).flatten(1))
+
+    def _signed_columns(self) -> Tensor:
+        """The column of each coordinate, counted from 1, times its sign; int32, in the block's own order."""
+        if self._signed is None:
+            numel = self._sign.shape[1]
+            columns = (torch.arange(numel, dtype=torch.int32, device=self._sign.device) % self.n_columns).add_(1)
+            columns *= self._sign[0].to(torch.int32)
+            own = torch.empty_like(self._order).scatter_(0, self._order, torch.arange(len(self._order), device=self._order.device))
+            self._signed = columns.view(-1, self._run).index_select(0, own).flatten()
+        return self._signed
 
     def _gather(self, order: tuple[int, ...]) -> Tensor:
         """Where each element of the sketch's order is in rows whose dimensions are in `order`."""
@@ -112,4 +115,4 @@ class Sketch:
         if self._order.device != device:
             self._order, self._sign = self._order.to(device), self._sign.to(device)
             self._gathers.clear()
-            self._places = None
+            self._signed = None

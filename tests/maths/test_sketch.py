@@ -157,3 +157,15 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(n: int, k:
     assert np.all(deviation.mean(0) <= 1.02 * variance + error)
     if run_length(n, k) == 1:
         assert np.all(deviation.mean(0) >= variance - error)
+
+
+@pytest.mark.parametrize(("lines", "width", "k"), [(50, 8, 16), (31, 7, 9), (400, 16, 33)])
+def test_lines_of_a_table_are_projected_as_the_whole_row_is(lines: int, width: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sketch = Sketch(3, "table", (lines, width), k)
+    tokens = torch.randint(0, lines, (4, 6), generator=generator)
+    values = torch.randn(4, 6, width, generator=generator)
+    whole = torch.zeros(4, lines, width)
+    for i in range(4):
+        whole[i].index_add_(0, tokens[i], values[i])
+    torch.testing.assert_close(sketch.of_lines(tokens, values), sketch(whole.flatten(1)), rtol=1e-5, atol=1e-5)
