@@ -240,14 +240,13 @@ class Attribution:
     def _ask_nodes(self, walk: Walk, origins: Sequence[Origin], of_pass: Pass, nodes: OrderProbe, sample: int) -> None:
         """Find where the nodes of the graph keep their samples, and plan by it."""
         for n_asked in range(min(_MOST_ASKED, of_pass.count)):
-            if n_asked and nodes.is_complete and not nodes.may_mix:
+            if n_asked > 1 and nodes.is_complete and not nodes.may_mix:
                 break
             of_next = (sample + n_asked) % of_pass.count
             nodes.look_at(of_next)
             self._send(walk, origins, Probe.of_one(of_next, of_pass.count))
-        mixing = mixing_block(
-            walk, nodes, {b.untyped_storage().data_ptr() for b in self._model.buffers()}, frozenset(self.by_graph)
-        )
+        inputs = [x for reference in of_pass.inputs if (x := reference()) is not None and x.is_floating_point()]
+        mixing = mixing_block(walk, nodes, inputs, frozenset(self.by_graph))
         if mixing is not None:
             raise _mixes(self._names[mixing])
         self._plans[self._key(walk, of_pass)] = plan_of(walk, nodes, frozenset(self.by_graph))

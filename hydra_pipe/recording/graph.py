@@ -162,17 +162,18 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
     return Plan(routes)
 
 
-def mixing_block(walk: Walk, probe: "OrderProbe", buffers: Collection[int], wanted: frozenset[int]) -> int | None:
+def mixing_block(walk: Walk, probe: "OrderProbe", inputs: Sequence[Tensor], wanted: frozenset[int]) -> int | None:
     """A block that is used where the samples of a batch are mixed; None: there is none.
 
     A node has mixed samples behind it if it multiplies a parameter with data, and one row of its output is reached
-    from two samples. What is no data (a mask, a table of positions) all samples share.
+    from two samples. All samples share what is no data: a mask, a table of positions, frozen weights.
 
     Args:
         walk, probe, wanted: see `plan_of`.
-        buffers: addresses of the model's own tensors.
+        inputs: of the model. Data are a part of one of them, or have as many elements, however they are arranged.
     """
     leads = walk.leading_to(wanted)
+    sizes, places = {x.numel() for x in inputs}, {x.untyped_storage().data_ptr() for x in inputs}
     for number in probe.mixed:
         node = walk.nodes[number]
         shape = tuple(node._input_metadata[0].shape)
@@ -181,9 +182,9 @@ def mixing_block(walk: Walk, probe: "OrderProbe", buffers: Collection[int], want
         given = {slot for slot, *_ in walk.inputs[number]}
         for name, slot in _TIMES_DATA[node.name()].items():
             data = getattr(node, name, None)
-            if slot in given or not isinstance(data, Tensor) or data.dim() < 2 or data.shape[0] % probe.batch:
+            if slot in given or not isinstance(data, Tensor) or data.dim() < 2:
                 continue
-            if data.untyped_storage().data_ptr() not in buffers:
+            if data.numel() in sizes or data.untyped_storage().data_ptr() in places:
                 return min(leads[number])
     return None
 
