@@ -899,7 +899,7 @@ OPTIMIZERS: dict[str, Callable[[Path], object]] = {
     "`amsgrad=True`": refused_model(mlp, lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)),
     "`maximize=True`": refused_model(mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True)),
     "`LBFGS`": refused_model(mlp, lambda m: torch.optim.LBFGS(m.parameters())),
-    "Other optimizers": refused_model(mlp, lambda m: torch.optim.RMSprop(m.parameters())),
+    "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adagrad(m.parameters())),
     "A subclass of one that is known": refused_model(mlp, lambda m: Mine(m.parameters(), lr=0.1)),
     "Several optimizers": refused_model(mlp, lambda m: [sgd(m[0]), sgd(m[2])]),
 }
