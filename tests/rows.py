@@ -156,10 +156,12 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
 def differences(rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR) -> dict[str, float]:
     """For each parameter the largest difference between a row and what it should be, relative (see `FLOOR`)."""
     worst: dict[str, float] = {}
-    for row, wanted in zip(rows, truth, strict=True):
-        whole = torch.stack([wanted[name].norm() for name in row]).norm()
+    wholes = [float(torch.stack([wanted[name].norm() for name in row]).norm()) for row, wanted in zip(rows, truth, strict=True)]
+    # a sample whose gradient vanishes has rounding of the others' size
+    least = 1e-4 * max(wholes, default=0.0)
+    for row, wanted, whole in zip(rows, truth, wholes, strict=True):
         for name, values in row.items():
-            size = max(float(wanted[name].norm()), floor * float(whole), 1e-30)
+            size = max(float(wanted[name].norm()), floor * max(whole, least), 1e-30)
             off = float((values - wanted[name]).norm()) / size
             worst[name] = max(worst.get(name, 0.0), off if off == off else float("inf"))
     return worst

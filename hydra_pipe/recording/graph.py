@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, rows_of
+from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, bounds_of, rows_of
 from hydra_pipe.maths.layers import token_rows
 from hydra_pipe.maths.nodes import ByInput, NodeCall, gradients_by_sample
 from hydra_pipe.maths.orders import FIRST, WHOLE, SampleOrder, order_of
@@ -386,8 +386,16 @@ class RouteCall:
             return [(block, token_rows(indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx))]
         wanted = sorted(blocks)
         parameters = [self.parameters[block] for block in wanted]
-        gradients = _pulled_back(edge, rows.reshape(len(rows), *shape), parameters)
-        return [(block, g) for block, g in zip(wanted, gradients, strict=True) if g is not None]
+        # a gradient at random beside those of the samples shows by how much the chain stretches: of terms that cancel in it
+        # (a bias before a softmax) nothing but rounding is left, and only their size tells that it is no more
+        random = torch.randn(1, rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+        gradients = _pulled_back(edge, torch.cat([rows, random]).reshape(-1, *shape), parameters)
+        bounds = bounds_of(value) / torch.linalg.vector_norm(random)
+        return [
+            (block, Summed(g[:-1], bounds.to(g) * torch.linalg.vector_norm(g[-1])))
+            for block, g in zip(wanted, gradients, strict=True)
+            if g is not None
+        ]
 
 
 def rows_at_node(

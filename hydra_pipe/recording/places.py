@@ -152,6 +152,8 @@ def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tu
     else:
         where = _where(call, batch) if not dim else None
     if where is None:
+        if not bool(gradient.any()):
+            return []  # no probe has come through either, and there is nothing to split
         raise _unclear(call)
     place, n_samples, is_major = where
     if gradient.dim() == 1:  # a vector without any other dimension
