@@ -161,7 +161,7 @@ def differences(rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR)
     least = 1e-4 * max(wholes, default=0.0)
     for row, wanted, whole in zip(rows, truth, wholes, strict=True):
         for name, values in row.items():
-            size = max(float(wanted[name].norm()), floor * max(whole, least), 1e-30)
+            size = max(float(wanted[name].norm()), floor * whole, least, 1e-30)
             off = float((values - wanted[name]).norm()) / size
             worst[name] = max(worst.get(name, 0.0), off if off == off else float("inf"))
     return worst
