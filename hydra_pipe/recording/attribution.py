@@ -127,6 +127,7 @@ class Attribution:
         # passes of each mode: training or not, of one sample or of more
         self._n_passes: dict[tuple[bool, bool], int] = {}
         self._told: set[int] = set()
+        self._is_routed = False
 
     def add(self, watched: Watched) -> None:
         """Leave the parameters of a module to its layer rule."""
@@ -165,10 +166,13 @@ class Attribution:
             LayerError: the model mixes the samples of a batch, or one of its parameters cannot be split by sample.
         """
         is_due = self._is_due(of_pass)
+        is_due = 1 if self._is_routed and of_pass.count > 1 else is_due
         origins = _origins(outputs, of_pass.count)
         if not is_due and not self.by_graph:
             return False, origins
         walk = Walk(outputs, self.parameters)
+        # where samples take other ways at each step, what one pass has shown says nothing of the next
+        self._is_routed = self._is_routed or (is_due > 0 and walk.routes_samples(of_pass.count))
         can_probe = self._probes and bool(origins) and not (walk.is_checkpointed and self._accumulates_elsewhere())
         if is_due and can_probe:
             self._attribute(walk, origins, of_pass, is_first=is_due == 1)

@@ -34,6 +34,14 @@ _TIMES_DATA = {
     "ConvolutionBackward0": {"_saved_input": 0},
 }
 
+# Nodes that may take samples to other places: always, along the first dimension, or by an index of it.
+_ROUTING = ("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0", "PutBackward0")
+_ROUTING_BY_DIM = (
+    *("IndexSelectBackward0", "IndexAddBackward0", "IndexCopyBackward0", "GatherBackward0"),
+    *("ScatterBackward0", "ScatterAddBackward0", "SortBackward0", "TopkBackward0"),
+)
+_ROUTING_BY_INDEX = ("IndexBackward0", "IndexPutBackward0")
+
 # Orders of the gradients at the outputs of a node, by the node's number.
 Orders = dict[int, tuple[SampleOrder | None, ...]]
 
@@ -72,6 +80,20 @@ class Walk:
         self.signature = hash((tuple(names), tuple(sorted(self.leaves.items()))))
         #: whether a part of the pass has no graph yet: reentrant checkpointing makes it in the backward pass
         self.is_checkpointed = _CHECKPOINT in names
+
+    def routes_samples(self, batch: int) -> bool:
+        """Tell whether activations are gathered or scattered by an index that may take samples to other places, step by step."""
+        for node, at_inputs in zip(self.nodes, self.inputs, strict=True):
+            name = node.name()
+            if name in _ROUTING:
+                return True
+            if name in _ROUTING_BY_DIM and node._saved_dim == 0:
+                return True
+            if name in _ROUTING_BY_INDEX and not all(child in self.leaves for _, child, _ in at_inputs):
+                first = node._saved_indices[0]
+                if first is not None and not _keeps_places(first, batch):
+                    return True
+        return False
 
     def _number(self, node: Any, numbers: dict[Any, int], names: list[Any]) -> int:
         number = numbers.get(node)
@@ -160,6 +182,14 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
         if used:
             routes.append(Route(number, (WHOLE,) * len(node._input_metadata), used))
     return Plan(routes)
+
+
+def _keeps_places(index: Tensor, batch: int) -> bool:
+    """Tell whether an index of the first dimension takes each sample to its own place."""
+    if index.dtype == torch.bool or index.dim() == 0 or len(index) != batch:
+        return False
+    places = torch.arange(batch, device=index.device).reshape(-1, *[1] * (index.dim() - 1))
+    return bool((index == places).all())
 
 
 def mixing_block(walk: Walk, probe: "OrderProbe", inputs: Sequence[Tensor], wanted: frozenset[int]) -> int | None:
