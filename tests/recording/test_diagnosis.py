@@ -411,6 +411,9 @@ def test_an_optimizer_is_named_by_where_it_comes_from(group: None, build: Callab
 
 def accelerated(model: nn.Module) -> tuple[nn.Module, Any]:
     accelerate = pytest.importorskip("accelerate")
+    # which an earlier trainer of the process, that accumulated, has left
+    accelerate.state.AcceleratorState._reset_state()
+    accelerate.state.GradientState._reset_state()
     return accelerate.Accelerator(cpu=True).prepare(model, torch.optim.AdamW(model.parameters()))
 
 
