@@ -62,11 +62,6 @@ def _rule_of_type(module_type: type) -> Rule | None:
     return _RULES.get(module_type) or _RULES_BY_PATH.get(f"{module_type.__module__}.{module_type.__qualname__}")
 
 
-def may_couple(module: nn.Module) -> bool:
-    """Whether `module` mixes the samples of a batch as it stands now: a batch normalisation that uses the batch's statistics."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-
-
 def linear_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:

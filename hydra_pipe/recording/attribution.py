@@ -151,11 +151,10 @@ class Attribution:
         finally:
             self.probe = kept
 
-    def end(self, module: nn.Module, outputs: Sequence[Tensor], of_pass: Pass) -> tuple[bool, list[Origin]]:
+    def end(self, outputs: Sequence[Tensor], of_pass: Pass) -> tuple[bool, list[Origin]]:
         """A pass has ended: probe it if it is time, and see to the parameters that are left to the graph.
 
         Args:
-            module: that was called.
             outputs: tensors that it has returned, with a history.
             of_pass: the pass.
 

@@ -202,11 +202,6 @@ class Capture:
         """Refuse several passes over the same places of the step, if they may be of other samples. Raises: LayerError."""
         self.coupling.check_repeats(partial(same_targets, self.outputs), when)
 
-    @property
-    def attribution(self) -> Attribution:
-        """Where samples are, and how it is known."""
-        return self._attribution
-
     def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """`hook`, but what it raises goes where it is wanted: other processes may wait for this pass to go on."""
         on_error = self._on_error
@@ -270,7 +265,7 @@ class Capture:
             of_pass.count = batch
         if leaves:
             with full_precision(leaves[0]):
-                is_due, origins = self._attribution.end(module, leaves, self._pass)
+                is_due, origins = self._attribution.end(leaves, self._pass)
             if module is self._model or self._holds_all(module):
                 self.coupling.add(self._pass, origins, is_due=is_due)
 

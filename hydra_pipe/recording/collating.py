@@ -32,9 +32,14 @@ class CheckedCollate:
         """A batch. Raises: RecordError: it holds its samples in another order."""
         batch = self.collate(samples)
         self._n_batches += 1
-        if self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0:
+        if is_looked_at(self._n_batches):
             check_order(samples, batch)
         return batch
+
+
+def is_looked_at(number: int) -> bool:
+    """Tell whether batch `number`, counted from 1, is held against its samples: the first ones, then at ever larger distances."""
+    return number <= _AT_FIRST or number & (number - 1) == 0
 
 
 def checked_collate(collate: Any) -> Any:

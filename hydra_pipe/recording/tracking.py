@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
-from hydra_pipe.recording.collating import checked_collate
+from hydra_pipe.recording.collating import checked_collate, is_looked_at
 from hydra_pipe.recording.leaving import left_by_exception
 from hydra_pipe.recording.portions import Portion
 from hydra_pipe.recording.settings import checked_ids
@@ -25,10 +25,6 @@ from hydra_pipe.recording.targets import TargetCheck
 HandOver = Callable[[NDArray[np.int64], Portion | None], Portion | None]
 
 NAME_THEM = "use recorder.step(ids) instead"
-
-
-# Batches that are held against what the model is given, before others follow at ever larger distances.
-_AT_FIRST = 4
 
 
 class WatchedLoader:
@@ -151,7 +147,7 @@ class TrackedLoader:
     def _note_tensors(self, portion: Portion | None, batch: Any) -> None:
         """Let the batch be held against what the model is given, now and then."""
         self._n_batches += 1
-        if portion is not None and (self._n_batches <= _AT_FIRST or self._n_batches & (self._n_batches - 1) == 0):
+        if portion is not None and is_looked_at(self._n_batches):
             floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
             portion.tensors = [weakref.ref(x) for x in floats if len(x) == len(portion.samples)]
 

@@ -18,7 +18,6 @@ from hydra_pipe.maths.layers import (
     conv1d_of_transformers_rule,
     conv_rule,
     linear_rule,
-    may_couple,
     register_rule,
     rule_for,
 )
@@ -356,14 +355,6 @@ def test_the_nearest_type_with_a_rule_decides() -> None:
     register_rule(Halved, my_rule)
     assert rule_for(Halved(2, 2)) is my_rule
     assert rule_for(HalvedAgain(2, 2)) is my_rule
-
-
-def test_only_a_batch_norm_that_uses_its_batch_mixes_samples() -> None:
-    assert may_couple(nn.BatchNorm1d(3))
-    assert may_couple(nn.BatchNorm2d(3, affine=False))
-    assert may_couple(nn.BatchNorm2d(3, track_running_stats=False).eval())
-    assert not may_couple(nn.BatchNorm1d(3).eval())
-    assert not any(map(may_couple, (nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm1d(3), nn.Linear(3, 3))))
 
 
 CONVOLUTIONS = {
