@@ -12,6 +12,7 @@ k coprime any other two do with the chance that two places at random do.
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ _SCRATCH = Scratch()
 class Sketch:
     """A projection R^n -> R^k that is a function of (seed, block name, shape, k) alone, in any process, on any machine.
 
+    It keeps a byte an element and four a run; twice as much once both whole rows and lines were projected.
+
     Args:
         seed: of the run.
         name: of the block.
@@ -36,24 +39,35 @@ class Sketch:
     def __init__(self, seed: int, name: str, shape: tuple[int, ...], n_columns: int) -> None:
         numel = math.prod(map(int, shape))
         digest = hashlib.sha256(f"{seed}\n{name}\n{tuple(map(int, shape))}".encode()).digest()
-        # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
-        words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(2 * numel)
         self.n_columns = n_columns
         self._shape = tuple(map(int, shape))
-        self._gathers: dict[tuple[int, ...], Tensor] = {}
-        self._signed: Tensor | None = None
         self._run = run_length(numel, n_columns)
-        self._order = torch.from_numpy(np.argsort(words[: numel // self._run], kind="stable"))
-        self._sign = self._in_order(torch.from_numpy(np.where(words[numel:] >> np.uint64(63), 1.0, -1.0).astype(np.float32))[None])
+        # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
+        philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
+        order = np.argsort(philox.random_raw(numel // self._run), kind="stable")
+        self._order = torch.from_numpy(order.astype(np.int32 if numel < 2**31 else np.int64))
+        bits = np.unpackbits(philox.random_raw(-(-numel // 64)).astype("<u8").view(np.uint8), count=numel).view(np.int8)
+        bits *= 2
+        bits -= 1
+        # in the block's own order; and in the sketch's, once it is asked for
+        self._sign = torch.from_numpy(bits)
+        self._sign_in_order: Tensor | None = None
+        self._first_columns: Tensor | None = None
+        self._gathers: dict[tuple[int, ...], Tensor] = {}
 
     def _in_order(self, rows: Tensor) -> Tensor:
         in_runs = rows.reshape(len(rows), -1, self._run)
         return in_runs.index_select(1, self._order).flatten(1)
 
+    def _signs_in_order(self) -> Tensor:
+        if self._sign_in_order is None:
+            self._sign_in_order = self._in_order(self._sign[None])
+        return self._sign_in_order
+
     def signs(self, weight: Tensor) -> Tensor:
         """The signs of the coordinates times `weight` (n elements), in the sketch's order, on its device."""
         self._to(weight.device)
-        return self._sign * self._in_order(weight.reshape(1, -1))
+        return self._in_order(weight.reshape(1, -1)).mul_(self._signs_in_order())
 
     def __call__(self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None) -> Tensor:
         """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device.
@@ -67,7 +81,7 @@ class Sketch:
             torch.index_select(rows.reshape(len(rows), n_runs, self._run), 1, self._order, out=mixed)
         else:
             torch.index_select(rows, 1, self._gather(order), out=mixed.view(len(rows), -1))
-        mixed = mixed.flatten(1).mul_(self._sign if signs is None else signs)
+        mixed = mixed.flatten(1).mul_(self._signs_in_order() if signs is None else signs)
         k = self.n_columns
         whole = mixed.shape[1] // k * k
         sums = mixed[:, :whole].reshape(len(mixed), -1, k).sum(1)
@@ -75,31 +89,37 @@ class Sketch:
         sums[:, : rest.shape[1]] += rest
         return sums
 
-    def of_lines(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """Project rows of which only some lines are not zero: no other line is looked at.
+    def lines(self, numbers: Tensor) -> "SketchedLines":
+        """Find where some lines of the block go: no other line is looked at.
 
         Args:
-            tokens: lines of the block, shape (B, P).
-            values: what to add there, shape (B, P, elements of a line).
-
-        Returns:
-            Shape (B, k).
+            numbers: of the lines, shape (U,), int64.
         """
-        self._to(values.device)
-        signed = self._signed_columns().view(-1, values.shape[2])[tokens]
-        sums = values.new_zeros(len(values), self.n_columns)
-        columns = signed.abs().sub_(1).long()
-        return sums.scatter_add_(1, columns.flatten(1), (values * signed.sign()).flatten(1))
+        self._to(numbers.device)
+        width = math.prod(self._shape[1:])
+        columns = self._columns_of_runs()
+        if self._run == 1:
+            of_lines = columns.view(-1, width).index_select(0, numbers)
+        else:
+            # an element's run, and its place there, are those of the line's first element and some more, and how
+            # many more depends on the place of the first element alone: one table for each of the two
+            after_first = torch.arange(self._run, device=numbers.device)[:, None] + torch.arange(width, device=numbers.device)
+            starts = numbers * width
+            runs = starts.div(self._run, rounding_mode="floor")
+            places = starts.sub_(runs * self._run)
+            of_elements = (after_first // self._run).int().index_select(0, places).add_(runs.int()[:, None])
+            of_lines = columns.index_select(0, of_elements.flatten()).view(of_elements.shape)
+            of_lines.add_((after_first % self._run).int().index_select(0, places))
+            of_lines.remainder_(self.n_columns)
+        return SketchedLines(numbers, of_lines.long(), self._sign.view(-1, width).index_select(0, numbers), self.n_columns)
 
-    def _signed_columns(self) -> Tensor:
-        """The column of each coordinate, counted from 1, times its sign; int32, in the block's own order."""
-        if self._signed is None:
-            numel = self._sign.shape[1]
-            columns = (torch.arange(numel, dtype=torch.int32, device=self._sign.device) % self.n_columns).add_(1)
-            columns *= self._sign[0].to(torch.int32)
-            own = torch.empty_like(self._order).scatter_(0, self._order, torch.arange(len(self._order), device=self._order.device))
-            self._signed = columns.view(-1, self._run).index_select(0, own).flatten()
-        return self._signed
+    def _columns_of_runs(self) -> Tensor:
+        """The column of the first element of each run, in the block's own order; int32."""
+        if self._first_columns is None:
+            firsts = torch.arange(len(self._order), device=self._order.device) * self._run % self.n_columns
+            self._first_columns = torch.empty_like(self._order, dtype=torch.int32)
+            self._first_columns[self._order.long()] = firsts.int()
+        return self._first_columns
 
     def _gather(self, order: tuple[int, ...]) -> Tensor:
         """Where each element of the sketch's order is in rows whose dimensions are in `order`."""
@@ -115,4 +135,40 @@ class Sketch:
         if self._order.device != device:
             self._order, self._sign = self._order.to(device), self._sign.to(device)
             self._gathers.clear()
-            self._signed = None
+            self._sign_in_order = self._first_columns = None
+
+
+@dataclass(frozen=True, slots=True)
+class SketchedLines:
+    """Where the elements of some lines of a block go.
+
+    Args:
+        numbers: of the lines, shape (U,).
+        columns: of each element, shape (U, elements of a line), int64.
+        signs: of each element, likewise, int8.
+        n_columns: k.
+    """
+
+    numbers: Tensor
+    columns: Tensor
+    signs: Tensor
+    n_columns: int
+
+    def project(self, values: Tensor, at: Tensor) -> Tensor:
+        """Project rows that are zero but for some lines of these.
+
+        Args:
+            values: what to add up there, shape (B, P, elements of a line).
+            at: for each of them which of these lines it is added to, shape (B, P).
+
+        Returns:
+            Shape (B, k).
+        """
+        places = at.flatten()
+        signed = values.flatten(0, 1) * self.signs.index_select(0, places)
+        columns = self.columns.index_select(0, places).view(len(values), -1)
+        return values.new_zeros(len(values), self.n_columns).scatter_add_(1, columns, signed.view(len(values), -1))
+
+    def project_all(self, values: Tensor) -> Tensor:
+        """Project one row that is zero but for these lines, shape (U, elements of a line); shape (k,)."""
+        return values.new_zeros(self.n_columns).scatter_add_(0, self.columns.flatten(), (values * self.signs).flatten())

@@ -13,7 +13,7 @@ from torch import Tensor
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, bounds_of
 from hydra_pipe.maths.kron import Kron
-from hydra_pipe.maths.sketch import Sketch
+from hydra_pipe.maths.sketch import Sketch, SketchedLines
 from hydra_pipe.plan.layout import Block, Layout, Parameter
 
 
@@ -126,6 +126,8 @@ class RowEncoder:
         self._krons = {
             i: Kron(layout.seed, b.name, b.shape, b.kron[2], b.kron[3], b.kron[:2]) for i, b in enumerate(layout.blocks) if b.kron
         }
+        # of each table, the lines that were met last: what the books compare next is of the same lines
+        self._last_lines: dict[int, SketchedLines] = {}
         self.part_columns, self.parts_of_block = _parts(layout)
         self._is_factored = [block.encoding == "factored" for block in layout.blocks]
         factored = {part for parts, is_so in zip(self.parts_of_block, self._is_factored, strict=True) if is_so for part in parts}
@@ -190,13 +192,16 @@ class RowEncoder:
         return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
 
     def _reduce_lines(self, index: int, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None) -> Reduced:
-        values = value.values
+        values, width = value.values, value.values.shape[2]
+        numbers, at = torch.unique(value.tokens, return_inverse=True)
         if root is not None:
-            root = root.reshape(-1, values.shape[2])
-            values = values * root[value.tokens if lines is None else torch.searchsorted(lines, value.tokens.contiguous())]
-        columns = self._sketches[index].of_lines(value.tokens, values)
+            of_lines = numbers if lines is None else torch.searchsorted(lines, numbers)
+            values = values * root.reshape(-1, width)[of_lines][at]
+        sketched = self._sketches[index].lines(numbers)
+        if not self.preconditioned:
+            self._last_lines[index] = sketched
         expected = value.sum_times(self._like(index, value.values)) if root is not None else None
-        return Reduced(columns, first, value.bounds().sum(), expected, torch.unique(value.tokens))
+        return Reduced(sketched.project(values, at), first, value.bounds().sum(), expected, numbers)
 
     def _pieces(self, index: int, value: Factors | Tensor) -> tuple[Iterable[Tensor], tuple[int, ...] | None]:
         """Rows of a few samples after the other, and the order of the block's dimensions in them; None: their own."""
@@ -253,8 +258,8 @@ class RowEncoder:
             else:
                 kron = self._krons.get(index)
                 sketch = self._sketches.get(index) if not self.preconditioned else None
-                lines = _lines(contributions.get(index, ())) if sketch is not None else None
-                if lines is not None and sketch is not None and (of_lines := _sketched_lines(sketch, gradient, lines)) is not None:
+                lines = self._sketched_lines(index, contributions.get(index, ())) if sketch is not None else None
+                if lines is not None and (of_lines := _project_lines(lines, gradient)) is not None:
                     gradient = of_lines
                 elif kron is not None or sketch is not None:
                     gradient = (kron or sketch)(gradient.reshape(1, -1))  # type: ignore[misc] # one of the two is there
@@ -353,6 +358,16 @@ class RowEncoder:
             step, row = step + n_steps, row + n_steps * size
         return sums
 
+    def _sketched_lines(self, index: int, given: Sequence[Reduced]) -> SketchedLines | None:
+        """The lines of a table that all of the contributions to block `index` are of; None: there are others."""
+        lines = [r.lines for r in given if r.lines is not None]
+        if not lines or len(lines) < len(given):
+            return None
+        last = self._last_lines.get(index)
+        if last is not None and len(lines) == 1 and last.numbers is lines[0]:
+            return last
+        return self._sketches[index].lines(torch.unique(torch.cat(lines)))
+
     def _like(self, index: int, like: Tensor) -> Tensor:
         probe = self._probes[index]
         if probe.device != like.device or probe.dtype != like.dtype:
@@ -366,23 +381,15 @@ def _plain(value: Contribution) -> Factors | Tensor:
     return value.rows if isinstance(value, Summed) else value
 
 
-def _lines(given: Sequence[Reduced]) -> Tensor | None:
-    """The lines of a table that all of the contributions are of; None: there are others."""
-    lines = [r.lines for r in given if r.lines is not None]
-    if not lines or len(lines) < len(given):
-        return None
-    return lines[0] if len(lines) == 1 else torch.unique(torch.cat(lines))
-
-
-def _sketched_lines(sketch: Sketch, gradient: Tensor, lines: Tensor) -> Tensor | None:
-    """The sketch of a table's gradient of which only some lines are not zero; None: others are not, or looking costs more."""
+def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
+    """The sketch of a table's gradient of which only these lines are not zero; None: others are not, or looking costs more."""
     if gradient.device.type != "cpu":  # the look at the others would make the device wait
         return None
-    own = gradient.reshape(len(gradient), -1)[lines]
+    own = gradient.reshape(len(gradient), -1).index_select(0, lines.numbers)
     whole, part = torch.linalg.vector_norm(gradient).double(), torch.linalg.vector_norm(own).double()
     if not bool((whole - part).abs() <= 1e-5 * whole):
         return None
-    return sketch.of_lines(lines[None], own[None])
+    return lines.project_all(own)
 
 
 def _sum(values: list[Tensor]) -> Tensor:
