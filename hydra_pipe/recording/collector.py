@@ -256,12 +256,16 @@ class Collector:
         is_new = backward != self._backward and not is_asked
         if is_new and any(p.seen for p in self._portions) and self._gradients_dropped():
             self._drop(but=portion)
-        portion.seen = True
         if backward != self._backward:
             self._reduce_held()
+            if self.encoder is None and self._root is None and any(p.seen for p in self._portions if p is not portion):
+                with torch.no_grad():
+                    self.encoder = self._choose_encoding()
+                    self._reduce_waiting(self.encoder, None)
+        portion.seen = True
         self._backward = backward
-        # In the first step nothing is reduced: the layout is chosen from what the whole step shows. And a preconditioner is
-        # known only when the step's gradient is complete.
+        # Nothing of the first batch is reduced: the layout is chosen from what all of its passes show. And a preconditioner
+        # is known only when the step's gradient is complete.
         encoder = None if self._root is not None else self.encoder
         for index, contribution in contributions.items():
             given = Given(contribution, first)
