@@ -46,11 +46,10 @@ class Sketch:
         philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
         order = np.argsort(philox.random_raw(numel // self._run), kind="stable")
         self._order = torch.from_numpy(order.astype(np.int32 if numel < 2**31 else np.int64))
-        bits = np.unpackbits(philox.random_raw(-(-numel // 64)).astype("<u8").view(np.uint8), count=numel).view(np.int8)
-        bits *= 2
-        bits -= 1
+        words = philox.random_raw(-(-numel // 64)).astype("<u8")
+        negative = np.unpackbits(words.view(np.uint8), count=numel, bitorder="little").view(np.int8)
         # in the block's own order; and in the sketch's, once it is asked for
-        self._sign = torch.from_numpy(bits)
+        self._sign = torch.from_numpy(negative).mul_(-2).add_(1)
         self._sign_in_order: Tensor | None = None
         self._first_columns: Tensor | None = None
         self._gathers: dict[tuple[int, ...], Tensor] = {}

@@ -1,12 +1,14 @@
 """The count sketch: what it is a function of, and what it does to inner products."""
 
-from math import prod
+import hashlib
+from math import gcd, prod
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import Philox
 from torch import Tensor
 
 from hydra_pipe.maths.runs import run_length
@@ -52,7 +54,24 @@ def test_the_sketch_is_the_one_that_stores_were_written_with() -> None:
     # Computed once. If this fails, rows on disk and test gradients taken from now on no longer match.
     rows = torch.arange(1.0, 24.0).repeat(2, 1) * torch.tensor([[1.0], [2.0]])
     found = Sketch(3, "layers.0.weight", (23,), 5)(rows)
-    assert found.tolist() == [[5.0, -2.0, -14.0, 34.0, -27.0], [10.0, -4.0, -28.0, 68.0, -54.0]]
+    assert found.tolist() == [[-1.0, 28.0, 16.0, 18.0, -1.0], [-2.0, 56.0, 32.0, 36.0, -2.0]]
+
+
+@pytest.mark.parametrize(("shape", "k"), [((6, 7), 4), ((9,), 9), ((16, 8), 3), ((30, 5), 8)])
+def test_the_sketch_is_the_one_of_the_format_document(shape: tuple[int, ...], k: int) -> None:
+    n = prod(shape)
+    lengths = [r for r in range(1, 17) if n % r == 0 and gcd(r, k) == 1 and n >= 4 * r * k]
+    run = max([1, *lengths])
+    philox = Philox(key=np.frombuffer(hashlib.sha256(f"5\nweight\n{shape}".encode()).digest()[:16], np.uint64))
+    order = np.argsort(philox.random_raw(n // run), kind="stable")
+    words = [int(word) for word in philox.random_raw((n + 63) // 64)]
+    gradient = random_rows(1, n)[0].numpy()
+    signed = np.array([-g if words[i // 64] >> (i % 64) & 1 else g for i, g in enumerate(gradient)])
+    columns = np.zeros(k)
+    for place, value in enumerate(np.concatenate([signed[run * o : run * (o + 1)] for o in order])):
+        columns[place % k] += value
+    found = Sketch(5, "weight", shape, k)(torch.from_numpy(gradient)[None])[0]
+    np.testing.assert_allclose(found.numpy(), columns, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
