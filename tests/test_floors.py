@@ -18,6 +18,7 @@ FLOORS = [
     {"loading", "notebook", "integrations"},
     {"view"},
     {"replay", "probing", "reporting"},
+    {"retraining"},
     {"evaluation"},
     {"cleaning"},
     {"api"},

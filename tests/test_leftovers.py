@@ -18,12 +18,12 @@ from leftovers import STRIKES, Blow, Rounds, Watching, small_files, standing, un
 from torch.utils.data import DataLoader
 
 import hydra_pipe
-from hydra_pipe.evaluation import retraining
 from hydra_pipe.plan.reduction import Reading
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording import batches
 from hydra_pipe.reduction import hydra, influence, steps
 from hydra_pipe.reduction.cluster import ClusterHere
+from hydra_pipe.retraining import retrainer
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.streams import Stream
 
@@ -127,7 +127,7 @@ STREAMS: dict[str, Callable[[Gradients], Stream[Any]]] = {
     "last rows counted": lambda store: _last_rows(store).pieces(),
     "batches": lambda store: batches.Samples(_with_workers(), "train").batches(batches.epoch_order(_with_workers(), 0)),
     "test batches": lambda store: batches.test_batches(_with_workers(), Task(), None),
-    "batches of a retraining": lambda store: retraining._batches(_with_workers()),
+    "batches of a retraining": lambda store: retrainer._batches(_with_workers()),
 }
 
 

@@ -520,7 +520,7 @@ def test_the_command_answers_for_new_inputs_end_to_end(tmp_path: Path, monkeypat
 
 
 def test_evaluations_leave_probes_out(run: Path) -> None:
-    from hydra_pipe.evaluation.subject import Subject
+    from hydra_pipe.retraining.subject import Subject
 
     probe(run, images(9, 2))
     hydra_pipe.reduce(run, test="late")

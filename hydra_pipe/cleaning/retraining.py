@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from hydra_pipe.cleaning.decision import Cut, scores_of
 from hydra_pipe.cleaning.evidence import sums_over
 from hydra_pipe.cleaning.judged import unjudged
-from hydra_pipe.evaluation.campaign import Job, retrain
-from hydra_pipe.evaluation.noise import true_labels
-from hydra_pipe.evaluation.result import ONE_TEST
-from hydra_pipe.evaluation.retraining import HIT, LOSS
-from hydra_pipe.evaluation.subject import Subject
 from hydra_pipe.loading import recorded_assignments, recorded_spec
 from hydra_pipe.maths.ranks import crossed_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.intervals import ONE_TEST
+from hydra_pipe.retraining.retrainer import HIT, LOSS
+from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns
 from hydra_pipe.store.result import ReducedRun
@@ -144,7 +143,7 @@ def compared(
     summary: dict[str, Any] = {"seeds": seeds, "folds": len(folds)}
     says = []
     if subject.pipeline.true_labels is not None:
-        truth = true_labels(subject)
+        truth = subject.true_labels()
         wrong = np.flatnonzero(np.asarray(labels != truth))
         summary["known"] = known = _held_against(truth, wrong, drop)
         says += _known_in_words(known)

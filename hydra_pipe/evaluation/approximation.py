@@ -1,5 +1,6 @@
 """How far relevance without the Hessian is from that with it, as training goes on: the study of the HYDRA paper (AAAI 2021)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError
-from hydra_pipe.evaluation.result import INTERVAL, Plot, Result, Row, with_interval
-from hydra_pipe.evaluation.subject import Relevance, Subject, reducing
+from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.maths.ranks import spearmans
 from hydra_pipe.plan.selection import write_selection
+from hydra_pipe.retraining.intervals import INTERVAL, with_interval
+from hydra_pipe.retraining.subject import Relevance, Subject, reducing
 from hydra_pipe.store.relevance import GROUPINGS, Columns, Parts, parts_of_result, result_name
 
 EXACT = "hydra-exact"
@@ -39,33 +42,34 @@ class Pair:
         return found.astype(np.float64), truth.astype(np.float64)
 
 
-def approximation(subject: Subject) -> Result:
+class Approximation(Evaluator):
     """Hold `METHODS` against `EXACT` at the end, and after each number of steps for which both were reduced, for the test samples
     that both have; or for means over the same ones. Trains nothing.
 
     By method and step, over all samples and columns: `distance`, the Euclidean norm of the difference, in units of the test loss;
     `relative_error`, that over the norm of the exact one; `wrong_signs`, the share of pairs in which one says helpful and the other
     harmful; `spearman`, over samples, mean over columns.
-
-    Args:
-        subject: what is evaluated.
-
-    Raises:
-        RunError: there is no exact relevance, or nothing to hold against it at the same steps; the message says what to reduce.
-        StoreError: relevance is damaged.
     """
-    rows: list[Row] = []
-    for pair in pairs_of(subject):
-        found, truth = pair.values()
-        distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
-        parts = parts_of_result(pair.approximate.name)
-        row: Row = {"method": result_name(parts.method, parts.by), "steps": pair.steps, "columns": found.shape[1]}
-        row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
-        row["wrong_signs"] = float((found * truth < 0).mean())
-        rows.append(row | with_interval("spearman", spearmans(found, truth)))
-    says = [f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"]
-    says += [f"more to compare: run {command}" for command in missing(subject)]
-    return Result(rows, {"n_tests": subject.n_tests}, says, _plot(rows))
+
+    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+        """Both of each pair. Raises: RunError: see `pairs_of`."""
+        return {r.name: r for pair in pairs_of(subject) for r in (pair.approximate, pair.exact)}
+
+    def evaluate(self, request: Request) -> Result:
+        """See the class. Raises: StoreError: relevance is damaged."""
+        subject = request.subject
+        rows: list[Row] = []
+        for pair in pairs_of(subject):
+            found, truth = pair.values()
+            distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
+            parts = parts_of_result(pair.approximate.name)
+            row: Row = {"method": result_name(parts.method, parts.by), "steps": pair.steps, "columns": found.shape[1]}
+            row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
+            row["wrong_signs"] = float((found * truth < 0).mean())
+            rows.append(row | with_interval("spearman", spearmans(found, truth)))
+        says = [f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"]
+        says += [f"more to compare: run {command}" for command in missing(subject)]
+        return Result(rows, {"n_tests": subject.n_tests}, says, _plot(rows))
 
 
 def pairs_of(subject: Subject) -> list[Pair]:

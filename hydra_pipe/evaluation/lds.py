@@ -6,18 +6,24 @@ same learning rate, on less data. With the mean over the whole batch each step w
 trained half as far, and its losses tell of how many of the kept samples each batch happens to have, more than of which they are.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import NonFiniteError
-from hydra_pipe.evaluation.campaign import Job, retrain
-from hydra_pipe.evaluation.result import INTERVAL, Result, Row, bars, with_interval
-from hydra_pipe.evaluation.retraining import LOSS, MeanOver
-from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.kinds import Options
+from hydra_pipe.evaluation.result import Result, Row, bars
 from hydra_pipe.maths.ranks import spearmans
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.intervals import INTERVAL, with_interval
+from hydra_pipe.retraining.retrainer import LOSS
+from hydra_pipe.retraining.subject import Relevance, Subject
 
+DEFAULT_RETRAININGS = 100
 # of the halves
 _SEED = 0x6C6473
 _FEWEST = 3
@@ -30,62 +36,58 @@ def half(index: int, n_samples: int, seed: int = _SEED) -> NDArray[np.float32]:
     return weights
 
 
-def lds(
-    subject: Subject,
-    directory: Retrained,
-    progress: Progress,
-    *,
-    retrainings: int,
-    seeds: int,
-    methods: str | None,
-    memory: str,
-    mean_over: MeanOver = "weights",
-) -> Result:
+class DatamodelScore(Evaluator):
     """Score every method.
 
-    For each of `retrainings` random halves H the loss of test sample j after training on H is predicted to be lower, the larger
-    sum over i in H of R(i, j). The score is Spearman's correlation of prediction and loss over the halves, mean over test samples.
-
-    Args:
-        subject: what is evaluated.
-        directory: of retrainings.
-        progress: where to show progress.
-        retrainings: random halves.
-        seeds: initial weights and orders for each half, over which its losses are averaged; the run's own is the first.
-        methods: see `Subject.relevance`.
-        memory: see `retrain`.
-        mean_over: see `Retrainer`.
-
-    Raises:
-        NonFiniteError: nearly all retrainings diverged.
-        HydraError: see `retrain` and `Subject`.
+    For each of some random halves H the loss of test sample j after training on H is predicted to be
+    lower, the larger sum over i in H of R(i, j). The score is Spearman's correlation of prediction and loss
+    over the halves, mean over test samples. Losses of a half are means over seeds; the run's is the first.
     """
-    relevance = subject.required_relevance(methods)
-    n = subject.n_samples
 
-    def weights(first: int, end: int) -> NDArray[np.float32]:
-        return np.stack([half(index, n) for index in range(first, end)])
+    def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
+        """The numbers of halves and of seeds."""
+        seeds = options.seeds or 1
+        if seeds > 1:
+            subject.check_seeds()
+        return {"retrainings": options.retrainings or DEFAULT_RETRAININGS, "seeds": seeds}
 
-    own = subject.pipeline.seed
-    job = Job(retrainings, weights, tuple(own + s for s in range(seeds)), mean_over)
-    losses = retrain(subject, job, directory, memory, progress)[:, :, LOSS].mean(axis=0)
-    finite = np.isfinite(losses).all(axis=1)
-    if finite.sum() < _FEWEST:
-        raise NonFiniteError(
-            f"{(~finite).sum()} of {retrainings} retrainings diverged: nothing can be told of a training as unstable as this"
-        )
-    kept = weights(0, retrainings)[finite].astype(np.float64)
-    rows: list[Row] = []
-    for name, found in relevance.items():
-        per_test = spearmans(-(kept @ found.values()), losses[finite])
-        rows.append({"method": name} | with_interval("lds", per_test))
-    rows.sort(key=lambda row: -row["lds"])
-    says = [
-        f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean over those kept), {INTERVAL}",
-        *_diverged(finite),
-    ]
-    summary = {"retrainings": retrainings, "seeds": seeds, "diverged": int((~finite).sum()), "n_tests": subject.n_tests}
-    return Result(rows, summary, says, bars(rows, "lds", "linear datamodelling score"))
+    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+        """Relevance for each test sample, at least one."""
+        return subject.required_relevance(methods)
+
+    def evaluate(self, request: Request) -> Result:
+        """See the class.
+
+        Raises:
+            NonFiniteError: nearly all retrainings diverged.
+        """
+        subject, retrainings, seeds = request.subject, request.settings["retrainings"], request.settings["seeds"]
+        relevance = subject.required_relevance(request.methods)
+        n = subject.n_samples
+
+        def weights(first: int, end: int) -> NDArray[np.float32]:
+            return np.stack([half(index, n) for index in range(first, end)])
+
+        own = subject.pipeline.seed
+        job = Job(retrainings, weights, tuple(own + s for s in range(seeds)), "weights")
+        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[:, :, LOSS].mean(axis=0)
+        finite = np.isfinite(losses).all(axis=1)
+        if finite.sum() < _FEWEST:
+            raise NonFiniteError(
+                f"{(~finite).sum()} of {retrainings} retrainings diverged: nothing can be told of a training as unstable as this"
+            )
+        kept = weights(0, retrainings)[finite].astype(np.float64)
+        rows: list[Row] = []
+        for name, found in relevance.items():
+            per_test = spearmans(-(kept @ found.values()), losses[finite])
+            rows.append({"method": name} | with_interval("lds", per_test))
+        rows.sort(key=lambda row: -row["lds"])
+        says = [
+            f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean over those kept), {INTERVAL}",
+            *_diverged(finite),
+        ]
+        summary = {"retrainings": retrainings, "seeds": seeds, "diverged": int((~finite).sum()), "n_tests": subject.n_tests}
+        return Result(rows, summary, says, bars(rows, "lds", "linear datamodelling score"))
 
 
 def _diverged(finite: NDArray[np.bool_]) -> list[str]:

@@ -1,6 +1,7 @@
 """Known wrong labels: does a ranking put them first, and is the model better without what it puts first?"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import PipelineError, UsageError, shown
-from hydra_pipe.evaluation.campaign import Job, retrain
+from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Plot, Result, Row
-from hydra_pipe.evaluation.retraining import HIT
-from hydra_pipe.evaluation.subject import Relevance, Subject
 from hydra_pipe.maths.ranks import roc_auc
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.retrainer import HIT
+from hydra_pipe.retraining.subject import Relevance, Subject
 from hydra_pipe.store.relevance import ITSELF
 
 # Of the number of wrong labels: how many are looked at, and how many samples are left out before training again.
@@ -41,30 +43,13 @@ class Order:
     first: NDArray[np.int64]
 
 
-def true_labels(subject: Subject) -> NDArray[Any]:
-    """The label that each training sample should have, of the type of the recorded ones. Shape (sample,).
-
-    Raises:
-        PipelineError: the pipeline names none, or labels are unknown or of another type.
-    """
-    truth, labels = subject.pipeline.true_labels, subject.sample_labels()
-    if truth is None:
-        raise PipelineError("the pipeline has no true_labels, one for each training sample: return Pipeline(..., true_labels=...)")
-    if labels is None:
-        raise PipelineError(f"{subject.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)")
-    true = np.array([str(label) for label in truth]) if labels.dtype == object else np.asarray(truth)
-    if labels.dtype != object and true.dtype.kind not in "iu":
-        raise PipelineError(f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both")
-    return true
-
-
 def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
     """Which training samples have a label that is not their true one. Shape (sample,).
 
     Raises:
-        PipelineError: see `true_labels`; or none, or all, are wrong.
+        PipelineError: see `Subject.true_labels`; or none, or all, are wrong.
     """
-    wrong = np.asarray(subject.sample_labels() != true_labels(subject), bool)
+    wrong = np.asarray(subject.sample_labels() != subject.true_labels(), bool)
     if wrong.all() or not wrong.any():
         raise PipelineError(
             f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be some of either kind"
@@ -101,63 +86,62 @@ def order_of(relevance: Relevance) -> Order:
     return Order(relevance.name, scores, np.argsort(-scores, kind="stable"))
 
 
-def noise(
-    subject: Subject,
-    directory: Retrained,
-    progress: Progress,
-    *,
-    methods: str | None,
-    memory: str,
-    left_out: tuple[float, ...] = LEFT_OUT,
-) -> Result:
-    """Score every method's ranking of the training samples by mean relevance over all tests, the most harmful first; that of
-    `self` by relevance to themselves, the highest first, for samples that nothing but their own steps could teach are odd ones.
+class WrongLabels(Evaluator):
+    """Score every method's ranking of the training samples against the labels that are known to be wrong.
 
-    By method: ROC-AUC; precision among the first k, with k wrong labels in all and some smaller k; accuracy on the test samples
-    after training without the first k, at the run's seed and order (weight 0, mean over the samples that are kept).
+    A ranking is by mean relevance over all tests, the most harmful first. The ranking of `self` is by
+    relevance to themselves, the highest first: a sample that only its own steps can teach is odd.
 
-    Args:
-        subject: what is evaluated.
-        directory: of retrainings.
-        progress: where to show progress.
-        methods: see `Subject.relevance`.
-        memory: see `retrain`.
-        left_out: shares of the number of wrong labels, see `parse_left_out`.
-
-    Raises:
-        PipelineError: see `wrong_labels`.
-        HydraError: see `retrain` and `Subject`.
+    By method: ROC-AUC; precision among the first k, with k wrong labels in all and some smaller k; accuracy
+    on the test samples after training without the first k, at the run's seed and order (weight 0, mean over
+    the samples that are kept).
     """
-    wrong = wrong_labels(subject)
-    n_wrong = int(wrong.sum())
-    orders = [order_of(found) for found in subject.required_relevance(methods, means=True).values()]
-    says = [
-        f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over {subject.n_tests:,} tests, lowest first; "
-        f"{ITSELF}: highest first"
-    ]
-    if not left_out:
-        rows = sorted((_row(order, wrong) for order in orders), key=lambda row: -row["roc_auc"])
-        return Result(rows, {"wrong": n_wrong}, says)
-    # no ranking of their own: they may be left out in any order
-    rng = np.random.default_rng(_SEED)
-    draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
-    ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
-    sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in left_out]
-    everything = [*orders, *draws, ideal]
-    without = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
-    job = Job.without(without, subject.n_samples, (subject.pipeline.seed,))
-    hits = retrain(subject, job, directory, memory, progress)[0, :, HIT].mean(axis=1)
-    accuracies = hits[1:].reshape(len(everything), len(sizes))
-    n = len(orders)
-    by_order = [*zip(orders, accuracies[:n], strict=True), (draws[0], accuracies[n:-1].mean(axis=0)), (ideal, accuracies[-1])]
-    rows = [_row(order, wrong) | _without(own, sizes) for order, own in by_order]
-    rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
-    says += [
-        f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of a ranking: without_K",
-        f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than {n_wrong} to leave out",
-    ]
-    summary: dict[str, Any] = {"wrong": n_wrong, "accuracy": _plain(hits[0])}
-    return Result(rows, summary, says, _plot(rows, sizes, float(hits[0])))
+
+    def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
+        """The shares of wrong labels to leave out, where they are not `LEFT_OUT`."""
+        if options.left_out is None:
+            return {}
+        parse_left_out(options.left_out)
+        return {"left_out": options.left_out}
+
+    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+        """Relevance for each test sample or as a mean. Raises: PipelineError: see `wrong_labels`."""
+        wrong_labels(subject)
+        return subject.required_relevance(methods, means=True)
+
+    def evaluate(self, request: Request) -> Result:
+        """See the class."""
+        subject, left_out = request.subject, parse_left_out(request.settings.get("left_out"))
+        wrong = wrong_labels(subject)
+        n_wrong = int(wrong.sum())
+        orders = [order_of(found) for found in subject.required_relevance(request.methods, means=True).values()]
+        says = [
+            f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over "
+            f"{subject.n_tests:,} tests, lowest first; {ITSELF}: highest first"
+        ]
+        if not left_out:
+            rows = sorted((_row(order, wrong) for order in orders), key=lambda row: -row["roc_auc"])
+            return Result(rows, {"wrong": n_wrong}, says)
+        # no ranking of their own: they may be left out in any order
+        rng = np.random.default_rng(_SEED)
+        draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
+        ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
+        sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in left_out]
+        everything = [*orders, *draws, ideal]
+        without = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
+        job = Job.without(without, subject.n_samples, (subject.pipeline.seed,))
+        hits = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, HIT].mean(axis=1)
+        accuracies = hits[1:].reshape(len(everything), len(sizes))
+        n = len(orders)
+        by_order = [*zip(orders, accuracies[:n], strict=True), (draws[0], accuracies[n:-1].mean(axis=0)), (ideal, accuracies[-1])]
+        rows = [_row(order, wrong) | _without(own, sizes) for order, own in by_order]
+        rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
+        says += [
+            f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of a ranking: without_K",
+            f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than {n_wrong} to leave out",
+        ]
+        summary: dict[str, Any] = {"wrong": n_wrong, "accuracy": _plain(hits[0])}
+        return Result(rows, summary, says, _plot(rows, sizes, float(hits[0])))
 
 
 def _row(order: Order, wrong: NDArray[np.bool_]) -> Row:

@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.ranks import bootstrap_interval
-
 Row = dict[str, Any]
 # draws into the axes of matplotlib that it is given
 Plot = Callable[[Any], None]
-INTERVAL = "mean over test samples; interval of 95 % by drawing as many test samples anew, 2,000 times (not the retrainings)"
 
 
 @dataclass(frozen=True)
@@ -32,15 +29,6 @@ class Result:
     says: Sequence[str]
     plot: Plot | None = None
     truth: NDArray[np.float32] | None = field(default=None, repr=False)
-
-
-ONE_TEST = "there is one test sample, or one mean of them: nothing tells how others would come out, and no interval is given"
-
-
-def with_interval(name: str, per_test: NDArray[np.float64]) -> Row:
-    """Columns of a mean over test samples: `name`, `name_low`, `name_high`; the last two are no numbers where there is one."""
-    low, high = bootstrap_interval(per_test) if len(per_test) > 1 else (np.nan, np.nan)
-    return {name: float(per_test.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def bars(rows: Sequence[Row], name: str, title: str) -> Plot:

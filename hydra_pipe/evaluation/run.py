@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from hydra_pipe.errors import UsageError
-from hydra_pipe.evaluation.result import ONE_TEST
-from hydra_pipe.plan.selection import Span, parse_selection, write_selection
+from hydra_pipe.evaluation.kinds import Options, kind_of
 from hydra_pipe.progress import Progress
+from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import area_of, seal
 from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
@@ -26,18 +25,10 @@ from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
     from hydra_pipe.evaluation.result import Result
-    from hydra_pipe.evaluation.subject import Relevance, Subject
     from hydra_pipe.recording.pipeline import Pipeline
 
-LOO, LDS, NOISE, SMOOTHNESS, APPROXIMATION = "loo", "lds", "noise", "smoothness", "approximation"
-KINDS = (LOO, LDS, NOISE, SMOOTHNESS, APPROXIMATION)
-# Samples that loo leaves out if nobody says which: all, if there are no more.
-MOST_LEFT_OUT = 1000
-DEFAULT_RETRAININGS = 100
 # fact: checksums of the relevance that was scored, by name
 _SCORED = "scored"
-# options, and the kinds that have them
-_OPTIONS = {"samples": (LOO,), "retrainings": (LDS,), "seeds": (LDS,), "methods": (LOO, LDS, NOISE), "left_out": (NOISE,)}
 
 
 @dataclass(frozen=True)
@@ -80,8 +71,8 @@ def evaluate_run(
         run: directory of the run.
         kind: "loo", "lds", "noise", "smoothness" or "approximation".
         settings: of the pipeline function, those that were recorded.
-        samples: of "loo": which are left out, such as "0-99,150"; if absent the first `MOST_LEFT_OUT`.
-        retrainings: of "lds": on how many random halves; if absent `DEFAULT_RETRAININGS`.
+        samples: of "loo": which are left out, such as "0-99,150"; if absent the first 1,000.
+        retrainings: of "lds": on how many random halves; if absent 100.
         seeds: of "lds": initial weights and orders that each half is trained from; if absent 1.
         methods: of "loo", "lds" and "noise": names of relevance arrays with commas between them; if absent all that are there.
         left_out: of "noise": how many samples are left out before training again, as shares of the number of wrong labels with
@@ -99,36 +90,23 @@ def evaluate_run(
         PipelineError: the pipeline cannot be used, or comes to other test losses than the run.
         UsageError: an option that the kind does not have, or a value that cannot be.
     """
-    given = {"samples": samples, "retrainings": retrainings, "seeds": seeds, "methods": methods, "left_out": left_out}
-    _check(kind, given)
+    options = Options(samples, retrainings, seeds, methods, left_out)
+    wanted = kind_of(kind)
+    wanted.check(options)
     parse_bytes(memory)
-    from hydra_pipe.evaluation.subject import Subject  # torch takes seconds to import: what is wrong above is told without it
+    # torch takes seconds to import: whatever is wrong so far is said without torch
+    from hydra_pipe.evaluation.evaluator import Request
+    from hydra_pipe.retraining.subject import Subject
 
+    evaluator = wanted.load()
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     subject = Subject.open(pipeline, directory, settings)
-    own: dict[str, Any] = {}
-    spans: tuple[Span, ...] = ()
-    if kind == LOO:
-        spans = ((0, min(subject.n_samples, MOST_LEFT_OUT)),)
-        if samples is not None:
-            spans = parse_selection(samples, subject.n_samples, "--samples")
-        elif subject.n_samples > MOST_LEFT_OUT:
-            progress.say(f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; --samples chooses others")
-        own["samples"] = write_selection(spans)
-    elif kind == LDS:
-        own |= {"retrainings": retrainings or DEFAULT_RETRAININGS, "seeds": seeds or 1}
-        if own["seeds"] > 1:
-            subject.check_seeds()
-    elif left_out is not None:
-        from hydra_pipe.evaluation.noise import parse_left_out
-
-        parse_left_out(left_out)
-        own["left_out"] = left_out
+    own = evaluator.settings(subject, options, progress)
     stage = evaluate_stage(kind)
     with one_writer(directory.path, stage):
         directory.refresh()
-        scored = {name: found.checksums for name, found in _scored(kind, subject, methods).items()}
+        scored = {name: found.checksums for name, found in evaluator.scored(subject, methods).items()}
         place = directory.path / area_of(stage)
         check_stages(directory.path, stage)
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
@@ -145,7 +123,7 @@ def evaluate_run(
         start = time.monotonic()
         with directory.failing(stage):
             remove_partials(place)
-            result = _result(kind, subject, progress, own, spans, methods, memory)
+            result = evaluator.evaluate(Request(subject, Retrained(place), own, methods, memory, progress))
             if any(_lacks_interval(row) for row in result.rows):
                 result = replace(result, says=[*result.says, ONE_TEST])
             summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
@@ -156,66 +134,6 @@ def evaluate_run(
         facts = {"seconds": time.monotonic() - start, _SCORED: scored, CHECKSUMS: checksums, OF_RECORD: source}
         directory.end(stage, "complete", **facts)
     return Evaluation(True, list(result.rows), summary)
-
-
-def _check(kind: str, given: Mapping[str, Any]) -> None:
-    """Raises: UsageError."""
-    if kind not in KINDS:
-        raise UsageError(f"evaluate {kind}: there is no such kind, choose one of {', '.join(KINDS)}")
-    for name, value in given.items():
-        if value is not None and kind not in _OPTIONS[name]:
-            raise UsageError(f"--{name.replace('_', '-')} is no option of evaluate {kind}, but of {', '.join(_OPTIONS[name])}")
-    for name, least in (("retrainings", 10), ("seeds", 1)):
-        if given[name] is not None and given[name] < least:
-            raise UsageError(f"--{name} {given[name]}: give {least} or more")
-
-
-def _scored(kind: str, subject: "Subject", methods: str | None) -> "Mapping[str, Relevance]":
-    """The relevance that an evaluation depends on. Raises: HydraError: something is missing that the kind cannot do without."""
-    if kind == SMOOTHNESS:
-        return {}
-    if kind == APPROXIMATION:
-        from hydra_pipe.evaluation.approximation import pairs_of
-
-        return {relevance.name: relevance for pair in pairs_of(subject) for relevance in (pair.approximate, pair.exact)}
-    if kind == NOISE:
-        from hydra_pipe.evaluation.noise import wrong_labels
-
-        wrong_labels(subject)
-        return subject.required_relevance(methods, means=True)
-    return subject.relevance(methods) if kind == LOO else subject.required_relevance(methods)
-
-
-def _result(
-    kind: str,
-    subject: "Subject",
-    progress: Progress,
-    own: Mapping[str, Any],
-    spans: tuple[Span, ...],
-    methods: str | None,
-    memory: str,
-) -> "Result":
-    directory = Retrained(subject.run.path / area_of(evaluate_stage(kind)))
-    if kind == LOO:
-        from hydra_pipe.evaluation.loo import loo
-
-        return loo(subject, directory, progress, samples=spans, methods=methods, memory=memory)
-    if kind == LDS:
-        from hydra_pipe.evaluation.lds import lds
-
-        return lds(subject, directory, progress, methods=methods, memory=memory, **own)
-    if kind == NOISE:
-        from hydra_pipe.evaluation.noise import noise, parse_left_out
-
-        shares = parse_left_out(own.get("left_out"))
-        return noise(subject, directory, progress, methods=methods, memory=memory, left_out=shares)
-    if kind == SMOOTHNESS:
-        from hydra_pipe.evaluation.smoothness import smoothness
-
-        return smoothness(subject, directory, progress, memory=memory)
-    from hydra_pipe.evaluation.approximation import approximation
-
-    return approximation(subject)
 
 
 def _lacks_interval(row: Mapping[str, Any]) -> bool:

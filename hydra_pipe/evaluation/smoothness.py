@@ -5,20 +5,21 @@ keep their sign over the size of change that one means to make. Here the change 
 weights 1 - s m, with s from 1/64, a small nudge, to 1, the whole removal.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.evaluation.campaign import Job, retrain
+from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.lds import half
-from hydra_pipe.evaluation.result import INTERVAL, Plot, Result, Row, with_interval
-from hydra_pipe.evaluation.retraining import LOSS
-from hydra_pipe.evaluation.subject import Subject
+from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.maths.ranks import spearmans
-from hydra_pipe.progress import Progress
-from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.intervals import INTERVAL, with_interval
+from hydra_pipe.retraining.retrainer import LOSS
+from hydra_pipe.retraining.subject import Relevance, Subject
 
 # How much of a half is left out. Where twice as much is there too, metasmoothness is measured.
 STEPS = (1 / 64, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -35,8 +36,8 @@ _SEED = 0x736D6F
 _TINY = 1e-30
 
 
-def smoothness(subject: Subject, directory: Retrained, progress: Progress, *, memory: str) -> Result:
-    """Measure it, and say which methods to trust.
+class Smoothness(Evaluator):
+    """Measure smoothness, and say which methods to trust.
 
     For test sample j, direction m and step s let d(s) = l_j(1 - s m) - l_j(1). By step:
 
@@ -49,42 +50,42 @@ def smoothness(subject: Subject, directory: Retrained, progress: Progress, *, me
     and for all of them the *ceiling*: with l_j = linear part + rest after training without m, and after training without all but
     m, the correlation of the two losses is minus the share of the linear part in the variance; its root is the best score that any
     sum over samples, whatever the method, can reach in `lds`.
-
-    Args:
-        subject: what is evaluated.
-        directory: of retrainings.
-        progress: where to show progress.
-        memory: see `retrain`.
-
-    Raises:
-        HydraError: see `retrain`.
     """
-    n = subject.n_samples
-    # how much of which half is left out, or of all but that half
-    halves = range(DIRECTIONS)
-    jobs = [(0.0, 0, False), *((s, d, False) for s in STEPS for d in halves), *((1.0, d, True) for d in halves)]
 
-    def weights(first: int, end: int) -> NDArray[np.float32]:
-        rows = []
-        for step, direction, others in jobs[first:end]:
-            removed = half(direction, n, _SEED)
-            rows.append(1.0 - step * (1.0 - removed if others else removed))
-        return np.stack(rows).astype(np.float32)
+    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+        """No relevance is looked at."""
+        return {}
 
-    job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
-    losses = retrain(subject, job, directory, memory, progress)[0, :, LOSS]
-    changes = losses[1:].reshape(len(STEPS) + 1, DIRECTIONS, -1) - losses[0]
-    # a retraining that diverged is as far from any other as can be
-    changes = np.nan_to_num(changes, nan=1e30, posinf=1e30)
-    found = measured(changes[:-1], changes[-1])
-    summary = {"verdict": found.verdict, "ceiling": found.ceiling, "directions": DIRECTIONS}
-    expected = min(found.agreement, found.ceiling)
-    says = [
-        f"agreement: Spearman over {DIRECTIONS} halves of the change at this step with that of leaving the half out, {INTERVAL}",
-        f"lds to expect: {expected:.2f} of hydra-exact, {found.ceiling:.2f} at most of any method (ceiling)",
-        found.verdict,
-    ]
-    return Result(found.rows, summary, says, _plot(found.rows))
+    def evaluate(self, request: Request) -> Result:
+        """See the class."""
+        subject = request.subject
+        n = subject.n_samples
+        # how much of which half is left out, or of all but that half
+        halves = range(DIRECTIONS)
+        jobs = [(0.0, 0, False), *((s, d, False) for s in STEPS for d in halves), *((1.0, d, True) for d in halves)]
+
+        def weights(first: int, end: int) -> NDArray[np.float32]:
+            rows = []
+            for step, direction, others in jobs[first:end]:
+                removed = half(direction, n, _SEED)
+                rows.append(1.0 - step * (1.0 - removed if others else removed))
+            return np.stack(rows).astype(np.float32)
+
+        job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
+        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, LOSS]
+        changes = losses[1:].reshape(len(STEPS) + 1, DIRECTIONS, -1) - losses[0]
+        # a retraining that diverged is as far from any other as can be
+        changes = np.nan_to_num(changes, nan=1e30, posinf=1e30)
+        found = measured(changes[:-1], changes[-1])
+        summary = {"verdict": found.verdict, "ceiling": found.ceiling, "directions": DIRECTIONS}
+        expected = min(found.agreement, found.ceiling)
+        says = [
+            f"agreement: Spearman over {DIRECTIONS} halves of the change at this step with that of "
+            f"leaving the half out, {INTERVAL}",
+            f"lds to expect: {expected:.2f} of hydra-exact, {found.ceiling:.2f} at most of any method (ceiling)",
+            found.verdict,
+        ]
+        return Result(found.rows, summary, says, _plot(found.rows))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Measured:
     Args:
         rows: of the table, one for each step.
         agreement: at `TELLING_STEP`.
-        ceiling: see `smoothness`.
+        ceiling: see `Smoothness`.
     """
 
     rows: list[Row]
@@ -135,7 +136,7 @@ def measured(changes: NDArray[np.float64], of_others: NDArray[np.float64]) -> Me
 
 
 def metasmoothness(first: NDArray[np.float64], both: NDArray[np.float64]) -> float:
-    """Weighted agreement in sign of a step with the one after it, from -1 to 1; see `smoothness`.
+    """Weighted agreement in sign of a step with the one after it, from -1 to 1; see `Smoothness`.
 
     Args:
         first: changes by the first step, shape (direction, test).

@@ -20,9 +20,9 @@ from hydra_pipe.cleaning.evidence import means_by, sums_over
 from hydra_pipe.cleaning.retraining import ALL, PROPOSED, RANDOM, WRONG, folds_of
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, NonFiniteError, PipelineError, RunError, UsageError
-from hydra_pipe.evaluation import campaign
-from hydra_pipe.evaluation.retraining import HIT, Retrainer
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.retraining import campaign
+from hydra_pipe.retraining.retrainer import HIT, Retrainer
 from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
 

@@ -26,16 +26,17 @@ PATIENCE_SECONDS = 500
 NAP_SECONDS = 0.002
 # before the fork, with whatever these need
 LOADED = ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
-LOADED += ("evaluation.campaign", "store.verify", "probing", "cleaning.retraining", "reporting.page", "reporting.gathering")
+LOADED += ("retraining.campaign", "store.verify", "probing", "cleaning.retraining", "reporting.page", "reporting.gathering")
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
 def make_small() -> None:
     """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four models are trained together."""
-    from hydra_pipe.evaluation import campaign, smoothness
+    from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import geometry
     from hydra_pipe.recording import slab
     from hydra_pipe.reduction import hydra
+    from hydra_pipe.retraining import campaign
     from hydra_pipe.store import hypergradients, relevance, writing
 
     for module, name, value in (

@@ -21,10 +21,10 @@ import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError
-from hydra_pipe.evaluation import campaign
 from hydra_pipe.evaluation.lds import half
-from hydra_pipe.evaluation.retraining import LOSS, Retrainer
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.retraining import campaign
+from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns, create_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory

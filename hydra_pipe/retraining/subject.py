@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import PipelineError, RunError, UsageError, shown
-from hydra_pipe.evaluation.models import Values
-from hydra_pipe.evaluation.retraining import LOSS, Retrainer
 from hydra_pipe.loading import PipelineSource, load_pipeline
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.pipeline import Pipeline, described
 from hydra_pipe.recording.settings import json_settings
+from hydra_pipe.retraining.models import Values
+from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store import names
 from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
@@ -92,6 +92,24 @@ class Subject:
     def sample_labels(self) -> NDArray[Any] | None:
         """Of the training samples, as recorded."""
         return self.gradients.labels(names.TRAIN_LABELS)
+
+    def true_labels(self) -> NDArray[Any]:
+        """The label that each training sample should have, of the recorded labels' type. Shape (sample,).
+
+        Raises:
+            PipelineError: the pipeline names no true labels, or the recorded labels are unknown or of another type.
+        """
+        truth, labels = self.pipeline.true_labels, self.sample_labels()
+        if truth is None:
+            raise PipelineError(
+                "the pipeline has no true_labels, one for each training sample: return Pipeline(..., true_labels=...)"
+            )
+        if labels is None:
+            raise PipelineError(f"{self.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)")
+        true = np.array([str(label) for label in truth]) if labels.dtype == object else np.asarray(truth)
+        if labels.dtype != object and true.dtype.kind not in "iu":
+            raise PipelineError(f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both")
+        return true
 
     def has_seeds(self) -> bool:
         """Whether `with_seed` can be asked for."""

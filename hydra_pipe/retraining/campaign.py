@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.evaluation.models import Values
-from hydra_pipe.evaluation.retraining import MeanOver, Retrainer
-from hydra_pipe.evaluation.subject import Subject
 from hydra_pipe.progress import Progress
+from hydra_pipe.retraining.models import Values
+from hydra_pipe.retraining.retrainer import MeanOver, Retrainer
+from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.evaluations import Retrained, digest_of
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 

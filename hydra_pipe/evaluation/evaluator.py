@@ -1,0 +1,61 @@
+"""The interface that each kind of evaluation implements."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra_pipe.evaluation.kinds import Options
+from hydra_pipe.evaluation.result import Result
+from hydra_pipe.progress import Progress
+from hydra_pipe.retraining.subject import Relevance, Subject
+from hydra_pipe.store.evaluations import Retrained
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation that is to be made.
+
+    Args:
+        subject: run and pipeline.
+        retrained: results of retrainings, kept as they finish.
+        settings: the kind's own, as `Evaluator.settings` gave them.
+        methods: names of relevance arrays; None: all that the kind can use.
+        memory: budget of this process, such as "4GiB".
+        progress: place to show progress.
+    """
+
+    subject: Subject
+    retrained: Retrained
+    settings: Mapping[str, Any]
+    methods: str | None
+    memory: str
+    progress: Progress
+
+
+class Evaluator(ABC):
+    """A kind of evaluation."""
+
+    def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
+        """Settings that the kind's results depend on: with others, results are computed anew.
+
+        Raises:
+            UsageError: an option has a value that cannot be.
+        """
+        return {}
+
+    @abstractmethod
+    def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
+        """Relevance that the results depend on, by name.
+
+        Raises:
+            HydraError: something is missing that the kind cannot do without.
+        """
+
+    @abstractmethod
+    def evaluate(self, request: Request) -> Result:
+        """Train again as far as the kind needs it, and compare.
+
+        Raises:
+            HydraError: see `retrain` and `Subject`.
+        """

@@ -1,0 +1,25 @@
+"""Means over test samples, with how far other test samples might have moved them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.maths.ranks import bootstrap_interval
+
+INTERVAL = "mean over test samples; interval of 95 % by drawing as many test samples anew, 2,000 times (not the retrainings)"
+ONE_TEST = "there is one test sample, or one mean of them: nothing tells how others would come out, and no interval is given"
+
+
+def with_interval(name: str, per_test: NDArray[np.float64]) -> dict[str, Any]:
+    """Mean over test samples with its interval of 95 %, as columns of a table.
+
+    Args:
+        name: name of the column.
+        per_test: values to average, shape (test,).
+
+    Returns:
+        `name`, `name_low` and `name_high`; the bounds are not numbers where there is one test sample.
+    """
+    low, high = bootstrap_interval(per_test) if len(per_test) > 1 else (np.nan, np.nan)
+    return {name: float(per_test.mean()), f"{name}_low": low, f"{name}_high": high}
