@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
-    from hydra_pipe.maths.layers import register_rule
+    from hydra_pipe.per_sample.registry import register_rule
     from hydra_pipe.probing import probe
     from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
     from hydra_pipe.recording.pipeline import Pipeline
@@ -56,7 +56,7 @@ _HOMES = {
     "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
     "reduce": ("hydra_pipe.api", "reduce"),
-    "register_rule": ("hydra_pipe.maths.layers", "register_rule"),
+    "register_rule": ("hydra_pipe.per_sample.registry", "register_rule"),
     "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
     "report": ("hydra_pipe.reporting.run", "report_run"),
     "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),

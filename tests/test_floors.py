@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "hydra_pipe"
 FLOORS = [
     {"errors", "units", "progress", "streams"},
     {"maths"},
+    {"per_sample"},
     {"plan"},
     {"store"},
     {"recording", "reduction", "exporting"},

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError, RecordWarning
-from hydra_pipe.maths import layers
+from hydra_pipe.per_sample import registry
 from hydra_pipe.recording import ranks
 from hydra_pipe.recording.diagnosis import refuse_training_arguments
 
@@ -229,9 +229,13 @@ class Gain(nn.Module):
         return x * self.gain
 
 
+def doubled(module: nn.Module, args: Any, kwargs: Any, gradient: Tensor, wanted: Any) -> dict[str, Tensor]:
+    return {"gain": 2 * (args[0] * gradient).sum(1)}
+
+
 def wrong_rule(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(layers._RULES, Gain, lambda module, args, kwargs, gradient, wanted: {"gain": 2 * (args[0] * gradient).sum(1)})
+        patch.setitem(registry._RULES, Gain, doubled)
         body(Gain)(run)
 
 

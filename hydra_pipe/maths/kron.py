@@ -20,13 +20,12 @@ a sketch is more exact (2/k against about 4/sqrt(k)), but has to be given X.
 """
 
 import hashlib
+from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from hydra_pipe.maths.factors import Factors
 
 
 class Kron:
@@ -55,18 +54,24 @@ class Kron:
         # of the result, not of the signs: these are exact in any dtype, so that rounding does not make the projection biased
         self._scale = 1 / sqrt((1 if self._out is None else k_out) * (1 if self._in is None else k_in))
 
-    def __call__(self, contribution: Factors | Tensor) -> Tensor:
-        """Project factors, or rows of shape (B, O * I), to (B, k_out * k_in), in their dtype, on their device."""
-        if isinstance(contribution, Factors) and contribution.given_right is not None:
-            signs_out, signs_in = self._signs_like(contribution.left)
-            right = contribution.right if signs_in is None else contribution.right_times(signs_in)
-            assert right is not None
-            projected = torch.bmm(_times(contribution.left, signs_out).transpose(1, 2), right)
-        else:
-            rows = contribution.rows() if isinstance(contribution, Factors) else contribution
-            signs_out, signs_in = self._signs_like(rows)
-            halfway = _times(rows.reshape(len(rows), *self._sides), signs_in)
-            projected = _times(halfway.transpose(1, 2), signs_out).transpose(1, 2)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Project `rows` of shape (B, O * I) to (B, k_out * k_in), in their dtype, on their device."""
+        signs_out, signs_in = self._signs_like(rows)
+        halfway = _times(rows.reshape(len(rows), *self._sides), signs_in)
+        return _times(halfway.transpose(1, 2), signs_out).transpose(1, 2).flatten(1) * self._scale
+
+    def of_products(self, left: Tensor, right_times: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Project sums of outer products, row_i = sum_p outer(left[i, p], right[i, p]), without writing the rows out.
+
+        Args:
+            left: shape (B, P, O).
+            right_times: `right`, shape (B, P, I), times the transpose of a matrix of shape (k, I), or times 1 for None.
+
+        Returns:
+            As `__call__` does, shape (B, k_out * k_in).
+        """
+        signs_out, signs_in = self._signs_like(left)
+        projected = torch.bmm(_times(left, signs_out).transpose(1, 2), right_times(signs_in))
         return projected.flatten(1) * self._scale
 
     def _signs_like(self, values: Tensor) -> tuple[Tensor | None, Tensor | None]:

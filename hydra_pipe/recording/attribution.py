@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
-from hydra_pipe.maths.layers import takes_any_leading_dimensions
-from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
+from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
+from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
+from hydra_pipe.per_sample.registry import takes_any_leading_dimensions
 from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, gradients_by_backward, mixing_block, plan_of, whole_plan
 from hydra_pipe.recording.places import Call, Origin, Pass, Watched, order_of_rows
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.errors import HydraError, LayerError
-from hydra_pipe.maths.factors import Contribution
-from hydra_pipe.maths.layers import rule_for
+from hydra_pipe.per_sample.factors import Contribution
+from hydra_pipe.per_sample.registry import rule_for
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, bounds_of
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch, SketchedLines
+from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, projected
 from hydra_pipe.plan.layout import Block, Layout, Parameter
 
 
@@ -171,7 +171,7 @@ class RowEncoder:
         if self._is_factored[index]:
             return Reduced(value, given.first)
         if index in self._krons:
-            return Reduced(self._krons[index](_plain(value)), given.first, bounds_of(value).sum())
+            return Reduced(projected(_plain(value), self._krons[index]), given.first, bounds_of(value).sum())
         # terms of a sum over positions may cancel (a bias before a normalisation): what is left is their rounding
         sums_up = isinstance(value, Summed) or (isinstance(value, Factors) and value.n_positions > 1)
         norm = bounds_of(value).sum() if sums_up else None

@@ -2,7 +2,7 @@
 
 A *route* begins at a node whose output keeps the samples apart and which has an input that all samples share: a
 parameter, or something made of parameters alone (a transposed weight, an embedding of positions).
-`hydra_pipe.maths.nodes` splits the node's gradient by sample; what lies between the input and the parameters, the
+`hydra_pipe.per_sample.nodes` splits the node's gradient by sample; what lies between the input and the parameters, the
 *chain*, is differentiated for all samples at once.
 """
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths.factors import Contribution, Factors, Summed, TokenRows, bounds_of, rows_of
-from hydra_pipe.maths.layers import token_rows
-from hydra_pipe.maths.nodes import ByInput, NodeCall, gradients_by_sample
-from hydra_pipe.maths.orders import FIRST, WHOLE, SampleOrder, order_of
+from hydra_pipe.per_sample.embedding import token_rows
+from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, rows_of
+from hydra_pipe.per_sample.node_call import ByInput, NodeCall
+from hydra_pipe.per_sample.nodes import gradients_by_sample
+from hydra_pipe.per_sample.orders import FIRST, WHOLE, SampleOrder, order_of
 
 # Nodes that only transpose a matrix, or change its dtype: factors pass through them as factors.
 _TRANSPOSES = ("TBackward0", "TransposeBackward0")

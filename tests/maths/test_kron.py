@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hydra_pipe.maths.factors import Factors
 from hydra_pipe.maths.kron import Kron
-from hydra_pipe.maths.layers import rule_for
+from hydra_pipe.per_sample.factors import Factors, projected
+from hydra_pipe.per_sample.registry import rule_for
 from hydra_pipe.plan.layout import choose_sides
 
 SIZES = st.integers(1, 7)
@@ -32,12 +32,12 @@ def test_factors_and_the_rows_they_make_up_are_projected_alike(
     k_out, k_in = data.draw(st.integers(1, outputs)), data.draw(st.integers(1, inputs))
     kron = Kron(0, "w", (outputs, inputs), k_out, k_in, (outputs, inputs))
     factors = Factors(random(batch, positions, outputs), random(batch, positions, inputs, seed=1))
-    found = kron(factors)
+    found = projected(factors, kron)
     assert found.shape == (batch, kron.n_columns) == (batch, k_out * k_in)
     torch.testing.assert_close(found, kron(factors.rows()), rtol=1e-12, atol=1e-12)
     bias = Factors(factors.left, None)
     of_bias = Kron(0, "b", (outputs,), k_out, 1, (outputs, 1))
-    torch.testing.assert_close(of_bias(bias), of_bias(bias.rows()), rtol=0, atol=0)
+    torch.testing.assert_close(projected(bias, of_bias), of_bias(bias.rows()), rtol=0, atol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,7 +60,7 @@ def test_the_patches_of_a_convolution_are_projected_without_being_written_out(
         grad_output = random(*module(inputs).shape, seed=1)
         (factors,) = rule_for(module)(module, (inputs,), {}, grad_output, ["weight"]).values()
     assert isinstance(factors, Factors)
-    found, norms = kron(factors), factors.norms()
+    found, norms = projected(factors, kron), factors.norms()
     assert kron.n_columns % sides[1] == 0 or "right" not in vars(factors)  # written out where that side is the identity only
     torch.testing.assert_close(found, kron(factors.rows()), rtol=1e-10, atol=1e-10)
     assert bool((norms >= factors.rows().norm(dim=1) * (1 - 1e-12)).all())

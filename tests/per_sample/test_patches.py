@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hydra_pipe.maths.factors import Factors
-from hydra_pipe.maths.layers import rule_for
-from hydra_pipe.maths.patches import Patches
 from hydra_pipe.maths.sketch import Sketch
+from hydra_pipe.per_sample.factors import Factors
+from hydra_pipe.per_sample.patches import Patches
+from hydra_pipe.per_sample.registry import rule_for
 
 
 def factors_of(module: nn.Module, inputs: Tensor) -> Factors:

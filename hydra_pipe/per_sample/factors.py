@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hydra_pipe.maths.patches import Patches, norms, pieces
+from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.scratch import Scratch
+from hydra_pipe.per_sample.patches import Patches, norms, pieces
 
 _SCRATCH = Scratch()
 
@@ -37,8 +38,11 @@ class Factors:
             return self.given_right.written_out(slice(0, len(self.left))).clone()
         return self.given_right
 
-    def right_times(self, matrix: Tensor) -> Tensor:
-        """`right` times the transpose of `matrix`, which has the shape (k, I); shape (B, P, k)."""
+    def right_times(self, matrix: Tensor | None) -> Tensor:
+        """`right` times the transpose of `matrix`, which has the shape (k, I), or `right` itself; shape (B, P, k)."""
+        if matrix is None:
+            assert self.right is not None
+            return self.right
         if isinstance(self.given_right, Patches):
             return self.given_right.times(matrix)
         assert self.given_right is not None
@@ -181,3 +185,12 @@ def bounds_of(value: Contribution) -> Tensor:
     if isinstance(value, TokenRows):
         return value.bounds()
     return value.bounds if isinstance(value, Summed) else torch.linalg.vector_norm(value, dim=1)
+
+
+def projected(value: Factors | Tensor, kron: Kron) -> Tensor:
+    """Project factors, or rows of shape (B, O * I), by `kron`; shape (B, k_out * k_in)."""
+    if not isinstance(value, Factors):
+        return kron(value)
+    if value.given_right is None:
+        return kron(value.rows())
+    return kron.of_products(value.left, value.right_times)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydra_pipe.maths import nodes
-from hydra_pipe.maths.factors import rows_of
-from hydra_pipe.maths.nodes import NodeCall, slow_gradients_by_sample
-from hydra_pipe.maths.orders import FIRST, SampleOrder, order_of
+from hydra_pipe.per_sample import node_rules
+from hydra_pipe.per_sample.factors import rows_of
+from hydra_pipe.per_sample.node_call import NodeCall
+from hydra_pipe.per_sample.nodes import slow_gradients_by_sample
+from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
 
 BATCH = 3
 Output = Tensor | tuple[Tensor, ...]
@@ -85,7 +86,7 @@ def test_a_rule_gives_the_rows_of_the_nodes_own_backward(name: str) -> None:
         }
         call = NodeCall(node, gradients, [None if g is None else order(g) for g in gradients], BATCH, shapes)
         slow = slow_gradients_by_sample(call, shapes)
-        for slot, value in nodes._RULES[kind](call).items():
+        for slot, value in node_rules.RULES[kind](call).items():
             rows = rows_of(value)
             torch.testing.assert_close(
                 rows, slow[slot].to(rows.dtype), rtol=1e-5 if rows.dtype == torch.float32 else 1e-10, atol=1e-5

@@ -11,16 +11,11 @@ from oracles import one_by_one_gradients
 from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.maths import layers
-from hydra_pipe.maths.factors import rows_of
-from hydra_pipe.maths.layers import (
-    Factors,
-    conv1d_of_transformers_rule,
-    conv_rule,
-    linear_rule,
-    register_rule,
-    rule_for,
-)
+from hydra_pipe.per_sample import registry
+from hydra_pipe.per_sample.conv import conv_rule
+from hydra_pipe.per_sample.factors import Contribution, Factors, rows_of
+from hydra_pipe.per_sample.linear import conv1d_of_transformers_rule, linear_rule
+from hydra_pipe.per_sample.registry import Rule, register_rule, rule_for
 
 Rows = Mapping[str, Tensor]
 
@@ -33,7 +28,7 @@ def own_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def written_out(contributions: Mapping[str, layers.Contribution]) -> Rows:
+def written_out(contributions: Mapping[str, Contribution]) -> Rows:
     return {name: rows_of(c) for name, c in contributions.items()}
 
 
@@ -55,7 +50,7 @@ class Called(nn.Module):
 
 
 def assert_rows_are_batch_of_one_gradients(
-    module: nn.Module, inputs: Tensor, model: Called | None = None, rule: layers.Rule | None = None
+    module: nn.Module, inputs: Tensor, model: Called | None = None, rule: Rule | None = None
 ) -> None:
     """What the rule for `module`, or another, yields equals one backward pass for each sample."""
     module.double()
@@ -75,9 +70,9 @@ def assert_rows_are_batch_of_one_gradients(
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registered rules, put back afterwards."""
-    monkeypatch.setattr(layers, "_RULES", dict(layers._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,7 +290,7 @@ def test_the_wanted_names_may_be_any_collection(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("rule", [linear_rule, conv_rule])
-def test_a_registered_rule_takes_its_input_by_keyword(rule: layers.Rule) -> None:
+def test_a_registered_rule_takes_its_input_by_keyword(rule: Rule) -> None:
     module: nn.Module = nn.Linear(4, 3) if rule is linear_rule else nn.Conv2d(4, 3, 2, padding=1)
     inputs = random(2, 4) if rule is linear_rule else random(2, 4, 3, 3)
     grad_output = random(*module.double()(inputs).shape, seed=1)
@@ -311,18 +306,18 @@ def test_a_linear_with_parameters_of_its_own_is_not_taken_for_a_linear() -> None
     assert rule_for(module) is None
 
 
-def my_rule(*_: Any) -> dict[str, layers.Contribution]:
+def my_rule(*_: Any) -> dict[str, Contribution]:
     return {}
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_second_rule_for_a_type_is_refused_and_both_are_named() -> None:
     with pytest.raises(LayerError, match=r"Linear.*linear_rule.*my_rule"):
         register_rule(nn.Linear, my_rule)
     assert rule_for(nn.Linear(2, 2)) is linear_rule
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_rule_that_is_registered_is_used_for_its_type_and_for_no_other() -> None:
     register_rule(Scaled, my_rule)
     assert rule_for(Scaled()) is my_rule
@@ -344,13 +339,13 @@ class HalvedAgain(Halved):
 
 
 @pytest.mark.parametrize(("module", "rule"), [(Halved(3, 2), None), (HalvedAgain(3, 2), None), (Named(3, 2), linear_rule)])
-def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(module: nn.Module, rule: layers.Rule | None) -> None:
+def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(module: nn.Module, rule: Rule | None) -> None:
     assert rule_for(module) is rule
     if rule is not None:
         assert_rows_are_batch_of_one_gradients(module, random(4, 3))
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_the_nearest_type_with_a_rule_decides() -> None:
     register_rule(Halved, my_rule)
     assert rule_for(Halved(2, 2)) is my_rule

@@ -1,125 +1,19 @@
-"""Rules for one node of the autograd graph: from the gradient at the node's output to each sample's gradient at one of its inputs.
-
-A layer rule (`hydra_pipe.maths.layers`) needs a module. A node rule needs nothing but the graph that autograd keeps
-of every pass: it serves parameters that a module of any kind owns, and parameters that are used outside of the module
-that owns them.
+"""Node rules: from the gradient at a node's output to each sample's gradient at one of its inputs.
 
 Symbols: B samples in the pass, P positions of a sample, O output and I input features, T time steps, H hidden features.
-
-`by_sample` always works: it calls the node once for each sample, with zeros in place of the other samples' gradients.
-A rule is fast.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hydra_pipe.maths.factors import Contribution, Factors, Summed
-from hydra_pipe.maths.layers import token_rows
-from hydra_pipe.maths.orders import FIRST, WHOLE, SampleOrder
-from hydra_pipe.maths.recurrent import LstmLayer, lstm_gate_gradients
-
-#: Each sample's gradient at an input of shape S: rows of shape (B, numel), or factors of them.
-ByInput = Contribution
-
-
-@dataclass(frozen=True, slots=True)
-class NodeCall:
-    """A node that is about to run backward.
-
-    Args:
-        node: of the autograd graph; its saved tensors are still there.
-        gradients: at each output of the node, None where there is none.
-        orders: where the gradients keep their samples, None where there is no gradient.
-        batch: B.
-        shapes: of the inputs whose gradients are wanted, by the input's number.
-    """
-
-    node: Any
-    gradients: Sequence[Tensor | None]
-    orders: Sequence[SampleOrder | None]
-    batch: int
-    shapes: Mapping[int, tuple[int, ...]]
-
-    @property
-    def gradient(self) -> Tensor:
-        """Of a node with one output."""
-        (gradient,) = self.gradients
-        assert gradient is not None
-        return gradient
-
-    @property
-    def order(self) -> SampleOrder:
-        """Of a node with one output."""
-        (order,) = self.orders
-        assert order is not None
-        return order
-
-
-# Returns the inputs that the rule knows; the others are left to the slow twin.
-NodeRule = Callable[[NodeCall], Mapping[int, ByInput]]
-
-
-def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
-    """Each sample's gradient at the wanted inputs of a node, by a rule where there is one.
-
-    Returns:
-        By the input's number: rows of shape (B, numel of the input), or factors of them.
-
-    Raises:
-        RuntimeError, TypeError: the node cannot be called by itself.
-    """
-    rule = _RULES.get(call.node.name())
-    found: dict[int, ByInput] = {}
-    if rule is not None:
-        # in a batch of one the first dimension may as well hold the sample
-        orders = [
-            FIRST if order is WHOLE and g is not None and g.dim() else order
-            for order, g in zip(call.orders, call.gradients, strict=True)
-        ]
-        if not any(order is WHOLE for order in orders):
-            found = dict(rule(replace(call, orders=orders)))
-    left = {slot: shape for slot, shape in call.shapes.items() if slot not in found}
-    return found | (slow_gradients_by_sample(call, left) if left else {})
-
-
-def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
-    """The slow twin of every rule: the node's own backward, once for each sample. See `gradients_by_sample`."""
-    rows: dict[int, list[Tensor]] = {slot: [] for slot in shapes}
-    for sample in range(call.batch):
-        alone = [
-            None if gradient is None or order is None else order.only(gradient, call.batch, sample)
-            for gradient, order in zip(call.gradients, call.orders, strict=True)
-        ]
-        at_inputs = _called(call.node, alone)
-        for slot, shape in shapes.items():
-            found = at_inputs[slot]
-            # the engine, not the node, sums what was broadcast
-            rows[slot].append(_zeros(alone, shape) if found is None else found.detach().sum_to_size(shape).reshape(-1))
-    return {slot: torch.stack(of_samples) for slot, of_samples in rows.items()}
-
-
-def _zeros(like: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
-    """Zeros for an input of `shape` that a node has no gradient for, flattened."""
-    device = next(x.device for x in like if x is not None)
-    return torch.zeros(torch.Size(shape).numel(), device=device)
-
-
-def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What the node makes of `gradients`, one entry for each of its `next_functions`."""
-    own = getattr(node, "apply", None)
-    if own is None:
-        found = node(*gradients)
-        return found if isinstance(found, tuple) else (found,)
-    # A torch.autograd.Function answers for everything that its forward took, tensors or not.
-    found = own(*gradients)
-    all_found = found if isinstance(found, tuple) else (found,)
-    needed = iter([g for g, is_needed in zip(all_found, node.needs_input_grad, strict=False) if is_needed])
-    return [next(needed) if function is not None else None for function, _ in node.next_functions]
+from hydra_pipe.per_sample.embedding import token_rows
+from hydra_pipe.per_sample.factors import Factors, Summed
+from hydra_pipe.per_sample.lstm import LstmLayer, lstm_gate_gradients
+from hydra_pipe.per_sample.node_call import ByInput, NodeCall, NodeRule
+from hydra_pipe.per_sample.orders import SampleOrder
 
 
 def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]) -> Summed | None:
@@ -312,7 +206,7 @@ def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """One layer of an LSTM in one direction: see `hydra_pipe.maths.recurrent`."""
+    """One layer of an LSTM in one direction: see `hydra_pipe.per_sample.lstm`."""
     node = call.node
     places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))  # of the outputs, and of the last hidden and cell state
     usual = all(o is None or o == place for o, place in zip(call.orders, places, strict=False))
@@ -337,7 +231,7 @@ def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
 # torch's number of the mode
 _LSTM = 2
 
-_RULES: dict[str, NodeRule] = {
+RULES: dict[str, NodeRule] = {
     "AddBackward0": _add_rule,
     "SubBackward0": _sub_rule,
     "MulBackward0": _mul_rule,

@@ -1,0 +1,75 @@
+"""Rules of layers that normalise: over the last dimensions, or by channel.
+
+Symbols: B samples in the batch, P positions a sample (pixels, tokens).
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hydra_pipe.per_sample.factors import Contribution, Factors, Summed
+from hydra_pipe.per_sample.patches import norms
+
+
+def last_dims_norm_rule(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+) -> dict[str, Contribution]:
+    """LayerNorm and RMSNorm, y = w * n(x) + b over the last dimensions: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip."""
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    (inputs,) = args or kwargs.values()
+    shape = list(module.normalized_shape)
+    if isinstance(module, nn.LayerNorm):
+        normed = F.layer_norm(inputs, shape, None, None, module.eps)
+    else:
+        normed = F.rms_norm(inputs, shape, None, module.eps)
+    size = math.prod(shape)
+    lefts = grad_output.reshape(len(inputs), -1, size)
+    return {
+        name: _over_positions(lefts * normed.reshape(lefts.shape)) if name == "weight" else Factors(lefts, None) for name in wanted
+    }
+
+
+def _over_positions(terms: Tensor) -> Contribution:
+    """Sum terms of shape (B, P, n) over positions, and keep what is summed.
+
+    Where a softmax over positions follows, nothing but rounding may be left of the sum.
+    """
+    if terms.shape[1] == 1:
+        return terms[:, 0]
+    return Summed(terms.sum(1), norms(terms).mul_(terms.shape[1] ** 0.5))
+
+
+def channel_norm_rule(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+) -> dict[str, Contribution]:
+    """GroupNorm, InstanceNorm and BatchNorm, y = w * n(x) + b by channel: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip.
+
+    In training mode BatchNorm's n(x) and the gradients below it depend on the whole batch. A row is then the sample's *share* of
+    the batch gradient, what goes through its own activations; the shares sum to the gradient, but are not each sample's own.
+    """
+    (inputs,) = args or kwargs.values()
+    rows: dict[str, Contribution] = {}
+    for name in wanted:
+        if name == "weight":
+            # in place: another array of that size costs more than the product
+            terms = _channel_normed(module, inputs).mul_(grad_output)
+            rows[name] = _over_positions(terms.reshape(*inputs.shape[:2], -1).transpose(1, 2))
+        else:
+            # of factors the books know what is summed: where a mean over positions is taken off, nothing but rounding is left of it
+            rows[name] = Factors(grad_output.reshape(*inputs.shape[:2], -1).transpose(1, 2), None)
+    return rows
+
+
+def _channel_normed(module: nn.Module, inputs: Tensor) -> Tensor:
+    """n(x), in memory of its own."""
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(inputs, module.num_groups, None, None, module.eps)
+    assert isinstance(module, nn.modules.batchnorm._NormBase)
+    own = module.training or module.running_mean is None
+    kept = (None, None) if own else (module.running_mean, module.running_var)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return F.batch_norm(inputs, *kept, training=own, eps=module.eps)
+    return F.instance_norm(inputs, *kept, use_input_stats=own, eps=module.eps)
