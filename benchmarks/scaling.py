@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--samples 1000000] [--epochs 100] [--features 4096] [--tests 10000] [--disk 1.0]
 
 For machines of several sizes: the order of work, passes over the store, bytes, operations, and hours. Time is the larger of what
-the planner's costs (`plan.reduction.COSTS`, measured on one core of the machine in RESULTS.md) come to and of what reading takes at
+the planner's costs (`plan.costs.COSTS`, measured on one core of the machine in RESULTS.md) come to and of what reading takes at
 `--disk` GB a second, for each machine. `docs/scaling.md` has the table and what it means.
 """
 

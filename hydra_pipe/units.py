@@ -2,6 +2,7 @@
 
 import re
 import resource
+import sys
 from pathlib import Path
 
 from hydra_pipe.errors import UsageError
@@ -67,4 +68,5 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # macOS counts bytes, the others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -22,7 +22,7 @@ from hydra_pipe.plan.reduction import Reading
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording import batches
 from hydra_pipe.reduction import hydra, influence, steps
-from hydra_pipe.reduction.cluster import ClusterHere
+from hydra_pipe.reduction.executors.distributed import ClusterHere
 from hydra_pipe.retraining import retrainer
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.streams import Stream

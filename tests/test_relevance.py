@@ -145,7 +145,9 @@ def test_relevance_is_independent_of_chunks_memory_and_scheduler(
     recorded, monkeypatch: pytest.MonkeyPatch, rows: int, features: int, memory: str, scheduler: str
 ) -> None:
     run = small_chunks_run(recorded, monkeypatch)
-    monkeypatch.setattr("hydra_pipe.reduction.schedulers.resident_bytes", lambda: 0)  # of pytest and all that other tests loaded
+    monkeypatch.setattr(
+        "hydra_pipe.reduction.executors.local.resident_bytes", lambda: 0
+    )  # of pytest and all that other tests loaded
     hydra_pipe.reduce(run, chunks=f"{rows}x{features}", memory=memory, scheduler=scheduler, overwrite=True)
     changed = read_relevance(run)
     hydra_pipe.reduce(run, overwrite=True)

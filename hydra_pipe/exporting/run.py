@@ -14,8 +14,8 @@ from hydra_pipe.exporting.parts import Matrix, Parts
 from hydra_pipe.exporting.ranking import Ranked, Ranking
 from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_checksums
 from hydra_pipe.exporting.totals import Adding
+from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
-from hydra_pipe.plan.reduction import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.checksums import seal
@@ -135,7 +135,7 @@ class _Export:
                 full=full,
                 n_cells=self.adding.n_cells,
                 chunk_tests=source.relevance.chunks[1],
-                base_bytes=max(BASE_BYTES, resident_bytes() + OVERHEAD_BYTES),
+                base_bytes=base_bytes(resident_bytes()),
                 memory_bytes=memory_bytes,
             )
         )

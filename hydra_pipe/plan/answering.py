@@ -7,7 +7,8 @@ share of the samples.
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import COSTS, FROM_MATRIX, SAMPLE_MULTIPLE, Reading, ReductionInput, ReductionPlan, suggested
+from hydra_pipe.plan.costs import COSTS
+from hydra_pipe.plan.reduction import FROM_MATRIX, SAMPLE_MULTIPLE, Reading, ReductionInput, ReductionPlan, suggested
 from hydra_pipe.plan.sweeping import MOST_FEATURES, even_width
 from hydra_pipe.units import format_bytes
 

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Literal
 
 from hydra_pipe.errors import BudgetError, UsageError
+from hydra_pipe.plan.costs import BASE_BYTES, COSTS
 from hydra_pipe.plan.parts import rows_of_shards, shard_start
 from hydra_pipe.units import format_bytes
 
@@ -38,10 +39,6 @@ Span = tuple[int, int]
 # what a pass has found, for the manifest: by name
 Found = dict[str, float]
 
-# Python with NumPy and Dask loaded, the codecs' own buffers, and what the allocator keeps: measured, rounded up.
-BASE_BYTES = 160 * 2**20
-# The same without Python and its modules, for a process that holds other things already (torch, a data set).
-OVERHEAD_BYTES = 96 * 2**20
 # of one step while its weights are computed: eight settings as Python objects, and the list that holds each
 _STEP_OBJECT_BYTES = 8 * (32 + 8) + 40
 # Decoded float32 rows at a time: enough to make the matrix product worth its name, few enough to stay in the cache.
@@ -52,33 +49,6 @@ TEST_MULTIPLE = 64
 SAMPLE_MULTIPLE = 4096
 # Over the store, of folding: nobody waits for more.
 MOST_PASSES = 2**16
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Picoseconds that one worker takes, measured (benchmarks/RESULTS.md); only their ratios matter.
-
-    Args:
-        fetched_byte: to read a stored byte from the disk, which all workers share: a fast one.
-        decoded_byte: to copy a stored byte from the page cache, and decode it.
-        converted_value: to float32, times its weight.
-        folded_value: to add to its sample's sum.
-        operation: of a float32 matrix product.
-        touched_byte: of the sums of a worker, when they are first written to: less where the system has such memory at hand, more
-            in a virtual machine that must ask for it.
-        moved_byte: from one process to another.
-    """
-
-    fetched_byte: int = 300
-    decoded_byte: int = 600
-    converted_value: int = 200
-    folded_value: int = 250
-    operation: int = 11
-    touched_byte: int = 300
-    moved_byte: int = 2000
-
-
-COSTS = Costs()
 
 
 @dataclass(frozen=True)

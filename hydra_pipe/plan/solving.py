@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
+from hydra_pipe.plan.costs import COSTS
 from hydra_pipe.plan.reduction import (
     BY_FEATURES,
     BY_SAMPLES,
-    COSTS,
     Reading,
     ReductionInput,
     ReductionPlan,

@@ -12,9 +12,9 @@ from typing import Literal
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
+from hydra_pipe.plan.costs import COSTS
 from hydra_pipe.plan.reduction import (
     BACKWARD,
-    COSTS,
     FORWARD,
     Answered,
     Reading,

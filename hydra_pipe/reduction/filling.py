@@ -14,11 +14,11 @@ from hydra_pipe.plan.answering import AnswerInput, plan_answers
 from hydra_pipe.plan.reduction import BACKWARD, FORWARD, Answered, Found, ReductionPlan
 from hydra_pipe.plan.sweeping import MOST_FEATURES, MOST_SAMPLES, chunk_columns
 from hydra_pipe.progress import Progress
+from hydra_pipe.reduction.executors.base import Scheduler, Workers
 from hydra_pipe.reduction.fisher import graphs
 from hydra_pipe.reduction.hydra import Job
 from hydra_pipe.reduction.marks import combined, mark, marked, run_again
 from hydra_pipe.reduction.request import Request, aligned, described, facts, feature_spans
-from hydra_pipe.reduction.schedulers import Scheduler, Workers
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.checksums import seal

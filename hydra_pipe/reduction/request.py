@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, StoreError, UsageError
 from hydra_pipe.plan.answering import AnswerInput, plan_answers
+from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.parts import shards_of
 from hydra_pipe.plan.reduction import (
@@ -28,10 +29,11 @@ from hydra_pipe.plan.reduction import (
 from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.plan.solving import SolveInput, plan_solve
 from hydra_pipe.plan.sweeping import SweepInput, plan_matrix, plan_sweep
+from hydra_pipe.reduction.executors import executor_of
+from hydra_pipe.reduction.executors.base import CountRows, Scheduler, Workers
 from hydra_pipe.reduction.expansion import Expansion
 from hydra_pipe.reduction.hydra import Job
 from hydra_pipe.reduction.methods import METHODS, Method, method_named
-from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers, base_bytes, scheduler_of
 from hydra_pipe.reduction.segments import dense_segments
 from hydra_pipe.reduction.weights import Ints, last_rows
 from hydra_pipe.store import names
@@ -228,7 +230,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
         RunError, StoreError, UsageError: see `hydra_pipe.reduce`.
     """
     method = method_named(options.method)
-    scheduler = scheduler_of(options.scheduler)
+    scheduler = executor_of(options.scheduler)
     if options.by is not None and options.by not in GROUPINGS:
         raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
     parse_chunks(options.chunks)

@@ -11,6 +11,8 @@ from hydra_pipe.plan.reduction import BACKWARD, BY_FEATURES, BY_SAMPLES, FROM_MA
 from hydra_pipe.plan.sweeping import chunk_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction import loops
+from hydra_pipe.reduction.executors import executor_of
+from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.filling import described_filling, fill
 from hydra_pipe.reduction.fisher import graphs as sweep_graphs
 from hydra_pipe.reduction.hydra import Job, graphs
@@ -18,7 +20,6 @@ from hydra_pipe.reduction.influence import graphs as solving_graphs
 from hydra_pipe.reduction.marks import ANSWERED, combined, mark, marked, run_again
 from hydra_pipe.reduction.matrix import graphs as matrix_graphs
 from hydra_pipe.reduction.request import Request, described, facts, left_of, summary
-from hydra_pipe.reduction.schedulers import Scheduler, scheduler_of
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import places_of, seal
 from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
@@ -68,7 +69,7 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
 def _from_filled(request: Request) -> Request:
     """What is left of a request once the matrix is there: to answer from it."""
     options = replace(request.options, keep_hypergradients=False)
-    return replace(request, options=options, scheduler=scheduler_of(options.scheduler))
+    return replace(request, options=options, scheduler=executor_of(options.scheduler))
 
 
 def _has_work(request: Request, overwrite: bool) -> bool:

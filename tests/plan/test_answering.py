@@ -8,8 +8,9 @@ from test_sweeping import EVERY, MIB, input_of, inputs
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.answering import AnswerInput, answer_peak_bytes, plan_answers
+from hydra_pipe.plan.costs import BASE_BYTES
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.plan.reduction import BACKWARD, BASE_BYTES, FORWARD, Answered
+from hydra_pipe.plan.reduction import BACKWARD, FORWARD, Answered
 from hydra_pipe.plan.sweeping import MOST_CHUNK, SweepInput, chunk_columns, of_features, of_samples, plan_matrix, plan_sweep
 from hydra_pipe.reduction.expansion import Expansion
 

@@ -10,10 +10,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError, UsageError
+from hydra_pipe.plan.costs import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.plan.geometry import store_geometry
 from hydra_pipe.plan.reduction import (
-    BASE_BYTES,
-    OVERHEAD_BYTES,
     SAMPLE_MULTIPLE,
     TEST_MULTIPLE,
     Answered,

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import BASE_BYTES, ReductionInput
+from hydra_pipe.plan.costs import BASE_BYTES
+from hydra_pipe.plan.reduction import ReductionInput
 from hydra_pipe.plan.replaying import ReplayInput, plan_replay
 from hydra_pipe.plan.sweeping import MOST_CHUNK, chunk_columns
 

@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import BASE_BYTES, ReductionInput, ReductionPlan
+from hydra_pipe.plan.costs import BASE_BYTES
+from hydra_pipe.plan.reduction import ReductionInput, ReductionPlan
 from hydra_pipe.plan.sweeping import MOST_CHUNK, SweepInput, chunk_columns, plan_sweep, sweep_peak_bytes
 
 MIB = 2**20

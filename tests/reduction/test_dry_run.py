@@ -22,7 +22,7 @@ import hydra_pipe
 from hydra_pipe import api
 from hydra_pipe.plan import geometry
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.reduction import schedulers
+from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.store.files import remove
 
@@ -80,8 +80,8 @@ class Counted(Task):
 
 def texts(run: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """Each name and its text."""
-    patch.setattr(schedulers, "n_cores", lambda: 2)
-    patch.setattr(schedulers, "resident_bytes", lambda: 0)
+    patch.setattr(executors, "n_cores", lambda: 2)
+    patch.setattr("hydra_pipe.reduction.executors.local.resident_bytes", lambda: 0)
     patch.setattr("hydra_pipe.replay.engine.resident_bytes", lambda: 0)
     for name, sequence in SEQUENCES.items():
         copy = run.with_name("copy")

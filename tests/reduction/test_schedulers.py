@@ -29,8 +29,9 @@ from hydra_pipe.errors import ClusterError, UsageError
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan import reduction as plan
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.reduction import cluster, hydra, schedulers
+from hydra_pipe.reduction import executors, hydra
 from hydra_pipe.reduction import request as request_module
+from hydra_pipe.reduction.executors import distributed
 from hydra_pipe.store import relevance
 from hydra_pipe.store.probes import WhichTests
 
@@ -156,7 +157,7 @@ def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
         return found
 
     monkeypatch.setattr(request_module, "plan_reduction", asked)
-    monkeypatch.setattr(schedulers, "n_cores", lambda: 2)
+    monkeypatch.setattr(executors, "n_cores", lambda: 2)
     monkeypatch.setattr(hydra, "SAMPLE_MULTIPLE", 8)
     monkeypatch.setattr(relevance, "CHUNK_SAMPLES", 8)
 
@@ -250,7 +251,7 @@ def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
 
 
 def test_the_cluster_of_this_machine_is_stopped_after_an_error(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedulers, "n_cores", lambda: 1)
+    monkeypatch.setattr(executors, "n_cores", lambda: 1)
     (recording / "gradients.zarr" / "gradient" / "c" / "0" / "0").write_bytes(b"rotten" * 100)
     with pytest.raises(hydra_pipe.HydraError, match="is not readable"):
         hydra_pipe.reduce(recording, scheduler="processes")
@@ -297,7 +298,7 @@ def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.M
     for text in ("tcp", "host", "tcp://", "tcp://host"):
         with pytest.raises(UsageError, match=f"--scheduler {text} is unknown: choose one of threads, processes"):
             hydra_pipe.reduce(recording, scheduler=text)
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(distributed, "CONNECT_SECONDS", 0.5)
     told = refused(recording, "tcp://127.0.0.1:1")
     assert "the scheduler at tcp://127.0.0.1:1 does not answer within" in told
     assert "check that `dask scheduler` runs there" in told
@@ -347,7 +348,7 @@ IMPOSTORS = {
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_is_no_scheduler_is_refused_within_seconds(recording: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     kind, options, message = IMPOSTORS[name]
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1.0)
     with kind(**options) as impostor:
         start = time.monotonic()
         told = refused(recording, impostor.address)
@@ -384,7 +385,7 @@ def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
 def test_a_scheduler_without_workers_is_told(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Cluster(tmp_path)
     try:
-        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+        monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1.0)
         told = refused(recording, alone.address)
         assert told == f"the scheduler at {alone.address} has no workers: start some with dask worker {alone.address}"
     finally:
@@ -407,7 +408,7 @@ def test_workers_that_cannot_do_it_are_told(
             told = refused(recording, two_workers.address)
             assert re.search(rf"worker tcp://\S+ {message}: install the same there as here, and start it again$", told)
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "_PAUSE", 0.001)
+        patch.setattr(distributed, "_PAUSE", 0.001)
         told = refused(recording, two_workers.address)
         assert re.match(r"worker tcp://\S+ has a memory limit of 8 GiB, .* lower --memory to 8MiB", told)
     # what they see is another run, or nothing: the store is elsewhere for them
@@ -420,7 +421,7 @@ def test_workers_that_cannot_do_it_are_told(
 def test_threads_need_no_distributed() -> None:
     """It takes most of a second to import; Dask itself does it where a scheduler is named and not given."""
     code = (
-        "import sys; from dask.delayed import delayed; from hydra_pipe.reduction.schedulers import scheduler_of; "
-        "scheduler_of('threads').compute(delayed(int)(3)); sys.exit('distributed' in sys.modules)"
+        "import sys; from dask.delayed import delayed; from hydra_pipe.reduction.executors import executor_of; "
+        "executor_of('threads').compute(delayed(int)(3)); sys.exit('distributed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

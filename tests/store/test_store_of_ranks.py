@@ -15,9 +15,9 @@ from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Reading, ReductionPlan, plan_reduction
 from hydra_pipe.reduction import hydra
+from hydra_pipe.reduction.executors.base import Workers
 from hydra_pipe.reduction.hydra import Job, graphs
 from hydra_pipe.reduction.request import reduction_input
-from hydra_pipe.reduction.schedulers import Workers
 from hydra_pipe.store import names
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients

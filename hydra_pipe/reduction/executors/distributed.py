@@ -24,7 +24,7 @@ from distributed.utils import silence_logging_cmgr
 from distributed.versions import VersionMismatchWarning
 
 from hydra_pipe.errors import ClusterError
-from hydra_pipe.reduction.schedulers import CountRows, Scheduler, Workers
+from hydra_pipe.reduction.executors.base import CountRows, Scheduler, Workers
 from hydra_pipe.units import format_bytes
 
 # to reach a scheduler, and to see its first worker

@@ -1,0 +1,40 @@
+"""Where a reduction is computed: in threads of this process, or by worker processes here or elsewhere."""
+
+import os
+import re
+
+from hydra_pipe.errors import UsageError
+from hydra_pipe.reduction.executors.base import Scheduler
+from hydra_pipe.reduction.executors.local import InProcess
+
+# tcp://host:8786, tls://..., or host:8786
+_ADDRESS = re.compile(r"([a-z]+://)?[^\s/]+:\d{1,5}/?")
+
+
+def executor_of(text: str) -> Scheduler:
+    """The executor that `--scheduler` names. Connects to nothing yet. Raises: UsageError: it names none."""
+    if text == "threads":
+        return InProcess(n_cores())
+    if text == "synchronous":
+        return InProcess(None)
+    if text.lower().startswith(("http://", "https://")):
+        raise UsageError(
+            f"--scheduler {text} is a web address, such as that of a scheduler's dashboard: give the address that "
+            f"workers connect to, which `dask scheduler` prints as it starts, such as tcp://host:8786"
+        )
+    if text != "processes" and not _ADDRESS.fullmatch(text):
+        raise UsageError(
+            f"--scheduler {text} is unknown: choose one of threads, processes, synchronous, or the address of a Dask "
+            f"scheduler, such as tcp://host:8786"
+        )
+    # distributed takes most of a second to import
+    from hydra_pipe.reduction.executors.distributed import ClusterAt, ClusterHere
+
+    return ClusterHere(n_cores()) if text == "processes" else ClusterAt(text.rstrip("/"))
+
+
+def n_cores() -> int:
+    """Cores that this process may use; all cores where the system does not restrict a process to some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
