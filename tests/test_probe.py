@@ -308,7 +308,7 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(tmp_path: Path
     ):
         hydra_pipe.probe(tmp_path / "adam", changed(), name="late", pipeline=adamw_pipeline())
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.recording.recorder.state_digests", lambda _: None)
+        patch.setattr("hydra_pipe.recording.test_gradients.state_digests", lambda _: None)
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
     with pytest.raises(RunError, match="does not say which parameters its test gradients were taken at: record the run again"):
         probe(tmp_path / "sgd", changed())

@@ -978,8 +978,9 @@ def compiled(run: Path, *, called: bool) -> None:
         model = compile_it(mlp())
         if called:
             model(X.mean(1))
-        recorder = Recorder(model, sgd(model), run, n_samples=B)
-        one_step(of_means, recorder, model, recorder._optimizer)
+        optimizer = sgd(model)
+        recorder = Recorder(model, optimizer, run, n_samples=B)
+        one_step(of_means, recorder, model, optimizer)
         recorder.close()
 
 

@@ -20,7 +20,8 @@ from hydra_pipe.integrations.finishing import Tests, finish
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.datasets import pair_of
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.pending import StepNote
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.tracking import WatchedLoader

@@ -19,8 +19,9 @@ from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_ba
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.diagnosis import refuse_training_arguments, unnamed_pass
+from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.ranks import unwrapped
-from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder, StepNote
+from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.user_code import user_code

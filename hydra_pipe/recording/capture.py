@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hydra_pipe.errors import HydraError, LayerError
+from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.per_sample.registry import rule_for
 from hydra_pipe.recording.attribution import Attribution
@@ -78,6 +78,27 @@ class _Hook:
         return _nothing, ()
 
 
+def _raising(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
+
+
+@dataclass(frozen=True)
+class Watching:
+    """How the passes of a model are watched.
+
+    Args:
+        guard: what each hook that may raise is made into; as it is, it raises into the training's passes.
+        has_ranks: whether several processes train the model together.
+        probes: whether probes may be sent through the model.
+        allows_mixing: whether the loss may mix samples.
+    """
+
+    guard: Callable[[Callable[..., Any]], Callable[..., Any]] = _raising
+    has_ranks: bool = False
+    probes: bool = True
+    allows_mixing: bool = False
+
+
 @dataclass(slots=True)
 class _Depth:
     """How many watched modules the present call is inside of, and which were called from outside of all others."""
@@ -95,9 +116,7 @@ class Capture:
         model: stays as it is.
         parameters: index of the block of each recorded parameter, by parameter, in the order of the blocks.
         names: of the parameters.
-        on_error: takes what hooks raise; None: they raise it into the training's passes.
-        probes: whether probes may be sent through the model.
-        allows_mixing: whether the loss may mix samples.
+        how: its passes are watched.
     """
 
     def __init__(
@@ -105,15 +124,11 @@ class Capture:
         model: nn.Module,
         parameters: Mapping[nn.Parameter, int],
         names: Sequence[str],
-        on_error: Callable[[HydraError], None] | None = None,
-        *,
-        probes: bool = True,
-        allows_mixing: bool = False,
+        how: Watching,
     ) -> None:
-        self._on_error = on_error
-        #: whether several ranks train the model together
-        self.has_ranks = on_error is not None
-        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=allows_mixing, looks=probes)
+        self._guarded = how.guard
+        self.has_ranks = how.has_ranks
+        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=how.allows_mixing, looks=how.probes)
         self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
         self._portion = Portion(np.empty(0, np.int64))
@@ -125,7 +140,7 @@ class Capture:
         self._calls: list[Call] = []
         self._releasing: set[int] = set()
         self._passes_open = 0
-        self._attribution = Attribution(self, model, parameters, names, probes=probes)
+        self._attribution = Attribution(self, model, parameters, names, probes=how.probes)
         self._depth = _Depth()
         self._handles: list[Any] = []
         self._container_handles: dict[nn.Module, list[Any]] = {}
@@ -201,21 +216,6 @@ class Capture:
     def check_passes(self, when: str) -> None:
         """Refuse several passes over the same places of the step, if they may be of other samples. Raises: LayerError."""
         self.coupling.check_repeats(partial(same_targets, self.outputs), when)
-
-    def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """`hook`, but what it raises goes where it is wanted: other processes may wait for this pass to go on."""
-        on_error = self._on_error
-        if on_error is None:
-            return hook
-
-        def guarded(*args: Any) -> Any:
-            try:
-                return hook(*args)
-            except HydraError as error:
-                on_error(error)
-                return None
-
-        return guarded
 
     def _hook_containers(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
         """Hooks that tell where a pass begins and ends: with the call of a module that no other watched module has called."""

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hydra_pipe.errors import HydraError, RunError
+from hydra_pipe.errors import RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
-from hydra_pipe.recording.capture import Capture, SeenOutput
+from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
 from hydra_pipe.recording.diagnosis import explain
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe, key_of_side_by_side, side_by_side
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
@@ -40,8 +40,8 @@ class Collector:
         root: of the preconditioner that rows are times; None: there is none.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
-        on_error, probes, allows_mixing: see `Capture`.
         optimizer: that is about to use the gradients, for messages.
+        watching: how the model is watched.
     """
 
     def __init__(
@@ -53,11 +53,8 @@ class Collector:
         dim: int,
         seed: int,
         dtype: Dtype | None,
-        on_error: Callable[[HydraError], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        *,
-        probes: bool = True,
-        allows_mixing: bool = False,
+        watching: Watching = Watching(),  # noqa: B008 - a value
     ) -> None:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
@@ -78,7 +75,7 @@ class Collector:
         # whether all that was collected are gradients that the loop has asked for itself, which need not be those of the step
         self._only_asked = True
         self._block_names = [name for name, _ in trained.values()]
-        self._on_error, self._probes, self._allows_mixing = on_error, probes, allows_mixing
+        self._watching = watching
         self.attach()
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
@@ -140,8 +137,7 @@ class Collector:
     def attach(self) -> None:
         """Hook the model, at first and after `detach`."""
         blocks = {p: i for i, p in enumerate(self.parameters)}
-        checks = {"probes": self._probes, "allows_mixing": self._allows_mixing}
-        self._capture = Capture(self._model, blocks, self._block_names, self._on_error, **checks)
+        self._capture = Capture(self._model, blocks, self._block_names, self._watching)
 
     def detach(self) -> None:
         """Remove the hooks."""

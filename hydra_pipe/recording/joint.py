@@ -6,7 +6,7 @@ a backward pass. When they meet is a function of the number of steps alone.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, RecordError
 from hydra_pipe.maths.books import Balance
-from hydra_pipe.recording.ranks import Ranks
+from hydra_pipe.recording.alone import LoneSteps, Pending, without_step
+from hydra_pipe.recording.ranks import Processes, Ranks
 from hydra_pipe.recording.slab import SLAB_STEPS, Checked, Slab
 from hydra_pipe.store import names
 
 Floats = NDArray[np.float64]
-# loss of a step, and what else its line of the step tables holds
-Pending = tuple[float, dict[str, Any]]
 
 # what became of a step
 _RECORDED, _NOT_TAKEN, _OVERFLOWED, _FAILED, _NONE = 0.0, 1.0, 2.0, 3.0, 4.0
@@ -36,6 +35,8 @@ class JointSteps:
     Args:
         ranks: that record together.
     """
+
+    flushes_at_will = False
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -52,9 +53,10 @@ class JointSteps:
         """Steps after which the ranks meet."""
         return self._interval
 
-    def go_on(self, n_recorded: int, interval: int) -> None:
-        """The ranks agree already: they have recorded `n_recorded` steps and meet after every `interval`."""
-        self._n_recorded, self._interval = n_recorded, interval
+    def go_on(self, n_recorded: int, interval: int | None) -> None:
+        """The ranks agree already: they have recorded `n_recorded` steps and meet after every `interval`; None: on nothing yet."""
+        if interval is not None:
+            self._n_recorded, self._interval = n_recorded, interval
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -62,16 +64,33 @@ class JointSteps:
         try:
             yield
         except HydraError as error:
-            self.hold(error)
+            self.held = self.held or error
 
-    def hold(self, error: HydraError) -> None:
-        """Keep `error` until the ranks meet."""
-        self.held = self.held or error
+    def guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """`hook`, but what it raises is kept until the ranks meet: the others may wait for this pass to go on."""
 
-    def end_step(self, *, taken: bool, overflowed: bool) -> bool:
-        """Note what became of a step; `overflowed`: this rank saw why it was not taken. Returns whether the ranks are to meet."""
+        def guarded(*args: Any) -> Any:
+            try:
+                return hook(*args)
+            except HydraError as error:
+                self.held = self.held or error
+                return None
+
+        return guarded
+
+    def end_step(self, step: int, *, taken: bool, left_out: bool) -> bool:
+        """Note what became of a step, `step` by this rank's number.
+
+        Args:
+            step: its number.
+            taken: whether the optimiser took it.
+            left_out: whether this rank saw why it was not taken.
+
+        Returns:
+            Whether the ranks are to meet.
+        """
         self._n_steps += 1
-        outcome = _FAILED if self.held else _RECORDED if taken else _OVERFLOWED if overflowed else _NOT_TAKEN
+        outcome = _FAILED if self.held else _RECORDED if taken else _OVERFLOWED if left_out else _NOT_TAKEN
         self._outcomes.append(outcome)
         return len(self._outcomes) >= self._interval
 
@@ -177,12 +196,12 @@ class JointSteps:
         return of_ranks[0], worst[:, None], error
 
 
-def without_step(step: int) -> RecordError:
-    """What is said of a step that the optimiser did not take."""
-    return RecordError(
-        f"step {step} ended without optimizer.step(): put it inside the with block of recorder.step(), or call zero_grad() there "
-        f"where the loop leaves the step out"
-    )
+StepSync = LoneSteps | JointSteps
+
+
+def steps_of(processes: Processes) -> StepSync:
+    """How `processes` agree on their steps."""
+    return JointSteps(processes) if isinstance(processes, Ranks) else LoneSteps()
 
 
 def _padded(values: list[float], filler: float) -> list[float]:

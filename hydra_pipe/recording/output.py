@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import Layout
-from hydra_pipe.recording.joint import Pending
-from hydra_pipe.recording.ranks import Ranks, is_first, together
+from hydra_pipe.recording.alone import Pending
+from hydra_pipe.recording.ranks import Processes
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
@@ -36,17 +36,17 @@ class Output:
         settings: of the stage.
         n_groups: parameter groups of the optimiser.
         preconditioned: whether rows are times the root of its preconditioner.
-        ranks: that record together; None: this process alone.
+        processes: that record together.
         allocate: see `GradientsWriter`.
     """
 
     def __init__(
-        self, path: Path, settings: Settings, n_groups: int, *, preconditioned: bool, ranks: Ranks | None, allocate: Allocate
+        self, path: Path, settings: Settings, n_groups: int, *, preconditioned: bool, processes: Processes, allocate: Allocate
     ) -> None:
         self.path = path
         self.writer: GradientsWriter | None = None
         self._settings, self._n_groups, self._preconditioned = settings, n_groups, preconditioned
-        self._ranks, self._allocate = ranks, allocate
+        self._processes, self._allocate = processes, allocate
         # the manifest, which rank 0 keeps
         self._directory: RunDirectory | None = None
         self._run_id: str | None = None
@@ -59,16 +59,16 @@ class Output:
 
     def of_ranks(self, count: int) -> list[int]:
         """`count` of every rank. Collective."""
-        return [count] if self._ranks is None else self._ranks.gather([count])[:, 0].astype(int).tolist()
+        found: list[int] = self._processes.gather([count])[:, 0].astype(int).tolist()
+        return found
 
     def open(self, layout: Layout, dtype: Dtype) -> GradientsWriter:
         """The store, made anew at the first call. Collective. Raises: UsageError, RunError, StoreError."""
         if self.writer is not None:
             return self.writer
-        if self._ranks is not None:
-            self._ranks.require_same({"dtype": dtype})  # which each has chosen by itself
-        with together(self._ranks):
-            if is_first(self._ranks):
+        self._processes.require_same({"dtype": dtype})  # which each has chosen by itself
+        with self._processes.together():
+            if self._processes.is_first:
                 self._lock = Lock(self.path, RECORD, take_over=True)
                 directory = RunDirectory.open_or_none(self.path)
                 if directory is not None:
@@ -77,10 +77,9 @@ class Output:
                 directory.begin(RECORD, self._settings)
                 self._run_id = directory.run_id
                 self.writer = self._part_of_store(layout, dtype, directory.run_id)
-        if self._ranks is not None:
-            self._run_id = self._ranks.gather_text(self._run_id or "")[0]
-            with together(self._ranks):
-                self.writer = self.writer or self._part_of_store(layout, dtype, self._run_id)
+        self._run_id = self._processes.gather_text(self._run_id or "")[0]
+        with self._processes.together():
+            self.writer = self.writer or self._part_of_store(layout, dtype, self._run_id)
         assert self.writer is not None
         return self.writer
 
@@ -92,8 +91,8 @@ class Output:
             self._n_groups,
             run_id,
             preconditioned=self._preconditioned,
-            rank=self._ranks.rank if self._ranks is not None else 0,
-            n_ranks=self._ranks.size if self._ranks is not None else 1,
+            rank=self._processes.rank,
+            n_ranks=self._processes.size,
             kept=kept,
             allocate=self._allocate,
         )
@@ -127,7 +126,7 @@ class Output:
     def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
         """Put everything on the disk, and say what is there. Collective; all ranks get the same. Raises: StoreError."""
         writer = self.writer
-        with together(self._ranks):
+        with self._processes.together():
             if writer is not None:
                 writer.sync()
         state = RecorderState(
@@ -144,9 +143,8 @@ class Output:
             labels=dict(self._n_labels),
         )
         self._commit(state)
-        found = state.to_dict()
-        if self._ranks is not None:  # what tests and labels there are, rank 0 knows
-            found = json.loads(self._ranks.gather_text(json.dumps(found))[0])
+        # what tests and labels there are, the first knows
+        found: dict[str, Any] = json.loads(self._processes.gather_text(json.dumps(state.to_dict()))[0])
         return found
 
     def _commit(self, state: RecorderState) -> None:
@@ -168,25 +166,25 @@ class Output:
             RunError, StoreError: see `open_to_go_on`.
         """
         if wanted.run_id is not None:
-            with together(self._ranks):
+            with self._processes.together():
                 directory, store = open_to_go_on(
                     self.path, wanted, self._settings, n_groups=self._n_groups, preconditioned=self._preconditioned
                 )
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)
-                if is_first(self._ranks):
+                if self._processes.is_first:
                     self._lock = Lock(self.path, RECORD, take_over=True)
                     remove_partials(self.path)
                     # first the claims, then what they claim
                     directory.begin(RECORD, self._settings)
                     forget_upto(directory, wanted.n_steps)
                     self._directory = directory
-            with together(self._ranks):
+            with self._processes.together():
                 self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
-                if is_first(self._ranks):
+                if self._processes.is_first:
                     self._commit(wanted)
             self._run_id = wanted.run_id
-            self._n_curved = wanted.curved_rows[self._ranks.rank if self._ranks is not None else 0]
+            self._n_curved = wanted.curved_rows[self._processes.rank]
         self._worst_imbalance = wanted.worst_imbalance
         self.tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
 
@@ -206,7 +204,7 @@ class Output:
         Raises:
             RecordError: nothing was recorded. StoreError: writing failed.
         """
-        with together(self._ranks):
+        with self._processes.together():
             if self.writer is None:
                 raise RecordError("nothing was recorded: no step was taken")
             if n_steps not in self.tests:
@@ -214,7 +212,7 @@ class Output:
             rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # the end waits for the writer whatever it is
             close()
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
-        with together(self._ranks):
+        with self._processes.together():
             if self._directory is not None:
                 self._directory.end(
                     RECORD,
@@ -229,7 +227,7 @@ class Output:
                     stalled_seconds=stalls.seconds,
                     labels=self._n_labels,
                     checksums=seal(self._directory, RECORD),
-                    **({"rank_rows": part_rows} if self._ranks is not None else {}),
+                    **({"rank_rows": part_rows} if len(part_rows) > 1 else {}),
                     **facts,
                 )
         self._unlock()
@@ -249,7 +247,7 @@ class Output:
         if self._directory is None or self.writer is None or (self._lock is not None and self._lock.lost):
             return  # it failed before anything was written, or the run is another's by now: what is in the directory stays
         found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
-        if self._ranks is None:
+        if self._processes.size == 1:
             found["n_rows"] = self.writer.rows.n_written
         with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
             self._directory.end(RECORD, "failed", **found)

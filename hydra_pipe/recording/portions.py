@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import RecordError
@@ -55,6 +55,25 @@ class Portion:
     def n_covered(self) -> int:
         """Samples of the passes so far; all of them where the model was called in parts only."""
         return len(self.samples) if self._pass_size is None else self._passed + self._pass_size
+
+    def mix(self, order: ArrayLike | Tensor, weight: float | ArrayLike | Tensor) -> None:
+        """Its samples were mixed with each other.
+
+        Args:
+            order: a permutation of the batch, integers of shape (batch,): which sample each was mixed with.
+            weight: of the sample itself, between 0 and 1: one number, or one for each, shape (batch,).
+
+        Raises:
+            RecordError: the order or the weights cannot be those of the batch.
+        """
+        batch = len(self.samples)
+        places = np.asarray(order.cpu() if isinstance(order, Tensor) else order)
+        weights = np.asarray(weight.cpu() if isinstance(weight, Tensor) else weight, np.float64)
+        if places.shape != (batch,) or not np.array_equal(np.sort(places), np.arange(batch)):
+            raise RecordError(f"the order of recorder.mixed() is no permutation of the {batch} samples of the batch")
+        if weights.shape not in ((), (batch,)) or not ((weights >= 0) & (weights <= 1)).all():
+            raise RecordError("the weights of recorder.mixed() are to be one number between 0 and 1, or one for each sample")
+        self.partners = self.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
     def begin_pass(self, size: int | None) -> None:
         """The model is being called with `size` samples. A pass over all of them is followed by another over the same."""

@@ -1,6 +1,7 @@
-"""Several processes that train one model with DistributedDataParallel: everything that they tell each other.
+"""The processes that train one model: several with DistributedDataParallel, and everything that they tell each other; or one.
 
-Every method here is collective: all ranks call it at the same point, or they wait for each other until the process group's timeout.
+Every method of `Ranks` is collective: all ranks call it at the same point, or they wait for each other until the
+process group's timeout. `SingleProcess` has the same methods, and nobody to wait for.
 """
 
 import json
@@ -31,14 +32,31 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def is_first(ranks: "Ranks | None") -> bool:
-    """Whether this process keeps the manifest and what the ranks have in common: rank 0, or the only one there is."""
-    return ranks is None or ranks.rank == 0
+class SingleProcess:
+    """A process that trains alone."""
 
+    rank, size = 0, 1
+    is_first = True
+    static_graph = False
 
-def together(ranks: "Ranks | None") -> AbstractContextManager[None]:
-    """A block that all ranks run; what is raised in it on one is raised on all."""
-    return nullcontext() if ranks is None else ranks.together()
+    def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
+        """`values`, shape (1, n)."""
+        return np.asarray(values, np.float64)[None]
+
+    def gather_text(self, text: str) -> list[str]:
+        """`text` alone."""
+        return [text]
+
+    def mean(self, values: Floats) -> Floats:
+        """`values` themselves."""
+        return values
+
+    def require_same(self, settings: dict[str, Any]) -> None:
+        """Compare `settings` with those of no other process."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block whose errors concern nobody else."""
+        return nullcontext()
 
 
 class Ranks:
@@ -59,31 +77,10 @@ class Ranks:
         # NCCL moves what is on the GPU only, Gloo what is on the CPU
         self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
 
-    @classmethod
-    def of(cls, model: nn.Module, group: distributed.ProcessGroup | None = None) -> "Ranks | None":
-        """The ranks that train `model` together; None: it is this process alone.
-
-        Args:
-            model: wrapped in DistributedDataParallel; or what is wrapped, with the `group` that trains it.
-            group: see `model`.
-
-        Raises:
-            RecordError: there are several processes, `model` is not wrapped, and no group is given.
-        """
-        if n_processes() == 1:
-            return None
-        if isinstance(model, DistributedDataParallel):
-            ranks = cls(model, model.process_group, static_graph=bool(model.static_graph))
-        elif group is not None:
-            ranks = cls(model, group, static_graph=False)
-        else:
-            raise RecordError(
-                sharding(model)
-                or f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
-                f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give process_group if another "
-                f"wraps it; other ways of training in parallel are not recorded"
-            )
-        return ranks if ranks.size > 1 else None
+    @property
+    def is_first(self) -> bool:
+        """Tell whether this process keeps the manifest and what the ranks have in common."""
+        return self.rank == 0
 
     def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
         """Every rank's `values`, shape (rank, n): as many on each."""
@@ -144,3 +141,32 @@ class Ranks:
         except Exception as caught:  # noqa: BLE001 - told on every rank, whatever it is
             error = caught
         self.raise_together(error)
+
+
+Processes = SingleProcess | Ranks
+
+
+def processes_of(model: nn.Module, group: distributed.ProcessGroup | None = None) -> Processes:
+    """The processes that train `model` together.
+
+    Args:
+        model: wrapped in DistributedDataParallel; or what is wrapped, with the `group` that trains it.
+        group: see `model`.
+
+    Raises:
+        RecordError: there are several processes, `model` is not wrapped, and no group is given.
+    """
+    if n_processes() == 1:
+        return SingleProcess()
+    if isinstance(model, DistributedDataParallel):
+        ranks = Ranks(model, model.process_group, static_graph=bool(model.static_graph))
+    elif group is not None:
+        ranks = Ranks(model, group, static_graph=False)
+    else:
+        raise RecordError(
+            sharding(model)
+            or f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
+            f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give process_group if another "
+            f"wraps it; other ways of training in parallel are not recorded"
+        )
+    return ranks if ranks.size > 1 else SingleProcess()

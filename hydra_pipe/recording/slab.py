@@ -21,7 +21,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.recording.diagnosis import Evidence, penalty_of
 from hydra_pipe.recording.encoder import Reduced, RowEncoder
 from hydra_pipe.recording.portions import Mixture
-from hydra_pipe.recording.ranks import Ranks
+from hydra_pipe.recording.ranks import Processes, SingleProcess
 from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
@@ -273,7 +273,7 @@ class Slab:
             first_id: see `ids`.
         """
         finite = self.check_finite(ids, first_id)
-        checked = self.check_books(finite, len(finite.entries))
+        checked = self.check_books(finite, len(finite.entries), SingleProcess())
         return replace(checked, error=checked.error or finite.error)
 
     def check_finite(self, ids: str | None = None, first_id: int = 0) -> Finite:
@@ -286,12 +286,12 @@ class Slab:
         error = None if bad is None else self._not_finite(entries[bad], finite, ids, first_id)
         return Finite(entries[:bad], largest, per_part, error)
 
-    def check_books(self, finite: Finite, n_steps: int, ranks: Ranks | None = None) -> Checked:
-        """The second half of `check`: hold the books of the first `n_steps` steps, over all `ranks` where there are several.
+    def check_books(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
+        """The second half of `check`: hold the books of the first `n_steps` steps, over all `processes`.
 
         What DDP makes of the ranks' gradients is their mean, and so is what the rows are held to.
         """
-        books, error = self._check_books(finite.entries[:n_steps], finite.per_part, ranks)
+        books, error = self._check_books(finite.entries[:n_steps], finite.per_part, processes)
         return Checked(finite.entries[: len(books.scalar)], finite.largest, books, error)
 
     def write(self, checked: Checked, table: TableWriter) -> None:
@@ -335,7 +335,7 @@ class Slab:
         )
 
     def _check_books(
-        self, entries: Sequence[_Entry], per_part: NDArray[np.float64], ranks: Ranks | None
+        self, entries: Sequence[_Entry], per_part: NDArray[np.float64], processes: Processes
     ) -> tuple[Balance, BooksError | None]:
         """The balance of the steps up to the first that is off, and what is to be said of that one."""
         if not entries:
@@ -351,8 +351,7 @@ class Slab:
             sums = sums * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
-        if ranks is not None:
-            sums, magnitude = ranks.mean(sums), ranks.mean(magnitude)
+        sums, magnitude = processes.mean(sums), processes.mean(magnitude)
         limit = np.array([entry.limit for entry in entries])[:, None]
         eps = torch.finfo(features.dtype).eps
         books = balance(sums, grads, starts, magnitude, eps, self._scalar)

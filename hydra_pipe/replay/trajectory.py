@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hydra_pipe.recording.batches import Samples, epoch_order
 from hydra_pipe.recording.datasets import on_device
+from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
-from hydra_pipe.recording.recorder import StepNote
 from hydra_pipe.recording.trainer import take_step
 
 # called with the number of the step, its loss and its samples

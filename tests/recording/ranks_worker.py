@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError
+from hydra_pipe.recording.pending import StepNote
 
 WORLD = 2
 TRAIN, TEST = images(24, 1), images(5, 2)
@@ -89,7 +90,7 @@ def train(case: Case, run: Path | None) -> nn.Module:
     recorder = Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options)) if run else None
     for ids in case.batches():
         own = ids[distributed.get_rank()]
-        with recorder.step(own) if recorder else nullcontext(hydra_pipe.recording.recorder.StepNote()) as note:
+        with recorder.step(own) if recorder else nullcontext(StepNote()) as note:
             parts = np.array_split(own, case.passes)
             note.loss = 0.0
             for k, part in enumerate(parts):
