@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from hydra_pipe.errors import DataError, HydraError, RecordError, UsageError, missing_extra
 from hydra_pipe.integrations.finishing import finish, optional
 from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_batch, named_batches
+from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.diagnosis import refuse_training_arguments, unnamed_pass
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.ranks import unwrapped
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder

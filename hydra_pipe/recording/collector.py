@@ -19,8 +19,8 @@ from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, boun
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
-from hydra_pipe.recording.diagnosis import explain
 from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe, key_of_side_by_side, side_by_side
+from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydra_pipe import errors
 from hydra_pipe.errors import HydraError, RecordError, UsageError
-from hydra_pipe.recording.diagnosis import sharding
+from hydra_pipe.recording.refusals import sharding
 
 Floats = NDArray[np.float64]
 

@@ -25,13 +25,13 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.capture import Watching
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.diagnosis import refuse
 from hydra_pipe.recording.joint import steps_of
 from hydra_pipe.recording.loop import Between, Loop
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, rule_of
 from hydra_pipe.recording.output import Output
 from hydra_pipe.recording.pending import PendingSteps, StepNote
 from hydra_pipe.recording.ranks import processes_of, unwrapped
+from hydra_pipe.recording.refusals import refuse
 from hydra_pipe.recording.settings import (
     Labels,
     check_options,

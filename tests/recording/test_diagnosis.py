@@ -19,8 +19,10 @@ from torch.nn.utils import parametrizations, prune
 
 from hydra_pipe import Recorder
 from hydra_pipe.errors import BooksError, HydraError, LayerError, OptimizerError, RecordError, UsageError
+from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
 from hydra_pipe.recording import ranks, slab
-from hydra_pipe.recording.diagnosis import Evidence, explain, penalty_of, refuse, refuse_training_arguments, unnamed_pass
+from hydra_pipe.recording.explanations import Evidence, explain, penalty_of
+from hydra_pipe.recording.refusals import refuse
 
 N = 8
 X, Y = torch.randn(N, 12, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 3
