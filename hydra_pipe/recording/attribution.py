@@ -6,7 +6,7 @@ probe finds where each module and each node keeps its samples, the next one, of 
 the recorder would make against torch's own gradients. Probes go through the first pass of each mode, and through one
 now and then. They draw no random number, touch no `.grad` and change nothing.
 
-A parameter whose rows are wrong by its layer rule is left to the graph (`hydra_pipe.recording.graph`), and one that
+A parameter whose rows are wrong by its layer rule is left to the graph (`hydra_pipe.recording.routes`), and one that
 the graph cannot split to one backward pass a sample. A module that mixes the samples of a batch is refused by name.
 """
 
@@ -25,8 +25,11 @@ from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.per_sample.registry import takes_any_leading_dimensions
-from hydra_pipe.recording.graph import OrderProbe, Plan, RouteCall, Walk, gradients_by_backward, mixing_block, plan_of, whole_plan
+from hydra_pipe.recording.node_orders import OrderProbe, mixing_block
 from hydra_pipe.recording.places import Call, Origin, Pass, Watched, order_of_rows
+from hydra_pipe.recording.plans import Plan, plan_of, whole_plan
+from hydra_pipe.recording.routes import RouteCall
+from hydra_pipe.recording.walk import Walk, gradients_by_backward
 
 if TYPE_CHECKING:
     from hydra_pipe.recording.capture import Capture

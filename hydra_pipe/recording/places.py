@@ -17,7 +17,7 @@ from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder
 from hydra_pipe.per_sample.registry import Rule, takes_any_leading_dimensions
-from hydra_pipe.recording.graph import rows_at_node
+from hydra_pipe.recording.routes import rows_at_node
 
 
 @dataclass(eq=False)

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import DataError, NonFiniteError, RecordError, RecordWarning
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import called, on_device, size_of
-from hydra_pipe.recording.graph import gradients_of
 from hydra_pipe.recording.losses import per_sample_losses
 from hydra_pipe.recording.modes import evaluating
 from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.slab import Slab
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.recording.walk import gradients_of
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
