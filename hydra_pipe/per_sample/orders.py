@@ -64,22 +64,25 @@ class _Whole(SampleOrder):
 WHOLE: SampleOrder = _Whole()
 #: The usual one: the first dimension is the sample, or the positions of one sample after those of another.
 FIRST = SampleOrder()
+#: Entry 0 of all samples, then entry 1 of all samples, along the first dimension.
+INTERLEAVED = SampleOrder(major=False)
 
 
-def order_of(gradient: Tensor, batch: int, sample: int, usual: SampleOrder = FIRST) -> SampleOrder | None:
+def order_of(gradient: Tensor, batch: int, sample: int, *likeliest: SampleOrder) -> SampleOrder | None:
     """The order that explains a gradient which comes from `sample` alone.
 
     Args:
-        gradient: at some tensor of a pass, zero where `sample` has no part. Not zero everywhere.
+        gradient: at some tensor of a pass, zero where `sample` has no part; or a mask of where it has one. Not zero
+            everywhere.
         batch: samples of the pass.
         sample: the place of the one whose output the gradient comes from.
-        usual: the order to prefer where several explain it.
+        likeliest: orders to prefer where several explain it, the first the most; then comes `FIRST`.
 
     Returns:
         The order, or None where the gradient reaches entries of other samples in every order.
     """
     reached = gradient != 0
-    candidates = [usual, *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False))]
+    candidates = [*likeliest, *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False))]
     for order in candidates:
         if order.fits(gradient, batch):
             by_sample = order.split(reached, batch).flatten(1).any(1)

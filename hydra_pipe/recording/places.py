@@ -7,7 +7,7 @@ Symbols: B samples in the pass, N rows of a module in it, over all its calls: th
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -240,35 +240,6 @@ def _side_by_side(values: Tensor, n_samples: int, is_major: bool) -> Tensor:
     if not is_major:
         values = values.reshape(-1, n_samples, *values.shape[1:]).transpose(0, 1)
     return values.reshape(n_samples, -1, values.shape[-1])
-
-
-def order_of_rows(
-    watched: Watched, reached: Sequence[tuple[int, Tensor]], total: int, batch: int, sample: int, *, in_batches: bool
-) -> SampleOrder | None:
-    """The order that explains which rows a probe of one sample has reached.
-
-    Args:
-        watched: the module.
-        reached: of each call, how many rows came before, and the numbers of its rows that were reached.
-        total: N.
-        batch: B.
-        sample: that the probe was of.
-        in_batches: whether each call had B rows.
-
-    Returns:
-        The order; None: none explains it.
-    """
-    if total % batch:
-        return None
-    rows = torch.cat([offset + numbers for offset, numbers in reached])
-    major, minor = replace(FIRST, major=True), replace(FIRST, major=False)
-    fits = {
-        major: bool((rows // (total // batch) == sample).all()),
-        minor: bool((rows % batch == sample).all()),
-    }
-    known = [watched.order] if watched.is_known else []
-    likeliest = [minor, major] if in_batches and total > batch else [major, minor]
-    return next((order for order in (*known, *likeliest) if fits.get(order)), None)
 
 
 def _is_narrower(value: Any, dtype: torch.dtype) -> bool:
