@@ -22,6 +22,7 @@ from hydra_pipe.per_sample.registry import rule_for
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
+from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
 
@@ -253,7 +254,7 @@ class Capture:
         if self._depth.value or self._sink is None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
         self._passes_open += 1
-        leaves = [x for x in _outputs_in(output) if x.requires_grad]
+        leaves = [x for x in tensors_in(output) if x.requires_grad]
         batch, of_pass = len(self._portion.samples), self._pass
         if (
             of_pass.count < batch
@@ -294,30 +295,21 @@ class Capture:
     def _watch_output(self, is_whole: bool, model: nn.Module, args: Any, output: Any) -> None:
         """The model has returned `output`, or, if not `is_whole`, the one part of it that holds everything that is trained."""
         sink, (first, _) = self._sink, self._portion.of_pass
-        # what a model of transformers returns is a mapping, the loss in it
-        logits = output.get("logits") if isinstance(output, Mapping) else output
+        predicted = predicted_in(output)
         # a scalar is of no sample: the loss, where a trainer calls the model for its training step
-        if sink is None or not isinstance(logits, Tensor) or not logits.requires_grad or logits.dim() == 0:
+        if sink is None or predicted is None or not predicted.requires_grad or predicted.dim() == 0:
             return
         watch = _OutputWatch()
         if is_whole and self._inner is not None:
             self._inner.is_used = False
         self._inner = None if is_whole else watch
-        value, version = logits.detach(), logits._version
+        value, version = predicted.detach(), predicted._version
 
         def on_gradient(gradient: Tensor) -> None:
             if self._sink is sink and watch.is_used and self._destination(None) is not False:
                 self.outputs.append(SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first))
 
-        if logits is output:
-            logits.register_hook(on_gradient)
-            return
-        # Accelerate gives back a copy of what autocast has made, and the loss is of the original
-        node, place = logits.grad_fn, logits.output_nr
-        if isinstance(node, torch.autograd.graph.Node) and node.name() == "ToCopyBackward0":
-            node, place = node.next_functions[0]
-        if node is not None:
-            node.register_prehook(lambda gradients: on_gradient(gradients[place]) if gradients[place] is not None else None)
+        watch_gradient(output, predicted, on_gradient)
 
     def _forward(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self._watching():
@@ -473,13 +465,6 @@ def _samples_in(tensors: Sequence[Tensor], batch: int) -> int | None:
     # where it is longer than the batch, the first dimension is another, such as time
     is_whole = any(len(x) == batch for x in tensors) or (len(tensors[0]) > batch and any(batch in x.shape for x in tensors))
     return batch if is_whole else len(tensors[0])
-
-
-def _outputs_in(output: Any) -> list[Tensor]:
-    """Tensors of what a model has returned; of a mapping that has `logits` these alone."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return [cast("Tensor", output["logits"])]
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def _detached(value: Any) -> Any:
