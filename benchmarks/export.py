@@ -34,14 +34,15 @@ from hydra_pipe.plan.selection import parse_selection
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.relevance import CHUNK_SAMPLES, CHUNK_TESTS, Columns, create_relevance, write_relevance
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
 from hydra_pipe.store.writing import GradientsWriter
 from hydra_pipe.units import format_bytes
 
 CLASSES = 10
 # on the clock, and of processors
 Times = tuple[float, float]
-EXPORT = """
+EXPORTING = """
 import json, sys, time
 from hydra_pipe.exporting.run import export_run
 start, used = time.perf_counter(), time.process_time()
@@ -60,7 +61,7 @@ print(json.dumps(asked(*sys.argv[2:5], int(sys.argv[5]))))
 
 def made_run(path: Path, n_samples: int, n_tests: int) -> Path:
     """A finished recording and a relevance of method `hydra`, made if it is not there."""
-    stage = reduce_stage("hydra")
+    stage = REDUCE.of("hydra")
     if path.exists() and stage in (there := RunDirectory.open(path)).stages and there.stages[stage].state == "complete":
         return path
     run = RunDirectory.create(path)
@@ -74,8 +75,7 @@ def made_run(path: Path, n_samples: int, n_tests: int) -> Path:
     for first in range(0, n_samples, CHUNK_SAMPLES):
         own = scale[first : first + CHUNK_SAMPLES]
         write_relevance(array, first, 0, generator.standard_normal((len(own), n_tests), np.float32) * own * np.float32(1e-3))
-    source = {OF_RECORD: run.stages[RECORD].facts[CHECKSUMS]}
-    run.end(stage, "complete", n_tests=n_tests, n_columns=n_tests, checksums=seal(run, stage), **source)
+    run.end(stage, "complete", n_tests=n_tests, n_columns=n_tests, checksums=seal(run, stage), **run.origin(stage))
     return path
 
 
@@ -165,10 +165,10 @@ def questions(files: str, n_tests: int, rounds: int) -> dict[str, dict[str, Time
 
 
 def measured(run: Path, n_samples: int, n_tests: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
-    exports = [in_a_process(EXPORT, str(run), json.dumps(options)) for _ in range(rounds)]
+    exports = [in_a_process(EXPORTING, str(run), json.dumps(options)) for _ in range(rounds)]
     seconds, cpu = medians([(e["seconds"], e["cpu"]) for e in exports])
     peak = max(e["peak"] for e in exports)
-    tables = run / names.RANKINGS / names.rankings_directory("hydra")
+    tables = run / EXPORT.of("hydra").area
     parts = sorted((tables / "matrix").glob("*.parquet"))
     n_bytes = sum(part.stat().st_size for part in parts)
     pairs = n_samples * n_tests

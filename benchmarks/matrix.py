@@ -16,6 +16,7 @@ import numpy as np
 
 import hydra_pipe
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import KEEP
 from hydra_pipe.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def measure(run: str, tests: int) -> None:
     timed(f"answer {tests} tests", run, tests=of_some)
     answered = np.asarray(hydra_pipe.open_run(run).relevance(FISHER))
     timed("answer one test", run, tests="0")
-    kept = RunDirectory.open(run).stages[f"keep {FISHER}"].facts
+    kept = RunDirectory.open(run).stages[KEEP.of(FISHER)].facts
     off = np.abs(answered - swept).max() / np.abs(swept).max()
     print(f"\nkept: {format_bytes(kept['n_bytes'])} in {kept['seconds']:.1f} s; off: {off:.1e}")
 

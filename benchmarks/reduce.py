@@ -39,6 +39,7 @@ from hydra_pipe.reduction.weights import row_weights
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 
 PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "fashion_mnist.py")
 WORKERS = len(os.sched_getaffinity(0))
@@ -54,7 +55,7 @@ def recorded(data: Path, scratch: Path, n_train: int = 60_000, epochs: int = 2, 
     """A finished recording, made if it is not there."""
     settings = {"data": data / "fashion-mnist", "n_train": n_train, "n_test": 2000, "epochs": epochs}
     run = scratch / (f"lenet-{n_train}-{epochs}" + "".join(f"-{value}" for value in more.values()))
-    if run.exists() and RunDirectory.open(run).stages["record"].state == "complete":
+    if run.exists() and RunDirectory.open(run).stages[RECORD].state == "complete":
         return run
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     options += [word for key, value in more.items() for word in (f"--{key}", str(value))]
@@ -104,7 +105,7 @@ def decode_all(run: Path, workers: int = WORKERS) -> None:
 def reduced(run: Path, n_tests: int, scheduler: str = "threads", memory: str = "4GiB") -> dict[str, Any]:
     """Reduce for the first test samples. Returns the plan that was followed."""
     reduce(run, tests=f"0-{n_tests - 1}", overwrite=True, scheduler=scheduler, memory=memory)
-    return dict(RunDirectory.open(run).stages["reduce hydra"].facts["plan"])
+    return dict(RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"])
 
 
 def matrix_rate() -> float:
@@ -118,7 +119,7 @@ def by_numpy(rows: Path, run: Path, n_tests: int) -> np.ndarray:
     """The obvious script: whole batches of float16 rows in memory order, products, np.add.at. BLAS with all threads."""
     store = Gradients(run / "gradients.zarr")
     gradient = np.load(rows, mmap_mode="r")
-    n_samples = RunDirectory.open(run).stages["record"].count("n_samples")
+    n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
     weights = row_weights(store, METHODS["hydra"])
     tests = store.test_rows(store.test_steps()[-1])
     h = tests.features(slice(0, n_tests), slice(0, store.layout.n_features)).astype(np.float32)
@@ -240,7 +241,7 @@ def memory(run: Path) -> Iterator[tuple[str, Any]]:
         command = [sys.executable, "-c", PEAK, str(run), f"{mib}MiB", "0-63"]
         start = time.perf_counter()
         peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
-        plan = RunDirectory.open(run).stages["reduce hydra"].facts["plan"]
+        plan = RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]
         over, planned, seconds = peak / (mib * 2**20), plan["peak_bytes"] / 2**20, time.perf_counter() - start
         print(
             f"--memory {mib} MiB, a store of {n_bytes / mib / 2**20:.1f} times that: peak {peak / 2**20:.0f} MiB, {over:.2f} of "

@@ -8,7 +8,8 @@ import numpy as np
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD
 from hydra_pipe.store.writing import GradientsWriter
 
 

@@ -33,7 +33,7 @@ from hydra_pipe.maths.fisher import Form
 from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import parts_of_result
+from hydra_pipe.store.results import ResultName
 
 N, M, WRONG, BATCH = 400, 100, 40, 40
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -199,7 +199,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as run:
             hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32", test_every="epoch")
             for title, result, within in ways(given):
-                parts = parts_of_result(result)
+                parts = ResultName.parse(result)
                 options = {"pipeline": make(*RUNS[name])} if parts.method == "hydra-exact" else {}
                 with within:
                     start = time.perf_counter()

@@ -24,7 +24,8 @@ from hydra_pipe.recording.user_code import user_code_error
 from hydra_pipe.store.commands import DATASET
 from hydra_pipe.store.files import is_remote, local_path
 from hydra_pipe.store.probes import SAMPLES
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings, probe_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import PROBE, RECORD, Settings
 
 DEFAULT_FUNCTION = "pipeline"
 _PACKAGE = Path(__file__).parent
@@ -167,7 +168,7 @@ def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given
     Raises:
         RunError: the dataset is not known; and, when it is built: it is another one than the probe was taken of.
     """
-    path, settings = run.path, run.stages[probe_stage(name)].settings
+    path, settings = run.path, run.stages[PROBE.of(name)].settings
     spec = settings.get(DATASET)
     if given is None and not isinstance(spec, str):
         raise RunError(

@@ -26,7 +26,7 @@ from hydra_pipe.recording.testing import digest_of, record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import load_final, state_digests
-from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.commands import DATASET
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
@@ -36,7 +36,8 @@ from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, Settings, probe_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import PROBE, RECORD, Settings, StageId
 from hydra_pipe.units import format_seconds
 
 _AGAIN = "record the run again with --overwrite"
@@ -122,7 +123,7 @@ def probe(
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, None)
     asked = _asked(directory, dataset, settings, labels, counts.checkpoint, progress)
-    stage = probe_stage(name)
+    stage = PROBE.of(name)
     if not overwrite and not _has_work(directory, stage, asked.settings):
         return False
     with ExitStack() as locks:
@@ -139,7 +140,7 @@ def probe(
     return True
 
 
-def _has_work(directory: RunDirectory, stage: str, settings: Settings) -> bool:
+def _has_work(directory: RunDirectory, stage: StageId, settings: Settings) -> bool:
     """Whether the probe is yet to be taken: of one that has failed nothing is there, whatever it was of. Raises: RunError."""
     found = directory.stages.get(stage)
     return found is None or found.state != "complete" or directory.has_work(stage, settings)
@@ -266,12 +267,12 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
 
 
 def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
-    stage = probe_stage(name)
+    stage = PROBE.of(name)
     check_stages(directory.path, stage, *results_of(directory, name))
     drop_results(directory, name)
     directory.begin(stage, asked.settings)
     start = time.monotonic()
-    path = directory.path / area_of(stage)
+    path = directory.path / stage.area
     attributes = {names.RUN_ID: directory.run_id, names.MADE_OF: asked.settings}
     dtype = str(gradients.rows.dtype)
     with directory.failing(stage), replaced_directory(path) as partial:
@@ -286,7 +287,7 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
         if labels is not None:
             write_probe_labels(partial, labels)
         checksums = seal(directory, stage, partial)
-    source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
+    source = directory.origin(stage)
     seconds = time.monotonic() - start
     directory.end(stage, "complete", n_tests=n_tests, seconds=seconds, worst_imbalance=worst, checksums=checksums, **source)
 

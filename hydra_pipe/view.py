@@ -19,9 +19,10 @@ from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
 from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.probes import open_probe
-from hydra_pipe.store.relevance import columns_of, open_relevance, parts_of_result, read_relevance
-from hydra_pipe.store.run import RECORD, RunDirectory
-from hydra_pipe.store.verify import methods_of
+from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.results import ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import OWNED, RECORD, Holds
 
 if TYPE_CHECKING:
     import pandas
@@ -109,7 +110,7 @@ class Run:
 
     def _test_labels(self, result: str) -> NDArray[Any] | None:
         """Of the test samples that a result is for."""
-        name = parts_of_result(result).test
+        name = ResultName.parse(result).test
         if name is None:
             return self.gradients.labels(names.TEST_LABELS)
         return open_probe(self._results.directory(), self.gradients, name).labels()
@@ -203,15 +204,15 @@ class Run:
     def info(self) -> dict[str, Any]:
         """What is there: sizes, encodings, progress of every stage, settings. Plain values, as `info --json` prints them."""
         directory = self._results.directory()
-        stages = {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in directory.stages.items()}
-        reports = [names.report_file(method) for method in methods_of(directory) if method != names.DEFAULT_RESULT]
+        stages = {str(which): {"state": s.state, "settings": s.settings, "facts": s.facts} for which, s in directory.stages.items()}
+        places = dict.fromkeys([*OWNED, *(stage.area for stage in directory.stages if stage.kind.holds is Holds.FILE)])
         found: dict[str, Any] = {
             "path": str(self.path),
             "run_id": self.run_id,
             "versions": directory.versions,
             "stages": stages,
             "next": next_commands(directory),
-            "bytes": {name: tree_bytes(self.path / name) for name in [*names.OWNED, *reports] if (self.path / name).exists()},
+            "bytes": {place: tree_bytes(self.path / place) for place in places if (self.path / place).exists()},
         }
         recording = self._recording()
         return found if recording is None else found | {"recording": recording}

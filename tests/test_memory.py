@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 import hydra_pipe
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.relevance import result_name
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.results import ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 from hydra_pipe.store.sweeps import load_state, save_state
 from hydra_pipe.store.writing import GradientsWriter
 from hydra_pipe.units import parse_bytes
@@ -102,7 +103,7 @@ def check_peak(run: Path, memory: str, **options: Any) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     peak = int(ended.stdout) * 1024
-    stage = f"reduce {result_name(options.get('method', 'hydra'), None, rank=options.get('rank'))}"
+    stage = REDUCE.of(ResultName(options.get("method", "hydra"), rank=options.get("rank")))
     planned = RunDirectory.open(run).stages[stage].facts["plan"]["peak_bytes"]
     assert peak <= planned <= parse_bytes(memory), (peak / 2**20, planned / 2**20)
 

@@ -27,6 +27,7 @@ from hydra_pipe.exporting import totals as totals_module
 from hydra_pipe.notebook import results as results_module
 from hydra_pipe.plan import exporting as planning
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 
 N_TRAIN, N_TEST = 60, 90  # two chunks of test samples
 pytestmark = pytest.mark.xdist_group("notebook")  # begun with the other groups, so that the tutorial does not begin last
@@ -100,8 +101,8 @@ def test_the_summary_says_what_is_there_and_what_to_run_next(run: Path) -> None:
 
 def test_an_unfinished_stage_comes_with_its_error_and_its_command(run: Path) -> None:
     directory = RunDirectory.open(run)
-    directory.begin("reduce hydra-by-label", {"tests": "0-3"})
-    directory.end("reduce hydra-by-label", "failed", error="no <space> left")
+    directory.begin(REDUCE.of("hydra-by-label"), {"tests": "0-3"})
+    directory.end(REDUCE.of("hydra-by-label"), "failed", error="no <space> left")
     shown = summary(run).text
     assert "failed: no <space> left" in shown
     assert f"hydra-pipe reduce {run} --by label --tests 0-3" in shown
@@ -117,9 +118,9 @@ def test_a_recording_alone_is_to_be_reduced_next(tmp_path: Path) -> None:
 def test_whatever_a_run_says_is_text(run: Path) -> None:
     directory = RunDirectory.open(run)
     evil = "<script>alert(1)</script>\x1b[2J"
-    directory.stages["record"].settings[evil] = evil
-    directory.begin("reduce hydra-mean", {"tests": evil})
-    directory.end("reduce hydra-mean", "failed", error=evil)
+    directory.stages[RECORD].settings[evil] = evil
+    directory.begin(REDUCE.of("hydra-mean"), {"tests": evil})
+    directory.end(REDUCE.of("hydra-mean"), "failed", error=evil)
     directory.save("record")
     page = hydra_pipe.open_run(run)._repr_html_()
     elements = Elements(page)

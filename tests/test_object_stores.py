@@ -22,6 +22,7 @@ from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, KEEP, RECORD
 
 BUCKET = "hydra-pipe-tests"
 pytestmark = [
@@ -172,7 +173,7 @@ def test_other_files_are_told_by_their_sizes_and_repaired(run: str) -> None:
     ]
     assert re.search(r"is not what was written: it has \d+ bytes, \d+ were written", found["relevance.zarr/hydra/c/0/0"])
     assert hydra_pipe.verify(run, repair=True) == []
-    assert list(RunDirectory.open(run).stages) == ["record", "keep hydra"]
+    assert list(RunDirectory.open(run).stages) == [RECORD, KEEP.of("hydra")]
     assert location(f"{run}/set-aside/rankings/method=hydra/notes.txt").read_bytes() == b"mine"
     assert hydra_pipe.reduce(run)
     assert hydra_pipe.export(run, top=3)
@@ -202,7 +203,7 @@ def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(root: str, mo
         patch.setattr("hydra_pipe.exporting.totals.Adding.classes", fail)
         with pytest.raises(OSError, match="connection is gone"):
             hydra_pipe.export(run)
-    assert RunDirectory.open(run).stages["export hydra"].state == "failed"
+    assert RunDirectory.open(run).stages[EXPORT.of("hydra")].state == "failed"
     assert not location(f"{run}/rankings").exists()
     assert hydra_pipe.export(run)
     assert hydra_pipe.verify(run) == []

@@ -19,8 +19,9 @@ import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, RunError, StoreError, UsageError, UserCodeError
-from hydra_pipe.store.relevance import result_of
+from hydra_pipe.store.results import result_of
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, PROBE, RECORD, REDUCE
 
 N_TEST, FIRST = 7, 4
 ALL = images(N_TEST, 2)
@@ -105,7 +106,7 @@ def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(case: tuple[s
     build, recording = CASES[of]
     hydra_pipe.probe(pruned, HELD_BACK, name="again", pipeline=build(test=Subset(ALL, range(FIRST))))
     hydra_pipe.reduce(pruned, test="again")
-    assert RunDirectory.open(pruned).stages["reduce hydra-of-again"].facts["plan"]["order"] == "from hypergradients"
+    assert RunDirectory.open(pruned).stages[REDUCE.of("hydra-of-again")].facts["plan"]["order"] == "from hypergradients"
     hydra_pipe.reduce(whole, tests=f"{FIRST}-{N_TEST - 1}")
     assert relative_error(relevance(pruned, "hydra-of-again"), relevance(whole)) < TOLERANCE[recording["dtype"]]
     assert hydra_pipe.verify(pruned) == []
@@ -158,7 +159,7 @@ def test_a_model_that_is_not_the_runs_is_refused_by_name(tmp_path: Path) -> None
     def refused(match: str, other: nn.Module) -> None:
         with pytest.raises(RunError, match=match):
             hydra_pipe.probe(tmp_path / "run", ALL, name="late", model=other, loss=cross_entropy)
-        assert "probe late" not in RunDirectory.open(tmp_path / "run").stages
+        assert PROBE.of("late") not in RunDirectory.open(tmp_path / "run").stages
 
     with pytest.raises(RunError, match=r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., loss=...\)"):
         hydra_pipe.probe(tmp_path / "run", ALL, name="late")
@@ -389,7 +390,7 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
         patch.setattr(f"hydra_pipe.probing.{where}", stop)
         with pytest.raises(KeyboardInterrupt):
             probe(run, images(5, 8), overwrite=True)
-    assert RunDirectory.open(run).stages["probe late"].state == "failed"
+    assert RunDirectory.open(run).stages[PROBE.of("late")].state == "failed"
     assert hydra_pipe.open_run(run).methods == []  # it was of the probe that is gone
     # what a process that was killed has left is in no one's way either
     (run / "probes/.late.zarr.partial/gradient").mkdir(parents=True)
@@ -440,7 +441,7 @@ def test_damage_of_a_probe_is_found_and_repaired(run: Path, tmp_path: Path) -> N
         assert faults, f"{file.name} was changed and nobody saw it"
         assert all(fault.where.startswith("probes/late.zarr") for fault in faults)
         assert hydra_pipe.verify(broken, repair=True) == []
-        assert "probe late" not in RunDirectory.open(broken).stages
+        assert PROBE.of("late") not in RunDirectory.open(broken).stages
         shutil.rmtree(tmp_path / "last", ignore_errors=True)
         broken.rename(tmp_path / "last")
     assert probe(tmp_path / "last", changed())
@@ -451,7 +452,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(run
     probe(run, changed())
     hydra_pipe.reduce(run, test="late")
     stage = RunDirectory.open(run)
-    stage.stages["reduce hydra-of-late"].facts["of_probe"] = "0" * 64
+    stage.stages[REDUCE.of("hydra-of-late")].facts["of_probe"] = "0" * 64
     stage.save("reduce hydra-of-late")
     assert ["computed from another probe" in fault.what for fault in hydra_pipe.verify(run)] == [True]
     hydra_pipe.record(mlp_pipeline(), tmp_path / "other")
@@ -511,11 +512,9 @@ def test_the_command_answers_for_new_inputs_end_to_end(tmp_path: Path, monkeypat
     assert "probe wrong" in call("info", "run")
     assert "healthy" in call("verify", "run")
     # what is said to be run again is what was run
-    from hydra_pipe.store.commands import command_of
-
     directory = RunDirectory.open("run")
-    for stage in ("probe wrong", "reduce hydra-exact-of-wrong-mean", "export hydra-of-wrong"):
-        assert "nothing to do" in call(*command_of(directory, stage).split()[1:])
+    for stage in (PROBE.of("wrong"), REDUCE.of("hydra-exact-of-wrong-mean"), EXPORT.of("hydra-of-wrong")):
+        assert "nothing to do" in call(*directory.command(stage).split()[1:])
     assert "tracin takes test gradients on the way" in call("reduce", "run", "--test", "wrong", "--method", "tracin", code=2)
 
 
@@ -545,5 +544,5 @@ def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was
             hydra_pipe.probe(run, HELD_BACK, **again)
     assert hydra_pipe.verify(run) != []
     hydra_pipe.probe(run, HELD_BACK, **again)
-    assert set(RunDirectory.open(run).stages) == {"record", "probe late"}
+    assert set(RunDirectory.open(run).stages) == {RECORD, PROBE.of("late")}
     assert hydra_pipe.verify(run) == []

@@ -27,7 +27,8 @@ from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns
 from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD
 
 DEFAULT_SEEDS = 3
 ALL, PROPOSED, RANDOM, WRONG = "all samples", "without the proposed", "without as many at random", "without the wrong labels"

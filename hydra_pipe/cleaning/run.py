@@ -17,8 +17,7 @@ from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
-from hydra_pipe.store.checksums import area_of, seal
-from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.files import remove_partials, replaced_directory
 from hydra_pipe.store.listing import say_unlisted
@@ -34,9 +33,10 @@ from hydra_pipe.store.proposals import (
     write_proposal,
     write_retraining,
 )
-from hydra_pipe.store.relevance import BY_LABEL, ITSELF, MEAN, parts_of_result
 from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RunDirectory, Settings, clean_stage, reduce_stage
+from hydra_pipe.store.results import BY_LABEL, MEAN, ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CHECKSUMS, CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def clean_run(
     parse_bytes(memory)
     progress = progress or Progress()
     directory = RunDirectory.open(run)
-    directory.require(reduce_stage(method), command_of(directory, reduce_stage(method)))
+    directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
     subject = None
     if retrain:
         from hydra_pipe.cleaning.retraining import opened  # torch takes seconds to import
@@ -141,9 +141,9 @@ def clean_run(
 
 def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> None:
     """Raises: UsageError."""
-    if parts_of_result(method).method == ITSELF:
+    if ResultName.parse(method).is_of_itself:
         raise UsageError(f"--method {method} is of no test samples: choose the relevance of another method")
-    if retrain and parts_of_result(method).test is not None:
+    if retrain and ResultName.parse(method).test is not None:
         raise UsageError(f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: leave it out")
     if not retrain and (seeds is not None or pipeline is not None):
         raise UsageError(f"{'--seeds' if seeds is not None else '--pipeline'} is for --retrain: add it")
@@ -162,9 +162,9 @@ class _Work:
 
     def __init__(self, directory: RunDirectory, method: str, cut: Cut) -> None:
         self._directory, self._method = directory, method
-        self.stage = clean_stage(method)
+        self.stage = CLEAN.of(method)
         self._settings: Settings = {"lowest": cut.lowest, "threshold": cut.threshold}
-        self._place = directory.path / area_of(self.stage)
+        self._place = directory.path / self.stage.area
         self._facts: dict[str, Any] = {}
 
     @property
@@ -184,8 +184,7 @@ class _Work:
             RunError: it was made with other settings.
         """
         directory = self._directory
-        source = directory.stages[reduce_stage(self._method)].facts.get(CHECKSUMS)
-        if directory.has_work(self.stage, self._settings) or directory.stages[self.stage].facts.get(OF_REDUCE) != source:
+        if directory.has_work(self.stage, self._settings) or directory.stale(self.stage):
             return None
         n_samples = directory.stages[self.stage].count("n_samples", least=1)
         with suppress(OSError, ValueError, pa.ArrowException):
@@ -201,8 +200,8 @@ class _Work:
         with directory.failing(self.stage):
             remove_partials(self._place)
             yield
-        source = {OF_REDUCE: directory.stages[reduce_stage(self._method)].facts.get(CHECKSUMS)}
-        directory.end(self.stage, "complete", seconds=time.monotonic() - start, **self._facts, **source)
+        facts = self._facts | directory.origin(self.stage)
+        directory.end(self.stage, "complete", seconds=time.monotonic() - start, **facts)
 
     def write(self, found: Cleaning, *, carry: bool, seeds: int | None = None) -> None:
         """Put all files in the place of those that are there; with `carry` the pieces of retrainings stay."""

@@ -11,7 +11,6 @@ from hydra_pipe.cli.failures import explained
 from hydra_pipe.cli.streams import settled_streams
 from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
-from hydra_pipe.store import names
 from hydra_pipe.units import format_bytes
 
 # rows of a proposal that are printed
@@ -241,7 +240,7 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.store.relevance import ITSELF, result_name
+    from hydra_pipe.store.results import DEFAULT_METHOD, ResultName
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -263,12 +262,11 @@ def reduce(
         print(api.plan(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
-    name = result_name(method, grouping, upto, rank, test)
-    which = "" if name == "hydra" else f" --method {name}"
-    if method == ITSELF:
-        which = (
-            f" --method {result_name('hydra', None, upto)}, or of another method: the column self_relevance of its samples.parquet"
-        )
+    result = ResultName(method, grouping, upto, rank, test)
+    which = "" if str(result) == DEFAULT_METHOD else f" --method {result}"
+    if result.is_of_itself:
+        whose = ResultName(DEFAULT_METHOD, upto=upto)
+        which = f" --method {whose}, or of another method: the column self_relevance of its samples.parquet"
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 
@@ -289,13 +287,13 @@ def export(
     Example: hydra-pipe export runs/digits --top 20
     """
     from hydra_pipe.exporting.run import export_run
-    from hydra_pipe.store.relevance import result_of
+    from hydra_pipe.store.results import result_of
+    from hydra_pipe.store.stages import EXPORT
 
     done = export_run(
         run, method=method, test=test, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress()
     )
-    directory = names.rankings_directory(result_of(method, test))
-    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{names.RANKINGS}/{directory}")
+    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{EXPORT.of(result_of(method, test)).area}")
 
 
 @app.command()
@@ -318,7 +316,8 @@ def report(
     Example: hydra-pipe report runs/digits --tests 0-19
     """
     from hydra_pipe.reporting.run import report_run
-    from hydra_pipe.store.relevance import result_of
+    from hydra_pipe.store.results import result_of
+    from hydra_pipe.store.stages import REPORT
 
     done = report_run(
         run,
@@ -331,7 +330,7 @@ def report(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(done, run, "reported", f"open {run.rstrip('/')}/{names.report_file(result_of(method, test))}")
+    _say(done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result_of(method, test)).area}")
 
 
 @app.command()
@@ -356,6 +355,7 @@ def clean(
     """
     from hydra_pipe.cleaning.run import clean_run
     from hydra_pipe.cli.show import show_cleaning
+    from hydra_pipe.store.stages import CLEAN
 
     found = clean_run(
         run,
@@ -369,7 +369,7 @@ def clean(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    place = f"{run.rstrip('/')}/{names.CLEANING}/{names.rankings_directory(method)}"
+    place = f"{run.rstrip('/')}/{CLEAN.of(method).area}"
     show_cleaning(found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary)
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and summary.json: {place}")
     print(f"to train on the rest: torch.utils.data.Subset(train, [int(i) for i in open('{place}/keep.txt')])")
@@ -449,6 +449,7 @@ def evaluate(
     """
     from hydra_pipe.cli.show import show_evaluation
     from hydra_pipe.evaluation.run import evaluate_run
+    from hydra_pipe.store.stages import EVALUATE
 
     found = evaluate_run(
         pipeline,
@@ -465,7 +466,7 @@ def evaluate(
         progress=ConsoleProgress(),
     )
     show_evaluation(found.rows, found.summary["says"])
-    _say(found.is_new, run, "evaluated", f"table and summary: {run.rstrip('/')}/{names.EVALUATION}/{kind}")
+    _say(found.is_new, run, "evaluated", f"table and summary: {run.rstrip('/')}/{EVALUATE.of(kind).area}")
 
 
 @app.command()

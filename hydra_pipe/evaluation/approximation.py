@@ -1,7 +1,7 @@
 """How far relevance without the Hessian is from that with it, as training goes on: the study of the HYDRA paper (AAAI 2021)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from hydra_pipe.maths.ranks import spearmans
 from hydra_pipe.plan.selection import write_selection
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.subject import Relevance, Subject, reducing
-from hydra_pipe.store.relevance import GROUPINGS, Columns, Parts, parts_of_result, result_name
+from hydra_pipe.store.relevance import Columns
+from hydra_pipe.store.results import GROUPINGS, ResultName
 
 EXACT = "hydra-exact"
 METHODS = ("hydra", "hydra-fisher", "influence")
@@ -62,8 +63,8 @@ class Approximation(Evaluator):
         for pair in pairs_of(subject):
             found, truth = pair.values()
             distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
-            parts = parts_of_result(pair.approximate.name)
-            row: Row = {"method": result_name(parts.method, parts.by), "steps": pair.steps, "columns": found.shape[1]}
+            result = ResultName.parse(pair.approximate.name)
+            row: Row = {"method": str(ResultName(result.method, result.by)), "steps": pair.steps, "columns": found.shape[1]}
             row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
             row["wrong_signs"] = float((found * truth < 0).mean())
             rows.append(row | with_interval("spearman", spearmans(found, truth)))
@@ -74,45 +75,45 @@ class Approximation(Evaluator):
 
 def pairs_of(subject: Subject) -> list[Pair]:
     """What can be compared, by method, grouping of the test samples and steps. Raises: RunError: nothing can be."""
-    there, run = _by_parts(subject), subject.run
-    if not any(parts.method == EXACT for parts in there):
-        needed = reducing(run, EXACT)
+    there, run = _by_result(subject), subject.run
+    if not any(result.method == EXACT for result in there):
+        needed = reducing(run, ResultName(EXACT))
         raise RunError(f"{run.path} has no {EXACT} to hold others against: run {needed} first")
     found = []
-    for parts, own in there.items():
-        truth = there.get(parts._replace(method=EXACT))
-        if parts.method not in METHODS or truth is None:
+    for result, own in there.items():
+        truth = there.get(replace(result, method=EXACT))
+        if result.method not in METHODS or truth is None:
             continue
         columns = _shared(own.columns, truth.columns)
         if len(columns[0]):
-            found.append(Pair(subject.n_steps if parts.upto is None else parts.upto, own, truth, columns))
+            found.append(Pair(subject.n_steps if result.upto is None else result.upto, own, truth, columns))
     if not found:
         raise RunError(f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first")
 
     def place(pair: Pair) -> tuple[int, int, int]:
-        parts = parts_of_result(pair.approximate.name)
-        return METHODS.index(parts.method), (None, *GROUPINGS).index(parts.by), pair.steps
+        result = ResultName.parse(pair.approximate.name)
+        return METHODS.index(result.method), (None, *GROUPINGS).index(result.by), pair.steps
 
     return sorted(found, key=place)
 
 
 def missing(subject: Subject) -> list[str]:
     """Commands that would make the table fuller: one was reduced, and the other was not, of these steps and test samples."""
-    there = _by_parts(subject)
+    there = _by_result(subject)
     commands = []
-    for parts, own in there.items():
-        other = EXACT if parts.method in METHODS else METHODS[0]
-        known = there.get(parts._replace(method=other))
+    for result, own in there.items():
+        other = replace(result, method=EXACT if result.method in METHODS else METHODS[0])
+        known = there.get(other)
         if known is None or not len(_shared(own.columns, known.columns)[0]):
             tests = None if own.columns.n_tests == subject.n_tests else write_selection(own.columns.tests)
-            commands.append(reducing(subject.run, result_name(other, parts.by, parts.upto), tests))
+            commands.append(reducing(subject.run, other, tests))
     return list(dict.fromkeys(commands))
 
 
-def _by_parts(subject: Subject) -> dict[Parts, Relevance]:
+def _by_result(subject: Subject) -> dict[ResultName, Relevance]:
     """The results of `METHODS`, and `EXACT`, of all directions."""
-    found = {parts_of_result(name): relevance for name, relevance in subject.all_relevance().items()}
-    return {parts: r for parts, r in found.items() if parts.method in (*METHODS, EXACT) and parts.rank is None}
+    found = {ResultName.parse(name): relevance for name, relevance in subject.all_relevance().items()}
+    return {result: r for result, r in found.items() if result.method in (*METHODS, EXACT) and result.rank is None}
 
 
 def _shared(a: Columns, b: Columns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -17,7 +17,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
-from hydra_pipe.store.relevance import ITSELF
+from hydra_pipe.store.results import ITSELF
 
 # Of the number of wrong labels: how many are looked at, and how many samples are left out before training again.
 LOOKED_AT = (0.1, 0.5, 1.0)

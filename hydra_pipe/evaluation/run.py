@@ -14,13 +14,14 @@ from hydra_pipe.evaluation.kinds import Options, kind_of
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, evaluate_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CHECKSUMS, EVALUATE, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def evaluate_run(
     directory = RunDirectory.open(run)
     subject = Subject.open(pipeline, directory, settings)
     own = evaluator.settings(subject, options, progress)
-    stage = evaluate_stage(kind)
+    stage = EVALUATE.of(kind)
     with one_writer(directory.path, stage):
         directory.refresh()
         scored = {name: found.checksums for name, found in evaluator.scored(subject, methods).items()}
-        place = directory.path / area_of(stage)
+        place = directory.path / stage.area
         check_stages(directory.path, stage)
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
         if begun and not Retrained(place).spans():
@@ -130,9 +131,8 @@ def evaluate_run(
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
             checksums = seal(directory, stage)
-        source = directory.stages[RECORD].facts.get(CHECKSUMS)
-        facts = {"seconds": time.monotonic() - start, _SCORED: scored, CHECKSUMS: checksums, OF_RECORD: source}
-        directory.end(stage, "complete", **facts)
+        facts = {"seconds": time.monotonic() - start, _SCORED: scored, CHECKSUMS: checksums}
+        directory.end(stage, "complete", **facts, **directory.origin(stage))
     return Evaluation(True, list(result.rows), summary)
 
 
@@ -142,10 +142,10 @@ def _lacks_interval(row: Mapping[str, Any]) -> bool:
     return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 
 
-def _write(run: RunDirectory, stage: str, result: "Result", summary: Mapping[str, Any], progress: Progress) -> None:
+def _write(run: RunDirectory, stage: StageId, result: "Result", summary: Mapping[str, Any], progress: Progress) -> None:
     from hydra_pipe.evaluation.plots import drawn
 
-    place = run.path / area_of(stage)
+    place = run.path / stage.area
     write_result(place, result.rows, summary)
     remove(place / names.PLOT)
     if result.truth is not None:

@@ -17,16 +17,16 @@ from hydra_pipe.exporting.totals import Adding
 from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names, rankings
+from hydra_pipe.store import rankings
 from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.relevance import result_of
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, Settings, export_stage, reduce_stage
+from hydra_pipe.store.results import result_of
+from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.space import say_if_tight
+from hydra_pipe.store.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
 
 # of a row of matrix/, of the rankings and of samples.parquet, labels counted as integers
@@ -72,8 +72,8 @@ def export_run(
         raise UsageError(f"--top {top}: give 1 or more")
     check_ranks(method)
     directory = RunDirectory.open(run)
-    directory.require(reduce_stage(method), command_of(directory, reduce_stage(method)))
-    stage, settings = export_stage(method), {"top": top, "full": full}
+    directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
+    stage, settings = EXPORT.of(method), {"top": top, "full": full}
     if not overwrite and not _has_work(directory, method, settings):
         return False
 
@@ -87,15 +87,15 @@ def export_run(
 
 def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
     """Whether there are no tables, or they lack what samples are for themselves, or have another than there is."""
-    stage, own = export_stage(method), own_checksums(directory, method)
+    stage, own = EXPORT.of(method), own_checksums(directory, method)
     return directory.has_work(stage, settings) or own not in (None, directory.stages[stage].facts.get(OF_SELF))
 
 
 def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
     say_unlisted(directory, progress)
-    stage, source = export_stage(method), open_source(directory, method)
+    stage, source = EXPORT.of(method), open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
-    target = directory.path / names.RANKINGS / names.rankings_directory(method)
+    target = directory.path / stage.area
     check_stages(directory.path, stage)
     directory.begin(stage, settings)
     start = time.monotonic()
@@ -104,8 +104,7 @@ def _export(directory: RunDirectory, method: str, settings: Settings, memory_byt
         say_if_tight(export.most_bytes(), target, progress)
         export.write(partial, progress)
         files = {str(f.relative_to(partial)): rankings.n_rows_of(f) for f in sorted(partial.rglob("*.parquet"))}
-        origin = {OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)}
-        origin |= {} if source.own is None else {OF_SELF: own_checksums(directory, method)}
+        origin = directory.origin(stage) | ({} if source.own is None else {OF_SELF: own_checksums(directory, method)})
         checksums = seal(directory, stage, partial)
     directory.end(stage, "complete", seconds=time.monotonic() - start, files=files, checksums=checksums, **origin)
 

@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import StoreError, UsageError
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.relevance import (
-    ITSELF,
     RELEVANCE_UNREADABLE,
     columns_of,
     open_relevance,
-    parts_of_result,
     read_columns,
     read_relevance,
-    result_name,
 )
 from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.run import CHECKSUMS, RunDirectory, reduce_stage
+from hydra_pipe.store.results import ITSELF, ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import REDUCE
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def open_source(directory: RunDirectory, method: str) -> Source:
         RunError: it was not computed, or the recording is not complete.
         StoreError: one of them is damaged, or they do not belong together.
     """
-    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     found = ReducedRun.open(directory, method)
     attributes = found.relevance.attributes
     meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
@@ -112,25 +111,20 @@ def open_source(directory: RunDirectory, method: str) -> Source:
 
 def check_ranks(method: str) -> None:
     """Refuse what is not of test samples. Raises: UsageError."""
-    if parts_of_result(method).method == ITSELF:
+    if ResultName.parse(method).is_of_itself:
         raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
 
 
 def own_checksums(directory: RunDirectory, method: str) -> object:
     """Of the relevance of samples for themselves over the same steps as `method`; None: it was not computed."""
-    stage = directory.stages.get(reduce_stage(_own_name(method)))
-    return stage.facts.get(CHECKSUMS) if stage is not None and stage.state == "complete" else None
-
-
-def _own_name(method: str) -> str:
-    return result_name(ITSELF, None, parts_of_result(method).upto)
+    return directory.checksums(REDUCE.of(ResultName.parse(method).itself))
 
 
 def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDArray[np.float32] | None:
     """That relevance, shape (sample,); None: it was not computed. Raises: StoreError: damaged."""
     if own_checksums(directory, method) is None:
         return None
-    array = open_relevance(directory.path / names.RELEVANCE, _own_name(method))
+    array = open_relevance(directory.path / names.RELEVANCE, str(ResultName.parse(method).itself))
     if array.shape != (n_samples, 1) or columns_of(array).by != ITSELF:
         raise StoreError(f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}")
     return read_relevance(array, slice(None))[:, 0]

@@ -13,8 +13,9 @@ from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
 from hydra_pipe.exporting.source import Source, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names, rankings
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, OF_SELF, RunDirectory, export_stage, reduce_stage
+from hydra_pipe.store import rankings
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, OF_SELF
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,15 @@ def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> To
 
 def _exported(directory: RunDirectory, method: str) -> bool:
     """Whether there are tables of the very relevance that is there, that of samples for themselves included."""
-    stage = directory.stages.get(export_stage(method))
-    if stage is None or stage.state != "complete":
+    stage = EXPORT.of(method)
+    if method not in directory.complete(EXPORT):
         return False
-    source = directory.stages[reduce_stage(method)].facts.get(CHECKSUMS)
-    return bool(stage.facts.get(OF_REDUCE) == source and stage.facts.get(OF_SELF) == own_checksums(directory, method))
+    facts = directory.stages[stage].facts
+    return not directory.stale(stage) and facts.get(OF_SELF) == own_checksums(directory, method)
 
 
 def _read(directory: RunDirectory, method: str, name: str, schema: pa.Schema, n_rows: int) -> pa.Table:
-    file = directory.path / names.RANKINGS / names.rankings_directory(method) / name
+    file = directory.path / EXPORT.of(method).area / name
     try:
         table = rankings.opened_table(file)
         # few bytes can say many rows

@@ -25,7 +25,7 @@ from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.testing import try_test
 from hydra_pipe.recording.tracking import WatchedLoader
-from hydra_pipe.store.run import Settings
+from hydra_pipe.store.stages import Settings
 
 try:
     from lightning.fabric.utilities.data import sized_len

@@ -16,8 +16,8 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_gradients
 from hydra_pipe.store.relevance import read_relevance
-from hydra_pipe.store.run import CHECKSUMS, RECORD, RunDirectory, reduce_stage
-from hydra_pipe.store.verify import methods_of
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CHECKSUMS, RECORD, REDUCE
 
 # columns of one chunk are kept together if they take no more
 _MOST_KEPT_BYTES = 64 * 2**20
@@ -69,8 +69,7 @@ class Results:
 
     def methods(self) -> list[str]:
         """Methods whose relevance is there."""
-        directory = self.directory()
-        return [m for m in methods_of(directory) if directory.stages[reduce_stage(m)].state == "complete"]
+        return self.directory().complete(REDUCE)
 
     def check(self, method: str) -> None:
         """Raises: RunError: the relevance of `method` is not there."""
@@ -136,5 +135,5 @@ class Results:
 
     def _key(self, method: str) -> tuple[Any, ...]:
         """Differs when the relevance is another one, or that of samples for themselves is."""
-        stage = self._directory.stages[reduce_stage(method)]
+        stage = self._directory.stages[REDUCE.of(method)]
         return self._directory.run_id, stage.facts.get(CHECKSUMS), own_checksums(self._directory, method)

@@ -4,14 +4,12 @@ from html import escape
 from typing import Any
 
 from hydra_pipe.errors import HydraError, printable
-from hydra_pipe.store.checksums import area_of
-from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.files import tree_bytes
-from hydra_pipe.store.relevance import ITSELF, parts_of_result
-from hydra_pipe.store.run import RECORD, RunDirectory, Stage, export_stage, reduce_stage
+from hydra_pipe.store.results import DEFAULT_METHOD, ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
-_REDUCE = reduce_stage("")
 _MOST_COMMANDS, _LONGEST_SECONDS = 3, 1e12
 # readable on white and on black
 _STATES = {"complete": ("✓", "#2e9d5b"), "running": ("…", "#c98a12"), "failed": ("✗", "#d9483b")}
@@ -39,15 +37,14 @@ def next_commands(run: RunDirectory) -> list[str]:
     """What to run next: what is unfinished, else a first reduction, else what was reduced and not exported."""
     stages = run.stages
     if RECORD not in stages:
-        return [command_of(run, RECORD)]
-    unfinished = [name for name, stage in stages.items() if stage.state != "complete"]
+        return [run.command(RECORD)]
+    unfinished = [which for which, stage in stages.items() if stage.state != "complete"]
     if unfinished:
-        return [command_of(run, name) for name in unfinished]
-    methods = [name.removeprefix(_REDUCE) for name in stages if name.startswith(_REDUCE)]
-    ranked = [method for method in methods if parts_of_result(method).method != ITSELF]
+        return [run.command(which) for which in unfinished]
+    ranked = [method for method in run.of_kind(REDUCE) if not ResultName.parse(method).is_of_itself]
     if not ranked:
-        return [command_of(run, reduce_stage("hydra"))]
-    return [command_of(run, export_stage(method)) for method in ranked if export_stage(method) not in stages]
+        return [run.command(REDUCE.of(DEFAULT_METHOD))]
+    return [run.command(EXPORT.of(method)) for method in ranked if EXPORT.of(method) not in stages]
 
 
 def plain(run: RunDirectory, methods: list[str]) -> str:
@@ -69,7 +66,7 @@ def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
     if recording is not None:
         lines.append(f"<div>{_counted(run)}{_text(rows_line(recording))}{_exactness(recording)}</div>")
     if run.stages:
-        rows = "".join(_row(run, name, stage) for name, stage in run.stages.items())
+        rows = "".join(_row(run, which, stage) for which, stage in run.stages.items())
         heads = "".join(f"<th style='{_CELL};font-weight:normal;{_DIM}'>{head}</th>" for head in ("stage", "state", "size", "took"))
         lines.append(f"<table style='border-collapse:collapse;margin:6px 0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>")
     if RECORD in run.stages:
@@ -103,15 +100,15 @@ def _exactness(recording: dict[str, Any]) -> str:
     return f", {projected} of {len(blocks)} blocks projected" if projected else ", without projection"
 
 
-def _row(run: RunDirectory, name: str, stage: Stage) -> str:
+def _row(run: RunDirectory, which: StageId, stage: Stage) -> str:
     mark, colour = _STATES[stage.state]
     state = f"<span style='color:{colour}'>{mark}</span> {stage.state}"
     if (why := stage.facts.get("error")) is not None:
         state += f": {_text(str(why))}"
-    seconds = stage.facts.get("train_seconds" if name == RECORD else "seconds")
+    seconds = stage.facts.get("train_seconds" if which == RECORD else "seconds")
     took = format_seconds(seconds) if isinstance(seconds, int | float) and abs(seconds) < _LONGEST_SECONDS else ""
-    n_bytes = tree_bytes(run.path / area_of(name))
-    cells = (_text(name), state, format_bytes(n_bytes) if n_bytes else "", took)
+    n_bytes = tree_bytes(run.path / which.area)
+    cells = (_text(str(which)), state, format_bytes(n_bytes) if n_bytes else "", took)
     shown = "".join(f"<td style='{_CELL}'>{cell}</td>" for cell in cells)
     return f"<tr style='background:transparent'>{shown}</tr>"
 

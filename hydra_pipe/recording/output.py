@@ -23,7 +23,8 @@ from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.locks import Lock
 from hydra_pipe.store.prefix import forget_upto
-from hydra_pipe.store.run import COMMITTED, RECORD, RunDirectory, Settings
+from hydra_pipe.store.run import COMMITTED, RunDirectory
+from hydra_pipe.store.stages import RECORD, Settings
 from hydra_pipe.store.table import Allocate
 from hydra_pipe.store.writing import GradientsWriter
 

@@ -48,7 +48,7 @@ from hydra_pipe.recording.transfer import buffers_for
 from hydra_pipe.recording.update import UpdateReader
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
-from hydra_pipe.store.run import Settings
+from hydra_pipe.store.stages import Settings
 
 DEFAULT_DIM = 4096
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
-from hydra_pipe.store import names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.permission import check_writable
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import OWNED, RECORD, Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -49,7 +49,7 @@ def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrit
     directory = RunDirectory.open_or_none(run)
     needed = directory is None or overwrite or directory.has_work(RECORD, settings)
     if needed:
-        check_writable(location(run), *names.OWNED)
+        check_writable(location(run), *OWNED)
     return needed
 
 

@@ -11,7 +11,8 @@ from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients, Kept
-from hydra_pipe.store.run import RECORD, RunDirectory, Settings
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, Settings
 
 # of a state's fields and their meaning
 STATE_VERSION = 1

@@ -26,8 +26,8 @@ from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_matrix
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD
 from hydra_pipe.store.space import free_bytes, room_for
+from hydra_pipe.store.stages import KEEP
 from hydra_pipe.store.sweeps import remove_states
 from hydra_pipe.units import format_bytes, format_seconds
 
@@ -69,7 +69,7 @@ def _fill(request: Request, overwrite: bool, progress: Progress) -> None:
             passes = _compute(request, plan, using, given.base_bytes, progress, () if answered is None else answered.found)
     remove_states(request.kept / names.SWEPT)  # of blocks that another budget had
     found = {"seconds": time.monotonic() - start, "n_bytes": tree_bytes(request.kept), "plan": facts(whole)}
-    found |= combined(passes) | {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
+    found |= combined(passes) | directory.origin(stage)
     directory.end(stage, "complete", **found, checksums=seal(directory, stage))
 
 
@@ -77,7 +77,7 @@ def described_filling(request: Request, workers: Workers) -> str:
     """What `fill`, and the reduction that answers from it, would do, in lines for people. Raises: BudgetError."""
     given, plan = request.plan(workers)
     answered = _answered(request)
-    if request.method.name in request.directory.kept_methods():
+    if request.method.name in request.directory.complete(KEEP):
         lines = {"hypergradients": "are kept already"}
     else:
         _check_room(request, plan, 0 if answered is None or answered.order != plan.order else answered.done)

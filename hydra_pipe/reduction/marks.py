@@ -7,7 +7,8 @@ from typing import Any, cast, get_args
 from hydra_pipe.plan.reduction import Answered, Found, Order
 from hydra_pipe.store import names
 from hydra_pipe.store.parsing import is_count
-from hydra_pipe.store.run import RunDirectory, Stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import Stage, StageId
 
 # of the facts of a stage
 ANSWERED = "answered"
@@ -45,13 +46,13 @@ def _is_found(value: Any) -> bool:
     )
 
 
-def mark(directory: RunDirectory, stage: str, answered: Answered, **more: Any) -> None:
+def mark(directory: RunDirectory, stage: StageId, answered: Answered, **more: Any) -> None:
     """Say that so much of `stage` is safe on the disk."""
     directory.stages[stage].facts[ANSWERED] = asdict(answered) | more
     directory.save(stage)
 
 
-def run_again(directory: RunDirectory, stage: str) -> None:
+def run_again(directory: RunDirectory, stage: StageId) -> None:
     """Mark that `stage` is gone on with: of its facts the mark stays."""
     found = directory.stages[stage]
     found.state = "running"

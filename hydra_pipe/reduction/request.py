@@ -42,9 +42,11 @@ from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix, Hypergradients
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import WhichTests, tested_by
-from hydra_pipe.store.relevance import BY_LABEL, GROUPINGS, ITSELF, MEAN, Columns, result_name
-from hydra_pipe.store.run import PRUNED, RECORD, UPTO, RunDirectory, Settings, Stage, keep_stage
+from hydra_pipe.store.relevance import Columns
+from hydra_pipe.store.results import BY_LABEL, GROUPINGS, ITSELF, MEAN, ResultName
+from hydra_pipe.store.run import PRUNED, RunDirectory
 from hydra_pipe.store.space import room_for
+from hydra_pipe.store.stages import KEEP, RECORD, REDUCE, Settings, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes
 
 # orders whose passes are each of some samples
@@ -130,32 +132,37 @@ class Request:
     def name(self) -> str:
         """Of the result."""
         options = self.options
-        return result_name(options.method, options.by, options.upto, options.rank, options.test)
+        return str(ResultName(options.method, options.by, options.upto, options.rank, options.test))
+
+    @property
+    def stage(self) -> StageId:
+        """The stage that computes the result."""
+        return REDUCE.of(self.name)
 
     @property
     def settings(self) -> Settings:
         """What the result depends on."""
         selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
-        first = {} if self.options.upto is None else {UPTO: self.options.upto}
+        first = {} if self.options.upto is None else {names.UPTO: self.options.upto}
         tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
         return tested | selected | first
 
     @property
     def kept(self) -> Path:
         """Where hypergradients of the method are, or would be."""
-        return self.directory.path / names.kept_store(self.method.name)
+        return self.directory.path / self.keep_stage.area
 
     @property
-    def keep_stage(self) -> str:
+    def keep_stage(self) -> StageId:
         """The stage that keeps them."""
-        return keep_stage(self.method.name)
+        return KEEP.of(self.method.name)
 
     @property
     def from_kept(self) -> bool:
         """Whether kept hypergradients answer it."""
         # what is kept is of all steps
         wanted = not self.options.keep_hypergradients and self.options.upto is None and self.method.keeps
-        return wanted and self.method.name in self.directory.kept_methods()
+        return wanted and self.method.name in self.directory.complete(KEEP)
 
     @property
     def fills(self) -> bool:
@@ -266,7 +273,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
 
 def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> None:
     """Refuse what needs rows that are gone. Raises: RunError."""
-    kept = [name for name in directory.kept_methods() if name in METHODS and METHODS[name].keeps]
+    kept = [name for name in directory.complete(KEEP) if name in METHODS and METHODS[name].keeps]
     if method.name not in kept and method.work != "replay":
         able = ", ".join(kept) or "none"
         raise RunError(f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them")

@@ -21,7 +21,7 @@ from hydra_pipe.reduction.marks import ANSWERED, combined, mark, marked, run_aga
 from hydra_pipe.reduction.matrix import graphs as matrix_graphs
 from hydra_pipe.reduction.request import Request, described, facts, left_of, summary
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import places_of, seal
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
@@ -30,8 +30,8 @@ from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.run import CHECKSUMS, OF_PROBE, OF_RECORD, RECORD, probe_stage, reduce_stage, stages_of_result
 from hydra_pipe.store.space import say_if_tight
+from hydra_pipe.store.stages import RECORD
 from hydra_pipe.store.sweeps import remove_states
 
 # orders whose first pass may take long, and is divided by the memory that its process had
@@ -55,7 +55,7 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     if not _has_work(request, overwrite):
         return False
     with ExitStack() as locks:
-        locks.enter_context(one_writer(request.directory.path, reduce_stage(request.name)))
+        locks.enter_context(one_writer(request.directory.path, request.stage))
         if request.options.keep_hypergradients:  # of which there is one store, whatever the result is called
             locks.enter_context(one_writer(request.directory.path, request.keep_stage))
         request.directory.refresh()  # another process may have done it in the meantime
@@ -76,11 +76,11 @@ def _has_work(request: Request, overwrite: bool) -> bool:
     directory = request.directory
     kept = directory.stages.get(request.keep_stage)
     to_keep = request.options.keep_hypergradients and (kept is None or kept.state != "complete")
-    return overwrite or directory.has_work(reduce_stage(request.name), request.settings) or to_keep
+    return overwrite or directory.has_work(request.stage, request.settings) or to_keep
 
 
 def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
-    directory, stage = request.directory, reduce_stage(request.name)
+    directory, stage = request.directory, request.stage
     with request.scheduler as using:
         going_on = request.going_on(using.workers, None if overwrite else _answered(request), partial(_goes_on, request))
         answered, given, plan, whole = going_on.after, going_on.given, going_on.plan, going_on.whole
@@ -104,10 +104,9 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
         with directory.failing(stage):
             passes = _compute(request, given, plan, using, progress, () if answered is None else answered.found)
-    source = {OF_RECORD: directory.stages[RECORD].facts.get(CHECKSUMS)}
     if request.options.keep_hypergradients:
         own = {"n_bytes": tree_bytes(request.kept), "checksums": seal(directory, request.keep_stage)}
-        directory.end(request.keep_stage, "complete", **own, **source)
+        directory.end(request.keep_stage, "complete", **own, **directory.origin(request.keep_stage))
     seconds = time.monotonic() - start
     if plan.order == BACKWARD:
         remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
@@ -115,9 +114,7 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
     found |= combined(passes)
     if plan.order == FROM_MATRIX:
         found |= left_of(directory.stages[request.keep_stage])
-    if request.options.test is not None:
-        source[OF_PROBE] = directory.stages[probe_stage(request.options.test)].facts.get(CHECKSUMS)
-    directory.end(stage, "complete", **found, checksums=seal(directory, stage), **source)
+    directory.end(stage, "complete", **found, checksums=seal(directory, stage), **directory.origin(stage))
 
 
 def plan_request(request: Request) -> str:
@@ -136,15 +133,15 @@ def _begin(request: Request, given: ReductionInput, plan: ReductionPlan) -> None
     """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay behind."""
     directory, name, keeping = request.directory, request.name, request.options.keep_hypergradients
     kept = (request.keep_stage,) if keeping else ()
-    check_stages(directory.path, reduce_stage(name), *stages_of_result(name), *kept)
+    stage = request.stage
+    check_stages(directory.path, stage, *stage.results, *kept)
     # first the claims, then what they claim
-    directory.forget(*stages_of_result(name))
-    directory.begin(reduce_stage(name), request.settings)
+    directory.forget(*stage.results)
+    directory.begin(stage, request.settings)
     if keeping:
         _forget_kept(request)
-    for stage in (reduce_stage(name), *stages_of_result(name)):
-        for place in places_of(stage):
-            remove(directory.path / place)
+    for place in (place for one in (stage, *stage.results) for place in one.places):
+        remove(directory.path / place)
     width = given.n_columns if given.grouped else plan.test_blocks[0][1]
     if plan.order in _BY_COLUMNS:
         width = chunk_columns(plan.test_blocks[0][1])
@@ -172,7 +169,7 @@ def _forget_kept(request: Request) -> None:
 
 def _resume(request: Request) -> None:
     """Mark that the reduction runs again, and clean up after the process that was killed."""
-    run_again(request.directory, reduce_stage(request.name))
+    run_again(request.directory, request.stage)
     remove_partials(_store(request) / request.name)
     if request.options.keep_hypergradients:
         remove_partials(request.kept)
@@ -180,7 +177,7 @@ def _resume(request: Request) -> None:
 
 def _answered(request: Request) -> Answered | None:
     """What an interrupted reduction has written to the end, and kept if this one is to keep it."""
-    found = marked(request.directory.stages.get(reduce_stage(request.name)))
+    found = marked(request.directory.stages.get(request.stage))
     if found is None or (request.options.keep_hypergradients and not found[1].get(_KEEPING)):
         return None
     answered = found[0]
@@ -251,4 +248,4 @@ def _mark(request: Request, answered: Answered) -> None:
     sync_tree(_store(request) / request.name, files=False)
     if request.options.keep_hypergradients:
         sync_tree(request.kept, files=False)
-    mark(request.directory, reduce_stage(request.name), answered, **{_KEEPING: request.options.keep_hypergradients})
+    mark(request.directory, request.stage, answered, **{_KEEPING: request.options.keep_hypergradients})

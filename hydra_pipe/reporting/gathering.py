@@ -16,14 +16,12 @@ from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
 from hydra_pipe.reporting.content import Column, Content, Suspect
 from hydra_pipe.reporting.findings import Findings, findings
 from hydra_pipe.reporting.shown import ShownSamples
-from hydra_pipe.reporting.source import Source, evaluations_of
+from hydra_pipe.reporting.source import Source
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of
-from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.evaluations import read_says
-from hydra_pipe.store.relevance import MEAN, parts_of_result
-from hydra_pipe.store.run import RECORD, evaluate_stage, reduce_stage
+from hydra_pipe.store.results import MEAN, ResultName
+from hydra_pipe.store.stages import EVALUATE, RECORD, REDUCE
 from hydra_pipe.units import format_bytes, resident_bytes
 from hydra_pipe.view import Run
 
@@ -78,7 +76,7 @@ class Gathering:
             name=os.path.basename(os.path.abspath(str(directory.path))),
             run_id=directory.run_id,
             result=source.result,
-            method=parts_of_result(source.result).method,
+            method=ResultName.parse(source.result).method,
             unit=unit,
             n_samples=source.counts.n_samples,
             columns_are="groups of test samples" if source.grouped else "test samples",
@@ -98,7 +96,7 @@ class Gathering:
             losses=gradients.step_table(names.LOSS),
             test_losses=self._test_losses(),
             evaluations=self._told(),
-            evaluate_command=command_of(directory, evaluate_stage("smoothness")),
+            evaluate_command=directory.command(EVALUATE.of("smoothness")),
             recording=self._recording(),
             settings=self._settings(),
         )
@@ -263,14 +261,14 @@ class Gathering:
 
     def _warnings(self, visits: NDArray[np.int64], found: Findings) -> list[str]:
         source, stages = self._source, self._source.directory.stages
-        parts, blocks = parts_of_result(source.result), source.gradients.layout.blocks
+        parts, blocks = ResultName.parse(source.result), source.gradients.layout.blocks
         return warnings(
             Circumstances(
                 method=parts.method,
                 rank=parts.rank,
                 upto=source.upto,
                 record=stages[RECORD].facts,
-                reduce=stages[reduce_stage(source.result)].facts,
+                reduce=stages[REDUCE.of(source.result)].facts,
                 n_samples=source.counts.n_samples,
                 n_rows=source.gradients.rows.n_rows,
                 unvisited=int((visits == 0).sum()),
@@ -290,9 +288,9 @@ class Gathering:
     def _told(self) -> list[tuple[str, list[str]]]:
         """What evaluations of the run say, by kind; those that cannot be read are left out, for verify tells of them."""
         told = []
-        for stage in evaluations_of(self._source.directory):
+        for kind in self._source.directory.complete(EVALUATE):
             with suppress(OSError, ValueError):
-                told.append((stage.removeprefix(evaluate_stage("")), read_says(self._source.directory.path / area_of(stage))))
+                told.append((kind, read_says(self._source.directory.path / EVALUATE.of(kind).area)))
         return told
 
     def _recording(self) -> dict[str, Any]:
@@ -303,7 +301,7 @@ class Gathering:
     def _settings(self) -> list[tuple[str, str]]:
         stages = self._source.directory.stages
         found = [(f"record: {name}", value) for name, value in stages[RECORD].settings.items()]
-        found += [(f"reduce: {name}", value) for name, value in stages[reduce_stage(self._source.result)].settings.items()]
+        found += [(f"reduce: {name}", value) for name, value in stages[REDUCE.of(self._source.result)].settings.items()]
         found += [(f"version of {name}", value) for name, value in self._source.directory.versions.items()]
         return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found if value is not None]
 

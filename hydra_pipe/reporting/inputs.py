@@ -23,7 +23,8 @@ from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
 from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import load_final
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD
 
 _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
 

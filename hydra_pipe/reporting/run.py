@@ -10,13 +10,14 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of, seal
+from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
 from hydra_pipe.store.listing import say_unlisted
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.relevance import ITSELF, parts_of_result, result_of
-from hydra_pipe.store.run import CHECKSUMS, OF_REDUCE, RunDirectory, Settings, reduce_stage, report_stage
+from hydra_pipe.store.results import ResultName, result_of
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CHECKSUMS, REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -77,17 +78,17 @@ def report_run(
         raise UsageError(f"--top {top}: give 1 or more")
     if pipeline is not None and samples is not None:
         raise UsageError("give a pipeline, which has its samples, or samples, not both")
-    if parts_of_result(method).method == ITSELF:
+    if ResultName.parse(method).is_of_itself:
         raise UsageError(f"--method {method} is of no test samples, and no report: export puts it into samples.parquet")
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(f"a report needs Matplotlib and Pillow, and there is no {missing[0]}: pip install 'hydra-pipe[report]'")
     directory = RunDirectory.open(run)
-    directory.require(reduce_stage(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     source = Source.open(directory, method)
     selected = source.selected(tests)
-    stage, settings = report_stage(method), {names.TESTS: selected, "top": top}
+    stage, settings = REPORT.of(method), {names.TESTS: selected, "top": top}
     if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
         return False
     progress = progress or Progress()
@@ -96,7 +97,7 @@ def report_run(
         if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
             return False
         say_unlisted(directory, progress)
-        target = directory.path / area_of(stage)
+        target = directory.path / stage.area
         check_stages(directory.path, stage)
         directory.begin(stage, settings)
         start = time.monotonic()
@@ -118,14 +119,14 @@ def report_run(
                 "left_out": page.left_out,
                 _NO_SAMPLES: report.no_samples,
                 _EVALUATIONS: evaluations_of(directory),
-                OF_REDUCE: directory.stages[reduce_stage(method)].facts.get(CHECKSUMS),
+                **directory.origin(stage),
                 CHECKSUMS: seal(directory, stage),
             }
         directory.end(stage, "complete", seconds=time.monotonic() - start, **facts)
     return True
 
 
-def _has_work(directory: RunDirectory, stage: str, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
+def _has_work(directory: RunDirectory, stage: StageId, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
     """Whether there is no page, or there are evaluations that it does not tell of, or samples are given now where it had none."""
     if directory.has_work(stage, settings):
         return True

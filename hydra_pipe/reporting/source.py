@@ -7,9 +7,10 @@ import numpy as np
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.plan.selection import parse_selection, write_selection
-from hydra_pipe.store.relevance import parts_of_result
 from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.run import CHECKSUMS, RECORD, RunDirectory, evaluate_stage
+from hydra_pipe.store.results import ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EVALUATE, RECORD
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Source(ReducedRun):
     @property
     def probe(self) -> str | None:
         """Whose samples the columns are of; None: the run's own."""
-        return parts_of_result(self.result).test
+        return ResultName.parse(self.result).test
 
     @property
     def n_tests(self) -> int:
@@ -71,9 +72,4 @@ class Source(ReducedRun):
 
 def evaluations_of(directory: RunDirectory) -> dict[str, Any]:
     """Checksums of the evaluations that are there, by stage."""
-    prefix = evaluate_stage("")
-    return {
-        name: stage.facts.get(CHECKSUMS)
-        for name, stage in directory.stages.items()
-        if name.startswith(prefix) and stage.state == "complete"
-    }
+    return {str(stage): directory.checksums(stage) for stage in map(EVALUATE.of, directory.complete(EVALUATE))}

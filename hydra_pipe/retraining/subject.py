@@ -18,19 +18,10 @@ from hydra_pipe.store import names
 from hydra_pipe.store.counts import checked_counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_gradients
-from hydra_pipe.store.relevance import (
-    BY_LABEL,
-    ITSELF,
-    MEAN,
-    Columns,
-    columns_of,
-    open_relevance,
-    parts_of_result,
-    read_relevance,
-    result_name,
-)
-from hydra_pipe.store.run import CHECKSUMS, UPTO, RunDirectory, reduce_stage
-from hydra_pipe.store.verify import methods_of
+from hydra_pipe.store.relevance import Columns, columns_of, open_relevance, read_relevance
+from hydra_pipe.store.results import BY_LABEL, ITSELF, MEAN, ResultName
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import REDUCE
 
 # Of the norm of the test losses, how far a retraining with all weights 1 may be from what was recorded: silently, and at all.
 SAME, SIMILAR = 1e-3, 0.05
@@ -159,9 +150,8 @@ class Subject:
 
     def all_relevance(self) -> "dict[str, Relevance]":
         """All that was computed for the recording's own test samples, by name. Raises: StoreError: damaged."""
-        stages = self.run.stages
-        there = [name for name in methods_of(self.run) if stages[reduce_stage(name)].state == "complete"]
-        there = [name for name in there if parts_of_result(name).test is None]  # probes have no losses to be held against
+        # probes have no losses to be held against
+        there = [name for name in self.run.complete(REDUCE) if ResultName.parse(name).test is None]
         return {name: Relevance.of(self.run, name) for name in there}
 
     def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
@@ -177,13 +167,13 @@ class Subject:
         stages = self.run.stages
         whole = {name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)}
         if chosen is None:
-            return {name: r for name, r in whole.items() if UPTO not in stages[reduce_stage(name)].settings}
+            return {name: r for name, r in whole.items() if names.UPTO not in stages[REDUCE.of(name)].settings}
         wanted = [name.strip() for name in chosen.split(",")]
         for name in wanted:
             if name not in whole:
-                parts = parts_of_result(name)
-                by = MEAN if means and parts.by == MEAN else None
-                needed = reducing(self.run, result_name(parts.method, by, parts.upto, parts.rank))
+                result = ResultName.parse(name)
+                by = MEAN if means and result.by == MEAN else None
+                needed = reducing(self.run, replace(result, by=by, test=None))
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
                     f"{self.run.path} has no relevance {shown(name)} for each of the {self.n_tests} test samples ({has}): run "
@@ -195,7 +185,7 @@ class Subject:
         """As `relevance`, at least one. Raises: RunError: there is none."""
         found = self.relevance(chosen, means=means)
         if not found:
-            needed = "hydra-fisher-mean" if means else "hydra-fisher"
+            needed = ResultName("hydra-fisher", MEAN if means else None)
             raise RunError(
                 f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: run "
                 f"{reducing(self.run, needed)} first (and other methods that you want to compare)"
@@ -223,7 +213,7 @@ class Relevance:
     def of(cls, run: RunDirectory, name: str) -> "Relevance":
         """What is called `name`. Raises: StoreError: damaged."""
         columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
-        return cls(run, name, columns, str(run.stages[reduce_stage(name)].facts.get(CHECKSUMS)))
+        return cls(run, name, columns, str(run.checksums(REDUCE.of(name))))
 
     def is_whole(self, n_tests: int, means: bool) -> bool:
         """Whether it is of all `n_tests` test samples, one by one; with `means` also as their mean, or of none but itself."""
@@ -236,13 +226,12 @@ class Relevance:
         return read_relevance(open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None))
 
 
-def reducing(run: RunDirectory, name: str, tests: str | None = None) -> str:
-    """The command that computes what is called `name`, of the test samples `tests`; None: of all."""
-    parts = parts_of_result(name)
-    options = {"--upto": parts.upto, "--rank": parts.rank, "--tests": tests}
-    words = ["hydra-pipe reduce", str(run.path), "--method", parts.method]
+def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) -> str:
+    """The command that computes `result`, of the test samples `tests`; None: of all."""
+    options = {"--upto": result.upto, "--rank": result.rank, "--tests": tests}
+    words = ["hydra-pipe reduce", str(run.path), "--method", result.method]
     words += [f"{option} {value}" for option, value in options.items() if value is not None]
-    return " ".join(words + ([] if parts.by is None else ["--by label" if parts.by == BY_LABEL else "--mean"]))
+    return " ".join(words + ([] if result.by is None else ["--by label" if result.by == BY_LABEL else "--mean"]))
 
 
 def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

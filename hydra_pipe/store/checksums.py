@@ -19,21 +19,11 @@ import google_crc32c
 import numpy as np
 
 from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array, read_metadata
 from hydra_pipe.store.codec import RottenError, Shape, ShardCodec
 from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run import (
-    RECORD,
-    RunDirectory,
-    clean_stage,
-    evaluate_stage,
-    export_stage,
-    keep_stage,
-    probe_stage,
-    reduce_stage,
-    report_stage,
-)
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import Holds, StageId
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # of a file of an array in an object store, where each small read is a request
@@ -81,50 +71,20 @@ def _taken_apart(joined: str) -> list[str]:
     return [joined[i : i + _DIGITS] for i in range(0, len(joined), _DIGITS)]
 
 
-def area_of(stage: str) -> str:
-    """The directory, relative to the run, of what `stage` alone writes; of a report the file."""
-    if stage == RECORD:
-        return names.GRADIENTS
-    if stage.startswith(keep_stage("")):
-        return names.kept_store(stage.removeprefix(keep_stage("")))
-    if stage.startswith(reduce_stage("")):
-        return f"{names.RELEVANCE}/{stage.removeprefix(reduce_stage(''))}"
-    if stage.startswith(probe_stage("")):
-        return names.probe_store(stage.removeprefix(probe_stage("")))
-    if stage.startswith(evaluate_stage("")):
-        return f"{names.EVALUATION}/{stage.removeprefix(evaluate_stage(''))}"
-    if stage.startswith(clean_stage("")):
-        return f"{names.CLEANING}/{names.rankings_directory(stage.removeprefix(clean_stage('')))}"
-    if stage.startswith(report_stage("")):
-        return names.report_file(stage.removeprefix(report_stage("")))
-    return f"{names.RANKINGS}/{names.rankings_directory(stage.removeprefix(export_stage('')))}"
-
-
-def places_of(stage: str) -> tuple[str, ...]:
-    """What goes when `stage` is discarded, relative to the run: its area, and the coordinates of its columns beside it."""
-    result = stage.removeprefix(reduce_stage(""))
-    return (area_of(stage),) if result == stage else (area_of(stage), f"{names.RELEVANCE}/{names.columns_dimension(result)}")
-
-
-def has_arrays(stage: str) -> bool:
-    """Whether `stage` writes arrays: its other files are their metadata."""
-    return stage == RECORD or stage.startswith((keep_stage(""), reduce_stage("")))
-
-
-def files_of(root: Path, stage: str) -> dict[str, int]:
+def files_of(root: Path, stage: StageId) -> dict[str, int]:
     """Every file in the area of `stage` that is there: name relative to the run, and bytes."""
-    area = area_of(stage)
-    if stage.startswith(report_stage("")):
+    area = stage.area
+    if stage.kind.holds is Holds.FILE:
         return {area: (root / area).stat().st_size} if (root / area).is_file() else {}
     return {f"{area}/{name}": n_bytes for name, n_bytes in files_below(root / area).items()}
 
 
-def seal(run: RunDirectory, stage: str, written: Path | None = None) -> str:
+def seal(run: RunDirectory, stage: StageId, written: Path | None = None) -> str:
     """Write down the footprints of everything that `stage` has written.
 
     Args:
         run: of the stage.
-        stage: its name; it is about to be complete.
+        stage: the stage, which is about to be complete.
         written: where its files are before they take their place in the run.
 
     Returns:
@@ -136,9 +96,9 @@ def seal(run: RunDirectory, stage: str, written: Path | None = None) -> str:
     return write_footprints(run, stage, footprints(run.path, stage, written))
 
 
-def write_footprints(run: RunDirectory, stage: str, found: Footprints) -> str:
+def write_footprints(run: RunDirectory, stage: StageId, found: Footprints) -> str:
     """Write down `found`, safe on the disk. Returns: SHA-256 of the file."""
-    path, content = run.path / names.checksums_file(stage), found.content()
+    path, content = run.path / stage.checksums_file, found.content()
     remove_partials_of(path)
     replace_file(path, [content])
     sync(path.parent)
@@ -150,14 +110,14 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def footprints(root: Path, stage: str, written: Path | None = None) -> Footprints:
+def footprints(root: Path, stage: StageId, written: Path | None = None) -> Footprints:
     """Those of everything in the area of `stage`. Arguments and errors: as of `seal`, and the run's directory."""
-    area = area_of(stage)
+    area = stage.area
     directory = root / area if written is None else written
-    if written is None and not has_arrays(stage):
+    if written is None and not stage.kind.has_arrays:
         return Footprints({}, {name: of_file(root / name) for name in sorted(files_of(root, stage))})
     there = files_below(directory)
-    if not has_arrays(stage):
+    if not stage.kind.has_arrays:
         return Footprints({}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)})
     arrays, files = {}, {}
     for name in sorted(there):

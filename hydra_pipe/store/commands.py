@@ -1,86 +1,69 @@
-"""The commands that make the stages of a run, as they were given."""
+"""The commands that make the stages of a run, written from the settings that the stages had."""
 
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from hydra_pipe.store import names
-from hydra_pipe.store.relevance import BY_LABEL, MEAN, parts_of_result, result_name
-from hydra_pipe.store.run import (
-    RECORD,
-    UPTO,
-    RunDirectory,
-    Settings,
-    clean_stage,
-    evaluate_stage,
-    export_stage,
-    keep_stage,
-    probe_stage,
-    reduce_stage,
-    report_stage,
-)
+from hydra_pipe.store.results import BY_LABEL, DEFAULT_METHOD, MEAN, ResultName
 
 # setting of a probe: FILE:FUNCTION of its dataset, or null
 DATASET = "dataset"
-# that needs no option
-_DEFAULT = "hydra"
+_GROUPED = {None: [], BY_LABEL: ["--by", "label"], MEAN: ["--mean"]}
+_Settings = Mapping[str, Any]
 
 
-def command_of(run: RunDirectory, stage: str) -> str:
-    """The command that makes `stage` again, with the settings that it had."""
-    settings = run.stages[stage].settings if stage in run.stages else {}
-    if stage == RECORD:
-        return _record(run, settings)
-    if stage.startswith(keep_stage("")):
-        return f"{command_of(run, kept_with(run, stage))} --keep-hypergradients"
-    if stage.startswith(reduce_stage("")):
-        parts = parts_of_result(stage.removeprefix(reduce_stage("")))
-        flags = ["--by", "label"] if parts.by == BY_LABEL else ["--mean"] if parts.by == MEAN else []
-        options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(UPTO), "--rank": parts.rank}
-        options |= {"--test": parts.test, "--method": None if parts.method == _DEFAULT else parts.method}
-        return _command("reduce", str(run.path), *flags, **options)
-    if stage.startswith(probe_stage("")):
-        dataset = str(settings.get(DATASET) or "FILE.py:FUNCTION")
-        name = {"--name": stage.removeprefix(probe_stage(""))}
-        return _command("probe", str(run.path), dataset, *_assignments(settings), **name)
-    if stage.startswith(evaluate_stage("")):
-        return _evaluate(run, stage.removeprefix(evaluate_stage("")), settings)
-    if stage.startswith(clean_stage("")):
-        method = stage.removeprefix(clean_stage(""))
-        return _command("clean", str(run.path), **{"--method": method}, **_cut(settings))
-    if stage.startswith(report_stage("")):
-        options = {"--tests": settings.get(names.TESTS), "--top": settings.get("top")}
-        return _command("report", str(run.path), **{"--method": stage.removeprefix(report_stage(""))}, **options)
-    method = stage.removeprefix(export_stage(""))
-    full = ["--full"] if settings.get("full") else []
-    return _command("export", str(run.path), *full, **{"--method": method, "--top": settings.get("top")})
-
-
-def kept_with(run: RunDirectory, stage: str) -> str:
-    """The reduction that `stage` keeps hypergradients with: one of all steps that is there, or that of all test samples."""
-    able = [reduce_stage(result_name(stage.removeprefix(keep_stage("")), by)) for by in (None, BY_LABEL, MEAN)]
-    return next((name for name in run.stages if name in able), able[0])
-
-
-def _record(run: RunDirectory, settings: Settings) -> str:
+def recording(run: Path, settings: _Settings) -> str:
+    """The command that records."""
     options = {f"--{name}": settings.get(name) for name in ("encoding", "dim", "dtype")}
-    return _command("record", _pipeline(settings), str(run.path), *_assignments(settings), **options)
+    return _command("record", _pipeline(settings), str(run), *_assignments(settings), **options)
 
 
-def _evaluate(run: RunDirectory, kind: str, settings: Settings) -> str:
-    recorded = run.stages[RECORD].settings if RECORD in run.stages else {}
+def reducing(run: Path, name: str, settings: _Settings) -> str:
+    """The command that computes the relevance called `name`."""
+    result = ResultName.parse(name)
+    options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(names.UPTO), "--rank": result.rank}
+    options |= {"--test": result.test, "--method": None if result.method == DEFAULT_METHOD else result.method}
+    return _command("reduce", str(run), *_GROUPED[result.by], **options)
+
+
+def probing(run: Path, name: str, settings: _Settings) -> str:
+    """The command that takes the test gradients of probe `name`."""
+    dataset = str(settings.get(DATASET) or "FILE.py:FUNCTION")
+    return _command("probe", str(run), dataset, *_assignments(settings), **{"--name": name})
+
+
+def exporting(run: Path, name: str, settings: _Settings) -> str:
+    """The command that writes the rankings of the relevance called `name`."""
+    full = ["--full"] if settings.get("full") else []
+    return _command("export", str(run), *full, **{"--method": name, "--top": settings.get("top")})
+
+
+def cleaning(run: Path, name: str, settings: _Settings) -> str:
+    """The command that proposes what to relabel or drop, by the relevance called `name`."""
+    cut = {f"--{key}": settings.get(key) for key in ("lowest", "threshold")}
+    return _command("clean", str(run), **{"--method": name}, **cut)
+
+
+def reporting(run: Path, name: str, settings: _Settings) -> str:
+    """The command that writes the page about the relevance called `name`."""
+    options = {"--tests": settings.get(names.TESTS), "--top": settings.get("top")}
+    return _command("report", str(run), **{"--method": name}, **options)
+
+
+def evaluating(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
+    """The command of one kind of evaluation; `recorded` are the settings of the recording."""
     options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
     options["--left-out"] = settings.get("left_out")
-    return _command("evaluate", _pipeline(recorded), str(run.path), kind, *_assignments(recorded), **options)
+    return _command("evaluate", _pipeline(recorded), str(run), kind, *_assignments(recorded), **options)
 
 
-def _cut(settings: Settings) -> Settings:
-    return {f"--{name}": settings.get(name) for name in ("lowest", "threshold")}
-
-
-def _pipeline(settings: Settings) -> str:
+def _pipeline(settings: _Settings) -> str:
     return str(settings.get("pipeline") or "PIPELINE")
 
 
-def _assignments(settings: Settings) -> list[str]:
+def _assignments(settings: _Settings) -> list[str]:
     own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
     return [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
 

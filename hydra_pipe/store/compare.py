@@ -10,12 +10,10 @@ from hydra_pipe.progress import Task
 from hydra_pipe.store.arrays import CHUNKS, METADATA, ROTTEN, Array, Group
 from hydra_pipe.store.checksums import (
     Footprints,
-    area_of,
     bytes_of,
     file_shape,
     files_of,
     fits,
-    has_arrays,
     n_places,
     name_of,
     of_array_file,
@@ -25,7 +23,7 @@ from hydra_pipe.store.checksums import (
 from hydra_pipe.store.codec import Shape
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import is_partial
-from hydra_pipe.store.run import reduce_stage
+from hydra_pipe.store.stages import Holds, StageId
 
 # missing files of an array that are named one by one
 _NAMED = 3
@@ -36,7 +34,7 @@ class Comparison:
 
     Args:
         root: of the run.
-        stage: its name.
+        stage: the stage.
         consequence: of a fault.
         listed: what was written; None where that is lost: files are held against the checksums in them only.
         pruned: arrays whose chunks were deleted.
@@ -44,11 +42,11 @@ class Comparison:
     """
 
     def __init__(
-        self, root: Path, stage: str, consequence: str, listed: Footprints | None, pruned: frozenset[str], task: Task
+        self, root: Path, stage: StageId, consequence: str, listed: Footprints | None, pruned: frozenset[str], task: Task
     ) -> None:
         self._root, self._stage, self._consequence = root, stage, consequence
         self._listed, self._pruned, self._task = listed, pruned, task
-        self._area = area_of(stage)
+        self._area = stage.area
         # every file that is there, with its size, relative to the run; those that are accounted for are taken out
         self._left = files_of(root, stage)
         self._told: set[str] = set()
@@ -86,9 +84,9 @@ class Comparison:
 
     def _arrays(self) -> list[str]:
         """Arrays in the area, as the metadata have it. Raises: StoreError: they are damaged."""
-        if not has_arrays(self._stage):
+        if not self._stage.kind.has_arrays:
             return []
-        if self._stage.startswith(reduce_stage("")):
+        if self._stage.kind.holds is Holds.ARRAY:
             return [self._area]
         return [f"{self._area}/{name}" for name in Group.open(self._root / self._area, self._consequence).array_names()]
 

@@ -21,7 +21,8 @@ from hydra_pipe.store.gradients import Gradients, read_labels
 from hydra_pipe.store.locks import brief_lock
 from hydra_pipe.store.prefix import committed, open_gradients
 from hydra_pipe.store.relevance import Columns, columns_of, open_relevance
-from hydra_pipe.store.run import RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 from hydra_pipe.store.writing import put_labels
 
 
@@ -86,16 +87,15 @@ def wrong_coordinates(path: Path, wanted: Coordinates) -> Iterator[str]:
 
 def coordinates_of(run: RunDirectory) -> Coordinates:
     """Those of all complete results of a run. Where the recording, or a result, is damaged, its own are left out."""
-    path, prefix = run.path / names.RELEVANCE, reduce_stage("")
+    path = run.path / names.RELEVANCE
     found: dict[str, Coordinate] = {}
     with suppress(StoreError):
         recording = run.stages.get(RECORD)
         there = None if recording is None else committed(recording)
         if recording is not None and there is not None:
             found |= shared_coordinates(open_gradients(run), recording.count("n_samples"), there.n_tests)
-    for stage in (name for name, entry in run.stages.items() if name.startswith(prefix) and entry.state == "complete"):
+    for result in run.complete(REDUCE):
         with suppress(StoreError):
-            result = stage.removeprefix(prefix)
             array = open_relevance(path, result)
             if array.metadata.get("dimension_names", [])[1:] == [names.columns_dimension(result)]:
                 found |= own_coordinates(result, columns_of(array))

@@ -8,7 +8,8 @@ from hydra_pipe.errors import RunError, StoreError, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import PRUNED, Stage
+from hydra_pipe.store.run import PRUNED
+from hydra_pipe.store.stages import Stage
 
 _LABELS_OF = {names.TRAIN_LABELS: "n_samples", names.TEST_LABELS: "n_tests"}
 

@@ -1,12 +1,11 @@
 """Discarding stages: what they claim, and what they have written."""
 
-from hydra_pipe.store import names
-from hydra_pipe.store.checksums import places_of
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import StageId
 
 
-def discard(run: RunDirectory, *stages: str) -> None:
+def discard(run: RunDirectory, *stages: StageId) -> None:
     """Forget `stages`, and remove what they have written.
 
     A call that is killed leaves them in the manifest, as begun and without anything done, until all of it is removed: by their
@@ -15,8 +14,8 @@ def discard(run: RunDirectory, *stages: str) -> None:
     for stage in stages:
         run.begin(stage, run.stages[stage].settings)
     for stage in stages:
-        for place in places_of(stage):
+        for place in stage.places:
             remove(run.path / place)
-        remove(run.path / names.checksums_file(stage))
+        remove(run.path / stage.checksums_file)
     if stages:
         run.forget(*stages)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hydra_pipe.store.stages import StageId
+
 # damaged: a stage's result cannot be used. extra: something that belongs to no stage. unfinished: a stage, which is no damage.
 # unlisted: the footprints of a stage are lost. manifest, copy, group: what can be written again from something else.
 Kind = Literal["damaged", "extra", "unfinished", "unlisted", "manifest", "copy", "group"]
@@ -24,7 +26,7 @@ class Fault:
     found: str
     consequence: str = ""
     kind: Kind = "damaged"
-    stage: str | None = None
+    stage: StageId | None = None
 
     @property
     def what(self) -> str:

@@ -12,32 +12,22 @@ from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS, METADATA, Array
-from hydra_pipe.store.checksums import Footprints, area_of, digest, name_of, places
+from hydra_pipe.store.checksums import Footprints, digest, name_of, places
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.parsing import MOST_JSON_BYTES
-from hydra_pipe.store.run import CHECKSUMS, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CHECKSUMS, DIRECTORIES, REDUCE, StageId
 
-# directories in which hydra-pipe alone writes
-PLACES = (
-    names.GRADIENTS,
-    names.HYPERGRADIENTS,
-    names.PROBES,
-    names.RELEVANCE,
-    names.RANKINGS,
-    names.CLEANING,
-    names.EVALUATION,
-    names.CHECKSUMS,
-)
 # whether a group or an array of a store counts, by its name in the store
 Listed = Callable[[str], bool]
 # of the files that nobody lists, arrays and tables that are named
 _NAMED = 3
 
 
-def footprints_or_fault(run: RunDirectory, stage: str) -> Footprints | str:
+def footprints_or_fault(run: RunDirectory, stage: StageId) -> Footprints | str:
     """What a complete `stage` has written, or what is wrong with the file that says so."""
     try:
-        content = read_file(run.path / names.checksums_file(stage), MOST_JSON_BYTES)
+        content = read_file(run.path / stage.checksums_file, MOST_JSON_BYTES)
         same = digest(content) == run.stages[stage].facts.get(CHECKSUMS)
         return Footprints.parse(content) if same else f"is not what was written: {names.MANIFEST} has another SHA-256"
     except FileNotFoundError:
@@ -46,7 +36,7 @@ def footprints_or_fault(run: RunDirectory, stage: str) -> Footprints | str:
         return f"is damaged ({shown(error)})"
 
 
-def listed(run: RunDirectory, stage: str) -> Listed | None:
+def listed(run: RunDirectory, stage: StageId) -> Listed | None:
     """Which groups and arrays in the area of a complete `stage` are its own. None: all that are there, for its manifest says
     nothing of checksums.
 
@@ -58,23 +48,22 @@ def listed(run: RunDirectory, stage: str) -> Listed | None:
     found = footprints_or_fault(run, stage)
     if isinstance(found, str):
         raise StoreError(
-            f"{run.path / names.checksums_file(stage)} {found}: nothing else tells the files of {stage} from those of an older "
+            f"{run.path / stage.checksums_file} {found}: nothing else tells the files of {stage} from those of an older "
             f"run: run hydra-pipe verify {run.path} --repair, which writes it again where it can"
         )
     return members_of(stage, found)
 
 
-def members_of(stage: str, footprints: Footprints) -> Listed:
+def members_of(stage: StageId, footprints: Footprints) -> Listed:
     """Which groups and arrays in the area of `stage` are among its `footprints`."""
-    start, end = f"{area_of(stage)}/", f"/{METADATA}"
+    start, end = f"{stage.area}/", f"/{METADATA}"
     own = frozenset(name.removeprefix(start).removesuffix(end) for name in footprints.files if name.endswith(end))
     return own.__contains__
 
 
 def coordinate_names(run: RunDirectory) -> set[str]:
     """Arrays of coordinates that the results of a run may have beside them."""
-    prefix = reduce_stage("")
-    own = {names.columns_dimension(stage.removeprefix(prefix)) for stage in run.stages if stage.startswith(prefix)}
+    own = set(map(names.columns_dimension, run.of_kind(REDUCE)))
     return own | {names.SAMPLE_DIM, names.TEST_DIM, names.SAMPLE_LABEL, names.TEST_LABEL}
 
 
@@ -83,21 +72,21 @@ def unlisted(run: RunDirectory) -> list[str]:
 
     What belongs to an unfinished stage, or to one whose list is lost, cannot be told and is left out.
     """
-    own = {names.checksums_file(stage) for stage in run.stages}
+    own = {stage.checksums_file for stage in run.stages}
     own |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
     arrays: dict[str, int] = {}
     # what they say is checked, and they are of several stages
     untold = {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
-    for name, stage in run.stages.items():
-        found = footprints_or_fault(run, name) if stage.state == "complete" else ""
+    for which, stage in run.stages.items():
+        found = footprints_or_fault(run, which) if stage.state == "complete" else ""
         if isinstance(found, str):
-            untold.add(area_of(name))
+            untold.add(which.area)
         else:
             own |= set(found.files)
             arrays |= {array: len(files) for array, files in found.arrays.items()}
     strays: set[str] = set()
     chunks: dict[str, list[str]] = defaultdict(list)
-    for place in PLACES:
+    for place in DIRECTORIES:
         if place in untold:  # which a process may be writing, file by file
             continue
         for file in files_below(run.path / place):
@@ -114,7 +103,7 @@ def unlisted(run: RunDirectory) -> list[str]:
             with suppress(StoreError):  # the array is damaged, which its reader tells
                 wanted = set(map(name_of, places(Array.open(run.path / array))))
                 strays |= {f"{array}/{chunk}" for chunk in found_chunks if chunk not in wanted}
-    return sorted(strays, key=lambda name: (PLACES.index(name.partition("/")[0]), name))
+    return sorted(strays, key=lambda name: (DIRECTORIES.index(name.partition("/")[0]), name))
 
 
 def say_unlisted(run: RunDirectory, progress: Progress) -> None:

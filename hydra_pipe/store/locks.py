@@ -24,6 +24,7 @@ from weakref import ref
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
 from hydra_pipe.store.files import is_remote, read_file, refuse_read_only, remove, replace_file
+from hydra_pipe.store.stages import StageId
 
 LEASE_SECONDS = 120.0
 _RENEW_SECONDS = 20.0
@@ -103,12 +104,12 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
-def one_writer(run: Path, stage: str) -> Iterator[None]:
+def one_writer(run: Path, stage: StageId) -> Iterator[None]:
     """A block in which this process alone writes `stage` of the run at `run`.
 
     Args:
         run: directory of the run, which is made if it is not there; and removed again where nothing came into it.
-        stage: "record", "reduce" or "export".
+        stage: the stage.
 
     Raises:
         RunError: another process writes it; the message says which.
@@ -132,7 +133,7 @@ class Lock:
         RunError: another process has it.
     """
 
-    def __init__(self, run: Path, stage: str, *, take_over: bool = False) -> None:
+    def __init__(self, run: Path, stage: StageId, *, take_over: bool = False) -> None:
         refuse_read_only(run)
         _release_left()
         self._held = _Held(run / names.LOCKS / f"{stage}.lock")

@@ -28,20 +28,6 @@ TRUTH: Final = "truth.npy"
 FINAL_CHECKPOINT: Final = "final.pt"
 # What repairing has moved out of the way, and nobody removes: it may be the user's.
 SET_ASIDE: Final = "set-aside"
-# Everything else that hydra-pipe puts into a run directory, and so all that --overwrite may remove.
-OWNED: Final = (
-    GRADIENTS,
-    HYPERGRADIENTS,
-    PROBES,
-    RELEVANCE,
-    RANKINGS,
-    CLEANING,
-    EVALUATION,
-    CHECKPOINTS,
-    CHECKSUMS,
-    REPORT,
-    MANIFEST,
-)
 
 # groups of gradients.zarr
 STEPS: Final = "steps"
@@ -103,6 +89,8 @@ TEST_LABEL_DIM: Final = "test_sample"
 SAMPLE_LABEL: Final = "sample_label"
 TEST_LABEL: Final = "test_label"
 
+# setting of a reduction: number of the first steps that count
+UPTO: Final = "upto"
 # facts of a reduction, that its passes find
 CURVATURE_LEFT: Final = "curvature_left"
 DAMPING: Final = "damping"
@@ -118,36 +106,11 @@ def checkpoint_name(step: int) -> str:
     return f"{step:010d}"
 
 
-def probe_store(name: str) -> str:
-    """Where the test gradients of probe `name` are, relative to the run."""
-    return f"{PROBES}/{name}.zarr"
-
-
 def rank_name(rank: int) -> str:
     """Group of the rows that process number `rank` recorded."""
     return f"{RANK}/{rank}"
 
 
-def checksums_file(stage: str) -> str:
-    """Where the footprints of a stage's files are, relative to the run."""
-    return f"{CHECKSUMS}/{stage.replace(' ', '-')}.json"
-
-
-def kept_store(method: str) -> str:
-    """Store of one method's hypergradients, relative to the run."""
-    return f"{HYPERGRADIENTS}/{method}.zarr"
-
-
-def report_file(result: str) -> str:
-    """The page about a result, relative to the run."""
-    return REPORT if result == DEFAULT_RESULT else REPORT.replace(".", f"-{result}.")
-
-
 def columns_dimension(result: str) -> str:
     """Second dimension of a result whose columns are not all test samples of the run, and the array of its coordinates."""
     return f"{TEST_DIM}_of_{result}"
-
-
-def rankings_directory(method: str) -> str:
-    """Hive-partitioned directory of one method's tables."""
-    return f"method={method}"

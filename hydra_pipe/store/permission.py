@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of
 from hydra_pipe.store.files import is_remote, refuse_read_only
+from hydra_pipe.store.stages import StageId
 
 
-def check_stages(run: Path, *stages: str) -> None:
+def check_stages(run: Path, *stages: StageId) -> None:
     """Refuse where what `stages` have written may not be replaced, or not be removed. Changes nothing. Raises: as below."""
-    check_writable(run, *map(area_of, stages))
+    check_writable(run, *(stage.area for stage in stages))
 
 
 def check_writable(run: Path, *places: str) -> None:

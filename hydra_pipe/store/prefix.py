@@ -5,14 +5,14 @@ from typing import Any
 
 from hydra_pipe.errors import RunError, StoreError, UsageError, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import places_of
 from hydra_pipe.store.counts import Counts, checked_counts
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.gradients import Gradients, Prefix
 from hydra_pipe.store.listing import Listed, listed
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.rows import ROWS_UNREADABLE
-from hydra_pipe.store.run import COMMITTED, PRUNED, RECORD, UPTO, RunDirectory, Stage, reduce_stage, stages_of_result
+from hydra_pipe.store.run import COMMITTED, PRUNED, RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE, Stage
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,10 @@ def _parsed(found: Any) -> Committed:
 
 def forget_upto(run: RunDirectory, n_steps: int) -> None:
     """Discard what was computed from more than `n_steps` steps of an unfinished recording, for these are recorded anew."""
-    for name, stage in list(run.stages.items()):
-        upto = stage.settings.get(UPTO)
-        if name.startswith(reduce_stage("")) and is_count(upto) and upto > n_steps:
-            gone = (name, *stages_of_result(name.removeprefix(reduce_stage(""))))
+    for which, stage in list(run.stages.items()):
+        upto = stage.settings.get(names.UPTO)
+        if which.kind is REDUCE and is_count(upto) and upto > n_steps:
+            gone = (which, *which.results)
             run.forget(*gone)
-            for stage_name in gone:
-                for place in places_of(stage_name):
-                    remove(run.path / place)
+            for place in (place for one in gone for place in one.places):
+                remove(run.path / place)

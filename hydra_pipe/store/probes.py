@@ -17,9 +17,10 @@ from hydra_pipe.store.arrays import Array, Group
 from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.gradients import Gradients, read_labels
 from hydra_pipe.store.listing import Listed, listed
-from hydra_pipe.store.relevance import parts_of_result
+from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.rows import Rows, check_kind, read_array
-from hydra_pipe.store.run import RunDirectory, probe_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import PROBE, StageId
 from hydra_pipe.store.table import BackgroundWriter, TableWriter
 from hydra_pipe.store.writing import put_labels, test_table
 
@@ -120,9 +121,10 @@ def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
         UsageError: no probe can be called so. RunError: there is none. StoreError: it is damaged.
     """
     check_name(name)
-    stage = run.require(probe_stage(name), f"hydra-pipe probe {run.path} FILE.py:FUNCTION --name {name}")
-    probe = Probe(run.path.absolute() / names.probe_store(name), store, listed(run, probe_stage(name)))
-    probe.check(stage.count("n_tests", least=1))
+    stage = PROBE.of(name)
+    taken = run.require(stage, f"hydra-pipe probe {run.path} FILE.py:FUNCTION --name {name}")
+    probe = Probe(run.path.absolute() / stage.area, store, listed(run, stage))
+    probe.check(taken.count("n_tests", least=1))
     return probe
 
 
@@ -159,9 +161,9 @@ def write_probe_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArr
     put_labels(path / names.LABELS, labels, names.TEST_DIM)
 
 
-def results_of(run: RunDirectory, name: str) -> list[str]:
+def results_of(run: RunDirectory, name: str) -> list[StageId]:
     """Stages that hold what was computed for probe `name`."""
-    return [stage for stage in run.stages if parts_of_result(stage.partition(" ")[2]).test == name]
+    return [stage for stage in run.stages if ResultName.parse(stage.name).test == name]
 
 
 def drop_results(run: RunDirectory, name: str) -> None:

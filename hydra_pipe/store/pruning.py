@@ -6,15 +6,14 @@ from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import CHUNKS
-from hydra_pipe.store.checksums import area_of
-from hydra_pipe.store.commands import command_of
 from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.relevance import parts_of_result
-from hydra_pipe.store.run import PRUNED, RECORD, RunDirectory, keep_stage, reduce_stage
+from hydra_pipe.store.results import ResultName
+from hydra_pipe.store.run import PRUNED, RunDirectory
+from hydra_pipe.store.stages import KEEP, RECORD, REDUCE, StageId
 from hydra_pipe.store.verify import check_hypergradients
 
 
@@ -40,20 +39,18 @@ def prune_rows(run: RunDirectory, task: Task, *, discard_unfinished: bool = Fals
         return _prune(run, task, discard_unfinished)
 
 
-def _keeping(run: RunDirectory) -> list[str]:
+def _keeping(run: RunDirectory) -> list[StageId]:
     """Stages that keep hypergradients, begun or complete."""
-    return [name for name in run.stages if name.startswith(keep_stage(""))]
+    return [stage for stage in run.stages if stage.kind is KEEP]
 
 
-def _unfinished(run: RunDirectory) -> list[str]:
+def _unfinished(run: RunDirectory) -> list[StageId]:
     """Stages that need the rows to be finished: hypergradients that were begun, and relevance that was begun with them."""
-    kept = run.kept_methods()
-    begun = [name for name in _keeping(run) if run.stages[name].state != "complete"]
-    methods = {name.removeprefix(keep_stage("")) for name in begun} - set(kept)
-    for name, stage in run.stages.items():
-        result = name.removeprefix(reduce_stage(""))
-        if result != name and stage.state != "complete" and parts_of_result(result).method in methods:
-            begun.append(name)
+    begun = [stage for stage in _keeping(run) if run.stages[stage].state != "complete"]
+    methods = {stage.name for stage in begun}
+    for stage, entry in run.stages.items():
+        if stage.kind is REDUCE and entry.state != "complete" and ResultName.parse(stage.name).method in methods:
+            begun.append(stage)
     return begun
 
 
@@ -61,9 +58,9 @@ def _check_finished(run: RunDirectory) -> None:
     """Raises: RunError: some hypergradients are not kept to the end."""
     for stage in _keeping(run):
         try:
-            run.require(stage, command_of(run, stage))
+            run.require(stage, run.command(stage))
         except RunError as error:
-            if not run.kept_methods():
+            if not run.complete(KEEP):
                 raise
             raise RunError(f"{error}, or give it up with hydra-pipe prune {run.path} --discard-unfinished") from error
 
@@ -72,7 +69,7 @@ def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     recording = run.require_recording()
     if not _keeping(run):
         raise RunError(f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first")
-    unfinished = _unfinished(run) if discard_unfinished and run.kept_methods() else []
+    unfinished = _unfinished(run) if discard_unfinished and run.complete(KEEP) else []
     if not unfinished:
         _check_finished(run)
     faults = list(check_hypergradients(run, task))
@@ -80,7 +77,7 @@ def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
         advice = "" if recording.facts.get(PRUNED) else "; nothing was deleted"
         raise StoreError(f"{faults[0].where}: {faults[0].what}{advice}")
     check_stages(run.path, RECORD, *unfinished)
-    n_bytes = sum(tree_bytes(run.path / area_of(stage)) for stage in unfinished)
+    n_bytes = sum(tree_bytes(run.path / stage.area) for stage in unfinished)
     discard(run, *unfinished)
     gradients = Gradients(run.path / names.GRADIENTS)
     # first the claim: what is being deleted must not be taken for a complete recording

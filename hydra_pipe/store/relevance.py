@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,66 +15,13 @@ from hydra_pipe.store.arrays import METADATA, Array, Group, damage_named
 from hydra_pipe.store.files import is_remote, remove, remove_partials_of, sync, sync_tree
 from hydra_pipe.store.locks import brief_lock
 from hydra_pipe.store.parsing import is_count, is_plain
+from hydra_pipe.store.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
 
 RELEVANCE_UNREADABLE = "the relevance is not readable: compute it again with hydra-pipe reduce --overwrite"
 CHUNK_SAMPLES, CHUNK_TESTS = 4096, 64
 
 
-BY_LABEL, MEAN = "label", "mean"
 _IN_WORDS = (names.METHOD, names.SIGN, names.UNIT)
-GROUPINGS = (BY_LABEL, MEAN)
-# between a method and the probe that it was computed for
-_OF = "-of-"
-# what the one column is of, where training samples meet themselves and no test sample
-ITSELF = "self"
-
-
-def result_name(method: str, by: str | None, upto: int | None = None, rank: int | None = None, test: str | None = None) -> str:
-    """Name of the array and the stages of `method`: "hydra"; for means over test samples "hydra-by-label", "hydra-mean"; of the
-    first steps only "hydra-upto-120", "hydra-upto-120-mean"; of some directions "hydra-exact-rank-20"; for the test samples of the
-    probe `test`, whose name has no hyphen, "hydra-of-wrong", "hydra-of-wrong-mean"."""
-    name = method if rank is None else f"{method}-rank-{rank}"
-    name = name if upto is None else f"{name}-upto-{upto}"
-    name = name if test is None else f"{name}{_OF}{test}"
-    return name if by is None else f"{name}-by-label" if by == BY_LABEL else f"{name}-mean"
-
-
-class Parts(NamedTuple):
-    """What a result is of: see `result_name`."""
-
-    method: str
-    by: str | None
-    upto: int | None
-    rank: int | None
-    test: str | None
-
-
-def parts_of_result(name: str) -> Parts:
-    """What `result_name` made `name` of."""
-    name, of, probed = name.partition(_OF)
-    test = probed.partition("-")[0]
-    # a probe may be called as groups are
-    grouped = probed.removeprefix(test) if of else name
-    by = next((by for by in GROUPINGS if grouped.endswith(result_name("", by))), None)
-    name = name if by is None or of else name.removesuffix(result_name("", by))
-    name, _, upto = name.partition("-upto-")
-    method, _, rank = name.partition("-rank-")
-    numbers = [int(n) if n.isdecimal() else None for n in (upto, rank)]
-    return Parts(method, by, numbers[0], numbers[1], test if of else None)
-
-
-def result_of(method: str, test: str | None) -> str:
-    """The result that `--method METHOD --test NAME` means: of `method`, or of what is called so ("hydra-mean"), for that probe.
-
-    Raises:
-        UsageError: `method` is a result for another probe.
-    """
-    parts = parts_of_result(method)
-    if test is None or parts.test == test:
-        return method
-    if parts.test is not None:
-        raise UsageError(f"--method {method} --test {test}: that result is of probe {parts.test}: name one probe")
-    return result_name(**parts._replace(test=test)._asdict())
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from contextlib import ExitStack
 from hydra_pipe.errors import HydraError, StoreError, printable
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import area_of, digest, footprints, places_of
-from hydra_pipe.store.commands import command_of, kept_with
+from hydra_pipe.store.checksums import digest, footprints
 from hydra_pipe.store.coordinates import coordinates_of, write_coordinates
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
-from hydra_pipe.store.listing import PLACES
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_writable
 from hydra_pipe.store.relevance import write_group
-from hydra_pipe.store.run import CHECKSUMS, PRUNED, RECORD, RunDirectory, keep_stage, probe_stage, reduce_stage, stages_of_result
+from hydra_pipe.store.run import PRUNED, RunDirectory
+from hydra_pipe.store.stages import DIRECTORIES, KEEP, KINDS, RECORD, StageId, kept_with
 from hydra_pipe.store.verify import check_path
 
 # the method whose hypergradients are sums of rows
@@ -54,7 +53,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
             progress.say(printable(f"{fault.where}: {fault.what}"))
         run = RunDirectory.open(path)
         _refuse_links(run)
-        check_writable(run.path, *PLACES, names.CHECKPOINTS, names.SET_ASIDE)
+        check_writable(run.path, *DIRECTORIES, names.CHECKPOINTS, names.SET_ASIDE)
         for line in _repair(run, faults):
             progress.say(printable(line))
         return [fault for fault in check_path(path, progress) if fault.kind != "unfinished"]
@@ -62,7 +61,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
 
 def _refuse_links(run: RunDirectory) -> None:
     """What is moved or removed must be in the run itself. Raises: StoreError."""
-    for where in (*PLACES, names.CHECKPOINTS, names.SET_ASIDE, *map(area_of, run.stages)):
+    for where in (*DIRECTORIES, names.CHECKPOINTS, names.SET_ASIDE, *(stage.area for stage in run.stages)):
         if not is_remote(run.path) and (run.path / where).is_symlink():
             raise StoreError(
                 f"{run.path / where} is a link, and what it leads to is not repaired: put what it leads to in its place"
@@ -93,7 +92,7 @@ def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
 
 
 def _remove_partial(run: RunDirectory) -> Iterator[str]:
-    for directory in PLACES:
+    for directory in DIRECTORIES:
         for name in files_below(run.path / directory):
             if is_partial(name):
                 remove(run.path / directory / name)
@@ -110,57 +109,52 @@ def _set_aside(run: RunDirectory, where: str) -> str:
     return target
 
 
-def _listed_again(run: RunDirectory, stage: str) -> bool:
+def _listed_again(run: RunDirectory, stage: StageId) -> bool:
     """Write the footprints of `stage` again, if they are those that the manifest has the SHA-256 of."""
     try:
         content = footprints(run.path, stage).content()
     except (HydraError, OSError):
         return False  # of a run whose rows were pruned, for one
-    if digest(content) != run.stages[stage].facts.get(CHECKSUMS):
+    if digest(content) != run.checksums(stage):
         return False
-    replace_file(run.path / names.checksums_file(stage), [content])
+    replace_file(run.path / stage.checksums_file, [content])
     return True
 
 
-def _set_back(run: RunDirectory, damaged: dict[str, Fault], faults: Sequence[Fault]) -> Iterator[str]:
+def _set_back(run: RunDirectory, damaged: dict[StageId, Fault], faults: Sequence[Fault]) -> Iterator[str]:
     """Forget the stages `damaged`, each for the fault that is named first, and those that depend on them."""
-    lost = [stage for stage in damaged if stage.startswith(keep_stage(""))]
+    lost = [stage for stage in damaged if stage.kind is KEEP]
     pruned = bool(run.stages[RECORD].facts.get(PRUNED))
-    if lost and pruned and all(keep_stage(method) in damaged for method in run.kept_methods()):
+    if lost and pruned and all(KEEP.of(method) in damaged for method in run.complete(KEEP)):
         # nothing is left that would answer, and what it was computed from is gone
         damaged.setdefault(RECORD, damaged[lost[0]])
     for stage in list(damaged):
-        for result in stages_of_result(stage.removeprefix(reduce_stage(""))):
+        for result in stage.results:
             if result in run.stages:
                 damaged.setdefault(result, damaged[stage])
-    advice = {stage: f"run {command_of(run, stage)}" for stage in damaged}
+    advice = {stage: f"run {run.command(stage)}" for stage in damaged}
     for stage in lost:
         advice[stage] += _after_keeping(run, stage, damaged)
         if pruned and RECORD not in damaged:
             advice[stage] = "its rows were pruned: other hypergradients are whole, and still answer"
-    for stage in sorted(damaged, key=_order):
+    for stage in sorted(damaged, key=lambda stage: KINDS.index(stage.kind)):
         fault = damaged[stage]
         if stage == RECORD:
             _set_recording_back(run, fault, faults)
             advice[stage] += ", which begins anew and discards what was computed from it"
         else:
             run.forget(stage)
-            for place in places_of(stage):
+            for place in stage.places:
                 remove(run.path / place)
         yield f"{stage}: set back, for {fault.where} {fault.found}: {advice[stage]}"
 
 
-def _order(stage: str) -> int:
-    prefixes = (RECORD, keep_stage(""), probe_stage(""), reduce_stage(""), "")
-    return next(i for i, prefix in enumerate(prefixes) if stage.startswith(prefix))
-
-
-def _after_keeping(run: RunDirectory, stage: str, damaged: dict[str, Fault]) -> str:
+def _after_keeping(run: RunDirectory, stage: StageId, damaged: dict[StageId, Fault]) -> str:
     """Keeping sums of rows computes a relevance again, and so drops what came from it, which may be whole."""
-    if stage != keep_stage(_SUMMED):
+    if stage.name != _SUMMED:
         return ""
-    results = stages_of_result(kept_with(run, stage).removeprefix(reduce_stage("")))
-    return "".join(f", then {command_of(run, result)}" for result in results if result in run.stages and result not in damaged)
+    results = kept_with(stage, run.stages).results
+    return "".join(f", then {run.command(result)}" for result in results if result in run.stages and result not in damaged)
 
 
 def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:

@@ -14,9 +14,11 @@ from hydra_pipe.store.counts import Counts
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import WhichTests, tested_by
-from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance, parts_of_result
+from hydra_pipe.store.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance
+from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.run import UPTO, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import REDUCE
 
 _VISIT_ROWS = 2**20
 
@@ -43,10 +45,10 @@ class ReducedRun:
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "ReducedRun":
         """The result `name`, whose stage is complete. Raises: StoreError: damaged, or of another recording."""
-        reduction = directory.stages[reduce_stage(name)]
-        upto = reduction.count(UPTO, least=1) if UPTO in reduction.settings else None
+        reduction = directory.stages[REDUCE.of(name)]
+        upto = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
         gradients, counts = open_recording(directory, upto)
-        tested, n_known = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, parts_of_result(name).test)
+        tested, n_known = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).test)
         relevance = open_relevance(directory.path / names.RELEVANCE, name)
         columns = columns_of(relevance)
         n_tests = columns.tests[-1][1] if columns.tests else 0

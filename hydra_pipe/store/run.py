@@ -5,118 +5,51 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from types import MappingProxyType
+from typing import Any, Self, get_args
 
 from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.files import is_partial_of, is_web, location, read_file, remove, remove_partials_of, replace_file, sync
 from hydra_pipe.store.locks import brief_lock
-from hydra_pipe.store.parsing import is_count, is_plain, read_json
+from hydra_pipe.store.parsing import is_count, read_json
+from hydra_pipe.store.stages import (
+    CHECKSUMS,
+    OWNED,
+    RECORD,
+    Holds,
+    Settings,
+    Source,
+    Stage,
+    StageId,
+    StageKind,
+    State,
+)
 
-State = Literal["running", "failed", "complete"]
-Settings = dict[str, Any]
-
-RECORD = "record"
 # facts of the recording: its rows were deleted after that; and until it is complete, what is safe on the disk
 PRUNED, COMMITTED = "pruned", "committed"
-# setting of a reduction: of the first steps only
-UPTO = "upto"
-# facts: SHA-256 of the file of a stage's footprints, and of those of what it was computed from
-CHECKSUMS, OF_RECORD, OF_PROBE, OF_REDUCE, OF_SELF = "checksums", "of_record", "of_probe", "of_reduce", "of_self"
-
-
-def reduce_stage(method: str) -> str:
-    """Name of the stage that computes `method`'s relevance."""
-    return f"reduce {method}"
-
-
-def keep_stage(method: str) -> str:
-    """Name of the stage that keeps `method`'s hypergradients."""
-    return f"keep {method}"
-
-
-def export_stage(method: str) -> str:
-    """Name of the stage that writes `method`'s rankings."""
-    return f"export {method}"
-
-
-def clean_stage(method: str) -> str:
-    """Name of the stage that proposes which samples to relabel or drop, by `method`'s relevance."""
-    return f"clean {method}"
-
-
-def report_stage(method: str) -> str:
-    """Name of the stage that writes the page about `method`'s relevance."""
-    return f"report {method}"
-
-
-def stages_of_result(method: str) -> tuple[str, ...]:
-    """Names of the stages whose results come from `method`'s relevance, and go when it does."""
-    return export_stage(method), clean_stage(method), report_stage(method)
-
-
-def probe_stage(name: str) -> str:
-    """Name of the stage that takes the test gradients of probe `name`."""
-    return f"probe {name}"
-
-
-def evaluate_stage(kind: str) -> str:
-    """Name of the stage that holds relevance against the truth, by one kind of evaluation."""
-    return f"evaluate {kind}"
-
-
-_REPORT = report_stage("")
-
-
-@dataclass
-class Stage:
-    """One stage of a run.
-
-    Args:
-        state: how it stands; "running" also after a crash.
-        settings: those that its result depends on.
-        facts: what it found or took: counts, seconds, what went wrong.
-    """
-
-    state: State
-    settings: Settings
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def count(self, name: str, least: int = 0) -> int:
-        """A fact, or else a setting, that counts something. Raises: StoreError: the manifest lacks it."""
-        value = self.facts.get(name, self.settings.get(name))
-        if not is_count(value, least):
-            raise _strange(name, value)
-        return value
-
-    def counts(self, name: str) -> dict[str, int]:
-        """A fact that counts things by their names; empty if it is not there. Raises: StoreError: it is something else."""
-        value = self.facts.get(name, {})
-        if not isinstance(value, dict) or not all(map(is_count, value.values())):
-            raise _strange(name, value)
-        return dict(value)
-
-    def rank_rows(self) -> list[int]:
-        """Rows of each process that recorded. Raises: StoreError: the manifest lacks them, or they do not add up."""
-        n_rows = self.count("n_rows")
-        value = self.facts.get("rank_rows", [n_rows])
-        if not isinstance(value, list) or not all(map(is_count, value)) or sum(value) != n_rows:
-            raise _strange("rank_rows", value)
-        return list(value)
 
 
 class RunDirectory:
     """An existing run. Valid once made: format and version were read and understood."""
 
-    def __init__(self, path: Path, run_id: str, stages: dict[str, Stage], versions: dict[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run_id: str,
+        stages: dict[StageId, Stage],
+        versions: dict[str, str],
+        unknown: Mapping[str, Stage] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         self.run_id = run_id
         self.stages = stages
         self.versions = versions
         # stages that this object has changed: of the others another process may know more
-        self._changed: set[str] = set()
+        self._changed: set[StageId] = set()
+        # stages of kinds that a later hydra-pipe knows, by their words: they are kept as they are
+        self._unknown = unknown
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -189,79 +122,107 @@ class RunDirectory:
                 )
             if not isinstance(data["run_id"], str):
                 raise TypeError(f"run id {shown(data['run_id'])}")
-            stages = {name: _stage(name, entry) for name, entry in data["stages"].items()}
-            return cls(root, data["run_id"], stages, {k: str(v) for k, v in data["versions"].items()})
+            stages = [(words, StageId.parse(words), _stage(words, entry)) for words, entry in data["stages"].items()]
+            known = {which: stage for _, which, stage in stages if which is not None}
+            unknown = {words: stage for words, which, stage in stages if which is None}
+            return cls(root, data["run_id"], known, {k: str(v) for k, v in data["versions"].items()}, unknown)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere") from error
 
-    def has_work(self, name: str, settings: Settings) -> bool:
-        """Whether stage `name` has work to do with `settings`. Writes nothing.
+    def has_work(self, which: StageId, settings: Settings) -> bool:
+        """Tell whether stage `which` has work to do with `settings`. Writes nothing.
 
         Raises:
             RunError: it was done, or begun, with other settings; the message names the first that differs.
         """
-        stage = self.stages.get(name)
+        stage = self.stages.get(which)
         if stage is None:
             return True
-        self._compare(name, stage.settings, settings)
+        self._compare(which, stage.settings, settings)
         return stage.state != "complete"
 
-    def begin(self, name: str, settings: Settings) -> None:
-        """Mark stage `name` as running with `settings`."""
-        self.stages[name] = Stage("running", settings)
-        self.save(name)
+    def begin(self, which: StageId, settings: Settings) -> None:
+        """Mark stage `which` as running with `settings`."""
+        self.stages[which] = Stage("running", settings)
+        self.save(which)
 
-    def _compare(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _compare(self, which: StageId, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*new, *old]):
             if old.get(key) != new.get(key):
                 was, now = (f"{printable(key)}={shown(settings.get(key))}" for settings in (old, new))
                 raise RunError(
-                    f"{self.path}: {name} was run with {was}, now {now}: "
+                    f"{self.path}: {which} was run with {was}, now {now}: "
                     f"use another run directory, or --overwrite to discard what is there"
                 )
 
-    def end(self, name: str, state: State, **facts: Any) -> None:
-        """Mark stage `name` as ended, with what it found. What is called complete must be safe on the disk before."""
-        stage = self.stages[name]
+    def end(self, which: StageId, state: State, **facts: Any) -> None:
+        """Mark stage `which` as ended, with what it found. What is called complete must be safe on the disk before."""
+        stage = self.stages[which]
         stage.state = state
         # how far it got, or what went wrong before, is of no interest any more when it is complete
         stage.facts = facts if state == "complete" else stage.facts | facts
-        self.save(name)
+        self.save(which)
 
     @contextmanager
-    def failing(self, name: str) -> Iterator[None]:
-        """A block of stage `name`, which has begun: what the block raises marks the stage as failed."""
+    def failing(self, which: StageId) -> Iterator[None]:
+        """A block of stage `which`, which has begun: what the block raises marks the stage as failed."""
         try:
             yield
         except BaseException as error:
             with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
-                self.end(name, "failed", error=str(error) or type(error).__name__)
+                self.end(which, "failed", error=str(error) or type(error).__name__)
             raise
 
-    def kept_methods(self) -> list[str]:
-        """Methods whose hypergradients are kept, to the end."""
-        prefix = keep_stage("")
-        return [name.removeprefix(prefix) for name, s in self.stages.items() if name.startswith(prefix) and s.state == "complete"]
+    def of_kind(self, kind: StageKind) -> list[str]:
+        """Names of the stages of one kind, begun or complete."""
+        return [which.name for which in self.stages if which.kind is kind]
 
-    def forget(self, *stage_names: str) -> None:
+    def complete(self, kind: StageKind) -> list[str]:
+        """Names of the complete stages of one kind."""
+        return [which.name for which, stage in self.stages.items() if which.kind is kind and stage.state == "complete"]
+
+    def checksums(self, which: StageId) -> Any:
+        """What the manifest has of the footprints of stage `which`, by which what was made from it is told to be stale.
+
+        None: it is not there, or was never complete.
+        """
+        return self.stages[which].facts.get(CHECKSUMS) if which in self.stages else None
+
+    def origin(self, which: StageId) -> dict[str, Any]:
+        """Facts that say what stage `which` is made from, as that is now."""
+        return {source.fact: self.checksums(source.stage) for source in which.sources(self.stages[which])}
+
+    def stale(self, which: StageId) -> list[Source]:
+        """What stage `which` was made from, and is another now than it was then."""
+        entry = self.stages[which]
+        if names.UPTO in entry.settings:
+            return []  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
+        found = [(source, self.checksums(source.stage)) for source in which.sources(entry)]
+        return [source for source, now in found if now is not None and entry.facts.get(source.fact) != now]
+
+    def command(self, which: StageId) -> str:
+        """The command that makes stage `which` again, with the settings that it had."""
+        return which.command(self.path, self.stages)
+
+    def forget(self, *stages: StageId) -> None:
         """Drop stages whose results are about to be removed."""
-        for name in stage_names:
-            self.stages.pop(name, None)
-        self.save(*stage_names)
-        for name in stage_names:
-            remove(self.path / names.checksums_file(name))
+        for which in stages:
+            self.stages.pop(which, None)
+        self.save(*stages)
+        for which in stages:
+            remove(self.path / which.checksums_file)
 
-    def require(self, name: str, command: str) -> Stage:
-        """The stage `name`, which must be complete.
+    def require(self, which: StageId, command: str) -> Stage:
+        """The stage `which`, which must be complete.
 
         Raises:
             RunError: it is not; the message names the command that completes it.
         """
-        stage = self.stages.get(name)
+        stage = self.stages.get(which)
         if stage is None or stage.state != "complete":
             why = "has not been run" if stage is None else f"is not finished (state: {stage.state})"
             detail = f", {printable(str(stage.facts['error']))}" if stage is not None and "error" in stage.facts else ""
-            raise RunError(f"{self.path}: {name} {why}{detail}: run {command} first")
+            raise RunError(f"{self.path}: {which} {why}{detail}: run {command} first")
         return stage
 
     def require_recording(self) -> Stage:
@@ -281,7 +242,7 @@ class RunDirectory:
             f"the recorder"
         )
 
-    def save(self, *changed: str) -> None:
+    def save(self, *changed: StageId) -> None:
         """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
 
         Its copy is written before it: after a crash between the two the manifest lags, and the same command writes both again.
@@ -293,7 +254,8 @@ class RunDirectory:
         self._changed |= set(changed)
         self.path.mkdir(parents=True, exist_ok=True)
         with brief_lock(self.path):
-            stages = self._merged(self._on_disk())
+            there = self._on_disk()
+            stages = {**there._unknown} | {str(name): stage for name, stage in self._merged(there.stages).items()}
             data = {
                 "format": names.FORMAT,
                 "format_version": names.FORMAT_VERSION,
@@ -308,15 +270,15 @@ class RunDirectory:
                 for directory in dict.fromkeys((file.parent, self.path)):  # which of the copy may be new in the run's
                     sync(directory)
 
-    def _on_disk(self) -> dict[str, Stage]:
-        """Stages as the manifest has them; none of another run's."""
+    def _on_disk(self) -> "RunDirectory":
+        """The run as the manifest has it; without any stage where that is of another run."""
         try:
             found = RunDirectory.open(self.path)
         except HydraError:
             found = self  # there is none yet, or it is damaged: what was read before is the best there is
-        return found.stages if found.run_id == self.run_id else {}
+        return found if found.run_id == self.run_id else RunDirectory(self.path, self.run_id, {}, {})
 
-    def _merged(self, on_disk: dict[str, Stage]) -> dict[str, Stage]:
+    def _merged(self, on_disk: dict[StageId, Stage]) -> dict[StageId, Stage]:
         """`on_disk`, but for the stages that this object has changed, in the order in which they first began."""
         merged = on_disk | {name: stage for name, stage in self.stages.items() if name in self._changed}
         return {name: stage for name, stage in merged.items() if name in self.stages or name not in self._changed}
@@ -328,15 +290,15 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove everything hydra-pipe has put into the directory, and nothing else."""
-        reports = [stage for stage in self.stages if stage.startswith(_REPORT)]
+        reports = [stage for stage in self.stages if stage.kind.holds is Holds.FILE]
         # first the claim, then what it claims: a manifest must not call complete what is gone. Whose file only the claim leads to,
         # its claim is the last to go.
         for stage in reports:
             self.begin(stage, self.stages[stage].settings)
-            remove(self.path / names.report_file(stage.removeprefix(_REPORT)))
+            remove(self.path / stage.area)
         self.forget(*list(self.stages))
-        for name in names.OWNED:
-            remove(self.path / name)
+        for place in OWNED:
+            remove(self.path / place)
 
 
 def _check_web(root: Path) -> None:
@@ -357,20 +319,13 @@ def _check_web(root: Path) -> None:
         )
 
 
-def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
-    # the second word becomes the name of files
-    if not all(map(is_plain, name.split(" "))):
-        raise ValueError(f"a stage called {shown(name)}")
+def _stage(words: str, entry: Mapping[str, Any]) -> Stage:
     state, settings, facts = entry["state"], entry["settings"], entry["facts"]
     if state not in get_args(State):
         raise ValueError(f"unknown state {shown(state)}")
     if not isinstance(settings, dict) or not isinstance(facts, dict):
-        raise TypeError(f"the settings or facts of {name} are no object")
+        raise TypeError(f"the settings or facts of {words} are no object")
     return Stage(state, settings, facts)
-
-
-def _strange(name: str, value: Any) -> StoreError:
-    return StoreError(f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again with --overwrite")
 
 
 def _versions() -> dict[str, str]:

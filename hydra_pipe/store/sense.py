@@ -8,7 +8,8 @@ from hydra_pipe.plan.parts import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD
 
 # read at once
 _ROWS = 2**20

@@ -1,7 +1,9 @@
 """Reads everything in a run and says what is not as it was written, and what that means."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -9,50 +11,21 @@ from hydra_pipe.errors import ManifestError, RunError, StoreError, shown
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names, rankings
 from hydra_pipe.store.arrays import METADATA
-from hydra_pipe.store.checksums import Footprints, area_of
-from hydra_pipe.store.commands import command_of
+from hydra_pipe.store.checksums import Footprints
 from hydra_pipe.store.compare import Comparison
 from hydra_pipe.store.coordinates import coordinates_of, wrong_coordinates
 from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import files_below, is_partial, sha256_of
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.hypergradients import open_kept
-from hydra_pipe.store.listing import PLACES, Listed, coordinate_names, footprints_or_fault, members_of
+from hydra_pipe.store.listing import Listed, coordinate_names, footprints_or_fault, members_of
 from hydra_pipe.store.probes import Probe
 from hydra_pipe.store.proposals import KEEP_FILE, read_proposal
 from hydra_pipe.store.rankings import opened_table
-from hydra_pipe.store.relevance import (
-    ITSELF,
-    columns_of,
-    group_is_whole,
-    open_array,
-    open_relevance,
-    parts_of_result,
-    result_name,
-)
-from hydra_pipe.store.run import (
-    CHECKSUMS,
-    OF_PROBE,
-    OF_RECORD,
-    OF_REDUCE,
-    OF_SELF,
-    PRUNED,
-    RECORD,
-    UPTO,
-    RunDirectory,
-    clean_stage,
-    evaluate_stage,
-    export_stage,
-    keep_stage,
-    probe_stage,
-    reduce_stage,
-    report_stage,
-)
+from hydra_pipe.store.relevance import columns_of, group_is_whole, open_array, open_relevance
+from hydra_pipe.store.run import PRUNED, RunDirectory
 from hydra_pipe.store.sense import check_rows
-
-_KEEP, _REDUCE, _EXPORT = keep_stage(""), reduce_stage(""), export_stage("")
-_CLEAN, _REPORT, _EVALUATE, _PROBE = clean_stage(""), report_stage(""), evaluate_stage(""), probe_stage("")
-_STAGES = (_KEEP, _PROBE, _REDUCE, _EXPORT, _CLEAN, _REPORT, _EVALUATE)
+from hydra_pipe.store.stages import CLEAN, DIRECTORIES, EXPORT, KEEP, PROBE, RECORD, REDUCE, Stage, StageId, StageKind
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -75,9 +48,10 @@ def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
 
 def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     """Every fault of a run. Bytes are counted on `task` as they are read and decoded."""
-    for name, stage in run.stages.items():
+    for which, stage in run.stages.items():
         if stage.state != "complete":
-            yield Fault(names.MANIFEST, f"{name} is not finished (state: {stage.state}): run it again", kind="unfinished")
+            found = f"{which} is not finished (state: {stage.state}): run it again"
+            yield Fault(names.MANIFEST, found, kind="unfinished")
     if RunDirectory.from_copy(run.path) is None:
         yield Fault(
             f"{names.CHECKSUMS}/{names.MANIFEST}",
@@ -89,37 +63,32 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     if RECORD not in run.stages:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
-    for name, stage in run.stages.items():
-        if stage.state == "complete" and (name == RECORD or name.startswith(_STAGES)):
-            yield from check_stage(run, name, task)
-    if methods_of(run) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
+    for which, stage in run.stages.items():
+        if stage.state == "complete":
+            yield from check_stage(run, which, task)
+    if run.of_kind(REDUCE) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
             f"{names.RELEVANCE}/{METADATA}",
             "is missing or not what was written: what is in it is not found, or taken for another run's",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
-    for name in wrong_coordinates(run.path / names.RELEVANCE, coordinates_of(run)):
+    for coordinate in wrong_coordinates(run.path / names.RELEVANCE, coordinates_of(run)):
         yield Fault(
-            f"{names.RELEVANCE}/{name}",
+            f"{names.RELEVANCE}/{coordinate}",
             "does not say what the samples, test samples or means are: xarray shows wrong coordinates",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
 
 
-def methods_of(run: RunDirectory) -> list[str]:
-    """Methods whose relevance was computed, or begun."""
-    return [name.removeprefix(_REDUCE) for name in run.stages if name.startswith(_REDUCE)]
-
-
 def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     """What is in hydra-pipe's own directories and belongs to no stage."""
-    known = {names.checksums_file(stage) for stage in run.stages}
+    known = {stage.checksums_file for stage in run.stages}
     known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
-    areas = {area_of(stage) for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
+    areas = {stage.area for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
     strays: set[str] = set()
-    for directory in PLACES:
+    for directory in DIRECTORIES:
         for file in files_below(run.path / directory):
             whole, part = f"{directory}/{file}", f"{directory}/{file.split('/')[0]}"
             if whole not in known and not is_partial(whole) and not {directory, part} & areas:
@@ -133,9 +102,9 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
         )
 
 
-def check_stage(run: RunDirectory, stage: str, task: Task) -> Iterator[Fault]:
+def check_stage(run: RunDirectory, stage: StageId, task: Task) -> Iterator[Fault]:
     """Every fault of what a complete stage has written."""
-    consequence = _consequence_of(run, stage)
+    consequence = stage.consequence(run.path, run.stages)
     listed, lost = _footprints_of(run, stage)
     if lost is not None:
         yield lost
@@ -145,38 +114,20 @@ def check_stage(run: RunDirectory, stage: str, task: Task) -> Iterator[Fault]:
             told.add(fault.where)
         yield fault
     try:
-        for fault in _sense(run, stage, consequence, listed):
+        for fault in _CHECKS.get(stage.kind, _no_check)(_Checked(run, stage, consequence, listed)):
             if fault.where not in told:
                 yield fault
     except StoreError as error:
         if not told:  # otherwise it was told, by the name of its file
-            yield Fault(area_of(stage), str(error), consequence, stage=stage)
-    yield from _check_origin(run, stage, consequence)
+            yield Fault(stage.area, str(error), consequence, stage=stage)
+    for source in run.stale(stage):
+        found = f"is stale: it was computed from another {source.what} than the one that is there"
+        yield Fault(stage.area, found, consequence, stage=stage)
 
 
-def _consequence_of(run: RunDirectory, stage: str) -> str:
-    """What it means that something of `stage` is damaged, and what to do."""
-    if stage == RECORD:
-        return "no relevance can be computed from this recording: record the run again with --overwrite"
-    again = f"{command_of(run, stage)} --overwrite"
-    if stage.startswith(_KEEP):
-        return f"no test samples can be answered from what was kept: keep it again with {again}"
-    if stage.startswith(_PROBE):
-        return f"nothing can be computed for its test samples: take it again with {again}"
-    if stage.startswith(_REDUCE):
-        return f"the relevance cannot be trusted: compute it again with {again}"
-    if stage.startswith(_EVALUATE):
-        return f"the evaluation cannot be trusted: make it again with {again}"
-    if stage.startswith(_CLEAN):
-        return f"the proposal cannot be trusted: make it again with {again}"
-    if stage.startswith(_REPORT):
-        return f"the report cannot be trusted: write it again with {again}"
-    return f"the rankings cannot be trusted: write them again with {again}"
-
-
-def _footprints_of(run: RunDirectory, stage: str) -> tuple[Footprints | None, Fault | None]:
+def _footprints_of(run: RunDirectory, stage: StageId) -> tuple[Footprints | None, Fault | None]:
     """What `stage` has written, or what is wrong with the file that says so."""
-    where, found = names.checksums_file(stage), footprints_or_fault(run, stage)
+    where, found = stage.checksums_file, footprints_or_fault(run, stage)
     if isinstance(found, Footprints):
         return found, None
     advice = f"hydra-pipe verify {run.path} --repair writes it again where it can"
@@ -185,7 +136,7 @@ def _footprints_of(run: RunDirectory, stage: str) -> tuple[Footprints | None, Fa
     )
 
 
-def _pruned(run: RunDirectory, stage: str) -> frozenset[str]:
+def _pruned(run: RunDirectory, stage: StageId) -> frozenset[str]:
     """Arrays of `stage` whose chunks were deleted."""
     if stage != RECORD or not run.stages[RECORD].facts.get(PRUNED):
         return frozenset()
@@ -195,46 +146,51 @@ def _pruned(run: RunDirectory, stage: str) -> frozenset[str]:
         return frozenset()  # that is told as a fault; so is what was pruned then
 
 
-def _check_origin(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
-    """Whether `stage` was computed from what is there now."""
-    sources = [(RECORD, OF_RECORD, "recording")]
-    facts = run.stages[stage].facts
-    probed = parts_of_result(stage.removeprefix(_REDUCE)).test if stage.startswith(_REDUCE) else None
-    if probed is not None:
-        sources.append((probe_stage(probed), OF_PROBE, "probe"))
-    if stage.startswith((_EXPORT, _CLEAN)):
-        method = stage.removeprefix(_EXPORT if stage.startswith(_EXPORT) else _CLEAN)
-        sources = [(reduce_stage(method), OF_REDUCE, "relevance")]
-        if OF_SELF in facts:
-            own = result_name(ITSELF, None, parts_of_result(method).upto)
-            sources.append((reduce_stage(own), OF_SELF, "relevance of samples for themselves"))
-    if stage.startswith(_REPORT):
-        sources = [(reduce_stage(stage.removeprefix(_REPORT)), OF_REDUCE, "relevance")]
-    if stage == RECORD or UPTO in run.stages[stage].settings:
-        return  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
-    for source, fact, what in sources:
-        present = run.stages[source].facts.get(CHECKSUMS) if source in run.stages else None
-        if present is not None and facts.get(fact) != present:
-            found = f"is stale: it was computed from another {what} than the one that is there"
-            yield Fault(area_of(stage), found, consequence, stage=stage)
+@dataclass(frozen=True)
+class _Checked:
+    """A complete stage, whose every file may be as it was written, and what it is about to be held against.
+
+    Args:
+        run: run of the stage.
+        stage: the stage.
+        consequence: consequence of a fault.
+        listed: what the stage has written; None where the list is lost.
+    """
+
+    run: RunDirectory
+    stage: StageId
+    consequence: str
+    listed: Footprints | None
+
+    @property
+    def entry(self) -> Stage:
+        """What the manifest says of the stage."""
+        return self.run.stages[self.stage]
+
+    @property
+    def path(self) -> Path:
+        """Where the stage has written."""
+        return self.run.path / self.stage.area
+
+    @property
+    def members(self) -> Listed | None:
+        """Which groups and arrays are the stage's own; None: all that are there."""
+        return None if self.listed is None else members_of(self.stage, self.listed)
+
+    def fault(self, found: str, below: str = "") -> Fault:
+        """A fault of what the stage has written, or of something `below` it."""
+        return Fault(f"{self.stage.area}/{below}".rstrip("/"), found, self.consequence, stage=self.stage)
 
 
-def _sense(run: RunDirectory, stage: str, consequence: str, listed: Footprints | None) -> Iterator[Fault]:
-    """What is wrong with `stage` though every file may be as it was written. Raises: StoreError: something cannot be read."""
-    own = None if listed is None else members_of(stage, listed)
-    if stage == RECORD:
-        yield from _check_final(run)
-        yield from check_rows(run, Gradients(run.path / names.GRADIENTS, listed=own), consequence)
-    elif stage.startswith(_KEEP):
-        yield from _check_kept_shapes(run, stage, consequence)
-    elif stage.startswith(_PROBE):
-        _check_probe(run, stage, own)
-    elif stage.startswith(_REDUCE):
-        yield from _check_relevance(run, stage, consequence)
-    elif stage.startswith(_EXPORT):
-        yield from _check_rankings(run, stage, consequence, decode=listed is None)
-    elif stage.startswith(_CLEAN):
-        yield from _check_proposal(run, stage, consequence)
+def _no_check(checked: _Checked) -> Iterator[Fault]:
+    """A kind of stage of which the files tell all that can be told."""
+    return iter(())
+
+
+def _check_recording(checked: _Checked) -> Iterator[Fault]:
+    run = checked.run
+    yield from _check_final(run)
+    yield from check_rows(run, Gradients(checked.path, listed=checked.members), checked.consequence)
 
 
 def _check_final(run: RunDirectory) -> Iterator[Fault]:
@@ -250,8 +206,8 @@ def _check_final(run: RunDirectory) -> Iterator[Fault]:
 
 def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
     """Every fault of the hypergradients that a run keeps."""
-    for method in run.kept_methods():
-        yield from check_stage(run, keep_stage(method), task)
+    for method in run.complete(KEEP):
+        yield from check_stage(run, KEEP.of(method), task)
 
 
 def _recording_of(run: RunDirectory) -> Gradients | None:
@@ -263,61 +219,71 @@ def _recording_of(run: RunDirectory) -> Gradients | None:
     return gradients if gradients.run_id == run.run_id else None
 
 
-def _check_probe(run: RunDirectory, stage: str, listed: Listed | None) -> None:
-    """Raises: StoreError: something is wrong with the probe, though every file may be as it was written."""
-    gradients = _recording_of(run)
+def _check_probe(checked: _Checked) -> Iterator[Fault]:
+    gradients = _recording_of(checked.run)
     if gradients is not None:
-        Probe(run.path / area_of(stage), gradients, listed).check(run.stages[stage].count("n_tests", least=1))
+        Probe(checked.path, gradients, checked.members).check(checked.entry.count("n_tests", least=1))
+    return iter(())
 
 
-def _check_kept_shapes(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
-    gradients = _recording_of(run)
+def _check_kept_shapes(checked: _Checked) -> Iterator[Fault]:
+    gradients = _recording_of(checked.run)
     if gradients is None:
         return
-    store = open_kept(run.path / area_of(stage), gradients)
+    store = open_kept(checked.path, gradients)
     found = dict(store.arrays())
-    for name, shape in store.expected_shapes(gradients, run.stages[RECORD].count("n_samples")).items():
-        where = f"{area_of(stage)}/{name}"
+    for name, shape in store.expected_shapes(gradients, checked.run.stages[RECORD].count("n_samples")).items():
         if name not in found:
-            yield Fault(where, "is missing", consequence, stage=stage)
+            yield checked.fault("is missing", name)
         elif found[name].shape != shape:
-            yield Fault(where, f"has shape {found[name].shape}, not {shape}", consequence, stage=stage)
+            yield checked.fault(f"has shape {found[name].shape}, not {shape}", name)
 
 
-def _check_relevance(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
-    array = open_array(run.path / area_of(stage))
+def _check_relevance(checked: _Checked) -> Iterator[Fault]:
+    array = open_array(checked.path)
     columns_of(array)
-    expected = (run.stages[RECORD].count("n_samples"), run.stages[stage].count("n_columns"))
+    expected = (checked.run.stages[RECORD].count("n_samples"), checked.entry.count("n_columns"))
     if array.shape != expected:
-        yield Fault(area_of(stage), f"has shape {array.shape}, the recording has {expected}", consequence, stage=stage)
+        yield checked.fault(f"has shape {array.shape}, the recording has {expected}")
 
 
-def _check_rankings(run: RunDirectory, stage: str, consequence: str, *, decode: bool) -> Iterator[Fault]:
-    for name, expected in run.stages[stage].counts("files").items():
+def _check_rankings(checked: _Checked) -> Iterator[Fault]:
+    for name, expected in checked.entry.counts("files").items():
         if not rankings.is_table(name):
-            yield Fault(names.MANIFEST, f"{stage} has no table {shown(name)}", consequence, stage=stage)
+            found = f"{checked.stage} has no table {shown(name)}"
+            yield Fault(names.MANIFEST, found, checked.consequence, stage=checked.stage)
             continue
-        where = f"{area_of(stage)}/{name}"
         try:
-            table = opened_table(run.path / where)
+            table = opened_table(checked.path / name)
             n_rows, kept = table.metadata.num_rows, table.schema_arrow.metadata or {}
-            if kept.get(b"hydra_pipe.run_id") != run.run_id.encode():
-                yield Fault(where, "belongs to another run", consequence, stage=stage)
+            if kept.get(b"hydra_pipe.run_id") != checked.run.run_id.encode():
+                yield checked.fault("belongs to another run", name)
             elif n_rows != expected:
-                yield Fault(where, f"has {n_rows} rows, {expected} were written", consequence, stage=stage)
-            elif decode:  # otherwise every byte is known to be as it was written
+                yield checked.fault(f"has {n_rows} rows, {expected} were written", name)
+            elif checked.listed is None:  # otherwise every byte is known to be as it was written
                 # not the whole table at once: few bytes can say many rows
                 for batch in table.iter_batches():
                     del batch
         except (OSError, pa.ArrowException) as error:
-            yield Fault(where, f"cannot be read ({shown(error)})", consequence, stage=stage)
+            yield checked.fault(f"cannot be read ({shown(error)})", name)
 
 
-def _check_proposal(run: RunDirectory, stage: str, consequence: str) -> Iterator[Fault]:
+def _check_proposal(checked: _Checked) -> Iterator[Fault]:
     try:
-        read_proposal(run.path / area_of(stage), run.stages[stage].count("n_samples", least=1))
+        read_proposal(checked.path, checked.entry.count("n_samples", least=1))
     except (OSError, ValueError, pa.ArrowException) as error:
-        yield Fault(f"{area_of(stage)}/{KEEP_FILE}", f"cannot be used ({shown(error)})", consequence, stage=stage)
+        yield checked.fault(f"cannot be used ({shown(error)})", KEEP_FILE)
+
+
+# what can be wrong with a stage though every file of it is as it was written
+_CHECKS: dict[StageKind, Callable[[_Checked], Iterator[Fault]]] = {
+    RECORD.kind: _check_recording,
+    KEEP: _check_kept_shapes,
+    PROBE: _check_probe,
+    REDUCE: _check_relevance,
+    EXPORT: _check_rankings,
+    CLEAN: _check_proposal,
+}
 
 
 def total_bytes(run: RunDirectory) -> int:
@@ -328,11 +294,11 @@ def total_bytes(run: RunDirectory) -> int:
             gradients = Gradients(run.path / names.GRADIENTS)
             pruned = gradients.pruned_arrays() if run.stages[RECORD].facts.get(PRUNED) else []
             total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
-            for kept in run.kept_methods():
-                total += sum(array.n_bytes for _, array in open_kept(run.path / names.kept_store(kept), gradients).arrays())
-            for stage in (name for name in run.stages if name.startswith(_PROBE)):
-                total += sum(array.n_bytes for _, array in Probe(run.path / area_of(stage), gradients).arrays())
-        for method in methods_of(run):
+            for method in run.complete(KEEP):
+                total += sum(array.n_bytes for _, array in open_kept(run.path / KEEP.of(method).area, gradients).arrays())
+            for name in run.of_kind(PROBE):
+                total += sum(array.n_bytes for _, array in Probe(run.path / PROBE.of(name).area, gradients).arrays())
+        for method in run.of_kind(REDUCE):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):
         pass  # told as a fault, by name, in the check itself

@@ -25,6 +25,7 @@ from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import HIT, Retrainer
 from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import CLEAN, REDUCE
 
 N, TESTS = 60, 24
 
@@ -79,7 +80,7 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
     columns = columns or Columns(((0, values.shape[1]),))
     array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
     write_relevance(array, 0, 0, values.astype(np.float32))
-    directory.begin(f"reduce {name}", {})
+    directory.begin(REDUCE.of(name), {})
     directory.end(f"reduce {name}", "complete", checksums=str(values.sum()))
 
 
@@ -154,7 +155,7 @@ def test_a_relevance_that_is_computed_again_takes_its_proposal_with_it(run: Path
     hydra_pipe.clean(run)
     hydra_pipe.reduce(run, overwrite=True)
     assert not place(run).exists()
-    assert "clean hydra" not in RunDirectory.open(run).stages
+    assert CLEAN.of("hydra") not in RunDirectory.open(run).stages
     assert hydra_pipe.verify(run) == []
 
 
@@ -177,7 +178,7 @@ def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written
     keep = place(run) / "keep.txt"
     lines = keep.read_text().splitlines()
     directory = RunDirectory.open(run)
-    facts = directory.stages["clean hydra"].facts
+    facts = directory.stages[CLEAN.of("hydra")].facts
     for content, told in (
         (lines[1:], "each of 60 training samples"),
         ([*lines[:-1], "9" * 18], "each of 60 training samples"),
@@ -186,10 +187,10 @@ def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written
         ([lines[1], lines[0], *lines[2:]], "each of 60 training samples"),
     ):
         keep.write_text("".join(f"{line}\n" for line in content))
-        directory.end("clean hydra", "complete", **(facts | {"checksums": seal(directory, "clean hydra")}))
+        directory.end(CLEAN.of("hydra"), "complete", **(facts | {"checksums": seal(directory, CLEAN.of("hydra"))}))
         assert [told in fault.found for fault in hydra_pipe.verify(run)] == [True]
     keep.write_text("".join(f"{line}\n" for line in lines))
-    directory.end("clean hydra", "complete", **(facts | {"n_samples": 2**60, "checksums": seal(directory, "clean hydra")}))
+    directory.end(CLEAN.of("hydra"), "complete", **(facts | {"n_samples": 2**60, "checksums": seal(directory, CLEAN.of("hydra"))}))
     assert len(hydra_pipe.verify(run)) == 1, "found without asking for memory for as many"
 
 
@@ -205,7 +206,7 @@ def test_a_failure_leaves_the_old_proposal_whole(run: Path, monkeypatch: pytest.
         with pytest.raises(OSError, match="No space"):
             hydra_pipe.clean(run, lowest=6, overwrite=True)
     assert files_of(place(run)) == before
-    assert RunDirectory.open(run).stages["clean hydra"].state == "failed"
+    assert RunDirectory.open(run).stages[CLEAN.of("hydra")].state == "failed"
     assert hydra_pipe.clean(run, lowest=6).is_new
 
 

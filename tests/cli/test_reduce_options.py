@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.store.commands import command_of
-from hydra_pipe.store.relevance import parts_of_result, result_name, result_of
+from hydra_pipe.store.results import ResultName, result_of
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import REDUCE
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
 def test_what_is_advised_makes_the_same_result_again(run: Path, options: list[str], name: str) -> None:
     said = call("reduce", str(run), *options)
     assert "self_relevance" in said if name == "self" else f"next: hydra-pipe export {run} --method {name}\n" in said
-    again = command_of(RunDirectory.open(run), f"reduce {name}")
+    again = RunDirectory.open(run).command(REDUCE.of(name))
     assert "nothing to do" in call(*again.split()[1:])
     assert hydra_pipe.open_run(run).methods == [name]
 
@@ -89,5 +89,6 @@ def test_every_method_is_in_the_help_and_in_the_documents() -> None:
 def test_a_name_of_a_result_is_taken_apart_as_it_was_made(
     method: str, by: str | None, upto: int | None, rank: int | None, test: str | None
 ) -> None:
-    assert parts_of_result(result_name(method, by, upto, rank, test)) == (method, by, upto, rank, test)
-    assert result_of(result_name(method, by, upto, rank), test) == result_name(method, by, upto, rank, test)
+    result = ResultName(method, by, upto, rank, test)
+    assert ResultName.parse(str(result)) == result
+    assert result_of(str(ResultName(method, by, upto, rank)), test) == str(result)

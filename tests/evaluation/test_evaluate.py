@@ -28,6 +28,7 @@ from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store.evaluations import Retrained
 from hydra_pipe.store.relevance import Columns, create_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EVALUATE, REDUCE
 
 N, TESTS = 60, 12
 FILE = """
@@ -85,7 +86,7 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
     array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
     write_relevance(array, 0, 0, values.astype(np.float32))
     upto = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
-    directory.begin(f"reduce {name}", upto)
+    directory.begin(REDUCE.of(name), upto)
     directory.end(f"reduce {name}", "complete", checksums=str(values.sum()))
 
 
@@ -310,7 +311,7 @@ def test_a_run_without_relevance_says_what_to_reduce_first(tmp_path: Path) -> No
     hydra_pipe.record(net(), tmp_path / "run")
     with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method hydra-fisher first"):
         hydra_pipe.evaluate(net(), tmp_path / "run", "lds")
-    assert "evaluate lds" not in RunDirectory.open(tmp_path / "run").stages
+    assert EVALUATE.of("lds") not in RunDirectory.open(tmp_path / "run").stages
     # the truth is of use without: for relevance that somebody else has computed
     assert hydra_pipe.evaluate(net(), tmp_path / "run", "loo", samples="3").rows == []
     assert np.load(tmp_path / "run" / "evaluation" / "loo" / "truth.npy").shape == (1, TESTS)

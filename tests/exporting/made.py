@@ -8,7 +8,8 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.relevance import CHUNK_SAMPLES, Columns, create_relevance, write_relevance
-from hydra_pipe.store.run import CHECKSUMS, OF_RECORD, RECORD, RunDirectory, reduce_stage
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 from hydra_pipe.store.writing import GradientsWriter
 
 
@@ -41,7 +42,7 @@ def made_run(path: Path, n_samples: int, n_tests: int, n_values: int | None = No
         writer.write_labels(which, generator.integers(0, 10, n))
     writer.close()
     run.end(RECORD, "complete", n_steps=1, n_rows=n_samples, n_tests=n_tests, labels=labels, checksums=seal(run, RECORD))
-    stage = reduce_stage("hydra")
+    stage = REDUCE.of("hydra")
     run.begin(stage, {})
     words = {names.METHOD: "hydra", names.SIGN: names.SIGN_TEXT, names.UNIT: names.UNIT_TEXT}
     array = create_relevance(run.path / names.RELEVANCE, "hydra", words, n_samples, Columns(((0, n_tests),)), n_tests, run.run_id)
@@ -49,6 +50,5 @@ def made_run(path: Path, n_samples: int, n_tests: int, n_values: int | None = No
         values = generator.standard_normal((min(CHUNK_SAMPLES, n_samples - first), n_tests), np.float32)
         values = values if n_values is None else np.sign(values) * np.ceil(np.abs(values) * n_values / 8)
         write_relevance(array, first, 0, values)
-    source = {OF_RECORD: run.stages[RECORD].facts[CHECKSUMS]}
-    run.end(stage, "complete", n_tests=n_tests, n_columns=n_tests, checksums=seal(run, stage), **source)
+    run.end(stage, "complete", n_tests=n_tests, n_columns=n_tests, checksums=seal(run, stage), **run.origin(stage))
     return run.path

@@ -21,6 +21,7 @@ from hydra_pipe.plan import exporting as planning
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.relevance import read_columns
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
     hydra_pipe.reduce(exported, method="self")
     hydra_pipe.export(exported, top=4, full=True)
     directory = RunDirectory.open(exported)
-    directory.stages["export hydra"].facts["of_self"] = "0" * 64
+    directory.stages[EXPORT.of("hydra")].facts["of_self"] = "0" * 64
     directory.save("export hydra")
     (fault,) = hydra_pipe.verify(exported)
     assert "is stale: it was computed from another relevance of samples for themselves" in fault.found

@@ -16,6 +16,7 @@ import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
 
 # of an epoch of 26 samples in batches of 8
 STEPS = 4
@@ -114,7 +115,7 @@ def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_pa
         hydra_pipe.reduce(run, upto=step)
         hydra_pipe.export(run, method=f"hydra-upto-{step}")
     hydra_pipe.record(constant(3), run, **options)
-    assert list(RunDirectory.open(run).stages) == ["record", "reduce hydra-upto-4", "export hydra-upto-4"]
+    assert list(RunDirectory.open(run).stages) == [RECORD, REDUCE.of("hydra-upto-4"), EXPORT.of("hydra-upto-4")]
     assert hydra_pipe.verify(run) == []
     hydra_pipe.reduce(run, upto=6)
 
@@ -161,7 +162,7 @@ def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[st
     run = tmp_path / "run"
     killed(7, lambda: constant(3), run, test_every="epoch")
     directory = RunDirectory.open(run)
-    directory.stages["record"].facts["committed"] |= damage
+    directory.stages[RECORD].facts["committed"] |= damage
     directory.save("record")
     if "n_steps" in damage and damage["n_steps"] == 10**15:  # there are no more, and these are as they were
         hydra_pipe.reduce(run, upto=STEPS)

@@ -12,7 +12,8 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD
 from hydra_pipe.store.writing import GradientsWriter
 
 LAYOUT = Layout(

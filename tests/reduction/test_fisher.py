@@ -26,7 +26,8 @@ from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store import names, pace
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.run import RECORD, RunDirectory
+from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 from hydra_pipe.store.writing import GradientsWriter
 
 
@@ -286,7 +287,7 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, 
     hydra_pipe.reduce(run, method="hydra-fisher")
     assert len(again) == 21 - after  # seven steps of three blocks
     assert np.array_equal(relevance(run), relevance(other))
-    facts = [RunDirectory.open(path).stages["reduce hydra-fisher"].facts["curvature_left"] for path in (run, other)]
+    facts = [RunDirectory.open(path).stages[REDUCE.of("hydra-fisher")].facts["curvature_left"] for path in (run, other)]
     assert 0 < facts[0] == facts[1] < 1
     assert not list((run / "relevance.zarr").rglob("sweep-*"))
     assert hydra_pipe.verify(run) == []
@@ -331,7 +332,7 @@ def test_a_sweep_does_not_blow_up_where_the_curvature_is_far_too_large_for_the_s
     found, fast = relevance(run), relevance(run, "hydra")
     assert np.linalg.norm(found) < np.linalg.norm(fast)
     assert np.linalg.norm(by_loop(run, (Form(1e-12, 0.0, np.inf, 1.0),), floor=False)) > 1e6 * np.linalg.norm(fast)
-    assert RunDirectory.open(run).stages["reduce hydra-fisher"].facts["curvature_left"] < 0.4
+    assert RunDirectory.open(run).stages[REDUCE.of("hydra-fisher")].facts["curvature_left"] < 0.4
 
 
 def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hydra_pipe.reduction import hydra as hydra_module
 from hydra_pipe.reduction import request as request_module
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import KEEP, REDUCE
 
 Recorded = Callable[..., Path]
 
@@ -45,7 +46,7 @@ def flip(file: Path) -> None:
 
 
 def order_of(run: Path, method: str = "hydra") -> str:
-    return str(RunDirectory.open(run).stages[f"reduce {method}"].facts["plan"]["order"])
+    return str(RunDirectory.open(run).stages[REDUCE.of(method)].facts["plan"]["order"])
 
 
 def test_kept_hypergradients_answer_without_the_rows(run: Path, whole: np.ndarray) -> None:
@@ -124,7 +125,7 @@ def test_a_new_recording_drops_what_was_kept(run: Path) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)
     assert not (run / "hypergradients/hydra.zarr").exists()
-    assert "keep hydra" not in RunDirectory.open(run).stages
+    assert KEEP.of("hydra") not in RunDirectory.open(run).stages
 
 
 def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
@@ -179,7 +180,7 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
 
 def test_rows_are_not_deleted_while_hypergradients_are_kept_anew(run: Path) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
-    with one_writer(run, "keep hydra"), pytest.raises(RunError, match="is being written by this very process"):
+    with one_writer(run, KEEP.of("hydra")), pytest.raises(RunError, match="is being written by this very process"):
         hydra_pipe.prune(run)
 
 

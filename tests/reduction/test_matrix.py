@@ -20,6 +20,7 @@ from hydra_pipe.reduction import filling, fisher
 from hydra_pipe.store import pace
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import KEEP, RECORD, REDUCE
 
 KEPT = "hypergradients/hydra-fisher.zarr"
 
@@ -53,7 +54,7 @@ def keep(run: Path, **options: object) -> bool:
 
 def orders(run: Path) -> dict[str, str]:
     stages = RunDirectory.open(run).stages
-    return {name: stage.facts["plan"]["order"] for name, stage in stages.items() if "plan" in stage.facts}
+    return {str(name): stage.facts["plan"]["order"] for name, stage in stages.items() if "plan" in stage.facts}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_the_matrix_answers_as_the_sweep_without_the_rows(
     assert relative_error(relevance(run, "hydra-fisher-mean")[:, 0], swept[:, [1, 2, 3, 6]].mean(axis=1)) < 2e-6
     assert hydra_pipe.verify(run) == []
     stages = RunDirectory.open(run).stages
-    assert stages["reduce hydra-fisher-mean"].facts["curvature_left"] == stages["keep hydra-fisher"].facts["curvature_left"]
+    assert stages[REDUCE.of("hydra-fisher-mean")].facts["curvature_left"] == stages[KEEP.of("hydra-fisher")].facts["curvature_left"]
     hydra_pipe.export(run, method="hydra-fisher", top=2)
 
 
@@ -170,7 +171,7 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     keep(other)
     with interrupted_after(after):
         keep(run)
-    assert "keep hydra-fisher" in {name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"}
+    assert KEEP.of("hydra-fisher") in {name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"}
     with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first"):
         hydra_pipe.prune(run)
     real, again = fisher._step, []
@@ -300,7 +301,7 @@ def test_a_damaged_matrix_is_found_and_kept_again(run: Path) -> None:
     with pytest.raises(StoreError, match="nothing was deleted"):
         hydra_pipe.prune(run)
     assert hydra_pipe.verify(run, repair=True) == []
-    assert "keep hydra-fisher" not in RunDirectory.open(run).stages
+    assert KEEP.of("hydra-fisher") not in RunDirectory.open(run).stages
     assert keep(run)
     assert np.array_equal(relevance(run), whole)
     assert hydra_pipe.verify(run) == []
@@ -318,7 +319,7 @@ def test_a_pruned_run_answers_by_what_it_keeps_and_one_loss_leaves_the_other(run
         keep(run)
     flip(run / KEPT / "swept/c/1/0")
     assert hydra_pipe.verify(run, repair=True) == []
-    assert RunDirectory.open(run).stages["record"].state == "complete"
+    assert RunDirectory.open(run).stages[RECORD].state == "complete"
     assert hydra_pipe.reduce(run, overwrite=True)
     with pytest.raises(RunError, match="only hydra, and hydra-exact, are answered without them"):
         hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
@@ -335,13 +336,13 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
         keep(run)
     with pytest.raises(RunError, match=r"--keep-hypergradients first$"):  # nothing would answer
         hydra_pipe.prune(run, discard_unfinished=True)
-    assert "keep hydra-fisher" in RunDirectory.open(run).stages
+    assert KEEP.of("hydra-fisher") in RunDirectory.open(run).stages
     hydra_pipe.reduce(run, keep_hypergradients=True)
     with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* --discard-unfinished"):
         hydra_pipe.prune(run)
     assert CliRunner().invoke(app, ["prune", str(run), "--discard-unfinished"]).exit_code == 0
     assert not (run / KEPT).exists()
-    kept = {"record", "keep hydra", "reduce hydra"} | ({"reduce hydra-fisher"} if is_answered else set())
+    kept = {RECORD, KEEP.of("hydra"), REDUCE.of("hydra")} | ({REDUCE.of("hydra-fisher")} if is_answered else set())
     assert set(RunDirectory.open(run).stages) == kept
     assert hydra_pipe.verify(run) == []
     assert hydra_pipe.reduce(run, tests="3", overwrite=True)

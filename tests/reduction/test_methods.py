@@ -25,6 +25,7 @@ from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.weights import checkpoint_of_steps
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 
 NEW = ("tracin", "grad-dot", "grad-cos", "influence", "self")
 
@@ -99,7 +100,7 @@ def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
     everything = slice(None)
     rows = whole(store.rows.features(everything, everything), store.rows.scales(everything), store)
     steps, samples, rho = store.step_of_rows(everything), store.samples(everything), store.curvature(everything)
-    n_samples = RunDirectory.open(run).stages["record"].count("n_samples")
+    n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
     n_steps = store.n_steps if upto is None else upto
     part = np.repeat(np.arange(store.n_ranks), store.rows.part_rows)
     widths = [b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks]
@@ -228,7 +229,7 @@ def test_a_linear_system_is_solved_alike_by_samples_and_by_features(
     in_test_blocks(monkeypatch, tests)
     hydra_pipe.reduce(run, method="influence")
     assert relative_error(relevance(run, "influence"), by_store(run)["influence"]) < 1e-4
-    facts = RunDirectory.open(run).stages["reduce influence"].facts
+    facts = RunDirectory.open(run).stages[REDUCE.of("influence")].facts
     assert facts["plan"]["order"] == ("by features" if by_features else "by samples")
     assert facts["damping"] > 0
 

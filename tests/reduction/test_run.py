@@ -17,6 +17,7 @@ from hydra_pipe.reduction import hydra
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import RECORD, REDUCE
 
 Recorded = Callable[..., Path]
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
@@ -143,7 +144,7 @@ def test_means_by_label_need_labels(run: Path) -> None:
     with pytest.raises(StoreError, match="labels/test is missing"):
         hydra_pipe.reduce(run, by="label")
     directory = RunDirectory.open(run)
-    directory.stages["record"].facts["labels"] = {}
+    directory.stages[RECORD].facts["labels"] = {}
     directory.save("record")
     with pytest.raises(UsageError, match=r"has no labels of test samples: take the mean of all with --mean"):
         hydra_pipe.reduce(run, by="label")
@@ -177,7 +178,7 @@ def test_the_same_call_goes_on_after_the_passes_that_are_done(
     blocks = {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch)}
     planned(monkeypatch, order=order, **blocks)
     interrupted(run, monkeypatch, after)
-    assert RunDirectory.open(run).stages["reduce hydra"].state == "failed"
+    assert RunDirectory.open(run).stages[REDUCE.of("hydra")].state == "failed"
     chunks = run / "relevance.zarr/hydra/c"
     written = {file: file.stat().st_mtime_ns for file in chunks.rglob("*") if file.is_file()} if after else {}
     # score first: test samples in twos, in chunks of all samples (of eight where there are such); fold first: a chunk a pass

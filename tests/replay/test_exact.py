@@ -22,8 +22,9 @@ from hydra_pipe.reduction import run as reduction_run
 from hydra_pipe.replay import engine, products
 from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store import pace
-from hydra_pipe.store.relevance import result_name
+from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import REDUCE
 
 N_TRAIN, N_TEST, BATCH, EPOCHS = 14, 5, 5, 3
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -115,7 +116,7 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
     if not run.exists():
         hydra_pipe.record(build(), run)
     hydra_pipe.reduce(run, method="hydra-exact", pipeline=build(), **options)
-    name = result_name("hydra-exact", options.get("by"), options.get("upto"), options.get("rank"))
+    name = str(ResultName("hydra-exact", options.get("by"), options.get("upto"), options.get("rank")))
     return np.asarray(hydra_pipe.open_run(run).relevance(name))
 
 
@@ -250,7 +251,7 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monke
 def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method: str, rank: int | None) -> None:
     hydra_pipe.reduce(run, method="hydra-fisher")
     other = Path(shutil.copytree(run, run.with_name("other")))
-    stage = f"reduce {result_name(method, None, rank=rank)}"
+    stage = REDUCE.of(ResultName(method, rank=rank))
     real = reduction_run.seal
 
     def reduce(path: Path, **options: Any) -> None:
@@ -341,14 +342,14 @@ def test_ranks_lead_from_the_approximation_to_the_exact_one(run: Path) -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-4
     assert errors[1] < 0.9 * errors[0]
-    facts = RunDirectory.open(run).stages["reduce hydra-exact-rank-4"].facts
+    facts = RunDirectory.open(run).stages[REDUCE.of("hydra-exact-rank-4")].facts
     assert 0.5 < facts["gradients_held"] < 1
     assert hydra_pipe.verify(run) == []
 
 
 def test_a_rank_computes_the_approximation_that_it_needs(run: Path) -> None:
     exact(conv_pipeline, run, rank=2, tests="0-3")
-    assert RunDirectory.open(run).stages["reduce hydra-fisher"].state == "complete"
+    assert RunDirectory.open(run).stages[REDUCE.of("hydra-fisher")].state == "complete"
 
 
 # ---------------------------------------------------------------------- what cannot be

@@ -32,6 +32,7 @@ from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
 from hydra_pipe.store.relevance import Columns, create_relevance, read_relevance, write_relevance
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EVALUATE, EXPORT, RECORD, REDUCE, REPORT
 
 
 class Saying(Progress):
@@ -276,7 +277,7 @@ def test_a_result_that_is_computed_anew_takes_its_page_with_it(run: Path) -> Non
         hydra_pipe.report(run, method=method)
     hydra_pipe.reduce(run, overwrite=True)
     assert not (run / "report.html").exists()
-    assert "report hydra" not in RunDirectory.open(run).stages
+    assert REPORT.of("hydra") not in RunDirectory.open(run).stages
     assert (run / "report-hydra-mean.html").exists()
     hydra_pipe.record(conv_pipeline(), run, overwrite=True)
     assert not list(run.glob("report*"))
@@ -288,11 +289,11 @@ def test_verify_finds_a_changed_page_and_repair_forgets_it(run: Path) -> None:
     assert hydra_pipe.verify(run) == []
     (run / "report.html").write_text("<p>other")
     (fault,) = hydra_pipe.verify(run)
-    assert (fault.where, fault.stage) == ("report.html", "report hydra")
+    assert (fault.where, fault.stage) == ("report.html", REPORT.of("hydra"))
     assert "hydra-pipe report" in fault.what
     assert hydra_pipe.verify(run, repair=True) == []
     assert not (run / "report.html").exists()
-    assert set(RunDirectory.open(run).stages) == {"record", "reduce hydra", "export hydra"}
+    assert set(RunDirectory.open(run).stages) == {RECORD, REDUCE.of("hydra"), EXPORT.of("hydra")}
     assert hydra_pipe.report(run)
     (run / "report.html").unlink()
     assert [fault.found for fault in hydra_pipe.verify(run)] == ["is missing"]
@@ -301,7 +302,7 @@ def test_verify_finds_a_changed_page_and_repair_forgets_it(run: Path) -> None:
 def test_a_page_of_another_relevance_is_stale_and_goes_with_a_damaged_one(run: Path) -> None:
     hydra_pipe.report(run)
     directory = RunDirectory.open(run)
-    directory.stages["report hydra"].facts["of_reduce"] = "0" * 64
+    directory.stages[REPORT.of("hydra")].facts["of_reduce"] = "0" * 64
     directory.save("report hydra")
     (fault,) = hydra_pipe.verify(run)
     assert "is stale" in fault.found
@@ -323,7 +324,7 @@ def test_a_report_that_fails_leaves_the_page_that_was_there(run: Path, monkeypat
     with pytest.raises(OSError, match="No space"):
         hydra_pipe.report(run, overwrite=True)
     assert text_of(run) == before
-    assert RunDirectory.open(run).stages["report hydra"].state == "failed"
+    assert RunDirectory.open(run).stages[REPORT.of("hydra")].state == "failed"
     monkeypatch.undo()
     assert hydra_pipe.report(run)
     assert text_of(run) == before  # the same bytes for the same run
@@ -359,8 +360,8 @@ def _pretend_evaluation(run: Path) -> None:
     place.mkdir(parents=True)
     (place / "summary.json").write_text(json.dumps({"says": ["trust nobody"]}))
     directory = RunDirectory.open(run)
-    directory.begin("evaluate smoothness", {})
-    directory.end("evaluate smoothness", "complete", checksums="0" * 64)
+    directory.begin(EVALUATE.of("smoothness"), {})
+    directory.end(EVALUATE.of("smoothness"), "complete", checksums="0" * 64)
 
 
 PIPELINE = """
@@ -385,7 +386,7 @@ def test_a_pipeline_that_a_stranger_names_is_not_run(run: Path, tmp_path: Path) 
         (f"{other}:pipeline", "does not mention hydra_pipe"),
     ):
         directory = RunDirectory.open(run)
-        directory.stages["record"].settings |= {"pipeline": spec, "set path": str(victim)}
+        directory.stages[RECORD].settings |= {"pipeline": spec, "set path": str(victim)}
         directory.save("record")
         with pytest.raises(RunError, match=f"{why} and is not run unasked"):
             pipeline_of(RunDirectory.open(run), None, "")
@@ -472,7 +473,7 @@ def test_the_command_says_where_the_page_is_and_what_is_missing(run: Path, monke
 def test_whatever_a_manifest_says_of_itself_stays_text(run: Path) -> None:
     directory = RunDirectory.open(run)
     odd = "<script>\x1b[2J\u202e" + "x" * 5000
-    record, reduction = directory.stages["record"], directory.stages["reduce hydra"]
+    record, reduction = directory.stages[RECORD], directory.stages[REDUCE.of("hydra")]
     record.facts |= {"worst_imbalance": odd, "n_curved_rows": [], "final_sha256": {}, "stalls": odd}
     record.settings |= {"pipeline": 7, odd: [odd, {odd: None}], "epochs": odd}
     reduction.facts |= {"curvature_left": [odd], "seconds": odd}
@@ -487,7 +488,7 @@ def test_whatever_a_manifest_says_of_itself_stays_text(run: Path) -> None:
 
 def test_fewer_labels_than_samples_are_told(run: Path) -> None:
     directory = RunDirectory.open(run)
-    del directory.stages["record"].facts["labels"]
+    del directory.stages[RECORD].facts["labels"]
     directory.save("record")
     metadata = run / "gradients.zarr/labels/train/zarr.json"
     data = json.loads(metadata.read_text())

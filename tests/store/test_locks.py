@@ -20,6 +20,7 @@ from hydra_pipe.store import locks, names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.locks import LEASE_SECONDS, Lock, one_writer
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
 
 # where the system has locks, and where it has none
 KINDS = ["flock", "lease", "object store"]
@@ -40,23 +41,23 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_second_writer_is_refused_by_name_of_the_first(run: Path) -> None:
-    with one_writer(run, "record"):
+    with one_writer(run, RECORD):
         with pytest.raises(RunError, match=r"is being written by this very process \(record\)"):
-            Lock(run, "record")
-        with one_writer(run, "export"):  # another stage is another matter
+            Lock(run, RECORD)
+        with one_writer(run, EXPORT.of("hydra")):  # another stage is another matter
             pass
-    with one_writer(run, "record"):
+    with one_writer(run, RECORD):
         pass
 
 
 def test_nothing_stays_behind(run: Path) -> None:
-    with one_writer(run, "record"):
+    with one_writer(run, RECORD):
         assert run.exists()
     assert not run.exists()
 
 
 def _hold(run: Path, held: Any) -> None:
-    lock = Lock(run, "record")
+    lock = Lock(run, RECORD)
     held.set()
     time.sleep(60)
     lock.release()
@@ -69,52 +70,52 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     process.start()
     assert held.wait(30)
     with pytest.raises(RunError, match=rf"by process {process.pid} on {socket.gethostname()} \(record\)"):
-        Lock(tmp_path / "run", "record")
+        Lock(tmp_path / "run", RECORD)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    Lock(tmp_path / "run", "record").release()
+    Lock(tmp_path / "run", RECORD).release()
 
 
 def test_a_child_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
     """Workers of a DataLoader outlive a parent that was killed, for a while."""
-    lock = Lock(tmp_path / "run", "record")
+    lock = Lock(tmp_path / "run", RECORD)
     context = multiprocessing.get_context("fork")
     child = context.Process(target=time.sleep, args=(60,))
     child.start()
     lock._held.close()  # as the system does it for a process that was killed
-    Lock(tmp_path / "run", "record", take_over=True).release()
+    Lock(tmp_path / "run", RECORD, take_over=True).release()
     child.kill()
     child.join()
 
 
 def test_a_lock_that_was_left_without_releasing_it_is_let_go_by_the_next_and_not_by_the_collector(run: Path) -> None:
-    lock = Lock(run, "record")
+    lock = Lock(run, RECORD)
     del lock
     gc.collect()
     assert (run / names.LOCKS / "record.lock").exists()
-    Lock(run, "export").release()
+    Lock(run, EXPORT.of("hydra")).release()
     assert not (run / names.LOCKS / "record.lock").exists()
     assert not any(thread.name == "hydra-pipe lease" for thread in threading.enumerate())
-    Lock(run, "record").release()
+    Lock(run, RECORD).release()
 
 
 def test_one_that_was_refused_leaves_the_lock_of_its_holder(run: Path) -> None:
-    with one_writer(run, "record"):
+    with one_writer(run, RECORD):
         for _ in range(2):
             with pytest.raises(RunError):
-                Lock(run, "record")
+                Lock(run, RECORD)
             gc.collect()
 
 
 def test_a_lock_of_this_process_may_be_taken_over_and_is_lost_to_the_first(run: Path) -> None:
-    first = Lock(run, "record")
-    second = Lock(run, "record", take_over=True)
+    first = Lock(run, RECORD)
+    second = Lock(run, RECORD, take_over=True)
     assert first.lost
     assert not second.lost
     first.release()
     with pytest.raises(RunError):
-        Lock(run, "record")
+        Lock(run, RECORD)
     second.release()
 
 
@@ -134,10 +135,10 @@ def test_a_lease_is_free_when_its_holder_is_gone(run: Path, holder: dict[str, An
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(holder | {"time": time.time() + holder["time"], "token": "x"}))
     if free:
-        Lock(run, "record").release()
+        Lock(run, RECORD).release()
     else:
         with pytest.raises(RunError, match=f"process {holder['pid']} on {holder['host']}"):
-            Lock(run, "record")
+            Lock(run, RECORD)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +151,13 @@ def test_a_lease_that_makes_no_sense_is_free(run: Path, content: bytes) -> None:
     file = run / names.LOCKS / "record.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
-    Lock(run, "record").release()
+    Lock(run, RECORD).release()
 
 
 @pytest.mark.parametrize("run", ["lease"], indirect=True)
 def test_a_lease_is_renewed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_RENEW_SECONDS", 0.01)
-    lock = Lock(run, "record")
+    lock = Lock(run, RECORD)
     file = run / names.LOCKS / "record.lock"
     first = json.loads(file.read_text())["time"]
     deadline = time.monotonic() + 30
@@ -168,11 +169,11 @@ def test_a_lease_is_renewed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_processes_do_not_lose_each_others_stages(tmp_path: Path) -> None:
     first = RunDirectory.create(tmp_path / "run")
-    first.begin("record", {})
+    first.begin(RECORD, {})
     second = RunDirectory.open(tmp_path / "run")
-    second.begin("reduce hydra", {})
-    first.end("record", "complete", n_rows=3)
-    second.end("reduce hydra", "complete")
+    second.begin(REDUCE.of("hydra"), {})
+    first.end(RECORD, "complete", n_rows=3)
+    second.end(REDUCE.of("hydra"), "complete")
     found = RunDirectory.open(tmp_path / "run").stages
-    assert {name: stage.state for name, stage in found.items()} == {"record": "complete", "reduce hydra": "complete"}
-    assert found["record"].facts == {"n_rows": 3}
+    assert {name: stage.state for name, stage in found.items()} == {RECORD: "complete", REDUCE.of("hydra"): "complete"}
+    assert found[RECORD].facts == {"n_rows": 3}

@@ -24,8 +24,8 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.names import checksums_file
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stages import StageId
 
 PIPELINE = """
 from conftest import conv_pipeline
@@ -42,6 +42,10 @@ EVERYTHING = [
 RECORD, KEEP, REDUCE, EXPORT = "record", "keep hydra", "reduce hydra", "export hydra"
 BY_LABEL = ("reduce hydra-by-label", "export hydra-by-label")
 COMPUTED = (KEEP, REDUCE, EXPORT, *BY_LABEL)
+
+
+def checksums_file(stage: str) -> str:
+    return StageId.parse(stage).checksums_file
 
 
 class Lines(Progress):
@@ -156,7 +160,7 @@ def from_other(run: Path, other: Path, stage: str, *paths: str) -> None:
 def changed_since(run: Path, other: Path) -> None:
     """Another recording of the same run, as far as anybody can tell."""
     rewrite(run / ROWS / "sample", 20, 3)
-    found = seal(RunDirectory.open(run), RECORD)
+    found = seal(RunDirectory.open(run), StageId.parse(RECORD))
     edit(run, lambda stages: stages[RECORD]["facts"].update(checksums=found))
 
 
@@ -456,7 +460,7 @@ def stages_of(run: Path) -> dict[str, str]:
         found = RunDirectory.open(run)
     except HydraError:
         found = RunDirectory.from_copy(run)
-    return {name: stage.state for name, stage in found.stages.items()}
+    return {str(name): stage.state for name, stage in found.stages.items()}
 
 
 def contents_of(run: Path) -> list[bytes]:
@@ -626,7 +630,7 @@ def test_a_newer_version_is_not_repaired_by_an_old_copy(run: Path) -> None:
 def test_what_another_process_writes_is_not_repaired(run: Path, stage: str) -> None:
     flip(run / ROWS / "gradient/c/1/0")
     files = contents_of(run)
-    with one_writer(run, stage), pytest.raises(RunError, match=f"is being written by this very process .{stage}"):
+    with one_writer(run, StageId.parse(stage)), pytest.raises(RunError, match=f"is being written by this very process .{stage}"):
         hydra_pipe.verify(run, repair=True)
     assert contents_of(run) == files
 
