@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,17 +26,14 @@ from hydra_pipe.recording.testing import digest_of, record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.checkpoints import load_final, state_digests
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.commands import DATASET
-from hydra_pipe.store.files import replaced_directory
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.prefix import open_recording
 from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
 from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.stage_runner import running, taken_up
 from hydra_pipe.store.stages import PROBE, RECORD, Settings, StageId
 from hydra_pipe.units import format_seconds
 
@@ -124,24 +121,21 @@ def probe(
     gradients, counts = open_recording(directory, None)
     asked = _asked(directory, dataset, settings, labels, counts.checkpoint, progress)
     stage = PROBE.of(name)
-    if not overwrite and not _has_work(directory, stage, asked.settings):
-        return False
-    with ExitStack() as locks:
-        for own in (stage, *results_of(directory, name)):
-            locks.enter_context(one_writer(directory.path, own))
-        directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not _has_work(directory, stage, asked.settings):
-            return False
-        say_unlisted(directory, progress)
-        start = time.monotonic()
-        subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
-        _take(directory, gradients, name, subject, asked, progress)
-        progress.say(f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}")
-    return True
+
+    def has_work() -> bool:
+        return overwrite or _has_work(directory, stage, asked.settings)
+
+    with taken_up(directory, stage, *results_of(directory, name), has_work=has_work, progress=progress) as is_needed:
+        if is_needed:
+            start = time.monotonic()
+            subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
+            _take(directory, gradients, name, subject, asked, progress)
+            progress.say(f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}")
+    return is_needed
 
 
 def _has_work(directory: RunDirectory, stage: StageId, settings: Settings) -> bool:
-    """Whether the probe is yet to be taken: of one that has failed nothing is there, whatever it was of. Raises: RunError."""
+    """Tell whether the probe is yet to be taken: of one that has failed nothing is there, whatever it was of. Raises: RunError."""
     found = directory.stages.get(stage)
     return found is None or found.state != "complete" or directory.has_work(stage, settings)
 
@@ -268,14 +262,11 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
 
 def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
     stage = PROBE.of(name)
-    check_stages(directory.path, stage, *results_of(directory, name))
+    check_stages(directory.path, stage, *results_of(directory, name))  # before anything is discarded
     drop_results(directory, name)
-    directory.begin(stage, asked.settings)
-    start = time.monotonic()
-    path = directory.path / stage.area
     attributes = {names.RUN_ID: directory.run_id, names.MADE_OF: asked.settings}
     dtype = str(gradients.rows.dtype)
-    with directory.failing(stage), replaced_directory(path) as partial:
+    with running(directory, stage, asked.settings) as work, work.replaced() as partial:
         with (
             _collecting(subject, gradients, cast(Dtype, dtype)) as collector,
             progress.task("probe", asked.n_samples, "rows") as task,
@@ -286,10 +277,7 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
             )
         if labels is not None:
             write_probe_labels(partial, labels)
-        checksums = seal(directory, stage, partial)
-    source = directory.origin(stage)
-    seconds = time.monotonic() - start
-    directory.end(stage, "complete", n_tests=n_tests, seconds=seconds, worst_imbalance=worst, checksums=checksums, **source)
+        work.facts |= {"n_tests": n_tests, "worst_imbalance": worst}
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A whole proposal: which training samples to relabel or drop, by a relevance that is there, and the files that say so."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,12 +16,9 @@ from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names, rankings
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.evaluations import Retrained
-from hydra_pipe.store.files import remove_partials, replaced_directory
+from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.proposals import (
     DROP,
     RELABEL,
@@ -36,7 +32,8 @@ from hydra_pipe.store.proposals import (
 from hydra_pipe.store.result import ReducedRun
 from hydra_pipe.store.results import BY_LABEL, MEAN, ResultName
 from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import CHECKSUMS, CLEAN, REDUCE, Settings
+from hydra_pipe.store.stage_runner import Work, alone, running
+from hydra_pipe.store.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -120,22 +117,23 @@ def clean_run(
         from hydra_pipe.cleaning.retraining import opened  # torch takes seconds to import
 
         subject, seeds = opened(directory, pipeline, seeds)
-    work = _Work(directory, method, cut)
-    with one_writer(directory.path, work.stage):
-        directory.refresh()  # another process may have done it in the meantime
-        found = None if overwrite else work.existing()
+    proposal = _Proposal(directory, method, cut)
+    with alone(directory, proposal.stage):
+        found = None if overwrite else proposal.existing()
         if found is None:
             say_unlisted(directory, progress)
-            with work.running():
+            with proposal.running() as work:
                 found = proposed(directory, method, cut, progress)
-                work.write(found, carry=not overwrite)
-        if subject is not None and work.seeds != seeds:
+                _write(work, found, carry=not overwrite)
+        if subject is not None and proposal.seeds != seeds:
             from hydra_pipe.cleaning.retraining import compared
 
-            with work.running():
-                rows, summary = compared(subject, method, cut, found.drop, work.pieces, progress, seeds=seeds or 1, memory=memory)
+            with proposal.running() as work:
+                pieces = Retrained(work.place)
+                rows, summary = compared(subject, method, cut, found.drop, pieces, progress, seeds=seeds or 1, memory=memory)
                 found = replace(found, is_new=True, retraining=rows, summary=found.summary | {RETRAINING: summary})
-                work.write(found, carry=True, seeds=seeds)
+                _write(work, found, carry=True)
+                work.facts[_SEEDS] = seeds
     return found
 
 
@@ -151,7 +149,7 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
         raise UsageError(f"--seeds {seeds}: give 1 or more")
 
 
-class _Work:
+class _Proposal:
     """The stage of a proposal.
 
     Args:
@@ -161,16 +159,9 @@ class _Work:
     """
 
     def __init__(self, directory: RunDirectory, method: str, cut: Cut) -> None:
-        self._directory, self._method = directory, method
+        self._directory = directory
         self.stage = CLEAN.of(method)
         self._settings: Settings = {"lowest": cut.lowest, "threshold": cut.threshold}
-        self._place = directory.path / self.stage.area
-        self._facts: dict[str, Any] = {}
-
-    @property
-    def pieces(self) -> Retrained:
-        """Where the results of retrainings are kept as they finish."""
-        return Retrained(self._place)
 
     @property
     def seeds(self) -> object:
@@ -188,33 +179,27 @@ class _Work:
             return None
         n_samples = directory.stages[self.stage].count("n_samples", least=1)
         with suppress(OSError, ValueError, pa.ArrowException):
-            return Cleaning(False, *read_proposal(self._place, n_samples))
+            return Cleaning(False, *read_proposal(directory.path / self.stage.area, n_samples))
         return None
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """A block that ends with `write`."""
-        directory, start = self._directory, time.monotonic()
-        check_stages(directory.path, self.stage)
-        directory.begin(self.stage, self._settings)
-        with directory.failing(self.stage):
-            remove_partials(self._place)
-            yield
-        facts = self._facts | directory.origin(self.stage)
-        directory.end(self.stage, "complete", seconds=time.monotonic() - start, **facts)
+    def running(self) -> Iterator[Work]:
+        """A block that ends with `_write`."""
+        with running(self._directory, self.stage, self._settings) as work:
+            remove_partials(work.place)
+            yield work
 
-    def write(self, found: Cleaning, *, carry: bool, seeds: int | None = None) -> None:
-        """Put all files in the place of those that are there; with `carry` the pieces of retrainings stay."""
-        with replaced_directory(self._place) as partial:
-            write_proposal(partial, found.keep, found.drop, found.summary)
-            if found.retraining:
-                write_retraining(partial, found.retraining)
-            if carry:
-                carry_retrained(self._place, partial)
-            checksums = seal(self._directory, self.stage, partial)
-        n_proposed = found.drop.num_rows
-        self._facts = {"n_samples": len(found.keep) + n_proposed, "n_proposed": n_proposed, CHECKSUMS: checksums}
-        self._facts |= {} if seeds is None else {_SEEDS: seeds}
+
+def _write(work: Work, found: Cleaning, *, carry: bool) -> None:
+    """Put all files in the place of those that are there; with `carry` the pieces of retrainings stay."""
+    with work.replaced() as partial:
+        write_proposal(partial, found.keep, found.drop, found.summary)
+        if found.retraining:
+            write_retraining(partial, found.retraining)
+        if carry:
+            carry_retrained(work.place, partial)
+    n_proposed = found.drop.num_rows
+    work.facts |= {"n_samples": len(found.keep) + n_proposed, "n_proposed": n_proposed}
 
 
 def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress) -> Cleaning:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,14 +13,13 @@ from hydra_pipe.evaluation.kinds import Options, kind_of
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
 from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import CHECKSUMS, EVALUATE, StageId
+from hydra_pipe.store.stage_runner import alone, running
+from hydra_pipe.store.stages import EVALUATE, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -105,11 +103,10 @@ def evaluate_run(
     subject = Subject.open(pipeline, directory, settings)
     own = evaluator.settings(subject, options, progress)
     stage = EVALUATE.of(kind)
-    with one_writer(directory.path, stage):
-        directory.refresh()
+    with alone(directory, stage):
         scored = {name: found.checksums for name, found in evaluator.scored(subject, methods).items()}
         place = directory.path / stage.area
-        check_stages(directory.path, stage)
+        check_stages(directory.path, stage)  # before anything is discarded
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
         if begun and not Retrained(place).spans():
             directory.forget(stage)  # it has come to nothing: its settings bind nobody
@@ -120,9 +117,7 @@ def evaluate_run(
             with suppress(OSError, ValueError, pa.ArrowException):
                 return Evaluation(False, *read_result(place))
         say_unlisted(directory, progress)
-        directory.begin(stage, own)
-        start = time.monotonic()
-        with directory.failing(stage):
+        with running(directory, stage, own) as work:
             remove_partials(place)
             result = evaluator.evaluate(Request(subject, Retrained(place), own, methods, memory, progress))
             if any(_lacks_interval(row) for row in result.rows):
@@ -130,9 +125,7 @@ def evaluate_run(
             summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
-            checksums = seal(directory, stage)
-        facts = {"seconds": time.monotonic() - start, _SCORED: scored, CHECKSUMS: checksums}
-        directory.end(stage, "complete", **facts, **directory.origin(stage))
+            work.facts[_SCORED] = scored
     return Evaluation(True, list(result.rows), summary)
 
 

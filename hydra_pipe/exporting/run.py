@@ -1,7 +1,6 @@
 """A whole export: the relevance matrix, column by column, into Parquet tables."""
 
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,14 +17,10 @@ from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import rankings
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.files import replaced_directory
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.results import result_of
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.space import say_if_tight
+from hydra_pipe.store.stage_runner import running, taken_up
 from hydra_pipe.store.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
 
@@ -74,39 +69,33 @@ def export_run(
     directory = RunDirectory.open(run)
     directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
     stage, settings = EXPORT.of(method), {"top": top, "full": full}
-    if not overwrite and not _has_work(directory, method, settings):
-        return False
+    progress = progress or Progress()
 
-    with one_writer(directory.path, stage):
-        directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not _has_work(directory, method, settings):
-            return False
-        _export(directory, method, settings, memory_bytes, progress or Progress())
-    return True
+    def has_work() -> bool:
+        return overwrite or _has_work(directory, method, settings)
+
+    with taken_up(directory, stage, has_work=has_work, progress=progress) as is_needed:
+        if is_needed:
+            _export(directory, method, settings, memory_bytes, progress)
+    return is_needed
 
 
 def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
-    """Whether there are no tables, or they lack what samples are for themselves, or have another than there is."""
+    """Tell whether there are no tables, or they lack what samples are for themselves, or have another than there is."""
     stage, own = EXPORT.of(method), own_checksums(directory, method)
     return directory.has_work(stage, settings) or own not in (None, directory.stages[stage].facts.get(OF_SELF))
 
 
 def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
-    say_unlisted(directory, progress)
-    stage, source = EXPORT.of(method), open_source(directory, method)
+    source = open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
-    target = directory.path / stage.area
-    check_stages(directory.path, stage)
-    directory.begin(stage, settings)
-    start = time.monotonic()
-    # readers see the old tables or the new ones, all of them of one export
-    with directory.failing(stage), replaced_directory(target) as partial:
-        say_if_tight(export.most_bytes(), target, progress)
+    with running(directory, EXPORT.of(method), settings) as work, work.replaced() as partial:
+        say_if_tight(export.most_bytes(), work.place, progress)
         export.write(partial, progress)
-        files = {str(f.relative_to(partial)): rankings.n_rows_of(f) for f in sorted(partial.rglob("*.parquet"))}
-        origin = directory.origin(stage) | ({} if source.own is None else {OF_SELF: own_checksums(directory, method)})
-        checksums = seal(directory, stage, partial)
-    directory.end(stage, "complete", seconds=time.monotonic() - start, files=files, checksums=checksums, **origin)
+        tables = sorted(partial.rglob("*.parquet"))
+        work.facts["files"] = {str(table.relative_to(partial)): rankings.n_rows_of(table) for table in tables}
+        if source.own is not None:
+            work.facts[OF_SELF] = own_checksums(directory, method)
 
 
 class _Export:

@@ -18,12 +18,12 @@ from hydra_pipe.recording.ranks import Processes
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.locks import Lock
 from hydra_pipe.store.prefix import forget_upto
 from hydra_pipe.store.run import COMMITTED, RunDirectory
+from hydra_pipe.store.stage_runner import Work
 from hydra_pipe.store.stages import RECORD, Settings
 from hydra_pipe.store.table import Allocate
 from hydra_pipe.store.writing import GradientsWriter
@@ -215,22 +215,19 @@ class Output:
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
         with self._processes.together():
             if self._directory is not None:
-                self._directory.end(
-                    RECORD,
-                    "complete",
-                    n_steps=n_steps,
-                    n_skipped=max(skipped),
-                    n_rows=sum(part_rows),
-                    n_curved_rows=sum(curved),
-                    n_tests=self.n_tests,
-                    worst_imbalance=self._worst_imbalance,
-                    stalls=stalls.count,
-                    stalled_seconds=stalls.seconds,
-                    labels=self._n_labels,
-                    checksums=seal(self._directory, RECORD),
-                    **({"rank_rows": part_rows} if len(part_rows) > 1 else {}),
-                    **facts,
-                )
+                found = {
+                    "n_steps": n_steps,
+                    "n_skipped": max(skipped),
+                    "n_rows": sum(part_rows),
+                    "n_curved_rows": sum(curved),
+                    "n_tests": self.n_tests,
+                    "worst_imbalance": self._worst_imbalance,
+                    "stalls": stalls.count,
+                    "stalled_seconds": stalls.seconds,
+                    "labels": self._n_labels,
+                }
+                found |= {"rank_rows": part_rows} if len(part_rows) > 1 else {}
+                Work(self._directory, RECORD, found | dict(facts)).complete()
         self._unlock()
 
     def _unlock(self) -> None:

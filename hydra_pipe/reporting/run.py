@@ -1,27 +1,25 @@
 """A whole report: what there is to tell is gathered, and the page takes its place."""
 
 import os
-import time
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.results import ResultName, result_of
 from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import CHECKSUMS, REDUCE, REPORT, Settings, StageId
+from hydra_pipe.store.stage_runner import Work, running, taken_up
+from hydra_pipe.store.stages import REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
     from hydra_pipe.recording.pipeline import Pipeline
+    from hydra_pipe.reporting.content import Content
+    from hydra_pipe.reporting.gathering import Gathering
 
 # facts: the evaluations that a report tells of, by stage; and why it shows no samples
 _EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"
@@ -89,45 +87,43 @@ def report_run(
     source = Source.open(directory, method)
     selected = source.selected(tests)
     stage, settings = REPORT.of(method), {names.TESTS: selected, "top": top}
-    if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
-        return False
     progress = progress or Progress()
-    with one_writer(directory.path, stage):
-        directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not _has_work(directory, stage, settings, pipeline or samples):
-            return False
-        say_unlisted(directory, progress)
-        target = directory.path / stage.area
-        check_stages(directory.path, stage)
-        directory.begin(stage, settings)
-        start = time.monotonic()
-        with directory.failing(stage):
-            # of the packages that may be missing
-            from hydra_pipe.reporting.gathering import Gathering
-            from hydra_pipe.reporting.page import page_of
 
-            report = Gathering(source, selected, top, memory_bytes, progress)
-            page = page_of(report.content(pipeline, samples))
-            for text in page.left_out:
-                progress.say(f"to stay small the report leaves out {text}")
-            remove_partials_of(target)
-            replace_file(target, [page.html])
-            sync(target.parent)
-            facts: dict[str, Any] = {
-                "n_bytes": len(page.html),
-                "n_shown": page.n_columns,
-                "left_out": page.left_out,
-                _NO_SAMPLES: report.no_samples,
-                _EVALUATIONS: evaluations_of(directory),
-                **directory.origin(stage),
-                CHECKSUMS: seal(directory, stage),
-            }
-        directory.end(stage, "complete", seconds=time.monotonic() - start, **facts)
-    return True
+    def has_work() -> bool:
+        return overwrite or _has_work(directory, stage, settings, pipeline or samples)
+
+    with taken_up(directory, stage, has_work=has_work, progress=progress) as is_needed:
+        if is_needed:
+            with running(directory, stage, settings) as work:
+                # of the packages that may be missing
+                from hydra_pipe.reporting.gathering import Gathering
+
+                gathering = Gathering(source, selected, top, memory_bytes, progress)
+                _write(work, gathering, gathering.content(pipeline, samples), progress)
+    return is_needed
+
+
+def _write(work: Work, gathering: "Gathering", content: "Content", progress: Progress) -> None:
+    """Put the page in its place, safe on the disk."""
+    from hydra_pipe.reporting.page import page_of
+
+    page = page_of(content)
+    for text in page.left_out:
+        progress.say(f"to stay small the report leaves out {text}")
+    remove_partials_of(work.place)
+    replace_file(work.place, [page.html])
+    sync(work.place.parent)
+    work.facts |= {
+        "n_bytes": len(page.html),
+        "n_shown": page.n_columns,
+        "left_out": page.left_out,
+        _NO_SAMPLES: gathering.no_samples,
+        _EVALUATIONS: evaluations_of(work.run),
+    }
 
 
 def _has_work(directory: RunDirectory, stage: StageId, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
-    """Whether there is no page, or there are evaluations that it does not tell of, or samples are given now where it had none."""
+    """Tell whether there is no page, or one that lacks what there is now: evaluations, or samples where it could draw none."""
     if directory.has_work(stage, settings):
         return True
     facts = directory.stages[stage].facts

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,21 +104,20 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager
-def one_writer(run: Path, stage: StageId) -> Iterator[None]:
-    """A block in which this process alone writes `stage` of the run at `run`.
+def one_writer(run: Path, *stages: StageId) -> Iterator[None]:
+    """A block in which this process alone writes `stages` of the run at `run`.
 
     Args:
         run: directory of the run, which is made if it is not there; and removed again where nothing came into it.
-        stage: the stage.
+        stages: the stages; one that is named twice is locked once.
 
     Raises:
-        RunError: another process writes it; the message says which.
+        RunError: another process writes one of them; the message says which.
     """
-    lock = Lock(run, stage)
-    try:
+    with ExitStack() as locks:
+        for stage in dict.fromkeys(stages):
+            locks.callback(Lock(run, stage).release)
         yield
-    finally:
-        lock.release()
 
 
 class Lock:
@@ -126,7 +125,7 @@ class Lock:
 
     Args:
         run: directory of the run.
-        stage: see `one_writer`.
+        stage: the stage.
         take_over: from this very process: the earlier lock is `lost` then. For what a notebook has begun and left.
 
     Raises:

@@ -1,7 +1,5 @@
 """Deleting the rows of a run whose hypergradients are kept."""
 
-from contextlib import ExitStack
-
 from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
@@ -9,10 +7,10 @@ from hydra_pipe.store.arrays import CHUNKS
 from hydra_pipe.store.discarding import discard
 from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.run import PRUNED, RunDirectory
+from hydra_pipe.store.stage_runner import alone
 from hydra_pipe.store.stages import KEEP, RECORD, REDUCE, StageId
 from hydra_pipe.store.verify import check_hypergradients
 
@@ -32,10 +30,7 @@ def prune_rows(run: RunDirectory, task: Task, *, discard_unfinished: bool = Fals
         RunError: hypergradients are not kept, or those of a method not to the end.
         StoreError: what is kept is damaged, and nothing was deleted.
     """
-    with ExitStack() as locks:
-        for stage in dict.fromkeys([*_keeping(run), *_unfinished(run)]):
-            locks.enter_context(one_writer(run.path, stage))
-        run.refresh()
+    with alone(run, *_keeping(run), *_unfinished(run)):
         return _prune(run, task, discard_unfinished)
 
 

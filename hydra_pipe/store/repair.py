@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 
 from hydra_pipe.errors import HydraError, StoreError, printable
 from hydra_pipe.progress import Progress
@@ -38,10 +37,7 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
         known = RunDirectory.open(path)
     except HydraError:
         known = copy
-    with ExitStack() as locks:
-        for stage in dict.fromkeys([RECORD, *(known.stages if known is not None else ())]):
-            if known is not None:
-                locks.enter_context(one_writer(location(path), stage))
+    with one_writer(location(path), *(() if known is None else (RECORD, *known.stages))):
         faults = check_path(path, progress)
         if any(fault.kind == "manifest" for fault in faults):
             if copy is None:
