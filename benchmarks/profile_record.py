@@ -28,6 +28,7 @@ from loops import HYDRA, PLAIN, Workload, chosen, run_side
 from hydra_pipe.recording.capture import Capture
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.encoder import RowEncoder
+from hydra_pipe.recording.encodings import ENCODINGS
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.slab import Slab
 from hydra_pipe.store.table import BackgroundWriter, TableWriter
@@ -37,7 +38,7 @@ HOOKS, TABLES, BOOKS = "hooks and rules", "settings and tables", "books"
 STAGES: list[tuple[type, str, str]] = [
     (Capture, "_backward", HOOKS),
     (Collector, "watch", HOOKS),
-    (RowEncoder, "reduce", "encoder.reduce"),
+    *((encoding, "reduce", "encoding.reduce") for encoding in ENCODINGS.values()),
     (Collector, "add_to", "assembling, preconditioner"),
     (RowEncoder, "place", "place"),
     (RowEncoder, "put_in_books", BOOKS),
@@ -48,7 +49,7 @@ STAGES: list[tuple[type, str, str]] = [
     (TableWriter, "flush", "handing to the writer"),
     (Recorder, "close", "close"),
 ]
-FORWARD = (Capture, "_forward_hook")  # makes the hooks
+FORWARD = (Capture, "_forward")  # makes the hooks
 WRITER = (BackgroundWriter, "submit")
 
 

@@ -19,7 +19,8 @@ from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, boun
 from hydra_pipe.plan.choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
-from hydra_pipe.recording.encoder import Given, Reduced, RowEncoder, describe, key_of_side_by_side, side_by_side
+from hydra_pipe.recording.encoder import RowEncoder, describe, key_of_side_by_side, side_by_side
+from hydra_pipe.recording.encodings import Given, Reduced
 from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
@@ -276,15 +277,15 @@ class Collector:
 
         The first one of a parameter is reduced at once: most parameters have no other, and nothing of theirs is kept in memory.
         """
-        key = None if encoder.is_factored(index) else key_of_side_by_side(index, given)
+        key = None if encoder.encodings[index].is_factored else key_of_side_by_side(index, given)
         if key is None or key not in self._held:
-            self._reduced.setdefault(index, []).append(encoder.reduce(index, given))
+            self._reduced.setdefault(index, []).append(encoder.encodings[index].reduce(given))
             if key is not None:
                 self._held[key] = []
             return
         self._held[key].append(given)
         if len(self._held[key]) == _MOST_HELD:
-            self._reduced[index].append(encoder.reduce(index, side_by_side(self._held[key])))
+            self._reduced[index].append(encoder.encodings[index].reduce(side_by_side(self._held[key])))
             self._held[key] = []
 
     def _reduce_held(self) -> None:
@@ -292,7 +293,7 @@ class Collector:
         for (index, *_), given in self._held.items():
             if given:
                 assert self.encoder is not None
-                self._reduced[index].append(self.encoder.reduce(index, side_by_side(given)))
+                self._reduced[index].append(self.encoder.encodings[index].reduce(side_by_side(given)))
         self._held = {}
 
     def _gradients_dropped(self) -> bool:
@@ -324,15 +325,15 @@ class Collector:
             index, given = self._waiting.popitem()  # one at a time, so that whole rows of one block only are in memory
             gradient = gradients[index] if gradients is not None else None
             lines = None
-            if self._root is not None and encoder.takes_lines(index, given):
+            if self._root is not None and encoder.encodings[index].takes_lines(given):
                 lines = torch.unique(torch.cat([g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]))
             root = self._root(index, gradient, lines) if self._root is not None else None
-            self._reduced[index] = [encoder.reduce(index, g, root, lines) for g in self._grouped(encoder, index, given)]
+            self._reduced[index] = [encoder.encodings[index].reduce(g, root, lines) for g in self._grouped(encoder, index, given)]
 
     @staticmethod
     def _grouped(encoder: RowEncoder, index: int, given: Sequence[Given]) -> list[Given]:
         """Contributions of one block, those side by side that may stand so."""
-        if len(given) == 1 or encoder.is_factored(index):
+        if len(given) == 1 or encoder.encodings[index].is_factored:
             return list(given)
         groups: dict[Any, list[Given]] = {}
         for number, one in enumerate(given):

@@ -18,7 +18,8 @@ from hydra_pipe.errors import BooksError, NonFiniteError
 from hydra_pipe.maths.books import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
-from hydra_pipe.recording.encoder import Reduced, RowEncoder
+from hydra_pipe.recording.encoder import RowEncoder
+from hydra_pipe.recording.encodings import Reduced
 from hydra_pipe.recording.explanations import Evidence, penalty_of
 from hydra_pipe.recording.portions import Mixture
 from hydra_pipe.recording.ranks import Processes, SingleProcess

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.plan.layout import Block, Encoding, Layout
-from hydra_pipe.recording.encoder import Given, RowEncoder
+from hydra_pipe.recording.encoder import RowEncoder
+from hydra_pipe.recording.encodings import Given
 
 
 class OneDevice(TorchDispatchMode):
@@ -32,6 +33,6 @@ def test_the_first_rows_are_encoded_on_their_own_device(encoding: Encoding, prec
     encoder = RowEncoder(Layout((block,), columns, 0), preconditioned=preconditioned)
     root = torch.empty(8, 8, device="meta") if preconditioned else None
     with OneDevice():
-        reduced = encoder.reduce(0, Given(torch.empty(3, 64, device="meta"), 0), root)
+        reduced = encoder.encodings[0].reduce(Given(torch.empty(3, 64, device="meta"), 0), root)
     assert isinstance(reduced.value, Tensor)
     assert (reduced.value.shape, reduced.value.device.type) == ((3, columns), "meta")

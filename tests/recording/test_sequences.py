@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import TensorDataset
 import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.recording import collector
+from hydra_pipe.recording.encodings import ENCODINGS
 
 BATCH, LENGTH, WIDTH = 6, 5, 8
 
@@ -184,13 +186,16 @@ def test_time_steps_that_are_encoded_together_give_the_rows_of_each_alone(
 ) -> None:
     x, y = torch.randn(BATCH, 70, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(BATCH) % 4
     n_encoded = []
-    reduce = collector.RowEncoder.reduce
 
-    def counted(*args: Any) -> Any:
-        n_encoded[-1] += 1
-        return reduce(*args)
+    def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def reduce_and_count(*args: Any) -> Any:
+            n_encoded[-1] += 1
+            return reduce(*args)
 
-    monkeypatch.setattr(collector.RowEncoder, "reduce", counted)
+        return reduce_and_count
+
+    for of_encoding in ENCODINGS.values():
+        monkeypatch.setattr(of_encoding, "reduce", counted(of_encoding.reduce))
     for most in (1, 64):
         monkeypatch.setattr(collector, "_MOST_HELD", most)
         n_encoded.append(0)

@@ -1,0 +1,338 @@
+"""One class for each encoding of a block: rows to columns, and both sides of the check of the gradient.
+
+The check compares what the rows of a step sum to with the gradient that the optimiser uses. Both sides are
+told in a form that the encoding chooses: as columns where rows are stored as they are, and times a random
+vector u, the *probe*, where rows are preconditioned or factored (`hydra_pipe.maths.books`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.kron import Kron
+from hydra_pipe.maths.sketch import Sketch, SketchedLines
+from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, projected
+from hydra_pipe.plan.layout import Block, Encoding
+
+
+@dataclass(slots=True)  # not frozen: there are several a step, and frozen ones are slow to make
+class Given:
+    """A contribution and where it belongs.
+
+    Args:
+        value: contribution of some samples of the batch.
+        first: place of the first of these samples in the batch.
+    """
+
+    value: Contribution
+    first: int
+
+
+@dataclass(slots=True)
+class Reduced(Given):
+    """A contribution in the least memory that its block needs: columns of the block, or the factors of a factored one.
+
+    Args:
+        norm: upper bound of the summed norms of its rows and of their terms, a scalar; None: take it from the rows.
+        expected: sum of the rows before they were preconditioned, in the form of the check; None: they were not.
+        lines: numbers of the lines of a table that are not zero; None: any line may be.
+    """
+
+    norm: Tensor | None = None
+    expected: Tensor | None = None
+    lines: Tensor | None = None
+
+
+class BlockEncoding(ABC):
+    """An encoding of one block.
+
+    Args:
+        block: entry of the block directory.
+        seed: seed of the run's random projections.
+        preconditioned: whether rows are multiplied by the root of a preconditioner.
+    """
+
+    #: whether the columns are factors of the rows
+    is_factored = False
+
+    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
+        self.block, self._preconditioned = block, preconditioned
+        self._columns = slice(*block.columns)
+        self._probe = _probe(seed, prod(block.shape[1:])) if preconditioned and len(block.shape) > 1 else None
+
+    @property
+    def check_width(self) -> int:
+        """Numbers of each side of the check."""
+        if not self._preconditioned:
+            return self._columns.stop - self._columns.start
+        return self.block.numel if self._probe is None else self.block.shape[0]
+
+    def takes_lines(self, given: Sequence[Given]) -> bool:
+        """Tell whether `reduce` looks at the lines of a table alone that the contributions use."""
+        return False
+
+    @abstractmethod
+    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """The contribution in the block's columns, times the `root` of a preconditioner where there is one.
+
+        Args:
+            given: the contribution.
+            root: root of the preconditioner, of the block's shape, or of `lines` only.
+            lines: sorted numbers of the lines that `root` has; None: all.
+        """
+
+    @abstractmethod
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """The gradient in the columns that its rows have, where rows are stored as they are; one dimension.
+
+        Args:
+            gradient: whole gradient of the block.
+            given: the contributions that it should be the sum of.
+        """
+
+    def write_gradient(self, gradient: Tensor, given: Sequence[Reduced], out: Tensor) -> Tensor | None:
+        """The gradient's side of the check: written to `out`, or returned for the caller to copy there."""
+        if self._probe is None:
+            return gradient.reshape(-1) if self._preconditioned else self.project_gradient(gradient, given)
+        matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
+        torch.mv(matrix if matrix.dtype == out.dtype else matrix.to(out.dtype), self._probe_like(out), out=out)
+        return None
+
+    def sum_rows(self, rows: Tensor, out: Tensor) -> None:
+        """The rows' side of the check, where rows are stored as they are.
+
+        Args:
+            rows: rows of some steps in their columns, shape (step, sample, feature).
+            out: shape (step, `check_width`).
+        """
+        torch.sum(rows[:, :, self._columns], 1, out=out)
+
+    def _reduce_rows(
+        self,
+        given: Given,
+        root: Tensor | None,
+        pieces: Iterable[Tensor],
+        project: Callable[[Tensor], Tensor],
+    ) -> Reduced:
+        """`reduce` by way of rows that are written out, a few samples after the other."""
+        norm = _known_norm(given.value)
+        columns, norms, sums = [], [], []
+        factors = self._factors_of_sum(given.value) if root is not None else None
+        for rows in pieces:
+            columns.append(project(rows))
+            if root is not None and norm is None:
+                norms.append(torch.linalg.vector_norm(rows, dim=1).sum())
+            if root is not None and factors is None:
+                sums.append(self._sum_for_check(rows))
+        in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
+        if root is None:
+            return Reduced(in_columns, given.first, norm)
+        expected = _sum(sums) if factors is None else self._sum_of_factors(factors)
+        return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
+
+    def _factors_of_sum(self, value: Contribution) -> Factors | None:
+        """Factors whose sum times the probe needs no row; None: rows have to be summed."""
+        if self._probe is None or not isinstance(value, Factors) or value.given_right is None:
+            return None
+        return value if value.left.shape[-1] == self.block.shape[0] else None
+
+    def _sum_of_factors(self, factors: Factors) -> Tensor:
+        """sum_bp l_bp (r_bp . u), the sum of the rows times the probe u."""
+        return factors.left.flatten(0, 1).T @ factors.right_times(self._probe_like(factors.left)[None]).flatten()
+
+    def _sum_for_check(self, rows: Tensor) -> Tensor:
+        total = rows.sum(0)
+        return total if self._probe is None else total.reshape(self.block.shape[0], -1) @ self._probe_like(rows)
+
+    def _probe_like(self, like: Tensor) -> Tensor:
+        assert self._probe is not None
+        if self._probe.device != like.device or self._probe.dtype != like.dtype:
+            self._probe = self._probe.to(like)
+        return self._probe
+
+
+class Dense(BlockEncoding):
+    """Columns that are the row itself."""
+
+    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """See the base class."""
+        plain = _plain(given.value)
+        rows = plain.rows() if isinstance(plain, Factors) else plain
+        return self._reduce_rows(given, root, (rows,), lambda rows: rows if root is None else rows * root.flatten())
+
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """See the base class."""
+        return gradient.reshape(-1)
+
+
+class Sketched(BlockEncoding):
+    """Columns that are a balanced count sketch of the row, see `hydra_pipe.maths.sketch`."""
+
+    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
+        super().__init__(block, seed, preconditioned=preconditioned)
+        self._sketch = Sketch(seed, block.name, block.shape, self._columns.stop - self._columns.start)
+        # lines of a table that were met last: the check of the gradient comes next, and is of the same lines
+        self._last_lines: SketchedLines | None = None
+
+    def takes_lines(self, given: Sequence[Given]) -> bool:
+        """See the base class."""
+        return all(isinstance(g.value, TokenRows) for g in given)
+
+    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """See the base class."""
+        if isinstance(given.value, TokenRows):
+            return self._reduce_lines(given.value, given.first, root, lines)
+        plain = _plain(given.value)
+        signs = None if root is None else self._sketch.signs(root)
+        if not isinstance(plain, Factors):
+            return self._reduce_rows(given, root, (plain,), lambda rows: self._sketch(rows, signs))
+        if plain.given_right is None:
+            return self._reduce_rows(given, root, (plain.rows(),), lambda rows: self._sketch(rows, signs))
+        order = plain.order
+        return self._reduce_rows(given, root, plain.pieces(), lambda rows: self._sketch(rows, signs, order))
+
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """See the base class."""
+        lines = self._lines_of(given)
+        of_lines = None if lines is None else _project_lines(lines, gradient)
+        return self._sketch(gradient.reshape(1, -1))[0] if of_lines is None else of_lines
+
+    def _reduce_lines(self, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None) -> Reduced:
+        values, width = value.values, value.values.shape[2]
+        numbers, at = torch.unique(value.tokens, return_inverse=True)
+        if root is not None:
+            of_lines = numbers if lines is None else torch.searchsorted(lines, numbers)
+            values = values * root.reshape(-1, width)[of_lines][at]
+        sketched = self._sketch.lines(numbers)
+        expected = None
+        if root is None:
+            self._last_lines = sketched
+        else:
+            expected = value.sum_times(self._probe_like(value.values))
+        return Reduced(sketched.project(values, at), first, value.bounds().sum(), expected, numbers)
+
+    def _lines_of(self, given: Sequence[Reduced]) -> SketchedLines | None:
+        """The lines of a table that all contributions are of; None: a contribution is of another kind."""
+        numbers = [r.lines for r in given if r.lines is not None]
+        if not numbers or len(numbers) < len(given):
+            return None
+        if len(numbers) == 1 and self._last_lines is not None and self._last_lines.numbers is numbers[0]:
+            return self._last_lines
+        return self._sketch.lines(torch.unique(torch.cat(numbers)))
+
+
+class KronProjected(BlockEncoding):
+    """Columns that are both sides of the row projected, see `hydra_pipe.maths.kron`. Never preconditioned."""
+
+    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
+        super().__init__(block, seed, preconditioned=preconditioned)
+        assert block.kron is not None
+        outputs, inputs, k_out, k_in = block.kron
+        self._kron = Kron(seed, block.name, block.shape, k_out, k_in, (outputs, inputs))
+
+    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """See the base class."""
+        return Reduced(projected(_plain(given.value), self._kron), given.first, bounds_of(given.value).sum())
+
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """See the base class."""
+        return self._kron(gradient.reshape(1, -1))[0]
+
+
+class Factored(BlockEncoding):
+    """Columns that are the two factors of an outer product. Never preconditioned.
+
+    The rows are not multiplied out for the check: a weight's is times a probe. A bias has its weight's columns.
+    """
+
+    is_factored = True
+
+    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
+        super().__init__(block, seed, preconditioned=preconditioned)
+        if block.inputs is not None:
+            self._inputs = slice(*block.inputs)
+            self._probe = _probe(seed, self._inputs.stop - self._inputs.start)
+
+    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+        """The contribution as it is."""
+        return Reduced(given.value, given.first)
+
+    def factors(self, given: Sequence[Reduced]) -> list[Factors]:
+        """The factors of contributions. Raises: LayerError: a sample's gradient is not one outer product any more."""
+        value = given[0].value
+        if len(given) == 1 and isinstance(value, Factors) and value.n_positions == 1:
+            return [value]
+        factors = outer_products(given)
+        if not factors:
+            raise LayerError(
+                f"{self.block.name} was recorded as factored because a sample met it once in the first step; now it "
+                f"is used {len(given)} times or at several positions: record with --encoding projected"
+            )
+        return factors
+
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """See the base class."""
+        return gradient.reshape(-1)
+
+    def sum_rows(self, rows: Tensor, out: Tensor) -> None:
+        """See the base class."""
+        if self._probe is None:
+            super().sum_rows(rows, out)
+        else:
+            weights = rows[:, :, self._inputs] @ self._probe_like(rows)
+            out[:] = torch.bmm(weights[:, None], rows[:, :, self._columns])[:, 0]
+
+
+#: the class of each encoding
+ENCODINGS: dict[Encoding, type[BlockEncoding]] = {
+    "dense": Dense,
+    "factored": Factored,
+    "kron": KronProjected,
+    "sketch": Sketched,
+}
+
+
+def outer_products(given: Sequence[Given]) -> list[Factors]:
+    """The factors where each sample's gradient is one outer product, else nothing."""
+    factors = [g.value for g in given if isinstance(g.value, Factors) and g.value.n_positions == 1]
+    alone = len({g.first for g in given}) == len(given)
+    return factors if alone and len(factors) == len(given) else []
+
+
+def _plain(value: Contribution) -> Factors | Tensor:
+    if isinstance(value, TokenRows):
+        return value.rows()
+    return value.rows if isinstance(value, Summed) else value
+
+
+def _known_norm(value: Contribution) -> Tensor | None:
+    """Bound of the summed norms of the terms, where rows are sums of terms that may cancel; None: rows have their own norms.
+
+    Terms cancel in a bias before a normalisation, for one: what is left of the sum is rounding.
+    """
+    sums_up = isinstance(value, Summed) or (isinstance(value, Factors) and value.n_positions > 1)
+    return bounds_of(value).sum() if sums_up else None
+
+
+def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
+    """The sketch of a table's gradient of which only these lines are not zero; None: others are not, or looking costs more."""
+    if gradient.device.type != "cpu":  # the look at the others would make the device wait
+        return None
+    own = gradient.reshape(len(gradient), -1).index_select(0, lines.numbers)
+    whole, part = torch.linalg.vector_norm(gradient).double(), torch.linalg.vector_norm(own).double()
+    if not bool((whole - part).abs() <= 1e-5 * whole):
+        return None
+    return lines.project_all(own)
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)  # of one it would be two operations for nothing
+
+
+def _probe(seed: int, width: int) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
