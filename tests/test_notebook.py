@@ -121,7 +121,7 @@ def test_whatever_a_run_says_is_text(run: Path) -> None:
     directory.stages[RECORD].settings[evil] = evil
     directory.begin(REDUCE.of("hydra-mean"), {"tests": evil})
     directory.end(REDUCE.of("hydra-mean"), "failed", error=evil)
-    directory.save("record")
+    directory.save(RECORD)
     page = hydra_pipe.open_run(run)._repr_html_()
     elements = Elements(page)
     assert "script" not in elements.names

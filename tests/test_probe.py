@@ -375,7 +375,7 @@ def stored(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "probes").rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("where", ["record_test_gradients", "write_probe_labels", "seal"])
+@pytest.mark.parametrize("where", ["probing.record_test_gradients", "probing.write_probe_labels", "store.stage_runner.seal"])
 def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_same_bytes(
     run: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +387,7 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"hydra_pipe.probing.{where}", stop)
+        patch.setattr(f"hydra_pipe.{where}", stop)
         with pytest.raises(KeyboardInterrupt):
             probe(run, images(5, 8), overwrite=True)
     assert RunDirectory.open(run).stages[PROBE.of("late")].state == "failed"
@@ -453,7 +453,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(run
     hydra_pipe.reduce(run, test="late")
     stage = RunDirectory.open(run)
     stage.stages[REDUCE.of("hydra-of-late")].facts["of_probe"] = "0" * 64
-    stage.save("reduce hydra-of-late")
+    stage.save(REDUCE.of("hydra-of-late"))
     assert ["computed from another probe" in fault.what for fault in hydra_pipe.verify(run)] == [True]
     hydra_pipe.record(mlp_pipeline(), tmp_path / "other")
     probe(tmp_path / "other", changed())

@@ -4,7 +4,6 @@ Either gives H, (sample, feature), from which any test sample is answered by R =
 features, or of samples, as a reduction is in blocks of columns, and gone on with where it was interrupted.
 """
 
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -21,12 +20,11 @@ from hydra_pipe.reduction.marks import combined, mark, marked, run_again
 from hydra_pipe.reduction.request import Request, aligned, described, facts, feature_spans
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_matrix
-from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.space import free_bytes, room_for
+from hydra_pipe.store.stage_runner import completing, taken_up
 from hydra_pipe.store.stages import KEEP
 from hydra_pipe.store.sweeps import remove_states
 from hydra_pipe.units import format_bytes, format_seconds
@@ -39,14 +37,14 @@ def fill(request: Request, *, overwrite: bool, progress: Progress) -> bool:
         Whether there was anything to do.
     """
     directory, stage = request.directory, request.keep_stage
-    if not overwrite and not directory.has_work(stage, {}):
-        return False
-    with one_writer(directory.path, stage):
-        directory.refresh()  # another process may have done it in the meantime
-        if not overwrite and not directory.has_work(stage, {}):
-            return False
-        _fill(request, overwrite, progress)
-    return True
+
+    def has_work() -> bool:
+        return overwrite or directory.has_work(stage, {})
+
+    with taken_up(directory, stage, has_work=has_work, progress=progress) as is_needed:
+        if is_needed:
+            _fill(request, overwrite, progress)
+    return is_needed
 
 
 def _fill(request: Request, overwrite: bool, progress: Progress) -> None:
@@ -63,14 +61,11 @@ def _fill(request: Request, overwrite: bool, progress: Progress) -> None:
             run_again(directory, stage)
             remove_partials(request.kept)
             progress.say(f"going on after {answered.done:,} of {given.n_columns:,} {_columns(plan)}")
-        start = time.monotonic()
         progress.say(_summary(request, whole))
-        with directory.failing(stage):
+        with completing(directory, stage) as work:
             passes = _compute(request, plan, using, given.base_bytes, progress, () if answered is None else answered.found)
-    remove_states(request.kept / names.SWEPT)  # of blocks that another budget had
-    found = {"seconds": time.monotonic() - start, "n_bytes": tree_bytes(request.kept), "plan": facts(whole)}
-    found |= combined(passes) | directory.origin(stage)
-    directory.end(stage, "complete", **found, checksums=seal(directory, stage))
+            remove_states(request.kept / names.SWEPT)  # of blocks that another budget had
+            work.facts |= {"n_bytes": tree_bytes(request.kept), "plan": facts(whole)} | combined(passes)
 
 
 def described_filling(request: Request, workers: Workers) -> str:

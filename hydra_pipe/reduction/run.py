@@ -1,7 +1,5 @@
 """A whole reduction: check, plan, compute pass by pass, write; and go on where one was interrupted."""
 
-import time
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +19,14 @@ from hydra_pipe.reduction.marks import ANSWERED, combined, mark, marked, run_aga
 from hydra_pipe.reduction.matrix import graphs as matrix_graphs
 from hydra_pipe.reduction.request import Request, described, facts, left_of, summary
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
 from hydra_pipe.store.files import remove, remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.hypergradients import create_hypergradients
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.permission import check_stages
 from hydra_pipe.store.prefix import committed
 from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
 from hydra_pipe.store.space import say_if_tight
+from hydra_pipe.store.stage_runner import Work, completing, taken_up
 from hydra_pipe.store.stages import RECORD
 from hydra_pipe.store.sweeps import remove_states
 
@@ -52,18 +48,13 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     if request.fills:
         filled = fill(request, overwrite=overwrite, progress=progress)
         return reduce_request(_from_filled(request), overwrite=overwrite, progress=progress) or filled
-    if not _has_work(request, overwrite):
-        return False
-    with ExitStack() as locks:
-        locks.enter_context(one_writer(request.directory.path, request.stage))
-        if request.options.keep_hypergradients:  # of which there is one store, whatever the result is called
-            locks.enter_context(one_writer(request.directory.path, request.keep_stage))
-        request.directory.refresh()  # another process may have done it in the meantime
-        if not _has_work(request, overwrite):
-            return False
-        say_unlisted(request.directory, progress)
-        _reduce(request, overwrite, progress)
-    return True
+    # of hypergradients there is one store, whatever the result is called
+    kept = (request.keep_stage,) if request.options.keep_hypergradients else ()
+    has_work = partial(_has_work, request, overwrite)
+    with taken_up(request.directory, request.stage, *kept, has_work=has_work, progress=progress) as is_needed:
+        if is_needed:
+            _reduce(request, overwrite, progress)
+    return is_needed
 
 
 def _from_filled(request: Request) -> Request:
@@ -97,24 +88,20 @@ def _reduce(request: Request, overwrite: bool, progress: Progress) -> None:
                 f"{request.method.name} takes the test gradients at the end for all steps; TracIn's own are those on the way: "
                 "record with --test-every epoch"
             )
-        start = time.monotonic()
         progress.say(summary(request, given, plan))
         say_if_tight(plan.written_bytes, directory.path, progress)
         if loops.compiled is None:
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
-        with directory.failing(stage):
+        with completing(directory, stage) as work:
             passes = _compute(request, given, plan, using, progress, () if answered is None else answered.found)
-    if request.options.keep_hypergradients:
-        own = {"n_bytes": tree_bytes(request.kept), "checksums": seal(directory, request.keep_stage)}
-        directory.end(request.keep_stage, "complete", **own, **directory.origin(request.keep_stage))
-    seconds = time.monotonic() - start
-    if plan.order == BACKWARD:
-        remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
-    found = {"seconds": seconds, "n_tests": request.columns.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
-    found |= combined(passes)
-    if plan.order == FROM_MATRIX:
-        found |= left_of(directory.stages[request.keep_stage])
-    directory.end(stage, "complete", **found, checksums=seal(directory, stage), **directory.origin(stage))
+            if request.options.keep_hypergradients:
+                Work(directory, request.keep_stage, {"n_bytes": tree_bytes(request.kept)}).complete()
+            if plan.order == BACKWARD:
+                remove_states(_store(request) / request.name)  # of blocks of columns that another budget had
+            work.facts |= {"n_tests": request.columns.n_tests, "n_columns": given.n_columns, "plan": facts(whole)}
+            work.facts |= combined(passes)
+            if plan.order == FROM_MATRIX:
+                work.facts |= left_of(directory.stages[request.keep_stage])
 
 
 def plan_request(request: Request) -> str:

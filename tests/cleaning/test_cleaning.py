@@ -81,7 +81,7 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
     array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
     write_relevance(array, 0, 0, values.astype(np.float32))
     directory.begin(REDUCE.of(name), {})
-    directory.end(f"reduce {name}", "complete", checksums=str(values.sum()))
+    directory.end(REDUCE.of(name), "complete", checksums=str(values.sum()))
 
 
 def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
     write_relevance(array, 0, 0, values.astype(np.float32))
     upto = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
     directory.begin(REDUCE.of(name), upto)
-    directory.end(f"reduce {name}", "complete", checksums=str(values.sum()))
+    directory.end(REDUCE.of(name), "complete", checksums=str(values.sum()))
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -199,7 +199,7 @@ def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
     hydra_pipe.export(exported, top=4, full=True)
     directory = RunDirectory.open(exported)
     directory.stages[EXPORT.of("hydra")].facts["of_self"] = "0" * 64
-    directory.save("export hydra")
+    directory.save(EXPORT.of("hydra"))
     (fault,) = hydra_pipe.verify(exported)
     assert "is stale: it was computed from another relevance of samples for themselves" in fault.found
     assert hydra_pipe.export(exported, top=4, full=True)

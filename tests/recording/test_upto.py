@@ -163,7 +163,7 @@ def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[st
     killed(7, lambda: constant(3), run, test_every="epoch")
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["committed"] |= damage
-    directory.save("record")
+    directory.save(RECORD)
     if "n_steps" in damage and damage["n_steps"] == 10**15:  # there are no more, and these are as they were
         hydra_pipe.reduce(run, upto=STEPS)
         return

@@ -145,7 +145,7 @@ def test_means_by_label_need_labels(run: Path) -> None:
         hydra_pipe.reduce(run, by="label")
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["labels"] = {}
-    directory.save("record")
+    directory.save(RECORD)
     with pytest.raises(UsageError, match=r"has no labels of test samples: take the mean of all with --mean"):
         hydra_pipe.reduce(run, by="label")
 

@@ -18,10 +18,9 @@ import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.recording.batches import epoch_order
-from hydra_pipe.reduction import run as reduction_run
 from hydra_pipe.replay import engine, products
 from hydra_pipe.replay.lowrank import Basis
-from hydra_pipe.store import pace
+from hydra_pipe.store import pace, stage_runner
 from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import REDUCE
@@ -252,7 +251,7 @@ def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method:
     hydra_pipe.reduce(run, method="hydra-fisher")
     other = Path(shutil.copytree(run, run.with_name("other")))
     stage = REDUCE.of(ResultName(method, rank=rank))
-    real = reduction_run.seal
+    real = stage_runner.seal
 
     def reduce(path: Path, **options: Any) -> None:
         own = {"pipeline": conv_pipeline()} if method == "hydra-exact" else {}
@@ -265,7 +264,7 @@ def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method:
 
     reduce(other, overwrite=True)
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(reduction_run, "seal", interrupted)
+        stop.setattr(stage_runner, "seal", interrupted)
         with pytest.raises(InterruptedHereError):
             reduce(run, overwrite=True)
     reduce(run)

@@ -303,7 +303,7 @@ def test_a_page_of_another_relevance_is_stale_and_goes_with_a_damaged_one(run: P
     hydra_pipe.report(run)
     directory = RunDirectory.open(run)
     directory.stages[REPORT.of("hydra")].facts["of_reduce"] = "0" * 64
-    directory.save("report hydra")
+    directory.save(REPORT.of("hydra"))
     (fault,) = hydra_pipe.verify(run)
     assert "is stale" in fault.found
     hydra_pipe.report(run, overwrite=True)
@@ -387,7 +387,7 @@ def test_a_pipeline_that_a_stranger_names_is_not_run(run: Path, tmp_path: Path) 
     ):
         directory = RunDirectory.open(run)
         directory.stages[RECORD].settings |= {"pipeline": spec, "set path": str(victim)}
-        directory.save("record")
+        directory.save(RECORD)
         with pytest.raises(RunError, match=f"{why} and is not run unasked"):
             pipeline_of(RunDirectory.open(run), None, "")
         with pytest.raises(RunError, match=f"{why} and is not run unasked"):
@@ -478,7 +478,7 @@ def test_whatever_a_manifest_says_of_itself_stays_text(run: Path) -> None:
     record.settings |= {"pipeline": 7, odd: [odd, {odd: None}], "epochs": odd}
     reduction.facts |= {"curvature_left": [odd], "seconds": odd}
     directory.versions |= {odd: odd}
-    directory.save("record", "reduce hydra")
+    directory.save(RECORD, REDUCE.of("hydra"))
     hydra_pipe.report(run)
     html = text_of(run)
     assert html.count("<script>") == 1
@@ -489,7 +489,7 @@ def test_whatever_a_manifest_says_of_itself_stays_text(run: Path) -> None:
 def test_fewer_labels_than_samples_are_told(run: Path) -> None:
     directory = RunDirectory.open(run)
     del directory.stages[RECORD].facts["labels"]
-    directory.save("record")
+    directory.save(RECORD)
     metadata = run / "gradients.zarr/labels/train/zarr.json"
     data = json.loads(metadata.read_text())
     data["shape"] = [25]
