@@ -23,8 +23,8 @@ from truth import RUNS, make
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.loading import load_pipeline
-from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.replay.products import batch_of
+from hydra_pipe.training.batches import epoch_order
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from hydra_pipe.per_sample.registry import register_rule
     from hydra_pipe.probing import probe
     from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
-    from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.recording.recorder import Recorder
-    from hydra_pipe.recording.trainer import train
     from hydra_pipe.reporting.run import report_run as report
     from hydra_pipe.reporting.shown import ShownSamples
+    from hydra_pipe.training.pipeline import Pipeline
+    from hydra_pipe.training.trainer import train
     from hydra_pipe.view import Run, open_run
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ __all__ = [
 # name -> module, and its name there
 _HOMES = {
     "HydraError": ("hydra_pipe.errors", "HydraError"),
-    "Pipeline": ("hydra_pipe.recording.pipeline", "Pipeline"),
+    "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "Run": ("hydra_pipe.view", "Run"),
     "ShownSamples": ("hydra_pipe.reporting.shown", "ShownSamples"),
@@ -60,7 +60,7 @@ _HOMES = {
     "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
     "report": ("hydra_pipe.reporting.run", "report_run"),
     "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
-    "train": ("hydra_pipe.recording.trainer", "train"),
+    "train": ("hydra_pipe.training.trainer", "train"),
     "verify": ("hydra_pipe.api", "verify"),
 }
 

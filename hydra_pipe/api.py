@@ -1,20 +1,17 @@
 """What a user calls beside `exporting.run.export_run`."""
 
 import os
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra_pipe.errors import InterruptedRunError, PipelineError, UsageError
+from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.units import format_seconds
 
 if TYPE_CHECKING:
-    from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.store.fault import Fault
+    from hydra_pipe.training.pipeline import Pipeline
 
 PathLike = str | os.PathLike[str]
 
@@ -58,85 +55,13 @@ def record(
         HydraError: one of its kinds; the message says what is wrong and what to do.
     """
     # torch takes seconds to import: what works from disk alone does without it
-    from hydra_pipe.loading import load_pipeline
-    from hydra_pipe.recording.checkpointing import Checkpoints, Interval
-    from hydra_pipe.recording.interruption import stop_requested
-    from hydra_pipe.recording.pipeline import Pipeline, described
-    from hydra_pipe.recording.ranks import n_processes
-    from hydra_pipe.recording.recorder import Recorder
-    from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
-    from hydra_pipe.recording.testing import say_without_tests
-    from hydra_pipe.recording.trainer import Midway, accuracy, take_tests, train, try_tests
-    from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
+    from hydra_pipe.loading import built_pipeline
+    from hydra_pipe.training.run import RecordOptions, record_run
 
-    progress = progress or Progress()
     run = location(run)
-    check_options(encoding, dim, dtype)
-    interval = Interval.parse(checkpoint_every)
-    if n_processes() > 1:
-        raise PipelineError(
-            f"a pipeline is trained by one process, not by {n_processes()}: start one, or use Recorder in a loop of your own"
-        )
-    if isinstance(pipeline, Pipeline):
-        if settings:
-            raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
-        own: dict[str, Any] = {"pipeline": None}
-        built = pipeline
-    else:
-        source = load_pipeline(pipeline, settings)
-        own = {"pipeline": f"{source.file}:{source.function}"}
-        own |= source.recorded_settings
-        built = source.build()
-    tests = Midway.parse(test_every, built)
-    own = json_settings(own | described(built)) | ({} if test_every is None else {"test_every": test_every})
-    everything = record_settings(encoding, dim, dtype, built.seed, len(built.train)) | own
-    if not needs_recording(run, everything, overwrite=overwrite):
-        # it may have been killed when it was complete and about to do this
-        remove_checkpoints(run / names.CHECKPOINTS)
-        return False
-    recorder = Recorder(
-        built.model,
-        built.optimizer,
-        run,
-        len(built.train),
-        encoding=encoding,  # type: ignore[arg-type] # checked above
-        dim=dim,
-        dtype=dtype,  # type: ignore[arg-type]
-        seed=built.seed,
-        settings=own,
-        overwrite=overwrite,
-    )
-    start = time.monotonic()
-    with stop_requested() as stop:
-        directory = recorder.path / names.CHECKPOINTS
-        checkpoints = Checkpoints(directory, built, recorder, interval, stop, progress, anew=overwrite)
-        try:
-            try_tests(built)
-            trained = train(built, recorder, progress, checkpoints, tests)
-            train_seconds = time.monotonic() - start
-            slip = take_tests(built, recorder, progress, checkpoints)
-            recorder.facts |= {
-                "train_seconds": train_seconds,
-                "checkpoint_seconds": checkpoints.seconds,
-                "test_seconds": time.monotonic() - start - train_seconds,
-                "last_epoch_loss": trained.last_epoch_loss,
-                "test_accuracy": accuracy(built) if built.test is not None and slip is None else None,
-                "final_sha256": save_final(directory, built.model),
-            }
-            labels = built.sample_labels if built.sample_labels is not None else trained.labels
-            if labels is not None:
-                recorder.label_samples(labels)
-            recorder.close()
-        except BaseException as error:
-            recorder.fail(error)
-            if checkpoints.step and not isinstance(error, InterruptedRunError):
-                progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
-            raise
-        remove_checkpoints(directory)  # nothing is left to go on with
-    if slip is not None:  # not before: a warning may be an error
-        say_without_tests(slip, recorder.path)
-    progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
-    return True
+    options = RecordOptions.parse(encoding, dim, dtype, checkpoint_every, test_every, overwrite=overwrite)
+    built, own = built_pipeline(pipeline, settings)
+    return record_run(built, run, own, options, progress or Progress())
 
 
 def reduce(

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError, shown
 from hydra_pipe.recording.datasets import dataset_batches
-from hydra_pipe.recording.pipeline import Pipeline, check_dataset, described
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.recording.testing import digest_of
 from hydra_pipe.recording.user_code import user_code_error
@@ -26,6 +25,7 @@ from hydra_pipe.store.files import is_remote, local_path
 from hydra_pipe.store.probes import SAMPLES
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import PROBE, RECORD, Settings
+from hydra_pipe.training.pipeline import Pipeline, check_dataset, described
 
 DEFAULT_FUNCTION = "pipeline"
 _PACKAGE = Path(__file__).parent
@@ -114,6 +114,28 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
     """
     path, function = _split_spec(spec)
     return PipelineSource(*_found(path, function or DEFAULT_FUNCTION, assignments, "pipeline file"))
+
+
+def built_pipeline(
+    pipeline: str | Pipeline, assignments: Mapping[str, Any] | list[str] | None
+) -> tuple[Pipeline, dict[str, str | int | float | bool | None]]:
+    """A pipeline that is to be recorded, and what the recording keeps of where it comes from.
+
+    Args:
+        pipeline: as `load_pipeline` takes it, or built already.
+        assignments: see `load_pipeline`; only where it is not built.
+
+    Raises:
+        PipelineError: no such file or function, or settings of a pipeline that is built.
+        UserCodeError, UsageError: see `load_pipeline`.
+    """
+    if isinstance(pipeline, Pipeline):
+        if assignments:
+            raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
+        return pipeline, {"pipeline": None}
+    source = load_pipeline(pipeline, assignments)
+    built = source.build()
+    return built, {"pipeline": source.spec} | source.recorded_settings
 
 
 def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = None) -> DatasetSource:

@@ -19,7 +19,6 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.collector import Collector, Root
 from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
 from hydra_pipe.recording.modes import evaluating
-from hydra_pipe.recording.pipeline import Pipeline, check_dataset
 from hydra_pipe.recording.ranks import unwrapped
 from hydra_pipe.recording.settings import Labels, json_settings
 from hydra_pipe.recording.testing import digest_of, record_test_gradients
@@ -35,6 +34,7 @@ from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, p
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stage_runner import running, taken_up
 from hydra_pipe.store.stages import PROBE, RECORD, Settings, StageId
+from hydra_pipe.training.pipeline import Pipeline, check_dataset
 from hydra_pipe.units import format_seconds
 
 _AGAIN = "record the run again with --overwrite"

@@ -17,6 +17,7 @@ FLOORS = [
     {"plan"},
     {"store"},
     {"recording", "reduction", "exporting"},
+    {"training"},
     {"loading", "notebook", "integrations"},
     {"view"},
     {"replay", "probing", "reporting"},

@@ -94,7 +94,7 @@ def test_a_tilde_is_the_home_directory_for_the_command_line_and_for_python(tmp_p
 def test_a_url_with_another_number_of_slashes_is_refused_before_training(
     here: Path, monkeypatch: pytest.MonkeyPatch, run: str | Path, meant: str
 ) -> None:
-    monkeypatch.setattr("hydra_pipe.recording.trainer.train", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("hydra_pipe.training.run.train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(UsageError, match=f"did you mean {meant}\\?"):
         hydra_pipe.record("pipe.py", run)
     with pytest.raises(UsageError, match=f"did you mean {meant}\\?"):

@@ -119,7 +119,7 @@ def test_the_message_names_the_directory(run: Path) -> None:
 def test_a_recording_is_refused_before_training_where_its_directory_cannot_be_made(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hydra_pipe.recording.trainer.train", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("hydra_pipe.training.run.train", lambda *_: pytest.fail("it was trained"))
     closed = made.with_name("closed")
     closed.mkdir(mode=0o555)
     with without_privileges(), pytest.raises(PermissionError) as refusal:

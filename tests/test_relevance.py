@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline
-from hydra_pipe.recording.batches import epoch_order
+from hydra_pipe.training.batches import epoch_order
 
 
 def read_relevance(run: Path, method: str = "hydra") -> np.ndarray:
@@ -182,7 +182,7 @@ def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, mo
     def same_samples(pipeline: Pipeline, epoch: int) -> list[np.ndarray]:
         return [place[ids] for ids in real_order(pipeline, epoch)]
 
-    monkeypatch.setattr("hydra_pipe.recording.trainer.epoch_order", same_samples)
+    monkeypatch.setattr("hydra_pipe.training.trainer.epoch_order", same_samples)
     hydra_pipe.record(conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32")
     for run in ("a", "b"):
         hydra_pipe.reduce(tmp_path / run)

@@ -59,7 +59,7 @@ def test_a_recording_takes_no_more_than_is_said_before_it(tmp_path: Path, option
         highest = max(highest, tree_bytes(tmp_path / "run"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_pipe.recording.checkpointing.save_checkpoint", taken)
+        patch.setattr("hydra_pipe.training.checkpointing.save_checkpoint", taken)
         hydra_pipe.record(pipeline, tmp_path / "run", checkpoint_every="1", progress=said, **options)
     assert 0 < max(highest, tree_bytes(tmp_path / "run")) <= promised(said.lines)
 

@@ -84,7 +84,7 @@ def test_what_writes_is_refused_on_a_web_server(made: Path, command: tuple[str, 
 
 
 def test_recording_on_a_web_server_is_refused_before_training(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydra_pipe.recording.trainer.train", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("hydra_pipe.training.run.train", lambda *_: pytest.fail("it was trained"))
     with served(made.parent) as root, pytest.raises(RunError, match="is on a web server, which can be read only"):
         hydra_pipe.record(conv_pipeline(), f"{root}/new")
 

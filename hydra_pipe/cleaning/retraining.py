@@ -19,7 +19,6 @@ from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.loading import recorded_assignments, recorded_spec
 from hydra_pipe.maths.ranks import crossed_interval
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.retraining.retrainer import HIT, LOSS
@@ -29,6 +28,7 @@ from hydra_pipe.store.relevance import Columns
 from hydra_pipe.store.result import ReducedRun
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD
+from hydra_pipe.training.pipeline import Pipeline
 
 DEFAULT_SEEDS = 3
 ALL, PROPOSED, RANDOM, WRONG = "all samples", "without the proposed", "without as many at random", "without the wrong labels"

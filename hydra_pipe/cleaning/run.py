@@ -37,7 +37,7 @@ from hydra_pipe.store.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
-    from hydra_pipe.recording.pipeline import Pipeline
+    from hydra_pipe.training.pipeline import Pipeline
 
 # Initial weights and orders that each set is trained from, if nobody says how many and the pipeline has a seed.
 DEFAULT_SEEDS = 3

@@ -24,7 +24,7 @@ from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
     from hydra_pipe.evaluation.result import Result
-    from hydra_pipe.recording.pipeline import Pipeline
+    from hydra_pipe.training.pipeline import Pipeline
 
 # fact: checksums of the relevance that was scored, by name
 _SCORED = "scored"

@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import BudgetError, RunError
 from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, ReductionPlan, Span
 from hydra_pipe.plan.replaying import ReplayInput, ReplayPlan, as_reduction, plan_replay
-from hydra_pipe.recording.batches import Samples, epoch_order
 from hydra_pipe.recording.datasets import on_device
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.reduction.hydra import CountRows, Job
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.replay.lowrank import basis_of, corrected
@@ -31,6 +29,8 @@ from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
 from hydra_pipe.store.sweeps import load_state, remove_state, save_state
+from hydra_pipe.training.batches import Samples, epoch_order
+from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
 
 # Graphs of batches that are gone through at once: together they are to stay in the caches of a processor, and to fill a GPU.

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hydra_pipe.errors import HydraError, PipelineError
 from hydra_pipe.recording.datasets import called
-from hydra_pipe.recording.pipeline import Pipeline
+from hydra_pipe.training.pipeline import Pipeline
 
 _RAISING = ("torch::autograd::Error", "torch::autograd::NotImplemented")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.reduction.request import Options, Request, requested
 from hydra_pipe.reduction.run import plan_request, reduce_request
 from hydra_pipe.replay.engine import LowRankReplay, Replay
+from hydra_pipe.training.pipeline import Pipeline
 
 # The method that answers for what `--rank` leaves over.
 APPROXIMATION = "hydra-fisher"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hydra_pipe.errors import OptimizerError, PipelineError
 from hydra_pipe.maths.unrolled import AdamStep, Moments, SgdStep, adam_adjoint, sgd_adjoint, unclipped
 from hydra_pipe.recording.optimizers import check_optimizer
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.replay.products import Batch, batch_of
 from hydra_pipe.replay.trajectory import Step, restore
+from hydra_pipe.training.pipeline import Pipeline
 
 _KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 Floats = NDArray[np.floating[Any]]

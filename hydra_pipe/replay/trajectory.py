@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.recording.batches import Samples, epoch_order
 from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.recording.pending import StepNote
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
-from hydra_pipe.recording.trainer import take_step
+from hydra_pipe.training.batches import Samples, epoch_order
+from hydra_pipe.training.pipeline import Pipeline
+from hydra_pipe.training.trainer import take_step
 
 # called with the number of the step, its loss and its samples
 AfterStep = Callable[[int, float, int], None]

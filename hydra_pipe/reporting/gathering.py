@@ -26,9 +26,9 @@ from hydra_pipe.units import format_bytes, resident_bytes
 from hydra_pipe.view import Run
 
 if TYPE_CHECKING:
-    from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.reporting.drawing import Drawn
     from hydra_pipe.reporting.inputs import Inputs, Predictions
+    from hydra_pipe.training.pipeline import Pipeline
 
 # what the page, its pictures and Matplotlib take beside what is planned
 _OVERHEAD_BYTES = 128 * 2**20

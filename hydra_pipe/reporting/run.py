@@ -17,9 +17,9 @@ from hydra_pipe.store.stages import REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
-    from hydra_pipe.recording.pipeline import Pipeline
     from hydra_pipe.reporting.content import Content
     from hydra_pipe.reporting.gathering import Gathering
+    from hydra_pipe.training.pipeline import Pipeline
 
 # facts: the evaluations that a report tells of, by stage; and why it shows no samples
 _EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"

@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.datasets import arguments
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.training.pipeline import Pipeline
 
 Values = dict[str, Tensor]
 

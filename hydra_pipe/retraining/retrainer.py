@@ -14,12 +14,12 @@ from torch.utils.data import TensorDataset
 
 from hydra_pipe.errors import PipelineError
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.recording.batches import Samples, epoch_order, test_batches
 from hydra_pipe.recording.datasets import Batch, on_device
 from hydra_pipe.recording.modes import evaluating
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.retraining.models import Models, Values
 from hydra_pipe.streams import Stream
+from hydra_pipe.training.batches import Samples, epoch_order, test_batches
+from hydra_pipe.training.pipeline import Pipeline
 
 # What the weighted losses of a batch are divided by: all of its samples, or the sum of their weights.
 MeanOver = Literal["batch", "weights"]

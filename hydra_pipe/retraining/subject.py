@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import PipelineError, RunError, UsageError, shown
 from hydra_pipe.loading import PipelineSource, load_pipeline
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.pipeline import Pipeline, described
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.retraining.models import Values
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
@@ -22,6 +21,7 @@ from hydra_pipe.store.relevance import Columns, columns_of, open_relevance, read
 from hydra_pipe.store.results import BY_LABEL, ITSELF, MEAN, ResultName
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.training.pipeline import Pipeline, described
 
 # Of the norm of the test losses, how far a retraining with all weights 1 may be from what was recorded: silently, and at all.
 SAME, SIMILAR = 1e-3, 0.05

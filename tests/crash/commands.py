@@ -25,7 +25,7 @@ EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
 PATIENCE_SECONDS = 500
 NAP_SECONDS = 0.002
 # before the fork, with whatever these need
-LOADED = ("cli.app", "recording.recorder", "recording.trainer", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
+LOADED = ("cli.app", "recording.recorder", "training.run", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
 LOADED += ("retraining.campaign", "store.verify", "probing", "cleaning.retraining", "reporting.page", "reporting.gathering")
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 

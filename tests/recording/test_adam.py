@@ -14,7 +14,7 @@ import hydra_pipe
 from hydra_pipe import OptimizerRule, Pipeline, Recorder, register_rule_of_optimizer
 from hydra_pipe.errors import OptimizerError
 from hydra_pipe.recording import optimizers
-from hydra_pipe.recording.batches import epoch_order
+from hydra_pipe.training.batches import epoch_order
 
 
 def adam_pipeline(kind: type[torch.optim.Optimizer], **changes: object) -> Pipeline:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.maths.fisher import FORMS, Form, saturation
-from hydra_pipe.recording.batches import epoch_order
+from hydra_pipe.training.batches import epoch_order
 
 RATE, MOMENTUM = 0.1, 0.8
 

@@ -18,7 +18,6 @@ from hydra_pipe.errors import BudgetError, RunError, UsageError
 from hydra_pipe.plan import geometry, solving
 from hydra_pipe.plan.solving import SolveInput
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.reduction import hydra, influence
 from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.reduction.request import Request
@@ -26,6 +25,7 @@ from hydra_pipe.reduction.weights import checkpoint_of_steps
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD, REDUCE
+from hydra_pipe.training.batches import epoch_order
 
 NEW = ("tracin", "grad-dot", "grad-cos", "influence", "self")
 

@@ -17,13 +17,13 @@ from torch.utils.data import TensorDataset
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
-from hydra_pipe.recording.batches import epoch_order
 from hydra_pipe.replay import engine, products
 from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store import pace, stage_runner
 from hydra_pipe.store.results import ResultName
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.training.batches import epoch_order
 
 N_TRAIN, N_TEST, BATCH, EPOCHS = 14, 5, 5, 3
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]

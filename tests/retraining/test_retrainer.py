@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, TensorDataset
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import PipelineError
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.recording.batches import Samples, epoch_order
 from hydra_pipe.retraining.retrainer import HIT, LOSS, Retrainer
+from hydra_pipe.training.batches import Samples, epoch_order
 
 Build = Callable[[], Pipeline]
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, InterruptedRunError, StoreError, UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.interruption import StopRequest
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.store.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
 from hydra_pipe.store.pace import is_due
+from hydra_pipe.training.interruption import StopRequest
+from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import parse_seconds
 
 VERSION = 1

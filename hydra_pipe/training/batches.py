@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.progress import Task
-from hydra_pipe.recording.checkpointing import Checkpoints
 from hydra_pipe.recording.datasets import Batch, Batches, batches_of
-from hydra_pipe.recording.pipeline import Pipeline
 from hydra_pipe.streams import Stream
+from hydra_pipe.training.checkpointing import Checkpoints
+from hydra_pipe.training.pipeline import Pipeline
 
 
 def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:

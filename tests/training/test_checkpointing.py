@@ -26,9 +26,9 @@ from hydra_pipe.cli.app import app
 from hydra_pipe.errors import InterruptedRunError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording import trainer
-from hydra_pipe.recording.checkpointing import Interval
-from hydra_pipe.recording.interruption import stop_requested
 from hydra_pipe.store.checkpoints import KEPT, checkpoints_in
+from hydra_pipe.training.checkpointing import Interval
+from hydra_pipe.training.interruption import stop_requested
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,1 @@
+"""Training a pipeline, with a recorder or without."""
