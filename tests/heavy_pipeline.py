@@ -1,7 +1,7 @@
 """A training that takes memory: 200,000 parameters, and a data set of 150 MiB, of which some samples are used."""
 
 import torch
-from conftest import cross_entropy
+from support.pipelines import cross_entropy
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 

@@ -146,7 +146,7 @@ class Run:
         if name == "reduce":
             options |= BUDGET
         if name == "probe":
-            from conftest import conv_pipeline, images  # torch takes memory, which is not to spare
+            from support.pipelines import conv_pipeline, images  # torch takes memory, which is not to spare
 
             options = {"dataset": images(3, 5), "name": PROBE, "pipeline": conv_pipeline(), "overwrite": True}
         calls = {

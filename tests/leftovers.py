@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from conftest import cross_entropy, mlp_pipeline
+from support.pipelines import cross_entropy, mlp_pipeline
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, conv_pipeline, images
 from numcodecs import blosc
+from support import ROOT
+from support.pipelines import conv_pipeline, images
 from typer.testing import CliRunner
 
 import hydra_pipe

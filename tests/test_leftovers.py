@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from conftest import conv_pipeline, cross_entropy, mlp_pipeline
 from leftovers import STRIKES, Blow, Rounds, Watching, small_files, standing, uncollected
+from support.pipelines import conv_pipeline, cross_entropy, mlp_pipeline
 from torch.utils.data import DataLoader
 
 import hydra_pipe

@@ -14,9 +14,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, conv_pipeline
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
+from support import ROOT
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

@@ -12,8 +12,8 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline
 from moto.server import ThreadedMotoServer
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

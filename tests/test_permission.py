@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import mlp_pipeline
+from support.pipelines import mlp_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, conv_pipeline, cross_entropy, images, killed_after, mlp_pipeline, relative_error
+from support import ROOT
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, cross_entropy, images, mlp_pipeline
+from support.processes import killed_after
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typer.testing import CliRunner

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import conv_pipeline, images, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import hessian_free_relevance, in_float64, one_by_one_gradients, record_by_loop
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, images
 from torch import nn
 from torch.utils.data import TensorDataset
 

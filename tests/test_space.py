@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

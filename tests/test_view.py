@@ -9,7 +9,7 @@ import pytest
 import torch
 import xarray
 import zarr
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, conv_pipeline, images, mlp_pipeline
+from support import ROOT
+from support.pipelines import conv_pipeline, images, mlp_pipeline
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 

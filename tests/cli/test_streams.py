@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 from torch.utils.data import TensorDataset
 
 import hydra_pipe
@@ -21,7 +21,7 @@ NAME = "漢字 ß"
 
 @pytest.fixture(scope="module")
 def recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import images, mlp_pipeline
+    from support.pipelines import images, mlp_pipeline
 
     run = tmp_path_factory.mktemp("streams") / NAME
     train, test = images(40, 1), images(9, 2)

@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, cross_entropy, forked, images
+from support import ROOT
+from support.pipelines import cross_entropy, images
+from support.processes import forked
 from torch import nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 
 import hydra_pipe
 from hydra_pipe.errors import BudgetError

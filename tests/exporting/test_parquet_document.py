@@ -13,7 +13,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from conftest import mlp_pipeline
+from support.pipelines import mlp_pipeline
 
 import hydra_pipe
 from hydra_pipe.plan import exporting as planning

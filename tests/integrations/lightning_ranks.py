@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from conftest import cross_entropy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_lightning import EXACT, TESTS, Killer, Net, StoppedError, fit, loader
+from support.pipelines import cross_entropy
 
 from hydra_pipe.integrations.lightning import HydraCallback
 

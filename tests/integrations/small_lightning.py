@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from conftest import conv_net, images
+from support.pipelines import conv_net, images
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader

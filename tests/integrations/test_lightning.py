@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from comparing import arrays, assert_same_run, assert_same_weights, steps_of
-from conftest import ROOT, cross_entropy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from small_lightning import EXACT, TESTS, TRAIN, GoingOn, Killer, Net, StoppedError, fit, loader, trainer
+from support import ROOT
+from support.pipelines import cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_

@@ -12,7 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from comparing import arrays, assert_same_run
-from conftest import ROOT, cross_entropy, images, mlp_pipeline
+from support import ROOT
+from support.pipelines import cross_entropy, images, mlp_pipeline
 from torch.utils.data import DataLoader
 
 import hydra_pipe

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparing import arrays, assert_same_run
-from conftest import ROOT
+from support import ROOT
 
 import hydra_pipe
 from hydra_pipe.store import names

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import ranks_worker
 import torch
-from conftest import cross_entropy
 from ranks_worker import ADAMW, SGD, TEST, TRAIN, Switched, X, Y, infinite, loop, mlp, plain, run_group, switched
+from support.pipelines import cross_entropy
 from test_state import make_files_small
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel

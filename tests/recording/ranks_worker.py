@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import conv_net, cross_entropy, images, mlp_pipeline
+from support.pipelines import conv_net, cross_entropy, images, mlp_pipeline
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset

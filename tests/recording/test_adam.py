@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import conv_net, conv_pipeline, cross_entropy, mlp_pipeline, relative_error
 from oracles import in_float64, one_by_one_gradients
+from support.compare import relative_error
+from support.pipelines import conv_net, conv_pipeline, cross_entropy, mlp_pipeline
 from torch import nn
 
 import hydra_pipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cross_entropy, images, mlp_pipeline
+from support.pipelines import cross_entropy, images, mlp_pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 

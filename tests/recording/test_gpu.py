@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, cross_entropy, mlp_pipeline
+from support.pipelines import conv_pipeline, cross_entropy, mlp_pipeline
 from test_recorder import decoded
 from torch import nn
 from torch.utils.data import TensorDataset

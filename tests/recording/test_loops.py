@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import conv_net, cross_entropy, images
+from support.pipelines import conv_net, cross_entropy, images
 from test_recorder import decoded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -18,9 +18,10 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from conftest import ROOT, cross_entropy
 from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked, as_rank
 from ranks_worker import CASES, GROUPS, N_STEPS, PROBED, TEST, UNEVEN, WORLD, Case, X, Y
+from support import ROOT
+from support.pipelines import cross_entropy
 from test_recorder import _decode
 from test_state import assert_same_run
 from test_track import arrays

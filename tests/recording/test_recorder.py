@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import conv_net, conv_pipeline, cross_entropy, mlp_pipeline
 from oracles import one_by_one_gradients
+from support.pipelines import conv_net, conv_pipeline, cross_entropy, mlp_pipeline
 from test_track import assert_same_arrays
 from torch import nn
 from torch.nn import functional as F

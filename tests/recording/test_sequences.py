@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cross_entropy
 from oracles import one_by_one_gradients
+from support.pipelines import cross_entropy
 from test_recorder import decoded
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

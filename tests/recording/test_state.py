@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import conv_net, cross_entropy, forked, images
+from support.pipelines import conv_net, cross_entropy, images
+from support.processes import forked
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import conv_net, cross_entropy, images
+from support.pipelines import conv_net, cross_entropy, images
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (

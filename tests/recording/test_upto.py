@@ -8,7 +8,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from conftest import conv_pipeline, relative_error
+from support.compare import relative_error
+from support.pipelines import conv_pipeline
 from test_checkpointing import killed
 from test_state import make_files_small
 

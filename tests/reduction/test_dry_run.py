@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 
 import hydra_pipe
 from hydra_pipe import api

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, mlp_pipeline, relative_error
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, mlp_pipeline
 from torch import nn
 
 import hydra_pipe

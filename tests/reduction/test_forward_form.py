@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import cross_entropy, images, relative_error
 from oracles import forward_relevance, in_float64, one_by_one_gradients, record_by_loop
+from support.compare import relative_error
+from support.pipelines import cross_entropy, images
 from torch import Tensor, nn
 
 import hydra_pipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import relative_error
+from support.compare import relative_error
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError
@@ -74,7 +74,7 @@ def test_more_than_one_file_and_chunk_are_kept_whole(
     run: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Rows in shards of eight, sums in files of four."""
-    from conftest import conv_pipeline
+    from support.pipelines import conv_pipeline
 
     monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 8)
     monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 4)
@@ -120,7 +120,7 @@ def test_a_pruned_run_keeps_no_hypergradients_again(run: Path) -> None:
 
 
 def test_a_new_recording_drops_what_was_kept(run: Path) -> None:
-    from conftest import conv_pipeline
+    from support.pipelines import conv_pipeline
 
     hydra_pipe.reduce(run, keep_hypergradients=True)
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float32", overwrite=True)

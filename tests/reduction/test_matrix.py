@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import conv_pipeline, relative_error
+from support.compare import relative_error
+from support.pipelines import conv_pipeline
 from test_fisher import InterruptedHereError, adamw, by_loop, in_blocks, interrupted_after, made_up, relevance
 from typer.testing import CliRunner
 

@@ -9,7 +9,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import conv_pipeline, mlp_pipeline, relative_error
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, mlp_pipeline
 from test_fisher import adamw, made_up, whole
 
 import hydra_pipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from conftest import relative_error
+from support.compare import relative_error
 
 import hydra_pipe
 from hydra_pipe.errors import RunError, StoreError, UsageError

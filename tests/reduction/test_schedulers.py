@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, conv_pipeline, images, relative_error
 from dask.delayed import delayed
 from distributed import Client
+from support import ROOT
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, images
 from test_relevance import oracle_relevance, read_relevance
 
 import hydra_pipe

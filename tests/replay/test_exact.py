@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, cross_entropy, images, relative_error
 from oracles import forward_relevance, one_by_one_gradients, record_by_loop
+from support.compare import relative_error
+from support.pipelines import conv_pipeline, cross_entropy, images
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, killed_after
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.pipelines import conv_pipeline
+from support.processes import killed_after
 from typer.testing import CliRunner
 
 import hydra_pipe
@@ -367,7 +368,7 @@ def _pretend_evaluation(run: Path) -> None:
 PIPELINE = """
 import pathlib
 pathlib.Path({mark!r}).touch()
-from conftest import conv_pipeline as pipeline  # as hydra_pipe users write it
+from support.pipelines import conv_pipeline as pipeline  # as hydra_pipe users write it
 """
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, conv_pipeline
+from support import ROOT
+from support.pipelines import conv_pipeline
 
 import hydra_pipe
 

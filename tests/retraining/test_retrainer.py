@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, cross_entropy, images, mlp_pipeline
+from support.pipelines import conv_pipeline, cross_entropy, images, mlp_pipeline
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 

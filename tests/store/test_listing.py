@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import conv_pipeline, images
+from support.pipelines import conv_pipeline, images
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import conv_pipeline, mlp_pipeline
+from support.pipelines import conv_pipeline, mlp_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe
@@ -28,7 +28,7 @@ from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import StageId
 
 PIPELINE = """
-from conftest import conv_pipeline
+from support.pipelines import conv_pipeline
 
 def pipeline(seed: int = 0):
     return conv_pipeline(epochs=2, seed=seed)

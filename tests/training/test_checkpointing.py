@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import conv_pipeline, cross_entropy, forked, images
+from support.pipelines import conv_pipeline, cross_entropy, images
+from support.processes import forked
 from test_state import contents, make_files_small, stages
 from torch import nn
 from torch.utils.data import Dataset
@@ -219,7 +220,7 @@ def _command(arguments: list[str], errors: Path) -> None:
 
 
 LONG = """
-from conftest import mlp_pipeline
+from support.pipelines import mlp_pipeline
 
 def pipeline():
     return mlp_pipeline(epochs=2000)
