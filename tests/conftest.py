@@ -8,44 +8,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.groups import SLOW, group_of
 from support.pipelines import conv_pipeline
 
 import hydra_pipe
 
-TESTS = Path(__file__).parent
-# Groups that take longest, measured in processor seconds, longest first: begun last, one of them would be waited for alone.
-LONGEST = (
-    "crash",
-    "browser",
-    "ranks",
-    "object stores",
-    "test_hostile_runs",
-    "site",
-    "memory",
-    "schedulers",
-    "notebook",
-    "spark",
-    "random models",
-)
-
 # a shell ignores it in what runs in the background, and then so do the commands that tests start to interrupt them
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def group_of(item: pytest.Item) -> str:
-    """The tests that one process of pytest-xdist runs: those of a group, or of a file."""
-    marker = item.get_closest_marker("xdist_group")
-    return str(marker.args[0]) if marker else item.path.stem
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let what the tests of a file share be made once, by one process; and begin with what takes longest."""
     for item in items:
+        group = group_of(item)
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(group_of(item), len(places)))
+            item.add_marker(pytest.mark.xdist_group(group))
+        if group in SLOW:
+            item.add_marker(pytest.mark.slow)
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(group_of(item), len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)

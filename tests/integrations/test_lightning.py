@@ -208,7 +208,6 @@ def test_a_training_that_was_killed_goes_on_from_the_trainers_checkpoint(tmp_pat
     assert len(arrays(tmp_path / "run")[names.SAMPLE]) == 3 * 26
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
     rows = rows_of_two("lightning_ranks.py", tmp_path, {"LOCAL_RANK": "RANK"}, NODE_RANK="0")
     assert samples_of_two(rows) == sorted([*range(26)] * 3)  # each once an epoch

@@ -43,7 +43,6 @@ def test_sentences_are_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8  # the texts of the test samples
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("script", "steps"), [("accelerated.py", 15), ("distributed.py", 30)])
 def test_two_processes_record_one_run(tmp_path: Path, script: str, steps: int) -> None:
     assert set(SCRIPTS) == {"accelerated.py", "distributed.py"}

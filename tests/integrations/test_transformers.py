@@ -157,7 +157,6 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
     assert_same_run(tmp_path / "last", tmp_path / "best")
 
 
-@pytest.mark.xdist_group("ranks")
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
     rows = rows_of_two("trainer_ranks.py", tmp_path, {"RANK": "RANK", "LOCAL_RANK": "RANK"}, WORLD_SIZE="2")
     assert samples_of_two(rows) == sorted([*range(32)] * 2)  # each once an epoch
