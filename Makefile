@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # of pyproject.toml; with spark too, the recipes of docs/parquet.md are run by Spark
 EXTRAS ?= dev
-PYTEST := $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: demo test quick lint types tests quick-tests docs clean
 

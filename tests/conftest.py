@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.groups import SLOW, group_of
 from support.pipelines import conv_pipeline
+from support.slow import SLOW
 
 import hydra_pipe
 
@@ -17,17 +17,19 @@ import hydra_pipe
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that `make quick` leaves out are not even imported: the trainers alone take ten seconds."""
+    return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let what the tests of a file share be made once, by one process; and begin with what takes longest."""
-    for item in items:
-        group = group_of(item)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
-        if group in SLOW:
-            item.add_marker(pytest.mark.slow)
+    """Begin with the files that take longest. One process runs a whole file, so that what its tests share is made once."""
     places = {name: place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: places.get(group_of(item), len(SLOW)))
+    for item in items:
+        if item.path.stem in places:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)

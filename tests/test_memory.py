@@ -23,7 +23,6 @@ from hydra_pipe.store.writing import GradientsWriter
 from hydra_pipe.units import parse_bytes
 
 PIPELINE = str(Path(__file__).with_name("heavy_pipeline.py"))
-pytestmark = pytest.mark.xdist_group("memory")  # one process of pytest-xdist, so that each recording is made once
 
 
 def random_rows(n: int, width: int, seed: int) -> NDArray[np.float16]:

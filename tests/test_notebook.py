@@ -31,7 +31,6 @@ from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD, REDUCE
 
 N_TRAIN, N_TEST = 60, 90  # two chunks of test samples
-pytestmark = pytest.mark.xdist_group("notebook")  # begun with the other groups, so that the tutorial does not begin last
 
 
 @pytest.fixture(scope="module")

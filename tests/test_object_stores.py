@@ -26,7 +26,6 @@ from hydra_pipe.store.stages import EXPORT, KEEP, RECORD
 
 BUCKET = "hydra-pipe-tests"
 pytestmark = [
-    pytest.mark.xdist_group("object stores"),
     # botocore's and aiohttp's own
     pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

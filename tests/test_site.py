@@ -19,8 +19,6 @@ DOCS = ROOT / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
 MIGRATING = ("bergson", "captum", "dattri", "dattri-llm", "kronfluence", "logix", "trak")
 EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md", *(f"migrating/{peer}.md" for peer in MIGRATING))
-# one process of pytest-xdist, so that the site is built once; groups begin first, so that nothing long begins last
-of_site = pytest.mark.xdist_group("site")
 
 
 class Page(HTMLParser):
@@ -71,7 +69,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "html"
 
 
-@of_site
 def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
     sections = Page(site / "reference" / "commands.html").sections
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -85,7 +82,6 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
                 assert re.search(rf"^{re.escape(option)}( |:|/|$)", said, flags=re.MULTILINE), (name, option)
 
 
-@of_site
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     ids = Page(site / "reference" / "python.html").ids
     callbacks = (ROOT / "hydra_pipe" / "integrations").glob("*.py")
@@ -100,7 +96,6 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
             assert {f"hydra_pipe.{name}.{m}" for m in members} <= ids, name
 
 
-@of_site
 def test_every_page_is_reached_from_the_first(site: Path) -> None:
     first = (site / "index.html").read_text()
     for page in [*DOCS.glob("*.md"), *DOCS.glob("migrating/*.md")]:
@@ -119,7 +114,6 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     assert any(path.name == "run.json" for path in tmp_path.rglob("run.json"))
 
 
-@of_site
 def test_a_newcomer_can_follow_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(DOCS.parent / "pipelines")

@@ -16,10 +16,7 @@ from stages import ALL, LATER, STAGES
 
 import hydra_pipe
 
-pytestmark = [
-    pytest.mark.xdist_group("crash"),
-    pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not())),
-]
+pytestmark = pytest.mark.skipif(shim.why_not() is not None, reason=str(shim.why_not()))
 KILLS = ("kill", "short-kill", "kill-after")
 FAULTS = ("enospc", "eio", "short", "enospc for good")
 Struck = tuple[shim.Call, str]

@@ -28,8 +28,6 @@ SECTIONS = {
 TOOLS = ["DuckDB", "Polars", "pandas", "PyArrow", "Spark"]
 QUESTIONS = ["most harmful", "top of a test", "own metadata", "pairs of classes", "methods", "every pair"]
 Rows = list[tuple[Any, ...]]
-# one process of pytest-xdist, so that Spark is started once
-pytestmark = pytest.mark.xdist_group("spark")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from comparing import arrays, assert_same_run, assert_same_weights, steps_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from small_lightning import EXACT, TESTS, TRAIN, GoingOn, Killer, Net, StoppedError, fit, loader, trainer
 from support import ROOT
 from support.pipelines import cross_entropy
+from support.recordings import arrays, assert_same_arrays, assert_same_weights, steps_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -115,7 +115,7 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_pa
     looped = make()
     plain_recording(tmp_path / "loop", looped, tmp_path / "run", witness.states, accumulate, clip, "bf16-mixed" in options.values())
     assert_same_weights(recorded, looped)
-    assert_same_run(tmp_path / "run", tmp_path / "loop")
+    assert_same_arrays(tmp_path / "run", tmp_path / "loop")
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -189,7 +189,7 @@ def test_a_module_that_calls_the_network_it_holds_is_recorded_as_one_that_calls_
     for make in (Net, Held):
         fit(make(dropout=0.0), HydraCallback(tmp_path / make.__name__, TESTS, cross_entropy, **EXACT))
     assert np.isfinite(arrays(tmp_path / "Held")[names.CURVATURE]).all()
-    assert_same_run(tmp_path / "Net", tmp_path / "Held")
+    assert_same_arrays(tmp_path / "Net", tmp_path / "Held")
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -204,7 +204,7 @@ def test_a_training_that_was_killed_goes_on_from_the_trainers_checkpoint(tmp_pat
         run("run", Killer(12))
     resumed = run("run", resume=tmp_path / "run-out" / "step=9.ckpt")  # the third batch of the second epoch
     assert_same_weights(whole, resumed)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_arrays(tmp_path / "whole", tmp_path / "run")
     assert len(arrays(tmp_path / "run")[names.SAMPLE]) == 3 * 26
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from comparing import arrays, assert_same_run
 from support import ROOT
 from support.pipelines import cross_entropy, images, mlp_pipeline
+from support.recordings import arrays, assert_same_arrays
 from torch.utils.data import DataLoader
 
 import hydra_pipe
@@ -88,5 +88,5 @@ def test_a_prepared_loader_names_its_samples(tmp_path: Path, options: dict[str, 
         weights.append([p.detach().clone() for p in model.parameters()])
     for others in weights[1:]:
         assert all(torch.equal(a, b) for a, b in zip(weights[0], others, strict=True))
-    assert_same_run(tmp_path / "named", tmp_path / "tracked")
+    assert_same_arrays(tmp_path / "named", tmp_path / "tracked")
     assert len(arrays(tmp_path / "tracked")[names.SAMPLE]) == (56 if "drop_last" in options else 60)

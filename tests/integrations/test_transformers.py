@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comparing import arrays, assert_same_run, assert_same_weights, steps_of
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from small_trainers import (
@@ -25,6 +24,7 @@ from small_trainers import (
     texts,
     trainer,
 )
+from support.recordings import arrays, assert_same_arrays, assert_same_weights, steps_of
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
@@ -107,7 +107,7 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_pa
 
     plain_recording(tmp_path / "loop", looped, train, tests, tmp_path / "other", tmp_path / "run", witness.states)
     assert_same_weights(recorded, looped)
-    assert_same_run(tmp_path / "run", tmp_path / "loop")
+    assert_same_arrays(tmp_path / "run", tmp_path / "loop")
     relevances = []
     for run in (tmp_path / "run", tmp_path / "loop"):
         hydra_pipe.reduce(run)
@@ -139,7 +139,7 @@ def test_a_training_that_was_stopped_goes_on_from_the_trainers_checkpoint(
     last = tmp_path / "run-out" / f"checkpoint-{options.get('save_steps', 3) * (stop // options.get('save_steps', 3))}"
     resumed = record(tmp_path, "run", train, resume=last, **options)
     assert_same_weights(whole, resumed)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_arrays(tmp_path / "whole", tmp_path / "run")
     assert hydra_pipe.verify(tmp_path / "run") == []
 
 
@@ -154,7 +154,7 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
         made.train()
     assert_same_weights(models["plain"], models["last"])
     # of the last step's parameters, whatever the trainer puts into the model afterwards
-    assert_same_run(tmp_path / "last", tmp_path / "best")
+    assert_same_arrays(tmp_path / "last", tmp_path / "best")
 
 
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> No
         ("datasets", dataset(32, 0), dataset(5, 1)),
     ):
         trainer(tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / name, tests, **EXACT)]).train()
-    assert_same_run(tmp_path / "lists", tmp_path / "datasets")
+    assert_same_arrays(tmp_path / "lists", tmp_path / "datasets")
 
 
 class Augmented(list[Any]):

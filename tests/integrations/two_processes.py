@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparing import arrays, assert_same_run
 from support import ROOT
+from support.recordings import arrays, assert_same_arrays
 
 import hydra_pipe
 from hydra_pipe.store import names
@@ -52,7 +52,7 @@ def rows_of_two(script: str, directory: Path, of_rank: Mapping[str, str], **of_b
     for name in ("whole", "run"):
         for found in (one[name], two[name]):
             assert all(torch.equal(value, one["plain"][key]) for key, value in found.items())
-    assert_same_run(directory / "whole", directory / "run")
+    assert_same_arrays(directory / "whole", directory / "run")
     assert hydra_pipe.verify(directory / "run") == []
     rows = arrays(directory / "run")
     assert np.isfinite(rows[f"{names.STEPS}/{names.LOSS}"]).all()

@@ -11,7 +11,7 @@ import ranks_worker
 import torch
 from ranks_worker import ADAMW, SGD, TEST, TRAIN, Switched, X, Y, infinite, loop, mlp, plain, run_group, switched
 from support.pipelines import cross_entropy
-from test_state import make_files_small
+from support.small_files import make_files_small
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import rows_in_context
-from test_recorder import decoded
+from support.recordings import decoded
 from torch import Tensor, nn
 from torch.nn import functional as F
 

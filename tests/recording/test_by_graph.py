@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import rows_in_context
-from test_recorder import decoded
+from support.recordings import decoded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.pipelines import conv_pipeline, cross_entropy, mlp_pipeline
-from test_recorder import decoded
+from support.recordings import decoded
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.pipelines import conv_net, cross_entropy, images
-from test_recorder import decoded
+from support.recordings import decoded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

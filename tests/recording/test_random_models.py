@@ -5,8 +5,6 @@ import pytest
 import random_models
 from random_models import BAD, MIXING, RECORDED, Case, Outcome, case_of, run
 
-pytestmark = pytest.mark.xdist_group("random models")  # the cases are run once, for both tests
-
 SEEDS = range(100)
 # of the cases in which samples do not meet, that are recorded
 LEAST_RECORDED = 0.8

@@ -22,9 +22,7 @@ from ranks_tracked import CLEARED, EPOCHS, KEPT, OVERFLOWED, TRACKED, Tracked, a
 from ranks_worker import CASES, GROUPS, N_STEPS, PROBED, TEST, UNEVEN, WORLD, Case, X, Y
 from support import ROOT
 from support.pipelines import cross_entropy
-from test_recorder import _decode
-from test_state import assert_same_run
-from test_track import arrays
+from support.recordings import arrays, assert_same_run, decoded_group
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -34,7 +32,6 @@ from hydra_pipe.cli.app import app
 from hydra_pipe.store import names
 
 SECONDS = 240
-pytestmark = pytest.mark.xdist_group("ranks")  # one process of pytest-xdist, so that each group is spawned once
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +109,7 @@ def scaled_rows(run: Path) -> dict[str, np.ndarray]:
     steps, samples = (np.concatenate([part[name][:] for part in parts]) for name in ("step", "sample"))
     scale = store["steps/gradient_scale"][:][steps]
     order = np.lexsort((samples, steps))
-    decoded = [_decode(store, part, slice(None)) for part in parts]
+    decoded = [decoded_group(store, part, slice(None)) for part in parts]
     rows = {name: np.concatenate([d[name] for d in decoded]) * scale[:, None] for name in decoded[0]}
     return {name: values[order] for name, values in rows.items()} | {"(step, sample)": np.stack([steps, samples], 1)[order]}
 

@@ -12,7 +12,7 @@ import torch
 import zarr
 from oracles import one_by_one_gradients
 from support.pipelines import conv_net, conv_pipeline, cross_entropy, mlp_pipeline
-from test_track import assert_same_arrays
+from support.recordings import assert_same_arrays, decoded, decoded_tests
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,29 +34,6 @@ from hydra_pipe.recording import optimizers
 from hydra_pipe.store.appender import Appender
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.names import TEST_LABELS, TRAIN_LABELS
-
-
-def decoded(run: Path, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-    """Every block's gradients, written out: (row, numel), from what is on disk and docs/format.md alone."""
-    store = zarr.open_group(run / "gradients.zarr", mode="r")
-    return _decode(store, store, rows)
-
-
-def decoded_tests(run: Path) -> dict[str, np.ndarray]:
-    store = zarr.open_group(run / "gradients.zarr", mode="r")
-    (checkpoint,) = store["test"].group_keys()
-    return _decode(store, store[f"test/{checkpoint}"], slice(None))
-
-
-def _decode(store: zarr.Group, group: zarr.Group, rows: slice) -> dict[str, np.ndarray]:
-    values, scale = group["gradient"][rows].astype(np.float64), group["scale"][rows].astype(np.float64)
-    result = {}
-    for index, block in enumerate(store.attrs["hydra_pipe_blocks"]["blocks"]):
-        own = values[:, slice(*block["columns"])]
-        if block["inputs"] is not None:
-            own = np.einsum("ro,ri->roi", own, values[:, slice(*block["inputs"])]).reshape(len(own), -1)
-        result[block["name"]] = own * scale[:, index, None]
-    return result
 
 
 class Mixed(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import one_by_one_gradients
 from support.pipelines import cross_entropy
-from test_recorder import decoded
+from support.recordings import decoded
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

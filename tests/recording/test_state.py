@@ -11,15 +11,16 @@ import pytest
 import torch
 from support.pipelines import conv_net, cross_entropy, images
 from support.processes import forked
+from support.recordings import assert_same_run, contents
+from support.small_files import make_files_small
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import BooksError, HydraError, RecordError, RunError, StoreError
-from hydra_pipe.plan import geometry
 from hydra_pipe.recording import slab
-from hydra_pipe.store import gradients, writing
+from hydra_pipe.store import gradients
 
 N_SAMPLES, BATCH, EPOCHS, EVERY = 22, 8, 7, 3
 TRAIN, TEST = images(N_SAMPLES, 1), images(5, 2)
@@ -48,13 +49,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[str(options)]
 
     return of
-
-
-def make_files_small(put: Callable[[object, str, object], None]) -> None:
-    """A shard of rows ends every second step, one of steps every fourth, and every second step is written."""
-    put(geometry, "MAX_SHARD_ROWS", 2 * BATCH)
-    put(writing, "STEP_SHARD_ROWS", 4)
-    put(slab, "SLAB_STEPS", 2)
 
 
 def train(
@@ -108,29 +102,6 @@ def killed(run: Path, checkpoint: Path, **options: object) -> None:
     process = forked(train, run, checkpoint, **options)
     process.join()
     assert process.exitcode == 7
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the store, without the id that each run has of its own."""
-    store = run / "gradients.zarr"
-    run_id = json.loads((run / "run.json").read_text())["run_id"].encode()
-    return {str(f.relative_to(store)): f.read_bytes().replace(run_id, b"ID") for f in store.rglob("*") if f.is_file()}
-
-
-def stages(run: Path) -> dict[str, object]:
-    """What the manifest says, without what is of the disk and not of the recording, and without the digest of the run's id."""
-    found = json.loads((run / "run.json").read_text())["stages"]
-    for fact in ("stalls", "stalled_seconds", "checksums"):
-        found["record"]["facts"].pop(fact, None)
-    return found
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    ours, others = contents(a), contents(b)
-    assert sorted(ours) == sorted(others)
-    assert [name for name in ours if ours[name] != others[name]] == []
-    assert stages(a) == stages(b)
-    assert hydra_pipe.verify(a) == []
 
 
 CASES = [

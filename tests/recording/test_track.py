@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from support.pipelines import conv_net, cross_entropy, images
+from support.recordings import arrays, assert_same_arrays, assert_same_weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (
@@ -57,23 +57,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def tracking(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **options: object) -> Recorder:
     return Recorder(model, optimizer, run, n_samples=N_SAMPLES, **({"encoding": "exact", "dtype": "float32"} | options))
-
-
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    store = zarr.open_group(run / "gradients.zarr", mode="r")
-    return {name: found[:] for name, found in store.members(max_depth=None) if isinstance(found, zarr.Array)}
-
-
-def assert_same_arrays(a: Path, b: Path) -> None:
-    ours, others = arrays(a), arrays(b)
-    assert ours.keys() == others.keys()
-    for name, values in ours.items():
-        assert values.tobytes() == others[name].tobytes(), name
-
-
-def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
-    for (name, ours), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 def groups_of(loader: Iterator, size: int) -> Iterator[list]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from support.compare import relative_error
 from support.pipelines import conv_pipeline
+from support.small_files import make_files_small
 from test_checkpointing import killed
-from test_state import make_files_small
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError, UsageError

@@ -37,8 +37,6 @@ from hydra_pipe.reduction.executors import distributed
 from hydra_pipe.store import relevance
 from hydra_pipe.store.probes import WhichTests
 
-# one process starts the clusters, once
-pytestmark = pytest.mark.xdist_group("schedulers")
 ORDERS = ("score first", "fold first")
 PATIENCE = 60.0
 

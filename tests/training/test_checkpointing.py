@@ -17,7 +17,8 @@ import pytest
 import torch
 from support.pipelines import conv_pipeline, cross_entropy, images
 from support.processes import forked
-from test_state import contents, make_files_small, stages
+from support.recordings import contents, stages
+from support.small_files import make_files_small
 from torch import nn
 from torch.utils.data import Dataset
 

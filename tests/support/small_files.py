@@ -1,0 +1,14 @@
+"""Files so small that a recording of a moment has several of each array."""
+
+from collections.abc import Callable
+
+from hydra_pipe.plan import geometry
+from hydra_pipe.recording import slab
+from hydra_pipe.store import writing
+
+
+def make_files_small(put: Callable[[object, str, object], None]) -> None:
+    """A shard of rows ends every second step of 8 rows, one of steps every fourth, and every second step is written."""
+    put(geometry, "MAX_SHARD_ROWS", 16)
+    put(writing, "STEP_SHARD_ROWS", 4)
+    put(slab, "SLAB_STEPS", 2)
