@@ -15,7 +15,6 @@ CHECKSUMS: Final = "checksums"
 LOCKS: Final = "locks"
 # of result "hydra"; of others report-RESULT.html
 REPORT: Final = "report.html"
-DEFAULT_RESULT: Final = "hydra"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"
 PROBES: Final = "probes"

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Self
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.store import commands, names
 from hydra_pipe.store.parsing import is_count, is_plain
-from hydra_pipe.store.results import GROUPINGS, ResultName
+from hydra_pipe.store.results import DEFAULT_METHOD, GROUPINGS, ResultName
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -131,12 +131,12 @@ class StageId:
         Raises:
             ValueError: no stage can be called so, for its name becomes that of files.
         """
-        word, *others = words.split(" ")
+        word, *rest = words.split(" ")
         kind = next((kind for kind in KINDS if kind.word == word), None)
-        is_named = [] if kind is RECORD.kind else [True]
-        if not all(map(is_plain, (word, *others))) or (kind is not None and [bool(name) for name in others] != is_named):
+        n_more = len(rest) if kind is None else 0 if kind is RECORD.kind else 1
+        if len(rest) != n_more or not all(map(is_plain, (word, *rest))):
             raise ValueError(f"a stage called {shown(words)}")
-        return None if kind is None else cls(kind, "".join(others))
+        return None if kind is None else cls(kind, "".join(rest))
 
     @property
     def area(self) -> str:
@@ -297,7 +297,7 @@ REPORT: Final = StageKind(
     noun="report",
     damaged="the report cannot be trusted: write it again with {again} --overwrite",
     holds=Holds.FILE,
-    area=lambda result: names.REPORT if result == names.DEFAULT_RESULT else names.REPORT.replace(".", f"-{result}."),
+    area=lambda result: names.REPORT if result == DEFAULT_METHOD else names.REPORT.replace(".", f"-{result}."),
     command=_by(commands.reporting),
     made_from=REDUCE,
 )
