@@ -1,6 +1,12 @@
 """Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data."""
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError(
+        "hydra-pipe runs on Linux and macOS: the locks of a run need a POSIX system. On Windows use the Windows Subsystem for Linux"
+    )
 
 if TYPE_CHECKING:
     from hydra_pipe.api import prune, record, reduce, verify

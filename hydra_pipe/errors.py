@@ -44,7 +44,9 @@ class ExtraError(HydraError, ModuleNotFoundError):
 _EXTRAS = {
     "PIL": "report",
     "accelerate": "transformers",
+    "distributed": "cluster",
     "gcsfs": "gcs",
+    "jinja2": "report",
     "lightning": "lightning",
     "matplotlib": "plots",
     "pandas": "notebook",

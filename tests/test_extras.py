@@ -7,6 +7,7 @@ import pytest
 
 from hydra_pipe.errors import ExtraError, HydraError, UserCodeError, extra_of
 from hydra_pipe.loading import load_pipeline
+from hydra_pipe.reduction.executors import executor_of
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -34,6 +35,13 @@ def test_a_pipeline_whose_package_is_missing_names_the_extra(
     (tmp_path / "mine.py").write_text(f"import {package}\n")
     with pytest.raises(UserCodeError, match=rf"pip install 'hydra-pipe\[{extra}\]'"):
         load_pipeline(str(tmp_path / "mine.py"))
+
+
+def test_worker_processes_without_distributed_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "distributed")
+    monkeypatch.delitem(sys.modules, "hydra_pipe.reduction.executors.distributed", raising=False)
+    with pytest.raises(ExtraError, match=r"--scheduler processes cannot be used .*pip install 'hydra-pipe\[cluster\]'"):
+        executor_of("processes")
 
 
 def test_a_package_that_no_extra_has_is_named_alone(tmp_path: Path) -> None:

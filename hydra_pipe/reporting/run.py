@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # facts: the evaluations that a report tells of, by stage; and why it shows no samples
 _EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"
 # packages of the extra "report", as they are imported
-_NEEDED = ("matplotlib", "PIL")
+_NEEDED = ("jinja2", "matplotlib", "PIL")
 
 
 def report_run(
@@ -81,7 +81,9 @@ def report_run(
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise UsageError(f"a report needs Matplotlib and Pillow, and there is no {missing[0]}: pip install 'hydra-pipe[report]'")
+        raise UsageError(
+            f"a report needs Jinja2, Matplotlib and Pillow, and there is no {missing[0]}: pip install 'hydra-pipe[report]'"
+        )
     directory = RunDirectory.open(run)
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     source = Source.open(directory, method)

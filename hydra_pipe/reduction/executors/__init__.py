@@ -3,7 +3,7 @@
 import os
 import re
 
-from hydra_pipe.errors import UsageError
+from hydra_pipe.errors import UsageError, missing_extra
 from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.executors.local import InProcess
 
@@ -12,7 +12,12 @@ _ADDRESS = re.compile(r"([a-z]+://)?[^\s/]+:\d{1,5}/?")
 
 
 def executor_of(text: str) -> Scheduler:
-    """The executor that `--scheduler` names. Connects to nothing yet. Raises: UsageError: it names none."""
+    """The executor that `--scheduler` names. Connects to nothing yet.
+
+    Raises:
+        UsageError: `text` names no executor.
+        ExtraError: the package `distributed` is missing.
+    """
     if text == "threads":
         return InProcess(n_cores())
     if text == "synchronous":
@@ -28,7 +33,10 @@ def executor_of(text: str) -> Scheduler:
             f"scheduler, such as tcp://host:8786"
         )
     # distributed takes most of a second to import
-    from hydra_pipe.reduction.executors.distributed import ClusterAt, ClusterHere
+    try:
+        from hydra_pipe.reduction.executors.distributed import ClusterAt, ClusterHere
+    except ImportError as error:
+        raise missing_extra(f"--scheduler {text}", "cluster", error) from error
 
     return ClusterHere(n_cores()) if text == "processes" else ClusterAt(text.rstrip("/"))
 
