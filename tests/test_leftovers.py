@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 import hydra_pipe
 from hydra_pipe.plan.reduction import Reading
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.recording import batches
 from hydra_pipe.reduction import hydra, influence, steps
 from hydra_pipe.reduction.executors.distributed import ClusterHere
 from hydra_pipe.retraining import retrainer
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.streams import Stream
+from hydra_pipe.training import batches
 
 PACKAGE = Path(hydra_pipe.__file__).parent
 LEFT_TO_THE_COLLECTOR = ("__del__", "finalize", "WeakValueDictionary", "WeakKeyDictionary", "WeakSet")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from support.compare import relative_error
 from support.pipelines import conv_pipeline
+from support.processes import record_and_die
 from support.small_files import make_files_small
-from test_checkpointing import killed
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError, UsageError
@@ -111,7 +111,7 @@ def test_readers_beside_a_recording_see_the_steps_that_are_safe(tmp_path: Path, 
 def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = {"test_every": "2", "checkpoint_every": "4"}
-    killed(7, lambda: constant(3), run, **options)
+    record_and_die(7, lambda: constant(3), run, **options)
     for step in (4, 6):
         hydra_pipe.reduce(run, upto=step)
         hydra_pipe.export(run, method=f"hydra-upto-{step}")
@@ -122,7 +122,7 @@ def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_pa
 
 
 def test_of_a_recording_that_was_killed_before_anything_was_safe_nothing_is_read(tmp_path: Path) -> None:
-    killed(2, lambda: constant(3), tmp_path / "run", test_every="epoch")
+    record_and_die(2, lambda: constant(3), tmp_path / "run", test_every="epoch")
     with pytest.raises(RunError, match="no step is committed yet: wait for the first checkpoint or test gradients"):
         hydra_pipe.reduce(tmp_path / "run", upto=STEPS)
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
 )
 def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[str, object]) -> None:
     run = tmp_path / "run"
-    killed(7, lambda: constant(3), run, test_every="epoch")
+    record_and_die(7, lambda: constant(3), run, test_every="epoch")
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["committed"] |= damage
     directory.save(RECORD)

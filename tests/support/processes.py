@@ -1,12 +1,18 @@
 """Other processes, and work that is cut short."""
 
 import multiprocessing
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import hydra_pipe
+from hydra_pipe import Pipeline
 from hydra_pipe.store.files import remove
+from hydra_pipe.training import trainer
 
 
 def forked(target: Callable[..., object], *args: object, **options: object) -> BaseProcess:
@@ -17,6 +23,27 @@ def forked(target: Callable[..., object], *args: object, **options: object) -> B
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         process.start()
     return process
+
+
+def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dict[str, Any]) -> None:
+    real, steps = trainer.take_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> float:
+        nonlocal steps
+        steps += 1
+        if steps > kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    trainer.take_step = step  # type: ignore[assignment]
+    hydra_pipe.record(build(), run, **options)
+
+
+def record_and_die(kill_at: int, build: Callable[[], Pipeline], run: Path, **options: Any) -> None:
+    """Record in a process of its own, which is killed before its step `kill_at`."""
+    process = forked(_die_at, kill_at, build, run, options)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def killed_after(n: int) -> Callable[[Path], None]:

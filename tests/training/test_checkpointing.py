@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.pipelines import conv_pipeline, cross_entropy, images
-from support.processes import forked
+from support.processes import forked, record_and_die
 from support.recordings import contents, stages
 from support.small_files import make_files_small
 from torch import nn
@@ -27,8 +27,8 @@ from hydra_pipe import Pipeline
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import InterruptedRunError, UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording import trainer
 from hydra_pipe.store.checkpoints import KEPT, checkpoints_in
+from hydra_pipe.training import trainer
 from hydra_pipe.training.checkpointing import Interval
 from hydra_pipe.training.interruption import stop_requested
 
@@ -78,27 +78,6 @@ BUILDERS: dict[str, Callable[[], Pipeline]] = {
 }
 
 
-def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dict[str, Any]) -> None:
-    """Record in a process of its own, which dies before step `kill_at` of it."""
-    real, steps = trainer.take_step, 0
-
-    def step(*args: Any, **kwargs: Any) -> float:
-        nonlocal steps
-        steps += 1
-        if steps > kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-
-    trainer.take_step = step  # type: ignore[assignment]
-    hydra_pipe.record(build(), run, **options)
-
-
-def killed(kill_at: int, build: Callable[[], Pipeline], run: Path, **options: Any) -> None:
-    process = forked(_die_at, kill_at, build, run, options)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 def facts(run: Path) -> object:
     found = stages(run)
     for name in ("train_seconds", "test_seconds", "checkpoint_seconds"):
@@ -121,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path:
     build = BUILDERS[name]
     hydra_pipe.record(build(), tmp_path / "whole")
     for kill_at in (4, 3, 5):
-        killed(kill_at, build, tmp_path / "run", checkpoint_every="2")
+        record_and_die(kill_at, build, tmp_path / "run", checkpoint_every="2")
     assert len(checkpoints_in(tmp_path / "run" / "checkpoints")) == KEPT
     hydra_pipe.record(build(), tmp_path / "run", checkpoint_every="3")
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -134,7 +113,7 @@ def test_gradients_taken_on_the_way_are_the_same_after_a_kill(tmp_path: Path, ev
     expected = {"epoch": [3, 6, 9, 12, 15], "2": [2, 4, 6, 8, 10, 12, 14, 15]}
     assert hydra_pipe.open_run(tmp_path / "whole").gradients.test_steps() == expected[every]
     for kill_at in (4, 3, 5):
-        killed(kill_at, build, tmp_path / "run", checkpoint_every="3", test_every=every)
+        record_and_die(kill_at, build, tmp_path / "run", checkpoint_every="3", test_every=every)
     hydra_pipe.record(build(), tmp_path / "run", checkpoint_every="1", test_every=every)
     assert_same(tmp_path / "run", tmp_path / "whole")
 
@@ -156,12 +135,12 @@ class Said(Progress):
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another run"])
 def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "whole")
-    killed(11, conv_pipeline, tmp_path / "run", checkpoint_every="2")
+    record_and_die(11, conv_pipeline, tmp_path / "run", checkpoint_every="2")
     newest, before, *_ = checkpoints_in(tmp_path / "run" / "checkpoints")
     content = bytearray(newest.path.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "of another run":
-        killed(11, conv_pipeline, tmp_path / "other", checkpoint_every="2")
+        record_and_die(11, conv_pipeline, tmp_path / "other", checkpoint_every="2")
         newest.path.unlink()
         other = checkpoints_in(tmp_path / "other" / "checkpoints")[0].path
         (newest.path.parent / other.name).write_bytes(other.read_bytes())
@@ -176,13 +155,13 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, d
 
 def test_a_run_without_checkpoints_starts_again(tmp_path: Path) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "whole")
-    killed(7, conv_pipeline, tmp_path / "run")
+    record_and_die(7, conv_pipeline, tmp_path / "run")
     hydra_pipe.record(conv_pipeline(), tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_overwriting_does_not_go_on(tmp_path: Path) -> None:
-    killed(7, conv_pipeline, tmp_path / "run", checkpoint_every="2")
+    record_and_die(7, conv_pipeline, tmp_path / "run", checkpoint_every="2")
     said = Said()
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", overwrite=True, progress=said)
     assert not any("going on" in line for line in said.lines)
