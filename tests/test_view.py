@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,8 @@ from hydra_pipe.units import format_bytes
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("view") / "run"
-    hydra_pipe.record(conv_pipeline(), run)
+def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Callable[..., Path]) -> Path:
+    run = Path(shutil.copytree(recorded(), tmp_path_factory.mktemp("view") / "run"))
     hydra_pipe.reduce(run)
     hydra_pipe.export(run)
     return run

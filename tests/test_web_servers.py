@@ -2,8 +2,9 @@
 
 import functools
 import http.server
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,9 +45,8 @@ def served(directory: Path, handler: type[Quiet] = Quiet) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("web") / "run"
-    hydra_pipe.record(conv_pipeline(), run)
+def made(tmp_path_factory: pytest.TempPathFactory, recorded: Callable[..., Path]) -> Path:
+    run = Path(shutil.copytree(recorded(), tmp_path_factory.mktemp("web") / "run"))
     hydra_pipe.reduce(run)
     hydra_pipe.export(run)
     return run

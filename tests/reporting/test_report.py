@@ -47,9 +47,8 @@ class Saying(Progress):
 
 
 @pytest.fixture(scope="module")
-def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("report") / "run"
-    hydra_pipe.record(conv_pipeline(), run)
+def reduced(tmp_path_factory: pytest.TempPathFactory, recorded: Callable[..., Path]) -> Path:
+    run = Path(shutil.copytree(recorded(), tmp_path_factory.mktemp("report") / "run"))
     hydra_pipe.reduce(run)
     return run
 
