@@ -541,4 +541,5 @@ class Recorder:
 
     def _release(self) -> None:
         self._loop.begin_end()
+        self._pending.begin_anew()  # the room for rows is large, and who keeps the recorder has no use for it
         self._output.close()
