@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "crash"))
 
 import shim
 import stages
-from harness import KILLED, Commands, Ended, contents, differences, leftovers
+from harness import KILLED, Commands, Ended, commands_for, contents, differences, leftovers
 
 import hydra_pipe
 
@@ -236,7 +236,7 @@ def main() -> None:
         sys.exit(f"--only {', '.join(unknown)}: choose of {', '.join(table)}")
     with (
         tempfile.TemporaryDirectory(dir=options.scratch, prefix="hydra-pipe-crash-") as directory,
-        Commands(small=options.tiny) as commands,
+        commands_for(1, small=options.tiny) as [commands],
     ):
         bench = Bench(commands, table, names, Path(directory))
         bench.uninterrupted()

@@ -1,8 +1,8 @@
 """Runs hydra-pipe's commands one after the other, each in a process of its own that is forked from here: so torch is loaded once.
 
-Used as a program: a job in JSON a line on its standard input, and the exit code of each on its standard output (negative: the
-signal that ended it). With the argument "small" files, chunks and passes are so small that a tiny run has several of each. The
-state of long work is kept all the time.
+Used as a program: its arguments are pairs of pipes. It reads jobs from the first of a pair, one a line in JSON, and writes the exit
+code of each to the second (negative: the signal that ended it). With the argument "small" files, chunks and passes are so small
+that a tiny run has several of each. The state of long work is kept all the time.
 """
 
 import atexit
@@ -19,7 +19,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
 PATIENCE_SECONDS = 500
@@ -150,7 +150,8 @@ def load(modules: list[str]) -> None:
                 importlib.import_module(name)
 
 
-def serve(*, small: bool) -> None:
+def serve(channels: list[tuple[int, int]], *, small: bool) -> None:
+    """Answer jobs on each channel, a pair of pipes to read jobs from and to write codes to, by a fork of this process."""
     import torch
 
     for module in LOADED:
@@ -159,8 +160,29 @@ def serve(*, small: bool) -> None:
     keep_always()
     if small:
         make_small()
+    servers = []
+    for own in channels:
+        gc.freeze()
+        servers.append(os.fork())
+        if servers[-1] == 0:
+            for reader, writer in channels:
+                if reader != own[0]:
+                    os.close(reader)
+                    os.close(writer)  # or nobody would see that another server has ended
+            with open(own[0]) as jobs, open(own[1], "w") as codes:
+                answer(jobs, codes)
+            os._exit(0)
+    for reader, writer in channels:
+        os.close(reader)
+        os.close(writer)
+    for process in servers:
+        os.waitpid(process, 0)
+
+
+def answer(jobs: TextIO, codes: TextIO) -> None:
+    """Do one job after the other."""
     known: set[str] = set()
-    for line in iter(sys.stdin.readline, ""):
+    for line in iter(jobs.readline, ""):
         job = json.loads(line)
         gc.freeze()
         process = os.fork()
@@ -171,7 +193,7 @@ def serve(*, small: bool) -> None:
         if status == 0 and kind not in known:
             known.add(kind)
             load(Path(job["modules"]).read_text().split())
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=codes, flush=True)
 
 
 def ended(process: int, seconds: float | None) -> int:
@@ -188,4 +210,5 @@ def ended(process: int, seconds: float | None) -> int:
 
 
 if __name__ == "__main__":
-    serve(small="small" in sys.argv[1:])
+    ends = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    serve(list(zip(ends[::2], ends[1::2], strict=True)), small="small" in sys.argv[1:])

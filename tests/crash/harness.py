@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 import shim
@@ -52,31 +52,47 @@ class Ended:
         return None
 
 
-class Commands(AbstractContextManager["Commands"]):
-    """Runs hydra-pipe's commands in processes of their own, see `commands.py`.
+@contextmanager
+def commands_for(threads: int, *, small: bool) -> Iterator[list["Commands"]]:
+    """Servers of commands for as many threads: forked from one process, which imports once what all of them need.
 
     Args:
+        threads: number of servers.
         small: with files, chunks and passes so small that a tiny run has several of each.
     """
-
-    def __init__(self, *, small: bool) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="hydra-pipe-crash-")
-        path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
-        self._server = subprocess.Popen(
-            [sys.executable, HERE / "commands.py", *(["small"] if small else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    jobs, codes = ([os.pipe() for _ in range(threads)] for _ in range(2))
+    theirs = [end for (reader, _), (_, writer) in zip(jobs, codes, strict=True) for end in (reader, writer)]
+    path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+    with ExitStack() as opened:
+        server = subprocess.Popen(
+            [sys.executable, HERE / "commands.py", *map(str, theirs), *(["small"] if small else [])],
+            pass_fds=theirs,
             env=os.environ | shim.preloaded() | {"PYTHONPATH": path},
         )
+        opened.callback(server.wait)
+        for end in theirs:
+            os.close(end)
+        # closed before the server is waited for, which ends then
+        ours = [
+            (opened.enter_context(open(writer, "w")), opened.enter_context(open(reader)))
+            for (_, writer), (reader, _) in zip(jobs, codes, strict=True)
+        ]
+        scratch = [Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hydra-pipe-crash-"))) for _ in ours]
+        yield [Commands(*files, own) for files, own in zip(ours, scratch, strict=True)]
 
-    def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-        self._scratch.cleanup()
+
+@dataclass(frozen=True)
+class Commands:
+    """Runs hydra-pipe's commands one after the other, in processes of their own, see `commands.py`.
+
+    Args:
+        jobs, codes: to and from the server.
+        scratch: directory for what a command leaves beside its run.
+    """
+
+    jobs: TextIO
+    codes: TextIO
+    scratch: Path
 
     def __call__(
         self, run: Path, arguments: Sequence[str], order: str | None = None, *, seconds: float | None = None, **struck: Any
@@ -91,18 +107,20 @@ class Commands(AbstractContextManager["Commands"]):
             seconds: after which it is killed; None: it is not.
             struck: see `shim.environment`.
         """
-        scratch = Path(self._scratch.name)
-        log, output, errors = (scratch / name for name in ("log", "output", "errors"))
+        log, output, errors = (self.scratch / name for name in ("log", "output", "errors"))
         log.unlink(missing_ok=True)
         environment = shim.environment(run, log=log, **struck)
         named = [run.name if word == "RUN" else word for word in arguments]
         job: dict[str, Any] = {"arguments": named, "environment": environment, "order": order, "seconds": seconds}
         run.parent.mkdir(parents=True, exist_ok=True)
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        job |= {"directory": str(run.parent), "output": str(output), "errors": str(errors), "modules": str(scratch / "modules")}
-        print(json.dumps(job), file=self._server.stdin, flush=True)
-        code = int(self._server.stdout.readline())
+        job |= {
+            "directory": str(run.parent),
+            "output": str(output),
+            "errors": str(errors),
+            "modules": str(self.scratch / "modules"),
+        }
+        print(json.dumps(job), file=self.jobs, flush=True)
+        code = int(self.codes.readline())
         return Ended(code, errors.read_text(), shim.calls(log))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import shim
-from harness import KILLED, Commands, area_of, contents, differences, leftovers, unsafe_names
+from harness import KILLED, Commands, area_of, commands_for, contents, differences, leftovers, unsafe_names
 from stages import ALL, LATER, STAGES
 
 import hydra_pipe
@@ -62,8 +62,8 @@ Perform = Callable[..., object]
 @pytest.fixture(scope="module")
 def two_commands() -> Iterator[list[Commands]]:
     """For two cores."""
-    with Commands(small=True) as first, Commands(small=True) as second:
-        yield [first, second]
+    with commands_for(2, small=True) as both:
+        yield both
 
 
 def perform(commands: Commands, name: str, run: Path, **struck: object):
