@@ -35,7 +35,6 @@ from threadpoolctl import threadpool_limits
 import hydra_pipe
 from hydra_pipe.api import reduce
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.reduction.weights import row_weights
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.run import RunDirectory
@@ -120,7 +119,7 @@ def by_numpy(rows: Path, run: Path, n_tests: int) -> np.ndarray:
     store = Gradients(run / "gradients.zarr")
     gradient = np.load(rows, mmap_mode="r")
     n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
-    weights = row_weights(store, METHODS["hydra"])
+    weights = METHODS["hydra"].rows.weigh(store)
     tests = store.test_rows(store.test_steps()[-1])
     h = tests.features(slice(0, n_tests), slice(0, store.layout.n_features)).astype(np.float32)
     h_scale = tests.scales(slice(0, n_tests))

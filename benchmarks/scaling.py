@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.geometry import store_geometry
-from hydra_pipe.plan.reduction import ReductionInput, ReductionPlan, plan_reduction
+from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.units import format_bytes, format_seconds
 
 GIB = 2**30
@@ -47,9 +47,9 @@ MACHINES = [
 ]
 
 
-def reduction(given: argparse.Namespace, machines: Machines, item_bytes: int, folding: int) -> tuple[ReductionInput, ReductionPlan]:
+def reduction(given: argparse.Namespace, machines: Machines, item_bytes: int, folding: int) -> tuple[SumInput, SumPlan]:
     geometry = store_geometry(given.features, item_bytes)
-    what = ReductionInput(
+    what = SumInput(
         n_rows=given.samples * given.epochs,
         n_features=given.features,
         n_folding=folding,
@@ -68,7 +68,7 @@ def reduction(given: argparse.Namespace, machines: Machines, item_bytes: int, fo
         workers=machines.workers,
         processes=machines.processes,
     )
-    return what, plan_reduction(what, None)
+    return what, plan_sums(what, None)
 
 
 def main() -> None:
@@ -101,9 +101,9 @@ def main() -> None:
             except BudgetError as error:
                 print(f"| {machines.title} | {error} |")
                 continue
-            computing = plan.picoseconds / 1e12 / len(plan.row_runs)
+            computing = plan.picoseconds / 1e12 / plan.workers
             reading = plan.read_bytes / (given.disk * 1e9 * machines.disks)
-            workers = f"{len(plan.row_runs)} worker{'s' if len(plan.row_runs) > 1 else ''}"
+            workers = f"{plan.workers} worker{'s' if plan.workers > 1 else ''}"
             bound = "disk" if reading > computing else "processors"
             print(
                 f"| {machines.title} | {plan.order}, {workers} | {plan.passes} | "

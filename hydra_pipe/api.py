@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run import RunDirectory
@@ -123,17 +122,27 @@ def reduce(
         ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
         PipelineError, UserCodeError: of the pipeline that is trained again.
     """
-    from hydra_pipe.reduction.methods import method_named
-    from hydra_pipe.reduction.request import Options, requested
+    from hydra_pipe.reduction.checks import requested
+    from hydra_pipe.reduction.request import Options
     from hydra_pipe.reduction.run import reduce_request
 
-    options = Options(method, chunks, memory, scheduler, tests, by, keep_hypergradients, upto, rank, test)
+    options = Options(
+        method=method,
+        chunks=chunks,
+        memory=memory,
+        scheduler=scheduler,
+        tests=tests,
+        by=by,
+        keep_hypergradients=keep_hypergradients,
+        upto=upto,
+        rank=rank,
+        test=test,
+    )
     progress = progress or Progress()
-    if method_named(method).work == "replay":
+    if _trains(options.method, pipeline, dataset):
         from hydra_pipe.replay.run import reduce_exact
 
         return reduce_exact(run, options, pipeline, dataset, overwrite=overwrite, progress=progress)
-    _check_no_training(method, pipeline, dataset)
     return reduce_request(requested(run, options), overwrite=overwrite, progress=progress)
 
 
@@ -142,23 +151,30 @@ def plan(
 ) -> str:
     """What `reduce` would do with these arguments, in lines for people. Reads metadata only; for "hydra-exact" it builds the
     pipeline and tries a step. Raises the same."""
-    from hydra_pipe.reduction.methods import method_named
-    from hydra_pipe.reduction.request import Options, requested
+    from hydra_pipe.reduction.checks import requested
+    from hydra_pipe.reduction.request import Options
     from hydra_pipe.reduction.run import plan_request
 
     asked = Options(method=method, **options)
-    if method_named(method).work == "replay":
+    if _trains(method, pipeline, dataset):
         from hydra_pipe.replay.run import plan_exact
 
         return plan_exact(run, asked, pipeline, dataset)
-    _check_no_training(method, pipeline, dataset)
     return plan_request(requested(run, asked))
 
 
-def _check_no_training(method: str, pipeline: "str | Pipeline | None", dataset: Any) -> None:
-    for option, given in (("--pipeline", pipeline), ("dataset", dataset)):
-        if given is not None:
-            raise UsageError(f"{option} is for --method hydra-exact: {method} needs none")
+def _trains(name: str, pipeline: "str | Pipeline | None", dataset: Any) -> bool:
+    """Whether the method called `name` trains again.
+
+    Raises:
+        UsageError: there is no such method, or the method does not train and is given what to train.
+    """
+    from hydra_pipe.reduction.checks import check_meant
+    from hydra_pipe.reduction.methods import method_named
+
+    method = method_named(name)
+    check_meant(method, *(option for option, given in (("--pipeline", pipeline), ("dataset", dataset)) if given is not None))
+    return method.solvers is None
 
 
 def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":

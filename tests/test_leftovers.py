@@ -18,10 +18,12 @@ from support.pipelines import conv_pipeline, cross_entropy, mlp_pipeline
 from torch.utils.data import DataLoader
 
 import hydra_pipe
-from hydra_pipe.plan.reduction import Reading
+from hydra_pipe.plan.records import Reading
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.reduction import hydra, influence, steps
+from hydra_pipe.reduction import job, steps
 from hydra_pipe.reduction.executors.distributed import ClusterHere
+from hydra_pipe.reduction.solvers import influence
+from hydra_pipe.reduction.weights import StepWeights, last_rows
 from hydra_pipe.retraining import retrainer
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.streams import Stream
@@ -109,11 +111,11 @@ def _job(store: Gradients) -> Any:
 
 def _weights(store: Gradients) -> Any:
     schedule, series = store.schedules()
-    return hydra.StepWeights(np.ones((store.n_steps, schedule.learning_rate.shape[1])), series)
+    return StepWeights(np.ones((store.n_steps, schedule.learning_rate.shape[1])), series)
 
 
 def _last_rows(store: Gradients) -> Any:
-    last = hydra.last_rows(store, 40)
+    last = last_rows(store, 40)
     return influence._LastRows(_job(store), store, _weights(store), last, lambda n: None)
 
 
@@ -122,7 +124,7 @@ STREAMS: dict[str, Callable[[Gradients], Stream[Any]]] = {
     "steps backward": lambda store: steps.backward(store, store.n_steps),
     "steps forward": lambda store: steps.forward(store, 0),
     "rows": lambda store: store.rows.stream((0, store.rows.n_rows), 8),
-    "rows with weights": lambda store: hydra.rows_of(store, _job(store), (0, store.rows.n_rows), _weights(store)),
+    "rows with weights": lambda store: job.rows_of(store, _job(store), (0, store.rows.n_rows), _weights(store)),
     "last rows": lambda store: _last_rows(store).held(0, 40),
     "last rows counted": lambda store: _last_rows(store).pieces(),
     "batches": lambda store: batches.Samples(_with_workers(), "train").batches(batches.epoch_order(_with_workers(), 0)),

@@ -38,3 +38,8 @@ COSTS = Costs()
 def base_bytes(resident: int) -> int:
     """Memory of a process that takes `resident` bytes already, but for what a plan counts."""
     return max(BASE_BYTES, resident + OVERHEAD_BYTES)
+
+
+def suggested(n_bytes: int) -> str:
+    """A budget, as an option takes it."""
+    return f"{-(-n_bytes // 2**20)}MiB"

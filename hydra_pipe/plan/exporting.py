@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import suggested
+from hydra_pipe.plan.costs import suggested
 from hydra_pipe.units import format_bytes
 
 # Rows of a row group, where whole test samples make so many: DuckDB's unit of work has 122,880, and a row group is what

@@ -1,4 +1,4 @@
-"""Chunk and shard shapes of the gradient store."""
+"""Chunk and shard shapes of the gradient store, and of what is computed from it."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,8 @@ CHUNK_BYTES = 2**20
 # Rows up to this width are stored unbroken: whole files are what is read fastest.
 CHUNK_FEATURES = 65536
 MAX_SHARD_ROWS = 16384
+# columns of a chunk of the relevance array; samples and features of a file of the matrix of hypergradients
+MOST_CHUNK, MOST_SAMPLES, MOST_FEATURES = 64, 4096, 1024
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,14 @@ def store_geometry(n_features: int, item_bytes: int) -> Geometry:
 def _power_of_two(n: int, most: int) -> int:
     """The largest power of two that is at most `n` and `most`, and at least 1."""
     return 1 << (max(1, min(n, most)).bit_length() - 1)
+
+
+def even_width(n_columns: int, blocks: int, most: int = MOST_CHUNK) -> int:
+    """Columns of each of so many blocks, that fill whole chunks of the result, of `most` columns at most."""
+    width = -(-n_columns // blocks)
+    return chunk_columns(width, most) * -(-width // most)
+
+
+def chunk_columns(width: int, most: int = MOST_CHUNK) -> int:
+    """Columns of a chunk of the result, of which there is a whole number in blocks of `width` columns."""
+    return -(-width // -(-width // most))

@@ -1,7 +1,7 @@
 """How much of the relevance a report reads at once. Integers only."""
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import suggested
+from hydra_pipe.plan.costs import suggested
 from hydra_pipe.units import format_bytes
 
 # More at once is not faster.

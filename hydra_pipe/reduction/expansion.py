@@ -81,3 +81,8 @@ class Expansion:
                 # written where it belongs: a product of its own would be as large again
                 there = target.reshape((len(stored), outputs.shape[1], inputs.shape[1]), copy=False)
                 np.multiply(outputs[:, :, None], inputs[:, None, :], out=there)
+
+
+def feature_spans(layout: Layout) -> list[list[object]]:
+    """Name of each block, its first feature and the one past its last, in order: as a matrix of hypergradients has them."""
+    return [[layout.blocks[block].name, first, last] for first, last, block in Expansion(layout).spans]

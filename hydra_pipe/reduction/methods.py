@@ -1,52 +1,69 @@
-"""The methods, and what each of them needs and gives: nothing else in the reduction asks for a method by its name."""
+"""The table of methods: what each needs and gives, and what computes it. Nothing else asks for a method by its name."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.store import names
+from hydra_pipe.reduction.request import Method, Request
+from hydra_pipe.reduction.solvers.base import Solver
+from hydra_pipe.reduction.solvers.from_matrix import check_matrix
+from hydra_pipe.reduction.solvers.hypergradient_matrix import fisher_solvers
+from hydra_pipe.reduction.solvers.influence import Influence
+from hydra_pipe.reduction.solvers.sums import SquaredSums, WeightedSums, check_sums
+from hydra_pipe.reduction.weights import RowUse, gradient_weights, hydra_weights, self_weights, tracin_weights
 
-# sum: of weighted rows, in any order; sweep: through the steps, backward; solve: of a linear system; replay: train again
-Work = Literal["sum", "sweep", "solve", "replay"]
+
+def alone(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver]]:
+    """One solver for every request."""
+    return lambda request: [solver(request)]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One method.
-
-    Args:
-        name: as users write it.
-        work: that it is.
-        keeps: whether it has what does not depend on the tests (hypergradients): sums of rows, or a sweep of each feature.
-        last_rows: whether it looks at the last row of each sample, and at no other.
-        on_the_way: whether it uses the test gradients that were taken on the way, beside the last ones.
-        of_tests: whether it has anything to do with test samples.
-        cosine: whether rows and test gradients are divided by their norms.
-        sign, unit: of what it gives, in words.
-    """
-
-    name: str
-    work: Work = "sum"
-    keeps: bool = False
-    last_rows: bool = False
-    on_the_way: bool = False
-    of_tests: bool = True
-    cosine: bool = False
-    sign: str = names.SIGN_TEXT
-    unit: str = names.UNIT_TEXT
-
+_NO_TRAINING = {"--pipeline": "needs none", "dataset": "needs none", "--rank": "does not need it"}
+_WHOLE_FILES = {"--chunks": "reads whole files, step by step"}
+_EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row once"}
+_NO_TESTS = dict.fromkeys(("--tests", "--by", "--mean", "--test"), "is of each training sample for itself")
 
 _METHODS = (
-    Method("hydra", keeps=True),
-    Method("hydra-fisher", work="sweep", keeps=True),
-    Method("hydra-exact", work="replay"),
-    Method("tracin", on_the_way=True),
-    Method("grad-dot", last_rows=True, unit="test loss times training loss, over parameter squared"),
-    Method("grad-cos", last_rows=True, cosine=True, unit="cosine, from -1 to 1"),
-    Method("influence", work="solve", last_rows=True),
+    Method("hydra", alone(WeightedSums), RowUse(hydra_weights), check_sums, refuses=_NO_TRAINING),
+    Method("hydra-fisher", fisher_solvers, RowUse(hydra_weights), check_matrix, refuses=_NO_TRAINING | _WHOLE_FILES),
+    Method(
+        "hydra-exact",
+        None,
+        RowUse(hydra_weights),
+        refuses={"--keep-hypergradients": "has none that do not depend on the tests", "--chunks": "reads no rows"},
+    ),
+    Method(
+        "tracin",
+        alone(WeightedSums),
+        RowUse(tracin_weights),
+        on_the_way=True,
+        refuses=_NO_TRAINING | {"--keep-hypergradients": "weighs rows in another way"},
+    ),
+    Method(
+        "grad-dot",
+        alone(WeightedSums),
+        RowUse(gradient_weights, last=True),
+        refuses=_NO_TRAINING | _EACH_ROW_ONCE,
+        unit="test loss times training loss, over parameter squared",
+    ),
+    Method(
+        "grad-cos",
+        alone(WeightedSums),
+        RowUse(gradient_weights, last=True, cosine=True),
+        refuses=_NO_TRAINING | _EACH_ROW_ONCE,
+        unit="cosine, from -1 to 1",
+    ),
+    Method(
+        "influence",
+        alone(Influence),
+        RowUse(gradient_weights, last=True),
+        refuses=_NO_TRAINING | _EACH_ROW_ONCE | {"--chunks": "divides what it reads by what its matrix leaves"},
+    ),
     Method(
         "self",
+        alone(SquaredSums),
+        RowUse(self_weights),
         of_tests=False,
+        refuses=_NO_TRAINING | _EACH_ROW_ONCE | _NO_TESTS,
         sign="positive: its own steps have lowered the training sample's loss, all the more the larger its gradients were",
         unit="training loss",
     ),

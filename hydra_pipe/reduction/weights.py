@@ -1,5 +1,6 @@
-"""What each row counts with, by method: from the per-step tables of the store, and which row of a sample is its last."""
+"""What each row counts with, from the per-step tables of the store; and which row of a sample is its last."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,6 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.schedule import step_weights
 from hydra_pipe.plan.parts import ends_of
-from hydra_pipe.reduction.methods import Method
 from hydra_pipe.store import names
 from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import check_within
@@ -37,26 +37,64 @@ class StepWeights:
         return weights
 
 
-def row_weights(gradients: Gradients, method: Method) -> StepWeights:
-    """What the rows of each step count with.
+# c(t) r(i, t) is the sample's share of the gradient that the optimiser used, so c(t) |B_t| r(i, t) is the sample's own
+# gradient, with |B_t| the rows of the step (of all processes, of whose gradients the mean was taken: c says that too).
 
-    c(t) r(i, t) is the sample's share of the gradient that the optimiser used, so c(t) |B_t| r(i, t) is the sample's own gradient,
-    with |B_t| the rows of the step (of all processes, of whose gradients the mean was taken: c says that too).
 
-        hydra                           - alpha(t) c(t)
-        tracin                          eta(t) c(t)
-        self, of squared norms          eta(t) c(t)^2 |B_t|
-        methods of the last rows        c(t) |B_t|
-    """
+def hydra_weights(gradients: Gradients) -> StepWeights:
+    """- alpha(t) c(t), of the Hessian-free sweep on scalars."""
     schedule, series = gradients.schedules()
-    scale = gradients.step_table(names.GRADIENT_SCALE)[:, None]
-    if method.keeps:
-        return StepWeights(-step_weights(schedule) * scale, series)
-    rows = gradients.rows_of_steps()[1].sum(axis=1)[:, None]
-    if method.last_rows:
-        return StepWeights(scale * rows, np.zeros_like(series))
-    rate = schedule.learning_rate * schedule.updated
-    return StepWeights(rate * scale if method.of_tests else rate * scale**2 * rows, series)
+    return StepWeights(-step_weights(schedule) * _scales(gradients), series)
+
+
+def tracin_weights(gradients: Gradients) -> StepWeights:
+    """eta(t) c(t): the step's learning rate."""
+    rate, series = _rates(gradients)
+    return StepWeights(rate * _scales(gradients), series)
+
+
+def self_weights(gradients: Gradients) -> StepWeights:
+    """eta(t) c(t)^2 |B_t|, of squared norms of rows."""
+    rate, series = _rates(gradients)
+    return StepWeights(rate * _scales(gradients) ** 2 * _batch_sizes(gradients), series)
+
+
+def gradient_weights(gradients: Gradients) -> StepWeights:
+    """c(t) |B_t|, which makes a row the sample's own gradient."""
+    _, series = gradients.schedules()
+    return StepWeights(_scales(gradients) * _batch_sizes(gradients), np.zeros_like(series))
+
+
+def _scales(gradients: Gradients) -> NDArray[np.float64]:
+    """c(t), shape (step, 1)."""
+    return gradients.step_table(names.GRADIENT_SCALE)[:, None]
+
+
+def _batch_sizes(gradients: Gradients) -> NDArray[np.int64]:
+    """|B_t|, shape (step, 1)."""
+    sizes: NDArray[np.int64] = gradients.rows_of_steps()[1].sum(axis=1)[:, None]
+    return sizes
+
+
+def _rates(gradients: Gradients) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Learning rate of each step that updated a series, shape (step, series); the series of each block."""
+    schedule, series = gradients.schedules()
+    return schedule.learning_rate * schedule.updated, series
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """Which rows a method uses, and what each counts with.
+
+    Args:
+        weigh: weight of the rows of each step. A function of a module, which other processes find by its name.
+        last: whether the last row of each sample is used, and no other.
+        cosine: whether rows and test gradients are divided by their norms.
+    """
+
+    weigh: Callable[[Gradients], StepWeights]
+    last: bool = False
+    cosine: bool = False
 
 
 def checkpoint_of_steps(checkpoints: Ints, steps: Ints) -> Ints:

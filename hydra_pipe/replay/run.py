@@ -6,9 +6,10 @@ from typing import Any
 
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction.request import Options, Request, requested
-from hydra_pipe.reduction.run import plan_request, reduce_request
-from hydra_pipe.replay.engine import LowRankReplay, Replay
+from hydra_pipe.reduction.checks import requested
+from hydra_pipe.reduction.request import Options, Request
+from hydra_pipe.reduction.run import described, reduce_request, solve
+from hydra_pipe.replay.solver import LowRankReplay, Replay
 from hydra_pipe.training.pipeline import Pipeline
 
 # The method that answers for what `--rank` leaves over.
@@ -41,21 +42,21 @@ def reduce_exact(
         approximate = _approximate(request)
         if reduce_request(approximate, progress=progress):
             progress.say(f"{approximate.name} is there: it answers for what {options.rank} directions leave over")
-    return reduce_request(_with_engine(request, pipeline, dataset), overwrite=overwrite, progress=progress)
+    return solve([_solver(request, pipeline, dataset)], overwrite=overwrite, progress=progress)
 
 
 def plan_exact(run: str | os.PathLike[str], options: Options, pipeline: "str | Pipeline | None", dataset: Any) -> str:
     """What `reduce_exact` would do, in lines for people. Builds the pipeline, and tries a step."""
-    return plan_request(_with_engine(requested(run, options), pipeline, dataset))
+    return described([_solver(requested(run, options), pipeline, dataset)])
 
 
-def _with_engine(request: Request, pipeline: "str | Pipeline | None", dataset: Any) -> Request:
+def _solver(request: Request, pipeline: "str | Pipeline | None", dataset: Any) -> Replay:
     load = pipeline_of(request.directory, pipeline, _ADVICE)
     if request.options.test is not None:
         load = with_probe(request.directory, load, request.options.test, dataset)
     if request.options.rank is None:
-        return replace(request, engine=Replay(request, load))
-    return replace(request, engine=LowRankReplay(request, load, request.options.rank, _approximate(request).name))
+        return Replay(request, load)
+    return LowRankReplay(request, load, request.options.rank, _approximate(request).name)
 
 
 def _approximate(request: Request) -> Request:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.plan.geometry import MOST_FEATURES, MOST_SAMPLES
 from hydra_pipe.plan.layout import factored_part
-from hydra_pipe.plan.sweeping import MOST_FEATURES, MOST_SAMPLES
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array, Group, damage_named
 from hydra_pipe.store.files import remove, sync, sync_tree

@@ -35,7 +35,7 @@ def make_small() -> None:
     from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import geometry
     from hydra_pipe.recording import slab
-    from hydra_pipe.reduction import hydra
+    from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
     from hydra_pipe.store import hypergradients, relevance, writing
 
@@ -44,7 +44,7 @@ def make_small() -> None:
         (writing, "STEP_SHARD_ROWS", 4),
         (slab, "SLAB_STEPS", 2),
         (relevance, "CHUNK_SAMPLES", 8),
-        (hydra, "SAMPLE_MULTIPLE", 8),
+        (sums, "SAMPLE_MULTIPLE", 8),
         (hypergradients, "MOST_FILE_ROWS", 8),
         (campaign, "MOST_MODELS", 4),
         (smoothness, "DIRECTIONS", 2),
@@ -55,53 +55,54 @@ def make_small() -> None:
 
 def plan_in(order: str) -> None:
     """Let reductions work in `order`, in four passes."""
-    from hydra_pipe.plan.reduction import plan_reduction
-    from hydra_pipe.reduction import request
+    from hydra_pipe.plan.sums import plan_sums
+    from hydra_pipe.reduction.solvers import sums
 
     def planned(given: Any, chunks: Any, answered: Any = None) -> Any:
-        plan = plan_reduction(given, chunks)
+        plan = plan_sums(given, chunks)
         whole = {"test_blocks": TWOS, "sample_blocks": EIGHTS if order == "fold first" else ((0, 26),)}
         plan = dataclasses.replace(plan, order=order, **whole)
         done, left = answered.done if answered else 0, "sample_blocks" if order == "fold first" else "test_blocks"
         return dataclasses.replace(plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)})
 
-    request.plan_reduction = planned
+    sums.plan_sums = planned
 
 
 def plan_narrow() -> None:
     """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows; training is gone through thrice."""
-    from hydra_pipe.plan.answering import plan_answers
-    from hydra_pipe.plan.replaying import plan_replay
-    from hydra_pipe.plan.solving import plan_solve
-    from hydra_pipe.plan.sweeping import plan_matrix, plan_sweep
-    from hydra_pipe.reduction import request
-    from hydra_pipe.replay import engine
+    from hydra_pipe.plan.from_matrix import plan_answers
+    from hydra_pipe.plan.hypergradient_matrix import plan_matrix
+    from hydra_pipe.plan.influence import plan_solve
+    from hydra_pipe.plan.replay import plan_replay
+    from hydra_pipe.plan.sweep import plan_sweep
+    from hydra_pipe.reduction.solvers import from_matrix, hypergradient_matrix, influence, sweep
+    from hydra_pipe.replay import solver as replay
 
     def swept(what: Any, done: int = 0) -> Any:
         blocks = tuple(block for block in TWOS if block[0] >= done)
-        return dataclasses.replace(plan_sweep(what, done), test_blocks=blocks, row_runs=((0, what.recording.n_rows),) * 2)
+        return dataclasses.replace(plan_sweep(what, done), columns=blocks, workers=2)
 
     def kept(what: Any, answered: Any = None) -> Any:
-        way, plan = plan_matrix(what, answered)
-        assert way.recording.n_columns == EIGHTS[-1][1]  # a forward sweep of every sample
+        plan = plan_matrix(what, answered)
+        assert plan.n_columns == EIGHTS[-1][1]  # a forward sweep of every sample
         done = answered.done if answered else 0
         blocks = tuple(block for block in EIGHTS if block[0] >= done)
-        return way, dataclasses.replace(plan, test_blocks=blocks, row_runs=((0, what.recording.n_rows),) * 2)
+        return dataclasses.replace(plan, columns=blocks, workers=2)
 
     def answering(what: Any, done: int = 0) -> Any:
         blocks = tuple(block for block in TWOS if block[0] >= done)
-        return dataclasses.replace(plan_answers(what, done), test_blocks=blocks)
+        return dataclasses.replace(plan_answers(what, done), columns=blocks)
 
     def solved(what: Any) -> Any:
-        return dataclasses.replace(plan_solve(what), test_blocks=TWOS, sample_blocks=EIGHTS)
+        return dataclasses.replace(plan_solve(what), test_blocks=TWOS, held_blocks=EIGHTS)
 
     def replayed(what: Any) -> Any:
         plan = plan_replay(what)
         columns = TWOS if what.recording.n_columns == TWOS[-1][1] else plan.columns
-        return dataclasses.replace(plan, columns=columns, at_once=2, levels=3, most_states=2)
+        return dataclasses.replace(plan, columns=columns, carried=columns, at_once=2, levels=3, most_states=2)
 
-    request.plan_sweep, request.plan_solve, engine.plan_replay = swept, solved, replayed
-    request.plan_matrix, request.plan_answers = kept, answering
+    sweep.plan_sweep, influence.plan_solve, replay.plan_replay = swept, solved, replayed
+    hypergradient_matrix.plan_matrix, from_matrix.plan_answers = kept, answering
 
 
 def keep_always() -> None:

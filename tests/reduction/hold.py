@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra_pipe.reduction import hydra
+from hydra_pipe.reduction.solvers import sums
 
 HOLD = Path(os.environ["HYDRA_PIPE_TEST_HOLD"])
 
@@ -28,7 +28,7 @@ def wait_at(point: str) -> None:
 
 def held(name: str, where: str) -> None:
     """Let the function `name` of the reduction wait at the point `name`, before it runs or after."""
-    real: Callable[..., Any] = getattr(hydra, name)
+    real: Callable[..., Any] = getattr(sums, name)
 
     def waiting(*args: Any) -> Any:
         if where == "before":
@@ -38,7 +38,7 @@ def held(name: str, where: str) -> None:
             wait_at(name)
         return result
 
-    setattr(hydra, name, waiting)
+    setattr(sums, name, waiting)
 
 
 # in the middle of a run of rows, of adding up (something has been added, the total has not been handed on), and of writing

@@ -9,7 +9,8 @@ import pytest
 
 import hydra_pipe
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
+from hydra_pipe.plan.records import Answered
+from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.store import names
 from hydra_pipe.store.checksums import seal
 from hydra_pipe.store.run import RunDirectory
@@ -69,10 +70,10 @@ def in_float64(run: Path) -> np.ndarray:
 
 
 def with_order(patch: pytest.MonkeyPatch, order: str) -> None:
-    def changed(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
-        return dataclasses.replace(plan_reduction(given, chunks, answered), order=order)
+    def changed(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
+        return dataclasses.replace(plan_sums(given, chunks, answered), order=order)
 
-    patch.setattr("hydra_pipe.reduction.request.plan_reduction", changed)
+    patch.setattr("hydra_pipe.reduction.solvers.sums.plan_sums", changed)
 
 
 @pytest.mark.parametrize("order", ["score first", "fold first"])

@@ -82,7 +82,7 @@ def texts(run: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """Each name and its text."""
     patch.setattr(executors, "n_cores", lambda: 2)
     patch.setattr("hydra_pipe.reduction.executors.local.resident_bytes", lambda: 0)
-    patch.setattr("hydra_pipe.replay.engine.resident_bytes", lambda: 0)
+    patch.setattr("hydra_pipe.replay.solver.resident_bytes", lambda: 0)
     for name, sequence in SEQUENCES.items():
         copy = run.with_name("copy")
         shutil.copytree(run, copy)

@@ -21,8 +21,9 @@ from hydra_pipe.errors import BudgetError, RunError, UsageError
 from hydra_pipe.maths.fisher import FORMS, Form
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.reduction import fisher
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.plan.records import Answered, ReductionInput
+from hydra_pipe.reduction.solvers import sweep
+from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store import names, pace
 from hydra_pipe.store.checksums import seal
@@ -230,15 +231,15 @@ def run(tmp_path: Path) -> Path:
 
 def in_blocks(patch: pytest.MonkeyPatch, width: int, workers: int) -> None:
     """Blocks of columns of that width, so many at a time."""
-    plan = Request.plan
+    plan = CommonSolver._planned
 
-    def changed(request: Request, *arguments: object):
-        given, found = plan(request, *arguments)
-        done = arguments[1].done if len(arguments) > 1 and arguments[1] is not None else 0
-        blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
-        return given, dataclasses.replace(found, test_blocks=blocks, row_runs=found.row_runs[:1] * workers)
+    def changed(solver: CommonSolver, given: ReductionInput, after: Answered | None):
+        given, found = plan(solver, given, after)
+        done, end = 0 if after is None else after.done, found.columns[-1][1]
+        blocks = tuple((first, min(first + width, end)) for first in range(done, end, width))
+        return given, dataclasses.replace(found, columns=blocks, workers=workers)
 
-    patch.setattr(Request, "plan", changed)
+    patch.setattr(CommonSolver, "_planned", changed)
 
 
 @pytest.mark.parametrize(("width", "workers"), [(1, 1), (4, 1), (4, 2), (6, 2), (11, 1)])
@@ -260,7 +261,7 @@ class InterruptedHereError(Exception):
 @contextmanager
 def interrupted_after(steps: int) -> Iterator[None]:
     """What is swept in it is interrupted after so many steps."""
-    real, taken = fisher._step, []
+    real, taken = sweep._step, []
 
     def step(*arguments: object) -> None:
         if len(taken) == steps:
@@ -269,7 +270,7 @@ def interrupted_after(steps: int) -> Iterator[None]:
         real(*arguments)
 
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(fisher, "_step", step)
+        stop.setattr(sweep, "_step", step)
         with pytest.raises(InterruptedHereError):
             yield
 
@@ -283,8 +284,8 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, 
     hydra_pipe.reduce(other, method="hydra-fisher")
     with interrupted_after(after):
         hydra_pipe.reduce(run, method="hydra-fisher")
-    real, again = fisher._step, []
-    monkeypatch.setattr(fisher, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
+    real, again = sweep._step, []
+    monkeypatch.setattr(sweep, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
     hydra_pipe.reduce(run, method="hydra-fisher")
     assert len(again) == 21 - after  # seven steps of three blocks
     assert np.array_equal(relevance(run), relevance(other))
@@ -302,7 +303,7 @@ def test_a_damaged_state_is_not_gone_on_with(run: Path, damage: Callable[[bytes]
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = by_loop(run)
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(fisher, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError))
+        stop.setattr(sweep, "write_relevance", lambda *_: (_ for _ in ()).throw(InterruptedHereError))
         with pytest.raises(InterruptedHereError):
             hydra_pipe.reduce(run, method="hydra-fisher", scheduler="synchronous")
     states = list((run / "relevance.zarr/hydra-fisher").glob("sweep-*"))
@@ -349,18 +350,18 @@ def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_pa
 def test_where_one_task_fails_the_others_end_before_it_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or they would go on writing into what the same call, made again, has begun anew."""
     in_blocks(monkeypatch, 6, 2)
-    real, steps, begun = fisher._step, [], threading.Event()
+    real, steps, begun = sweep._step, [], threading.Event()
 
-    def step(sweep: Sweep, *arguments: object) -> None:
-        steps.append(sweep.sums.shape[1])
-        if sweep.sums.shape[1] == 5:  # the second block
+    def step(swept: Sweep, *arguments: object) -> None:
+        steps.append(swept.sums.shape[1])
+        if swept.sums.shape[1] == 5:  # the second block
             assert begun.wait(30)
             raise InterruptedHereError
         begun.set()
         time.sleep(0.2)
-        real(sweep, *arguments)
+        real(swept, *arguments)
 
-    monkeypatch.setattr(fisher, "_step", step)
+    monkeypatch.setattr(sweep, "_step", step)
     with pytest.raises(InterruptedHereError):
         hydra_pipe.reduce(run, method="hydra-fisher", scheduler="threads")
     n_steps = len(steps)

@@ -13,9 +13,9 @@ import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout, factored_part
-from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan
-from hydra_pipe.reduction import hydra as hydra_module
-from hydra_pipe.reduction import request as request_module
+from hydra_pipe.plan.records import Answered
+from hydra_pipe.plan.sums import SumInput, SumPlan
+from hydra_pipe.reduction.solvers import sums as sums_module
 from hydra_pipe.store.locks import one_writer
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import KEEP, REDUCE
@@ -135,7 +135,7 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.reduction.hydra.write_folded", fail)
+        patch.setattr("hydra_pipe.reduction.solvers.sums.write_folded", fail)
         with pytest.raises(OSError, match="No space left"):
             hydra_pipe.reduce(run, keep_hypergradients=True)
     # without keeping, what is there of it is not used
@@ -150,16 +150,16 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
 def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted keeping, then another that removes what the first had kept, then the first again."""
     monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 8)
-    monkeypatch.setattr("hydra_pipe.reduction.hydra.SAMPLE_MULTIPLE", 8)
+    monkeypatch.setattr("hydra_pipe.reduction.solvers.sums.SAMPLE_MULTIPLE", 8)
     monkeypatch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
-    plan_reduction = request_module.plan_reduction
+    plan_sums = sums_module.plan_sums
 
-    def in_eights(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
+    def in_eights(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
         first = range(answered.done if answered else 0, 26, 8)
-        return replace(plan_reduction(given, chunks, answered), sample_blocks=tuple((a, min(a + 8, 26)) for a in first))
+        return replace(plan_sums(given, chunks, answered), sample_blocks=tuple((a, min(a + 8, 26)) for a in first))
 
-    monkeypatch.setattr(request_module, "plan_reduction", in_eights)
-    written = hydra_module.write_folded
+    monkeypatch.setattr(sums_module, "plan_sums", in_eights)
+    written = sums_module.write_folded
 
     def fail_after(last: int) -> Callable[..., None]:
         def write(path: Path, first: int, sums: np.ndarray) -> None:
@@ -170,10 +170,10 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
         return write
 
     for last, by in ((8, None), (-1, "mean")):
-        monkeypatch.setattr(hydra_module, "write_folded", fail_after(last))
+        monkeypatch.setattr(sums_module, "write_folded", fail_after(last))
         with pytest.raises(OSError, match="No space left"):
             hydra_pipe.reduce(run, by=by, keep_hypergradients=True)
-    monkeypatch.setattr(hydra_module, "write_folded", written)
+    monkeypatch.setattr(sums_module, "write_folded", written)
     hydra_pipe.reduce(run, keep_hypergradients=True)
     assert hydra_pipe.prune(run) > 0
 

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import BudgetError, RunError, StoreError
-from hydra_pipe.plan import geometry, sweeping
-from hydra_pipe.reduction import filling, fisher
+from hydra_pipe.plan import geometry
+from hydra_pipe.plan import hypergradient_matrix as matrix_plan
+from hydra_pipe.reduction.solvers import hypergradient_matrix, sweep
 from hydra_pipe.store import pace
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.run import RunDirectory
@@ -30,10 +31,9 @@ KEPT = "hypergradients/hydra-fisher.zarr"
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that lie across files of rows; several files of the matrix, and several shares of the samples."""
     monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
-    for module in ("plan.sweeping", "reduction.filling"):
-        monkeypatch.setattr(f"hydra_pipe.{module}.MOST_SAMPLES", 8)
+    monkeypatch.setattr(matrix_plan, "MOST_SAMPLES", 8)
     monkeypatch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
-    for module in ("plan.answering", "reduction.matrix"):
+    for module in ("plan.from_matrix", "reduction.solvers.from_matrix"):
         monkeypatch.setattr(f"hydra_pipe.{module}.SAMPLE_MULTIPLE", 8)
 
 
@@ -44,9 +44,9 @@ def run(tmp_path: Path) -> Path:
 
 def go(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Let the matrix be filled in that order, whichever is cheaper."""
-    way = {"backward": sweeping.of_features, "forward": sweeping.of_samples}[order]
+    way = {"backward": matrix_plan.of_features, "forward": matrix_plan.of_samples}[order]
     for name in ("of_features", "of_samples"):
-        monkeypatch.setattr(sweeping, name, way)
+        monkeypatch.setattr(matrix_plan, name, way)
 
 
 def keep(run: Path, **options: object) -> bool:
@@ -175,8 +175,8 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     assert KEEP.of("hydra-fisher") in {name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"}
     with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first"):
         hydra_pipe.prune(run)
-    real, again = fisher._step, []
-    monkeypatch.setattr(fisher, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
+    real, again = sweep._step, []
+    monkeypatch.setattr(sweep, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
     keep(run)
     n_blocks = {"backward": 4, "forward": 3}[order]
     assert len(again) == 7 * n_blocks - after
@@ -193,8 +193,9 @@ def test_what_was_begun_in_another_way_is_begun_anew(run: Path, first: str, then
     with pytest.MonkeyPatch.context() as patch:
         go(patch, first)
         in_blocks(patch, 8, 1)
-        marked = filling._mark
-        patch.setattr(filling, "_mark", lambda request, answered: stop() if answered.done == 16 else marked(request, answered))
+        solver = hypergradient_matrix.HypergradientMatrix
+        marked = solver.mark
+        patch.setattr(solver, "mark", lambda solver, answered: stop() if answered.done == 16 else marked(solver, answered))
         with pytest.raises(InterruptedHereError):
             keep(run)
     go(monkeypatch, then)
@@ -211,7 +212,7 @@ def test_what_the_disk_or_the_budget_has_no_room_for_is_refused_before_anything_
     before = (run / "run.json").read_bytes()
     with pytest.raises(BudgetError, match=r"a sweep of one column over 29 features needs .* raise --memory to"):
         keep(run, memory="100MiB")
-    monkeypatch.setattr(filling, "free_bytes", lambda _: 2000)
+    monkeypatch.setattr(hypergradient_matrix, "free_bytes", lambda _: 2000)
     for attempt in (keep, lambda run: hydra_pipe.api.plan(run, method="hydra-fisher", keep_hypergradients=True)):
         with pytest.raises(
             BudgetError,

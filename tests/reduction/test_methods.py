@@ -16,12 +16,14 @@ from test_fisher import adamw, made_up, whole
 import hydra_pipe
 from hydra_pipe import Pipeline, api
 from hydra_pipe.errors import BudgetError, RunError, UsageError
-from hydra_pipe.plan import geometry, solving
-from hydra_pipe.plan.solving import SolveInput
+from hydra_pipe.plan import geometry
+from hydra_pipe.plan import influence as influence_plan
+from hydra_pipe.plan.influence import SolveInput
+from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction import hydra, influence
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.solvers import influence, sums
+from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.weights import checkpoint_of_steps
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
 from hydra_pipe.store.run import RunDirectory
@@ -208,15 +210,15 @@ def test_sums_are_independent_of_how_the_work_is_divided(run: Path) -> None:
 
 def in_test_blocks(patch: pytest.MonkeyPatch, width: int) -> None:
     """Passes of so many test samples."""
-    plan = Request.plan
+    plan = CommonSolver._planned
 
-    def changed(request: Request, *arguments: object):
-        given, found = plan(request, *arguments)
-        done = arguments[1].done if len(arguments) > 1 and arguments[1] is not None else 0
+    def changed(solver: CommonSolver, given: ReductionInput, after: Answered | None):
+        given, found = plan(solver, given, after)
+        done = 0 if after is None else after.done
         blocks = tuple((first, min(first + width, given.n_tests)) for first in range(done, given.n_tests, width))
         return given, dataclasses.replace(found, test_blocks=blocks)
 
-    patch.setattr(Request, "plan", changed)
+    patch.setattr(CommonSolver, "_planned", changed)
 
 
 @pytest.mark.parametrize("by_features", [False, True])
@@ -226,7 +228,7 @@ def test_a_linear_system_is_solved_alike_by_samples_and_by_features(
 ) -> None:
     monkeypatch.setattr(SolveInput, "by_features", by_features)
     monkeypatch.setattr(SolveInput, "size", property(lambda what: what.width if by_features else what.n_last))
-    monkeypatch.setattr(solving, "_held_widths", lambda what: [held])
+    monkeypatch.setattr(influence_plan, "_held_widths", lambda what: [held])
     in_test_blocks(monkeypatch, tests)
     hydra_pipe.reduce(run, method="influence")
     assert relative_error(relevance(run, "influence"), by_store(run)["influence"]) < 1e-4
@@ -252,7 +254,7 @@ def test_the_same_call_goes_on_to_the_same_bytes(run: Path, method: str, monkeyp
     if method != "self":
         in_test_blocks(monkeypatch, 4)
     hydra_pipe.reduce(other, method=method)
-    module = influence if method == "influence" else hydra
+    module = influence if method == "influence" else sums
     real, written = module.write_relevance, []
 
     def write(*arguments: object) -> None:
@@ -361,7 +363,7 @@ def test_tracin_refuses_test_gradients_of_other_test_samples(run: Path, monkeypa
 
 
 def test_the_unit_is_said_wherever_relevance_is(run: Path) -> None:
-    for method in (name for name, found in METHODS.items() if found.work != "replay"):  # which needs the pipeline
+    for method in (name for name, found in METHODS.items() if found.solvers is not None):  # which needs the pipeline
         hydra_pipe.reduce(run, method=method)
         attributes = dict(hydra_pipe.open_run(run).relevance_array(method).attrs)
         assert (attributes["method"], attributes["unit"], attributes["sign"]) == (

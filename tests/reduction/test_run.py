@@ -12,9 +12,10 @@ from support.compare import relative_error
 
 import hydra_pipe
 from hydra_pipe.errors import RunError, StoreError, UsageError
-from hydra_pipe.plan.reduction import Answered, ReductionInput, ReductionPlan, plan_reduction
-from hydra_pipe.reduction import hydra
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.plan.records import Answered, ReductionInput
+from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
+from hydra_pipe.reduction.solvers import sums
+from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD, REDUCE
@@ -44,19 +45,19 @@ def whole(tmp_path: Path, run: Path) -> np.ndarray:
 def planned(patch: pytest.MonkeyPatch, **changes: object) -> None:
     """Let the plan be what it is, but for `changes`."""
 
-    def changed(given: ReductionInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> ReductionPlan:
-        plan = dataclasses.replace(plan_reduction(given, chunks), **changes)
+    def changed(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
+        plan = dataclasses.replace(plan_sums(given, chunks), **changes)
         done = answered.done if answered else 0
         left = "test_blocks" if plan.order == "score first" else "sample_blocks"
         return dataclasses.replace(plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)})
 
-    patch.setattr("hydra_pipe.reduction.request.plan_reduction", changed)
+    patch.setattr("hydra_pipe.reduction.solvers.sums.plan_sums", changed)
 
 
 def eights(patch: pytest.MonkeyPatch) -> tuple[tuple[int, int], ...]:
     """Chunks of eight samples, so that there are several."""
     patch.setattr(relevance_module, "CHUNK_SAMPLES", 8)
-    patch.setattr(hydra, "SAMPLE_MULTIPLE", 8)
+    patch.setattr(sums, "SAMPLE_MULTIPLE", 8)
     return ((0, 8), (8, 16), (16, 24), (24, 26))
 
 
@@ -156,7 +157,7 @@ class InterruptedHereError(Exception):
 
 def interrupted(run: Path, patch: pytest.MonkeyPatch, after: int) -> None:
     """Reduce, and fail when `after` passes are done."""
-    original = hydra.graphs
+    original = sums.graphs
     with pytest.MonkeyPatch.context() as stop:
 
         def some(*arguments: object):
@@ -165,7 +166,7 @@ def interrupted(run: Path, patch: pytest.MonkeyPatch, after: int) -> None:
                     raise InterruptedHereError
                 yield found
 
-        stop.setattr("hydra_pipe.reduction.run.graphs", some)
+        stop.setattr("hydra_pipe.reduction.solvers.sums.graphs", some)
         with pytest.raises(InterruptedHereError):
             hydra_pipe.reduce(run)
 
@@ -204,6 +205,18 @@ def test_what_is_no_longer_there_is_begun_anew(run: Path, whole: np.ndarray, mon
     assert relative_error(relevance(run), whole) < 1e-6
 
 
+def test_what_was_begun_from_rows_is_begun_anew_from_what_was_kept_meanwhile(
+    run: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        planned(patch, order="score first", test_blocks=TWOS)
+        interrupted(run, patch, 2)
+    hydra_pipe.reduce(run, by="mean", keep_hypergradients=True)
+    assert hydra_pipe.reduce(run)
+    assert RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]["order"] == "from hypergradients"
+    assert relative_error(relevance(run), whole) < 1e-6
+
+
 @pytest.mark.parametrize(("more", "taken"), [(2**20, 0), (2**29, 2**29)])
 def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
     run: Path, more: int, taken: int, monkeypatch: pytest.MonkeyPatch
@@ -211,16 +224,16 @@ def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
     """A process takes a little more or less each time: at the edge of a budget the work must not be divided otherwise for that."""
     planned(monkeypatch, order="score first", test_blocks=TWOS)
     bases: list[int] = []
-    plan = Request.plan
+    plan = CommonSolver._planned
 
-    def noted(*arguments: object) -> tuple[ReductionInput, ReductionPlan]:
+    def noted(*arguments: object) -> tuple[ReductionInput, SumPlan]:
         given, found = plan(*arguments)
         bases.append(given.base_bytes)
         return given, found
 
-    monkeypatch.setattr(Request, "plan", noted)
-    monkeypatch.setattr("hydra_pipe.reduction.request.base_bytes", lambda resident: 2**28)
+    monkeypatch.setattr(CommonSolver, "_planned", noted)
+    monkeypatch.setattr("hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28)
     interrupted(run, monkeypatch, 2)
-    monkeypatch.setattr("hydra_pipe.reduction.request.base_bytes", lambda resident: 2**28 + more)
+    monkeypatch.setattr("hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28 + more)
     hydra_pipe.reduce(run)
     assert bases == [2**28, 2**28 + taken, 2**28 + taken]

@@ -29,11 +29,11 @@ from test_relevance import oracle_relevance, read_relevance
 import hydra_pipe
 from hydra_pipe.errors import ClusterError, UsageError
 from hydra_pipe.plan import geometry
-from hydra_pipe.plan import reduction as plan
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.reduction import executors, hydra
-from hydra_pipe.reduction import request as request_module
+from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.executors import distributed
+from hydra_pipe.reduction.job import Job
+from hydra_pipe.reduction.solvers import sums as sums_module
 from hydra_pipe.store import relevance
 from hydra_pipe.store.probes import WhichTests
 
@@ -147,7 +147,7 @@ def workers_left() -> list[psutil.Process]:
 
 def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Have the plan take one order, by two workers, in several passes, and the few samples in several chunks and shares."""
-    original = plan.plan_reduction
+    original = sums_module.plan_sums
 
     def asked(*args):
         found = dataclasses.replace(original(*args), order=order, test_blocks=((0, 4), (4, 7)))
@@ -156,9 +156,9 @@ def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
             found = dataclasses.replace(found, sample_blocks=((0, 16), (16, 26)))
         return found
 
-    monkeypatch.setattr(request_module, "plan_reduction", asked)
+    monkeypatch.setattr(sums_module, "plan_sums", asked)
     monkeypatch.setattr(executors, "n_cores", lambda: 2)
-    monkeypatch.setattr(hydra, "SAMPLE_MULTIPLE", 8)
+    monkeypatch.setattr(sums_module, "SAMPLE_MULTIPLE", 8)
     monkeypatch.setattr(relevance, "CHUNK_SAMPLES", 8)
 
 
@@ -237,9 +237,9 @@ def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
     inputs = [delayed(sums, pure=False) for sums in partials]
     for n_chunks in (1, 3, 40):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hydra, "SAMPLE_MULTIPLE", -(-20 // n_chunks))
-            job = hydra.Job(Path(), WhichTests(0), Path(), 20, (), None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
-            found = [(share, sums.compute(scheduler="synchronous")) for share, sums in hydra._totals(job, inputs, (100, 120))]
+            patch.setattr(sums_module, "SAMPLE_MULTIPLE", -(-20 // n_chunks))
+            job = Job(Path(), WhichTests(0), Path(), 20, (), None, None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
+            found = [(share, sums.compute(scheduler="synchronous")) for share, sums in sums_module._totals(job, inputs, (100, 120))]
         assert found[0][0][0] == 100
         assert found[-1][0][1] == 120
         for number, parts in enumerate(zip(*before, strict=True)):

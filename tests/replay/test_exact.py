@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
-from hydra_pipe.replay import engine, products
+from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store import pace, stage_runner
 from hydra_pipe.store.results import ResultName
@@ -124,13 +124,13 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
 def test_relevance_is_that_of_finite_differences_of_training(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the store keeps float32: the sums themselves are held against the differences
     sums: list[np.ndarray] = []
-    real = engine.Replay._sweep
+    real = solver.Replay._sweep
 
     def kept(self: Any, *arguments: Any) -> np.ndarray:
         sums.append(real(self, *arguments))
         return sums[-1]
 
-    monkeypatch.setattr(engine.Replay, "_sweep", kept)
+    monkeypatch.setattr(solver.Replay, "_sweep", kept)
     found = exact(CASES[case], tmp_path / "run")
     expected = finite_differences(CASES[case])
     assert relative_error(-sums[0], expected) < 1e-6
@@ -145,14 +145,14 @@ def test_the_derivative_of_clipping_matters(tmp_path: Path) -> None:
 
 def test_adams_second_moment_is_differentiated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = exact(CASES["AdamW"], tmp_path / "whole")
-    real = engine.ExactSweep._through_optimizer
+    real = solver.ExactSweep._through_optimizer
 
     def frozen(self: Any, own: Any, gradient: Tensor) -> Tensor:
         found = real(self, own, gradient)
         own.states[1].zero_()
         return found
 
-    monkeypatch.setattr(engine.ExactSweep, "_through_optimizer", frozen)
+    monkeypatch.setattr(solver.ExactSweep, "_through_optimizer", frozen)
     assert relative_error(exact(CASES["AdamW"], tmp_path / "frozen"), whole) > 0.1
 
 
@@ -195,8 +195,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def planned(patch: pytest.MonkeyPatch, **changes: Any) -> None:
-    real = engine.plan_replay
-    patch.setattr(engine, "plan_replay", lambda what: replace(real(what), **changes))
+    real = solver.plan_replay
+    carried = {"carried": changes["columns"]} if "columns" in changes else {}
+    patch.setattr(solver, "plan_replay", lambda what: replace(real(what), **changes, **carried))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monke
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))))
-    real, taken = engine.ExactSweep.step, []
+    real, taken = solver.ExactSweep.step, []
 
     def step(self: Any, given: Any) -> None:
         if len(taken) == after:
@@ -236,11 +237,11 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monke
         real(self, given)
 
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(engine.ExactSweep, "step", step)
+        stop.setattr(solver.ExactSweep, "step", step)
         with pytest.raises(InterruptedHereError):
             exact(conv_pipeline, run)
     again: list[int] = []
-    monkeypatch.setattr(engine.ExactSweep, "step", lambda self, given: (again.append(given.number), real(self, given)))
+    monkeypatch.setattr(solver.ExactSweep, "step", lambda self, given: (again.append(given.number), real(self, given)))
     assert np.array_equal(exact(conv_pipeline, run), expected)
     assert len(again) == 24 - after  # twelve steps of two blocks
     assert not list((run / "relevance.zarr").rglob("sweep-*"))
@@ -280,7 +281,7 @@ def test_a_rank_goes_on_with_the_directions_that_it_began_with(run: Path, monkey
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))), rank=3)
-    step, basis_of, taken = engine.ExactSweep.step, engine.basis_of, []
+    step, basis_of, taken = solver.ExactSweep.step, solver.basis_of, []
 
     def stopped(self: Any, given: Any) -> None:
         if len(taken) == 5:
@@ -289,7 +290,7 @@ def test_a_rank_goes_on_with_the_directions_that_it_began_with(run: Path, monkey
         step(self, given)
 
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(engine.ExactSweep, "step", stopped)
+        stop.setattr(solver.ExactSweep, "step", stopped)
         with pytest.raises(InterruptedHereError):
             exact(conv_pipeline, run, rank=3)
 
@@ -297,7 +298,7 @@ def test_a_rank_goes_on_with_the_directions_that_it_began_with(run: Path, monkey
         found = basis_of(gradients, rank)
         return Basis([-v for v in found.vectors], -found.mixing, -found.coefficients, found.held)
 
-    monkeypatch.setattr(engine, "basis_of", turned)
+    monkeypatch.setattr(solver, "basis_of", turned)
     assert np.array_equal(exact(conv_pipeline, run, rank=3), expected)
 
 
@@ -435,7 +436,7 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
     pipeline = small(sgd())
     pipeline.model.bfloat16()
     with pytest.raises(PipelineError, match=r"parameters of torch\.bfloat16: hydra-exact needs float32 or float64"):
-        engine.moving(pipeline)
+        solver.moving(pipeline)
 
 
 def test_an_optimizer_of_ones_own_is_refused() -> None:
@@ -443,4 +444,4 @@ def test_an_optimizer_of_ones_own_is_refused() -> None:
         pass
 
     with pytest.raises(OptimizerError, match="hydra-exact differentiates SGD, Adam, AdamW, not Own"):
-        engine.moving(small(lambda model: Own(model.parameters(), lr=0.1)))
+        solver.moving(small(lambda model: Own(model.parameters(), lr=0.1)))

@@ -13,11 +13,14 @@ import pytest
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan import geometry
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.plan.reduction import Reading, ReductionPlan, plan_reduction
-from hydra_pipe.reduction import hydra
+from hydra_pipe.plan.records import Reading
+from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.reduction.executors.base import Workers
-from hydra_pipe.reduction.hydra import Job, graphs
-from hydra_pipe.reduction.request import reduction_input
+from hydra_pipe.reduction.job import Job
+from hydra_pipe.reduction.solvers import sums
+from hydra_pipe.reduction.solvers.common import reduction_input
+from hydra_pipe.reduction.solvers.sums import graphs
+from hydra_pipe.reduction.weights import RowUse, hydra_weights
 from hydra_pipe.store import names
 from hydra_pipe.store import relevance as relevance_module
 from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
@@ -38,7 +41,7 @@ WORDS = {"method": "hydra", "sign": "as it is", "unit": "test loss"}
 @pytest.fixture
 def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Paths of the store of one process, and of that of three, with shards of 8 rows."""
-    for module, name in ((relevance_module, "CHUNK_SAMPLES"), (hydra, "SAMPLE_MULTIPLE")):
+    for module, name in ((relevance_module, "CHUNK_SAMPLES"), (sums, "SAMPLE_MULTIPLE")):
         monkeypatch.setattr(module, name, 8)
     monkeypatch.setattr(geometry, "SHARD_BYTES", SHARD_ROWS * 21 * 4)
     monkeypatch.setattr(geometry, "CHUNK_BYTES", SHARD_ROWS // 2 * 21 * 4)
@@ -70,8 +73,9 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     return tmp_path / "one", tmp_path / "three"
 
 
-def threads(count: int) -> Workers:
-    return Workers(count, processes=False, threads=count, resident_bytes=0)
+def sizes(store: Gradients, n_threads: int) -> SumInput:
+    workers = Workers(n_threads, processes=False, threads=n_threads, resident_bytes=0)
+    return SumInput(**vars(reduction_input(store, AT_END, N_SAMPLES, ALL, 2**40, workers)))
 
 
 def writer_of(path: Path, rank: int, n_ranks: int) -> GradientsWriter:
@@ -117,8 +121,8 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
     found = []
     for path in stores:
         store = Gradients(path)
-        given = reduction_input(store, AT_END, N_SAMPLES, ALL, 2**40, threads(workers))
-        plan = plan_reduction(given, None)
+        given = sizes(store, workers)
+        plan = plan_sums(given, None)
         assert all(start in shard_starts(store.rows.part_rows) for start, _ in plan.row_runs)
         for asked in orders_of(plan):
             rows: list[int] = []
@@ -128,7 +132,7 @@ def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_pa
         np.testing.assert_allclose(relevance, found[0], atol=1e-5 * np.abs(found[0]).max())
 
 
-def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
+def orders_of(plan: SumPlan) -> Iterator[SumPlan]:
     """The same work in both orders, with whole rows and windows of them, in one pass and in several."""
     for rows, features in ((SHARD_ROWS, 21), (SHARD_ROWS // 2, 9)):
         reading = Reading(rows, features)
@@ -138,10 +142,13 @@ def orders_of(plan: ReductionPlan) -> Iterator[ReductionPlan]:
                 yield replace(plan, order="fold first", test_blocks=tests, sample_blocks=samples, reading=reading)
 
 
-def relevance_by(plan: ReductionPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
+def job_of(plan: SumPlan, store: Gradients, target: Path) -> Job[SumPlan]:
+    return Job(store.path, AT_END, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan, RowUse(hydra_weights))
+
+
+def relevance_by(plan: SumPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
     create_relevance(target, "hydra", WORDS, N_SAMPLES, ALL, plan.test_blocks[0][1], RUN_ID)
-    job = Job(store.path, AT_END, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan)
-    for _, graph in graphs(job, rows.append):
+    for _, graph in graphs(job_of(plan, store, target), rows.append):
         graph.compute(scheduler="synchronous")
     return open_relevance(target, "hydra").read()
 
@@ -150,7 +157,7 @@ def test_building_a_graph_computes_and_reads_nothing(
     stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Gradients(stores[0])
-    plan = plan_reduction(reduction_input(store, AT_END, N_SAMPLES, ALL, 2**40, threads(2)), None)
+    plan = plan_sums(sizes(store, 2), None)
     shutil.rmtree(stores[0])
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -161,7 +168,17 @@ def test_building_a_graph_computes_and_reads_nothing(
         for asked in orders_of(plan):
             built = list(
                 graphs(
-                    Job(store.path, AT_END, tmp_path / "none" / "hydra", N_SAMPLES, ALL.tests, None, None, asked),
+                    Job(
+                        store.path,
+                        AT_END,
+                        tmp_path / "none" / "hydra",
+                        N_SAMPLES,
+                        ALL.tests,
+                        None,
+                        None,
+                        asked,
+                        RowUse(hydra_weights),
+                    ),
                     refuse,
                 )
             )

@@ -65,7 +65,7 @@ def files_small() -> Iterator[None]:
         patch.setattr("hydra_pipe.store.writing.STEP_SHARD_ROWS", 4)
         patch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
         patch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 8)
-        patch.setattr("hydra_pipe.reduction.hydra.SAMPLE_MULTIPLE", 8)
+        patch.setattr("hydra_pipe.reduction.solvers.sums.SAMPLE_MULTIPLE", 8)
         yield
 
 

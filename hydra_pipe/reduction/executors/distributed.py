@@ -321,7 +321,7 @@ def _interrupts_are_for_this_thread() -> Iterator[None]:
 
 def _about(dask_worker: Any) -> dict[str, int]:
     """A worker that has loaded what it needs; a memory limit of 0 is none. Dask knows the parameter by its name."""
-    import hydra_pipe.reduction.hydra  # noqa: F401
+    import hydra_pipe.reduction.solvers.sums  # noqa: F401
     from hydra_pipe.units import resident_bytes
 
     return {

@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.costs import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.plan.geometry import store_geometry
-from hydra_pipe.plan.reduction import (
-    SAMPLE_MULTIPLE,
-    TEST_MULTIPLE,
-    Answered,
-    Reading,
-    ReductionInput,
-    ReductionPlan,
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, TEST_MULTIPLE, Answered, Reading
+from hydra_pipe.plan.sums import (
+    SumInput,
+    SumPlan,
     folding_peak_bytes,
     parse_chunks,
-    plan_reduction,
+    plan_sums,
     scoring_peak_bytes,
 )
 from hydra_pipe.units import format_bytes, parse_bytes
@@ -31,11 +28,11 @@ MIB = 2**20
 Chunks = tuple[int, int] | None
 
 
-def given_of(**changes: int) -> ReductionInput:
+def given_of(**changes: int) -> SumInput:
     """LeNet-5 on 60,000 samples for 10 epochs, 1,000 test samples, 4 GiB, 2 workers; but for `changes`."""
     geometry = store_geometry(3390, 2)
     return replace(
-        ReductionInput(
+        SumInput(
             n_rows=600_000,
             n_features=3390,
             n_folding=2572,
@@ -58,7 +55,7 @@ def given_of(**changes: int) -> ReductionInput:
 
 
 @st.composite
-def inputs(draw: st.DrawFn) -> ReductionInput:
+def inputs(draw: st.DrawFn) -> SumInput:
     n_features = draw(st.one_of(st.integers(1, 500), st.integers(1, 100_000)))
     item_bytes = draw(st.sampled_from([1, 2, 4]))
     if draw(st.booleans()):
@@ -69,7 +66,7 @@ def inputs(draw: st.DrawFn) -> ReductionInput:
         n_chunks = draw(st.integers(1, min(20, n_features)))
         sizes = (2**shard_log, 2 ** draw(st.integers(0, shard_log)), -(-n_features // n_chunks))
     n_tests = draw(st.one_of(st.integers(1, 200), st.integers(1, 5000)))
-    return ReductionInput(
+    return SumInput(
         n_rows=draw(st.one_of(st.integers(1, 5000), st.integers(1, 10**7))),
         n_features=n_features,
         n_samples=draw(st.integers(1, 200_000)),
@@ -95,20 +92,20 @@ def inputs(draw: st.DrawFn) -> ReductionInput:
 CHUNKS = st.one_of(st.none(), st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)))
 
 
-def refusal(what: ReductionInput, chunks: Chunks) -> str:
+def refusal(what: SumInput, chunks: Chunks) -> str:
     """The message of the refusal; cases that fit are the business of other tests."""
     try:
-        plan_reduction(what, chunks)
+        plan_sums(what, chunks)
     except BudgetError as error:
         return str(error)
     assume(False)
     raise AssertionError
 
 
-def planned(what: ReductionInput, chunks: Chunks) -> ReductionPlan:
+def planned(what: SumInput, chunks: Chunks) -> SumPlan:
     """The plan; cases that do not fit are the business of other tests."""
     try:
-        return plan_reduction(what, chunks)
+        return plan_sums(what, chunks)
     except BudgetError:
         assume(False)
         raise
@@ -116,7 +113,7 @@ def planned(what: ReductionInput, chunks: Chunks) -> ReductionPlan:
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_the_planned_peak_is_within_the_budget(what: ReductionInput, chunks: Chunks) -> None:
+def test_the_planned_peak_is_within_the_budget(what: SumInput, chunks: Chunks) -> None:
     plan = planned(what, chunks)
     widest = max(last - first for first, last in plan.test_blocks)
     assert plan.peak_bytes <= what.memory_bytes
@@ -131,7 +128,7 @@ def test_the_planned_peak_is_within_the_budget(what: ReductionInput, chunks: Chu
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_blocks_cover_every_test_sample_and_every_sample_once(what: ReductionInput, chunks: Chunks) -> None:
+def test_blocks_cover_every_test_sample_and_every_sample_once(what: SumInput, chunks: Chunks) -> None:
     plan = planned(what, chunks)
     for blocks, n in ((plan.test_blocks, what.n_tests), (plan.sample_blocks, what.n_samples)):
         assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])]
@@ -141,7 +138,7 @@ def test_blocks_cover_every_test_sample_and_every_sample_once(what: ReductionInp
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_blocks_of_samples_fill_whole_chunks(what: ReductionInput, chunks: Chunks) -> None:
+def test_blocks_of_samples_fill_whole_chunks(what: SumInput, chunks: Chunks) -> None:
     plan = planned(what, chunks)
     assert all(first % SAMPLE_MULTIPLE == 0 for first, _ in plan.sample_blocks)
     assert len(plan.sample_blocks) == 1 or plan.order == "fold first"
@@ -149,7 +146,7 @@ def test_blocks_of_samples_fill_whole_chunks(what: ReductionInput, chunks: Chunk
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(what: ReductionInput, chunks: Chunks) -> None:
+def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(what: SumInput, chunks: Chunks) -> None:
     *others, _ = [last - first for first, last in planned(what, chunks).test_blocks]
     assert len(set(others)) <= 1
     for width in others:
@@ -158,7 +155,7 @@ def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(what
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_runs_cover_every_row_once_and_begin_with_a_shard(what: ReductionInput, chunks: Chunks) -> None:
+def test_runs_cover_every_row_once_and_begin_with_a_shard(what: SumInput, chunks: Chunks) -> None:
     runs = planned(what, chunks).row_runs
     assert runs[0][0] == 0
     assert runs[-1][1] == what.n_rows
@@ -169,7 +166,7 @@ def test_runs_cover_every_row_once_and_begin_with_a_shard(what: ReductionInput, 
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_runs_share_the_shards_evenly_among_the_workers(what: ReductionInput, chunks: Chunks) -> None:
+def test_runs_share_the_shards_evenly_among_the_workers(what: SumInput, chunks: Chunks) -> None:
     runs = planned(what, chunks).row_runs
     n_shards = -(-what.n_rows // what.shard_rows)
     most = min(what.workers, n_shards)
@@ -180,7 +177,7 @@ def test_runs_share_the_shards_evenly_among_the_workers(what: ReductionInput, ch
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_whole_stored_chunks_are_read_at_once(what: ReductionInput, chunks: Chunks) -> None:
+def test_whole_stored_chunks_are_read_at_once(what: SumInput, chunks: Chunks) -> None:
     reading = planned(what, chunks).reading
     assert reading.rows % what.chunk_rows == 0
     assert what.chunk_rows <= reading.rows <= what.shard_rows
@@ -190,7 +187,7 @@ def test_whole_stored_chunks_are_read_at_once(what: ReductionInput, chunks: Chun
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
-def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: ReductionInput, rows: int, features: int) -> None:
+def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: SumInput, rows: int, features: int) -> None:
     reading = planned(what, (rows, features)).reading
     assert reading.rows >= min(rows, what.shard_rows)
     assert reading.rows - what.chunk_rows < rows
@@ -200,21 +197,21 @@ def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: Reduction
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_bytes_to_decode_are_the_rows_once_a_pass(what: ReductionInput, chunks: Chunks) -> None:
+def test_bytes_to_decode_are_the_rows_once_a_pass(what: SumInput, chunks: Chunks) -> None:
     plan = planned(what, chunks)
     assert plan.read_bytes == plan.passes * what.n_rows * what.n_features * what.item_bytes
 
 
 @EVERY
 @given(inputs(), st.integers(1, 1024))
-def test_more_memory_never_takes_more_time(what: ReductionInput, more: int) -> None:
+def test_more_memory_never_takes_more_time(what: SumInput, more: int) -> None:
     time = planned(what, None).lasting_picoseconds
     assert planned(replace(what, memory_bytes=what.memory_bytes + more * MIB), None).lasting_picoseconds <= time
 
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
-def test_no_chunks_take_less_time_than_the_chosen_ones(what: ReductionInput, rows: int, features: int) -> None:
+def test_no_chunks_take_less_time_than_the_chosen_ones(what: SumInput, rows: int, features: int) -> None:
     chosen, asked = planned(what, None), planned(what, (rows, features))
     assert chosen.lasting_picoseconds <= asked.lasting_picoseconds
 
@@ -223,39 +220,39 @@ def test_no_chunks_take_less_time_than_the_chosen_ones(what: ReductionInput, row
 @given(inputs(), CHUNKS, st.integers(0, 1000))
 @example(given_of(n_tests=64 * 50, n_columns=64 * 50, workers=16, memory_bytes=1200 * MIB), None, 49)
 @example(given_of(workers=16, memory_bytes=1200 * MIB), None, 3)
-def test_what_goes_on_divides_the_work_as_what_was_interrupted(what: ReductionInput, chunks: Chunks, passes: int) -> None:
+def test_what_goes_on_divides_the_work_as_what_was_interrupted(what: SumInput, chunks: Chunks, passes: int) -> None:
     """Sums over other runs of rows would be rounded otherwise."""
     whole = planned(what, chunks)
     passes = min(passes, whole.passes - 1)
     blocks = "sample_blocks" if whole.order == "fold first" else "test_blocks"
     done = getattr(whole, blocks)[passes][0]
-    left = plan_reduction(what, chunks, Answered(whole.order, done, what.base_bytes))
+    left = plan_sums(what, chunks, Answered(whole.order, done, what.base_bytes))
     assert getattr(left, blocks) == getattr(whole, blocks)[passes:]
     assert (left.order, left.row_runs, left.reading) == (whole.order, whole.row_runs, whole.reading)
 
 
 def test_one_pass_over_whole_rows_is_chosen_where_memory_allows() -> None:
-    plan = plan_reduction(given_of(), None)
+    plan = plan_sums(given_of(), None)
     assert plan.passes == 1
     assert plan.reading == Reading(512, 3390)
 
 
 def test_rows_are_folded_first_where_there_are_many_tests_and_epochs() -> None:
     dense = {"n_folding": 3390}
-    assert plan_reduction(given_of(**dense), None).order == "fold first"
-    assert plan_reduction(given_of(**dense, n_tests=4, n_columns=4), None).order == "score first"
+    assert plan_sums(given_of(**dense), None).order == "fold first"
+    assert plan_sums(given_of(**dense, n_tests=4, n_columns=4), None).order == "score first"
     # one epoch: sums by sample save nothing
-    assert plan_reduction(given_of(**dense, n_rows=60_000), None).order == "score first"
+    assert plan_sums(given_of(**dense, n_rows=60_000), None).order == "score first"
     # nothing can be folded
-    assert plan_reduction(given_of(n_folding=0), None).order == "score first"
+    assert plan_sums(given_of(n_folding=0), None).order == "score first"
     # several passes over the store cost more than they save
     few = dense | {"n_tests": 64, "n_columns": 64, "n_samples": 500_000, "n_rows": 5_000_000, "memory_bytes": 1024 * MIB}
-    assert plan_reduction(given_of(**few), None).order == "score first"
+    assert plan_sums(given_of(**few), None).order == "score first"
 
 
 def test_sums_go_from_process_to_process_and_not_from_thread_to_thread() -> None:
-    assert plan_reduction(given_of(), None).moved_bytes == 0
-    apart = plan_reduction(given_of(processes=True, n_folding=0), None)
+    assert plan_sums(given_of(), None).moved_bytes == 0
+    apart = plan_sums(given_of(processes=True, n_folding=0), None)
     assert apart.moved_bytes == 60_000 * 1000 * 4
     # each thread of a process has sums of its own, and adds up others'
     by_threads = [
@@ -269,8 +266,8 @@ READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000))
 
 @EVERY
 @given(inputs(), READINGS, st.integers(1, 500))
-def test_more_of_anything_never_takes_less_memory(what: ReductionInput, reading: Reading, tests: int) -> None:
-    def peaks(what: ReductionInput, reading: Reading, tests: int) -> tuple[int, int]:
+def test_more_of_anything_never_takes_less_memory(what: SumInput, reading: Reading, tests: int) -> None:
+    def peaks(what: SumInput, reading: Reading, tests: int) -> tuple[int, int]:
         return scoring_peak_bytes(what, reading, tests), folding_peak_bytes(what, reading, what.n_samples, tests)
 
     def never_less(*changed: Any) -> None:
@@ -291,7 +288,7 @@ def test_more_of_anything_never_takes_less_memory(what: ReductionInput, reading:
 # test gradients and little else; schedules and little else
 @example(given_of(n_samples=1, n_steps=1, n_blocks=1), 1, 500)
 @example(given_of(n_samples=1, n_steps=1_000_000), 1, 1)
-def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: ReductionInput, rows: int, tests: int) -> None:
+def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: SumInput, rows: int, tests: int) -> None:
     what = replace(what, n_tests=tests, n_columns=tests)
     sums = what.n_samples * tests * 4
     stored, decoded = rows * what.n_features * what.item_bytes, rows * what.n_features * 4
@@ -311,7 +308,7 @@ def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: Red
 @given(inputs(), CHUNKS)
 @example(given_of(memory_bytes=MIB), None)
 @example(given_of(memory_bytes=200 * MIB), (2048, 3390))
-def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(what: ReductionInput, chunks: Chunks) -> None:
+def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(what: SumInput, chunks: Chunks) -> None:
     message = refusal(what, chunks)
     found = re.fullmatch(
         r"decoding \d+x\d+ \(rows x features\) at once with one worker needs ([\d.e+]+ \w+), "
@@ -322,12 +319,12 @@ def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_hel
     needed, memory, raised = found.groups()
     assert memory == format_bytes(what.memory_bytes)
     enough = parse_bytes(raised)
-    plan_reduction(replace(what, memory_bytes=enough), chunks)
+    plan_sums(replace(what, memory_bytes=enough), chunks)
     # what it needs is what it needs: the advice is that number, and less is refused
     number, unit = needed.split()
     assert float(number) * parse_bytes(f"1 {unit}") == pytest.approx(enough, rel=0.01, abs=2 * MIB)
     with pytest.raises(BudgetError):
-        plan_reduction(replace(what, memory_bytes=enough - 2 * MIB), chunks)
+        plan_sums(replace(what, memory_bytes=enough - 2 * MIB), chunks)
 
 
 @EVERY
@@ -338,17 +335,17 @@ def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_hel
     given_of(n_features=100, shard_rows=16384, chunk_rows=4096, chunk_features=100, memory_bytes=200 * MIB, n_steps=4000),
     (4096, 100),
 )
-def test_smaller_chunks_are_only_advised_where_they_help(what: ReductionInput, chunks: Chunks) -> None:
+def test_smaller_chunks_are_only_advised_where_they_help(what: SumInput, chunks: Chunks) -> None:
     found = re.search(r"lower --chunks to (\d+x\d+)", refusal(what, chunks))
     if found:
         assert parse_chunks(found[1]) != chunks
-        assert plan_reduction(what, parse_chunks(found[1]))
+        assert plan_sums(what, parse_chunks(found[1]))
 
 
 def test_sizes_in_a_refusal_are_written_as_one_writes_them() -> None:
     what = given_of(memory_bytes=1000 * MIB, n_samples=150_000_000, n_folding=0)
     with pytest.raises(BudgetError, match=r"--memory is 1000 MiB: "):
-        plan_reduction(what, None)
+        plan_sums(what, None)
 
 
 @pytest.mark.parametrize(("text", "chunks"), [("auto", None), ("2048x4096", (2048, 4096)), ("1x1", (1, 1)), ("010x7", (10, 7))])

@@ -1,6 +1,6 @@
 """Method `influence`, out of core: the matrix of the empirical Fisher, made from the last rows and solved in one task.
 
-What is computed is in `maths/influence.py`; the two ways of `plan/solving.py` give the same.
+What is computed is in `maths/influence.py`; the two ways of `plan/influence.py` give the same.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,16 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.influence import damped, inverse_damping
-from hydra_pipe.plan.reduction import BY_FEATURES, SAMPLE_MULTIPLE, Found, Span
+from hydra_pipe.plan.influence import InfluencePlan, SolveInput, plan_solve
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.reduction.executors.base import CountRows
 from hydra_pipe.reduction.expansion import Expansion
-from hydra_pipe.reduction.fisher import columns_of_tests
-from hydra_pipe.reduction.hydra import CountRows, Held, Job, held_last_rows, held_tests, held_weights, rows_of
+from hydra_pipe.reduction.job import Held, Job, columns_of_tests, held_last_rows, held_tests, held_weights, rows_of
 from hydra_pipe.reduction.loops import Workspace
 from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.reduction.solvers.base import Course, Units
+from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.weights import Ints, StepWeights
 from hydra_pipe.store import names
 from hydra_pipe.store.arrays import Array
@@ -30,12 +33,28 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 
-def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-    """The one pass: test samples that are answered, and its graph, which gives the least damping of any block."""
-    yield (0, job.plan.test_blocks[-1][1]), delayed(influence)(job, count_rows)
+class Influence(ReadingSolver[InfluencePlan]):
+    """Relevance as the solution of a linear system over the last row of each sample, in one pass."""
+
+    divided_by_memory = True
+
+    def plan(self, given: ReductionInput, after: Answered | None) -> InfluencePlan:
+        """See `CommonSolver`."""
+        assert self.request.last is not None
+        return plan_solve(SolveInput(given, self.gradients.layout.whole_width, len(self.request.last)))
+
+    def units(self, given: ReductionInput, plan: InfluencePlan) -> Units:
+        """See `Solver`."""
+        n_rows = given.n_read * plan.passes
+        return Units(n_rows, n_rows, "rows")
+
+    def passes(self, course: Course[InfluencePlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`: the pass finds the least damping of any block."""
+        answered = (0, course.plan.test_blocks[-1][1])
+        yield answered, delayed(influence)(self.job(course.plan, course.given), count_rows)
 
 
-def influence(job: Job, count_rows: CountRows) -> Found:
+def influence(job: Job[InfluencePlan], count_rows: CountRows) -> Found:
     """Fill the relevance. Not `single_threaded_blas`: no worker is beside it.
 
     Returns:
@@ -46,9 +65,9 @@ def influence(job: Job, count_rows: CountRows) -> Found:
         return _influence(job, _LastRows(job, store, weights, last, count_rows))
 
 
-def _influence(job: Job, rows: "_LastRows") -> Found:
-    matrix = (_by_features if job.plan.order == BY_FEATURES else _by_samples)(job, rows)
-    answers = _answers_by_features if job.plan.order == BY_FEATURES else _answers_by_samples
+def _influence(job: Job[InfluencePlan], rows: "_LastRows") -> Found:
+    matrix = (_by_features if job.plan.by_features else _by_samples)(job, rows)
+    answers = _answers_by_features if job.plan.by_features else _answers_by_samples
     array = Array.open(job.relevance)
     for tests in job.plan.test_blocks:
         found = answers(job, rows, matrix, tests)
@@ -79,7 +98,7 @@ class _LastRows:
         count_rows: called with the number of rows that have been read.
     """
 
-    def __init__(self, job: Job, store: Gradients, weights: StepWeights, last: Ints, count_rows: CountRows) -> None:
+    def __init__(self, job: Job[InfluencePlan], store: Gradients, weights: StepWeights, last: Ints, count_rows: CountRows) -> None:
         self._job, self._count_rows = job, count_rows
         self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
@@ -137,12 +156,12 @@ class _LastRows:
         return np.where(np.isnan(rho), 1.0, rho) / np.where(ratio > 0, ratio, np.inf) / len(self)
 
 
-def _by_samples(job: Job, rows: _LastRows) -> Doubles:
+def _by_samples(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
     """A D + I, shape (place, place)."""
     store, n = rows.store, len(rows)
     segments, n_features = segments_of(store.layout), store.layout.n_features
     matrix, d = np.empty((n, n)), np.empty(n)
-    for low, high in job.plan.sample_blocks:
+    for low, high in job.plan.held_blocks:
         held = _held_block(rows, low, high)
         scorer = Scorer(held, segments, n_features, job.plan.reading.features)
         with closing(rows.pieces(low)) as pieces:
@@ -166,7 +185,7 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
     return decode_tests(stored, weight, segments_of(rows.store.layout))
 
 
-def _answers_by_samples(job: Job, rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+def _answers_by_samples(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
     """(A D + I)^-1 G Lambda^-1 H.T, shape (place, column)."""
     layout, averages = rows.store.layout, job.averages()
     sides: Floats = np.empty((len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32)
@@ -179,7 +198,7 @@ def _answers_by_samples(job: Job, rows: _LastRows, matrix: Doubles, tests: Span)
     return _solved(matrix, sides)
 
 
-def _by_features(job: Job, rows: _LastRows) -> Doubles:
+def _by_features(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
     """Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature)."""
     expanded = _Expanded(rows)
     matrix = np.zeros((expanded.width, expanded.width))
@@ -191,7 +210,7 @@ def _by_features(job: Job, rows: _LastRows) -> Doubles:
     return damped(matrix)
 
 
-def _answers_by_features(job: Job, rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+def _answers_by_features(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
     """G (F + Lambda)^-1 H.T, shape (place, column)."""
     columns = tests if job.groups is None else (0, int(job.groups.max()) + 1)
     expanded = _Expanded(rows)

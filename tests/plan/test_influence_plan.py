@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_reduction import given_of
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.solving import SolveInput, plan_solve, solving_peak_bytes
+from hydra_pipe.plan.influence import SolveInput, plan_solve, solving_peak_bytes
 from hydra_pipe.units import parse_bytes
 
 
@@ -34,10 +34,10 @@ def test_a_plan_fits_or_is_refused_with_a_budget_that_it_fits(
         plan = plan_solve(what)
     assert plan.peak_bytes <= what.recording.memory_bytes
     assert plan.peak_bytes >= 2 * 8 * min(width, n_last) ** 2
-    for blocks, end in ((plan.test_blocks, n_tests), (plan.sample_blocks, n_last)):
+    for blocks, end in ((plan.test_blocks, n_tests), (plan.held_blocks, n_last)):
         assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])]
         assert blocks[-1][1] == end
-    assert plan.passes == (1 if width <= n_last else len(plan.sample_blocks)) + len(plan.test_blocks)
+    assert plan.passes == (1 if width <= n_last else len(plan.held_blocks)) + len(plan.test_blocks)
     assert plan.order == ("by features" if width <= n_last else "by samples")
 
 

@@ -6,11 +6,12 @@ states, and the more columns fit beside them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.reduction import BACKWARD, Reading, ReductionInput, ReductionPlan, Span, common_bytes, suggested
-from hydra_pipe.plan.sweeping import even_width
+from hydra_pipe.plan.costs import suggested
+from hydra_pipe.plan.geometry import even_width
+from hydra_pipe.plan.records import ColumnPlan, ReductionInput, Span, common_bytes, spans
 from hydra_pipe.units import format_bytes
 
 # of the adjoints of a column, beside those of the training state: that of the gradient before and after clipping, what
@@ -48,23 +49,37 @@ class ReplayInput:
     cache_bytes: int
 
 
-@dataclass(frozen=True)
-class ReplayPlan:
-    """How.
+@dataclass(frozen=True, kw_only=True)
+class ReplayPlan(ColumnPlan):
+    """How training is gone through again.
 
     Args:
-        columns: that are carried in each pass.
-        at_once: of these, columns that go through a batch's graph together.
-        levels: of kept states, and trainings that a pass takes.
-        most_states: of each level.
-        peak_bytes: upper bound of the process's memory.
+        columns: columns of the result that each pass answers.
+        carried: vectors that each pass carries back: columns, or directions that stand for columns.
+        at_once: vectors that go through a batch's graph together.
+        levels: levels of kept states, and trainings that a pass takes.
+        most_states: states of each level.
     """
 
-    columns: tuple[Span, ...]
+    carried: tuple[Span, ...]
     at_once: int
     levels: int
     most_states: int
-    peak_bytes: int
+
+    @property
+    def passes(self) -> int:
+        return len(self.columns)
+
+    @property
+    def tasks(self) -> int:
+        return len(self.columns)
+
+    def after(self, done: int) -> "ReplayPlan":
+        """What is left after the first `done` columns."""
+        left = tuple((max(low, done), high) for low, high in self.columns if high > done)
+        picoseconds = self.picoseconds * len(left) // len(self.columns)
+        carried = self.carried[len(self.columns) - len(left) :]
+        return replace(self, columns=left, carried=carried, picoseconds=picoseconds)
 
 
 def plan_replay(what: ReplayInput) -> ReplayPlan:
@@ -94,27 +109,17 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
     passes = -(-given.n_columns // most_columns)
     while (width := min(even_width(given.n_columns, passes), given.n_columns)) > most_columns:
         passes += 1
-    columns = tuple((low, min(low + width, given.n_columns)) for low in range(0, given.n_columns, width))
-    return ReplayPlan(columns, min(at_once, width), levels, most, fixed + width * each)
-
-
-def as_reduction(what: ReplayInput, blocks: tuple[Span, ...], plan: ReplayPlan, done: int, seconds: float) -> ReductionPlan:
-    """What a reduction notes of it, whose passes answer `blocks`, in `seconds`; after the first `done` columns."""
-    left = tuple((max(low, done), high) for low, high in blocks if high > done)
-    rows = what.recording.n_rows
-    return ReductionPlan(
-        order=BACKWARD,
-        test_blocks=left,
-        sample_blocks=((0, what.recording.n_samples),),
-        row_runs=((0, rows),),
-        reading=Reading(1, what.recording.n_features),
-        peak_bytes=plan.peak_bytes,
-        read_bytes=0,
-        written_bytes=what.recording.n_samples * what.recording.n_columns * 4,
-        moved_bytes=0,
-        operations=0,
-        folded_values=0,
-        picoseconds=int(seconds * 1e12) * len(left) // len(blocks),
+    columns = spans(0, given.n_columns, width)
+    return ReplayPlan(
+        order="backward",
+        workers=1,
+        columns=columns,
+        carried=columns,
+        at_once=min(at_once, width),
+        levels=levels,
+        most_states=most,
+        peak_bytes=fixed + width * each,
+        written_bytes=given.n_samples * given.n_columns * 4,
     )
 
 

@@ -7,13 +7,18 @@ share of the samples.
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.costs import COSTS
-from hydra_pipe.plan.reduction import FROM_MATRIX, SAMPLE_MULTIPLE, Reading, ReductionInput, ReductionPlan, suggested
-from hydra_pipe.plan.sweeping import MOST_FEATURES, even_width
+from hydra_pipe.plan.costs import COSTS, suggested
+from hydra_pipe.plan.geometry import MOST_FEATURES, even_width
+from hydra_pipe.plan.records import (
+    SAMPLE_MULTIPLE,
+    TESTS_AT_ONCE,
+    ColumnPlan,
+    Reading,
+    ReadingPlan,
+    ReductionInput,
+    spans,
+)
 from hydra_pipe.units import format_bytes
-
-# test samples that are multiplied out at a time
-TESTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,20 @@ class AnswerInput:
     width: int
 
 
-def plan_answers(what: AnswerInput, done: int = 0) -> ReductionPlan:
+@dataclass(frozen=True, kw_only=True)
+class FromMatrixPlan(ColumnPlan, ReadingPlan):
+    """How columns are answered: in each pass every worker goes over a share of the samples."""
+
+    @property
+    def passes(self) -> int:
+        return len(self.columns)
+
+    @property
+    def tasks(self) -> int:
+        return self.passes * self.workers
+
+
+def plan_answers(what: AnswerInput, done: int = 0) -> FromMatrixPlan:
     """The plan with the fewest passes that fit the budget; after the first `done` columns.
 
     Raises:
@@ -52,24 +70,21 @@ def _most_workers(given: ReductionInput) -> int:
     return min(given.workers, -(-given.n_samples // SAMPLE_MULTIPLE))
 
 
-def _plan(what: AnswerInput, width: int, workers: int, done: int) -> ReductionPlan:
+def _plan(what: AnswerInput, width: int, workers: int, done: int) -> FromMatrixPlan:
     given = what.recording
-    blocks = tuple((first, min(first + width, given.n_columns)) for first in range(done, given.n_columns, width))
+    blocks = spans(done, given.n_columns, width)
     read = len(blocks) * given.n_samples * what.width * 4
     operations = 2 * given.n_samples * what.width * (given.n_columns - done)
     converted = given.n_tests * what.width
-    return ReductionPlan(
-        order=FROM_MATRIX,
-        test_blocks=blocks,
-        sample_blocks=((0, given.n_samples),),
-        row_runs=((0, given.n_rows),) * workers,
+    return FromMatrixPlan(
+        order="from the matrix",
+        columns=blocks,
+        workers=workers,
         reading=Reading(min(SAMPLE_MULTIPLE, given.n_samples), min(MOST_FEATURES, what.width)),
         peak_bytes=answer_peak_bytes(what, width, workers),
         read_bytes=read,
         written_bytes=given.n_samples * given.n_columns * 4,
-        moved_bytes=0,
         operations=operations,
-        folded_values=0,
         picoseconds=read * COSTS.decoded_byte + operations * COSTS.operation + converted * COSTS.converted_value,
     )
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, cast, get_args
+from typing import Any
 
-from hydra_pipe.plan.reduction import Answered, Found, Order
+from hydra_pipe.plan.records import Answered, Found
 from hydra_pipe.store import names
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.run import RunDirectory
@@ -27,11 +27,11 @@ def marked(stage: Stage | None) -> tuple[Answered, dict[str, Any]] | None:
     if not isinstance(found, dict):
         return None
     order, done, base_bytes, passes = (found.get(name) for name in ("order", "done", "base_bytes", "found"))
-    if order not in get_args(Order) or not is_count(done) or not is_count(base_bytes):
+    if not isinstance(order, str) or not is_count(done) or not is_count(base_bytes):
         return None
     if not isinstance(passes, list) or not all(map(_is_found, passes)):
         return None
-    return Answered(cast(Order, order), done, base_bytes, tuple(passes)), found
+    return Answered(order, done, base_bytes, tuple(passes)), found
 
 
 def combined(passes: Sequence[Found]) -> Found:

@@ -9,24 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.costs import COSTS
-from hydra_pipe.plan.reduction import (
-    BY_FEATURES,
-    BY_SAMPLES,
+from hydra_pipe.plan.costs import COSTS, suggested
+from hydra_pipe.plan.records import (
+    TESTS_AT_ONCE,
     Reading,
     ReductionInput,
-    ReductionPlan,
+    RowPlan,
     Span,
     common_bytes,
     readings,
-    suggested,
+    spans,
     test_widths,
     worker_bytes,
 )
 from hydra_pipe.units import format_bytes
 
-# test samples that are multiplied out at a time
-EXPANDED_TESTS = 64
 # rows that are held at a time, at least
 _LEAST_ROWS = 64
 
@@ -56,7 +53,40 @@ class SolveInput:
         return min(self.width, self.n_last)
 
 
-def plan_solve(what: SolveInput) -> ReductionPlan:
+@dataclass(frozen=True, kw_only=True)
+class InfluencePlan(RowPlan):
+    """How the linear system is made and solved.
+
+    Args:
+        by_features: whether the matrix is of features by features, or of samples by samples.
+        held_blocks: first and one past the last row that are held together; of no meaning by features.
+    """
+
+    by_features: bool
+    held_blocks: tuple[Span, ...]
+
+    @property
+    def blocks(self) -> tuple[Span, ...]:
+        return self.test_blocks if self.by_features else self.held_blocks
+
+    @property
+    def noun(self) -> str:
+        return "test samples" if self.by_features else "samples"
+
+    @property
+    def passes(self) -> int:
+        return (1 if self.by_features else len(self.held_blocks)) + len(self.test_blocks)
+
+    @property
+    def tasks(self) -> int:
+        return 1
+
+    def fills(self, chunks: tuple[int, ...], *, grouped: bool) -> bool:
+        aligned = all(first % chunks[0] == 0 for first, _ in self.held_blocks)
+        return aligned and super().fills(chunks, grouped=grouped)
+
+
+def plan_solve(what: SolveInput) -> InfluencePlan:
     """The plan with the fewest passes that fits the budget.
 
     Raises:
@@ -94,7 +124,7 @@ def solving_peak_bytes(what: SolveInput, reading: Reading, held: int, tests: int
         expanded = reading.rows * what.width * 4 * 3
         # a product in float32, on its way into the matrix
         building = matrix + matrix // 2 + expanded
-        multiplied_out = EXPANDED_TESTS * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 8)
+        multiplied_out = TESTS_AT_ONCE * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 8)
         solving += multiplied_out
         answering = matrix + what.width * columns * 4 + expanded
     else:
@@ -114,37 +144,32 @@ def _held_widths(what: SolveInput) -> Iterator[int]:
     yield max(1, width)
 
 
-def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> ReductionPlan:
+def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> InfluencePlan:
     given = what.recording
-    test_blocks, n = _spans(given.n_tests, tests), what.size
+    test_blocks, n = spans(0, given.n_tests, tests), what.size
     columns = given.n_columns * len(test_blocks)
     if what.by_features:
         held_blocks: tuple[Span, ...] = ((0, what.n_last),)
         building, answering = what.n_last * n**2 * 2, 2 * what.n_last * n * given.n_columns
         read_rows = (1 + len(test_blocks)) * given.n_read
     else:
-        held_blocks = _spans(what.n_last, held)
+        held_blocks = spans(0, what.n_last, held)
         # each block with the rows from it on
         building, answering = n**2 * given.n_features, 2 * given.n_read * given.n_tests * given.n_features
         read_rows = (len(held_blocks) + 2 * len(test_blocks) + 1) * given.n_read // 2
     operations = building + answering + 2 * n**3 // 3 * len(test_blocks) + 2 * n**2 * columns
     values = read_rows * given.n_features
     read = values * given.item_bytes
-    return ReductionPlan(
-        order=BY_FEATURES if what.by_features else BY_SAMPLES,
+    return InfluencePlan(
+        order="by features" if what.by_features else "by samples",
+        workers=1,
+        by_features=what.by_features,
         test_blocks=test_blocks,
-        sample_blocks=held_blocks,
-        row_runs=((0, given.n_rows),),
+        held_blocks=held_blocks,
         reading=reading,
         peak_bytes=solving_peak_bytes(what, reading, held, tests),
         read_bytes=read,
         written_bytes=given.n_samples * given.n_columns * 4,
-        moved_bytes=0,
         operations=operations,
-        folded_values=0,
         picoseconds=read * COSTS.decoded_byte + values * COSTS.converted_value + operations * COSTS.operation,
     )
-
-
-def _spans(end: int, width: int) -> tuple[Span, ...]:
-    return tuple((first, min(first + width, end)) for first in range(0, end, width))

@@ -1,126 +1,197 @@
-"""Methods that are weighted sums over stored rows, as a Dask graph for each pass.
+"""Weighted sums over stored rows, as a Dask graph for each pass.
 
-R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the two orders of `plan/reduction.py`. Of `hydra`, the Hessian-free
-relevance, w(t) = - alpha(t) c(t) (docs/architecture.md); those of other methods are in `weights.py`.
+R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the orders of `plan/sums.py`. Weights w(t) are in `weights.py`.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Found, ReductionPlan, Span
-from hydra_pipe.plan.selection import cut
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.sums import FOLD_FIRST, FROM_HYPERGRADIENTS, SCORE_FIRST, SumInput, SumPlan, parse_chunks, plan_sums
+from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.blas import single_threaded_blas
+from hydra_pipe.reduction.executors.base import CountRows, Workers
 from hydra_pipe.reduction.folds import Folder, folded_columns
+from hydra_pipe.reduction.job import Floats, Held, Job, held_last_rows, held_tests, held_weights, load_tests, rows_of
 from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.loops import add_rows
-from hydra_pipe.reduction.methods import METHODS, Method
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
-from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
+from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.resume import ANSWERED, mark, marked
+from hydra_pipe.reduction.scores import Scorer, TestBlock
 from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
-from hydra_pipe.reduction.sharing import shared
-from hydra_pipe.reduction.weights import Ints, StepWeights, checkpoint_of_steps, last_rows, row_weights
+from hydra_pipe.reduction.solvers.base import Course, Units
+from hydra_pipe.reduction.solvers.result import ReadingSolver
+from hydra_pipe.reduction.weights import StepWeights, checkpoint_of_steps
 from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.gradients import Gradients, Prefix
-from hydra_pipe.store.hypergradients import Hypergradients, write_folded
+from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
+from hydra_pipe.store.hypergradients import Hypergradients, create_hypergradients, write_folded
 from hydra_pipe.store.probes import WhichTests
 from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.rows import Piece, check_within
-from hydra_pipe.streams import Stream
+from hydra_pipe.store.rows import check_within
+from hydra_pipe.store.stage_runner import Work
+from hydra_pipe.store.stages import StageId
 
-Floats = NDArray[np.float32]
-CountRows = Callable[[int], None]
 # What rows add up to, by sample, which is the first dimension of every array. Score first: scores; fold first: hypergradients of
 # what can be folded, and the scores of the rest where there is a rest.
 Sums = tuple[Floats, ...]
+# fact of an interrupted reduction: whether it kept hypergradients too
+_KEEPING = "keeping"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every task of a reduction needs to know; small, and the same for all of them.
+class WeightedSums(ReadingSolver[SumPlan]):
+    """Relevance as sums of weighted rows. On the way the sums by sample are kept, where the request says so."""
 
-    Args:
-        gradients: path of the store.
-        tested: which test gradients, the last where there are several.
-        relevance: path of the array that is written to.
-        of_features: whether that is the matrix of hypergradients, whose columns are features: what a sweep begins with is a unit
-            vector of each then, and no test gradient.
-        n_samples: training samples.
-        tests: spans of test samples, in ascending order; what the plan counts are places among these.
-        groups: where test samples are averaged: the group of each of them, shape (test,), else None.
-        kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
-        plan: how.
-        prefix: of the recording, where not all its steps count.
-        method: name of it.
-        checkpoints: steps of all test gradients that are used, ascending; empty: those of `tested` alone.
-        in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
-            cluster, which computes again what it has lost from what it still has.
-    """
-
-    gradients: Path
-    tested: WhichTests
-    relevance: Path
-    n_samples: int
-    tests: tuple[Span, ...]
-    groups: NDArray[np.int64] | None
-    kept: Path | None
-    plan: ReductionPlan
-    prefix: Prefix | None = None
-    method: str = "hydra"
-    checkpoints: tuple[int, ...] = ()
-    in_place: bool = True
-    of_features: bool = False
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._keeping = request.options.keep_hypergradients
 
     @property
-    def asked(self) -> Method:
-        """The method."""
-        return METHODS[self.method]
+    def stages(self) -> tuple[StageId, ...]:
+        """See `Solver`: of kept hypergradients there is one store, whatever the result is called."""
+        return (*super().stages, self.request.keep_stage) if self._keeping else super().stages
 
-    def store(self) -> Gradients:
-        """The recording, opened anew: what is open does not travel to other processes."""
-        return Gradients(self.gradients, self.prefix)
+    # ------------------------------------------------------------------ planning
 
-    def averages(self) -> Floats | None:
-        """What test samples are multiplied by to give the columns, shape (test, group); None where each is a column."""
-        if self.groups is None:
-            return None
-        of_group: Floats = np.zeros((len(self.groups), int(self.groups.max()) + 1), np.float32)
-        of_group[np.arange(len(self.groups)), self.groups] = 1 / np.bincount(self.groups)[self.groups]
-        return of_group
+    def given(self, workers: Workers) -> SumInput:
+        """See `CommonSolver`."""
+        request = self.request
+        return SumInput(
+            **vars(super().given(workers)),
+            keeping=self._keeping,
+            kept=request.has_kept,
+            folds=request.last is None and len(request.checkpoints) == 1,
+            norms=request.method.rows.cosine,
+            checkpoints=len(request.checkpoints),
+        )
+
+    def plan(self, given: ReductionInput, after: Answered | None) -> SumPlan:
+        """See `CommonSolver`."""
+        assert isinstance(given, SumInput)
+        return plan_sums(given, parse_chunks(self.request.options.chunks), after)
+
+    def units(self, given: ReductionInput, plan: SumPlan) -> Units:
+        """See `Solver`: of kept hypergradients only what is factored has rows."""
+        n_rows = given.n_read if not self.request.has_kept or given.n_factored else 0
+        return Units(n_rows, n_rows * plan.passes, "rows")
+
+    # ------------------------------------------------------------------ going on
+
+    def has_work(self) -> bool:
+        """See `Solver`."""
+        return super().has_work() or any(self.directory.has_work(stage, {}) for stage in self.stages[1:])
+
+    def answered(self) -> Answered | None:
+        """See `Solver`: what was not kept on the way does not count where hypergradients are to be kept."""
+        found = marked(self.directory.stages.get(self.stages[0]))
+        return None if self._keeping and (found is None or not found[1].get(_KEEPING)) else super().answered()
+
+    def most(self, answered: Answered) -> int:
+        """See `ResultSolver`."""
+        return self.request.n_samples if answered.order == FOLD_FIRST else super().most(answered)
+
+    def say_before(self, course: Course[SumPlan], progress: Progress) -> None:
+        """See `Solver`."""
+        super().say_before(course, progress)
+        method = self.request.method
+        if method.on_the_way and len(self.request.checkpoints) == 1:
+            progress.say(
+                f"{method.name} takes the test gradients at the end for all steps; TracIn's own are those on the way: "
+                "record with --test-every epoch"
+            )
+
+    def noun_of(self, plan: SumPlan) -> str:
+        """See `ResultSolver`."""
+        return plan.noun
+
+    def clean(self) -> None:
+        """See `Solver`."""
+        super().clean()
+        if self._keeping:
+            remove_partials(self.request.kept)
+
+    # ------------------------------------------------------------------ doing
+
+    def claim(self) -> None:
+        """Mark that hypergradients are kept anew: what interrupted reductions have kept before is not there any more."""
+        if not self._keeping:
+            return
+        directory = self.directory
+        for name, stage in directory.stages.items():
+            if isinstance(found := stage.facts.get(ANSWERED), dict) and found.get(_KEEPING):
+                del stage.facts[ANSWERED]
+                directory.save(name)
+        directory.begin(self.request.keep_stage, {})
+
+    def create(self, course: Course[SumPlan]) -> None:
+        """See `Solver`."""
+        super().create(course)
+        if self._keeping:
+            create_hypergradients(self.request.kept, self.gradients, self.request.n_samples)
+
+    def passes(self, course: Course[SumPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`."""
+        kept = self.request.kept if self._keeping or self.request.has_kept else None
+        return graphs(self.job(course.plan, course.given, kept), count_rows)
+
+    def mark(self, answered: Answered) -> None:
+        """See `Solver`."""
+        sync_tree(self.target, files=False)
+        if self._keeping:
+            sync_tree(self.request.kept, files=False)
+        mark(self.directory, self.stages[0], answered, **{_KEEPING: self._keeping})
+
+    def conclude(self) -> None:
+        """See `Solver`."""
+        for stage in self.stages[1:]:
+            Work(self.directory, stage, {"n_bytes": tree_bytes(self.request.kept)}).complete()
 
 
-def graphs(job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+class SquaredSums(WeightedSums):
+    """Sums of squared norms of rows: the relevance of each training sample for itself."""
+
+    def given(self, workers: Workers) -> SumInput:
+        """See `CommonSolver`."""
+        return replace(super().given(workers), folds=False, norms=True)
+
+    def passes(self, course: Course[SumPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`."""
+        return graphs(self.job(course.plan, course.given), count_rows, _square_run)
+
+
+def check_sums(request: Request) -> None:
+    """Hold sums that were kept against the recording. Raises: StoreError."""
+    Hypergradients(request.kept, request.gradients).check(request.gradients, request.n_samples)
+
+
+def graphs(job: Job[SumPlan], count_rows: CountRows, score: "Callable[..., Sums] | None" = None) -> Iterator[tuple[Span, Delayed]]:
     """The passes in order: what each answers (test samples where rows are scored first, else samples), and its graph.
 
-    Building a graph reads nothing; computing it writes what it answers into the relevance array. Tasks read what they need from the
-    store: what goes from one to another is sums by sample. A task that runs again gives the same, and writes the same bytes.
+    Tasks read what they need from the store: what goes from one to another is sums by sample.
 
     Args:
         job: what is reduced, and how.
         count_rows: called with the number of rows that have been done.
+        score: score of a run of rows, where rows are scored first; None: for test samples.
     """
-    if job.plan.order == "score first":
-        score = _score_run if job.asked.of_tests else _square_run
-        for tests in job.plan.test_blocks:
-            yield tests, _pass_of_tests(job, score, _write, tests, count_rows)
-    elif job.plan.order == "fold first":
-        for samples in job.plan.sample_blocks:
-            yield samples, _folding_pass(job, samples, count_rows)
-    else:
-        for tests in job.plan.test_blocks:
-            yield tests, _pass_of_tests(job, _score_kept, _answer_kept, tests, count_rows)
+    passes = {
+        SCORE_FIRST: partial(_pass_of_tests, job, score or _score_run, _write),
+        FOLD_FIRST: partial(_folding_pass, job),
+        FROM_HYPERGRADIENTS: partial(_pass_of_tests, job, _score_kept, _answer_kept),
+    }
+    for block in job.plan.blocks:
+        yield block, passes[job.plan.order](block, count_rows)
 
 
 def _pass_of_tests(
-    job: Job, score: Callable[..., Sums], answer: Callable[..., None], tests: Span, count_rows: CountRows
+    job: Job[SumPlan], score: Callable[..., Sums], answer: Callable[..., None], tests: Span, count_rows: CountRows
 ) -> Delayed:
     """Scores of runs of rows for `tests`, added up, and what answers from each share of the samples."""
     scoring, answering = delayed(score), delayed(answer)
@@ -130,14 +201,14 @@ def _pass_of_tests(
     return result
 
 
-def _folding_pass(job: Job, samples: Span, count_rows: CountRows) -> Delayed:
+def _folding_pass(job: Job[SumPlan], samples: Span, count_rows: CountRows) -> Delayed:
     fold, answer = delayed(_fold_run), delayed(_answer)
     partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
     result: Delayed = delayed(_done)([answer(job, share, sums) for share, sums in _totals(job, partials, samples)])
     return result
 
 
-def _totals(job: Job, partials: list[Delayed], samples: Span) -> Iterator[tuple[Span, Delayed]]:
+def _totals(job: Job[SumPlan], partials: list[Delayed], samples: Span) -> Iterator[tuple[Span, Delayed]]:
     """The total of partial sums of `samples`, in as many shares as there are workers, each of which adds up one and answers it.
 
     So every partial sum leaves its process at most once. Few are added at once where shares are large, for all of them must be in
@@ -170,103 +241,8 @@ def _add(sums: list[Sums], in_place: bool) -> Sums:
     return first
 
 
-def held_tests(job: Job, tests: Span, tested: WhichTests | None = None) -> AbstractContextManager[TestBlock]:
-    """A block that has test gradients, those of the job where none are named."""
-    of = job.tested if tested is None else tested
-    key = ("tests", job.gradients, of, job.asked.cosine, cut(job.tests, *tests))
-    return shared(key, lambda: _load_tests(job, tests, of))
-
-
-def held_weights(job: Job, store: Gradients) -> AbstractContextManager[StepWeights]:
-    """A block that has the weights of the steps."""
-    return shared(("weights", job.gradients, job.prefix, job.method), lambda: row_weights(store, job.asked))
-
-
-def held_last_rows(job: Job, store: Gradients) -> AbstractContextManager[Ints]:
-    """A block that has the last row of each sample, ascending."""
-    return shared(("last rows", job.gradients, job.prefix), lambda: last_rows(store, job.n_samples))
-
-
-def _load_tests(job: Job, tests: Span, tested: WhichTests) -> TestBlock:
-    store = job.store()
-    rows, segments = tested.rows(store), segments_of(store.layout)
-    spans = [slice(*span) for span in cut(job.tests, *tests)]
-    stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
-    scales = np.concatenate([rows.scales(span) for span in spans])
-    if job.asked.cosine:
-        norms = SquaredNorms(segments, store.layout.n_features, job.plan.reading.features)
-        at_once = job.plan.reading.rows
-        for low in range(0, len(stored), at_once):
-            own = slice(low, low + at_once)
-            squares = norms(partial(_window, stored[own]), scales[own].astype(np.float64) ** 2)
-            scales[own] *= inverse_norms(squares)[:, None]
-    return decode_tests(stored, scales, segments)
-
-
-def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
-    return stored[:, first:last]
-
-
-@dataclass(frozen=True)
-class Held:
-    """Some rows in a worker's hands.
-
-    Args:
-        rows: which they are, or, of some of these, between which they are.
-        read: gives their columns.
-        weight: of each block in each of them, shape (row, block).
-        samples, steps: of each, shape (row,).
-        n_read: rows that were read for it.
-    """
-
-    rows: slice
-    read: ReadWindow
-    weight: Floats
-    samples: Ints
-    steps: Ints
-    n_read: int
-
-    def only(self, places: "Ints | slice") -> "Held":
-        """Some of them."""
-        read = self.read
-        return Held(
-            self.rows,
-            lambda first, last: read(first, last)[places],
-            self.weight[places],
-            self.samples[places],
-            self.steps[places],
-            self.n_read,
-        )
-
-
-def rows_of(store: Gradients, job: Job, run: Span, weights: StepWeights, last: Ints | None = None) -> Stream[Held]:
-    """The rows of a run in order; where `last` is given, ascending, only those of them. Close it.
-
-    Per-row columns are read for a whole file at once.
-    """
-    pieces = store.rows.stream(run, job.plan.reading.rows, last)
-    return Stream(_held(store, job, pieces, weights, last), pieces.close)
-
-
-def _held(store: Gradients, job: Job, pieces: Stream[Piece], weights: StepWeights, last: Ints | None) -> Iterator[Held]:
-    beside = slice(0, 0)
-    for piece in pieces:
-        if piece.rows.start >= beside.stop:
-            beside = slice(piece.rows.start, store.rows.end_of_file(piece.rows.start))
-            samples, steps = store.samples(beside), store.step_of_rows(beside)
-            check_within(samples, job.n_samples, f"samples of {store.path}")
-            check_within(steps, len(weights.values), f"steps of {store.path}")
-            weight = weights.of_rows(steps, store.rows.scales(beside))
-        own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
-        held = Held(piece.rows, piece.read, weight[own], samples[own], steps[own], own.stop - own.start)
-        if last is not None:
-            places = last[np.searchsorted(last, piece.rows.start) : np.searchsorted(last, piece.rows.stop)] - piece.rows.start
-            held = held if len(places) == held.n_read else held.only(places)
-        yield held
-
-
 @single_threaded_blas
-def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
     store, averages = job.store(), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
@@ -276,7 +252,7 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
     scorer, present = None, job.tested
     with (
         held_weights(job, store) as weights,
-        held_last_rows(job, store) if job.asked.last_rows else nullcontext() as last,
+        held_last_rows(job, store) if job.rows.last else nullcontext() as last,
         ExitStack() as held,
         closing(rows_of(store, job, run, weights, last)) as pieces,
     ):
@@ -289,14 +265,14 @@ def _score_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
                     scorer, present = Scorer(block, segments, n_features, at_once), tested
                     del block
                 weight = own.weight
-                if job.asked.cosine:
+                if job.rows.cosine:
                     weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
                 _add_scores(total, own.samples, scorer(own.read, weight), averages)
             count_rows(rows.n_read)
     return (total,)
 
 
-def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, WhichTests]]:
+def _by_checkpoint(job: Job[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichTests]]:
     """`rows`, of one part and so in order of step, by the test gradients that they meet."""
     if len(job.checkpoints) < 2:
         yield rows, job.tested
@@ -308,7 +284,7 @@ def _by_checkpoint(job: Job, rows: Held) -> Iterator[tuple[Held, WhichTests]]:
 
 
 @single_threaded_blas
-def _square_run(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _square_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the relevance of samples for themselves, shape (sample, 1)."""
     store = job.store()
     norms = SquaredNorms(segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
@@ -336,7 +312,7 @@ def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Flo
 
 
 @single_threaded_blas
-def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums:
+def _fold_run(job: Job[SumPlan], run: Span, samples: Span, count_rows: CountRows) -> Sums:
     """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
     store, averages = job.store(), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
@@ -365,7 +341,7 @@ def _fold_run(job: Job, run: Span, samples: Span, count_rows: CountRows) -> Sums
 
 
 @single_threaded_blas
-def _answer(job: Job, samples: Span, sums: Sums) -> None:
+def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
     """Write the relevance of some samples for every test sample, and keep their hypergradients where they are to be kept."""
     folded, *scores = sums
     segments = dense_segments(job.store().layout)
@@ -373,7 +349,7 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
     if job.kept is not None and folded.shape[1]:
         write_folded(job.kept, samples[0], folded)
     for tests in job.plan.test_blocks:
-        values = folded_columns(_load_tests(job, tests, job.tested).values, segments)
+        values = folded_columns(load_tests(job, tests, job.tested).values, segments)
         columns = slice(*tests)
         if averages is not None:  # all test samples are one block then, and the columns are the groups
             values = averages.T @ values
@@ -387,7 +363,7 @@ def _answer(job: Job, samples: Span, sums: Sums) -> None:
 
 
 @single_threaded_blas
-def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """What factored rows of `run` add to the relevance for `tests`, shape (sample, column)."""
     kept, averages = _open_kept(job), job.averages()
     with held_tests(job, tests) as block:
@@ -406,7 +382,7 @@ def _score_kept(job: Job, run: Span, tests: Span, count_rows: CountRows) -> Sums
 
 
 @single_threaded_blas
-def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
+def _answer_kept(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
     """Write the relevance of some samples for some test samples: scores of what is factored, and products of the sums kept."""
     kept, (total,) = _open_kept(job), sums
     array = Array.open(job.relevance)
@@ -425,12 +401,12 @@ def _answer_kept(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
         write_relevance(array, low, first_column, found)
 
 
-def _open_kept(job: Job) -> Hypergradients:
+def _open_kept(job: Job[SumPlan]) -> Hypergradients:
     assert job.kept is not None
     return Hypergradients(job.kept, job.store())
 
 
-def _write(job: Job, samples: Span, tests: Span, sums: Sums) -> None:
+def _write(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
     """Write the relevance of some samples for some test samples."""
     write_relevance(Array.open(job.relevance), samples[0], tests[0] if job.groups is None else 0, sums[0])
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.errors import BudgetError, RunError
-from hydra_pipe.plan.reduction import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, ReductionPlan, Span
-from hydra_pipe.plan.replaying import ReplayInput, ReplayPlan, as_reduction, plan_replay
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.replay import ReplayInput, ReplayPlan, plan_replay
 from hydra_pipe.recording.datasets import on_device
-from hydra_pipe.reduction.hydra import CountRows, Job
+from hydra_pipe.reduction.executors.base import CountRows, Workers
+from hydra_pipe.reduction.job import Job
 from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.solvers.base import Course, Units
+from hydra_pipe.reduction.solvers.result import ResultSolver
 from hydra_pipe.replay.lowrank import basis_of, corrected
 from hydra_pipe.replay.products import batch_of, check_twice_differentiable
 from hydra_pipe.replay.sweep import ExactSweep, moving
@@ -28,7 +31,8 @@ from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.pace import Pace
 from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
-from hydra_pipe.store.sweeps import load_state, remove_state, save_state
+from hydra_pipe.store.space import room_for
+from hydra_pipe.store.sweeps import load_state, remove_state, remove_states, save_state
 from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
@@ -39,7 +43,7 @@ _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
 _LOSS_RELATIVE, _LOSS_ABSOLUTE = 0.02, 1e-3
 
 
-class Replay:
+class Replay(ResultSolver[ReplayPlan]):
     """Trains a recorded run again, and goes back over it.
 
     Args:
@@ -47,8 +51,11 @@ class Replay:
         load: builds the pipeline of the run, untrained.
     """
 
+    divided_by_memory = True
+
     def __init__(self, request: Request, load: Callable[[], Pipeline]) -> None:
-        self._request, self._load = request, load
+        super().__init__(request)
+        self._load = load
         self._pipeline: Pipeline | None = None
         self._n_steps = request.gradients.n_steps
         self._recorded = request.gradients.step_table(names.LOSS)
@@ -56,61 +63,81 @@ class Replay:
         # the largest difference between a loss and the recorded one
         self._off = 0.0
 
-    # ------------------------------------------------------------------ what `reduction/run.py` asks
+    # ------------------------------------------------------------------ planning
 
-    def resident_bytes(self) -> int:
-        """See `Engine`. Raises: what building the pipeline does."""
+    def given(self, workers: Workers) -> ReductionInput:
+        """See `CommonSolver`: with what training takes. Raises: what building the pipeline does."""
         if self._pipeline is None:
             self._pipeline = self._load()
             self._trajectory = Trajectory(self._pipeline, self._n_steps)
-            self._sizes, self._seconds = _measured(self._pipeline, self._request.columns.n_columns)
+            self._sizes, self._seconds = _measured(self._pipeline, self.request.columns.n_columns)
             # with its data, and with what torch takes from its first step on
             self._resident_bytes = resident_bytes()
-        return self._resident_bytes
+        return super().given(replace(workers, resident_bytes=self._resident_bytes))
 
-    def plan(self, given: ReductionInput, answered: Answered | None) -> ReductionPlan:
-        """See `Engine`. Raises: BudgetError."""
-        self._what = ReplayInput(given, self._n_steps, **self._sizes)
-        self._found = self._plan(self._what)
-        done = 0 if answered is None else answered.done
-        return as_reduction(self._what, self._blocks(), self._found, done, self._lasting(self._found))
+    def plan(self, given: ReductionInput, after: Answered | None) -> ReplayPlan:
+        """See `CommonSolver`."""
+        whole = self._plan(ReplayInput(given, self._n_steps, **self._sizes))
+        return whole.after(0 if after is None else after.done)
 
     def _plan(self, what: ReplayInput) -> ReplayPlan:
-        return plan_replay(what)
+        found = plan_replay(what)
+        return replace(found, picoseconds=self._lasting(found))
 
-    def _blocks(self) -> tuple[Span, ...]:
-        """Columns of the result that each pass answers."""
-        return self._found.columns
+    def _lasting(self, plan: ReplayPlan) -> int:
+        """Picoseconds, by what a first step took."""
+        train, column = self._seconds
+        seconds = self._n_steps * (train * (1 + plan.levels) * len(plan.carried) + column * plan.carried[-1][1])
+        return int(seconds * 1e12)
 
-    def n_counted(self, plan: ReductionPlan) -> int:
-        """See `Engine`: each training counts its rows once, and going back counts them for each column, which takes as long."""
-        carried = sum(last - first for first, last in self._found.columns[len(self._found.columns) - plan.passes :])
-        return self._what.recording.n_rows * (self._found.levels * plan.passes + carried)
+    def most(self, answered: Answered) -> int:
+        """See `ResultSolver`."""
+        return self.request.columns.n_columns
 
-    def lines(self, plan: ReductionPlan) -> dict[str, str]:
-        """See `Engine`."""
-        found, what = self._found, self._what
-        n = found.columns[-1][1]
-        of = "groups of test samples" if what.recording.grouped else "test gradients"
+    def conclude(self) -> None:
+        """See `Solver`: blocks of columns that another budget had have left states."""
+        remove_states(self.target)
+
+    # ------------------------------------------------------------------ words
+
+    def units(self, given: ReductionInput, plan: ReplayPlan) -> Units:
+        """See `Solver`: each training counts its rows once, and going back counts them for each column, which takes as long."""
+        carried = sum(last - first for first, last in plan.carried)
+        return Units(given.n_read, given.n_rows * (plan.levels * plan.passes + carried), "rows")
+
+    def describe(self, course: Course[ReplayPlan]) -> dict[str, str]:
+        """See `Solver`."""
+        return self.lines(course) | {"written": room_for(course.plan.written_bytes, self.directory.path)}
+
+    def summary(self, course: Course[ReplayPlan]) -> str:
+        """See `Solver`."""
+        return ", ".join(f"{name}: {value}" for name, value in self.lines(course).items())
+
+    def lines(self, course: Course[ReplayPlan]) -> dict[str, str]:
+        """The plan, for people: what, and how much."""
+        given, plan, whole = course.given, course.plan, course.whole
+        of = "groups of test samples" if given.grouped else "test gradients"
+        n, width = whole.carried[-1][1], whole.carried[0][1]
         return {
-            "steps": f"{self._n_steps:,}, trained {found.levels} times in each pass, {found.most_states:,} states kept a level",
-            "columns": f"{n:,} {of}, {found.columns[0][1]:,} in each pass, {found.at_once:,} through a step's graph at once",
+            "steps": f"{self._n_steps:,}, trained {plan.levels} times in each pass, {plan.most_states:,} states kept a level",
+            "columns": f"{n:,} {of}, {width:,} in each pass, {plan.at_once:,} through a step's graph at once",
             "passes": f"{plan.passes:,}",
-            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(what.recording.memory_bytes)}",
+            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
             "time": f"about {format_seconds(plan.picoseconds / 1e12)}, as a first step took",
         }
 
-    def passes(self, job: Job, count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """See `Engine`."""
-        for columns in job.plan.test_blocks:
-            yield columns, delayed(self._pass, pure=False)(job, columns, count_rows)
-
     # ------------------------------------------------------------------ the work
 
-    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> Found:
+    def passes(self, course: Course[ReplayPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`: a pass finds the largest difference between a loss and the recorded one."""
+        job = self.job(course.plan, course.given)
+        for columns in course.plan.columns:
+            yield columns, delayed(self._pass, pure=False)(job, columns, count_rows)
+
+    def _pass(self, job: Job[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
-        self._trajectory.forward(self._found.most_states, count)
-        gradients = self._gradients(job.averages(), columns)
+        self._trajectory.forward(job.plan.most_states, count)
+        gradients = self._gradients(job, job.averages(), columns)
         sums = self._sweep(job, columns, gradients, count_rows, count, {})
         array = Array.open(job.relevance)
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
@@ -118,18 +145,18 @@ class Replay:
         remove_state(job.relevance, columns)
         return {names.LOSS_DIFFERENCE: self._off}
 
-    def _gradients(self, averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
+    def _gradients(self, job: Job[ReplayPlan], averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
         """At the end of training, one tensor (column, ...) for each parameter."""
-        pipeline, ids = self._pipeline, self._request.columns.test_ids
+        pipeline, ids = self._pipeline, self.request.columns.test_ids
         assert pipeline is not None
-        found = test_gradients(pipeline, moving(pipeline), ids, averages, columns, self._found.at_once)
+        found = test_gradients(pipeline, moving(pipeline), ids, averages, columns, job.plan.at_once)
         for place, (now, then) in enumerate(zip(found.losses.tolist(), self._recorded_tests.tolist(), strict=True)):
             self._hold(now, then, f"the loss of test sample {ids[place]}")
         return found.gradients
 
     def _sweep(
         self,
-        job: Job,
+        job: Job[ReplayPlan],
         columns: Span,
         gradients: list[Tensor],
         count_rows: CountRows,
@@ -141,11 +168,11 @@ class Replay:
         What is `beside` is kept with the state; where the sweep goes on it becomes what was kept.
         """
         assert self._pipeline is not None
-        sweep = ExactSweep(self._pipeline, gradients, job.n_samples, self._found.at_once)
+        sweep = ExactSweep(self._pipeline, gradients, job.n_samples, job.plan.at_once)
         width = len(gradients[0])
         first = self._go_on(job, columns, sweep, beside)
         if first < self._n_steps:
-            count_rows(width * int(self._request.gradients.rows_of_steps()[1][first:].sum()))
+            count_rows(width * int(self.request.gradients.rows_of_steps()[1][first:].sum()))
         pace = Pace()
         for step in self._trajectory.backward(first, count):
             sweep.step(step)
@@ -155,7 +182,7 @@ class Replay:
                     save_state(job.relevance, columns, {"step": step.number}, sweep.arrays() | beside)
         return sweep.sums
 
-    def _go_on(self, job: Job, columns: Span, sweep: ExactSweep, beside: dict[str, NDArray[np.float64]]) -> int:
+    def _go_on(self, job: Job[ReplayPlan], columns: Span, sweep: ExactSweep, beside: dict[str, NDArray[np.float64]]) -> int:
         """Put a sweep, and what is beside it, back to where it was. Returns: steps that are left."""
         found = load_state(job.relevance, columns, sweep.arrays() | beside)
         if found is None or not is_count(found[0].get("step")) or found[0]["step"] > self._n_steps:
@@ -177,14 +204,9 @@ class Replay:
         self._off = max(self._off, difference)
         if not difference <= _LOSS_RELATIVE * abs(then) + _LOSS_ABSOLUTE:
             raise RunError(
-                f"{self._request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} when it was recorded: training does "
+                f"{self.request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} when it was recorded: training does "
                 f"not come out the same. Is the pipeline's file, or its data, another one? Is the Pipeline newly built?"
             )
-
-    def _lasting(self, found: ReplayPlan) -> float:
-        """Seconds, by what a first step took."""
-        train, column = self._seconds
-        return self._n_steps * (train * (1 + found.levels) * len(found.columns) + column * found.columns[-1][1])
 
 
 def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple[float, float]]:
@@ -245,24 +267,23 @@ class LowRankReplay(Replay):
         self._rank, self._approximation = min(rank, request.columns.n_columns), approximation
 
     def _plan(self, what: ReplayInput) -> ReplayPlan:
+        given = what.recording
         # the test gradients, once more over their norms, and as directions
-        beside = 3 * what.recording.n_tests * what.parameter_bytes + 4 * 8 * what.recording.n_samples * what.recording.n_columns
-        given = replace(what.recording, n_columns=self._rank, memory_bytes=what.recording.memory_bytes - beside)
-        found = plan_replay(replace(what, recording=given))
-        if len(found.columns) > 1:
+        beside = 3 * given.n_tests * what.parameter_bytes + 4 * 8 * given.n_samples * given.n_columns
+        few = replace(given, n_columns=self._rank, memory_bytes=given.memory_bytes - beside)
+        found = super()._plan(replace(what, recording=few))
+        if len(found.carried) > 1:
             raise BudgetError(
-                f"--rank {self._rank}: not all directions fit {format_bytes(what.recording.memory_bytes)} at once: raise --memory, "
-                f"or lower the rank to {found.columns[0][1]}"
+                f"--rank {self._rank}: not all directions fit {format_bytes(given.memory_bytes)} at once: raise --memory, "
+                f"or lower the rank to {found.carried[0][1]}"
             )
-        return replace(found, peak_bytes=found.peak_bytes + beside)
+        peak_bytes, written_bytes = found.peak_bytes + beside, given.n_samples * given.n_columns * 4
+        return replace(found, columns=((0, given.n_columns),), peak_bytes=peak_bytes, written_bytes=written_bytes)
 
-    def _blocks(self) -> tuple[Span, ...]:
-        return ((0, self._what.recording.n_columns),)
-
-    def _pass(self, job: Job, columns: Span, count_rows: CountRows) -> Found:
+    def _pass(self, job: Job[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
-        self._trajectory.forward(self._found.most_states, count)
-        basis = basis_of(self._gradients(None, columns), self._rank)
+        self._trajectory.forward(job.plan.most_states, count)
+        basis = basis_of(self._gradients(job, None, columns), self._rank)
         # kept with the sweep: its directions are those that it began with, whatever comes out where it goes on
         beside = {"mixing": basis.mixing, "coefficients": basis.coefficients}
         exact = -self._sweep(job, columns, basis.vectors, count_rows, count, beside)
@@ -275,6 +296,6 @@ class LowRankReplay(Replay):
         remove_state(job.relevance, columns)
         return {names.LOSS_DIFFERENCE: self._off, names.GRADIENTS_HELD: basis.held}
 
-    def lines(self, plan: ReductionPlan) -> dict[str, str]:
-        """See `Engine`."""
-        return {"directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"} | super().lines(plan)
+    def lines(self, course: Course[ReplayPlan]) -> dict[str, str]:
+        """See `Replay`."""
+        return {"directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"} | super().lines(course)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import BASE_BYTES
-from hydra_pipe.plan.reduction import ReductionInput, ReductionPlan
-from hydra_pipe.plan.sweeping import MOST_CHUNK, SweepInput, chunk_columns, plan_sweep, sweep_peak_bytes
+from hydra_pipe.plan.geometry import MOST_CHUNK, chunk_columns
+from hydra_pipe.plan.records import ReductionInput
+from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep, sweep_peak_bytes
 
 MIB = 2**20
 EVERY = settings(max_examples=200, deadline=None)
@@ -53,7 +54,7 @@ def inputs(draw: st.DrawFn) -> SweepInput:
     )
 
 
-def planned(what: SweepInput, done: int = 0) -> ReductionPlan:
+def planned(what: SweepInput, done: int = 0) -> SweepPlan:
     try:
         return plan_sweep(what, done)
     except BudgetError:
@@ -65,12 +66,12 @@ def planned(what: SweepInput, done: int = 0) -> ReductionPlan:
 @given(inputs())
 def test_a_plan_fits_and_has_every_column_once_in_whole_chunks(what: SweepInput) -> None:
     plan = planned(what)
-    width = plan.test_blocks[0][1]
-    assert plan.peak_bytes == sweep_peak_bytes(what, width, len(plan.row_runs)) <= what.recording.memory_bytes
-    assert [first for first, _ in plan.test_blocks] == list(range(0, what.recording.n_columns, width))
-    assert [last for _, last in plan.test_blocks[:-1]] == [first for first, _ in plan.test_blocks[1:]]
-    assert plan.test_blocks[-1][1] == what.recording.n_columns
-    if len(plan.test_blocks) > 1:
+    width = plan.columns[0][1]
+    assert plan.peak_bytes == sweep_peak_bytes(what, width, plan.workers) <= what.recording.memory_bytes
+    assert [first for first, _ in plan.columns] == list(range(0, what.recording.n_columns, width))
+    assert [last for _, last in plan.columns[:-1]] == [first for first, _ in plan.columns[1:]]
+    assert plan.columns[-1][1] == what.recording.n_columns
+    if len(plan.columns) > 1:
         assert width % chunk_columns(width) == 0
     assert chunk_columns(width) <= MOST_CHUNK
 
@@ -81,17 +82,17 @@ def test_more_memory_never_takes_more_passes_of_the_same_workers(what: SweepInpu
     plan = planned(what)
     larger = replace(what, recording=replace(what.recording, memory_bytes=what.recording.memory_bytes + more * MIB))
     again = planned(larger)
-    assert len(again.row_runs) != len(plan.row_runs) or again.passes <= plan.passes
+    assert again.workers != plan.workers or again.passes <= plan.passes
 
 
 @EVERY
 @given(inputs(), st.integers(0, 100))
 def test_what_goes_on_divides_the_columns_as_what_was_interrupted(what: SweepInput, number: int) -> None:
     whole = planned(what)
-    number = min(number, len(whole.test_blocks) - 1)
-    left = plan_sweep(what, whole.test_blocks[number][0])
-    assert left.test_blocks == whole.test_blocks[number:]
-    assert left.row_runs == whole.row_runs
+    number = min(number, len(whole.columns) - 1)
+    left = plan_sweep(what, whole.columns[number][0])
+    assert left.columns == whole.columns[number:]
+    assert left.workers == whole.workers
 
 
 def test_one_worker_takes_many_columns_where_two_would_take_few() -> None:
@@ -99,7 +100,7 @@ def test_one_worker_takes_many_columns_where_two_would_take_few() -> None:
     few = sweep_peak_bytes(what, 2, 2)
     assert sweep_peak_bytes(what, 20, 2) > few > sweep_peak_bytes(what, 40, 1)
     plan = plan_sweep(input_of(n_tests=40, n_columns=40, memory_bytes=few))
-    assert (len(plan.row_runs), plan.passes) == (1, 1)
-    assert plan_sweep(input_of()).test_blocks == ((0, 100), (100, 200))
+    assert (plan.workers, plan.passes) == (1, 1)
+    assert plan_sweep(input_of()).columns == ((0, 100), (100, 200))
     with pytest.raises(BudgetError, match=r"a sweep of one column over 44,426 features needs .* raise --memory to \d+MiB"):
         plan_sweep(input_of(memory_bytes=BASE_BYTES))

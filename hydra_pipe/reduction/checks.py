@@ -1,0 +1,165 @@
+"""Options that are held against a method and a run: what cannot be is refused before anything is done."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.sums import parse_chunks
+from hydra_pipe.reduction.executors import executor_of
+from hydra_pipe.reduction.methods import METHODS, method_named
+from hydra_pipe.reduction.request import Method, Options, Request
+from hydra_pipe.reduction.weights import last_rows
+from hydra_pipe.store.counts import Counts
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.prefix import open_recording
+from hydra_pipe.store.probes import WhichTests, tested_by
+from hydra_pipe.store.relevance import Columns
+from hydra_pipe.store.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.run import PRUNED, RunDirectory
+from hydra_pipe.store.stages import KEEP, RECORD
+from hydra_pipe.units import parse_bytes
+
+# what an option is for that some methods refuse
+_MEANT_FOR = {
+    "--keep-hypergradients": "--method hydra and hydra-fisher",
+    "--chunks": "--method hydra",
+    "--tests": "methods of test samples",
+    "--by": "methods of test samples",
+    "--mean": "methods of test samples",
+    "--rank": "--method hydra-exact",
+    "--test": "methods of test samples",
+    "--pipeline": "--method hydra-exact",
+    "dataset": "--method hydra-exact",
+}
+
+
+def requested(run: str | os.PathLike[str], options: Options) -> Request:
+    """Check `options` against a run. Reads metadata, and for methods of the last rows which row is of which sample and step.
+
+    Raises:
+        RunError, StoreError, UsageError: see `hydra_pipe.reduce`.
+    """
+    method = method_named(options.method)
+    scheduler = executor_of(options.scheduler)
+    if options.by is not None and options.by not in GROUPINGS:
+        raise UsageError(f"--by {options.by} is unknown: choose label, or --mean")
+    parse_chunks(options.chunks)
+    parse_bytes(options.memory)
+    check_meant(method, *_given(options))
+    if method.solvers is None and options.scheduler not in ("threads", "synchronous"):
+        raise UsageError(f"--scheduler {options.scheduler}: {method.name} trains again, in this process: leave it out")
+    if options.rank is not None:
+        _check_rank(options)
+    if options.test is not None:
+        _check_test(options, method)
+    if options.upto is not None and options.keep_hypergradients:
+        raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
+    directory = RunDirectory.open(run)
+    gradients, counts = open_recording(directory, options.upto)
+    if method.of_tests and options.test is None:
+        counts.require_tests(directory.path)
+    if directory.stages[RECORD].facts.get(PRUNED):
+        _check_pruned(directory, options, method)
+    tested, n_tests = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, options.test)
+    checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
+    last = last_rows(gradients, counts.n_samples) if method.rows.last else None
+    if last is not None and not last.size:
+        raise RunError(f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from")
+    spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
+    columns, groups = Columns((), ITSELF, (ITSELF,)), None
+    if method.of_tests:
+        columns, groups = _grouped(Columns(spans), gradients, tested, options.by)
+    found = (counts.n_samples, method, tested, checkpoints, columns, groups, last)
+    request = Request(directory, gradients, *found, options, scheduler)
+    if request.has_kept and method.check_kept is not None:
+        method.check_kept(request)
+    return request
+
+
+def check_meant(method: Method, *given: str) -> None:
+    """Refuse options that mean nothing to the method. Raises: UsageError."""
+    for option in given:
+        if option in method.refuses:
+            raise UsageError(f"{option} is for {_MEANT_FOR[option]}: {method.name} {method.refuses[option]}")
+
+
+def _given(options: Options) -> Iterator[str]:
+    """Options that not every method has, where they are given."""
+    if options.keep_hypergradients:
+        yield "--keep-hypergradients"
+    if options.chunks != "auto":
+        yield "--chunks"
+    if options.tests is not None:
+        yield "--tests"
+    if options.by is not None:
+        yield {BY_LABEL: "--by", MEAN: "--mean"}[options.by]
+    if options.rank is not None:
+        yield "--rank"
+    if options.test is not None:
+        yield "--test"
+
+
+def _check_rank(options: Options) -> None:
+    if options.by is not None:
+        raise UsageError(f"--rank: means by {options.by} are few columns already: leave it out")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: give 1 or more")
+
+
+def _check_test(options: Options, method: Method) -> None:
+    if method.on_the_way:
+        raise UsageError(
+            f"--test {options.test}: {method.name} takes test gradients on the way, and a probe has those at the end of training "
+            f"only: choose another method, such as grad-dot"
+        )
+    if options.upto is not None:
+        raise UsageError(
+            f"--test {options.test} and --upto: choose one: a probe's gradients were taken at the end of training, not after "
+            f"{options.upto} steps"
+        )
+
+
+def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> None:
+    """Refuse what needs rows that are gone. Raises: RunError."""
+    kept = [name for name in directory.complete(KEEP) if name in METHODS and METHODS[name].check_kept is not None]
+    if method.name not in kept and method.solvers is not None:
+        able = ", ".join(kept) or "none"
+        raise RunError(f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them")
+    if options.keep_hypergradients:
+        raise RunError(
+            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
+        )
+
+
+def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
+    """Steps after which test gradients were taken that count, up to the last. Raises: UsageError: of other test samples."""
+    steps = [step for step in gradients.test_steps() if step <= counts.checkpoint]
+    for step in steps:
+        n_tests = gradients.test_rows(step).n_rows
+        if n_tests != counts.n_tests:
+            raise UsageError(
+                f"{gradients.path} has {n_tests} test gradients after {step} steps and {counts.n_tests} after {counts.checkpoint}: "
+                f"--method tracin takes each test sample's at all of them: choose another method, or record with the same tests"
+            )
+    return tuple(steps)
+
+
+def _grouped(
+    columns: Columns, gradients: Gradients, tested: WhichTests, by: str | None
+) -> tuple[Columns, NDArray[np.int64] | None]:
+    if by is None:
+        return columns, None
+    if by != BY_LABEL:
+        return Columns(columns.tests, by, ("mean",)), np.zeros(columns.n_tests, np.int64)
+    labels = columns.labels(tested.labels(gradients))
+    if labels is None:
+        path, how = gradients.path, "record with recorder.record_test(..., labels=...)"
+        if tested.probe is not None:
+            path, how = tested.probe, "give them to hydra_pipe.probe(..., labels=...)"
+        raise UsageError(f"--by label: {path} has no labels of test samples: take the mean of all with --mean, or {how}")
+    unique, groups = np.unique(labels, return_inverse=True)
+    return Columns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)

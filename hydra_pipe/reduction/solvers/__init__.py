@@ -1,0 +1,1 @@
+"""How relevance is computed, a solver a file. `methods.py` says which method has which."""

@@ -1,0 +1,106 @@
+"""Answers from the matrix of hypergradients that a sweep has kept: R = H h, a task for each share of the samples."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+
+import numpy as np
+from dask.delayed import Delayed, delayed
+
+from hydra_pipe.errors import StoreError
+from hydra_pipe.plan.from_matrix import AnswerInput, FromMatrixPlan, plan_answers
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.reduction.blas import single_threaded_blas
+from hydra_pipe.reduction.executors.base import CountRows
+from hydra_pipe.reduction.expansion import Expansion, feature_spans
+from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
+from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.sharing import shared
+from hydra_pipe.reduction.solvers.base import Course, Units
+from hydra_pipe.reduction.solvers.result import ReadingSolver
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix
+from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.stages import Stage
+
+
+class FromMatrix(ReadingSolver[FromMatrixPlan]):
+    """Relevance as the product of kept hypergradients and test gradients."""
+
+    def plan(self, given: ReductionInput, after: Answered | None) -> FromMatrixPlan:
+        """See `CommonSolver`."""
+        return plan_answers(AnswerInput(given, self.gradients.layout.whole_width), 0 if after is None else after.done)
+
+    def most(self, answered: Answered) -> int:
+        """See `ResultSolver`."""
+        return self.request.columns.n_columns
+
+    def units(self, given: ReductionInput, plan: FromMatrixPlan) -> Units:
+        """See `Solver`: there are no rows."""
+        return Units(given.n_samples, given.n_samples * plan.passes, "samples")
+
+    def passes(self, course: Course[FromMatrixPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`."""
+        job = self.job(course.plan, course.given, self.request.kept)
+        answering, done = delayed(answer), delayed(_done)
+        # in whole chunks of the relevance array
+        n_chunks, n_shares = -(-job.n_samples // SAMPLE_MULTIPLE), course.plan.workers
+        bounds = [i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [job.n_samples]
+        for columns in course.plan.columns:
+            yield columns, done([answering(job, samples, columns, count_rows) for samples in pairwise(bounds)])
+
+    def found_before(self) -> Found:
+        """See `Solver`."""
+        return left_of(self.directory.stages[self.request.keep_stage])
+
+    def amount(self, given: ReductionInput) -> str:
+        """See `ReadingSolver`."""
+        return f"{given.n_samples:,} samples x {self.gradients.layout.whole_width:,} features"
+
+    def sizes(self, given: ReductionInput) -> dict[str, str]:
+        """See `ReadingSolver`."""
+        return {"hypergradients": self.amount(given)}
+
+
+def left_of(stage: Stage) -> Found:
+    """What a reduction keeps of the matrix that it was answered from: the share of the curvature that was left."""
+    left = stage.facts.get(names.CURVATURE_LEFT)
+    return {names.CURVATURE_LEFT: left} if isinstance(left, float) else {}
+
+
+def check_matrix(request: Request) -> None:
+    """Hold a matrix that was kept against the recording. Raises: StoreError."""
+    gradients = request.gradients
+    kept = HypergradientMatrix(request.kept, gradients)
+    kept.check(gradients, request.n_samples)
+    if kept.spans != feature_spans(gradients.layout):
+        raise StoreError(f"{kept.path} has other features than {gradients.path}: {HYPERGRADIENTS_UNREADABLE}")
+
+
+def _done(answers: list[None]) -> Found:
+    """Where the answers of a pass come together. It finds nothing to tell."""
+    return {}
+
+
+@single_threaded_blas
+def answer(job: Job[FromMatrixPlan], samples: Span, columns: Span, count_rows: CountRows) -> None:
+    """Write some columns of the relevance of some samples."""
+    assert job.kept is not None
+    store = job.store()
+    kept, array = HypergradientMatrix(job.kept, store), Array.open(job.relevance)
+    with _held_columns(job, store, columns) as tests:
+        for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
+            own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
+            found: Floats = np.zeros((own.stop - own.start, len(tests)), np.float32)
+            for features in kept.tiles():
+                found += kept.read(own, features) @ tests[:, features].T
+            write_relevance(array, low, columns[0], found)
+            count_rows(len(found))
+
+
+def _held_columns(job: Job[FromMatrixPlan], store: Gradients, columns: Span) -> AbstractContextManager[Floats]:
+    """A block that has test gradients multiplied out, or means of them, shape (column, feature)."""
+    key = ("columns", job.gradients, job.tested, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
+    return shared(key, lambda: columns_of_tests(store, job, Expansion(store.layout), columns))

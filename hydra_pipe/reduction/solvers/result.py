@@ -1,0 +1,156 @@
+"""What solvers that fill a relevance array have in common."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra_pipe.plan.records import Answered, Plan, ReadingPlan, ReductionInput
+from hydra_pipe.progress import Progress
+from hydra_pipe.reduction import loops
+from hydra_pipe.reduction.resume import marked
+from hydra_pipe.reduction.solvers.base import Course
+from hydra_pipe.reduction.solvers.common import CommonSolver
+from hydra_pipe.store import names
+from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.permission import check_stages
+from hydra_pipe.store.prefix import committed
+from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
+from hydra_pipe.store.space import room_for, say_if_tight
+from hydra_pipe.store.stages import RECORD, StageId
+from hydra_pipe.units import format_bytes, format_seconds
+
+P = TypeVar("P", bound=Plan)
+R = TypeVar("R", bound=ReadingPlan)
+
+
+class ResultSolver(CommonSolver[P]):
+    """A solver that fills the relevance array of a request."""
+
+    # whether a first pass may take long, and is divided by the memory that its process had: the work is gone on with, or begun
+    # anew, with the same memory
+    divided_by_memory = False
+
+    @property
+    def stages(self) -> tuple[StageId, ...]:
+        """See `Solver`."""
+        return (self.request.stage,)
+
+    @property
+    def target(self) -> Path:
+        """The relevance array."""
+        return self.directory.path / names.RELEVANCE / self.request.name
+
+    def has_work(self) -> bool:
+        """See `Solver`."""
+        return self.directory.has_work(self.stages[0], self.request.settings)
+
+    # ------------------------------------------------------------------ going on
+
+    def answered(self) -> Answered | None:
+        """See `Solver`."""
+        found = marked(self.directory.stages.get(self.stages[0]))
+        return found[0] if found is not None and found[0].done <= self.most(found[0]) else None
+
+    def most(self, answered: Answered) -> int:
+        """What can be done at most, counted as `answered` counts."""
+        return max(1, self.request.columns.n_tests)
+
+    def fits(self, plan: P) -> bool:
+        """See `CommonSolver`."""
+        n_samples, columns = self.request.n_samples, self.request.columns
+        array = open_relevance(self.target.parent, self.target.name)
+        if columns_of(array) != columns or array.shape != (n_samples, columns.n_columns):
+            return False
+        as_made = array.shards is None and array.chunks[0] == chunk_samples(n_samples)
+        return as_made and plan.fills(array.chunks, grouped=columns.by is not None)
+
+    # ------------------------------------------------------------------ beginning and ending
+
+    def create(self, course: Course[P]) -> None:
+        """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay."""
+        request, directory, name = self.request, self.directory, self.request.name
+        stage = request.stage
+        check_stages(directory.path, *self.stages, *stage.results)
+        # first the claims, then what they claim
+        directory.forget(*stage.results)
+        directory.begin(stage, request.settings)
+        self.claim()
+        for place in (place for one in (stage, *stage.results) for place in one.places):
+            remove(directory.path / place)
+        method = request.method
+        attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
+        own = committed(directory.stages[RECORD])
+        n_tests = 0 if own is None else own.n_tests
+        is_whole = request.options.test is None and request.columns.by is None and request.columns.tests == ((0, n_tests),)
+        given, width = course.given, course.plan.chunk_width(course.given.n_columns if course.given.grouped else None)
+        store = self.target.parent
+        create_relevance(store, name, attributes, given.n_samples, request.columns, width, directory.run_id, whole=is_whole)
+        coordinates = shared_coordinates(self.gradients, given.n_samples, n_tests)
+        write_coordinates(store, coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)})
+        if self.divided_by_memory:
+            self.mark(Answered(course.plan.order, 0, given.base_bytes))
+
+    def claim(self) -> None:
+        """Claim what is written beside the relevance."""
+
+    def facts(self, given: ReductionInput) -> dict[str, Any]:
+        """See `Solver`."""
+        return {"n_tests": self.request.columns.n_tests, "n_columns": given.n_columns}
+
+    # ------------------------------------------------------------------ words
+
+    def check_room(self, course: Course[P], progress: Progress) -> None:
+        """See `Solver`."""
+        say_if_tight(course.plan.written_bytes, self.directory.path, progress)
+
+    def say_before(self, course: Course[P], progress: Progress) -> None:
+        """See `Solver`."""
+        if course.after is not None:
+            progress.say(f"going on after {course.after.done:,} {self.noun_of(course.plan)}")
+        if loops.compiled is None:
+            progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
+
+    def noun_of(self, plan: P) -> str:
+        """The word for what is counted as done."""
+        return "test samples"
+
+
+class ReadingSolver(ResultSolver[R]):
+    """A solver of a relevance array from what is stored."""
+
+    def summary(self, course: Course[R]) -> str:
+        """See `Solver`."""
+        given, plan = course.given, course.plan
+        return (
+            f"{self.amount(given)}, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
+            f"pass{'es' if plan.passes > 1 else ''} of {plan.workers} workers, {plan.reading.rows}x{plan.reading.features} "
+            f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
+            + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
+        )
+
+    def amount(self, given: ReductionInput) -> str:
+        """How much is read, in a line."""
+        return f"{given.n_read:,} rows x {given.n_features:,} features"
+
+    def sizes(self, given: ReductionInput) -> dict[str, str]:
+        """What is read, and how much."""
+        return {"rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"}
+
+    def describe(self, course: Course[R]) -> dict[str, str]:
+        """See `Solver`."""
+        given, plan = course.given, course.plan
+        return self.sizes(given) | {
+            "samples x tests": f"{given.n_samples:,} x {given.n_tests:,}"
+            + (f", in {given.n_columns:,} groups" if given.grouped else ""),
+            "order": plan.order,
+            "passes": f"{plan.passes:,}, of {plan.width:,} {plan.noun} each",
+            "tasks": f"{plan.tasks:,}, {plan.workers} at once",
+            "decoded at once": f"{plan.reading.rows:,} rows x {plan.reading.features:,} features",
+            "read": f"{format_bytes(plan.read_bytes)} decoded",
+            "written": room_for(plan.written_bytes, self.directory.path),
+            "between workers": f"at most {format_bytes(plan.moved_bytes)}",
+            "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
+            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            + (" in each process" if given.processes else ""),
+            "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
+        }

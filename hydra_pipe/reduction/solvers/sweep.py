@@ -1,0 +1,216 @@
+"""The sweep of test gradients, out of core: a task for each block of columns, which reads the recording from its end.
+
+What there is to compute is in `reduction/sweep.py`; here it is fed, kept from time to time, and its result written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from dask.delayed import Delayed, delayed
+from numpy.typing import NDArray
+
+from hydra_pipe.maths.schedule import Schedule
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
+from hydra_pipe.reduction.blas import single_threaded_blas
+from hydra_pipe.reduction.executors.base import CountRows
+from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
+from hydra_pipe.reduction.loops import Workspace
+from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.solvers.base import Course
+from hydra_pipe.reduction.solvers.result import ReadingSolver
+from hydra_pipe.reduction.steps import StepRows, backward
+from hydra_pipe.reduction.sweep import Recursion
+from hydra_pipe.reduction.sweep import Span as SeriesSpan
+from hydra_pipe.reduction.sweep import Sweep as BackwardSweep
+from hydra_pipe.store import names
+from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.pace import Pace
+from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.rows import check_within
+from hydra_pipe.store.sweeps import load_state, remove_state, remove_states, save_state
+from hydra_pipe.streams import Stream
+
+R = TypeVar("R", bound=Recursion)
+Series = NDArray[np.int64]
+
+
+class Sweep(ReadingSolver[SweepPlan]):
+    """Relevance by a backward sweep of each column."""
+
+    divided_by_memory = True
+
+    def plan(self, given: ReductionInput, after: Answered | None) -> SweepPlan:
+        """See `CommonSolver`."""
+        return plan_sweep(sweep_input(self.request, given), 0 if after is None else after.done)
+
+    def most(self, answered: Answered) -> int:
+        """See `ResultSolver`."""
+        return self.request.columns.n_columns
+
+    def passes(self, course: Course[SweepPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+        """See `Solver`: a pass finds the share of the curvature that was left."""
+        return graphs(self.job(course.plan, course.given), FromTests(), count_rows)
+
+    def conclude(self) -> None:
+        """See `Solver`: blocks of columns that another budget had have left states."""
+        remove_states(self.target)
+
+
+def sweep_input(request: Request, given: ReductionInput) -> SweepInput:
+    """Sizes of a sweep of the columns of a request."""
+    most_rows = int(request.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
+    return SweepInput(given, request.gradients.layout.whole_width, most_rows, given.n_samples)
+
+
+class Direction(ABC, Generic[R]):
+    """Where a sweep begins, which way it goes over the steps, and what it writes at its end."""
+
+    @abstractmethod
+    def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> R:
+        """The sweep of some columns, before its first step."""
+
+    @abstractmethod
+    def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
+        """Rows of each of the first `n_steps` steps that are taken, given rows of all steps."""
+
+    @abstractmethod
+    def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
+        """Rows of the steps that are left, in the order in which they are taken. Close it."""
+
+    @abstractmethod
+    def write(self, array: Array, columns: Span, sweep: R) -> None:
+        """Write what a sweep that is at its end has found."""
+
+
+class Backward(Direction[BackwardSweep]):
+    """From the last step to the first. What a sweep begins with are vectors of features."""
+
+    @abstractmethod
+    def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
+        """What some columns begin with, shape (column, feature)."""
+
+    def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> BackwardSweep:
+        """See `Direction`."""
+        return BackwardSweep(self.starts(job, store, expansion, columns), *course_of(store, expansion), job.n_samples)
+
+    def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
+        """See `Direction`."""
+        return rows_of_steps[len(rows_of_steps) - n_steps :]
+
+    def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
+        """See `Direction`."""
+        return backward(store, store.n_steps - n_taken)
+
+    def write(self, array: Array, columns: Span, sweep: BackwardSweep) -> None:
+        """See `Direction`."""
+        for low in range(0, array.shape[0], SAMPLE_MULTIPLE):
+            write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))
+
+
+class FromTests(Backward):
+    """Begins with test gradients, or means of them."""
+
+    def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
+        """See `Backward`."""
+        return columns_of_tests(store, job, expansion, columns)
+
+
+def course_of(store: Gradients, expansion: Expansion) -> tuple[Schedule, list[SeriesSpan]]:
+    """Settings of every step, and the features that follow each series of them."""
+    schedule, series = store.schedules()
+    return schedule, _merged(expansion, series)
+
+
+def graphs(job: Job[SweepPlan], direction: Direction[Any], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    """The passes in order: columns that are answered, and its graph, which gives the share of the curvature that was left."""
+    sweep, mean = delayed(sweep_columns), delayed(_mean)
+    blocks, workers = job.plan.columns, job.plan.workers
+    for start in range(0, len(blocks), workers):
+        together = blocks[start : start + workers]
+        # each reads every row: one of them counts for all
+        counters = [count_rows, *([partial(_heed, count_rows)] * (len(together) - 1))]
+        shares = [sweep(job, direction, columns, count) for columns, count in zip(together, counters, strict=True)]
+        yield (together[0][0], together[-1][1]), mean(shares)
+
+
+def _heed(count_rows: CountRows, _: int) -> None:
+    """Count nothing, but end where the counter says so."""
+    count_rows(0)
+
+
+def _mean(shares: list[float]) -> Found:
+    return {names.CURVATURE_LEFT: sum(shares) / len(shares)}
+
+
+@single_threaded_blas
+def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span, count_rows: CountRows) -> float:
+    """Fill a block of columns, or of whatever the direction sweeps. Where it was interrupted it goes on.
+
+    Returns:
+        The share of the curvature that saturation has left, mean over the steps.
+    """
+    store = job.store()
+    expansion = Expansion(store.layout)
+    sweep: Recursion = direction.begin(job, store, expansion, columns)
+    _go_on(job, columns, sweep, store.n_steps)
+    scales = store.step_table(names.GRADIENT_SCALE)
+    workspace, pace, taken = Workspace(), Pace(), sweep.n_steps
+    if taken:
+        count_rows(int(direction.taken(store.rows_of_steps()[1].sum(axis=1), taken).sum()))
+    with closing(direction.steps(store, taken)) as steps:
+        for rows in steps:
+            check_within(rows.sample, job.n_samples, f"samples of {store.path}")
+            _step(sweep, expansion, rows, scales[rows.step], workspace)
+            count_rows(len(rows.sample))
+            if pace.due:
+                with pace.keeping():
+                    _keep(job, columns, sweep)
+    direction.write(Array.open(job.relevance), columns, sweep)
+    remove_state(job.relevance, columns)
+    return sweep.left / max(1, sweep.n_steps)
+
+
+def _step(sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
+    out = workspace.matrix(len(rows.sample), expansion.width)
+    expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
+    # n rho r r.T of the mean loss, and the update went along c times its gradient: n rho / c of (c r)(c r).T
+    count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
+    sweep.step(rows.step, out, count, rows.rho, rows.sample)
+
+
+def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]:
+    """Features of one history that lie side by side are one span."""
+    merged: list[SeriesSpan] = []
+    for first, last, block in expansion.spans:
+        own = int(series[block])
+        if merged and merged[-1][2] == own:
+            merged[-1] = (merged[-1][0], last, own)
+        else:
+            merged.append((first, last, own))
+    return merged
+
+
+def _keep(job: Job[Any], columns: Span, sweep: Recursion) -> None:
+    sweep.settle()
+    save_state(job.relevance, columns, {"taken": sweep.n_steps, "left": sweep.left}, sweep.arrays())
+
+
+def _go_on(job: Job[Any], columns: Span, sweep: Recursion, n_steps: int) -> None:
+    """Put a sweep back to where it was."""
+    found = load_state(job.relevance, columns, sweep.arrays())
+    if found is None:
+        return
+    state, arrays = found
+    taken, left = state.get("taken"), state.get("left")
+    if not is_count(taken) or taken > n_steps or not isinstance(left, int | float):
+        return
+    sweep.restore(arrays)
+    sweep.n_steps, sweep.left = taken, float(left)
