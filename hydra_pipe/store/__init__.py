@@ -1,1 +1,4 @@
-"""The only home of names, attributes, versions, codecs and commit marks on disk. docs/format.md is its specification."""
+"""The only home of everything on disk: names, attributes, versions, codecs, commit marks.
+
+docs/format.md is the specification.
+"""

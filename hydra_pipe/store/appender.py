@@ -1,4 +1,4 @@
-"""Whole shards appended to a Zarr array, file by file."""
+"""Appending of whole shards to a Zarr array, file by file."""
 
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,25 @@ from hydra_pipe.store.files import remove, sync
 
 
 class Appender:
-    """Appends to an array whose first dimension grows. Its other dimension, if any, is within one shard.
+    """Writer that appends rows to an array whose first dimension grows.
+
+    The array's other dimension, if any, lies within one shard.
 
     Args:
-        array: of which this is the only writer.
+        array: the array. The appender must be its only writer.
     """
 
     def __init__(self, array: Array) -> None:
         self._array = array
         self._n_rows = array.shape[0]
-        # rows that somebody counts on to be there after a power cut, see `sync`
+        # The first rows, which a caller relies on after a power cut. See `sync`.
         self._counted = 0
 
     def write(self, first: int, rows: NDArray[Any]) -> None:
-        """Write `rows` from row `first` on, which begins a shard, and let the array end after them.
+        """Write `rows` from row `first` on, where a shard begins, and end the array after them.
 
-        A file appears whole or not at all, and before the shape that counts it. The last shard may be written again, longer.
+        A file appears whole or not at all. It appears before the shape that counts it. The last
+        shard may be written again, longer.
 
         Raises:
             OSError: the disk is full or gone.
@@ -37,23 +40,29 @@ class Appender:
 
     @property
     def file_rows(self) -> int:
-        """Rows of a file."""
+        """Number of rows in a file."""
         return self._array.file_rows
 
     def sync(self) -> None:
-        """Return when every row is safe on the disk; from now on whatever replaces them is so too before it does."""
+        """Return when every row is safe on the disk.
+
+        A later file that replaces one of these rows is made safe before it takes its place.
+        """
         for first in range(self._counted // self.file_rows * self.file_rows, self._n_rows, self.file_rows):
             file = self._array.file_path(self._place(first))
             sync(file)
             sync(file.parent)
         path = self._array.path
-        # a rank may have no rows
+        # A rank may have no rows, and then has no directory of chunks.
         for part in (path / METADATA, *([path / CHUNKS] if self._n_rows else []), path):
             sync(part)
         self._counted = self._n_rows
 
     def truncate(self, n_rows: int) -> None:
-        """Let the array end after `n_rows`, which somebody counts on. Rows past them may stay in the file of the last one."""
+        """End the array after `n_rows`, which a caller relies on.
+
+        Later rows may stay in the file that holds the last row.
+        """
         self._counted = n_rows
         self._set_length(n_rows)
         for entry in self._chunks.iterdir() if self._chunks.is_dir() else ():

@@ -1,7 +1,9 @@
-"""Zarr v3 groups and arrays, as far as this project writes them: metadata, files, windows, errors in our words.
+"""Zarr v3 groups and arrays, as far as this project writes them.
 
-Paths are `pathlib`'s, or of anything that behaves like them. An array has one dimension or two, and a file of it is
-either one chunk or one shard; `store/codec.py` has their bytes.
+The module has the metadata, the files and the windows. It raises errors in this project's
+words. Paths are `pathlib` paths, or objects that behave like them. An array has one
+dimension or two. A file of an array is one chunk or one shard; `store/codec.py` reads and
+writes the bytes.
 """
 
 import json
@@ -33,26 +35,29 @@ from hydra_pipe.store.parsing import is_count, read_json
 
 METADATA = "zarr.json"
 CHUNKS = "c"
-# What reading damaged bytes raises: a wrong checksum, a file that is gone or cannot be read.
+# Errors that damaged bytes raise: the checksum is wrong, or the file is gone or unreadable.
 ROTTEN = (RottenError, OSError)
-# What taking metadata apart raises that are not what this project writes.
+# Errors that parsing raises on metadata which this project does not write.
 _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
-# Others may be pointers (object), or take any number of bytes for an element.
+# Other dtypes may be pointers (object), or have elements of any number of bytes.
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64", "int8", "int64", "uint8")}
-# Windows up to this are made room for without a look at whether the array's files can hold so much.
+# Room for a window up to this size is made without a check. For a larger one the array's
+# files are looked at first: can they hold so much?
 _FREE_BYTES, _FREE_FILES = 32 * 2**20, 1024
-# Groups within groups, of a store; values of a row.
+# The deepest nesting of groups in a store, and the most values in a row.
 _MOST_LEVELS = 8
 _MOST_WIDTH = 2**40
 
 
 class Group:
-    """A Zarr group, for reading and for making things in.
+    """A Zarr group, to read members from and to create members in.
 
     Args:
-        path: its directory.
-        attributes: of it, as JSON has them.
-        listed: whether a member counts, by its name in this group, slashes for members further down; None: all that are there.
+        path: directory of the group.
+        attributes: attributes of the group, as in JSON.
+        listed: function that tells whether a member belongs to the group. Its argument is
+            the member's name in this group, with slashes for members further down. None:
+            every member that exists belongs.
     """
 
     def __init__(self, path: Path, attributes: dict[str, Any], listed: Callable[[str], bool] | None = None) -> None:
@@ -62,17 +67,23 @@ class Group:
 
     @classmethod
     def create(cls, path: Path, attributes: Mapping[str, Any] | None = None) -> Self:
-        """A new group, or new attributes for the one that is there."""
+        """Create a group, or give an existing group new attributes."""
         group = cls(path, dict(attributes or {}))
         write_metadata(path, {"attributes": group.attributes, "zarr_format": 3, "node_type": "group"})
         return group
 
     @classmethod
     def open(cls, path: Path, consequence: str, listed: Callable[[str], bool] | None = None) -> Self:
-        """The group at `path`. `listed`: see the class.
+        """Open the group at `path`.
+
+        Args:
+            path: directory of the group.
+            consequence: what a fault means, for the message.
+            listed: function that tells whether a member belongs to the group, as in `Group`.
 
         Raises:
-            StoreError: there is none, or its metadata is damaged; the message adds `consequence`.
+            StoreError: the group is missing, or its metadata is damaged. The message adds
+                `consequence`.
         """
         if not path.is_dir():
             raise StoreError(f"{path} is missing: {consequence}")
@@ -85,13 +96,13 @@ class Group:
             raise StoreError(f"the metadata of {path} is damaged ({shown(error)}): {consequence}") from error
 
     def group(self, name: str) -> "Group | None":
-        """Sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
+        """Return sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
         if not self._counts(name) or not (self.path / name / METADATA).is_file():
             return None
         return Group.open(self.path / name, "the store is not readable", self._below(name))
 
     def has(self, name: str) -> bool:
-        """Tell whether there is a member called `name`, whole or damaged."""
+        """Tell whether a member called `name` exists, whole or damaged."""
         return self._counts(name) and (self.path / name).exists()
 
     def _counts(self, name: str) -> bool:
@@ -102,29 +113,37 @@ class Group:
         return None if listed is None else lambda member: listed(f"{name}/{member}")
 
     def require_group(self, name: str) -> "Group":
-        """Sub-group `name`, made if it is not there."""
+        """Return sub-group `name`, and create it if it is missing."""
         found = self.group(name)
         return Group.create(self.path / name) if found is None else found
 
     def group_names(self) -> list[str]:
-        """Of the groups directly in this one."""
+        """Return the names of the groups directly in this one."""
         return [path.name for path, metadata in self._members() if metadata["node_type"] == "group"]
 
     def array(self, name: str) -> "Array":
-        """Array `name`, which may be some groups further down. Raises: StoreError: it is not there, or damaged."""
+        """Return array `name`, which may lie some groups further down.
+
+        Raises:
+            StoreError: the array is missing or damaged.
+        """
         if not self._counts(name):
             raise StoreError(f"{self.path / name} is of another run: the manifest does not list it")
         return Array.open(self.path / name)
 
     def array_names(self) -> list[str]:
-        """Of the arrays in this group and in those below it, sorted. Raises: StoreError: metadata are damaged."""
+        """Return the sorted names of the arrays in this group and in the groups below it.
+
+        Raises:
+            StoreError: metadata are damaged.
+        """
         return sorted(self._array_names(_MOST_LEVELS))
 
     def _array_names(self, levels: int) -> Iterator[str]:
         for path, metadata in self._members():
             if metadata["node_type"] == "array":
                 yield path.name
-            # a link may lead back here
+            # A link may lead back here, and the walk would never end.
             elif path.is_symlink() or not levels:
                 raise StoreError(f"{path} is a link to a group, or more than {_MOST_LEVELS} groups deep")
             else:
@@ -145,17 +164,17 @@ class Array:
     """A Zarr array of one dimension or two.
 
     Args:
-        path: its directory.
-        metadata: as `zarr.json` has them.
+        path: directory of the array.
+        metadata: content of `zarr.json`.
 
     Raises:
-        KeyError, ValueError and the like: they are not what this project writes.
+        KeyError, ValueError and the like: this project does not write such metadata.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path = path
         self.metadata = metadata
-        # only the first dimension grows, from nothing
+        # Only the first dimension grows, and it begins at 0.
         self.shape = (*_sizes(metadata["shape"][:1], smallest=0), *_sizes(metadata["shape"][1:]))
         self.attributes = _attributes(metadata)
         self.dtype = _DTYPES[metadata["data_type"]]
@@ -185,7 +204,11 @@ class Array:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """The array at `path`. Raises: StoreError: it is not there, damaged, or not as this project writes them."""
+        """Open the array at `path`.
+
+        Raises:
+            StoreError: the array is missing or damaged, or this project does not write such arrays.
+        """
         try:
             metadata = read_metadata(path)
             if metadata["node_type"] != "array":
@@ -207,17 +230,20 @@ class Array:
         shuffle: bool = True,
         attributes: Mapping[str, Any] | None = None,
     ) -> Self:
-        """A new array without data. Its fill value is one that data do not have, where the dtype has such a value.
+        """Create an array without data.
+
+        The fill value is a value that data do not have, where the dtype has such a value.
 
         Args:
-            path: its directory; an array that is there must have been removed.
-            shape: at first; the first dimension may grow.
-            dtype: of the elements.
-            dimensions: names, one for each dimension.
-            chunks: what is decoded at once.
-            shards: what is one file; none: each chunk is one.
-            shuffle: group the bytes of numbers by their place, which most values compress better for.
-            attributes: of the array.
+            path: directory of the array. An array that was there must have been removed.
+            shape: shape at first. The first dimension may grow.
+            dtype: dtype of the elements.
+            dimensions: names of the dimensions, one for each.
+            chunks: shape of a chunk, the unit of decoding.
+            shards: shape of a file. None: each chunk is a file.
+            shuffle: whether Blosc groups the bytes of numbers by their place in the number. Most
+                values compress better so.
+            attributes: attributes of the array.
         """
         kind = np.dtype(dtype)
         endian = {"configuration": {"endian": "little"}} if kind.itemsize > 1 else {}
@@ -256,40 +282,42 @@ class Array:
 
     @property
     def n_bytes(self) -> int:
-        """Of the decoded values."""
+        """Number of bytes of the decoded values."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def file_rows(self) -> int:
-        """Rows of a file."""
+        """Number of rows in a file."""
         return self._file_shape[0]
 
     @property
     def files_hold_rows(self) -> bool:
-        """Whether a file holds whole rows."""
+        """True if a file holds whole rows."""
         return len(self.shape) == 1 or self._file_shape[1] >= self.shape[1]
 
     def stored_like(self, other: "Array") -> bool:
-        """Whether files of the two are of one shape and dtype."""
+        """Tell whether the files of the two arrays have the same shape, chunks and dtype."""
         return (self._file_shape, self.chunks, self.dtype) == (other._file_shape, other.chunks, other.dtype)
 
     def file_path(self, at: Shape) -> Path:
-        """Where the file at a place of the grid is."""
+        """Return the path of the file at place `at` of the grid."""
         return self.path.joinpath(CHUNKS, *map(str, at))
 
     def fetch(self, at: Shape) -> Bytes:
-        """The bytes of a file, read-only. Raises: OSError."""
+        """Return the bytes of a file, read-only. Raises: OSError."""
         return np.frombuffer(read_file(self.file_path(at), self.codec.most_bytes), np.uint8)
 
     def read(self, *window: slice, transposed: bool = False) -> NDArray[Any]:
-        """Values of a window, every checksum checked.
+        """Read the values of a window, and verify every checksum.
 
         Args:
-            window: a slice for each dimension, in steps of 1; everything in those left out.
-            transposed: lie in memory the other way round (Fortran's order), so that columns are together.
+            window: one slice for each dimension, in steps of 1. A dimension without a slice is
+                read whole.
+            transposed: whether the values lie in Fortran's order in memory, so that the values
+                of a column are together.
 
         Raises:
-            RottenError, OSError: see `ROTTEN`.
+            RottenError, OSError: the bytes are damaged or missing, as in `ROTTEN`.
         """
         whole = [
             w.indices(n)[:2] for w, n in zip((*window, *(slice(None),) * (len(self.shape) - len(window))), self.shape, strict=True)
@@ -315,9 +343,9 @@ class Array:
         """Write one file, which appears whole or not at all.
 
         Args:
-            at: its place in the grid.
-            values: of it, shorter at the array's edges.
-            safely: return when it is safe on the disk.
+            at: place of the file in the grid.
+            values: values of the file, fewer at the array's edges.
+            safely: whether to return only when the file is safe on the disk.
 
         Raises:
             OSError: the disk is full or gone.
@@ -325,13 +353,14 @@ class Array:
         replace_file(self.file_path(at), self.codec.encode(values), safely=safely)
 
     def missing_files(self) -> int:
-        """Files that the array's shape calls for and that are not there."""
+        """Return how many files the array's shape calls for that do not exist."""
         return self._n_files - len(self._present())
 
     def shortfall(self) -> str | None:
-        """What the shape calls for and cannot be in the files: "lacks 3 chunk files". Reads no file. None where all may be there.
+        """Describe data that the shape calls for and the files cannot hold: "lacks 3 chunk files".
 
-        An array may say any shape. What is made as large as it says must have been held against its files before.
+        None where all data may be there. The metadata of an array can claim any shape. Compare the
+        shape with the files here before anything is made as large as the shape says. Reads no file.
         """
         present = self._present()
         if len(present) < self._n_files:
@@ -346,7 +375,7 @@ class Array:
         return prod(-(-n // size) for n, size in zip(self.shape, self._file_shape, strict=True))
 
     def _present(self) -> dict[Shape, int]:
-        """Bytes of each file that is there and that the shape calls for, by its place in the grid."""
+        """Return the bytes of each existing file that the shape calls for, by place in the grid."""
         found = {}
         for name, n_bytes in files_below(self.path / CHUNKS).items():
             at = tuple(int(part) for part in name.split("/") if part.isdecimal())
@@ -356,7 +385,11 @@ class Array:
         return found
 
     def _check_room(self, n_bytes: int, n_files: int) -> None:
-        """Before room is made for `n_bytes` of so many files. Raises: RottenError: the array's files cannot hold what it says."""
+        """Check the array's files before room is made for `n_bytes` from `n_files` files.
+
+        Raises:
+            RottenError: the files cannot hold as much as the array's shape says.
+        """
         if (n_bytes <= _FREE_BYTES and n_files <= _FREE_FILES) or self._held_against_files:
             return
         if fault := self.shortfall():
@@ -366,7 +399,7 @@ class Array:
 
 @contextmanager
 def damage_named(what: object, consequence: str) -> Iterator[None]:
-    """Turn what rotten or missing bytes raise into an error of ours."""
+    """Turn an error of damaged or missing bytes into a StoreError."""
     try:
         yield
     except ROTTEN as error:
@@ -374,7 +407,11 @@ def damage_named(what: object, consequence: str) -> Iterator[None]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """`zarr.json` of the group or array at `path`. Raises: ValueError, KeyError, OSError."""
+    """Return the `zarr.json` of the group or array at `path`.
+
+    Raises:
+        ValueError, KeyError, OSError: the file is missing, or not Zarr v3.
+    """
     metadata = read_json(path / METADATA)
     if not isinstance(metadata, dict) or metadata["zarr_format"] != 3:
         raise ValueError("not Zarr v3")
@@ -382,12 +419,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Any], *, safely: bool = False) -> None:
-    """Put `metadata` into `zarr.json` of the group or array at `path`, in one step."""
+    """Write `metadata` to the `zarr.json` of the group or array at `path`, in one step."""
     replace_file(path / METADATA, [json.dumps(metadata, indent=2).encode()], safely=safely)
 
 
 def unwritten(dtype: np.dtype[Any]) -> Any:
-    """A value that data of `dtype` do not have, where there is one."""
+    """Return a value that data of `dtype` do not have, where such a value exists, else 0."""
     if dtype.kind == "f":
         return np.nan
     if dtype.kind == "i":

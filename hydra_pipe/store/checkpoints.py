@@ -1,4 +1,7 @@
-"""What torch keeps of a run: its final parameters, and the training's state from time to time. This file needs torch."""
+"""Checkpoints of a run, written by torch: the final parameters and states of the training.
+
+Only this file of the store needs torch.
+"""
 
 import hashlib
 import io
@@ -16,25 +19,29 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
 from hydra_pipe.store.files import read_file, remove, replace_file, sync
 
-# Checkpoints of a training that are kept: the newest may be broken.
+# Number of kept checkpoints of a training. More than one, because the newest may be broken.
 KEPT = 3
 _NAME = re.compile(r"step-(\d{10,})-([0-9a-f]{16})\.pt")
-# what torch.load raises on bytes that are not what it has written, or hold more than plain values
+# Errors of torch.load on bytes that torch did not write, or that hold more than plain values.
 _UNREADABLE = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def save_final(directory: Path, model: nn.Module) -> str:
-    """Keep the parameters and buffers that the test gradients were taken at. Returns the file's SHA-256."""
+    """Save the parameters and buffers at which the test gradients were taken.
+
+    Returns:
+        SHA-256 of the file.
+    """
     content = _packed(model.state_dict())
     _keep(directory / names.FINAL_CHECKPOINT, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def load_final(directory: Path, sha256: object) -> dict[str, Any]:
-    """What `save_final` has kept: parameters and buffers by name.
+    """Return the parameters and buffers that `save_final` saved, by name.
 
     Raises:
-        StoreError: the file is missing, or not the one with that SHA-256.
+        StoreError: the file is missing, or its SHA-256 is another.
     """
     path = directory / names.FINAL_CHECKPOINT
     try:
@@ -47,7 +54,10 @@ def load_final(directory: Path, sha256: object) -> dict[str, Any]:
 
 
 def state_digests(model: nn.Module) -> dict[str, str]:
-    """Of each parameter and buffer of a model's state_dict: the beginning of the SHA-256 of its dtype, shape and values."""
+    """Return a digest of each parameter and buffer in the model's state_dict, by name.
+
+    A digest is the first 16 digits of a SHA-256 of dtype, shape and values.
+    """
     return {name: _digest_of(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
@@ -60,12 +70,14 @@ def _digest_of(value: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file with the training's state. Its name has the step and the beginning of its content's SHA-256.
+    """A file with the training's state.
+
+    The file's name holds the step and the first digits of the content's SHA-256.
 
     Args:
-        path: of it.
-        step: steps that had been taken.
-        digest: 16 digits.
+        path: path of the file.
+        step: number of steps that the training had taken.
+        digest: first 16 digits of the content's SHA-256.
     """
 
     path: Path
@@ -73,7 +85,11 @@ class Checkpoint:
     digest: str
 
     def read(self) -> dict[str, Any]:
-        """What was saved: tensors and plain values; nothing in the file is executed. Raises: StoreError: it is damaged."""
+        """Return the saved tensors and plain values. Nothing in the file is executed.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
         try:
             content = read_file(self.path)
         except OSError as error:
@@ -84,11 +100,13 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> None:
-    """Keep the training's state after `step` steps, safe on the disk, and of the older ones the last few.
+    """Save the training's state after `step` steps, safe on the disk.
+
+    The newest `KEPT` checkpoints stay, and older ones are removed.
 
     Raises:
-        StoreError: it holds what `torch.load(weights_only=True)` would not read; nothing was written.
-        OSError: the disk is full or gone; the older ones are as they were.
+        StoreError: `torch.load(weights_only=True)` would not read the state. Nothing was written.
+        OSError: the disk is full or gone. Earlier checkpoints are unchanged.
     """
     content = _packed(state)
     unpacked(content)
@@ -98,21 +116,25 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> Non
 
 
 def checkpoints_in(directory: Path) -> list[Checkpoint]:
-    """Those that are there, the newest first."""
+    """Return the checkpoints in `directory`, the newest first."""
     found = [(entry, _NAME.fullmatch(entry.name)) for entry in directory.iterdir()] if directory.is_dir() else []
     checkpoints = [Checkpoint(entry, int(match[1]), match[2]) for entry, match in found if match]
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
 def remove_checkpoints(directory: Path, after: int = -1) -> None:
-    """Remove those of more than `after` steps."""
+    """Remove the checkpoints of more than `after` steps."""
     for checkpoint in checkpoints_in(directory):
         if checkpoint.step > after:
             remove(checkpoint.path)
 
 
 def unpacked(content: bytes) -> dict[str, Any]:
-    """Tensors and plain values from what `torch.save` has made of them. Raises: StoreError: anything else."""
+    """Return the tensors and plain values in `content`, the bytes of a file of `torch.save`.
+
+    Raises:
+        StoreError: the content is anything else.
+    """
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
@@ -123,12 +145,12 @@ def unpacked(content: bytes) -> dict[str, Any]:
 
 
 def _digest(content: bytes) -> str:
-    """As the name of a checkpoint has it."""
+    """Return the digest that a checkpoint's name holds: 16 digits of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Put a file there, and return when it is safe on the disk. Raises: OSError."""
+    """Write a file, and return when it is safe on the disk. Raises: OSError."""
     replace_file(path, [content])
     for directory in (path.parent, path.parent.parent):
         sync(directory)

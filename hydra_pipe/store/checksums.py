@@ -1,7 +1,9 @@
-"""Footprints of the files of a stage, by which files that are valid, but not those that were written, are told.
+"""Footprints of the files of a stage.
 
-A file of an array has as many checksums as chunks; its footprint is the checksum of these. So taking one reads a few bytes of each
-chunk and decodes nothing. docs/format.md has the form.
+A valid file may still be another file than the stage wrote. Footprints tell such a file. A
+file of an array has one checksum for each chunk, and its footprint is the checksum of
+these. So a footprint costs a few bytes read from each chunk, and nothing is decoded.
+docs/format.md has the form.
 """
 
 import hashlib
@@ -26,7 +28,8 @@ from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import Holds, StageId
 
 _CRC_DIGITS, _DIGITS = 8, 20
-# of a file of an array in an object store, where each small read is a request
+# In place of the checksum, for an array's file in an object store: there each small read
+# is a request.
 _NOT_TAKEN = "-" * _CRC_DIGITS
 _FORM = re.compile(r"([0-9a-f]{8}|-{8})[0-9a-f]{12}")
 _CHECKSUM_BYTES = 4
@@ -36,7 +39,7 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Footprints:
-    """Of every file that a stage has written. Names are relative to the run.
+    """Footprints of every file that a stage has written. Names are relative to the run.
 
     Args:
         arrays: name of an array -> footprints of its files, in the order of the grid.
@@ -47,13 +50,13 @@ class Footprints:
     files: dict[str, str]
 
     def content(self) -> bytes:
-        """As the file has them: the same bytes for the same footprints."""
+        """Return the content of the footprints' file. Equal footprints give equal bytes."""
         joined = {name: "".join(found) for name, found in self.arrays.items()}
         return json.dumps({"arrays": joined, "files": self.files}, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
-        """What `content` gave. Raises: ValueError: it is something else."""
+        """Parse the result of `content`. Raises: ValueError: the bytes are something else."""
         try:
             data = json.loads(content)
             return cls({name: _taken_apart(found) for name, found in data["arrays"].items()}, dict(data["files"]))._checked()
@@ -72,7 +75,7 @@ def _taken_apart(joined: str) -> list[str]:
 
 
 def files_of(root: Path, stage: StageId) -> dict[str, int]:
-    """Every file in the area of `stage` that is there: name relative to the run, and bytes."""
+    """Return every file in the area of `stage`: name relative to the run -> bytes."""
     area = stage.area
     if stage.kind.holds is Holds.FILE:
         return {area: (root / area).stat().st_size} if (root / area).is_file() else {}
@@ -83,12 +86,14 @@ def seal(run: RunDirectory, stage: StageId, written: Path | None = None) -> str:
     """Write down the footprints of everything that `stage` has written.
 
     Args:
-        run: of the stage.
+        run: run of the stage.
         stage: the stage, which is about to be complete.
-        written: where its files are before they take their place in the run.
+        written: directory that holds the files before they take their place in the run. None:
+            they are in their place.
 
     Returns:
-        SHA-256 of the file, for the manifest: the file cannot be exchanged alone.
+        SHA-256 of the footprints' file. The manifest keeps it, so that nobody can exchange
+        the file alone.
 
     Raises:
         StoreError, OSError: a file of the stage is missing or damaged.
@@ -97,7 +102,7 @@ def seal(run: RunDirectory, stage: StageId, written: Path | None = None) -> str:
 
 
 def write_footprints(run: RunDirectory, stage: StageId, found: Footprints) -> str:
-    """Write down `found`, safe on the disk. Returns: SHA-256 of the file."""
+    """Write `found` to its file, safe on the disk. Returns: SHA-256 of the file."""
     path, content = run.path / stage.checksums_file, found.content()
     remove_partials_of(path)
     replace_file(path, [content])
@@ -106,12 +111,21 @@ def write_footprints(run: RunDirectory, stage: StageId, found: Footprints) -> st
 
 
 def digest(content: bytes) -> str:
-    """As the manifest keeps it."""
+    """Return the SHA-256 of `content`, in the form that the manifest keeps."""
     return hashlib.sha256(content).hexdigest()
 
 
 def footprints(root: Path, stage: StageId, written: Path | None = None) -> Footprints:
-    """Those of everything in the area of `stage`. Arguments and errors: as of `seal`, and the run's directory."""
+    """Return the footprints of everything in the area of `stage`.
+
+    Args:
+        root: directory of the run.
+        stage: the stage.
+        written: directory that holds the files before they take their place, as for `seal`.
+
+    Raises:
+        StoreError, OSError: a file of the stage is missing or damaged.
+    """
     area = stage.area
     directory = root / area if written is None else written
     if written is None and not stage.kind.has_arrays:
@@ -143,35 +157,35 @@ def _required(array: Array, at: Shape, n_bytes: int | None) -> str:
 
 
 def places(array: Array) -> Iterator[Shape]:
-    """Places in the grid of all files that the array's shape calls for, in order."""
+    """Return the places in the grid of all files that the array's shape calls for, in order."""
     return product(*(range(-(-n // size)) for n, size in zip(array.shape, file_shape(array), strict=True)))
 
 
 def n_places(array: Array) -> int:
-    """How many `places` there are: an array may say any shape."""
+    """Return the number of `places` without listing them: a damaged array may claim any shape."""
     return prod(-(-n // size) for n, size in zip(array.shape, file_shape(array), strict=True))
 
 
 def file_shape(array: Array) -> Shape:
-    """Of what one file holds."""
+    """Return the shape of the values in one file."""
     return array.shards or array.chunks
 
 
 def name_of(at: Shape) -> str:
-    """Of the file at a place of the grid, relative to the array."""
+    """Return the name of the file at a place of the grid, relative to the array."""
     return "/".join((CHUNKS, *map(str, at)))
 
 
 def of_array_file(array: Array, at: Shape, n_bytes: int) -> str:
-    """Footprint of a file of an array.
+    """Return the footprint of a file of an array.
 
     Args:
-        array: that it is of.
-        at: its place in the grid.
-        n_bytes: of it, as its directory says.
+        array: array of the file.
+        at: place of the file in the grid.
+        n_bytes: size of the file, from the listing of its directory.
 
     Raises:
-        RottenError, OSError: it is damaged, or cannot be read.
+        RottenError, OSError: the file is damaged, or cannot be read.
     """
     path = array.file_path(at)
     if is_remote(path):
@@ -196,7 +210,7 @@ def of_array_file(array: Array, at: Shape, n_bytes: int) -> str:
 
 
 def of_file(path: Path) -> str:
-    """Footprint of a file that is not an array's. Raises: OSError."""
+    """Return the footprint of a file outside of arrays. Raises: OSError."""
     if is_remote(path):
         content = read_file(path)
         return _crc(content) + _size(len(content))
@@ -216,11 +230,11 @@ def _size(n_bytes: int) -> str:
 
 
 def fits(written: str, found: str) -> bool:
-    """Whether a file with footprint `found` is the one that was written."""
+    """Tell whether a file with footprint `found` is the file that was written."""
     crc, size = written[:_CRC_DIGITS], written[_CRC_DIGITS:]
     return found[_CRC_DIGITS:] == size and (crc == _NOT_TAKEN or found[:_CRC_DIGITS] in (crc, _NOT_TAKEN))
 
 
 def bytes_of(footprint: str) -> int:
-    """Size of the file with this footprint."""
+    """Return the size of the file with this footprint."""
     return int(footprint[_CRC_DIGITS:], 16)

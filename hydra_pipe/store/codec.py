@@ -1,8 +1,9 @@
-"""Chunks and shards to bytes and back: Blosc LZ4 and a CRC-32C, as `docs/format.md` says.
+"""Encoding of chunks and shards to bytes, and back: Blosc LZ4 and a CRC-32C.
 
-The array data of a run go through here and not through zarr: with either of zarr's codec pipelines a shard costs three to eight
-times the processor time to write, and one and a half to two times to read (benchmarks/RESULTS.md). Of every chunk that is read the
-checksum is verified, and that it holds as many bytes as a chunk has.
+`docs/format.md` specifies the bytes. The array data of a run go through this module and not
+through zarr. Either of zarr's codec pipelines takes three to eight times the processor time
+to write a shard, and one and a half to two times to read one (benchmarks/RESULTS.md). Every
+chunk that is read has its checksum verified, and its number of decoded bytes checked.
 """
 
 from collections.abc import Iterator
@@ -24,24 +25,24 @@ _ABSENT = 2**64 - 1
 _CHECKSUM_BYTES = 4
 _BLOSC_HEADER_BYTES = 16
 _BLOSC_FORMAT_LZ4 = 1
-# What Blosc can hold in one chunk, and how many bytes LZ4 can make of one.
+# The most bytes that Blosc holds in one chunk, and the most that LZ4 decodes from one byte.
 MOST_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
 MOST_RATIO = 255
 
 
 class RottenError(ValueError):
-    """Bytes that are not what was written."""
+    """Bytes that differ from the bytes that were written."""
 
 
 @dataclass(frozen=True)
 class ChunkCodec:
-    """One chunk to bytes and back.
+    """Encoding of one chunk to bytes, and back.
 
     Args:
-        shape: of a chunk; chunks at the array's edges are filled up to it.
-        dtype: little-endian.
-        fill: what they are filled up with.
-        shuffle: group the bytes of numbers by their place.
+        shape: shape of a chunk. A chunk at the array's edge is padded to it.
+        dtype: dtype of the values, little-endian.
+        fill: value of the padding.
+        shuffle: whether Blosc groups the bytes of numbers by their place in the number.
     """
 
     shape: Shape
@@ -51,16 +52,19 @@ class ChunkCodec:
 
     @property
     def n_bytes(self) -> int:
-        """Of a decoded chunk."""
+        """Number of bytes of a decoded chunk."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def most_bytes(self) -> int:
-        """Of an encoded chunk with its checksum: Blosc keeps as it is what does not compress."""
+        """The most bytes of an encoded chunk with its checksum.
+
+        Blosc stores incompressible data as they are, behind a header.
+        """
         return self.n_bytes + _BLOSC_HEADER_BYTES + _CHECKSUM_BYTES
 
     def encode(self, window: NDArray[Any]) -> list[bytes]:
-        """A chunk, filled up at the array's edges, and its checksum."""
+        """Return an encoded chunk, padded at the array's edges, and its checksum."""
         if window.shape != self.shape:
             whole = np.full(self.shape, self.fill, self.dtype)
             whole[tuple(map(slice, window.shape))] = window
@@ -71,7 +75,11 @@ class ChunkCodec:
         return [encoded, checksum(encoded)]
 
     def decode(self, data: Bytes, out: NDArray[Any]) -> None:
-        """Decode one chunk with its checksum into `out`, contiguous, of a chunk's shape. Raises: RottenError."""
+        """Decode one chunk with its checksum into `out`, contiguous, of a chunk's shape.
+
+        Raises:
+            RottenError: the chunk is damaged.
+        """
         body = verified(data)
         sizes = np.frombuffer(body[4:_BLOSC_HEADER_BYTES].tobytes(), "<u4") if len(body) >= _BLOSC_HEADER_BYTES else (0, 0, 0)
         if int(sizes[0]) != self.n_bytes or int(sizes[2]) != len(body):
@@ -86,11 +94,13 @@ class ChunkCodec:
 
 @dataclass(frozen=True)
 class ShardCodec:
-    """A file of several chunks, and where in it each of them is: Zarr's `sharding_indexed`, index at the end.
+    """Encoding of a file of several chunks, with an index of where each of them is.
+
+    Zarr calls it `sharding_indexed`. The index is at the end.
 
     Args:
-        chunk: of the chunks in it.
-        grid: chunks along each dimension.
+        chunk: codec of the chunks in the file.
+        grid: number of chunks along each dimension.
     """
 
     chunk: ChunkCodec
@@ -98,11 +108,11 @@ class ShardCodec:
 
     @property
     def most_bytes(self) -> int:
-        """Of a file."""
+        """The most bytes of a file."""
         return prod(self.grid) * (self.chunk.most_bytes + 16) + _CHECKSUM_BYTES
 
     def encode(self, values: NDArray[Any]) -> list[bytes]:
-        """The file's content in pieces. Chunks past the end of `values` are left out."""
+        """Return the file's content in pieces. Chunks past the end of `values` are left out."""
         index = np.full((*self.grid, 2), _ABSENT, "<u8")
         pieces: list[bytes] = []
         end = 0
@@ -118,14 +128,14 @@ class ShardCodec:
         return [*pieces, table, checksum(table)]
 
     def index(self, content: Bytes, file_bytes: int | None = None) -> NDArray[np.uint64]:
-        """Offset and size of each chunk, shape (*grid, 2).
+        """Return the offset and the size of each chunk, shape (*grid, 2).
 
         Args:
-            content: of the file, or its end.
-            file_bytes: of the file, where `content` is its end.
+            content: bytes of the file, or of its end.
+            file_bytes: size of the file, where `content` is only its end.
 
         Raises:
-            RottenError: it is damaged.
+            RottenError: the index is damaged.
         """
         file_bytes = len(content) if file_bytes is None else file_bytes
         n_bytes = prod(self.grid) * 16
@@ -134,18 +144,18 @@ class ShardCodec:
         table = verified(content[-n_bytes - _CHECKSUM_BYTES :])
         index = np.frombuffer(table.tobytes(), "<u8").reshape(*self.grid, 2)
         sizes = index[index[..., 0] != _ABSENT, 1]
-        # chunks that share their bytes would decode to any amount
+        # Chunks that share their bytes would decode to any amount.
         if sizes.size and max(int(sizes.max()), int(sizes.sum())) > file_bytes:
             raise RottenError(f"the chunks of a shard of {file_bytes} bytes overlap")
         return index
 
 
 class StoredFile:
-    """The bytes of one file of an array, of which any window can be decoded.
+    """The bytes of one file of an array. Any window of them can be decoded.
 
     Args:
-        content: of the file, read-only.
-        codec: of the array.
+        content: bytes of the file, read-only.
+        codec: codec of the array.
 
     Raises:
         RottenError: the shard's index is damaged.
@@ -163,12 +173,12 @@ class StoredFile:
         """Decode a window into `out`.
 
         Args:
-            window: start and stop in each dimension, from the file's first element.
-            out: of the window's shape.
-            scratch: an empty list at first, where a chunk's memory is kept for later calls.
+            window: start and stop in each dimension, counted from the file's first element.
+            out: array of the window's shape.
+            scratch: list, empty at first, that keeps a chunk's memory for later calls.
 
         Raises:
-            RottenError: a chunk of it is missing or damaged.
+            RottenError: a chunk of the window is missing or damaged.
         """
         shape = self._chunk.shape
         for at in _chunks_of(window, shape):
@@ -200,17 +210,17 @@ class StoredFile:
 
 
 def _chunks_of(window: tuple[slice, ...], shape: Shape) -> Iterator[Shape]:
-    """Grid places of the chunks that have something of `window`."""
+    """Return the grid places of the chunks that overlap `window`."""
     return product(*(range(w.start // n, -(-w.stop // n)) for w, n in zip(window, shape, strict=True)))
 
 
 def checksum(data: bytes) -> bytes:
-    """CRC-32C of `data` as it is stored after them."""
+    """Return the CRC-32C of `data`, in the bytes that are stored after them."""
     return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def verified(data: Bytes) -> Bytes:
-    """`data` without the checksum at its end. Raises: RottenError: it does not fit."""
+    """Return `data` without the checksum at its end. Raises: RottenError: it does not fit."""
     body, stored = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:].tobytes()
     if len(data) < _CHECKSUM_BYTES or checksum(body) != stored:  # type: ignore[arg-type] # any read-only buffer is welcome
         raise RottenError("the checksum is wrong")

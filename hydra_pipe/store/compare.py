@@ -1,4 +1,7 @@
-"""Holds every file of a stage against what was written: its footprint, the checksums in it, and that it decodes."""
+"""Comparison of every file of a stage with the file that was written.
+
+A file must have its footprint, its own checksums must be right, and it must decode.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,20 +28,21 @@ from hydra_pipe.store.fault import Fault
 from hydra_pipe.store.files import is_partial
 from hydra_pipe.store.stages import Holds, StageId
 
-# missing files of an array that are named one by one
+# The most missing files of an array that are named one by one.
 _NAMED = 3
 
 
 class Comparison:
-    """Of the files of one stage.
+    """Comparison of the files of one stage with the footprints of the stage.
 
     Args:
-        root: of the run.
+        root: directory of the run.
         stage: the stage.
-        consequence: of a fault.
-        listed: what was written; None where that is lost: files are held against the checksums in them only.
-        pruned: arrays whose chunks were deleted.
-        task: counts the decoded bytes.
+        consequence: what a fault means, for the message.
+        listed: footprints of the stage. None where they are lost: then files are checked only
+            against their own checksums.
+        pruned: names of the arrays whose chunks were deleted.
+        task: progress, which counts the decoded bytes.
     """
 
     def __init__(
@@ -47,13 +51,13 @@ class Comparison:
         self._root, self._stage, self._consequence = root, stage, consequence
         self._listed, self._pruned, self._task = listed, pruned, task
         self._area = stage.area
-        # every file that is there, with its size, relative to the run; those that are accounted for are taken out
+        # Every existing file: name relative to the run -> size. A checked file is removed.
         self._left = files_of(root, stage)
         self._told: set[str] = set()
         self._written_as: dict[str, str] | None = None
 
     def faults(self) -> Iterator[Fault]:
-        """Every fault, file by file."""
+        """Return every fault, file by file."""
         if not self._left:
             yield self._fault(self._area, "is missing")
             return
@@ -66,7 +70,7 @@ class Comparison:
         for name, written in arrays.items():
             yield from self._check_array(name, written, below.get(name, []))
         if self._listed is None:
-            return  # which files there should be beside arrays, nobody knows
+            return  # nothing tells which files other than arrays there should be
         for name, footprint in self._listed.files.items():
             yield from self._check_file(name, footprint)
         for name in self._left:
@@ -83,7 +87,7 @@ class Comparison:
         return Fault(where, found, self._consequence, stage=self._stage)
 
     def _arrays(self) -> list[str]:
-        """Arrays in the area, as the metadata have it. Raises: StoreError: they are damaged."""
+        """Return the arrays in the area, from metadata. Raises: StoreError: they are damaged."""
         if not self._stage.kind.has_arrays:
             return []
         if self._stage.kind.holds is Holds.ARRAY:
@@ -99,7 +103,7 @@ class Comparison:
         return found
 
     def _check_file(self, name: str, written: str) -> Iterator[Fault]:
-        """A file that is no array's, if it was not looked at before."""
+        """Return the faults of a file outside of arrays, unless it was checked before."""
         if name in self._told:
             return
         self._told.add(name)
@@ -129,7 +133,7 @@ class Comparison:
             faults = faults or [self._fault(name, str(error))]
         yield from faults
         if faults or name in self._pruned:
-            for file in own:  # of which none can be judged
+            for file in own:  # none of these files can be judged
                 self._left.pop(file, None)
             return
         self._left.pop(metadata, None)
@@ -159,7 +163,7 @@ class Comparison:
             yield self._fault(name, f"lacks {len(missing):,} of its {n_places(array):,} files, the first of them {missing[0][0]}")
 
     def _wrong_with(self, array: Array, at: Shape, n_bytes: int, written: str | None) -> str | None:
-        """What is wrong with one file of an array."""
+        """Describe the fault of one file of an array; None if it has none."""
         window = [slice(i * n, (i + 1) * n) for i, n in zip(at, file_shape(array), strict=True)]
         try:
             values = array.read(*window)
@@ -172,7 +176,7 @@ class Comparison:
         return None if written is None or fits(written, found) else self._exchanged(written, found)
 
     def _exchanged(self, written: str, found: str) -> str:
-        """What a file is that is none of those that should be in its place."""
+        """Describe a file that differs from the file that was written in its place."""
         if self._written_as is None:
             self._written_as = self._names()
         other = self._written_as.get(found)
@@ -183,7 +187,7 @@ class Comparison:
         return "is not what was written, but an older file, or one of another run"
 
     def _names(self) -> dict[str, str]:
-        """Names of what was written, by footprint."""
+        """Return the name of each written file, by its footprint."""
         assert self._listed is not None
         found = {footprint: name for name, footprint in self._listed.files.items()}
         for name, footprints in self._listed.arrays.items():
@@ -197,6 +201,6 @@ class Comparison:
 
 
 def _span(array: Array, at: Shape) -> str:
-    """What one file of an array has."""
+    """Return the rows in one file of an array, in words."""
     first = at[0] * array.file_rows
     return f"its rows {first:,} to {min(first + array.file_rows, array.shape[0]):,}"

@@ -1,6 +1,7 @@
-"""Coordinates of `relevance.zarr`: arrays that tell a reader such as xarray which sample, test sample or mean a row or column is.
+"""Coordinates of `relevance.zarr`, for readers such as xarray.
 
-hydra-pipe itself reads none of them: what they say is in the recording and in the attributes of each result.
+A coordinate is an array that says which sample, test sample or mean a row or column is.
+hydra-pipe reads none of them: the recording and the attributes of each result say the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +29,13 @@ from hydra_pipe.store.writing import put_labels
 
 @dataclass(frozen=True)
 class Coordinate:
-    """What an array of coordinates says.
+    """The expected content of an array of coordinates.
 
     Args:
-        dimension: of it.
-        n: values.
-        values: makes them, shape (n,): a stranger's manifest may say any number, and what is there is looked at before.
+        dimension: dimension of the array.
+        n: number of values.
+        values: function that makes the values, shape (n,). A stranger's manifest may claim any
+            number, so the existing array is looked at before the values are made.
     """
 
     dimension: str
@@ -41,12 +43,12 @@ class Coordinate:
     values: Callable[[], NDArray[Any]]
 
 
-# by the name of the array
+# Coordinates by the name of their array.
 Coordinates = Mapping[str, Coordinate]
 
 
 def shared_coordinates(gradients: Gradients, n_samples: int, n_tests: int) -> Coordinates:
-    """Those of all results of a recording: ids, and labels where they are known."""
+    """Return the coordinates of all results of a recording: ids, and labels where known."""
     found: dict[str, Coordinate] = {}
     for dimension, n in ((names.SAMPLE_DIM, n_samples), (names.TEST_DIM, n_tests)):
         found[dimension] = Coordinate(dimension, n, partial(np.arange, n))
@@ -61,7 +63,10 @@ def shared_coordinates(gradients: Gradients, n_samples: int, n_tests: int) -> Co
 
 
 def own_coordinates(result: str, columns: Columns) -> Coordinates:
-    """Those of the columns of one result that are not all test samples of the run: ids of tests, or labels of means."""
+    """Return the coordinates of a result whose columns are not all test samples of the run.
+
+    They are ids of test samples, or labels of means.
+    """
     dimension = names.columns_dimension(result)
     if columns.by is not None:
         return {dimension: Coordinate(dimension, len(columns.names), partial(np.array, columns.names))}
@@ -69,7 +74,7 @@ def own_coordinates(result: str, columns: Columns) -> Coordinates:
 
 
 def write_coordinates(path: Path, wanted: Coordinates) -> None:
-    """Write into the store at `path` what of `wanted` is not there as it should be, safe on the disk."""
+    """Write the missing and the wrong coordinates into the store at `path`, safe on the disk."""
     with brief_lock(path):
         for name, coordinate in wanted.items():
             if not _is_whole(path / name, coordinate):
@@ -79,14 +84,17 @@ def write_coordinates(path: Path, wanted: Coordinates) -> None:
 
 
 def wrong_coordinates(path: Path, wanted: Coordinates) -> Iterator[str]:
-    """Those that are there and do not say what they should. They may be absent."""
+    """Return the names of existing coordinates with wrong content. Absent ones are no fault."""
     for name, coordinate in wanted.items():
         if (path / name).exists() and not _is_whole(path / name, coordinate):
             yield name
 
 
 def coordinates_of(run: RunDirectory) -> Coordinates:
-    """Those of all complete results of a run. Where the recording, or a result, is damaged, its own are left out."""
+    """Return the coordinates of all complete results of a run.
+
+    Where the recording or a result is damaged, its own coordinates are left out.
+    """
     path = run.path / names.RELEVANCE
     found: dict[str, Coordinate] = {}
     with suppress(StoreError):

@@ -1,4 +1,7 @@
-"""What the manifest counts, held against the arrays before anything is made as large as it says."""
+"""Counts of the manifest, compared with the arrays.
+
+The comparison comes before anything is made as large as the manifest says.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +19,12 @@ _LABELS_OF = {names.TRAIN_LABELS: "n_samples", names.TEST_LABELS: "n_tests"}
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a recording, as its manifest and its arrays have them.
+    """Counts of a recording, on which its manifest and its arrays agree.
 
     Args:
-        n_samples, n_tests: training samples, and test samples; none where no test gradients were taken.
-        checkpoint: step of their test gradients, the last there are; without any, the last step.
+        n_samples, n_tests: numbers of training samples and of test samples. No test samples
+            where no test gradients were taken.
+        checkpoint: step of the last test gradients. Without any, the last step.
     """
 
     n_samples: int
@@ -28,7 +32,11 @@ class Counts:
     checkpoint: int
 
     def require_tests(self, path: Path) -> None:
-        """Refuse what needs the recording's own test gradients where there are none. Raises: RunError: says how to take some."""
+        """Refuse a recording without test gradients of its own.
+
+        Raises:
+            RunError: the recording has none. The message says how to take some.
+        """
         if not self.n_tests:
             raise RunError(
                 f"{path} was recorded without test gradients: take some of the final parameters, by hydra-pipe probe {path} "
@@ -38,12 +46,13 @@ class Counts:
 
 
 def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
-    """The counts of a complete recording. Lists files, reads metadata only.
+    """Return the counts of a complete recording. Lists files, and reads only metadata.
 
-    Of samples that no row is of and that have no labels nothing tells but the manifest.
+    Only the manifest counts samples that have neither a row nor a label.
 
     Raises:
-        StoreError: manifest and arrays do not agree, arrays lack files, or say that they have more than can be in their files.
+        StoreError: manifest and arrays do not agree, arrays lack files, or arrays claim more
+            than their files can hold.
     """
     steps = gradients.test_steps()
     if not steps:
@@ -58,7 +67,7 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
     for name in (names.GRADIENT, names.SCALE, names.LOSS):
         _compare(gradients, f"{names.TEST}/{names.checkpoint_name(steps[-1])}/{name}", lengths, counts["n_tests"])
     for which, n in recording.counts("labels").items():
-        # test labels may be of test gradients on the way
+        # Test labels may belong to test gradients that were taken during the training.
         if which not in _LABELS_OF or (n != counts[_LABELS_OF[which]] and counts[_LABELS_OF[which]]):
             raise StoreError(f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}")
         _compare(gradients, f"{names.LABELS}/{which}", lengths, n)

@@ -1,4 +1,4 @@
-"""Discarding stages: what they claim, and what they have written."""
+"""Discarding of stages: their entries in the manifest, and their files."""
 
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.run import RunDirectory
@@ -6,10 +6,11 @@ from hydra_pipe.store.stages import StageId
 
 
 def discard(run: RunDirectory, *stages: StageId) -> None:
-    """Forget `stages`, and remove what they have written.
+    """Forget `stages`, and remove their files.
 
-    A call that is killed leaves them in the manifest, as begun and without anything done, until all of it is removed: by their
-    names the next call knows what there is left to remove, and nobody goes on with half of it.
+    The stages first become "running" in the manifest, with nothing done. They stay there until
+    all their files are removed. So after a call that was killed, the next call knows what is
+    left to remove, and nobody resumes a stage with half of its files.
     """
     for stage in stages:
         run.begin(stage, run.stages[stage].settings)

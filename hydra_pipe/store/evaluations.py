@@ -1,4 +1,4 @@
-"""`evaluation/KIND`: what retrainings came to, kept as they finish, and what was told from them."""
+"""`evaluation/KIND`: results of retrainings, kept as they finish, and the summary of them."""
 
 import hashlib
 import io
@@ -25,35 +25,41 @@ _MOST_HEADER_BYTES = 2**16
 
 
 def digest_of(run_id: str, weights: NDArray[np.floating], seed: int, mean_over: str) -> str:
-    """Of the run and of what the models of a piece were trained with, 16 digits: a piece counts only where this is asked of it."""
+    """Return a digest, 16 digits, of the run and of what the models of a piece train with.
+
+    A piece of results counts only where the same digest is asked for.
+    """
     found = hashlib.sha256(f"{run_id} {seed} {mean_over} {weights.shape} {weights.dtype}\n".encode())
     found.update(np.ascontiguousarray(weights).tobytes())
     return found.hexdigest()[:16]
 
 
 class Retrained:
-    """Results of retrainings, in pieces of some models each, shape (model, `N_FOUND`, test), float64.
+    """Results of retrainings, in pieces of some models, shape (model, `N_FOUND`, test), float64.
 
     Args:
-        directory: of the evaluation.
+        directory: directory of the evaluation.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / names.RETRAINED
 
     def spans(self) -> list[tuple[int, int]]:
-        """First and one past the last retraining of each piece that is there, in order."""
+        """Return the first and one past the last retraining of each existing piece, in order."""
         found = [_PIECE.fullmatch(name) for name in files_below(self._directory)]
         return sorted((int(match[1]), int(match[2])) for match in found if match)
 
     def read(self, span: tuple[int, int], digest: str, n_tests: int) -> NDArray[np.float64] | None:
-        """A piece; None where it is not there, is damaged, or is of models that were trained with something else."""
+        """Read a piece.
+
+        None where the piece is missing or damaged, or where its models trained with something else.
+        """
         expected = (span[1] - span[0], N_FOUND, n_tests)
         n_bytes = prod(expected) * 8
         try:
             content = read_file(self._directory / _name(span, digest), n_bytes + _MOST_HEADER_BYTES)
             stream = io.BytesIO(content)
-            # the header by itself: it may say any shape
+            # The header is read alone first: it may claim any shape.
             np.lib.format.read_magic(stream)
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
         except (OSError, ValueError, EOFError):
@@ -63,14 +69,17 @@ class Retrained:
         return np.frombuffer(content, np.float64, offset=stream.tell()).reshape(expected)
 
     def write(self, span: tuple[int, int], digest: str, values: NDArray[np.float64]) -> None:
-        """Keep a piece, safe on the disk."""
+        """Write a piece, safe on the disk."""
         content = io.BytesIO()
         np.save(content, values)
         replace_file(self._directory / _name(span, digest), [content.getvalue()])
         sync(self._directory)
 
     def keep_only(self, pieces: Mapping[tuple[int, int], str]) -> None:
-        """Remove all but the pieces with these digests: those of relevance that was computed anew since, for one."""
+        """Remove all pieces but those with these digests.
+
+        The others may belong, for example, to relevance that has been computed anew since.
+        """
         wanted = {_name(span, digest) for span, digest in pieces.items()}
         for name in files_below(self._directory):
             if name not in wanted:
@@ -82,11 +91,11 @@ def _name(span: tuple[int, int], digest: str) -> str:
 
 
 def write_result(directory: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """`table.parquet` and `summary.json`, safe on the disk.
+    """Write `table.parquet` and `summary.json`, safe on the disk.
 
     Args:
-        directory: of the evaluation.
-        rows: of the table; each has the same columns.
+        directory: directory of the evaluation.
+        rows: rows of the table. Each has the same columns.
         summary: plain values.
     """
     content = io.BytesIO()
@@ -96,26 +105,34 @@ def write_result(directory: Path, rows: Sequence[Mapping[str, Any]], summary: Ma
 
 
 def write_array(path: Path, values: NDArray[Any]) -> None:
-    """An array as a `.npy` file, safe on the disk."""
+    """Write an array as a `.npy` file, safe on the disk."""
     content = io.BytesIO()
     np.save(content, values)
     write_file(path, content.getvalue())
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A file, and its name, safe on the disk."""
+    """Write a file. Its content and its name are safe on the disk when this returns."""
     replace_file(path, [content])
     sync(path.parent)
 
 
 def read_result(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What `write_result` wrote. Raises: OSError, ValueError, pyarrow.ArrowException: missing or damaged."""
+    """Return the rows and the summary that `write_result` wrote.
+
+    Raises:
+        OSError, ValueError, pyarrow.ArrowException: a file is missing or damaged.
+    """
     table = opened_table(directory / names.TABLE).read()
     return table.to_pylist(), _read_summary(directory)
 
 
 def read_says(directory: Path) -> list[str]:
-    """What the summary of an evaluation says, in lines for a person. Raises: OSError, ValueError: missing or damaged."""
+    """Return the lines for a person in the summary of an evaluation.
+
+    Raises:
+        OSError, ValueError: the summary is missing or damaged.
+    """
     lines: list[str] = _read_summary(directory)["says"]
     return lines
 

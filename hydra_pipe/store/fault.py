@@ -1,25 +1,28 @@
-"""What checking a run finds."""
+"""Faults that a check of a run finds."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from hydra_pipe.store.stages import StageId
 
-# damaged: a stage's result cannot be used. extra: something that belongs to no stage. unfinished: a stage, which is no damage.
-# unlisted: the footprints of a stage are lost. manifest, copy, group: what can be written again from something else.
+# damaged: the result of a stage cannot be used.
+# extra: something belongs to no stage.
+# unfinished: a stage is not complete, which is no damage.
+# unlisted: the footprints of a stage are lost.
+# manifest, copy, group: a file that can be written again from something else.
 Kind = Literal["damaged", "extra", "unfinished", "unlisted", "manifest", "copy", "group"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is off.
+    """A fault of a run.
 
     Args:
         where: file, array or directory, relative to the run.
         found: what is wrong with it.
-        consequence: what that means, and what to do; empty where `found` says so.
-        kind: see above.
-        stage: whose result it is.
+        consequence: meaning of the fault, and advice. Empty where `found` has both.
+        kind: kind of the fault, one of `Kind`.
+        stage: stage whose result has the fault.
     """
 
     where: str
@@ -30,5 +33,5 @@ class Fault:
 
     @property
     def what(self) -> str:
-        """What is wrong, and what that means."""
+        """Description of the fault, with its consequence."""
         return f"{self.found}: {self.consequence}" if self.consequence else self.found
