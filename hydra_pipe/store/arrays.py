@@ -78,7 +78,7 @@ class Group:
 
         Args:
             path: directory of the group.
-            consequence: what a fault means, for the message.
+            consequence: meaning of a fault, for the message.
             listed: function that tells whether a member belongs to the group, as in `Group`.
 
         Raises:
@@ -241,7 +241,7 @@ class Array:
             dimensions: names of the dimensions, one for each.
             chunks: shape of a chunk, the unit of decoding.
             shards: shape of a file. None: each chunk is a file.
-            shuffle: whether Blosc groups the bytes of numbers by their place in the number. Most
+            shuffle: True if Blosc groups the bytes of numbers by their place in the number. Most
                 values compress better so.
             attributes: attributes of the array.
         """
@@ -313,8 +313,8 @@ class Array:
         Args:
             window: one slice for each dimension, in steps of 1. A dimension without a slice is
                 read whole.
-            transposed: whether the values lie in Fortran's order in memory, so that the values
-                of a column are together.
+            transposed: True for Fortran's order in memory, in which the values of a column are
+                together.
 
         Raises:
             RottenError, OSError: the bytes are damaged or missing, as in `ROTTEN`.
@@ -345,7 +345,7 @@ class Array:
         Args:
             at: place of the file in the grid.
             values: values of the file, fewer at the array's edges.
-            safely: whether to return only when the file is safe on the disk.
+            safely: True to return only when the file is safe on the disk.
 
         Raises:
             OSError: the disk is full or gone.

@@ -42,7 +42,7 @@ class ChunkCodec:
         shape: shape of a chunk. A chunk at the array's edge is padded to it.
         dtype: dtype of the values, little-endian.
         fill: value of the padding.
-        shuffle: whether Blosc groups the bytes of numbers by their place in the number.
+        shuffle: True if Blosc groups the bytes of numbers by their place in the number.
     """
 
     shape: Shape

@@ -38,7 +38,7 @@ class Comparison:
     Args:
         root: directory of the run.
         stage: the stage.
-        consequence: what a fault means, for the message.
+        consequence: meaning of a fault, for the message.
         listed: footprints of the stage. None where they are lost: then files are checked only
             against their own checksums.
         pruned: names of the arrays whose chunks were deleted.

@@ -19,7 +19,7 @@ class Fault:
 
     Args:
         where: file, array or directory, relative to the run.
-        found: what is wrong with it.
+        found: description of what is wrong.
         consequence: meaning of the fault, and advice. Empty where `found` has both.
         kind: kind of the fault, one of `Kind`.
         stage: stage whose result has the fault.

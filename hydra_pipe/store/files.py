@@ -1,7 +1,9 @@
-"""Files and directories of runs, on a local disk or in an object store: they appear whole or not at all, and go away.
+"""Files and directories of runs, on a local disk or in an object store.
 
-A run on a local disk is a `pathlib.Path`. One in an object store is a `upath.UPath`, which behaves like it, over fsspec: a file is
-an object, put there in one request, and a directory is nothing but the beginning of names. What differs is in this module.
+Every file appears whole or not at all. A run on a local disk is a `pathlib.Path`. A run in
+an object store is a `upath.UPath`, which behaves like a `pathlib.Path`, over fsspec: a file
+is an object, put there in one request, and a directory is only the beginning of names. All
+differences between the two are in this module.
 """
 
 import errno
@@ -20,29 +22,30 @@ from urllib.parse import unquote
 
 from hydra_pipe.errors import RunError, StoreError, UsageError
 
-# how the names of files end that are not whole yet
+# End of the names of unfinished files.
 PARTIAL = ".partial"
-# what fsspec needs for a protocol -> the extra of this package that has it
+# Protocol -> the extra of this package that installs what fsspec needs for it.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-# protocols of web servers, which are read only
+# Protocols of web servers, which can only be read.
 _WEB = ("http", "https")
-# protocols of this machine's own files
+# Protocols of this machine's own files.
 _LOCAL = ("file", "local")
-# a protocol, and however many slashes follow it
+# A protocol, and any number of slashes after it.
 _SLASHES = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
-# what making a directory or a file raises where the other stands
+# Errors of making a directory where a file is, or a file where a directory is.
 _IN_THE_WAY = (IsADirectoryError, FileExistsError, NotADirectoryError)
 
 
 def location(path: "str | os.PathLike[str]") -> Path:
-    """Where a user says that a run is: a path, or a URL such as "s3://bucket/run".
+    """Return the place of a run, from a user's path or URL such as "s3://bucket/run".
 
     Raises:
-        UsageError: it is empty, or looks like a URL and is none; the message says what was meant.
-        RunError: the URL cannot be used; the message says what to install.
+        UsageError: the text is empty, or resembles a URL but is none. The message names the
+            URL that was probably meant.
+        RunError: the URL cannot be used. The message says what to install.
     """
     if _is_url_path(path):
-        return cast(Path, path)  # behaves like one
+        return cast(Path, path)  # UPath behaves like a Path
     text = os.fspath(path)
     _refuse_slashes(text)
     protocol, is_url, rest = text.partition("://")
@@ -54,25 +57,27 @@ def location(path: "str | os.PathLike[str]") -> Path:
     try:
         from upath import UPath
 
-        # fsspec remembers listings: another process, or another machine, may have changed what is there
+        # fsspec caches listings, but other processes and machines may change the directory.
         found = UPath(text, use_listings_cache=False)
-        found.fs  # noqa: B018 - which imports what the protocol needs
+        found.fs  # noqa: B018 - imports what the protocol needs
     except ImportError as error:
         raise RunError(f"{text}: {error}: pip install 'hydra-pipe[{extra}]'") from error
     except ValueError as error:
         raise RunError(f"{text}: {error}: name a directory, or a URL that fsspec knows such as s3://bucket/run") from error
-    return cast(Path, found)  # behaves like one
+    return cast(Path, found)  # UPath behaves like a Path
 
 
 def local_path(text: str, what: str) -> Path:
-    """A path of this machine, as a user writes it. `~` at its beginning is a home directory, whoever has read it before.
+    """Return a path on this machine, from a user's text.
+
+    A `~` at the beginning is a home directory, also where no shell has expanded it.
 
     Args:
-        text: as it was given.
-        what: it is of, for the message.
+        text: text as the user gave it.
+        what: name of the thing that the path is for, for the message.
 
     Raises:
-        UsageError: it is empty, holds a null character, or names a user that is none.
+        UsageError: the text is empty, holds a null character, or names an unknown user.
     """
     if not text.strip() or "\0" in text:
         fault = "holds a null character" if text.strip() else "is empty"
@@ -83,12 +88,17 @@ def local_path(text: str, what: str) -> Path:
             path = path.expanduser()
         except RuntimeError as error:
             raise UsageError(f"{text}: there is no such user: write ./{text} for a path of that name") from error
-    # what was written "./~" or "./s3:/x" has lost its beginning, and would be read as something else the next time
+    # pathlib drops the beginning of "./~" or "./s3:/x". The next reader of the path would take
+    # the rest for something else, so it becomes absolute.
     return path.absolute() if str(path).startswith("~") or _SLASHES.match(str(path)) else path
 
 
 def _refuse_slashes(text: str) -> None:
-    """Refuse a URL with more slashes than two, or fewer, before a directory of such a name is made. Raises: UsageError."""
+    """Refuse a URL with more or fewer slashes than two, before a directory of its name is made.
+
+    Raises:
+        UsageError: the number of slashes is wrong.
+    """
     found = _SLASHES.match(text)
     if found is None or len(found[2]) == 2 or (found[1] in _LOCAL and len(found[2]) == 3):
         return
@@ -105,17 +115,17 @@ def _is_url_path(path: Any) -> bool:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether `path` is in an object store."""
+    """Tell whether `path` is in an object store."""
     return _is_url_path(path)
 
 
 def is_web(path: Path) -> bool:
-    """Tell whether `path` is on a web server, from which it can be read only."""
+    """Tell whether `path` is on a web server, which can only be read."""
     return is_remote(path) and path.protocol in _WEB  # type: ignore[attr-defined]
 
 
 def refuse_read_only(path: Path) -> None:
-    """Refuse to write where nobody can. Raises: RunError."""
+    """Refuse a place that nobody can write to. Raises: RunError."""
     if is_web(path):
         raise RunError(
             f"{path} is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy the run to a disk, or "
@@ -124,14 +134,16 @@ def refuse_read_only(path: Path) -> None:
 
 
 def read_file(path: Path, most_bytes: int | None = None) -> bytes:
-    """A whole file, in one request.
+    """Read a whole file, in one request.
 
     Args:
-        path: of the file.
-        most_bytes: that it can have. A disk says how many it has, an object store is believed.
+        path: path of the file.
+        most_bytes: largest size that the file may have. It is compared with the size on a
+            local disk, and ignored in an object store.
 
     Raises:
-        OSError: it cannot be read, is larger, or is none: a pipe would have us wait for ever, a device has no end.
+        OSError: the file cannot be read, is larger, or is not a regular file. A pipe would
+            block for ever, and a device has no end.
     """
     if is_remote(path):
         content: bytes = _fs(path).cat_file(_name(path))
@@ -150,7 +162,11 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, which may be larger than memory on a disk. Raises: OSError."""
+    """Return the SHA-256 of a file. On a local disk it may be larger than memory.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     if is_remote(path):
         return hashlib.sha256(read_file(path)).hexdigest()
     with open(path, "rb", opener=_open_at_once) as file:
@@ -158,21 +174,22 @@ def sha256_of(path: Path) -> str:
 
 
 def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -> None:
-    """Put the pieces of `content` at `path` in one step.
+    """Write the pieces of `content` to `path` in one step.
 
     Args:
-        path: of the file; its directory is made if it is not there.
-        content: of the file.
-        safely: return when its content is safe on the disk; that it is there under this name, `sync` of its directory makes safe.
-            In an object store both always are.
+        path: path of the file. Its directory is made if it is missing.
+        content: pieces of the file's content.
+        safely: True to return only when the content is safe on the disk. The file's name is
+            safe only after `sync` of its directory. In an object store both always are.
 
     Raises:
-        StoreError: a directory is in its place, or a file in that of its directory. OSError: the disk is full or gone.
+        StoreError: a directory is in the file's place, or a file in the directory's place.
+        OSError: the disk is full or gone.
     """
     if is_remote(path):
         _fs(path).pipe_file(_name(path), b"".join(content))
         return
-    # a name of its own: a task of a cluster that was given up on may still be writing the same file
+    # The name is unique: an abandoned task of a cluster may still be writing the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,11 +203,11 @@ def replace_file(path: Path, content: Iterable[bytes], *, safely: bool = True) -
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise _in_the_way(path, error) from error
-        if isinstance(error, OSError) and error.errno is not None:  # a write does not say of which file
+        if isinstance(error, OSError) and error.errno is not None:  # a write names no file
             raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
@@ -207,7 +224,12 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(path: Path, *, files: bool = True) -> None:
-    """`sync` a directory and everything in it, if it is there; only the names where `files` is False."""
+    """Call `sync` on an existing directory and on everything in it.
+
+    Args:
+        path: path of the directory. Nothing happens if it is missing.
+        files: False to sync only the directories, which hold the names.
+    """
     if is_remote(path):
         return
     for directory, _, found in os.walk(path):
@@ -217,7 +239,7 @@ def sync_tree(path: Path, *, files: bool = True) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory tree, if it is there."""
+    """Remove a file or a directory tree, if it exists."""
     if is_remote(path):
         if path.exists():
             _fs(path).rm(_name(path), recursive=True)
@@ -228,7 +250,10 @@ def remove(path: Path) -> None:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what killed processes have left of files in a directory and below it. Nobody may be writing there."""
+    """Remove unfinished files of killed processes from a directory and all below it.
+
+    Nobody may be writing there.
+    """
     if is_remote(path):
         return
     for name in files_below(path):
@@ -237,7 +262,7 @@ def remove_partials(path: Path) -> None:
 
 
 def remove_partials_of(path: Path) -> None:
-    """Remove what killed processes have left of one file. Nobody may be writing it."""
+    """Remove what killed processes have left of one file. Nobody may be writing the file."""
     if is_remote(path) or not path.parent.is_dir():
         return
     for entry in path.parent.iterdir():
@@ -246,21 +271,25 @@ def remove_partials_of(path: Path) -> None:
 
 
 def is_partial_of(name: str, entry: str) -> bool:
-    """Whether a file called `entry` is what was begun of a file `name`."""
+    """Tell whether file `entry` is an unfinished version of file `name`."""
     return entry.startswith(f"{name}.") and entry.endswith(PARTIAL)
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file is what a writer that was stopped has left, or is at: no reader takes it for data."""
+    """Tell whether a file is unfinished: its writer is at work, or has stopped.
+
+    No reader takes such a file for data.
+    """
     return any(part.endswith(PARTIAL) for part in name.split("/"))
 
 
 def move(path: Path, target: Path) -> None:
-    """Move a file or a directory tree to where nothing is."""
+    """Move a file or a directory tree to a free place."""
     if is_remote(path):
-        # file by file: object stores have no directories, and `mv` would move those too
+        # Files move one by one: object stores have no directories, and `mv` would move
+        # directories too.
         fs, source = _fs(path), _name(path)
-        fs.invalidate_cache()  # which may list files that came and went
+        fs.invalidate_cache()  # the cache may list files that came and went
         files = fs.find(source)
         fs.copy(files, [_name(target) + name[len(source) :] for name in files])
         fs.rm(source, recursive=True)
@@ -270,17 +299,20 @@ def move(path: Path, target: Path) -> None:
 
 
 def files_below(path: Path) -> dict[str, int]:
-    """Every file in a directory and in those below it: name relative to `path`, with slashes, and bytes. Empty without one."""
+    """Return every file in a directory and below it: name relative to `path` -> bytes.
+
+    Names have slashes. The result is empty if there is no such directory.
+    """
     if is_remote(path):
         start = len(_name(path).rstrip("/")) + 1
         found = _fs(path).find(_name(path), detail=True)
-        shown = unquote if is_web(path) else str  # a web server's listing is of links
+        shown = unquote if is_web(path) else str  # a web server lists links, which are quoted
         return {shown(name[start:]): _size(path, name, entry) for name, entry in found.items()}
     return _local_files(os.fspath(path)) if path.is_dir() else {}
 
 
 def _size(path: Path, name: str, entry: dict[str, Any]) -> int:
-    """Bytes of a file, which the listings of web servers do not have."""
+    """Return the bytes of a file. The listings of web servers do not have them."""
     size = entry.get("size")
     size = _fs(path).info(name)["size"] if size is None else size
     return int(size if size is not None else len(_fs(path).cat_file(name)))
@@ -294,25 +326,27 @@ def _local_files(root: str) -> dict[str, int]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.is_file():  # not a link that leads nowhere
+                elif entry.is_file():  # False for a link that leads nowhere
                     found[prefix + entry.name] = entry.stat().st_size
     return found
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
-    if is_web(path):  # to which a directory is a file too, with its listing in it
+    """Return the bytes of a file, or of all files in a directory."""
+    if is_web(path):  # a web server serves a directory as a file too, which holds the listing
         return sum(files_below(path).values()) or _size(path, _name(path), {})
     return path.stat().st_size if path.is_file() else sum(files_below(path).values())
 
 
 @contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """A directory on a local disk to fill, which takes the place of `path` when the block ends, and goes away if it fails.
+    """Yield a local directory to fill, which takes the place of `path` when the block ends.
 
-    On a local disk readers see the old files or the new ones, and the new ones are safe there when the block has ended; what a
-    killed process has left is removed first. In an object store the old ones are removed first, and the new ones come one after the
-    other: whoever reads must know whether the stage is complete.
+    If the block fails, the new directory is removed. On a local disk a reader sees the old
+    files or the new ones. The new files are safe there when the block has ended. Leftovers of a
+    killed process are removed first. In an object store the old files are removed first, and
+    the new files come one after the other. A reader there must know whether the stage is
+    complete.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="hydra-pipe-") as scratch:
@@ -321,7 +355,8 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             for name in files_below(Path(scratch)):
                 _fs(path).put_file(os.path.join(scratch, name), _name(path / name))
         return
-    # hidden, so that readers of all that is in the directory pass over what a killed process leaves
+    # Hidden, so that a reader of everything in the directory passes over what a killed process
+    # leaves.
     partial, old = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}.old{PARTIAL}")
     try:
         remove(partial)
@@ -339,14 +374,14 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         remove(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not say of which file
+        if isinstance(error, OSError) and error.filename is None:  # a write names no file
             error.filename = os.fspath(path)
         raise
 
 
 @contextmanager
 def _moved_away(path: Path, old: Path) -> Iterator[None]:
-    """A block in which nothing is at `path`: what was there is at `old`, and comes back if the block fails."""
+    """Move what is at `path` to `old` for the block, and back if the block fails."""
     is_there = os.path.lexists(path)
     if is_there:
         path.rename(old)

@@ -1,4 +1,7 @@
-"""`gradients.zarr`, for reading: rows of the training steps, per-step tables, test gradients, labels."""
+"""`gradients.zarr`, for reading.
+
+It holds the rows of the training steps, tables of the steps, test gradients and labels.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +23,7 @@ from hydra_pipe.store.rows import ROWS_UNREADABLE, Rows, check_kind, check_withi
 
 NO_GOING_ON = "load an earlier state, or record the run again"
 
-# per-step, per-parameter-group tables: array name -> dtype. Names are those of `Schedule`.
+# Tables by step and parameter group: array name -> dtype. The names are those of `Schedule`.
 GROUP_COLUMNS = {
     "learning_rate": "float64",
     "momentum": "float64",
@@ -29,13 +32,13 @@ GROUP_COLUMNS = {
     "decoupled_decay": "float64",
     "nesterov": "uint8",
 }
-# per-step, per-block tables
+# Tables by step and block.
 BLOCK_COLUMNS = {"updated": "uint8", "momentum_started": "uint8", "step_factor": "float64"}
-# per-step tables
+# Tables by step.
 STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IMBALANCE: "float32"}
-# per-step tables of each process: which of its rows are the step's
+# Tables by step, for each process: which of its rows belong to the step.
 ROWS_OF_STEP = {names.FIRST_ROW: "int64", names.N_ROWS: "int64"}
-# arrays of rows
+# Arrays of rows.
 ROW_COLUMNS = (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE)
 
 _GROUP_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in GROUP_COLUMNS.items()}
@@ -52,13 +55,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a recording that is gone on with.
+    """The part of a recording that stays when the recording is resumed.
 
     Args:
-        part_rows: the first rows of each process's part.
-        n_steps: the first steps.
+        part_rows: number of rows that stay in each process's part, from the first.
+        n_steps: number of steps that stay, from the first.
         tests: steps after which test gradients were taken.
-        labels: arrays of labels.
+        labels: names of arrays of labels.
     """
 
     part_rows: Sequence[int]
@@ -72,8 +75,8 @@ class Prefix:
     """The first steps of a recording.
 
     Args:
-        n_steps: of it.
-        part_rows: rows of these steps in each process's part.
+        n_steps: number of the steps.
+        part_rows: number of rows of these steps in each process's part.
     """
 
     n_steps: int
@@ -81,15 +84,21 @@ class Prefix:
 
 
 class Gradients:
-    """`gradients.zarr`, opened for reading. What several processes recorded is one run: the rows of rank 0 first, then those of 1.
+    """`gradients.zarr`, opened for reading.
+
+    A recording of several processes is one run: the rows of rank 0 come first, then the rows of
+    rank 1, and so on.
 
     Args:
-        path: of the store.
-        prefix: read only these steps, as if there were no others: a recording may be adding some. None: all.
-        listed: whether a group or an array is of the recording, by its name (`store/listing.py`); None: all that are there.
+        path: path of the store.
+        prefix: the steps to read, as if there were no others. A recording may be adding steps
+            meanwhile. None: all steps.
+        listed: function that tells by its name whether a group or an array belongs to the
+            recording (`store/listing.py`). None: every one that exists belongs.
 
     Raises:
-        StoreError: it is missing, damaged, shorter than `prefix`, or not what this project writes.
+        StoreError: the store is missing, damaged or shorter than `prefix`, or this project
+            does not write such stores.
     """
 
     def __init__(self, path: Path, prefix: Prefix | None = None, listed: Callable[[str], bool] | None = None) -> None:
@@ -113,7 +122,7 @@ class Gradients:
         if n_ranks is None:
             return [self._root]
         found: list[Group] = []
-        # up to the first that is not there, however many it says
+        # The loop ends at the first missing group, whatever number the attribute claims.
         while is_count(n_ranks) and len(found) < n_ranks and (group := self._root.group(names.rank_name(len(found)))) is not None:
             found.append(group)
         if not found or len(found) != n_ranks:
@@ -122,21 +131,21 @@ class Gradients:
 
     @property
     def n_ranks(self) -> int:
-        """Processes that recorded together."""
+        """Number of processes that recorded together."""
         return len(self._parts)
 
     @property
     def run_id(self) -> str:
-        """Of the run that wrote it."""
+        """Id of the run that wrote the store."""
         return str(self._root.attributes.get(names.RUN_ID))
 
     @property
     def n_groups(self) -> int:
-        """Parameter groups of the optimiser."""
+        """Number of parameter groups of the optimiser."""
         return self._array(f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1]
 
     def check_kept(self, kept: Kept) -> None:
-        """Refuse to go on where something of `kept` is not there. Raises: StoreError."""
+        """Refuse to resume where a part of `kept` is missing. Raises: StoreError."""
         for name, count in self.expected_rows(kept.part_rows, kept.n_steps, 0).items():
             array = self._root.array(name)
             if array.shape[0] < count:
@@ -147,23 +156,38 @@ class Gradients:
             raise StoreError(f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}")
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
-        """Training sample of each of some rows. Raises: StoreError: damaged."""
+        """Return the training sample of each row in `rows`. Raises: StoreError: damaged."""
         return self._row_column(names.SAMPLE, rows)
 
     def step_of_rows(self, rows: slice) -> NDArray[np.int64]:
-        """Step of each of some rows. Raises: StoreError: damaged."""
+        """Return the step of each row in `rows`. Raises: StoreError: damaged."""
         return self._row_column(names.STEP, rows)
 
     def curvature(self, rows: slice) -> NDArray[np.float32]:
-        """Curvature weight of each of some rows, not a number where it is not known. Raises: StoreError: damaged."""
+        """Return the curvature weight of each row in `rows`, NaN where it is unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
         return self._row_column(names.CURVATURE, rows)
 
     def step_table(self, name: str) -> NDArray[Any]:
-        """One per-step table, whole: (step,), (step, group) or (step, block). Raises: StoreError: damaged."""
+        """Return one table of the steps, whole: (step,), (step, group) or (step, block).
+
+        Raises:
+            StoreError: damaged.
+        """
         return read_array(self._array(f"{names.STEPS}/{name}"), self._steps)
 
     def rows_of_steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First row and number of rows of each step in each process's part, both (step, rank). Raises: StoreError: damaged."""
+        """Return the first row and the number of rows of each step, by process.
+
+        Returns:
+            Two arrays, both of shape (step, rank).
+
+        Raises:
+            StoreError: damaged.
+        """
         starts = [0, *ends_of(self.rows.part_rows)][:-1]
         arrays = [[self._array(f"{names.STEPS}/{name}", part) for part in range(self.n_ranks)] for name in ROWS_OF_STEP]
         if len(lengths := {len(range(array.shape[0])[self._steps]) for of_parts in arrays for array in of_parts}) > 1:
@@ -175,7 +199,7 @@ class Gradients:
         return joined(lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows)
 
     def _array(self, name: str, part: int | None = None) -> Array:
-        """Array `name` of the store, or of one part of it, opened once."""
+        """Return array `name` of the store, or of one part of it. Each array is opened once."""
         group = self._root if part is None else self._parts[part]
         key = str(group.path / name)
         array = self._columns.get(key)
@@ -187,17 +211,17 @@ class Gradients:
         return array
 
     def _width(self, name: str, array: Array) -> int | None:
-        """That array `name` must have; None: it has one value a row."""
+        """Return the width that array `name` must have. None: it has one value a row."""
         if name in _BLOCK_TABLES:
             return len(self.layout.blocks)
         if name not in _GROUP_TABLES:
             return None
-        # of groups that no block is in nothing else tells
+        # Groups that no block is in are counted by nothing else than the array.
         return max([1 + max(block.group for block in self.layout.blocks), *array.shape[1:2]])
 
     @property
     def prefix(self) -> Prefix | None:
-        """The steps that are read; None: all."""
+        """Steps that are read. None: all."""
         return self._prefix
 
     @property
@@ -209,13 +233,14 @@ class Gradients:
         return len(range(self._array(f"{names.STEPS}/{names.LOSS}").shape[0])[self._steps])
 
     def schedules(self) -> tuple[Schedule, NDArray[np.int64]]:
-        """The optimiser's settings, one series for each distinct history.
+        """Return the optimiser's settings, one series for each distinct history.
 
         Returns:
             The schedule, shape (step, series), and the series of each block, shape (block,).
 
         Raises:
-            StoreError: damaged. ScheduleError: values that no optimiser has.
+            StoreError: damaged.
+            ScheduleError: the settings have values that no optimiser has.
         """
         tables = {name: self.step_table(name) for name in BLOCK_COLUMNS}
         series: dict[tuple[object, ...], int] = {}
@@ -236,11 +261,11 @@ class Gradients:
 
     @property
     def preconditioned(self) -> bool:
-        """Whether rows and test gradients are times the root of the optimiser's preconditioner."""
+        """True if rows and test gradients are times the root of the optimiser's preconditioner."""
         return bool(self._root.attributes.get(names.PRECONDITIONED, False))
 
     def test_steps(self) -> list[int]:
-        """Steps at which test gradients were taken, in order."""
+        """Return the steps at which test gradients were taken, in order."""
         group = self._root.group(names.TEST)
         found = group.group_names() if group is not None else []
         if strange := [name for name in found if not (name.isascii() and name.isdecimal())]:
@@ -248,24 +273,33 @@ class Gradients:
         return sorted(map(int, found))
 
     def test_rows(self, step: int) -> Rows:
-        """Test gradients taken after `step` steps. Raises: StoreError: there are none."""
+        """Return the test gradients of `step` steps. Raises: StoreError: there are none."""
         return Rows([self._test_group(step)], self.layout.n_features, len(self.layout.blocks))
 
     def test_losses(self, step: int) -> NDArray[np.float32]:
-        """Loss of each test sample after `step` steps."""
+        """Return the loss of each test sample after `step` steps."""
         array = self._test_group(step).array(names.LOSS)
         check_kind(array, ("float32",), None)
         return read_array(array, slice(None))
 
     def state_at(self, step: int) -> dict[str, str]:
-        """Digests of the parameters and buffers, by name, that the test gradients of `step` were taken at; empty: not known."""
+        """Return digests of the parameters and buffers at which test gradients were taken.
+
+        Args:
+            step: number of steps before the test gradients.
+
+        Returns:
+            Digests by name. Empty if they are unknown.
+        """
         found = self._test_group(step).attributes.get(names.STATE)
         if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
             return {}
         return dict(found)
 
     def preconditioner(self, step: int) -> list[NDArray[np.float32]] | None:
-        """D^(1/2) of each block, flattened, as the test gradients of `step` are times it; None: it is not kept.
+        """Return D^(1/2) of each block, flattened. The test gradients of `step` are times it.
+
+        None if it is not kept.
 
         Raises:
             StoreError: damaged.
@@ -288,7 +322,9 @@ class Gradients:
         return group
 
     def labels(self, which: str) -> NDArray[Any] | None:
-        """Labels of the samples or test samples: int64, or str objects where they were named; None where unknown.
+        """Return labels of the samples or test samples. None where they are unknown.
+
+        Labels are int64, or str objects if they are names.
 
         Raises:
             StoreError: damaged.
@@ -299,17 +335,19 @@ class Gradients:
         return read_labels(group.array(which))
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
-        """Every array of the store with its name, for those who check or measure all of it."""
+        """Yield every array of the store with its name, to check or measure the whole store."""
         if self._names is None:
             self._names = self._root.array_names()
         for name in self._names:
             yield name, self._array(name)
 
     def lengths(self, checkpoint: int) -> dict[str, int]:
-        """Rows of every array, by its name, once it is of the dtype and width that it is read as. Reads metadata only.
+        """Return the number of rows of every array, by name. Reads only metadata.
+
+        The dtypes and widths of the arrays are checked first.
 
         Args:
-            checkpoint: step of the test gradients that are to be read, which must be as rows are.
+            checkpoint: step of the test gradients to be read, which must have the form of rows.
 
         Raises:
             StoreError: damaged.
@@ -325,7 +363,7 @@ class Gradients:
         return {name: array.shape[0] for name, array in found.items()}
 
     def expected_rows(self, part_rows: Sequence[int], n_steps: int, n_tests: int) -> dict[str, int]:
-        """Every array that a finished recording must have, and its length."""
+        """Return every array that a finished recording must have, with its length."""
         expected: dict[str, int] = {}
         for rank, n_rows in enumerate(part_rows):
             part = "" if len(part_rows) == 1 else f"{names.rank_name(rank)}/"
@@ -338,19 +376,19 @@ class Gradients:
         return expected
 
     def pruned_arrays(self) -> list[str]:
-        """Arrays that hold nothing any more once the run is pruned: what only the rows themselves need."""
+        """Return the arrays that are empty in a pruned run: only work on the rows needs them."""
         parts = [""] if self.n_ranks == 1 else [f"{names.rank_name(rank)}/" for rank in range(self.n_ranks)]
         return [f"{part}{name}" for part in parts for name in (names.GRADIENT, names.SCALE, names.CURVATURE)]
 
     def missing(self, *, pruned: bool = False) -> list[str]:
-        """Arrays of which chunks are not there, or cannot hold what the array says."""
+        """Return the arrays with missing chunks, or with fewer bytes than their shapes call for."""
         gone = self.pruned_arrays() if pruned else []
         arrays = ((name, array) for name, array in self.arrays() if name not in gone)
         return [f"{name} {fault}" for name, array in arrays if (fault := array.shortfall())]
 
 
 def read_labels(array: Array) -> NDArray[Any]:
-    """Labels: int64, or str objects where they were named. Raises: StoreError: damaged."""
+    """Return labels: int64, or str objects if they are names. Raises: StoreError: damaged."""
     check_kind(array, ("int64",), None)
     with damage_named(array.path, "labels are not readable"):
         codes = array.read()
@@ -366,9 +404,12 @@ def read_labels(array: Array) -> NDArray[Any]:
 
 
 def label_objects(label_names: Any) -> NDArray[Any] | None:
-    """Names of labels as NumPy holds them: as objects, for as fixed-width strings one long name would be paid for by all.
+    """Return names of labels as NumPy objects, or None if they are not a list of strings.
 
-    None where `label_names`, from JSON, is not a list of strings.
+    In an array of fixed-width strings, one long name would make every element as long.
+
+    Args:
+        label_names: value from JSON.
     """
     if not isinstance(label_names, list) or not all(isinstance(name, str) for name in label_names):
         return None

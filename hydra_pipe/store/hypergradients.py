@@ -1,10 +1,15 @@
-"""`hypergradients/METHOD.zarr`: hypergradients H(i) of all samples, kept so that new test samples need no gradients.
+"""`hypergradients/METHOD.zarr`: hypergradients H(i) of all samples.
 
-R(i, j) = <H(i), h_j>. Of sums of rows, H(i) = - sum_t alpha(t) c(t) r(i, t), in two parts: `folded` (sample, feature) has the sums,
-of the columns of blocks that are not factored, in order. A sum of outer products is none, so `factored` has the columns of
-factored blocks row by row, as they were recorded, with the weight of each block in `scale`.
+They are kept so that new test samples need no gradients of the training:
+R(i, j) = <H(i), h_j>.
 
-Of a sweep, `swept` (sample, feature), with factored blocks multiplied out: for what curvature does to an outer product is none.
+For a method that sums rows, H(i) = - sum_t alpha(t) c(t) r(i, t), in two parts. `folded`
+(sample, feature) has the sums over the columns of blocks that are not factored, in order. A
+sum of outer products is not an outer product. So `factored` has the columns of factored
+blocks row by row, as they were recorded, and `scale` has the weight of each block.
+
+For a sweep, `swept` (sample, feature) has the factored blocks multiplied out, because
+curvature does not turn an outer product into an outer product.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +30,7 @@ from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.rows import ROW_DTYPES, Rows, check_kind, joined, read_array
 
 HYPERGRADIENTS_UNREADABLE = "keep them again with hydra-pipe reduce --keep-hypergradients --overwrite"
-# of a file of `folded`, decoded
+# Decoded bytes of a file of `folded`.
 _FILE_BYTES = 16 * 2**20
 _COUNTED_AT_ONCE = 2**20
 MOST_FILE_ROWS = 4096
@@ -35,11 +40,12 @@ class Kept(ABC):
     """Hypergradients of one method, opened for reading.
 
     Args:
-        path: of the store.
-        gradients: of the same run; its rows may be gone.
+        path: path of the store.
+        gradients: recording of the same run. Its rows may be gone.
 
     Raises:
-        StoreError: it is missing, damaged, of another run, of another method than its name says, or of another kind.
+        StoreError: the store is missing or damaged, belongs to another run or to another
+            method than its name says, or is of another kind.
     """
 
     kind: str
@@ -55,11 +61,15 @@ class Kept(ABC):
             raise StoreError(f"{path} has {what}, not {self.kind} of {path.stem}: {HYPERGRADIENTS_UNREADABLE}")
 
     def arrays(self) -> list[tuple[str, Array]]:
-        """Every array with its name."""
+        """Return every array with its name."""
         return [(name, self._root.array(name)) for name in self._root.array_names()]
 
     def check(self, gradients: Gradients, n_samples: int) -> None:
-        """Hold shapes against those of the run, and against the files. Reads no values. Raises: StoreError."""
+        """Compare shapes with the shapes of the run, and with the files. Reads no values.
+
+        Raises:
+            StoreError: a shape is wrong, or files are missing.
+        """
         self._check_kinds(gradients)
         for name, shape in self.expected_shapes(gradients, n_samples).items():
             array = self._root.array(name)
@@ -69,34 +79,38 @@ class Kept(ABC):
 
     @abstractmethod
     def _check_kinds(self, gradients: Gradients) -> None:
-        """Hold dtypes and chunks against what is written. Raises: StoreError."""
+        """Check dtypes and chunks against the form that is written. Raises: StoreError."""
 
     @abstractmethod
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
-        """Every array that must be there, and its shape."""
+        """Return every array that must exist, with its shape."""
 
 
 class Hypergradients(Kept):
-    """Sums of weighted rows. Arguments and errors: as of `Kept`."""
+    """Sums of weighted rows. Arguments and errors are those of `Kept`."""
 
     kind = "hypergradients"
 
     def __init__(self, path: Path, gradients: Gradients) -> None:
         super().__init__(path, gradients)
         _check_width(self._root, gradients)
-        # the layout of the factored columns alone, and where they are in that of the run
+        # The layout of the factored columns alone, and their places in the layout of the run.
         self.layout, self.columns, self.blocks = factored_part(gradients.layout)
         self.folded = self._root.array(names.FOLDED) if len(self.columns) < gradients.layout.n_features else None
         self._parts = _parts(self._root, gradients.n_ranks) if self.columns else []
         self.rows = Rows(self._parts, len(self.columns), len(self.blocks)) if self.columns else None
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
-        """Training sample of each of some rows of what is factored. Raises: StoreError: damaged."""
+        """Return the training sample of each factored row in `rows`.
+
+        Raises:
+            StoreError: damaged.
+        """
         assert self.rows is not None
         return joined(lambda part, own: read_array(self._parts[part].array(names.SAMPLE), own), rows, self.rows.part_rows)
 
     def read_folded(self, samples: slice) -> NDArray[np.float32]:
-        """Sums of some samples, shape (sample, feature). Raises: StoreError: damaged."""
+        """Return the sums of some samples, shape (sample, feature). Raises: StoreError: damaged."""
         assert self.folded is not None
         return read_array(self.folded, samples)
 
@@ -107,7 +121,7 @@ class Hypergradients(Kept):
             check_kind(part.array(names.SAMPLE), ("int64",), None)
 
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
-        """Every array that must be there, and its shape."""
+        """Return every array that must exist, with its shape."""
         expected: dict[str, tuple[int, ...]] = {}
         if len(self.columns) < gradients.layout.n_features:
             expected[names.FOLDED] = (n_samples, gradients.layout.n_features - len(self.columns))
@@ -124,7 +138,7 @@ class Hypergradients(Kept):
 
 
 class HypergradientMatrix(Kept):
-    """What a sweep gives for each feature. Arguments and errors: as of `Kept`."""
+    """Result of a sweep for each feature. Arguments and errors are those of `Kept`."""
 
     kind = "hypergradient matrix"
 
@@ -136,27 +150,31 @@ class HypergradientMatrix(Kept):
     def _check_kinds(self, gradients: Gradients) -> None:
         check_kind(self.swept, ("float32",), gradients.layout.whole_width)
         rows, columns = self.swept.chunks
-        # whoever reads takes whole chunks
+        # A reader decodes whole chunks, so larger ones are refused.
         if self.swept.shards is not None or rows > MOST_SAMPLES or columns > MOST_FEATURES:
             raise StoreError(f"{self.swept.path} is not as hydra-pipe writes it: {HYPERGRADIENTS_UNREADABLE}")
 
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
-        """Every array that must be there, and its shape."""
+        """Return every array that must exist, with its shape."""
         return {names.SWEPT: (n_samples, gradients.layout.whole_width)}
 
     def tiles(self) -> list[slice]:
-        """Features that are in files of their own, in order."""
+        """Return the spans of features that have files of their own, in order."""
         width, own = self.swept.shape[1], self.swept.chunks[1]
         return [slice(low, min(low + own, width)) for low in range(0, width, own)]
 
     def read(self, samples: slice, features: slice) -> NDArray[np.float32]:
-        """Some features of some samples, shape (sample, feature). Raises: StoreError: damaged."""
+        """Return some features of some samples, shape (sample, feature).
+
+        Raises:
+            StoreError: damaged.
+        """
         with damage_named(self.swept.path, HYPERGRADIENTS_UNREADABLE):
             return self.swept.read(samples, features)
 
 
 def open_kept(path: Path, gradients: Gradients) -> Kept:
-    """The hypergradients at `path`, of whichever kind. Arguments and errors: as of `Kept`."""
+    """Open the hypergradients at `path`, of either kind. Arguments and errors: as for `Kept`."""
     kind = Group.open(path, HYPERGRADIENTS_UNREADABLE).attributes.get(names.KIND)
     opened = HypergradientMatrix if kind == HypergradientMatrix.kind else Hypergradients
     return opened(path, gradients)
@@ -165,14 +183,16 @@ def open_kept(path: Path, gradients: Gradients) -> Kept:
 def create_matrix(
     path: Path, run_id: str, shape: tuple[int, int], chunks: tuple[int, int], spans: Sequence[Sequence[object]]
 ) -> Array:
-    """A new array for what a sweep gives for each feature, without data, safe on the disk. What is there is removed.
+    """Create an array for the result of a sweep for each feature, safe on the disk.
+
+    The array has no data. Anything that was at `path` is removed.
 
     Args:
-        path: of the store, which is named after the method.
-        run_id: of the run.
+        path: path of the store, which is named after the method.
+        run_id: id of the run.
         shape: (sample, feature).
-        chunks: samples and features of a file, which is never written in two pieces.
-        spans: name of each block, its first feature and the one past its last.
+        chunks: samples and features of a file. A file is never written in two pieces.
+        spans: name of each block, its first feature and one past its last.
     """
     remove(path)
     attributes = {names.KIND: HypergradientMatrix.kind, names.RUN_ID: run_id, names.METHOD: path.stem}
@@ -183,7 +203,10 @@ def create_matrix(
 
 
 def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> None:
-    """A new store for the hypergradients of a run, without data, safe on the disk. What is there is removed."""
+    """Create a store for the hypergradients of a run, without data, safe on the disk.
+
+    Anything that was at `path` is removed.
+    """
     remove(path)
     _create(path, gradients, n_samples)
     _sync(path)
@@ -191,7 +214,7 @@ def create_hypergradients(path: Path, gradients: Gradients, n_samples: int) -> N
 
 def _sync(path: Path) -> None:
     sync_tree(path)
-    for directory in (path.parent, path.parent.parent):  # the first of which may be new
+    for directory in (path.parent, path.parent.parent):  # the parent may be new
         sync(directory)
 
 
@@ -201,7 +224,8 @@ def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
     root = Group.create(path, attributes | {names.LAYOUT: layout.to_json()})
     n_folded = gradients.layout.n_features - len(columns)
     if n_folded:
-        # a power of two, so that files fill the blocks of samples that are written together
+        # A power of two, so that files fill the blocks of samples that are written
+        # together.
         file_rows = 1 << (max(1, min(_FILE_BYTES // (n_folded * 4), MOST_FILE_ROWS)).bit_length() - 1)
         dimensions = (names.SAMPLE_DIM, names.FEATURE_DIM)
         Array.create(path / names.FOLDED, (n_samples, n_folded), "float32", dimensions, (file_rows, n_folded))
@@ -222,21 +246,36 @@ def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
 
 
 def write_factored(path: Path, n_ranks: int, rank: int, shard: int, values: dict[str, NDArray[Any]]) -> None:
-    """Write one shard of what is factored, safe on the disk: `values` has the gradient, the scale and the samples of its rows."""
+    """Write one shard of the factored rows, safe on the disk.
+
+    Args:
+        path: path of the store.
+        n_ranks: number of processes that recorded.
+        rank: process whose rows they are.
+        shard: number of the shard.
+        values: gradient, scale and samples of the shard's rows, by array name.
+    """
     part = path / _part_name(rank, n_ranks)
     for name, found in values.items():
         Array.open(part / name).write_file((shard, *(0 for _ in found.shape[1:])), found, safely=True)
 
 
 def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
-    """Write the sums of samples from `first` on, which begins a file and, but at the end, ends one; safe on the disk."""
+    """Write the sums of samples from `first` on, safe on the disk.
+
+    The sums begin a file. They end a file too, except at the array's end.
+    """
     array = Array.open(path / names.FOLDED)
     for low in range(0, len(sums), array.file_rows):
         array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows], safely=True)
 
 
 def _check_width(root: Group, gradients: Gradients) -> None:
-    """Before the factored columns are counted one by one: where they are many, some row of so many must be there."""
+    """Check, before many factored columns are counted one by one, that a row has so many.
+
+    Raises:
+        StoreError: no row has so many columns.
+    """
     if gradients.layout.n_features <= _COUNTED_AT_ONCE:
         return
     factored = [block for block in gradients.layout.blocks if block.encoding == "factored" and block.inputs is not None]

@@ -1,7 +1,8 @@
-"""What counts in a run: what its manifest lists, by the footprints of each complete stage.
+"""Membership of files in a run, by the footprints of each complete stage in its manifest.
 
-An older run, or a copy that deletes nothing at its target, may have left other files in the same directories. They are of the
-right names and form, and are nobody's: a reader passes over them.
+An older run may have left other files in the same directories. So may a copy that deletes
+nothing at its target. Such files have the right names and the right form, but no stage owns
+them. A reader passes over them.
 """
 
 from collections import defaultdict
@@ -18,14 +19,14 @@ from hydra_pipe.store.parsing import MOST_JSON_BYTES
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import CHECKSUMS, DIRECTORIES, REDUCE, StageId
 
-# whether a group or an array of a store counts, by its name in the store
+# Function that tells by its name in the store whether a group or an array belongs there.
 Listed = Callable[[str], bool]
-# of the files that nobody lists, arrays and tables that are named
+# The most unlisted arrays and tables that are named in a message.
 _NAMED = 3
 
 
 def footprints_or_fault(run: RunDirectory, stage: StageId) -> Footprints | str:
-    """What a complete `stage` has written, or what is wrong with the file that says so."""
+    """Return the footprints of a complete `stage`, or a description of their file's fault."""
     try:
         content = read_file(run.path / stage.checksums_file, MOST_JSON_BYTES)
         same = digest(content) == run.stages[stage].facts.get(CHECKSUMS)
@@ -37,11 +38,13 @@ def footprints_or_fault(run: RunDirectory, stage: StageId) -> Footprints | str:
 
 
 def listed(run: RunDirectory, stage: StageId) -> Listed | None:
-    """Which groups and arrays in the area of a complete `stage` are its own. None: all that are there, for its manifest says
-    nothing of checksums.
+    """Return a function that tells which groups and arrays belong to a complete `stage`.
+
+    None where the manifest says nothing of checksums: then all that exist belong.
 
     Raises:
-        StoreError: the list is lost, and nothing tells the files of the stage from those of an older run.
+        StoreError: the list is lost. Nothing else tells the files of the stage from the files
+            of an older run.
     """
     if CHECKSUMS not in run.stages[stage].facts:
         return None
@@ -55,27 +58,33 @@ def listed(run: RunDirectory, stage: StageId) -> Listed | None:
 
 
 def members_of(stage: StageId, footprints: Footprints) -> Listed:
-    """Which groups and arrays in the area of `stage` are among its `footprints`."""
+    """Return a function that tells which groups and arrays are among the `footprints`.
+
+    Args:
+        stage: stage whose area holds them.
+        footprints: footprints of the stage.
+    """
     start, end = f"{stage.area}/", f"/{METADATA}"
     own = frozenset(name.removeprefix(start).removesuffix(end) for name in footprints.files if name.endswith(end))
     return own.__contains__
 
 
 def coordinate_names(run: RunDirectory) -> set[str]:
-    """Arrays of coordinates that the results of a run may have beside them."""
+    """Return the names of arrays of coordinates that the results of a run may have."""
     own = set(map(names.columns_dimension, run.of_kind(REDUCE)))
     return own | {names.SAMPLE_DIM, names.TEST_DIM, names.SAMPLE_LABEL, names.TEST_LABEL}
 
 
 def unlisted(run: RunDirectory) -> list[str]:
-    """Arrays, groups and tables that lie in the directories of a run and that its manifest does not list, by name.
+    """Return the arrays, groups and tables in the directories of a run that no stage lists.
 
-    What belongs to an unfinished stage, or to one whose list is lost, cannot be told and is left out.
+    Files of an unfinished stage, or of one whose list is lost, are left out: nothing tells
+    whose they are.
     """
     own = {stage.checksums_file for stage in run.stages}
     own |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
     arrays: dict[str, int] = {}
-    # what they say is checked, and they are of several stages
+    # Coordinates belong to several stages, and their content is checked elsewhere.
     untold = {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
     for which, stage in run.stages.items():
         found = footprints_or_fault(run, which) if stage.state == "complete" else ""
@@ -87,7 +96,7 @@ def unlisted(run: RunDirectory) -> list[str]:
     strays: set[str] = set()
     chunks: dict[str, list[str]] = defaultdict(list)
     for place in DIRECTORIES:
-        if place in untold:  # which a process may be writing, file by file
+        if place in untold:  # a process may be writing it, file by file
             continue
         for file in files_below(run.path / place):
             whole = f"{place}/{file}"
@@ -100,16 +109,16 @@ def unlisted(run: RunDirectory) -> list[str]:
                 strays.add(array if is_chunk else whole.removesuffix(f"/{METADATA}"))
     for array, found_chunks in chunks.items():
         if len(found_chunks) > arrays[array]:
-            with suppress(StoreError):  # the array is damaged, which its reader tells
+            with suppress(StoreError):  # a damaged array is reported by its reader
                 wanted = set(map(name_of, places(Array.open(run.path / array))))
                 strays |= {f"{array}/{chunk}" for chunk in found_chunks if chunk not in wanted}
     return sorted(strays, key=lambda name: (DIRECTORIES.index(name.partition("/")[0]), name))
 
 
 def say_unlisted(run: RunDirectory, progress: Progress) -> None:
-    """Say which files lie in a run and are not its own, before a stage works beside them."""
+    """Tell the user which files in a run are not its own, before a stage works beside them."""
     found: list[str] = []
-    with suppress(OSError):  # of a directory that another process has just removed
+    with suppress(OSError):  # another process may have just removed a directory
         found = unlisted(run)
     if found:
         more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""

@@ -1,9 +1,10 @@
-"""One writer for each stage of a run: a second one is refused, by name of the first.
+"""Locks that give each stage of a run one writer. A second writer is told who the first is.
 
-On a local disk, or a network file system that passes locks on (NFS from version 4 on), it is `flock` on a file in the run, which
-the system lets go when its holder ends, however it ends; the file says who that is. Where there are no such locks (object stores,
-some network file systems) it is a *lease*: a file that its holder writes again and again, and that counts as left when it is
-`LEASE_SECONDS` old.
+On a local disk the lock is `flock` on a file in the run. The system releases it when its
+holder ends, however the holder ends. The file names the holder. Network file systems that
+pass locks on work the same way (NFS from version 4 on). Object stores and some network file
+systems have no locks. There the lock is a *lease*: a file that its holder writes again and
+again. A lease that is `LEASE_SECONDS` old counts as abandoned.
 """
 
 import errno
@@ -28,16 +29,16 @@ from hydra_pipe.store.stages import StageId
 
 LEASE_SECONDS = 120.0
 _RENEW_SECONDS = 20.0
-# between writing a lease and reading it back: another who has written at the same time is seen then
+# Time between writing a lease and reading it back, to see another writer of the same moment.
 _SETTLE_SECONDS = 0.5
-# of a lock's file: one that has more is not ours
+# The most bytes of a lock's file. A larger file is not ours.
 _MOST_BYTES = 4096
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(eq=False)
 class _Held:
-    """What there is of a lock: a file that is open and locked, or a lease and the thread that writes it again."""
+    """The state of a lock: a file that is open and locked, or a lease and its renewing thread."""
 
     path: Path
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -47,14 +48,16 @@ class _Held:
     released: bool = False
 
     def release(self) -> None:
-        """Let it go; nothing stays behind. May be called again."""
+        """Release the lock, and leave nothing behind. May be called again."""
         if not self.released:
             self.released = True
             self.ended.set()
             if self.renewing is not None:
-                self.renewing.join()  # it may be writing the lease at this moment
+                self.renewing.join()  # the thread may be writing the lease at this moment
             with suppress(OSError):
-                remove(self.path)  # while it is held: who waits for this very file sees that it is not the one in the directory
+                # Remove the file while it is locked. A process that waits for this file then
+                # sees that it is no longer the file in the directory.
+                remove(self.path)
         self.close()
         if not is_remote(self.path):
             for directory in (self.path.parent, self.path.parent.parent):
@@ -62,7 +65,7 @@ class _Held:
                     directory.rmdir()  # only where it is empty
 
     def close(self) -> None:
-        """Let the file go, and leave it where it is."""
+        """Close the file, and leave it where it is."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -70,22 +73,24 @@ class _Held:
     def renew(self) -> None:
         """Write the lease again and again."""
         while not self.ended.wait(_RENEW_SECONDS):
-            with suppress(Exception):  # an object store that does not answer now may do so before the lease has run out
+            with suppress(Exception):  # the store may answer again before the lease ends
                 replace_file(self.path, [self.description()], safely=False)
 
     def description(self) -> bytes:
-        """What the file says of its holder."""
+        """Return the file's content, which describes the holder."""
         found = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self.token}
         return json.dumps(found).encode()
 
 
-# Those of this process, and whose they are. One that is left without `release`, with a recorder that nobody closed, is let go by
-# the next lock that is taken, and not by the garbage collector: that comes at any moment, in any thread.
+# Locks of this process, with their owners. A lock may lose its owner without `release`, with
+# a recorder that nobody closed. The next lock that is taken then releases it. The garbage
+# collector must not: it runs at any moment, in any thread.
 _HELD: dict[_Held, "ref[Lock]"] = {}
 
 
 def _forget_in_child() -> None:
-    # a child (a worker of a DataLoader, say) would hold on to its parent's locks after that was killed
+    # A child process (a worker of a DataLoader, say) would hold its parent's locks after the
+    # parent was killed.
     for held in _HELD:
         held.released = True
         held.close()
@@ -96,7 +101,7 @@ def _release_left() -> None:
     for held, holder in list(_HELD.items()):
         if holder() is None:
             _HELD.pop(held, None)
-            with suppress(Exception):  # whose store is gone, say: it is no affair of who takes the next
+            with suppress(Exception):  # its store may be gone, no fault of the next lock
                 held.release()
 
 
@@ -105,14 +110,15 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def one_writer(run: Path, *stages: StageId) -> Iterator[None]:
-    """A block in which this process alone writes `stages` of the run at `run`.
+    """Lock `stages` of the run at `run` for the block: only this process writes them.
 
     Args:
-        run: directory of the run, which is made if it is not there; and removed again where nothing came into it.
-        stages: the stages; one that is named twice is locked once.
+        run: directory of the run. It is made if it is missing, and removed again if it stays
+            empty.
+        stages: the stages. A stage that is named twice is locked once.
 
     Raises:
-        RunError: another process writes one of them; the message says which.
+        RunError: another process writes one of the stages. The message says which process.
     """
     with ExitStack() as locks:
         for stage in dict.fromkeys(stages):
@@ -121,15 +127,16 @@ def one_writer(run: Path, *stages: StageId) -> Iterator[None]:
 
 
 class Lock:
-    """Taken when it is made.
+    """A lock on a stage, taken when the object is made.
 
     Args:
         run: directory of the run.
         stage: the stage.
-        take_over: from this very process: the earlier lock is `lost` then. For what a notebook has begun and left.
+        take_over: True to take the lock from an earlier object of this process, which is
+            `lost` then. A notebook may have begun a stage and left it.
 
     Raises:
-        RunError: another process has it.
+        RunError: another process holds the lock.
     """
 
     def __init__(self, run: Path, stage: StageId, *, take_over: bool = False) -> None:
@@ -143,25 +150,25 @@ class Lock:
                 if own is not None:
                     own.release()
                     own.lost = True
-        # first of all: whatever comes between, somebody knows of what is held
+        # Before anything else, so that an interruption at any point leaves the lock registered.
         _HELD[self._held] = ref(self)
         try:
             if is_remote(run) or not self._flock():
                 self._lease()
         except BaseException:
             if self._holder().get("token") == self._held.token:
-                self._held.release()  # interrupted when it was taken already
+                self._held.release()  # the interruption came after the lock was taken
             self._held.close()
             _HELD.pop(self._held, None)
             raise
 
     def release(self) -> None:
-        """Let it go; nothing stays behind. May be called again."""
+        """Release the lock, and leave nothing behind. May be called again."""
         self._held.release()
         _HELD.pop(self._held, None)
 
     def _flock(self) -> bool:
-        """Take it as a lock of the system; False: there are none here."""
+        """Take the lock by `flock`. False: the file system has no locks."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self._held.descriptor = descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -176,7 +183,7 @@ class Lock:
                 raise
             if self._is_in_directory(descriptor):
                 break
-            self._held.close()  # its holder has just removed it
+            self._held.close()  # the holder has just removed this file
         os.ftruncate(descriptor, 0)
         os.write(descriptor, self._held.description())
         return True
@@ -202,7 +209,7 @@ class Lock:
         self._held.renewing.start()
 
     def _holder(self) -> dict[str, Any]:
-        """What the lock's file says; empty where there is none, or it says nothing that makes sense."""
+        """Return the content of the lock's file, or {} if it is missing or makes no sense."""
         try:
             found = json.loads(read_file(self._path, _MOST_BYTES))
             ours = {"pid": int(found["pid"]), "host": str(found["host"]), "time": float(found["time"])}
@@ -232,7 +239,10 @@ def _is_alive(pid: int | None) -> bool:
 
 @contextmanager
 def brief_lock(directory: Path) -> Iterator[None]:
-    """A block that no other process of this kind is in, as far as the file system has locks: for a file that several rewrite."""
+    """Keep other processes out of the block, as far as the file system has locks.
+
+    The lock is for a file that several processes rewrite.
+    """
     if is_remote(directory):
         yield
         return

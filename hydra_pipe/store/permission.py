@@ -1,4 +1,4 @@
-"""Tell whether a stage may write where it is about to, asked before it withdraws anything."""
+"""Check whether a stage may write to its place, before the stage withdraws anything."""
 
 import errno
 import os
@@ -10,20 +10,28 @@ from hydra_pipe.store.stages import StageId
 
 
 def check_stages(run: Path, *stages: StageId) -> None:
-    """Refuse where what `stages` have written may not be replaced, or not be removed. Changes nothing. Raises: as below."""
+    """Refuse where the files of `stages` may not be replaced or removed. Changes nothing.
+
+    Raises:
+        PermissionError, OSError, RunError: as for `check_writable`.
+    """
     check_writable(run, *(stage.area for stage in stages))
 
 
 def check_writable(run: Path, *places: str) -> None:
-    """Refuse where the manifest or one of `places` may not be replaced, or not be removed. Changes nothing.
+    """Refuse where the manifest or one of `places` may not be replaced or removed.
+
+    Changes nothing.
 
     Args:
-        run: directory of the run, which may not be there yet.
-        places: files and directories, relative to the run, likewise.
+        run: directory of the run, which may not exist yet.
+        places: files and directories, relative to the run, which may not exist yet.
 
     Raises:
-        PermissionError: it may not; its file name is that of the directory. OSError: the file system is read-only.
-        RunError: nobody may, for it is on a web server.
+        PermissionError: a directory may not be changed. The error's file name is the
+            directory's.
+        OSError: the file system is read-only.
+        RunError: the run is on a web server, where nobody may write.
     """
     refuse_read_only(run)
     if is_remote(run):
@@ -38,7 +46,7 @@ def check_writable(run: Path, *places: str) -> None:
 
 
 def _check(directory: Path) -> None:
-    # the effective user is who opens files
+    # The effective user opens files, so the effective user's rights are checked.
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         number = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
-        raise OSError(number, os.strerror(number), os.fspath(directory))  # which makes a PermissionError of the latter
+        raise OSError(number, os.strerror(number), os.fspath(directory))  # EACCES: PermissionError

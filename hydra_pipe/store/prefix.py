@@ -1,4 +1,4 @@
-"""The first steps of a recording, which may go on meanwhile: what `reduce --upto` reads."""
+"""The first steps of a recording, for `reduce --upto`. The recording may continue meanwhile."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ from hydra_pipe.store.stages import RECORD, REDUCE, Stage
 
 @dataclass(frozen=True)
 class Committed:
-    """What of a recording is safe on the disk, and is there whatever happens to the process that records.
+    """The part of a recording that is safe on the disk, whatever happens to its process.
 
     Args:
-        prefix: its steps and rows.
-        n_tests: test samples.
-        tests: steps after which test gradients were taken; None: all that there are.
-        labels: arrays of labels that are there; None: all that there are.
+        prefix: steps and rows of the part.
+        n_tests: number of test samples.
+        tests: steps after which test gradients were taken. None: all that exist.
+        labels: names of the arrays of labels. None: all that exist.
     """
 
     prefix: Prefix
@@ -32,7 +32,7 @@ class Committed:
     labels: list[str] | None
 
     def has(self, name: str) -> bool:
-        """Tell whether a group or an array of `gradients.zarr`, by its name there, is of the recording."""
+        """Tell whether the recording owns a group or an array of `gradients.zarr`, by its name."""
         place, _, member = name.partition("/")
         member = member.partition("/")[0]
         if place == names.TEST and member and self.tests is not None:
@@ -41,7 +41,11 @@ class Committed:
 
 
 def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Counts]:
-    """The complete recording, or what it was after `upto` steps. Raises: RunError, UsageError, StoreError: see `open_upto`."""
+    """Return the complete recording, or the recording as it was after `upto` steps.
+
+    Raises:
+        RunError, UsageError, StoreError: as for `open_upto`.
+    """
     if upto is not None:
         return open_upto(run, upto)
     recording = run.require_recording()
@@ -50,10 +54,10 @@ def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Coun
 
 
 def open_gradients(run: RunDirectory, prefix: Prefix | None = None) -> Gradients:
-    """The rows of `run`, and what is beside them: only what its manifest lists.
+    """Open the rows of `run` and all beside them that its manifest lists.
 
     Raises:
-        StoreError: they are missing or damaged, or the list is.
+        StoreError: the store is missing or damaged, or the list is.
     """
     recording = run.stages.get(RECORD)
     own: Listed | None = None
@@ -65,11 +69,14 @@ def open_gradients(run: RunDirectory, prefix: Prefix | None = None) -> Gradients
 
 
 def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
-    """The recording as it was after `step` steps, with the test gradients that were taken then. Reads metadata and step tables.
+    """Return the recording as it was after `step` steps, with the test gradients of that time.
+
+    Reads metadata and the tables of the steps.
 
     Raises:
         RunError: nothing was recorded yet, or the rows were pruned.
-        UsageError: no test gradients were taken after that step; the message says after which.
+        UsageError: no test gradients were taken after that step. The message lists the steps
+            that have some.
         StoreError: damaged.
     """
     recording = run.stages.get(RECORD)
@@ -83,7 +90,8 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
         raise RunError(f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto")
     whole = open_gradients(run, found.prefix)
     tests = [s for s in whole.test_steps() if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)]
-    if found.tests is None and not found.n_tests:  # where none were taken at the end, the parameters were noted
+    if found.tests is None and not found.n_tests:
+        # Without test gradients at the end, the group there has only digests of the parameters.
         tests = [s for s in tests if s < found.prefix.n_steps]
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
@@ -96,7 +104,7 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     lengths = gradients.lengths(step)
     wanted = gradients.expected_rows(part_rows, step, 0)
     test = {f"{names.TEST}/{names.checkpoint_name(step)}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
-    # a complete recording counts those of its end, and may have none there
+    # A complete recording counts the test gradients of its end, and may have none there.
     n_tests = found.n_tests or lengths.get(f"{names.TEST}/{names.checkpoint_name(step)}/{names.LOSS}", 0)
     for name, n in (wanted | dict.fromkeys(test, n_tests)).items():
         there_are = lengths.get(name, -1)
@@ -114,7 +122,11 @@ def _listed(steps: list[int]) -> str:
 
 
 def committed(recording: Stage) -> Committed | None:
-    """What the manifest says of a recording, finished or not; None: nothing. Raises: StoreError: it is damaged."""
+    """Return what the manifest says of a recording, finished or not. None: nothing.
+
+    Raises:
+        StoreError: the manifest is damaged.
+    """
     if recording.state == "complete":
         prefix = Prefix(recording.count("n_steps"), tuple(recording.rank_rows()))
         return Committed(prefix, recording.count("n_tests"), None, None)
@@ -134,7 +146,10 @@ def _parsed(found: Any) -> Committed:
 
 
 def forget_upto(run: RunDirectory, n_steps: int) -> None:
-    """Discard what was computed from more than `n_steps` steps of an unfinished recording, for these are recorded anew."""
+    """Discard results of more than `n_steps` steps of an unfinished recording.
+
+    The steps after `n_steps` are recorded anew.
+    """
     for which, stage in list(run.stages.items()):
         upto = stage.settings.get(names.UPTO)
         if which.kind is REDUCE and is_count(upto) and upto > n_steps:
