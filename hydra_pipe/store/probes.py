@@ -1,4 +1,7 @@
-"""`probes/NAME.zarr`: gradients of new test samples, taken where the last test gradients of the recording were taken."""
+"""`probes/NAME.zarr`: gradients of new test samples.
+
+They are taken at the parameters at which the recording's last test gradients were taken.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +28,14 @@ from hydra_pipe.store.table import BackgroundWriter, TableWriter
 from hydra_pipe.store.writing import put_labels, test_table
 
 PROBE_UNREADABLE = "the probe is not readable: take it again with hydra-pipe probe --overwrite"
-# settings of the stage: digests of the samples, and of labels that were given
+# Settings of the stage: digests of the samples, and of the labels if they were given.
 SAMPLES, LABELS = "samples", "labels"
-# a part of the names of results, whose parts hyphens divide
+# A probe's name is a part of the names of results, whose parts are separated by hyphens.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,49}")
 
 
 def check_name(name: str) -> None:
-    """Refuse what no probe can be called. Raises: UsageError."""
+    """Refuse a name that no probe can have. Raises: UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit first")
 
@@ -41,12 +44,13 @@ class Probe:
     """A probe, opened for reading.
 
     Args:
-        path: of its store.
-        gradients: of the same run; its rows may be gone.
-        listed: whether an array is of the probe, by its name (`store/listing.py`); None: all that are there.
+        path: path of the probe's store.
+        gradients: recording of the same run. Its rows may be gone.
+        listed: function that tells by its name whether an array belongs to the probe
+            (`store/listing.py`). None: every one that exists belongs.
 
     Raises:
-        StoreError: it is missing, damaged, or of another run.
+        StoreError: the store is missing or damaged, or belongs to another run.
     """
 
     def __init__(self, path: Path, gradients: Gradients, listed: Listed | None = None) -> None:
@@ -59,26 +63,36 @@ class Probe:
         self.rows = Rows([self._root], layout.n_features, len(layout.blocks), None, PROBE_UNREADABLE)
 
     def losses(self) -> NDArray[np.float32]:
-        """Loss of each test sample. Raises: StoreError: damaged."""
+        """Return the loss of each test sample. Raises: StoreError: damaged."""
         array = self._root.array(names.LOSS)
         check_kind(array, ("float32",), None, PROBE_UNREADABLE)
         return read_array(array, consequence=PROBE_UNREADABLE)
 
     @property
     def has_labels(self) -> bool:
-        """Tell whether its test samples have labels."""
+        """True if the probe's test samples have labels."""
         return self._root.has(names.LABELS)
 
     def labels(self) -> NDArray[Any] | None:
-        """Of the test samples: int64, or str objects where they were named; None: not known. Raises: StoreError: damaged."""
+        """Return labels of the test samples: int64, or str objects if they are names.
+
+        None if they are unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
         return read_labels(self._root.array(names.LABELS)) if self.has_labels else None
 
     def arrays(self) -> list[tuple[str, Array]]:
-        """Every array with its name."""
+        """Return every array with its name."""
         return [(name, self._root.array(name)) for name in self._root.array_names()]
 
     def check(self, n_tests: int) -> None:
-        """Hold lengths against what the manifest counts, and against the files. Reads no values. Raises: StoreError."""
+        """Compare lengths with the manifest's count, and with the files. Reads no values.
+
+        Raises:
+            StoreError: a length is wrong, or files are missing.
+        """
         for name, array in self.arrays():
             fault = f"has {array.shape[0]} rows, {n_tests} were written" if array.shape[0] != n_tests else array.shortfall()
             if fault is not None:
@@ -87,12 +101,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class WhichTests:
-    """Which test samples relevance is for, and where their gradients are.
+    """The test samples that relevance is for, and the place of their gradients.
 
     Args:
-        step: the recording's own, as they were taken after so many steps; or
-        probe: path of the store of a probe, which was taken at the same parameters. None: the recording's own.
-        probe_labelled: whether the probe has labels.
+        step: number of steps after which the recording took its own test gradients.
+        probe: path of the store of a probe, taken at the same parameters. None: the test
+            samples are the recording's own.
+        probe_labelled: True if the probe has labels.
     """
 
     step: int
@@ -100,25 +115,31 @@ class WhichTests:
     probe_labelled: bool = False
 
     def rows(self, store: Gradients) -> Rows:
-        """Their gradients. Raises: StoreError: there are none."""
+        """Return the gradients of the test samples. Raises: StoreError: there are none."""
         return store.test_rows(self.step) if self.probe is None else Probe(self.probe, store).rows
 
     def losses(self, store: Gradients) -> NDArray[np.float32]:
-        """Of each. Raises: StoreError: damaged."""
+        """Return the loss of each test sample. Raises: StoreError: damaged."""
         return store.test_losses(self.step) if self.probe is None else Probe(self.probe, store).losses()
 
     def labels(self, store: Gradients) -> NDArray[Any] | None:
-        """Of each; None: not known. Raises: StoreError: damaged."""
+        """Return the label of each test sample. None if labels are unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
         if self.probe is None:
             return store.labels(names.TEST_LABELS)
         return Probe(self.probe, store).labels() if self.probe_labelled else None
 
 
 def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
-    """Probe `name`, with an absolute path.
+    """Open probe `name`, with an absolute path.
 
     Raises:
-        UsageError: no probe can be called so. RunError: there is none. StoreError: it is damaged.
+        UsageError: no probe can have this name.
+        RunError: there is no such probe.
+        StoreError: the probe is damaged.
     """
     check_name(name)
     stage = PROBE.of(name)
@@ -129,10 +150,17 @@ def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
 
 
 def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name: str | None) -> tuple[WhichTests, int]:
-    """The test samples of probe `name`, or the recording's own `n_tests` as they were after `step` steps; and how many they are.
+    """Return the test samples to compute relevance for, and their number.
+
+    Args:
+        run: the run.
+        store: recording of the run.
+        step: number of steps after which the recording took its own test gradients.
+        n_tests: number of the recording's own test samples.
+        name: name of a probe. None: the recording's own test samples are used.
 
     Raises:
-        UsageError, RunError, StoreError: see `open_probe`.
+        UsageError, RunError, StoreError: as for `open_probe`.
     """
     if name is None:
         return WhichTests(step), n_tests
@@ -142,10 +170,16 @@ def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name
 
 @contextmanager
 def probe_table(path: Path, attributes: Mapping[str, Any], layout: Layout, dtype: str) -> Iterator[TableWriter]:
-    """A block that writes a new store at `path`, and its table of test gradients, beside rows of `dtype`.
+    """Create a store at `path` and yield its table of test gradients, which the block fills.
+
+    Args:
+        path: path of the store.
+        attributes: attributes of the store.
+        layout: block directory of the recording.
+        dtype: dtype of the recording's rows.
 
     Raises:
-        StoreError: when the block ends: writing failed.
+        StoreError: at the end of the block: writing failed.
     """
     writer = BackgroundWriter()
     try:
@@ -157,15 +191,15 @@ def probe_table(path: Path, attributes: Mapping[str, Any], layout: Layout, dtype
 
 
 def write_probe_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
-    """Keep one label for each test sample of the probe that is written at `path`."""
+    """Write one label for each test sample of the probe that is written at `path`."""
     put_labels(path / names.LABELS, labels, names.TEST_DIM)
 
 
 def results_of(run: RunDirectory, name: str) -> list[StageId]:
-    """Stages that hold what was computed for probe `name`."""
+    """Return the stages that hold results for probe `name`."""
     return [stage for stage in run.stages if ResultName.parse(stage.name).test == name]
 
 
 def drop_results(run: RunDirectory, name: str) -> None:
-    """Discard what was computed for probe `name`."""
+    """Discard the results for probe `name`."""
     discard(run, *results_of(run, name))

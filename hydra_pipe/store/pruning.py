@@ -1,4 +1,4 @@
-"""Deleting the rows of a run whose hypergradients are kept."""
+"""Deletion of the rows of a run whose hypergradients are kept."""
 
 from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.progress import Task
@@ -16,31 +16,37 @@ from hydra_pipe.store.verify import check_hypergradients
 
 
 def prune_rows(run: RunDirectory, task: Task, *, discard_unfinished: bool = False) -> int:
-    """Delete the rows of `run`, once everything that is kept instead has been read and its checksums verified.
+    """Delete the rows of `run`.
+
+    Everything that is kept in their place is read first, and its checksums are verified.
 
     Args:
         run: the run.
-        task: counts the bytes that are read.
-        discard_unfinished: give up hypergradients that were begun and need the rows, where others are kept.
+        task: progress, which counts the bytes that are read.
+        discard_unfinished: True to give up unfinished hypergradients, which need the rows,
+            where other hypergradients are complete.
 
     Returns:
-        Bytes of files that were deleted; 0 where they were before.
+        Bytes of the deleted files. 0 where they were deleted before.
 
     Raises:
-        RunError: hypergradients are not kept, or those of a method not to the end.
-        StoreError: what is kept is damaged, and nothing was deleted.
+        RunError: no hypergradients are kept, or a method's hypergradients are unfinished.
+        StoreError: the kept hypergradients are damaged. Nothing was deleted.
     """
     with alone(run, *_keeping(run), *_unfinished(run)):
         return _prune(run, task, discard_unfinished)
 
 
 def _keeping(run: RunDirectory) -> list[StageId]:
-    """Stages that keep hypergradients, begun or complete."""
+    """Return the stages that keep hypergradients, begun or complete."""
     return [stage for stage in run.stages if stage.kind is KEEP]
 
 
 def _unfinished(run: RunDirectory) -> list[StageId]:
-    """Stages that need the rows to be finished: hypergradients that were begun, and relevance that was begun with them."""
+    """Return the stages that need the rows to finish.
+
+    They are unfinished hypergradients, and the unfinished relevance of their methods.
+    """
     begun = [stage for stage in _keeping(run) if run.stages[stage].state != "complete"]
     methods = {stage.name for stage in begun}
     for stage, entry in run.stages.items():
@@ -50,7 +56,7 @@ def _unfinished(run: RunDirectory) -> list[StageId]:
 
 
 def _check_finished(run: RunDirectory) -> None:
-    """Raises: RunError: some hypergradients are not kept to the end."""
+    """Check that all hypergradients are complete. Raises: RunError: some are unfinished."""
     for stage in _keeping(run):
         try:
             run.require(stage, run.command(stage))
@@ -75,7 +81,7 @@ def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     n_bytes = sum(tree_bytes(run.path / stage.area) for stage in unfinished)
     discard(run, *unfinished)
     gradients = Gradients(run.path / names.GRADIENTS)
-    # first the claim: what is being deleted must not be taken for a complete recording
+    # The claim goes first: while rows are being deleted, the recording must not pass for whole.
     recording.facts[PRUNED] = True
     run.save(RECORD)
     for name in gradients.pruned_arrays():

@@ -17,7 +17,8 @@ SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
 MATRIX: Final = "matrix"
 SCHEMA_VERSION: Final = "1"
-# How rows are sorted, by the columns that a table has: the first that fits. In order of test sample, helpful before harmful.
+# Orders of rows. A table is sorted by the first order whose columns it has: by test sample,
+# and helpful samples before harmful ones.
 _ASCENDING, _DESCENDING = "ascending", "descending"
 _ORDERS: Final = (
     (("test_id", _ASCENDING), ("side", _DESCENDING), ("rank", _ASCENDING)),
@@ -25,19 +26,20 @@ _ORDERS: Final = (
     (("train_label", _ASCENDING), ("test_label", _ASCENDING)),
     (("train_id", _ASCENDING),),
 )
-# Few values that come again and again; integers that are near each other; what is in neither is written as it is.
+# Columns of few values that repeat, and columns of integers that are near each other. All
+# other columns are written plainly.
 _DICTIONARIES: Final = ("test_id", "side", "test_label", "train_label", "label", "visits")
 _DELTAS: Final = ("train_id", "rank")
 _TABLE: Final = re.compile(r"(matrix/)?(part-[0-9]{5,9}|samples|classes)\.parquet")
 
 
 def is_table(name: str) -> bool:
-    """Whether an export writes a file called so, relative to its directory."""
+    """Tell whether an export writes a file of this name, relative to its directory."""
     return _TABLE.fullmatch(name) is not None
 
 
 def metadata(method: str, sign: str, unit: str, run_id: str) -> dict[str, str]:
-    """What stands in every table's schema: which method, sign and unit, of which run."""
+    """Return the metadata of every table's schema: method, sign, unit and run."""
     return {
         "hydra_pipe.schema_version": SCHEMA_VERSION,
         "hydra_pipe.method": method,
@@ -48,7 +50,10 @@ def metadata(method: str, sign: str, unit: str, run_id: str) -> dict[str, str]:
 
 
 def label_type(labels: NDArray[Any] | None) -> pa.DataType:
-    """Integers stay int64, names are strings; unknown labels are nulls of int64."""
+    """Return the Arrow type of labels: int64, or strings for names.
+
+    The type of unknown labels is int64, and every value is null.
+    """
     return pa.string() if labels is not None and labels.dtype.kind in "UO" else pa.int64()
 
 
@@ -106,30 +111,35 @@ def matrix_schema(meta: dict[str, str]) -> pa.Schema:
 
 
 def label_column(labels: NDArray[Any] | None, ids: NDArray[np.int64] | slice, kind: pa.DataType) -> pa.Array:
-    """Labels of the samples `ids`, nulls where labels are unknown."""
+    """Return the labels of the samples `ids`, nulls where labels are unknown."""
     n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
     return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
 
 
 def opened_table(file: Path) -> pq.ParquetFile:
-    """A Parquet file, read whole. Not `pq.read_table`, which makes a data set of it: that may be dropped by a thread of Arrow's
-    when Python is about to end, and aborts it (pyarrow 26).
+    """Read a whole Parquet file.
+
+    `pq.read_table` would make a data set of the file. A thread of Arrow may drop the data set
+    when Python is about to end, which aborts Python (pyarrow 26).
 
     Raises:
-        OSError: it is not there. pyarrow.ArrowException: it is damaged.
+        OSError: the file is missing.
+        pyarrow.ArrowException: the file is damaged.
     """
     return pq.ParquetFile(pa.BufferReader(read_file(file)))
 
 
 def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A new table; whoever writes it decides the row groups, and closes it.
+    """Open a new table. The caller decides the row groups, and closes the table.
 
-    Every reader in docs/parquet.md reads these encodings; why these, and no compression of others, is measured in
-    benchmarks/RESULTS.md. To Arrow, labels are plain integers and strings: its own dictionaries become other types in some tools.
+    Every reader in docs/parquet.md reads these encodings. benchmarks/RESULTS.md has the
+    measurements behind them, and behind columns without compression. Labels are plain integers
+    and strings to Arrow, because some tools turn Arrow's own dictionaries into other types.
     """
     order = next(order for order in _ORDERS if all(name in schema.names for name, _ in order))
     floats = [field.name for field in schema if pa.types.is_floating(field.type)]
-    # pyarrow takes a name such as "exp:1" for a URL, and "~" for somebody's home: it is given open files
+    # pyarrow takes a name such as "exp:1" for a URL, and "~" for a home directory. So it gets
+    # an open file.
     file = pa.OSFile(os.path.abspath(path), "wb")
     writer = pq.ParquetWriter(
         file,
@@ -140,11 +150,15 @@ def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         write_page_index=True,
         sorting_columns=pq.SortingColumn.from_ordering(schema, order),
     )
-    writer.file_handle = file  # which it closes when it is closed
+    writer.file_handle = file  # the writer closes the file with itself
     return writer
 
 
 def n_rows_of(path: Path) -> int:
-    """Rows of a table on a local disk. Reads its metadata only. Raises: as `opened_table`."""
+    """Return the number of rows of a table on a local disk. Reads only its metadata.
+
+    Raises:
+        OSError, pyarrow.ArrowException: as for `opened_table`.
+    """
     with pa.OSFile(os.path.abspath(path)) as file:
         return int(pq.read_metadata(file).num_rows)

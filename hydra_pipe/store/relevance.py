@@ -26,12 +26,13 @@ _IN_WORDS = (names.METHOD, names.SIGN, names.UNIT)
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a relevance array are.
+    """Meaning of the columns of a relevance array.
 
     Args:
         tests: spans of test samples, in ascending order.
-        by: None: one column for each; else their mean by "label", or over all of them ("mean"); or "self": one, without tests.
-        names: of the groups, where there are any: labels, or the one name "mean" or "self".
+        by: grouping of the test samples. None: one column for each. "label" or "mean": their
+            mean by label, or over all of them. "self": one column without test samples.
+        names: names of the groups, if there are any: labels, or the one name "mean" or "self".
     """
 
     tests: tuple[Span, ...]
@@ -48,18 +49,21 @@ class Columns:
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """Of the test samples, or numbers of the groups. Shape (column,)."""
+        """Ids of the test samples, or numbers of the groups. Shape (column,)."""
         if self.by is not None:
             return np.arange(self.n_columns)
         return self.test_ids
 
     @property
     def test_ids(self) -> NDArray[np.int64]:
-        """Of the test samples. Shape (test,)."""
+        """Ids of the test samples. Shape (test,)."""
         return np.concatenate([np.arange(*span) for span in self.tests])
 
     def labels(self, test_labels: NDArray[Any] | None) -> NDArray[Any] | None:
-        """Labels of the columns, given those of all test samples; None where there are none. Shape (column,).
+        """Return the labels of the columns, shape (column,). None where there are none.
+
+        Args:
+            test_labels: labels of all test samples. None: unknown.
 
         Raises:
             StoreError: there are fewer labels than test samples.
@@ -74,13 +78,13 @@ class Columns:
         return None if test_labels is None else test_labels[self.test_ids]
 
     def to_attributes(self) -> dict[str, Any]:
-        """As the array keeps them."""
+        """Return the attributes of the array that hold these columns."""
         grouping = {} if self.by is None else {names.BY: self.by, names.LABEL_NAMES: list(self.names)}
         return grouping if self.by == ITSELF else {names.TESTS: write_selection(self.tests)} | grouping
 
 
 def write_group(path: Path, run_id: str) -> None:
-    """The group that results of all names are in: it is written only where it is not there as it should be."""
+    """Write the group of all results, if it is missing or not as it should be."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
     with brief_lock(path):
@@ -90,7 +94,7 @@ def write_group(path: Path, run_id: str) -> None:
 
 
 def group_is_whole(path: Path, run_id: str) -> bool:
-    """Whether the group is as `write_group` makes it."""
+    """Tell whether the group is as `write_group` makes it."""
     try:
         found = Group.open(path, "").attributes
         return all(found.get(name) == value for name, value in _identity(run_id).items())
@@ -113,19 +117,20 @@ def create_relevance(
     *,
     whole: bool = True,
 ) -> Array:
-    """A new array, float32, dimensions (sample, test) or (sample, its own columns). Sign and unit are attributes.
+    """Create a float32 array, dimensions (sample, test) or (sample, its own columns).
 
-    It is safe on the disk when this returns, without data.
+    The array has no data. It is safe on the disk when this returns.
 
     Args:
-        path: of the store.
-        name: of the array.
+        path: path of the store.
+        name: name of the array.
         attributes: method, sign and unit, in words.
-        n_samples: training samples.
-        columns: what it has a column for.
-        width: columns that are written together, so that no chunk is written in two pieces.
-        run_id: of the run.
-        whole: whether its columns are all test samples of the run: those are one dimension of all results.
+        n_samples: number of training samples.
+        columns: meaning of the array's columns.
+        width: number of columns that are written together. No chunk is written in two pieces.
+        run_id: id of the run.
+        whole: True if the columns are all test samples of the run. All such results share a
+            dimension.
     """
     write_group(path, run_id)
     remove(path / name)
@@ -141,16 +146,20 @@ def create_relevance(
 
 
 def chunk_samples(n_samples: int) -> int:
-    """Samples of a chunk."""
+    """Return the number of samples in a chunk."""
     return min(CHUNK_SAMPLES, n_samples)
 
 
 def columns_of(array: Array) -> Columns:
-    """What the columns of `array` are. Raises: StoreError: its attributes are damaged."""
+    """Return the meaning of the columns of `array`.
+
+    Raises:
+        StoreError: the array's attributes are damaged.
+    """
     found = array.attributes
     try:
         by = found.get(names.BY)
-        # no number of test samples is given here that could be too small for an id
+        # The number of test samples is unknown here, so no id is refused as too large.
         tests = () if by == ITSELF else parse_selection(found[names.TESTS], sys.maxsize)
         if by not in (None, *GROUPINGS, ITSELF) or not all(isinstance(found[name], str) for name in _IN_WORDS):
             raise ValueError(f"means by {shown(by)} of method {shown(found[names.METHOD])} in {shown(found[names.UNIT])}")
@@ -163,14 +172,18 @@ def columns_of(array: Array) -> Columns:
 
 
 def _group_names(found: Any) -> tuple[int | str, ...]:
-    """Of one type: all labels, or all integers that a label can be. Raises: ValueError."""
+    """Return names of one type: all strings, or all integers that a label can be.
+
+    Raises:
+        ValueError: `found` is anything else.
+    """
     if isinstance(found, list) and (all(isinstance(n, str) for n in found) or all(is_count(abs(n)) for n in found)):
         return tuple(found)
     raise ValueError(f"groups called {shown(found)}")
 
 
 def open_relevance(path: Path, name: str) -> Array:
-    """The array `name`. Raises: StoreError: missing or damaged."""
+    """Open the array `name`. Raises: StoreError: missing or damaged."""
     if not is_plain(name):
         raise StoreError(f"{path} has no array called {shown(name)}: names are of letters, digits, - and _")
     Group.open(path, RELEVANCE_UNREADABLE)
@@ -178,16 +191,23 @@ def open_relevance(path: Path, name: str) -> Array:
 
 
 def open_array(path: Path) -> Array:
-    """The array at `path`, whatever became of the group that it is in. Raises: StoreError: missing or damaged."""
+    """Open the array at `path`, whatever the state of its group.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
     array = Array.open(path)
-    # whoever reads takes whole chunks: what hydra-pipe writes has small ones
+    # A reader decodes whole chunks. The chunks of hydra-pipe are small, so larger ones are refused.
     if len(array.shape) != 2 or array.dtype != np.float32 or array.chunks[0] > CHUNK_SAMPLES or array.chunks[1] > CHUNK_TESTS:
         raise StoreError(f"{array.path} is not as hydra-pipe writes it: {RELEVANCE_UNREADABLE}")
     return array
 
 
 def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]) -> None:
-    """Write a block that begins chunks and, but at the array's edges, ends them. Its content is safe on the disk then."""
+    """Write a block, safe on the disk.
+
+    The block begins chunks. It ends chunks too, except at the array's edges.
+    """
     rows, columns = array.chunks
     for low in range(0, values.shape[0], rows):
         for left in range(0, values.shape[1], columns):
@@ -196,12 +216,20 @@ def write_relevance(array: Array, first_sample: int, first_test: int, values: ND
 
 
 def read_relevance(array: Array, tests: slice) -> NDArray[np.float32]:
-    """Columns of some test samples, shape (sample, test). Raises: StoreError: damaged."""
+    """Return the columns of some test samples, shape (sample, test).
+
+    Raises:
+        StoreError: damaged.
+    """
     with damage_named(array.path, RELEVANCE_UNREADABLE):
         return array.read(slice(None), tests)
 
 
 def read_columns(array: Array, samples: slice, tests: slice) -> NDArray[np.float32]:
-    """A block, a row for each column of the array: shape (test, sample), contiguous. Raises: StoreError: damaged."""
+    """Return a block, transposed: shape (test, sample), contiguous.
+
+    Raises:
+        StoreError: damaged.
+    """
     with damage_named(array.path, RELEVANCE_UNREADABLE):
         return array.read(samples, tests, transposed=True).T

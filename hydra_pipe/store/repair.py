@@ -1,4 +1,7 @@
-"""Sets a damaged run back to its last good state: keeps what is whole, and forgets what has to be computed again."""
+"""Repair of a damaged run: it goes back to its last good state.
+
+A repair keeps what is whole, and forgets what has to be computed again.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,19 +20,22 @@ from hydra_pipe.store.run import PRUNED, RunDirectory
 from hydra_pipe.store.stages import DIRECTORIES, KEEP, KINDS, RECORD, StageId, kept_with
 from hydra_pipe.store.verify import check_path
 
-# the method whose hypergradients are sums of rows
+# The method whose hypergradients are sums of rows.
 _SUMMED = "hydra"
 
 
 def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
-    """Repair the run at `path`, and say in a line each what was found, what was done, and which command must run again.
+    """Repair the run at `path`.
+
+    The repair tells the user, in a line each, what was found, what was done, and which command
+    must run again.
 
     Returns:
-        What is still off, unfinished stages aside.
+        Faults that remain. Unfinished stages are not among them.
 
     Raises:
         RunError: there is no run, or a process writes it.
-        StoreError: it was written in a newer format version, or a link in it leads elsewhere.
+        StoreError: the run has a newer format version, or a link in it leads elsewhere.
     """
     copy = RunDirectory.from_copy(path)
     known: RunDirectory | None
@@ -56,7 +62,11 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
 
 
 def _refuse_links(run: RunDirectory) -> None:
-    """What is moved or removed must be in the run itself. Raises: StoreError."""
+    """Refuse links: a repair moves and removes only files in the run itself.
+
+    Raises:
+        StoreError: a directory of the run is a link.
+    """
     for where in (*DIRECTORIES, names.CHECKPOINTS, names.SET_ASIDE, *(stage.area for stage in run.stages)):
         if not is_remote(run.path) and (run.path / where).is_symlink():
             raise StoreError(
@@ -65,7 +75,12 @@ def _refuse_links(run: RunDirectory) -> None:
 
 
 def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
-    """Repair `run`, of which `faults` are all that is wrong. Yields a line for each thing that was done."""
+    """Repair `run`, and yield a line for each thing that was done.
+
+    Args:
+        run: the run.
+        faults: all faults of the run.
+    """
     yield from _remove_partial(run)
     for fault in faults:
         if fault.kind == "extra":
@@ -96,7 +111,7 @@ def _remove_partial(run: RunDirectory) -> Iterator[str]:
 
 
 def _set_aside(run: RunDirectory, where: str) -> str:
-    """Move something to where it is in nobody's way. Returns where that is, relative to the run."""
+    """Move something out of the way. Returns: its new place, relative to the run."""
     target, number = f"{names.SET_ASIDE}/{where}", 1
     while (run.path / target).exists():
         number += 1
@@ -106,11 +121,11 @@ def _set_aside(run: RunDirectory, where: str) -> str:
 
 
 def _listed_again(run: RunDirectory, stage: StageId) -> bool:
-    """Write the footprints of `stage` again, if they are those that the manifest has the SHA-256 of."""
+    """Write the footprints of `stage` again, if the manifest has their SHA-256."""
     try:
         content = footprints(run.path, stage).content()
     except (HydraError, OSError):
-        return False  # of a run whose rows were pruned, for one
+        return False  # for example, the rows of the run were pruned
     if digest(content) != run.checksums(stage):
         return False
     replace_file(run.path / stage.checksums_file, [content])
@@ -118,11 +133,11 @@ def _listed_again(run: RunDirectory, stage: StageId) -> bool:
 
 
 def _set_back(run: RunDirectory, damaged: dict[StageId, Fault], faults: Sequence[Fault]) -> Iterator[str]:
-    """Forget the stages `damaged`, each for the fault that is named first, and those that depend on them."""
+    """Forget the stages `damaged`, each with its first fault, and the stages made from them."""
     lost = [stage for stage in damaged if stage.kind is KEEP]
     pruned = bool(run.stages[RECORD].facts.get(PRUNED))
     if lost and pruned and all(KEEP.of(method) in damaged for method in run.complete(KEEP)):
-        # nothing is left that would answer, and what it was computed from is gone
+        # Nothing is left to answer from, and the rows behind it are gone.
         damaged.setdefault(RECORD, damaged[lost[0]])
     for stage in list(damaged):
         for result in stage.results:
@@ -146,7 +161,11 @@ def _set_back(run: RunDirectory, damaged: dict[StageId, Fault], faults: Sequence
 
 
 def _after_keeping(run: RunDirectory, stage: StageId, damaged: dict[StageId, Fault]) -> str:
-    """Keeping sums of rows computes a relevance again, and so drops what came from it, which may be whole."""
+    """Return the commands that must follow, to make again what keeping discards.
+
+    Keeping sums of rows computes a relevance again. So it drops the relevance's results, which
+    may be whole.
+    """
     if stage.name != _SUMMED:
         return ""
     results = kept_with(stage, run.stages).results
@@ -154,14 +173,17 @@ def _after_keeping(run: RunDirectory, stage: StageId, damaged: dict[StageId, Fau
 
 
 def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:
-    """A recording begins anew. What is damaged goes out of the way, so that no checkpoint can go on with it."""
+    """Set the recording back, so that it begins anew.
+
+    Damaged files are moved out of the way, so that no checkpoint can resume with them.
+    """
     wrong = {entry.where: None for entry in faults if (entry.stage, entry.kind) == (RECORD, "damaged") and "/" in entry.where}
-    if fault.kind == "unlisted":  # something was exchanged, and nobody knows what
+    if fault.kind == "unlisted":  # some file was exchanged, and nothing tells which
         wrong = {names.GRADIENTS: None}
     run.end(RECORD, "failed", error=f"{fault.where} {fault.found}")
     checkpoints = run.path / names.CHECKPOINTS
     for name in files_below(checkpoints):
-        if name.startswith("step-"):  # of a process that was killed when the recording was complete
+        if name.startswith("step-"):  # left by a process that was killed after the recording
             remove(checkpoints / name)
     for where in wrong:
         if (run.path / where).exists():

@@ -1,4 +1,4 @@
-"""A relevance array together with the recording that it was computed from, held against each other."""
+"""A relevance array with the recording that it was computed from, checked against each other."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,14 @@ _VISIT_ROWS = 2**20
 
 @dataclass(frozen=True)
 class ReducedRun:
-    """What a complete reduction has left.
+    """The result of a complete reduction.
 
     Args:
-        upto: steps it is of; None: all.
+        upto: number of the first steps that the result is of. None: all steps.
         gradients, counts: the recording, or its first steps.
-        relevance: the array, whose files are all there.
-        columns: what its columns are.
-        tested: whose test samples they are of.
+        relevance: the array. All its files exist.
+        columns: meaning of the array's columns.
+        tested: test samples of the columns.
     """
 
     upto: int | None
@@ -44,7 +44,11 @@ class ReducedRun:
 
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "ReducedRun":
-        """The result `name`, whose stage is complete. Raises: StoreError: damaged, or of another recording."""
+        """Open the result `name`, whose stage is complete.
+
+        Raises:
+            StoreError: the result is damaged, or of another recording.
+        """
         reduction = directory.stages[REDUCE.of(name)]
         upto = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
         gradients, counts = open_recording(directory, upto)
@@ -60,11 +64,19 @@ class ReducedRun:
         return cls(upto, gradients, counts, relevance, columns, tested)
 
     def labels_of_columns(self) -> NDArray[Any] | None:
-        """None where they are not known. Shape (column,). Raises: StoreError: damaged."""
+        """Return the labels of the columns, shape (column,). None where they are unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
         return self.columns.labels(self.tested.labels(self.gradients))
 
     def visits(self, progress: Progress) -> NDArray[np.int64]:
-        """Steps that used each sample, shape (sample,). Raises: StoreError: damaged."""
+        """Return the number of steps that used each sample, shape (sample,).
+
+        Raises:
+            StoreError: damaged.
+        """
         visits = np.zeros(self.counts.n_samples, np.int64)
         n_rows = self.gradients.rows.n_rows
         with progress.task("visits", n_rows, "rows") as task:

@@ -1,35 +1,38 @@
-"""Names of results: which relevance an array of `relevance.zarr` and the stages made of it are about."""
+"""Names of results: the names of arrays of `relevance.zarr` and of the stages made from them."""
 
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from hydra_pipe.errors import UsageError
 
-# groupings of test samples: a column is the mean of each label's, or of all
+# Groupings of test samples: a column is the mean over each label, or over all test samples.
 BY_LABEL, MEAN = "label", "mean"
 GROUPINGS = (BY_LABEL, MEAN)
-# the method whose one column is each training sample's relevance for itself, and is of no test sample
+# The method of each training sample's relevance for itself: one column, without test samples.
 ITSELF = "self"
 DEFAULT_METHOD: Final = "hydra"
 _SUFFIXES = {BY_LABEL: "-by-label", MEAN: "-mean"}
-# what stands between a method and its first steps, its directions, and the probe that it was computed for
+# Parts of a name after the method: before the number of steps, the number of directions and
+# the name of the probe.
 _UPTO, _RANK, _OF = "-upto-", "-rank-", "-of-"
 
 
 @dataclass(frozen=True)
 class ResultName:
-    """A result, as its name tells it.
+    """The parts of a result's name.
 
-    `str` gives the name: "hydra"; for means over test samples "hydra-by-label", "hydra-mean"; of the first steps only
-    "hydra-upto-120", "hydra-upto-120-mean"; of some directions "hydra-exact-rank-20"; for the test samples of the probe `test`,
-    whose name has no hyphen, "hydra-of-wrong", "hydra-of-wrong-mean".
+    `str` gives the name. The name is "hydra" for one column a test sample. It is
+    "hydra-by-label" or "hydra-mean" for means over test samples. Results of the first steps are
+    "hydra-upto-120" and "hydra-upto-120-mean". A result of some directions is
+    "hydra-exact-rank-20". Results for the test samples of probe `wrong` are "hydra-of-wrong" and
+    "hydra-of-wrong-mean". A probe's name has no hyphen.
 
     Args:
         method: method of the relevance.
-        by: grouping of the test samples; None: each has a column.
-        upto: number of the first steps that count; None: all count.
-        rank: number of directions that were replayed; None: all were.
-        test: name of the probe; None: the recording's own test samples.
+        by: grouping of the test samples. None: each has a column.
+        upto: number of the first steps that count. None: all count.
+        rank: number of directions that were replayed. None: all were.
+        test: name of the probe. None: the recording's own test samples.
     """
 
     method: str
@@ -46,10 +49,10 @@ class ResultName:
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The result called `name`. Any text is the name of some result."""
+        """Parse the name of a result. Any text is the name of some result."""
         name, of, probed = name.partition(_OF)
         test = probed.partition("-")[0]
-        # a probe may be called as groups are
+        # A probe's name may be the name of a grouping.
         grouped = probed.removeprefix(test) if of else name
         by = next((by for by, suffix in _SUFFIXES.items() if grouped.endswith(suffix)), None)
         name = name if by is None or of else name.removesuffix(_SUFFIXES[by])
@@ -60,17 +63,21 @@ class ResultName:
 
     @property
     def is_of_itself(self) -> bool:
-        """Tell whether it is of each training sample for itself, without test samples."""
+        """True for relevance of each training sample for itself, without test samples."""
         return self.method == ITSELF
 
     @property
     def itself(self) -> "ResultName":
-        """The relevance of training samples for themselves over the same steps."""
+        """Name of the relevance of training samples for themselves over the same steps."""
         return ResultName(ITSELF, upto=self.upto)
 
 
 def result_of(method: str, test: str | None) -> str:
-    """The result that `--method METHOD --test NAME` means: of `method`, or of what is called so ("hydra-mean"), for that probe.
+    """Return the result that `--method METHOD --test NAME` means.
+
+    Args:
+        method: method, or name of a result such as "hydra-mean".
+        test: name of the probe. None: the one in `method`, if there is one.
 
     Raises:
         UsageError: `method` is a result for another probe.

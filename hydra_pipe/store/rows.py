@@ -1,4 +1,4 @@
-"""Stored rows, for reading: those of one process, or of several one after the other."""
+"""Stored rows, for reading: the rows of one process, or of several, one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +25,9 @@ class Piece:
     """Some rows that are read together.
 
     Args:
-        rows: which.
-        read: (first column, last column) -> their values as stored, in a buffer that the next read overwrites.
+        rows: the rows, as a slice of all rows.
+        read: function of (first column, last column) that returns the stored values. They are
+            in a buffer that the next read overwrites.
     """
 
     rows: slice
@@ -34,7 +35,7 @@ class Piece:
 
 
 class _Window:
-    """Decodes windows into one buffer, and the one that is in it already not again."""
+    """Decoder of windows into one buffer. A window that is in the buffer is not decoded again."""
 
     def __init__(self, dtype: np.dtype[Any], consequence: str) -> None:
         self._buffer, self._consequence = np.empty(0, dtype), consequence
@@ -55,13 +56,15 @@ class _Window:
 
 
 class Rows:
-    """Stored rows of one kind: training rows, or the test gradients of one checkpoint. Reads nothing before it is asked.
+    """Stored rows of one kind: training rows, or the test gradients of one checkpoint.
+
+    Values are read only on request.
 
     Args:
-        groups: that hold them; the rows of the first come first.
-        n_features, n_blocks: of a row.
-        part_rows: of each group only so many, the first; None: all.
-        consequence: of damage, for messages.
+        groups: groups that hold the rows. The rows of the first group come first.
+        n_features, n_blocks: numbers of features and of blocks of a row.
+        part_rows: number of rows of each group to use, from the first. None: all.
+        consequence: meaning of damage, for messages.
 
     Raises:
         StoreError: an array is missing or damaged, has fewer rows, or is not of this kind.
@@ -110,20 +113,22 @@ class Rows:
         return self._first.chunks[1]
 
     def end_of_file(self, row: int) -> int:
-        """One past the last row of the file that `row` is in."""
+        """Return one past the last row of the file that holds `row`."""
         ends = [0, *ends_of(self.part_rows)]
         part = next(i for i, end in enumerate(ends[1:]) if row < end)
         return min(ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows, ends[part + 1])
 
     def stream(self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None) -> Stream[Piece]:
-        """The rows of `run` in order, at most `at_once` in each piece and none of two files. A piece is to be used before the next.
+        """Read the rows of `run` in order, in pieces of at most `at_once` rows.
 
-        The next file is fetched by a thread while the present one is worked on: two files are in memory. Close it.
+        No piece has rows of two files. A piece must be used before the next one is asked for. A
+        thread fetches the next file while the caller works on the present one, so two files are in
+        memory. The caller closes the stream.
 
         Args:
             run: first and one past the last row.
-            at_once: rows.
-            only: files without any of these rows, ascending, are left out; None: none is.
+            at_once: the most rows of a piece.
+            only: ascending rows. A file with none of them is left out. None: no file is.
 
         Raises:
             StoreError: damaged.
@@ -163,11 +168,15 @@ class Rows:
                 yield Piece(slice(base + first, base + last), partial(window.read, array, file, slice(first, last)))
 
     def features(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Stored values of some rows and columns, in the stored dtype. Raises: StoreError: damaged."""
+        """Return stored values of some rows and columns, in the stored dtype.
+
+        Raises:
+            StoreError: damaged.
+        """
         return joined(lambda part, own: self._read(self._gradients[part], own, columns), rows, self.part_rows)
 
     def scales(self, rows: slice) -> NDArray[np.float32]:
-        """Scales of some rows, shape (row, block). Raises: StoreError: damaged."""
+        """Return scales of some rows, shape (row, block). Raises: StoreError: damaged."""
         return joined(lambda part, own: self._read(self._scales[part], own), rows, self.part_rows)
 
     def _read(self, array: Array, *window: slice) -> NDArray[Any]:
@@ -175,12 +184,18 @@ class Rows:
 
 
 def has_any(rows: NDArray[np.int64], first: int, last: int) -> bool:
-    """Whether any of `rows`, ascending, is in [first, last)."""
+    """Tell whether any of the ascending `rows` is in [first, last)."""
     return bool(np.searchsorted(rows, first) < np.searchsorted(rows, last))
 
 
 def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: Sequence[int]) -> NDArray[Any]:
-    """Some rows of all parts in order; `read(part, rows within it)` gives those of one."""
+    """Return some rows of all parts, in order.
+
+    Args:
+        read: function of (part, rows within the part) that returns those rows.
+        rows: rows to return, counted through all parts.
+        part_rows: number of rows of each part.
+    """
     first, last, _ = rows.indices(sum(part_rows))
     found = [read(part, slice(*own)) for part, *own in split((first, last), ends_of(part_rows))]
     if len(found) == 1:
@@ -189,7 +204,17 @@ def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: S
 
 
 def check_kind(array: Array, dtypes: Sequence[str], width: int | None, consequence: str = ROWS_UNREADABLE) -> None:
-    """Refuse an array of another dtype or width (None: one value a row) than what it is read as. Raises: StoreError."""
+    """Refuse an array of another dtype or width than it is read as.
+
+    Args:
+        array: the array.
+        dtypes: names of the dtypes that are accepted.
+        width: number of values a row. None: one value a row, in one dimension.
+        consequence: meaning of a fault, for the message.
+
+    Raises:
+        StoreError: the dtype or the width is another.
+    """
     if array.dtype.name not in dtypes or array.shape[1:] != (() if width is None else (width,)):
         raise StoreError(
             f"{array.path} has {array.dtype.name} values of shape {array.shape}, not {' or '.join(dtypes)} "
@@ -198,12 +223,16 @@ def check_kind(array: Array, dtypes: Sequence[str], width: int | None, consequen
 
 
 def check_within(values: NDArray[np.int64], n: int, what: str) -> None:
-    """Refuse ids that are not from 0 to `n` - 1. Raises: StoreError."""
+    """Refuse ids outside 0 to `n` - 1. Raises: StoreError."""
     if values.size and not 0 <= values.min() <= values.max() < n:
         raise StoreError(f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}")
 
 
 def read_array(array: Array, *window: slice, consequence: str = ROWS_UNREADABLE) -> NDArray[Any]:
-    """Values of a window of one array. Raises: StoreError: damaged; the message adds `consequence`."""
+    """Return the values of a window of one array.
+
+    Raises:
+        StoreError: damaged. The message adds `consequence`.
+    """
     with damage_named(array.path, consequence):
         return array.read(*window)

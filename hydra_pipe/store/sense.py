@@ -1,4 +1,7 @@
-"""What is wrong with a recording though every file of it may be as it was written: counts and orders that cannot be."""
+"""Consistency of a recording: its counts and orders.
+
+A recording can be wrong although every file is as it was written.
+"""
 
 from collections.abc import Iterator
 
@@ -11,15 +14,15 @@ from hydra_pipe.store.gradients import Gradients
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD
 
-# read at once
+# The most rows that are read at once.
 _ROWS = 2**20
 
 
 def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterator[Fault]:
-    """Every fault of the lengths, steps and samples of a recording, whose rows are in `store`.
+    """Yield every fault of the lengths, steps and samples of the recording in `store`.
 
     Raises:
-        StoreError: something that is needed cannot be read.
+        StoreError: a part that is needed cannot be read.
     """
     recording = run.stages[RECORD]
     if store.run_id != run.run_id:
@@ -38,7 +41,7 @@ def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterato
 
 
 def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fault]:
-    """Each step's rows come after those of the step before it, in each part, and the step of each row says the same."""
+    """Check that each part has its rows in order of step, and that each row says its step."""
     first, counts = store.rows_of_steps()
     if (counts < 0).any() or counts.sum() != n_rows:
         yield _fault(names.STEPS, f"steps add up to {counts.sum()} rows of {n_rows}", consequence)
@@ -61,7 +64,7 @@ def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fa
 
 
 def _wrong_step(store: Gradients, start: int, length: int, ends: np.ndarray) -> str | None:
-    """What the first row of a part says that is not of the step that it says."""
+    """Describe the first row of a part whose recorded step is wrong; None if none is."""
     before = 0
     for low in range(0, length, _ROWS):
         rows = np.arange(low, min(low + _ROWS, length))

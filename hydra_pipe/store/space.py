@@ -1,4 +1,4 @@
-"""Whether there is room for what is about to be written."""
+"""Free space on the disk, for what is about to be written."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,10 @@ from hydra_pipe.units import format_bytes
 
 
 def free_bytes(path: Path) -> int | None:
-    """What the file system that `path` is on, or is to be on, has free for this user; None in an object store."""
+    """Return the bytes that this user has free on the file system of `path`.
+
+    The path may not exist yet. None in an object store.
+    """
     if is_remote(path):
         return None
     there = path.absolute()
@@ -20,7 +23,12 @@ def free_bytes(path: Path) -> int | None:
 
 
 def room_for(n_bytes: int, path: Path) -> str:
-    """What there is to say before at most `n_bytes` are written at `path`: how much it is, and whether it fits."""
+    """Return a message of how much is to be written at `path`, and whether it fits.
+
+    Args:
+        n_bytes: the most bytes to write.
+        path: place of the files, which may not exist yet.
+    """
     free = free_bytes(path)
     most = f"at most {format_bytes(n_bytes)} to write"
     if free is None:
@@ -34,7 +42,7 @@ def room_for(n_bytes: int, path: Path) -> str:
 
 
 def say_if_tight(n_bytes: int, path: Path, progress: Progress) -> None:
-    """Say so where `n_bytes` may not fit at `path`."""
+    """Warn the user if `n_bytes` may not fit at `path`."""
     free = free_bytes(path)
     if free is not None and n_bytes > free:
         progress.say(room_for(n_bytes, path))
