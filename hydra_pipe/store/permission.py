@@ -13,7 +13,7 @@ def check_stages(run: Path, *stages: StageId) -> None:
     """Refuse where the files of `stages` may not be replaced or removed. Changes nothing.
 
     Raises:
-        PermissionError, OSError, RunError: as for `check_writable`.
+        PermissionError, OSError, RunError: the errors of `check_writable`.
     """
     check_writable(run, *(stage.area for stage in stages))
 

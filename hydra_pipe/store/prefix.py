@@ -44,7 +44,7 @@ def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Coun
     """Return the complete recording, or the recording as it was after `upto` steps.
 
     Raises:
-        RunError, UsageError, StoreError: as for `open_upto`.
+        RunError, UsageError, StoreError: the errors of `open_upto`.
     """
     if upto is not None:
         return open_upto(run, upto)

@@ -160,7 +160,7 @@ def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name
         name: name of a probe. None: the recording's own test samples are used.
 
     Raises:
-        UsageError, RunError, StoreError: as for `open_probe`.
+        UsageError, RunError, StoreError: the errors of `open_probe`.
     """
     if name is None:
         return WhichTests(step), n_tests

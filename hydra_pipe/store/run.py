@@ -1,4 +1,4 @@
-"""A run directory and its manifest: what was done with which settings, and how far it got."""
+"""A run directory and its manifest: the stages, their settings and their progress."""
 
 import json
 import os
@@ -27,12 +27,13 @@ from hydra_pipe.store.stages import (
     State,
 )
 
-# facts of the recording: its rows were deleted after that; and until it is complete, what is safe on the disk
+# Facts of the recording. PRUNED: its rows were deleted after it was complete. COMMITTED: the
+# part that is safe on the disk, until it is complete.
 PRUNED, COMMITTED = "pruned", "committed"
 
 
 class RunDirectory:
-    """An existing run. Valid once made: format and version were read and understood."""
+    """An existing run. Its format and version have been read and understood."""
 
     def __init__(
         self,
@@ -46,9 +47,9 @@ class RunDirectory:
         self.run_id = run_id
         self.stages = stages
         self.versions = versions
-        # stages that this object has changed: of the others another process may know more
+        # Stages that this object has changed. Another process may know more of the other stages.
         self._changed: set[StageId] = set()
-        # stages of kinds that a later hydra-pipe knows, by their words: they are kept as they are
+        # Stages of kinds that only a later hydra-pipe knows, by name. They are kept unchanged.
         self._unknown = unknown
 
     @classmethod
@@ -57,7 +58,8 @@ class RunDirectory:
 
         Raises:
             RunError: there is no run at `path`.
-            ManifestError: its manifest is damaged. StoreError: it is of a newer format version.
+            ManifestError: the manifest is damaged.
+            StoreError: the manifest has a newer format version.
         """
         root = location(path)
         manifest = root / names.MANIFEST
@@ -73,11 +75,11 @@ class RunDirectory:
 
     @classmethod
     def open_or_none(cls, path: str | os.PathLike[str]) -> Self | None:
-        """The run at `path`, or None where there is nothing yet.
+        """Read the run at `path`. None if nothing is there yet.
 
         Raises:
-            RunError: `path` holds something else, which is left as it is.
-            StoreError: as `open`.
+            RunError: `path` holds something else, which is left unchanged.
+            StoreError: the errors of `open`.
         """
         root = location(path)
         if not root.exists():
@@ -85,7 +87,8 @@ class RunDirectory:
         if not root.is_dir():
             raise RunError(f"{root} is a file: name a directory for the run")
         if not (root / names.MANIFEST).is_file():
-            # a recording that was killed while it wrote the first manifest leaves a part of it, and its copy
+            # A recording that was killed during its first manifest leaves a part of the manifest,
+            # and the manifest's copy.
             ours = (names.LOCKS, names.CHECKSUMS)
             if any(entry.name not in ours and not is_partial_of(names.MANIFEST, entry.name) for entry in root.iterdir()):
                 raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
@@ -94,12 +97,12 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
-        """A new run; nothing is written before its first stage begins."""
+        """Return a new run. Nothing is written before its first stage begins."""
         return cls(location(path), uuid.uuid4().hex, {}, _versions())
 
     @classmethod
     def from_copy(cls, path: str | os.PathLike[str]) -> Self | None:
-        """The run at `path` as the copy of its manifest has it, or None where there is none that can be read."""
+        """Read the run at `path` from the copy of its manifest. None if the copy is unreadable."""
         root = location(path)
         try:
             return cls._parse(root, root / names.CHECKSUMS / names.MANIFEST)
@@ -133,7 +136,8 @@ class RunDirectory:
         """Tell whether stage `which` has work to do with `settings`. Writes nothing.
 
         Raises:
-            RunError: it was done, or begun, with other settings; the message names the first that differs.
+            RunError: the stage was done, or begun, with other settings. The message names the
+                first that differs.
         """
         stage = self.stages.get(which)
         if stage is None:
@@ -156,52 +160,58 @@ class RunDirectory:
                 )
 
     def end(self, which: StageId, state: State, **facts: Any) -> None:
-        """Mark stage `which` as ended, with what it found. What is called complete must be safe on the disk before."""
+        """Mark stage `which` as ended, with facts about it.
+
+        The files of a stage must be safe on the disk before it is marked as complete.
+        """
         stage = self.stages[which]
         stage.state = state
-        # how far it got, or what went wrong before, is of no interest any more when it is complete
+        # A complete stage needs no facts about its progress or about earlier errors.
         stage.facts = facts if state == "complete" else stage.facts | facts
         self.save(which)
 
     @contextmanager
     def failing(self, which: StageId) -> Iterator[None]:
-        """A block of stage `which`, which has begun: what the block raises marks the stage as failed."""
+        """Mark stage `which`, which has begun, as failed if the block raises."""
         try:
             yield
         except BaseException as error:
-            with suppress(OSError):  # on a full disk the manifest stays at "running", which reads as unfinished too
+            with suppress(OSError):  # a full disk keeps "running", which reads as unfinished too
                 self.end(which, "failed", error=str(error) or type(error).__name__)
             raise
 
     def of_kind(self, kind: StageKind) -> list[str]:
-        """Names of the stages of one kind, begun or complete."""
+        """Return the names of the stages of one kind, begun or complete."""
         return [which.name for which in self.stages if which.kind is kind]
 
     def complete(self, kind: StageKind) -> list[str]:
-        """Names of the complete stages of one kind."""
+        """Return the names of the complete stages of one kind."""
         return [which.name for which, stage in self.stages.items() if which.kind is kind and stage.state == "complete"]
 
     def checksums(self, which: StageId) -> Any:
-        """What the manifest has of the footprints of stage `which`, by which what was made from it is told to be stale.
+        """Return the SHA-256 of the footprints of stage `which`, from the manifest.
 
-        None: it is not there, or was never complete.
+        A result made from the stage is stale if it was made from footprints of another SHA-256.
+        None: the stage is missing, or was never complete.
         """
         return self.stages[which].facts.get(CHECKSUMS) if which in self.stages else None
 
     def origin(self, which: StageId) -> dict[str, Any]:
-        """Facts that say what stage `which` is made from, as that is now."""
+        """Return the facts that name the sources of stage `which`, as the sources are now."""
         return {source.fact: self.checksums(source.stage) for source in which.sources(self.stages[which])}
 
     def stale(self, which: StageId) -> list[Source]:
-        """What stage `which` was made from, and is another now than it was then."""
+        """Return the sources of stage `which` that have changed since the stage used them."""
         entry = self.stages[which]
         if names.UPTO in entry.settings:
-            return []  # the first steps are the same when more have come, and where they are recorded anew the stage is forgotten
+            # More steps do not change the first steps. If the first steps are recorded anew, the
+            # stage is forgotten.
+            return []
         found = [(source, self.checksums(source.stage)) for source in which.sources(entry)]
         return [source for source, now in found if now is not None and entry.facts.get(source.fact) != now]
 
     def command(self, which: StageId) -> str:
-        """The command that makes stage `which` again, with the settings that it had."""
+        """Return the command that makes stage `which` again, with its settings."""
         return which.command(self.path, self.stages)
 
     def forget(self, *stages: StageId) -> None:
@@ -213,10 +223,10 @@ class RunDirectory:
             remove(self.path / which.checksums_file)
 
     def require(self, which: StageId, command: str) -> Stage:
-        """The stage `which`, which must be complete.
+        """Return the stage `which`, which must be complete.
 
         Raises:
-            RunError: it is not; the message names the command that completes it.
+            RunError: the stage is not complete. The message names the command that completes it.
         """
         stage = self.stages.get(which)
         if stage is None or stage.state != "complete":
@@ -226,9 +236,14 @@ class RunDirectory:
         return stage
 
     def require_recording(self) -> Stage:
-        """The recording, which must be complete. Raises: RunError: it is not; the message says what completes it."""
+        """Return the recording, which must be complete.
+
+        Raises:
+            RunError: the recording is not complete. The message says what completes it.
+        """
         stage = self.stages.get(RECORD)
-        # a pipeline's settings name it, if only as None; those of a loop of one's own do not
+        # The settings of a pipeline name it, if only as None. A user's own loop has no such
+        # setting.
         if stage is None or stage.state == "complete" or "pipeline" in stage.settings:
             return self.require(RECORD, f"hydra-pipe record PIPELINE {self.path}")
         if stage.state == "running":
@@ -243,13 +258,15 @@ class RunDirectory:
         )
 
     def save(self, *changed: StageId) -> None:
-        """Write the manifest: the old one or the new one is there at any moment, never half of one. It is safe on the disk then.
+        """Write the manifest, safe on the disk.
 
-        Its copy is written before it: after a crash between the two the manifest lags, and the same command writes both again.
+        The old manifest or the new one exists at any moment, never half of one. Its copy is written
+        before it. After a crash between the two the manifest lags, and the same command writes both
+        again.
 
         Args:
-            changed: stages that were changed, or forgotten. Those that were not are left as they are on the disk, for another
-                process may be at work on them.
+            changed: stages that were changed or forgotten. All other stages stay as they are on
+                the disk, for another process may be at work on them.
         """
         self._changed |= set(changed)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -267,32 +284,36 @@ class RunDirectory:
             for file in (self.path / names.CHECKSUMS / names.MANIFEST, self.path / names.MANIFEST):
                 remove_partials_of(file)
                 replace_file(file, content)
-                for directory in dict.fromkeys((file.parent, self.path)):  # which of the copy may be new in the run's
+                for directory in dict.fromkeys((file.parent, self.path)):  # file.parent may be new
                     sync(directory)
 
     def _on_disk(self) -> "RunDirectory":
-        """The run as the manifest has it; without any stage where that is of another run."""
+        """Return the run as the manifest has it, without any stage if that is of another run."""
         try:
             found = RunDirectory.open(self.path)
         except HydraError:
-            found = self  # there is none yet, or it is damaged: what was read before is the best there is
+            found = self  # no manifest yet, or a damaged one: this object has the best there is
         return found if found.run_id == self.run_id else RunDirectory(self.path, self.run_id, {}, {})
 
     def _merged(self, on_disk: dict[StageId, Stage]) -> dict[StageId, Stage]:
-        """`on_disk`, but for the stages that this object has changed, in the order in which they first began."""
+        """Return `on_disk` with this object's changes, in the order in which stages first began."""
         merged = on_disk | {name: stage for name, stage in self.stages.items() if name in self._changed}
         return {name: stage for name, stage in merged.items() if name in self.stages or name not in self._changed}
 
     def refresh(self) -> None:
-        """Read the manifest again: another process may have ended what it was at. Raises: as `open`."""
+        """Read the manifest again, for another process may have ended a stage.
+
+        Raises:
+            RunError, ManifestError, StoreError: the errors of `open`.
+        """
         found = RunDirectory.open(self.path)
         self.run_id, self.stages, self.versions = found.run_id, found.stages, found.versions
 
     def clear(self) -> None:
-        """Remove everything hydra-pipe has put into the directory, and nothing else."""
+        """Remove everything that hydra-pipe has put into the directory, and nothing else."""
         reports = [stage for stage in self.stages if stage.kind.holds is Holds.FILE]
-        # first the claim, then what it claims: a manifest must not call complete what is gone. Whose file only the claim leads to,
-        # its claim is the last to go.
+        # Claims go before files: a manifest must not call complete what is gone. But only the
+        # claim of a report leads to its file, so this claim goes last.
         for stage in reports:
             self.begin(stage, self.stages[stage].settings)
             remove(self.path / stage.area)
@@ -302,7 +323,11 @@ class RunDirectory:
 
 
 def _check_web(root: Path) -> None:
-    """A web server says of whatever goes wrong that nothing is there. Raises: RunError: there is no run, or it cannot be read."""
+    """Check that a web server has the run: it calls a file missing, whatever goes wrong.
+
+    Raises:
+        RunError: there is no run, or it cannot be read.
+    """
     try:
         read_file(root / names.MANIFEST)
     except FileNotFoundError as error:
@@ -310,7 +335,7 @@ def _check_web(root: Path) -> None:
     except Exception as error:
         raise RunError(f"{root} cannot be read ({shown(error)}): check the address, and that the web server runs") from error
     listed: set[str] = set()
-    with suppress(Exception):  # whatever the server answers in place of a listing
+    with suppress(Exception):  # the server may answer anything in place of a listing
         listed = {entry.name for entry in root.iterdir()}
     if names.MANIFEST not in listed:
         raise RunError(
@@ -329,7 +354,7 @@ def _stage(words: str, entry: Mapping[str, Any]) -> Stage:
 
 
 def _versions() -> dict[str, str]:
-    import importlib.metadata  # takes as long as NumPy, and only a new run needs it
+    import importlib.metadata  # takes as long as NumPy to import, and only a new run needs it
     import platform
 
     packages = ("hydra-pipe", "torch", "numpy", "zarr", "numcodecs", "dask", "pyarrow")

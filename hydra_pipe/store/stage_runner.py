@@ -1,7 +1,8 @@
-"""How a stage is worked on, so that a crash at any moment leaves a manifest that tells the truth (docs/architecture.md).
+"""Work on a stage, such that a crash at any moment leaves a true manifest (docs/architecture.md).
 
-A stage is taken up by one process, which looks anew at what there is to do; it is marked as running before anything of it changes,
-as failed where the work raises, and as complete when all that it has written is sealed and safe on the disk.
+One process takes up a stage, and looks anew at what there is to do. The stage is marked as
+running before any of its files change. It is marked as failed if the work raises. It is
+marked as complete when all its files are sealed and safe on the disk.
 """
 
 import time
@@ -23,10 +24,10 @@ from hydra_pipe.store.stages import CHECKSUMS, Settings, StageId
 
 @contextmanager
 def alone(run: RunDirectory, *stages: StageId) -> Iterator[None]:
-    """A block in which this process alone writes `stages`, and knows what others have done to `run` until now.
+    """Lock `stages` for the block, and read what other processes have done to `run`.
 
     Raises:
-        RunError: another process writes one of them.
+        RunError: another process writes one of the stages.
     """
     with one_writer(run.path, *stages):
         run.refresh()
@@ -35,13 +36,14 @@ def alone(run: RunDirectory, *stages: StageId) -> Iterator[None]:
 
 @contextmanager
 def taken_up(run: RunDirectory, *stages: StageId, has_work: Callable[[], bool], progress: Progress) -> Iterator[bool]:
-    """A block that works on `stages` of `run`, if there is anything to do; it is given whether there is.
+    """Take up `stages` of `run` if they have work to do, and yield whether they have.
 
     Args:
         run: the run.
-        stages: all that the block writes.
-        has_work: tells whether there is anything to do; asked again when this process is alone, for another may have done it.
-        progress: told which files of `run` are not its own, before work begins beside them.
+        stages: all stages that the block writes.
+        has_work: function that tells whether there is work to do. It is asked again when this
+            process is alone, for another process may have done the work.
+        progress: progress, which is told the unlisted files of `run` before work begins.
 
     Raises:
         RunError: another process writes one of `stages`.
@@ -63,7 +65,8 @@ class Work:
     Args:
         run: run of the stage.
         stage: the stage.
-        facts: what the manifest is to say of the stage when it is complete; seconds and sources come by themselves.
+        facts: facts for the manifest of the complete stage. Seconds and sources are added
+            without the caller.
     """
 
     run: RunDirectory
@@ -72,21 +75,21 @@ class Work:
 
     @property
     def place(self) -> Path:
-        """Where the stage writes."""
+        """Path of what the stage writes."""
         return self.run.path / self.stage.area
 
     @contextmanager
     def replaced(self) -> Iterator[Path]:
-        """A block that writes all files of the stage into a new directory, which then takes the place of what is there.
+        """Yield a new directory for all files of the stage, which then replaces the old one.
 
-        Readers see the old files or the new ones, all of them of one writer.
+        Readers see the old files or the new ones, all of them from one writer.
         """
         with replaced_directory(self.place) as partial:
             yield partial
             self.facts[CHECKSUMS] = seal(self.run, self.stage, partial)
 
     def seal(self) -> None:
-        """Write down the footprints of all that the stage has written, unless `replaced` has.
+        """Write down the footprints of all files of the stage, unless `replaced` has done so.
 
         Raises:
             StoreError, OSError: a file of the stage is missing or damaged.
@@ -95,14 +98,21 @@ class Work:
             self.facts[CHECKSUMS] = seal(self.run, self.stage)
 
     def complete(self) -> None:
-        """Mark the stage as complete: all that it has written is safe on the disk. Raises: as `seal`."""
+        """Mark the stage as complete. All its files must be safe on the disk.
+
+        Raises:
+            StoreError, OSError: the errors of `seal`.
+        """
         self.seal()
         self.run.end(self.stage, "complete", **self.facts, **self.run.origin(self.stage))
 
 
 @contextmanager
 def completing(run: RunDirectory, stage: StageId) -> Iterator[Work]:
-    """A block that does the rest of `stage`, which is marked as running: as failed where the block raises, else as complete."""
+    """Run the rest of `stage`, which is marked as running.
+
+    The stage is marked as failed if the block raises, else as complete.
+    """
     work, start = Work(run, stage), time.monotonic()
     with run.failing(stage):
         yield work
@@ -113,10 +123,10 @@ def completing(run: RunDirectory, stage: StageId) -> Iterator[Work]:
 
 @contextmanager
 def running(run: RunDirectory, stage: StageId, settings: Settings) -> Iterator[Work]:
-    """A block that does all of `stage` with `settings`.
+    """Run all of `stage` with `settings`.
 
     Raises:
-        OSError: what is there may not be replaced; nothing was changed.
+        OSError: existing files may not be replaced. Nothing was changed.
     """
     check_stages(run.path, stage)
     run.begin(stage, settings)

@@ -1,4 +1,7 @@
-"""Kinds of stage, one row each: where its results are, what they were made from, and which command makes them again."""
+"""Kinds of stage, one row each.
+
+A row says where the results are, what they were made from, and which command makes them.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +17,9 @@ from hydra_pipe.store.results import DEFAULT_METHOD, GROUPINGS, ResultName
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
 
-# fact of every complete stage: SHA-256 of the file of its footprints
+# Fact of every complete stage: SHA-256 of the file of its footprints.
 CHECKSUMS: Final = "checksums"
-# fact of tables: those of the relevance of samples for themselves that is in them
+# Fact of tables that have the relevance of samples for themselves: SHA-256 of its footprints.
 OF_SELF: Final = "of_self"
 
 
@@ -25,9 +28,9 @@ class Stage:
     """One stage of a run.
 
     Args:
-        state: how it stands; "running" also after a crash.
-        settings: those that its result depends on.
-        facts: what it found or took: counts, seconds, what went wrong.
+        state: state of the stage. "running" also after a crash.
+        settings: settings that the result depends on.
+        facts: findings and costs: counts, seconds, errors.
     """
 
     state: State
@@ -35,21 +38,33 @@ class Stage:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def count(self, name: str, least: int = 0) -> int:
-        """A fact, or else a setting, that counts something. Raises: StoreError: the manifest lacks it."""
+        """Return a fact that is a count, or else a setting.
+
+        Raises:
+            StoreError: the manifest lacks the count.
+        """
         value = self.facts.get(name, self.settings.get(name))
         if not is_count(value, least):
             raise _strange(name, value)
         return value
 
     def counts(self, name: str) -> dict[str, int]:
-        """A fact that counts things by their names; empty if it is not there. Raises: StoreError: it is something else."""
+        """Return a fact that counts things by name, or {} if it is missing.
+
+        Raises:
+            StoreError: the fact is something else.
+        """
         value = self.facts.get(name, {})
         if not isinstance(value, dict) or not all(map(is_count, value.values())):
             raise _strange(name, value)
         return dict(value)
 
     def rank_rows(self) -> list[int]:
-        """Rows of each process that recorded. Raises: StoreError: the manifest lacks them, or they do not add up."""
+        """Return the number of rows of each process that recorded.
+
+        Raises:
+            StoreError: the manifest lacks the numbers, or their sum is wrong.
+        """
         n_rows = self.count("n_rows")
         value = self.facts.get("rank_rows", [n_rows])
         if not isinstance(value, list) or not all(map(is_count, value)) or sum(value) != n_rows:
@@ -62,7 +77,7 @@ def _strange(name: str, value: Any) -> StoreError:
 
 
 class Holds(Enum):
-    """What a stage leaves in its area: a group of arrays, one array, other files, or the one file that the area is."""
+    """Content of a stage's area: a group of arrays, one array, other files, or one file."""
 
     GROUP = "group"
     ARRAY = "array"
@@ -75,15 +90,18 @@ class StageKind:
     """A kind of stage: a row of the table below.
 
     Args:
-        word: first word of its stages' names.
-        noun: what a stage of this kind makes, in words.
-        damaged: what it means that a result is damaged, with `{again}` for the command that makes it again.
-        holds: what is in the area of a stage.
-        area: path of what a stage alone writes, relative to the run, by the stage's name.
-        command: the command that makes a stage, as `StageId.command`.
-        made_from: the kind that its results are made from; None: from nothing in the run.
-        also: which other stages a result was made from.
-        beside: what else goes when a stage is discarded, relative to the run, by the stage's name.
+        word: first word of the names of its stages.
+        noun: product of such a stage, in words.
+        damaged: meaning of a damaged result. `{again}` stands for the command that makes the
+            result again.
+        holds: content of a stage's area.
+        area: function from a stage's name to its area. Only this stage writes there. The path
+            is relative to the run.
+        command: function that returns the command of a stage, as `StageId.command` does.
+        made_from: kind of stage that its results are made from. None: from nothing in the run.
+        also: function that yields the other stages that a result was made from.
+        beside: function from a stage's name to the other paths that go when a stage is
+            discarded, relative to the run.
     """
 
     word: str
@@ -100,12 +118,12 @@ class StageKind:
         return f"StageKind({self.word})"
 
     def of(self, name: object) -> "StageId":
-        """The stage of this kind that is called `name`, or is of the result `name`."""
+        """Return the stage of this kind that is called `name`, or is of the result `name`."""
         return StageId(self, str(name))
 
     @property
     def has_arrays(self) -> bool:
-        """Tell whether its stages write arrays: their other files are the arrays' metadata."""
+        """True if its stages write arrays. Their only other files are the arrays' metadata."""
         return self.holds in (Holds.GROUP, Holds.ARRAY)
 
 
@@ -115,7 +133,8 @@ class StageId:
 
     Args:
         kind: kind of the stage.
-        name: name of the result, the method, the probe or the kind of evaluation; empty for the recording.
+        name: name of the result, the method, the probe or the kind of evaluation. Empty for
+            the recording.
     """
 
     kind: StageKind
@@ -126,10 +145,10 @@ class StageId:
 
     @classmethod
     def parse(cls, words: str) -> Self | None:
-        """The stage called `words`; None: its kind is not in the table, as of a later hydra-pipe.
+        """Parse the name of a stage. None: its kind is of a later hydra-pipe.
 
         Raises:
-            ValueError: no stage can be called so, for its name becomes that of files.
+            ValueError: no stage can have this name, because the name becomes a file's name.
         """
         word, *rest = words.split(" ")
         kind = next((kind for kind in KINDS if kind.word == word), None)
@@ -140,34 +159,39 @@ class StageId:
 
     @property
     def area(self) -> str:
-        """What this stage alone writes, relative to the run: a directory, or one file."""
+        """Path that only this stage writes, relative to the run: a directory or one file."""
         return self.kind.area(self.name)
 
     @property
     def places(self) -> tuple[str, ...]:
-        """What goes when this stage is discarded, relative to the run: its area, and what belongs to it beside the area."""
+        """Paths that go when this stage is discarded, relative to the run, the area first."""
         return (self.area, *self.kind.beside(self.name))
 
     @property
     def checksums_file(self) -> str:
-        """Where the footprints of its files are, relative to the run."""
+        """Path of the file of the stage's footprints, relative to the run."""
         return f"{names.CHECKSUMS}/{str(self).replace(' ', '-')}.json"
 
     @property
     def results(self) -> "tuple[StageId, ...]":
-        """Stages whose results come from this one's relevance, and go when it does."""
+        """Stages that are made from this stage's relevance, and go when it goes."""
         return tuple(kind.of(self.name) for kind in KINDS if kind.made_from is self.kind) if self.kind is REDUCE else ()
 
     def command(self, run: Path, stages: "Stages") -> str:
-        """The command that makes this stage of the run at `run` again, with the settings that it has in `stages`."""
+        """Return the command that makes this stage again, with its settings.
+
+        Args:
+            run: path of the run.
+            stages: stages of the run, which have the settings.
+        """
         return self.kind.command(self, run, stages)
 
     def consequence(self, run: Path, stages: "Stages") -> str:
-        """What it means that something of this stage is damaged, and what to do. Arguments: as of `command`."""
+        """Return the meaning of damage to this stage, and advice. Arguments: as for `command`."""
         return self.kind.damaged.format(again=self.command(run, stages))
 
     def sources(self, entry: Stage) -> "Iterator[Source]":
-        """Stages that this one was made from; `entry` is what the manifest says of this one."""
+        """Yield the stages that this one was made from. `entry`: this stage in the manifest."""
         source = self.kind.made_from
         if source is not None:
             yield Source.of(RECORD if source is RECORD.kind else source.of(self.name))
@@ -182,9 +206,9 @@ class Source:
     """Another stage that a result was made from.
 
     Args:
-        stage: that stage.
-        fact: name of the fact that has the checksums which that stage had.
-        what: what it made, in words.
+        stage: the other stage.
+        fact: name of the fact that has the checksums which the other stage had.
+        what: product of the other stage, in words.
     """
 
     stage: StageId
@@ -193,7 +217,7 @@ class Source:
 
     @classmethod
     def of(cls, stage: StageId) -> Self:
-        """That stage, by the words of its kind."""
+        """Return `stage` as a source, by the words of its kind."""
         return cls(stage, f"of_{stage.kind.word}", stage.kind.noun)
 
 
@@ -218,7 +242,10 @@ def _keeping(stage: StageId, run: Path, stages: Stages) -> str:
 
 
 def kept_with(stage: StageId, stages: Stages) -> StageId:
-    """The reduction that `stage` keeps hypergradients with: one of all steps that is there, or that of all test samples."""
+    """Return the reduction that `stage` keeps hypergradients with.
+
+    It is a reduction of all steps, if one exists, else the one of all test samples.
+    """
     able = [REDUCE.of(ResultName(stage.name, by)) for by in (None, *GROUPINGS)]
     return next((made for made in stages if made in able), able[0])
 
@@ -310,10 +337,11 @@ EVALUATE: Final = StageKind(
     command=_evaluating,
     made_from=RECORD.kind,
 )
-# what others are made from comes first
+# A kind comes after the kinds that it is made from.
 KINDS: Final = (RECORD.kind, KEEP, PROBE, REDUCE, EXPORT, CLEAN, REPORT, EVALUATE)
 _HOMES = tuple(kind.area("").partition("/")[0] for kind in KINDS if kind.holds is not Holds.FILE)
-# directories in which hydra-pipe alone writes
+# Directories that only hydra-pipe writes.
 DIRECTORIES: Final = (*_HOMES, names.CHECKSUMS)
-# everything that hydra-pipe puts into a run but for what repairing has set aside, and so all that --overwrite may remove
+# All that hydra-pipe puts into a run, except what a repair has set aside. --overwrite may
+# remove all of it and nothing else.
 OWNED: Final = (*_HOMES, names.CHECKPOINTS, names.CHECKSUMS, names.REPORT, names.MANIFEST)

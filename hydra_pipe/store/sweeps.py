@@ -1,4 +1,4 @@
-"""Where a sweep has got to, kept beside the array that it is to fill, so that it goes on in the middle."""
+"""State of a sweep, kept beside the array that the sweep fills, to resume in the middle."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ def _path(array: Path, columns: Span) -> Path:
 
 
 def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arrays: Mapping[str, Floats]) -> None:
-    """Keep the state of the sweep that fills `columns` of an array, safe on the disk.
+    """Write the state of the sweep that fills `columns` of an array, safe on the disk.
 
     Args:
         array: directory of the relevance array.
         columns: first and one past the last.
         state: numbers.
-        arrays: by name, float32 or float64.
+        arrays: arrays by name, float32 or float64.
     """
     header = {"of": _made_for(array), "columns": list(columns), "state": dict(state), "arrays": _kinds(arrays)}
     pieces = [json.dumps(header).encode() + b"\n", *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
@@ -42,9 +42,17 @@ def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arr
 
 
 def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[dict[str, Any], dict[str, Floats]] | None:
-    """What `save_state` has kept: numbers, and arrays as those of `like`, which are read-only views of what was read.
+    """Read the state that `save_state` wrote: numbers, and arrays.
 
-    None: there is none, it is damaged, or another run has left it here.
+    None where there is no state, it is damaged, or another run has left it here.
+
+    Args:
+        array: directory of the relevance array.
+        columns: first and one past the last.
+        like: arrays of the expected names, shapes and dtypes.
+
+    Returns:
+        The numbers, and the arrays by name, as read-only views of the file's bytes.
     """
     n_bytes = sum(a.nbytes for a in like.values())
     try:
@@ -65,7 +73,10 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
 
 
 def _made_for(array: Path) -> str:
-    """Tells the array from one of the same name in another run: SHA-256 of its metadata and of its group's, which name the run."""
+    """Return an id of the array that differs from an array of the same name in another run.
+
+    It is the SHA-256 of the array's metadata and of its group's metadata, which name the run.
+    """
     return hashlib.sha256(b"".join(read_file(path / METADATA) for path in (array, array.parent))).hexdigest()
 
 
@@ -79,8 +90,8 @@ def remove_state(array: Path, columns: Span) -> None:
 
 
 def remove_states(array: Path) -> None:
-    """Remove those of all sweeps: of widths too that were given up."""
+    """Remove the states of all sweeps, also of abandoned widths."""
     for name in files_below(array):
         if name.startswith(_PREFIX):
             remove(array / name)
-    sync(array)  # or a power cut brings them back, beside a result that is complete
+    sync(array)  # or a power cut brings the states back, beside a complete result

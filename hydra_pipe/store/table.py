@@ -1,4 +1,4 @@
-"""Rows appended to several arrays at once, a whole shard at a time, from a background thread."""
+"""Rows appended to several arrays at once, a whole shard at a time, by a background thread."""
 
 import queue
 import threading
@@ -22,11 +22,11 @@ Allocate = Callable[[tuple[int, ...], str], NDArray[Any]]
 
 @dataclass
 class Stalls:
-    """How often and how long the training has waited for the writer, that is for the disk.
+    """The training's waits for the writer, and so for the disk.
 
     Args:
-        count: waits so far.
-        seconds: in all.
+        count: number of waits so far.
+        seconds: duration of all waits.
     """
 
     count: int = 0
@@ -34,7 +34,7 @@ class Stalls:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """One wait, begun once it is known that there is something to wait for."""
+        """Count the block as one wait. Enter it only when there is something to wait for."""
         start = time.perf_counter()
         try:
             yield
@@ -44,7 +44,7 @@ class Stalls:
 
 
 def writing_failed(error: BaseException) -> StoreError:
-    """What a recording is told of a full or faulty disk."""
+    """Return the error that a recording raises for a full or faulty disk."""
     what = str(error).strip().split("\n")[-1]
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -52,23 +52,25 @@ def writing_failed(error: BaseException) -> StoreError:
 
 
 class BackgroundWriter:
-    """Runs jobs in order, in a thread of its own. At most `depth` wait: then `submit` waits too, which is the back-pressure.
+    """Queue of jobs that run in order, in a thread of its own.
 
-    The thread ends when no job is left, and the next job starts another: a recording that is left in the middle, by an
-    interrupted loop or without `close`, leaves no thread behind. Always the same thread submits; `stalls` counts its waits.
+    At most `depth` jobs wait. Then `submit` waits too, which is the back-pressure. The thread
+    ends when no job is left, and the next job starts another. So a recording that is left in
+    the middle, by an interrupted loop or without `close`, leaves no thread behind. All jobs must
+    come from the same thread. `stalls` counts its waits.
 
     Raises:
-        StoreError: from `submit`, `drain` and `close`, once a job has failed.
+        StoreError: a job has failed. `submit`, `drain` and `close` raise it.
     """
 
     def __init__(self, depth: int = 2) -> None:
         self._depth = depth
         self._jobs: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
-        # the last that was started, and whether it will look for jobs once more
+        # The last thread that was started, and whether it will look for jobs once more.
         self._thread: threading.Thread | None = None
         self._looks = False
-        # one thread at a time does jobs: where a start was interrupted there may be two
+        # Only one thread does jobs at a time. An interrupted start may leave two threads.
         self._turn = threading.Lock()
         self._failure: BaseException | None = None
         self.stalls = Stalls()
@@ -83,7 +85,7 @@ class BackgroundWriter:
                 self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
                 self._thread.start()
                 self._looks = True
-            # after the start, which may be interrupted: a job that is taken has a thread that does it
+            # Only after the start, which may be interrupted: every job in the queue needs a thread.
             self._jobs.append(job)
 
     def _has_place(self) -> bool:
@@ -103,10 +105,10 @@ class BackgroundWriter:
         with self._turn:
             while (job := self._next()) is not None:
                 try:
-                    # after a failure later jobs are dropped: rows past a hole would not be readable anyway
+                    # After a failure later jobs are dropped: rows past a hole would be unreadable.
                     if self._failure is None:
                         job()
-                except BaseException as error:  # noqa: BLE001 - handed to the training thread, whatever it is
+                except BaseException as error:  # noqa: BLE001 - the training thread gets it
                     self._failure = error
 
     def _next(self) -> Callable[[], None] | None:
@@ -119,7 +121,7 @@ class BackgroundWriter:
             return job
 
     def check(self) -> None:
-        """Raises: StoreError: a job has failed."""
+        """Check that no job has failed. Raises: StoreError: one has."""
         if self._failure is not None:
             raise writing_failed(self._failure) from self._failure
 
@@ -129,12 +131,12 @@ class Column:
     """One array of a table.
 
     Args:
-        name: of the array.
-        dtype: of its elements.
-        width: second dimension and its name, or None for one value a row.
-        chunk_rows: rows of a chunk inside the shard; None: the shard is one chunk.
-        chunk_width: columns of a chunk; None: all.
-        shuffle: see `Array.create`.
+        name: name of the array.
+        dtype: dtype of the elements.
+        width: size and name of the second dimension. None: one value a row.
+        chunk_rows: number of rows of a chunk in the shard. None: the shard is one chunk.
+        chunk_width: number of columns of a chunk. None: all.
+        shuffle: the same setting of `Array.create`.
     """
 
     name: str
@@ -146,19 +148,20 @@ class Column:
 
 
 class TableWriter:
-    """Appends rows to arrays that share their first dimension.
+    """Writer that appends rows to arrays with a common first dimension.
 
     Args:
-        group: where the arrays go.
+        group: group of the arrays.
         columns: the arrays.
         dimension: name of the first dimension.
-        shard_rows: rows in one file, written in one piece by `writer`.
+        shard_rows: number of rows in a file, which `writer` writes in one piece.
         writer: the background thread.
-        n_rows: go on after this many rows of arrays that are there, and forget those past them; None: the arrays are new.
-        allocate: makes a buffer of a shape and dtype; zeros.
+        n_rows: number of rows of existing arrays to resume after. Later rows are dropped.
+            None: the arrays are new.
+        allocate: function that makes a buffer of zeros, of a shape and dtype.
 
     Raises:
-        StoreError: the last of `n_rows` cannot be read.
+        StoreError: the last of the `n_rows` rows cannot be read.
     """
 
     def __init__(
@@ -174,10 +177,11 @@ class TableWriter:
         arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else group.array(c.name) for c in columns}
         self._arrays = {name: Appender(array) for name, array in arrays.items()}
         self._dtypes = {c.name: c.dtype for c in columns}
-        # of arrays that are there as they are there
+        # Existing arrays keep the shards that they have.
         self._shard_rows = shard_rows = self._arrays[columns[0].name].file_rows
         self._writer = writer
-        # one is filled while the others are written or wait: reused, so that memory stays the same however long the run
+        # Buffers are reused: one is filled while the others wait or are written. So memory stays
+        # the same however long the run.
         self._free: queue.Queue[Buffers] = queue.Queue()
         for _ in range(2):
             self._free.put({c.name: _buffer(c, shard_rows, allocate) for c in columns})
@@ -202,20 +206,24 @@ class TableWriter:
 
     @property
     def n_rows(self) -> int:
-        """Rows appended so far, written or not yet."""
+        """Number of rows appended so far, written or not."""
         return self._flushed + self._filled
 
     @property
     def names(self) -> Iterable[str]:
-        """Of the columns."""
+        """Names of the columns."""
         return self._dtypes
 
     def dtype_of(self, name: str) -> str:
-        """Dtype of column `name`."""
+        """Return the dtype of column `name`."""
         return self._dtypes[name]
 
     def reserve(self, n: int) -> Iterator[tuple[slice, Buffers]]:
-        """Space for the next `n` rows: (which of the n, views to fill), in one piece or more where a shard ends between."""
+        """Reserve space for the next `n` rows, in one piece or more where a shard ends between.
+
+        Yields:
+            Positions among the `n` rows, and views of the buffers to fill for them.
+        """
         done = 0
         while done < n:
             take = min(n - done, self._shard_rows - self._filled)
@@ -227,17 +235,24 @@ class TableWriter:
                 self.flush()
 
     def wait_for(self, ready: Callable[[], None]) -> None:
-        """Before what is in the buffer now is written, the writer calls `ready`, which waits until all of it is there."""
+        """Make the writer call `ready` before it writes what is in the buffer now.
+
+        Args:
+            ready: function that waits until all data are in the buffer.
+        """
         self._awaited.append(ready)
 
     def append(self, rows: dict[str, Any]) -> None:
-        """Add one row, a value for every column."""
+        """Append one row, with a value for every column."""
         for _, views in self.reserve(1):
             for name, value in rows.items():
                 views[name][0] = value
 
     def flush(self) -> None:
-        """Hand what has been filled to the writer. Before the end only at whole shards, which `reserve` does itself."""
+        """Hand the filled rows to the writer.
+
+        Before the end only whole shards may be flushed, which `reserve` does itself.
+        """
         if self._filled == 0:
             return
         buffers, count, first = self._current, self._filled, self._flushed
@@ -256,9 +271,10 @@ class TableWriter:
         self._current = self._next_buffers()
 
     def sync(self) -> None:
-        """Let the writer put everything on the disk that was appended, and keep it safe there; drain it before going on.
+        """Let the writer put all appended rows on the disk, safe. Drain the writer before going on.
 
-        Rows of an unfinished shard stay in the buffer too: their shard is written again when it is full.
+        Rows of an unfinished shard stay in the buffer too. The shard is written again when it is
+        full.
         """
         buffers, count, first, awaited = self._current, self._filled, self._flushed, list(self._awaited)
 
@@ -289,7 +305,7 @@ class TableWriter:
             try:
                 return self._free.get(timeout=1.0)
             except queue.Empty:
-                self._writer.check()  # a writer that has failed will never return a buffer
+                self._writer.check()  # a writer that has failed never returns a buffer
 
 
 def _create(group: Group, column: Column, dimension: str, shard_rows: int) -> Array:

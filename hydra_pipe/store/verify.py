@@ -1,4 +1,4 @@
-"""Reads everything in a run and says what is not as it was written, and what that means."""
+"""Verification of a run: everything is read, and every fault is told with its meaning."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,10 +29,11 @@ from hydra_pipe.store.stages import CLEAN, DIRECTORIES, EXPORT, KEEP, PROBE, REC
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
-    """Every fault of the run at `path`.
+    """Return every fault of the run at `path`.
 
     Raises:
-        RunError: there is no run. StoreError: it was written in a newer format version.
+        RunError: there is no run.
+        StoreError: the run has a newer format version.
     """
     try:
         run = RunDirectory.open(path)
@@ -47,7 +48,7 @@ def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
 
 
 def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
-    """Every fault of a run. Bytes are counted on `task` as they are read and decoded."""
+    """Yield every fault of a run. `task` counts the bytes as they are read and decoded."""
     for which, stage in run.stages.items():
         if stage.state != "complete":
             found = f"{which} is not finished (state: {stage.state}): run it again"
@@ -83,7 +84,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
 
 
 def _check_strays(run: RunDirectory) -> Iterator[Fault]:
-    """What is in hydra-pipe's own directories and belongs to no stage."""
+    """Yield a fault for everything in hydra-pipe's own directories that belongs to no stage."""
     known = {stage.checksums_file for stage in run.stages}
     known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
     areas = {stage.area for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
@@ -103,7 +104,7 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
 
 
 def check_stage(run: RunDirectory, stage: StageId, task: Task) -> Iterator[Fault]:
-    """Every fault of what a complete stage has written."""
+    """Yield every fault of the files of a complete stage."""
     consequence = stage.consequence(run.path, run.stages)
     listed, lost = _footprints_of(run, stage)
     if lost is not None:
@@ -118,7 +119,7 @@ def check_stage(run: RunDirectory, stage: StageId, task: Task) -> Iterator[Fault
             if fault.where not in told:
                 yield fault
     except StoreError as error:
-        if not told:  # otherwise it was told, by the name of its file
+        if not told:  # else the fault was told already, with the name of its file
             yield Fault(stage.area, str(error), consequence, stage=stage)
     for source in run.stale(stage):
         found = f"is stale: it was computed from another {source.what} than the one that is there"
@@ -126,7 +127,7 @@ def check_stage(run: RunDirectory, stage: StageId, task: Task) -> Iterator[Fault
 
 
 def _footprints_of(run: RunDirectory, stage: StageId) -> tuple[Footprints | None, Fault | None]:
-    """What `stage` has written, or what is wrong with the file that says so."""
+    """Return the footprints of `stage`, or the fault of the file that holds them."""
     where, found = stage.checksums_file, footprints_or_fault(run, stage)
     if isinstance(found, Footprints):
         return found, None
@@ -137,24 +138,24 @@ def _footprints_of(run: RunDirectory, stage: StageId) -> tuple[Footprints | None
 
 
 def _pruned(run: RunDirectory, stage: StageId) -> frozenset[str]:
-    """Arrays of `stage` whose chunks were deleted."""
+    """Return the names of the arrays of `stage` whose chunks were deleted."""
     if stage != RECORD or not run.stages[RECORD].facts.get(PRUNED):
         return frozenset()
     try:
         return frozenset(f"{names.GRADIENTS}/{name}" for name in Gradients(run.path / names.GRADIENTS).pruned_arrays())
     except StoreError:
-        return frozenset()  # that is told as a fault; so is what was pruned then
+        return frozenset()  # another check tells the fault, and the pruned arrays with it
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """A complete stage, whose every file may be as it was written, and what it is about to be held against.
+    """A complete stage that is to be checked beyond its files, which may all be as written.
 
     Args:
         run: run of the stage.
         stage: the stage.
-        consequence: consequence of a fault.
-        listed: what the stage has written; None where the list is lost.
+        consequence: meaning of a fault.
+        listed: footprints of the stage. None where the list is lost.
     """
 
     run: RunDirectory
@@ -164,26 +165,26 @@ class _Checked:
 
     @property
     def entry(self) -> Stage:
-        """What the manifest says of the stage."""
+        """Entry of the stage in the manifest."""
         return self.run.stages[self.stage]
 
     @property
     def path(self) -> Path:
-        """Where the stage has written."""
+        """Path of the stage's area."""
         return self.run.path / self.stage.area
 
     @property
     def members(self) -> Listed | None:
-        """Which groups and arrays are the stage's own; None: all that are there."""
+        """Function that tells which groups and arrays are the stage's own. None: all that exist."""
         return None if self.listed is None else members_of(self.stage, self.listed)
 
     def fault(self, found: str, below: str = "") -> Fault:
-        """A fault of what the stage has written, or of something `below` it."""
+        """Return a fault of the stage's area, or of something `below` it."""
         return Fault(f"{self.stage.area}/{below}".rstrip("/"), found, self.consequence, stage=self.stage)
 
 
 def _no_check(checked: _Checked) -> Iterator[Fault]:
-    """A kind of stage of which the files tell all that can be told."""
+    """Return no fault, for a kind of stage whose files tell all that can be told."""
     return iter(())
 
 
@@ -196,7 +197,7 @@ def _check_recording(checked: _Checked) -> Iterator[Fault]:
 def _check_final(run: RunDirectory) -> Iterator[Fault]:
     expected = run.stages[RECORD].facts.get("final_sha256")
     if expected is None:
-        return  # a loop of the user's own keeps its own checkpoints
+        return  # a user's own loop keeps its own checkpoints
     where = f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}"
     file = run.path / where
     if not file.is_file() or sha256_of(file) != expected:
@@ -205,13 +206,16 @@ def _check_final(run: RunDirectory) -> Iterator[Fault]:
 
 
 def check_hypergradients(run: RunDirectory, task: Task) -> Iterator[Fault]:
-    """Every fault of the hypergradients that a run keeps."""
+    """Yield every fault of the hypergradients that a run keeps."""
     for method in run.complete(KEEP):
         yield from check_stage(run, KEEP.of(method), task)
 
 
 def _recording_of(run: RunDirectory) -> Gradients | None:
-    """The recording; None where it has a fault, which is told there: what was made of it may be whole."""
+    """Return the recording, or None if it has a fault.
+
+    The check of the recording tells the fault. Results of the recording may still be whole.
+    """
     try:
         gradients = Gradients(run.path / names.GRADIENTS)
     except StoreError:
@@ -260,8 +264,8 @@ def _check_rankings(checked: _Checked) -> Iterator[Fault]:
                 yield checked.fault("belongs to another run", name)
             elif n_rows != expected:
                 yield checked.fault(f"has {n_rows} rows, {expected} were written", name)
-            elif checked.listed is None:  # otherwise every byte is known to be as it was written
-                # not the whole table at once: few bytes can say many rows
+            elif checked.listed is None:  # else every byte is known to be as it was written
+                # In batches, not the whole table at once: few bytes can claim many rows.
                 for batch in table.iter_batches():
                     del batch
         except (OSError, pa.ArrowException) as error:
@@ -275,7 +279,7 @@ def _check_proposal(checked: _Checked) -> Iterator[Fault]:
         yield checked.fault(f"cannot be used ({shown(error)})", KEEP_FILE)
 
 
-# what can be wrong with a stage though every file of it is as it was written
+# Checks for faults of a stage whose files are all as they were written.
 _CHECKS: dict[StageKind, Callable[[_Checked], Iterator[Fault]]] = {
     RECORD.kind: _check_recording,
     KEEP: _check_kept_shapes,
@@ -287,7 +291,7 @@ _CHECKS: dict[StageKind, Callable[[_Checked], Iterator[Fault]]] = {
 
 
 def total_bytes(run: RunDirectory) -> int:
-    """Decoded bytes that `check_run` reads, as far as the metadata tells."""
+    """Return the decoded bytes that `check_run` reads, as far as the metadata tells."""
     total = 0
     try:
         if run.stages[RECORD].state == "complete":
@@ -301,5 +305,5 @@ def total_bytes(run: RunDirectory) -> int:
         for method in run.of_kind(REDUCE):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):
-        pass  # told as a fault, by name, in the check itself
+        pass  # the check itself tells the fault, by name
     return total

@@ -1,4 +1,4 @@
-"""`gradients.zarr`, for writing: a recording begins, or goes on, and its rows and steps stream in."""
+"""`gradients.zarr`, for writing: a recording begins or resumes, and its rows stream in."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,28 +17,31 @@ from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROW_COLUMNS
 from hydra_pipe.store.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
 
 STEP_SHARD_ROWS = 4096
-# of a file of the preconditioner
+# The most parameters in a file of the preconditioner.
 _PARAMETERS_IN_FILE = 2**22
-# of a store: some thirty files of metadata, and the block directory
+# Metadata of a store: some thirty files, and the block directory.
 _METADATA_BYTES = 2**20
 
 
 class GradientsWriter:
-    """Creates `gradients.zarr`, or goes on with it, and streams rows into it.
+    """Writer of a new or resumed `gradients.zarr`.
 
     Args:
-        path: of the store; what is there is replaced.
-        layout: the block directory.
-        dtype: of the rows: float16, int8 or float32.
-        n_groups: parameter groups of the optimiser.
-        run_id: kept in the attributes.
-        preconditioned: whether rows and test gradients are times the root of the optimiser's preconditioner.
-        rank, n_ranks: this process and how many record together. Rank 0 makes the store, and the others open it after that.
-        kept: go on after these; what is past them is removed. The rest must be as it was, see `Gradients.check_kept`.
-        allocate: makes the buffers of rows, of a shape and dtype; zeros.
+        path: path of the store. An existing store is replaced.
+        layout: block directory.
+        dtype: dtype of the rows: float16, int8 or float32.
+        n_groups: number of parameter groups of the optimiser.
+        run_id: id of the run, for the attributes.
+        preconditioned: True if rows and test gradients are times the root of the optimiser's
+            preconditioner.
+        rank, n_ranks: number of this process, and number of processes that record together.
+            Rank 0 makes the store. The others open it after that.
+        kept: rows, steps, test gradients and labels to resume after. Everything later is
+            removed. All other data must be as they were (`Gradients.check_kept`).
+        allocate: function that makes a buffer of zeros for rows, of a shape and dtype.
 
     Raises:
-        StoreError: there is no store of this run at `path` for a further rank to open.
+        StoreError: a further rank finds no store of this run at `path`.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class GradientsWriter:
         self._paths = list(dict.fromkeys((path / part_name, path)))
         self._is_first = rank == 0
         self._writer = BackgroundWriter()
-        # where the test gradients go that are being taken, and their place when all are there
+        # The place of the test gradients that are being taken, and their place once all exist.
         self._taking: tuple[Path, Path] | None = None
         geometry = store_geometry(layout.n_features, np.dtype(dtype).itemsize)
         self.rows = TableWriter(
@@ -86,7 +89,7 @@ class GradientsWriter:
         own = [Column(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
         shared = _shared_step_columns(n_groups, len(layout.blocks))
         tables = [(part, [*own, *shared])]
-        if n_ranks > 1:  # what all ranks have in common is written once
+        if n_ranks > 1:  # tables that all ranks share are written once
             tables = [(part, own), (self._root, shared)] if rank == 0 else [(part, own)]
         n_steps = kept.n_steps if kept else None
         self._steps = [
@@ -97,9 +100,15 @@ class GradientsWriter:
             _remove_past(path, kept)
 
     def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
-        """What `n_rows` more rows, of `n_steps` steps, and `n_tests` test gradients take at most.
+        """Return the most bytes that further rows, steps and test gradients can take.
 
-        That is if nothing of them can be compressed, with what chunks, their indices and metadata take beside it.
+        The number holds if nothing can be compressed. It includes the chunks' headers, their
+        indices and metadata.
+
+        Args:
+            n_rows: number of further rows.
+            n_steps: number of further steps.
+            n_tests: number of further test gradients.
         """
         beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
         row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside
@@ -111,24 +120,30 @@ class GradientsWriter:
         return values_bytes * 17 // 16 + _METADATA_BYTES
 
     def append_step(self, values: dict[str, Any]) -> None:
-        """Add a line to the step tables, of which this process keeps its own. `values` has one for each column."""
+        """Append a line to the step tables that this process keeps.
+
+        Args:
+            values: one value for each column, by name.
+        """
         for table in self._steps:
             table.append({name: values[name] for name in table.names})
 
     @property
     def n_steps_written(self) -> int:
-        """Steps whose lines are on disk."""
+        """Number of steps whose lines are on the disk."""
         return self._steps[-1].n_written
 
     def test_rows(self, step: int, state: Mapping[str, str] | None = None) -> TableWriter:
-        """Where the test gradients taken after `step` steps go: gradient, scale and loss of each test sample.
+        """Return a table for the test gradients that are taken after `step` steps.
+
+        The table has the gradient, the scale and the loss of each test sample.
 
         Args:
-            step: so many steps were taken.
-            state: digests of the model's parameters and buffers, by name; None: not known.
+            step: number of steps that were taken.
+            state: digests of the model's parameters and buffers, by name. None: unknown.
         """
         path = self._root.require_group(names.TEST).path / names.checkpoint_name(step)
-        # hidden: readers meanwhile, and a later try, are to find none or all of them
+        # Hidden: meanwhile readers, and later a new attempt, find either none of them or all.
         partial = path.with_name(f".{path.name}{PARTIAL}")
         remove(partial)
         group = Group.create(partial, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)}))
@@ -136,11 +151,13 @@ class GradientsWriter:
         return test_table(group, self.layout, self.dtype, self._writer)
 
     def write_preconditioner(self, step: int, roots: Sequence[NDArray[Any]]) -> None:
-        """Keep D^(1/2) of each block as it is after `step` steps, in place of an earlier one: later test gradients need it.
+        """Write D^(1/2) of each block after `step` steps, and replace an earlier one.
+
+        Later test gradients need it.
 
         Args:
-            step: so many steps were taken.
-            roots: of each block, flattened.
+            step: number of steps that were taken.
+            roots: D^(1/2) of each block, flattened.
         """
         path, values = self._root.path / names.PRECONDITIONER, np.concatenate(roots).astype(np.float32)
         in_file = min(len(values), _PARAMETERS_IN_FILE)
@@ -151,17 +168,26 @@ class GradientsWriter:
             array.write_file((number,), values[number * in_file : (number + 1) * in_file])
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
-        """Keep one label for each sample (`names.TRAIN_LABELS`) or test sample (`names.TEST_LABELS`)."""
+        """Write one label for each sample (`names.TRAIN_LABELS`) or test sample.
+
+        Args:
+            which: `names.TRAIN_LABELS` or `names.TEST_LABELS`.
+            labels: labels in the order of the samples.
+        """
         dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_LABEL_DIM
         put_labels(self._root.require_group(names.LABELS).path / which, labels, dimension)
 
     @property
     def stalls(self) -> Stalls:
-        """How often and how long the training has waited for the disk."""
+        """The training's waits for the disk."""
         return self._writer.stalls
 
     def sync(self) -> None:
-        """Put everything on the disk that was written so far, and return when it is safe there. Raises: StoreError: as `close`."""
+        """Put everything written so far on the disk, and return when it is safe there.
+
+        Raises:
+            StoreError: writing failed.
+        """
         for table in (self.rows, *self._steps):
             table.sync()
         self._writer.drain()
@@ -169,7 +195,7 @@ class GradientsWriter:
             root = self._paths[-1]
             for part in (
                 (names.TEST, names.LABELS, names.PRECONDITIONER) if self._is_first else ()
-            ):  # others might see files that come and go
+            ):  # other ranks might see files that come and go
                 sync_tree(root / part)
             for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
                 sync(group / METADATA)
@@ -180,7 +206,11 @@ class GradientsWriter:
             raise writing_failed(error) from error
 
     def close(self) -> None:
-        """Write what is still in the buffers, and return when all is safe on the disk. Raises: StoreError: writing failed."""
+        """Write what is left in the buffers, and return when all is safe on the disk.
+
+        Raises:
+            StoreError: writing failed.
+        """
         try:
             for table in (self.rows, *self._steps):
                 table.flush()
@@ -189,7 +219,7 @@ class GradientsWriter:
             self._writer.close()
 
     def flush_test(self, table: TableWriter) -> None:
-        """Write the end of a table of test gradients, and put it in the place of an earlier one of the same step."""
+        """Write the end of a table of test gradients, and replace one of the same step."""
         table.flush()
         self._writer.drain()
         assert self._taking is not None
@@ -199,7 +229,11 @@ class GradientsWriter:
         self._taking = None
 
     def drop_test(self) -> None:
-        """Remove a table of test gradients that was begun and not ended, if there is one. Raises: StoreError: see `close`."""
+        """Remove an unfinished table of test gradients, if there is one.
+
+        Raises:
+            StoreError: writing failed.
+        """
         if self._taking is not None:
             self._writer.drain()
             remove(self._taking[0])
@@ -207,12 +241,15 @@ class GradientsWriter:
 
 
 def test_dtype(dtype: str) -> str:
-    """Of test gradients, beside rows of `dtype`."""
+    """Return the dtype of test gradients beside rows of `dtype`."""
     return "float32" if dtype == "float32" else "float16"
 
 
 def test_table(group: Group, layout: Layout, dtype: str, writer: BackgroundWriter) -> TableWriter:
-    """A table of test gradients in `group`, beside rows of `dtype`: gradient, scale and loss of each test sample."""
+    """Return a table of test gradients in `group`, for a recording with rows of `dtype`.
+
+    The table has the gradient, the scale and the loss of each test sample.
+    """
     own = test_dtype(dtype)
     geometry = store_geometry(layout.n_features, np.dtype(own).itemsize)
     columns = [*_gradient_columns(layout, own, geometry), Column(names.LOSS, "float32")]
@@ -220,7 +257,10 @@ def test_table(group: Group, layout: Layout, dtype: str, writer: BackgroundWrite
 
 
 def put_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any], dimension: str) -> None:
-    """Write an array of labels; integers are kept as they are, strings as codes, with their names in the attributes."""
+    """Write an array of labels.
+
+    Integers stay as they are. Strings become codes, with the names in the attributes.
+    """
     values = np.asarray(labels)
     attributes = {}
     if values.dtype.kind not in "iu":
@@ -255,7 +295,11 @@ def _open_shared(path: Path, run_id: str) -> Group:
 
 
 def _remove_past(path: Path, kept: Kept) -> None:
-    """Remove test gradients and labels that are not kept, a preconditioner of such test gradients, and rows of another run."""
+    """Remove what is past `kept`.
+
+    Test gradients and labels that are not kept are removed, a preconditioner of such test
+    gradients, and rows of another run.
+    """
     for name in (names.RANK,) if len(kept.part_rows) == 1 else ROW_COLUMNS:
         remove(path / name)
     for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
@@ -276,7 +320,7 @@ def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Co
             (layout.n_features, names.FEATURE_DIM),
             geometry.chunk_rows,
             geometry.chunk_features,
-            shuffle=False,  # they have zeros to find and no order in their bytes (benchmarks/RESULTS.md)
+            shuffle=False,  # rows have zeros but no order in their bytes (benchmarks/RESULTS.md)
         ),
         Column(names.SCALE, "float32", (len(layout.blocks), names.BLOCK_DIM)),
     ]
