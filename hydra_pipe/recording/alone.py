@@ -1,4 +1,7 @@
-"""The steps of a process that trains alone: it checks and writes them when it likes, and tells an error at once."""
+"""Steps of a process that trains alone.
+
+The process checks and writes its steps at any time, and raises an error at once.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,47 +11,47 @@ from hydra_pipe.errors import HydraError, RecordError
 from hydra_pipe.recording.slab import Checked, Slab
 from hydra_pipe.store import names
 
-# loss of a step, and what else its line of the step tables holds
+# loss of a step, and the other values of its line in the step tables
 Pending = tuple[float, dict[str, Any]]
 
 
 class LoneSteps:
-    """What `JointSteps` does for several ranks, where there is nobody to agree with."""
+    """The counterpart of `JointSteps` for one process, which has nobody to agree with."""
 
-    #: whether steps are checked and written whenever this process likes
+    #: whether this process may check and write steps at any time
     flushes_at_will = True
-    #: what keeps the process from recording on until the ranks meet
+    #: error that stops the recording until the ranks meet; always None for one process
     held: HydraError | None = None
-    #: steps after which the ranks meet
+    #: number of steps after which the ranks meet; always None for one process
     interval: int | None = None
 
     def __init__(self) -> None:
         self.n_skipped = 0
 
     def go_on(self, n_recorded: int, interval: int | None) -> None:
-        """Go on after `n_recorded` steps of an earlier process, of which nothing has to be known."""
+        """Resume after `n_recorded` steps of an earlier process. One process needs no value."""
 
     def holding(self) -> AbstractContextManager[None]:
-        """A block that raises its errors at once."""
+        """Return a block that raises its errors at once."""
         return nullcontext()
 
     def guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """`hook` itself: it raises into the training's passes."""
+        """Return `hook` itself. An error in `hook` is raised inside the training's passes."""
         return hook
 
     def end_step(self, step: int, *, taken: bool, left_out: bool) -> bool:
-        """Note what became of step number `step`.
+        """Note the outcome of step number `step`.
 
         Args:
-            step: its number.
-            taken: whether the optimiser took it.
-            left_out: whether the loop, or a gradient scaler, left it out on purpose.
+            step: number of the step.
+            taken: True if the optimiser took the step.
+            left_out: True if the loop, or a gradient scaler, left the step out on purpose.
 
         Returns:
-            False: there is nobody to meet.
+            False: there are no other ranks to meet.
 
         Raises:
-            RecordError: it was forgotten.
+            RecordError: the loop neither took the step nor left it out on purpose.
         """
         self.n_skipped += left_out
         if not taken and not left_out:
@@ -59,11 +62,12 @@ class LoneSteps:
         """Check the steps that wait.
 
         Args:
-            slab: with their rows.
-            pending: loss of each step, and what else its line of the step tables holds.
+            slab: rows of the waiting steps; None if there are none.
+            pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:
-            The steps to write; `pending`; and the error to raise once they are written, or None.
+            The steps to write; `pending`; and the error to raise after the steps are written,
+            or None.
         """
         if slab is None or not pending:
             return None, pending, None
@@ -72,7 +76,7 @@ class LoneSteps:
 
 
 def without_step(step: int) -> RecordError:
-    """What is said of a step that the optimiser did not take."""
+    """Return the error for a step that ended without `optimizer.step()`."""
     return RecordError(
         f"step {step} ended without optimizer.step(): put it inside the with block of recorder.step(), or call zero_grad() there "
         f"where the loop leaves the step out"

@@ -1,13 +1,16 @@
-"""Whose a gradient is, known from outside of the books.
+"""Probes that find the sample of each gradient, independently of the books.
 
-The books see sums: rows of the wrong sample balance as well. So gradients of one sample's output alone, a *probe*,
-are sent back through the graph of the training's own pass. Wherever they arrive belongs to that sample: the first
-probe finds where each module and each node keeps its samples, the next one, of another sample, holds the rows that
-the recorder would make against torch's own gradients. Probes go through the first pass of each mode, and through one
-now and then. They draw no random number, touch no `.grad` and change nothing.
+The books compare sums, so the books also balance if rows belong to the wrong samples. A *probe* is
+a gradient at the output of one sample alone. The probe is sent back through the graph of the
+training's own pass. Every place that the probe reaches belongs to that sample. The first probe
+finds where each module and each node keeps its samples. The next probe is of another sample and
+compares the rows that the recorder would make with torch's own gradients. Probes go through the
+first pass of each mode, and later through a pass now and then. Probes draw no random number, touch
+no `.grad` and change nothing.
 
-A parameter whose rows are wrong by its layer rule is left to the graph (`hydra_pipe.recording.routes`), and one that
-the graph cannot split to one backward pass a sample. A module that mixes the samples of a batch is refused by name.
+If a layer rule makes wrong rows of a parameter, the parameter is left to the graph
+(`hydra_pipe.recording.routes`). If the graph cannot split the parameter either, one backward pass a
+sample splits it. A module that mixes the samples of a batch is refused by name.
 """
 
 import logging
@@ -36,37 +39,38 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("hydra_pipe")
 
-# Passes of a mode after which one is probed again: this one, and each that has twice the number.
+# Number of the pass of a mode that is probed again, as is each later pass of twice the number.
 _FIRST_AGAIN = 64
-# Of batches so small that samples in a random order are in their own by chance: so many of the first passes.
+# In a batch of at most _SMALL samples a random order may be the original one by chance. So the
+# first _AT_FIRST passes of such batches are probed.
 _SMALL, _AT_FIRST = 4, 8
-# Samples that are asked where the graph keeps them, if branches were dropped for the first.
+# Samples to probe for their places in the graph, if branches were dropped for the first sample.
 _MOST_ASKED = 4
 
 
 class Attribution:
-    """Knows where samples are in each pass, and sees to what layer rules leave out.
+    """Places of the samples in each pass, and a split of the parameters that layer rules leave out.
 
     Args:
-        capture: that watches the modules.
-        model: that is trained.
+        capture: the watcher of the modules.
+        model: the trained model.
         parameters: block of each recorded parameter, in the order of the blocks.
-        names: of the parameters.
-        probes: whether probes may be sent.
+        names: names of the parameters.
+        probes: True if probes may be sent.
     """
 
     def __init__(
         self, capture: "Capture", model: nn.Module, parameters: Mapping[nn.Parameter, int], names: Sequence[str], *, probes: bool
     ) -> None:
         self.parameters, self.trained = dict(parameters), list(parameters)
-        #: the present probe; None: the pass is the training's
+        #: the present probe; None if the pass is the training's own
         self.probe: Probe | None = None
         #: blocks that no layer rule splits
         self.by_graph: set[int] = set(parameters.values())
         self._capture, self._model, self._names, self._probes = capture, model, names, probes
         self._watched: list[Watched] = []
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        # passes of each mode: training or not, of one sample or of more
+        # number of passes of each mode: (model is in training mode, pass has one sample)
         self._n_passes: dict[tuple[bool, bool], int] = {}
         self._told: set[int] = set()
         self._is_routed = False
@@ -81,12 +85,12 @@ class Attribution:
         self.by_graph |= set(blocks)
 
     def any_trained(self) -> nn.Parameter | None:
-        """One parameter that the backward pass should reach."""
+        """Return one parameter that the backward pass should reach; None if all are frozen."""
         return next((p for p in self.trained if p.requires_grad), None)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Let the block take other passes."""
+        """Set the present probe aside while the block runs other passes."""
         kept, self.probe = self.probe, None
         try:
             yield
@@ -94,14 +98,14 @@ class Attribution:
             self.probe = kept
 
     def end(self, outputs: Sequence[Tensor], of_pass: Pass) -> tuple[bool, list[Origin]]:
-        """A pass has ended: probe it if it is time, and see to the parameters that are left to the graph.
+        """Probe an ended pass, if a probe is due, and watch the parameters left to the graph.
 
         Args:
-            outputs: tensors that it has returned, with a history.
+            outputs: tensors with a history that the pass has returned.
             of_pass: the pass.
 
         Returns:
-            Whether it was time for a probe, and the outputs that keep the samples apart.
+            True if a probe was due, and the outputs that keep the samples apart.
 
         Raises:
             LayerError: the model mixes the samples of a batch, or one of its parameters cannot be split by sample.
@@ -112,7 +116,7 @@ class Attribution:
         if not is_due and not self.by_graph:
             return False, origins
         graph = PassGraph(Walk(outputs, self.parameters), origins, of_pass)
-        # where samples take other ways at each step, what one pass has shown says nothing of the next
+        # if samples take other routes at each step, one pass tells nothing about the next pass
         self._is_routed = self._is_routed or (is_due > 0 and graph.walk.routes_samples(of_pass.count))
         can_probe = self._probes and bool(origins) and not (graph.walk.is_checkpointed and self._accumulates_elsewhere())
         if is_due and can_probe:
@@ -125,7 +129,7 @@ class Attribution:
         return is_due > 0, origins
 
     def _is_due(self, of_pass: Pass) -> int:
-        """Number of the pass among those of its mode, if it is to be probed; else 0."""
+        """Count the pass. Return its number in its mode if a probe is due, else 0."""
         mode = self._model.training, of_pass.count == 1
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
         if any(w.is_known and w.is_single != (total == of_pass.count) for w, total in of_pass.seen.items()):
@@ -134,7 +138,7 @@ class Attribution:
         return number if number == 1 or again else 0
 
     def _attribute(self, graph: PassGraph, *, is_first: bool) -> None:
-        """Find where each module keeps its samples, and hold the rows against torch's gradients."""
+        """Find where each module keeps its samples, and compare the rows with torch's gradients."""
         batch = graph.batch
         sample = (batch // 2 + sum(self._n_passes.values())) % batch
         for attempt in range(3):
@@ -161,7 +165,11 @@ class Attribution:
         return graph.walk.signature, graph.batch == 1, frozenset(self.by_graph)
 
     def _plan(self, graph: PassGraph, *, can_probe: bool) -> Plan:
-        """How the parameters that are left to the graph are split. Raises: LayerError: one cannot be."""
+        """Return how to split the parameters that are left to the graph.
+
+        Raises:
+            LayerError: a parameter cannot be split by sample.
+        """
         key, wanted, walk = self._key(graph), frozenset(self.by_graph), graph.walk
         if key not in self._plans:
             if graph.batch == 1:
@@ -180,11 +188,15 @@ class Attribution:
         return plan
 
     def _accumulates_elsewhere(self) -> bool:
-        """Tell whether something else than `.grad` hears of gradients, such as a reducer of several ranks."""
+        """Tell whether something besides `.grad` gets gradients, such as the ranks' reducer."""
         return self._capture.has_ranks or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._model.parameters())
 
     def _asked_plan(self, graph: PassGraph, wanted: frozenset[int]) -> Plan:
-        """Find where the nodes of the graph keep their samples, and plan by it. Raises: LayerError: one mixes them."""
+        """Find where the nodes of the graph keep their samples, and make the plan from that.
+
+        Raises:
+            LayerError: the model mixes the samples of the batch.
+        """
         batch = graph.batch
         nodes = OrderProbe(graph.walk, batch, frozenset(self.parameters.values()))
         try:
@@ -223,19 +235,19 @@ class Attribution:
             raise _mixes(watched.name)
 
     def _rows(self, graph: PassGraph, plan: Plan, probe: Probe) -> tuple[Rows, list[Tensor | None]]:
-        """The rows that the recorder would make of a probe, by block, and torch's gradients."""
+        """Return the rows, by block, that the recorder makes of a probe, and torch's gradients."""
         handles = self._watch_routes(graph, plan)
         try:
             totals = self._send(graph, probe)
         finally:
             for handle in handles:
                 handle.remove()
-        for block in probe.failed:  # no row at all is told from torch's gradient
+        for block in probe.failed:  # a block without rows is seen to differ from torch's gradient
             probe.rows.pop(block, None)
         return probe.rows, totals
 
     def _send(self, graph: PassGraph, probe: Probe) -> list[Tensor | None]:
-        """Send a probe. Returns: torch's gradients of the recorded parameters."""
+        """Send a probe. Return torch's gradients of the recorded parameters."""
         self.probe = probe
         try:
             with self._capture.sending_to(probe.take):
@@ -244,7 +256,7 @@ class Attribution:
             self.probe = None
 
     def _watch_routes(self, graph: PassGraph, plan: Plan) -> list[Any]:
-        """Watch the nodes of a plan in the backward pass that is to come. Returns: handles of the hooks."""
+        """Watch the nodes of a plan in the next backward pass. Return the handles of the hooks."""
         handles = []
         for route in plan.routes:
             call = RouteCall(route, self.trained, graph.batch)
@@ -258,7 +270,10 @@ class Attribution:
             self._capture.on_route(partial(call.rows, node, gradients), call.blocks, of_pass, given)
 
     def _take_slowly(self, graph: PassGraph, blocks: Sequence[int]) -> None:
-        """Let one backward pass a sample split what nothing else can, in the backward pass that is to come."""
+        """Split `blocks` by one backward pass a sample, during the next backward pass.
+
+        The blocks are those that neither a layer rule nor the graph can split.
+        """
         new = [block for block in blocks if block not in self._told]
         if new:
             self._told |= set(new)

@@ -1,8 +1,8 @@
-"""Hooks that see each module's input and the gradient at its output. They change nothing and leave no trace when they are gone.
+"""Hooks that see each module's input and the gradient at its output.
 
-What a module hands on is what it made: no hook returns another output. Where a gradient belongs to a sample is found
-from the place of the gradient, and the place is held against probes (`hydra_pipe.recording.attribution`): gradients
-of one sample's output alone.
+The hooks change nothing, and removed hooks leave no trace. No hook replaces a module's output. The
+place of a gradient tells its sample. Probes (`hydra_pipe.recording.attribution`), gradients of one
+sample's output alone, check the places.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_g
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
 from hydra_pipe.recording.portions import Portion
 
-# (contributions of one call by index of the parameter's block, place of their first sample in the step, whether the
-# loop has asked for these gradients itself, by torch.autograd.grad, and nothing adds them to `.grad`) -> whether they
-# count
+# Arguments: the contributions of one call, by index of the parameter's block; the place of their
+# first sample in the step; True if the loop asked for these gradients by torch.autograd.grad, which
+# adds nothing to `.grad`. Result: True if the contributions count.
 Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
 
 _NOTHING = nullcontext()
@@ -36,13 +36,14 @@ _NOTHING = nullcontext()
 
 @dataclass(slots=True)
 class SeenOutput:
-    """One backward pass as it was at the model's output.
+    """Output of the model in one backward pass, and the gradient there.
 
     Args:
-        output: detached.
-        version: of `output` when the model returned it: the loop may change it later.
-        gradient: that arrived at it.
-        first: place of its first sample in the step.
+        output: output of the model, detached.
+        version: version counter of `output` when the model returned it. The loop may change
+            `output` later.
+        gradient: gradient that arrived at `output`.
+        first: place in the step of the first sample of `output`.
     """
 
     output: Tensor
@@ -53,13 +54,13 @@ class SeenOutput:
 
 @dataclass(slots=True, eq=False)
 class _OutputWatch:
-    """Whether an output is the one that the loss is taken of, and not a part's whose whole returned another."""
+    """Mark of an output: False if it is a part's output and the whole model returned its own."""
 
     is_used: bool = True
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
-    """The hook of a copied or unpickled module."""
+    """Do nothing: the hook of a copied or unpickled module."""
 
 
 def _nothing() -> Callable[..., None]:
@@ -67,7 +68,7 @@ def _nothing() -> Callable[..., None]:
 
 
 class _Hook:
-    """A hook that stays with its module: copies and pickles of the module have one that does nothing."""
+    """A hook that stays with its module. Copies and pickles of the module get an idle hook."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -85,13 +86,14 @@ def _raising(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Watching:
-    """How the passes of a model are watched.
+    """Settings for watching the passes of a model.
 
     Args:
-        guard: what each hook that may raise is made into; as it is, it raises into the training's passes.
-        has_ranks: whether several processes train the model together.
-        probes: whether probes may be sent through the model.
-        allows_mixing: whether the loss may mix samples.
+        guard: wrapper of each hook that may raise. By default the hook is not wrapped, and its
+            errors are raised inside the training's passes.
+        has_ranks: True if several processes train the model together.
+        probes: True if probes may be sent through the model.
+        allows_mixing: True if the loss may mix samples.
     """
 
     guard: Callable[[Callable[..., Any]], Callable[..., Any]] = _raising
@@ -102,22 +104,28 @@ class Watching:
 
 @dataclass(slots=True)
 class _Depth:
-    """How many watched modules the present call is inside of, and which were called from outside of all others."""
+    """Nesting of calls of watched modules.
+
+    Args:
+        value: number of watched modules that the present call is inside of.
+        outermost: modules that were called from outside of all other watched modules.
+    """
 
     value: int = 0
     outermost: set[nn.Module] = field(default_factory=set)
 
 
 class Capture:
-    """Watches the modules of `model` that own one of `parameters`.
+    """Watcher of the modules of `model` that own one of `parameters`.
 
-    Forward hooks on those modules, and a tensor hook on each output during a watched pass: the real backward pass calls it.
+    Each such module gets a forward hook. During a watched pass, each output of such a module gets a
+    tensor hook, which the training's own backward pass calls.
 
     Args:
-        model: stays as it is.
-        parameters: index of the block of each recorded parameter, by parameter, in the order of the blocks.
-        names: of the parameters.
-        how: its passes are watched.
+        model: the model, which is not changed.
+        parameters: index of the block of each recorded parameter, in the order of the blocks.
+        names: names of the parameters.
+        how: settings for watching the passes.
     """
 
     def __init__(
@@ -137,7 +145,7 @@ class Capture:
         self.half_precision = False
         self.outputs: list[SeenOutput] = []
         self._pass = Pass(0, 0)
-        # calls whose inputs are kept, and the backward passes at whose ends they are released
+        # calls whose inputs are kept, and the backward passes whose ends release the inputs
         self._calls: list[Call] = []
         self._releasing: set[int] = set()
         self._passes_open = 0
@@ -157,12 +165,15 @@ class Capture:
                 self._handles.append(module.register_forward_hook(_Hook(self._guarded(hook)), prepend=True, with_kwargs=True))
         self._inner: _OutputWatch | None = None
         for part in (model, *model.children()):
-            # a trainer's module may call the network that it holds, and leave out its own forward
+            # a trainer's module may call its network directly, without its own forward
             if part is model or parameters.keys() <= set(part.parameters()):
                 self._handles.append(part.register_forward_hook(_Hook(partial(self._watch_output, part is model))))
 
     def watch(self, portion: Portion, sink: Sink) -> None:
-        """From now on send the contributions of passes over `portion` to `sink`. One whose place is 0 begins a step."""
+        """Send the contributions of passes over `portion` to `sink` from now on.
+
+        A micro-batch whose first place is 0 begins a step.
+        """
         self._portion, self._sink = portion, sink
         self._depth.value = 0
         if portion.first == 0:
@@ -171,11 +182,11 @@ class Capture:
         self._pass = Pass(*portion.of_pass)
 
     def rest(self) -> None:
-        """Take no notice of what the model does until the next `watch`."""
+        """Ignore the model's passes until the next `watch`."""
         self._sink = None
 
     def release(self) -> None:
-        """Let go of the inputs of the passes so far."""
+        """Release the inputs of all passes so far."""
         for call in self._calls:
             call.release()
         self._calls = []
@@ -184,7 +195,7 @@ class Capture:
 
     @contextmanager
     def sending_to(self, sink: Sink | None) -> Iterator[None]:
-        """Send contributions to `sink` instead, or nowhere, while the block runs."""
+        """Send contributions to `sink` while the block runs; None: to nothing."""
         usual, self._sink = self._sink, sink
         try:
             yield
@@ -193,7 +204,7 @@ class Capture:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Let the block watch other passes, then go on with the present ones."""
+        """Watch other passes while the block runs, then return to the present ones."""
         kept = self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open
         self._calls, self._passes_open = [], 0
         coupling, self.coupling = self.coupling, LossCoupling(partial(self.sending_to, None), allows_mixing=True)
@@ -215,11 +226,18 @@ class Capture:
                 handle.remove()
 
     def check_passes(self, when: str) -> None:
-        """Refuse several passes over the same places of the step, if they may be of other samples. Raises: LayerError."""
+        """Refuse several passes over the same places of the step, if their samples may differ.
+
+        Raises:
+            LayerError: two passes may be of different samples.
+        """
         self.coupling.check_repeats(partial(same_targets, self.outputs), when)
 
     def _hook_containers(self, model: nn.Module, parameters: Mapping[nn.Parameter, int]) -> None:
-        """Hooks that tell where a pass begins and ends: with the call of a module that no other watched module has called."""
+        """Hook the modules that tell where a pass begins and ends.
+
+        A pass is the call of a module that no other watched module has called.
+        """
         for module in model.modules():
             holds = any(p in parameters for p in module.parameters())
             if module is model or (holds and next(module.children(), None) is not None):
@@ -261,7 +279,7 @@ class Capture:
             and any(len(x) == batch for x in leaves if x.dim())
             and any(batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None)
         ):
-            # what seemed to be a part of the batch is all of it, with another dimension first
+            # the pass holds the whole batch after all: another dimension comes first in its inputs
             self._portion.correct_pass(batch)
             of_pass.count = batch
         if leaves:
@@ -274,7 +292,10 @@ class Capture:
         return self._attribution.parameters.keys() <= set(module.parameters())
 
     def _forget_containers(self) -> None:
-        """The first step is over: go on watching only those modules that were called from outside."""
+        """Unhook all containers that no code outside of the model has called.
+
+        The modules that are called from outside are known after the first step.
+        """
         outermost = self._depth.outermost
         if not outermost:
             return
@@ -283,7 +304,7 @@ class Capture:
                 handle.remove()
 
     def _watching(self) -> bool:
-        """Whether the call that is being made is one of a pass to record."""
+        """Tell whether the present call is of a pass to record. Mark its micro-batch as met."""
         if self._sink is None:
             return False
         self._portion.met = True
@@ -293,10 +314,18 @@ class Capture:
         return True
 
     def _watch_output(self, is_whole: bool, model: nn.Module, args: Any, output: Any) -> None:
-        """The model has returned `output`, or, if not `is_whole`, the one part of it that holds everything that is trained."""
+        """Note the output of the model, to keep it with the gradient that arrives there.
+
+        Args:
+            is_whole: True if `model` is the whole model; False if `model` is a part that holds all
+                trained parameters.
+            model: the module that was called.
+            args: positional arguments of the call.
+            output: returned value of the call.
+        """
         sink, (first, _) = self._sink, self._portion.of_pass
         predicted = predicted_in(output)
-        # a scalar is of no sample: the loss, where a trainer calls the model for its training step
+        # a scalar belongs to no sample: it is the loss, if the model's forward is a training step
         if sink is None or predicted is None or not predicted.requires_grad or predicted.dim() == 0:
             return
         watch = _OutputWatch()
@@ -325,10 +354,10 @@ class Capture:
         inputs = tuple([_detached(x) for x in args]), {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs
         call = Call(watched, parameter, inputs, self._pass, is_recomputed, tuple(output.shape))
         self._calls.append(call)
-        # under autocast outputs are in half precision, and parameters and their gradients are not
         hook = self._guarded(partial(self._backward, call))
-        # Linear with a bias returns a view. When ReLU(inplace=True) changes the view, autograd gives it a new history, which leaves
-        # out hooks that were set before. What it is a view of keeps its own history, hooks included.
+        # Linear with a bias returns a view. When ReLU(inplace=True) changes the view, autograd
+        # gives the view a new history without the hooks that were set before. The base of the view
+        # keeps its own history, hooks included.
         base = output._base if output._is_view() else None
         is_own = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
         if is_own and base is not None and not _shares_memory(base, (*args, *kwargs.values(), *module.parameters())):
@@ -337,8 +366,11 @@ class Capture:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _destination(self, parameter: nn.Parameter | None) -> bool | None:
-        """Tell whether the backward pass that runs adds to `.grad`; None: the loop has asked for gradients by "
-        "torch.autograd.grad."""
+        """Tell whether the running backward pass adds to `.grad` of `parameter`.
+
+        Returns:
+            None if the loop asked for gradients by `torch.autograd.grad`.
+        """
         parameter = parameter if parameter is not None else self._attribution.any_trained()
         if parameter is None:
             return True
@@ -365,18 +397,19 @@ class Capture:
             self._release_at_end(call)
         wanted = call.watched.wanted(attribution.by_graph)
         if not wanted:
-            return  # since the forward pass the module was left to the graph
+            return  # the module was left to the graph after its forward pass
         if call.is_recomputed and self._passes_open > 1:
             raise LayerError(
                 f"{call.watched.name} is recomputed by reentrant checkpointing after {self._passes_open} passes, and which "
                 f"of them it is "
                 f"of cannot be known: call backward() after each pass, or checkpoint with use_reentrant=False"
             )
-        # A rule may run the module, or parts of it, again: those passes are not the training's.
+        # A rule may run the module, or parts of it, again. Such a pass is not the training's.
         self._sink = None
         try:
-            # gradients are on here only where the loop wants to differentiate this backward pass again
+            # gradients are on here only if the loop will differentiate this backward pass again
             with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+                # under autocast outputs are in half precision; parameters are not
                 if gradient.dtype != call.dtype:
                     self.half_precision = True
                 if call.inputs is not None:
@@ -386,7 +419,8 @@ class Capture:
         except LayerError:
             if attribution.probe is None:
                 raise
-            attribution.probe.failed |= {call.watched.owned[name] for name in wanted}  # what the graph may do better
+            # the graph may be able to split these parameters
+            attribution.probe.failed |= {call.watched.owned[name] for name in wanted}
             found = []
         finally:
             self._sink = sink
@@ -397,13 +431,15 @@ class Capture:
     def on_route(
         self, rows: Callable[[], list[tuple[int, Contribution]]], blocks: Iterable[int], of_pass: Pass, gradient: Tensor
     ) -> None:
-        """A node that uses parameters outside of a rule is about to run.
+        """Collect the contributions at a node that uses parameters without a layer rule.
+
+        The node is about to run.
 
         Args:
-            rows: makes the contributions of the pass's samples.
-            blocks: that they are of.
+            rows: function that makes the contributions of the pass's samples.
+            blocks: blocks that get contributions.
             of_pass: the pass.
-            gradient: at the node.
+            gradient: gradient at the node.
         """
         sink = self._sink
         if sink is None:
@@ -429,10 +465,10 @@ class Capture:
                 of_pass.has_gradient = True
 
     def _release_at_end(self, call: Call) -> None:
-        """Let go of all inputs when the backward pass that runs is over: autograd lets go of its own then."""
+        """Release all inputs when the backward pass ends, as autograd releases its own then."""
         task = torch._C._current_graph_task_id()
         call.task = task
-        if task not in self._releasing:  # a recomputed part has a backward pass of its own within another
+        if task not in self._releasing:  # a recomputed part has its own pass within another
             self._releasing.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._after_backward, task))
 
@@ -449,7 +485,10 @@ class Capture:
 
 @contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
-    """A block outside of autocast: rows that are made in half precision would be wrong, and their norms infinite."""
+    """Turn autocast off while the block runs.
+
+    Rows made in half precision would be wrong, and their norms infinite.
+    """
     kind = like.device.type
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
@@ -459,10 +498,13 @@ def full_precision(like: Tensor) -> Iterator[None]:
 
 
 def _samples_in(tensors: Sequence[Tensor], batch: int) -> int | None:
-    """How many samples the model is called with: `batch` where one of its inputs may hold as many."""
+    """Return the number of samples in a call of the model; None if the call has no tensors.
+
+    The number is `batch` if one of the inputs may hold `batch` samples.
+    """
     if not tensors:
         return None
-    # where it is longer than the batch, the first dimension is another, such as time
+    # a first dimension longer than the batch is another dimension, such as time
     is_whole = any(len(x) == batch for x in tensors) or (len(tensors[0]) > batch and any(batch in x.shape for x in tensors))
     return batch if is_whole else len(tensors[0])
 

@@ -12,16 +12,17 @@ from torch.utils.data._utils.collate import default_collate, default_convert
 
 from hydra_pipe.errors import RecordError
 
-# Values of a sample that are compared, and batches that are looked at before others follow at ever larger distances.
+# Values of a long sample that are compared.
 _MOST_VALUES = 64
+# First batches that are all compared; later ones are compared at ever larger distances.
 _AT_FIRST = 4
 
 
 class CheckedCollate:
-    """`collate` again, whose batches are held against the samples that they are made of.
+    """A collate function that compares the batches of `collate` with their samples.
 
     Args:
-        collate: of the loader.
+        collate: collate function of the loader.
     """
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
@@ -29,7 +30,11 @@ class CheckedCollate:
         self._n_batches = 0
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        """A batch. Raises: RecordError: it holds its samples in another order."""
+        """Return the batch of `samples`.
+
+        Raises:
+            RecordError: the batch holds its samples in another order.
+        """
         batch = self.collate(samples)
         self._n_batches += 1
         if is_looked_at(self._n_batches):
@@ -38,24 +43,27 @@ class CheckedCollate:
 
 
 def is_looked_at(number: int) -> bool:
-    """Tell whether batch `number`, counted from 1, is held against its samples: the first ones, then at ever larger distances."""
+    """Tell whether batch `number`, counted from 1, is compared with its samples.
+
+    The first batches are, and later ones at ever larger distances.
+    """
     return number <= _AT_FIRST or number & (number - 1) == 0
 
 
 def checked_collate(collate: Any) -> Any:
-    """`collate` with a check of the order; as it is where it is known to keep the order."""
+    """Return `collate` with a check of the order; unchanged if it is known to keep the order."""
     return collate if collate in (default_collate, default_convert) else CheckedCollate(collate)
 
 
 def check_order(samples: Sequence[Any], batch: Any) -> None:
     """Refuse a batch whose rows are its samples in another order.
 
-    A row is a sample's if the two have the same values, or if the row begins or ends with the sample's, as where
-    shorter ones are padded. Where rows are like no sample (a collate function that draws or changes), nothing is
-    known and nothing is said.
+    A row belongs to a sample if the two have the same values, or if the row begins or ends with the
+    sample's values, as rows of padded samples do. If rows match no sample (a collate function that
+    draws or changes values), nothing is known and nothing is raised.
 
     Raises:
-        RecordError: names the order.
+        RecordError: the rows are in another order. The message names the sample of row 0.
     """
     n = len(samples)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
@@ -79,20 +87,21 @@ def check_order(samples: Sequence[Any], batch: Any) -> None:
 
 
 def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> None:
-    """Refuse what a model is given where it is the loader's batch, permuted or mixed with itself.
+    """Refuse an input of the model that is the loader's batch, permuted or mixed with itself.
 
     Args:
-        given: to the model, shape (B, ...).
-        batch: as the loader has handed it over, of the same shape.
-        ids: of the batch, for the message.
+        given: input of the model, shape (B, ...).
+        batch: batch of the loader, of the same shape.
+        ids: ids of the samples in the batch, shape (B,), for the message.
 
     Raises:
-        RecordError: samples were permuted, or mixed as mixup and cutmix do, without a word to the recorder.
+        RecordError: samples were permuted, or mixed as mixup and cutmix do, and the recorder was
+            not told.
     """
     n = len(batch)
     if n < 2 or given.data_ptr() == batch.data_ptr() or torch.equal(given, batch.to(given)):
         return
-    # one channel, since those of pictures are normalised each by itself
+    # one channel only: each channel of a picture is normalised by itself
     ours, theirs = (x.detach().reshape(n, x.shape[1] if x.dim() > 2 else 1, -1)[:, 0].double().cpu() for x in (given, batch))
     if ours.shape[1] < 2 * (n + 1):
         return
@@ -111,7 +120,7 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
 
 
 def _check_cut(ours: Tensor, theirs: Tensor, ids: NDArray[np.int64]) -> None:
-    """Refuse pictures of which a part is cut from another of the batch."""
+    """Refuse pictures with a part that was cut from another picture of the batch."""
     n = len(ours)
     weights = torch.zeros(n, n, dtype=ours.dtype)
     for i in range(n):
@@ -141,7 +150,7 @@ def _refuse_arrangement(weights: Tensor, ids: NDArray[np.int64]) -> None:
 
 
 def _order(samples: Sequence[NDArray[Any] | None], rows: Sequence[NDArray[Any] | None]) -> list[int] | None:
-    """The sample of each row, where each row is like one sample alone; None: that is not so."""
+    """Return the sample of each row; None if some row is like no sample, or like several."""
     found = []
     for row in rows:
         like = [k for k, sample in enumerate(samples) if row is not None and sample is not None and _is_like(row, sample)]
@@ -159,7 +168,7 @@ def _is_like(row: NDArray[Any], sample: NDArray[Any]) -> bool:
 
 
 def _values(value: Any) -> NDArray[Any] | None:
-    """Some values of a sample's part, flattened; None: it is no number, or of numbers."""
+    """Return some values of a part of a sample, flattened; None if the part holds no numbers."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
@@ -167,6 +176,6 @@ def _values(value: Any) -> NDArray[Any] | None:
         found = np.asarray(value)
         if found.dtype.kind in "biuf":
             flat = found.reshape(-1)
-            # short ones as they are, since they may be padded; of long ones values at a distance
+            # all values of a short part, which may be padded; every so many-th value of a long one
             return flat if len(flat) <= 16 * _MOST_VALUES else flat[:: len(flat) // _MOST_VALUES]
     return None
