@@ -1,4 +1,7 @@
-"""From the passes of one step to its rows: what the hooks see, kept until the optimiser acts, then checked and encoded."""
+"""Rows of one step from its passes.
+
+The hooks' contributions are kept until the optimiser acts. Then they are checked and encoded.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +28,9 @@ from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.portions import Mixture, Portion, check_covered
 from hydra_pipe.recording.slab import Slab
 
-# (number of a block, its gradient that the optimiser is about to use, lines of it) -> root of its preconditioner
-# then; without a gradient as it stands now; without lines of the whole block
+# Arguments: number of a block; the gradient that the optimiser is about to use, or None; sorted
+# lines of the block, or None. Result: root of the preconditioner for the update with this gradient.
+# Without a gradient, the root as it stands now. Without lines, the root of the whole block.
 Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
 # Contributions of one parameter that are reduced together.
@@ -34,15 +38,17 @@ _MOST_HELD = 64
 
 
 class Collector:
-    """Collects the contributions of a step's passes and makes rows of them.
+    """Collector of the contributions of a step's passes, which makes rows of them.
 
     Args:
-        model: that is watched.
-        root: of the preconditioner that rows are times; None: there is none.
+        model: the watched model.
+        root: function that gives the root of the preconditioner, which multiplies the rows; None if
+            rows are not preconditioned.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
-        choice, dim, seed, dtype: how the layout is chosen, after the first step has shown what there is.
-        optimizer: that is about to use the gradients, for messages.
-        watching: how the model is watched.
+        choice, dim, seed, dtype: settings for the choice of the layout. The layout is chosen from
+            the contributions of the first step.
+        optimizer: the optimiser that will use the gradients, for messages.
+        watching: settings for watching the model.
     """
 
     def __init__(
@@ -63,26 +69,36 @@ class Collector:
         self._model, self._root, self._optimizer = model, root, optimizer
         self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
         self._choice, self._dim, self._seed = choice, dim, seed
-        #: of the stored rows; None as long as it is not chosen
+        #: dtype of the stored rows; None until it is chosen
         self.dtype = dtype
         self._waiting: dict[int, list[Given]] = {}
         self._reduced: dict[int, list[Reduced]] = {}
-        # contributions of the present backward pass that wait for others of their key; a key is there from its first on
+        # contributions of the present backward pass that wait for others of the same key; the first
+        # contribution of a key enters the key
         self._held: dict[tuple[int, ...], list[Given]] = {}
         self._portions: list[Portion] = []
-        # of the backward pass that the last contribution came from, and how many dropped steps were seen
+        # id of the backward pass of the last contribution, and number of dropped steps
         self._backward = -1
         self.n_dropped = 0
-        # whether all that was collected are gradients that the loop has asked for itself, which need not be those of the step
+        # whether all contributions so far are of gradients that the loop has asked for itself;
+        # these need not be the gradients of the step
         self._only_asked = True
         self._block_names = [name for name, _ in trained.values()]
         self._watching = watching
         self.attach()
 
     def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
-        """Collect the passes over one more portion of the present step, after the earlier ones."""
+        """Collect the passes over one more micro-batch of the present step.
+
+        Args:
+            samples: ids of the samples, shape (batch,), int64.
+            tracked: True if a tracked loader handed the micro-batch over.
+
+        Returns:
+            The new micro-batch. Its places follow those of the earlier micro-batches.
+        """
         if self._portions and not self._portions[-1].live:
-            self._portions.pop()  # nothing can come of it any more
+            self._portions.pop()  # the model was not called with it, so no gradient can follow
         first = self._portions[-1].stop if self._portions else 0
         portion = Portion(samples, first, tracked)
         self._portions.append(portion)
@@ -91,23 +107,23 @@ class Collector:
 
     @property
     def portions(self) -> Sequence[Portion]:
-        """Those that take part in the present step: all that a gradient came from, or else the last."""
+        """Micro-batches that count in the present step: all with a gradient, or else the last."""
         return [p for p in self._portions if p.seen] or self._portions[-1:]
 
     @property
     def portion(self) -> Portion | None:
-        """The batch that was named last in the present step; None: there is none."""
+        """The last named micro-batch of the present step; None if there is none."""
         return self._portions[-1] if self._portions else None
 
     def forget(self) -> None:
-        """The step is over: forget what was collected, and take no notice of the model until the next `watch`."""
+        """Forget all contributions of the step, and ignore the model until the next `watch`."""
         self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
         self._capture.rest()
         self._capture.release()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Let the block collect something else, then go on with the present step."""
+        """Collect something else while the block runs, then return to the present step."""
         kept = self._portions, self._waiting, self._reduced, self._held, self._backward, self._only_asked
         self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
         try:
@@ -118,25 +134,28 @@ class Collector:
 
     @property
     def n_waiting(self) -> int:
-        """Portions whose gradients wait for the optimiser: none where the loop has cleared them, or a scaler will not use them."""
+        """Number of micro-batches whose gradients wait for the optimiser.
+
+        The number is 0 if the loop has cleared the gradients, or a scaler will not use them.
+        """
         waiting = sum(p.seen for p in self._portions)
         return 0 if waiting and (self._gradients_dropped() or self.overflowed()) else waiting
 
     def drop_seen(self) -> None:
-        """Forget the portions that a gradient came from: the loop will not use it."""
+        """Forget the micro-batches that have a gradient: the loop will not use the gradient."""
         if any(p.seen for p in self._portions):
             self._drop()
 
     def rest(self) -> None:
-        """Take no notice of the model until the next `watch`. What was collected stays."""
+        """Ignore the model until the next `watch`. Contributions so far stay."""
         self._capture.rest()
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block whose passes are none of the step's, be they forward or backward."""
+        """Return a block whose passes, forward and backward, are not part of the step."""
         return self._capture.sending_to(None)
 
     def attach(self) -> None:
-        """Hook the model, at first and after `detach`."""
+        """Hook the model, at the beginning and after `detach`."""
         blocks = {p: i for i, p in enumerate(self.parameters)}
         self._capture = Capture(self._model, blocks, self._block_names, self._watching)
 
@@ -146,14 +165,18 @@ class Collector:
 
     @property
     def outputs(self) -> Sequence[SeenOutput]:
-        """What the passes of the present step were at the model's output, in the places that their rows will have."""
+        """Outputs and gradients of the present step's passes, at the places of their rows."""
         portions = self.portions
         seen = [o for o in self._capture.outputs if any(p.holds(o.first) for p in portions)]
         place = _places(portions)
         return seen if place is None else [replace(o, first=place(o.first)) for o in seen]
 
     def roots(self) -> list[NDArray[Any]] | None:
-        """Root of the preconditioner of each block as it stands now, flattened; None: there is none."""
+        """Return the present root of each block's preconditioner, flattened, float32.
+
+        Returns:
+            None if rows are not preconditioned.
+        """
         if self._root is None:
             return None
         found = [self._root(index, None, None) for index in range(len(self.parameters))]
@@ -168,14 +191,18 @@ class Collector:
         *,
         at_step: bool,
     ) -> Slab:
-        """Put the rows of what was collected into `slab`, or into a new one.
+        """Put the rows of the contributions into `slab`, or into a new slab.
 
         Args:
-            slab: with room for them.
-            gradients: whole gradient of each block, None where there is none.
+            slab: slab with room for the rows; None for a new slab.
+            gradients: whole gradient of each block; None for a block without a gradient.
             columns: further columns of each row, each of shape (batch,).
             when: the moment, in words such as "at step 3".
-            at_step: the optimiser is about to use `gradients`, which may have been scaled; else they are a sum of unscaled losses'.
+            at_step: True if the optimiser is about to use `gradients`, which may have been scaled.
+                Otherwise `gradients` are gradients of a sum of unscaled losses.
+
+        Returns:
+            The slab with the rows.
 
         Raises:
             RecordError: the passes did not cover the samples.
@@ -198,7 +225,11 @@ class Collector:
         return slab
 
     def resume(self, layout: Layout, dtype: Dtype) -> None:
-        """Go on with the encoding and the dtype of an earlier recording. Raises: RunError: it is of other parameters."""
+        """Resume with the encoding and the dtype of an earlier recording.
+
+        Raises:
+            RunError: the earlier recording has other parameters.
+        """
         for block, parameter in zip_longest(layout.blocks, self._described):
             was = (block.name, block.shape, block.group) if block else None
             now = (parameter.name, parameter.shape, parameter.group) if parameter else None
@@ -210,12 +241,13 @@ class Collector:
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
 
     def left_out(self, *, begun: bool) -> bool:
-        """Tell whether the loop, or a gradient scaler, left the present step out on purpose: gradients that are not
-        finite, or cleared.
+        """Tell whether the loop, or a gradient scaler, left the present step out on purpose.
+
+        The step was left out on purpose if its gradients are not finite, or were cleared.
 
         Args:
-            begun: whether a step was taken before. A loop that has taken none, and clears gradients of full precision, has
-                forgotten optimizer.step().
+            begun: True if a step was taken before. If a loop has taken no step and clears gradients
+                of full precision, it has forgotten optimizer.step().
         """
         if not any(p.seen for p in self._portions):
             return False
@@ -224,14 +256,15 @@ class Collector:
     def overflowed(self) -> bool:
         """Tell whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
 
-        Hooks see what is lost from `.grad` where the loop has cleared it. `.grad` has what they do not see: a sum over the batch
-        that overflowed in half precision, of finite shares; and what the hooks of another rank saw.
+        Both the contributions and `.grad` are looked at. The loop may have cleared `.grad`. And
+        `.grad` has values that the hooks do not see: a sum over the batch that overflowed in half
+        precision although its terms are finite, and gradients of other ranks.
         """
         collected = all(bool(torch.isfinite(values).all()) for values in self._collected())
         return not collected or not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
 
     def _collected(self) -> Iterator[Tensor]:
-        """Values of everything that was collected, of factors their norms."""
+        """Yield the values of each contribution; norms in place of factors."""
         given = chain(*self._waiting.values(), *self._reduced.values(), *self._held.values())
         return (bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value) for g in given)
 
@@ -239,7 +272,8 @@ class Collector:
         backward = torch._C._current_graph_task_id()
         if is_asked != self._only_asked:
             if is_asked:
-                return False  # what is added to `.grad` is the step's, and gradients beside it are the loop's own affair
+                # the step's gradients are added to `.grad`; the loop uses others for itself
+                return False
             if self._waiting or self._reduced:
                 self._drop()
             self._only_asked = False
@@ -247,9 +281,11 @@ class Collector:
         if portion is None or not portion.holds(first):
             portion = next((p for p in reversed(self._portions) if p.holds(first)), None)
         if portion is None:
-            return False  # of a portion that was dropped: the books tell if its gradient is used after all
-        # Hooks come before what they see is added to `.grad`. So where an earlier pass has left gradients to accumulate they are
-        # there; where they are not, the loop has thrown them away. One pass adds nothing up before its end.
+            # the micro-batch was dropped; if its gradient is used after all, the books tell
+            return False
+        # A hook runs before its gradient is added to `.grad`. So if an earlier pass has left
+        # gradients to accumulate, they are in `.grad` now. If they are not, the loop has thrown
+        # them away. A single pass adds nothing to `.grad` before its end.
         is_new = backward != self._backward and not is_asked
         if is_new and any(p.seen for p in self._portions) and self._gradients_dropped():
             self._drop(but=portion)
@@ -261,8 +297,8 @@ class Collector:
                     self._reduce_waiting(self.encoder, None)
         portion.seen = True
         self._backward = backward
-        # Nothing of the first batch is reduced: the layout is chosen from what all of its passes show. And a preconditioner
-        # is known only when the step's gradient is complete.
+        # Contributions of the first batch are not reduced yet: the layout is chosen from all of its
+        # passes. And a preconditioner is known only when the step's gradient is complete.
         encoder = None if self._root is not None else self.encoder
         for index, contribution in contributions.items():
             given = Given(contribution, first)
@@ -273,9 +309,10 @@ class Collector:
         return True
 
     def _reduce(self, encoder: RowEncoder, index: int, given: Given) -> None:
-        """Reduce a contribution, or hold it until others of its backward pass can be reduced together with it.
+        """Reduce a contribution, or hold it to reduce it with others of its backward pass.
 
-        The first one of a parameter is reduced at once: most parameters have no other, and nothing of theirs is kept in memory.
+        The first contribution of a parameter is reduced at once. Most parameters have only one, so
+        that most contributions are not kept in memory.
         """
         key = None if encoder.encodings[index].is_factored else key_of_side_by_side(index, given)
         if key is None or key not in self._held:
@@ -289,7 +326,7 @@ class Collector:
             self._held[key] = []
 
     def _reduce_held(self) -> None:
-        """Reduce what is held: its backward pass is over."""
+        """Reduce the held contributions, as their backward pass is over."""
         for (index, *_), given in self._held.items():
             if given:
                 assert self.encoder is not None
@@ -297,32 +334,41 @@ class Collector:
         self._held = {}
 
     def _gradients_dropped(self) -> bool:
-        """Whether the loop has cleared `.grad`, or a fresh one, of what was collected."""
+        """Tell whether the loop has cleared or replaced the `.grad` of the contributions."""
         gradients = [p.grad for p in self._smallest_first if p.grad is not None]
         if any(bool(gradient.any()) for gradient in gradients):
             return False
-        # a loss of zero leaves zeros, but leaves them: other ranks, which know by their own values, must not be alone with it
+        # A loss of zero leaves a `.grad` of zeros, which was not cleared. Other ranks decide by
+        # their own values, so this rank must not call its zeros dropped.
         return not gradients or any(bool((values != 0).any()) for values in self._collected())
 
     def _drop(self, but: Portion | None = None) -> None:
         self._portions = [p for p in self._portions if not p.seen or p is but]
         self._waiting, self._reduced, self._held = {}, {}, {}
         self._capture.coupling.forget_gradients()
-        # the output's hook comes before all others: what is there may be of the pass that has found this out
+        # The output's hook runs before all others. So an output may already belong to the pass that
+        # has found the gradients dropped: that output stays.
         outputs = self._capture.outputs
         self._capture.outputs = [o for o in outputs if any(p.holds(o.first) for p in self._portions)]
         self.n_dropped += 1
 
     def _move_up(self, portions: Sequence[Portion]) -> None:
-        """Move what was collected to where it is without the portions that do not take part."""
+        """Move the contributions to their places among the micro-batches that count."""
         place = _places(portions)
         if place is not None:
             self._reduced = {index: [replace(r, first=place(r.first)) for r in given] for index, given in self._reduced.items()}
 
     def _reduce_waiting(self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None) -> None:
-        """Reduce what waits, preconditioned for the step that is about to use `gradients`, or as it stands now."""
+        """Reduce the waiting contributions.
+
+        Args:
+            encoder: encoder of the rows.
+            gradients: gradients of the blocks that the optimiser is about to use, for the
+                preconditioner of the step; None for the preconditioner as it stands now.
+        """
         while self._waiting:
-            index, given = self._waiting.popitem()  # one at a time, so that whole rows of one block only are in memory
+            # one block at a time, so that memory holds whole rows of one block only
+            index, given = self._waiting.popitem()
             gradient = gradients[index] if gradients is not None else None
             lines = None
             if self._root is not None and encoder.encodings[index].takes_lines(given):
@@ -332,7 +378,7 @@ class Collector:
 
     @staticmethod
     def _grouped(encoder: RowEncoder, index: int, given: Sequence[Given]) -> list[Given]:
-        """Contributions of one block, those side by side that may stand so."""
+        """Return the contributions of one block; those of one key are put side by side."""
         if len(given) == 1 or encoder.encodings[index].is_factored:
             return list(given)
         groups: dict[Any, list[Given]] = {}
@@ -348,7 +394,11 @@ class Collector:
 
 
 def _places(portions: Sequence[Portion]) -> Callable[[int], int] | None:
-    """From a place in the step as it was collected to that without the portions that do not take part; None: all are in place."""
+    """Return a map from a place among all collected micro-batches to a place among `portions`.
+
+    Returns:
+        None if no micro-batch was dropped, so that all places stay.
+    """
     firsts = [p.first for p in portions]
     starts = [0, *accumulate(len(p.samples) for p in portions)]
     if firsts == starts[:-1]:

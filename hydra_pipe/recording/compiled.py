@@ -1,6 +1,7 @@
-"""Code that torch.compile or CUDA graphs have made of a model, as far as it can be seen: such code calls no hooks.
+"""Detection of code that torch.compile or CUDA graphs have made of a model.
 
-Nothing here imports torch._dynamo to ask about it: where it is not imported, nothing was compiled.
+Such code calls no hooks, and not all of it can be detected. This module does not import
+torch._dynamo: if no other module has imported it, nothing was compiled.
 """
 
 import gc
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 def is_a(module: nn.Module, name: str) -> bool:
-    """Tell whether a type that `module` is of has `name`."""
+    """Tell whether the class of `module`, or one of its base classes, has `name`."""
     return any(t.__name__ == name for t in type(module).__mro__)
 
 
@@ -31,7 +32,11 @@ def is_graphed(module: nn.Module, parameters: Iterable[Tensor]) -> bool:
 
 
 def compiled_before(model: nn.Module) -> str | None:
-    """The part of `model` that is compiled and was called already, in words; None: there is none, as far as can be seen."""
+    """Return the part of `model` that is compiled and was called already, in words.
+
+    Returns:
+        None if there is no such part, as far as can be seen.
+    """
     if "torch._dynamo" not in sys.modules:
         return None
     for path, module in model.named_modules():
@@ -51,17 +56,23 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _compiled_around(model: nn.Module) -> list[nn.Module]:
-    """What torch.compile has made of `model` or of a module that holds it, and the loop may call. Looks at all objects."""
+    """Find the wrappers that torch.compile made of `model`, or of a module that holds `model`.
+
+    The loop may call such a wrapper. The search looks at all objects of the process.
+    """
     kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
     if kind is None or not anything_compiled():
         return []
-    # by type(), for isinstance asks proxies, which may do anything
+    # by type(): isinstance runs code of proxies, which may do anything
     wrappers: list[nn.Module] = [o for o in gc.get_objects() if issubclass(type(o), kind)]
     return [wrapper for wrapper in wrappers if any(module is model for module in wrapper.modules())]
 
 
 def _has_code(module: nn.Module) -> bool:
-    """Tell whether there is compiled code of the forward pass of `module`, or of another of its class, with which it is shared."""
+    """Tell whether compiled code of the forward pass of `module` exists.
+
+    Modules of one class share the code, so another module of the class may have been compiled.
+    """
     entries = getattr(torch._C._dynamo.eval_frame, "_debug_get_cache_entry_list", None)
     if entries is None:
         return False

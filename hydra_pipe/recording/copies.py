@@ -1,4 +1,7 @@
-"""Copies of a model that is being recorded: made by `copy`, `pickle` or `torch.save`, they have no hooks of hydra-pipe."""
+"""Copies of a recorded model without the hooks of hydra-pipe.
+
+Copies are made by `copy`, `pickle` or `torch.save`.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +16,19 @@ _GETSTATE = "__getstate__"
 
 
 class CleanCopies:
-    """While it lasts, copies of the modules of `model` leave out hooks that belong to hydra-pipe. The modules keep them.
+    """A change of the modules of `model`: their copies leave out the hooks of hydra-pipe.
+
+    The modules themselves keep the hooks. `remove` undoes the change.
 
     Args:
-        model: whose modules get a `__getstate__` of their own, which goes away with `remove`.
+        model: the model. Each module gets its own `__getstate__` until `remove`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._given: list[tuple[nn.Module, Callable[[], Any]]] = []
         for module in model.modules():
             own = vars(module)
-            # a module that says itself what its copies hold, or that another recorder looks after
+            # the module defines its own copies, or another recorder has changed it already
             if isinstance(module, torch.jit.ScriptModule) or _GETSTATE in own:
                 continue
             own[_GETSTATE] = state_of = partial(_state_of, ref(module))
@@ -39,10 +44,10 @@ class CleanCopies:
 
 def _state_of(module: "ref[nn.Module]") -> Any:
     found = module()
-    assert found is not None  # it is being copied
-    of_class = getattr(type(found), _GETSTATE, None)  # Python before 3.11 has none that every class inherits
+    assert found is not None  # the module is being copied, so it is alive
+    of_class = getattr(type(found), _GETSTATE, None)  # object has none before Python 3.11
     state = vars(found) if of_class is None else of_class(found)
-    if isinstance(state, tuple) and state and isinstance(state[0], dict):  # of a class with slots
+    if isinstance(state, tuple) and state and isinstance(state[0], dict):  # a class with slots
         return (_cleaned(state[0]), *state[1:])
     return _cleaned(state) if isinstance(state, dict) else state
 
@@ -54,7 +59,7 @@ def _cleaned(state: dict[str, Any]) -> dict[str, Any]:
         ours |= {number for number, hook in state[name].items() if _is_ours(hook)}
     cleaned = {name: value for name, value in state.items() if name != _GETSTATE}
     if ours:
-        # beside the hooks themselves, dictionaries say of some that they take keywords, or are always called
+        # further dictionaries mark hooks that take keywords, or that are always called
         for name in state:
             if "_hooks" in name and isinstance(state[name], dict):
                 kept = {number: value for number, value in state[name].items() if number not in ours}

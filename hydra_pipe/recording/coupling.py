@@ -1,10 +1,12 @@
-"""Losses that mix samples, and passes that nothing ties to the samples of the step.
+"""Checks for losses that mix samples, and for passes that nothing ties to the step's samples.
 
-A row is a sample's own where the loss is a sum of the samples' losses. The model's probes
-(`hydra_pipe.recording.attribution`) end at its outputs; what the loop makes of these is seen just before a backward
-pass, when the graph of the loss is whole. The gradient at the output of one sample must not change with the outputs
-of others: the second derivative of the loss between them is zero. One kind is let through, a function of the sum of
-the samples' losses (a root of a mean, say): there the second derivative is the gradient itself, times one number.
+A row belongs to one sample if the loss is a sum of the samples' losses. The probes of
+`hydra_pipe.recording.attribution` begin at the model's outputs, so they do not see the loss. The
+loss is looked at just before a backward pass, when its graph is whole. The gradient at the output
+of one sample must not change with the outputs of others: the second derivative of the loss between
+the two outputs must be zero. One exception is allowed: a function of the sum of the samples'
+losses, such as the root of a mean. In this case the second derivative is the gradient itself, times
+one number.
 """
 
 import weakref
@@ -19,19 +21,20 @@ from torch import Tensor
 from hydra_pipe.errors import LayerError
 from hydra_pipe.recording.places import Origin, Pass
 
-# Larger outputs (the logits of a language model) would take as much memory again, several times.
+# Larger outputs (the logits of a language model) would take several times their memory again.
 _MOST_ELEMENTS = 2**25
-# Of the second derivative between two samples, over that of one with itself.
+# Limit of the second derivative between two samples, relative to that of a sample with itself.
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """What the second derivative of a loss has shown.
+    """Findings from the second derivative of a loss.
 
     Args:
-        mixes: the place of a sample whose gradient depends on the outputs of others; None: there is none.
-        tied: pairs of passes between which the loss of one sample depends on its outputs in both.
+        mixes: place of a sample whose gradient depends on the outputs of others; None if no such
+            sample was found.
+        tied: pairs of passes. The loss of one sample depends on its outputs in both passes.
     """
 
     mixes: int | None
@@ -39,10 +42,10 @@ class Coupling:
 
 
 class BackwardWatch:
-    """Looks at the next call of torch.autograd.backward before it runs.
+    """Watcher of the next call of torch.autograd.backward, which looks before the call runs.
 
     Args:
-        look: is given the losses, and their gradients if the loop gives any.
+        look: function that gets the losses, and the gradient of each loss or None.
     """
 
     def __init__(self, look: Callable[[Sequence[Tensor], Sequence[Any]], None]) -> None:
@@ -56,7 +59,7 @@ class BackwardWatch:
             torch.autograd.backward = self._backward
 
     def end(self) -> None:
-        """Look at none."""
+        """Look at no call."""
         if self._usual is not None and torch.autograd.backward == self._backward:
             torch.autograd.backward = self._usual
             self._usual = None
@@ -74,16 +77,18 @@ class BackwardWatch:
 def coupling_of(
     losses: Sequence[Tensor], gradients: Sequence[Any], outputs: Sequence[tuple[Origin, Pass]], sample: int
 ) -> Coupling | None:
-    """How a loss couples the outputs that it is of.
+    """Find out whether a loss couples the samples, or the passes, of its outputs.
 
     Args:
-        losses: of the loop.
-        gradients: of each, None for a scalar.
-        outputs: of passes that may have led to them, and where they keep the samples.
-        sample: number of the one to look at, in each pass.
+        losses: losses of the loop.
+        gradients: gradient of each loss; None for a scalar loss.
+        outputs: outputs that the losses may come from, with the places of their samples, and the
+            pass of each output.
+        sample: number of the sample to look at, in each pass.
 
     Returns:
-        What was found; None where nothing can be: no output is reached, or the loss has no second derivative.
+        The findings. None if nothing can be found: the outputs are too large, the losses reach no
+        output, or a loss has no second derivative.
     """
     if sum(origin.output.numel() for origin, _ in outputs) > _MOST_ELEMENTS:
         return None
@@ -118,7 +123,7 @@ def coupling_of(
 def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin, Pass, Tensor]]) -> list[Pass]:
     """Find the other passes on whose outputs the gradient at the output of `of_pass` depends.
 
-    All samples are asked at once, because a hinge leaves some of them without a loss.
+    All samples are tested at once, because a hinge leaves some of them without a loss.
     """
     others = [(origin.output, other) for origin, other, _ in used if other is not of_pass]
     if not others:
@@ -129,7 +134,13 @@ def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin
 
 
 def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int) -> bool:
-    """Tell whether second derivatives of a sample's gradient are those of a loss that mixes it with others."""
+    """Tell whether second derivatives show a loss that mixes a sample with others.
+
+    Args:
+        second: derivative of the sample's gradient in each output; None if there is none.
+        used: each output with the places of its samples, its pass, and the gradient at the output.
+        place: place of the sample in the step.
+    """
     others, gradients, own = [], [], 0.0
     for (origin, of_pass, gradient), h in zip(used, second, strict=True):
         if h is None:
@@ -160,30 +171,37 @@ def same_inputs(one: Pass, other: Pass) -> bool:
 
 
 def references(tensors: Sequence[Tensor]) -> list["weakref.ref[Tensor]"]:
-    """`tensors`, kept alive by others only."""
+    """Return weak references to `tensors`, which do not keep them alive."""
     return [weakref.ref(x) for x in tensors]
 
 
 class LossCoupling:
-    """Holds what the loop makes of the outputs against what a row is.
+    """Check that the loop's losses give each sample its own row.
 
     Args:
-        quiet: a block in which gradients are nobody's.
-        allows_mixing: whether a loss may mix samples; rows are then shares of its gradient, by the outputs they go through.
-        looks: whether the graph of the loss may be gone through.
+        quiet: function that makes a block in which gradients are not recorded.
+        allows_mixing: True if a loss may mix samples. A row is then the share of the loss's
+            gradient that goes through the sample's outputs.
+        looks: True if the check may walk through the graph of the loss.
     """
 
     def __init__(self, quiet: Callable[[], AbstractContextManager[None]], *, allows_mixing: bool, looks: bool = True) -> None:
         self._quiet, self._allows_mixing, self._looks = quiet, allows_mixing, looks
         self.watch = BackwardWatch(self._look)
-        # passes of the step, and the outputs of those whose backward pass is to come
+        # passes of the step, and outputs of the passes whose backward pass is still to come
         self._passes: list[Pass] = []
         self._outputs: list[tuple[Origin, Pass]] = []
         self._tied: set[tuple[int, int]] = set()
         self._is_known = False
 
     def add(self, of_pass: Pass, origins: Sequence[Origin], *, is_due: bool) -> None:
-        """A pass of the whole model has ended, with outputs `origins`."""
+        """Note a pass of the whole model that has ended.
+
+        Args:
+            of_pass: the pass.
+            origins: outputs of the pass.
+            is_due: True if the loss of the pass is to be looked at.
+        """
         repeats = any(p.first == of_pass.first and p.count == of_pass.count for p in self._passes)
         self._passes.append(of_pass)
         self._outputs += [(origin, of_pass) for origin in origins[:1]]
@@ -191,21 +209,29 @@ class LossCoupling:
             self.watch.begin()
 
     def after_backward(self) -> None:
-        """Let go of outputs whose graph is gone."""
+        """Release the outputs, whose graph is gone."""
         self._outputs = []
 
     def forget_gradients(self) -> None:
-        """The loop has thrown the gradients of all passes so far away."""
+        """Note that the loop has thrown away the gradients of all passes so far."""
         for of_pass in self._passes:
             of_pass.has_gradient = False
 
     def release(self) -> None:
-        """The step is over."""
+        """Forget all passes, as the step is over."""
         self.watch.end()
         self._passes, self._outputs, self._tied = [], [], set()
 
     def check_repeats(self, same_targets: Callable[[Pass, Pass], bool], when: str) -> None:
-        """Refuse several passes over the same places of a step which nothing ties to the same samples. Raises: LayerError."""
+        """Refuse several passes over the same places of a step if nothing ties their samples.
+
+        Args:
+            same_targets: function that tells whether two passes had the same targets.
+            when: the moment, in words such as "at step 3".
+
+        Raises:
+            LayerError: nothing shows that two passes are of the same samples.
+        """
         counted = [p for p in self._passes if p.has_gradient]
         if self._is_known or len(counted) < 2:
             return
@@ -225,7 +251,10 @@ class LossCoupling:
                 self._is_known = True
 
     def _tied_to(self, one: Pass) -> set[int]:
-        """Passes that ties lead to from `one`: the positive and the negative of a triplet are tied by way of its anchor."""
+        """Return the ids of all passes that a chain of ties connects with `one`.
+
+        The positive and the negative of a triplet are both tied to the anchor, for example.
+        """
         found, waiting = {id(one)}, [id(one)]
         while waiting:
             at = waiting.pop()
@@ -258,7 +287,7 @@ def same_targets(outputs: Sequence[Any], one: Pass, other: Pass) -> bool:
 
     Args:
         outputs: `SeenOutput` of each backward pass, in the order of the passes.
-        one, other: passes over the same places.
+        one, other: two passes over the same places.
     """
     seen = [o.gradient for o in outputs if o.first == one.first and o.gradient.dim() == 2 and len(o.gradient) == one.count]
     if len(seen) < 2:

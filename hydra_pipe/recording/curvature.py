@@ -1,4 +1,4 @@
-"""Curvature weights of the rows, from the model's output and the gradient that arrives there."""
+"""Curvature weights of the rows, from the model's output and the gradient at the output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from hydra_pipe.maths.curvature import LINKS, Link, Loss, cross_entropy_statisti
 from hydra_pipe.recording.capture import SeenOutput
 from hydra_pipe.recording.targets import TargetCheck
 
-# Outputs and gradients wait until the rows of several steps are written, since small ones cost less together; up to this.
+# Outputs and gradients of several steps wait, since small tensors cost less together. They wait for
+# at most this many bytes, or until the rows are written.
 _WAITING_BYTES = 2**20
 
 
@@ -21,13 +22,14 @@ class _Pass:
     """One backward pass.
 
     Args:
-        output: of the model, detached.
-        version: of `output` when the model returned it: the loop may change it later.
-        gradient: that arrived at it.
-        batch: samples of the whole step.
-        out: where its weights go, shape (B,).
-        samples: ids, shape (B,).
-        told: what the loop said of its loss: the function and the targets.
+        output: output of the model, detached.
+        version: version counter of `output` when the model returned it. The loop may change
+            `output` later.
+        gradient: gradient that arrived at `output`.
+        batch: number of samples in the whole step.
+        out: array to fill with the weights of the pass, shape (B,).
+        samples: ids of the samples, shape (B,).
+        told: loss function and targets, if the loop named them; None otherwise.
     """
 
     output: Tensor
@@ -44,17 +46,19 @@ class _Pass:
 
 
 class CurvatureWatch:
-    """Finds rho (`hydra_pipe.maths.curvature`) for the rows of a training run.
+    """Finder of rho (`hydra_pipe.maths.curvature`) for the rows of a training run.
 
-    It knows cross-entropy by its gradient; any other loss it has to be told. What it knows tells the targets, too.
+    Cross-entropy is recognised by its gradient. The loop has to name any other loss. The gradient
+    of cross-entropy also shows the targets.
 
     Args:
-        targets: holds them against the labels.
+        targets: check of the targets against the labels.
     """
 
     def __init__(self, targets: TargetCheck) -> None:
         self._targets = targets
-        # columns of steps with shares, the step's own samples, and whose curvature the shares have
+        # for each step with shares: its column, its number of samples, and the place of the row
+        # that gives each share its curvature
         self._shared: list[tuple[NDArray[np.float32], int, NDArray[np.int64]]] = []
         self._links: tuple[Link, ...] = LINKS
         self._waiting: list[_Pass] = []
@@ -62,22 +66,22 @@ class CurvatureWatch:
         self._told: list[tuple[Loss, Tensor, Tensor]] = []
 
     def tell(self, loss: Loss, output: Tensor, target: Tensor) -> None:
-        """The loss of the pass that gave `output` is `loss(output, target)`, one for each sample."""
+        """Note the loss of the pass with `output`: `loss(output, target)`, one for each sample."""
         self._told.append((loss, output, target))
 
     def see(
         self, passes: Sequence[SeenOutput], samples: NDArray[np.int64], shares: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """A step is about to be recorded.
+        """Take the passes of a step that is about to be recorded.
 
         Args:
-            passes: of the step.
-            samples: ids of the step's samples, shape (batch,).
-            shares: places of the samples that others have shares in; None: there are none.
+            passes: passes of the step.
+            samples: ids of the step's samples, shape (batch,), int64.
+            shares: place of the row of each share, shape (shares,); None if rows are not shared.
 
         Returns:
-            rho of each sample, and of each share, shape (batch + shares,): filled in by `settle`, not a number where
-            it is not known.
+            rho of each sample and of each share, shape (batch + shares,), float32. `settle` fills
+            it in. An unknown value is NaN.
         """
         batch = len(samples)
         column = np.full(batch + (0 if shares is None else len(shares)), np.nan, np.float32)
@@ -85,14 +89,14 @@ class CurvatureWatch:
             self._shared.append((column, batch, shares))
         ends = [seen.first + seen.output.shape[0] for seen in passes]
         for seen, end in zip(passes, ends, strict=True):
-            # the terms of a sample that was seen twice in a step have no curvature in common
+            # a sample that was seen twice in a step has two terms, without a common curvature
             meeting = sum(o.first < end and seen.first < e for o, e in zip(passes, ends, strict=True)) if len(passes) > 1 else 1
             if meeting == 1 and end <= batch:
                 told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
                 out = column[seen.first : end]
                 own = samples[seen.first : end] if shares is None else samples[:0]
                 self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, own, told))
-                # of a view all that it is a view of stays in memory
+                # a view keeps the whole storage of its base in memory
                 self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
         if self._waiting_bytes > _WAITING_BYTES:
@@ -100,8 +104,12 @@ class CurvatureWatch:
         return column
 
     def settle(self) -> None:
-        """Fill in what `see` has returned so far. Raises: RecordError: targets are those of other samples than the ids say."""
-        # the loop may have written over an output since
+        """Fill in the columns that `see` has returned so far.
+
+        Raises:
+            RecordError: the targets belong to other samples than the ids say.
+        """
+        # the loop may have overwritten an output since then
         waiting, self._waiting = [p for p in self._waiting if p.output._version == p.version], []
         self._waiting_bytes = 0
         for link in self._links:
@@ -109,7 +117,7 @@ class CurvatureWatch:
         for one in waiting:
             if one.told is not None:
                 loss, target = one.told
-                # forked: a loss may draw from the generator that the training goes on with
+                # forked: a loss may draw from the generator that the training uses
                 with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
                     one.out[:] = curvature_weights(loss, one.output, target, one.gradient, one.batch)
         for column, batch, shares in self._shared:
@@ -117,7 +125,7 @@ class CurvatureWatch:
         self._shared = []
 
     def _by_gradient(self, passes: Sequence[_Pass], link: Link) -> list[_Pass]:
-        """Fill in the weights of those whose loss is cross-entropy of `link`; the others are returned."""
+        """Fill in the weights of passes with cross-entropy of `link`. Return the other passes."""
         left: list[_Pass] = []
         groups: dict[tuple[object, ...], list[_Pass]] = {}
         for one in passes:
@@ -143,8 +151,11 @@ class CurvatureWatch:
         return left
 
     def _check_targets(self, one: _Pass) -> None:
-        """Of cross-entropy with classes: the one element of the gradient that is below zero belongs to the target."""
+        """Check the targets of a pass whose loss is cross-entropy with classes.
+
+        The only negative element of a sample's gradient is at its target.
+        """
         if one.gradient.dim() == 2:
             least, targets = one.gradient.min(1)
-            seen = (least < 0).cpu().numpy()  # a loss of zero tells no target
+            seen = (least < 0).cpu().numpy()  # a loss of zero shows no target
             self._targets.check(one.samples[seen], targets.cpu().numpy()[seen], one.gradient.shape[1])
