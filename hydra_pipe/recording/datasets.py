@@ -1,4 +1,4 @@
-"""Samples as batches: what a dataset or a loader gives, taken apart into inputs and targets, and what the model is called with."""
+"""Batches of a dataset or a loader: their inputs and targets, and the model's arguments."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,28 +20,32 @@ from hydra_pipe.streams import Stream
 # ids, inputs and targets of the samples
 Batch = tuple[NDArray[np.int64], Any, Any]
 
-#: samples that go through the model at once, where nothing says how many
+#: samples that go through the model at once, if the caller gives no number
 BATCH = 64
-# under which a mapping holds its targets, the first that is there
+# names under which a mapping may hold its targets; the first one present counts
 _TARGETS = ("labels", "label", "label_ids", "targets", "target")
 _NUMBERS = (int, float, np.generic)
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """What `model` returns for `inputs`."""
+    """Return the result of `model` for `inputs`."""
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with for `inputs`: a tensor, several arguments in a tuple or a list, or a mapping of arguments."""
+    """Return the positional and keyword arguments for a call of a model with `inputs`.
+
+    Args:
+        inputs: one tensor, a tuple or a list of arguments, or a mapping of keyword arguments.
+    """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def on_device(values: Any, device: torch.device) -> Any:
-    """`values` with each tensor among them on `device`; mappings become dicts."""
+    """Return `values` with all tensors moved to `device`. Mappings become dicts."""
     if isinstance(values, Mapping):
         return {name: on_device(value, device) for name, value in values.items()}
     if type(values) in (tuple, list):
@@ -50,7 +54,11 @@ def on_device(values: Any, device: torch.device) -> Any:
 
 
 def size_of(values: Any) -> int:
-    """Samples in a batch: the length of its first tensor. Raises: DataError: it has none."""
+    """Return the number of samples in a batch: the length of its first tensor.
+
+    Raises:
+        DataError: the batch has no tensor.
+    """
     first = next((x for x in tree_leaves(values) if isinstance(x, Tensor) and x.dim() > 0), None)
     if first is None:
         raise DataError(f"the targets of a batch are a {type(values).__name__}: give a tensor, one target for each sample")
@@ -58,14 +66,15 @@ def size_of(values: Any) -> int:
 
 
 def pair_of(item: Any, what: str) -> tuple[Any, Any]:
-    """Inputs and targets of a sample or of a batch.
+    """Return the inputs and the targets of a sample or of a batch.
 
     Args:
-        item: (inputs, targets) or (inputs, targets, anything), or a mapping of what the model is called with and the targets.
-        what: it is called, for messages.
+        item: (inputs, targets), (inputs, targets, anything), or a mapping of the model's arguments
+            and the targets.
+        what: name of the dataset or loader, for messages.
 
     Raises:
-        DataError: neither.
+        DataError: `item` is neither a pair nor a mapping with targets.
     """
     if isinstance(item, Mapping):
         name = next((name for name in _TARGETS if item.get(name) is not None), None)
@@ -78,7 +87,7 @@ def pair_of(item: Any, what: str) -> tuple[Any, Any]:
 
 
 def is_dataset(given: Any) -> bool:
-    """Tell whether `given` yields samples by their number, and not batches."""
+    """Tell whether `given` yields samples by number, not batches."""
     if isinstance(given, list | tuple):
         return bool(given) and not _is_batch(given) and _is_sample(given[0])
     is_numbered = hasattr(given, "__getitem__") and hasattr(given, "__len__")
@@ -86,7 +95,7 @@ def is_dataset(given: Any) -> bool:
 
 
 def _is_batch(given: Any) -> bool:
-    """Tell whether `given` is one batch, and not several."""
+    """Tell whether `given` is one batch, not several."""
     return isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) > 1 and isinstance(given[0], Tensor))
 
 
@@ -95,32 +104,44 @@ def _is_sample(item: Any) -> bool:
     if isinstance(item, Mapping):
         return not any(isinstance(x, Tensor) and x.dim() > 0 for x in tree_leaves(dict(item)))
     if not isinstance(item, tuple | list) or len(item) < 2:
-        return True  # which neither can be: it is told as of a dataset
+        return True  # neither a sample nor a batch: the error is raised as for a dataset
     return isinstance(item[1], _NUMBERS) or (isinstance(item[1], Tensor) and item[1].dim() == 0)
 
 
 def batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """`ids` in batches of `size`, the last one of what is left."""
+    """Split `ids` into batches of `size`. The last batch may be smaller."""
     return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
 def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """The samples of a dataset in order, as (inputs, targets): as those of a pipeline's test set, with this seed, are taken.
+    """Yield the samples of a dataset in order, as (inputs, targets).
+
+    The samples are those of a pipeline's test set with this seed.
 
     Args:
-        dataset: map-style, of (input, target) or mappings.
-        name: of it, for messages.
-        seed: of what it draws.
-        batch_size: samples at once. Where shapes differ a batch ends.
+        dataset: map-style dataset of (input, target) or of mappings.
+        name: name of the dataset, for messages.
+        seed: seed of the dataset's random numbers.
+        batch_size: largest number of samples in a batch. A batch also ends before a sample of
+            another shape.
     """
     order = batches_of(np.arange(len(dataset)), batch_size)
-    # without processes: there is nothing to close
+    # there are no worker processes, so there is nothing to close
     for _, inputs, targets in Batches(dataset, name, (seed, 0), alike=False).batches(order):
         yield inputs, targets
 
 
 def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tuple[Any, Any]]:
-    """(inputs, targets) of what somebody gives as test samples: a dataset, an iterable of batches, or one. Raises: DataError."""
+    """Yield (inputs, targets) of the test samples that a user gives.
+
+    Args:
+        given: a dataset, an iterable of batches, or one batch.
+        seed: seed of a dataset's random numbers.
+        batch_size: largest number of samples in a batch of a dataset.
+
+    Raises:
+        DataError: `given` is none of these, or a batch has no targets.
+    """
     if _is_batch(given):
         given = [given]
     if is_dataset(given):
@@ -133,11 +154,13 @@ def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tu
 
 
 class _Seeded:
-    """A dataset whose randomness is a function of the seed, the epoch and the batch: whatever was drawn before, in any worker.
+    """A dataset with random numbers that depend on the seed, the epoch and the batch alone.
+
+    Numbers that were drawn before do not matter, nor does the worker.
 
     Args:
-        dataset: map-style.
-        key: of what is drawn.
+        dataset: map-style dataset.
+        key: key of the random numbers. The number of the batch is appended.
     """
 
     def __init__(self, dataset: Any, key: tuple[int, ...]) -> None:
@@ -145,7 +168,7 @@ class _Seeded:
 
     def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
         number, ids = batch
-        if type(self._dataset) is TensorDataset:  # draws nothing, and seeding takes as long as it does
+        if type(self._dataset) is TensorDataset:  # draws nothing, and seeding would double the time
             return [self._dataset[i] for i in ids]
         with seeded(*self._key, number):
             many = getattr(self._dataset, "__getitems__", None)
@@ -156,11 +179,12 @@ class Batches:
     """Batches of a dataset.
 
     Args:
-        dataset: map-style, of (input, target) or of mappings that hold their targets too.
-        name: of it, for messages.
-        key: of what it draws.
-        workers: processes that fetch; 0: this one.
-        alike: refuse samples of unlike shapes. Else a batch is cut where shapes differ.
+        dataset: map-style dataset of (input, target), or of mappings that hold their targets too.
+        name: name of the dataset, for messages.
+        key: key of the dataset's random numbers.
+        workers: number of processes that fetch samples; 0 if this process fetches them.
+        alike: True to refuse samples of unlike shapes. Otherwise a batch is split between samples
+            of different shapes.
     """
 
     def __init__(self, dataset: Any, name: str, key: tuple[int, int], workers: int = 0, *, alike: bool = True) -> None:
@@ -169,12 +193,21 @@ class Batches:
         self._shapes: str | None = None
 
     def batches(self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0) -> Stream[Batch]:
-        """The batches of an epoch, from number `first` on. Close it: there may be processes that fetch."""
+        """Return the batches of an epoch.
+
+        The caller has to close the stream, which may have processes that fetch samples.
+
+        Args:
+            order: ids of the samples of each batch, each of shape (batch,), int64.
+            epoch: number of the epoch.
+            first: number of the first batch to fetch.
+        """
         ends = ExitStack()
         return Stream(self._fetched(order, epoch, first, ends), ends.close)
 
     def _fetched(self, order: list[NDArray[np.int64]], epoch: int, first: int, ends: ExitStack) -> Iterator[Batch]:
-        # a generator of its own: the loader draws from the global one otherwise, which the model's dropout uses
+        # A generator for the loader alone. Otherwise the loader draws from the global generator,
+        # which the model's dropout uses.
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self._dataset, (*self._key, epoch)),  # type: ignore[arg-type] # what it yields is what is fetched from it
             batch_sampler=[(number, ids.tolist()) for number, ids in enumerate(order)][first:],  # type: ignore[arg-type]
@@ -196,7 +229,7 @@ class Batches:
                 start = stop
 
     def _collate(self, items: list[Any]) -> list[tuple[str, Any, Any]]:
-        """Shapes, inputs and targets of each run of samples of like shapes."""
+        """Return the shapes, inputs and targets of each run of samples with equal shapes."""
         samples = [tuple(_as_tensors(part, self._name) for part in pair_of(item, f"the {self._name} dataset")) for item in items]
         found = []
         for shapes, group in groupby(samples, key=lambda sample: " and ".join(map(_shapes, sample))):
@@ -208,7 +241,7 @@ class Batches:
     def _check_shapes(self, shapes: str) -> None:
         if not self._alike:
             return
-        # in a worker of the loader, those of its own batches; in this process, of all
+        # a worker of the loader compares its own batches; this process compares all batches
         if self._shapes not in (None, shapes):
             raise DataError(
                 f"the {self._name} dataset yields an (input, target) of shapes {shapes} after {self._shapes}: "

@@ -1,4 +1,4 @@
-"""From the contributions of one step to stored columns and scales."""
+"""Encoder of the contributions of one step as columns of rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +15,21 @@ from hydra_pipe.per_sample.factors import Contribution, Factors
 from hydra_pipe.plan.layout import Layout, Parameter
 from hydra_pipe.recording.encodings import ENCODINGS, Factored, Given, Reduced, outer_products
 
-# positions of a contribution that may be put beside others
+# largest number of positions of a contribution that may be put side by side with others
 _FEW_POSITIONS = 4
 _NOTHING: tuple[Sequence[Tensor], Sequence[Given]] = ((), ())
 
 
 def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[Parameter]) -> list[Parameter]:
-    """`parameters` with what the contributions of a first step show of their gradients' structure."""
+    """Return `parameters` with the structure of their gradients.
+
+    Args:
+        contributions: contributions of the first step, by block.
+        parameters: parameters of the blocks, without structure.
+
+    Returns:
+        The parameters. `factors`, `sides` and `bias_of` are set if the contributions show them.
+    """
     weights: dict[tuple[int, ...], str] = {}  # output factors -> name of the weight that has them
     described = []
     for index, parameter in enumerate(parameters):
@@ -43,16 +51,20 @@ def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[
 
 
 def _sides(value: Contribution) -> tuple[int, int] | None:
-    """Outputs and inputs of a sum of outer products; None: the contribution is something else."""
+    """Return the outputs and inputs of a sum of outer products; None for another contribution."""
     if not isinstance(value, Factors) or value.given_right is None:
         return None
     return value.left.shape[-1], value.n_inputs
 
 
 def key_of_side_by_side(index: int, given: Given) -> tuple[int, ...] | None:
-    """Tell with which contributions of block `index` one may stand side by side: they have one key. None: with none.
+    """Return a key. Contributions of block `index` with the same key may be put side by side.
 
-    Only a few positions are put beside others, so that little is copied: a recurrent module's time steps.
+    Only contributions of few positions have a key, so that little is copied. The time steps of a
+    recurrent module are an example.
+
+    Returns:
+        None if the contribution cannot be put beside others.
     """
     value, right = given.value, given.value.given_right if isinstance(given.value, Factors) else None
     if not isinstance(value, Factors) or value.n_positions > _FEW_POSITIONS or not (right is None or isinstance(right, Tensor)):
@@ -61,7 +73,7 @@ def key_of_side_by_side(index: int, given: Given) -> tuple[int, ...] | None:
 
 
 def side_by_side(given: Sequence[Given]) -> Given:
-    """Contributions with one key (`key_of_side_by_side`) as one that has the positions of all."""
+    """Join contributions with one key (`key_of_side_by_side`) into one with all positions."""
     if len(given) == 1:
         return given[0]
     factors = [g.value for g in given if isinstance(g.value, Factors)]
@@ -71,17 +83,17 @@ def side_by_side(given: Sequence[Given]) -> Given:
 
 
 class RowEncoder:
-    """Turns contributions into the columns that `layout` gives them.
+    """Encoder of contributions as the columns of `layout`.
 
     Args:
         layout: the block directory.
-        preconditioned: whether `reduce` of the encodings gets the root of a preconditioner.
+        preconditioned: True if `reduce` of the encodings gets the root of a preconditioner.
     """
 
     def __init__(self, layout: Layout, *, preconditioned: bool = False) -> None:
         self.layout = layout
         self.preconditioned = preconditioned
-        #: one for each block
+        #: encoding of each block
         self.encodings = [ENCODINGS[b.encoding](b, layout.seed, preconditioned=preconditioned) for b in layout.blocks]
         self.part_columns, self.parts_of_block = _parts(layout)
         of_factors = {
@@ -93,19 +105,22 @@ class RowEncoder:
 
     @property
     def linear_columns(self) -> list[slice]:
-        """Columns that a number multiplies where it multiplies the rows: all but the input factors of factored blocks."""
+        """Columns to multiply by a number in order to multiply the rows by it.
+
+        These are all columns except the input factors of factored blocks.
+        """
         inputs = {parts[1] for parts in self.parts_of_block if len(parts) > 1}
         return [columns for part, columns in enumerate(self.part_columns) if part not in inputs]
 
     def put_in_books(
         self, gradients: Sequence[Tensor | None], outs: Sequence[Tensor], contributions: Mapping[int, Sequence[Reduced]]
     ) -> None:
-        """Put the whole gradient of each block into its `out`, in the form in which the books compare it, one dimension.
+        """Write the whole gradient of each block in the form that the books compare.
 
         Args:
-            gradients: whole gradients of the blocks; None: there is none.
-            outs: one for each.
-            contributions: that the gradients are to be the sums of.
+            gradients: whole gradient of each block; None for a block without a gradient.
+            outs: output of each block, one dimension. Blocks without a gradient get zeros.
+            contributions: contributions, by block, whose sums should be the gradients.
         """
         copied: list[Tensor] = []
         copies: list[Tensor] = []
@@ -124,13 +139,13 @@ class RowEncoder:
         """Write the columns of one batch.
 
         Args:
-            contributions: reduced, of each block that got a gradient.
-            parts: where each part goes, see `views`; zeroed where nothing came.
+            contributions: reduced contributions of each block that got a gradient.
+            parts: output of each part, see `views`. Parts without a contribution get zeros.
 
         Raises:
             LayerError: a factored block no longer has one position a sample.
         """
-        # what goes into each part, of whole batches or of some samples each
+        # values of each part, each of a whole batch or of some samples
         pieces: dict[int, tuple[Sequence[Tensor], Sequence[Given]]] = {}
         for index, given in contributions.items():
             part, *input_part = self.parts_of_block[index]
@@ -162,25 +177,43 @@ class RowEncoder:
             torch._foreach_copy_(outs, wholes)
 
     def views(self, rows: Tensor) -> list[Tensor]:
-        """Where the parts of `rows` are, shape (batch, feature): each (batch, width), of factors (batch, 1, width) as they come."""
+        """Return a view of each part of `rows`.
+
+        Args:
+            rows: rows of one batch, shape (batch, feature).
+
+        Returns:
+            Views of shape (batch, width). Parts of factors have shape (batch, 1, width), the shape
+            of their values.
+        """
         return [
             rows[:, None, columns] if of_factors else rows[:, columns]
             for columns, of_factors in zip(self.part_columns, self._of_factors, strict=True)
         ]
 
     def products(self, of_parts: NDArray[Any]) -> NDArray[Any]:
-        """From a number for each part, shape (row, part), to their product for each block, shape (row, block)."""
+        """Return the product over the parts of each block.
+
+        Args:
+            of_parts: one number for each part, shape (row, part).
+
+        Returns:
+            The products, shape (row, block).
+        """
         of_blocks: NDArray[Any] = of_parts[:, [parts[0] for parts in self.parts_of_block]]
         factored = [index for index, parts in enumerate(self.parts_of_block) if len(parts) > 1]
         of_blocks[:, factored] *= of_parts[:, [self.parts_of_block[index][1] for index in factored]]
         return of_blocks
 
     def sums(self, features: Tensor, sizes: Sequence[int]) -> Tensor:
-        """What the rows of each step sum to, in the form of `put_in_books`, for blocks that are not preconditioned.
+        """Sum the rows of each step, for blocks that are not preconditioned.
 
         Args:
-            features: rows in their columns, shape (row, feature).
-            sizes: rows of each step, one step after the other.
+            features: rows in their columns, shape (row, feature). The steps follow each other.
+            sizes: number of rows of each step.
+
+        Returns:
+            The sums in the form of `put_in_books`, shape (step, column).
         """
         sums = features.new_empty(len(sizes), self.book_columns[-1].stop)
         step = row = 0
@@ -195,7 +228,10 @@ class RowEncoder:
 
 
 def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:
-    """Columns of every part, and the parts of every block; a factored bias has its weight's output part."""
+    """Return the columns of each part, and the parts of each block.
+
+    A factored bias shares the output part of its weight.
+    """
     columns: list[tuple[int, int]] = []
     of_block = []
     for block in layout.blocks:
@@ -206,7 +242,10 @@ def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:
 
 
 def _add_up(pieces: Sequence[Tensor], given: Sequence[Given], out: Tensor) -> None:
-    """Rows of the whole batch into `out` from rows of some samples each, which add up where they meet."""
+    """Add rows of some samples each into `out`, the rows of the whole batch.
+
+    Rows of the same sample add up.
+    """
     out.zero_()
     for rows, of_samples in zip(pieces, given, strict=True):
         out[of_samples.first : of_samples.first + len(rows)] += rows

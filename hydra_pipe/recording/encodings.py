@@ -1,8 +1,9 @@
 """One class for each encoding of a block: rows to columns, and both sides of the check of the gradient.
 
-The check compares what the rows of a step sum to with the gradient that the optimiser uses. Both sides are
-told in a form that the encoding chooses: as columns where rows are stored as they are, and times a random
-vector u, the *probe*, where rows are preconditioned or factored (`hydra_pipe.maths.books`).
+The check compares the sum of a step's rows with the gradient that the optimiser uses. The encoding
+chooses the form of both sides. If rows are stored as they are, the sides are compared as columns.
+If rows are preconditioned or factored, both sides are multiplied by a random vector u, the *probe*
+(`hydra_pipe.maths.books`).
 """
 
 from abc import ABC, abstractmethod
@@ -20,9 +21,9 @@ from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRo
 from hydra_pipe.plan.layout import Block, Encoding
 
 
-@dataclass(slots=True)  # not frozen: there are several a step, and frozen ones are slow to make
+@dataclass(slots=True)  # not frozen: a step makes several, and frozen ones are slow to make
 class Given:
-    """A contribution and where it belongs.
+    """A contribution and its place in the batch.
 
     Args:
         value: contribution of some samples of the batch.
@@ -35,12 +36,14 @@ class Given:
 
 @dataclass(slots=True)
 class Reduced(Given):
-    """A contribution in the least memory that its block needs: columns of the block, or the factors of a factored one.
+    """A contribution in the least memory: columns of its block, or factors of a factored block.
 
     Args:
-        norm: upper bound of the summed norms of its rows and of their terms, a scalar; None: take it from the rows.
-        expected: sum of the rows before they were preconditioned, in the form of the check; None: they were not.
-        lines: numbers of the lines of a table that are not zero; None: any line may be.
+        norm: upper bound of the summed norms of the rows and of their terms, a scalar; None if the
+            rows give it.
+        expected: sum of the rows before preconditioning, in the form of the check; None if the rows
+            are not preconditioned.
+        lines: numbers of the lines of a table that may be nonzero; None if any line may be.
     """
 
     norm: Tensor | None = None
@@ -54,10 +57,10 @@ class BlockEncoding(ABC):
     Args:
         block: entry of the block directory.
         seed: seed of the run's random projections.
-        preconditioned: whether rows are multiplied by the root of a preconditioner.
+        preconditioned: True if rows are multiplied by the root of a preconditioner.
     """
 
-    #: whether the columns are factors of the rows
+    #: True if the columns are factors of the rows
     is_factored = False
 
     def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
@@ -67,36 +70,40 @@ class BlockEncoding(ABC):
 
     @property
     def check_width(self) -> int:
-        """Numbers of each side of the check."""
+        """Number of values on each side of the check."""
         if not self._preconditioned:
             return self._columns.stop - self._columns.start
         return self.block.numel if self._probe is None else self.block.shape[0]
 
     def takes_lines(self, given: Sequence[Given]) -> bool:
-        """Tell whether `reduce` looks at the lines of a table alone that the contributions use."""
+        """Tell whether `reduce` looks only at the lines of a table that the contributions use."""
         return False
 
     @abstractmethod
     def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
-        """The contribution in the block's columns, times the `root` of a preconditioner where there is one.
+        """Return the contribution in the block's columns, times `root` if it is given.
 
         Args:
             given: the contribution.
-            root: root of the preconditioner, of the block's shape, or of `lines` only.
-            lines: sorted numbers of the lines that `root` has; None: all.
+            root: root of the preconditioner, of the block's shape or of `lines` only; None if rows
+                are not preconditioned.
+            lines: sorted numbers of the lines in `root`; None if `root` has all lines.
         """
 
     @abstractmethod
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
-        """The gradient in the columns that its rows have, where rows are stored as they are; one dimension.
+        """Return the gradient in the columns of its rows, if rows are stored as they are.
 
         Args:
             gradient: whole gradient of the block.
-            given: the contributions that it should be the sum of.
+            given: contributions whose sum should be the gradient.
+
+        Returns:
+            The columns, one dimension.
         """
 
     def write_gradient(self, gradient: Tensor, given: Sequence[Reduced], out: Tensor) -> Tensor | None:
-        """The gradient's side of the check: written to `out`, or returned for the caller to copy there."""
+        """Write the gradient's side of the check to `out`, or return it for the caller to copy."""
         if self._probe is None:
             return gradient.reshape(-1) if self._preconditioned else self.project_gradient(gradient, given)
         matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
@@ -104,11 +111,11 @@ class BlockEncoding(ABC):
         return None
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
-        """The rows' side of the check, where rows are stored as they are.
+        """Write the rows' side of the check to `out`, if rows are stored as they are.
 
         Args:
             rows: rows of some steps in their columns, shape (step, sample, feature).
-            out: shape (step, `check_width`).
+            out: output, shape (step, `check_width`).
         """
         torch.sum(rows[:, :, self._columns], 1, out=out)
 
@@ -119,7 +126,14 @@ class BlockEncoding(ABC):
         pieces: Iterable[Tensor],
         project: Callable[[Tensor], Tensor],
     ) -> Reduced:
-        """`reduce` by way of rows that are written out, a few samples after the other."""
+        """Reduce a contribution by way of written-out rows, a few samples at a time.
+
+        Args:
+            given: the contribution.
+            root: root of the preconditioner; None if rows are not preconditioned.
+            pieces: rows of a few samples each, in the order of the samples.
+            project: function that turns rows into columns.
+        """
         norm = _known_norm(given.value)
         columns, norms, sums = [], [], []
         factors = self._factors_of_sum(given.value) if root is not None else None
@@ -136,13 +150,13 @@ class BlockEncoding(ABC):
         return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
 
     def _factors_of_sum(self, value: Contribution) -> Factors | None:
-        """Factors whose sum times the probe needs no row; None: rows have to be summed."""
+        """Return factors whose sum times the probe needs no rows; None if rows must be summed."""
         if self._probe is None or not isinstance(value, Factors) or value.given_right is None:
             return None
         return value if value.left.shape[-1] == self.block.shape[0] else None
 
     def _sum_of_factors(self, factors: Factors) -> Tensor:
-        """sum_bp l_bp (r_bp . u), the sum of the rows times the probe u."""
+        """Return sum_bp l_bp (r_bp . u), the sum of the rows times the probe u."""
         return factors.left.flatten(0, 1).T @ factors.right_times(self._probe_like(factors.left)[None]).flatten()
 
     def _sum_for_check(self, rows: Tensor) -> Tensor:
@@ -157,7 +171,7 @@ class BlockEncoding(ABC):
 
 
 class Dense(BlockEncoding):
-    """Columns that are the row itself."""
+    """Encoding whose columns are the row itself."""
 
     def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
         """See the base class."""
@@ -171,12 +185,12 @@ class Dense(BlockEncoding):
 
 
 class Sketched(BlockEncoding):
-    """Columns that are a balanced count sketch of the row, see `hydra_pipe.maths.sketch`."""
+    """Encoding whose columns are a balanced count sketch of the row (`hydra_pipe.maths.sketch`)."""
 
     def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
         super().__init__(block, seed, preconditioned=preconditioned)
         self._sketch = Sketch(seed, block.name, block.shape, self._columns.stop - self._columns.start)
-        # lines of a table that were met last: the check of the gradient comes next, and is of the same lines
+        # last lines of a table: the books come next and need the same lines
         self._last_lines: SketchedLines | None = None
 
     def takes_lines(self, given: Sequence[Given]) -> bool:
@@ -217,7 +231,7 @@ class Sketched(BlockEncoding):
         return Reduced(sketched.project(values, at), first, value.bounds().sum(), expected, numbers)
 
     def _lines_of(self, given: Sequence[Reduced]) -> SketchedLines | None:
-        """The lines of a table that all contributions are of; None: a contribution is of another kind."""
+        """Return the lines of a table that the contributions use; None if one is not of lines."""
         numbers = [r.lines for r in given if r.lines is not None]
         if not numbers or len(numbers) < len(given):
             return None
@@ -227,7 +241,10 @@ class Sketched(BlockEncoding):
 
 
 class KronProjected(BlockEncoding):
-    """Columns that are both sides of the row projected, see `hydra_pipe.maths.kron`. Never preconditioned."""
+    """Encoding whose columns are the row projected on both sides (`hydra_pipe.maths.kron`).
+
+    Rows of this encoding are never preconditioned.
+    """
 
     def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
         super().__init__(block, seed, preconditioned=preconditioned)
@@ -245,9 +262,10 @@ class KronProjected(BlockEncoding):
 
 
 class Factored(BlockEncoding):
-    """Columns that are the two factors of an outer product. Never preconditioned.
+    """Encoding whose columns are the two factors of an outer product.
 
-    The rows are not multiplied out for the check: a weight's is times a probe. A bias has its weight's columns.
+    Rows of this encoding are never preconditioned. The check does not multiply the factors out: the
+    row of a weight is multiplied by a probe. A bias shares the columns of its weight.
     """
 
     is_factored = True
@@ -259,11 +277,15 @@ class Factored(BlockEncoding):
             self._probe = _probe(seed, self._inputs.stop - self._inputs.start)
 
     def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
-        """The contribution as it is."""
+        """Return the contribution unchanged."""
         return Reduced(given.value, given.first)
 
     def factors(self, given: Sequence[Reduced]) -> list[Factors]:
-        """The factors of contributions. Raises: LayerError: a sample's gradient is not one outer product any more."""
+        """Return the factors of contributions.
+
+        Raises:
+            LayerError: a sample's gradient is no longer one outer product.
+        """
         value = given[0].value
         if len(given) == 1 and isinstance(value, Factors) and value.n_positions == 1:
             return [value]
@@ -288,7 +310,7 @@ class Factored(BlockEncoding):
             out[:] = torch.bmm(weights[:, None], rows[:, :, self._columns])[:, 0]
 
 
-#: the class of each encoding
+#: class of each encoding
 ENCODINGS: dict[Encoding, type[BlockEncoding]] = {
     "dense": Dense,
     "factored": Factored,
@@ -298,7 +320,7 @@ ENCODINGS: dict[Encoding, type[BlockEncoding]] = {
 
 
 def outer_products(given: Sequence[Given]) -> list[Factors]:
-    """The factors where each sample's gradient is one outer product, else nothing."""
+    """Return the factors if each sample's gradient is one outer product, else an empty list."""
     factors = [g.value for g in given if isinstance(g.value, Factors) and g.value.n_positions == 1]
     alone = len({g.first for g in given}) == len(given)
     return factors if alone and len(factors) == len(given) else []
@@ -311,17 +333,24 @@ def _plain(value: Contribution) -> Factors | Tensor:
 
 
 def _known_norm(value: Contribution) -> Tensor | None:
-    """Bound of the summed norms of the terms, where rows are sums of terms that may cancel; None: rows have their own norms.
+    """Return a bound of the summed norms of the terms, if rows are sums of terms that may cancel.
 
-    Terms cancel in a bias before a normalisation, for one: what is left of the sum is rounding.
+    Terms cancel in a bias before a normalisation, for example. The sum is then only rounding.
+
+    Returns:
+        None if the norms of the rows serve as they are.
     """
     sums_up = isinstance(value, Summed) or (isinstance(value, Factors) and value.n_positions > 1)
     return bounds_of(value).sum() if sums_up else None
 
 
 def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
-    """The sketch of a table's gradient of which only these lines are not zero; None: others are not, or looking costs more."""
-    if gradient.device.type != "cpu":  # the look at the others would make the device wait
+    """Return the sketch of a table's gradient, if only `lines` of the gradient are nonzero.
+
+    Returns:
+        None if other lines are nonzero, or if a look at the other lines costs more.
+    """
+    if gradient.device.type != "cpu":  # the look at other lines would make the device wait
         return None
     own = gradient.reshape(len(gradient), -1).index_select(0, lines.numbers)
     whole, part = torch.linalg.vector_norm(gradient).double(), torch.linalg.vector_norm(own).double()
@@ -331,7 +360,8 @@ def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
 
 
 def _sum(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).sum(0)  # of one it would be two operations for nothing
+    # a single value needs no operation
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
 def _probe(seed: int, width: int) -> Tensor:

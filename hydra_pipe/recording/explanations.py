@@ -1,4 +1,4 @@
-"""Why the books of a block do not balance: causes that are found, or else those that are left."""
+"""Explanations for books that do not balance: the causes found, or else the possible causes."""
 
 import sys
 from collections.abc import Iterator
@@ -15,25 +15,28 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from hydra_pipe.recording.compiled import anything_compiled, compiled_before, is_a
 
-# cosine beyond which what the rows miss is the gradient of a penalty: rounding and one step's change of the parameter leave more
+# Smallest cosine between the missed gradient and a penalty's gradient to name the penalty. Rounding
+# and one step's change of the parameter leave a larger cosine.
 _SAME_DIRECTION = 0.99
-# features of which hardly any two directions are that close by chance: of two any gradient of two classes may be
+# Smallest number of features to name a penalty. With as many features two directions are hardly
+# that close by chance. With two features any gradient of two classes may be that close.
 _FEWEST_FEATURES = 8
-# elements of one magnitude that clipping by value leaves and that hardly come by chance
+# Number of elements of one magnitude that clipping by value leaves and that chance hardly does.
 _FEWEST_CLIPPED = 3
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a block whose books do not balance, beside its model.
+    """Facts about a block whose books do not balance, besides its model.
 
     Args:
-        has_rows: whether hooks saw any gradient of the block in the step.
-        penalty: the direction of what the rows miss, if it is one of a known penalty's gradient, see `penalty_of`.
-        training: whether it is the gradient of a step; else it is that of test samples.
-        half: whether gradients went through half precision.
-        passes: passes of the model in the step, with gradients; None: not counted.
-        batches: batches that the step was told of; None: not counted.
+        has_rows: True if hooks saw any gradient of the block in the step.
+        penalty: known penalty whose gradient has the direction of the missed gradient, see
+            `penalty_of`; None if there is none.
+        training: True for the gradient of a step, False for the gradient of test samples.
+        half: True if gradients went through half precision.
+        passes: number of passes of the model in the step, with gradients; None if not counted.
+        batches: number of batches that the step was told of; None if not counted.
     """
 
     has_rows: bool = True
@@ -45,13 +48,16 @@ class Evidence:
 
 
 def penalty_of(missed: NDArray[np.float64], value: NDArray[np.float64], sign: NDArray[np.float64]) -> Literal["L1", "L2"] | None:
-    """The penalty on a parameter whose gradient is what the rows miss; None: none that is known.
+    """Return the penalty whose gradient the rows miss.
 
     Args:
-        missed: the gradient in use less what the rows account for, as the books have it, of every block that is off, shape
-            (feature,).
-        value: the parameters in the same features.
-        sign: their signs in the same features.
+        missed: gradient in use minus the gradient that the rows account for, in the form of the
+            books, of every block that is off, shape (feature,).
+        value: values of the parameters in the same features, shape (feature,).
+        sign: signs of the parameters in the same features, shape (feature,).
+
+    Returns:
+        None if no known penalty fits.
     """
 
     def along(direction: NDArray[np.float64]) -> float:
@@ -65,16 +71,18 @@ def penalty_of(missed: NDArray[np.float64], value: NDArray[np.float64], sign: ND
 
 
 def explain(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, evidence: Evidence | None = None) -> str:
-    """Why rows of parameter `name` may not sum to its gradient: the cause where it can be known, else those that are left.
+    """Explain why the rows of parameter `name` do not sum to its gradient.
+
+    The explanation is the cause if it can be known, else all causes that remain possible.
 
     Args:
-        model: that is recorded.
-        optimizer: of its parameters; None: not known.
-        name: of the parameter in `model.named_parameters()`.
-        evidence: see `Evidence`.
+        model: the recorded model.
+        optimizer: optimiser of the model's parameters; None if it is not known.
+        name: name of the parameter in `model.named_parameters()`.
+        evidence: further facts about the block.
 
     Returns:
-        Sentences, of which each cause has its way out.
+        Sentences. Each cause comes with a remedy.
     """
     evidence = evidence or Evidence()
     parameter = dict(model.named_parameters())[name]
@@ -88,7 +96,7 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str
 def _certain(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, parameter: nn.Parameter, evidence: Evidence
 ) -> Iterator[str]:
-    """Causes that were found, each a sentence."""
+    """Yield the causes that were found, each as a sentence."""
     _, module, _ = _owner(model, name)
     if evidence.penalty is not None:
         instead = "" if evidence.penalty == "L1" else "use the optimizer's weight_decay instead of it, or "
@@ -121,7 +129,7 @@ def _certain(
         )
     if (
         evidence.training and optimizer is not None and len(optimizer._optimizer_step_pre_hooks) > 1
-    ):  # of which the recorder's is one
+    ):  # one of the hooks is the recorder's
         yield (
             "Another hook of the optimizer (register_step_pre_hook) may change gradients just before the step: change the loss "
             "instead, or take the hook away."
@@ -129,7 +137,7 @@ def _certain(
 
 
 def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Evidence) -> Iterator[str]:
-    """Causes that are left where none was found, the likeliest first, each without a full stop."""
+    """Yield the possible causes if none was found, likeliest first, each without a full stop."""
     path, module, own = _owner(model, name)
     where = f"{path or 'the model'} ({type(module).__name__})"
     others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n != name]
@@ -179,24 +187,28 @@ def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Ev
 
 
 def reparametrization(model: nn.Module, name: str) -> str | None:
-    """What is to be said of a parameter from which another tensor, the weight that a module uses, is computed; None: none is.
+    """Explain that a module's weight is computed from parameter `name`.
 
     Args:
-        model: that has it.
-        name: of the parameter in `model.named_parameters()`.
+        model: model with the parameter.
+        name: name of the parameter in `model.named_parameters()`.
+
+    Returns:
+        The explanation; None if no weight is computed from the parameter.
     """
     path, module, own = _owner(model, name)
     return _parametrized(model, path, module) or _computed_before(path, module, own)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[str, nn.Module, str]:
-    """Path of the module that has parameter `name`, the module, and the parameter's name there."""
+    """Return the path of the module of parameter `name`, the module, and the name in the module."""
     path, _, own = name.rpartition(".")
     return path, model.get_submodule(path), own
 
 
 def _parametrized(model: nn.Module, path: str, module: nn.Module) -> str | None:
-    # original, original0, ... are in `MODULE.parametrizations.TENSOR`; parameters of a parametrization one module further down
+    # `MODULE.parametrizations.TENSOR` holds original, original0, ...; the parameters of a
+    # parametrization are one module further down
     parts = path.split(".")
     if parametrize.ParametrizationList not in type(module).__mro__:
         holder = next((i for i, part in enumerate(parts) if part == "parametrizations"), None)
@@ -213,7 +225,10 @@ def _parametrized(model: nn.Module, path: str, module: nn.Module) -> str | None:
 
 
 def _computed_before(path: str, module: nn.Module, own: str) -> str | None:
-    """The old weight_norm and spectral_norm, and pruning, compute the weight in a forward pre-hook."""
+    """Explain that a forward pre-hook computes the weight, if one does.
+
+    The old weight_norm and spectral_norm, and pruning, do so.
+    """
     stem = own.rpartition("_")[0]
     for hook in module._forward_pre_hooks.values():
         kind = type(hook)
@@ -240,7 +255,11 @@ def _is_functional_graph(module: nn.Module) -> bool:
 
 
 def _clipped_at(model: nn.Module) -> float | None:
-    """The magnitude that clipping by value has left of the largest elements of the gradient; None: none, as far as can be seen."""
+    """Return the magnitude to which clipping by value has cut the largest elements of the gradient.
+
+    Returns:
+        None if no clipping can be seen.
+    """
     gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None and p.grad.layout == torch.strided]
     magnitudes = [g.abs() for g in gradients if g.numel()]
     largest = max((float(m.max()) for m in magnitudes), default=0.0)

@@ -1,7 +1,8 @@
-"""How several ranks agree on their steps: at the same steps on all of them, and never in between.
+"""Agreement of several ranks on their steps.
 
-A rank keeps what it finds wrong to itself until all meet: if it raised at once, it would leave the others waiting in the middle of
-a backward pass. When they meet is a function of the number of steps alone.
+All ranks meet after the same steps, and never in between. A rank holds an error until all ranks
+meet. If the rank raised the error at once, the others would wait for it in the middle of a backward
+pass. The meetings depend on the number of steps alone.
 """
 
 import hashlib
@@ -23,17 +24,17 @@ from hydra_pipe.store import names
 
 Floats = NDArray[np.float64]
 
-# what became of a step
+# outcome of a step
 _RECORDED, _NOT_TAKEN, _OVERFLOWED, _FAILED, _NONE = 0.0, 1.0, 2.0, 3.0, 4.0
-# scalars of the same gradients, found by processors that may round unlike each other
+# relative difference between the scalars of the same gradients on ranks that round differently
 _SCALAR_TOLERANCE = 1e-6
 
 
 class JointSteps:
-    """Steps since the ranks last met, and what this rank found wrong.
+    """Steps since the last meeting of the ranks, and the error that this rank holds.
 
     Args:
-        ranks: that record together.
+        ranks: ranks that record together.
     """
 
     flushes_at_will = False
@@ -42,7 +43,8 @@ class JointSteps:
         self._ranks = ranks
         self._outcomes: list[float] = []
         self._n_steps = 0
-        # the ranks meet after every step until one is recorded, whose size says how many fit into a slab
+        # The ranks meet after every step until a step is recorded. Its size tells how many steps
+        # fit into a slab.
         self._interval = 1
         self._n_recorded = 0
         self.held: HydraError | None = None
@@ -50,24 +52,32 @@ class JointSteps:
 
     @property
     def interval(self) -> int:
-        """Steps after which the ranks meet."""
+        """Number of steps after which the ranks meet."""
         return self._interval
 
     def go_on(self, n_recorded: int, interval: int | None) -> None:
-        """The ranks agree already: they have recorded `n_recorded` steps and meet after every `interval`; None: on nothing yet."""
+        """Resume after `n_recorded` steps, with a meeting every `interval` steps.
+
+        Args:
+            n_recorded: number of steps that the ranks have recorded.
+            interval: number of steps after which the ranks meet; None if they have not agreed yet.
+        """
         if interval is not None:
             self._n_recorded, self._interval = n_recorded, interval
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keep what is raised inside until the ranks meet; only the first is told."""
+        """Hold an error of the block until the ranks meet. Only the first error is raised."""
         try:
             yield
         except HydraError as error:
             self.held = self.held or error
 
     def guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """`hook`, but what it raises is kept until the ranks meet: the others may wait for this pass to go on."""
+        """Return `hook` with its errors held until the ranks meet.
+
+        The other ranks may be waiting for this pass to go on.
+        """
 
         def guarded(*args: Any) -> Any:
             try:
@@ -79,15 +89,15 @@ class JointSteps:
         return guarded
 
     def end_step(self, step: int, *, taken: bool, left_out: bool) -> bool:
-        """Note what became of a step, `step` by this rank's number.
+        """Note the outcome of a step.
 
         Args:
-            step: its number.
-            taken: whether the optimiser took it.
-            left_out: whether this rank saw why it was not taken.
+            step: number of the step on this rank.
+            taken: True if the optimiser took the step.
+            left_out: True if this rank saw that the step was left out on purpose.
 
         Returns:
-            Whether the ranks are to meet.
+            True if the ranks have to meet now.
         """
         self._n_steps += 1
         outcome = _FAILED if self.held else _RECORDED if taken else _OVERFLOWED if left_out else _NOT_TAKEN
@@ -95,15 +105,15 @@ class JointSteps:
         return len(self._outcomes) >= self._interval
 
     def meet(self, slab: Slab | None, pending: Sequence[Pending]) -> tuple[Checked | None, list[Pending], HydraError | None]:
-        """Agree on the steps that wait. Collective.
+        """Agree on the waiting steps. All ranks call this together.
 
         Args:
-            slab: with their rows.
-            pending: loss of each step, and what else its line of the step tables holds.
+            slab: rows of the waiting steps; None if there are none.
+            pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:
-            The steps to write, the same on every rank; their `pending`, with the losses' means over the ranks; and the error that
-            every rank is to raise once they are written, or None.
+            The steps to write, the same on every rank; their `pending`, with losses averaged over
+            the ranks; and the error that every rank raises after the steps are written, or None.
 
         Raises:
             RecordError: the ranks are not recording the same run.
@@ -113,7 +123,7 @@ class JointSteps:
         recorded = [k for k, outcome in enumerate(outcomes) if outcome == _RECORDED]
         if finite is not None and finite.error is not None and len(finite.entries) < len(recorded):
             outcomes[recorded[len(finite.entries)]] = _FAILED
-            self.held = finite.error  # of an earlier step than what was held
+            self.held = finite.error  # this error is of an earlier step than the held one
         of_ranks, limits = self._exchange(outcomes, finite.limits if finite is not None else [])
         n_good, error = self._judge(of_ranks)
         if n_good == 0 or slab is None or finite is None:
@@ -133,7 +143,17 @@ class JointSteps:
         return agreed, [(loss, values) for loss, (_, values) in zip(losses, pending, strict=False)], off or error
 
     def _exchange(self, outcomes: list[float], limits: list[float]) -> tuple[Floats, list[float]]:
-        """Outcomes of all ranks, shape (rank, step), the last what is held otherwise; and the widest limit of each step's books."""
+        """Exchange the outcomes and the limits of the ranks.
+
+        Args:
+            outcomes: outcomes of the waiting steps on this rank.
+            limits: limit of the books of each step on this rank.
+
+        Returns:
+            The outcomes of all ranks, shape (rank, step + 1), float64. The last column tells
+            whether a rank holds an error. And for each step the widest limit of the books over the
+            ranks.
+        """
         held = _FAILED if self.held else _NONE
         own = [float(self._n_steps), *_padded(outcomes, _NONE), held, *_padded(limits, 0.0)]
         found = self._ranks.gather(own)
@@ -143,7 +163,14 @@ class JointSteps:
         return found[:, 1 : SLAB_STEPS + 2], found[:, SLAB_STEPS + 2 :].max(axis=0).tolist()
 
     def _judge(self, of_ranks: Floats) -> tuple[int, HydraError | None]:
-        """Steps that every rank recorded before the first that some rank could not, and what is to be said of that one."""
+        """Count the steps that every rank recorded, before the first step that some rank did not.
+
+        Args:
+            of_ranks: outcomes of all ranks, shape (rank, step + 1).
+
+        Returns:
+            The number of steps, and the error of the step that failed or None.
+        """
         n_good = 0
         for of_step in of_ranks.T:
             kinds = set(of_step.tolist()) - {_NONE}
@@ -172,7 +199,19 @@ class JointSteps:
         self._interval = max(1, min(capacity for _, capacity in found))
 
     def _compare(self, checked: Checked, pending: Sequence[Pending]) -> tuple[Floats, Floats, HydraError | None]:
-        """Scalar, (step,), and imbalance, (step, 1), of the steps whose books balance on all ranks; and what is off after them."""
+        """Compare the books and the step tables of the ranks.
+
+        Args:
+            checked: checked steps of this rank.
+            pending: loss of each step, and the other values of its line in the step tables.
+
+        Returns:
+            The scalars, shape (step,), and the imbalances, shape (step, 1), of the steps whose
+            books balance on all ranks. And the error of the next step, or None.
+
+        Raises:
+            RecordError: the ranks differ in their settings, or in the scale of their gradients.
+        """
         table = json.dumps([{k: v for k, v in values.items() if k != names.N_ROWS} for _, values in pending])
         digest = float(int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big"))  # 48 bits, which a float holds
         scalars, imbalance = checked.books.scalar, checked.books.imbalance.max(axis=1)
@@ -200,7 +239,7 @@ StepSync = LoneSteps | JointSteps
 
 
 def steps_of(processes: Processes) -> StepSync:
-    """How `processes` agree on their steps."""
+    """Return the agreement of `processes` on their steps."""
     return JointSteps(processes) if isinstance(processes, Ranks) else LoneSteps()
 
 

@@ -1,4 +1,4 @@
-"""How a loop was left: by its end or `break`, or by an exception."""
+"""Detection of loops that were left by an exception, not by their end or by `break`."""
 
 import gc
 import inspect
@@ -9,11 +9,13 @@ from types import FrameType, TracebackType
 def left_by_exception(frame: FrameType | None) -> bool:
     """Tell whether an exception is ending the loop that has just let go of its iterator.
 
-    The interpreter drops the iterator of a loop before any handler runs, and shows the exception to nobody meanwhile. But a
-    traceback says at which instruction the frame raised. A loop that is left by `break` has come to another one.
+    The interpreter drops the iterator of a loop before any handler runs. At this moment no code can
+    see the exception. But a traceback holds the instruction at which the frame raised. A loop that
+    was left by `break` has reached another instruction.
 
     Args:
-        frame: in which the iterator was dropped: that of the loop, or of generators around the iterator.
+        frame: frame in which the iterator was dropped, which is the frame of the loop, or of a
+            generator around the iterator.
     """
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
         frame = frame.f_back
@@ -26,5 +28,5 @@ def left_by_exception(frame: FrameType | None) -> bool:
 
 
 def last_uncaught() -> BaseException | None:
-    """The last exception that came to a prompt, or ended a notebook's cell; None: there was none."""
+    """Return the last exception that reached a prompt or ended a notebook cell, or None."""
     return getattr(sys, "last_value", None)

@@ -1,7 +1,7 @@
-"""Where a training loop is: which batches it has named, when a step of it begins and ends, and whether it goes on at all.
+"""State of a training loop: the batches that it named, its present step, and whether it goes on.
 
-The loop tells in one of two ways. It puts each step into `step`; or a tracked loader, or `next_batch`, names its
-batches, and a step is what happens from one optimizer.step() to the next.
+A loop names its steps in one of two ways. It puts each step into a `step` block. Or a tracked
+loader, or `next_batch`, names the batches; a step then lasts from one optimizer.step() to the next.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +27,13 @@ from hydra_pipe.recording.weights import WeightsNote
 
 @dataclass(slots=True)
 class Between:
-    """Outside of `step`. Batches that are named here are of the step that ends with the next optimizer.step().
+    """State outside of `step`. A batch named here belongs to the step of the next optimizer.step().
 
     Args:
-        note: of this step.
-        named: the batch that `next_batch` named last; None: none, or `end_batch` was called since.
-        slip: what taking test gradients has raised since a batch was named; None: nothing.
+        note: note of this step.
+        named: last batch that `next_batch` named; None if there is none, or after `end_batch`.
+        slip: error raised while test gradients were taken, since the last named batch; None if
+            there was none.
     """
 
     note: StepNote = field(default_factory=StepNote)
@@ -42,11 +43,12 @@ class Between:
 
 @dataclass(slots=True)
 class InStep:
-    """Inside of a `step` block.
+    """State inside of a `step` block.
 
     Args:
-        note: of this step.
-        n_ended: steps that had ended when it began, or when an earlier optimizer.step() of the block was over.
+        note: note of this step.
+        n_ended: number of steps that had ended when the block began, or when an earlier
+            optimizer.step() of the block was over.
     """
 
     note: StepNote
@@ -55,10 +57,10 @@ class InStep:
 
 @dataclass(slots=True)
 class Testing:
-    """While test gradients are taken.
+    """State while test gradients are taken.
 
     Args:
-        within: where the loop is meanwhile.
+        within: state of the loop before and after.
     """
 
     within: Between | InStep
@@ -66,37 +68,39 @@ class Testing:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """An exception has ended the loop: the hooks are off until a batch is named again."""
+    """State after an exception has ended the loop: the hooks are off until the next named batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """The hooks are off for good; the end of the recording is being written."""
+    """State while the end of the recording is written. The hooks are off for good."""
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The recording is over.
+    """State after the end of the recording.
 
     Args:
-        failure: why it has failed; None: it is complete, or nothing was recorded.
+        failure: error that ended the recording; None if the recording is complete, or if nothing
+            was recorded.
     """
 
     failure: BaseException | None
 
 
 class Loop:
-    """Follows the loop that trains `model`.
+    """Follower of the loop that trains `model`.
 
     Args:
-        model: the module that is trained.
-        optimizer: the optimiser of its parameters.
-        parameters: the recorded ones.
+        model: the trained module.
+        optimizer: optimiser of the model's parameters.
+        parameters: the recorded parameters.
         n_samples: size of the training set.
-        collector: hooks the model.
-        pending: takes the steps.
-        sync: agrees with other processes on them.
-        on_failure: told of each error that ends the recording, before the error is raised.
+        collector: collector, which hooks the model.
+        pending: receiver of the steps.
+        sync: agreement with other processes on the steps.
+        on_failure: function that gets each error that ends the recording, before the error is
+            raised.
     """
 
     def __init__(
@@ -114,19 +118,19 @@ class Loop:
         self._collector, self._pending, self._sync = collector, pending, sync
         self.fail = on_failure
         self.state: Between | InStep | Testing | Left | Closing | Closed = Between()
-        # blocks of `paused` that the loop is in, wherever it is
+        # number of `paused` blocks that the loop is inside of, in any state
         self._n_paused = 0
-        # steps of the recording that this loop goes on with, as long as it has not taken one itself; else None
+        # number of steps of the recording that this loop resumes; None if it resumes none
         self._resumed_at: int | None = None
         # whether a loader or `next_batch` has named batches, for messages
         self._names_batches = False
-        # what came to a prompt last, when the last batch was named
+        # last exception at a prompt, when the last batch was named
         self._uncaught = last_uncaught()
         self._weights = WeightsNote(model, parameters)
         self._hook()
 
     def _hook(self) -> None:
-        """Take notice of the optimizer; the collector does of the model."""
+        """Hook the optimiser. The collector hooks the model."""
         self._copies = CleanCopies(self._model)
         self._updates = OptimizerHooks(self._optimizer, self._parameters, self)
 
@@ -138,7 +142,7 @@ class Loop:
 
     @property
     def n_steps(self) -> int:
-        """Steps taken so far."""
+        """Number of steps taken so far."""
         return self._pending.n_steps
 
     @property
@@ -158,7 +162,7 @@ class Loop:
 
     @property
     def _ground(self) -> Between | InStep | None:
-        """Where the loop is, or was when test gradients began; None: nowhere."""
+        """State of the loop, or its state before test gradients; None after the loop was left."""
         state = self.state.within if isinstance(self.state, Testing) else self.state
         return state if isinstance(state, Between | InStep) else None
 
@@ -167,7 +171,11 @@ class Loop:
         return StepNote() if self._ground is None else self._ground.note
 
     def check_open(self) -> None:
-        """Raises: RecordError: the recorder is closed."""
+        """Refuse a closed recorder.
+
+        Raises:
+            RecordError: the recorder is closed.
+        """
         if self.is_closed:
             failure = self.state.failure if isinstance(self.state, Closed) else None
             why = "" if failure is None else f", for its recording has failed ({failure})"
@@ -175,7 +183,10 @@ class Loop:
 
     @contextmanager
     def heeding(self) -> Iterator[None]:
-        """A block that is in no `step` which would hear of its errors; with several ranks they wait until these meet."""
+        """Report the errors of a block outside of `step`, which would report its own.
+
+        With several ranks the errors are held until the ranks meet.
+        """
         try:
             with self._sync.holding():
                 yield
@@ -218,7 +229,7 @@ class Loop:
             self._pending.flush()
 
     def track(self) -> None:
-        """A loader is going to name the batches."""
+        """Note that a loader will name the batches."""
         self._names_batches = True
 
     def next_batch(self, sample_ids: ArrayLike | Tensor) -> StepNote:
@@ -240,17 +251,18 @@ class Loop:
             self._collector.rest()
 
     def hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
-        """A batch comes that a tracked loader or `next_batch` names.
+        """Take a batch that a tracked loader or `next_batch` names.
 
         Args:
-            samples: ids, shape (batch,).
-            before: the batch that was named before it; None: it is the first of its epoch.
+            samples: ids of the samples, shape (batch,), int64.
+            before: previous named batch; None if this batch is the first of its epoch.
 
         Returns:
-            The batch; None where its passes are not to be recorded.
+            The batch; None if its passes are not recorded.
 
         Raises:
-            RecordError: inside of `step`, the model has not met `before`, or weights were changed since the loop was left.
+            RecordError: the loop is inside of `step`, the model has not met `before`, or weights
+                were changed after the loop was left.
         """
         if self.is_closed or isinstance(self.state, Testing) or self._n_paused or self._sync.held is not None:
             return None
@@ -259,7 +271,7 @@ class Loop:
         if not isinstance(self.state, Between):
             raise RecordError("a batch named by a loader or by next_batch() inside of recorder.step(): use one of them, not both")
         self.state.slip = None
-        # a loop that goes on in mid-epoch draws what it has done already, and leaves it
+        # a loop that resumes within an epoch draws the batches that it has done, and skips them
         if before is not None and not before.met and self._resumed_at != self.n_steps:
             raise RecordError(
                 f"at step {self.n_steps} a next batch came before the model had met the last one: a loop that draws ahead, or "
@@ -279,7 +291,10 @@ class Loop:
 
     @contextmanager
     def testing(self) -> Iterator[None]:
-        """A block that takes test gradients, wherever the loop is. What it raises is kept as the loop's slip."""
+        """Mark a block that takes test gradients, in any state of the loop.
+
+        An error of the block is kept as `slip`, if the loop is outside of `step`.
+        """
         ground = self._ground
         assert ground is not None
         slip: BaseException | None = None
@@ -296,13 +311,20 @@ class Loop:
                 self.state = ground
 
     def leave(self) -> None:
-        """An exception has ended the loop: take no notice of what is trained from now on, until a batch is named again."""
+        """Unhook the model, as an exception has ended the loop, until a batch is named again."""
         if isinstance(self.state, Between):
             self.state = Left()
             self._unhook()
 
     def come_back(self, *, to_train: bool) -> None:
-        """The loop goes on after `leave`, if it was left. Raises: RecordError: it would train on after steps that are missing."""
+        """Hook the model again, if the loop was left.
+
+        Args:
+            to_train: True if the loop is about to train on.
+
+        Raises:
+            RecordError: steps are missing between the exception and the training to come.
+        """
         if not isinstance(self.state, Left):
             return
         if to_train and self.weights_changed():
@@ -315,25 +337,37 @@ class Loop:
         self._hook()
 
     def go_on(self, n_steps: int) -> None:
-        """Go on with a recording of `n_steps` steps."""
+        """Resume a recording of `n_steps` steps."""
         self._resumed_at = n_steps
 
     def weights_changed(self) -> bool:
-        """Tell whether parameters were written to since the last step that the optimiser took; False before the first."""
+        """Tell whether parameters were changed since the optimiser's last step.
+
+        Returns:
+            False before the first step.
+        """
         return self._weights.changed()
 
     def begin_end(self) -> None:
-        """Remove the hooks: nothing is recorded any more."""
+        """Remove the hooks, after which nothing is recorded."""
         if not self.is_closed:
             self.state = Closing()
         self._unhook()
 
     def end(self, failure: BaseException | None) -> None:
-        """The recording is over; `failure` is why it has failed."""
+        """End the recording.
+
+        Args:
+            failure: error that ended the recording; None if it has not failed.
+        """
         self.state = Closed(failure)
 
     def before_update(self) -> bool:
-        """Tell whether the update that optimizer.step() is about to make is of the loop. Raises: RecordError: in a pause."""
+        """Tell whether the update that optimizer.step() is about to make belongs to the loop.
+
+        Raises:
+            RecordError: the loop is inside of `paused`.
+        """
         if self._n_paused:
             error = RecordError(
                 f"optimizer.step() at step {self.n_steps} inside of recorder.paused(): its gradients would be missing; leave the "
@@ -342,23 +376,28 @@ class Loop:
             self.fail(error)
             raise error
         if last_uncaught() is not self._uncaught and not self.is_in_step:
-            self.leave()  # an error has ended the cell in which the last batch was named
+            self.leave()  # an error has ended the notebook cell that named the last batch
             return False
         return True
 
     def take_update(self) -> None:
-        """Take the step whose gradients are as the optimiser is about to use them. Raises: as `Recorder.step`."""
+        """Take the step. The gradients are as the optimiser is about to use them.
+
+        Raises:
+            RecordError: no batch was named for the step.
+            HydraError: another error of those that `Recorder.step` raises.
+        """
         try:
             state = self.state
             if isinstance(state, InStep) and self.n_steps > state.n_ended:
-                self._end_step(taken=True)  # an earlier one of the same `step`
+                self._end_step(taken=True)  # an earlier optimizer.step() of the same `step` block
                 state.n_ended = self.n_steps
             if self._sync.held is None:
                 with self._sync.holding():
                     self._take_step()
             if not isinstance(state, InStep):
-                self._collector.forget()  # also where an error is held and nothing was taken
-                self._end_step(taken=True)  # where the loop names its samples, leaving `step` does it
+                self._collector.forget()  # also if an error is held and no step was taken
+                self._end_step(taken=True)  # inside of `step` the end of the block does this
         except BaseException as error:
             self.fail(error)
             raise

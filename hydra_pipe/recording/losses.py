@@ -1,4 +1,4 @@
-"""One loss per sample, from a loss function of any usual reduction."""
+"""Losses per sample, from a loss function with any usual reduction."""
 
 from typing import Any
 
@@ -11,10 +11,15 @@ from hydra_pipe.recording.datasets import size_of
 
 
 def per_sample_losses(loss: Any, output: Any, target: Any) -> Tensor:
-    """Losses of shape (batch,) from `loss(output, target)`, which may return them, their mean or their sum.
+    """Return the loss of each sample, shape (batch,).
+
+    Args:
+        loss: function of output and target. It returns the losses, their mean or their sum.
+        output: output of the model for the batch.
+        target: targets of the batch.
 
     Raises:
-        PipelineError: it returns neither.
+        PipelineError: `loss` returns neither a scalar nor one loss per sample.
     """
     value = loss(output, target)
     batch = size_of(target)
@@ -23,12 +28,16 @@ def per_sample_losses(loss: Any, output: Any, target: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.dim() != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise PipelineError(f"the loss has shape {shape} for a batch of {batch}: return one loss per sample, shape ({batch},)")
-    # A scalar hides which samples it is of: taken one by one they add up to a mean or to a sum, and it is known which.
+    # A scalar hides the losses of the samples, and whether it is a mean or a sum. For one sample
+    # the scalar is the sample's loss in both cases.
     return torch.stack([loss(_only(output, i, batch), _only(target, i, batch)) for i in range(batch)])
 
 
 def _only(values: Any, sample: int, batch: int) -> Any:
-    """`values` of one sample of a batch: of a tensor its line, of several each one's; what is of no sample stays as it is."""
+    """Return `values` for one sample of a batch.
+
+    Each tensor with `batch` lines becomes the sample's line. All other values stay.
+    """
 
     def line(value: Any) -> Any:
         of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
