@@ -108,7 +108,8 @@ class Attribution:
             True if a probe was due, and the outputs that keep the samples apart.
 
         Raises:
-            LayerError: the model mixes the samples of a batch, or one of its parameters cannot be split by sample.
+            LayerError: the model mixes the samples of a batch, or one of its parameters cannot be
+                split by sample.
         """
         is_due = self._is_due(of_pass)
         is_due = 1 if self._is_routed and of_pass.count > 1 else is_due
@@ -272,7 +273,7 @@ class Attribution:
     def _take_slowly(self, graph: PassGraph, blocks: Sequence[int]) -> None:
         """Split `blocks` by one backward pass a sample, during the next backward pass.
 
-        The blocks are those that neither a layer rule nor the graph can split.
+        Neither a layer rule nor the graph can split these blocks.
         """
         new = [block for block in blocks if block not in self._told]
         if new:

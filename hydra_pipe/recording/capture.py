@@ -409,7 +409,7 @@ class Capture:
         try:
             # gradients are on here only if the loop will differentiate this backward pass again
             with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
-                # under autocast outputs are in half precision; parameters are not
+                # under autocast outputs are half precision; parameters and their gradients are not
                 if gradient.dtype != call.dtype:
                     self.half_precision = True
                 if call.inputs is not None:

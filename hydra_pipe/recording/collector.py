@@ -254,7 +254,9 @@ class Collector:
         return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
 
     def overflowed(self) -> bool:
-        """Tell whether a gradient is not finite, which makes a gradient scaler leave out optimizer.step().
+        """Tell whether a gradient is not finite.
+
+        A gradient scaler leaves out optimizer.step() in this case.
 
         Both the contributions and `.grad` are looked at. The loop may have cleared `.grad`. And
         `.grad` has values that the hooks do not see: a sum over the batch that overflowed in half
@@ -378,7 +380,7 @@ class Collector:
 
     @staticmethod
     def _grouped(encoder: RowEncoder, index: int, given: Sequence[Given]) -> list[Given]:
-        """Return the contributions of one block; those of one key are put side by side."""
+        """Return the contributions of one block, with contributions of one key side by side."""
         if len(given) == 1 or encoder.encodings[index].is_factored:
             return list(given)
         groups: dict[Any, list[Given]] = {}

@@ -23,7 +23,7 @@ from hydra_pipe.recording.places import Origin, Pass
 
 # Larger outputs (the logits of a language model) would take several times their memory again.
 _MOST_ELEMENTS = 2**25
-# Limit of the second derivative between two samples, relative to that of a sample with itself.
+# Limit of the second derivative between two samples, relative to a sample's own second derivative.
 _TOLERANCE = 1e-4
 
 
@@ -283,7 +283,9 @@ class LossCoupling:
 
 
 def same_targets(outputs: Sequence[Any], one: Pass, other: Pass) -> bool:
-    """Tell whether the gradients at the outputs of two passes are those of cross-entropy with the same targets.
+    """Tell whether the gradients at the outputs of two passes come from the same targets.
+
+    Only gradients of cross-entropy show their targets.
 
     Args:
         outputs: `SeenOutput` of each backward pass, in the order of the passes.

@@ -20,7 +20,7 @@ from hydra_pipe.streams import Stream
 # ids, inputs and targets of the samples
 Batch = tuple[NDArray[np.int64], Any, Any]
 
-#: samples that go through the model at once, if the caller gives no number
+#: number of samples that go through the model at once, if the caller gives no number
 BATCH = 64
 # names under which a mapping may hold its targets; the first one present counts
 _TARGETS = ("labels", "label", "label_ids", "targets", "target")
@@ -100,7 +100,10 @@ def _is_batch(given: Any) -> bool:
 
 
 def _is_sample(item: Any) -> bool:
-    """Tell whether an item of a list is one sample: its target is a number, or its values are not tensors yet."""
+    """Tell whether an item of a list is one sample.
+
+    The target of a sample is a number, or its values are not tensors yet.
+    """
     if isinstance(item, Mapping):
         return not any(isinstance(x, Tensor) and x.dim() > 0 for x in tree_leaves(dict(item)))
     if not isinstance(item, tuple | list) or len(item) < 2:
@@ -116,7 +119,7 @@ def batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
 def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Yield the samples of a dataset in order, as (inputs, targets).
 
-    The samples are those of a pipeline's test set with this seed.
+    The random numbers are the same as for a pipeline's test set with this seed.
 
     Args:
         dataset: map-style dataset of (input, target) or of mappings.

@@ -1,4 +1,4 @@
-"""One class for each encoding of a block: rows to columns, and both sides of the check of the gradient.
+"""Encodings of a block, one class each: columns of rows, and both sides of the gradient's check.
 
 The check compares the sum of a step's rows with the gradient that the optimiser uses. The encoding
 chooses the form of both sides. If rows are stored as they are, the sides are compared as columns.

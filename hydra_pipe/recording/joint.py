@@ -43,8 +43,8 @@ class JointSteps:
         self._ranks = ranks
         self._outcomes: list[float] = []
         self._n_steps = 0
-        # The ranks meet after every step until a step is recorded. Its size tells how many steps
-        # fit into a slab.
+        # The ranks meet after every step until a step is recorded. The size of this step tells how
+        # many steps fit into a slab.
         self._interval = 1
         self._n_recorded = 0
         self.held: HydraError | None = None

@@ -120,7 +120,8 @@ class Loop:
         self.state: Between | InStep | Testing | Left | Closing | Closed = Between()
         # number of `paused` blocks that the loop is inside of, in any state
         self._n_paused = 0
-        # number of steps of the recording that this loop resumes; None if it resumes none
+        # number of steps of the recording that this loop resumes, until it takes a step itself; None
+        # if it resumes none
         self._resumed_at: int | None = None
         # whether a loader or `next_batch` has named batches, for messages
         self._names_batches = False
@@ -384,8 +385,12 @@ class Loop:
         """Take the step. The gradients are as the optimiser is about to use them.
 
         Raises:
-            RecordError: no batch was named for the step.
-            HydraError: another error of those that `Recorder.step` raises.
+            RecordError: no batch was named for the step, or its passes did not cover the batch.
+            BooksError: the rows do not sum to the gradient in use.
+            NonFiniteError: a gradient is infinite or not a number.
+            LayerError: a factored block no longer has one position a sample, or two passes over the
+                same places may be of different samples.
+            StoreError: writing failed.
         """
         try:
             state = self.state
