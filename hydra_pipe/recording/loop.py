@@ -120,8 +120,8 @@ class Loop:
         self.state: Between | InStep | Testing | Left | Closing | Closed = Between()
         # number of `paused` blocks that the loop is inside of, in any state
         self._n_paused = 0
-        # number of steps of the recording that this loop resumes, until it takes a step itself; None
-        # if it resumes none
+        # number of steps of the recording that this loop resumes, until it takes a step itself;
+        # None if it resumes none
         self._resumed_at: int | None = None
         # whether a loader or `next_batch` has named batches, for messages
         self._names_batches = False
