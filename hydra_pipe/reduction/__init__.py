@@ -1,1 +1,1 @@
-"""From `gradients.zarr` to `relevance.zarr`, out of core, with Dask. Imports no torch."""
+"""Reduction of `gradients.zarr` to `relevance.zarr`, out of core, with Dask. Imports no torch."""

@@ -1,4 +1,7 @@
-"""One BLAS thread in each worker: the workers are the parallelism, and threads of BLAS would only fight over the same cores."""
+"""One BLAS thread in each worker.
+
+The workers already use every core, so more BLAS threads would only compete with them.
+"""
 
 import functools
 import threading
@@ -16,9 +19,10 @@ _limits: threadpool_limits | None = None
 
 
 def single_threaded_blas(task: Callable[P, R]) -> Callable[P, R]:
-    """`task`, with BLAS on one thread while it runs.
+    """Wrap `task` so that BLAS uses one thread while the task runs.
 
-    The number of threads is one for all of a process: the first task to begin limits it, and the last to end puts it back.
+    The number of BLAS threads belongs to the whole process. So the first task to begin limits it,
+    and the last task to end restores it.
     """
 
     @functools.wraps(task)

@@ -1,4 +1,4 @@
-"""Options that are held against a method and a run: what cannot be is refused before anything is done."""
+"""Checks of options against a method and a run. Impossible requests are refused before any work."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from hydra_pipe.store.run import PRUNED, RunDirectory
 from hydra_pipe.store.stages import KEEP, RECORD
 from hydra_pipe.units import parse_bytes
 
-# what an option is for that some methods refuse
+# methods that each of these options is for; the other methods refuse it
 _MEANT_FOR = {
     "--keep-hypergradients": "--method hydra and hydra-fisher",
     "--chunks": "--method hydra",
@@ -38,10 +38,12 @@ _MEANT_FOR = {
 
 
 def requested(run: str | os.PathLike[str], options: Options) -> Request:
-    """Check `options` against a run. Reads metadata, and for methods of the last rows which row is of which sample and step.
+    """Check `options` against a run.
+
+    Reads metadata only. For methods of the last rows it also reads the sample and step of each row.
 
     Raises:
-        RunError, StoreError, UsageError: see `hydra_pipe.reduce`.
+        RunError, StoreError, UsageError: the same as in `hydra_pipe.reduce`.
     """
     method = method_named(options.method)
     scheduler = executor_of(options.scheduler)
@@ -88,7 +90,7 @@ def check_meant(method: Method, *given: str) -> None:
 
 
 def _given(options: Options) -> Iterator[str]:
-    """Options that not every method has, where they are given."""
+    """Yield the given options that not every method has."""
     if options.keep_hypergradients:
         yield "--keep-hypergradients"
     if options.chunks != "auto":
@@ -124,7 +126,7 @@ def _check_test(options: Options, method: Method) -> None:
 
 
 def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> None:
-    """Refuse what needs rows that are gone. Raises: RunError."""
+    """Refuse a request that needs the pruned rows. Raises: RunError."""
     kept = [name for name in directory.complete(KEEP) if name in METHODS and METHODS[name].check_kept is not None]
     if method.name not in kept and method.solvers is not None:
         able = ", ".join(kept) or "none"
@@ -136,7 +138,11 @@ def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> 
 
 
 def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
-    """Steps after which test gradients were taken that count, up to the last. Raises: UsageError: of other test samples."""
+    """Return the steps after which test gradients were taken, up to the last one that counts.
+
+    Raises:
+        UsageError: the number of test samples differs between steps.
+    """
     steps = [step for step in gradients.test_steps() if step <= counts.checkpoint]
     for step in steps:
         n_tests = gradients.test_rows(step).n_rows

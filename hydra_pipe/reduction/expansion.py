@@ -1,4 +1,4 @@
-"""Stored columns to the features that a sweep works in: dense columns as they are, factored blocks multiplied out."""
+"""Features of a sweep from stored columns: dense ones are decoded, factored ones multiplied out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ class _Product:
     """A factored block, or the bias that shares its output factors.
 
     Args:
-        outputs, inputs: stored columns; no inputs: the bias.
-        block: whose scale it has.
-        to: features, outputs times inputs.
+        outputs: stored columns of the output factor.
+        inputs: stored columns of the input factor. None for a bias.
+        block: index of the block that has the scale.
+        to: features of the product, as many as outputs times inputs.
     """
 
     outputs: Columns
@@ -30,16 +31,20 @@ class _Product:
 
 
 class Expansion:
-    """Of one layout.
+    """Features of one layout, multiplied out.
 
-    A factored block's gradient is the outer product of its factors, out(i) in(i).T, for each row: what curvature does to it is no
-    outer product any more, so the sweep carries all of it.
+    In each row, the gradient of a factored block is the outer product of its factors,
+    out(i) in(i).T. After the curvature has acted on it, it is no outer product any more. So the
+    sweep carries the whole product.
+
+    Args:
+        layout: layout of the stored columns.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._dense: list[tuple[Columns, int, int]] = []  # stored columns, block, first feature
         self._products: list[_Product] = []
-        # features of each block, in order
+        # first feature, one past the last, and the block's index, in order
         self.spans: list[tuple[int, int, int]] = []
         self.width = 0
         for segment in segments_of(layout):
@@ -61,12 +66,12 @@ class Expansion:
         return first, self.width
 
     def expand(self, stored: NDArray[Any], weight: Floats, out: Floats) -> None:
-        """Fill `out` with what rows say, times a weight for each block.
+        """Fill `out` with the features of rows, times a weight for each block.
 
         Args:
-            stored: shape (row, column), as stored, each row contiguous.
-            weight: shape (row, block), float32.
-            out: shape (row, feature), float32.
+            stored: rows as stored, shape (row, column), each row contiguous.
+            weight: weight of each block in each row, shape (row, block), float32.
+            out: array to fill, shape (row, feature), float32.
         """
         for (first, last), block, to in self._dense:
             whole: list[Weighted] = [(0, last - first, weight[:, block])]
@@ -78,11 +83,14 @@ class Expansion:
                 target[:] = outputs
             else:
                 inputs = stored[:, slice(*product.inputs)].astype(np.float32)
-                # written where it belongs: a product of its own would be as large again
+                # written in place: a separate product would take as much memory again
                 there = target.reshape((len(stored), outputs.shape[1], inputs.shape[1]), copy=False)
                 np.multiply(outputs[:, :, None], inputs[:, None, :], out=there)
 
 
 def feature_spans(layout: Layout) -> list[list[object]]:
-    """Name of each block, its first feature and the one past its last, in order: as a matrix of hypergradients has them."""
+    """Return the name of each block, its first feature and one past its last, in order.
+
+    A stored matrix of hypergradients has its columns in this order.
+    """
     return [[layout.blocks[block].name, first, last] for first, last, block in Expansion(layout).spans]

@@ -1,4 +1,4 @@
-"""Weighted rows summed by sample: the Hessian-free hypergradients, as far as blocks are not factored.
+"""Weighted rows summed by sample: the Hessian-free hypergradients of blocks that are not factored.
 
 H(i) = - sum_t alpha(t) c(t) r(i, t), so that R(i, j) = <H(i), h_j>.
 """
@@ -17,13 +17,13 @@ Floats = NDArray[np.float32]
 
 
 class Folder:
-    """Adds rows to the sums of their samples.
+    """Sums of weighted rows by sample.
 
     Args:
-        segments: what is folded; their columns follow one another in the sums.
-        n_samples: that are summed.
-        n_features: columns of a row in all.
-        features_at_once: columns to read at a time.
+        segments: segments to sum. Their columns follow one another in the sums.
+        n_samples: number of samples in the sums.
+        n_features: number of stored columns of a row.
+        features_at_once: number of columns to read at a time.
     """
 
     def __init__(self, segments: Sequence[DenseSegment], n_samples: int, n_features: int, features_at_once: int) -> None:
@@ -37,9 +37,11 @@ class Folder:
         """Add weighted rows to the sums.
 
         Args:
-            read: gives the stored columns of the rows, shape (row, last - first).
-            weight: shape (row, block), float32: the step's weight times the row's scale.
-            places: of their samples in the sums, shape (row,); rows with a negative one are left out.
+            read: function that returns the stored columns [first, last) of the rows, shape
+                (row, last - first).
+            weight: the step's weight times the row's scale, shape (row, block), float32.
+            places: place of each row's sample in the sums, shape (row,), int64. Rows with a
+                negative place are left out.
         """
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
@@ -56,7 +58,7 @@ class Folder:
 
 
 def places_of(segments: Sequence[DenseSegment]) -> list[Columns]:
-    """Where the columns of each segment are in the sums."""
+    """Return the columns of each segment in the sums."""
     places, end = [], 0
     for segment in segments:
         places.append((end, end + segment.columns[1] - segment.columns[0]))
@@ -65,7 +67,12 @@ def places_of(segments: Sequence[DenseSegment]) -> list[Columns]:
 
 
 def folded_columns(values: Floats, segments: Sequence[DenseSegment]) -> Floats:
-    """Of test gradients, shape (test, feature), the columns that are folded, in the order of the sums."""
+    """Select the columns that are folded, in the order of the sums.
+
+    Args:
+        values: test gradients, shape (test, feature).
+        segments: segments that are summed.
+    """
     if len(segments) == 1:
         return values[:, slice(*segments[0].columns)]
     columns = [values[:, slice(*segment.columns)] for segment in segments]

@@ -1,7 +1,9 @@
-"""The sweep of `sweep.py` transposed: forward in time, with a column for each training sample in place of one for each test sample.
+"""The transposed sweep of `sweep.py`: forward in time, with a column for each training sample.
 
-The sweep is linear in h, R(i, j) = <H(i), h_j>; so H(i) itself can be carried through the steps, as the change of the parameters by
-the weight of sample i. What it comes to is that of the sweep of every feature; it is cheaper where there are fewer samples.
+The backward sweep has a column for each test sample instead. It is linear in h, and
+R(i, j) = <H(i), h_j>. So H(i) itself can be carried through the steps: it is the change of the
+parameters with the weight of sample i. The result equals a backward sweep of every feature. The
+forward sweep is cheaper when there are fewer samples than features.
 """
 
 from collections.abc import Sequence
@@ -18,24 +20,28 @@ class ForwardSweep(Recursion):
     """The state of a forward sweep.
 
     Args:
-        samples: first training sample that there is a column for, and one past the last.
-        width: features.
-        schedule, spans, forms: see `Recursion`.
+        samples: the first training sample that has a column, and one past the last.
+        width: number of features.
+        schedule: settings of every step, shape (step, series).
+        spans: spans of the features, in order. Together they cover all features.
+        forms: forms of the curvature.
     """
 
     def __init__(
         self, samples: tuple[int, int], width: int, schedule: Schedule, spans: Sequence[Span], forms: Sequence[Form] = FORMS
     ) -> None:
         super().__init__(samples[1] - samples[0], schedule, spans, forms)
-        # what a weight changes of the parameters, and of the momentum buffer, shape (form and column, feature)
+        # x: change of the parameters with each sample's weight, shape (form and column, feature);
+        # m: the same for the momentum buffer
         self.x: Floats = np.zeros((len(forms) * self._n_columns, width), np.float32)
         self.m = np.zeros_like(self.x)
         self._samples = samples
-        # the last step, which is taken with the next one: factors (form and column, row) of its rows, of what changes the gradient
+        # the latest step, which is applied together with the next one: its moves, the factors of
+        # its rows in the change of the gradient, shape (form and column, row), and its rows
         self._last: tuple[dict[int, Move], Floats, Floats] | None = None
 
     def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
-        """Go one step on. See `Recursion`."""
+        """Take one step forward. See `Recursion`."""
         moves, n_forms = self._moves(number), len(self._forms)
         held = self._held[self.n_steps % 2].matrix(*rows.shape)
         scores = np.zeros((len(rows), len(self.x)), np.float32)
@@ -51,7 +57,7 @@ class ForwardSweep(Recursion):
                     gram += kappa * product
         factors = self._pulls(grams, scores.reshape(len(rows), n_forms, self._n_columns), count, rho)
         mine = np.flatnonzero((sample >= self._samples[0]) & (sample < self._samples[1]))
-        # a row is added to the gradient by the weight of its own sample
+        # the weight of a sample multiplies the sample's own rows in the gradient
         factors[:, sample[mine] - self._samples[0], mine] += 1
         self._last = moves, factors.reshape(len(self.x), len(rows)), held
         self.n_steps += 1
@@ -72,7 +78,13 @@ class ForwardSweep(Recursion):
         np.copyto(self.m, arrays["m"])
 
     def changes(self, features: slice) -> Floats:
-        """Mean over the forms of what a weight changes of some parameters, shape (sample, feature), once it is settled."""
+        """Return the change of some parameters with each weight, mean over the forms.
+
+        Call `settle` before.
+
+        Returns:
+            Shape (sample, feature), float32.
+        """
         of_forms = self.x[:, features].reshape(len(self._forms), self._n_columns, -1)
         found: Floats = np.einsum("fsc,f->sc", of_forms, self._shares)
         return found

@@ -1,4 +1,4 @@
-"""What the tasks of a reduction are told, and the rows and test gradients that they hold."""
+"""Description of a reduction for its tasks, and the rows and test gradients that the tasks hold."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -29,22 +29,23 @@ P = TypeVar("P", bound=Plan, covariant=True)
 
 @dataclass(frozen=True)
 class Job(Generic[P]):
-    """What every task of a reduction needs to know; small, and the same for all of them.
+    """Settings that every task of a reduction needs. Small, and the same for all tasks.
 
     Args:
-        gradients: path of the store.
-        tested: which test gradients, the last where there are several.
+        gradients: path of the store with the rows.
+        tested: test gradients that are used, the last ones if there are several.
         relevance: path of the array that is written to.
-        n_samples: training samples.
-        tests: spans of test samples, in ascending order; what the plan counts are places among these.
-        groups: where test samples are averaged: the group of each of them, shape (test,), else None.
-        kept: path of the hypergradients to keep on the way, or to answer from; None: neither.
-        plan: how, as the solver has planned.
-        rows: which rows count, and with what.
-        prefix: of the recording, where not all its steps count.
-        checkpoints: steps of all test gradients that are used, ascending; empty: those of `tested` alone.
-        in_place: sums may be added up in place. Only where a task never runs twice and no other process holds its input: not on a
-            cluster, which computes again what it has lost from what it still has.
+        n_samples: number of training samples.
+        tests: spans of test samples, ascending. The plan counts places among these samples.
+        groups: group of each test sample, shape (test,), int64. None: no averages are taken.
+        kept: path of the hypergradients to keep on the way, or to answer from. None: neither.
+        plan: plan that the solver has made.
+        rows: rows that count, and their weights.
+        prefix: the first steps of the recording that count. None: all steps count.
+        checkpoints: steps of all test gradients that are used, ascending. Empty: only `tested`.
+        in_place: True if sums may be added up in place. Allowed only if a task never runs twice and
+            no other process holds its input. A cluster recomputes lost results from the results
+            that it still has, so there it is False.
     """
 
     gradients: Path
@@ -61,11 +62,14 @@ class Job(Generic[P]):
     in_place: bool = True
 
     def store(self) -> Gradients:
-        """The recording, opened anew: what is open does not travel to other processes."""
+        """Open the recording anew: an open store cannot travel to other processes."""
         return Gradients(self.gradients, self.prefix)
 
     def averages(self) -> Floats | None:
-        """What test samples are multiplied by to give the columns, shape (test, group); None where each is a column."""
+        """Return the matrix that averages test samples into columns, shape (test, group), float32.
+
+        None if each test sample is a column.
+        """
         if self.groups is None:
             return None
         of_group: Floats = np.zeros((len(self.groups), int(self.groups.max()) + 1), np.float32)
@@ -74,19 +78,19 @@ class Job(Generic[P]):
 
 
 def held_tests(job: Job[RowPlan], tests: Span, tested: WhichTests | None = None) -> AbstractContextManager[TestBlock]:
-    """A block that has test gradients, those of the job where none are named."""
+    """Return a context that holds test gradients: `tested`, or the job's own if it is None."""
     of = job.tested if tested is None else tested
     key = ("tests", job.gradients, of, job.rows.cosine, cut(job.tests, *tests))
     return shared(key, lambda: load_tests(job, tests, of))
 
 
 def held_weights(job: Job[Any], store: Gradients) -> AbstractContextManager[StepWeights]:
-    """A block that has the weights of the steps."""
+    """Return a context that holds the weights of the steps."""
     return shared(("weights", job.gradients, job.prefix, job.rows.weigh), lambda: job.rows.weigh(store))
 
 
 def held_last_rows(job: Job[Any], store: Gradients) -> AbstractContextManager[Ints]:
-    """A block that has the last row of each sample, ascending."""
+    """Return a context that holds the last row of each sample, ascending."""
     return shared(("last rows", job.gradients, job.prefix), lambda: last_rows(store, job.n_samples))
 
 
@@ -111,7 +115,7 @@ def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
 
 
 def columns_of_tests(store: Gradients, job: Job[Any], expansion: Expansion, columns: Span) -> Floats:
-    """Test gradients multiplied out, or means of them, shape (column, feature)."""
+    """Return test gradients or their means, multiplied out, shape (column, feature), float32."""
     rows, averages = job.tested.rows(store), job.averages()
     tests = columns if averages is None else (0, len(averages))
     found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
@@ -131,14 +135,15 @@ def columns_of_tests(store: Gradients, job: Job[Any], expansion: Expansion, colu
 
 @dataclass(frozen=True)
 class Held:
-    """Some rows in a worker's hands.
+    """Rows that a worker works on at one time.
 
     Args:
-        rows: which they are, or, of some of these, between which they are.
-        read: gives their columns.
-        weight: of each block in each of them, shape (row, block).
-        samples, steps: of each, shape (row,).
-        n_read: rows that were read for it.
+        rows: range of rows in the store. After `only`, the range that contains the chosen rows.
+        read: function that returns stored columns of the rows.
+        weight: weight of each block in each row, shape (row, block).
+        samples: sample of each row, shape (row,), int64.
+        steps: step of each row, shape (row,), int64.
+        n_read: number of rows that were read to get these.
     """
 
     rows: slice
@@ -149,7 +154,7 @@ class Held:
     n_read: int
 
     def only(self, places: "Ints | slice") -> "Held":
-        """Some of them."""
+        """Return the rows at some places."""
         read = self.read
         return Held(
             self.rows,
@@ -162,9 +167,16 @@ class Held:
 
 
 def rows_of(store: Gradients, job: Job[RowPlan], run: Span, weights: StepWeights, last: Ints | None = None) -> Stream[Held]:
-    """The rows of a run in order; where `last` is given, ascending, only those of them. Close it.
+    """Stream the rows of a run in order. Close the stream after use.
 
-    Per-row columns are read for a whole file at once.
+    Samples, steps and scales are read for a whole file at once.
+
+    Args:
+        store: the recording.
+        job: description of the reduction.
+        run: the first row and one past the last.
+        weights: weights of the steps.
+        last: rows to keep, ascending. None: all rows.
     """
     pieces = store.rows.stream(run, job.plan.reading.rows, last)
     return Stream(_held(store, job, pieces, weights, last), pieces.close)

@@ -1,4 +1,4 @@
-"""Keeping what is factored, row by row, while rows are folded."""
+"""Storage of factored columns, row by row, while the other columns are folded."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from hydra_pipe.store.hypergradients import write_factored
 
 
 class FactoredKeeper:
-    """Writes the factored columns of rows that come in order, a whole shard at a time.
+    """Writer of the factored columns of rows, a whole shard at a time. Rows must come in order.
 
     Args:
-        store: of the rows.
-        path: of the hypergradients that are kept.
+        store: store of the rows.
+        path: path of the hypergradients that are kept.
     """
 
     def __init__(self, store: Gradients, path: Path) -> None:
@@ -28,13 +28,13 @@ class FactoredKeeper:
         self._pending: list[dict[str, NDArray[Any]]] = []
 
     def add(self, rows: slice, read: ReadWindow, weight: Floats, samples: NDArray[np.int64]) -> None:
-        """Keep some rows; those before them in their shard were added before.
+        """Keep some rows. Earlier rows of the same shard must have been added before.
 
         Args:
-            rows: which.
-            read: gives their stored columns.
-            weight: shape (row, block).
-            samples: shape (row,).
+            rows: range of the rows in the store.
+            read: function that returns their stored columns.
+            weight: weight of each block in each row, shape (row, block).
+            samples: sample of each row, shape (row,), int64.
         """
         if not self._columns:
             return

@@ -1,7 +1,8 @@
-"""The inner loops: stored values to float32 times a weight for each row and run of columns, and what becomes of them.
+"""The inner loops over stored rows: decode, weigh, multiply with test gradients, sum by sample.
 
-Compiled (`_loops.c`) each value is read once and used while it is in a register. Where that is not available the same is done in
-NumPy, in as few passes over memory as it allows.
+Stored values become float32, times a weight for each row and run of columns. The compiled loops
+(`_loops.c`) read each value once and use it while it is in a register. Without them NumPy does
+the same, in as few passes over memory as it allows.
 """
 
 from collections.abc import Sequence
@@ -26,38 +27,43 @@ Floats = NDArray[np.float32]
 # columns [first, last) and the weight of each row in them, or None for 1
 Weighted = tuple[int, int, Floats | None]
 
-# With more test samples, decoding rows and a matrix product of BLAS is faster than products of what is stored.
+# With more test samples, decoding rows first and a matrix product of BLAS are faster than the
+# compiled products of stored values.
 FEW_TESTS = 16
-# Values that are converted while they stay in the cache: 4 MiB of float32. With fewer, NumPy's own cost of each operation shows.
+# Values converted at a time, so that they stay in the cache: 4 MiB of float32. With fewer values
+# NumPy's own cost of each operation shows.
 _TILE_VALUES = 2**20
-# A float16's bits, moved to where float32 has exponent and fraction, say a number 2^112 times too small; subnormal ones too.
+# The bits of a float16 are moved to the place of exponent and fraction in a float32. The result is
+# 2^112 times too small, for subnormal numbers too.
 _FRACTION_BITS = 13
-_SIGN_AND_VALUE = np.int32(-0x70000001)  # 0x8fffffff: without the copies of the sign that widening has put below it
+# 0x8fffffff: clears the copies of the sign bit that widening has put below the sign
+_SIGN_AND_VALUE = np.int32(-0x70000001)
 _FLOAT16_UNIT = np.float32(2.0**112)
-# Beyond this a weight times that unit is not a float32 any more.
+# A larger weight times that unit would overflow float32.
 _LARGEST_WEIGHT = np.float32(2.0**15)
 
 
 class Workspace:
-    """Memory for decoded rows, kept from call to call."""
+    """Memory for decoded rows, reused from call to call."""
 
     def __init__(self) -> None:
         self._buffer: Floats = np.empty(0, np.float32)
 
     def matrix(self, rows: int, columns: int) -> Floats:
-        """Some float32 values, undefined. The next call gives the same ones."""
+        """Return an uninitialised float32 matrix. The next call reuses the same memory."""
         if self._buffer.size < rows * columns:
             self._buffer = np.empty(rows * columns, np.float32)
         return self._buffer[: rows * columns].reshape(rows, columns)
 
 
 def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
-    """`out[:, first:last] = stored[:, first:last] * weight` for each run of columns, in float32.
+    """Do `out[:, first:last] = stored[:, first:last] * weight` for each run of columns, in float32.
 
     Args:
-        stored: shape (row, column), float16, int8 or float32, each row contiguous, finite.
-        columns: runs that do not overlap. Columns in none of them are left undefined.
-        out: shape (row, column), float32, contiguous.
+        stored: stored rows, shape (row, column), float16, int8 or float32, finite, each row
+            contiguous.
+        columns: runs of columns that do not overlap. Columns outside all runs stay undefined.
+        out: array to fill, shape (row, column), float32, contiguous.
     """
     if compiled is None:
         _decode_by_numpy(stored, columns, out)
@@ -67,14 +73,14 @@ def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> No
 
 
 def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Floats, scores: Floats, workspace: Workspace) -> None:
-    """`scores += (stored * weight) @ tests.T`, in float32.
+    """Do `scores += (stored * weight) @ tests.T`, in float32.
 
     Args:
-        stored: shape (row, column), as above.
-        columns: runs that do not overlap and hold every column.
-        tests: shape (test, column), each row contiguous.
-        scores: shape (row, test), contiguous.
-        workspace: for decoded rows.
+        stored: stored rows, shape (row, column), as in `decode`.
+        columns: runs of columns that do not overlap and cover every column.
+        tests: test gradients, shape (test, column), each row contiguous.
+        scores: sums to add to, shape (row, test), contiguous.
+        workspace: memory for decoded rows.
     """
     if compiled is not None and len(tests) <= FEW_TESTS:
         for first, last, weight in columns:
@@ -86,12 +92,13 @@ def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Float
 
 
 def add_rows(rows: Floats, places: NDArray[np.int64], sums: Floats) -> None:
-    """`sums[places[k]] += rows[k]`, for places that may repeat.
+    """Do `sums[places[k]] += rows[k]` for every k. Places may repeat.
 
     Args:
-        rows: shape (row, column), each row contiguous.
-        places: shape (row,); rows with a negative one are left out.
-        sums: shape (sample, column), each row contiguous, changed in place.
+        rows: rows to add, shape (row, column), each row contiguous.
+        places: place of each row in the sums, shape (row,), int64. Rows with a negative place are
+            left out.
+        sums: sums to add to, shape (sample, column), each row contiguous, changed in place.
 
     Raises:
         IndexError: a place is beyond the sums.
@@ -106,14 +113,15 @@ def add_rows(rows: Floats, places: NDArray[np.int64], sums: Floats) -> None:
 
 
 def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.int64], sums: Floats, workspace: Workspace) -> None:
-    """`sums[places[k]] += stored[k] * weight[k]`, in float32, for places that may repeat.
+    """Do `sums[places[k]] += stored[k] * weight[k]` for every k, in float32. Places may repeat.
 
     Args:
-        stored: shape (row, column), as above.
-        columns: runs that do not overlap and hold every column.
-        places: shape (row,); rows with a negative one are left out.
-        sums: shape (sample, column), each row contiguous, changed in place.
-        workspace: for decoded rows.
+        stored: stored rows, shape (row, column), as in `decode`.
+        columns: runs of columns that do not overlap and cover every column.
+        places: place of each row in the sums, shape (row,), int64. Rows with a negative place are
+            left out.
+        sums: sums to add to, shape (sample, column), each row contiguous, changed in place.
+        workspace: memory for decoded rows.
 
     Raises:
         IndexError: a place is beyond the sums.
@@ -132,10 +140,14 @@ def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.i
 
 
 def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
-    """NumPy converts float16 one value at a time; integer operations on its bits are vectorised, and three times as fast."""
+    """Decode without the compiled loops.
+
+    NumPy converts float16 one value at a time. Integer operations on its bits are vectorised, and
+    three times as fast.
+    """
     if not stored.size:
         return
-    # not a number counts as too large, so that it comes out as such
+    # NaN counts as too large: the comparison is false, and the plain conversion keeps it NaN
     by_bits = stored.dtype == np.float16 and all(w is None or np.abs(w).max() < _LARGEST_WEIGHT for _, _, w in columns)
     unit = _FLOAT16_UNIT if by_bits else np.float32(1)
     for left, right, parts in _runs(columns):
@@ -158,7 +170,7 @@ def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Flo
 
 
 def _runs(columns: Sequence[Weighted]) -> list[tuple[int, int, list[Weighted]]]:
-    """Runs of neighbouring columns: first, last, and what they are made of."""
+    """Join neighbouring columns. Return each run's first column, one past its last, its parts."""
     runs: list[tuple[int, int, list[Weighted]]] = []
     for column in sorted(columns, key=lambda c: c[0]):
         first, last, _ = column

@@ -1,4 +1,4 @@
-"""The table of methods: what each needs and gives, and what computes it. Nothing else asks for a method by its name."""
+"""The table of methods: needs, results, solvers. No other module asks for a method by its name."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from hydra_pipe.reduction.weights import RowUse, gradient_weights, hydra_weights
 
 
 def alone(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver]]:
-    """One solver for every request."""
+    """Return a function that gives one solver for every request."""
     return lambda request: [solver(request)]
 
 
@@ -72,7 +72,7 @@ METHODS = {method.name: method for method in _METHODS}
 
 
 def method_named(name: str) -> Method:
-    """The method called `name`. Raises: UsageError: there is none."""
+    """Return the method called `name`. Raises: UsageError: there is none."""
     if name not in METHODS:
         raise UsageError(f"--method {name} is unknown: choose one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -13,12 +13,12 @@ Doubles = NDArray[np.float64]
 
 
 class SquaredNorms:
-    """Of rows of one layout. Keeps its buffer from call to call.
+    """Squared norms of rows of one layout. The buffer is reused from call to call.
 
     Args:
-        segments: of the layout.
-        n_features: columns in all.
-        features_at_once: columns to read at a time.
+        segments: segments of the layout.
+        n_features: number of stored columns.
+        features_at_once: number of columns to read at a time.
     """
 
     def __init__(self, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
@@ -26,17 +26,21 @@ class SquaredNorms:
         self._workspace = Workspace()
 
     def __call__(self, read: ReadWindow, weight: NDArray[np.floating]) -> Doubles:
-        """sum_b weight_b |r_b|^2 for each row, r_b as stored: |outputs|^2 |inputs|^2 of a factored block.
+        """Return sum_b weight_b |r_b|^2 for each row, with r_b as stored.
+
+        |r_b|^2 of a factored block is |outputs|^2 |inputs|^2.
 
         Args:
-            read: gives the stored columns of the rows, shape (row, last - first).
-            weight: of each block in each row, with the square of its scale in it, shape (row, block).
+            read: function that returns the stored columns [first, last) of the rows, shape
+                (row, last - first).
+            weight: weight of each block in each row, with the square of its scale in it, shape
+                (row, block).
 
         Returns:
             Shape (row,), float64.
         """
         total = np.zeros(len(weight))
-        # of outputs, and of inputs, which may come in several windows
+        # squares of outputs and of inputs, summed up because each may span several windows
         factors = {segment: np.zeros((2, len(weight))) for segment in self._segments if isinstance(segment, FactoredSegment)}
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
@@ -58,7 +62,7 @@ class SquaredNorms:
 
 
 def _squares(values: Floats, columns: tuple[int, int], first: int, last: int) -> Doubles:
-    """Sums of squares of those of some columns that are in the window."""
+    """Return for each row the sum of squares over the part of `columns` inside the window."""
     part = overlap(columns, first, last)
     if part is None:
         return np.zeros(len(values))
@@ -68,5 +72,5 @@ def _squares(values: Floats, columns: tuple[int, int], first: int, last: int) ->
 
 
 def inverse_norms(squares: Doubles) -> Floats:
-    """1 / |r| of each row, shape (row,), float32; 0 where r is 0."""
+    """Return 1 / |r| of each row, shape (row,), float32. 0 where r is 0."""
     return np.where(squares > 0, 1 / np.sqrt(np.where(squares > 0, squares, 1)), 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a reduction is asked for: options, a method, and a recording that it can be computed from."""
+"""Requests of a reduction: options, a method, and a recording to compute the result from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from hydra_pipe.store.stages import KEEP, REDUCE, Settings, StageId
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user asks of a reduction, as text: see `hydra_pipe.reduce`."""
+    """Options of a reduction, as the user gives them. See `hydra_pipe.reduce`."""
 
     method: str = "hydra"
     chunks: str = "auto"
@@ -37,18 +37,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method needs and gives.
+    """Needs and results of a method.
 
     Args:
         name: name, as users write it.
-        solvers: solvers that one request of the method is carried out by, one after the other. None: the method trains again, and
-            `replay/` makes its solver.
-        rows: rows that count, and what each counts with.
-        check_kept: check of hypergradients that were kept against the recording. None: the method keeps none.
-        on_the_way: whether test gradients that were taken on the way are used, beside the last ones.
-        of_tests: whether the method has anything to do with test samples.
+        solvers: function that returns the solvers of a request, in the order in which they work.
+            None: the method trains again, and `replay/` makes its solver.
+        rows: rows that count, and their weights.
+        check_kept: check of kept hypergradients against the recording. None: the method keeps none.
+        on_the_way: True if the method also uses test gradients from before the end of training.
+        of_tests: True if the method uses test samples.
         refuses: options that mean nothing to the method, each with the reason.
-        sign, unit: sign and unit of the relevance, in words.
+        sign: sign of the relevance, in words.
+        unit: unit of the relevance, in words.
     """
 
     name: str
@@ -64,20 +65,21 @@ class Method:
 
 @dataclass(frozen=True)
 class Request:
-    """A reduction that can be: checked options, and a complete recording, or the first steps of one.
+    """A possible reduction: checked options, and a complete recording or the first steps of one.
 
     Args:
         directory: the run.
         gradients: its recording.
         n_samples: number of training samples.
         method: method that is asked for.
-        tested: test gradients that are used, the last ones where several are.
+        tested: test gradients that are used, the last ones if there are several.
         checkpoints: steps of all test gradients that are used, ascending.
         columns: columns of the result.
-        groups: group of each test sample, shape (test,), where columns are their means.
-        last: the last row of each sample, where the method looks at no others; else None.
+        groups: group of each test sample, shape (test,), int64, if columns are means of groups.
+            Else None.
+        last: the last row of each sample, if the method uses no other rows. Else None.
         options: options, as given.
-        scheduler: executor that is to compute it, not entered yet.
+        scheduler: executor that computes the reduction, not entered yet.
     """
 
     directory: RunDirectory
@@ -105,7 +107,7 @@ class Request:
 
     @property
     def settings(self) -> Settings:
-        """What the result depends on."""
+        """Settings that the result depends on."""
         selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
         first = {} if self.options.upto is None else {names.UPTO: self.options.upto}
         tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
@@ -113,18 +115,18 @@ class Request:
 
     @property
     def kept(self) -> Path:
-        """Path of the method's hypergradients, whether they are there or not."""
+        """Path of the method's hypergradients, which may not exist."""
         return self.directory.path / self.keep_stage.area
 
     @property
     def keep_stage(self) -> StageId:
-        """The stage that keeps them."""
+        """The stage that keeps the method's hypergradients."""
         return KEEP.of(self.method.name)
 
     @property
     def has_kept(self) -> bool:
-        """Whether kept hypergradients answer the request."""
-        # what is kept is of all steps
+        """True if kept hypergradients answer the request."""
+        # kept hypergradients count all steps, so they cannot answer --upto
         if self.options.keep_hypergradients or self.options.upto is not None or self.method.check_kept is None:
             return False
         return self.method.name in self.directory.complete(KEEP)

@@ -1,4 +1,4 @@
-"""What the manifest says of a stage that is not finished: how far it got, and by which memory its work was divided."""
+"""Progress of an unfinished stage in the manifest, and the memory that its work was divided by."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -10,9 +10,9 @@ from hydra_pipe.store.parsing import is_count
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import Stage, StageId
 
-# of the facts of a stage
+# name of the fact of a stage that says how far the stage got
 ANSWERED = "answered"
-# how what passes find makes one fact
+# functions that make one fact of the findings of all passes
 _COMBINED: dict[str, Callable[[list[float]], float]] = {
     names.CURVATURE_LEFT: lambda values: sum(values) / len(values),
     names.DAMPING: min,
@@ -22,7 +22,10 @@ _COMBINED: dict[str, Callable[[list[float]], float]] = {
 
 
 def marked(stage: Stage | None) -> tuple[Answered, dict[str, Any]] | None:
-    """How far a stage got, and all that is said of it. None: nothing is said, or nothing that makes sense."""
+    """Return how far a stage got, and the whole fact of the manifest about it.
+
+    None if the manifest has no such fact, or one that is not valid.
+    """
     found = stage.facts.get(ANSWERED) if stage is not None else None
     if not isinstance(found, dict):
         return None
@@ -35,7 +38,7 @@ def marked(stage: Stage | None) -> tuple[Answered, dict[str, Any]] | None:
 
 
 def combined(passes: Sequence[Found]) -> Found:
-    """What the manifest keeps of what all passes have found."""
+    """Combine the findings of all passes into the facts that the manifest keeps."""
     found = {name: [of_pass[name] for of_pass in passes if name in of_pass] for name in _COMBINED}
     return {name: _COMBINED[name](values) for name, values in found.items() if values}
 
@@ -47,13 +50,13 @@ def _is_found(value: Any) -> bool:
 
 
 def mark(directory: RunDirectory, stage: StageId, answered: Answered, **more: Any) -> None:
-    """Say that so much of `stage` is safe on the disk."""
+    """Note in the manifest how much of `stage` is safe on the disk."""
     directory.stages[stage].facts[ANSWERED] = asdict(answered) | more
     directory.save(stage)
 
 
 def run_again(directory: RunDirectory, stage: StageId) -> None:
-    """Mark that `stage` is gone on with: of its facts the mark stays."""
+    """Note in the manifest that `stage` is resumed. Of its facts only the progress stays."""
     found = directory.stages[stage]
     found.state = "running"
     found.facts = {ANSWERED: found.facts[ANSWERED]}

@@ -1,4 +1,4 @@
-"""A whole reduction: plan, compute pass by pass, write; and go on where one was interrupted."""
+"""A whole reduction: plan, compute pass by pass, write. An interrupted reduction is resumed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from hydra_pipe.store.stage_runner import completing, taken_up
 
 
 def reduce_request(request: Request, *, overwrite: bool = False, progress: Progress | None = None) -> bool:
-    """Do what is asked for: see `hydra_pipe.reduce`, which has the same arguments and raises the same.
+    """Carry out a request. See `hydra_pipe.reduce` for its arguments and for the errors it raises.
 
     Returns:
         Whether there was anything to do.
@@ -22,18 +22,21 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
 
 
 def plan_request(request: Request) -> str:
-    """What `reduce_request` would do, in lines. Reads metadata only. Raises: BudgetError."""
+    """Describe the work of `reduce_request`, in lines. Reads metadata only. Raises: BudgetError."""
     return described(solvers_of(request))
 
 
 def solvers_of(request: Request) -> Sequence[Solver]:
-    """What computes a request, of a method that does not train."""
+    """Return the solvers of a request. Its method must not be one that trains."""
     assert request.method.solvers is not None
     return request.method.solvers(request)
 
 
 def solve(solvers: Sequence[Solver], *, overwrite: bool = False, progress: Progress | None = None) -> bool:
-    """Let solvers do their work, one after the other: arguments, errors and what is returned as of `reduce_request`."""
+    """Let solvers do their work, one after the other.
+
+    Arguments, errors and the returned value are the same as for `reduce_request`.
+    """
     worked = False
     for solver in solvers:
         worked = _solve(solver, overwrite, progress or Progress()) or worked
@@ -41,7 +44,12 @@ def solve(solvers: Sequence[Solver], *, overwrite: bool = False, progress: Progr
 
 
 def described(solvers: Sequence[Solver]) -> str:
-    """What solvers would do, in lines. Raises: BudgetError; of a solver that trains, what loading its pipeline does."""
+    """Describe the work of solvers, in lines.
+
+    Raises:
+        BudgetError: the work does not fit into the memory.
+        HydraError: a solver trains again, and its pipeline cannot be loaded.
+    """
     with solvers[0].scheduler as using:
         parts = [_aligned(solver.describe(solver.course(using.workers, None))) for solver in solvers]
     return "\n\nThen, from these:\n".join(parts)
@@ -83,13 +91,13 @@ def _fill(solver: Solver, overwrite: bool, progress: Progress) -> None:
 
 
 def _compute(solver: Solver, course: Course[Any], using: Scheduler, progress: Progress) -> tuple[Found, ...]:
-    """Compute pass by pass. Returns: what these have found, and those before them."""
+    """Compute pass by pass. Return the findings of these passes, after those of earlier ones."""
     plan, units = course.plan, solver.units(course.given, course.plan)
     found = () if course.after is None else course.after.found
     with progress.task(solver.doing, units.total, units.noun) as task:
         for span, graph in solver.passes(course, using.counter(task.advance, units.of_pass)):
             of_pass: Found = using.compute(graph)
-            # of sums there are many passes, that find nothing
+            # sums take many passes and find nothing: empty findings would fill the manifest
             found += (of_pass,) if of_pass else ()
             solver.mark(Answered(plan.order, span[1], course.given.base_bytes, found))
     return found

@@ -12,7 +12,7 @@ from hydra_pipe.reduction.loops import Weighted, Workspace, add_products, decode
 from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, has_part, overlap
 
 Floats = NDArray[np.float32]
-# columns [first, last) of the rows at hand, as stored
+# function that returns the columns [first, last) of the present rows, as stored
 ReadWindow = Callable[[int, int], NDArray[Any]]
 
 
@@ -21,12 +21,12 @@ class TestBlock:
     """Test gradients, decoded so that each segment needs one product.
 
     Args:
-        values: shape (test, feature), float32. Dense columns and input factors are multiplied by their block's scale;
-            output factors are as stored.
-        scale: shape (test, block), float32.
+        values: decoded columns, shape (test, feature), float32. Dense columns and input factors are
+            multiplied by the scale of their block. Output factors are as stored.
+        scale: scale of each block in each test gradient, shape (test, block), float32.
     """
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # pytest would collect the class by its name
 
     values: Floats
     scale: Floats
@@ -37,19 +37,28 @@ class TestBlock:
 
 
 def decode_tests(stored: NDArray[Any], scale: Floats, segments: Sequence[Segment]) -> TestBlock:
-    """A test block from what is stored: values of shape (test, feature), scales of shape (test, block)."""
+    """Decode stored test gradients into a test block.
+
+    Args:
+        stored: test gradients as stored, shape (test, feature).
+        scale: scale of each block in each test gradient, shape (test, block), float32.
+        segments: segments of the layout.
+    """
     values = np.empty(stored.shape, np.float32)
     decode(np.ascontiguousarray(stored), weighted_columns(segments, 0, stored.shape[1], scale), values)
     return TestBlock(values, scale)
 
 
 def weighted_columns(segments: Sequence[Segment], first: int, last: int, weight: Floats) -> list[Weighted]:
-    """How to decode the columns [first, last) of rows or test gradients: each block's weight where it enters once.
+    """Return the runs of columns to decode in a window, with the weight of the rows in each run.
+
+    The weight of a factored block goes to its input factor only, so that a product has it once.
 
     Args:
-        segments: of which the columns in that window are decoded.
-        first, last: columns; those of the result count from `first`.
-        weight: shape (row, block).
+        segments: segments whose columns are decoded.
+        first: first column of the window. Columns of the result count from it.
+        last: one past the last column of the window.
+        weight: weight of each block in each row or test gradient, shape (row, block).
     """
     found: list[Weighted] = []
 
@@ -69,13 +78,13 @@ def weighted_columns(segments: Sequence[Segment], first: int, last: int, weight:
 
 
 class Scorer:
-    """Scores rows against a test block. Keeps its buffers from call to call.
+    """Products of rows with a test block. The buffers are reused from call to call.
 
     Args:
         tests: the test block.
-        segments: of the layout, those to be scored; what other segments add is left out.
-        n_features: columns in all.
-        features_at_once: columns to read at a time.
+        segments: segments of the layout that are scored. Other segments add nothing.
+        n_features: number of stored columns.
+        features_at_once: number of columns to read at a time.
     """
 
     def __init__(self, tests: TestBlock, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
@@ -84,11 +93,12 @@ class Scorer:
         self._workspace = Workspace()
 
     def __call__(self, read: ReadWindow, weight: Floats) -> Floats:
-        """sum_b weight_b * <r_b, h_b> for each row and test sample, r_b as stored.
+        """Return sum_b weight_b * <r_b, h_b> for each row and test sample, with r_b as stored.
 
         Args:
-            read: gives the stored columns of the rows, shape (row, last - first).
-            weight: shape (row, block), float32: the step's weight times the row's scale.
+            read: function that returns the stored columns [first, last) of the rows, shape
+                (row, last - first).
+            weight: the step's weight times the row's scale, shape (row, block), float32.
 
         Returns:
             Shape (row, test), float32.
@@ -109,7 +119,7 @@ class Scorer:
         return scores
 
     def _add_product(self, total: Floats, segment: Segment, columns: Columns, window: "_Stored") -> None:
-        """Add the products of those of some columns of a segment that are in the window."""
+        """Add the products over the part of a segment's `columns` that is in the window."""
         part = overlap(columns, window.first, window.last)
         if part is not None:
             low, high = part

@@ -10,7 +10,7 @@ class DenseSegment:
     """Neighbouring dense or sketched blocks: one matrix product takes them all.
 
     Args:
-        columns: of the whole run.
+        columns: columns of the whole run.
         blocks: index and columns of each block in it.
     """
 
@@ -19,7 +19,7 @@ class DenseSegment:
 
     @property
     def runs(self) -> tuple[Columns, ...]:
-        """Every run of columns that it has."""
+        """Every run of columns of the segment."""
         return (self.columns,)
 
     @property
@@ -45,7 +45,7 @@ class FactoredSegment:
 
     @property
     def runs(self) -> tuple[Columns, ...]:
-        """Every run of columns that it has."""
+        """Every run of columns of the segment."""
         return (self.outputs, self.inputs)
 
     @property
@@ -57,18 +57,18 @@ Segment = DenseSegment | FactoredSegment
 
 
 def overlap(columns: Columns, first: int, last: int) -> Columns | None:
-    """The part of `columns` that is in [first, last), or None."""
+    """Return the part of `columns` inside [first, last). None if there is none."""
     low, high = max(columns[0], first), min(columns[1], last)
     return (low, high) if low < high else None
 
 
 def has_part(segment: Segment, first: int, last: int) -> bool:
-    """Whether a segment has columns in [first, last)."""
+    """Tell whether a segment has columns in [first, last)."""
     return any(overlap(run, first, last) for run in segment.runs)
 
 
 def segments_of(layout: Layout) -> list[Segment]:
-    """Segments that hold every block of `layout` once, in order of their columns."""
+    """Return segments that hold every block of `layout` once, ordered by their last column."""
     factored: list[Segment] = []
     dense: list[tuple[int, Block]] = []
     biases = {b.columns: i for i, b in enumerate(layout.blocks) if b.encoding == "factored" and b.inputs is None}
@@ -88,5 +88,5 @@ def segments_of(layout: Layout) -> list[Segment]:
 
 
 def dense_segments(layout: Layout) -> list[DenseSegment]:
-    """Those of `segments_of` that can be summed by sample."""
+    """Return the dense segments of `layout`: only these can be summed by sample."""
     return [segment for segment in segments_of(layout) if isinstance(segment, DenseSegment)]

@@ -1,4 +1,4 @@
-"""What tasks of one process that run at the same time have in common, such as a block of test gradients."""
+"""Values shared by tasks that run at once in one process, such as a block of test gradients."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class _Shared:
-    """A value, and the blocks that are in."""
+    """A shared value, and the `with` blocks that use it."""
 
     value: Any
     users: set[object] = field(default_factory=set)
@@ -21,10 +21,11 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def shared(key: tuple[Any, ...], load: Callable[[], Any]) -> Iterator[Any]:
-    """A block that has the value of `key`: the first to enter loads the value, and the last to leave drops it.
+    """Share the value of `key` among `with` blocks. The first loads it, and the last drops it.
 
-    The blocks are counted. Weak references would keep what the traceback of an interrupted task still refers to, and give it to
-    a later reduction of a run that was recorded anew.
+    The blocks are counted. A weak reference would stay alive as long as the traceback of an
+    interrupted task refers to the value. A later reduction of a run that was recorded anew would
+    then get the old value.
     """
     user = object()
     try:

@@ -1,4 +1,4 @@
-"""The steps of a recording from the last to the first, or from the first to the last, read ahead."""
+"""The steps of a recording in order or from the last to the first, read ahead."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,13 +23,13 @@ class StepRows:
     """The rows of one step, of all processes.
 
     Args:
-        step: which.
-        stored: shape (row, column), as stored.
-        scale: shape (row, block).
-        sample: shape (row,).
-        count: n, the rows of the step in the row's process: the curvature of the mean loss is the sum of n rho r r.T over the
-            rows. Shape (row,).
-        rho: shape (row,); 1 where it is not known.
+        step: number of the step.
+        stored: rows as stored, shape (row, column).
+        scale: scale of each block in each row, shape (row, block).
+        sample: sample of each row, shape (row,), int64.
+        count: number n of rows of the step in the row's process, shape (row,), float32. The
+            curvature of the mean loss is the sum of n rho r r.T over the rows.
+        rho: curvature weight of each row, shape (row,), float32. 1 where it is not known.
     """
 
     step: int
@@ -42,7 +42,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class _File:
-    """What one file of rows has, and what is beside it."""
+    """Content of one file of rows, and the per-row arrays beside it."""
 
     stored: NDArray[Any]
     scale: Floats
@@ -51,7 +51,15 @@ class _File:
 
 
 class _Part:
-    """The rows of one process, whose files are decoded once each, in one direction: -1 or 1; the next one ahead."""
+    """The rows of one process. Each file is decoded once, and the next file is read ahead.
+
+    Args:
+        store: the recording.
+        first: first row of the process.
+        last: one past its last row.
+        pool: pool with the thread that reads ahead.
+        direction: order of the files: 1 forward, -1 backward.
+    """
 
     def __init__(self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor, direction: int) -> None:
         self._store, self._first, self._last, self._pool, self._direction = store, first, last, pool, direction
@@ -59,7 +67,10 @@ class _Part:
         self._coming: tuple[int, Future[_File]] | None = None
 
     def rows(self, first: int, last: int) -> Iterator[tuple[_File, slice]]:
-        """The rows [first, last) of the part, file by file. What is asked for after that lies in the part's direction."""
+        """Yield the rows [first, last) of the part, file by file.
+
+        Later calls must ask for rows further on in the direction of the part.
+        """
         size = self._store.rows.shard_rows
         numbers = range(first // size, -(-last // size))
         self._held = {number: file for number, file in self._held.items() if number in numbers}
@@ -89,18 +100,19 @@ class _Part:
 
 
 def backward(store: Gradients, n_steps: int) -> Stream[StepRows]:
-    """The first `n_steps` steps, the last of them first. A step's arrays are its own. Close it.
+    """Stream the first `n_steps` steps, the last of them first. Close the stream after use.
 
-    Two files of each process are in memory, or as many as a step has, and one that is coming, which a thread reads.
+    Memory holds two files of each process, or as many as a step spans, and one more that a thread
+    reads ahead. No later step overwrites the arrays of a step.
 
     Raises:
-        StoreError: damaged.
+        StoreError: the recording is damaged.
     """
     return _in_order(store, range(n_steps - 1, -1, -1), -1)
 
 
 def forward(store: Gradients, n_steps: int) -> Stream[StepRows]:
-    """The steps after the first `n_steps`, in order; else as `backward`."""
+    """Stream the steps after the first `n_steps`, in order. Else the same as `backward`."""
     return _in_order(store, range(n_steps, store.n_steps), 1)
 
 
@@ -127,7 +139,7 @@ def _steps(store: Gradients, steps: range, direction: int, pool: ThreadPoolExecu
 
 
 def _without_rows(step: int, store: Gradients) -> StepRows:
-    """A step that moved by momentum and decay alone."""
+    """Return a step without rows: momentum and decay alone moved the parameters."""
     none: Floats = np.empty(0, np.float32)
     stored = np.empty((0, store.layout.n_features), store.rows.dtype)
     return StepRows(step, stored, np.empty((0, len(store.layout.blocks)), np.float32), np.empty(0, np.int64), none, none)

@@ -1,9 +1,12 @@
-"""Method `hydra-fisher`: the backward sweep with the saturated empirical Fisher, for one block of columns (docs/architecture.md).
+"""The backward sweep with the saturated empirical Fisher, for one block of columns.
 
-Carried, for each column (a test sample, or a mean of some), from the last step to the first: the adjoint a of the parameters and v
-of the momentum buffer, float32, in the features that the rows are recorded in. They are larger than any cache, so each step goes
-over them once, tile by tile: what the curvature of the step after it adds, then the step itself, then its products with the rows.
-Each form of the curvature has adjoints of its own; what the sweep gives is the mean over the forms.
+Method `hydra-fisher`, docs/architecture.md. A column is a test sample, or a mean of several. For
+each column the sweep carries two adjoints from the last step to the first: a of the parameters and
+v of the momentum buffer. They are float32, in the features that the rows are recorded in.
+
+The adjoints are larger than any cache. So each step goes over them once, tile by tile. A tile first
+gets the addition of the curvature of the step after, then the step itself, then its products with
+the rows. Each form of the curvature has adjoints of its own. The sweep returns the mean over forms.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +22,7 @@ from hydra_pipe.reduction.loops import Workspace, add_rows
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-# features [first, last), and the series of the schedule that they follow
+# features [first, last), and the series of the schedule that applies to them
 Span = tuple[int, int, int]
 
 # values of an adjoint that are worked on at once: four such arrays fit a core's cache
@@ -28,24 +31,25 @@ _LEAST_TILE, _MOST_TILE = 256, 4096
 
 
 class Recursion(ABC):
-    """What goes over the steps one by one, with a vector of features for each form of the curvature and column.
+    """Recursion over the steps, with one vector of features for each curvature form and column.
 
     Args:
-        n_columns: for each form.
-        schedule: of every step, shape (step, series).
-        spans: of the features, in order; together all of them.
-        forms: of the curvature.
+        n_columns: number of columns for each form.
+        schedule: settings of every step, shape (step, series).
+        spans: spans of the features, in order. Together they cover all features.
+        forms: forms of the curvature.
     """
 
     def __init__(self, n_columns: int, schedule: Schedule, spans: Sequence[Span], forms: Sequence[Form]) -> None:
-        # steps that were taken, and the sum of the shares of their curvature that were left, mean over the forms
+        # number of steps taken; sum over them of the share of curvature that saturation left, mean
+        # over the forms
         self.n_steps, self.left = 0, 0.0
         self._schedule, self._forms, self._n_columns = schedule, forms, n_columns
         width = min(max(_TILE_VALUES // max(1, n_columns * len(forms)), _LEAST_TILE), _MOST_TILE)
         self._tiles = [(low, min(low + width, last), series) for first, last, series in spans for low in range(first, last, width)]
         self._series = sorted({series for _, _, series in spans})
         self._shares = np.array([form.share for form in forms], np.float32)
-        # rows of two steps in turn
+        # buffers for the rows of two steps, used in turn
         self._held = [Workspace(), Workspace()]
 
     @abstractmethod
@@ -53,35 +57,37 @@ class Recursion(ABC):
         """Take one step.
 
         Args:
-            number: of the step.
-            rows: c r(i, t), as the update used them, shape (row, feature).
-            count: n / c: the curvature is the sum of n rho / c (c r)(c r).T. Shape (row,), not negative.
-            rho: of each row, shape (row,), not negative.
-            sample: of each row, shape (row,).
+            number: number of the step.
+            rows: rows c r(i, t), as the update used them, shape (row, feature).
+            count: n / c of each row, shape (row,), not negative. The curvature is the sum of
+                n rho / c (c r)(c r).T.
+            rho: curvature weight of each row, shape (row,), not negative.
+            sample: sample of each row, shape (row,), int64.
         """
 
     @abstractmethod
     def settle(self) -> None:
-        """Let the state be complete: of the last step something is put off until the next one."""
+        """Complete the state. Part of each step is otherwise applied with the next step."""
 
     @abstractmethod
     def arrays(self) -> dict[str, Floats]:
-        """The state, by name, once it is settled."""
+        """Return the arrays of the state by name. Call `settle` before."""
 
     @abstractmethod
     def restore(self, arrays: dict[str, Floats]) -> None:
-        """Go on from what `arrays` gave."""
+        """Resume from the arrays that `arrays` returned."""
 
     def _moves(self, number: int) -> "dict[int, Move]":
         return {series: Move(self._schedule, number, series, self._forms) for series in self._series}
 
     def _pulls(self, grams: Doubles, scores: Floats, count: Floats, rho: Floats) -> Floats:
-        """What the curvature of a step gives for what its rows score, as factors of the rows.
+        """Return what the curvature of a step adds, as factors of the step's rows.
 
         Args:
-            grams: rows times rows times kappa, shape (form, row, row).
-            scores: shape (row, form, column).
-            count, rho: see `step`.
+            grams: products of rows with rows, times kappa, shape (form, row, row).
+            scores: products of rows with columns, shape (row, form, column).
+            count: n / c of each row, shape (row,), not negative.
+            rho: curvature weight of each row, shape (row,), not negative.
 
         Returns:
             Shape (form, column, row).
@@ -99,9 +105,11 @@ class Sweep(Recursion):
     """The state of a sweep, and its sums.
 
     Args:
-        tests: h, shape (column, feature), float32.
-        n_samples: training samples.
-        schedule, spans, forms: see `Recursion`.
+        tests: test gradients h, shape (column, feature), float32.
+        schedule: settings of every step, shape (step, series).
+        spans: spans of the features, in order. Together they cover all features.
+        n_samples: number of training samples.
+        forms: forms of the curvature.
     """
 
     def __init__(
@@ -111,14 +119,15 @@ class Sweep(Recursion):
         # shape (form and column, feature): the columns of a form lie together
         self.a: Floats = np.tile(tests, (len(forms), 1))
         self.v = np.zeros_like(self.a)
-        # what training samples have added up to, - R, shape (sample, column)
+        # - R: the sum of the products with the rows of each sample, shape (sample, column)
         self.sums: Floats = np.zeros((n_samples, len(tests)), np.float32)
-        # what the curvature of the last step adds to the adjoint, as factors: (form and column, row), and rows
+        # addition of the latest step's curvature to the adjoint: factors, shape
+        # (form and column, row), and the rows that they multiply
         self._pull: tuple[Floats, Floats] | None = None
         self._g = Workspace()
 
     def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
-        """Go one step back. See `Recursion`."""
+        """Take one step back. See `Recursion`."""
         moves = self._moves(number)
         held = self._held[self.n_steps % 2].matrix(*rows.shape)
         scores, n_forms = np.zeros((len(rows), len(self.a)), np.float32), len(self._forms)
@@ -141,7 +150,7 @@ class Sweep(Recursion):
         self.n_steps += 1
 
     def settle(self) -> None:
-        """Let `a` be what it is before the next step: until then what the curvature adds is kept apart."""
+        """Add the pending curvature to `a`. Otherwise the next step adds it."""
         for first, last, _ in self._tiles:
             self._add_pull(self.a[:, first:last], first, last)
         self._pull = None
@@ -165,10 +174,10 @@ class Move:
     """One step of one series.
 
     Args:
-        schedule: of all steps.
-        number: of the step.
-        series: which.
-        forms: of the curvature.
+        schedule: settings of all steps.
+        number: number of the step.
+        series: index of the series.
+        forms: forms of the curvature.
     """
 
     def __init__(self, schedule: Schedule, number: int, series: int, forms: Sequence[Form]) -> None:
@@ -178,14 +187,14 @@ class Move:
         self._nesterov, started = bool(schedule.nesterov[at]), bool(schedule.momentum_started[at])
         self._updated = bool(schedule.updated[at])
         self._gain, self._rest = (1.0, 0.0) if started else (1.0 - tau, self._mu)
-        # of each form; 0 where nothing was updated
+        # kappa of each form; 0 if the step did not update the series
         self.kappas = [
             saturation(self._eta, self._mu, tau, nesterov=self._nesterov, factor=form.factor) if self._updated else 0.0
             for form in forms
         ]
 
     def take(self, a: Floats, v: Floats, g: Floats) -> None:
-        """Fill g, and take a and v to before the step, but for its curvature."""
+        """Fill g, and move a and v from after the step to before it. The curvature is left out."""
         if not self._updated:
             g[:] = 0
             return
@@ -203,12 +212,12 @@ class Move:
             a += self._decay * g
 
     def give(self, x: Floats, m: Floats, q: Floats) -> None:
-        """The transpose of `take`, curvature and all: take x and m, of what `a` and `v` are before the step, to after it.
+        """Move x and m from before the step to after it. The transpose of `take`, with curvature.
 
         Args:
-            x: of the parameters.
-            m: of the momentum buffer.
-            q: of the gradient, but for the decay; used up.
+            x: change of the parameters, the counterpart of a.
+            m: change of the momentum buffer, the counterpart of v.
+            q: change of the gradient, with the curvature and without the decay. Overwritten.
         """
         if not self._updated:
             return

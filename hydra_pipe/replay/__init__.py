@@ -1,1 +1,1 @@
-"""Training again: method `hydra-exact`. It needs torch, the pipeline and its data."""
+"""Method `hydra-exact`, which trains again. It needs torch, the pipeline and its data."""

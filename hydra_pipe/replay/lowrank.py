@@ -1,8 +1,9 @@
-"""`--rank K`: relevance is linear in the test gradient, so the exact one of a few directions corrects an approximate one of all.
+"""`--rank K`: exact relevance of a few directions corrects the approximate relevance of all tests.
 
-With the test gradients h_j over their norms as rows of a matrix, and b_1 .. b_K its right singular vectors of the K largest
-singular values, h_j = |h_j| (sum_k c_jk b_k + rest). The b_k are replayed; the rest is left to the approximation A, which is
-linear too:
+Relevance is linear in the test gradient. Take the matrix whose rows are the test gradients h_j,
+each divided by its norm. Let b_1 .. b_K be its right singular vectors of the K largest singular
+values. Then h_j = |h_j| (sum_k c_jk b_k + rest). The b_k are replayed. The rest is left to the
+approximation A, which is linear too:
 
     R(h_j) = A(h_j) + |h_j| sum_k c_jk (R(b_k) - A(b_k)),      A(b_k) = sum_j m_kj A(h_j)
 """
@@ -22,8 +23,8 @@ class Basis:
     """Directions that most of the test gradients lie in.
 
     Args:
-        vectors: b_k, one tensor (direction, ...) for each parameter.
-        mixing: m, by which the b_k are made of the h_j, shape (direction, test).
+        vectors: the directions b_k, one tensor (direction, ...) for each parameter.
+        mixing: the factors m_kj in b_k = sum_j m_kj h_j, shape (direction, test).
         coefficients: |h_j| c_jk, shape (test, direction).
         held: share of the squared norm of the h_j / |h_j| that the directions hold.
     """
@@ -35,16 +36,16 @@ class Basis:
 
 
 def basis_of(gradients: list[Tensor], rank: int) -> Basis:
-    """The `rank` leading directions, or as many as there are.
+    """Return the `rank` leading directions of the test gradients, or all if there are fewer.
 
     Args:
-        gradients: h, one tensor (test, ...) for each parameter.
-        rank: K.
+        gradients: test gradients h, one tensor (test, ...) for each parameter.
+        rank: number of directions, K.
     """
     flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
     norms = torch.linalg.vector_norm(flat, dim=1)
     unit = flat / norms.clamp(min=torch.finfo(flat.dtype).tiny)[:, None]
-    # the products of float32 vectors are good to a part in a million, and directions below that are none
+    # products of float32 vectors are good to a part in a million: smaller directions are rounding
     values, vectors = np.linalg.eigh((unit @ unit.T).double().cpu().numpy())
     values, vectors = values[::-1], vectors[:, ::-1]
     n = int(min(rank, (values > 1e-6 * values[0]).sum()))
@@ -58,12 +59,12 @@ def basis_of(gradients: list[Tensor], rank: int) -> Basis:
 
 
 def corrected(approximate: NDArray[np.floating], exact: Floats, basis: Basis) -> Floats:
-    """Relevance of every test sample, shape (sample, test).
+    """Return the corrected relevance of every test sample, shape (sample, test).
 
     Args:
-        approximate: A(h_j), shape (sample, test).
-        exact: R(b_k), shape (sample, direction).
-        basis: of the test gradients.
+        approximate: approximate relevance A(h_j), shape (sample, test).
+        exact: exact relevance R(b_k) of the directions, shape (sample, direction).
+        basis: directions of the test gradients.
     """
     found: Floats = approximate + (exact - approximate @ basis.mixing.T) @ basis.coefficients.T
     return found

@@ -1,8 +1,9 @@
 """Products with a batch's Hessian and with its per-sample gradients, for many vectors at once.
 
-With L(theta, w) = sum_i w_i l_i(theta) / n and G its gradient in theta at w = 1, the derivatives of <u, G> are H u in theta, and
-<u, grad l_i> / n in w_i: one backward pass through the backward pass gives both (Pearlmutter, "Fast exact multiplication by the
-Hessian", 1994). Several u are one vectorised pass through one graph.
+Let L(theta, w) = sum_i w_i l_i(theta) / n, and let G be its gradient in theta at w = 1. The
+derivative of <u, G> is H u in theta, and <u, grad l_i> / n in w_i. One backward pass through the
+backward pass gives both (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Several
+vectors u take one vectorised pass through one graph.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,10 @@ class Batch:
     """A batch's loss, ready to be differentiated twice.
 
     Args:
-        parameters: of which it is a function.
-        weight: w, shape (sample,).
-        gradients: G, one for each parameter, with a graph of their own; None: the loss does not depend on it.
+        parameters: parameters that the loss is a function of.
+        weight: weights w of the samples, shape (sample,).
+        gradients: gradient G, one tensor for each parameter, with a graph of its own. None for a
+            parameter that the loss does not depend on.
     """
 
     parameters: Sequence[Tensor]
@@ -35,11 +37,15 @@ class Batch:
     gradients: Sequence[Tensor | None]
 
     def products(self, vectors: Sequence[Tensor], at_once: int) -> tuple[Tensor, list[Tensor]]:
-        """<u, r_i> with r_i = grad l_i / n, shape (column, sample), and H u, a tensor (column, ...) for each parameter.
+        """Return the products of vectors u with the per-sample gradients and with the Hessian.
 
         Args:
-            vectors: u, a tensor (column, ...) for each parameter.
-            at_once: columns that go through the graph together.
+            vectors: vectors u, one tensor (column, ...) for each parameter.
+            at_once: number of columns that go through the graph together.
+
+        Returns:
+            <u, r_i> with r_i = grad l_i / n, shape (column, sample), and H u, one tensor
+            (column, ...) for each parameter.
 
         Raises:
             PipelineError: an operation of the model has no second derivative.
@@ -61,10 +67,10 @@ class Batch:
 def check_twice_differentiable(batch: Batch) -> None:
     """Refuse a graph in which torch has put a node that raises in place of a second derivative.
 
-    `torch.autograd.grad` goes around such nodes, and what it gives lacks their part without a word.
+    `torch.autograd.grad` silently skips these nodes, so its result would lack their part.
 
     Raises:
-        PipelineError: there is one.
+        PipelineError: the graph has a node of this kind.
     """
     left = [g.grad_fn for g in batch.gradients if g is not None]
     seen: set[object] = set()
@@ -79,8 +85,13 @@ def check_twice_differentiable(batch: Batch) -> None:
 
 
 def batch_of(pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Batch:
-    """The loss of a batch at the model's parameters as they are. Raises: PipelineError: see `Batch.products`."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+    """Return the loss of a batch at the model's current parameters, ready for two derivatives.
+
+    Raises:
+        PipelineError: an operation of the model has no second derivative.
+    """
+    # other attention backends cannot be differentiated twice
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         losses = pipeline.loss(called(pipeline.model, inputs), targets)
         weight = torch.ones_like(losses, requires_grad=True)
         with _twice_differentiable():
@@ -89,12 +100,17 @@ def batch_of(pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, t
 
 
 def gradients_of_each(losses: Tensor, parameters: Sequence[Tensor], averages: Tensor | None = None) -> list[Tensor]:
-    """Gradient of each of some losses, shape (loss, ...) for each parameter.
+    """Return the gradient of each loss, or of the average of each group of losses.
 
     Args:
-        losses: shape (loss,).
-        averages: of them, shape (group, loss): then the gradient of each group's average, shape (group, ...).
-        parameters: zeros where no loss depends on one.
+        losses: losses to differentiate, shape (loss,).
+        parameters: parameters to differentiate in.
+        averages: weight of each loss in the average of each group, shape (group, loss). None: each
+            loss is differentiated alone.
+
+    Returns:
+        One tensor for each parameter, shape (loss, ...), or (group, ...) with `averages`. Zeros for
+        a parameter that no loss depends on.
     """
     of = torch.eye(len(losses), dtype=losses.dtype, device=losses.device) if averages is None else averages
     found = _grad([losses], list(parameters), [of])
@@ -105,14 +121,17 @@ def gradients_of_each(losses: Tensor, parameters: Sequence[Tensor], averages: Te
 
 
 def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Vector-Jacobian products of several vectors at once, each with its leading dimension; one by one where torch cannot."""
+    """Return vector-Jacobian products of several vectors, stacked along the first dimension.
+
+    All vectors take one pass where torch can batch it, else one pass each.
+    """
     if not outputs:
         return [None] * len(inputs)
     options = {"retain_graph": True, "allow_unused": True}
     try:
         return list(torch.autograd.grad(outputs, inputs, list(vectors), is_grads_batched=True, **options))
     except RuntimeError:
-        # no batching rule for an operation of the model; or no derivative, of which the next call tells
+        # an operation has no batching rule; or it has no derivative, and the calls below raise
         pass
     each = []
     for j in range(len(vectors[0])):

@@ -1,4 +1,4 @@
-"""`reduce --method hydra-exact`: which pipeline is replayed, for which test samples, and what must be there before."""
+"""`reduce --method hydra-exact`: the pipeline to replay, its test samples, and an approximation."""
 
 import os
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hydra_pipe.reduction.run import described, reduce_request, solve
 from hydra_pipe.replay.solver import LowRankReplay, Replay
 from hydra_pipe.training.pipeline import Pipeline
 
-# The method that answers for what `--rank` leaves over.
+# Method that answers for the part of the test gradients outside the `--rank` directions.
 APPROXIMATION = "hydra-fisher"
 _ADVICE = (
     "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, method='hydra-exact', pipeline=...), newly built"
@@ -28,14 +28,20 @@ def reduce_exact(
     overwrite: bool,
     progress: Progress,
 ) -> bool:
-    """As `hydra_pipe.reduce`, for a method that trains again.
+    """Do what `hydra_pipe.reduce` does, for a method that trains again.
 
     Args:
         run: directory of the run.
-        options: as given.
-        pipeline: of the run, newly built, or the file that builds it; None: as it was recorded.
-        dataset: of the probe that the test samples are of; None: as it was taken.
-        overwrite, progress: see `hydra_pipe.reduce`.
+        options: options, as given.
+        pipeline: pipeline of the run, newly built, or the file that builds it. None: the file that
+            the recording names.
+        dataset: dataset of the probe that has the test samples. None: the dataset that the probe
+            names.
+        overwrite: same as in `hydra_pipe.reduce`.
+        progress: same as in `hydra_pipe.reduce`.
+
+    Returns:
+        Whether there was anything to do.
     """
     request = requested(run, options)
     if options.rank is not None:
@@ -46,7 +52,7 @@ def reduce_exact(
 
 
 def plan_exact(run: str | os.PathLike[str], options: Options, pipeline: "str | Pipeline | None", dataset: Any) -> str:
-    """What `reduce_exact` would do, in lines for people. Builds the pipeline, and tries a step."""
+    """Describe the work of `reduce_exact`, in lines. Builds the pipeline, and tries a step."""
     return described([_solver(requested(run, options), pipeline, dataset)])
 
 

@@ -1,4 +1,4 @@
-"""Method `hydra-exact` as a reduction: which pipeline, how it is planned, and its passes."""
+"""Method `hydra-exact` as a reduction: its pipeline, its plan and its passes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -37,18 +37,20 @@ from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
 
-# Graphs of batches that are gone through at once: together they are to stay in the caches of a processor, and to fill a GPU.
+# Bytes of the columns that go through a batch's graph at once. On a CPU they should stay in its
+# caches. On a GPU they should fill it.
 _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
-# A loss that was met again may differ by rounding, which training makes larger: by so much of it, and of 1.
+# Allowed difference of a replayed loss: training amplifies differences by rounding. The first is
+# relative to the recorded loss, the second absolute.
 _LOSS_RELATIVE, _LOSS_ABSOLUTE = 0.02, 1e-3
 
 
 class Replay(ResultSolver[ReplayPlan]):
-    """Trains a recorded run again, and goes back over it.
+    """Solver that trains a recorded run again, and sweeps back over its steps.
 
     Args:
-        request: what is asked for.
-        load: builds the pipeline of the run, untrained.
+        request: the reduction that is asked for.
+        load: function that builds the pipeline of the run, untrained.
     """
 
     divided_by_memory = True
@@ -66,12 +68,16 @@ class Replay(ResultSolver[ReplayPlan]):
     # ------------------------------------------------------------------ planning
 
     def given(self, workers: Workers) -> ReductionInput:
-        """See `CommonSolver`: with what training takes. Raises: what building the pipeline does."""
+        """See `CommonSolver`. The memory of training is included.
+
+        Raises:
+            HydraError: the pipeline cannot be built.
+        """
         if self._pipeline is None:
             self._pipeline = self._load()
             self._trajectory = Trajectory(self._pipeline, self._n_steps)
             self._sizes, self._seconds = _measured(self._pipeline, self.request.columns.n_columns)
-            # with its data, and with what torch takes from its first step on
+            # after a first step, so that the data and the memory of torch are included
             self._resident_bytes = resident_bytes()
         return super().given(replace(workers, resident_bytes=self._resident_bytes))
 
@@ -85,7 +91,7 @@ class Replay(ResultSolver[ReplayPlan]):
         return replace(found, picoseconds=self._lasting(found))
 
     def _lasting(self, plan: ReplayPlan) -> int:
-        """Picoseconds, by what a first step took."""
+        """Estimate the picoseconds of a plan from the measured time of a first step."""
         train, column = self._seconds
         seconds = self._n_steps * (train * (1 + plan.levels) * len(plan.carried) + column * plan.carried[-1][1])
         return int(seconds * 1e12)
@@ -95,13 +101,16 @@ class Replay(ResultSolver[ReplayPlan]):
         return self.request.columns.n_columns
 
     def conclude(self) -> None:
-        """See `Solver`: blocks of columns that another budget had have left states."""
+        """See `Solver`. Remove states of column blocks that an earlier budget had planned."""
         remove_states(self.target)
 
     # ------------------------------------------------------------------ words
 
     def units(self, given: ReductionInput, plan: ReplayPlan) -> Units:
-        """See `Solver`: each training counts its rows once, and going back counts them for each column, which takes as long."""
+        """See `Solver`. Each training counts its rows once, the way back once for each column.
+
+        One column takes about as long as one training.
+        """
         carried = sum(last - first for first, last in plan.carried)
         return Units(given.n_read, given.n_rows * (plan.levels * plan.passes + carried), "rows")
 
@@ -114,7 +123,7 @@ class Replay(ResultSolver[ReplayPlan]):
         return ", ".join(f"{name}: {value}" for name, value in self.lines(course).items())
 
     def lines(self, course: Course[ReplayPlan]) -> dict[str, str]:
-        """The plan, for people: what, and how much."""
+        """Describe the plan for people: a name and a value for each line."""
         given, plan, whole = course.given, course.plan, course.whole
         of = "groups of test samples" if given.grouped else "test gradients"
         n, width = whole.carried[-1][1], whole.carried[0][1]
@@ -129,7 +138,7 @@ class Replay(ResultSolver[ReplayPlan]):
     # ------------------------------------------------------------------ the work
 
     def passes(self, course: Course[ReplayPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """See `Solver`: a pass finds the largest difference between a loss and the recorded one."""
+        """See `Solver`. A pass finds the largest difference between a loss and the recorded one."""
         job = self.job(course.plan, course.given)
         for columns in course.plan.columns:
             yield columns, delayed(self._pass, pure=False)(job, columns, count_rows)
@@ -146,7 +155,10 @@ class Replay(ResultSolver[ReplayPlan]):
         return {names.LOSS_DIFFERENCE: self._off}
 
     def _gradients(self, job: Job[ReplayPlan], averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
-        """At the end of training, one tensor (column, ...) for each parameter."""
+        """Return the test gradients at the end of training, one tensor (column, ...) a parameter.
+
+        Compares the test losses with the recorded ones.
+        """
         pipeline, ids = self._pipeline, self.request.columns.test_ids
         assert pipeline is not None
         found = test_gradients(pipeline, moving(pipeline), ids, averages, columns, job.plan.at_once)
@@ -163,9 +175,10 @@ class Replay(ResultSolver[ReplayPlan]):
         count: Callable[[int, float, int], None],
         beside: dict[str, NDArray[np.float64]],
     ) -> NDArray[np.float64]:
-        """d l_j / d w_i for what the gradients are of, shape (sample, column).
+        """Return d l_j / d w_i for the losses l_j of the given gradients, shape (sample, column).
 
-        What is `beside` is kept with the state; where the sweep goes on it becomes what was kept.
+        The arrays `beside` are saved with the state of the sweep. If the sweep resumes, `beside`
+        is updated in place with the saved arrays.
         """
         assert self._pipeline is not None
         sweep = ExactSweep(self._pipeline, gradients, job.n_samples, job.plan.at_once)
@@ -183,7 +196,7 @@ class Replay(ResultSolver[ReplayPlan]):
         return sweep.sums
 
     def _go_on(self, job: Job[ReplayPlan], columns: Span, sweep: ExactSweep, beside: dict[str, NDArray[np.float64]]) -> int:
-        """Put a sweep, and what is beside it, back to where it was. Returns: steps that are left."""
+        """Restore a saved sweep and the arrays `beside` it. Return the number of steps left."""
         found = load_state(job.relevance, columns, sweep.arrays() | beside)
         if found is None or not is_count(found[0].get("step")) or found[0]["step"] > self._n_steps:
             return self._n_steps
@@ -199,7 +212,7 @@ class Replay(ResultSolver[ReplayPlan]):
         return after_step
 
     def _hold(self, now: float, then: float, what: str) -> None:
-        """Refuse to go on with another training than the one that was recorded. Raises: RunError."""
+        """Refuse a training that differs from the recorded one. Raises: RunError."""
         difference = abs(now - then)
         self._off = max(self._off, difference)
         if not difference <= _LOSS_RELATIVE * abs(then) + _LOSS_ABSOLUTE:
@@ -210,9 +223,11 @@ class Replay(ResultSolver[ReplayPlan]):
 
 
 def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple[float, float]]:
-    """Sizes of a replay, see `ReplayInput`; and how long the graph of a first step takes, and a column's pass through it.
+    """Measure a first step for the plan of a replay. Restores the state of training afterwards.
 
-    Changes nothing.
+    Returns:
+        Sizes by their names in `ReplayInput`. Then two times in seconds: building the graph of the
+        step, and passing one column through the graph.
     """
     state = training_state(pipeline, 0)
     parameters = moving(pipeline)
@@ -228,7 +243,7 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    # the first time of everything takes longer
+    # warm up before timing: the first call of each operation takes longer
     check_twice_differentiable(batch_of(pipeline, parameters, inputs, targets))
     start = time.monotonic()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -246,7 +261,7 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     parameter_bytes = sum(p.nbytes for p in parameters)
     n_states = 1 if isinstance(pipeline.optimizer, torch.optim.SGD) else 2
     beside = sum(b.nbytes for b in pipeline.model.buffers())
-    # generators take some 30 KB as they are kept
+    # the saved states of the random generators take some 30 KB
     state_bytes = (1 + n_states) * parameter_bytes + beside + 2**15
     cache_bytes = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
     sizes = {"parameter_bytes": parameter_bytes, "n_states": n_states, "state_bytes": state_bytes, "batch_bytes": batch_bytes}
@@ -254,11 +269,14 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
 
 
 class LowRankReplay(Replay):
-    """Replays a few directions of the test gradients, and leaves the rest to an approximation (replay/lowrank.py).
+    """Solver that replays a few directions of the test gradients (replay/lowrank.py).
+
+    An approximation answers for the rest of the test gradients.
 
     Args:
-        request, load: see `Replay`.
-        rank: directions.
+        request: the reduction that is asked for.
+        load: function that builds the pipeline of the run, untrained.
+        rank: number of directions.
         approximation: name of the relevance array that answers for the rest.
     """
 
@@ -268,7 +286,7 @@ class LowRankReplay(Replay):
 
     def _plan(self, what: ReplayInput) -> ReplayPlan:
         given = what.recording
-        # the test gradients, once more over their norms, and as directions
+        # three copies of the test gradients: as they are, divided by their norms, and mixed
         beside = 3 * given.n_tests * what.parameter_bytes + 4 * 8 * given.n_samples * given.n_columns
         few = replace(given, n_columns=self._rank, memory_bytes=given.memory_bytes - beside)
         found = super()._plan(replace(what, recording=few))
@@ -284,7 +302,8 @@ class LowRankReplay(Replay):
         count = self._counter(count_rows)
         self._trajectory.forward(job.plan.most_states, count)
         basis = basis_of(self._gradients(job, None, columns), self._rank)
-        # kept with the sweep: its directions are those that it began with, whatever comes out where it goes on
+        # saved with the sweep: a resumed sweep continues with the directions that it began with,
+        # and a second decomposition may give other ones
         beside = {"mixing": basis.mixing, "coefficients": basis.coefficients}
         exact = -self._sweep(job, columns, basis.vectors, count_rows, count, beside)
         basis = replace(basis, mixing=beside["mixing"], coefficients=beside["coefficients"])

@@ -1,4 +1,4 @@
-"""Method `hydra-exact`, for some columns: the adjoints of the whole training state, from the last step to the first."""
+"""Adjoints of the whole training state, from last step to first: `hydra-exact` for some columns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ class _Trained:
     """A parameter that the optimiser trains.
 
     Args:
-        place: among those that the loss depends on.
-        group: of the optimiser.
-        states: adjoints of what the optimiser keeps of it: that of SGD's buffer, or of Adam's two moments.
+        place: index of the parameter in `moving(pipeline)`.
+        group: index of its parameter group in the optimiser.
+        states: adjoints of the optimiser's state of the parameter: SGD's momentum buffer, or Adam's
+            two moments.
     """
 
     place: int
@@ -39,10 +40,11 @@ class ExactSweep:
     """The state of a sweep, and its sums.
 
     Args:
-        pipeline: whose model is restored to each step.
-        tests: gradients at the end, one tensor (column, ...) for each of `moving(pipeline)`: become the adjoints, and are changed.
-        n_samples: training samples.
-        at_once: columns that go through a batch's graph together.
+        pipeline: pipeline whose model is restored to each step.
+        tests: test gradients at the end of training, one tensor (column, ...) for each parameter of
+            `moving(pipeline)`. The sweep changes them in place: they become the adjoints.
+        n_samples: number of training samples.
+        at_once: number of columns that go through a batch's graph together.
     """
 
     def __init__(self, pipeline: Pipeline, tests: list[Tensor], n_samples: int, at_once: int) -> None:
@@ -60,14 +62,14 @@ class ExactSweep:
         self.sums: NDArray[np.float64] = np.zeros((n_samples, len(tests[0])), np.float64)
 
     def arrays(self) -> dict[str, Floats]:
-        """What going on in the middle needs, by name: the adjoints, and the sums."""
+        """Return the state that resuming needs, by name: the adjoints and the sums."""
         tensors = {f"a{i}": a for i, a in enumerate(self.a)}
         tensors |= {f"s{own.place}-{i}": state for own in self._trained for i, state in enumerate(own.states)}
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()} | {"sums": self.sums}
 
     def restore(self, arrays: Mapping[str, Floats]) -> None:
-        """Put back what `arrays` gave."""
-        # one at a time a copy that torch may write to: all of them may take most of the memory
+        """Put back the state that `arrays` returned."""
+        # torch needs a writable copy; one array at a time, because all may take most of the memory
         for i, a in enumerate(self.a):
             a.copy_(torch.from_numpy(arrays[f"a{i}"].copy()))
         for own in self._trained:
@@ -84,7 +86,7 @@ class ExactSweep:
             clipped = self._clipped(batch)
             for own in self._trained:
                 gradient = clipped[own.place]
-                if gradient is not None:  # the optimiser passes over it otherwise
+                if gradient is not None:  # the optimiser skips a parameter without a gradient
                     adjoints[own.place] = self._through_optimizer(own, gradient)
             if self._pipeline.max_grad_norm is not None:
                 known = [i for i, g in enumerate(batch.gradients) if g is not None]
@@ -99,7 +101,7 @@ class ExactSweep:
         np.add.at(self.sums, step.ids, scores.T.cpu().double().numpy())
 
     def _clipped(self, batch: Batch) -> list[Tensor | None]:
-        """Gradients as the optimiser gets them."""
+        """Return the gradients as the optimiser gets them, after clipping."""
         found = [None if g is None else g.detach() for g in batch.gradients]
         if self._pipeline.max_grad_norm is None:
             return found
@@ -121,10 +123,13 @@ class ExactSweep:
 
 
 def moving(pipeline: Pipeline) -> list[nn.Parameter]:
-    """Parameters that have a gradient, whether the optimiser trains them or not: all count where gradients are clipped.
+    """Return the parameters that require a gradient, also those that the optimiser does not train.
+
+    The clipping of gradients counts all of them.
 
     Raises:
-        OptimizerError: the optimiser is not torch.optim.SGD, Adam or AdamW. PipelineError: parameters of half precision.
+        OptimizerError: the optimiser is not torch.optim.SGD, Adam or AdamW.
+        PipelineError: a parameter is neither float32 nor float64.
     """
     if type(pipeline.optimizer) not in _KNOWN:
         known = ", ".join(kind.__name__ for kind in _KNOWN)

@@ -1,4 +1,4 @@
-"""Test gradients of whole parameters, where training has come to its end."""
+"""Test gradients of whole parameters, at the end of training."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from hydra_pipe.training.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class TestGradients:
-    """Gradients of test losses, or of averages of them.
+    """Gradients of test losses, or of their averages.
 
     Args:
         gradients: one tensor (column, ...) for each parameter.
-        losses: of the test samples, shape (test,), float64.
+        losses: losses of the test samples, shape (test,), float64.
     """
 
-    __test__ = False  # it is no test of pytest's
+    __test__ = False  # pytest would collect the class by its name
 
     gradients: list[Tensor]
     losses: NDArray[np.float64]
@@ -40,24 +40,25 @@ def test_gradients(
     columns: Span,
     at_once: int,
 ) -> TestGradients:
-    """h_j at the model's parameters as they are, in eval mode.
+    """Return the test gradients h_j at the model's current parameters, in eval mode.
 
     Args:
-        pipeline: of the model and the test samples.
-        parameters: to differentiate in.
-        test_ids: of the test samples, ascending.
-        averages: of them, shape (test, column); None: each is a column.
-        columns: first and one past the last that is wanted.
-        at_once: columns that are taken together.
+        pipeline: pipeline with the model and the test samples.
+        parameters: parameters to differentiate in.
+        test_ids: ids of the test samples, ascending, shape (test,), int64.
+        averages: weight of each test sample in each column, shape (test, column). None: each test
+            sample is a column.
+        columns: the first wanted column and one past the last.
+        at_once: number of columns that are differentiated together.
 
     Raises:
-        UserCodeError, DataError: see `train`.
+        UserCodeError, DataError: the same as in `train`.
     """
     first, last = columns
     found = [torch.zeros(last - first, *p.shape, dtype=p.dtype, device=p.device) for p in parameters]
     losses = np.zeros(len(test_ids))
     device = parameters[0].device
-    # in the batches in which they were recorded, by which a dataset may draw
+    # the same batches as in the recording: what a dataset draws at random may depend on them
     order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
     with evaluating(pipeline.model), closing(Samples(pipeline, "test").batches(order)) as batches:
         for ids, inputs, targets in batches:

@@ -1,9 +1,10 @@
-"""A training run, gone through again from its beginning, and then from its end.
+"""The steps of a training run, taken again from first to last and then visited from last to first.
 
-Parameters before a step cannot be had from those after it. So training runs once from the start, and its state is kept now and
-then; from each kept state on, the steps up to the next one are run again when they are needed (Griewank, "Achieving logarithmic
-growth of temporal and spatial complexity in reverse automatic differentiation", 1992). With two levels of sqrt(T) states each
-this is one more training; with more levels, where memory wants it, one more each.
+The parameters before a step cannot be computed from the parameters after it. So training runs once
+from the start, and its state is kept now and then. From each kept state, the steps up to the next
+kept state are run again when they are needed (Griewank, "Achieving logarithmic growth of temporal
+and spatial complexity in reverse automatic differentiation", 1992). Two levels of sqrt(T) states
+each cost one more training. Where memory requires more levels, each further level costs one more.
 """
 
 import copy
@@ -24,7 +25,7 @@ from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.training.trainer import take_step
 
-# called with the number of the step, its loss and its samples
+# function of a step's number, its loss and its number of samples
 AfterStep = Callable[[int, float, int], None]
 # samples, inputs and targets
 _Batch = tuple[NDArray[np.int64], Tensor, Tensor]
@@ -32,12 +33,14 @@ _Batch = tuple[NDArray[np.int64], Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that training goes on from.
+    """Everything that training resumes from.
 
     Args:
-        step: that comes next.
-        model, optimizer, scheduler: their state_dict(), with tensors of their own; None: there is no scheduler.
-        random: of all generators.
+        step: number of the next step.
+        model: state_dict() of the model, with its tensors copied.
+        optimizer: state_dict() of the optimiser, with its tensors copied.
+        scheduler: state_dict() of the scheduler, copied. None: there is no scheduler.
+        random: states of all random generators.
     """
 
     step: int
@@ -52,9 +55,10 @@ class Step:
     """A step of training, about to be taken.
 
     Args:
-        state: before it.
-        ids: training samples of its batch, shape (batch,).
-        inputs, targets: of the batch, on the model's device.
+        state: state of training before the step.
+        ids: ids of the training samples of the batch, shape (batch,), int64.
+        inputs: inputs of the batch, on the model's device.
+        targets: targets of the batch, on the model's device.
     """
 
     state: TrainingState
@@ -64,16 +68,16 @@ class Step:
 
     @property
     def number(self) -> int:
-        """From 0."""
+        """Number of the step, counted from 0."""
         return self.state.step
 
 
 class Trajectory:
-    """The run that `pipeline` trains, as `train` does it.
+    """The run that `pipeline` trains, with the same steps as `train` takes.
 
     Args:
-        pipeline: as it was built: nothing was trained yet.
-        n_steps: of it, the first.
+        pipeline: pipeline as it was built, before any training.
+        n_steps: number of steps, counted from the start of the run.
     """
 
     def __init__(self, pipeline: Pipeline, n_steps: int) -> None:
@@ -81,33 +85,33 @@ class Trajectory:
         self._device = next(pipeline.model.parameters()).device
         torch.manual_seed(pipeline.seed)
         self._start = training_state(pipeline, 0)
-        # what was kept of the whole run, in order
+        # kept states of the whole run, in order
         self._kept: list[TrainingState] = []
 
     def forward(self, most_states: int, after_step: AfterStep) -> None:
-        """Train from the start to the end, where the pipeline's model is afterwards.
+        """Train from the start to the end. The pipeline's model then has its final parameters.
 
         Args:
-            most_states: kept at a time at one level; 2 or more.
-            after_step: of each step.
+            most_states: largest number of states kept at a time at one level, 2 or more.
+            after_step: function called after each step.
         """
         self._most = most_states
         borders = _borders(0, self._n_steps, self._most)
         self._kept = self._states(self._start, borders, after_step)
 
     def backward(self, first: int, after_step: AfterStep) -> Iterator[Step]:
-        """The steps before step `first`, the last of them first.
+        """Yield the steps before step `first`, the last of them first. Call `forward` before.
 
         Args:
-            first: where to begin; all steps were run again by `forward`.
-            after_step: of each step that is run again.
+            first: number of the step just after the first one to yield.
+            after_step: function called after each step that is run again.
         """
         for state, end in reversed(list(zip(self._kept, [*(s.step for s in self._kept[1:]), self._n_steps], strict=True))):
             if state.step < first:
                 yield from self._backward(state, min(end, first), after_step)
 
     def _backward(self, state: TrainingState, end: int, after_step: AfterStep) -> Iterator[Step]:
-        """The steps from `state` to `end`, the last of them first."""
+        """Yield the steps from `state` to before step `end`, the last of them first."""
         if end - state.step <= self._most:
             yield from reversed(self._steps(state, end, after_step))
             return
@@ -117,7 +121,10 @@ class Trajectory:
             yield from self._backward(own, last, after_step)
 
     def _states(self, start: TrainingState, borders: list[int], after_step: AfterStep) -> list[TrainingState]:
-        """States before the steps `borders`, of which the first is `start`'s; training goes on to the last of them."""
+        """Train from `start` to the last border. Return the states before all other borders.
+
+        The first border is the step of `start`, and its state is `start` itself.
+        """
         kept, wanted = [start], set(borders[1:-1])
 
         def keep(number: int, _: _Batch) -> None:
@@ -128,7 +135,7 @@ class Trajectory:
         return kept
 
     def _steps(self, start: TrainingState, end: int, after_step: AfterStep) -> list[Step]:
-        """The steps from `start` to before step `end`, in order."""
+        """Run the steps from `start` to before step `end`. Return them in order."""
         found: list[Step] = []
 
         def keep(number: int, batch: _Batch) -> None:
@@ -138,7 +145,10 @@ class Trajectory:
         return found
 
     def _train(self, start: TrainingState, end: int, before_step: Callable[[int, _Batch], None], after_step: AfterStep) -> None:
-        """Train from `start` to before step `end`, and tell of each step and its batch just before it is taken."""
+        """Train from `start` to before step `end`.
+
+        Each step and its batch are passed to `before_step` just before the step is taken.
+        """
         pipeline = self._pipeline
         restore(pipeline, start)
         samples = Samples(pipeline, "train")
@@ -146,7 +156,7 @@ class Trajectory:
         number = start.step
         while number < end:
             epoch, first = divmod(number, of_epoch)
-            # no further than is wanted
+            # later batches of the epoch are not loaded
             order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
             with closing(samples.batches(order, epoch, first)) as batches:
                 for ids, inputs, targets in batches:
@@ -160,7 +170,7 @@ class Trajectory:
 
 
 def training_state(pipeline: Pipeline, step: int) -> TrainingState:
-    """As training stands, before step `step`."""
+    """Return a copy of the present state of training, just before step `step`."""
     return TrainingState(
         step,
         _own(pipeline.model.state_dict()),
@@ -173,7 +183,7 @@ def training_state(pipeline: Pipeline, step: int) -> TrainingState:
 def restore(pipeline: Pipeline, state: TrainingState) -> None:
     """Put training back to `state`."""
     pipeline.model.load_state_dict(state.model)
-    # the optimiser takes the tensors of a state as its own, and changes them in place
+    # load_state_dict keeps the tensors it is given, and the optimiser then changes them in place
     pipeline.optimizer.load_state_dict(_own(state.optimizer))
     if pipeline.scheduler is not None and state.scheduler is not None:
         pipeline.scheduler.load_state_dict(copy.deepcopy(state.scheduler))
@@ -181,7 +191,7 @@ def restore(pipeline: Pipeline, state: TrainingState) -> None:
 
 
 def _own(value: Any) -> Any:
-    """`value` with tensors of its own."""
+    """Return `value` with every tensor in it copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -192,6 +202,6 @@ def _own(value: Any) -> Any:
 
 
 def _borders(first: int, last: int, most: int) -> list[int]:
-    """At most `most` pieces of [first, last) of even length: where each begins, and the end."""
+    """Cut [first, last) into at most `most` even pieces. Return the start of each, and `last`."""
     length = -(-(last - first) // most)
     return [*range(first, last, max(1, length)), last]

@@ -1,4 +1,4 @@
-"""Where a reduction is computed: in threads of this process, or by worker processes here or elsewhere."""
+"""Executors of a reduction: threads of this process, or worker processes here or elsewhere."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _ADDRESS = re.compile(r"([a-z]+://)?[^\s/]+:\d{1,5}/?")
 
 
 def executor_of(text: str) -> Scheduler:
-    """The executor that `--scheduler` names. Connects to nothing yet.
+    """Return the executor that `--scheduler` names. Connects to nothing yet.
 
     Raises:
         UsageError: `text` names no executor.
@@ -42,7 +42,10 @@ def executor_of(text: str) -> Scheduler:
 
 
 def n_cores() -> int:
-    """Cores that this process may use; all cores where the system does not restrict a process to some."""
+    """Return the number of cores that this process may use.
+
+    The number of all cores on a system that cannot restrict a process to some of them.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What every executor of a reduction is, and the workers that it has."""
+"""The interface of the executors of a reduction, and their workers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,13 +11,13 @@ CountRows = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Workers:
-    """What computes.
+    """Number and kind of the workers of an executor.
 
     Args:
-        count: threads that compute at once, over all processes.
-        processes: whether they are in processes other than this one.
-        threads: in one of these, at most.
-        resident_bytes: that a process takes before it begins.
+        count: number of threads that compute at once, over all processes.
+        processes: True if the threads are in processes other than this one.
+        threads: largest number of threads in one process.
+        resident_bytes: memory of a process before it begins to compute.
     """
 
     count: int
@@ -27,7 +27,7 @@ class Workers:
 
 
 class Scheduler(ABC):
-    """Computes graphs. Enter it first: from then on it knows its workers."""
+    """Executor of graphs. Its workers are known once its context is entered."""
 
     workers: Workers
 
@@ -38,28 +38,35 @@ class Scheduler(ABC):
         pass
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:  # noqa: B027 - nothing to do in this process
-        """Have workers that can do it, before anything is changed on the disk.
+        """Make workers ready and check them, before anything is changed on the disk.
 
         Args:
-            store: that they must be able to read.
-            run_id: of the run that it belongs to.
-            peak_bytes: that each process may take.
+            store: path of the store that the workers must be able to read.
+            run_id: id of the run that the store belongs to.
+            peak_bytes: memory that each process may take.
 
         Raises:
-            ClusterError: a worker cannot.
+            ClusterError: a worker cannot do the work.
         """
 
     @abstractmethod
     def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:
-        """What a task calls, wherever it runs, with the number of rows that it has done, 0 too; it reaches `advance`.
+        """Return a function that a task calls with the number of rows that it has done.
 
-        It may raise, which ends the task: what it does is not needed any more.
+        The number may be 0, and the task may run in another process. The counts reach `advance`.
+        The function may raise, which ends the task: its result is then not needed any more.
 
         Args:
-            advance: counts rows.
-            n_rows: that are done when a graph is computed.
+            advance: function that counts rows.
+            n_rows: number of rows that are done when a graph is computed.
         """
 
     @abstractmethod
     def compute(self, graph: Any) -> Any:
-        """Compute a graph, whose result is small. Raises: what its tasks raise; ClusterError: workers are lost."""
+        """Compute a graph and return its result, which must be small.
+
+        Errors of the tasks are raised as they are.
+
+        Raises:
+            ClusterError: workers are lost.
+        """

@@ -27,27 +27,28 @@ from hydra_pipe.errors import ClusterError
 from hydra_pipe.reduction.executors.base import CountRows, Scheduler, Workers
 from hydra_pipe.units import format_bytes
 
-# to reach a scheduler, and to see its first worker
+# time limit for reaching a scheduler, and for its first worker to appear
 CONNECT_SECONDS = 5.0
-# what listens at an address to say what it is
+# time limit for the listener at an address to say what it is
 _ANSWER_SECONDS = 1.0
-# without any worker: a batch system may bring new ones
+# time limit for being without any worker: a batch system may start new ones
 PATIENCE_SECONDS = 60.0
-# of a worker with NumPy, Dask and this package loaded: measured (65 MiB), rounded up
+# memory of a worker with NumPy, Dask and this package loaded: measured (65 MiB), rounded up
 WORKER_RESIDENT_BYTES = 72 * 2**20
-# Dask stops giving work to a worker that takes this part of its memory limit, and kills one that takes a little more
+# Dask stops giving work to a worker that takes this part of its memory limit, and kills a worker
+# that takes a little more
 _PAUSE = 0.8
 _REPORT_EVERY_SECONDS = 0.5
 _HERE = {
-    # sampling each worker's stack a hundred times a second is for a dashboard, which nobody sees
+    # a worker's stack is sampled 100 times a second for the dashboard, and there is no dashboard
     "distributed.worker.profile.enabled": False,
-    # what a worker is busy with must not make it look lost
+    # a worker in a long task must not count as lost
     "distributed.scheduler.worker-ttl": None,
 }
 
 
 class _Cluster(Scheduler):
-    """What the two have in common: a client, and what it tells."""
+    """Common base of the two cluster executors: a Dask client and its progress reports."""
 
     _client: Client
     _where: str
@@ -65,7 +66,7 @@ class _Cluster(Scheduler):
 
         def show(event: tuple[float, Any]) -> None:
             key, n_done = event[1]
-            # a task that runs again begins at nothing again
+            # a task that runs again counts from 0 again
             advance(n_done - done.get(key, 0))
             done[key] = n_done
 
@@ -99,7 +100,8 @@ class _Cluster(Scheduler):
             try:
                 return future.result(timeout=1)
             except TimeoutError:
-                if future.done():  # just now, or with such an error of its own
+                # it may have ended just now, or its own error may be a TimeoutError
+                if future.done():
                     return future.result()
             if self._has_workers():
                 since = time.monotonic()
@@ -116,9 +118,13 @@ class _Cluster(Scheduler):
 
 
 class ClusterHere(_Cluster):
-    """One process with one thread for each core of this machine, started when needed and stopped when done.
+    """Cluster on this machine: one process with one thread for each core.
 
-    Dask's own limits on memory are off: the plan keeps each process within its budget.
+    The processes start when they are needed and stop at the end. Dask's own memory limits are off,
+    because the plan keeps each process within its budget.
+
+    Args:
+        n_workers: number of processes.
     """
 
     _where = "the cluster of this machine"
@@ -129,7 +135,8 @@ class ClusterHere(_Cluster):
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         self._stack.enter_context(dask.config.set(_HERE))
-        # what goes wrong is raised here; and the cluster's own silence ends before all of it has ended
+        # errors are raised here, so logs are not needed; the cluster's own silence_logs ends before
+        # the whole cluster has stopped
         self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         with _interrupts_are_for_this_thread():
             cluster = self._stack.enter_context(
@@ -138,7 +145,7 @@ class ClusterHere(_Cluster):
                     threads_per_worker=1,
                     processes=True,
                     memory_limit=0,
-                    # no dashboard; what tells of its health listens anywhere that is free
+                    # no dashboard; the health endpoint still needs a port, any free one
                     dashboard_address="127.0.0.1:0",
                     scheduler_kwargs={"dashboard": False},
                     silence_logs=logging.CRITICAL,
@@ -148,7 +155,11 @@ class ClusterHere(_Cluster):
 
 
 class ClusterAt(_Cluster):
-    """The workers of the scheduler at an address. As many as they have threads."""
+    """Cluster of the Dask scheduler at an address. Every thread of its processes is a worker.
+
+    Args:
+        address: address of the scheduler, such as tcp://host:8786.
+    """
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -168,7 +179,8 @@ class ClusterAt(_Cluster):
         self._check_listener()
         try:
             with warnings.catch_warnings():
-                # of any package that Dask knows; those that matter are compared below
+                # the warning covers every package that Dask knows; `_check_versions` compares those
+                # that matter
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 client = Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
                 self._client = self._stack.enter_context(client)
@@ -185,14 +197,18 @@ class ClusterAt(_Cluster):
         self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=resident)
 
     def _check_listener(self) -> None:
-        """Refuse what is no scheduler: a client would wait for its answer without an end. Raises: ClusterError."""
+        """Refuse a listener that is no scheduler. Raises: ClusterError.
+
+        A client would wait for its answer without end.
+        """
         try:
             kind = _identity(self._address).get("type")
         except (OSError, ValueError, TypeError, ImportError) as error:
             if not isinstance(error, TimeoutError):
                 raise self._unanswered(error) from error
             kind = "web server" if _is_web_server(self._address) else None
-        except (MemoryError, EOFError):  # its first bytes were taken for a length, or what it says ends too early
+        # the first bytes of the answer were read as a length, or the answer ends too early
+        except (MemoryError, EOFError):
             kind = None
         if kind == "Scheduler":
             return
@@ -237,12 +253,12 @@ class ClusterAt(_Cluster):
 
 
 def _identity(address: str) -> dict[str, Any]:
-    """What Dask's server at an address says of itself.
+    """Ask the Dask server at an address for its description of itself.
 
     Raises:
-        TimeoutError: something listens there and does not say.
-        OSError, ValueError, TypeError, ImportError: it cannot be connected to.
-        MemoryError, EOFError: what it says is not what Dask's servers say.
+        TimeoutError: something listens there and does not answer.
+        OSError, ValueError, TypeError, ImportError: there is no connection to it.
+        MemoryError, EOFError: the answer is not that of a Dask server.
     """
 
     async def asked() -> dict[str, Any]:
@@ -254,7 +270,7 @@ def _identity(address: str) -> dict[str, Any]:
         return dict(told)
 
     async def in_time() -> dict[str, Any]:
-        # longer than connecting may take, which then tells what is wrong with it
+        # longer than the limit of connecting, so that connecting raises its own, clearer error
         return await asyncio.wait_for(asked(), CONNECT_SECONDS + _ANSWER_SECONDS)
 
     found: list[dict[str, Any] | Exception] = []
@@ -262,10 +278,11 @@ def _identity(address: str) -> dict[str, Any]:
     def ask() -> None:
         try:
             found.append(asyncio.run(in_time()))
-        except Exception as error:  # noqa: BLE001 - raised by the thread that waits
+        except Exception as error:  # noqa: BLE001 - the waiting thread raises it
             found.append(error)
 
-    # A notebook runs a loop in its own thread; and Ctrl-C ends the wait of this one, not of a loop.
+    # A separate thread, for two reasons: a notebook already runs an event loop in its thread, and
+    # Ctrl-C ends the wait of this thread, not that of an event loop.
     thread = threading.Thread(target=ask, name="hydra-pipe connecting", daemon=True)
     thread.start()
     thread.join()
@@ -286,7 +303,13 @@ def _is_web_server(address: str) -> bool:
 
 
 class _Reporter:
-    """Tells from within a task how many rows it has done, now and then. Each task that runs has a copy of its own."""
+    """Counter of the rows that a task has done, reported now and then.
+
+    Each running task has its own copy.
+
+    Args:
+        topic: topic of the scheduler's events that receives the counts.
+    """
 
     def __init__(self, topic: str) -> None:
         self._topic = topic
@@ -304,9 +327,13 @@ class _Reporter:
 
 @contextmanager
 def _interrupts_are_for_this_thread() -> Iterator[None]:
-    """Threads and processes begun meanwhile, and those that they begin, see no Ctrl-C: this thread stops them in good order."""
-    # multiprocessing's own process, which would lift the block when it starts. A worker that has to be killed leaves a lock of
-    # numcodecs to it; it puts that away, and need not tell anyone
+    """Hide Ctrl-C from threads and processes that start meanwhile, and from those that they start.
+
+    Only this thread sees it, and stops the others in good order.
+    """
+    # Start the resource tracker of multiprocessing now: its start would lift the block of the
+    # signal. A killed worker leaves a lock of numcodecs to the tracker. The tracker removes the
+    # lock and would warn about it, which nobody needs.
     sys.warnoptions.append("ignore:resource_tracker")
     try:
         resource_tracker.ensure_running()
@@ -320,7 +347,10 @@ def _interrupts_are_for_this_thread() -> Iterator[None]:
 
 
 def _about(dask_worker: Any) -> dict[str, int]:
-    """A worker that has loaded what it needs; a memory limit of 0 is none. Dask knows the parameter by its name."""
+    """Describe a worker, after it has loaded the modules that it needs.
+
+    A memory limit of 0 means no limit. Dask passes the worker because of the parameter's name.
+    """
     import hydra_pipe.reduction.solvers.sums  # noqa: F401
     from hydra_pipe.units import resident_bytes
 
@@ -332,7 +362,7 @@ def _about(dask_worker: Any) -> dict[str, int]:
 
 
 def _fault_of_store(store: Path, run_id: str) -> str | None:
-    """What is wrong with `store` as this worker sees it."""
+    """Return the fault of `store` as this worker sees it. None if there is none."""
     import os
 
     from hydra_pipe.errors import HydraError
@@ -350,7 +380,10 @@ def _fault_of_store(store: Path, run_id: str) -> str | None:
 
 
 def _versions(told: Mapping[str, Any]) -> dict[str, str | None]:
-    """What must be the same everywhere: tasks are pickled here, handed on there."""
+    """Return the versions that must be equal everywhere.
+
+    Tasks are pickled in this process and unpickled in others.
+    """
     python = ".".join(told["host"]["python"].split(".")[:2])
     packages = told["packages"]
     return {"python": python, "hydra-pipe": packages.get("hydra_pipe")} | {n: packages.get(n) for n in ("dask", "distributed")}

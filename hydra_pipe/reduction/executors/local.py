@@ -1,4 +1,4 @@
-"""A reduction that threads of this process compute."""
+"""The executor that computes a reduction in threads of this process."""
 
 import threading
 from collections.abc import Callable
@@ -15,14 +15,17 @@ from hydra_pipe.units import resident_bytes
 
 
 class _StoppedError(Exception):
-    """What a task does is not needed any more: another one has failed."""
+    """Raised in a task to end it: another task has failed, so its result is not needed."""
 
 
 class InProcess(Scheduler):
-    """Dask's own schedulers. Where a task fails those beside it end too, before the failure is told: none writes on.
+    """Executor on Dask's own schedulers.
+
+    If a task fails, the tasks beside it end before the error is raised. So no task still writes
+    after the error.
 
     Args:
-        n_threads: None computes in the calling thread.
+        n_threads: number of threads. None: the calling thread computes.
     """
 
     def __init__(self, n_threads: int | None) -> None:
@@ -41,7 +44,8 @@ class InProcess(Scheduler):
 
     def compute(self, graph: Any) -> Any:
         with ExitStack() as ends:
-            # Not by name: to look one up Dask imports all of distributed, which takes longer than reducing a small run.
+            # Give the function, not its name: to look up a name Dask imports all of distributed,
+            # which takes longer than reducing a small run.
             how: dict[str, Any] = {"scheduler": dask.local.get_sync}
             if self._n_threads is not None:
                 pool = ends.enter_context(ThreadPoolExecutor(self._n_threads, "hydra-pipe worker"))

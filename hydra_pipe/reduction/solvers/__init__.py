@@ -1,1 +1,1 @@
-"""How relevance is computed, a solver a file. `methods.py` says which method has which."""
+"""Solvers that compute relevance, one a file. `methods.py` lists the solvers of each method."""

@@ -1,4 +1,4 @@
-"""What every solver is: what `reduction/run.py` asks of it, from a plan to a finished stage."""
+"""The interface of solvers, as `reduction/run.py` calls them from a plan to a finished stage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ P = TypeVar("P", bound=Plan, covariant=True)
 
 @dataclass(frozen=True)
 class Course(Generic[P]):
-    """What is left of a reduction, and how it is done.
+    """The rest of a reduction, and its plan.
 
     Args:
-        after: what was answered before; None: it begins.
-        given: what there is to reduce.
-        plan: plan of what is left.
-        whole: plan of all.
+        after: work that was done before. None: the reduction begins.
+        given: sizes of the reduction.
+        plan: plan of the work that is left.
+        whole: plan of all the work.
     """
 
     after: Answered | None
@@ -35,12 +35,12 @@ class Course(Generic[P]):
 
 @dataclass(frozen=True)
 class Units:
-    """What progress counts.
+    """Units of the progress display.
 
     Args:
-        of_pass: units of the graph of a pass.
-        total: units of all passes.
-        noun: the word for them.
+        of_pass: number of units in the graph of a pass.
+        total: number of units in all passes.
+        noun: word for the units.
     """
 
     of_pass: int
@@ -49,7 +49,7 @@ class Units:
 
 
 class Solver(Protocol):
-    """Computes what a stage claims, pass by pass, and goes on where it was interrupted."""
+    """Solver of a stage. It computes the result pass by pass, and resumes after an interruption."""
 
     @property
     def directory(self) -> RunDirectory:
@@ -65,56 +65,61 @@ class Solver(Protocol):
 
     @property
     def stages(self) -> tuple[StageId, ...]:
-        """Stages that are written: the first is the solver's own, the others are kept on the way."""
+        """Stages that the solver writes. The first is its own. The others are kept on the way."""
 
     def has_work(self) -> bool:
-        """Whether anything of it is not there yet."""
+        """Tell whether any result of the stages is missing."""
 
     def answered(self) -> Answered | None:
-        """What an interrupted call has done, as far as it counts for this one."""
+        """Return the work of an interrupted call that counts for this one. None if there is none."""
 
     def course(self, workers: Workers, after: Answered | None) -> Course[Any]:
-        """How to go on after what was answered, if that still fits; else how to begin. Raises: BudgetError."""
+        """Plan how to resume after `after` if that work still fits, else how to begin.
+
+        Raises:
+            BudgetError: the work does not fit into the memory.
+        """
 
     def check_room(self, course: Course[Any], progress: Progress) -> None:
-        """Say, or refuse, what the disk has no room for. Raises: BudgetError."""
+        """Warn about, or refuse, results that the disk has no room for. Raises: BudgetError."""
 
     def create(self, course: Course[Any]) -> None:
-        """Make what is to be filled: first the claim, then what is claimed."""
+        """Claim the stages in the manifest, then create the arrays to fill."""
 
     def clean(self) -> None:
-        """Remove what a process that was killed has left in the middle of."""
+        """Remove half-written files of a process that was killed."""
 
     def mark(self, answered: Answered) -> None:
-        """Note in the manifest that so much is done, once that is safe on the disk."""
+        """Make the work so far safe on the disk, then note it in the manifest."""
 
     def passes(self, course: Course[Any], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """The passes in order: what each answers, and its graph, which gives what the pass has found.
+        """Yield the passes in order: the span that each answers, and its graph.
 
-        Building a graph reads nothing; computing it writes what it answers. A task that runs again writes the same bytes.
+        Building a graph reads nothing. Computing it writes the answers and returns the findings of
+        the pass. A task that runs again writes the same bytes.
         """
 
     def conclude(self) -> None:
-        """End what was kept on the way, and remove what is of no use any more."""
+        """Complete the stages kept on the way, and remove files that are of no use any more."""
 
     def facts(self, given: ReductionInput) -> dict[str, Any]:
-        """What the manifest keeps of the result, beside its plan and what the passes have found."""
+        """Return facts of the result for the manifest, beside the plan and the passes' findings."""
 
     def found_before(self) -> Found:
-        """What is known of the result before its passes."""
+        """Return findings that are known before the passes."""
 
     @property
     def doing(self) -> str:
-        """What progress is of."""
+        """Name of the work in the progress display."""
 
     def units(self, given: ReductionInput, plan: Any) -> Units:
-        """What progress counts."""
+        """Return the units of the progress display."""
 
     def say_before(self, course: Course[Any], progress: Progress) -> None:
-        """Say what is gone on with, and what to mind."""
+        """Say how much was done before, and what the user should mind."""
 
     def summary(self, course: Course[Any]) -> str:
-        """The plan in one line."""
+        """Describe the plan in one line."""
 
     def describe(self, course: Course[Any]) -> dict[str, str]:
-        """The plan in lines, for people: what, and how much."""
+        """Describe the plan for people: a name and a value for each line."""

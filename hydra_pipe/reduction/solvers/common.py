@@ -1,4 +1,4 @@
-"""What solvers of a request have in common: sizes to plan from, going on, what tasks are told, and words for people."""
+"""Common base of all solvers of a request: sizes for plans, resuming, settings of tasks, words."""
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -26,16 +26,16 @@ from hydra_pipe.store.stages import StageId
 from hydra_pipe.units import parse_bytes
 
 P = TypeVar("P", bound=Plan)
-# The same command takes a little more or less memory each time, by which no reduction that goes on may be divided otherwise. What
-# is spared of the bounds (benchmarks/RESULTS.md) is more.
+# The memory of a process varies a little from call to call. A resumed reduction must not be divided
+# differently for this reason. The bounds leave more room than this (benchmarks/RESULTS.md).
 _SAME_BASE_BYTES = 16 * 2**20
 
 
 class CommonSolver(ABC, Generic[P]):
-    """A solver of a request, see `Solver`, whose plan is a `P`.
+    """Solver of a request, with a plan of type `P`. See `Solver`.
 
     Args:
-        request: what is asked for.
+        request: the reduction that is asked for.
     """
 
     doing = "reduce"
@@ -63,20 +63,24 @@ class CommonSolver(ABC, Generic[P]):
     @property
     @abstractmethod
     def target(self) -> Path:
-        """The array that is filled."""
+        """Path of the array that is filled."""
 
     @abstractmethod
     def plan(self, given: ReductionInput, after: Answered | None) -> P:
-        """How it goes through; after what was answered before. Raises: BudgetError."""
+        """Plan the work that is left after `after`. Raises: BudgetError."""
 
     @abstractmethod
     def fits(self, plan: P) -> bool:
-        """Whether the array that is there is what was being filled, and the plan fills its chunks. Raises: StoreError."""
+        """Tell whether the existing array is the one to fill, and the plan fills its chunks.
+
+        Raises:
+            StoreError: the array cannot be opened.
+        """
 
     # ------------------------------------------------------------------ planning
 
     def given(self, workers: Workers) -> ReductionInput:
-        """The sizes that a plan is made from."""
+        """Return the sizes that a plan is made from."""
         request, rows = self.request, self.gradients.rows
         memory_bytes = parse_bytes(request.options.memory)
         found = reduction_input(self.gradients, request.tested, request.n_samples, request.columns, memory_bytes, workers)
@@ -85,7 +89,7 @@ class CommonSolver(ABC, Generic[P]):
         return replace(found, shards=tuple(shards_of(request.last.tolist(), rows.part_rows, rows.shard_rows)))
 
     def _planned(self, given: ReductionInput, after: Answered | None) -> tuple[ReductionInput, P]:
-        """With the memory that was there when it was begun, where that is about the same."""
+        """Plan with the memory that was there at the start of the work, if it is about the same."""
         if after is not None and abs(after.base_bytes - given.base_bytes) <= _SAME_BASE_BYTES:
             given = replace(given, base_bytes=after.base_bytes)
         return given, self.plan(given, after)
@@ -123,10 +127,10 @@ class CommonSolver(ABC, Generic[P]):
         mark(self.directory, self.stages[0], answered)
 
     def job(self, plan: P, given: ReductionInput, kept: Path | None = None) -> Job[P]:
-        """What the tasks of all passes are told."""
+        """Return the settings for the tasks of all passes."""
         request = self.request
         return Job(
-            # what works elsewhere has another current directory
+            # workers elsewhere have another current directory
             gradients=self.gradients.path.absolute(),
             tested=request.tested,
             relevance=self.target.absolute(),
@@ -158,7 +162,7 @@ class CommonSolver(ABC, Generic[P]):
 def reduction_input(
     gradients: Gradients, tested: WhichTests, n_samples: int, columns: Columns, memory_bytes: int, workers: Workers
 ) -> ReductionInput:
-    """The sizes that a plan is made from, read off the store's metadata."""
+    """Return the sizes that a plan is made from, from the store's metadata."""
     rows, tests, layout = gradients.rows, tested.rows(gradients), gradients.layout
     return ReductionInput(
         n_rows=rows.n_rows,

@@ -1,4 +1,4 @@
-"""Answers from the matrix of hypergradients that a sweep has kept: R = H h, a task for each share of the samples."""
+"""Answers from the kept matrix of hypergradients: R = H h, a task for each share of the samples."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -38,14 +38,14 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
         return self.request.columns.n_columns
 
     def units(self, given: ReductionInput, plan: FromMatrixPlan) -> Units:
-        """See `Solver`: there are no rows."""
+        """See `Solver`. Counts samples, because no rows are read."""
         return Units(given.n_samples, given.n_samples * plan.passes, "samples")
 
     def passes(self, course: Course[FromMatrixPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`."""
         job = self.job(course.plan, course.given, self.request.kept)
         answering, done = delayed(answer), delayed(_done)
-        # in whole chunks of the relevance array
+        # shares of whole chunks of the relevance array
         n_chunks, n_shares = -(-job.n_samples // SAMPLE_MULTIPLE), course.plan.workers
         bounds = [i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [job.n_samples]
         for columns in course.plan.columns:
@@ -65,13 +65,13 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
 
 
 def left_of(stage: Stage) -> Found:
-    """What a reduction keeps of the matrix that it was answered from: the share of the curvature that was left."""
+    """Return the finding that a result takes over from its matrix: the share of curvature left."""
     left = stage.facts.get(names.CURVATURE_LEFT)
     return {names.CURVATURE_LEFT: left} if isinstance(left, float) else {}
 
 
 def check_matrix(request: Request) -> None:
-    """Hold a matrix that was kept against the recording. Raises: StoreError."""
+    """Check a kept matrix against the recording. Raises: StoreError."""
     gradients = request.gradients
     kept = HypergradientMatrix(request.kept, gradients)
     kept.check(gradients, request.n_samples)
@@ -80,7 +80,7 @@ def check_matrix(request: Request) -> None:
 
 
 def _done(answers: list[None]) -> Found:
-    """Where the answers of a pass come together. It finds nothing to tell."""
+    """Join the answers of a pass into one result. The pass has no findings."""
     return {}
 
 
@@ -101,6 +101,9 @@ def answer(job: Job[FromMatrixPlan], samples: Span, columns: Span, count_rows: C
 
 
 def _held_columns(job: Job[FromMatrixPlan], store: Gradients, columns: Span) -> AbstractContextManager[Floats]:
-    """A block that has test gradients multiplied out, or means of them, shape (column, feature)."""
+    """Return a context that holds test gradients or their means, multiplied out.
+
+    The array has shape (column, feature), float32.
+    """
     key = ("columns", job.gradients, job.tested, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
     return shared(key, lambda: columns_of_tests(store, job, Expansion(store.layout), columns))

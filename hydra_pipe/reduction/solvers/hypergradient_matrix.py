@@ -1,7 +1,9 @@
-"""The matrix of hypergradients: every feature is swept as a test gradient, or every training sample forward.
+"""The matrix of hypergradients H, shape (sample, feature).
 
-Either gives H, (sample, feature), from which any test sample is answered by R = H h (`from_matrix.py`). The matrix is a stage
-of its own. It is filled in blocks of features, or of samples, as relevance is in blocks of columns.
+Either every feature is swept backward as a test gradient, or every training sample is swept
+forward. Both give H. Any test sample is then answered by R = H h (`from_matrix.py`). The matrix is
+a stage of its own. It is filled in blocks of features or of samples, in the same way as relevance
+is filled in blocks of columns.
 """
 
 from collections.abc import Iterator
@@ -44,7 +46,11 @@ from hydra_pipe.units import format_bytes, format_seconds
 
 
 def fisher_solvers(request: Request) -> list[Solver]:
-    """Sweep the test gradients; or keep the matrix, and answer from it; or answer from one that was kept."""
+    """Return the solvers of `hydra-fisher`.
+
+    They sweep the test gradients, or answer from a kept matrix. With `--keep-hypergradients` they
+    fill the matrix and then answer from it.
+    """
     if not request.options.keep_hypergradients:
         return [FromMatrix(request) if request.has_kept else Sweep(request)]
     options = replace(request.options, keep_hypergradients=False)
@@ -54,7 +60,7 @@ def fisher_solvers(request: Request) -> list[Solver]:
 
 
 class HypergradientMatrix(CommonSolver[MatrixPlan]):
-    """Fills the matrix of hypergradients."""
+    """Solver that fills the matrix of hypergradients."""
 
     doing = "keep hypergradients"
 
@@ -65,7 +71,7 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
 
     @property
     def target(self) -> Path:
-        """The matrix."""
+        """Path of the matrix."""
         return self.request.kept / names.SWEPT
 
     @property
@@ -97,17 +103,17 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
     # ------------------------------------------------------------------ doing
 
     def check_room(self, course: Course[MatrixPlan], progress: Progress) -> None:
-        """See `Solver`: it is refused."""
+        """See `Solver`. A matrix that does not fit is refused."""
         free = free_bytes(self.directory.path)
         if free is None:
             return
         n_samples, width = self._shape
         plan, done = course.whole, 0 if course.after is None else course.after.done
-        # where each sweep is, old and new while it is written
+        # two saved states of each sweep: the old one stays until the new one is written
         states = 2 * plan.workers * plan.width * (2 * len(FORMS) * width + n_samples) * 4
         needed = plan.written_bytes * (plan.n_columns - done) // plan.n_columns + states
         if not done and self.request.kept.exists():
-            free += tree_bytes(self.request.kept)  # which is removed before
+            free += tree_bytes(self.request.kept)  # removed before the new matrix is created
         if needed > free:
             raise BudgetError(
                 f"keeping {self._size(plan)}, and {format_bytes(states)} on the way, needs {format_bytes(needed)} on the disk, "
@@ -133,12 +139,12 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         remove_partials(self.request.kept)
 
     def passes(self, course: Course[MatrixPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """See `Solver`: a pass finds the share of the curvature that was left."""
+        """See `Solver`. A pass finds the share of the curvature that saturation left."""
         directions: dict[int, Direction[Any]] = {SAMPLES: FromSamples(), FEATURES: FromFeatures()}
         return graphs(self.job(course.plan, course.given), directions[course.plan.along], count_rows)
 
     def conclude(self) -> None:
-        """See `Solver`: blocks of columns that another budget had have left states."""
+        """See `Solver`. Remove states of column blocks that an earlier budget had planned."""
         remove_states(self.target)
 
     def facts(self, given: ReductionInput) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _lasting(plan: MatrixPlan) -> str:
 
 
 class FromFeatures(Backward):
-    """Begins with unit vectors of features. It fills columns of the matrix."""
+    """Backward sweep that begins with unit vectors of features. It fills columns of the matrix."""
 
     def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
         """See `Backward`."""
@@ -203,7 +209,7 @@ class FromFeatures(Backward):
 
 
 class FromSamples(Direction[ForwardSweep]):
-    """From the first step to the last, what samples change. It fills lines of the matrix."""
+    """Forward sweep of the changes by each sample's weight. It fills lines of the matrix."""
 
     def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> ForwardSweep:
         """See `Direction`."""

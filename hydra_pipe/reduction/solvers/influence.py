@@ -1,6 +1,7 @@
-"""Method `influence`, out of core: the matrix of the empirical Fisher, made from the last rows and solved in one task.
+"""Method `influence`, out of core: the empirical Fisher's matrix, built and solved in one task.
 
-What is computed is in `maths/influence.py`; the two ways of `plan/influence.py` give the same.
+The matrix is made from the last row of each sample. `maths/influence.py` has the equations. The two
+ways of `plan/influence.py` give the same result.
 """
 
 from collections.abc import Iterator
@@ -49,13 +50,13 @@ class Influence(ReadingSolver[InfluencePlan]):
         return Units(n_rows, n_rows, "rows")
 
     def passes(self, course: Course[InfluencePlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """See `Solver`: the pass finds the least damping of any block."""
+        """See `Solver`. The pass finds the least damping of any block."""
         answered = (0, course.plan.test_blocks[-1][1])
         yield answered, delayed(influence)(self.job(course.plan, course.given), count_rows)
 
 
 def influence(job: Job[InfluencePlan], count_rows: CountRows) -> Found:
-    """Fill the relevance. Not `single_threaded_blas`: no worker is beside it.
+    """Fill the relevance. BLAS keeps all its threads, because this is the only task.
 
     Returns:
         The least damping of any block.
@@ -81,38 +82,41 @@ def _influence(job: Job[InfluencePlan], rows: "_LastRows") -> Found:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some of the last rows, and their places among these."""
+    """Some of the last rows, and their places among all last rows."""
 
     held: Held
     places: slice
 
 
 class _LastRows:
-    """The last row of each sample, in order, as often as they are asked for: g_i = c |B| r(i, t).
+    """The last row of each sample, in order: g_i = c |B| r(i, t). They can be read several times.
 
     Args:
-        job: what is reduced.
+        job: description of the reduction.
         store: the recording.
-        weights: of its steps.
-        last: which rows.
-        count_rows: called with the number of rows that have been read.
+        weights: weights of its steps.
+        last: numbers of the last rows, ascending, shape (place,), int64.
+        count_rows: function called with the number of rows that have been read.
     """
 
     def __init__(self, job: Job[InfluencePlan], store: Gradients, weights: StepWeights, last: Ints, count_rows: CountRows) -> None:
         self._job, self._count_rows = job, count_rows
         self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
-        # of each block
+        # 1 / lambda of each block
         self.inverse_damping: Doubles = inverse_damping(schedule)[series]
         self._n_rows = self.store.rows_of_steps()[1]
         self.samples: NDArray[np.int64] = np.empty(len(self._last), np.int64)
-        self._n_read = 0  # for all of them, once that is known
+        self._n_read = 0  # rows read in a pass over all last rows, once a pass has ended
 
     def __len__(self) -> int:
         return len(self._last)
 
     def held(self, first: int, last: int) -> Stream[_Piece]:
-        """Those at the places [first, last), a file or less at a time; they are not counted. Close it."""
+        """Stream the rows at places [first, last), at most a file at a time.
+
+        The rows are not counted as progress. Close the stream after use.
+        """
         run = (int(self._last[first]), int(self._last[last - 1]) + 1)
         rows = rows_of(self.store, self._job, run, self._weights, self._last)
         return Stream(self._placed(rows, first), rows.close)
@@ -125,7 +129,10 @@ class _LastRows:
             start = places.stop
 
     def pieces(self, first: int = 0) -> Stream[_Piece]:
-        """Those from place `first` on. They are counted, and those before it as if they had been read. Close it."""
+        """Stream the rows from place `first` on. Close the stream after use.
+
+        The rows are counted as progress. Rows before `first` are counted too, as if they were read.
+        """
         held = self.held(first, len(self))
         return Stream(self._counted(held), held.close)
 
@@ -139,15 +146,15 @@ class _LastRows:
         self._count_rows(self._n_read - n_read)
 
     def undamped(self, piece: _Piece) -> Floats:
-        """Weights of the rows of G Lambda^-1, shape (row, block)."""
+        """Return the weights of the rows of G Lambda^-1, shape (row, block), float32."""
         weights: Floats = (piece.held.weight * self.inverse_damping).astype(np.float32)
         return weights
 
     def curvature(self, piece: _Piece) -> Doubles:
-        """d_i = rho_i / N of each, in the units of g_i.
+        """Return d_i = rho_i / N of each row, in the units of g_i, shape (row,), float64.
 
-        Where c |B| is not the rows of the step in its process, the loss that the rows are of was scaled by the ratio, and rho by
-        its inverse.
+        If c |B| differs from the number of rows of the step in its process, the loss behind the
+        rows was scaled by the ratio of the two. rho was then scaled by the inverse of the ratio.
         """
         held, rows = piece.held, self._last[piece.places]
         rho = self.store.curvature(held.rows)[rows - held.rows.start].astype(np.float64)
@@ -157,7 +164,7 @@ class _LastRows:
 
 
 def _by_samples(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
-    """A D + I, shape (place, place)."""
+    """Return A D + I, shape (place, place), float64."""
     store, n = rows.store, len(rows)
     segments, n_features = segments_of(store.layout), store.layout.n_features
     matrix, d = np.empty((n, n)), np.empty(n)
@@ -174,7 +181,7 @@ def _by_samples(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
 
 
 def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
-    """The last rows at the places [low, high), to be scored against."""
+    """Load the last rows at places [low, high) as a block that other rows are scored against."""
     n_features = rows.store.layout.n_features
     stored = np.empty((high - low, n_features), rows.store.rows.dtype)
     weight: Floats = np.empty((high - low, len(rows.store.layout.blocks)), np.float32)
@@ -186,7 +193,7 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
 
 
 def _answers_by_samples(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
-    """(A D + I)^-1 G Lambda^-1 H.T, shape (place, column)."""
+    """Return (A D + I)^-1 G Lambda^-1 H.T, shape (place, column), float32."""
     layout, averages = rows.store.layout, job.averages()
     sides: Floats = np.empty((len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32)
     with held_tests(job, tests) as block, closing(rows.pieces()) as pieces:
@@ -199,7 +206,7 @@ def _answers_by_samples(job: Job[InfluencePlan], rows: _LastRows, matrix: Double
 
 
 def _by_features(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
-    """Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature)."""
+    """Return Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature), float64."""
     expanded = _Expanded(rows)
     matrix = np.zeros((expanded.width, expanded.width))
     with closing(rows.pieces()) as pieces:
@@ -211,7 +218,7 @@ def _by_features(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
 
 
 def _answers_by_features(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
-    """G (F + Lambda)^-1 H.T, shape (place, column)."""
+    """Return G (F + Lambda)^-1 H.T, shape (place, column), float32."""
     columns = tests if job.groups is None else (0, int(job.groups.max()) + 1)
     expanded = _Expanded(rows)
     sides = columns_of_tests(rows.store, job, expanded.expansion, columns)
@@ -225,14 +232,18 @@ def _answers_by_features(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubl
 
 
 class _Expanded:
-    """Rows of G Lambda^-1/2, factored blocks multiplied out, in a buffer that the next call overwrites."""
+    """Rows of G Lambda^-1/2 with factored blocks multiplied out. The next call reuses the buffer.
+
+    Args:
+        rows: the last rows.
+    """
 
     def __init__(self, rows: _LastRows) -> None:
         layout = rows.store.layout
         self._n_features, self._workspace = layout.n_features, Workspace()
         self.expansion = Expansion(layout)
         self.width = self.expansion.width
-        # of Lambda^-1, of each feature
+        # square root of Lambda^-1, shape (feature,)
         self.root: Floats = np.empty(self.width, np.float32)
         for first, last, block in self.expansion.spans:
             self.root[first:last] = np.sqrt(rows.inverse_damping[block])

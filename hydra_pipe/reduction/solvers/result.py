@@ -1,4 +1,4 @@
-"""What solvers that fill a relevance array have in common."""
+"""Common base of the solvers that fill a relevance array."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +24,11 @@ R = TypeVar("R", bound=ReadingPlan)
 
 
 class ResultSolver(CommonSolver[P]):
-    """A solver that fills the relevance array of a request."""
+    """Solver that fills the relevance array of a request."""
 
-    # whether a first pass may take long, and is divided by the memory that its process had: the work is gone on with, or begun
-    # anew, with the same memory
+    # True if a first pass may take long and is divided by the memory of its process. The memory is
+    # noted at the start, so that later calls resume the work, or begin it anew, with the same
+    # memory.
     divided_by_memory = False
 
     @property
@@ -37,7 +38,7 @@ class ResultSolver(CommonSolver[P]):
 
     @property
     def target(self) -> Path:
-        """The relevance array."""
+        """Path of the relevance array."""
         return self.directory.path / names.RELEVANCE / self.request.name
 
     def has_work(self) -> bool:
@@ -52,7 +53,7 @@ class ResultSolver(CommonSolver[P]):
         return found[0] if found is not None and found[0].done <= self.most(found[0]) else None
 
     def most(self, answered: Answered) -> int:
-        """What can be done at most, counted as `answered` counts."""
+        """Return the largest possible amount of work, in the units of `answered`."""
         return max(1, self.request.columns.n_tests)
 
     def fits(self, plan: P) -> bool:
@@ -67,11 +68,11 @@ class ResultSolver(CommonSolver[P]):
     # ------------------------------------------------------------------ beginning and ending
 
     def create(self, course: Course[P]) -> None:
-        """Make what is to be filled, and drop what an earlier reduction led to: results of another relevance must not stay."""
+        """See `Solver`. Results that depend on an earlier relevance are removed."""
         request, directory, name = self.request, self.directory, self.request.name
         stage = request.stage
         check_stages(directory.path, *self.stages, *stage.results)
-        # first the claims, then what they claim
+        # the manifest changes before the files do
         directory.forget(*stage.results)
         directory.begin(stage, request.settings)
         self.claim()
@@ -91,7 +92,7 @@ class ResultSolver(CommonSolver[P]):
             self.mark(Answered(course.plan.order, 0, given.base_bytes))
 
     def claim(self) -> None:
-        """Claim what is written beside the relevance."""
+        """Claim the stages that are written beside the relevance."""
 
     def facts(self, given: ReductionInput) -> dict[str, Any]:
         """See `Solver`."""
@@ -111,12 +112,12 @@ class ResultSolver(CommonSolver[P]):
             progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
 
     def noun_of(self, plan: P) -> str:
-        """The word for what is counted as done."""
+        """Return the word for the units of work done."""
         return "test samples"
 
 
 class ReadingSolver(ResultSolver[R]):
-    """A solver of a relevance array from what is stored."""
+    """Solver that fills a relevance array from stored values, without training."""
 
     def summary(self, course: Course[R]) -> str:
         """See `Solver`."""
@@ -129,11 +130,11 @@ class ReadingSolver(ResultSolver[R]):
         )
 
     def amount(self, given: ReductionInput) -> str:
-        """How much is read, in a line."""
+        """Describe in one line how much is read."""
         return f"{given.n_read:,} rows x {given.n_features:,} features"
 
     def sizes(self, given: ReductionInput) -> dict[str, str]:
-        """What is read, and how much."""
+        """Describe the values that are read and their number: a name and a value for each line."""
         return {"rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"}
 
     def describe(self, course: Course[R]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Weighted sums over stored rows, as a Dask graph for each pass.
 
-R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the orders of `plan/sums.py`. Weights w(t) are in `weights.py`.
+R(i, j) = sum_t w(t) <r(i, t), h_j> (docs/methods.md), in one of the orders of `plan/sums.py`. The
+weights w(t) are in `weights.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,15 +40,15 @@ from hydra_pipe.store.rows import check_within
 from hydra_pipe.store.stage_runner import Work
 from hydra_pipe.store.stages import StageId
 
-# What rows add up to, by sample, which is the first dimension of every array. Score first: scores; fold first: hypergradients of
-# what can be folded, and the scores of the rest where there is a rest.
+# Sums of rows by sample, which is the first dimension of every array. Score first: the scores. Fold
+# first: hypergradients of the blocks that can be folded, then scores of the other blocks if any.
 Sums = tuple[Floats, ...]
-# fact of an interrupted reduction: whether it kept hypergradients too
+# fact of an interrupted reduction: True if it kept hypergradients too
 _KEEPING = "keeping"
 
 
 class WeightedSums(ReadingSolver[SumPlan]):
-    """Relevance as sums of weighted rows. On the way the sums by sample are kept, where the request says so."""
+    """Relevance as sums of weighted rows. On request the sums by sample are kept on the way."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -55,7 +56,7 @@ class WeightedSums(ReadingSolver[SumPlan]):
 
     @property
     def stages(self) -> tuple[StageId, ...]:
-        """See `Solver`: of kept hypergradients there is one store, whatever the result is called."""
+        """See `Solver`. Kept hypergradients have one store, independent of the result's name."""
         return (*super().stages, self.request.keep_stage) if self._keeping else super().stages
 
     # ------------------------------------------------------------------ planning
@@ -78,7 +79,7 @@ class WeightedSums(ReadingSolver[SumPlan]):
         return plan_sums(given, parse_chunks(self.request.options.chunks), after)
 
     def units(self, given: ReductionInput, plan: SumPlan) -> Units:
-        """See `Solver`: of kept hypergradients only what is factored has rows."""
+        """See `Solver`. In kept hypergradients only factored blocks have rows."""
         n_rows = given.n_read if not self.request.has_kept or given.n_factored else 0
         return Units(n_rows, n_rows * plan.passes, "rows")
 
@@ -89,7 +90,7 @@ class WeightedSums(ReadingSolver[SumPlan]):
         return super().has_work() or any(self.directory.has_work(stage, {}) for stage in self.stages[1:])
 
     def answered(self) -> Answered | None:
-        """See `Solver`: what was not kept on the way does not count where hypergradients are to be kept."""
+        """See `Solver`. If hypergradients are to be kept, only work that kept them counts."""
         found = marked(self.directory.stages.get(self.stages[0]))
         return None if self._keeping and (found is None or not found[1].get(_KEEPING)) else super().answered()
 
@@ -120,7 +121,10 @@ class WeightedSums(ReadingSolver[SumPlan]):
     # ------------------------------------------------------------------ doing
 
     def claim(self) -> None:
-        """Mark that hypergradients are kept anew: what interrupted reductions have kept before is not there any more."""
+        """Claim the stage of kept hypergradients, which are kept anew.
+
+        Hypergradients of interrupted reductions are gone, so these reductions lose their progress.
+        """
         if not self._keeping:
             return
         directory = self.directory
@@ -167,19 +171,21 @@ class SquaredSums(WeightedSums):
 
 
 def check_sums(request: Request) -> None:
-    """Hold sums that were kept against the recording. Raises: StoreError."""
+    """Check kept sums against the recording. Raises: StoreError."""
     Hypergradients(request.kept, request.gradients).check(request.gradients, request.n_samples)
 
 
 def graphs(job: Job[SumPlan], count_rows: CountRows, score: "Callable[..., Sums] | None" = None) -> Iterator[tuple[Span, Delayed]]:
-    """The passes in order: what each answers (test samples where rows are scored first, else samples), and its graph.
+    """Yield the passes in order: the span that each answers, and its graph.
 
-    Tasks read what they need from the store: what goes from one to another is sums by sample.
+    A span is one of training samples if rows are folded first, else one of test samples. Tasks read
+    from the store themselves. Only sums by sample go from one task to another.
 
     Args:
-        job: what is reduced, and how.
-        count_rows: called with the number of rows that have been done.
-        score: score of a run of rows, where rows are scored first; None: for test samples.
+        job: description of the reduction.
+        count_rows: function called with the number of rows that have been done.
+        score: function that scores a run of rows, if rows are scored first. None: the product with
+            test gradients.
     """
     passes = {
         SCORE_FIRST: partial(_pass_of_tests, job, score or _score_run, _write),
@@ -193,7 +199,7 @@ def graphs(job: Job[SumPlan], count_rows: CountRows, score: "Callable[..., Sums]
 def _pass_of_tests(
     job: Job[SumPlan], score: Callable[..., Sums], answer: Callable[..., None], tests: Span, count_rows: CountRows
 ) -> Delayed:
-    """Scores of runs of rows for `tests`, added up, and what answers from each share of the samples."""
+    """Build the graph of a pass for `tests`: score runs of rows, total the scores, write them."""
     scoring, answering = delayed(score), delayed(answer)
     partials = [scoring(job, run, tests, count_rows) for run in job.plan.row_runs]
     totals = _totals(job, partials, (0, job.n_samples))
@@ -209,13 +215,14 @@ def _folding_pass(job: Job[SumPlan], samples: Span, count_rows: CountRows) -> De
 
 
 def _totals(job: Job[SumPlan], partials: list[Delayed], samples: Span) -> Iterator[tuple[Span, Delayed]]:
-    """The total of partial sums of `samples`, in as many shares as there are workers, each of which adds up one and answers it.
+    """Yield shares of `samples`, each with the total of its partial sums.
 
-    So every partial sum leaves its process at most once. Few are added at once where shares are large, for all of them must be in
-    one process then.
+    There are as many shares as workers. Each worker totals one share and answers it, so every
+    partial sum leaves its process at most once. All sums that are added at once must be in one
+    process. So few are added at once if the shares are large.
     """
     share, add = delayed(_share), delayed(_add)
-    # in whole chunks of the relevance array
+    # shares of whole chunks of the relevance array
     n_chunks = -(-(samples[1] - samples[0]) // SAMPLE_MULTIPLE)
     n_shares = min(len(partials), n_chunks)
     bounds = [samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [samples[1]]
@@ -243,7 +250,10 @@ def _add(sums: list[Sums], in_place: bool) -> Sums:
 
 @single_threaded_blas
 def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
-    """What the rows of `run` add to the relevance for `tests`, shape (sample, column)."""
+    """Return the sums that the rows of `run` add to the relevance for `tests`.
+
+    The array has shape (sample, column), float32.
+    """
     store, averages = job.store(), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     norms = SquaredNorms(segments, n_features, at_once)
@@ -259,7 +269,8 @@ def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows)
         for rows in pieces:
             for own, tested in _by_checkpoint(job, rows):
                 if scorer is None or present != tested:
-                    scorer = None  # before the next one is loaded: a worker has the test gradients of one checkpoint
+                    # dropped before the next ones are loaded: a worker has room for one checkpoint
+                    scorer = None
                     held.close()
                     block = held.enter_context(held_tests(job, tests, tested))
                     scorer, present = Scorer(block, segments, n_features, at_once), tested
@@ -273,7 +284,10 @@ def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows)
 
 
 def _by_checkpoint(job: Job[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichTests]]:
-    """`rows`, of one part and so in order of step, by the test gradients that they meet."""
+    """Split `rows` by the test gradients that they are multiplied with.
+
+    The rows are of one part, so they are in order of step.
+    """
     if len(job.checkpoints) < 2:
         yield rows, job.tested
         return
@@ -285,7 +299,10 @@ def _by_checkpoint(job: Job[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichT
 
 @single_threaded_blas
 def _square_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
-    """What the rows of `run` add to the relevance of samples for themselves, shape (sample, 1)."""
+    """Return the sums that the rows of `run` add to each sample's relevance for itself.
+
+    The array has shape (sample, 1), float32.
+    """
     store = job.store()
     norms = SquaredNorms(segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
     total: Floats = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
@@ -294,7 +311,8 @@ def _square_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
         closing(rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series))) as pieces,
     ):
         for rows in pieces:
-            # the weight of a square is the step's times the square of the row's scale, which may be too small for float32
+            # a square is weighted by the step's weight times the squared scale of the row; the
+            # squared scale may be too small for float32
             weight = weights.values[np.ix_(rows.steps, weights.series)] * rows.weight.astype(np.float64) ** 2
             add_rows(norms(rows.read, weight).astype(np.float32)[:, None], rows.samples, total)
             count_rows(rows.n_read)
@@ -302,25 +320,35 @@ def _square_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
 
 
 def _add_scores(total: Floats, places: NDArray[np.int64], scores: Floats, averages: Floats | None) -> None:
-    """Add what rows score, shape (row, test), to their places in `total`, shape (sample, column); not where they are negative."""
+    """Add the scores of rows to the totals of their samples.
+
+    Args:
+        total: sums to add to, shape (sample, column), changed in place.
+        places: place of each row in `total`, shape (row,). Rows with a negative place are left out.
+        scores: scores of the rows, shape (row, test).
+        averages: averages of test samples, shape (test, column). None: each test is a column.
+    """
     add_rows(scores if averages is None else scores @ averages, places, total)
 
 
 def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Floats:
-    """Zeros to add scores to, shape (sample, column)."""
+    """Return zeros to add scores to, shape (sample, column), float32."""
     return np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
 
 
 @single_threaded_blas
 def _fold_run(job: Job[SumPlan], run: Span, samples: Span, count_rows: CountRows) -> Sums:
-    """What the rows of `run` add to the hypergradients of `samples`, and to the scores of what cannot be folded."""
+    """Return the sums that the rows of `run` add to the hypergradients of `samples`.
+
+    If there are blocks that cannot be folded, their scores follow.
+    """
     store, averages = job.store(), job.averages()
     segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
     n_samples = samples[1] - samples[0]
     factored = [s for s in segments if not isinstance(s, DenseSegment)]
     folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
     scorer = scores = None
-    # once is enough: what is factored is kept row by row, whatever the samples
+    # the first pass keeps the factored columns of all rows, independent of its samples
     keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
     with ExitStack() as held:
         if factored:
@@ -342,7 +370,10 @@ def _fold_run(job: Job[SumPlan], run: Span, samples: Span, count_rows: CountRows
 
 @single_threaded_blas
 def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
-    """Write the relevance of some samples for every test sample, and keep their hypergradients where they are to be kept."""
+    """Write the relevance of some samples for every test sample.
+
+    Also writes their hypergradients if these are to be kept.
+    """
     folded, *scores = sums
     segments = dense_segments(job.store().layout)
     array, averages = Array.open(job.relevance), job.averages()
@@ -351,7 +382,8 @@ def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
     for tests in job.plan.test_blocks:
         values = folded_columns(load_tests(job, tests, job.tested).values, segments)
         columns = slice(*tests)
-        if averages is not None:  # all test samples are one block then, and the columns are the groups
+        # with averages, all test samples are one block, and the columns are the groups
+        if averages is not None:
             values = averages.T @ values
             columns = slice(0, len(values))
         for low in range(0, samples[1] - samples[0], SAMPLE_MULTIPLE):
@@ -364,7 +396,10 @@ def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
 
 @single_threaded_blas
 def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
-    """What factored rows of `run` add to the relevance for `tests`, shape (sample, column)."""
+    """Return the sums that factored rows of `run` add to the relevance for `tests`.
+
+    The array has shape (sample, column), float32.
+    """
     kept, averages = _open_kept(job), job.averages()
     with held_tests(job, tests) as block:
         total = _no_scores(job.n_samples, block, averages)
@@ -383,7 +418,10 @@ def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
 
 @single_threaded_blas
 def _answer_kept(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
-    """Write the relevance of some samples for some test samples: scores of what is factored, and products of the sums kept."""
+    """Write the relevance of some samples for some test samples, from kept hypergradients.
+
+    It is the scores of factored rows plus the products of the kept sums.
+    """
     kept, (total,) = _open_kept(job), sums
     array = Array.open(job.relevance)
     first_column = tests[0] if job.groups is None else 0
@@ -412,5 +450,5 @@ def _write(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
 
 
 def _done(answers: list[None]) -> Found:
-    """Where the answers of a pass come together. It finds nothing to tell."""
+    """Join the answers of a pass into one result. The pass has no findings."""
     return {}

@@ -1,6 +1,7 @@
-"""The sweep of test gradients, out of core: a task for each block of columns, which reads the recording from its end.
+"""The sweep of test gradients, out of core: a task for each block of columns.
 
-What there is to compute is in `reduction/sweep.py`; here it is fed, kept from time to time, and its result written.
+Each task reads the recording from its end. `reduction/sweep.py` has the computation. This module
+feeds rows to it, saves its state from time to time, and writes its result.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +44,7 @@ Series = NDArray[np.int64]
 
 
 class Sweep(ReadingSolver[SweepPlan]):
-    """Relevance by a backward sweep of each column."""
+    """Solver that computes relevance by a backward sweep of each column."""
 
     divided_by_memory = True
 
@@ -56,46 +57,54 @@ class Sweep(ReadingSolver[SweepPlan]):
         return self.request.columns.n_columns
 
     def passes(self, course: Course[SweepPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-        """See `Solver`: a pass finds the share of the curvature that was left."""
+        """See `Solver`. A pass finds the share of the curvature that saturation left."""
         return graphs(self.job(course.plan, course.given), FromTests(), count_rows)
 
     def conclude(self) -> None:
-        """See `Solver`: blocks of columns that another budget had have left states."""
+        """See `Solver`. Remove states of column blocks that an earlier budget had planned."""
         remove_states(self.target)
 
 
 def sweep_input(request: Request, given: ReductionInput) -> SweepInput:
-    """Sizes of a sweep of the columns of a request."""
+    """Return the sizes of a sweep of the columns of a request."""
     most_rows = int(request.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
     return SweepInput(given, request.gradients.layout.whole_width, most_rows, given.n_samples)
 
 
 class Direction(ABC, Generic[R]):
-    """Where a sweep begins, which way it goes over the steps, and what it writes at its end."""
+    """Direction of a sweep: its start, its order of steps, and the result that it writes."""
 
     @abstractmethod
     def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> R:
-        """The sweep of some columns, before its first step."""
+        """Return the sweep of some columns, before its first step."""
 
     @abstractmethod
     def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
-        """Rows of each of the first `n_steps` steps that are taken, given rows of all steps."""
+        """Return the numbers of rows of the first `n_steps` steps that a sweep takes.
+
+        Args:
+            rows_of_steps: number of rows of every step, shape (step,), int64.
+            n_steps: number of steps that were taken.
+        """
 
     @abstractmethod
     def steps(self, store: Gradients, n_taken: int) -> Stream[StepRows]:
-        """Rows of the steps that are left, in the order in which they are taken. Close it."""
+        """Stream the rows of the steps that are left, in the order of the sweep.
+
+        Close the stream after use.
+        """
 
     @abstractmethod
     def write(self, array: Array, columns: Span, sweep: R) -> None:
-        """Write what a sweep that is at its end has found."""
+        """Write the result of a finished sweep."""
 
 
 class Backward(Direction[BackwardSweep]):
-    """From the last step to the first. What a sweep begins with are vectors of features."""
+    """Direction from the last step to the first. The sweep begins with vectors of features."""
 
     @abstractmethod
     def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
-        """What some columns begin with, shape (column, feature)."""
+        """Return the vectors that some columns begin with, shape (column, feature), float32."""
 
     def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> BackwardSweep:
         """See `Direction`."""
@@ -116,7 +125,7 @@ class Backward(Direction[BackwardSweep]):
 
 
 class FromTests(Backward):
-    """Begins with test gradients, or means of them."""
+    """Backward sweep that begins with test gradients or their means."""
 
     def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
         """See `Backward`."""
@@ -124,25 +133,28 @@ class FromTests(Backward):
 
 
 def course_of(store: Gradients, expansion: Expansion) -> tuple[Schedule, list[SeriesSpan]]:
-    """Settings of every step, and the features that follow each series of them."""
+    """Return the settings of every step, and the spans of features that follow each series."""
     schedule, series = store.schedules()
     return schedule, _merged(expansion, series)
 
 
 def graphs(job: Job[SweepPlan], direction: Direction[Any], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
-    """The passes in order: columns that are answered, and its graph, which gives the share of the curvature that was left."""
+    """Yield the passes in order: the columns that each answers, and its graph.
+
+    The graph returns the share of the curvature that saturation left.
+    """
     sweep, mean = delayed(sweep_columns), delayed(_mean)
     blocks, workers = job.plan.columns, job.plan.workers
     for start in range(0, len(blocks), workers):
         together = blocks[start : start + workers]
-        # each reads every row: one of them counts for all
+        # every task reads all rows, so only the first one counts them
         counters = [count_rows, *([partial(_heed, count_rows)] * (len(together) - 1))]
         shares = [sweep(job, direction, columns, count) for columns, count in zip(together, counters, strict=True)]
         yield (together[0][0], together[-1][1]), mean(shares)
 
 
 def _heed(count_rows: CountRows, _: int) -> None:
-    """Count nothing, but end where the counter says so."""
+    """Count no rows, but let the counter raise, which ends the task."""
     count_rows(0)
 
 
@@ -152,10 +164,12 @@ def _mean(shares: list[float]) -> Found:
 
 @single_threaded_blas
 def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span, count_rows: CountRows) -> float:
-    """Fill a block of columns, or of whatever the direction sweeps. Where it was interrupted it goes on.
+    """Fill the block of the result that some columns of the direction answer.
+
+    A sweep that was interrupted is resumed from its saved state.
 
     Returns:
-        The share of the curvature that saturation has left, mean over the steps.
+        The share of the curvature that saturation left, mean over the steps.
     """
     store = job.store()
     expansion = Expansion(store.layout)
@@ -181,13 +195,14 @@ def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span,
 def _step(sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
     out = workspace.matrix(len(rows.sample), expansion.width)
     expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
-    # n rho r r.T of the mean loss, and the update went along c times its gradient: n rho / c of (c r)(c r).T
+    # The curvature of the mean loss is the sum of n rho r r.T. The update followed c times the
+    # gradient, so in terms of the rows c r the curvature is n rho / c (c r)(c r).T.
     count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
     sweep.step(rows.step, out, count, rows.rho, rows.sample)
 
 
 def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]:
-    """Features of one history that lie side by side are one span."""
+    """Join neighbouring features that follow the same series into one span."""
     merged: list[SeriesSpan] = []
     for first, last, block in expansion.spans:
         own = int(series[block])
@@ -204,7 +219,7 @@ def _keep(job: Job[Any], columns: Span, sweep: Recursion) -> None:
 
 
 def _go_on(job: Job[Any], columns: Span, sweep: Recursion, n_steps: int) -> None:
-    """Put a sweep back to where it was."""
+    """Restore the saved state of a sweep, if there is a valid one."""
     found = load_state(job.relevance, columns, sweep.arrays())
     if found is None:
         return
