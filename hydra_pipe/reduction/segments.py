@@ -1,4 +1,4 @@
-"""The columns of a layout as a reduction reads them: dense runs, and factored weights with their bias."""
+"""The columns of a layout as a reduction reads them: dense runs, and factored weights with bias."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`reduce --method hydra-exact`: the pipeline to replay, its test samples, and an approximation."""
+"""`reduce --method hydra-exact`: its pipeline, test samples, and the approximation of `--rank`."""
 
 import os
 from dataclasses import replace

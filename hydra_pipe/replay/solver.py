@@ -37,8 +37,8 @@ from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
 
-# Bytes of the columns that go through a batch's graph at once. On a CPU they should stay in its
-# caches. On a GPU they should fill it.
+# Bytes of the batch graphs that are worked on at once, one for each column. On a CPU they should
+# stay in its caches. On a GPU they should fill it.
 _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**31}
 # Allowed difference of a replayed loss: training amplifies differences by rounding. The first is
 # relative to the recorded loss, the second absolute.

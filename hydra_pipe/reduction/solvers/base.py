@@ -71,7 +71,7 @@ class Solver(Protocol):
         """Tell whether any result of the stages is missing."""
 
     def answered(self) -> Answered | None:
-        """Return the work of an interrupted call that counts for this one. None if there is none."""
+        """Return the work of an interrupted call that counts for this one, or None."""
 
     def course(self, workers: Workers, after: Answered | None) -> Course[Any]:
         """Plan how to resume after `after` if that work still fits, else how to begin.

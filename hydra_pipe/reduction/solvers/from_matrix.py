@@ -27,7 +27,7 @@ from hydra_pipe.store.stages import Stage
 
 
 class FromMatrix(ReadingSolver[FromMatrixPlan]):
-    """Relevance as the product of kept hypergradients and test gradients."""
+    """Solver by the product of kept hypergradients and test gradients."""
 
     def plan(self, given: ReductionInput, after: Answered | None) -> FromMatrixPlan:
         """See `CommonSolver`."""

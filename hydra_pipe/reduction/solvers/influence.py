@@ -35,7 +35,7 @@ Doubles = NDArray[np.float64]
 
 
 class Influence(ReadingSolver[InfluencePlan]):
-    """Relevance as the solution of a linear system over the last row of each sample, in one pass."""
+    """Solver of a linear system over the last row of each sample, in one pass."""
 
     divided_by_memory = True
 
@@ -103,7 +103,7 @@ class _LastRows:
         self._job, self._count_rows = job, count_rows
         self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
-        # 1 / lambda of each block
+        # 1 / Lambda of each block
         self.inverse_damping: Doubles = inverse_damping(schedule)[series]
         self._n_rows = self.store.rows_of_steps()[1]
         self.samples: NDArray[np.int64] = np.empty(len(self._last), np.int64)

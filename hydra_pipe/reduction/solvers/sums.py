@@ -48,7 +48,7 @@ _KEEPING = "keeping"
 
 
 class WeightedSums(ReadingSolver[SumPlan]):
-    """Relevance as sums of weighted rows. On request the sums by sample are kept on the way."""
+    """Solver by sums of weighted rows. On request the sums by sample are kept on the way."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -420,7 +420,7 @@ def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
 def _answer_kept(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
     """Write the relevance of some samples for some test samples, from kept hypergradients.
 
-    It is the scores of factored rows plus the products of the kept sums.
+    The relevance is the scores of factored rows plus the products of the kept sums.
     """
     kept, (total,) = _open_kept(job), sums
     array = Array.open(job.relevance)
