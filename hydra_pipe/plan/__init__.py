@@ -1,1 +1,4 @@
-"""Integers only: which columns, which chunks, how many bytes. Computed, printed and tested before a byte moves."""
+"""Integers only: which columns, which chunks, how many bytes.
+
+A plan is computed, printed and tested before a byte moves.
+"""

@@ -1,4 +1,4 @@
-"""What a budget is best spent on: float16 columns, or twice as many in int8."""
+"""The best use of a budget of columns: float16 columns, or twice as many int8 columns."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,26 +8,28 @@ from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter, choose_lay
 if TYPE_CHECKING:
     from hydra_pipe.maths.quantise import Dtype
 
-# Bound on the variance that rounding a row x adds to <x, y>, over |x|^2 |y|^2, with errors spread evenly over a step: that of int8
-# is at most |x| / 127, that of float16 2^-10 of each element.
+# Bound on the variance that rounding a row x adds to <x, y>, over |x|^2 |y|^2. Rounding errors
+# are taken as uniform over one rounding step. The step of int8 is at most |x| / 127. The step
+# of float16 is 2^-10 of each element.
 ROUNDING_VARIANCE: "dict[Dtype, float]" = {"float16": 2.0**-20 / 12, "int8": 1 / (12 * 127**2), "float32": 0.0}
 
 
 def choose_recording(
     parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int, dtype: "Dtype | None" = None
 ) -> "tuple[Layout, Dtype]":
-    """A layout, and the dtype of its rows where that is left open.
+    """Return a layout and the dtype of its rows. The dtype is chosen here if the user left it open.
 
-    `auto` then counts `dim` in float16 columns and takes twice as many int8 ones, which are as many bytes, where the inner
-    products of rows are expected to be nearer to the true ones: the summed bounds on the variance that projecting and rounding
-    add to each block's decide. Where float16 holds every block without loss, it stays.
+    `auto` counts `dim` in float16 columns. Twice as many int8 columns take as many bytes. `auto`
+    takes them where they bring the inner products of rows nearer to the true products. It
+    compares bounds on the variance that projecting and rounding add, summed over the blocks.
+    float16 stays where it holds every block without loss.
 
     Args:
-        parameters, choice, dim, seed: see `choose_layout`.
-        dtype: as the user wants it; None: chosen here, float16 unless `auto` finds int8 better.
+        parameters, choice, dim, seed: the arguments of `choose_layout`.
+        dtype: dtype that the user wants. None: float16, unless `auto` finds int8 better.
 
     Raises:
-        BudgetError: fewer columns than parameters to hold.
+        BudgetError: there are fewer columns than parameters to hold.
     """
     layout = choose_layout(parameters, choice, dim, seed)
     if dtype is not None:
@@ -37,5 +39,8 @@ def choose_recording(
 
 
 def expected_variance(layout: Layout, dtype: "Dtype") -> float:
-    """Bound on what projecting and rounding add to the variance of <x, y>, over |x|^2 |y|^2, summed over the blocks."""
+    """Return a bound on the variance that projecting and rounding add to <x, y>.
+
+    The bound is relative to |x|^2 |y|^2 and summed over the blocks.
+    """
     return sum(block.variance + ROUNDING_VARIANCE[dtype] for block in layout.blocks)

@@ -1,7 +1,7 @@
-"""How an export goes over the relevance: what is in memory at once, how the tables are divided, and the memory that is.
+"""Plan of an export: blocks of relevance in memory, files of the tables, peak memory.
 
-How tables are divided into row groups and files depends on the sizes alone, never on the budget: the same relevance gives the same
-bytes. The budget decides how many columns are read at once.
+The sizes alone decide how tables are divided into row groups and files, never the budget. So
+the same relevance gives the same bytes. The budget decides how many columns are read at once.
 """
 
 from collections.abc import Iterator
@@ -11,37 +11,40 @@ from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
 from hydra_pipe.units import format_bytes
 
-# Rows of a row group, where whole test samples make so many: DuckDB's unit of work has 122,880, and a row group is what
-# any tool can skip.
+# Rows of a row group, if whole test samples fill one. DuckDB's unit of work has 122,880 rows,
+# and any tool can skip a row group.
 GROUP_ROWS = 2**17
 FILE_ROWS = 2**24
-# Up to so many samples columns are held whole; beyond, a test sample of matrix/ is a file of its own, in row groups of a slab.
+# Up to MOST_WHOLE samples, columns are held whole. With more samples, each test sample of
+# matrix/ is a file of its own, and each slab is a row group.
 MOST_WHOLE, SLAB_SAMPLES = 2**20, 2**18
-# Of the relevance in one piece, where the budget has room: more makes nothing faster.
+# Size of one block of the relevance, if the budget has room. A larger block is not faster.
 BLOCK_BYTES = 64 * 2**20
-# Two blocks: one is ranked and written while the next is read.
+# One block is ranked and written while the next block is read.
 _BLOCKS = 2
-# a sample: its sum, its rank and what sorting takes, visits, class and relevance for itself; a cell of the table of classes
+# Bytes of a sample: its sum, its rank, the memory of sorting, visits, class and relevance for
+# itself. Bytes of a cell of the table of classes.
 _SAMPLE_BYTES, _CELL_BYTES = 56, 80
-# a ranked pair while it is found, sorted, and put into a table; a row of matrix/ that is encoded
+# Bytes of a ranked pair while it is found, sorted, and put into a table. Bytes of a row of
+# matrix/ that is encoded.
 _RANKED_BYTES, _PAIR_BYTES = 120, 48
-# a value of a column that is ranked, were all of them the same
+# Bytes of a value of a column that is ranked, in the worst case that all values are the same.
 _TIED_BYTES = 40
-# of the relevance array: a file and its content, decoded
+# One file of the relevance array, as stored and decoded.
 _SCRATCH_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class ExportInput:
-    """What an export works on.
+    """Sizes and budget of an export.
 
     Args:
-        n_samples, n_tests: of the relevance array.
-        top: ranked pairs a side.
-        full: whether every pair is written.
-        n_cells: of the table of classes.
-        chunk_tests: columns of a chunk of the array.
-        base_bytes: of the process, before.
+        n_samples, n_tests: rows and columns of the relevance array.
+        top: number of ranked pairs a side.
+        full: True if every pair is written.
+        n_cells: number of cells of the table of classes.
+        chunk_tests: columns of a chunk of the relevance array.
+        base_bytes: memory of the process before the export.
         memory_bytes: the budget.
     """
 
@@ -56,19 +59,20 @@ class ExportInput:
 
     @property
     def ranked(self) -> int:
-        """Pairs of one test sample that are ranked, at most."""
+        """Largest number of ranked pairs of one test sample."""
         return 2 * min(self.top, self.n_samples)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """How it is done.
+    """The division of the relevance into blocks, and of the tables into row groups and files.
 
     Args:
-        slab_samples: samples of a block; all of them, but where these are very many.
-        block_tests: test samples of a block.
-        group_tests, file_tests: of a row group and of a file of matrix/. A block has whole row groups.
-        ranking_group_tests, ranking_file_tests: likewise of the rankings.
+        slab_samples: samples of a block. A block has all samples unless these are very many.
+        block_tests: test samples of a block. A block has whole row groups.
+        group_tests, file_tests: test samples of a row group and of a file of matrix/.
+        ranking_group_tests, ranking_file_tests: test samples of a row group and of a file of the
+            rankings.
         peak_bytes: upper bound of the process's memory.
     """
 
@@ -81,15 +85,18 @@ class ExportPlan:
     peak_bytes: int
 
     def blocks(self, n_samples: int, n_tests: int) -> Iterator[tuple[slice, slice]]:
-        """Test samples and training samples of each block, in order: all slabs of some test samples, then the next."""
+        """Yield the test samples and the training samples of each block, in order.
+
+        All slabs of some test samples come first, then the slabs of the next test samples.
+        """
         return _divided(n_samples, n_tests, self.slab_samples, self.block_tests)
 
 
 def plan_export(given: ExportInput) -> ExportPlan:
-    """The plan with the largest blocks that fit the budget.
+    """Return the plan with the largest blocks that fit the budget.
 
     Raises:
-        BudgetError: not even the smallest do; the message has both numbers and a way out.
+        BudgetError: the smallest blocks do not fit. The message has both numbers and a way out.
     """
     slab = _slab(given.n_samples)
     group = power_of_two(GROUP_ROWS // given.n_samples)
@@ -101,7 +108,8 @@ def plan_export(given: ExportInput) -> ExportPlan:
                 f"exporting {given.n_samples:,} samples x {given.n_tests:,} tests, {given.top:,} ranked a side, needs "
                 f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
             )
-        # fewer columns than a chunk of the array has: the others are read again
+        # A block may have fewer columns than a chunk of the array. Then the chunk is read again for
+        # its other columns.
         width = max(group, width // 2)
     ranking_group = power_of_two(GROUP_ROWS // given.ranked)
     return ExportPlan(
@@ -116,16 +124,17 @@ def plan_export(given: ExportInput) -> ExportPlan:
 
 
 def blocks_to_add(n_samples: int, n_tests: int, chunk_tests: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks for whoever adds up the relevance, ranks nothing and has no budget: an export's slabs, so its sums, in whole chunks.
+    """Yield blocks for a caller that adds up the relevance, ranks nothing and has no budget.
 
-    Two of them, one that is added up while the next is read, take 512 MiB at most.
+    The slabs are those of an export, so the sums are the same. Blocks have whole chunks. Two
+    blocks take 512 MiB at most: one is added up while the next is read.
 
     Args:
-        n_samples, n_tests: of the relevance array.
-        chunk_tests: columns of a chunk of it.
+        n_samples, n_tests: rows and columns of the relevance array.
+        chunk_tests: columns of a chunk of the relevance array.
 
     Returns:
-        As `ExportPlan.blocks`.
+        Test samples and training samples of each block, in the order of `ExportPlan.blocks`.
     """
     slab = _slab(n_samples)
     return _divided(n_samples, n_tests, slab, _widest(slab == n_samples, chunk_tests, 4 * slab))
@@ -142,17 +151,20 @@ def _slab(n_samples: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The largest up to `n`; 1 where there is none."""
+    """Return the largest power of two up to `n`. It is 1 if `n` is less than 1."""
     return 1 << max(0, n.bit_length() - 1)
 
 
 def _widest(whole: bool, least: int, column_bytes: int) -> int:
-    """Test samples of a block where memory is no object: a power of two, so whole row groups of matrix/ and chunks of the array.
+    """Return the test samples of a block if memory does not limit them.
+
+    The number is a power of two. So a block has whole row groups of matrix/ and whole chunks of
+    the array.
 
     Args:
-        whole: a block has whole columns.
-        least: test samples, at least.
-        column_bytes: of a block, for each of them.
+        whole: True if a block has whole columns.
+        least: least number of test samples.
+        column_bytes: bytes of a block for each test sample.
     """
     least = 1 << (least - 1).bit_length()
     return max(least, power_of_two(BLOCK_BYTES // column_bytes)) if whole else least

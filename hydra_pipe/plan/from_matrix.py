@@ -1,7 +1,7 @@
-"""How test samples are answered from the matrix of hypergradients that a sweep has kept: R = H h, with no row read.
+"""Plan of answers from a matrix of hypergradients that a sweep has kept: R = H h.
 
-A pass holds the test gradients of some columns, multiplied out, and goes over the whole matrix, tile by tile; each worker takes a
-share of the samples.
+No row is read. A pass holds the test gradients of some columns, multiplied out. It goes over the
+whole matrix, tile by tile. Each worker takes a share of the samples.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from hydra_pipe.units import format_bytes
 
 @dataclass(frozen=True)
 class AnswerInput:
-    """What is answered from.
+    """Sizes and budget of the answers.
 
     Args:
         recording: sizes, budget and workers.
@@ -36,7 +36,7 @@ class AnswerInput:
 
 @dataclass(frozen=True, kw_only=True)
 class FromMatrixPlan(ColumnPlan, ReadingPlan):
-    """How columns are answered: in each pass every worker goes over a share of the samples."""
+    """Plan of the columns of each pass. In a pass every worker goes over a share of the samples."""
 
     @property
     def passes(self) -> int:
@@ -48,7 +48,7 @@ class FromMatrixPlan(ColumnPlan, ReadingPlan):
 
 
 def plan_answers(what: AnswerInput, done: int = 0) -> FromMatrixPlan:
-    """The plan with the fewest passes that fit the budget; after the first `done` columns.
+    """Return the plan with the fewest passes that fit the budget, after the first `done` columns.
 
     Raises:
         BudgetError: not even one column fits.
@@ -90,15 +90,16 @@ def _plan(what: AnswerInput, width: int, workers: int, done: int) -> FromMatrixP
 
 
 def answer_peak_bytes(what: AnswerInput, columns: int, workers: int) -> int:
-    """Upper bound of a process's memory while each of its workers answers `columns` columns."""
+    """Return an upper bound of a process's memory while each worker answers `columns` columns."""
     given = what.recording
     threads = min(given.threads, workers) if given.processes else workers
     samples = min(SAMPLE_MULTIPLE, given.n_samples)
-    # what is held, and test gradients as stored and multiplied out on the way there; groups
+    # The test gradients that are held, and the groups. On the way there, some test gradients as
+    # stored and multiplied out.
     tests = columns * what.width * 4 + given.grouped * given.n_tests * given.n_columns * 4
     tests += TESTS_AT_ONCE * (given.n_features * (given.test_item_bytes + 4) + 2 * what.width * 4 + given.n_blocks * 4)
-    # a tile as stored, and decoded twice where what is asked for is not whole chunks
+    # A tile as stored, and decoded. It is decoded twice where the request is not whole chunks.
     tile = 3 * samples * min(MOST_FEATURES, what.width) * 4
-    # sums, a product, and what is written, as it is and compressed
+    # Sums, a product, and the values to write, plain and compressed.
     answers = 4 * samples * columns * 4
     return given.base_bytes + tests + threads * (tile + answers)

@@ -1,4 +1,7 @@
-"""How the matrix of hypergradients is filled: a backward sweep of every feature, or a forward sweep of every training sample."""
+"""Plan of the matrix of hypergradients.
+
+A backward sweep of every feature or a forward sweep of every training sample fills the matrix.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -8,20 +11,20 @@ from hydra_pipe.plan.geometry import MOST_FEATURES, MOST_SAMPLES, chunk_columns
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 
-# dimensions of the matrix, and the words for what is along each
+# Dimensions of the matrix, and the nouns for their entries.
 SAMPLES, FEATURES = 0, 1
 _NOUNS = ("samples", "features")
-# which of the two each sweep fills block by block
+# Dimension that each sweep fills block by block.
 ALONG = {"forward": SAMPLES, "backward": FEATURES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixPlan(SweepPlan):
-    """How the matrix is filled. What a sweep carries as columns are features or samples of the matrix.
+    """Plan of the sweep that fills the matrix. The sweep carries features or samples as columns.
 
     Args:
         along: dimension that is filled block by block, `FEATURES` or `SAMPLES`.
-        shape: samples and features.
+        shape: samples and features of the matrix.
     """
 
     along: int
@@ -33,12 +36,12 @@ class MatrixPlan(SweepPlan):
 
     @property
     def n_columns(self) -> int:
-        """Features or samples that are swept in all."""
+        """Number of features or samples that are swept in all."""
         return self.shape[self.along]
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Samples and features of a file: whole files in a block."""
+        """Samples and features of a file. A block has whole files."""
         most = (MOST_SAMPLES, MOST_FEATURES)
         own = chunk_columns(self.columns[0][1], most[self.along])
         across = min(most[1 - self.along], self.shape[1 - self.along])
@@ -52,20 +55,22 @@ class MatrixPlan(SweepPlan):
 
 
 def of_features(what: SweepInput) -> SweepInput:
-    """The sweep of every feature."""
+    """Return the sweep of every feature."""
     given = replace(what.recording, n_columns=what.width, n_tests=what.width, grouped=False)
     return replace(what, recording=given, most_chunk=MOST_FEATURES)
 
 
 def of_samples(what: SweepInput) -> SweepInput:
-    """The forward sweep of every training sample."""
+    """Return the forward sweep of every training sample."""
     n_samples = what.recording.n_samples
     given = replace(what.recording, n_columns=n_samples, n_tests=n_samples, grouped=False)
     return replace(what, recording=given, n_values=what.width, order="forward", most_chunk=MOST_SAMPLES)
 
 
 def plan_matrix(what: SweepInput, answered: Answered | None = None) -> MatrixPlan:
-    """The cheaper of the two sweeps that fill the matrix, or the one that was begun where it still fits.
+    """Return the cheaper of the two sweeps that fill the matrix.
+
+    A sweep that was begun is resumed if it still fits.
 
     Raises:
         BudgetError: not even one column fits.

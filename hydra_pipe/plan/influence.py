@@ -1,8 +1,10 @@
-"""How a linear system over the last rows is made and solved: as large as the samples, or as the features, whichever are fewer.
+"""Plan of a linear system over the last rows. Its size is the number of samples or of features.
 
-*By samples* the matrix has the products of each two rows. Rows are held block by block, for each of which the rows from there on
-are read once; then once more for each block of test samples. *By features* the matrix is a sum over the rows, which are read once
-for it, and once more for each block of test samples. One worker does it all, with all threads of BLAS.
+The smaller of the two numbers decides. *By samples*, the matrix has the product of each pair of
+rows. Rows are held block by block. For each block, all rows from its first row on are read once.
+All rows are read once more for each block of test samples. *By features*, the matrix is a sum
+over the rows. The rows are read once for the matrix, and once more for each block of test
+samples. One worker does all of it, with all threads of BLAS.
 """
 
 from collections.abc import Iterator
@@ -24,18 +26,18 @@ from hydra_pipe.plan.records import (
 )
 from hydra_pipe.units import format_bytes
 
-# rows that are held at a time, at least
+# Least number of rows that are held at a time.
 _LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SolveInput:
-    """What a linear system is made of.
+    """Sizes and budget of a linear system.
 
     Args:
         recording: sizes, budget and workers.
-        width: features, those of factored blocks multiplied out.
-        n_last: samples that have a row, of which the last one counts.
+        width: number of features, with factored blocks multiplied out.
+        n_last: number of samples that have a row. The last row of each sample counts.
     """
 
     recording: ReductionInput
@@ -44,22 +46,22 @@ class SolveInput:
 
     @property
     def by_features(self) -> bool:
-        """Whether the matrix is of features by features."""
+        """True if the matrix is features by features."""
         return self.width <= self.n_last
 
     @property
     def size(self) -> int:
-        """Lines of the matrix."""
+        """Number of lines of the matrix."""
         return min(self.width, self.n_last)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfluencePlan(RowPlan):
-    """How the linear system is made and solved.
+    """Plan to make and solve the linear system.
 
     Args:
-        by_features: whether the matrix is of features by features, or of samples by samples.
-        held_blocks: first and one past the last row that are held together; of no meaning by features.
+        by_features: True if the matrix is features by features, False if samples by samples.
+        held_blocks: first and one past the last row that are held together. Unused by features.
     """
 
     by_features: bool
@@ -87,10 +89,10 @@ class InfluencePlan(RowPlan):
 
 
 def plan_solve(what: SolveInput) -> InfluencePlan:
-    """The plan with the fewest passes that fits the budget.
+    """Return the plan with the fewest passes that fits the budget.
 
     Raises:
-        BudgetError: the matrix does not fit, with one test sample.
+        BudgetError: the matrix does not fit together with one test sample.
     """
     given = what.recording
     plans = (
@@ -112,17 +114,25 @@ def plan_solve(what: SolveInput) -> InfluencePlan:
 
 
 def solving_peak_bytes(what: SolveInput, reading: Reading, held: int, tests: int) -> int:
-    """Upper bound of a process's memory, with `held` rows held at a time, and blocks of `tests` test samples."""
+    """Return an upper bound of a process's memory.
+
+    Args:
+        what: sizes and budget.
+        reading: rows and features that are decoded at a time.
+        held: rows that are held at a time.
+        tests: test samples of a block.
+    """
     given = what.recording
     columns = given.n_columns if given.grouped else tests
     matrix = what.size**2 * 8
-    # scores, a product, two factors of a block that is not complete yet, means; all of it in float64 on its way into the matrix
+    # Scores, a product, two factors of a block that is not complete yet, means. All of it once
+    # more in float64 on its way into the matrix.
     scores = reading.rows * (6 * max(held, tests) + 2 * columns) * 4
-    # its copy, and right sides: as they are made, in float64, in the order that LAPACK wants, solved
+    # A copy of the matrix. Right sides: as made, in float64, in LAPACK's order, solved.
     solving = 2 * matrix + what.size * columns * (4 + 4 * 8)
     if what.by_features:
         expanded = reading.rows * what.width * 4 * 3
-        # a product in float32, on its way into the matrix
+        # A product in float32, on its way into the matrix.
         building = matrix + matrix // 2 + expanded
         multiplied_out = TESTS_AT_ONCE * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 8)
         solving += multiplied_out
@@ -130,13 +140,13 @@ def solving_peak_bytes(what: SolveInput, reading: Reading, held: int, tests: int
     else:
         building = matrix + held * (given.n_features * (given.item_bytes + 2 * 4) + given.n_blocks * 4 * 4)
         answering = matrix
-    # of all samples, and what is written of it
+    # Answers of all samples, and the copy that is written.
     answers = 2 * given.n_samples * columns * 4
     return common_bytes(given, tests) + worker_bytes(given, reading) + scores + answers + max(building, solving, answering)
 
 
 def _held_widths(what: SolveInput) -> Iterator[int]:
-    """Rows held at a time, the preferred first; of no meaning where the matrix is of features."""
+    """Yield numbers of rows to hold at a time, the preferred first. Unused by features."""
     width = what.n_last
     while width > _LEAST_ROWS and not what.by_features:
         yield width
@@ -154,7 +164,7 @@ def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> Influenc
         read_rows = (1 + len(test_blocks)) * given.n_read
     else:
         held_blocks = spans(0, what.n_last, held)
-        # each block with the rows from it on
+        # Each block is multiplied with the rows from its first row on.
         building, answering = n**2 * given.n_features, 2 * given.n_read * given.n_tests * given.n_features
         read_rows = (len(held_blocks) + 2 * len(test_blocks) + 1) * given.n_read // 2
     operations = building + answering + 2 * n**3 // 3 * len(test_blocks) + 2 * n**2 * columns

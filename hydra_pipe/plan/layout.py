@@ -1,4 +1,4 @@
-"""Which columns of the gradient array hold which parameter, and in which encoding."""
+"""Block directory: the columns of the gradient array that hold each parameter, and encodings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +12,8 @@ Encoding = Literal["dense", "factored", "kron", "sketch"]
 EncodingChoice = Literal["auto", "exact", "projected"]
 ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
 
-# A row of more elements is too large to be written out for every sample of a batch before it is projected.
+# A row of more elements is too large to be written out for every sample of a batch before the
+# projection.
 LARGEST_WRITTEN_OUT = 2**20
 
 Columns = tuple[int, int]  # first and one past the last
@@ -21,17 +22,19 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Block:
-    """One trainable parameter and where its rows are.
+    """One trainable parameter and the columns of its rows.
 
     Args:
-        name: as in the model's `named_parameters`.
-        shape: of the parameter.
+        name: name in the model's `named_parameters`.
+        shape: shape of the parameter.
         group: index of its parameter group in the optimiser.
-        encoding: see docs/format.md.
-        columns: of the row itself (dense, kron, sketch), or of the output-gradient factor (factored).
-        inputs: of the input factor of a factored weight; None for a factored bias, whose input is 1 and whose columns are its
-            weight's own, and for the other encodings.
-        kron: (O, I, k_out, k_in) of a block in the encoding kron: what each side is projected from and to; None for the others.
+        encoding: encoding of the rows (docs/format.md).
+        columns: columns of the row itself (dense, kron, sketch), or of the output-gradient factor
+            (factored).
+        inputs: columns of the input factor of a factored weight. None for a factored bias: its
+            input is 1, and its `columns` are those of its weight. None for the other encodings.
+        kron: (O, I, k_out, k_in) of a block in the encoding kron: the size of each side before and
+            after projection. None for the others.
     """
 
     name: str
@@ -48,12 +51,16 @@ class Block:
 
     @property
     def exact(self) -> bool:
-        """Whether the encoding loses nothing but the dtype's rounding."""
+        """True if the encoding loses nothing but the dtype's rounding."""
         return self.encoding in ("dense", "factored")
 
     @property
     def variance(self) -> float:
-        """Bound on the variance of the projected <x, y>, over |x|^2 |y|^2 (`hydra_pipe.maths.sketch`, `kron`); 0 where exact."""
+        """Bound on the variance of the projected <x, y>, over |x|^2 |y|^2.
+
+        It is 0 for exact encodings. The formulas are in `hydra_pipe.maths.sketch` and
+        `hydra_pipe.maths.kron`.
+        """
         if self.encoding == "sketch":
             return 2 * 1.02 / (self.columns[1] - self.columns[0])
         return _kron_error(*self.kron) - 1.0 if self.kron else 0.0
@@ -61,12 +68,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """The block directory: every recorded parameter, in the order of the model's parameters.
+    """Block directory: every recorded parameter, in the order of the model's parameters.
 
     Args:
-        blocks: one for each trainable parameter.
-        n_features: columns in all.
-        seed: of the random projections.
+        blocks: one block for each trainable parameter.
+        n_features: number of columns in all.
+        seed: seed of the random projections.
     """
 
     blocks: tuple[Block, ...]
@@ -75,7 +82,7 @@ class Layout:
 
     @property
     def whole_width(self) -> int:
-        """Features where factored blocks are multiplied out."""
+        """Number of features with factored blocks multiplied out."""
         return sum(
             (block.columns[1] - block.columns[0]) * (1 if block.inputs is None else block.inputs[1] - block.inputs[0])
             for block in self.blocks
@@ -86,7 +93,12 @@ class Layout:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Layout":
-        """Raises: StoreError: not a block directory, or one whose columns lie outside the array or are not each of one block."""
+        """Read a block directory.
+
+        Raises:
+            StoreError: `data` is no block directory, a column lies outside the array, or a column
+                is not of exactly one block.
+        """
         try:
             n_features = _whole(data["n_features"], 1)
             blocks = tuple(_block_from_json(entry, n_features) for entry in data["blocks"])
@@ -97,7 +109,12 @@ class Layout:
 
 
 def factored_part(layout: Layout) -> tuple[Layout, list[int], list[int]]:
-    """The factored blocks of `layout` with their columns side by side, and which columns and which blocks of it these are."""
+    """Return the factored blocks of `layout` alone, with their columns side by side.
+
+    Returns:
+        The layout of the factored blocks, the numbers of their columns in `layout`, and the numbers
+        of their blocks in `layout`.
+    """
     chosen = [index for index, block in enumerate(layout.blocks) if block.encoding == "factored"]
     runs = {run for index in chosen for run in (layout.blocks[index].columns, layout.blocks[index].inputs) if run is not None}
     columns: list[int] = []
@@ -150,7 +167,11 @@ def _sides(data: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
 
 
 def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
-    """Every column is of one block, but that a factored bias has those of its weight. Raises: ValueError."""
+    """Check that every column is of one block. A factored bias shares the columns of its weight.
+
+    Raises:
+        ValueError: a column is of no block or of two, or a bias has other columns than a weight.
+    """
     biases = [block.columns for block in blocks if block.encoding == "factored" and block.inputs is None]
     owned = [
         run for block in blocks if block.encoding != "factored" or block.inputs for run in (block.columns, block.inputs) if run
@@ -167,7 +188,11 @@ def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
 
 
 def _whole(value: Any, least: int | None) -> int:
-    """A whole number that fits 64 bits, `least` or more. Raises: ValueError."""
+    """Return `value` if it is a whole number that fits 64 bits, and `least` or more.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not (-_LARGEST if least is None else least) <= value <= _LARGEST:
         raise ValueError(f"{shown(value)} is no size or index")
     return value
@@ -175,14 +200,15 @@ def _whole(value: Any, least: int | None) -> int:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the layout is chosen from.
+    """Facts about a parameter from which its layout is chosen.
 
     Args:
-        name: of the parameter.
-        shape: of the parameter.
+        name: name of the parameter.
+        shape: shape of the parameter.
         group: index of its parameter group.
-        factors: (outputs, inputs) where each sample's gradient is one outer product, else None.
-        sides: (outputs, inputs) where each sample's gradient is a sum of outer products, over one position or many, else None.
+        factors: (outputs, inputs) if each sample's gradient is one outer product, else None.
+        sides: (outputs, inputs) if each sample's gradient is a sum of outer products, over one
+            position or many, else None.
         bias_of: name of the weight whose output factor is this parameter's gradient, else None.
     """
 
@@ -199,28 +225,30 @@ class Parameter:
 
     @property
     def exact_width(self) -> int:
-        """Columns of the narrowest lossless encoding."""
+        """Number of columns of the narrowest lossless encoding."""
         return min(self.numel, sum(self.factors)) if self.factors else self.numel
 
 
 def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int) -> Layout:
     """Give every parameter an encoding and columns.
 
-    `exact`: the narrowest lossless encoding of each. `projected`: every parameter dense or projected, each with columns in
-    proportion to the square root of its size, `dim` in all. `auto`: the narrowest lossless encoding while it is no wider than
-    about twice that share of the budget that others have left (see `_widths`); the rest is projected to its share.
+    `exact` takes the narrowest lossless encoding of each parameter. `projected` makes every
+    parameter dense or projected. The parameters share `dim` columns in proportion to the square
+    root of their sizes. `auto` takes the narrowest lossless encoding if it is no wider than
+    about twice the parameter's share of the columns that are left (see `_widths`). It projects
+    the other parameters to their shares.
 
-    A block is projected by a sketch, which is the more exact for as many columns, but has to be given the whole row; sums of
-    outer products that are too large for that by `kron`.
+    A sketch projects a block more exactly than `kron` for as many columns, but needs the whole
+    row. So `kron` projects the sums of outer products that are too large to be written out.
 
     Args:
-        parameters: in the order of the model.
-        choice: see above.
+        parameters: parameters in the order of the model.
+        choice: "auto", "exact" or "projected".
         dim: budget in columns, not used by `exact`.
-        seed: of the random projections.
+        seed: seed of the random projections.
 
     Raises:
-        BudgetError: fewer columns than parameters to hold.
+        BudgetError: there are fewer columns than parameters to hold.
     """
     if choice != "exact" and dim < len(parameters):
         raise BudgetError(
@@ -259,7 +287,7 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
             width = pair[0] * pair[1]
             placed[name] = Block(name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair))
         else:
-            # longer runs are worth a column
+            # Longer runs are worth a column.
             width -= width > 1 and run_length(parameter.numel, width - 1) > run_length(parameter.numel, width)
             placed[name] = Block(name, shape, group, "sketch", (first, first + width))
         first += width
@@ -267,20 +295,20 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
 
 
 def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
-    """The (k_out, k_in) of at most `columns` columns in all whose bound on the variance (`hydra_pipe.maths.kron`) is least.
+    """Return the (k_out, k_in) with the least bound on the variance (`hydra_pipe.maths.kron`).
 
-    Of equal ones that of the smallest k_out.
+    Their product is at most `columns`. The smallest k_out wins a tie.
 
     Args:
         outputs, inputs: O and I.
-        columns: at least 1.
+        columns: number of columns, at least 1.
     """
     pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
     return min(pairs, key=lambda pair: _kron_error(outputs, inputs, *pair))
 
 
 def _kron_error(outputs: int, inputs: int, k_out: int, k_in: int) -> float:
-    """One plus the bound on the variance of the encoding kron."""
+    """Return one plus the bound on the variance of the encoding kron."""
 
     def of_side(k: int, size: int) -> float:
         return 1.0 if k == size else 1.0 + 2.0 / k
@@ -293,17 +321,23 @@ def _prefers_factors(parameter: Parameter) -> bool:
 
 
 def _by_name(name: str, parameters: Sequence[Parameter]) -> Parameter:
-    """The parameter called `name`, which must be there."""
+    """Return the parameter called `name`, which must be there."""
     return next(p for p in parameters if p.name == name)
 
 
 def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -> dict[str, int]:
-    """Columns of each parameter: water filling, the narrowest for their share first, each given what it is worth of what is left.
+    """Return the columns of each parameter, by water filling.
 
-    A block of energy E (the norm of its rows) projected to k columns adds E^2 / k to the variance of relevance, so k in proportion
-    to E is best: then blocks of energies E_j in K columns add (sum E_j)^2 / K. E is not known before training; the root of the size
-    stands for it. One of them that is exact in w columns adds nothing and leaves K - w to the others: worth it where
-    (sum E_j - E)^2 / (K - w) <= (sum E_j)^2 / K, which is up to twice its share where it is one of many, and less where it is not.
+    Parameters come in the order of lossless columns over share, the smallest first. Each one is
+    given its share of the columns that are left, or its lossless width if that is worth it.
+
+    A block of energy E (the norm of its rows) projected to k columns adds E^2 / k to the variance
+    of relevance. So k in proportion to E is best. Blocks of energies E_j in K columns then add
+    (sum E_j)^2 / K. E is not known before training. The root of the size stands for it.
+
+    A block that is exact in w columns adds nothing and leaves K - w columns to the others. It is
+    worth it if (sum E_j - E)^2 / (K - w) <= (sum E_j)^2 / K. This allows up to twice the share for
+    one block of many, and less for one block of few.
     """
     if choice == "exact":
         return {p.name: p.exact_width for p in parameters}
@@ -329,7 +363,7 @@ def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -
         widths[parameter.name] = width
         columns_left -= width
         claims_left -= claim
-    for parameter in waiting:  # what rounding down has left over
+    for parameter in waiting:  # columns that rounding down has left over
         more = min(columns_left, wanted(parameter) - widths[parameter.name])
         widths[parameter.name] += more
         columns_left -= more

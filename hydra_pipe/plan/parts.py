@@ -5,7 +5,7 @@ from itertools import pairwise
 
 
 def ends_of(part_rows: Sequence[int]) -> list[int]:
-    """One past the last row of each part."""
+    """Return one past the last row of each part."""
     ends, end = [], 0
     for n_rows in part_rows:
         end += n_rows
@@ -14,7 +14,11 @@ def ends_of(part_rows: Sequence[int]) -> list[int]:
 
 
 def split(run: tuple[int, int], ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(part, first, one past the last row within the part) of what `run` has of each part that it has anything of."""
+    """Divide `run` among the parts that it has rows of.
+
+    Yields:
+        (part, first, one past the last row), with rows counted within the part.
+    """
     for part, (start, end) in enumerate(pairwise([0, *ends])):
         first, last = max(run[0], start), min(run[1], end)
         if first < last:
@@ -22,7 +26,10 @@ def split(run: tuple[int, int], ends: Sequence[int]) -> Iterator[tuple[int, int,
 
 
 def shard_start(shard: int, part_rows: Sequence[int], shard_rows: int) -> int:
-    """First row of shard number `shard`, counted over all parts; each part begins with a shard of its own."""
+    """Return the first row of shard number `shard`, counted over all parts.
+
+    Each part begins with a new shard.
+    """
     start = 0
     for n_rows in part_rows:
         n_shards = -(-n_rows // shard_rows)
@@ -34,7 +41,15 @@ def shard_start(shard: int, part_rows: Sequence[int], shard_rows: int) -> int:
 
 
 def shards_of(rows: Iterable[int], part_rows: Sequence[int], shard_rows: int) -> Iterator[int]:
-    """Numbers of the shards, counted over all parts, that have any of `rows`, ascending; each once."""
+    """Yield the numbers of the shards that have any of `rows`, ascending, each once.
+
+    Shards are counted over all parts.
+
+    Args:
+        rows: numbers of rows, ascending.
+        part_rows: number of rows of each part.
+        shard_rows: number of rows of a full shard.
+    """
     ends = ends_of(part_rows)
     start = before = part = 0
     last = -1
@@ -49,7 +64,13 @@ def shards_of(rows: Iterable[int], part_rows: Sequence[int], shard_rows: int) ->
 
 
 def rows_of_shards(shards: Sequence[int], part_rows: Sequence[int], shard_rows: int) -> int:
-    """Rows that shards have together, given their numbers, counted over all parts, ascending."""
+    """Return the number of rows that some shards have together.
+
+    Args:
+        shards: numbers of the shards, counted over all parts, ascending.
+        part_rows: number of rows of each part.
+        shard_rows: number of rows of a full shard.
+    """
     n_rows = len(shards) * shard_rows
     last = -1
     for part in part_rows:
