@@ -1,4 +1,4 @@
-"""What every plan of a reduction is made from, and what it says: sizes, a budget, what was done before."""
+"""Input and output of every plan of a reduction: sizes, a budget, work done before, the plan."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,39 +10,44 @@ from hydra_pipe.plan.geometry import chunk_columns
 from hydra_pipe.plan.parts import rows_of_shards
 
 Span = tuple[int, int]
-# what a pass has found, for the manifest: by name
+# Results of a pass for the manifest, by name.
 Found = dict[str, float]
 
-# of one step while its weights are computed: eight settings as Python objects, and the list that holds each
+# Bytes of a step while its weights are computed: eight settings as Python objects, and their
+# entries in lists.
 _STEP_OBJECT_BYTES = 8 * (32 + 8) + 40
-# Decoded float32 rows at a time: enough to make the matrix product worth its name, few enough to stay in the cache.
+# Bytes of float32 rows that are decoded at a time: enough for a fast matrix product, few enough
+# to stay in the cache.
 GOOD_BYTES = 8 * 2**20
-# Blocks of test samples are a multiple of this, so that each fills whole chunks of the relevance array.
+# A block of test samples is a multiple of TEST_MULTIPLE. So it fills whole chunks of the
+# relevance array.
 TEST_MULTIPLE = 64
-# Blocks of samples, likewise.
+# A block of samples is a multiple of SAMPLE_MULTIPLE, for the same reason.
 SAMPLE_MULTIPLE = 4096
-# Test samples that are multiplied out at a time.
+# Number of test samples that are multiplied out at a time.
 TESTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class ReductionInput:
-    """What a reduction works on.
+    """Sizes of a recording, and the budget and workers of a reduction.
 
     Args:
         n_rows, n_features, n_samples, n_tests, n_steps, n_blocks, n_groups: sizes of the recording.
-        n_columns: of the result: the test samples, or groups of them.
-        grouped: whether they are groups.
-        n_folding: features that can be summed by sample: those of blocks that are not factored.
-        item_bytes, test_item_bytes: of one stored value of a row, and of a test gradient.
-        shard_rows, chunk_rows, chunk_features: as the rows are stored.
-        memory_bytes: the budget.
-        workers: that compute at once.
-        processes: whether they are in processes of their own; the budget is that of each then.
-        threads: workers in one of these, at most.
-        base_bytes: what the process takes before and beside all that is counted here.
-        part_rows: rows of each part, where several processes recorded one each; they come one after the other.
-        shards: numbers of the shards that are read, counted over all parts, ascending; None: all of them.
+        n_columns: columns of the result: the test samples, or groups of test samples.
+        grouped: True if the columns are groups of test samples.
+        n_folding: number of features that can be summed by sample: features of blocks that are not
+            factored.
+        item_bytes, test_item_bytes: bytes of one stored value of a row, and of a test gradient.
+        shard_rows, chunk_rows, chunk_features: shapes of the stored rows.
+        memory_bytes: the budget. With `processes`, each process has this budget.
+        workers: number of workers that compute at once.
+        processes: True if the workers are in processes of their own.
+        threads: most workers in one process.
+        base_bytes: memory that the process takes before and beside everything that a plan counts.
+        part_rows: rows of each part, if several processes recorded one part each. The parts come
+            one after the other.
+        shards: numbers of the shards that are read, counted over all parts, ascending. None: all.
     """
 
     n_rows: int
@@ -70,26 +75,26 @@ class ReductionInput:
 
     @property
     def n_read(self) -> int:
-        """Rows of the shards that are read."""
+        """Number of rows of the shards that are read."""
         if self.shards is None:
             return self.n_rows
         return rows_of_shards(self.shards, self.part_rows or (self.n_rows,), self.shard_rows)
 
     @property
     def n_factored(self) -> int:
-        """Features of factored blocks."""
+        """Number of features of factored blocks."""
         return self.n_features - self.n_folding
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What an interrupted reduction has done.
+    """Work that an interrupted reduction has done.
 
     Args:
-        order: in which it worked.
-        done: test samples or, fold first, samples, from the first on.
-        base_bytes: of its process, as `ReductionInput` has it: by it the work was divided.
-        found: what each pass has found, by name.
+        order: order in which it worked.
+        done: number of test samples, from the first on. Fold first: number of training samples.
+        base_bytes: memory of its process, as in `ReductionInput`. It decided the division of work.
+        found: results of each pass, by name.
     """
 
     order: str
@@ -100,10 +105,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a worker decodes at a time, in whole stored chunks.
+    """Rows and features that a worker decodes at a time, in whole stored chunks.
 
     Args:
-        rows, features: at once.
+        rows, features: size of the piece.
     """
 
     rows: int
@@ -112,18 +117,18 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ABC):
-    """How a reduction is computed, as a value. Each solver has a plan of its own kind.
+    """A plan of a reduction, as a value. Each solver has a plan class of its own.
 
     Args:
         order: order of the work, in words.
         workers: workers that compute at once.
-        peak_bytes: upper bound of the memory of the process, of each where there are several.
+        peak_bytes: upper bound of the memory of the process. Several processes have it each.
         read_bytes: decoded bytes that go through the workers, over all passes.
         written_bytes: size of the result, before compression.
-        moved_bytes: partial sums, at most, that go from one worker to another.
+        moved_bytes: upper bound of the partial sums that go from one worker to another.
         operations: operations of matrix products: two for each pair of values.
         folded_values: values that are added to sums by sample.
-        picoseconds: time of one worker that all of it is worth, see `Costs`.
+        picoseconds: time that one worker would take for all of the work, see `Costs`.
     """
 
     order: str
@@ -139,7 +144,7 @@ class Plan(ABC):
     @property
     @abstractmethod
     def blocks(self) -> tuple[Span, ...]:
-        """The first and one past the last of what is done together."""
+        """Spans of the items that are done together: the first, and one past the last."""
 
     @property
     def width(self) -> int:
@@ -149,26 +154,30 @@ class Plan(ABC):
 
     @property
     def noun(self) -> str:
-        """The word for what is in `blocks`."""
+        """Word for the items of `blocks`."""
         return "test samples"
 
     @property
     @abstractmethod
     def passes(self) -> int:
-        """Times that the store is read, by all workers together."""
+        """Number of times that the store is read, by all workers together."""
 
     @property
     @abstractmethod
     def tasks(self) -> int:
-        """Tasks of the Dask graphs of all passes that read or write."""
+        """Number of tasks that read or write, in the Dask graphs of all passes."""
 
     @abstractmethod
     def chunk_width(self, n_groups: int | None) -> int:
-        """Columns of a chunk of the result; `n_groups` columns are groups of test samples, where groups are asked for."""
+        """Return the columns of a chunk of the result.
+
+        Args:
+            n_groups: number of columns if groups of test samples are asked for, else None.
+        """
 
     @abstractmethod
     def fills(self, chunks: tuple[int, ...], *, grouped: bool) -> bool:
-        """Whether blocks begin where chunks of the result do."""
+        """Tell whether blocks begin where chunks of the result begin."""
 
     @property
     def lasting_picoseconds(self) -> int:
@@ -176,17 +185,17 @@ class Plan(ABC):
         return self.picoseconds // self.workers + self.read_bytes * COSTS.fetched_byte
 
     def facts(self) -> dict[str, Any]:
-        """The plan, for the manifest: of spans, their number."""
+        """Return the plan for the manifest. A tuple of spans is given as its length."""
         found = {name: len(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return found | {"passes": self.passes, "tasks": self.tasks}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingPlan(Plan):
-    """A plan that decodes what is stored.
+    """A plan that decodes stored values.
 
     Args:
-        reading: what a worker decodes at a time.
+        reading: size of the piece that a worker decodes at a time.
     """
 
     reading: Reading
@@ -194,7 +203,7 @@ class ReadingPlan(Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan(ReadingPlan):
-    """A plan that goes over rows, and answers blocks of test samples.
+    """A plan that goes over rows and answers blocks of test samples.
 
     Args:
         test_blocks: first and one past the last test sample that are answered together.
@@ -231,37 +240,55 @@ class ColumnPlan(Plan):
 
 
 def common_bytes(given: ReductionInput, tests: int) -> int:
-    """Of a process, whatever its threads are."""
-    # flags of each block twice, settings of each group and of each series, weights: all blocks may differ
+    """Return the bytes of a process, whatever its threads do.
+
+    Args:
+        given: sizes of the recording.
+        tests: number of test samples whose gradients are held.
+    """
+    # Flags of each block twice, settings of each group and of each series, weights. The worst
+    # case: every block is a series of its own.
     steps = given.n_steps * (given.n_blocks * (10 + 8 * 8 + 2 * 8) + given.n_groups * 6 * 8 + _STEP_OBJECT_BYTES)
-    # the last row of each sample, and while these are looked for their steps; a million samples and steps at a time
+    # The last row of each sample. While last rows are looked for, the steps of a million rows at
+    # a time.
     last = 0 if given.shards is None else given.n_samples * 3 * 8 + min(given.n_rows, 2**20) * 5 * 8
     return given.base_bytes + steps + last + bytes_of_tests(given, tests)
 
 
 def bytes_of_tests(given: ReductionInput, tests: int) -> int:
-    """Test gradients as stored, and decoded; groups."""
+    """Return the bytes of `tests` test gradients, stored and decoded, and of the groups."""
     return tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)
 
 
 def worker_bytes(given: ReductionInput, reading: Reading, *, norms: bool = False) -> int:
-    """Of a thread that reads and decodes, and takes norms of what it has read."""
+    """Return the bytes of a thread that reads and decodes rows.
+
+    Args:
+        given: sizes of the recording.
+        reading: rows and features that are decoded at a time.
+        norms: True if the thread also takes norms of the rows.
+    """
     features = min(reading.features, given.n_features)
     whole_features = -(-given.n_features // given.chunk_features) * given.chunk_features
-    # two files, of bytes that do not compress; a stored value may take a little more then
+    # Two files, in the worst case that the values do not compress. A stored value may then take
+    # a little more.
     files = 2 * (given.shard_rows * whole_features * given.item_bytes * 17 // 16 + 2**16)
-    # one chunk apart from the rows, where they are not whole chunks
+    # One more chunk, in case the rows are not whole chunks.
     decoded = (reading.rows * features + given.chunk_rows * given.chunk_features) * given.item_bytes
     converted = reading.rows * features * 4 * (1 + norms)
-    # some of the rows, apart from the others
+    # A copy of the rows that count.
     decoded += 0 if given.shards is None else reading.rows * features * given.item_bytes
-    # of a whole file: scales and weights of each block, these in float64 on the way; sample, step and order of each row
+    # For a whole file: scales and weights of each block, weights also in float64 on the way, and
+    # sample, step and order of each row.
     scales = given.shard_rows * (given.n_blocks * (4 + 8 + 8 + 4) + 32) + reading.rows * 32
     return files + decoded + converted + scales
 
 
 def readings(given: ReductionInput) -> list[Reading]:
-    """The preferred first: as many rows as stay in the cache; then fewer; then a chunk's width."""
+    """Return the readings to try, the preferred first.
+
+    As many rows as stay in the cache come first, then fewer rows, then the width of a chunk.
+    """
     narrow = min(given.chunk_features, given.n_features)
     widths = [given.n_features] if narrow == given.n_features else [given.n_features, narrow]
     return [Reading(rows, width) for width in widths for rows in _row_counts(given, width)]
@@ -277,7 +304,10 @@ def _row_counts(given: ReductionInput, width: int) -> Iterator[int]:
 
 
 def test_widths(given: ReductionInput) -> list[int]:
-    """Test samples at once, the preferred first: all, then fewer in whole multiples, then as few as need be."""
+    """Return numbers of test samples at once, the preferred first.
+
+    All come first, then fewer in whole multiples of `TEST_MULTIPLE`, then 32, 16, ... 1.
+    """
     n_tests = given.n_tests
     if given.grouped:  # groups are answered together
         return [n_tests]
@@ -287,5 +317,5 @@ def test_widths(given: ReductionInput) -> list[int]:
 
 
 def spans(start: int, end: int, width: int) -> tuple[Span, ...]:
-    """Blocks of `width` that together are [start, end)."""
+    """Return the blocks of `width` that together are [start, end)."""
     return tuple((first, min(first + width, end)) for first in range(start, end, width))

@@ -1,8 +1,9 @@
-"""How method `hydra-exact` goes through a training run again: columns that are carried together, and states that are kept.
+"""Plan of method `hydra-exact`: columns that are carried together, and states that are kept.
 
-A pass trains the run again, keeping its state now and then, and goes back over it, training each piece between two states again.
-With L levels of at most k states each, k^L >= T, that is L trainings a pass and L k states in memory. The more levels, the fewer
-states, and the more columns fit beside them.
+A pass trains the run again and keeps the training state now and then. Then it goes back over the
+run, and trains each piece between two states again. With L levels of at most k states each,
+k^L >= T, a pass takes L trainings and L k states in memory. The more levels, the fewer states,
+and the more columns fit beside the states.
 """
 
 import math
@@ -14,29 +15,31 @@ from hydra_pipe.plan.geometry import even_width
 from hydra_pipe.plan.records import ColumnPlan, ReductionInput, Span, common_bytes, spans
 from hydra_pipe.units import format_bytes
 
-# of the adjoints of a column, beside those of the training state: that of the gradient before and after clipping, what
-# the optimiser's adjoint takes in between, the product with the Hessian, and what is written when all are kept
+# Vectors of a column beside the adjoints of the training state: the adjoint of the gradient
+# before and after clipping, intermediate results of the optimiser's adjoint, the product with
+# the Hessian, and the copy that is written when all are kept.
 _PASSING = 6
-# a vectorised pass through a graph takes so many times what the graph has saved, for each column
+# Bytes that a vectorised pass through a graph takes for each column, over the bytes that the
+# graph has saved.
 _GRAPH_TIMES = 4
-# of the budget, what states of training may take
+# Share of the budget that training states may take.
 _SHARE_OF_STATES = 0.4
 _MOST_LEVELS = 14
 
 
 @dataclass(frozen=True)
 class ReplayInput:
-    """What a replay works on.
+    """Sizes and budget of a replay.
 
     Args:
         recording: sizes and budget.
-        n_steps: that are gone through.
-        parameter_bytes: of all parameters that are moved.
-        n_states: of the optimiser for each: 1 (SGD), 2 (Adam).
-        state_bytes: of everything that training goes on from.
-        batch_bytes: of a step's inputs and targets.
-        graph_bytes: that the graph of a batch's loss and gradient saves.
-        cache_bytes: of graphs, that are worked on at once with profit.
+        n_steps: number of steps that are replayed.
+        parameter_bytes: bytes of all parameters that training moves.
+        n_states: optimiser states of each parameter: 1 (SGD), 2 (Adam).
+        state_bytes: bytes of the state from which training resumes.
+        batch_bytes: bytes of a step's inputs and targets.
+        graph_bytes: bytes that the graph of a batch's loss and gradient saves.
+        cache_bytes: bytes of graphs up to which working on several at once pays off.
     """
 
     recording: ReductionInput
@@ -51,7 +54,7 @@ class ReplayInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayPlan(ColumnPlan):
-    """How training is gone through again.
+    """Plan of the passes of a replay.
 
     Args:
         columns: columns of the result that each pass answers.
@@ -75,7 +78,7 @@ class ReplayPlan(ColumnPlan):
         return len(self.columns)
 
     def after(self, done: int) -> "ReplayPlan":
-        """What is left after the first `done` columns."""
+        """Return the plan of the columns that are left after the first `done` columns."""
         left = tuple((max(low, done), high) for low, high in self.columns if high > done)
         picoseconds = self.picoseconds * len(left) // len(self.columns)
         carried = self.carried[len(self.columns) - len(left) :]
@@ -83,7 +86,11 @@ class ReplayPlan(ColumnPlan):
 
 
 def plan_replay(what: ReplayInput) -> ReplayPlan:
-    """The fewest passes and trainings that fit the budget. Raises: BudgetError: not even one column fits."""
+    """Return the plan with the fewest passes and trainings that fit the budget.
+
+    Raises:
+        BudgetError: not even one column fits.
+    """
     given = what.recording
     ways = [(levels, _root(what.n_steps, levels)) for levels in range(2, _MOST_LEVELS + 1)]
 
@@ -94,7 +101,8 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
     levels, most = small[0] if small else min(ways, key=bytes_of)
     fixed = common_bytes(given, 0) + bytes_of((levels, most))
     column_graph = _GRAPH_TIMES * what.graph_bytes
-    # graphs stay in the caches, and leave most of the memory to columns
+    # Graphs that stay in the caches are fast. Graphs get a quarter of the memory that is left at
+    # most, columns get the rest.
     worth = min(what.cache_bytes // max(1, what.graph_bytes), (given.memory_bytes - fixed) // (4 * max(1, column_graph)))
     at_once = max(1, min(given.n_columns, worth))
     fixed += (at_once + 1) * column_graph
@@ -124,7 +132,7 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
 
 
 def _root(n_steps: int, levels: int) -> int:
-    """The least k of 2 or more with k^levels >= n_steps."""
+    """Return the least k of 2 or more with k^levels >= n_steps."""
     k = max(2, math.ceil(math.exp(math.log(n_steps) / levels)))
     while k > 2 and (k - 1) ** levels >= n_steps:
         k -= 1

@@ -1,23 +1,24 @@
-"""How much of the relevance a report reads at once. Integers only."""
+"""Size of the piece of relevance that a report reads at once. Integers only."""
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
 from hydra_pipe.units import format_bytes
 
-# More at once is not faster.
+# A larger piece is not faster.
 BLOCK_BYTES = 64 * 2**20
-# Of a pair: it, it by columns, it in order of class, and that in float64.
+# Bytes of a pair: as read, by columns, in order of class, and in order of class in float64.
 PAIR_BYTES = 4 + 4 + 4 + 8
-# Of a training sample: its sum, visits, label and class, and what ranking one column takes.
+# Bytes of a training sample: its sum, visits, label and class, and the memory of ranking one
+# column.
 SAMPLE_BYTES = 120
 
 
 def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> int:
-    """Columns of the relevance, shape (sample, column), that are read at once.
+    """Return the number of columns of the relevance, shape (sample, column), to read at once.
 
     Args:
-        n_samples, n_columns: of the relevance.
-        base_bytes: that the process takes without it, the pipeline and its data among them.
+        n_samples, n_columns: shape of the relevance.
+        base_bytes: memory of the process without relevance, with the pipeline and its data.
         memory_bytes: budget of the process.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Some of the samples, written "0-99,150": spans of ids, in order. Integers only."""
+"""Selections of samples, written "0-99,150": spans of ids, in order. Integers only."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,16 @@ Span = tuple[int, int]
 
 
 def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, ...]:
-    """First and one past the last id of each span in `text`, in ascending order.
+    """Return the first and one past the last id of each span in `text`, in ascending order.
 
     Args:
-        text: ids and spans FIRST-LAST, both ends in it, with commas between them; in any order.
-        n: samples there are.
-        option: that gave it, "--tests" or "--samples".
+        text: ids and spans FIRST-LAST with commas between them, in any order. A span includes both
+            ends.
+        n: number of samples.
+        option: name of the option that gave `text`, "--tests" or "--samples".
 
     Raises:
-        UsageError: it cannot be read, or names an id that is not there.
+        UsageError: `text` cannot be read, or names an id that does not exist.
     """
     spans: list[Span] = []
     what = "test samples" if option == "--tests" else "training samples"
@@ -38,17 +39,17 @@ def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, .
 
 
 def write_selection(spans: Sequence[Span]) -> str:
-    """`spans` as `parse_selection` reads them: one way to write each selection."""
+    """Return `spans` as text for `parse_selection`. Each selection has one spelling."""
     return ",".join(str(first) if last == first + 1 else f"{first}-{last - 1}" for first, last in spans)
 
 
 def size_of(spans: Sequence[Span]) -> int:
-    """Ids in all of them."""
+    """Return the number of ids in all spans."""
     return sum(last - first for first, last in spans)
 
 
 def cut(spans: Sequence[Span], first: int, last: int) -> tuple[Span, ...]:
-    """The ids at the places first to last - 1 of a selection."""
+    """Return the ids at the places first to last - 1 of a selection."""
     found, start = [], 0
     for low, high in spans:
         a, b = max(first, start), min(last, start + high - low)

@@ -1,18 +1,21 @@
-"""How weighted sums over rows go through the store: in which order, what is taken at once, the memory and the work that is.
+"""Plan of weighted sums over rows: the order, the pieces taken at once, the memory and the work.
 
-R(i, j) = sum_t w(t) <r(i, t), h_j>, a weighted sum over rows, can be taken in two orders.
+R(i, j) = sum_t w(t) <r(i, t), h_j> is a weighted sum over rows. It can be taken in two orders.
 
-- *Score first*: the product of every row with every test sample, then sums by sample. A *pass* reads every row once and answers one
-  block of test samples. 2 x rows x features x tests operations.
-- *Fold first*: sums of weighted rows by sample, the *hypergradients*, then one product. A pass reads every row once and folds the
-  rows of one block of samples; it answers all test samples. As many times fewer operations as a sample has rows. What is factored
-  cannot be summed as factors, and is scored first also then.
+- *Score first*: multiply every row with every test sample, then sum by sample. A *pass* reads
+  every row once and answers one block of test samples. It takes
+  2 x rows x features x tests operations.
+- *Fold first*: sum weighted rows by sample, which gives the *hypergradients*, then multiply once.
+  A pass reads every row once and folds the rows of one block of samples. It answers all test
+  samples. It takes as many times fewer operations as a sample has rows. Factored blocks cannot be
+  summed as factors. They are scored first here too.
 
-Hypergradients that were kept answer other test samples by the product alone, *from hypergradients*; what is factored was kept row
-by row, and is scored.
+Kept hypergradients answer other test samples by the product alone, *from hypergradients*. The
+rows of factored blocks were kept one by one, and are scored.
 
-In a pass each worker goes through a run of whole shards and adds to a partial sum of its own. Which order, and in how many passes,
-is chosen by the time that bytes and operations take (`COSTS`), among those that fit the budget.
+In a pass each worker goes through a run of whole shards and adds to a partial sum of its own.
+The time of bytes and operations (`COSTS`) decides the order and the number of passes, among the
+plans that fit the budget.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,15 +42,15 @@ from hydra_pipe.plan.records import (
 from hydra_pipe.units import format_bytes
 
 SCORE_FIRST, FOLD_FIRST, FROM_HYPERGRADIENTS = "score first", "fold first", "from hypergradients"
-# Over the store, of folding: nobody waits for more.
+# Most passes over the store in fold first. Nobody waits for more.
 MOST_PASSES = 2**16
 
 
 def parse_chunks(text: str) -> tuple[int, int] | None:
-    """(rows, features) of "ROWSxFEATURES"; None for "auto".
+    """Return (rows, features) of "ROWSxFEATURES", and None for "auto".
 
     Raises:
-        UsageError: neither.
+        UsageError: `text` is neither.
     """
     if text == "auto":
         return None
@@ -59,13 +62,13 @@ def parse_chunks(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class SumInput(ReductionInput):
-    """What a weighted sum is made of.
+    """Sizes and budget of a weighted sum.
 
     Args:
-        keeping: whether hypergradients are to be kept, which folds them first.
-        kept: whether there are kept hypergradients, which answer without the rows.
-        folds: whether sums of rows by sample answer the request.
-        norms: whether norms of rows are taken too.
+        keeping: True if hypergradients are to be kept. Then rows are folded first.
+        kept: True if there are kept hypergradients, which answer without the rows.
+        folds: True if sums of rows by sample answer the request.
+        norms: True if norms of rows are taken too.
         checkpoints: number of checkpoints whose test gradients are used.
     """
 
@@ -78,11 +81,13 @@ class SumInput(ReductionInput):
 
 @dataclass(frozen=True, kw_only=True)
 class SumPlan(RowPlan):
-    """How sums are taken: each worker goes through a run of rows.
+    """Plan of the sums: each worker goes through a run of rows.
 
     Args:
-        sample_blocks: first and one past the last sample that are summed together. Fold first: one pass each; else one block.
-        row_runs: first and one past the last row of each worker's run, whole shards, of one part or more.
+        sample_blocks: first and one past the last sample that are summed together. Fold first has
+            one pass for each block, the other orders have one block.
+        row_runs: first and one past the last row of each worker's run: whole shards, of one part or
+            more.
     """
 
     sample_blocks: tuple[Span, ...]
@@ -106,7 +111,7 @@ class SumPlan(RowPlan):
 
     @property
     def tasks(self) -> int:
-        """A run of rows each, and a share of the samples each."""
+        """Number of tasks: one for each run of rows, and one for each share of the samples."""
         runs = len(self.row_runs)
         shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
         of_blocks = sum(runs + n_shares for n_shares in shares)
@@ -118,30 +123,34 @@ class SumPlan(RowPlan):
 
 
 def plan_sums(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
-    """The plan that takes least time of those that fit the budget.
+    """Return the plan that takes least time of the plans that fit the budget.
 
     Args:
         given: sizes and budget.
-        chunks: rows and features to decode at once, rounded up to whole stored chunks; None: chosen.
-        answered: go on after that, in that order.
+        chunks: rows and features to decode at once, rounded up to whole stored chunks. None: chosen
+            here.
+        answered: work of an interrupted reduction, which the plan resumes in the same order.
 
     Raises:
-        BudgetError: not even one block of test samples fits; the message has both numbers and a way out.
+        BudgetError: not even one block of test samples fits. The message has both numbers and a way
+            out.
     """
     candidates = _as_asked(chunks, given) if chunks else readings(given)
     orders: dict[str, Callable[[SumInput, Sequence[Reading], int], SumPlan | None]]
     orders = {SCORE_FIRST: _scoring, FOLD_FIRST: _folding}
     if given.kept or given.keeping:
         orders = {FROM_HYPERGRADIENTS: _from_kept} if given.kept else {FOLD_FIRST: _folding}
-    # another order is begun anew: what it was begun from is not there any more, or what is to be kept needs another one
+    # A reduction begun in another order starts anew. Its source is not there any more, or the
+    # result to keep needs another order.
     begun = answered if answered is not None and answered.order in orders else None
     chosen = list(orders.values()) if begun is None else [orders[begun.order]]
-    # each worker has sums of its own: fewer of them may take fewer passes
+    # Each worker has sums of its own, so fewer workers may take fewer passes.
     ways = [(plan, replace(given, workers=n)) for n in _worker_counts(given) for plan in chosen]
     found = [(plan(few, candidates, 0), plan, few) for plan, few in ways]
     fitting = [(whole, plan, few) for whole, plan, few in found if whole is not None]
     if fitting:
-        # as if nothing was done yet: going on divides the work as the interrupted reduction did, or sums would be rounded otherwise
+        # Choose as if nothing was done yet. A resumed reduction must divide the work as before the
+        # interruption, or sums would be rounded differently.
         whole, plan, few = min(fitting, key=lambda way: way[0].lasting_picoseconds)
         left = plan(few, candidates, begun.done) if begun is not None else None
         return left or whole
@@ -159,14 +168,21 @@ def plan_sums(given: SumInput, chunks: tuple[int, int] | None, answered: Answere
 
 
 def scoring_peak_bytes(given: SumInput, reading: Reading, tests: int) -> int:
-    """Upper bound of a process's memory, score first, with blocks of `tests` test samples."""
+    """Return an upper bound of a process's memory, score first.
+
+    Args:
+        given: sizes and budget.
+        reading: rows and features that are decoded at a time.
+        tests: test samples of a block.
+    """
     columns = given.n_columns if given.grouped else tests
-    # a worker has the test gradients of one checkpoint: others may have those of others
+    # A worker has the test gradients of one checkpoint. Other workers may have other checkpoints.
     others = min(given.checkpoints, _threads(given)) - 1
     sums = given.n_samples * columns * 4
-    # the scores, a product, one of groups, what is added to the sums, and the two factors of a block that is not complete yet
+    # The scores, a product, a product of groups, the values to add to the sums, and the two
+    # factors of a block that is not complete yet.
     scores = reading.rows * (4 * tests + 2 * columns) * 4
-    # one more sum: the block of the relevance array that is being written
+    # One more sum: the block of the relevance array that is being written.
     return (
         common_bytes(given, tests)
         + others * bytes_of_tests(given, tests)
@@ -177,15 +193,24 @@ def scoring_peak_bytes(given: SumInput, reading: Reading, tests: int) -> int:
 
 
 def folding_peak_bytes(given: SumInput, reading: Reading, samples: int, tests: int) -> int:
-    """Upper bound of a process's memory, fold first, blocks of `samples` samples, answered for `tests` test samples at once."""
+    """Return an upper bound of a process's memory, fold first.
+
+    Args:
+        given: sizes and budget.
+        reading: rows and features that are decoded at a time.
+        samples: samples of a block.
+        tests: test samples that are answered at once.
+    """
     scored = given.n_columns if given.n_factored else 0
     sums = samples * (given.n_folding + scored) * 4
-    # a tile of rows beside its sums; scores of what is factored as above, for every test sample
+    # A tile of rows beside its sums. Scores of factored blocks as in `scoring_peak_bytes`, for
+    # every test sample.
     at_once = reading.rows * (4 * given.n_folding + (4 * given.n_tests + 2 * scored if given.n_factored else 0)) * 4
-    # what is answered at a time, and the same compressed; the test block where it is not the one of the pass
+    # Answers of some samples, plain and compressed. Scores need all test samples at once, folded
+    # rows one block of test samples.
     answers = min(SAMPLE_MULTIPLE, samples) * tests * 4 * 2
     tests_held = given.n_tests if given.n_factored else tests
-    # a shard of what is factored, in pieces, together, and compressed
+    # A shard of the factored blocks: in pieces, joined, and compressed.
     keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
     return (
         common_bytes(given, tests_held)
@@ -195,14 +220,20 @@ def folding_peak_bytes(given: SumInput, reading: Reading, samples: int, tests: i
 
 
 def kept_peak_bytes(given: SumInput, reading: Reading, tests: int) -> int:
-    """Upper bound of a process's memory, from hypergradients, with blocks of `tests` test samples."""
-    # a file of sums as it is read: its bytes and its values, and what comes of them
+    """Return an upper bound of a process's memory, from hypergradients.
+
+    Args:
+        given: sizes and budget.
+        reading: rows and features that are decoded at a time.
+        tests: test samples of a block.
+    """
+    # A file of sums as it is read: its bytes, its values, and their products.
     folded = min(given.n_samples, SAMPLE_MULTIPLE) * (2 * given.n_folding + tests) * 4
     return scoring_peak_bytes(given, reading, tests) + folded
 
 
 def _least_bytes(given: SumInput, reading: Reading) -> int:
-    """What no plan that reads so can do without."""
+    """Return the least memory of any plan with this `reading`."""
     tests, samples = test_widths(given)[-1], min(given.n_samples, SAMPLE_MULTIPLE)
     if given.kept:
         return kept_peak_bytes(given, reading, tests)
@@ -213,17 +244,23 @@ def _least_bytes(given: SumInput, reading: Reading) -> int:
 
 
 def _threads(given: SumInput) -> int:
-    """Workers in one process."""
+    """Return the number of workers in one process."""
     return given.threads if given.processes else given.workers
 
 
 def _merging_bytes(given: SumInput, sums: int) -> int:
-    """Of a process while sums are added up: what comes from others, and what it adds up to, beside the sums of its own."""
+    """Return the extra bytes while partial sums are merged.
+
+    Each thread holds one incoming sum and one result.
+    """
     return 2 * given.threads * sums if given.processes else 0
 
 
 def _scoring(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPlan | None:
-    """Score first, in as few passes as fit: a pass decodes the whole store, so that comes before the better way of reading."""
+    """Return the plan of score first with the fewest passes that fit, or None.
+
+    A pass decodes the whole store. So fewer passes count more than the preferred reading.
+    """
     for width in test_widths(given):
         for reading in candidates:
             peak = scoring_peak_bytes(given, reading, width)
@@ -248,7 +285,7 @@ def _scoring(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
 
 
 def _folding(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPlan | None:
-    """Fold first, in as few passes as fit."""
+    """Return the plan of fold first with the fewest passes that fit, or None."""
     if not given.folds or (not given.n_folding and not given.keeping):
         return None
     scored = given.n_columns if given.n_factored else 0
@@ -273,7 +310,7 @@ def _folding(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
                         peak,
                         sums,
                         read=len(blocks) * given.n_read * given.n_features * given.item_bytes,
-                        # rows of other samples are decoded, but not converted
+                        # Rows of other samples are decoded, but not converted.
                         converted=given.n_rows * given.n_features,
                         operations=operations,
                         folded=folded,
@@ -282,7 +319,7 @@ def _folding(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
 
 
 def _from_kept(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPlan | None:
-    """From kept hypergradients, in as few passes over them as fit."""
+    """Return the plan from kept hypergradients with the fewest passes over them, or None."""
     for width in test_widths(given):
         for reading in candidates:
             peak = kept_peak_bytes(given, reading, width)
@@ -363,7 +400,7 @@ def _n_shards(given: SumInput) -> int:
 
 
 def _worker_counts(given: SumInput) -> Iterator[int]:
-    """All that have a shard to read, then half as many each time."""
+    """Yield numbers of workers: all that have a shard to read, then half as many each time."""
     workers = min(given.workers, _n_shards(given))
     while workers:
         yield workers
@@ -377,7 +414,11 @@ def _as_asked(chunks: tuple[int, int], given: SumInput) -> list[Reading]:
 
 
 def _sample_widths(n_samples: int) -> Iterator[int]:
-    """Samples folded at once, the preferred first: all, then even shares in whole multiples, of twice as many blocks each time."""
+    """Yield numbers of samples to fold at once, the preferred first.
+
+    All samples come first. Then the number of blocks doubles each time. Blocks are even shares, in
+    whole multiples of `SAMPLE_MULTIPLE`.
+    """
     blocks = 1
     while True:
         width = -(-n_samples // blocks)
