@@ -1,1 +1,4 @@
-"""Pure functions on arrays and tensors: no disk, no Dask, no logging. Reads like docs/architecture.md, "The mathematics"."""
+"""Pure functions on arrays and tensors: no disk, no Dask, no logging.
+
+The formulas are those of docs/architecture.md, "The mathematics".
+"""

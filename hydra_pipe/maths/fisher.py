@@ -1,8 +1,10 @@
-"""The curvature of a step from its rows alone: the empirical Fisher, saturated (docs/architecture.md, "The mathematics").
+"""Curvature of a step from its rows alone: the empirical Fisher, saturated.
 
-C = W.T W with W the rows r(i, t) times sqrt(n w_i), n samples in the batch and w_i the curvature weight rho_i of the
-sample, bounded. A batch whose C is too large for its learning rate would make the sweep ring and blow up: in its place stands
-C (I + K C)^-1, with K a diagonal matrix, which is W.T (I + W K W.T)^-1 W. Its eigenvalues are below 1 / K.
+See docs/architecture.md, "The mathematics". C = W.T W. W has the rows r(i, t) times sqrt(n w_i),
+with n samples in the batch and w_i the bounded curvature weight rho_i of the sample. If C is too
+large for the learning rate of its batch, the sweep rings and blows up. So C (I + K C)^-1 takes
+its place, with K a diagonal matrix. It equals W.T (I + W K W.T)^-1 W. Its eigenvalues are below
+1 / K.
 """
 
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ class Form:
 
     Args:
         factor: f of kappa = f * eta / (1 - mu).
-        least, most: what a row weighs is its rho, but not less and not more than these.
-        share: of this form's relevance in the mean.
+        least, most: bounds of a row's weight, which is its rho in between.
+        share: weight of this form's relevance in the mean.
     """
 
     factor: float
@@ -29,23 +31,26 @@ class Form:
     share: float
 
     def weight(self, rho: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of each row."""
+        """Return the weight of each row."""
         return np.clip(rho, np.float32(self.least), np.float32(self.most))
 
 
-# Curvature from above, little and more saturated, and from below, much saturated. Each form is swept for itself, and the relevance
-# is their mean: what they get wrong they get wrong apart (docs/methods.md). Shares add up to 1.
+# Curvature from above, little and more saturated, and from below, much saturated. Each form has
+# a sweep of its own. The relevance is the mean of the forms, because their errors differ
+# (docs/methods.md). Shares add up to 1.
 FORMS = (Form(0.1, 1.0, np.inf, 0.4), Form(0.3, 1.0, np.inf, 0.4), Form(1.0, 0.0, 1.0, 0.2))
 
 
 def saturation(learning_rate: float, momentum: float, dampening: float, *, nesterov: bool, factor: float) -> float:
-    """kappa of a step: f times the length that it goes along a constant gradient, eta (1 - tau) / (1 - mu).
+    """Return kappa of a step.
 
-    It is never so small that a step could ring: heavy ball is stable where eta (1 - tau) times the curvature is below
-    2 (1 + mu), Nesterov's form where it is below 2 (1 + mu) / (1 + 2 mu), and the curvature is at most 1 / kappa.
+    kappa is f times the length that the step goes along a constant gradient, eta (1 - tau) /
+    (1 - mu). It is never so small that a step could ring. Heavy ball is stable if eta (1 - tau)
+    times the curvature is below 2 (1 + mu). Nesterov's form is stable below 2 (1 + mu) /
+    (1 + 2 mu). The curvature is at most 1 / kappa.
 
     Args:
-        learning_rate, momentum, dampening, nesterov: of the step; momentum below 1.
+        learning_rate, momentum, dampening, nesterov: settings of the step; momentum below 1.
         factor: f.
 
     Returns:
@@ -53,20 +58,21 @@ def saturation(learning_rate: float, momentum: float, dampening: float, *, neste
     """
     step = learning_rate * (1.0 - dampening) if momentum else learning_rate
     stable = step * ((1.0 + 2.0 * momentum) if nesterov else 1.0) / (2.0 * (1.0 + momentum))
-    # momentum of 1 never forgets: what it has gone along after a hundred steps is as good as any
+    # Momentum of 1 never forgets, so its length is infinite. The length after a hundred steps is
+    # as good as any.
     return max(factor * step / max(1.0 - momentum, 0.01), stable)
 
 
 def saturated(gram: Floats, scores: Floats) -> tuple[Floats, float]:
-    """(I + G)^-1 S, by which C (I + K C)^-1 g is W.T times that.
+    """Return (I + G)^-1 S. W.T times this product is C (I + K C)^-1 g.
 
     Args:
         gram: G = W K W.T, shape (row, row), float64.
         scores: S = W g, shape (row, test), float64.
 
     Returns:
-        The product, shape (row, test), and the share of the curvature that is left, tr((I + G)^-1 G) / tr(G); 1 where
-        there is none.
+        The product, shape (row, test), and the share of the curvature that is left,
+        tr((I + G)^-1 G) / tr(G). The share is 1 if there is no curvature.
     """
     inverse = np.linalg.inv(np.eye(len(gram)) + gram)
     whole = float(np.trace(gram))

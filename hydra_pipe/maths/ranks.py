@@ -1,4 +1,4 @@
-"""Ranks, what is computed from them, and how sure a mean over test samples is."""
+"""Ranks, statistics of ranks, and confidence intervals of a mean over test samples."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ _DRAWS = 2000
 
 
 def average_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Ranks from 1, of equal values their mean. Shape (n,)."""
+    """Return ranks from 1, shape (n,). Equal values have their mean rank."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -18,10 +18,12 @@ def average_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def spearmans(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Spearman's rank correlation of each column of `a` with that of `b`; 0 where one of them is constant, and so orders nothing.
+    """Return Spearman's rank correlation of each column of `a` with the same column of `b`.
+
+    It is 0 if one of the two is constant, because a constant column orders nothing.
 
     Args:
-        a, b: shape (n, column).
+        a, b: values, shape (n, column).
 
     Returns:
         Shape (column,).
@@ -34,11 +36,13 @@ def spearmans(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.fl
 
 
 def roc_auc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
-    """Chance that a positive one scores above a negative one, ties counting half: the area under the ROC curve.
+    """Return the area under the ROC curve.
+
+    It is the chance that a positive sample scores above a negative one. Ties count half.
 
     Args:
-        scores: shape (n,).
-        positive: shape (n,); there must be some of either kind.
+        scores: score of each sample, shape (n,).
+        positive: flag of each sample, shape (n,). There must be some of either kind.
     """
     n = int(positive.sum())
     above = average_ranks(scores)[positive].sum() - n * (n + 1) / 2
@@ -46,18 +50,23 @@ def roc_auc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
 
 
 def bootstrap_interval(per_test: NDArray[np.floating]) -> tuple[float, float]:
-    """Bounds that hold 95 % of the means of as many test samples, drawn anew with replacement; always the same draws."""
+    """Return bounds that hold 95 % of the means of resampled test samples.
+
+    As many test samples are drawn with replacement. The draws are always the same.
+    """
     draws = np.random.default_rng(0).integers(0, len(per_test), (_DRAWS, len(per_test)))
     low, high = np.quantile(per_test[draws].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
 def crossed_interval(values: NDArray[np.floating]) -> tuple[float, float]:
-    """Bounds that hold 95 % of the means over as many seeds and as many test samples, each drawn anew with replacement; always the
-    same draws.
+    """Return bounds that hold 95 % of the means over resampled seeds and resampled test samples.
+
+    As many seeds and as many test samples are each drawn with replacement. The draws are always the
+    same.
 
     Args:
-        values: shape (seed, test).
+        values: one value for each seed and test sample, shape (seed, test).
     """
     n_seeds, n_tests = values.shape
     rng = np.random.default_rng(0)

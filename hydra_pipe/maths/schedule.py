@@ -1,7 +1,8 @@
-"""How an optimiser's settings, step by step, weigh the rows of each step.
+"""Weights of the rows of each step, from the optimiser's settings at each step.
 
-Symbols: eta learning rate, mu momentum, tau dampening, lambda weight decay, kappa decoupled decay; a the
-adjoint of the parameters, v that of the momentum buffer, d and g as in the sweep of docs/architecture.md ("The mathematics").
+Symbols: eta learning rate, mu momentum, tau dampening, lambda weight decay, kappa decoupled decay;
+a the adjoint of the parameters, v the adjoint of the momentum buffer, d and g as in the sweep of
+docs/architecture.md ("The mathematics").
 """
 
 from dataclasses import dataclass, fields
@@ -17,19 +18,23 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Settings of momentum SGD as they were at each step, for one or more series of parameters.
+    """Settings of momentum SGD at each step, for one or more series of parameters.
 
-    A series is a set of parameters that share all of their history. Every array has shape (step, series).
+    A series is a set of parameters that share all of their history. Every array has shape
+    (step, series).
 
     Args:
         learning_rate: eta, float64.
         momentum: mu, float64.
         dampening: tau, float64.
         weight_decay: lambda, float64.
-        decoupled_decay: kappa, the fraction by which the step shrinks the parameters beside all that (AdamW), float64.
-        nesterov: whether the step was Nesterov's, bool.
-        updated: whether the optimiser changed these parameters at all; it skips those without a gradient, bool.
-        momentum_started: whether the step created the momentum buffer, which PyTorch sets to the gradient itself, bool.
+        decoupled_decay: kappa, float64: the fraction by which the step shrinks the parameters,
+            apart from the other settings (AdamW).
+        nesterov: True if the step was Nesterov's, bool.
+        updated: True if the optimiser changed these parameters, bool. It skips parameters without a
+            gradient.
+        momentum_started: True if the step created the momentum buffer, bool. PyTorch sets a new
+            buffer to the gradient itself.
 
     Raises:
         ScheduleError: the shapes differ, or a value is not finite.
@@ -59,17 +64,17 @@ class Schedule:
 
 
 def step_weights(schedule: Schedule) -> Floats:
-    """Weight of each step's rows in the Hessian-free relevance.
+    """Return the weight of each step's rows in the Hessian-free relevance.
 
-    docs/architecture.md: the sweep with zero curvature carries g = alpha(t) * h_j for one scalar alpha(t), so it runs on scalars.
-    R(i, j) = - sum_t alpha(t) <r(i, t), h_j>.
+    docs/architecture.md: the sweep with zero curvature carries g = alpha(t) * h_j for one scalar
+    alpha(t). So it runs on scalars. R(i, j) = - sum_t alpha(t) <r(i, t), h_j>.
 
     Args:
         schedule: the optimiser's settings of each step, shape (step, series).
 
     Returns:
-        alpha, shape (step, series), float64, in units of the learning rate; negative for a plain descent step, and 0 where the
-        parameters were not updated.
+        alpha, shape (step, series), float64, in units of the learning rate. It is negative for a
+        plain descent step, and 0 if the parameters were not updated.
     """
     alpha = np.zeros_like(schedule.learning_rate)
     for series in range(alpha.shape[1]):
@@ -78,7 +83,8 @@ def step_weights(schedule: Schedule) -> Floats:
 
 
 def _series_weights(schedule: Schedule, series: int) -> list[float]:
-    # Plain floats: a NumPy operation a step costs ten times as much, and runs have a million steps.
+    # Plain floats: one NumPy operation a step costs ten times as much, and a run may have a million
+    # steps.
     columns = [getattr(schedule, field.name)[:, series].tolist() for field in fields(schedule)]
     alpha = [0.0] * len(columns[0])
     a, v = 1.0, 0.0

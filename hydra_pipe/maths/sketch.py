@@ -1,13 +1,16 @@
 """The random projection for anything large: a balanced count sketch.
 
-Every coordinate is given a random sign and one of k buckets; the buckets differ in size by one at most. For x, y in R^n and
-the sketch S, E[<S x, S y>] = <x, y> exactly, and Var <= (q / k) (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) with
-q = k * max P(two coordinates share a bucket), which is 1.02 at most, so no worse than a Gaussian projection of the same width
-(Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", 2009, for independent buckets). It costs one pass over x.
+Every coordinate is given a random sign and one of k buckets. Bucket sizes differ by one at most.
+For x, y in R^n and the sketch S, E[<S x, S y>] = <x, y> exactly, and
+Var <= (q / k) (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2). Here q = k * max P(two coordinates
+share a bucket), which is 1.02 at most. So the sketch is no worse than a Gaussian projection of the
+same width (Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", 2009, for
+independent buckets). It costs one pass over x.
 
-The buckets are those of a random order of x, dealt out in turn. Where x is long enough, runs of r neighbours are put in order
-instead of single coordinates, which memory does several times as fast. Neighbours of a run never meet in a bucket, and with r and
-k coprime any other two do with the chance that two places at random do.
+The coordinates are put in a random order and dealt out to the buckets in turn. If x is long
+enough, runs of r neighbours are put in order instead of single coordinates. Memory does this
+several times as fast. Neighbours of a run never meet in a bucket. With r and k coprime, any other
+two coordinates meet with the chance that two random places meet.
 """
 
 import hashlib
@@ -25,14 +28,15 @@ _SCRATCH = Scratch()
 
 
 class Sketch:
-    """A projection R^n -> R^k that is a function of (seed, block name, shape, k) alone, in any process, on any machine.
+    """A projection R^n -> R^k that is a function of (seed, block name, shape, k) alone.
 
-    It keeps a byte an element and four a run; twice as much once both whole rows and lines were projected.
+    It is the same in any process, on any machine. It keeps one byte an element and four bytes a
+    run. It keeps twice as much once both whole rows and lines were projected.
 
     Args:
-        seed: of the run.
-        name: of the block.
-        shape: of the block; n is its number of elements.
+        seed: seed of the run.
+        name: name of the block.
+        shape: shape of the block; n is its number of elements.
         n_columns: k, at most n.
     """
 
@@ -42,13 +46,13 @@ class Sketch:
         self.n_columns = n_columns
         self._shape = tuple(map(int, shape))
         self._run = run_length(numel, n_columns)
-        # Raw Philox words are part of NumPy's compatibility promise; what Generator makes of them is not.
+        # Raw Philox words are part of NumPy's compatibility promise. Numbers of Generator are not.
         philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
         order = np.argsort(philox.random_raw(numel // self._run), kind="stable")
         self._order = torch.from_numpy(order.astype(np.int32 if numel < 2**31 else np.int64))
         words = philox.random_raw(-(-numel // 64)).astype("<u8")
         negative = np.unpackbits(words.view(np.uint8), count=numel, bitorder="little").view(np.int8)
-        # in the block's own order; and in the sketch's, once it is asked for
+        # Signs in the block's own order, and in the sketch's order once it is needed.
         self._sign = torch.from_numpy(negative).mul_(-2).add_(1)
         self._sign_in_order: Tensor | None = None
         self._first_columns: Tensor | None = None
@@ -64,14 +68,21 @@ class Sketch:
         return self._sign_in_order
 
     def signs(self, weight: Tensor) -> Tensor:
-        """The signs of the coordinates times `weight` (n elements), in the sketch's order, on its device."""
+        """Return the signs of the coordinates times `weight`, in the sketch's order, on its device.
+
+        Args:
+            weight: factor of each coordinate, n elements.
+        """
         self._to(weight.device)
         return self._in_order(weight.reshape(1, -1)).mul_(self._signs_in_order())
 
     def __call__(self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None) -> Tensor:
-        """Project rows of shape (B, n), with other `signs` than its own if given, to (B, k), in their dtype, on their device.
+        """Project rows of shape (B, n) to (B, k), in their dtype, on their device.
 
-        `order`: of the block's dimensions in the rows, where it is not their own.
+        Args:
+            rows: rows to project, shape (B, n).
+            signs: signs in the sketch's order to use instead of its own, from `signs`.
+            order: order of the block's dimensions in the rows. None: the block's own order.
         """
         self._to(rows.device)
         n_runs = len(self._order)
@@ -89,10 +100,10 @@ class Sketch:
         return sums
 
     def lines(self, numbers: Tensor) -> "SketchedLines":
-        """Find where some lines of the block go: no other line is looked at.
+        """Find the columns of some lines of the block. No other line is looked at.
 
         Args:
-            numbers: of the lines, shape (U,), int64.
+            numbers: numbers of the lines, shape (U,), int64.
         """
         self._to(numbers.device)
         width = math.prod(self._shape[1:])
@@ -100,8 +111,9 @@ class Sketch:
         if self._run == 1:
             of_lines = columns.view(-1, width).index_select(0, numbers)
         else:
-            # an element's run, and its place there, are those of the line's first element and some more, and how
-            # many more depends on the place of the first element alone: one table for each of the two
+            # An element's run, and its place in the run, are those of the line's first element plus an
+            # offset. The offset depends on the place of the first element alone. So one table of runs
+            # and one table of places are enough.
             after_first = torch.arange(self._run, device=numbers.device)[:, None] + torch.arange(width, device=numbers.device)
             starts = numbers * width
             runs = starts.div(self._run, rounding_mode="floor")
@@ -113,7 +125,7 @@ class Sketch:
         return SketchedLines(numbers, of_lines.long(), self._sign.view(-1, width).index_select(0, numbers), self.n_columns)
 
     def _columns_of_runs(self) -> Tensor:
-        """The column of the first element of each run, in the block's own order; int32."""
+        """Return the column of the first element of each run, in the block's own order, int32."""
         if self._first_columns is None:
             firsts = torch.arange(len(self._order), device=self._order.device) * self._run % self.n_columns
             self._first_columns = torch.empty_like(self._order, dtype=torch.int32)
@@ -121,7 +133,10 @@ class Sketch:
         return self._first_columns
 
     def _gather(self, order: tuple[int, ...]) -> Tensor:
-        """Where each element of the sketch's order is in rows whose dimensions are in `order`."""
+        """Return the place of each element of the sketch's order in rows.
+
+        The rows have their dimensions in `order`.
+        """
         found = self._gathers.get(order)
         if found is None:
             numel = math.prod(self._shape)
@@ -139,12 +154,12 @@ class Sketch:
 
 @dataclass(frozen=True, slots=True)
 class SketchedLines:
-    """Where the elements of some lines of a block go.
+    """Columns and signs of the elements of some lines of a block.
 
     Args:
-        numbers: of the lines, shape (U,).
-        columns: of each element, shape (U, elements of a line), int64.
-        signs: of each element, likewise, int8.
+        numbers: numbers of the lines, shape (U,).
+        columns: column of each element, shape (U, elements of a line), int64.
+        signs: sign of each element, shape (U, elements of a line), int8.
         n_columns: k.
     """
 
@@ -154,11 +169,12 @@ class SketchedLines:
     n_columns: int
 
     def project(self, values: Tensor, at: Tensor) -> Tensor:
-        """Project rows that are zero but for some lines of these.
+        """Project rows that are zero outside of some of these lines.
 
         Args:
-            values: what to add up there, shape (B, P, elements of a line).
-            at: for each of them which of these lines it is added to, shape (B, P).
+            values: values to add up in the lines, shape (B, P, elements of a line).
+            at: index into `numbers` of the line that each entry of `values` is added to, shape (B,
+                P).
 
         Returns:
             Shape (B, k).
@@ -169,5 +185,9 @@ class SketchedLines:
         return values.new_zeros(len(values), self.n_columns).scatter_add_(1, columns, signed.view(len(values), -1))
 
     def project_all(self, values: Tensor) -> Tensor:
-        """Project one row that is zero but for these lines, shape (U, elements of a line); shape (k,)."""
+        """Project one row that is zero outside of these lines to shape (k,).
+
+        Args:
+            values: values of the row in the lines, shape (U, elements of a line).
+        """
         return values.new_zeros(self.n_columns).scatter_add_(0, self.columns.flatten(), (values * self.signs).flatten())

@@ -1,31 +1,36 @@
-"""How far a value lies from the bulk of those that it belongs with, and where the bulk ends."""
+"""Distance of a value from the bulk of its group, and the end of the bulk."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# of a normal distribution: its standard deviation over its median absolute deviation, and over its mean absolute deviation
+# Standard deviation of a normal distribution over its median absolute deviation, and over its
+# mean absolute deviation.
 _OF_MEDIAN, _OF_MEAN = 1.4826, 1.2533
-# of values that are looked at together where a tail begins: their share of all, and how many at least
+# Size of the windows in which the start of a tail is looked for: share of all values, and least
+# number of values.
 _WINDOW_SHARE, _LEAST_WINDOW = 0.01, 10
-# of the values of such a window, how many may be of the bulk
+# Largest share of values of such a window that may belong to the bulk.
 MOST_FALSE = 0.5
-# values of a group, below which its own median says little, and the median of all is taken
+# A group of fewer values has a median that says little. Then the median of all values is taken.
 FEWEST = 20
 
 
 def robust_scores(values: NDArray[np.float64], groups: NDArray[Any] | None = None) -> NDArray[np.float64]:
-    """Each value's distance from the median of its group, in robust standard deviations: 1.4826 median absolute deviations.
+    """Return each value's distance from the median of its group, in robust standard deviations.
 
-    Where more than half of a group are equal, its mean absolute deviation is taken; where all are, or all but rounding, all are 0.
+    A robust standard deviation is 1.4826 median absolute deviations. If more than half of a group
+    are equal, its mean absolute deviation is taken. If all are equal, up to rounding, all scores
+    are 0.
 
     Args:
-        values: shape (n,), finite.
-        groups: what each belongs to, shape (n,); groups of fewer than `FEWEST` are held against all values; None: one group.
+        values: values to score, shape (n,), finite.
+        groups: group of each value, shape (n,). A group of fewer than `FEWEST` values is compared
+            with all values. None: one group.
 
     Returns:
-        Shape (n,); negative below the median.
+        Shape (n,). A score below the median is negative.
     """
     scores = _scores(values, values)
     if groups is not None:
@@ -48,17 +53,20 @@ def _scores(values: NDArray[np.float64], bulk: NDArray[np.float64]) -> NDArray[n
 
 
 def tail_threshold(scores: NDArray[np.float64]) -> float:
-    """Where the lower tail ends that the upper one does not account for: a local false discovery rate (Efron, "Large-Scale
-    Inference", 2010), with the upper half mirrored at 0 as what the lower half would be if it held nothing odd.
+    """Return the end of the part of the lower tail that the upper tail does not account for.
 
-    Windows of 1 % of the values are looked at from the lowest on, and taken as long as the mirrored values in them are not more
-    than `MOST_FALSE` of theirs. In the first window those count too that are lower still.
+    The threshold is a local false discovery rate (Efron, "Large-Scale Inference", 2010). The upper
+    half is mirrored at 0. It stands for the lower half without anything odd.
+
+    Windows of 1 % of the values are taken from the lowest on, as long as the mirrored values in a
+    window are at most `MOST_FALSE` of its values. The first window also counts the mirrored values
+    below it.
 
     Args:
-        scores: shape (n,), finite, with their median at 0.
+        scores: scores, shape (n,), finite, with their median at 0.
 
     Returns:
-        Values below it are of the tail; minus infinity where there is none.
+        Values below it belong to the tail. Minus infinity if there is no tail.
     """
     ordered, mirrored = np.sort(scores), np.sort(-scores)
     width = max(_LEAST_WINDOW, round(_WINDOW_SHARE * len(scores)))

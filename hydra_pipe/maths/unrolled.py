@@ -1,13 +1,17 @@
-"""One training step, differentiated backward: what the adjoints after it make of those before it.
+"""One training step, differentiated backward: from the adjoints after it to the adjoints before it.
 
-Symbols: theta parameters; G their batch gradient, that of sum_i w_i l_i / n at w = 1; c(G) G that gradient clipped; g what the
-optimiser makes of it; b SGD's momentum buffer; m, s Adam's moments. eta learning rate, mu momentum, tau dampening, lambda weight
-decay, beta_1, beta_2, eps Adam's. The adjoint of x is d l_j(theta_T) / d x, for each column j: a of theta, and by name else.
+Symbols: theta parameters; G their batch gradient, the gradient of sum_i w_i l_i / n at w = 1; c(G)
+G that gradient clipped; g the gradient that the optimiser makes of it; b SGD's momentum buffer; m,
+s Adam's moments. eta learning rate, mu momentum, tau dampening, lambda weight decay, beta_1,
+beta_2, eps Adam's. The adjoint of x is d l_j(theta_T) / d x, for each column j. The adjoint of
+theta is called a, the others go by name.
 
     start      a = grad l_j(theta_T), the others 0
-    step t     adjoints of c(G) G from those of the optimiser's state     `sgd_adjoint`, `adam_adjoint`
-               u, of G itself                                             `unclipped`
-               dl_j / dw_i += <u, grad l_i / n>,  a += H u                replay/products.py, with H the batch loss's Hessian
+    step t     adjoints of c(G) G from those of the optimiser's state  `sgd_adjoint`, `adam_adjoint`
+               u, of G itself                                          `unclipped`
+               dl_j / dw_i += <u, grad l_i / n>,  a += H u             replay/products.py
+
+H is the Hessian of the batch loss.
 
 All tensors of adjoints have shape (column, *parameter's), and the parameter's dtype.
 """
@@ -20,12 +24,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SgdStep:
-    """Settings of torch.optim.SGD as they were at a step, for one parameter.
+    """Settings of torch.optim.SGD at a step, for one parameter.
 
     Args:
         learning_rate, momentum, dampening, weight_decay: eta, mu, tau, lambda.
-        nesterov: whether it was Nesterov's.
-        started: whether the step made the momentum buffer, which PyTorch sets to the gradient itself.
+        nesterov: True if the step was Nesterov's.
+        started: True if the step made the momentum buffer. PyTorch sets a new buffer to the
+            gradient itself.
     """
 
     learning_rate: float
@@ -40,14 +45,15 @@ def sgd_adjoint(step: SgdStep, a: Tensor, buffer: Tensor) -> Tensor:
     """Go back over b = mu b + (1 - tau) g, theta = theta - eta b, with g = c(G) G + lambda theta.
 
     Args:
-        step: its settings.
-        a, buffer: adjoints of theta and of b after the step: changed to those before it, but for what comes through G.
+        step: settings of the step.
+        a, buffer: adjoints of theta and of b after the step. They are changed in place to the
+            adjoints before the step, except for the part that comes through G.
 
     Returns:
-        The adjoint of g, which is that of c(G) G.
+        The adjoint of g, which equals the adjoint of c(G) G.
     """
     moved = -step.learning_rate * a
-    if step.momentum == 0.0:  # neither reads nor writes the buffer
+    if step.momentum == 0.0:  # the step neither reads nor writes the buffer
         found = moved
     else:
         gain = 1.0 if step.started else 1.0 - step.dampening
@@ -65,12 +71,12 @@ def sgd_adjoint(step: SgdStep, a: Tensor, buffer: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamStep:
-    """Settings of torch.optim.Adam and AdamW as they were at a step, for one parameter.
+    """Settings of torch.optim.Adam and AdamW at a step, for one parameter.
 
     Args:
         learning_rate, beta1, beta2, eps, weight_decay: eta, beta_1, beta_2, eps, lambda.
-        decoupled: whether the decay shrinks theta itself (AdamW) and is no part of g.
-        number: of the parameter's updates, this one included.
+        decoupled: True if the decay shrinks theta itself (AdamW) and is no part of g.
+        number: number of the parameter's updates, this one included.
     """
 
     learning_rate: float
@@ -84,7 +90,7 @@ class AdamStep:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state of one parameter after a step, and what it was made from; all of the parameter's shape.
+    """Adam's state of one parameter after a step, and its gradient. All have the parameter's shape.
 
     Args:
         gradient: g.
@@ -97,18 +103,20 @@ class Moments:
 
 
 def adam_adjoint(step: AdamStep, moments: Moments, a: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Go back over theta = (1 - eta lambda) theta - eta m_hat / (sqrt(s_hat) + eps), m = beta_1 m + (1 - beta_1) g,
-    s = beta_2 s + (1 - beta_2) g^2, the second moment differentiated too.
+    """Go back over a step of Adam. The second moment is differentiated too.
 
-    Where s is exactly 0 the gradient has been so at every step: the root's derivative is taken to be 0 there.
+    The step is theta = (1 - eta lambda) theta - eta m_hat / (sqrt(s_hat) + eps),
+    m = beta_1 m + (1 - beta_1) g, s = beta_2 s + (1 - beta_2) g^2. If s is exactly 0, the gradient
+    was 0 at every step. Then the derivative of the root is taken to be 0.
 
     Args:
-        step: its settings.
-        moments: of the step.
-        a, first, second: adjoints of theta, m and s after the step: changed to those before it, but for what comes through G.
+        step: settings of the step.
+        moments: state of the step.
+        a, first, second: adjoints of theta, m and s after the step. They are changed in place to
+            the adjoints before the step, except for the part that comes through G.
 
     Returns:
-        The adjoint of g, which is that of c(G) G.
+        The adjoint of g, which equals the adjoint of c(G) G.
     """
     size = step.learning_rate / (1.0 - step.beta1**step.number)
     correction = (1.0 - step.beta2**step.number) ** 0.5
@@ -129,14 +137,15 @@ def adam_adjoint(step: AdamStep, moments: Moments, a: Tensor, first: Tensor, sec
 
 
 def unclipped(adjoints: list[Tensor], gradients: list[Tensor], max_norm: float) -> list[Tensor]:
-    """The adjoint of G from that of c(G) G, c = min(1, max_norm / (|G| + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it.
+    """Return the adjoint of G from the adjoint of c(G) G.
 
-    u = c g - c / ((|G| + 1e-6) |G|) <g, G> G where it clips.
+    c = min(1, max_norm / (|G| + 1e-6)), as in torch.nn.utils.clip_grad_norm_. If the step clips,
+    u = c g - c / ((|G| + 1e-6) |G|) <g, G> G, with g here the adjoint of c(G) G.
 
     Args:
-        adjoints: of c(G) G, one tensor (column, ...) for each parameter.
-        gradients: G, not clipped, of the same parameters.
-        max_norm: to which it is clipped.
+        adjoints: adjoints of c(G) G, one tensor (column, ...) for each parameter.
+        gradients: G of the same parameters, not clipped.
+        max_norm: norm that the gradient is clipped to.
     """
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     scale = float(max_norm / (norm + 1e-6))
