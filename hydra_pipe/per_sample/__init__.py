@@ -1,1 +1,1 @@
-"""From a pass to the gradients of its samples: layer rules, node rules and what they yield, before anything is written."""
+"""Per-sample gradients of a pass: layer rules, node rules and their results, before any write."""

@@ -16,14 +16,18 @@ from hydra_pipe.per_sample.patches import Conv, ConvTranspose, Patches
 def conv_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """Convolution as a Linear on patches: dW_i = sum_p g_ip patch_ip^T, any stride, padding, dilation and groups."""
+    """Apply the rule of convolutions.
+
+    A convolution is a Linear on patches: dW_i = sum_p g_ip patch_ip^T. Any stride, padding,
+    dilation and groups are allowed.
+    """
     assert isinstance(module, Conv)
     (inputs,) = args or kwargs.values()
     grads = grad_output.flatten(2)
     result: dict[str, Contribution] = {name: Factors(grads.transpose(1, 2), None) for name in wanted if name == "bias"}
     if "weight" in wanted:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        # torch keeps the widths, "same" resolved, in the order that F.pad takes
+        # torch keeps the widths in the order that F.pad takes, with "same" resolved.
         widths = tuple(module._reversed_padding_repeated_twice)
         patches = Patches(inputs, module, grad_output.shape[2:], widths, mode)
         result["weight"] = _grouped(grads, patches, module.groups, result.get("bias"))
@@ -33,7 +37,10 @@ def conv_rule(
 def conv_transpose_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """Transposed convolution: the roles of input and output gradient are changed, dW_i = sum_p x_ip patch(g)_ip^T."""
+    """Apply the rule of transposed convolutions: dW_i = sum_p x_ip patch(g)_ip^T.
+
+    The input and the output gradient swap their roles.
+    """
     assert isinstance(module, ConvTranspose)
     inputs = args[0] if args else kwargs["input"]
     result: dict[str, Contribution] = {
@@ -48,7 +55,14 @@ def conv_transpose_rule(
 
 
 def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | None = None) -> Contribution:
-    """Products of (B, O, P) and patches, group by group; `bias` has the same output factor, if it is given."""
+    """Multiply values of shape (B, O, P) and patches, group by group.
+
+    Args:
+        lefts: values to multiply, shape (B, O, P).
+        patches: patches to multiply.
+        groups: number of groups of the convolution.
+        bias: contribution of the bias, with the same output factor. None if the bias is not wanted.
+    """
     if groups == 1:
         left = bias.left if isinstance(bias, Factors) else lefts.transpose(1, 2)
         return Factors(left, patches)

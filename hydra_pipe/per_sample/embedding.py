@@ -15,10 +15,13 @@ from hydra_pipe.per_sample.factors import Contribution, TokenRows
 def embedding_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """Embedding: the gradient at each position goes to the row of its token; repeated tokens add up, padding gets none.
+    """Apply the rule of embeddings: the gradient at each position goes to the line of its token.
+
+    Repeated tokens add up. Padding gets no gradient.
 
     Raises:
-        LayerError: scale_grad_by_freq, which counts tokens across samples, or sparse gradients.
+        LayerError: the module has scale_grad_by_freq, which counts tokens across samples, or sparse
+            gradients.
     """
     assert isinstance(module, nn.Embedding)
     if module.scale_grad_by_freq or module.sparse:
@@ -31,7 +34,7 @@ def embedding_rule(
 
 
 def token_rows(tokens: Tensor, values: Tensor, n_lines: int, padding: int | None) -> TokenRows:
-    """Lines of a table, without those of padding. See `TokenRows`."""
+    """Return the lines of a table without the lines of padding. See `TokenRows`."""
     if padding is not None and padding >= 0:
         values = values * (tokens != padding).unsqueeze(2)
     return TokenRows(tokens.long(), values, n_lines)

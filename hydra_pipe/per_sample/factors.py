@@ -1,6 +1,7 @@
-"""Gradients as sums over positions of outer products: what layer rules yield before anything is multiplied.
+"""Gradients as sums over positions of outer products: results of layer rules before any product.
 
-Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input channels or features.
+Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input
+channels or features.
 """
 
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ _SCRATCH = Scratch()
 
 @dataclass(frozen=True)
 class Factors:
-    """Gradients of B samples as sums over positions of outer products: row_i = sum_p outer(left[i, p], right[i, p]).
+    """Gradients of B samples as sums over positions of outer products.
+
+    row_i = sum_p outer(left[i, p], right[i, p]).
 
     Args:
         left: gradient at the output, shape (B, P, O).
-        given_right: what it is multiplied by, shape (B, P, I), or the patches that it consists of; None stands for 1, as in a bias.
-        beside: factors with the same `left`, so that its norms are taken once.
+        given_right: right factor, shape (B, P, I), or the patches that it consists of. None stands
+            for 1, as in a bias.
+        beside: factors with the same `left`, so that the norms of `left` are taken once.
     """
 
     left: Tensor
@@ -33,13 +37,17 @@ class Factors:
 
     @cached_property
     def right(self) -> Tensor | None:
-        """What `left` is multiplied by, written out."""
+        """Right factor, written out, shape (B, P, I). None stands for 1."""
         if isinstance(self.given_right, Patches):
             return self.given_right.written_out(slice(0, len(self.left))).clone()
         return self.given_right
 
     def right_times(self, matrix: Tensor | None) -> Tensor:
-        """`right` times the transpose of `matrix`, which has the shape (k, I), or `right` itself; shape (B, P, k)."""
+        """Return `right` times the transpose of `matrix`, shape (B, P, k), or `right` itself.
+
+        Args:
+            matrix: matrix of shape (k, I). None: `right` itself is returned.
+        """
         if matrix is None:
             assert self.right is not None
             return self.right
@@ -49,8 +57,9 @@ class Factors:
         return self.given_right @ matrix.T
 
     def norms(self) -> Tensor:
-        """Upper bound of each row's norm, and of the rounding in it where its terms cancel, shape (B,).
+        """Return an upper bound of each row's norm, shape (B,).
 
+        It also bounds the rounding in a row whose terms cancel.
         |sum_p outer(l_p, r_p)| <= |l| |r| over all positions (Cauchy-Schwarz).
         """
         left, right = self._left_norms, self.given_right
@@ -65,7 +74,7 @@ class Factors:
 
     @property
     def n_inputs(self) -> int:
-        """I; 1 where `right` is None."""
+        """I. It is 1 if `right` is None."""
         if self.given_right is None:
             return 1
         return self.given_right.n_pixels if isinstance(self.given_right, Patches) else self.given_right.shape[-1]
@@ -76,11 +85,11 @@ class Factors:
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """The dimensions of the weight in the order that `pieces` has them in; None: their own."""
+        """Order of the weight's dimensions in `pieces`. None: the weight's own order."""
         return self.given_right.order if isinstance(self.given_right, Patches) else None
 
     def rows(self) -> Tensor:
-        """The gradients written out, shape (B, O * I), or (B, O) where `right` is None."""
+        """Return the gradients written out, shape (B, O * I), or (B, O) if `right` is None."""
         right = self.given_right
         if right is None:
             return self.left.sum(1)
@@ -95,9 +104,10 @@ class Factors:
         return rows
 
     def pieces(self) -> Iterator[Tensor]:
-        """The rows of a few samples after the other, where `right` is not None. Each is good until the next is asked for.
+        """Yield the rows of a few samples after the other. `right` must not be None.
 
-        Their elements are those of the weight with its dimensions in `order`.
+        A piece is good until the next piece is asked for. Its elements are the elements of the
+        weight with its dimensions in `order`.
         """
         return map(self._multiplied, self._samples())
 
@@ -107,7 +117,7 @@ class Factors:
         return right.pieces_of_products(row_bytes) if isinstance(right, Patches) else pieces(len(self.left), row_bytes)
 
     def _multiplied(self, samples: slice) -> Tensor:
-        """Rows of some samples as `pieces` has them."""
+        """Return the rows of some samples, as in `pieces`."""
         shape = (samples.stop - samples.start, self.left.shape[2] * self.n_inputs)
         rows = _SCRATCH.take("rows", shape, self.left)
         self._multiply(samples, rows)
@@ -127,8 +137,9 @@ class Summed:
     """Gradients of B samples that are sums over positions, written out.
 
     Args:
-        rows: shape (B, numel).
-        bounds: upper bound of the summed norms of each row's terms, shape (B,). Where the terms cancel, the row is their rounding.
+        rows: gradients, shape (B, numel).
+        bounds: upper bound of the summed norms of each row's terms, shape (B,). If the terms
+            cancel, the row is their rounding.
     """
 
     rows: Tensor
@@ -137,12 +148,12 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Gradients of a table of which each sample uses some lines: an embedding's.
+    """Gradients of a table of which each sample uses some lines, such as an embedding.
 
     Args:
         tokens: lines that each position of a sample uses, shape (B, P), int64.
-        values: gradient at each position, shape (B, P, D); positions of one line add up.
-        n_lines: of the table, shape (n_lines, D).
+        values: gradient at each position, shape (B, P, D). Positions of one line add up.
+        n_lines: number of lines of the table, which has the shape (n_lines, D).
     """
 
     tokens: Tensor
@@ -150,7 +161,7 @@ class TokenRows:
     n_lines: int
 
     def rows(self) -> Tensor:
-        """The gradients written out, shape (B, n_lines * D)."""
+        """Return the gradients written out, shape (B, n_lines * D)."""
         batch, _, width = self.values.shape
         rows = self.values.new_zeros(batch * self.n_lines, width)
         places = self.tokens + self.n_lines * torch.arange(batch, device=self.tokens.device).unsqueeze(1)
@@ -158,28 +169,39 @@ class TokenRows:
         return rows.reshape(batch, -1)
 
     def bounds(self) -> Tensor:
-        """Upper bound of each row's norm, shape (B,): the norms of its positions, added up."""
+        """Return an upper bound of each row's norm, shape (B,).
+
+        It is the sum of the norms of the sample's positions.
+        """
         norms: Tensor = torch.linalg.vector_norm(self.values, dim=2)
         return norms.sum(1)
 
     def sum_times(self, vector: Tensor) -> Tensor:
-        """The sum of all rows, as a table, times `vector` of shape (D,); shape (n_lines,)."""
+        """Return the sum of all rows, as a table, times `vector`. Shape (n_lines,).
+
+        Args:
+            vector: vector of shape (D,).
+        """
         return self.values.new_zeros(self.n_lines).index_add_(0, self.tokens.flatten(), (self.values @ vector).flatten())
 
 
-# What a rule yields for one parameter: factors, sums, lines of a table, or the rows themselves, shape (B, numel).
+# Result of a rule for one parameter: factors, sums, lines of a table, or the rows themselves,
+# shape (B, numel).
 Contribution = Factors | Summed | TokenRows | Tensor
 
 
 def rows_of(value: Contribution) -> Tensor:
-    """The rows, written out, shape (B, numel)."""
+    """Return the rows, written out, shape (B, numel)."""
     if isinstance(value, Factors | TokenRows):
         return value.rows()
     return value.rows if isinstance(value, Summed) else value
 
 
 def bounds_of(value: Contribution) -> Tensor:
-    """Upper bound of each row's norm, and of what the row is a sum of, as far as it is known; shape (B,)."""
+    """Return an upper bound of each row's norm, shape (B,).
+
+    It also bounds the terms of the row, if they are known.
+    """
     if isinstance(value, Factors):
         return value.norms()
     if isinstance(value, TokenRows):
@@ -188,7 +210,7 @@ def bounds_of(value: Contribution) -> Tensor:
 
 
 def projected(value: Factors | Tensor, kron: Kron) -> Tensor:
-    """Project factors, or rows of shape (B, O * I), by `kron`; shape (B, k_out * k_in)."""
+    """Project factors, or rows of shape (B, O * I), by `kron`. Shape (B, k_out * k_in)."""
     if not isinstance(value, Factors):
         return kron(value)
     if value.given_right is None:

@@ -1,6 +1,7 @@
 """Rules of layers that multiply by a matrix: Linear, and the Conv1D of transformers.
 
-Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input channels or features.
+Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input
+channels or features.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,7 +15,10 @@ from hydra_pipe.per_sample.factors import Contribution, Factors
 def linear_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """Linear, y = W x + b: dW_i = sum_p g_ip x_ip^T, db_i = sum_p g_ip. Inputs of shape (B, ..., I)."""
+    """Apply the rule of Linear, y = W x + b: dW_i = sum_p g_ip x_ip^T, db_i = sum_p g_ip.
+
+    Inputs have shape (B, ..., I).
+    """
     (inputs,) = args or kwargs.values()
     left = _by_position(grad_output)
     if "weight" not in wanted:
@@ -24,14 +28,17 @@ def linear_rule(
 
 
 def _by_position(values: Tensor) -> Tensor:
-    """(B, ..., n) to (B, P, n)."""
+    """Reshape (B, ..., n) to (B, P, n)."""
     return values.unsqueeze(1) if values.dim() == 2 else values.reshape(len(values), -1, values.shape[-1])
 
 
 def conv1d_of_transformers_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """A Linear whose weight has the shape (I, O), y = x W + b: dW_i = sum_p x_ip g_ip^T. What GPT-2 in transformers is made of."""
+    """Apply the rule of a Linear whose weight has the shape (I, O), y = x W + b.
+
+    dW_i = sum_p x_ip g_ip^T. GPT-2 in transformers is made of such layers.
+    """
     (inputs,) = args or kwargs.values()
     batch = grad_output.shape[0]
     grads = grad_output.reshape(batch, -1, grad_output.shape[-1])

@@ -1,6 +1,7 @@
-"""The gradients at the gates of an LSTM layer, of all samples at once.
+"""Gradients at the gates of an LSTM layer, for all samples at once.
 
-Symbols: T time steps, B samples, I input and H hidden features. i, f, g, o are the gates; c the cell, h the output:
+Symbols: T time steps, B samples, I input and H hidden features. i, f, g, o are the gates; c the
+cell, h the output:
 
     c_t = f_t c_(t-1) + i_t g_t,    h_t = o_t tanh(c_t)
 """
@@ -17,11 +18,11 @@ class LstmLayer:
     """One layer of an LSTM in one direction, as it ran.
 
     Args:
-        inputs: shape (T, B, I).
+        inputs: inputs of the layer, shape (T, B, I).
         weights: W_ih (4 H, I), W_hh (4 H, H), b_ih and b_hh (4 H).
-        hidden, cell: at the beginning, shape (B, H).
+        hidden, cell: states at the beginning, shape (B, H).
         outputs: h_1 to h_T, shape (T, B, H).
-        reverse: whether time ran backwards.
+        reverse: True if time ran backwards.
     """
 
     inputs: Tensor
@@ -35,14 +36,15 @@ class LstmLayer:
 def lstm_gate_gradients(
     layer: LstmLayer, grad_outputs: Tensor | None, grad_hidden: Tensor | None, grad_cell: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients before the gates' nonlinearities, and what the weights multiplied there.
+    """Return the gradients before the gates' nonlinearities, and the inputs of the weights there.
 
-    With d_t the first of them, dW_ih = sum_t d_t x_t^T, dW_hh = sum_t d_t h_(t-1)^T and db = sum_t d_t for each sample.
+    Let d_t be the gradients. Then dW_ih = sum_t d_t x_t^T, dW_hh = sum_t d_t h_(t-1)^T and
+    db = sum_t d_t for each sample.
 
     Args:
-        layer: that ran.
-        grad_outputs: at `outputs`, shape (T, B, H); None: none.
-        grad_hidden, grad_cell: at h_T and c_T, shape (B, H); None: none.
+        layer: layer that ran.
+        grad_outputs: gradient at `outputs`, shape (T, B, H). None: no gradient.
+        grad_hidden, grad_cell: gradients at h_T and c_T, shape (B, H). None: no gradient.
 
     Returns:
         d, shape (B, T, 4 H); x, shape (B, T, I); h of the step before, shape (B, T, H).
@@ -59,7 +61,7 @@ def lstm_gate_gradients(
     for f_t, addition in zip(f, i * g, strict=True):
         cells.append(torch.addcmul(addition, f_t, cells[-1]))
     squashed = torch.stack(cells[1:]).tanh()
-    # What multiplies dh_t and dc_t at the gates does not depend on the way back.
+    # The factors of dh_t and dc_t at the gates do not depend on the backward recursion.
     of_output = o * (1 - squashed * squashed)
     at_gates = torch.cat([g * i * (1 - i), torch.stack(cells[:-1]) * f * (1 - f), i * (1 - g * g)], dim=2)
     at_o = squashed * o * (1 - o)

@@ -1,4 +1,4 @@
-"""A node of the autograd graph that is about to run backward, as node rules see it.
+"""A node of the autograd graph that is about to run backward: the input of node rules.
 
 Symbols: B samples in the pass.
 """
@@ -21,11 +21,11 @@ class NodeCall:
     """A node that is about to run backward.
 
     Args:
-        node: of the autograd graph; its saved tensors are still there.
-        gradients: at each output of the node, None where there is none.
-        orders: where the gradients keep their samples, None where there is no gradient.
+        node: node of the autograd graph. Its saved tensors are still there.
+        gradients: gradient at each output of the node. None: no gradient.
+        orders: place of the samples in each gradient. None: no gradient.
         batch: B.
-        shapes: of the inputs whose gradients are wanted, by the input's number.
+        shapes: shapes of the inputs whose gradients are wanted, by number of the input.
     """
 
     node: Any
@@ -36,14 +36,14 @@ class NodeCall:
 
     @property
     def gradient(self) -> Tensor:
-        """Of a node with one output."""
+        """Gradient at the output of a node with one output."""
         (gradient,) = self.gradients
         assert gradient is not None
         return gradient
 
     @property
     def order(self) -> SampleOrder:
-        """Of a node with one output."""
+        """Place of the samples in the gradient of a node with one output."""
         (order,) = self.orders
         assert order is not None
         return order

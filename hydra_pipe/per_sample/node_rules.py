@@ -1,6 +1,7 @@
 """Node rules: from the gradient at a node's output to each sample's gradient at one of its inputs.
 
-Symbols: B samples in the pass, P positions of a sample, O output and I input features, T time steps, H hidden features.
+Symbols: B samples in the pass, P positions of a sample, O output and I input features, T time
+steps, H hidden features.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +18,15 @@ from hydra_pipe.per_sample.orders import SampleOrder
 
 
 def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]) -> Summed | None:
-    """Each sample's part of `values`, summed to `shape` as autograd sums what was broadcast; None where `shape` holds
-    samples itself.
+    """Return each sample's part of `values`, summed to `shape`.
+
+    The sum is autograd's sum over broadcast dimensions. None if `shape` holds samples itself.
 
     Args:
-        values: a gradient times whatever multiplied the input, shape as the node's output.
-        order: where `values` keeps its samples.
+        values: a gradient times the factor of the input, in the shape of the node's output.
+        order: place of the samples in `values`.
         batch: B.
-        shape: of the input that was broadcast.
+        shape: shape of the input that was broadcast.
 
     Returns:
         Rows of shape (B, numel of `shape`).
@@ -41,7 +43,10 @@ def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tupl
 
 
 def _broadcast(call: NodeCall, factors: Mapping[int, Callable[[], Tensor | None]]) -> dict[int, ByInput]:
-    """Rules of elementwise nodes: the gradient times the factor of each input, summed to the input's shape."""
+    """Apply the rule of elementwise nodes.
+
+    The rows are the gradient times the factor of each input, summed to the input's shape.
+    """
     found: dict[int, ByInput] = {}
     for slot, shape in call.shapes.items():
         if slot in factors:
@@ -82,17 +87,20 @@ def _expand_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _prelu_rule(call: NodeCall) -> dict[int, ByInput]:
-    """PReLU, y = max(x, 0) + w min(x, 0): dw_i = sum_p g_ip min(x_ip, 0)."""
+    """Apply the rule of PReLU, y = max(x, 0) + w min(x, 0): dw_i = sum_p g_ip min(x_ip, 0)."""
     return _broadcast(call, {1: lambda: call.gradient * call.node._saved_self.detach().clamp(max=0)})
 
 
 def _addmm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """beta b + alpha X M, X of shape (N, I), M of shape (I, O): dM_i = alpha sum_p x_ip g_ip^T."""
+    """Apply the rule of beta b + alpha X M: dM_i = alpha sum_p x_ip g_ip^T.
+
+    X has the shape (N, I), M has the shape (I, O).
+    """
     return _product(call, bias=0, left=1, right=2, scale=call.node._saved_alpha, bias_scale=call.node._saved_beta)
 
 
 def _mm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """X M: see `_addmm_rule`."""
+    """Apply the rule of X M: see `_addmm_rule`."""
     return _product(call, bias=None, left=0, right=1, scale=1, bias_scale=1)
 
 
@@ -115,7 +123,10 @@ def _product(call: NodeCall, *, bias: int | None, left: int, right: int, scale: 
 
 
 def _convolution_rule(call: NodeCall) -> dict[int, ByInput]:
-    """A convolution by its own backward, the entries of one sample at a time: no other sample's work is done for it."""
+    """Run a convolution's own backward on the entries of one sample at a time.
+
+    No work is done for other samples.
+    """
     node, order, batch = call.node, call.order, call.batch
     found: dict[int, ByInput] = {}
     if order.dim != 0:
@@ -138,7 +149,10 @@ def _convolution_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _batch_norm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """y = w n(x) + b by channel: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip, with the statistics of the whole batch."""
+    """Apply the rule of y = w n(x) + b by channel: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip.
+
+    n(x) has the statistics of the whole batch.
+    """
     node = call.node
     if call.gradients[0] is None or call.orders[0] is None or call.orders[0].dim != 0:
         return {}
@@ -156,7 +170,7 @@ def _batch_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _embedding_rule(call: NodeCall) -> dict[int, ByInput]:
-    """A look-up: the gradient at each position goes to the line of its token."""
+    """Apply the rule of a look-up: the gradient at each position goes to the line of its token."""
     node, order, batch = call.node, call.order, call.batch
     indices: Tensor = node._saved_indices
     if order.dim >= indices.dim() or node._saved_scale_grad_by_freq or 0 not in call.shapes:
@@ -167,14 +181,14 @@ def _embedding_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _by_channel(values: Tensor, order: SampleOrder, batch: int) -> Summed:
-    """(N, C, ...) to rows of shape (B, C)."""
+    """Sum values of shape (N, C, ...) to rows of shape (B, C)."""
     by_sample = order.split(values.reshape(*values.shape[:2], -1), batch)  # (B, k, C, P)
     terms = by_sample.shape[1] * by_sample.shape[3]
     return Summed(by_sample.sum((1, 3)), torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5)
 
 
 def _group_norm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """y = w n(x) + b by channel, normed over groups of channels: see `_batch_norm_rule`."""
+    """Apply the rule of y = w n(x) + b by channel, normed over groups: see `_batch_norm_rule`."""
     node, gradient, order = call.node, call.gradients[0], call.orders[0]
     if gradient is None or order is None or order.dim != 0:
         return {}
@@ -188,7 +202,10 @@ def _group_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """y = w n(x) + b over the last dimensions: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip."""
+    """Apply the rule of y = w n(x) + b over the last dimensions.
+
+    dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip.
+    """
     node, gradient, order = call.node, call.gradients[0], call.orders[0]
     if gradient is None or order is None:
         return {}
@@ -206,9 +223,9 @@ def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 
 
 def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
-    """One layer of an LSTM in one direction: see `hydra_pipe.per_sample.lstm`."""
+    """Apply the rule of one LSTM layer in one direction: see `hydra_pipe.per_sample.lstm`."""
     node = call.node
-    places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))  # of the outputs, and of the last hidden and cell state
+    places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))  # outputs, last hidden state, last cell state
     usual = all(o is None or o == place for o, place in zip(call.orders, places, strict=False))
     if node._saved_mode != _LSTM or not usual or node._saved_input.shape[1] != call.batch:
         return {}

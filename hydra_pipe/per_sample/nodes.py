@@ -1,11 +1,11 @@
 """Each sample's gradient at the inputs of one node of the autograd graph.
 
-A layer rule (`hydra_pipe.per_sample.registry`) needs a module. A node needs nothing but the graph that autograd keeps
-of every pass: it serves parameters that a module of any kind owns, and parameters that are used outside of the module
-that owns them.
+A layer rule (`hydra_pipe.per_sample.registry`) needs a module. A node needs only the graph that
+autograd keeps of every pass. So nodes serve parameters of modules of any kind, and parameters that
+are used outside of the module that owns them.
 
-`slow_gradients_by_sample` always works: it calls the node once for each sample, with zeros in place of the other
-samples' gradients. A rule (`hydra_pipe.per_sample.node_rules`) is fast.
+`slow_gradients_by_sample` always works: it calls the node once for each sample, with zeros in place
+of the other samples' gradients. A rule (`hydra_pipe.per_sample.node_rules`) is fast.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ from hydra_pipe.per_sample.orders import FIRST, WHOLE
 
 
 def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
-    """Each sample's gradient at the wanted inputs of a node, by a rule where there is one.
+    """Return each sample's gradient at the wanted inputs of a node, by a rule if there is one.
 
     Returns:
-        By the input's number: rows of shape (B, numel of the input), or factors of them.
+        Rows of shape (B, numel of the input), or factors of the rows, by number of the input.
 
     Raises:
         RuntimeError, TypeError: the node cannot be called by itself.
@@ -32,7 +32,7 @@ def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
     rule = RULES.get(call.node.name())
     found: dict[int, ByInput] = {}
     if rule is not None:
-        # in a batch of one the first dimension may as well hold the sample
+        # In a batch of one, the first dimension may be taken to hold the sample.
         orders = [
             FIRST if order is WHOLE and g is not None and g.dim() else order
             for order, g in zip(call.orders, call.gradients, strict=True)
@@ -44,7 +44,10 @@ def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
 
 
 def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
-    """The slow twin of every rule: the node's own backward, once for each sample. See `gradients_by_sample`."""
+    """Run the node's own backward once for each sample: the slow twin of every rule.
+
+    See `gradients_by_sample`.
+    """
     rows: dict[int, list[Tensor]] = {slot: [] for slot in shapes}
     for sample in range(call.batch):
         alone = [
@@ -54,24 +57,24 @@ def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...
         at_inputs = _called(call.node, alone)
         for slot, shape in shapes.items():
             found = at_inputs[slot]
-            # the engine, not the node, sums what was broadcast
+            # The engine, not the node, sums over broadcast dimensions.
             rows[slot].append(_zeros(alone, shape) if found is None else found.detach().sum_to_size(shape).reshape(-1))
     return {slot: torch.stack(of_samples) for slot, of_samples in rows.items()}
 
 
 def _zeros(like: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
-    """Zeros for an input of `shape` that a node has no gradient for, flattened."""
+    """Return zeros, flattened, for an input of `shape` that a node has no gradient for."""
     device = next(x.device for x in like if x is not None)
     return torch.zeros(torch.Size(shape).numel(), device=device)
 
 
 def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What the node makes of `gradients`, one entry for each of its `next_functions`."""
+    """Return the node's results for `gradients`, one entry for each of its `next_functions`."""
     own = getattr(node, "apply", None)
     if own is None:
         found = node(*gradients)
         return found if isinstance(found, tuple) else (found,)
-    # A torch.autograd.Function answers for everything that its forward took, tensors or not.
+    # A torch.autograd.Function has a result for every argument of its forward, tensor or not.
     found = own(*gradients)
     all_found = found if isinstance(found, tuple) else (found,)
     needed = iter([g for g, is_needed in zip(all_found, node.needs_input_grad, strict=False) if is_needed])

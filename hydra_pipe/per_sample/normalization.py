@@ -17,7 +17,10 @@ from hydra_pipe.per_sample.patches import norms
 def last_dims_norm_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """LayerNorm and RMSNorm, y = w * n(x) + b over the last dimensions: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip."""
+    """Apply the rule of LayerNorm and RMSNorm, y = w * n(x) + b over the last dimensions.
+
+    dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip.
+    """
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
     (inputs,) = args or kwargs.values()
     shape = list(module.normalized_shape)
@@ -33,9 +36,9 @@ def last_dims_norm_rule(
 
 
 def _over_positions(terms: Tensor) -> Contribution:
-    """Sum terms of shape (B, P, n) over positions, and keep what is summed.
+    """Sum terms of shape (B, P, n) over positions, and keep a bound of their norms.
 
-    Where a softmax over positions follows, nothing but rounding may be left of the sum.
+    If a softmax over positions follows, the terms cancel. Then the sum is nothing but rounding.
     """
     if terms.shape[1] == 1:
         return terms[:, 0]
@@ -45,26 +48,29 @@ def _over_positions(terms: Tensor) -> Contribution:
 def channel_norm_rule(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
 ) -> dict[str, Contribution]:
-    """GroupNorm, InstanceNorm and BatchNorm, y = w * n(x) + b by channel: dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip.
+    """Apply the rule of GroupNorm, InstanceNorm and BatchNorm, y = w * n(x) + b by channel.
 
-    In training mode BatchNorm's n(x) and the gradients below it depend on the whole batch. A row is then the sample's *share* of
-    the batch gradient, what goes through its own activations; the shares sum to the gradient, but are not each sample's own.
+    dw_i = sum_p g_ip n(x)_ip, db_i = sum_p g_ip. In training mode, BatchNorm's n(x) and the
+    gradients below it depend on the whole batch. A row is then the sample's *share* of the batch
+    gradient: the part that goes through its own activations. The shares sum to the gradient. But a
+    share is not the gradient of the sample alone.
     """
     (inputs,) = args or kwargs.values()
     rows: dict[str, Contribution] = {}
     for name in wanted:
         if name == "weight":
-            # in place: another array of that size costs more than the product
+            # In place, because another array of this size costs more than the product.
             terms = _channel_normed(module, inputs).mul_(grad_output)
             rows[name] = _over_positions(terms.reshape(*inputs.shape[:2], -1).transpose(1, 2))
         else:
-            # of factors the books know what is summed: where a mean over positions is taken off, nothing but rounding is left of it
+            # Factors let the books know the terms of the sum. If a mean over positions is taken off,
+            # the sum is nothing but rounding.
             rows[name] = Factors(grad_output.reshape(*inputs.shape[:2], -1).transpose(1, 2), None)
     return rows
 
 
 def _channel_normed(module: nn.Module, inputs: Tensor) -> Tensor:
-    """n(x), in memory of its own."""
+    """Return n(x), in memory of its own."""
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(inputs, module.num_groups, None, None, module.eps)
     assert isinstance(module, nn.modules.batchnorm._NormBase)

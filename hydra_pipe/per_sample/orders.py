@@ -1,6 +1,7 @@
-"""The place of each sample in a tensor: along which dimension, and in which order.
+"""Place of each sample in a tensor: the dimension, and the order along it.
 
-Symbols: B samples in a pass, L the length of the dimension that holds them, k = L / B entries of each sample.
+Symbols: B samples in a pass, L the length of the dimension that holds them, k = L / B entries of
+each sample.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SampleOrder:
-    """Where a tensor keeps its samples.
+    """Place of the samples in a tensor.
 
     Args:
         dim: the dimension that holds the samples. Its length L is a multiple of the batch B.
-        major: True: the k entries of a sample are neighbours (windows of a picture). False: entry 0 of all samples
-            comes first, then entry 1 of all samples (time steps before samples).
+        major: True: the k entries of a sample are neighbours (windows of a picture). False: entry 0
+            of all samples comes first, then entry 1 of all samples (time steps before samples).
     """
 
     dim: int = 0
@@ -27,7 +28,10 @@ class SampleOrder:
         return value.dim() > self.dim and value.shape[self.dim] > 0 and value.shape[self.dim] % batch == 0
 
     def split(self, value: Tensor, batch: int) -> Tensor:
-        """`value` by sample, shape (B, k, the other dimensions). A view where `value` allows a view."""
+        """Return `value` by sample, shape (B, k, the other dimensions).
+
+        The result is a view if `value` allows a view.
+        """
         first = value.movedim(self.dim, 0)
         rest = first.shape[1:]
         if self.major:
@@ -35,13 +39,16 @@ class SampleOrder:
         return first.reshape(-1, batch, *rest).transpose(0, 1)
 
     def only(self, value: Tensor, batch: int, sample: int) -> Tensor:
-        """A copy of `value` with zeros in place of every sample but `sample`."""
+        """Return a copy of `value` with zeros in place of every sample but `sample`."""
         alone = torch.zeros_like(value)
         self.split_view(alone, batch)[sample] = self.split_view(value, batch)[sample]
         return alone
 
     def split_view(self, value: Tensor, batch: int) -> Tensor:
-        """`split` without a copy: writing to the result writes to `value`. The samples come first, then k, then the rest."""
+        """Split like `split`, without a copy: writing to the result writes to `value`.
+
+        The samples come first, then k, then the other dimensions.
+        """
         k = value.shape[self.dim] // batch
         sizes = (batch, k) if self.major else (k, batch)
         found: Tensor = value.unflatten(self.dim, sizes)  # type: ignore[no-untyped-call]
@@ -51,7 +58,7 @@ class SampleOrder:
 
 @dataclass(frozen=True, slots=True)
 class _Whole(SampleOrder):
-    """The order of a batch of one: everything is the sample's."""
+    """Order of a batch of one: all entries belong to the sample."""
 
     def fits(self, value: Tensor, batch: int) -> bool:
         return batch == 1
@@ -69,17 +76,18 @@ INTERLEAVED = SampleOrder(major=False)
 
 
 def order_of(gradient: Tensor, batch: int, sample: int, *likeliest: SampleOrder) -> SampleOrder | None:
-    """The order that explains a gradient which comes from `sample` alone.
+    """Return the order that explains a gradient which comes from `sample` alone.
 
     Args:
-        gradient: at some tensor of a pass, zero where `sample` has no part; or a mask of where it has one. Not zero
-            everywhere.
-        batch: samples of the pass.
-        sample: the place of the one whose output the gradient comes from.
-        likeliest: orders to prefer where several explain it, the first the most; then comes `FIRST`.
+        gradient: gradient at some tensor of a pass, zero where `sample` has no part; or a mask of
+            the entries in which it has a part. Not zero everywhere.
+        batch: number of samples of the pass.
+        sample: place of the sample whose output the gradient comes from.
+        likeliest: orders to prefer if several explain the gradient, the likeliest first. `FIRST`
+            comes next.
 
     Returns:
-        The order, or None where the gradient reaches entries of other samples in every order.
+        The order, or None if the gradient reaches entries of other samples in every order.
     """
     reached = gradient != 0
     candidates = [*likeliest, *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False))]

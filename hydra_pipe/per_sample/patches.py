@@ -1,4 +1,4 @@
-"""What the positions of a convolution see, and sums over positions of products with it.
+"""Patches that the positions of a convolution see, and sums over positions of their products.
 
 Symbols: B samples in the batch, P positions a sample, O output and I input channels.
 """
@@ -17,23 +17,26 @@ from hydra_pipe.maths.scratch import Scratch
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-# Columns from which on a product is fast enough to be taken for each step along the kernel's first dimension by itself.
+# Least number of columns of a fast product. With so many columns, one product is taken for each
+# step along the kernel's first dimension.
 _ENOUGH_COLUMNS = 32
-# Of rows or patches that are written out at once: they stay in the cache until they are used.
+# Bytes of rows or patches that are written out at once. They stay in the cache until used.
 _PIECE_BYTES = 2 * 2**20
 _SCRATCH = Scratch()
 
 
 @dataclass(frozen=True)
 class Patches:
-    """What each position of a convolution sees, shape (B, P, channels * kernel pixels), kept as the pixels they are cut from.
+    """Patches of the positions of a convolution, shape (B, P, channels * kernel pixels).
+
+    They are kept as the pixels that they are cut from.
 
     Args:
-        pixels: shape (B, channels, ...).
-        conv: whose kernel, stride and dilation it is.
-        positions: the number of them along each dimension; P is their product.
-        widths: of the padding, in the order that F.pad takes.
-        mode: of the padding, as F.pad names it.
+        pixels: pixels, shape (B, channels, ...).
+        conv: module with the kernel, stride and dilation.
+        positions: number of positions along each dimension. P is their product.
+        widths: widths of the padding, in the order that F.pad takes.
+        mode: mode of the padding, as F.pad names it.
     """
 
     pixels: Tensor
@@ -44,28 +47,35 @@ class Patches:
 
     @property
     def n_pixels(self) -> int:
-        """Channels times kernel pixels: I."""
+        """I: channels times kernel pixels."""
         return int(self.pixels.shape[1] * math.prod(self.conv.kernel_size))
 
     @property
     def sample_bytes(self) -> int:
-        """Of one sample's patches, written out."""
+        """Bytes of one sample's patches, written out."""
         return self.n_pixels * self.positions.numel() * self.pixels.element_size()
 
     @cached_property
     def order(self) -> tuple[int, ...] | None:
-        """The dimensions of a weight of shape (O, channels, *kernel) in the order of `multiply`; None: their own."""
+        """Order in which `multiply` has the dimensions of a weight of shape (O, channels, *kernel).
+
+        None: the weight's own order.
+        """
         rest = range(3, 2 + len(self.positions))
         if not self._in_bands:
             return None
         return (2, 0, *rest, 1) if self._channels_last else (2, 0, 1, *rest)
 
     def pieces(self) -> Iterator[slice]:
-        """Samples whose patches are written out at once, one piece after the other."""
+        """Yield slices of samples whose patches are written out at once."""
         return pieces(len(self.pixels), self.sample_bytes)
 
     def pieces_of_products(self, row_bytes: int) -> Iterator[slice]:
-        """Samples that `multiply` is best given at once, where the product of one has `row_bytes`."""
+        """Yield slices of samples for one call of `multiply` each.
+
+        Args:
+            row_bytes: bytes of the product of one sample.
+        """
         if not self._in_bands:
             return pieces(len(self.pixels), max(row_bytes, self.sample_bytes))
         _, turns, length = self._lines
@@ -74,8 +84,8 @@ class Patches:
         return pieces(len(self.pixels), max(row_bytes, size * self.pixels.element_size()))
 
     def written_out(self, samples: slice) -> Tensor:
-        """The patches of some samples, good until others are asked for."""
-        # a strided copy, measured at two to four times the speed of F.unfold
+        """Return the patches of some samples, good until other patches are asked for."""
+        # A strided copy has been measured at two to four times the speed of F.unfold.
         padded = self._padded(self.pixels[samples], channels_last=False)
         batch, channels = padded.shape[:2]
         of_sample, of_channel, *of_pixel = padded.stride()
@@ -87,12 +97,14 @@ class Patches:
         return patches.view(batch, self.n_pixels, -1).transpose(1, 2)
 
     def multiply(self, samples: slice, left: Tensor, out: Tensor) -> None:
-        """Write sum_p outer(left[i, p], patch[i, p]) of some samples, a weight with its dimensions in `order`.
+        """Write sum_p outer(left[i, p], patch[i, p]) of some samples.
+
+        The result is a weight with its dimensions in `order`.
 
         Args:
-            samples: which.
-            left: of these, shape (b, P, O).
-            out: shape (b, O * I).
+            samples: samples whose patches are multiplied.
+            left: left factors of these samples, shape (b, P, O).
+            out: memory of the result, shape (b, O * I).
         """
         batch, _, outputs = left.shape
         lefts, steps = left.transpose(1, 2), self.conv.kernel_size[0]
@@ -101,12 +113,21 @@ class Patches:
             return
         of_steps = out.view(batch, steps, outputs, -1)
         for step, band in enumerate(self._bands(samples)):
-            # not to where it belongs: torch takes other than contiguous results one sample after the other
+            # The product goes to contiguous memory first. torch writes other results one sample
+            # after the other.
             product = _SCRATCH.take("product", (batch, outputs, band.shape[2]), left)
             of_steps[:, step] = torch.bmm(lefts, band, out=product)
 
     def in_weight_order(self, rows: Tensor, outputs: int) -> Tensor:
-        """Of what `multiply` wrote, shape (b, O * I), a view of shape (b, O, channels, *kernel)."""
+        """Return a view of the result of `multiply`, with the dimensions in the weight's own order.
+
+        Args:
+            rows: result of `multiply`, shape (b, O * I).
+            outputs: O.
+
+        Returns:
+            A view of shape (b, O, channels, *kernel).
+        """
         order = self.order or range(2 + len(self.positions))
         sizes = (outputs, self.pixels.shape[1], *self.conv.kernel_size)
         places = [1 + order.index(dim) for dim in range(len(sizes))]
@@ -114,7 +135,10 @@ class Patches:
 
     @cached_property
     def _in_bands(self) -> bool:
-        """Whether to write out only what lies along the kernel's last dimensions: along the first one it is a matter of views."""
+        """True if only pixels along the kernel's last dimensions are written out.
+
+        Along the first dimension, views are enough.
+        """
         steps = self.conv.kernel_size[0]
         return steps == 1 or self.n_pixels // steps >= _ENOUGH_COLUMNS
 
@@ -124,20 +148,22 @@ class Patches:
 
     @cached_property
     def _lines(self) -> tuple[list[tuple[int, int]], list[int], int]:
-        """Of lines of pixels, those of equal place modulo the stride next to each other.
+        """Lines of pixels, grouped by place modulo the stride. The lines of a group are neighbours.
 
-        For each step along the kernel's first dimension, which line of which such group the first position sees; the groups that
-        are seen at all; and how many lines of a group that takes.
+        The first entry has, for each step along the kernel's first dimension, the line in its group
+        that the first position sees, and the group. Then come the groups that are seen at all, and
+        the number of lines of a group that are needed.
         """
         stride, dilation = self.conv.stride[0], self.conv.dilation[0]
         first = [divmod(step * dilation, stride) for step in range(self.conv.kernel_size[0])]
         return first, sorted({turn for _, turn in first}), first[-1][0] + self.positions[0]
 
     def _bands(self, samples: slice) -> Iterator[Tensor]:
-        """The patches of some samples, one step along the kernel's first dimension after the other, each (b, P, I / steps).
+        """Yield the patches of some samples for each step along the kernel's first dimension.
 
-        They are views of the same memory, good until others are asked for. It has a copy of the pixels for each step along the
-        other dimensions only: of a 3 x 3 kernel a third of what all patches would take.
+        Each band has the shape (b, P, I / steps). The bands are views of the same memory, good
+        until others are asked for. The memory has one copy of the pixels for each step along the
+        other dimensions only. For a 3 x 3 kernel it is a third of the memory of all patches.
         """
         padded = self._padded(self.pixels[samples], channels_last=self._channels_last)
         batch, channels = padded.shape[:2]
@@ -157,7 +183,7 @@ class Patches:
             groups = _SCRATCH.take("bands", shape, padded).unbind(at)
         for turn, group in zip(turns, groups, strict=True):
             n_lines = len(range(turn, padded.shape[2], self.conv.stride[0]))
-            there = group.narrow(at, 0, min(length, n_lines))  # what is not there no position sees
+            there = group.narrow(at, 0, min(length, n_lines))  # no position sees the missing lines
             there.copy_(padded.as_strided(there.shape, strides, padded.storage_offset() + turn * of_line))
         for line, turn in first:
             band = groups[turns.index(turn)].narrow(at, line, self.positions[0])
@@ -168,11 +194,11 @@ class Patches:
                 yield band.view(batch, columns, -1).transpose(1, 2)
 
     def _padded(self, pixels: Tensor, *, channels_last: bool) -> Tensor:
-        """`pixels` with their padding, contiguous, or with the channels last in memory."""
+        """Return `pixels` with their padding, contiguous, or with the channels last in memory."""
         if not any(self.widths) or self.mode != "constant":
             padded = F.pad(pixels, self.widths, mode=self.mode) if any(self.widths) else pixels
             return padded.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else padded.contiguous()
-        # at once what F.pad and a copy into that order of dimensions would do one after the other
+        # One copy in place of two, which F.pad and a change of the order of dimensions would take.
         before, after = self.widths[-2::-2], self.widths[::-2]
         sizes = [n + b + a for n, b, a in zip(pixels.shape[2:], before, after, strict=True)]
         batch, channels = pixels.shape[:2]
@@ -185,36 +211,50 @@ class Patches:
         return padded
 
     def times(self, matrix: Tensor) -> Tensor:
-        """The patches times the transpose of `matrix`, which has the shape (k, channels * kernel pixels); shape (B, P, k).
+        """Return the patches times the transpose of `matrix`, shape (B, P, k).
 
-        A convolution with the rows of `matrix` as filters: nothing is written out.
+        The product is a convolution with the rows of `matrix` as filters. Nothing is written out.
+
+        Args:
+            matrix: matrix of shape (k, channels * kernel pixels).
         """
         filters = matrix.reshape(len(matrix), self.pixels.shape[1], *self.conv.kernel_size)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
         padded = F.pad(self.pixels, self.widths, mode=self.mode) if any(self.widths) else self.pixels
         found = convolve(padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
-        # the output padding of a transposed convolution may leave room for more positions than there are
+        # The output padding of a transposed convolution may leave room for more positions.
         for dim, n in enumerate(self.positions, start=2):
             found = found.narrow(dim, 0, n)
         return found.flatten(2).transpose(1, 2)
 
     def norms(self) -> Tensor:
-        """Upper bound of the norm of each sample's patches, shape (B,): a pixel is in no more than the kernel has pixels."""
+        """Return an upper bound of the norm of each sample's patches, shape (B,).
+
+        A pixel is in no more patches than the kernel has pixels.
+        """
         zeros = self.mode == "constant" or not any(self.widths)
         pixels = self.pixels if zeros else F.pad(self.pixels, self.widths, mode=self.mode)
         return norms(pixels.flatten(2)).mul_(math.prod(self.conv.kernel_size) ** 0.5)
 
 
 def pieces(n_samples: int, sample_bytes: int) -> Iterator[slice]:
-    """Samples that are worked on at once, one piece after the other, where one takes `sample_bytes`."""
+    """Yield slices of samples to work on at once.
+
+    Args:
+        n_samples: number of samples.
+        sample_bytes: bytes that one sample takes.
+    """
     at_once = max(1, _PIECE_BYTES // max(1, sample_bytes))
     return (slice(first, min(first + at_once, n_samples)) for first in range(0, n_samples, at_once))
 
 
 def norms(values: Tensor) -> Tensor:
-    """Norm of each sample's values, shape (B,): as a product, which costs a tenth of torch's own norm."""
+    """Return the norm of each sample's values, shape (B,).
+
+    The norm is taken as a product, which costs a tenth of torch's own norm.
+    """
     flat = (values if values.is_contiguous() else values.transpose(1, 2)).reshape(len(values), 1, -1)
-    if flat.dtype == torch.float16:  # whose squares overflow from 256 on, and vanish below 2e-4
+    if flat.dtype == torch.float16:  # float16 squares overflow from 256 on, and vanish below 2e-4
         flat = flat.float()
     squares: Tensor = torch.bmm(flat, flat.transpose(1, 2))
     return squares.sqrt_().reshape(-1)

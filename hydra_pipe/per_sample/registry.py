@@ -1,7 +1,8 @@
 """Layer rules by module type.
 
-A layer rule makes each sample's gradient of a module's parameters from the module's inputs and the gradient at
-its output. A rule is "obviously correct, but fast": `tests/oracles.py` holds the slow twin, one backward pass a sample.
+A layer rule returns each sample's gradient of a module's parameters. It needs the module's inputs
+and the gradient at its output. A rule is "obviously correct, but fast": `tests/oracles.py` holds
+the slow twin, one backward pass a sample.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +17,8 @@ from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.per_sample.linear import conv1d_of_transformers_rule, linear_rule
 from hydra_pipe.per_sample.normalization import channel_norm_rule, last_dims_norm_rule
 
-# (module, positional inputs, keyword inputs, gradient at the output, names of the wanted parameters) -> by parameter name
+# (module, positional inputs, keyword inputs, gradient at the output, names of the wanted
+# parameters) -> contribution of each parameter, by name
 Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -26,7 +28,7 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
     """Use `rule` for modules of exactly `module_type`, and for subclasses that keep its `forward`.
 
     Raises:
-        LayerError: that type has a rule already; the message names both.
+        LayerError: `module_type` has a rule already. The message names both rules.
     """
     present = _rule_of_type(module_type)
     if present is not None:
@@ -38,9 +40,10 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The registered rule that splits `module`'s gradient by sample; None: it has none, and is left to the graph.
+    """Return the registered rule of `module`. None: it has no rule, and is left to the graph.
 
-    A module with a rule from here and parameters of other names (a reparametrised weight, say) has none either.
+    A built-in rule does not serve a module with parameters of other names, such as a reparametrised
+    weight.
     """
     for module_type in type(module).__mro__:
         rule = _rule_of_type(module_type)
@@ -73,7 +76,7 @@ _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     ),
 }
-# Types of libraries that need not be there.
+# Types of libraries that need not be installed.
 _RULES_BY_PATH: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": conv1d_of_transformers_rule}
 _OWN = {*_BUILT_IN, *_RULES_BY_PATH.values()}
 for _rule, _types in _BUILT_IN.items():
