@@ -1,1 +1,1 @@
-"""From `relevance.zarr` to Parquet rankings. Imports no torch."""
+"""Export of `relevance.zarr` to Parquet rankings. Imports no torch."""

@@ -1,4 +1,7 @@
-"""Tables in several files, `part-*.parquet`: row groups hold whole test samples, or where these are large, a slab of one."""
+"""Tables in several files, `part-*.parquet`.
+
+A row group holds whole test samples. If a test sample is large, it holds a slab of one test sample.
+"""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +22,13 @@ Ints = NDArray[np.int64]
 
 
 class Parts:
-    """Row groups, one after the other, each of so many test samples, in files of so many.
+    """Writer of row groups of a table, one after the other, in several files.
 
     Args:
-        directory: of the files.
-        schema: of the table.
-        group_tests, file_tests: test samples of a row group and of a file, a multiple of that.
+        directory: directory of the files.
+        schema: schema of the table.
+        group_tests: test samples of a row group.
+        file_tests: test samples of a file, a multiple of `group_tests`.
     """
 
     def __init__(self, directory: Path, schema: pa.Schema, group_tests: int, file_tests: int) -> None:
@@ -48,11 +52,11 @@ class Parts:
                 self._writer.close()
 
     def add(self, table: pa.Table, ends: Ints) -> None:
-        """More rows.
+        """Add rows.
 
         Args:
-            table: in order of test sample.
-            ends: one past the last row of each of its test samples, shape (test,).
+            table: rows in order of test sample.
+            ends: one past the last row of each test sample, shape (test,).
         """
         start = test = 0
         while test < len(ends):
@@ -78,19 +82,19 @@ class Parts:
 
 
 def open_part(directory: Path, number: int, schema: pa.Schema) -> pq.ParquetWriter:
-    """A new file of a table that has several."""
+    """Open a new file of a table that has several files."""
     return rankings.table_writer(directory / rankings.PARTS.format(number), schema)
 
 
 class Matrix:
-    """Every pair, sorted by test sample, then training sample.
+    """Writer of every pair, sorted by test sample, then training sample.
 
     Args:
-        directory: of the files; made here.
-        test_ids: of the columns of the relevance array.
-        n_samples: training samples.
-        plan: how blocks, row groups and files are divided.
-        meta: of the schema.
+        directory: directory of the files; made here.
+        test_ids: ids of the columns of the relevance array.
+        n_samples: number of training samples.
+        plan: division into blocks, row groups and files.
+        meta: metadata of the schema.
     """
 
     def __init__(self, directory: Path, test_ids: Ints, n_samples: int, plan: ExportPlan, meta: dict[str, str]) -> None:
@@ -102,7 +106,7 @@ class Matrix:
         self._schema = rankings.matrix_schema(meta)
         self._whole = plan.slab_samples == n_samples
         self._train = pa.array(np.tile(np.arange(plan.slab_samples), plan.group_tests))
-        # of whole columns; of slabs, a file for each test sample of the block
+        # Parts serves whole columns. With slabs, each test sample of the block has a file of its own.
         self._parts = Parts(directory, self._schema, plan.group_tests, plan.file_tests)
         self._writers: list[pq.ParquetWriter] = []
         self._files = ExitStack()
@@ -117,7 +121,10 @@ class Matrix:
             self._files.close()
 
     def write(self, block: Floats, tests: slice, samples: slice) -> None:
-        """A block, shape (test, sample). They come as the plan has them: all slabs of some test samples, then the next."""
+        """Write a block, shape (test, sample).
+
+        Blocks come in the order of the plan: all slabs of some test samples, then the next.
+        """
         if self._whole:
             for low in range(0, len(block), self._group_tests):
                 rows = block[low : low + self._group_tests]

@@ -1,4 +1,4 @@
-"""Which training samples rank where for which test sample. Arrays in, arrays out."""
+"""Rankings of training samples for each test sample. Arrays in, arrays out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,21 +8,23 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-# helpful, harmful
+# Helpful, harmful.
 SIDES = (1, -1)
 
 
 def top_samples(relevance: Floats, count: int) -> Ints:
-    """The `count` samples with the largest positive values, largest first; ties go to the smaller sample id.
+    """Return the `count` samples with the largest positive values, largest first.
+
+    The smaller sample id wins a tie.
 
     Args:
-        relevance: of every sample, shape (sample,).
-        count: how many at most; fewer where fewer are positive.
+        relevance: relevance of every sample, shape (sample,).
+        count: largest number of samples. There are fewer if fewer values are positive.
     """
     least = _enough(relevance, count)
     candidates = np.flatnonzero(relevance >= least if least > 0 else relevance > 0)
     if len(candidates) > count:
-        # all that tie with the last one stay in, so that the sample ids decide between them
+        # Keep every sample that ties with the last one, so that the sample ids decide.
         threshold = np.partition(relevance[candidates], -count)[-count]
         candidates = candidates[relevance[candidates] >= threshold]
     order = np.argsort(-relevance[candidates], kind="stable")
@@ -30,9 +32,11 @@ def top_samples(relevance: Floats, count: int) -> Ints:
 
 
 def _enough(relevance: Floats, count: int) -> np.float32 | float:
-    """A value that at least `count` are as large as, without a look at all of them twice; 0 where there is none so simple.
+    """Return a lower bound on the `count`-th largest value, from group maxima.
 
-    So many groups have a largest value that is no smaller, and each of these is another sample's.
+    At least `count` groups have a maximum no smaller than the bound, and each maximum is another
+    sample. So a value below the bound cannot be in the top `count`. 0 if the column is too short
+    for groups.
     """
     a_group = len(relevance) // (4 * count)
     if a_group < 2:
@@ -50,10 +54,10 @@ class Ranked:
     Args:
         ends: one past the last entry of each test sample, shape (test,).
         test: number of the column, shape (entry,).
-        helpful: which side, bool (entry,).
-        rank: from 1, int32 (entry,).
+        helpful: True for the helpful side, bool (entry,).
+        rank: rank from 1, int32 (entry,).
         train: training sample, int64 (entry,).
-        relevance: float32 (entry,).
+        relevance: relevance of the pair, float32 (entry,).
     """
 
     ends: Ints
@@ -65,19 +69,16 @@ class Ranked:
 
 
 class Ranking:
-    """Both sides' rankings of some test samples, from slabs of training samples that come in order.
+    """Rankings of both sides for some test samples, from slabs of training samples.
 
-    Args:
-        first_test: number of the first column.
-        n_tests: columns.
-        count: entries a side at most.
+    The slabs come in order.
     """
 
     def __init__(self, first_test: int, n_tests: int, count: int) -> None:
         self._first_test = first_test
         self._count = count
         nothing = (np.empty(0, np.int64), np.empty(0, np.float32))
-        # of each test sample and side: samples and their relevance, in order of rank
+        # For each test sample and side: samples and their relevance, in order of rank.
         self._kept: list[tuple[Ints, Floats]] = [nothing] * (n_tests * len(SIDES))
 
     def add(self, relevance: Floats, first_sample: int) -> None:
@@ -92,12 +93,12 @@ class Ranking:
         if not len(samples):
             return more, more_values
         samples, values = np.concatenate([samples, more]), np.concatenate([values, more_values])
-        # earlier slabs have the smaller ids, and come first where values tie
+        # Earlier slabs have the smaller ids, and come first if values tie.
         order = np.argsort(-np.abs(values), kind="stable")[: self._count]
         return samples[order], values[order]
 
     def ranked(self) -> Ranked:
-        """In order of test sample, helpful before harmful, then rank."""
+        """Return the entries in order of test sample, helpful before harmful, then rank."""
         sizes = np.array([len(samples) for samples, _ in self._kept])
         tests = self._first_test + np.arange(len(sizes)) // len(SIDES)
         sides = np.arange(len(sizes)) % len(SIDES) == 0
@@ -112,7 +113,10 @@ class Ranking:
 
 
 def rank_harmful(relevance_sum: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Rank of each sample over all test samples, 1 = most harmful (lowest sum); ties go to the smaller sample id."""
+    """Return the rank of each sample over all test samples, 1 = most harmful (lowest sum).
+
+    The smaller sample id wins a tie.
+    """
     ranks = np.empty(len(relevance_sum), np.int32)
     ranks[np.argsort(relevance_sum, kind="stable")] = np.arange(1, len(relevance_sum) + 1, dtype=np.int32)
     return ranks
@@ -121,7 +125,7 @@ def rank_harmful(relevance_sum: NDArray[np.float64]) -> NDArray[np.int32]:
 class ClassMeans:
     """Mean relevance of each pair of (training label, test label), added up block by block.
 
-    What is added in which order does not depend on the blocks' width.
+    The order of the additions does not depend on the width of blocks.
     """
 
     def __init__(self, train_labels: NDArray[Any], test_labels: NDArray[Any]) -> None:
@@ -137,14 +141,14 @@ class ClassMeans:
 
     @property
     def n_cells(self) -> int:
-        """Pairs of labels."""
+        """Number of pairs of labels."""
         return self._sums.size
 
     def pairs(self) -> NDArray[np.int64]:
-        """Number of pairs behind each mean, shape (train class, test class)."""
+        """Return the number of pairs behind each mean, shape (train class, test class)."""
         return np.outer(np.bincount(self._train), np.bincount(self._test)).astype(np.int64)
 
     def means(self) -> NDArray[np.float64]:
-        """Shape (train class, test class)."""
+        """Return the means, shape (train class, test class)."""
         means: NDArray[np.float64] = self._sums.T / self.pairs()
         return means

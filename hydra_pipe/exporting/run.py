@@ -24,7 +24,7 @@ from hydra_pipe.store.stage_runner import running, taken_up
 from hydra_pipe.store.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
 
-# of a row of matrix/, of the rankings and of samples.parquet, labels counted as integers
+# Bytes of a row of matrix/, of the rankings and of samples.parquet. A label counts as an integer.
 _PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 52
 
 
@@ -41,26 +41,27 @@ def export_run(
 ) -> bool:
     """Write the rankings of a reduced run as Parquet.
 
+    Tables are written anew if the relevance of samples for themselves (`reduce --method self`) has
+    been computed since the last export.
+
     Args:
         run: directory of the run.
-        method: whose relevance.
-        test: for the samples of this probe, instead of the run's own test samples.
+        method: method of the relevance.
+        test: name of the probe whose samples are ranked for. None: the run's own test samples.
         top: training samples a side ("helpful", "harmful") for each test sample.
         full: also write every pair.
         memory: budget for the whole process, such as "4GiB". The tables do not depend on it.
         overwrite: replace tables written with other settings.
-        progress: where to show progress; nowhere if absent.
-
-    Where the relevance of samples for themselves has been computed since (`reduce --method self`), tables are written anew.
+        progress: display of progress. None: no display.
 
     Returns:
-        Whether there was anything to do.
+        True if there was anything to do.
 
     Raises:
         RunError: there is no run, or it has no relevance of that method.
         StoreError: the relevance is damaged.
         BudgetError: the budget is too small.
-        UsageError: `top` is not positive, `memory` is no size, or there is nothing to rank in it.
+        UsageError: `top` is not positive, `memory` is no size, or `method` has nothing to rank.
     """
     method, memory_bytes = result_of(method, test), parse_bytes(memory)
     if top < 1:
@@ -81,7 +82,10 @@ def export_run(
 
 
 def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
-    """Tell whether there are no tables, or they lack what samples are for themselves, or have another than there is."""
+    """Tell whether tables are missing or outdated.
+
+    They are outdated too if they lack the present relevance of samples for themselves.
+    """
     stage, own = EXPORT.of(method), own_checksums(directory, method)
     return directory.has_work(stage, settings) or own not in (None, directory.stages[stage].facts.get(OF_SELF))
 
@@ -102,12 +106,12 @@ class _Export:
     """The tables of one export.
 
     Args:
-        source: what they are made from.
-        top, full: see `export_run`.
+        source: relevance and recording that the tables are made from.
+        top, full: arguments of `export_run`.
         memory_bytes: the budget.
 
     Raises:
-        BudgetError: it does not fit.
+        BudgetError: the export does not fit the budget.
     """
 
     def __init__(self, source: Source, top: int, full: bool, memory_bytes: int) -> None:
@@ -129,13 +133,19 @@ class _Export:
         )
 
     def most_bytes(self) -> int:
-        """What the tables take at most, if nothing of them can be compressed, but for labels that are long words."""
+        """Return an upper bound of the size of the tables: nothing can be compressed.
+
+        Labels that are long words may take more.
+        """
         n_samples, n_tests = self.source.n_samples, self.source.n_tests
         pairs = n_samples * n_tests if self.full else 0
         return pairs * _PAIR_BYTES + n_tests * 2 * min(self.top, n_samples) * _RANKED_BYTES + n_samples * _SAMPLE_BYTES
 
     def write(self, target: Path, progress: Progress) -> None:
-        """All tables, into `target`, in one pass over the relevance: a block is ranked and written while the next one is read."""
+        """Write all tables into `target`, in one pass over the relevance.
+
+        A block is ranked and written while the next block is read.
+        """
         source, adding, plan = self.source, self.adding, self.plan
         n_samples, n_tests = source.n_samples, source.n_tests
         schema = rankings.ranking_schema(source.test_type, source.train_type, source.meta)

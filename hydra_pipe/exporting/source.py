@@ -1,4 +1,4 @@
-"""What tables are made from: a result, held against the recording that it is of."""
+"""Source of the tables: a result, checked against its recording."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -27,13 +27,13 @@ from hydra_pipe.store.stages import REDUCE
 
 @dataclass(frozen=True)
 class Source(ReducedRun):
-    """A result and its recording, which agree in what they count.
+    """A result and its recording, which agree in their numbers of samples and columns.
 
     Args:
         method: name of the result.
-        own: relevance of the samples for themselves, float32 (sample,); None: it was not computed.
-        meta: method, sign, unit and run, as every table's schema has them.
-        train_labels, test_labels: of samples and columns; None where they are unknown.
+        own: relevance of the samples for themselves, float32 (sample,). None: it was not computed.
+        meta: method, sign, unit and run, for every table's schema.
+        train_labels, test_labels: labels of samples and columns. None: unknown.
     """
 
     method: str
@@ -44,38 +44,38 @@ class Source(ReducedRun):
 
     @property
     def n_samples(self) -> int:
-        """Training samples."""
+        """Number of training samples."""
         return self.relevance.shape[0]
 
     @property
     def n_tests(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.relevance.shape[1]
 
     @cached_property
     def test_ids(self) -> NDArray[np.int64]:
-        """Of the columns."""
+        """Ids of the columns."""
         return self.columns.ids
 
     @cached_property
     def train_type(self) -> pa.DataType:
-        """Of the samples' labels."""
+        """Type of the samples' labels."""
         return rankings.label_type(self.train_labels)
 
     @cached_property
     def test_type(self) -> pa.DataType:
-        """Of the columns' labels."""
+        """Type of the columns' labels."""
         return rankings.label_type(self.test_labels)
 
     def blocks(self, spans: Iterable[tuple[slice, slice]], pool: Executor) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
-        """Blocks of the relevance, shape (test, sample), and what they are of.
+        """Yield blocks of the relevance, shape (test, sample), and their test and training samples.
 
         Args:
-            spans: test samples and training samples of each, in order.
-            pool: reads the next one meanwhile.
+            spans: test samples and training samples of each block, in order.
+            pool: pool that reads the next block meanwhile.
 
         Raises:
-            StoreError: damaged.
+            StoreError: the relevance is damaged.
         """
         waiting: Future[NDArray[np.float32]] | None = None
         listed = list(spans)
@@ -85,15 +85,15 @@ class Source(ReducedRun):
                 after, low = listed[number + 1]
                 waiting = pool.submit(read_columns, self.relevance, low, after)
             yield block, tests, samples
-            del block  # before the next but one is read
+            del block  # free it before the block after the next is read
 
 
 def open_source(directory: RunDirectory, method: str) -> Source:
-    """The relevance of `method`, and what it is of.
+    """Return the relevance of `method` and its recording.
 
     Raises:
-        RunError: it was not computed, or the recording is not complete.
-        StoreError: one of them is damaged, or they do not belong together.
+        RunError: the relevance was not computed, or the recording is not complete.
+        StoreError: one of the two is damaged, or they do not belong together.
     """
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     found = ReducedRun.open(directory, method)
@@ -110,18 +110,29 @@ def open_source(directory: RunDirectory, method: str) -> Source:
 
 
 def check_ranks(method: str) -> None:
-    """Refuse what is not of test samples. Raises: UsageError."""
+    """Refuse a result that is not for test samples.
+
+    Raises:
+        UsageError: `method` is the relevance of samples for themselves.
+    """
     if ResultName.parse(method).is_of_itself:
         raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
 
 
 def own_checksums(directory: RunDirectory, method: str) -> object:
-    """Of the relevance of samples for themselves over the same steps as `method`; None: it was not computed."""
+    """Return the checksums of the relevance of samples for themselves.
+
+    The relevance is over the same steps as `method`. None: it was not computed.
+    """
     return directory.checksums(REDUCE.of(ResultName.parse(method).itself))
 
 
 def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDArray[np.float32] | None:
-    """That relevance, shape (sample,); None: it was not computed. Raises: StoreError: damaged."""
+    """Return the relevance of samples for themselves, shape (sample,). None: it was not computed.
+
+    Raises:
+        StoreError: the relevance is damaged.
+    """
     if own_checksums(directory, method) is None:
         return None
     array = open_relevance(directory.path / names.RELEVANCE, str(ResultName.parse(method).itself))

@@ -1,4 +1,7 @@
-"""What the whole matrix says of each training sample, and of each pair of classes: added up block by block, or read."""
+"""Totals of the whole matrix for each training sample and for each pair of classes.
+
+They are added up block by block, or read from an export.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +23,12 @@ from hydra_pipe.store.stages import EXPORT, OF_SELF
 
 @dataclass(frozen=True)
 class Totals:
-    """Two tables, of which neither is as large as the matrix.
+    """Two tables. Neither is as large as the matrix.
 
     Args:
         samples: a row for each training sample (`rankings.samples_schema`).
-        classes: a row for each pair of labels (`rankings.classes_schema`); none where labels are unknown.
+        classes: a row for each pair of labels (`rankings.classes_schema`). No rows if labels are
+            unknown.
     """
 
     samples: pa.Table
@@ -34,7 +38,8 @@ class Totals:
 class Adding:
     """`Totals` in the making.
 
-    What is added in which order does not depend on the width of blocks: any budget gives the same bytes.
+    The order of the additions does not depend on the width of blocks. So any budget gives the same
+    bytes.
     """
 
     def __init__(self, source: Source) -> None:
@@ -45,7 +50,7 @@ class Adding:
 
     @property
     def n_cells(self) -> int:
-        """Pairs of labels."""
+        """Number of pairs of labels."""
         return 0 if self._classes is None else self._classes.n_cells
 
     def add(self, block: NDArray[np.float32], first_test: int, first_sample: int) -> None:
@@ -57,7 +62,11 @@ class Adding:
             self._classes.add(block, first_test, first_sample)
 
     def samples(self, progress: Progress) -> Iterator[pa.Table]:
-        """`Totals.samples`, when all blocks are counted: a few rows after the other. Raises: StoreError: damaged."""
+        """Yield `Totals.samples`, a few rows after the other. All blocks must be counted before.
+
+        Raises:
+            StoreError: the recording is damaged.
+        """
         source, sums = self._source, self._sums
         schema = rankings.samples_schema(source.train_type, source.meta)
         ranks, visits = rank_harmful(sums), source.visits(progress)
@@ -75,7 +84,7 @@ class Adding:
             yield pa.Table.from_arrays(columns, schema=schema)
 
     def classes(self) -> pa.Table:
-        """`Totals.classes`, when all blocks are counted."""
+        """Return `Totals.classes`. All blocks must be counted before."""
         source = self._source
         schema = rankings.classes_schema(source.train_type, source.test_type, source.meta)
         if self._classes is None:
@@ -91,10 +100,13 @@ class Adding:
 
 
 def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> Totals:
-    """The totals of `source`: those that were exported from what is there now, else added up from the matrix.
+    """Return the totals of `source`.
+
+    They are read from the export, if the export is of the present relevance. Else they are added up
+    from the matrix.
 
     Raises:
-        StoreError: damaged.
+        StoreError: the export, the relevance or the recording is damaged.
     """
     method = source.method
     if _exported(directory, method):
@@ -116,7 +128,10 @@ def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> To
 
 
 def _exported(directory: RunDirectory, method: str) -> bool:
-    """Whether there are tables of the very relevance that is there, that of samples for themselves included."""
+    """Tell whether there are tables of the present relevance.
+
+    The relevance of samples for themselves must be the present one too.
+    """
     stage = EXPORT.of(method)
     if method not in directory.complete(EXPORT):
         return False
@@ -128,7 +143,7 @@ def _read(directory: RunDirectory, method: str, name: str, schema: pa.Schema, n_
     file = directory.path / EXPORT.of(method).area / name
     try:
         table = rankings.opened_table(file)
-        # few bytes can say many rows
+        # A file of few bytes can claim many rows.
         if not table.schema_arrow.equals(schema, check_metadata=True) or table.metadata.num_rows != n_rows:
             raise ValueError(f"it has {table.metadata.num_rows} rows of {shown(table.schema_arrow.names)}")
         return table.read()
