@@ -106,7 +106,8 @@ class Matrix:
         self._schema = rankings.matrix_schema(meta)
         self._whole = plan.slab_samples == n_samples
         self._train = pa.array(np.tile(np.arange(plan.slab_samples), plan.group_tests))
-        # Parts serves whole columns. With slabs, each test sample of the block has a file of its own.
+        # Parts serves whole columns. With slabs, each test sample of the block has a file of
+        # its own.
         self._parts = Parts(directory, self._schema, plan.group_tests, plan.file_tests)
         self._writers: list[pq.ParquetWriter] = []
         self._files = ExitStack()

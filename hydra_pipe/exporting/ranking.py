@@ -134,7 +134,13 @@ class ClassMeans:
         self._sums = np.zeros((len(self.test_names), len(self.train_names)))
 
     def add(self, relevance: Floats, first_test: int, first_sample: int) -> None:
-        """Count a block, shape (test, sample), that begins at column `first_test` and training sample `first_sample`."""
+        """Count a block, shape (test, sample).
+
+        Args:
+            relevance: block of the relevance, shape (test, sample).
+            first_test: first column of the block.
+            first_sample: first training sample of the block.
+        """
         classes = self._train[first_sample : first_sample + relevance.shape[1]]
         for j, column in enumerate(relevance):
             self._sums[self._test[first_test + j]] += np.bincount(classes, column, len(self.train_names))

@@ -68,7 +68,9 @@ class Source(ReducedRun):
         return rankings.label_type(self.test_labels)
 
     def blocks(self, spans: Iterable[tuple[slice, slice]], pool: Executor) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
-        """Yield blocks of the relevance, shape (test, sample), and their test and training samples.
+        """Yield blocks of the relevance with their test and training samples.
+
+        A block has the shape (test, sample).
 
         Args:
             spans: test samples and training samples of each block, in order.

@@ -54,7 +54,13 @@ class Adding:
         return 0 if self._classes is None else self._classes.n_cells
 
     def add(self, block: NDArray[np.float32], first_test: int, first_sample: int) -> None:
-        """Count a block, shape (test, sample), that begins at column `first_test` and training sample `first_sample`."""
+        """Count a block, shape (test, sample).
+
+        Args:
+            block: block of the relevance, shape (test, sample).
+            first_test: first column of the block.
+            first_sample: first training sample of the block.
+        """
         sums = self._sums[first_sample : first_sample + block.shape[1]]
         for column in block:
             sums += column

@@ -119,8 +119,8 @@ def cross_entropy_weights(
     with np.errstate(invalid="ignore", divide="ignore"):
         factors = np.add.reduceat(product, starts) / np.add.reduceat(residual, starts)
         factor = np.repeat(factors, sizes)
-        # Gradient that cross-entropy leaves unexplained. The tolerance has a part independent of the
-        # residual, since p is rounded however near it is to the target.
+        # Gradient that cross-entropy leaves unexplained, in units of the factor. The tolerance has
+        # a constant part, since p is rounded however near it is to the target.
         left = np.sqrt(np.maximum(square - 2 * factor * product + factor**2 * residual, 0.0))
         good = left <= factor * max(_TOLERANCE, 4 * eps) * (1.0 + np.sqrt(residual))
         rho = np.where(residual > 0.0, trace / (positions * np.repeat(batches, sizes) * factor * residual), 0.0)

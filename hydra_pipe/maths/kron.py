@@ -63,12 +63,15 @@ class Kron:
         of_block = f"{seed}\n{name}\n{tuple(map(int, shape))}"
         self._out = _signs(f"{of_block}\nout", k_out, outputs)
         self._in = _signs(f"{of_block}\nin", k_in, inputs)
-        # The result is scaled, not the signs. Signs are exact in any dtype, so rounding does not bias
-        # the projection.
+        # The result is scaled, not the signs. Signs are exact in any dtype, so rounding does not
+        # bias the projection.
         self._scale = 1 / sqrt((1 if self._out is None else k_out) * (1 if self._in is None else k_in))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Project `rows` of shape (B, O * I) to (B, k_out * k_in), in their dtype, on their device."""
+        """Project `rows` of shape (B, O * I) to (B, k_out * k_in).
+
+        The result has their dtype and is on their device.
+        """
         signs_out, signs_in = self._signs_like(rows)
         halfway = _times(rows.reshape(len(rows), *self._sides), signs_in)
         return _times(halfway.transpose(1, 2), signs_out).transpose(1, 2).flatten(1) * self._scale

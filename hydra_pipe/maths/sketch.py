@@ -111,9 +111,9 @@ class Sketch:
         if self._run == 1:
             of_lines = columns.view(-1, width).index_select(0, numbers)
         else:
-            # An element's run, and its place in the run, are those of the line's first element plus an
-            # offset. The offset depends on the place of the first element alone. So one table of runs
-            # and one table of places are enough.
+            # An element's run, and its place in the run, are those of the line's first element plus
+            # an offset. The offset depends on the place of the first element alone. So one table of
+            # runs and one table of places are enough.
             after_first = torch.arange(self._run, device=numbers.device)[:, None] + torch.arange(width, device=numbers.device)
             starts = numbers * width
             runs = starts.div(self._run, rounding_mode="floor")

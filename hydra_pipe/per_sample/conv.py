@@ -1,6 +1,7 @@
 """Rules of convolutions and of transposed convolutions.
 
-Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input channels or features.
+Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output and I input
+channels or features.
 """
 
 from collections.abc import Collection, Mapping

@@ -49,5 +49,5 @@ class NodeCall:
         return order
 
 
-# Returns the inputs that the rule knows; the others are left to the slow twin.
+# A rule returns the inputs that it knows. The other inputs are left to the slow twin.
 NodeRule = Callable[[NodeCall], Mapping[int, ByInput]]

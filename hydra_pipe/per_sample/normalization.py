@@ -63,8 +63,8 @@ def channel_norm_rule(
             terms = _channel_normed(module, inputs).mul_(grad_output)
             rows[name] = _over_positions(terms.reshape(*inputs.shape[:2], -1).transpose(1, 2))
         else:
-            # Factors let the books know the terms of the sum. If a mean over positions is taken off,
-            # the sum is nothing but rounding.
+            # Factors let the books know the terms of the sum. If a mean over positions is taken
+            # off, the sum is nothing but rounding.
             rows[name] = Factors(grad_output.reshape(*inputs.shape[:2], -1).transpose(1, 2), None)
     return rows
 

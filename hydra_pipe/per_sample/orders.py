@@ -67,11 +67,13 @@ class _Whole(SampleOrder):
         return value
 
 
-#: A batch of one: everything is the sample's, whatever its shape. Only `fits` and `only` serve it.
+#: Order of a batch of one: all entries belong to the sample, whatever the shape. Only `fits` and
+#: `only` serve it.
 WHOLE: SampleOrder = _Whole()
-#: The usual one: the first dimension is the sample, or the positions of one sample after those of another.
+#: The usual order: the first dimension holds the samples, with the positions of one sample after
+#: the positions of another.
 FIRST = SampleOrder()
-#: Entry 0 of all samples, then entry 1 of all samples, along the first dimension.
+#: Order of entry 0 of all samples, then entry 1 of all samples, along the first dimension.
 INTERLEAVED = SampleOrder(major=False)
 
 

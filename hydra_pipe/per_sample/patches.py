@@ -222,7 +222,8 @@ class Patches:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
         padded = F.pad(self.pixels, self.widths, mode=self.mode) if any(self.widths) else self.pixels
         found = convolve(padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
-        # The output padding of a transposed convolution may leave room for more positions.
+        # The output padding of a transposed convolution may leave room for more positions than
+        # there are.
         for dim, n in enumerate(self.positions, start=2):
             found = found.narrow(dim, 0, n)
         return found.flatten(2).transpose(1, 2)

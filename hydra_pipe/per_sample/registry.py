@@ -56,7 +56,10 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def takes_any_leading_dimensions(rule: Rule) -> bool:
-    """Tell whether `rule` takes samples and positions in any order, so that the samples may be moved to the front."""
+    """Tell whether `rule` takes samples and positions in any order.
+
+    Then the samples may be moved to the front.
+    """
     return rule in (linear_rule, conv1d_of_transformers_rule, embedding_rule, last_dims_norm_rule)
 
 

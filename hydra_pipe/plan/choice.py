@@ -8,9 +8,9 @@ from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter, choose_lay
 if TYPE_CHECKING:
     from hydra_pipe.maths.quantise import Dtype
 
-# Bound on the variance that rounding a row x adds to <x, y>, over |x|^2 |y|^2. Rounding errors
-# are taken as uniform over one rounding step. The step of int8 is at most |x| / 127. The step
-# of float16 is 2^-10 of each element.
+# Bound on the variance that rounding a row x adds to <x, y>, over |x|^2 |y|^2. Errors are taken
+# as uniform over one rounding step. A step is at most |x| / 127 in int8, and 2^-10 times each
+# element in float16.
 ROUNDING_VARIANCE: "dict[Dtype, float]" = {"float16": 2.0**-20 / 12, "int8": 1 / (12 * 127**2), "float32": 0.0}
 
 

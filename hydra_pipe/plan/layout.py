@@ -152,7 +152,7 @@ def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
         kron=_sides(data),
     )
     numel = 1
-    for n in block.shape:  # not `numel`: a product of many large numbers takes for ever
+    for n in block.shape:  # not `numel`: a product of many large numbers takes forever
         numel = _whole(numel * n, 1)
     if (block.kron is None) == (encoding == "kron") or (block.inputs is not None and encoding != "factored"):
         raise ValueError(f"block {name} is {encoding}, with inputs {data['inputs']} and kron {data['kron']}")

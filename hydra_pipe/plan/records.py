@@ -276,7 +276,7 @@ def worker_bytes(given: ReductionInput, reading: Reading, *, norms: bool = False
     # One more chunk, in case the rows are not whole chunks.
     decoded = (reading.rows * features + given.chunk_rows * given.chunk_features) * given.item_bytes
     converted = reading.rows * features * 4 * (1 + norms)
-    # A copy of the rows that count.
+    # A copy of the rows that count, if not all rows count.
     decoded += 0 if given.shards is None else reading.rows * features * given.item_bytes
     # For a whole file: scales and weights of each block, weights also in float64 on the way, and
     # sample, step and order of each row.
