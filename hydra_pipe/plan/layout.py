@@ -1,4 +1,4 @@
-"""Block directory: the columns of the gradient array that hold each parameter, and encodings."""
+"""Block directory: columns and encoding of each parameter in the gradient array."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
