@@ -1,1 +1,1 @@
-"""Recording under other people's training loops, one module for each; none is imported unless it is used."""
+"""Recording under other people's training loops: a module for each, imported only when used."""

@@ -1,4 +1,7 @@
-"""The end of a training that a trainer ran: its result is returned whatever happens to the recording's last parts."""
+"""The end of a training that a trainer ran.
+
+The training's result is returned, whatever happens to the last parts of the recording.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,15 +14,15 @@ from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.settings import Labels
 from hydra_pipe.recording.testing import say_without_tests
 
-# what gives batches of (inputs, targets), anew each time
+# function that returns a new iterator over batches of (inputs, targets)
 Tests = Callable[[], Iterator[tuple[Any, Any]]]
 
 
 def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | None) -> None:
-    """Record the test gradients, if there are test samples, and close; what fails is told by a warning.
+    """Record the test gradients, if there are test samples, and close. Failures become warnings.
 
     Raises:
-        HydraError: rows of the training itself cannot be recorded, so that the recording has failed.
+        HydraError: rows of the training itself cannot be recorded, so the recording has failed.
     """
     slip: Exception | None = None
     if tests is not None:
@@ -38,13 +41,16 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
             f"the recording of {recorder.path} was not closed: {error}. All of it is there: mend this, and call "
             f"callback.recorder.close()"
         )
-    if slip is not None:  # not before: a warning may be an error
+    if slip is not None:  # after the recording is closed: a warning filter may turn this warning into an error
         say_without_tests(slip, recorder.path)
 
 
 @contextmanager
 def optional(path: Path, what: str) -> Iterator[None]:
-    """A block without which the recording is complete: what it raises becomes a warning that `what` is left out."""
+    """Enter a block without which the recording is complete.
+
+    An error in the block becomes a warning that `what` is left out.
+    """
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the user's own code, after hours of training

@@ -43,38 +43,46 @@ _ONE_LOADER = "give the trainer one torch DataLoader over a map-style dataset"
 
 
 class HydraCallback(Callback):
-    """Records a `lightning.Trainer`'s training::
+    """Records the training of a `lightning.Trainer`::
 
         trainer = Trainer(max_epochs=5, callbacks=[HydraCallback("runs/mine", test_dataset, test_loss)])
         trainer.fit(module, train_loader)
 
-    Then `hydra-pipe reduce runs/mine`. Training is not changed: the weights are those without the callback, bit for bit. A
-    sample's id is its index in the dataset of the train dataloader. Each optimizer step is one step of the run, whatever is
-    accumulated for it. Optimization must be automatic; devices may be several, by `strategy="ddp"`.
+    Then run `hydra-pipe reduce runs/mine`. Training is not changed: the weights are those without
+    the callback, bit for bit. A sample's id is its index in the dataset of the train dataloader.
+    Each optimizer step is one step of the run, however many batches are accumulated for it.
+    Optimization must be automatic. Several devices are allowed, by `strategy="ddp"`.
 
-    The recorder's state is kept in the trainer's checkpoints: `trainer.fit(..., ckpt_path=...)` goes on with the recording too,
-    with the rows of the batches that the trainer then trains on. Within an epoch these are those of a training that was never
-    interrupted only if the dataloader can go on where it was, with `state_dict` and `load_state_dict`: else Lightning begins a
-    new order for the rest of the epoch. From a checkpoint that was made between batches that are accumulated, whose gradients no
-    checkpoint holds, the recording cannot go on.
+    The trainer's checkpoints hold the recorder's state. So `trainer.fit(..., ckpt_path=...)` also
+    resumes the recording, with the rows of the batches that the trainer then trains on. Within an
+    epoch these batches equal those of an uninterrupted training only if the dataloader can resume,
+    by `state_dict` and `load_state_dict`. Otherwise Lightning begins a new order for the rest of
+    the epoch. A checkpoint made between accumulated batches does not hold their gradients: the
+    recording cannot resume from such a checkpoint.
 
-    The test gradients are taken when training ends, of the parameters as they are then: give the callback before those that put
-    others in their place, such as averaged weights. They are in the parameters' own precision, without autocast.
+    The test gradients are taken when training ends, at the parameters of that moment. Some
+    callbacks put other parameters in their place, such as averaged weights: give this callback
+    before them. Test gradients are in the parameters' own precision, without autocast.
 
     Args:
         run: directory of the run.
-        test_dataset: (input, target) samples whose predictions are to be explained, or mappings that hold their targets as
-            "labels" or the like, put into batches as those of the train dataloader. Inputs are what the module itself is called
-            with, its `forward`. None: `hydra_pipe.probe` takes test gradients later.
-        test_loss: (output of the module, targets) -> losses of shape (batch,), or their mean or sum: what is trained on, or
-            whatever else is to be explained. The first batch is tried before training.
-        encoding, dim, dtype, seed, overwrite: see `hydra_pipe.Recorder`.
-        settings: further settings to keep in the manifest, beside those of the trainer that change training.
-        sample_labels, test_labels: one for each sample, for rankings and reports; taken from integer targets if absent, of
-            the training samples where the dataset is a TensorDataset or has `targets`.
+        test_dataset: (input, target) samples whose predictions are to be explained, or mappings
+            with the targets under "labels" or a similar key. They are batched as those of the train
+            dataloader. Inputs are the arguments of the module's own `forward`. None:
+            `hydra_pipe.probe` takes test gradients later.
+        test_loss: (output of the module, targets) -> losses of shape (batch,), or their mean or
+            sum. It is the training loss, or any other quantity to be explained. The first batch is
+            tried before training.
+        encoding, dim, dtype, seed, overwrite: options of `hydra_pipe.Recorder`.
+        settings: further settings to keep in the manifest, beside those of the trainer that change
+            training.
+        sample_labels, test_labels: one label for each sample, for rankings and reports; taken from
+            integer targets if absent. Labels of the training samples are found if the dataset is a
+            TensorDataset or has `targets`.
 
     Raises:
-        DataError: there are no test samples in `test_dataset`, or labels are not one integer or string for each sample.
+        DataError: there are no test samples in `test_dataset`, or labels are not one integer or
+            string for each sample.
         UsageError: a `test_dataset` without its `test_loss`.
     """
 
@@ -111,11 +119,14 @@ class HydraCallback(Callback):
 
     @property
     def recorder(self) -> Recorder | None:
-        """The recorder of the training that goes on, or of the last one; None before the first."""
+        """The recorder of the present training, or of the last one; None before the first."""
         return None if self._session is None else self._session.recorder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be recorded, and watch the train dataloader, which the trainer may ask for at any time from here."""
+        """Refuse what cannot be recorded, and watch the train dataloader.
+
+        The trainer may ask for the train dataloader at any time from here.
+        """
         if stage != "fit":
             return
         self._leave(RecordError("the trainer began anew before its training had ended"))
@@ -123,7 +134,7 @@ class HydraCallback(Callback):
         self._batches, self._loaded = _TrainBatches(trainer), None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on with, the recording."""
+        """Begin the recording, or resume it."""
         assert self._batches is not None
         loader = self._batches.only
         wrapped = trainer.strategy.model
@@ -160,7 +171,7 @@ class HydraCallback(Callback):
             self._session.note_loss()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take no notice of what the module is called with until the next batch."""
+        """Ignore calls of the module until the next batch."""
         if self._session is not None:
             self._session.recorder.end_batch()
 
@@ -171,7 +182,7 @@ class HydraCallback(Callback):
         self._session.finish(tests, self._test_loss, self._test_labels)
 
     def _tests(self, trainer: Trainer) -> Iterator[tuple[Any, Any]]:
-        """The test samples, in batches as those of the train dataloader."""
+        """Yield the test samples, batched as those of the train dataloader."""
         assert self._batches is not None
         loader = self._batches.only.loader
         collate = None if loader.batch_sampler is None else loader.collate_fn
@@ -188,11 +199,11 @@ class HydraCallback(Callback):
             self._batches.leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the trainer's checkpoint keeps. All processes ask for it together."""
+        """Return the state for the trainer's checkpoint. Collective."""
         return {} if self._session is None else self._session.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what a checkpoint holds until training starts."""
+        """Keep the state of a checkpoint until training starts."""
         self._loaded = state_dict
 
     def _leave(self, error: BaseException) -> None:
@@ -203,10 +214,11 @@ class HydraCallback(Callback):
 
 
 class _TrainBatches:
-    """Which samples the batches of the trainer's train dataloader are of: they come in the order in which they were drawn.
+    """The sample ids of the trainer's training batches, in the order in which they were drawn.
 
     Args:
-        trainer: hands its dataloaders to the strategy when their samplers are final, and before it iterates them.
+        trainer: the trainer. It hands its dataloaders to the strategy when their samplers are
+            final, and before it iterates them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -223,7 +235,11 @@ class _TrainBatches:
         return self._newest
 
     def next_ids(self) -> NDArray[np.int64]:
-        """Of the batch that the trainer has just been given, shape (batch,). Raises: RecordError: see `WatchedLoader`."""
+        """Return the sample ids of the batch that the trainer was just given, shape (batch,).
+
+        Raises:
+            RecordError: the batch cannot be paired with its samples.
+        """
         assert self._newest is not None
         return self._newest.next_ids(self._newest.drawn)
 
@@ -236,32 +252,32 @@ class _TrainBatches:
         if not self._trainer.training:
             return loader
         n_samples = None if self._newest is None else self._newest.n_samples
-        ahead = int(sized_len(loader) is None)  # by which the trainer knows the last batch
+        ahead = int(sized_len(loader) is None)  # without a length the trainer draws one batch ahead to know the last
         self._newest = WatchedLoader(loader, n_samples, _ONE_LOADER, ahead)
         return self._newest.loader
 
 
 class _Session:
-    """One training that is recorded.
+    """One recorded training.
 
     Args:
-        recorder: of it.
-        trainer: of it.
+        recorder: recorder of the training.
+        trainer: trainer that runs the training.
     """
 
     def __init__(self, recorder: Recorder, trainer: Trainer) -> None:
         self.recorder, self._trainer = recorder, trainer
-        #: of the batches of the step that goes on, divided and scaled as the trainer does before it differentiates them
+        #: losses of the present step's batches, divided and scaled as the trainer does before it differentiates them
         self.losses: list[Tensor] = []
         self._note: StepNote | None = None
-        # the trainer's optimizer steps when the last batch began; None: none has begun since it said so last
+        # the trainer's count of optimizer steps when the last batch began; None: no batch has begun
         self._begun_at: int | None = None
-        # why no state can be taken any more, and the last one
+        # the reason why no state can be taken any more, and the last state
         self._over: str | None = None
         self._kept: dict[str, Any] | None = None
 
     def go_on(self, loaded: Mapping[str, Any] | None) -> None:
-        """Go on where a checkpoint was made. Raises: RecordError: it holds no state of the recording."""
+        """Resume from a checkpoint. Raises: RecordError: it holds no state of the recording."""
         if loaded is None or _STATE not in loaded:
             made = "without HydraCallback, so that the steps before it were not recorded" if loaded is None else loaded[_WITHOUT]
             raise RecordError(
@@ -271,21 +287,21 @@ class _Session:
         self.recorder.load_state_dict(loaded[_STATE])
 
     def begin_batch(self, ids: NDArray[np.int64]) -> None:
-        """The trainer has been given the batch of samples `ids`."""
+        """Begin the batch of samples `ids`, which the trainer has been given."""
         if self._trainer.global_step != self._begun_at:
             self._begun_at, self.losses = self._trainer.global_step, []
-        self.recorder.end_batch()  # a training step may leave one out
+        self.recorder.end_batch()  # a training step may leave out its batch
         self._note = self.recorder.next_batch(ids)
 
     def note_loss(self) -> None:
-        """Say what the loss of the step is that is about to be taken."""
+        """Note the loss of the step that is about to be taken."""
         if self._note is not None and self.losses:
             scaler = getattr(self._trainer.precision_plugin, "scaler", None)
             factor = self._trainer.accumulate_grad_batches / (1.0 if scaler is None else scaler.get_scale())
             self._note.loss = float(torch.stack(self.losses).mean()) * factor
 
     def state(self) -> dict[str, Any]:
-        """Of the recorder, or why there is none. Collective."""
+        """Return the state of the recorder, or the reason why there is none. Collective."""
         if self._over is not None:
             return self._kept or {_WITHOUT: self._over}
         if self._begun_at == self._trainer.global_step:
@@ -301,15 +317,19 @@ class _Session:
         """Leave the recording as it is, because of `error`."""
         if self._over is not None:
             return
-        if self._trainer.world_size == 1:  # others may not have been stopped
+        if self._trainer.world_size == 1:  # other processes may not have been stopped, and a state is collective
             with suppress(Exception):
-                self._kept = self.state()  # for a checkpoint that is made for the error
+                self._kept = self.state()  # for a checkpoint that the error triggers
         self._over = "after the recording had failed"
         self.recorder.fail(error)
 
 
 def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested: bool) -> None:
-    """Raises: UsageError: names it."""
+    """Refuse a trainer or module that cannot be recorded.
+
+    Raises:
+        UsageError: names the obstacle.
+    """
     if not isinstance(trainer, Trainer):
         raise UsageError(
             f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of lightning.pytorch, and not of the "
@@ -346,7 +366,7 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
 
 
 def _settings_of(trainer: Trainer, loader: DataLoader[Any]) -> Settings:
-    """What the training depends on and the recorder does not see."""
+    """Return the settings that the training depends on and the recorder does not see."""
     return {
         "batch size": loader.batch_size,
         "accumulated batches": trainer.accumulate_grad_batches,
@@ -355,7 +375,10 @@ def _settings_of(trainer: Trainer, loader: DataLoader[Any]) -> Settings:
 
 
 def _labels_of(dataset: Any) -> Sequence[int] | None:
-    """One integer for each sample, where the dataset has them at hand; to ask it for its samples would draw random numbers."""
+    """Return one integer for each sample, if the dataset has them at hand.
+
+    Samples are not asked for: drawing them could draw random numbers.
+    """
     if isinstance(dataset, TensorDataset):
         targets = dataset.tensors[1] if len(dataset.tensors) > 1 else None
     else:

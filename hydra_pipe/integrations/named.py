@@ -1,4 +1,4 @@
-"""Samples that know their number in the dataset, all the way into the model's call."""
+"""Samples that carry their number in the dataset all the way into the model's call."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hydra_pipe.errors import DataError, RecordError
 from hydra_pipe.recording.collating import checked_collate
 
-#: under which a batch carries the ids of its samples
+#: key under which a batch carries the ids of its samples
 SAMPLE_IDS = "hydra_pipe_sample_ids"
 
 
@@ -23,7 +23,7 @@ class _Named:
 
 
 class NamedDataset:
-    """`dataset` again, each sample with its number."""
+    """A wrapper of `dataset` that gives each sample its number."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -35,19 +35,25 @@ class NamedDataset:
         return _Named(int(index), self.dataset[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[_Named]:
-        """A whole batch, as a loader draws it: at once from a dataset that can do that."""
+        """Return a whole batch, as a loader draws it.
+
+        The dataset draws it at once, if it can.
+        """
         drawn = getattr(self.dataset, "__getitems__", None)
         samples = drawn(indices) if drawn is not None else [self.dataset[i] for i in indices]
         return [_Named(int(i), sample) for i, sample in zip(indices, samples, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not made yet, as while it is copied
+        if name == "dataset":  # not set yet, such as in the middle of a copy
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 class NamingCollator:
-    """`collate` again, of named samples: the batch holds their ids as `SAMPLE_IDS`, int64, shape (batch,)."""
+    """A wrapper of `collate` for named samples: the batch holds their ids.
+
+    The ids are under `SAMPLE_IDS`, int64, shape (batch,).
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate, self._checked = collate, checked_collate(collate)
@@ -59,7 +65,7 @@ class NamingCollator:
 
 
 def checked_batch(batch: Any) -> MutableMapping[str, Any]:
-    """`batch`, which must be a mapping. Raises: DataError."""
+    """Return `batch`, which must be a mapping. Raises: DataError."""
     if not isinstance(batch, MutableMapping):
         raise DataError(
             f"the data collator returned {type(batch).__name__}, and its samples cannot be told: return a mapping of what the "
@@ -69,10 +75,13 @@ def checked_batch(batch: Any) -> MutableMapping[str, Any]:
 
 
 def named_batches(loader: DataLoader[Any]) -> Any:
-    """Make `loader` put the ids of its samples into each batch; its order and its random numbers stay as they were.
+    """Make `loader` put the ids of its samples into each batch.
+
+    Its order and its random numbers stay as they were.
 
     Args:
-        loader: over a map-style dataset, not iterated yet. Changed in place: who iterates it holds it already.
+        loader: loader over a map-style dataset, not iterated yet. It is changed in place, because
+            the trainer holds it already.
 
     Returns:
         The dataset.
@@ -82,12 +91,12 @@ def named_batches(loader: DataLoader[Any]) -> Any:
     """
     own = getattr(loader, "base_dataloader", loader)  # which Accelerate wraps
     dataset = own.dataset
-    if isinstance(dataset, NamedDataset):  # by an earlier call
+    if isinstance(dataset, NamedDataset):  # wrapped by an earlier call
         return dataset.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise RecordError(
             f"{type(dataset).__name__} is an iterable dataset, whose samples have no numbers: train on a map-style dataset"
         )
-    own.__dict__["dataset"] = NamedDataset(dataset)  # the attribute itself forbids it
+    own.__dict__["dataset"] = NamedDataset(dataset)  # DataLoader forbids setting the attribute
     own.collate_fn = NamingCollator(own.collate_fn)
     return dataset

@@ -1,4 +1,7 @@
-"""What trainers of transformers and TRL do that cannot be recorded, told by their arguments and by the model's."""
+"""Trainers of transformers and TRL that cannot be recorded, recognised by their arguments.
+
+The arguments are those of the trainer and those of the model's call.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +13,10 @@ from hydra_pipe.recording.refusals import TRAIN_UNSHARDED
 
 
 def refuse_training_arguments(args: Any) -> None:
-    """Refuse options of transformers' trainer, and of TRL's, under which its batches cannot be recorded.
+    """Refuse options of the trainers of transformers and TRL whose batches cannot be recorded.
 
     Args:
-        args: of transformers.TrainingArguments or a subclass.
+        args: instance of transformers.TrainingArguments or of a subclass.
 
     Raises:
         UsageError: names the option and a way out.
@@ -45,11 +48,13 @@ def refuse_training_arguments(args: Any) -> None:
 
 
 def unnamed_pass(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """What is said where a trainer's loss calls the model without the ids of the batch, which the batch itself holds.
+    """Return the message for a trainer's loss that calls the model without the batch's ids.
+
+    The batch itself holds these ids.
 
     Args:
-        model: that was called.
-        inputs: its named arguments.
+        model: the called model.
+        inputs: named arguments of the call.
     """
     given = ", ".join(f"{name}=" for name in inputs) or "unnamed arguments only"
     return (

@@ -38,40 +38,48 @@ except ImportError as error:
 TestLoss = Callable[[Any, Tensor], Tensor]
 
 _ATTRIBUTES, _STATE = "attributes", "recorder"
-# what the loss of a step is: the trainer asks a model that takes the number of items for sums over them
+# The meaning of a step's loss: a model that takes the number of items is asked for sums over them.
 _SUM, _MEAN = "what its batches add, divided by the step's items as the model does", "mean of its batches' losses"
 _LABELS = ("labels", "label", "label_ids")
 
 
 class HydraCallback(TrainerCallback, ExportableState):
-    """Records a `transformers.Trainer`'s training::
+    """Records the training of a `transformers.Trainer`::
 
         trainer = Trainer(model, args, train_dataset=train, callbacks=[HydraCallback("runs/sst2", test_dataset)])
         trainer.train()
 
-    Then `hydra-pipe reduce runs/sst2`. Training is not changed: the weights are those without the callback, bit for bit. A
-    sample's id is its index in the training set. Each optimizer step is one step of the run, whatever is accumulated for it, and
-    a row is the sample's share of that step's gradient: where the trainer divides by the number of tokens (causal language
+    Then run `hydra-pipe reduce runs/sst2`. Training is not changed: the weights are those without
+    the callback, bit for bit. A sample's id is its index in the training set. Each optimizer step
+    is one step of the run, however many batches are accumulated for it. A row is the sample's share
+    of that step's gradient. If the trainer divides by the number of tokens (causal language
     models), a long sample has a larger share than a short one, as it had in training.
 
-    The recorder's state is kept in the trainer's checkpoints: `trainer.train(resume_from_checkpoint=...)` goes on with the
-    recording too. Under `torchrun` every process gives the same callback.
+    The trainer's checkpoints hold the recorder's state. So
+    `trainer.train(resume_from_checkpoint=...)` also resumes the recording. Under `torchrun` every
+    process gives the same callback.
 
-    The test gradients are taken of the last step's parameters, before `load_best_model_at_end` puts others back.
+    The test gradients are taken at the parameters of the last step, before `load_best_model_at_end`
+    puts others back.
 
     Args:
         run: directory of the run.
-        test_dataset: samples as those of the training set, whose predictions are to be explained. What the collator does not take
-            of a training sample is left out of these as well. The first is tried before training. None: `hydra_pipe.probe` takes
-            test gradients later.
-        test_loss: (what the model returns, labels) -> losses of shape (batch,). None: the loss that the model itself returns for
-            the sample alone: of a language model the mean over its tokens. Of a model whose forward takes no labels it is needed.
-        encoding, dim, dtype, seed, overwrite: see `hydra_pipe.Recorder`.
-        settings: further settings to keep in the manifest, beside those of the trainer that change training.
-        sample_labels, test_labels: one for each sample, for rankings and reports; taken from integer labels if absent.
+        test_dataset: samples in the form of the training set, whose predictions are to be
+            explained. Columns that the collator does not take of a training sample are left out of
+            test samples as well. The first sample is tried before training. None:
+            `hydra_pipe.probe` takes test gradients later.
+        test_loss: (output of the model, labels) -> losses of shape (batch,). None: the loss that
+            the model itself returns for the sample alone; for a language model this is the mean
+            over its tokens. A model whose forward takes no labels needs a `test_loss`.
+        encoding, dim, dtype, seed, overwrite: options of `hydra_pipe.Recorder`.
+        settings: further settings to keep in the manifest, beside those of the trainer that change
+            training.
+        sample_labels, test_labels: one label for each sample, for rankings and reports; taken from
+            integer labels if absent.
 
     Raises:
-        UsageError: see `hydra_pipe.Recorder`.
+        UsageError: no run is given.
+        DataError: there are no test samples in `test_dataset`, or test labels are not one for each.
     """
 
     def __init__(
@@ -107,11 +115,14 @@ class HydraCallback(TrainerCallback, ExportableState):
 
     @property
     def recorder(self) -> Recorder | None:
-        """The recorder of the training that goes on, or of the last one; None before the first."""
+        """The recorder of the present training, or of the last one; None before the first."""
         return None if self._session is None else self._session.recorder
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Hear of an error or an interrupt that ends a training: the trainer tells its callbacks of a good end only."""
+        """Wrap the trainer's `train`, to hear of an error or an interrupt that ends a training.
+
+        The trainer tells its callbacks of a good end only.
+        """
         trainer = _trainer_above(sys._getframe(1))
         if trainer is not None:
             trainer.train = _leaving(trainer.train, self)  # type: ignore[method-assign]
@@ -119,9 +130,9 @@ class HydraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:  # the trainer's own signature
-        """Begin, or go on with, the recording."""
+        """Begin the recording, or resume it."""
         if self._session is not None:
-            # of a training that was given up, as where memory did not suffice for its batches
+            # The session is of a training that was given up, such as for lack of memory for its batches.
             self.leave(RecordError("the trainer began anew before its training had ended"))
         _refuse_what_cannot_be(args)
         refuse_training_arguments(args)
@@ -148,21 +159,24 @@ class HydraCallback(TrainerCallback, ExportableState):
             self._session.go_on(state, type(self).__name__)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the recording down where a checkpoint is to be made."""
+        """Save the recorder's state if a checkpoint is to be made."""
         self._keep(args, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the recording down where a checkpoint is to be made."""
+        """Save the recorder's state if a checkpoint is to be made."""
         self._keep(args, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the recording down where a checkpoint may be made, for what was found."""
+        """Save the recorder's state if the evaluation's result may lead to a checkpoint."""
         self._keep(args, control, anyway=args.save_strategy == "best")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """Finish the recording with the trainer's last line, after which it may load another model."""
+        """Finish the recording at the trainer's last log line.
+
+        After this line the trainer may load another model.
+        """
         if logs is not None and "train_runtime" in logs:
             self._finish()
 
@@ -171,23 +185,23 @@ class HydraCallback(TrainerCallback, ExportableState):
         self._finish()
 
     def state(self) -> dict[str, Any]:
-        """What the trainer's checkpoint keeps."""
+        """Return the state for the trainer's checkpoint."""
         attributes = {} if self._session is None else {_STATE: self._session.state()}
         return {"args": {}, _ATTRIBUTES: attributes}
 
     def _keep(self, args: TrainingArguments, control: TrainerControl, *, anyway: bool = False) -> None:
-        # all processes do it together, and only one of them is asked for its state
+        # Saving is collective, but the trainer asks only one process for its state.
         if self._session is not None and args.world_size > 1 and (control.should_save or anyway):
             self._session.keep()
 
     def leave(self, error: BaseException) -> None:
-        """Take the hooks away, and leave the recording as it is, because of `error`."""
+        """Remove the hooks, and leave the recording as it is, because of `error`."""
         if self._session is not None:
             self._session.leave(error)
 
     def _finish(self) -> None:
         if self._session is not None and not self._session.finished:
-            # not before: a dataset that is asked for samples may draw random numbers, which training goes on with
+            # Only after training: reading samples of a dataset may draw random numbers, and would change the training.
             recorder = self._session.recorder
             if self._sample_labels is None:
                 with optional(recorder.path, "labels of the training samples"):
@@ -201,14 +215,14 @@ class HydraCallback(TrainerCallback, ExportableState):
 
 
 class _Session:
-    """One training that is recorded.
+    """One recorded training.
 
     Args:
-        recorder: of it.
-        model: that the trainer calls, or what it wraps.
+        recorder: recorder of the training.
+        model: model that the trainer calls, or the module inside its wrapper.
         collate: the trainer's collator.
-        dataset: of the training samples.
-        scale: that the trainer multiplies a loss by that is divided by the number of items.
+        dataset: dataset of the training samples.
+        scale: factor by which the trainer multiplies a loss that is divided by the number of items.
     """
 
     def __init__(
@@ -223,7 +237,7 @@ class _Session:
         self._collate, self._scale = collate, scale
         self.finished = False
         self._kept: tuple[int, dict[str, Any]] | None = None
-        # the step that goes on, the losses of its batches, and whether they are parts of one sum, or each a mean
+        # the present step, the losses of its batches, and whether these are parts of one sum (else each is a mean)
         self._note: StepNote | None = None
         self._losses: list[float] = []
         self._parts = False
@@ -234,7 +248,7 @@ class _Session:
         ]
 
     def go_on(self, state: TrainerState, name: str) -> None:
-        """Go on where a checkpoint was made. Raises: RecordError: it was made without this callback."""
+        """Resume from a checkpoint. Raises: RecordError: it was made without this callback."""
         kept = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, Mapping) else None
         found = kept.get(_ATTRIBUTES, {}).get(_STATE) if isinstance(kept, Mapping) else None
         if found is None:
@@ -245,12 +259,12 @@ class _Session:
         self.recorder.load_state_dict(found)
 
     def keep(self) -> None:
-        """Put the recording down. Collective."""
+        """Save the recorder's state. Collective."""
         if not self.finished:
             self._kept = self.recorder.n_steps, self.recorder.state_dict()
 
     def state(self) -> dict[str, Any] | None:
-        """Of the recorder."""
+        """Return the state of the recorder; None once the recording is finished."""
         if self.finished:
             return None
         if self._kept is None or self._kept[0] != self.recorder.n_steps:
@@ -264,7 +278,7 @@ class _Session:
         return self._kept[1]
 
     def leave(self, error: BaseException) -> None:
-        """Take the hooks away, and leave the recording as it is."""
+        """Remove the hooks, and leave the recording as it is."""
         self._forget()
         if not self.finished:
             self.recorder.fail(error)
@@ -277,10 +291,10 @@ class _Session:
         self._forget()
 
     def try_tests(self, dataset: Any, loss: TestLoss | None) -> None:
-        """Take the loss of the first test sample, before training. Raises: see `try_test`."""
+        """Take the loss of the first test sample, before training. Raises: as `try_test`."""
         model = unwrapped(self._model)
         device = next(model.parameters()).device
-        # the training set is not asked for a sample: it may draw random numbers, and they may be its own
+        # No sample of the training set is read: reading may draw random numbers, from a generator of the dataset's own.
         named = getattr(self.dataset, "column_names", None)
         columns = set(named) if isinstance(named, list) else None
         sources = dataset, self.dataset, self._collate
@@ -289,11 +303,11 @@ class _Session:
         except HydraError:
             if columns is not None:
                 raise
-            # it may be for columns that only the test samples have: these are left out
+            # The cause may be columns that only the test samples have: try again without them.
             try_test(model, self._tests(dataset, loss, lambda: set(self.dataset[0])), loss or _models_own, device, *sources)
 
     def _tests(self, dataset: Any, loss: TestLoss | None, columns: Callable[[], set[str] | None]) -> Iterator[tuple[Any, Any]]:
-        """The test samples as the model is called with them, one at a time, and their labels."""
+        """Yield each test sample as the model is called with it, and its labels."""
         wanted, model = columns(), unwrapped(self._model)
         takes = inspect.signature(model.forward).parameters
         known = find_labels(type(model)) or _LABELS  # type: ignore[no-untyped-call]
@@ -322,7 +336,7 @@ class _Session:
         ids = inputs.get(SAMPLE_IDS)
         if ids is None:
             if torch.is_grad_enabled() and model.training and self._note is None:
-                raise RecordError(unnamed_pass(model, inputs))  # before the first batch: the ids are lost on the way
+                raise RecordError(unnamed_pass(model, inputs))  # no batch has come: the trainer lost the ids on the way
             return None
         if torch.is_grad_enabled():
             note = self.recorder.next_batch(ids)
@@ -346,14 +360,14 @@ class _Session:
 
 
 def _trainer_above(frame: FrameType | None) -> Trainer | None:
-    """The trainer that is being made by one of the callers of `frame`."""
+    """Return the trainer that one of the callers of `frame` is constructing, or None."""
     while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
     return None if frame is None else frame.f_locals["self"]
 
 
 def _leaving(train: Callable[..., Any], callback: HydraCallback) -> Callable[..., Any]:
-    """`train` again; what it raises ends the recording too."""
+    """Wrap `train`, so that an exception in it also ends the recording."""
 
     @wraps(train)
     def leaving(*args: Any, **kwargs: Any) -> Any:
@@ -367,7 +381,7 @@ def _leaving(train: Callable[..., Any], callback: HydraCallback) -> Callable[...
 
 
 def _models_own(output: Any, _: Any) -> Tensor:
-    """The loss that the model returns for one sample, shape (1,)."""
+    """Return the loss that the model returns for one sample, shape (1,)."""
     # a model that returns a tuple has the loss first, if it was given labels
     loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -378,7 +392,7 @@ def _models_own(output: Any, _: Any) -> Tensor:
 
 
 def _refuse_what_cannot_be(args: TrainingArguments) -> None:
-    """Raises: UsageError: names the option."""
+    """Refuse options that cannot be recorded. Raises: UsageError: names the option."""
     refused = {
         "several GPUs in one process (DataParallel)": args.n_gpu > 1,
         "fsdp": bool(args.fsdp),
@@ -393,7 +407,7 @@ def _refuse_what_cannot_be(args: TrainingArguments) -> None:
 
 
 def _settings_of(args: TrainingArguments) -> Settings:
-    """What the training depends on and the recorder does not see."""
+    """Return the settings that the training depends on and the recorder does not see."""
     return {
         "trainer seed": args.seed,
         "epochs": args.num_train_epochs,
@@ -404,7 +418,7 @@ def _settings_of(args: TrainingArguments) -> Settings:
 
 
 def _labels_of(dataset: Any) -> Sequence[int] | None:
-    """One integer for each sample, where they have one."""
+    """Return one integer label for each sample; None if the samples do not all have one."""
     first = dataset[0]
     column = next((name for name in _LABELS if name in first), None) if isinstance(first, Mapping) else None
     if column is None or _integer(first[column]) is None:

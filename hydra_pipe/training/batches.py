@@ -1,4 +1,4 @@
-"""The batches that a pipeline is trained and tested on: which samples, in which order."""
+"""The batches that a pipeline is trained and tested on: their samples and their order."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +14,19 @@ from hydra_pipe.training.pipeline import Pipeline
 
 
 def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
-    """Batches of sample ids of one epoch: a function of (seed, epoch) alone, so that any epoch can be found again."""
+    """Return the batches of sample ids of one epoch.
+
+    The order is a function of (seed, epoch) alone, so the order of any epoch can be computed again.
+    """
     generator = np.random.default_rng([pipeline.seed, epoch])
     return batches_of(generator.permutation(len(pipeline.train)), pipeline.batch_size)
 
 
 def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Stream[tuple[Any, Any]]:
-    """The test set in order, in batches of the pipeline's size. Close it.
+    """Yield the test set in order, in batches of the pipeline's size. The caller closes the stream.
 
     Raises:
-        InterruptedRunError: when it is iterated: `checkpoints` tells to stop.
+        InterruptedRunError: during iteration, if `checkpoints` asks to stop.
     """
     batches = Samples(pipeline, "test").batches(batches_of(np.arange(len(pipeline.test)), pipeline.batch_size))
     return Stream(_heeding(batches, task, checkpoints), batches.close)

@@ -1,8 +1,11 @@
-"""Checkpoints of a pipeline's training: when they are taken, what is in them, and how training goes on from one.
+"""Checkpoints of a pipeline's training: when they are taken, what they hold, how training resumes.
 
-A checkpoint and the rows agree: the recorder puts on the disk what it has recorded, then the checkpoint is written, which counts
-it; what was recorded after a checkpoint is discarded when training goes on from it. It is taken only where the recorder writes its
-rows anyway (`Recorder.rests_before`), so that the run is the same byte for byte whenever checkpoints were taken.
+A checkpoint and the recorded rows agree. The recorder first puts its rows on the disk. Then the
+checkpoint is written, with the number of these rows. When training resumes from a checkpoint, the
+rows recorded after the checkpoint are discarded.
+
+A checkpoint is taken only where the recorder writes its rows anyway (`Recorder.rests_before`). So
+the run is the same byte for byte, whenever checkpoints were taken.
 """
 
 import time
@@ -25,20 +28,21 @@ from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import parse_seconds
 
 VERSION = 1
-# of a checkpoint, what is beside the tensors: their names, three generators, the recorder's state, at most
+# Upper bound for the part of a checkpoint beside its tensors: their names, three generators, the recorder's state.
 _BESIDE_BYTES = 2**17
 
 
 @dataclass
 class Place:
-    """How far training is.
+    """The position of training.
 
     Args:
-        epoch: that it is in.
-        step: of that epoch that comes next.
-        epoch_loss: summed losses of the samples of that epoch so far.
-        last_loss: of the samples of the epoch before it, their mean.
-        labels: integer targets of the training samples as they were met; None where they are not integers.
+        epoch: number of the present epoch.
+        step: number of the next step within the epoch.
+        epoch_loss: summed losses of the epoch's samples so far.
+        last_loss: mean loss of the samples of the epoch before.
+        labels: integer targets of the training samples, as training met them; None if targets are
+            not integers.
     """
 
     epoch: int
@@ -50,11 +54,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Interval:
-    """How often checkpoints are taken.
+    """The time or number of steps between two checkpoints.
 
     Args:
-        steps: at least between two; None: by time.
-        seconds: likewise; None: by default, see store/pace.py.
+        steps: least number of steps between two checkpoints; None: `seconds` decides.
+        seconds: least seconds between two checkpoints; None: the default, see store/pace.py.
     """
 
     steps: int | None = None
@@ -62,7 +66,11 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str | None) -> "Interval":
-        """Of "500", steps, or "10min", "30s", "2h"; None: the default. Raises: UsageError."""
+        """Parse "500" as steps, and "10min", "30s" or "2h" as a time; None gives the default.
+
+        Raises:
+            UsageError: the text is neither steps nor a time.
+        """
         if text is None:
             return cls()
         if text.isdecimal() and int(text) > 0:
@@ -73,23 +81,29 @@ class Interval:
         return cls(seconds=seconds)
 
     def due(self, steps: int, seconds: float, cost: float) -> bool:
-        """Whether it is time, `steps` and `seconds` after the last one, which took `cost` seconds."""
+        """Tell whether a checkpoint is due.
+
+        Args:
+            steps: steps since the last checkpoint.
+            seconds: seconds since the last checkpoint.
+            cost: seconds that the last checkpoint took.
+        """
         if self.steps is not None:
             return steps >= self.steps
         return is_due(seconds, cost) if self.seconds is None else seconds >= self.seconds
 
 
 class Checkpoints:
-    """Takes checkpoints of a training.
+    """Takes the checkpoints of a training.
 
     Args:
-        directory: of them.
-        pipeline: what is trained.
-        recorder: of it.
-        interval: how often.
-        stop: tells when somebody asks to stop.
-        progress: says what is to be said.
-        anew: leave alone what is there, training begins anew.
+        directory: directory of the checkpoints.
+        pipeline: the pipeline in training.
+        recorder: recorder of the training.
+        interval: time or steps between two checkpoints.
+        stop: request to stop, set by a signal.
+        progress: receiver of messages.
+        anew: if True, existing checkpoints are ignored and training begins at the first step.
     """
 
     def __init__(
@@ -106,15 +120,20 @@ class Checkpoints:
         self._directory, self._pipeline, self._recorder = directory, pipeline, recorder
         self._interval, self._stop, self._progress = interval, stop, progress
         self._anew = anew
-        # steps that the newest has, when it was taken, and how long that took
+        # steps in the newest checkpoint, the moment it was taken, and the seconds it took
         self.step = 0
         self._at, self._cost = time.monotonic(), 0.0
-        # of all that were taken
+        # seconds that all checkpoints took
         self.seconds = 0.0
         self._usable = True
 
     def go_on(self) -> Place | None:
-        """Put everything back as the newest good checkpoint has it; None: there is none, and training begins anew."""
+        """Restore the newest good checkpoint.
+
+        Returns:
+            The position of training; None if there is no good checkpoint, so that training begins
+            anew.
+        """
         for checkpoint in checkpoints_in(self._directory) if not self._anew else []:
             try:
                 state = checkpoint.read()
@@ -132,7 +151,7 @@ class Checkpoints:
 
     def _restored(self, state: dict[str, Any]) -> Place:
         pipeline = self._pipeline
-        # first what may be refused, and changes nothing then
+        # The recorder first: it may refuse the state, and then nothing has been changed.
         self._recorder.load_state_dict(state["recorder"])
         pipeline.model.load_state_dict(state["model"])
         pipeline.optimizer.load_state_dict(state["optimizer"])
@@ -149,14 +168,14 @@ class Checkpoints:
         )
 
     def after_step(self, place: Place, next_batch: int | None) -> None:
-        """Take one if it is time and the recorder rests here.
+        """Take a checkpoint if one is due and the recorder's buffer is empty at this point.
 
         Args:
-            place: how far training is.
-            next_batch: samples of the next step; None: it was the last.
+            place: position of training.
+            next_batch: number of samples of the next step; None after the last step.
 
         Raises:
-            InterruptedRunError: it was asked to stop, and the checkpoint is taken.
+            InterruptedRunError: a signal asked to stop; the checkpoint has been taken.
         """
         due = self._usable and self._interval.due(self._recorder.n_steps - self.step, time.monotonic() - self._at, self._cost)
         if not due and self._stop.number is None:
@@ -169,14 +188,17 @@ class Checkpoints:
             raise self._interrupted(f"after step {self._recorder.n_steps:,}")
 
     def most_bytes(self) -> int:
-        """What checkpoints take on the disk, with one that is being written. Once a step was taken."""
+        """Return the most bytes that checkpoints take on the disk, with one that is being written.
+
+        Call this after the first step: only then does the optimiser hold its state.
+        """
         model, optimizer = self._pipeline.model.state_dict(), self._pipeline.optimizer.state_dict()
         held = [*model.values(), *(value for state in optimizer["state"].values() for value in state.values())]
         one = sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
         return (KEPT + 1) * (one + _BESIDE_BYTES)
 
     def heed(self) -> None:
-        """After training: stop where one was asked to. Raises: InterruptedRunError."""
+        """Stop after training, if a signal asked to stop. Raises: InterruptedRunError."""
         if self._stop.number is not None:
             raise self._interrupted("while taking test gradients")
 

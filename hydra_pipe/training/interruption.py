@@ -1,4 +1,4 @@
-"""A signal that asks to stop: heard between two steps, not in the middle of one."""
+"""Signals that ask to stop: they take effect between two steps, not in the middle of one."""
 
 import signal
 import threading
@@ -10,10 +10,10 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether somebody has asked to stop.
+    """A request to stop, or none yet.
 
     Args:
-        number: of the signal that did; None: nobody has.
+        number: number of the signal that asked to stop; None: no signal has come.
     """
 
     def __init__(self) -> None:
@@ -26,9 +26,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requested() -> Iterator[StopRequest]:
-    """A block in which SIGINT and SIGTERM ask to stop. A second one ends it where it is, by KeyboardInterrupt or SystemExit.
+    """Enter a block in which SIGINT and SIGTERM ask to stop.
 
-    Outside of the main thread Python hears no signals, and nothing changes.
+    A second signal ends the block at once, by KeyboardInterrupt or SystemExit. Outside of the main
+    thread Python hears no signals, and nothing changes.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -40,7 +41,7 @@ def stop_requested() -> Iterator[StopRequest]:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         request.number = number
 
-    # what is ignored stays so, as SIGINT is in what a shell has put into the background
+    # An ignored signal stays ignored: a shell ignores SIGINT for processes in the background.
     before = {number: handler for number in _STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, hear)
@@ -48,5 +49,5 @@ def stop_requested() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            # None: set by something that is not Python, and not to be put back from here
+            # None: the handler was not set by Python, so Python cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""What a user's pipeline file returns: a training run, described."""
+"""The training run that a user's pipeline file returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,23 +19,30 @@ class Pipeline:
         model: the network, trained in place.
         optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
         loss: (output, target) -> one loss per sample, shape (batch,).
-        train: map-style dataset of (input, target), or of mappings that hold their targets as "labels" or the like; its indices are
-            the sample ids. An input is a tensor, or a tuple or a mapping of what the model is called with.
-        test: the same; its indices are the test ids. None: no test gradients are taken, and `hydra_pipe.probe` gives some later.
-        batch_size: samples a step; the last step of an epoch takes what is left.
+        train: map-style dataset of (input, target) pairs, or of mappings with the targets under
+            "labels" or a similar key. Its indices are the sample ids. An input is a tensor, or a
+            tuple or mapping of the model's arguments.
+        test: dataset of test samples, in the same form as `train`. Its indices are the test ids.
+            None: no test gradients are taken; `hydra_pipe.probe` can take some later.
+        batch_size: samples a step. The last step of an epoch takes the remaining samples.
         epochs: passes over `train`.
-        seed: of the order of the batches, and of dropout and the like.
+        seed: seed of the order of the batches, and of dropout and other random layers.
         scheduler: learning-rate scheduler, stepped once after each optimiser step.
-        max_grad_norm: clip the gradient to this norm before each step, as `torch.nn.utils.clip_grad_norm_`.
-        sample_labels: a label, integer or string, for each training sample; taken from integer targets if absent.
-        test_labels: the same for the test samples.
-        num_workers: processes that fetch batches, as torch's DataLoader has them; 0: this one. What a dataset draws from Python's,
-            NumPy's and torch's global generators is a function of the seed, the epoch and the batch, whatever their number.
-        true_labels: what the label of each training sample should be, where that is known: for `evaluate ... noise`, and no part of
-            the training.
-        render: what a person should see of an input in `report`, and no part of the training: an image (array or tensor of shape
-            (height, width), or with 1, 3 or 4 channels first or last; or of Pillow), a str, or a mapping of column name to value.
-            If absent an input is drawn by its kind (docs/report.md).
+        max_grad_norm: norm to which the gradient is clipped before each step, by
+            `torch.nn.utils.clip_grad_norm_`.
+        sample_labels: a label, integer or string, for each training sample; taken from integer
+            targets if absent.
+        test_labels: a label for each test sample, in the same form.
+        num_workers: number of processes that fetch batches, as in torch's DataLoader; 0: this
+            process fetches them. A dataset may draw from the global generators of Python, NumPy and
+            torch. Its draws are a function of the seed, the epoch and the batch, whatever the
+            number of workers.
+        true_labels: the correct label of each training sample, if known. Only `evaluate ... noise`
+            uses them, not the training.
+        render: function that shows a person an input, for `report` only, not for the training. It
+            returns an image (a Pillow image, or an array or tensor of shape (height, width) or with
+            1, 3 or 4 channels first or last), a str, or a mapping of column name to value. If
+            absent, an input is drawn by its kind (docs/report.md).
 
     Raises:
         PipelineError: a field is of the wrong kind; the message names it.
@@ -86,12 +93,12 @@ class Pipeline:
 
     @property
     def n_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Number of optimiser steps of the whole run."""
         return self.epochs * -(-len(self.train) // self.batch_size)
 
 
 def check_dataset(what: str, dataset: Any) -> None:
-    """Refuse what is no map-style dataset, or an empty one. Raises: PipelineError."""
+    """Refuse a dataset that is not map-style, and an empty one. Raises: PipelineError."""
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise PipelineError(
             f"{what} is {type(dataset).__name__} {dataset!r:.60}: it must be a map-style dataset with __getitem__ and __len__"
@@ -101,7 +108,7 @@ def check_dataset(what: str, dataset: Any) -> None:
 
 
 def described(pipeline: Pipeline) -> dict[str, Any]:
-    """What a pipeline says of itself in plain values: two that differ here are two runs."""
+    """Describe a pipeline in plain values. A different description means a different run."""
     plain = (int, float, bool, str)
     groups = [
         {name: value for name, value in group.items() if isinstance(value, plain)} for group in pipeline.optimizer.param_groups

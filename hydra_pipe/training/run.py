@@ -1,4 +1,4 @@
-"""Training a pipeline with a recorder: the stage `record`, from its settings to the message at its end."""
+"""Training of a pipeline with a recorder: the stage `record`, from settings to final message."""
 
 import time
 from dataclasses import dataclass
@@ -25,13 +25,14 @@ from hydra_pipe.units import format_seconds
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """How a pipeline is recorded, checked before it is built.
+    """Options of the recording, checked before the pipeline is built.
 
     Args:
-        encoding, dim, dtype: see `Recorder`.
-        interval: how often checkpoints are taken.
-        test_every: when test gradients are taken on the way, see `Midway.parse`.
-        overwrite: discard a recording that is there.
+        encoding, dim, dtype: options of the rows, explained at `Recorder`.
+        interval: time or steps between two checkpoints.
+        test_every: steps at which test gradients are taken during training, in the form of
+            `Midway.parse`.
+        overwrite: True discards an existing recording.
     """
 
     encoding: EncodingChoice
@@ -52,7 +53,7 @@ class RecordOptions:
         *,
         overwrite: bool,
     ) -> "RecordOptions":
-        """Check the options that a user has given, see `hydra_pipe.record`.
+        """Check the options of a user, see `hydra_pipe.record`.
 
         Raises:
             UsageError: an unknown encoding or dtype, or an interval that cannot be read.
@@ -68,28 +69,28 @@ class RecordOptions:
 
 
 def record_run(pipeline: Pipeline, run: Path, settings: Settings, options: RecordOptions, progress: Progress) -> bool:
-    """Train `pipeline` and record it into `run`: see `hydra_pipe.record`.
+    """Train `pipeline` and record the training into `run`: see `hydra_pipe.record`.
 
     Args:
-        pipeline: trained in place.
+        pipeline: pipeline, trained in place.
         run: directory of the run.
-        settings: where the pipeline comes from, kept in the manifest.
-        options: how it is recorded.
-        progress: where to show progress.
+        settings: origin of the pipeline, kept in the manifest.
+        options: options of the recording.
+        progress: receiver of progress and messages.
 
     Returns:
-        Whether there was anything to do.
+        True if there was anything to do.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
-        HydraError: one of its kinds; the message says what is wrong and what to do.
+        HydraError: a subclass of it; the message says what is wrong and what to do.
     """
     tests = Midway.parse(options.test_every, pipeline)
     own = json_settings(settings | described(pipeline))
     own |= {} if options.test_every is None else {"test_every": options.test_every}
     of_recorder = record_settings(options.encoding, options.dim, options.dtype, pipeline.seed, len(pipeline.train))
     if not needs_recording(run, of_recorder | own, overwrite=options.overwrite):
-        # it may have been killed when it was complete and about to do this
+        # An earlier process may have been killed after completing the run, just before this line.
         remove_checkpoints(run / names.CHECKPOINTS)
         return False
     recorder = Recorder(
@@ -107,7 +108,7 @@ def record_run(pipeline: Pipeline, run: Path, settings: Settings, options: Recor
     start = time.monotonic()
     with stop_requested() as stop:
         slip = _record(pipeline, recorder, tests, options, stop, progress)
-    if slip is not None:  # not before: a warning may be an error
+    if slip is not None:  # after the recording is closed: a warning filter may turn this warning into an error
         say_without_tests(slip, recorder.path)
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
@@ -121,7 +122,11 @@ def _record(
     stop: StopRequest,
     progress: Progress,
 ) -> Exception | None:
-    """Train, take the test gradients and close the recording. Returns: what has failed of the test gradients at the end."""
+    """Train, take the test gradients and close the recording.
+
+    Returns:
+        The error that stopped the test gradients at the end; None if they were taken.
+    """
     start = time.monotonic()
     directory = recorder.path / names.CHECKPOINTS
     checkpoints = Checkpoints(directory, pipeline, recorder, options.interval, stop, progress, anew=options.overwrite)

@@ -1,4 +1,4 @@
-"""Trains a pipeline, with a recorder or without: the same weights, bit for bit."""
+"""Training of a pipeline, with a recorder or without: the weights agree bit for bit."""
 
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -27,11 +27,12 @@ from hydra_pipe.training.pipeline import Pipeline
 
 @dataclass
 class Trained:
-    """What training found.
+    """The result of a training.
 
     Args:
-        last_epoch_loss: mean loss of the samples of the last epoch, each as it was met.
-        labels: target of each training sample where targets are integers, else None.
+        last_epoch_loss: mean loss of the samples of the last epoch, each taken when training met
+            the sample.
+        labels: target of each training sample if targets are integers, else None.
     """
 
     last_epoch_loss: float
@@ -40,11 +41,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Midway:
-    """After which steps of a training test gradients are taken, beside those at its end.
+    """The steps after which test gradients are taken, beside those at the end of training.
 
     Args:
-        steps: from one time to the next; 0: never.
-        n_steps: of the whole training.
+        steps: number of steps from one time to the next; 0: never.
+        n_steps: number of steps of the whole training.
     """
 
     steps: int
@@ -52,7 +53,11 @@ class Midway:
 
     @classmethod
     def parse(cls, text: str | None, pipeline: Pipeline) -> "Midway":
-        """Of "epoch", or "500", steps; None: never. Raises: UsageError."""
+        """Parse "epoch", or "500" as steps; None: never.
+
+        Raises:
+            UsageError: the text is neither, or the pipeline has no test set.
+        """
         of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
         if text is not None and pipeline.test is None:
             raise UsageError(f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every")
@@ -62,7 +67,7 @@ class Midway:
         return cls(steps, pipeline.epochs * of_epoch)
 
     def due(self, step: int) -> bool:
-        """Whether it is time after `step` steps."""
+        """Tell whether test gradients are due after `step` steps."""
         return self.steps > 0 and 0 < step < self.n_steps and step % self.steps == 0
 
 
@@ -73,14 +78,14 @@ def train(
     checkpoints: Checkpoints | None = None,
     tests: Midway | None = None,
 ) -> Trained:
-    """Train `pipeline.model` in place, recording each step if there is a recorder, and going on from a checkpoint if there is one.
+    """Train `pipeline.model` in place, with a recorder and from a checkpoint if they are given.
 
     Args:
-        pipeline: what is trained.
-        recorder: of it.
-        progress: where to show progress; nowhere if absent.
-        checkpoints: to take, and to go on from.
-        tests: when to take test gradients on the way; never if absent.
+        pipeline: pipeline to train.
+        recorder: recorder of each step; None: nothing is recorded.
+        progress: receiver of progress; None: nothing is shown.
+        checkpoints: checkpoints to take, and to resume from.
+        tests: steps after which test gradients are taken during training; None: never.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -100,7 +105,7 @@ def train(
     between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
     n_rows += between.n_test_rows
     with progress.task("record" if recorder else "train", n_rows, "rows") as task, ExitStack() as ends:
-        between.test(task)  # where it goes on from a checkpoint that was taken before it
+        between.test(task)  # due at once if the checkpoint was taken just before test gradients
         while place.epoch < pipeline.epochs:
             order = epoch_order(pipeline, place.epoch)
             for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, place.epoch, place.step))):
@@ -122,14 +127,15 @@ def train(
 
 
 class _Between:
-    """What happens between two steps of a training that is recorded: a checkpoint, then test gradients, each if it is time.
+    """The work between two recorded steps: a checkpoint, then test gradients, each if it is due.
 
-    A checkpoint that is taken just before test gradients leaves no trace, for these too have all rows written. After the first
-    step, when it is known what a row takes, it is said how much there is to write, and whether that fits.
+    A checkpoint taken just before test gradients leaves no trace: test gradients flush all rows
+    too. The size of a row is known after the first step. Then a message says how much there is to
+    write, and whether it fits on the disk.
 
     Args:
-        pipeline, recorder, checkpoints, tests, progress: see `train`.
-        n_rows: of training samples, to come.
+        pipeline, recorder, checkpoints, tests, progress: arguments of `train`.
+        n_rows: number of rows of training samples to come.
     """
 
     def __init__(
@@ -143,21 +149,21 @@ class _Between:
     ) -> None:
         self._pipeline, self._recorder, self._checkpoints = pipeline, recorder, checkpoints
         self._tests, self._progress, self._n_rows = tests or Midway(0, 0), progress, n_rows
-        # test gradients that are yet to be taken on the way
+        # rows of test gradients that are still to be taken during training
         done = recorder.n_steps if recorder is not None else 0
         self._n_tests = 0 if pipeline.test is None else len(pipeline.test)
         self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
         self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
-        """Between a step and one of `next_batch` samples; None: it was the last."""
+        """Do the work between a step and one of `next_batch` samples; None after the last step."""
         self._say_room()
         if self._checkpoints is not None:
             self._checkpoints.after_step(place, None if self._due() else next_batch)
         self.test(task)
 
     def test(self, task: Task) -> None:
-        """Take test gradients if it is time."""
+        """Take test gradients if they are due."""
         if self._due():
             assert self._recorder is not None
             with closing(test_batches(self._pipeline, task, self._checkpoints)) as batches:
@@ -177,7 +183,10 @@ class _Between:
 
 
 def try_tests(pipeline: Pipeline) -> None:
-    """Take the losses of the first test samples before training, which does not change. Raises: see `try_test`."""
+    """Take the losses of the first test samples before training. Training does not change.
+
+    Raises: as `try_test`.
+    """
     if pipeline.test is not None:
         device = next(pipeline.model.parameters()).device
         order = [np.arange(min(len(pipeline.test), pipeline.batch_size))]
@@ -186,12 +195,15 @@ def try_tests(pipeline: Pipeline) -> None:
                 batches = ((inputs, targets) for _, inputs, targets in samples)
                 try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
         except HydraError:
-            _try_training(pipeline, device)  # of what fails on any samples the first step is to tell
+            _try_training(pipeline, device)  # an error that any samples cause is reported as the first step would
             raise
 
 
 def _try_training(pipeline: Pipeline, device: torch.device) -> None:
-    """Take the losses of the first step's samples; training does not change. Raises: as `take_step`."""
+    """Take the losses of the first step's samples. Training does not change.
+
+    Raises: as `take_step`.
+    """
     order = epoch_order(pipeline, 0)[:1]
     with (
         untouched(pipeline.model, pipeline.loss, pipeline.train),
@@ -206,7 +218,8 @@ def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, check
     """Take the test gradients at the end, if there is a test set.
 
     Returns:
-        What has failed, which is to be told once the recording is complete without test gradients: the training is over.
+        The error that stopped them, or None. The training is over by now, so the caller completes
+        the recording without test gradients and then reports the error.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -227,7 +240,10 @@ def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, check
 
 
 def accuracy(pipeline: Pipeline) -> float | None:
-    """Share of test samples whose largest output is their target; None where outputs or targets are not classes."""
+    """Return the share of test samples whose largest output is their target.
+
+    None if outputs or targets are not classes.
+    """
     correct = 0
     device = next(pipeline.model.parameters()).device
     with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
@@ -255,19 +271,19 @@ def take_step(
     ids: NDArray[np.int64],
     where: str,
 ) -> float:
-    """One step of the optimiser, whose gradient is that of the mean of the batch's losses.
+    """Take one step of the optimiser with the gradient of the batch's mean loss.
 
     Args:
-        pipeline, recorder: see `train`.
-        note: which gets the loss.
-        inputs, targets, ids: of the batch.
-        where: in words.
+        pipeline, recorder: arguments of `train`.
+        note: note of the step; it receives the loss.
+        inputs, targets, ids: inputs, targets and sample ids of the batch.
+        where: position in training, in words, for messages.
 
     Returns:
         The mean loss.
 
     Raises:
-        UserCodeError, PipelineError, NonFiniteError: see `train`.
+        UserCodeError, PipelineError, NonFiniteError: the reasons given at `train`.
     """
     output, losses = _losses(pipeline, inputs, targets, ids, where)
     loss = losses.mean()
@@ -285,13 +301,17 @@ def take_step(
     if pipeline.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
     pipeline.optimizer.step()
-    # the model's, not the optimiser's: what is left in parameters that are not trained would count in the clipped norm
+    # The model's zero_grad, not the optimiser's: gradients left in untrained parameters would count in the clipped norm.
     pipeline.model.zero_grad()
     return note.loss
 
 
 def _losses(pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64], where: str) -> tuple[Any, Tensor]:
-    """The model's output, and the losses of shape (batch,). Raises: UserCodeError, PipelineError: see `train`."""
+    """Return the model's output, and the losses of shape (batch,).
+
+    Raises:
+        UserCodeError, PipelineError: the reasons given at `train`.
+    """
     with user_code(f"the model raised at {where}"):
         output = called(pipeline.model, inputs)
     with user_code(f"the loss raised at {where}"):
