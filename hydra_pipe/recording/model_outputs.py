@@ -1,4 +1,7 @@
-"""What a model returns, and the tensor of it that the loss is taken of: all that is known of transformers and Accelerate."""
+"""The outputs of a model, and the tensor that the loss is taken of.
+
+All knowledge of transformers' and Accelerate's outputs is here.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# A model of transformers returns a mapping: what it predicts is here, and beside it may be the loss.
+# A model of transformers returns a mapping: predictions are under this key, and the loss may be beside them.
 _PREDICTED = "logits"
-# Accelerate gives back a copy, in full precision, of what autocast has made.
+# Accelerate returns a copy, in full precision, of the output under autocast.
 _COPY = "ToCopyBackward0"
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """Tensors of what a model has returned; of a mapping that has `logits` these alone."""
+    """Return the tensors in a model's output. A mapping with `logits` gives `logits` alone."""
     predicted = output.get(_PREDICTED) if isinstance(output, Mapping) else None
     if isinstance(predicted, Tensor):
         return [predicted]
@@ -22,7 +25,7 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def predicted_in(output: Any) -> Tensor | None:
-    """The tensor that the loss is taken of, where it is a single one."""
+    """Return the tensor that the loss is taken of; None if there is not a single one."""
     predicted = output.get(_PREDICTED) if isinstance(output, Mapping) else output
     return predicted if isinstance(predicted, Tensor) else None
 
@@ -30,7 +33,8 @@ def predicted_in(output: Any) -> Tensor | None:
 def watch_gradient(output: Any, predicted: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
     """Call `on_gradient` with the gradient that arrives at `predicted` of `output`.
 
-    Of a mapping the loss may be taken of what `predicted` is a copy of. So the hook goes on the node that has made the original.
+    In a mapping, `predicted` may be a copy, and the loss may be taken of the original. So the hook
+    goes on the node that made the original.
     """
     if predicted is output:
         predicted.register_hook(on_gradient)

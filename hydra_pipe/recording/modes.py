@@ -1,4 +1,4 @@
-"""The mode that a model is in."""
+"""The train or eval mode of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which `model` is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    """Put `model` into eval mode within a block. Afterwards each module has its former mode."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

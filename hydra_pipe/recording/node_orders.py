@@ -1,4 +1,4 @@
-"""Where the nodes of a graph keep the samples of a batch, and which of them mix the samples."""
+"""The place of a batch's samples at the nodes of a graph, and the nodes that mix samples."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.recording.walk import Walk
 
-# Saved operands of nodes that multiply a parameter with data, and the inputs that they are.
+# Nodes that multiply a parameter with data: the saved operands, each with its number among the node's inputs.
 _TIMES_DATA = {
     "MmBackward0": {"_saved_self": 0},
     "AddmmBackward0": {"_saved_mat1": 1},
@@ -16,17 +16,19 @@ _TIMES_DATA = {
     "ConvolutionBackward0": {"_saved_input": 0},
 }
 
-# Orders of the gradients at the outputs of a node, by the node's number.
+# Orders of the gradients at a node's outputs, by the node's number.
 Orders = dict[int, tuple[SampleOrder | None, ...]]
 
 
 class OrderProbe:
-    """Finds where the gradients at the nodes of a graph keep their samples, while gradients of one sample alone go through them.
+    """Finds where the gradients at a graph's nodes keep their samples.
+
+    To this end, gradients of one sample alone are sent through the graph.
 
     Args:
-        walk: of the graph.
+        walk: the graph's nodes.
         batch: samples of the pass.
-        wanted: blocks; only nodes that lead to one are watched.
+        wanted: numbers of blocks; only nodes that lead to one of them are watched.
     """
 
     def __init__(self, walk: Walk, batch: int, wanted: frozenset[int]) -> None:
@@ -34,7 +36,7 @@ class OrderProbe:
         self._orders: Orders = {}
         #: nodes that a gradient of one sample has reached in the rows of others
         self.mixed: set[int] = set()
-        #: those of them of which one row was reached from two samples; and the rows that were reached
+        #: mixed nodes with a row that was reached from two samples; and the reached rows of each node
         self.overlapping: set[int] = set()
         self._rows: dict[int, Tensor] = {}
         leads = walk.leading_to(wanted)
@@ -42,7 +44,7 @@ class OrderProbe:
         self._handles = [walk.nodes[number].register_prehook(self._hook(number)) for number in self._watched]
 
     def look_at(self, sample: int) -> None:
-        """The gradients that come next are of `sample`."""
+        """Announce that the next gradients are those of `sample`."""
         self._sample = sample
 
     @property
@@ -61,13 +63,17 @@ class OrderProbe:
             handle.remove()
 
     def assumed_orders(self, leads: Sequence[frozenset[int]]) -> Orders:
-        """Orders at the nodes that keep the samples apart.
+        """Return the orders at the nodes that keep the samples apart.
 
-        A node that no gradient has come through (a branch that was dropped) is taken to keep them as the node that uses it does, if
-        both have the samples first and as many entries.
+        A node may have received no gradient, such as in a branch that was dropped. Its order is
+        then taken to be that of the node that uses it. This needs both to have the samples first
+        and to have the same number of entries.
+
+        Args:
+            leads: blocks that each node leads to, by the node's number.
         """
         found = {number: orders for number, orders in self._orders.items() if number not in self.mixed and leads[number]}
-        for number in range(len(self._walk.nodes)):  # those that use a node come before the node
+        for number in range(len(self._walk.nodes)):  # the users of a node come before the node
             if number not in found:
                 continue
             for _, child, output in self._walk.inputs[number]:
@@ -106,16 +112,18 @@ class OrderProbe:
 
 
 def mixing_block(walk: Walk, probe: OrderProbe, inputs: Sequence[Tensor], wanted: frozenset[int]) -> int | None:
-    """A block that is used where the samples of a batch are mixed; None: there is none.
+    """Return a block that is used where the samples of a batch are mixed; None if there is none.
 
-    A node has mixed samples behind it if it multiplies a parameter with data, and one row of its output is reached
-    from two samples. All samples share what is no data: a mask, a table of positions, frozen weights.
+    A node has mixed samples behind it if it multiplies a parameter with data, and one row of its
+    output is reached from two samples. Tensors that are not data are shared by all samples: a mask,
+    a table of positions, frozen weights.
 
     Args:
-        walk: of the graph.
-        probe: has seen the gradients of some samples.
-        inputs: of the model. Data are a part of one of them, or have as many elements, however they are arranged.
-        wanted: blocks.
+        walk: the graph's nodes.
+        probe: probe after the gradients of some samples.
+        inputs: inputs of the model. A tensor counts as data if it is a part of an input, or has as
+            many elements as one, however they are arranged.
+        wanted: numbers of the recorded blocks.
     """
     leads = walk.leading_to(wanted)
     sizes, places = {x.numel() for x in inputs}, {x.untyped_storage().data_ptr() for x in inputs}

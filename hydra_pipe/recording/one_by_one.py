@@ -1,4 +1,4 @@
-"""One backward pass a sample through the whole model: it always works, and is slow."""
+"""The slow way that always works: one backward pass a sample through the whole model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,21 +10,23 @@ from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.recording.places import Origin
 
-# (makes the contributions, each with its block; the gradient at an output)
+# (function that makes the contributions, each with its block; the gradient at an output)
 OnGradient = Callable[[Callable[[], list[tuple[int, Contribution]]], Tensor], None]
 
 
 def take_one_by_one(
     origins: Sequence[Origin], trained: Sequence[nn.Parameter], blocks: Sequence[int], batch: int, on_gradient: OnGradient
 ) -> None:
-    """Split the gradients of some parameters from the gradients at the outputs, in the backward pass that is to come.
+    """Split some parameters' gradients by sample, from the gradients at the outputs.
+
+    The split happens in the backward pass to come.
 
     Args:
         origins: outputs that keep the samples apart.
         trained: the recorded parameters, in the order of the blocks.
-        blocks: of the parameters to split.
+        blocks: numbers of the parameters to split.
         batch: samples of the pass.
-        on_gradient: called when the gradients have come.
+        on_gradient: function that is called when the gradients have come.
     """
     wanted = [trained[block] for block in blocks]
 

@@ -1,4 +1,4 @@
-"""Hooks of an optimiser: they tell when it is about to use the gradients, and when it has used them."""
+"""Hooks of an optimiser, called before it uses the gradients and after it has used them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,32 +11,32 @@ from hydra_pipe.recording.optimizers import leaves_out_step
 
 
 class UpdateListener(Protocol):
-    """Who is told of the updates of an optimiser."""
+    """Listener to the updates of an optimiser."""
 
     @property
     def n_steps(self) -> int:
         """Steps taken so far."""
 
     def before_update(self) -> bool:
-        """Hear that optimizer.step() was called; tell whether the update is one to hear of."""
+        """Hear that optimizer.step() was called; tell whether to report this update."""
 
     def take_update(self) -> None:
-        """Hear that the gradients are as the optimiser is about to use them."""
+        """Hear that the gradients are final, just before the optimiser uses them."""
 
     def after_update(self) -> None:
         """Hear that optimizer.step() is over."""
 
     def fail(self, error: BaseException) -> None:
-        """Hear that the update cannot be recorded: `error` is about to be raised."""
+        """Hear that the update cannot be recorded, just before `error` is raised."""
 
 
 class OptimizerHooks:
-    """The hooks of one optimiser, from their making until `remove`.
+    """The hooks of one optimiser, from construction until `remove`.
 
     Args:
         optimizer: the optimiser, not a wrapper of it.
         parameters: the recorded parameters.
-        listener: told of each update.
+        listener: receiver of each update.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], listener: UpdateListener) -> None:
@@ -47,20 +47,20 @@ class OptimizerHooks:
         ]
 
     def remove(self) -> None:
-        """Take no further notice of the optimiser."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # a step that is left out is as if it had not been called, which is what a scaler does with any other optimiser
+        # A skipped step counts as never called: with any other optimiser the scaler does not call step() at all.
         if not self._listener.before_update() or leaves_out_step(self._optimizer):
             return None
-        own, *given = args  # args begin with the optimiser
+        own, *given = args  # the first argument is the optimiser
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
             self._listener.take_update()
             return None
-        # The closure makes the gradients, within optimizer.step(), which uses them at once.
+        # The closure makes the gradients within optimizer.step(), and the optimiser uses them at once.
         after = self._telling_after(closure)
         return ((own, after, *given[1:]), kwargs) if given else (args, kwargs | {"closure": after})
 
@@ -68,7 +68,10 @@ class OptimizerHooks:
         self._listener.after_update()
 
     def _telling_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """`closure`, which optimizer.step() calls once, and what comes between it and the update."""
+        """Wrap `closure` so that its gradients are reported before the update.
+
+        optimizer.step() must call the closure only once.
+        """
         n_calls = 0
 
         def after() -> Any:
@@ -82,7 +85,7 @@ class OptimizerHooks:
                 self._listener.fail(error)
                 raise error
             found = closure()
-            # a closure that has left its batch out leaves the optimiser nothing to do
+            # If the closure skipped its batch, there are no gradients and no update.
             if any(p.grad is not None for p in self._parameters):
                 self._listener.take_update()
             return found

@@ -1,4 +1,4 @@
-"""What the sweep needs to know of an optimiser, read at each step just before it acts."""
+"""The facts of an optimiser that the sweep needs, read at each step just before the update."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,36 +15,44 @@ Group = Mapping[str, Any]
 
 
 class OptimizerRule:
-    """How one optimiser's update is written as momentum SGD, possibly in coordinates of its own.
+    """A rule that writes one optimiser's update as momentum SGD, possibly in its own coordinates.
 
-    A subclass and `register_rule_of_optimizer` teach a new one. The sweep (docs/architecture.md) is exact for an update of the form
+    A subclass and `register_rule_of_optimizer` teach a new rule. The sweep (docs/architecture.md)
+    is exact for an update of the form
 
         v = mu v + (1 - tau) G,   theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v,
         G = gradient + weight_decay theta
 
-    with P = 1, or P elementwise, positive, and taken as it was at the step.
+    with P = 1, or with an elementwise, positive P, taken as it was at the step.
     """
 
-    #: True where P is not 1; then rows and test gradients are stored times the root of P.
+    #: True if P is not 1; then rows and test gradients are stored times the root of P.
     preconditioned = False
 
     def check(self, group: Group, index: int) -> None:
         """Refuse options whose update is of another form. Raises: OptimizerError."""
 
     def settings(self, group: Group) -> dict[str, float]:
-        """The group's columns of the step tables: learning_rate, momentum, dampening, weight_decay, nesterov, decoupled_decay."""
+        """Return the group's columns of the step tables.
+
+        The columns are learning_rate, momentum, dampening, weight_decay, nesterov and
+        decoupled_decay.
+        """
         raise NotImplementedError
 
     def starts_momentum(self, state: State, group: Group) -> bool:
-        """Whether this step sets v to G, whatever tau is."""
+        """Tell whether this step sets v to G, whatever tau is."""
         return False
 
     def step_factor(self, state: State, group: Group) -> float:
-        """What else multiplies the learning rate at this step."""
+        """Return the further factor of the learning rate at this step."""
         return 1.0
 
     def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
-        """Root of P, the shape of `parameter`: at the step that is about to use `gradient`, or as it stands now."""
+        """Return the root of P, with the shape of `parameter`; None if P is 1.
+
+        With a `gradient`: P of the step that is about to use it. Without: P of the present state.
+        """
         return None
 
 
@@ -66,7 +74,10 @@ class SgdRule(OptimizerRule):
 
 
 class AdamRule(OptimizerRule):
-    """torch.optim.Adam and AdamW, weight decay coupled or decoupled, symmetrically preconditioned."""
+    """The rule of torch.optim.Adam and AdamW, with coupled or decoupled weight decay.
+
+    Preconditioning is symmetric.
+    """
 
     preconditioned = True
 
@@ -92,7 +103,7 @@ class AdamRule(OptimizerRule):
     def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
         beta2, eps, updates = float(group["betas"][1]), float(group["eps"]), self._updates(state)
         if gradient is None:
-            # a parameter that was never updated has no moment, and no row to be multiplied with either
+            # A parameter that was never updated has no moment. It has no rows either, so the root does not matter.
             moment = state.get("exp_avg_sq")
             return root_preconditioner(moment, updates, beta2, eps) if moment is not None else torch.ones_like(parameter)
         if group["weight_decay"] and not group.get("decoupled_weight_decay"):
@@ -112,7 +123,7 @@ _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
 }
 
 
-# (package, class) of wrappers that hand the step on to the optimizer that they hold as `optimizer`, and change nothing of it
+# (package, class) of wrappers that pass the step on, unchanged, to the optimizer that they hold as `optimizer`
 _THIN_WRAPPERS = {
     ("accelerate", "AcceleratedOptimizer"),
     ("lightning", "_FabricOptimizer"),
@@ -120,7 +131,7 @@ _THIN_WRAPPERS = {
     ("lightning", "LightningOptimizer"),
     ("pytorch_lightning", "LightningOptimizer"),
 }
-# packages whose optimizers have the names of torch's
+# packages whose optimizers have the same names as torch's
 _NAMESAKES = {"apex", "bitsandbytes", "torchao"}
 
 
@@ -128,7 +139,7 @@ def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule
     """Use `rule` for optimisers of exactly `optimizer_type`.
 
     Raises:
-        OptimizerError: that type has a rule already; the message names both.
+        OptimizerError: the type has a rule already; the message names both rules.
     """
     if optimizer_type in _RULES:
         raise OptimizerError(
@@ -139,7 +150,11 @@ def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
-    """The rule for `optimizer`. Raises: OptimizerError: there is none; a subclass may do anything, so it needs its own."""
+    """Return the rule for `optimizer`.
+
+    Raises:
+        OptimizerError: there is no rule. A subclass may do anything, so it needs a rule of its own.
+    """
     kind = type(optimizer)
     rule = _RULES.get(kind)
     if rule is not None:
@@ -154,9 +169,11 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
 
 
 def innermost(optimizer: Any) -> Any:
-    """The optimizer that takes the step where Accelerate or Lightning has wrapped it: its hooks are called, the wrapper's are not.
+    """Return the optimizer inside the wrappers of Accelerate and Lightning.
 
-    Other wrappers, such as those of lookahead or of sharpness-aware minimisation, change the update, and stay what they are.
+    The inner optimizer takes the step: its hooks are called, the wrapper's hooks are not. Other
+    wrappers change the update, such as lookahead or sharpness-aware minimisation. They are not
+    removed.
     """
     while any((t.__module__.partition(".")[0], t.__name__) in _THIN_WRAPPERS for t in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
@@ -164,13 +181,16 @@ def innermost(optimizer: Any) -> Any:
 
 
 def _path_of(kind: type) -> str:
-    """Where `kind` comes from, which its name alone does not tell: torch's own classes as users import them."""
+    """Return the import path of `kind`: for torch's own classes, the path that users import.
+
+    A name alone does not tell classes of different packages apart.
+    """
     module = "torch.optim" if getattr(torch.optim, kind.__name__, None) is kind else kind.__module__
     return f"{module}.{kind.__qualname__}"
 
 
 def _kind_in_words(optimizer: Any) -> str:
-    """What an optimizer without a rule is, beside its name; empty where nothing is known."""
+    """Describe an optimizer without a rule, beside its name; empty if nothing is known."""
     if isinstance(optimizer, (list, tuple, dict)):
         return "several optimizers or none; give one of all parameters, in groups where their settings differ"
     home = type(optimizer).__module__.partition(".")[0]
@@ -188,13 +208,19 @@ def _kind_in_words(optimizer: Any) -> str:
 
 
 def leaves_out_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this optimizer.step() will change nothing: a gradient scaler tells a fused optimiser so, and calls it."""
+    """Tell whether this optimizer.step() will change nothing.
+
+    A gradient scaler calls a fused optimiser also for a step to be skipped, and sets `found_inf`.
+    """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def gradients_in_use(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`gradients` as the step will use them: a fused optimiser divides by the scale of a gradient scaler itself."""
+    """Return `gradients` as the step will use them.
+
+    A fused optimiser itself divides by the scale of a gradient scaler.
+    """
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return list(gradients)
@@ -202,13 +228,15 @@ def gradients_in_use(optimizer: torch.optim.Optimizer, gradients: Sequence[Tenso
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
-    """Refuse what cannot be differentiated, before anything is trained.
+    """Refuse an optimiser whose update cannot be differentiated, before anything is trained.
 
     Returns:
-        Name and parameter group of every parameter to record, in the model's order: those that the optimiser trains.
+        Name and parameter group of every parameter to record, in the model's order. These are the
+        parameters that the optimiser trains.
 
     Raises:
-        OptimizerError: an optimiser or an option that is not handled, or parameters that are not the model's.
+        OptimizerError: an optimiser or an option that is not handled, or parameters that are not
+            the model's.
     """
     rule = rule_of(optimizer)
     groups = {}

@@ -1,4 +1,4 @@
-"""What a recording leaves: its directory, its store, and what the manifest is to say of it."""
+"""The record stage on disk: its directory, its store, and its entry in the manifest."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +30,15 @@ from hydra_pipe.store.writing import GradientsWriter
 
 
 class Output:
-    """Makes a run directory when there is something to keep in it, and writes a recording into it.
+    """The recording stage of a run: it makes the run directory for the first rows, and writes rows.
 
     Args:
-        path: of the run.
-        settings: of the stage.
+        path: directory of the run.
+        settings: settings of the stage.
         n_groups: parameter groups of the optimiser.
-        preconditioned: whether rows are times the root of its preconditioner.
-        processes: that record together.
-        allocate: see `GradientsWriter`.
+        preconditioned: True if rows are stored times the root of the optimiser's preconditioner.
+        processes: processes that record together.
+        allocate: maker of buffers, passed to `GradientsWriter`.
     """
 
     def __init__(
@@ -48,32 +48,37 @@ class Output:
         self.writer: GradientsWriter | None = None
         self._settings, self._n_groups, self._preconditioned = settings, n_groups, preconditioned
         self._processes, self._allocate = processes, allocate
-        # the manifest, which rank 0 keeps
+        # the run directory with the manifest, which only rank 0 writes
         self._directory: RunDirectory | None = None
         self._run_id: str | None = None
         self._lock: Lock | None = None
-        # rows whose curvature is known, the largest share of a gradient that rows miss, steps at which tests were taken
+        # rows with a known curvature; the largest share of a gradient that rows miss; steps with test gradients
         self._n_curved, self._worst_imbalance = 0, 0.0
         self.tests: list[int] = []
         self.n_tests = 0
         self._n_labels: dict[str, int] = {}
 
     def of_ranks(self, count: int) -> list[int]:
-        """`count` of every rank. Collective."""
+        """Return the `count` of every rank. Collective."""
         found: list[int] = self._processes.gather([count])[:, 0].astype(int).tolist()
         return found
 
     def open(self, layout: Layout, dtype: Dtype) -> GradientsWriter:
-        """The store, made anew at the first call. Collective. Raises: UsageError, RunError, StoreError."""
+        """Return the store, made anew at the first call. Collective.
+
+        Raises:
+            UsageError: the ranks chose different dtypes.
+            RunError, StoreError: the run or its store cannot be made.
+        """
         if self.writer is not None:
             return self.writer
-        self._processes.require_same({"dtype": dtype})  # which each has chosen by itself
+        self._processes.require_same({"dtype": dtype})  # each rank chose its dtype alone
         with self._processes.together():
             if self._processes.is_first:
                 self._lock = Lock(self.path, RECORD, take_over=True)
                 directory = RunDirectory.open_or_none(self.path)
                 if directory is not None:
-                    directory.clear()  # also of an unfinished recording, and with its id: a state of it must not fit this one
+                    directory.clear()  # an unfinished recording too, with its id: its states must not fit the new recording
                 self._directory = directory = RunDirectory.create(self.path)
                 directory.begin(RECORD, self._settings)
                 self._run_id = directory.run_id
@@ -99,7 +104,11 @@ class Output:
         )
 
     def write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
-        """Write the rows of the steps that were checked, and their lines of the step tables. Raises: RunError: lost to another."""
+        """Write the rows of the checked steps, and their lines of the step tables.
+
+        Raises:
+            RunError: a later recorder has taken over the run.
+        """
         if self._lock is not None and self._lock.lost:
             raise RunError(f"{self.path} is recorded by a later Recorder of this process: use one at a time")
         first_row = writer.rows.n_rows
@@ -113,19 +122,25 @@ class Output:
             first_row += values[names.N_ROWS]
 
     def note_tests(self, step: int, n_tests: int, worst_imbalance: float) -> None:
-        """Test gradients were taken after `step` steps, by rank 0. Collective."""
+        """Note that rank 0 took test gradients after `step` steps. Collective."""
         self._worst_imbalance = max(self._worst_imbalance, worst_imbalance)
         self.n_tests = self.of_ranks(n_tests)[0]
         self.tests = [s for s in self.tests if s != step] + [step]
 
     def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
-        """Keep labels, see `GradientsWriter.write_labels`. By rank 0."""
+        """Store labels, see `GradientsWriter.write_labels`. Only rank 0 calls this."""
         assert self.writer is not None
         self.writer.write_labels(which, labels)
         self._n_labels[which] = len(labels)
 
     def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
-        """Put everything on the disk, and say what is there. Collective; all ranks get the same. Raises: StoreError."""
+        """Put everything on the disk, and return the state of the recording.
+
+        Collective; all ranks get the same state.
+
+        Raises:
+            StoreError: writing failed.
+        """
         writer = self.writer
         with self._processes.together():
             if writer is not None:
@@ -144,12 +159,15 @@ class Output:
             labels=dict(self._n_labels),
         )
         self._commit(state)
-        # what tests and labels there are, the first knows
+        # only rank 0 knows the tests and labels
         found: dict[str, Any] = json.loads(self._processes.gather_text(json.dumps(state.to_dict()))[0])
         return found
 
     def _commit(self, state: RecorderState) -> None:
-        """Let readers of the unfinished run know what is safe on the disk. By rank 0, others do nothing."""
+        """Record in the manifest what is safe on the disk, for readers of the unfinished run.
+
+        Rank 0 does this; on other ranks nothing happens.
+        """
         if self._directory is not None:
             parts = {"n_steps": state.n_steps, "part_rows": state.part_rows}
             beside = {"tests": state.tests, "n_tests": state.n_tests, "labels": sorted(state.labels)}
@@ -157,14 +175,15 @@ class Output:
             self._directory.save(RECORD)
 
     def go_on(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:
-        """Cut the run to what `wanted` counts, and go on after that. Collective.
+        """Cut the run down to the rows that `wanted` counts, and resume after them. Collective.
 
         Args:
-            wanted: the state.
-            check: called with the layout and the dtype of the run, before anything is changed.
+            wanted: state to resume from.
+            check: function that is called with the layout and the dtype of the run, before anything
+                is changed.
 
         Raises:
-            RunError, StoreError: see `open_to_go_on`.
+            RunError, StoreError: the reasons given at `open_to_go_on`.
         """
         if wanted.run_id is not None:
             with self._processes.together():
@@ -176,7 +195,7 @@ class Output:
                 if self._processes.is_first:
                     self._lock = Lock(self.path, RECORD, take_over=True)
                     remove_partials(self.path)
-                    # first the claims, then what they claim
+                    # Remove claims from the manifest first, then the data that they claim.
                     directory.begin(RECORD, self._settings)
                     forget_upto(directory, wanted.n_steps)
                     self._directory = directory
@@ -190,7 +209,7 @@ class Output:
         self.tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
 
     def close(self) -> None:
-        """Write what is still in the buffers. Raises: StoreError."""
+        """Write the contents of the buffers. Raises: StoreError."""
         if self.writer is not None:
             self.writer.close()
 
@@ -198,19 +217,21 @@ class Output:
         """Mark the recording as complete. Collective.
 
         Args:
-            close: ends the recording: called before, when all there is to write has been handed over.
-            n_steps, n_skipped: steps taken and left out.
-            facts: what else the manifest is to say.
+            close: function that ends the recording. It is called before the mark, when everything
+                to write has been handed over.
+            n_steps, n_skipped: numbers of steps taken and skipped.
+            facts: further entries for the manifest.
 
         Raises:
-            RecordError: nothing was recorded. StoreError: writing failed.
+            RecordError: nothing was recorded.
+            StoreError: writing failed.
         """
         with self._processes.together():
             if self.writer is None:
                 raise RecordError("nothing was recorded: no step was taken")
             if n_steps not in self.tests:
-                self.n_tests = 0  # those on the way were of other parameters
-            rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # the end waits for the writer whatever it is
+                self.n_tests = 0  # earlier test gradients were taken at other parameters
+            rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # copied: closing always waits for the writer
             close()
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
         with self._processes.together():
@@ -243,11 +264,11 @@ class Output:
 
     def _fail(self, error: BaseException) -> None:
         if self._directory is None or self.writer is None or (self._lock is not None and self._lock.lost):
-            return  # it failed before anything was written, or the run is another's by now: what is in the directory stays
+            return  # nothing was written, or a later recorder has taken the run: leave the directory as it is
         found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
         if self._processes.size == 1:
             found["n_rows"] = self.writer.rows.n_written
-        with suppress(OSError):  # on a full or read-only disk the manifest stays at "running", which reads as unfinished too
+        with suppress(OSError):  # on a full or read-only disk the stage stays "running", which readers take as unfinished too
             self._directory.end(RECORD, "failed", **found)
 
 

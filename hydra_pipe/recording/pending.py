@@ -1,4 +1,4 @@
-"""Steps that are taken and not written yet: their rows wait, and are checked and written several at once."""
+"""Steps that are taken but not written yet: their rows wait, to be checked and written together."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from hydra_pipe.store import names
 
 @dataclass
 class StepNote:
-    """What the loop may say of the step it is in.
+    """A note on the present step, which the loop may fill in.
 
     Args:
-        loss: mean loss of the batch, kept in the step table; not a number where the loop does not say.
+        loss: mean loss of the batch, kept in the step table; nan if the loop does not set it.
     """
 
     loss: float = nan
 
 
 class PendingSteps:
-    """Takes each step when the optimiser is about to act, and writes it a few steps later.
+    """Takes each step just before the update, and writes the step a few steps later.
 
     Args:
-        collector: of the rows.
-        updates: of the optimiser.
-        curvature: of the rows.
-        sync: agrees with other processes on the steps.
-        output: where the steps go.
+        collector: collector of the rows.
+        updates: reader of the optimiser's updates.
+        curvature: source of the rows' curvature weights.
+        sync: agreement with other processes on the steps.
+        output: destination of the steps.
     """
 
     def __init__(
@@ -46,31 +46,31 @@ class PendingSteps:
     ) -> None:
         self._collector, self._updates, self._curvature = collector, updates, curvature
         self._sync, self._output = sync, output
-        #: steps taken, those of earlier processes included
+        #: steps taken, including the steps before a resume
         self.n_steps = 0
-        # rows of the steps that wait, and what else their lines of the step tables hold
+        # rows of the waiting steps, and the other values of their lines in the step tables
         self._slab: Slab | None = None
         self._lines: list[tuple[StepNote, dict[str, Any]]] = []
 
     def go_on(self, n_steps: int) -> None:
-        """Go on after `n_steps` steps that are written."""
+        """Resume after `n_steps` steps that are written."""
         self.n_steps = n_steps
 
     def add(self, samples: NDArray[np.int64], mixture: Mixture | None, note: StepNote) -> None:
         """Take the step that the optimiser is about to take.
 
-        A first step is checked at once, where this process may: what it would refuse has to be refused before
-        anything is written.
+        The first step is checked at once, if this process may flush alone. A refusal of this step
+        then comes before anything is written.
 
         Args:
             samples: ids of the step's samples, shape (batch,).
-            mixture: how the rows are shared out; None: each is its sample's own.
-            note: the loss is read from it when the step is written.
+            mixture: shares of other samples in the rows; None: each row is its sample's own.
+            note: note of the step; its loss is read when the step is written.
 
         Raises:
             RecordError: nothing has a gradient, or the passes did not cover the samples.
             LayerError: a factored block no longer has one position a sample.
-            HydraError: as in `flush`, of the steps that wait.
+            HydraError: an error of `flush`, in one of the waiting steps.
         """
         gradients = self._updates.gradients(self.n_steps)
         shares = None if mixture is None else mixture.places
@@ -92,14 +92,14 @@ class PendingSteps:
             self.flush()
 
     def flush(self) -> None:
-        """Check and write the steps that wait; several ranks meet here.
+        """Check and write the waiting steps. Collective.
 
         Raises:
-            NonFiniteError, BooksError, RecordError: of the first step that cannot be recorded.
+            NonFiniteError, BooksError, RecordError: the first step that cannot be recorded.
             RunError: the run is recorded by a later recorder.
             StoreError: writing failed.
         """
-        self._curvature.settle()  # first: it may call a loss of the user's, which may raise, and the steps are good all the same
+        self._curvature.settle()  # first: it may call the user's loss, which may raise; the steps are good all the same
         lines = [(note.loss, values) for note, values in self._lines]
         self._lines = []
         with torch.no_grad():
@@ -113,8 +113,8 @@ class PendingSteps:
             raise error
 
     def save(self) -> None:
-        """Write what is good after an error, if this process may do so by itself; nothing is raised."""
-        # the first error is the one to tell, whatever comes of a disk, or of the user's loss that is called here
+        """Write the good steps after an error, if this process may flush alone. Never raise."""
+        # Report the first error only. The disk may fail here too, and so may the user's loss, which settle() calls.
         with suppress(Exception):
             self._curvature.settle()
         if self._sync.flushes_at_will:
@@ -122,9 +122,16 @@ class PendingSteps:
                 self.flush()
 
     def begin_anew(self) -> None:
-        """Put the steps to come together as if none had come before: which are checked together decides how sums are rounded."""
+        """Group the steps to come as if no step had come before.
+
+        The grouping matters: steps that are checked together decide how sums are rounded.
+        """
         self._slab = None
 
     def rests_before(self, batch: int) -> bool:
-        """Tell whether nothing waits once a step of `batch` samples comes, for there is no room for it before a flush."""
+        """Tell whether nothing waits when a step of `batch` samples comes.
+
+        Nothing waits if the buffer is empty, or if it has no room for the step and is flushed
+        first.
+        """
         return self._slab is None or not self._lines or not self._slab.fits(batch)

@@ -1,8 +1,10 @@
-"""Calls of one module in one pass, and whose rows they make.
+"""Calls of a module in one pass, and the samples of the rows that the calls make.
 
-Symbols: B samples in the pass, N rows of a module in it, over all its calls: the entries of the first dimension of
-    its outputs, one call after the other. A module that is called once with the batch has N = B. One that is called
-    sample by sample, window by window or view by view has others; its `SampleOrder` is that of the N rows.
+Symbols: B is the number of samples in the pass. N is the number of rows of a module in the pass,
+over all its calls. Rows are the entries of the first dimension of the module's outputs, one call
+after the other. A module that is called once with the batch has N = B. A module that is called
+sample by sample, window by window or view by view has another N. Its `SampleOrder` is the order of
+the N rows.
 """
 
 import weakref
@@ -22,16 +24,16 @@ from hydra_pipe.recording.routes import rows_at_node
 
 @dataclass(eq=False)
 class Watched:
-    """A module with a layer rule, and where its outputs keep the samples.
+    """A module with a layer rule, and the place of the samples in its outputs.
 
     Args:
-        name: of the module.
-        module: that owns recorded parameters.
-        owned: block of each of them, by the module's own name of it.
-        rule: of the module.
-        order: of its rows.
-        is_known: whether a probe has found the order; else it is the usual one.
-        is_single: whether the module had one row a sample then.
+        name: name of the module.
+        module: module that owns recorded parameters.
+        owned: block of each owned parameter, by the module's own name for the parameter.
+        rule: layer rule of the module.
+        order: order of the module's rows.
+        is_known: True if a probe has found the order; otherwise the order is the usual one.
+        is_single: True if the module had one row a sample at that probe.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Watched:
     is_single: bool = True
 
     def wanted(self, by_graph: Collection[int]) -> list[str]:
-        """Names of the parameters to split in the present pass."""
+        """Return the names of the parameters to split in the present pass."""
         own = self.module._parameters
         return [n for n, block in self.owned.items() if block not in by_graph and (p := own[n]) is not None and p.requires_grad]
 
@@ -53,8 +55,8 @@ class Origin:
     """An output of a pass, where probes begin.
 
     Args:
-        output: of the model.
-        order: where it keeps the samples.
+        output: output tensor of the model.
+        order: place of the samples in the output.
     """
 
     output: Tensor
@@ -66,10 +68,10 @@ class Pass:
     """One pass of some samples through the model.
 
     Args:
-        first: place of the first of them in the step.
+        first: place of the pass's first sample in the step.
         count: B.
-        inputs: tensors that the model was called with, as far as others keep them.
-        has_gradient: whether a gradient has come back that counts.
+        inputs: weak references to the tensors that the model was called with.
+        has_gradient: True if a gradient that counts has come back.
     """
 
     first: int
@@ -79,7 +81,7 @@ class Pass:
     seen: dict[Watched, int] = field(default_factory=dict)
 
     def next_rows(self, watched: Watched, n_rows: int) -> int:
-        """Count a call's rows; returns how many rows the module had before."""
+        """Count the rows of a call. Return the module's number of rows before the call."""
         before = self.seen.get(watched, 0)
         self.seen[watched] = before + n_rows
         return before
@@ -90,11 +92,11 @@ class Call:
 
     Args:
         watched: the module.
-        parameter: one that it owns and that is trained.
+        parameter: a trained parameter that the module owns.
         inputs: positional and keyword inputs, detached; kept until `release`.
         of_pass: the pass.
-        is_recomputed: whether the backward pass itself makes the call.
-        shape: of the output.
+        is_recomputed: True if the backward pass itself makes the call.
+        shape: shape of the output.
     """
 
     __slots__ = ("_inputs", "dtype", "is_recomputed", "n_rows", "of_pass", "offset", "parameter", "shape", "task", "watched")
@@ -113,29 +115,29 @@ class Call:
         self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = inputs
         self.n_rows = shape[0] if shape else 1
         self.offset = 0 if is_recomputed else of_pass.next_rows(watched, self.n_rows)
-        #: backward pass that the gradient came from last
+        #: number of the backward pass that the last gradient came from
         self.task = -1
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-        """Positional and keyword inputs; None where they were let go of."""
+        """Positional and keyword inputs; None after `release`."""
         return self._inputs
 
     def release(self) -> None:
-        """Let go of the inputs."""
+        """Drop the inputs."""
         self._inputs = None
 
 
 def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tuple[int, dict[int, Contribution]]]:
-    """The contributions of a call by block, each with the place of their first sample in the step.
+    """Return a call's contributions by block, each with the step's place of its first sample.
 
     Args:
-        call: whose inputs are still there.
-        gradient: at its output, whose shape it may have flattened.
+        call: the call, with its inputs.
+        gradient: gradient at the output. It may have been flattened.
         wanted: names of the module's parameters to split.
 
     Raises:
-        LayerError: the samples of the output cannot be told.
+        LayerError: the samples of the output cannot be told apart.
     """
     watched, batch = call.watched, call.of_pass.count
     assert call.inputs is not None
@@ -153,10 +155,10 @@ def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tu
         where = _where(call, batch) if not dim else None
     if where is None:
         if not bool(gradient.any()):
-            return []  # no probe has come through either, and there is nothing to split
+            return []  # the gradient is zero, also in the probes: there is nothing to split
         raise _unclear(call)
     place, n_samples, is_major = where
-    if gradient.dim() == 1:  # a vector without any other dimension
+    if gradient.dim() == 1:  # the output has no sample dimension
         gradient, args = gradient.unsqueeze(0), tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args)
         kwargs = {key: x.unsqueeze(0) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
     found = watched.rule(watched.module, args, kwargs, gradient, wanted)
@@ -167,10 +169,12 @@ def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tu
 def rows_by_node(
     call: Call, node: Any, gradient: Tensor, blocks: Mapping[nn.Parameter, int]
 ) -> list[tuple[int, dict[int, Contribution]]]:
-    """As `rows_of_call`, of a call whose inputs were let go of: from what autograd has saved at the node that makes the output.
+    """Return the contributions of `rows_of_call` for a call whose inputs were released.
+
+    They are computed from the tensors that autograd saved at the node that makes the output.
 
     Raises:
-        LayerError: the samples of the output cannot be told.
+        LayerError: the samples of the output cannot be told apart.
     """
     if call.n_rows != call.of_pass.count or call.watched.order.dim:
         raise _unclear(call)
@@ -179,7 +183,10 @@ def rows_by_node(
 
 
 def _where(call: Call, batch: int) -> tuple[int, int, bool] | None:
-    """Place of the first sample of a call, how many it is of, and whether the rows of a sample are neighbours; None: not known."""
+    """Return the place of a call's first sample, the number of its samples, and the row order.
+
+    The third value is True if the rows of a sample are neighbours. None if the place is not known.
+    """
     order, offset, n_rows = call.watched.order, call.offset, call.n_rows
     if batch == 1 or (len(call.shape) < 2 and n_rows != batch):
         return (0, 1, True) if batch == 1 else None
@@ -210,7 +217,7 @@ def _unclear(call: Call) -> LayerError:
 
 
 def _merged(value: Contribution, n_samples: int, is_major: bool) -> Contribution:
-    """Contributions of the rows of a call as contributions of `n_samples` samples."""
+    """Merge the contributions of a call's rows into contributions of `n_samples` samples."""
     if isinstance(value, TokenRows):
         if len(value.tokens) == n_samples:
             return value
@@ -236,7 +243,7 @@ def _merged(value: Contribution, n_samples: int, is_major: bool) -> Contribution
 
 
 def _side_by_side(values: Tensor, n_samples: int, is_major: bool) -> Tensor:
-    """(n, P, C) to (n_samples, k P, C): the positions of all rows of a sample."""
+    """Reshape (n, P, C) to (n_samples, k P, C): the positions of all rows of a sample."""
     if not is_major:
         values = values.reshape(-1, n_samples, *values.shape[1:]).transpose(0, 1)
     return values.reshape(n_samples, -1, values.shape[-1])

@@ -1,7 +1,8 @@
-"""Routes through the graph of a pass: which nodes to take the gradients of parameters from.
+"""Routes through the graph of a pass: the nodes at which to split the gradients of parameters.
 
-A *route* begins at a node whose output keeps the samples apart and which has an input that all samples share: a
-parameter, or something made of parameters alone (a transposed weight, an embedding of positions).
+A *route* begins at a node whose output keeps the samples apart and which has an input that all
+samples share. A shared input is a parameter, or is made of parameters alone (a transposed weight,
+an embedding of positions).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,8 @@ class Route:
 
     Args:
         node: number of the node in the walk.
-        orders: where the gradients at its outputs keep their samples.
-        blocks: that each of its shared inputs leads to, by the number of the input.
+        orders: orders of the samples in the gradients at the node's outputs.
+        blocks: blocks that each shared input leads to, by the number of the input.
     """
 
     node: int
@@ -29,18 +30,19 @@ class Route:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the gradients of some parameters are split in passes with one graph.
+    """The ways in which parameters' gradients are split, for passes with one graph.
 
     Args:
-        routes: to take.
-        slow: blocks that no route leads to: one backward pass a sample, of the whole model, splits their gradients.
+        routes: routes to take.
+        slow: blocks that no route leads to. One backward pass a sample, through the whole model,
+            splits their gradients.
     """
 
     routes: Sequence[Route] = ()
     slow: frozenset[int] = frozenset()
 
     def without(self, blocks: frozenset[int]) -> "Plan":
-        """The plan with `blocks` split slowly instead."""
+        """Return the plan in which `blocks` are split the slow way."""
         routes = []
         for route in self.routes:
             left = {slot: kept for slot, leads in route.blocks.items() if (kept := leads - blocks)}
@@ -50,7 +52,7 @@ class Plan:
 
 
 def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
-    """The plan of a batch of one: all is that sample's."""
+    """Return the plan for a batch of one: every gradient belongs to the one sample."""
     leads = walk.leading_to(wanted)
     routes = []
     for number, node in enumerate(walk.nodes):
@@ -61,16 +63,18 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
 
 
 def plan_of(walk: Walk, probe: OrderProbe, wanted: frozenset[int]) -> Plan:
-    """The routes to the blocks `wanted`: from each node that keeps the samples apart to inputs that do not.
+    """Return the routes to the blocks `wanted`.
+
+    A route goes from a node that keeps the samples apart to an input that does not.
 
     Args:
-        walk: of the graph.
-        probe: has seen the gradients of some samples.
-        wanted: blocks.
+        walk: the graph's nodes.
+        probe: probe after the gradients of some samples.
+        wanted: numbers of the blocks.
     """
     leads = walk.leading_to(wanted)
     orders = probe.assumed_orders(leads)
-    # what lies behind a node that keeps the samples apart is that node's own affair, also where a chain leads there
+    # Blocks behind a node that keeps the samples apart belong to this node's own routes, even if a chain leads there.
     leads = walk.leading_to(wanted, orders)
     routes: list[Route] = []
     reached: set[int] = set()
@@ -84,7 +88,10 @@ def plan_of(walk: Walk, probe: OrderProbe, wanted: frozenset[int]) -> Plan:
 
 
 def _also_through(walk: Walk, orders: Orders, nodes: Iterable[int], wanted: frozenset[int]) -> frozenset[int]:
-    """Blocks that a chain of one of `nodes` leads to by itself and through another node that keeps the samples apart."""
+    """Return the blocks that a chain of one of `nodes` reaches in two ways.
+
+    One way is direct. The other goes through a further node that keeps the samples apart.
+    """
     directly, at_all = walk.leading_to(wanted, orders), walk.leading_to(wanted)
     through: list[frozenset[int]] = [frozenset()] * len(walk.nodes)
     for number in walk.deepest_first():

@@ -1,4 +1,4 @@
-"""The batches of one optimiser step: which samples they are of, and which of them the model has met."""
+"""The micro-batches of one optimiser step: their samples, and which of them the model has met."""
 
 import weakref
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from hydra_pipe.errors import RecordError
 
 @dataclass(eq=False)
 class Portion:
-    """One batch of a step. One pass may hold all of it, or several consecutive ones a part each.
+    """One micro-batch of a step. A pass may hold all of it, or several passes a part each.
 
     Args:
-        samples: ids, shape (batch,), in the order in which they go through the model.
-        first: place of the first of them in the step.
-        tracked: handed over by a tracked loader; else named by the loop itself.
-        met: whether the model was called since it came, with gradients or without.
-        live: whether it was called with gradients.
-        seen: whether a gradient came back.
-        tensors: of the batch as a loader has handed it over, as far as others keep them.
-        partners: ids of the samples that these were mixed with, and the weights of these, both of shape (batch,); None: not mixed.
+        samples: sample ids, shape (batch,), in the order in which they go through the model.
+        first: place of the first sample in the step.
+        tracked: True if a tracked loader handed it over; False if the loop named it.
+        met: True if the model was called since it came, with gradients or without.
+        live: True if the model was called with gradients.
+        seen: True if a gradient came back.
+        tensors: weak references to the tensors of the micro-batch, as the loader handed it over.
+        partners: ids of the samples that were mixed in, and weights of the micro-batch's own
+            samples, both of shape (batch,); None: not mixed.
     """
 
     samples: NDArray[np.int64]
@@ -39,11 +40,11 @@ class Portion:
 
     @property
     def stop(self) -> int:
-        """One past its last place in the step."""
+        """One past the last place in the step."""
         return self.first + len(self.samples)
 
     def holds(self, place: int) -> bool:
-        """Whether that place in the step is one of its samples'."""
+        """Tell whether `place` in the step belongs to one of its samples."""
         return self.first <= place < self.stop
 
     @property
@@ -53,15 +54,19 @@ class Portion:
 
     @property
     def n_covered(self) -> int:
-        """Samples of the passes so far; all of them where the model was called in parts only."""
+        """Number of samples in the passes so far.
+
+        It counts all samples if the model was called in parts only.
+        """
         return len(self.samples) if self._pass_size is None else self._passed + self._pass_size
 
     def mix(self, order: ArrayLike | Tensor, weight: float | ArrayLike | Tensor) -> None:
-        """Its samples were mixed with each other.
+        """Note that the samples were mixed with each other.
 
         Args:
-            order: a permutation of the batch, integers of shape (batch,): which sample each was mixed with.
-            weight: of the sample itself, between 0 and 1: one number, or one for each, shape (batch,).
+            order: permutation of the batch, integers of shape (batch,): the partner of each sample.
+            weight: weight of the sample itself, between 0 and 1: one number, or one for each
+                sample, shape (batch,).
 
         Raises:
             RecordError: the order or the weights cannot be those of the batch.
@@ -76,13 +81,16 @@ class Portion:
         self.partners = self.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
     def begin_pass(self, size: int | None) -> None:
-        """The model is being called with `size` samples. A pass over all of them is followed by another over the same."""
+        """Begin a call of the model with `size` samples.
+
+        A pass over all samples may be followed by another pass over the same samples.
+        """
         if self._pass_size is not None and self._pass_size < len(self.samples):
             self._passed += self._pass_size
         self._pass_size = size
 
     def correct_pass(self, size: int) -> None:
-        """The present pass holds `size` samples, as its output shows."""
+        """Set the present pass's number of samples to `size`, as its output shows."""
         self._pass_size = size
 
 
@@ -91,10 +99,9 @@ class Mixture:
     """Rows of a step that belong to two samples each, by weights.
 
     Args:
-        weights: of the step's own samples, shape (batch,).
-        places: of the rows that others have a share in, shape (shares,).
-        tensors: of the batch as a loader has handed it over, as far as others keep them.
-        partners: ids of these others, shape (shares,).
+        weights: weights of the step's own samples, shape (batch,).
+        places: places of the rows in which other samples have a share, shape (shares,).
+        partners: ids of these other samples, shape (shares,).
     """
 
     weights: NDArray[np.float64]
@@ -103,7 +110,7 @@ class Mixture:
 
     @classmethod
     def of(cls, portions: Sequence[Portion]) -> "Mixture | None":
-        """Of the batches of a step; None where none is mixed."""
+        """Return the mixture of a step's micro-batches; None if none is mixed."""
         if all(p.partners is None for p in portions):
             return None
         weights = np.concatenate([np.ones(len(p.samples)) if p.partners is None else p.partners[1] for p in portions])

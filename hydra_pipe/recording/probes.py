@@ -1,4 +1,4 @@
-"""Probes: gradients of the outputs of some samples alone, on their way through the graph of the training's own pass.
+"""Probes: gradients at the outputs of some samples alone, sent through the training's own graph.
 
 A probe needs no loss, draws no random number, and touches no `.grad`.
 """
@@ -18,7 +18,7 @@ from hydra_pipe.recording.walk import Walk, gradients_by_backward
 
 @dataclass(frozen=True)
 class PassGraph:
-    """The graph of a pass, and where probes enter it.
+    """The graph of a pass, and the outputs where probes enter it.
 
     Args:
         walk: the nodes.
@@ -46,8 +46,9 @@ class Probe:
     """Gradients of the outputs of some samples, on their way through the graph.
 
     Args:
-        weights: of the samples' gradients, shape (B,); zero for those that take no part.
-        wants_rows: whether rows are to be made; else one sample takes part, and it is only seen where its gradients arrive.
+        weights: weights of the samples' gradients, shape (B,); zero for samples that take no part.
+        wants_rows: True if rows are to be made. If False, one sample takes part, and the probe only
+            notes where its gradients arrive.
     """
 
     weights: Tensor
@@ -60,7 +61,7 @@ class Probe:
 
     @classmethod
     def of_one(cls, sample: int, batch: int) -> "Probe":
-        """A probe that finds where the gradients of `sample` arrive."""
+        """Return a probe that finds where the gradients of `sample` arrive."""
         return cls(torch.zeros(batch).index_fill_(0, torch.tensor(sample), 1.0), wants_rows=False)
 
     @property
@@ -70,11 +71,11 @@ class Probe:
 
     @property
     def sample(self) -> int:
-        """The first that takes part."""
+        """The first sample that takes part."""
         return int(self.weights.argmax())
 
     def saw(self, call: Call, gradient: Tensor) -> None:
-        """Gradients have arrived at the output of a call."""
+        """Note the gradients that have arrived at the output of a call."""
         if self.wants_rows:
             return
         gradient = gradient.detach().reshape(call.shape)
@@ -93,17 +94,17 @@ class Probe:
         self.other_dims[watched] = self.other_dims.get(watched, dims) & dims
 
     def take(self, contributions: Mapping[int, Contribution], first: int, _: bool) -> bool:
-        """Rows were made."""
+        """Take rows that were made."""
         for block, value in contributions.items():
             self.rows.setdefault(block, []).append((first, value))
         return False
 
     def order_of_rows(self, watched: Watched, total: int) -> SampleOrder | None:
-        """The order of a module's rows that explains which of them were reached; None: no order does.
+        """Return the order of a module's rows that explains which rows were reached, or None.
 
         Args:
-            watched: the module; gradients have reached it.
-            total: its rows in the pass, over all its calls; 0: none were counted.
+            watched: module that gradients have reached.
+            total: rows of the module in the pass, over all its calls; 0: none were counted.
         """
         if not total:
             return FIRST
@@ -116,11 +117,15 @@ class Probe:
         return order_of(reached, self.batch, self.sample, *known, likeliest)
 
     def numbers_reached(self, watched: Watched) -> Tensor:
-        """Numbers of the rows of a module that gradients have reached, over all its calls."""
+        """Return the numbers of the module's rows that gradients reached, over all its calls."""
         return torch.cat([offset + numbers for offset, numbers in self.reached[watched]])
 
     def send(self, graph: PassGraph, model: nn.Module, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Let the gradients go through the graph of a pass. Returns: torch's gradients of `trained`."""
+        """Send the gradients through the graph of a pass.
+
+        Returns:
+            torch's gradients of `trained`.
+        """
         wanted = [p for p in trained if p.requires_grad]
         gradients = [_generic(origin, self.weights) for origin in graph.origins]
         coupled = [node.register_hook(_uncoupled) for node in graph.batch_norms]
@@ -139,7 +144,7 @@ class Probe:
 
 
 def origins_of(outputs: Sequence[Tensor], batch: int) -> list[Origin]:
-    """The outputs that keep the samples apart."""
+    """Return the outputs that keep the samples apart."""
     found = []
     for output in outputs:
         dims = [dim for dim in range(output.dim()) if output.shape[dim] == batch]
@@ -150,7 +155,7 @@ def origins_of(outputs: Sequence[Tensor], batch: int) -> list[Origin]:
 
 
 def _generic(origin: Origin, weights: Tensor) -> Tensor:
-    """A gradient at an output that is generic within each sample, times the weight of the sample."""
+    """Return a gradient at an output: generic within each sample, times the sample's weight."""
     gradient = torch.zeros_like(origin.output)
     # in half precision, sums over positions must not overflow
     scale = 1.0 if gradient.dtype in (torch.float64, torch.float32) else 2.0**-6
@@ -166,7 +171,10 @@ def _generic(origin: Origin, weights: Tensor) -> Tensor:
 
 
 def _uncoupled(at_inputs: Sequence[Tensor | None], at_outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-    """What a batch normalisation hands on to samples whose own outputs have no gradient is left out of a probe."""
+    """Remove a batch normalisation's coupling of the samples from a probe.
+
+    The gradients of samples whose own outputs have no gradient become zero.
+    """
     gradient, at_input = at_outputs[0], at_inputs[0]
     if gradient is None or at_input is None or gradient.dim() < 2 or len(gradient) != len(at_input):
         return None

@@ -1,4 +1,4 @@
-"""Random generators of a process: kept and put back; and seeded for a while by what is to be drawn."""
+"""The random generators of a process: their states saved and restored, and a seed for a block."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,11 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy's global generator, and torch's on the CPU and on every CUDA device in use; tensors and plain values."""
+    """Return the states of the random generators, as tensors and plain values.
+
+    The generators are Python's, NumPy's global one, and torch's on the CPU and on every CUDA device
+    in use.
+    """
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -22,7 +26,11 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave. Raises: KeyError and the like: it is something else."""
+    """Restore the generators from the value of `random_state`.
+
+    Raises:
+        KeyError: `state` is something else. Other errors are possible then, too.
+    """
     version, numbers, gauss = state["python"]
     kind, keys, position, has_gauss, cached = state["numpy"]
     random.setstate((version, tuple(numbers), gauss))
@@ -34,10 +42,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """A block in which Python, NumPy and torch (on the CPU) draw what follows from `key` alone; their states are put back after it.
+    """Seed Python, NumPy and torch (on the CPU) from `key` alone within a block.
+
+    The former states of the generators are restored after the block.
 
     Args:
-        key: numbers from 0 on.
+        key: integers, 0 or larger.
     """
     kept = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
     first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()

@@ -1,7 +1,8 @@
-"""The processes that train one model: several with DistributedDataParallel, and everything that they tell each other; or one.
+"""The processes that train one model, and all that they tell each other.
 
-Every method of `Ranks` is collective: all ranks call it at the same point, or they wait for each other until the
-process group's timeout. `SingleProcess` has the same methods, and nobody to wait for.
+They are several with DistributedDataParallel, or one. Every method of `Ranks` is collective: all
+ranks call it at the same point. Otherwise they wait for each other until the process group's
+timeout. `SingleProcess` has the same methods, and waits for nobody.
 """
 
 import json
@@ -23,12 +24,12 @@ Floats = NDArray[np.float64]
 
 
 def n_processes() -> int:
-    """Processes of torch.distributed's default group; 1 where it is not in use."""
+    """Return the size of torch.distributed's default group; 1 if it is not in use."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel wraps, or `model` itself."""
+    """Return the module that DistributedDataParallel wraps, or `model` itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -40,22 +41,22 @@ class SingleProcess:
     static_graph = False
 
     def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
-        """`values`, shape (1, n)."""
+        """Return `values`, shape (1, n)."""
         return np.asarray(values, np.float64)[None]
 
     def gather_text(self, text: str) -> list[str]:
-        """`text` alone."""
+        """Return `text` alone."""
         return [text]
 
     def mean(self, values: Floats) -> Floats:
-        """`values` themselves."""
+        """Return `values` themselves."""
         return values
 
     def require_same(self, settings: dict[str, Any]) -> None:
-        """Compare `settings` with those of no other process."""
+        """Do nothing: there is no other process to compare `settings` with."""
 
     def together(self) -> AbstractContextManager[None]:
-        """A block whose errors concern nobody else."""
+        """Enter a block whose errors concern no other process."""
         return nullcontext()
 
 
@@ -63,9 +64,10 @@ class Ranks:
     """The processes of one DistributedDataParallel model.
 
     Args:
-        model: that they train.
-        group: theirs; it is used at points where it has nothing under way.
-        static_graph: whether DistributedDataParallel was told that the graph is the same at each step.
+        model: model that the processes train.
+        group: their process group. It is used only at points where it has nothing under way.
+        static_graph: True if DistributedDataParallel was told that the graph is the same at each
+            step.
     """
 
     def __init__(self, model: nn.Module, group: distributed.ProcessGroup, *, static_graph: bool) -> None:
@@ -74,21 +76,21 @@ class Ranks:
         self.size = distributed.get_world_size(self._group)
         self.static_graph = static_graph
         parameter = next(model.parameters())
-        # NCCL moves what is on the GPU only, Gloo what is on the CPU
+        # NCCL moves tensors on the GPU only, Gloo tensors on the CPU
         self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
 
     @property
     def is_first(self) -> bool:
-        """Tell whether this process keeps the manifest and what the ranks have in common."""
+        """Tell whether this process keeps the manifest and the data common to the ranks."""
         return self.rank == 0
 
     def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
-        """Every rank's `values`, shape (rank, n): as many on each."""
+        """Return every rank's `values`, shape (rank, n); n is the same on all ranks."""
         own = torch.as_tensor(np.asarray(values, np.float64), device=self._device)
         return torch.stack(self._gathered(own)).cpu().numpy()
 
     def gather_text(self, text: str) -> list[str]:
-        """Every rank's `text`."""
+        """Return every rank's `text`."""
         own = np.frombuffer(text.encode(), np.uint8)
         sizes = self.gather([float(len(own))])[:, 0].astype(int).tolist()
         padded = np.zeros(max(*sizes, 1), np.uint8)
@@ -102,13 +104,20 @@ class Ranks:
         return parts
 
     def mean(self, values: Floats) -> Floats:
-        """Mean of the ranks' `values`, of one shape on all; bit for bit the same on all."""
+        """Return the mean of the ranks' `values`, bit for bit the same on all ranks.
+
+        All ranks give `values` of one shape.
+        """
         total = torch.as_tensor(values / self.size, device=self._device)
         distributed.all_reduce(total, group=self._group)
         return total.cpu().numpy()
 
     def require_same(self, settings: dict[str, Any]) -> None:
-        """Compare `settings`, which JSON can hold. Raises: UsageError: names the first that is another one on another rank."""
+        """Refuse `settings` that differ between ranks. JSON must be able to hold them.
+
+        Raises:
+            UsageError: names the first setting that differs.
+        """
         texts = self.gather_text(json.dumps(settings, sort_keys=True))
         for rank, other in enumerate(json.loads(text) for text in texts):
             for name, value in json.loads(texts[0]).items():
@@ -119,13 +128,19 @@ class Ranks:
                     )
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank where any has an `error`: the first rank's, which the message names."""
+        """Raise on every rank if any rank has an `error`.
+
+        The error is that of the first such rank, and its message names the rank.
+        """
         failed = self.gather([float(error is not None)])[:, 0]
         if failed.any():
             raise self.first_error(error, int(failed.argmax())) from error
 
     def first_error(self, error: Exception | None, rank: int) -> HydraError:
-        """The error of `rank`, as every rank is to raise it: of the same kind, with the rank in the message."""
+        """Return the error of `rank`, in the form that every rank raises.
+
+        It has the same type, and its message names the rank.
+        """
         kind, _, message = self.gather_text(f"{type(error).__name__}\n{error}")[rank].partition("\n")
         found = getattr(errors, kind, None)
         if isinstance(found, type) and issubclass(found, HydraError) and "__init__" not in vars(found):
@@ -134,11 +149,11 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is raised inside on one rank is raised on all, at the end of the block."""
+        """Enter a block at whose end an error of one rank is raised on all ranks."""
         error: Exception | None = None
         try:
             yield
-        except Exception as caught:  # noqa: BLE001 - told on every rank, whatever it is
+        except Exception as caught:  # noqa: BLE001 - every kind of error is raised on every rank
             error = caught
         self.raise_together(error)
 
@@ -147,11 +162,12 @@ Processes = SingleProcess | Ranks
 
 
 def processes_of(model: nn.Module, group: distributed.ProcessGroup | None = None) -> Processes:
-    """The processes that train `model` together.
+    """Return the processes that train `model` together.
 
     Args:
-        model: wrapped in DistributedDataParallel; or what is wrapped, with the `group` that trains it.
-        group: see `model`.
+        model: model wrapped in DistributedDataParallel; or the module inside, with the `group` that
+            trains it.
+        group: process group, for a `model` that is not wrapped.
 
     Raises:
         RecordError: there are several processes, `model` is not wrapped, and no group is given.

@@ -1,6 +1,7 @@
-"""What a model has that cannot be recorded, told before training.
+"""The parts of a model that cannot be recorded, refused before training.
 
-Nothing here imports a package to ask about it: where the package is not imported, no object of it can be there.
+No package is imported here to ask about its objects: if the package is not imported, none of its
+objects can exist.
 """
 
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ def refuse(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Train
     """Refuse, before anything is trained, a model that cannot be recorded.
 
     Args:
-        model: that is trained, without DistributedDataParallel around it.
-        optimizer: of the parameters.
+        model: model in training, without DistributedDataParallel around it.
+        optimizer: optimiser of the parameters.
         parameters: name and parameter group of every parameter to record.
 
     Raises:
@@ -57,7 +58,10 @@ def refuse(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Train
 
 
 def sharding(model: nn.Module) -> str | None:
-    """What is to be said of a model whose parameters are spread over processes; None: they are not, as far as can be seen."""
+    """Return the message for a model whose parameters are spread over processes.
+
+    None if no sharding is visible.
+    """
     for path, module in model.named_modules():
         kind = _kind_of_shards(module)
         if kind is not None:
@@ -89,7 +93,10 @@ def _shards_of(parameter: Tensor) -> str | None:
 
 
 def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
-    """Why what `module` trains cannot be recorded, as the end of a sentence about it."""
+    """Return the reason why `module`'s trained parameters cannot be recorded, or None.
+
+    The reason is the end of a sentence about the module.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         if not _holds(module, parameters):
             return None
@@ -136,7 +143,7 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
     if parameter.dtype not in _DTYPES:
         return f"is {parameter.dtype}: train it in float32 or bfloat16, quantise afterwards, or freeze it"
     kind = type(parameter)
-    # a plain subclass of Parameter is one; a tensor that dispatches for itself holds something else than it shows
+    # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values that it shows.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(("bitsandbytes", "torchao")):
         return f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, or freeze it and train adapters"
     if parameter.device.type == "cpu" and _is_shared(parameter):
@@ -151,8 +158,7 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
 
 
 def _is_shared(parameter: Tensor) -> bool:
-    # of the storage; the tensor's own method says the same
-    return bool(parameter.untyped_storage().is_shared())  # of CUDA tensors it says nothing
+    return bool(parameter.untyped_storage().is_shared())  # always True for CUDA tensors, so it tells nothing there
 
 
 def _holds(module: nn.Module, parameters: Trained) -> bool:

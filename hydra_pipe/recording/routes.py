@@ -1,7 +1,8 @@
-"""Contributions from one node of the graph: each sample's gradient at an input that all share, and on to the parameters.
+"""Contributions from one node of the graph: sample gradients at a shared input, then parameters.
 
-`hydra_pipe.per_sample.nodes` splits the node's gradient by sample. What lies between the input and the parameters, the
-*chain*, is differentiated for all samples at once.
+`hydra_pipe.per_sample.nodes` splits the node's gradient by sample, at an input that all samples
+share. The *chain* is the part of the graph between this input and the parameters. It is
+differentiated for all samples at once.
 """
 
 import warnings
@@ -30,8 +31,8 @@ class RouteCall:
     """A route that is taken in one pass.
 
     Args:
-        route: to take.
-        parameters: of the blocks.
+        route: route to take.
+        parameters: parameters of the blocks.
         batch: samples of the pass.
     """
 
@@ -41,18 +42,19 @@ class RouteCall:
 
     @property
     def blocks(self) -> list[int]:
-        """All that the route leads to."""
+        """All blocks that the route leads to."""
         return sorted(set().union(*self.route.blocks.values()))
 
     def rows(self, node: Any, gradients: Sequence[Tensor | None]) -> list[tuple[int, Contribution]]:
-        """Contributions of the pass's samples to the blocks of the route, each with its block.
+        """Return the contributions of the pass's samples to the route's blocks, with the blocks.
 
         Args:
-            node: that is about to run backward.
-            gradients: at its outputs.
+            node: node that is about to run backward.
+            gradients: gradients at the node's outputs.
 
         Raises:
-            LayerError: a gradient has another shape than the one that was probed, or the node cannot be split.
+            LayerError: a gradient has another shape than the one that was probed, or the node
+                cannot be split.
         """
         orders: list[SampleOrder | None] = []
         for place, gradient in enumerate(gradients):
@@ -83,7 +85,10 @@ class RouteCall:
     def _through_chain(
         self, edge: tuple[Any, int], value: ByInput, shape: tuple[int, ...], blocks: frozenset[int]
     ) -> list[tuple[int, Contribution]]:
-        """From each sample's gradient at an input that all share to its gradients of the parameters that the input is made of."""
+        """Return the parameters' sample gradients, from the sample gradients at a shared input.
+
+        The input is made of these parameters.
+        """
         node, is_turned = edge[0], False
         while len(shape) == 2 and node.name() in (*_TRANSPOSES, *_CASTS):
             is_turned ^= node.name() in _TRANSPOSES
@@ -99,8 +104,8 @@ class RouteCall:
             return [(block, token_rows(indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx))]
         wanted = sorted(blocks)
         parameters = [self.parameters[block] for block in wanted]
-        # a gradient at random beside those of the samples shows by how much the chain stretches: of terms that cancel in it
-        # (a bias before a softmax) nothing but rounding is left, and only their size tells that it is no more
+        # A random gradient beside those of the samples shows how much the chain stretches. Terms may cancel in the chain
+        # (a bias before a softmax): only rounding is left, and only the size of the terms tells that it is rounding.
         random = torch.randn(1, rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
         gradients = _pulled_back(edge, torch.cat([rows, random]).reshape(-1, *shape), parameters)
         bounds = bounds_of(value) / torch.linalg.vector_norm(random)
@@ -114,7 +119,10 @@ class RouteCall:
 def rows_at_node(
     node: Any, gradient: Tensor, order: SampleOrder, batch: int, blocks: Mapping[nn.Parameter, int]
 ) -> list[tuple[int, Contribution]]:
-    """Contributions of the node that runs to the parameters that it uses itself, each with its block. See `RouteCall.rows`."""
+    """Return the contributions of the running node to its own parameters, each with its block.
+
+    See `RouteCall.rows`.
+    """
     used = {}
     for slot, (below, _) in enumerate(node.next_functions):
         while below is not None and below.name() in (*_TRANSPOSES, *_CASTS):
@@ -131,7 +139,7 @@ def _shape_behind(node: Any, output: int) -> tuple[int, ...]:
 
 
 def _turned(value: ByInput, shape: tuple[int, ...], parameter: nn.Parameter) -> Contribution:
-    """Rows of a transposed matrix as rows of the matrix."""
+    """Turn rows of a transposed matrix into rows of the matrix."""
     if isinstance(value, Factors) and isinstance(value.given_right, Tensor):
         return Factors(value.given_right.to(parameter.dtype), value.left.to(parameter.dtype))
     rows = rows_of(value)
@@ -152,15 +160,19 @@ def _cast(value: ByInput, parameter: nn.Parameter) -> Contribution:
 
 
 def _pulled_back(edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Gradients of `parameters`, one row a sample, from one gradient a sample at the output `edge` of a node."""
+    """Pull one gradient a sample at the output `edge` of a node back to `parameters`.
+
+    Returns:
+        Gradients of `parameters`, one row a sample; None for a parameter without a gradient.
+    """
     output = torch.autograd.graph.GradientEdge(*edge)
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     found: list[Tensor | None]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of operations that are taken sample by sample
+            warnings.simplefilter("ignore")  # torch warns of operations that it takes sample by sample
             found = [*torch.autograd.grad([output], parameters, [gradients], is_grads_batched=True, **options)]
-    except RuntimeError:  # an operation that torch cannot take for several samples at once
+    except RuntimeError:  # torch cannot take some operation for several samples at once
         singly = [torch.autograd.grad([output], parameters, [one], **options) for one in gradients]
         found = [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*singly, strict=True)]
     return [None if g is None else g.detach().reshape(len(gradients), -1) for g in found]
