@@ -49,7 +49,7 @@ class Portion:
 
     @property
     def of_pass(self) -> tuple[int, int]:
-        """Place in the step of the first sample of the present pass, and the pass's samples."""
+        """Place in the step of the present pass's first sample, and size of the pass."""
         return self.first + self._passed, len(self.samples) if self._pass_size is None else self._pass_size
 
     @property

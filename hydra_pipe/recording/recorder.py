@@ -1,4 +1,4 @@
-"""The recorder: what a training loop calls, one `with` a step, or once for its loader."""
+"""The recorder, which a training loop calls: one `with` a step, or once for its loader."""
 
 import os
 import warnings
@@ -56,8 +56,9 @@ DEFAULT_DIM = 4096
 class Recorder:
     """Records the per-sample gradients of a training run as it happens.
 
-    Each `step` gives one row for each sample of its batch: r(i, t) = the sample's share of the batch
-    gradient (docs/architecture.md). Training is not changed: the weights are those of training without it, bit for bit::
+    Each `step` gives one row for each sample of its batch: r(i, t) is the sample's share of the
+    batch gradient (docs/architecture.md). Training is not changed: the weights are those of
+    training without a recorder, bit for bit::
 
         recorder = Recorder(model, optimizer, "runs/mine", n_samples=len(train))
         for inputs, targets, sample_ids in loader:
@@ -69,30 +70,35 @@ class Recorder:
         recorder.record_test(test_loader, loss_fn)
         recorder.close()
 
-    Or the loop stays as it is, and `loader = recorder.track(loader)` stands before it. `with Recorder(...) as recorder:` around
-    both closes it, and marks the recording as failed where an exception ends the block.
+    The loop can also stay as it is, after a line `loader = recorder.track(loader)`. A block `with
+    Recorder(...) as recorder:` around the loop closes the recorder at its end. If an exception ends
+    the block, the recording is marked as failed.
 
     Args:
-        model: the module that is trained; its modules are hooked until `close`. Wrapped in DistributedDataParallel where several
-            processes train it together: then each gives the ids of its own samples, and all take the same number of steps.
+        model: the module in training; its modules are hooked until `close`. If several processes
+            train it together, it is wrapped in DistributedDataParallel. Then each process gives the
+            ids of its own samples, and all take the same number of steps.
         optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters.
         run: directory of the run.
         n_samples: size of the training set; sample ids are 0 to n_samples - 1.
-        encoding: "exact" (lossless), "projected", or "auto" (lossless where it fits `dim`).
+        encoding: "exact" (lossless), "projected", or "auto" (lossless if it fits `dim`).
         dim: budget in columns for "auto" and "projected".
-        dtype: of the stored rows: "float16", "int8" (both with a float32 scale a row and block) or "float32". None: float16, but
-            int8 with twice the columns, as many bytes, where "auto" would have to project and that is expected to lose less.
-        seed: of the random projections.
+        dtype: dtype of the stored rows: "float16", "int8" (both with a float32 scale a row and
+            block) or "float32". None: float16. But None gives int8 with twice the columns, as many
+            bytes, if "auto" would have to project and int8 is expected to lose less.
+        seed: seed of the random projections.
         settings: further settings that the recording depends on, kept in the manifest.
         sample_labels: one integer or string for each training sample, for rankings and reports.
-        overwrite: discard a recording that is there.
-        process_group: of the processes that train `model` together by DistributedDataParallel, where a trainer wraps it and `model`
-            is what is wrapped.
-        allow_mixed_loss: record a loss that mixes the samples of a batch, as contrastive losses do. A row is then the share of the
-            batch's gradient that goes through the sample's own outputs, and no derivative in the sample's weight.
+        overwrite: True discards an existing recording.
+        process_group: process group that trains `model` by DistributedDataParallel, if a trainer
+            wraps the model and `model` is the module inside.
+        allow_mixed_loss: True records a loss that mixes the samples of a batch, such as a
+            contrastive loss. A row is then the share of the batch's gradient that goes through the
+            sample's own outputs. It is not a derivative in the sample's weight.
 
     Raises:
-        RunError: the directory holds a finished recording, one with other settings, or something else.
+        RunError: the directory holds a finished recording, one with other settings, or something
+            else.
         OptimizerError, LayerError: this run cannot be recorded; the message says why.
         UsageError: an unknown encoding or dtype.
         DataError: `sample_labels` are not one integer or string for each sample.
@@ -138,7 +144,7 @@ class Recorder:
         with self._processes.together():
             if self._processes.is_first and not needs_recording(run, all_settings, overwrite=overwrite):
                 raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
-        #: what else the manifest is to say of this recording
+        #: further entries for the manifest
         self.facts: dict[str, str | int | float | None] = {}
         self._output = Output(
             self.path,
@@ -167,15 +173,18 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close; or mark the recording as failed where an exception ends the block, unless only test gradients are missing."""
+        """Close the recorder, or mark the recording as failed if an exception ends the block.
+
+        If only the test gradients failed, the recording is closed all the same.
+        """
         state = self._loop.state
         if error is None and self.n_steps == 0 and not self.is_closed:
-            self._release()  # nothing was trained, and nothing is written
+            self._release()  # nothing was trained, so there is nothing to write
             self._loop.end(None)
         elif error is None:
             self.close()
         elif isinstance(state, Between) and error is state.slip:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # report the first error only
                 self.close()
         else:
             self.fail(error)
@@ -183,19 +192,22 @@ class Recorder:
     def step(self, sample_ids: ArrayLike | Tensor) -> AbstractContextManager[StepNote]:
         """Record one optimiser step over the samples `sample_ids`.
 
-        The block holds one or more backward passes and then optimizer.step(). Several passes over a part of the samples each
-        (gradient accumulation) take the ids in order. A step that a gradient scaler leaves out, or whose gradients the loop clears
-        in place of optimizer.step(), is counted, not recorded.
+        The block holds one or more backward passes, then optimizer.step(). Several passes over a
+        part of the samples each (gradient accumulation) take the ids in order. A step may be
+        skipped by a gradient scaler, or the loop may clear its gradients instead of calling
+        optimizer.step(). Such a step is counted, not recorded.
 
         Args:
-            sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in which the samples go through the
-                model.
+            sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in
+                which the samples go through the model.
 
         Yields:
-            A note whose `loss` the loop may set, before optimizer.step(): the first step is written by then.
+            A note whose `loss` the loop may set. It must do so before optimizer.step(): the first
+            step is written there.
 
         Raises:
-            RecordError: no optimizer.step() within the block, or ids that are not those of the batch.
+            RecordError: no optimizer.step() within the block, or ids that are not those of the
+                batch.
             BooksError: the rows do not sum to the gradient in use.
             NonFiniteError: a gradient is infinite or not a number.
             StoreError: writing failed.
@@ -203,7 +215,7 @@ class Recorder:
         return self._loop.step(sample_ids)
 
     def track(self, loader: DataLoader[Any]) -> TrackedLoader:
-        """`loader` again, recording what a loop does with its batches: the loop itself stays as it is::
+        """Wrap `loader` to record the loop over its batches. The loop itself stays as it is::
 
             loader = recorder.track(loader)
             for inputs, targets in loader:
@@ -212,19 +224,22 @@ class Recorder:
                 loss.backward()
                 optimizer.step()
 
-        A sample's id is its index in `loader.dataset`. A step is what happens from one optimizer.step() to the next: all batches
-        that come in between are accumulated. Batches whose gradients the loop clears, as where a gradient scaler leaves out
-        optimizer.step(), are not recorded; they count as one skipped step. The model must meet each batch before the next
-        one is drawn. Batches come in the same order, and the same random numbers are drawn, as without `track`.
+        A sample's id is its index in `loader.dataset`. A step lasts from one optimizer.step() to
+        the next: all batches in between are accumulated. Batches are not recorded if the loop
+        clears their gradients, for example when a gradient scaler skips optimizer.step(). They
+        count as one skipped step. The model must meet each batch before the next one is drawn.
+        Batches come in the same order, and the same random numbers are drawn, as without `track`.
 
-        With several ranks all call it, each with a loader of its own samples, such as one with a DistributedSampler. All take
-        optimizer.step() after the same batches.
+        With several ranks, all ranks call `track`, each with a loader of its own samples, such as a
+        loader with a DistributedSampler. All ranks call optimizer.step() after the same batches.
 
         Args:
-            loader: over a map-style dataset of `n_samples` samples, with any sampler, batch sampler or workers.
+            loader: loader over a map-style dataset of `n_samples` samples, with any sampler, batch
+                sampler or workers.
 
         Returns:
-            What to iterate, as often as wanted. Its length and attributes are the loader's.
+            The loader to iterate, as often as wanted. Its length and attributes are those of
+            `loader`.
 
         Raises:
             UsageError: not a DataLoader.
@@ -239,41 +254,48 @@ class Recorder:
         return tracked
 
     def next_batch(self, sample_ids: ArrayLike | Tensor) -> StepNote:
-        """Say whose the model's next pass is, where no `with` can stand around a step, as in a trainer's callback.
+        """Name the samples of the model's next pass.
 
-        A step is what happens from one optimizer.step() to the next, as with `track`: all batches named in between are accumulated.
+        This is for code in which no `with` can stand around a step, such as a trainer's callback. A
+        step lasts from one optimizer.step() to the next, as with `track`: all batches named in
+        between are accumulated.
 
         Args:
-            sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in which the samples go through the
-                model.
+            sample_ids: integers, shape (batch,), each from 0 to n_samples - 1, in the order in
+                which the samples go through the model.
 
         Returns:
-            A note whose `loss`, that of the whole step, the loop may set before optimizer.step().
+            A note. The loop may set its `loss`, the loss of the whole step, before
+            optimizer.step().
 
         Raises:
-            RecordError: ids that cannot be, the last batch was never met, inside of `step`, or the recorder is closed.
+            RecordError: impossible ids, or the model never met the last batch, or a call inside of
+                `step`, or the recorder is closed.
         """
         return self._loop.next_batch(sample_ids)
 
     def mixed(self, order: ArrayLike | Tensor, weight: float | ArrayLike | Tensor) -> None:
-        """Say that the samples of the present batch were mixed with each other, as mixup and cutmix do.
+        """Declare that the samples of the present batch were mixed with each other (mixup, cutmix).
 
-        Sample number b of the batch has the weight w_b in what the model is given, and sample number order[b] the weight 1 - w_b::
+        In the model's input, sample number b of the batch has the weight w_b, and sample number
+        order[b] has the weight 1 - w_b::
 
             with recorder.step(ids):
                 order, weight = torch.randperm(len(x)), 0.3
                 recorder.mixed(order, weight)
                 loss = loss_fn(model(weight * x + (1 - weight) * x[order]), y, y[order])
 
-        Each row is shared out by these weights: the step has two rows for each of its places. In a tracked loop it comes after the
-        batch was drawn.
+        Each row is shared out by these weights: the step has two rows for each of its places. In a
+        tracked loop, call `mixed` after the batch was drawn.
 
         Args:
-            order: a permutation of the batch, integers of shape (batch,).
-            weight: of the sample itself, between 0 and 1: one number, or one for each, shape (batch,).
+            order: permutation of the batch, integers of shape (batch,).
+            weight: weight of the sample itself, between 0 and 1: one number, or one for each
+                sample, shape (batch,).
 
         Raises:
-            RecordError: no batch is named, or the order or the weights cannot be those of the batch.
+            RecordError: no batch is named, or the order or the weights cannot be those of the
+                batch.
         """
         self._loop.check_open()
         with self._loop.heeding():
@@ -285,22 +307,27 @@ class Recorder:
             portion.mix(order, weight)
 
     def end_batch(self) -> None:
-        """Say that the model's next passes are not of the batch that `next_batch` named, whether it was met or not."""
+        """End the batch that `next_batch` named, whether the model met it or not.
+
+        The model's next passes are not of this batch.
+        """
         self._loop.end_batch()
 
     def paused(self) -> AbstractContextManager[None]:
-        """A block whose passes are not recorded, in a step or between steps: those whose gradients the optimizer never uses.
+        """Enter a block whose passes are not recorded, in a step or between steps.
 
-        For an attack on the inputs, the first pass of sharpness-aware minimisation, the other half of an adversarial pair, a
-        teacher, or a saliency map::
+        The optimizer must never use the gradients of these passes. Examples are an attack on the
+        inputs, the first pass of sharpness-aware minimisation, the other half of an adversarial
+        pair, a teacher, or a saliency map::
 
             with recorder.paused():
                 x = attacked(model, x, y)
             loss_fn(model(x), y).backward()
 
-        A graph belongs to the block in which its forward pass was made, and its backward pass too. What the block adds to
-        `.grad` has to be cleared before optimizer.step(), as the loop does without a recorder, or the books do not balance.
-        Batches that a tracked loader gives in the block are not named.
+        A graph belongs to the block in which its forward pass was made. So does its backward pass.
+        Gradients that the block adds to `.grad` must be cleared before optimizer.step(), as in a
+        loop without a recorder. Otherwise the books do not balance. Batches that a tracked loader
+        gives in the block are not named.
 
         Raises:
             RecordError: optimizer.step() in the block, whose gradients would be missing.
@@ -309,75 +336,89 @@ class Recorder:
 
     @property
     def is_closed(self) -> bool:
-        """Tell whether it records no more: it was closed, or the recording has failed."""
+        """Tell whether the recorder records no more: it was closed, or the recording has failed."""
         return self._loop.is_closed
 
     @property
     def n_steps(self) -> int:
-        """Steps recorded so far."""
+        """Number of steps recorded so far."""
         return self._pending.n_steps
 
     @property
     def n_skipped(self) -> int:
-        """Steps that a gradient scaler left out, or whose gradients the loop cleared."""
+        """Number of steps that a gradient scaler skipped, or whose gradients the loop cleared."""
         return self._collector.n_dropped + self._sync.n_skipped
 
     @property
     def n_tests(self) -> int:
-        """Test samples whose gradients were taken last; 0 before."""
+        """Number of test samples whose gradients were taken last; 0 before."""
         return self._output.n_tests
 
     @property
     def test_steps(self) -> list[int]:
-        """Steps after which test gradients were taken."""
+        """The steps after which test gradients were taken."""
         return list(self._output.tests)
 
     def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
-        """What `n_rows` more rows of `n_steps` steps, and `n_tests` test gradients, take on the disk at most.
+        """Return the most bytes that further rows and test gradients take on the disk.
+
+        Args:
+            n_rows: number of further rows.
+            n_steps: number of the steps that have these rows.
+            n_tests: number of further test gradients.
 
         Raises:
-            RecordError: before the first recorded step, which shows what a row has.
+            RecordError: no step was recorded yet. The first recorded step shows the size of a row.
         """
         if self._output.writer is None:
             raise RecordError("most_bytes comes after the first recorded step")
         return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
 
     def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
-        """Say what the loss of this pass is, for the curvature weight of its rows (docs/architecture.md).
+        """Tell the loss function of this pass, for the curvature weight of its rows.
 
-        Cross-entropy, of classes or of yes and no, is known without; of any other loss the weight is not known unless the loop
-        tells it, within the step and before optimizer.step(). The loss is called once more, on a copy of `output`.
+        The curvature weight (docs/architecture.md) of cross-entropy, of classes or of yes and no,
+        is known without this call. The weight of any other loss is unknown unless the loop tells
+        the loss, within the step and before optimizer.step(). The loss is called once more, on a
+        copy of `output`.
 
         Args:
-            loss: (output, target) -> losses of shape (batch,); the loop may train on their mean or sum.
-            output: what the model has returned, shape (batch, ...).
-            target: shape (batch, ...).
+            loss: (output, target) -> losses of shape (batch,); the loop may train on their mean or
+                sum.
+            output: output of the model, shape (batch, ...).
+            target: targets, shape (batch, ...).
         """
-        # what comes of no training is waited for in vain, with all its memory
+        # An output without a graph gets no backward pass: waiting for one would only keep its memory.
         if not self.is_closed and output.requires_grad:
             self._curvature.tell(loss, output.detach(), target)
 
     def rests_before(self, batch: int) -> bool:
-        """Whether a step of `batch` samples is one before which all rows so far are written anyway, every few steps.
+        """Tell whether the buffer is flushed before the next step of `batch` samples.
 
-        A `state_dict` that is taken there leaves no trace at all: which steps are checked together decides how their sums are
-        rounded, and so the last bits of `imbalance`. Taken elsewhere, the run is that of another whose states were taken there too.
+        This happens every few steps. A `state_dict` taken here does not change the recording. Taken
+        at another step it forces a flush. A flush decides which steps are checked together, and so
+        how their sums are rounded: the last bits of `imbalance` may change. Two runs then agree bit
+        for bit only if both took states at the same steps.
         """
         return self._pending.rests_before(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loop's own checkpoint has to hold for `load_state_dict`; everything recorded so far is safe on the disk.
+        """Return the recorder's state for the loop's own checkpoint, for `load_state_dict`.
+
+        Everything recorded so far is then safe on the disk::
 
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": recorder.state_dict()}, ...)
 
-        Test gradients that are taken after it count as discarded when it is loaded: take them before. With several ranks all call
-        it, all get the same, and all load it.
+        Test gradients that are taken after the state count as discarded when the state is loaded:
+        take them before. With several ranks, all ranks call this, all get the same state, and all
+        load it.
 
         Returns:
             Numbers, strings, lists and dicts, which `torch.load` reads with `weights_only=True`.
 
         Raises:
-            RecordError: in the middle of a step, or of batches that are accumulated; or the recorder is closed.
+            RecordError: in the middle of a step, or of batches that are accumulated; or the
+                recorder is closed.
             NonFiniteError, BooksError: one of the last steps cannot be recorded.
             StoreError: writing failed.
         """
@@ -393,26 +434,31 @@ class Recorder:
         self._collector.drop_seen()
         with self._failing():
             self._pending.flush()
-            # what is checked together must not depend on what came before the state
+            # The grouping of steps to check must not depend on the steps before the state.
             self._pending.begin_anew()
             return self._put_down()
 
     def _put_down(self) -> dict[str, Any]:
-        """Put everything on the disk, for who goes on from here and for who reads meanwhile. Collective. Returns: the state."""
+        """Put everything on the disk, and return the state. Collective.
+
+        The state is for a later resume, the data also for readers of the unfinished run.
+        """
         return self._output.state(self.n_steps, self.n_skipped, self._sync.interval)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken: what was recorded since is discarded, and what follows is as if nothing had happened.
+        """Resume where `state` was taken.
 
-        Before the first step, after the model and the optimizer have got their own states back. The recorder must have been made
-        on the same run with the same settings.
+        Rows recorded since are discarded. The rest of the recording is as if there had been no
+        interruption. Call this before the first step, after the model and the optimizer have loaded
+        their own states. The recorder must have been made on the same run with the same settings.
 
         Args:
-            state: from `state_dict`.
+            state: value of `state_dict`.
 
         Raises:
-            RecordError: not such a state, or a step was taken already.
-            RunError: another run, one that was recorded again or completely since, or other settings, parameters or optimizer.
+            RecordError: `state` is not such a value, or a step was taken already.
+            RunError: another run, a run that was recorded again or completely since, or other
+                settings, parameters or optimizer.
             StoreError: the run is damaged, or lacks rows that the state counts.
         """
         self._loop.check_open()
@@ -430,28 +476,31 @@ class Recorder:
     def record_test(self, tests: Any, loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
-        After training, and before that as often as wanted: of a run that goes on, `hydra-pipe reduce --upto STEP` answers for the
-        steps after which it was called. All rows so far are safe on the disk then. For later probes digests of the parameters and
-        buffers are kept, and, of the last time, Adam's preconditioner.
+        Call this after training, and during training as often as wanted. While the run goes on,
+        `hydra-pipe reduce --upto STEP` answers for the steps after which it was called. All rows so
+        far are safe on the disk afterwards. For later probes, digests of the parameters and buffers
+        are kept, and Adam's preconditioner of the last call.
 
-        What fails leaves the recording as it was: mend it and call this again, or close(), and `hydra_pipe.probe` takes test
-        gradients later.
+        A failure leaves the recording as it was. Mend the cause and call this again, or call
+        close(): then `hydra_pipe.probe` takes test gradients later.
 
-        The model is put into eval mode meanwhile. Parameters, buffers, `.grad` and random generators are as before afterwards.
-        With several ranks all call it, with the whole test set: rank 0 does the work, and the others wait for it without looking
-        at `tests`.
+        The model is in eval mode meanwhile. Parameters, buffers, `.grad` and random generators are
+        restored afterwards. With several ranks, all ranks call this, with the whole test set. Rank
+        0 does the work. The others wait for it without looking at `tests`.
 
         Args:
-            tests: a dataset of (input, target), or of mappings that hold their targets as "labels" or the like; or a loader, or
-                any iterable, of batches of these. Test ids count from 0 in this order. Inputs are a tensor, or a tuple or a
-                mapping of what the model is called with. Samples of a dataset may be of unlike shapes.
+            tests: dataset of (input, target) pairs, or of mappings with the targets under "labels"
+                or a similar key; or a loader, or any iterable, of batches of these. Test ids count
+                from 0 in this order. Inputs are a tensor, or a tuple or mapping of the model's
+                arguments. Samples of a dataset may be of unlike shapes.
             loss: (output, target) -> losses of shape (batch,), or their mean or sum.
-            labels: one for each test sample; taken from integer targets if absent.
+            labels: one label for each test sample; taken from integer targets if absent.
 
         Raises:
             RecordError: before the first step, or nothing to test.
             DataError: not test samples, or not one label for each.
-            NonFiniteError, BooksError, LayerError: as in training. UserCodeError: the model or the loss raised.
+            NonFiniteError, BooksError, LayerError: the reasons known from training.
+            UserCodeError: the model or the loss raised.
 
         Warns:
             RecordWarning: the parameters are not those that the last recorded step left.
@@ -462,7 +511,7 @@ class Recorder:
         self._loop.come_back(to_train=False)
         with self._failing():
             self._pending.flush()
-        self._pending.begin_anew()  # as in `state_dict`: a state that is taken here is to leave no trace
+        self._pending.begin_anew()  # as in `state_dict`: a state taken here must leave no trace
         self._say_whether_weights_changed("the test gradients are of these")
         with self._loop.testing():
             self._tests.take(self.n_steps, tests, loss, labels)
@@ -488,9 +537,10 @@ class Recorder:
         self._sample_labels = checked_labels(labels, "sample_labels", self.n_samples, "training samples")
 
     def close(self) -> None:
-        """Write what is left, remove the hooks and mark the recording as complete.
+        """Write the remaining rows, remove the hooks and mark the recording as complete.
 
-        A run that has no test gradients of its end gets some by `hydra_pipe.probe`: what that needs is kept.
+        If no test gradients were taken at the end, the data for `hydra_pipe.probe` are kept: it can
+        take some later.
 
         Raises:
             StoreError: writing failed.
@@ -505,7 +555,7 @@ class Recorder:
         try:
             self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
         except BaseException as error:
-            if self.is_closed or self._output.writer is None:  # else it may be tried again
+            if self.is_closed or self._output.writer is None:  # otherwise the caller may try again
                 self.fail(error)
             raise
         self._loop.end(None)
@@ -519,20 +569,23 @@ class Recorder:
         self._release()
 
     def fail(self, error: BaseException) -> None:
-        """Keep what was recorded so far readable and mark the recording as failed. With several ranks, it waits for no other."""
+        """Mark the recording as failed, and keep the rows so far readable.
+
+        With several ranks, this waits for no other rank.
+        """
         if self._loop.is_over:
             return
         was_open = not self.is_closed
         self._loop.end(error)
         if was_open:
             self._pending.save()
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # report the first error only
                 self._release()
         self._output.fail(error)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """A block whose errors end the recording."""
+        """Enter a block whose errors end the recording."""
         try:
             yield
         except BaseException as error:
@@ -541,5 +594,5 @@ class Recorder:
 
     def _release(self) -> None:
         self._loop.begin_end()
-        self._pending.begin_anew()  # the room for rows is large, and who keeps the recorder has no use for it
+        self._pending.begin_anew()  # the buffer for rows is large, and useless to the holder of a closed recorder
         self._output.close()

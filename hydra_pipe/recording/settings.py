@@ -1,4 +1,4 @@
-"""What a recording depends on, and the checks of what a caller gives."""
+"""The settings that a recording depends on, and the checks of a caller's arguments."""
 
 import json
 import os
@@ -21,13 +21,15 @@ Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
 
 def record_settings(encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int) -> Settings:
-    """Settings that every recording depends on. The budget is none of "exact"'s business."""
+    """Return the settings that every recording depends on; "exact" ignores the budget `dim`."""
     budget = None if encoding == "exact" else dim
     return {"encoding": encoding, "dim": budget, "dtype": dtype, "seed": seed, "n_samples": n_samples}
 
 
 def json_settings(settings: Settings) -> Settings:
-    """`settings` as the manifest gives them back, so that what is read compares equal to what is given again.
+    """Return `settings` as the manifest will return them, after a passage through JSON.
+
+    Settings read from a manifest then compare equal to the same settings given again.
 
     Raises:
         UsageError: a value that JSON cannot hold.
@@ -40,11 +42,11 @@ def json_settings(settings: Settings) -> Settings:
 
 
 def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrite: bool) -> bool:
-    """Whether `run` is yet to be recorded with `settings`. Writes nothing.
+    """Tell whether `run` is yet to be recorded with `settings`. Write nothing.
 
     Raises:
         RunError: it was recorded, or begun, with other settings; or it holds something else.
-        PermissionError: it may not be written there, or what is there may not be removed.
+        PermissionError: writing is not allowed there, or removing existing files is not.
     """
     directory = RunDirectory.open_or_none(run)
     needed = directory is None or overwrite or directory.has_work(RECORD, settings)
@@ -54,7 +56,7 @@ def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrit
 
 
 def check_options(encoding: str, dim: int, dtype: str | None) -> None:
-    """Refuse options that cannot be. Raises: UsageError."""
+    """Refuse impossible options. Raises: UsageError."""
     if encoding not in ENCODING_CHOICES:
         raise UsageError(f"encoding {encoding!r} is unknown: choose one of {', '.join(ENCODING_CHOICES)}")
     if dtype is not None and dtype not in DTYPES:
@@ -64,8 +66,12 @@ def check_options(encoding: str, dim: int, dtype: str | None) -> None:
 
 
 def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.int64]:
-    """`sample_ids` as int64, shape (batch,). Raises: RecordError: not integers, or not of this training set."""
-    if isinstance(sample_ids, range):  # which NumPy would ask for its items one by one
+    """Return `sample_ids` as int64, shape (batch,).
+
+    Raises:
+        RecordError: not integers, or not ids of this training set.
+    """
+    if isinstance(sample_ids, range):  # NumPy would ask a range for its items one by one
         ids = np.arange(sample_ids.start, sample_ids.stop, sample_ids.step)
     else:
         ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
@@ -80,16 +86,16 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
 
 
 def checked_labels(labels: Any, name: str, count: int | None = None, samples: str = "samples") -> NDArray[Any]:
-    """Labels as an array of integers or strings, shape (sample,).
+    """Return labels as an array of integers or strings, shape (sample,).
 
     Args:
-        labels: a sequence, an array or a tensor.
-        name: of them, for messages.
-        count: how many there must be; None: any number.
-        samples: what they are of, for messages.
+        labels: sequence, array or tensor of labels.
+        name: name of the labels, for messages.
+        count: required number of labels; None: any number.
+        samples: word for the labelled samples, for messages.
 
     Raises:
-        DataError: they are of another kind or shape, or not one for each sample.
+        DataError: the labels are of another kind or shape, or not one for each sample.
     """
     plain = labels.detach().cpu() if isinstance(labels, Tensor) else labels
     try:

@@ -1,7 +1,8 @@
-"""Rows of several steps, put side by side as they come and then checked, quantised and handed to the store in one go.
+"""A buffer for the rows of several steps, which are checked, quantised and stored together.
 
-One step of a small model is a few hundred small tensors; treated one by one, their fixed cost is that of training itself. A slab
-takes them as they are, in one copy, and the rest is done on many steps at once.
+One step of a small model is a few hundred small tensors. Treated one by one, their fixed cost
+equals the cost of training itself. A slab takes the tensors in one copy. The rest of the work is
+done on many steps at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,28 +28,29 @@ from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
-# What a slab takes at most, unless one batch is larger: enough to make its fixed cost small, and it stays in the cache.
+# Largest size of a slab, unless one batch is larger: the fixed cost becomes small, and the slab stays in the cache.
 SLAB_BYTES = 8 * 2**20
-# A step that cannot be recorded is told this many steps later at most.
+# An error in a step is reported at most this many steps later.
 SLAB_STEPS = 16
-# Places of a batch that are remembered: more than batches of one size have, with a shorter one at the end of each epoch.
+# Most places of a batch with cached views. Batches of one size, with a shorter one at the end of each epoch, need fewer.
 _MOST_VIEWS = 4 * SLAB_STEPS
 
-# A difference between rows and gradient beyond rounding, relative to the summed norms of the rows.
+# Smallest difference between rows and gradient that rounding cannot explain, relative to the summed norms of the rows.
 IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# The same of float32 where the loop lets matrix products have fewer bits: of TF32 (set_float32_matmul_precision("high"), or
-# allow_tf32) or of bfloat16 ("medium"). Rows and gradients are rounded differently then.
+# Limits for float32 when the loop lets matrix products have fewer bits: those of TF32
+# (set_float32_matmul_precision("high"), or allow_tf32) or of bfloat16 ("medium"). Rows and gradients are then rounded
+# differently.
 _FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
 
 
 def imbalance_limit(dtype: torch.dtype) -> float:
-    """The limit for gradients of `dtype`, as the loop has set the precision of products."""
+    """Return the limit for gradients of `dtype`, at the loop's precision of matrix products."""
     if dtype != torch.float32:
         return IMBALANCE_LIMIT[dtype]
     try:
         return _FLOAT32_LIMIT[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # set by torch's newer options, of which some product has fewer bits: the old question has no answer
+    except RuntimeError:  # set by torch's newer options: some product has fewer bits, and the old getter raises
         return _FLOAT32_LIMIT["high"]
 
 
@@ -57,12 +59,12 @@ class _Entry:
     """One step of a slab.
 
     Args:
-        rows: where its rows are.
+        rows: place of the step's rows.
         columns: further columns of each row, by name, each of shape (batch,).
-        when: the moment, in words such as "at step 3".
-        limit: of the imbalance of its books.
-        present: whether each block got a gradient, shape (block,).
-        norms: upper bounds of summed norms that are known, by block.
+        when: moment in words, such as "at step 3".
+        limit: limit for the imbalance of the step's books.
+        present: True for each block that got a gradient, shape (block,).
+        norms: known upper bounds of summed norms, by block.
     """
 
     rows: slice
@@ -75,13 +77,13 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Finite:
-    """What `Slab.check_finite` has found.
+    """The result of `Slab.check_finite`.
 
     Args:
-        entries: the steps before the first with a row that is not finite.
-        largest: largest magnitude in each row of each part, shape (row, part); and `per_part`, the same for NumPy.
-        per_part: see `largest`.
-        error: of that step; None: all rows are finite.
+        entries: the steps before the first step with a row that is not finite.
+        largest: largest magnitude in each row of each part, shape (row, part).
+        per_part: values of `largest` as a NumPy array, float64.
+        error: error of the first step with a row that is not finite; None: all rows are finite.
     """
 
     entries: Sequence[_Entry]
@@ -91,28 +93,28 @@ class Finite:
 
     @property
     def limits(self) -> list[float]:
-        """Of the imbalance, for each step."""
+        """Limit of the imbalance of each step."""
         return [entry.limit for entry in self.entries]
 
     def with_limits(self, limits: Sequence[float]) -> "Finite":
-        """The same with the first of `limits` in place of its own."""
+        """Return the result with the first of `limits` in place of its own."""
         return replace(self, entries=[replace(e, limit=limit) for e, limit in zip(self.entries, limits, strict=False)])
 
     @property
     def largest_batch(self) -> int:
-        """Rows of the step that has the most."""
+        """Number of rows of the largest step."""
         return max(len(entry.columns[names.STEP]) for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `Slab.check` has found.
+    """The result of `Slab.check`.
 
     Args:
-        entries: the steps before the first that cannot be recorded.
+        entries: the steps before the first step that cannot be recorded.
         largest: largest magnitude in each row of each part, shape (row, part).
-        books: of those steps.
-        error: why the next one cannot be recorded; None: all can be.
+        books: balance of these steps.
+        error: reason why the next step cannot be recorded; None: all steps can be.
     """
 
     entries: Sequence[_Entry]
@@ -122,14 +124,17 @@ class Checked:
 
 
 class Slab:
-    """Room for the rows of some steps.
+    """A buffer for the rows of some steps.
 
     Args:
-        encoder: gives the rows their columns.
-        parameters: of the blocks; their device and dtype are the slab's, but float32 at least.
-        batch: rows of a step; a larger one makes more room.
-        scalar: whole gradient over the sum of the rows where it is known, else it is found, step by step.
-        explain: (name of a block's parameter, what is known of it) -> why its books may not balance, in words.
+        encoder: encoder that gives the rows their columns.
+        parameters: parameters of the blocks. The slab has their device, and their dtype or float32
+            if that is wider.
+        batch: rows of a step; a larger step makes more room.
+        scalar: ratio of the whole gradient to the sum of the rows, if known. None: it is found for
+            each step.
+        explain: (name of a block's parameter, evidence) -> words that say why its books may not
+            balance.
     """
 
     def __init__(
@@ -144,28 +149,34 @@ class Slab:
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
         self._transfer = Transfer(self._device)
-        # the views of a batch's place and of a step's, made once for each
+        # views of the columns at each place of a batch, made once
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._entries: list[_Entry] = []
         self._room = self._room_for(batch)
         self._make_room()
 
     def _room_for(self, batch: int) -> int:
-        """Rows to take before a flush, where the first step after the last one has `batch`: whatever was before that."""
+        """Return the number of rows before a flush, if the first step after the last has `batch`.
+
+        The number depends on no earlier step.
+        """
         wanted = SLAB_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
         return max(batch, min(wanted // batch, SLAB_STEPS) * batch)
 
     def _make_room(self) -> None:
         self.features = self._empty(self._room, self._encoder.layout.n_features)
         width = self._encoder.book_columns[-1].stop
-        # whole gradients; and what rows that are preconditioned summed to before
+        # projections of the whole gradients; and sums of the rows before preconditioning
         self._actual = self._empty(SLAB_STEPS, width)
         self._expected = self._empty(SLAB_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
         self._actual_views = [[row[columns] for columns in self._encoder.book_columns] for row in self._actual]
 
     def _grow(self, rows: int) -> None:
-        """Room for `rows`, those that are there included: with several ranks the number of a step says when to flush, not room."""
+        """Make room for `rows` rows, including the rows in the buffer.
+
+        With several ranks the number of steps decides when to flush, not the room.
+        """
         larger = self._empty(rows, self._encoder.layout.n_features)
         larger[: self._filled] = self.features[: self._filled]
         self.features = larger
@@ -180,7 +191,7 @@ class Slab:
         return self._encoder.layout
 
     def capacity(self, batch: int) -> int:
-        """Steps of `batch` rows that there is room for."""
+        """Return the number of steps of `batch` rows that the slab has room for."""
         return min(SLAB_STEPS, self._room_for(batch) // batch)
 
     @property
@@ -188,7 +199,7 @@ class Slab:
         return self._entries[-1].rows.stop if self._entries else 0
 
     def fits(self, batch: int) -> bool:
-        """Whether `batch` more rows may be added before a flush; always where there are none."""
+        """Tell whether `batch` more rows may be added before a flush; true for an empty slab."""
         return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room)
 
     def add(
@@ -204,12 +215,13 @@ class Slab:
         """Add the rows of a step.
 
         Args:
-            contributions: reduced, of each block that got a gradient.
+            contributions: reduced contributions of each block that got a gradient.
             gradients: whole gradients of the blocks; None: the block has none.
             columns: further columns of each row, each of shape (batch,).
-            when: the moment, in words such as "at step 3".
-            half: whether gradients went through half precision on their way.
-            mixture: how rows are shared out; `columns` have entries for the shares of others after those of the step's own samples.
+            when: moment in words, such as "at step 3".
+            half: True if gradients went through half precision on their way.
+            mixture: shares of other samples in the rows; then `columns` have the entries for these
+                shares after those of the step's own samples.
 
         Raises:
             LayerError: a factored block no longer has one position a sample.
@@ -236,7 +248,8 @@ class Slab:
         present[list(contributions)] = True
         norms = {}
         for index, given in contributions.items():
-            # what several passes, or several uses of one parameter, leave in a row may cancel, as terms of a sum over positions do
+            # Terms of one row may cancel: those of several passes, or of several uses of one parameter, as those of a sum
+            # over positions. So the norms of the terms are summed.
             meet = len({r.first for r in given}) < len(given)
             norms_of = [_norm_of(r) if meet and r.norm is None else r.norm for r in given]
             known = [norm for norm in norms_of if norm is not None]
@@ -247,7 +260,10 @@ class Slab:
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
     def _share_out(self, own: slice, stop: int, mixture: Mixture) -> None:
-        """Give others their shares of the rows at `own`, in the places behind, and leave those their own."""
+        """Give other samples their shares of the rows at `own`, and leave the own samples the rest.
+
+        The shares of others go into the places after `own`.
+        """
         weights = torch.from_numpy(mixture.weights).to(self.features)[:, None]
         places = torch.from_numpy(mixture.places).to(self._device)
         values = self.features[own]
@@ -261,24 +277,27 @@ class Slab:
         key = (rows.start, rows.stop)
         views = self._views.get(key)
         if views is None:
-            if len(self._views) >= _MOST_VIEWS:  # batches of ever other sizes: each place would be kept for the whole run
+            if len(self._views) >= _MOST_VIEWS:  # batches of ever new sizes would fill the cache for the whole run
                 self._views.clear()
             views = self._views[key] = self._encoder.views(self.features[rows])
         return views
 
     def check(self, ids: str | None = None, first_id: int = 0) -> Checked:
-        """Check the steps that are there, one at least, the first first, and forget them: new ones may come once they are written.
+        """Check the steps in the slab, one at least, in order, and forget them.
+
+        New steps may come once these are written.
 
         Args:
-            ids: which of `columns` names the samples, for messages; None: they are counted from `first_id` on.
-            first_id: see `ids`.
+            ids: name of the entry in `columns` with the sample ids, for messages; None: samples are
+                counted from `first_id` on.
+            first_id: id of the first sample, if `ids` is None.
         """
         finite = self.check_finite(ids, first_id)
         checked = self.check_books(finite, len(finite.entries), SingleProcess())
         return replace(checked, error=checked.error or finite.error)
 
     def check_finite(self, ids: str | None = None, first_id: int = 0) -> Finite:
-        """The first half of `check`: find rows that are not finite."""
+        """Find rows that are not finite: the first half of `check`."""
         entries, self._entries = self._entries, []
         largest = self._largest(entries[-1].rows.stop)
         per_part = largest.double().cpu().numpy()
@@ -288,15 +307,16 @@ class Slab:
         return Finite(entries[:bad], largest, per_part, error)
 
     def check_books(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
-        """The second half of `check`: hold the books of the first `n_steps` steps, over all `processes`.
+        """Check the books of the first `n_steps` steps over all `processes`.
 
-        What DDP makes of the ranks' gradients is their mean, and so is what the rows are held to.
+        This is the second half of `check`. DDP takes the mean of the ranks' gradients, so the rows
+        are compared with this mean.
         """
         books, error = self._check_books(finite.entries[:n_steps], finite.per_part, processes)
         return Checked(finite.entries[: len(books.scalar)], finite.largest, books, error)
 
     def write(self, checked: Checked, table: TableWriter) -> None:
-        """Quantise the rows that were checked and append them to `table`."""
+        """Quantise the checked rows and append them to `table`."""
         if not checked.entries:
             return
         entries, n_rows = checked.entries, checked.entries[-1].rows.stop
@@ -308,7 +328,7 @@ class Slab:
                 scale_in_place(features[:, columns], scales[:, part], dtype)
         of_blocks = self._encoder.products(scales.cpu().numpy())
         present = np.stack([e.present for e in entries])
-        if not present.all():  # a factored bias without a gradient still has its weight's columns: 0 times them
+        if not present.all():  # a factored bias without a gradient shares its weight's columns: its scale becomes 0
             of_blocks *= np.repeat(present, [e.rows.stop - e.rows.start for e in entries], axis=0)
         further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
         for rows, views in table.reserve(n_rows):
@@ -318,9 +338,9 @@ class Slab:
                 views[name][:] = values[rows]
 
     def _largest(self, n_rows: int) -> Tensor:
-        """Largest magnitude in each row of each part, shape (row, part)."""
+        """Return the largest magnitude in each row of each part, shape (row, part)."""
         parts = [self.features[:n_rows, columns] for columns in self._encoder.part_columns]
-        # without a copy for the magnitudes: measured at three quarters of the time
+        # amax and amin need no copy for the magnitudes: measured at three quarters of the time
         return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
 
     def _not_finite(self, entry: _Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int) -> NonFiniteError:
@@ -338,7 +358,7 @@ class Slab:
     def _check_books(
         self, entries: Sequence[_Entry], per_part: NDArray[np.float64], processes: Processes
     ) -> tuple[Balance, BooksError | None]:
-        """The balance of the steps up to the first that is off, and what is to be said of that one."""
+        """Return the balance of the steps before the first that is off, and its error or None."""
         if not entries:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
@@ -348,7 +368,7 @@ class Slab:
         starts = np.array([columns.start for columns in self._encoder.book_columns])
         present = np.stack([entry.present for entry in entries])
         sums = expected.double().cpu().numpy()
-        if not present.all():  # a factored bias without a gradient has its weight's columns all the same
+        if not present.all():  # a factored bias without a gradient shares its weight's columns, so its sum is set to 0
             sums = sums * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
@@ -395,13 +415,17 @@ class Slab:
         return BooksError(f"{said}. {self._explain(name, evidence)}")
 
     def _in_books(self, values: Sequence[Tensor | None], wanted: Sequence[int]) -> NDArray[np.float64]:
-        """`values`, one for each block, as the books have gradients, of the blocks `wanted` side by side."""
+        """Project `values`, one for each block, as the books project gradients.
+
+        Returns:
+            The projections of the blocks `wanted`, side by side.
+        """
         outs = [self._empty(1, columns.stop - columns.start)[0] for columns in self._encoder.book_columns]
         self._encoder.put_in_books(values, outs, {})
         return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
     def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Upper bound of the summed norms of each block's rows, shape (step, block)."""
+        """Return an upper bound of the summed norms of each block's rows, shape (step, block)."""
         products = self._encoder.products(per_part)
         magnitude: NDArray[np.float64] = np.add.reduceat(products, [entry.rows.start for entry in entries], axis=0)
         magnitude *= np.sqrt([block.numel for block in self._encoder.layout.blocks])

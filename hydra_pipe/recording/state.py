@@ -1,4 +1,4 @@
-"""What a recorder keeps in the user's own checkpoint, and what a run must be for a recorder to go on with it."""
+"""The recorder's state in the user's own checkpoint, and the checks of a run before a resume."""
 
 import hashlib
 import json
@@ -14,23 +14,26 @@ from hydra_pipe.store.gradients import Gradients, Kept
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import RECORD, Settings
 
-# of a state's fields and their meaning
+# version of the fields of a state and of their meaning
 STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RecorderState:
-    """A recording between two steps. Plain values only, so that `torch.load(weights_only=True)` reads it.
+    """The state of a recording between two steps.
+
+    It has plain values only, so that `torch.load(weights_only=True)` reads it.
 
     Args:
-        run_id: of the run; None where nothing was recorded yet.
-        layout: SHA-256 of the block directory; None likewise.
-        n_steps, n_skipped: so far.
-        part_rows, curved_rows: of each rank so far, and those of them whose curvature is known.
-        meet_every: steps after which the ranks meet; None where one process records.
-        worst_imbalance: so far.
+        run_id: id of the run; None if nothing was recorded yet.
+        layout: SHA-256 of the block directory; None if nothing was recorded yet.
+        n_steps, n_skipped: numbers of steps taken and skipped so far.
+        part_rows, curved_rows: rows of each rank so far, and rows of each rank with a known
+            curvature.
+        meet_every: number of steps after which the ranks meet; None if one process records.
+        worst_imbalance: largest imbalance so far.
         tests: steps after which test gradients were taken.
-        n_tests: test samples of the last of them, 0 where there is none.
+        n_tests: test samples at the last of these steps, 0 if there is none.
         labels: lengths of the label arrays that are written, by name.
     """
 
@@ -47,12 +50,16 @@ class RecorderState:
     labels: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state as a dict for a checkpoint."""
         return {"hydra_pipe_state": STATE_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "RecorderState":
-        """Raises: RecordError: not what `Recorder.state_dict` gave, or from a newer version."""
+        """Read a state from a checkpoint's dict.
+
+        Raises:
+            RecordError: not a value of `Recorder.state_dict`, or from a newer version.
+        """
         version = state.get("hydra_pipe_state") if isinstance(state, Mapping) else None
         wanted = {field.name for field in fields(cls)}
         if not isinstance(version, int) or (version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}):
@@ -63,23 +70,24 @@ class RecorderState:
 
     @property
     def kept(self) -> Kept:
-        """What of the store it counts."""
+        """The part of the store that the state counts."""
         return Kept(self.part_rows, self.n_steps, self.tests, list(self.labels))
 
 
 def digest(layout: Layout) -> str:
-    """SHA-256 of a block directory."""
+    """Return the SHA-256 of a block directory."""
     return hashlib.sha256(json.dumps(layout.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def open_to_go_on(
     path: str | os.PathLike[str], state: RecorderState, settings: Settings, *, n_groups: int, preconditioned: bool
 ) -> tuple[RunDirectory, Gradients]:
-    """The run at `path`, if it is the one that `state` is of and has all that it counts. Writes nothing.
+    """Open the run at `path`, if it is the run of `state` and has all its rows. Write nothing.
 
     Raises:
-        RunError: no run, another one, a finished one, or one with other settings or another optimizer.
-        StoreError: it is damaged, or lacks rows.
+        RunError: no run, another run, a finished one, or one with other settings or another
+            optimizer.
+        StoreError: the run is damaged, or lacks rows.
     """
     directory = RunDirectory.open(path)
     if directory.run_id != state.run_id:

@@ -1,23 +1,26 @@
-"""Targets of a batch against the labels of its ids: a batch in another order than its ids has rows of the wrong samples."""
+"""A check of a batch's targets against the labels of its ids.
+
+A batch in another order than its ids would give rows to the wrong samples.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RecordError
 
-# Of a batch this long, targets that are the labels in another order are no chance.
+# In a batch of this size or more, targets that are the labels in another order are no coincidence.
 _ENOUGH = 4
 
 
 class TargetCheck:
-    """Holds the targets that training has seen against the labels of the samples.
+    """Checks the targets that training has seen against the labels of the samples.
 
-    The labels need not be the targets (true labels of noisy ones, or coarser classes). They are taken for the targets
-    once a batch agrees with them; from then on each has to. A batch that holds the right labels in another order is
-    refused at once.
+    The labels need not be the targets: they may be true labels of noisy targets, or coarser
+    classes. Labels are taken for the targets once a batch agrees with them. From then on each batch
+    must agree. A batch that holds the right labels in another order is refused at once.
 
     Args:
-        labels: of all training samples; None, or other than integers: nothing is checked.
+        labels: labels of all training samples; if None, or not integers, nothing is checked.
     """
 
     def __init__(self, labels: object = None) -> None:
@@ -33,15 +36,15 @@ class TargetCheck:
         return self._labels is not None
 
     def check(self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None) -> None:
-        """Hold the targets of a batch against the labels of its ids.
+        """Compare the targets of a batch with the labels of its ids.
 
         Args:
-            ids: of the batch, shape (batch,).
-            targets: shape (batch,).
-            n_classes: that targets are among; None: not known.
+            ids: sample ids of the batch, shape (batch,).
+            targets: targets of the batch, shape (batch,).
+            n_classes: number of classes of the targets; None: not known.
 
         Raises:
-            RecordError: they are those of other samples.
+            RecordError: the targets are those of other samples.
         """
         if self._labels is None or not len(ids):
             return
@@ -66,4 +69,4 @@ class TargetCheck:
                 + ". Give the ids in the order of the batch; if sample_labels are not the targets, give them by "
                 "recorder.label_samples() after the last step"
             )
-        self._labels = None  # they are something else than the targets
+        self._labels = None  # the labels are not the targets: nothing can be checked

@@ -1,4 +1,7 @@
-"""The test gradients of a recording: taken at the parameters as they are, and kept with what later probes need."""
+"""The test gradients of a recording, taken at the present parameters.
+
+They are stored with the data that later probes need.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,15 +23,15 @@ from hydra_pipe.store.writing import GradientsWriter
 
 
 class TestGradients:
-    """Takes test gradients in the middle of a recording or at its end, and leaves the training as it was.
+    """Takes test gradients during a recording or at its end, and leaves the training as it was.
 
     Args:
-        model: the module that is trained.
-        parameters: the recorded ones.
-        collector: of their gradients.
-        output: where they go.
-        processes: that record together; the first does the work.
-        seed: of the order in which a dataset's samples are looked at.
+        model: the module in training.
+        parameters: the recorded parameters.
+        collector: collector of their gradients.
+        output: destination of the test gradients.
+        processes: processes that record together; the first does the work.
+        seed: seed of the order in which a dataset's samples are read.
     """
 
     def __init__(
@@ -44,11 +47,11 @@ class TestGradients:
         self._output, self._processes, self._seed = output, processes, seed
 
     def take(self, n_steps: int, tests: Any, loss: Any, labels: Labels | None) -> None:
-        """Take the gradients of `tests` after `n_steps` steps, and put them into the store. Collective.
+        """Take the gradients of `tests` after `n_steps` steps, and store them. Collective.
 
         Raises: as `Recorder.record_test`.
         """
-        # what was trained and then frozen has a gradient all the same, and earlier rows to multiply it with
+        # A parameter that was trained and then frozen still has earlier rows. Its test gradient is multiplied with them.
         frozen = [p for p in self._parameters if not p.requires_grad]
         n_tests, worst = 0, 0.0
         try:
@@ -64,7 +67,7 @@ class TestGradients:
         self._output.note_tests(n_steps, n_tests, worst)
 
     def _write(self, n_steps: int, tests: Any, loss: Any, labels: Labels | None) -> tuple[int, float]:
-        """How many there are, and the largest share of a gradient that its rows miss."""
+        """Return the number of test samples, and the largest share of a gradient that rows miss."""
         writer = self._writer
         table = writer.test_rows(n_steps, state_digests(self._model))
         try:
@@ -72,7 +75,7 @@ class TestGradients:
             n_tests, labels, worst = record_test_gradients(self._model, self._collector, table, batches, loss, labels, when)
             writer.flush_test(table)
         except BaseException:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # report the first error only
                 writer.drop_test()
             raise
         self._write_preconditioner(n_steps)
@@ -81,13 +84,17 @@ class TestGradients:
         return n_tests, worst
 
     def keep_what_probes_need(self, n_steps: int) -> None:
-        """Write test gradients of no sample, with digests of the parameters, and the preconditioner. By the first process."""
+        """Write the data that later probes need. Only the first process calls this.
+
+        These data are test gradients of no sample, with digests of the parameters, and the
+        preconditioner.
+        """
         self._writer.flush_test(self._writer.test_rows(n_steps, state_digests(self._model)))
         self._write_preconditioner(n_steps)
 
     @property
     def _writer(self) -> GradientsWriter:
-        assert self._output.writer is not None  # there is one from the first step on
+        assert self._output.writer is not None  # made at the first step
         return self._output.writer
 
     def _write_preconditioner(self, n_steps: int) -> None:

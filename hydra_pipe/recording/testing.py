@@ -1,4 +1,4 @@
-"""Test gradients: what each test sample's loss asks of the parameters, taken in the same columns as the rows."""
+"""Test gradients: the gradient of each test sample's loss, in the same columns as the rows."""
 
 import hashlib
 import warnings
@@ -31,7 +31,7 @@ _EMPTY = CellType()
 
 
 def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
-    """The beginning of the SHA-256 of some samples, by which others are told."""
+    """Return the first 16 hex digits of the samples' SHA-256, to tell them from other samples."""
     found = hashlib.sha256()
     for pair in batches:
         for values in tree_leaves(pair):
@@ -41,34 +41,37 @@ def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
 
 
 def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, device: torch.device, *sources: Any) -> None:
-    """Take the losses of the first test samples before training, so that what cannot be tested is told then.
+    """Take the losses of the first test samples before training, to report errors early.
 
     Training is not changed: parameters, buffers and generators are as they were.
 
     Args:
-        model: that is to be trained.
-        batches: of (inputs, targets); only the first is asked for.
-        loss: see `record_test_gradients`.
-        device: of the model.
-        sources: what `batches` draw from, see `untouched`.
+        model: model to be trained.
+        batches: batches of (inputs, targets); only the first is drawn.
+        loss: loss in the form of `record_test_gradients`.
+        device: device of the model.
+        sources: objects that `batches` draw from, for `untouched`.
 
     Raises:
         DataError: there are no test samples, or they are of the wrong kind.
-        UserCodeError: the model, the loss or a dataset raised. PipelineError: the loss is not one per sample.
+        UserCodeError: the model, the loss or a dataset raised.
+        PipelineError: the loss is not one per sample.
     """
     with untouched(model, loss, *sources), evaluating(model), torch.no_grad():
         first = next(iter(batches), None)
         if first is None:
             raise DataError("there are no test samples: give at least one")
         inputs, targets = (on_device(values, device) for values in first)
-        # what a function keeps between its calls nobody can put back
+        # The state that a function keeps between its calls cannot be restored: such a loss is not called.
         known = loss if _keeps_nothing(loss) else _zeros
         _losses(model, known, inputs, targets, "the first test samples, before training")
 
 
 def _keeps_nothing(loss: Any) -> bool:
-    """Tell whether no call of `loss` can change the next: a module, whose state can be put back, or a "
-    "function over plain values."""
+    """Tell whether no call of `loss` can change the next call.
+
+    True for a module, whose state can be restored, and for a function over plain values.
+    """
     if isinstance(loss, partial):
         return all(map(_keeps_nothing, (loss.func, *loss.args, *loss.keywords.values())))
     if isinstance(loss, FunctionType):
@@ -85,7 +88,7 @@ def _zeros(output: Any, targets: Any) -> Tensor:
 
 
 def say_without_tests(error: BaseException, path: Path) -> None:
-    """Warn that a recording is complete without test gradients, which have failed with `error`."""
+    """Warn that a recording is complete without test gradients, because of `error`."""
     warnings.warn(
         f"the test gradients of {path} were not taken: {error}. The training is recorded, and complete without them: mend the "
         f"test samples or their loss, and take them by hydra-pipe probe {path} FILE:FUNCTION --name NAME, or hydra_pipe.probe(...)",
@@ -114,24 +117,28 @@ def record_test_gradients(
     """Write h_j = grad l_j of each test sample at the present parameters.
 
     Args:
-        model: in eval mode.
-        collector: of its gradients, watching nothing.
-        table: where they go; it is to be flushed.
-        batches: of (inputs, targets); inputs are a tensor, or several or a mapping of what the model is called with.
+        model: model in eval mode.
+        collector: collector of its gradients, watching nothing.
+        table: destination of the gradients; the caller flushes it.
+        batches: batches of (inputs, targets); inputs are a tensor, or a tuple or mapping of the
+            model's arguments.
         loss: (output, target) -> losses of shape (batch,), or their mean or sum.
-        labels: one for each test sample; taken from integer targets if absent.
-        when: the moment, in words such as "after 3 steps".
-        what: the samples are called.
+        labels: one label for each test sample; taken from integer targets if absent.
+        when: moment in words, such as "after 3 steps".
+        what: word for the samples in messages.
 
     Returns:
-        Test samples; their labels, None where unknown; the largest share of a gradient that its rows miss.
+        Number of test samples; their labels, None if unknown; the largest share of a gradient that
+        its rows miss.
 
     Raises:
-        RecordError: nothing to test. DataError: not one label for each.
-        NonFiniteError, BooksError, LayerError: as in training. UserCodeError: the model or the loss raised.
+        RecordError: nothing to test.
+        DataError: not one label for each.
+        NonFiniteError, BooksError, LayerError: the reasons known from training.
+        UserCodeError: the model or the loss raised.
     """
     if labels is not None:
-        checked_labels(labels, f"{what}_labels")  # before the work
+        checked_labels(labels, f"{what}_labels")  # refuse bad labels before the work
     device = collector.parameters[0].device
     targets_seen: list[NDArray[np.int64]] = []
     n_tests, worst = 0, 0.0

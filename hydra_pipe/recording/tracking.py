@@ -1,4 +1,7 @@
-"""A DataLoader that says which samples each batch is of, without being asked and without drawing anything differently."""
+"""A DataLoader that tells the sample ids of each batch.
+
+It needs no help from the loop, and draws nothing differently.
+"""
 
 import sys
 import weakref
@@ -28,34 +31,36 @@ NAME_THEM = "use recorder.step(ids) instead"
 
 
 class WatchedLoader:
-    """A copy of `loader` that draws and gives what `loader` does, and keeps the ids of what it has drawn and not given yet.
+    """A copy of `loader` that draws the same batches, and keeps the ids of drawn batches.
+
+    The ids are kept until their batch is given out.
 
     Args:
-        loader: over a map-style dataset; one that Accelerate has prepared, too.
-        n_samples: that the dataset must have; None: as many as it has.
-        instead: what to do about a loader whose batches cannot be told by their samples, for messages.
-        ahead: batches that who iterates it draws ahead of the one whose ids are asked for.
+        loader: loader over a map-style dataset; also one that Accelerate has prepared.
+        n_samples: required size of the dataset; None: any size.
+        instead: advice for a loader whose batches cannot be told by their samples, for messages.
+        ahead: number of batches that the caller draws ahead of the batch whose ids it asks for.
 
     Raises:
         UsageError: not a DataLoader.
-        RecordError: one whose batches cannot be told by their samples.
+        RecordError: a loader whose batches cannot be told by their samples.
         DataError: the dataset has another number of samples.
     """
 
     def __init__(self, loader: DataLoader[Any], n_samples: int | None, instead: str = NAME_THEM, ahead: int = 0) -> None:
-        base = getattr(loader, "base_dataloader", loader)  # which Accelerate wraps
+        base = getattr(loader, "base_dataloader", loader)  # the loader inside Accelerate's wrapper
         self.n_samples, self._instead = _checked(base, n_samples, instead), instead
-        # what a loader draws ahead of what it gives: for its workers, and Accelerate to know the last batch
+        # batches that a loader draws ahead: for its workers, and one more if Accelerate has to know the last batch
         self._ahead = base.num_workers * (base.prefetch_factor or 0) + (base is not loader) + ahead
         self._name = type(loader).__name__
-        #: which of a loader's attributes is another one here
+        #: name of the loader's attribute that is replaced
         self.replaced = "sampler" if base.batch_sampler is None else "batch_sampler"
         self._spy = _Spy(getattr(base, self.replaced))
         watched = _copied(base)
-        watched.__dict__[self.replaced] = self._spy  # the attribute itself forbids it
+        watched.__dict__[self.replaced] = self._spy  # DataLoader forbids setting the attribute
         if base.batch_sampler is not None:
             watched.collate_fn = checked_collate(base.collate_fn)
-        #: what to iterate
+        #: the loader to iterate
         self.loader = watched
         if base is not loader:
             self.loader = _copied(loader)
@@ -63,16 +68,29 @@ class WatchedLoader:
 
     @property
     def drawn(self) -> deque[NDArray[Any]] | None:
-        """Of the newest iteration, the batches that were drawn and not given yet; None where it has not begun to draw."""
+        """Batches of the newest iteration that were drawn but not given out.
+
+        None if the iteration has not begun to draw.
+        """
         return self._spy.drawn
 
     def begin(self) -> Iterator[Any]:
-        """An iterator of the batches, made at once: a loader draws from the random generator when its iterator is made."""
+        """Return an iterator over the batches, made at once.
+
+        A loader draws from the random generator when its iterator is made.
+        """
         self._spy.drawn = None
         return iter(self.loader)
 
     def next_ids(self, drawn: deque[NDArray[Any]] | None) -> NDArray[np.int64]:
-        """Ids of the batch that an iteration, whose batches are `drawn`, has just given, shape (batch,). Raises: RecordError."""
+        """Return the ids of the batch that an iteration has just given, shape (batch,).
+
+        Args:
+            drawn: batches of this iteration that were drawn but not given out.
+
+        Raises:
+            RecordError: the batch cannot be paired with its samples.
+        """
         if not drawn or len(drawn) > self._ahead + 1:
             raise RecordError(
                 f"{self._name} gave one batch when its sampler had drawn {len(drawn or ())}, where a DataLoader draws at most "
@@ -82,17 +100,19 @@ class WatchedLoader:
 
 
 class TrackedLoader:
-    """Iterates as `loader` does, and tells of each batch just before it hands it over. Everything else is the loader's own.
+    """Iterates as `loader` does, and reports each batch just before giving it to the loop.
+
+    Everything else is the loader's own.
 
     Args:
-        loader, n_samples: see `WatchedLoader`.
-        hand_over: called with the ids of each batch.
-        heeding: a block that hears of what is raised in it.
-        targets: holds the batches' integer targets against the labels.
-        left: called where an exception ends the loop.
+        loader, n_samples: arguments of `WatchedLoader`.
+        hand_over: function called with the ids of each batch.
+        heeding: context manager that hears of errors raised in its block.
+        targets: check of the batches' integer targets against the labels.
+        left: function called if an exception ends the loop.
 
     Raises:
-        UsageError, RecordError, DataError: see `WatchedLoader`.
+        UsageError, RecordError, DataError: the reasons given at `WatchedLoader`.
     """
 
     def __init__(
@@ -110,7 +130,7 @@ class TrackedLoader:
         self._loader, self._hand_over, self._heeding, self._left = loader, hand_over, heeding, left
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_loader", "_watched"):  # not made yet, as while it is copied
+        if name in ("_loader", "_watched"):  # not set yet, such as in the middle of a copy
             raise AttributeError(name)
         return getattr(self._loader if name in (self._watched.replaced, "collate_fn") else self._watched.loader, name)
 
@@ -134,7 +154,7 @@ class TrackedLoader:
                     self._note_tensors(portion, batch)
             except StopIteration:
                 return
-            except BaseException:  # where a batch is drawn
+            except BaseException:  # drawing a batch failed
                 self._left()
                 raise
             try:
@@ -145,7 +165,7 @@ class TrackedLoader:
                 raise
 
     def _note_tensors(self, portion: Portion | None, batch: Any) -> None:
-        """Let the batch be held against what the model is given, now and then."""
+        """Note tensors of a batch now and then, to compare them with the model's inputs."""
         self._n_batches += 1
         if portion is not None and is_looked_at(self._n_batches):
             floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
@@ -156,16 +176,16 @@ class TrackedLoader:
             return
         leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.shape == ids.shape]
         integers = [x for x in leaves if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)]
-        if len(integers) == 1:  # of several, which are the targets is not known
+        if len(integers) == 1:  # among several, the targets are not known
             self._targets.check(ids, integers[0].cpu().numpy())
 
 
 class _Spy:
-    """Yields what `sampler` does, when it does, and keeps it."""
+    """A sampler that yields the items of `sampler`, at the same moments, and keeps them."""
 
     def __init__(self, sampler: Iterable[Any]) -> None:
         self._sampler = sampler
-        # of the newest iteration, the batches that were drawn and not handed over yet
+        # batches of the newest iteration that were drawn but not given out
         self.drawn: deque[NDArray[Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -176,11 +196,11 @@ class _Spy:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("_sampler", "drawn"):
             super().__setattr__(name, value)
-        else:  # as where a loader goes on in the middle of an epoch
+        else:  # such as when a loader resumes in the middle of an epoch
             setattr(self._sampler, name, value)
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type] # as the loader's own: a sampler may have no length
+        return len(self._sampler)  # type: ignore[arg-type] # raises for a sampler without a length, as the loader does
 
     def __iter__(self) -> Iterator[Any]:
         drawn: deque[NDArray[Any]] = deque()
@@ -190,23 +210,23 @@ class _Spy:
             drawn.append(np.atleast_1d(np.asarray(index)).copy())
             return index
 
-        return map(seen, self._sampler)  # which asks the sampler for its iterator now, and for nothing more
+        return map(seen, self._sampler)  # map asks the sampler for its iterator now, and for no item yet
 
 
 def _copied(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Not by copy.copy: the loaders of Accelerate say that they are of another class than they are."""
+    """Copy a loader without copy.copy: Accelerate's loaders pretend to be of another class."""
     copied: DataLoader[Any] = object.__new__(type(loader))
     copied.__dict__.update(loader.__dict__)
     return copied
 
 
 def _checked(loader: Any, n_samples: int | None, instead: str) -> int:
-    """How many samples it has."""
+    """Return the loader's number of samples, after all checks."""
     if not isinstance(loader, DataLoader):
         raise UsageError(f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: {instead}")
     if isinstance(loader.dataset, IterableDataset):
         raise RecordError(f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no numbers: {instead}")
-    if not getattr(loader, "in_order", True):  # torch before 2.6 knows no other order
+    if not getattr(loader, "in_order", True):  # torch before 2.6 has no in_order, and always keeps the order
         raise RecordError(f"the loader has in_order=False, so that batches come in another order than drawn: {instead}")
     if loader._iterator is not None:
         raise RecordError("the loader's persistent workers are running already: track it before it is first iterated")

@@ -1,4 +1,7 @@
-"""From the training's device to the writer's buffers. On CUDA without a wait of the training; untried there."""
+"""Copies from the training's device to the writer's buffers.
+
+On CUDA the training does not wait for a copy; this is untried there.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +13,10 @@ from torch import Tensor
 
 
 def buffers_for(device: torch.device) -> Callable[[tuple[int, ...], str], NDArray[Any]]:
-    """Makes arrays of zeros that `device` can copy to while the processor goes on: pinned ones for CUDA."""
+    """Return a function that makes arrays of zeros that `device` can copy to.
+
+    For CUDA the arrays are pinned, so that the processor goes on during the copy.
+    """
     if device.type != "cuda":
         return np.zeros
 
@@ -24,11 +30,11 @@ def buffers_for(device: torch.device) -> Callable[[tuple[int, ...], str], NDArra
 class Transfer:
     """Copies rows into the writer's buffers.
 
-    On CUDA they are converted where they are, and copied by a stream of their own, beside the training: what comes next in the
-    training's stream waits for the copy, the processor does not.
+    On CUDA the rows are converted on the device, and copied by a stream of their own, beside the
+    training. Later work in the training's stream waits for the copy; the processor does not.
 
     Args:
-        device: that the rows are on.
+        device: device of the rows.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,9 +44,10 @@ class Transfer:
         """Copy `rows`, rounding to the dtype of `out`.
 
         Args:
-            rows: any float dtype; may be changed as soon as this returns.
-            out: of the same shape, made by `buffers_for`.
-            wait_for: is given what waits until `out` is there; not called if it is there when this returns.
+            rows: rows of any float dtype; they may be changed as soon as this returns.
+            out: array of the same shape, made by `buffers_for`.
+            wait_for: function that receives a callable, which waits until `out` is filled. It is
+                not called if `out` is filled when this returns.
         """
         to = torch.from_numpy(out)
         if self._stream is None:

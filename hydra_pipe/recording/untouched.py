@@ -13,20 +13,24 @@ from torch import Tensor, nn
 
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 
-# how deep a dataset or a loader is searched for generators of its own (subsets, transforms, samplers), and how far a list
+# levels to which a dataset or a loader is searched for its own generators (subsets, transforms, samplers), and most
+# items searched in a list
 _LEVELS = 6
 _MOST_ITEMS = 100
 
 
 @contextmanager
 def untouched(*things: Any) -> Iterator[None]:
-    """A block after which parameters, buffers, attributes of modules and random generators have the values from before it.
+    """Enter a block after which models and random generators are as they were before it.
+
+    Restored are parameters, buffers, attributes of modules and random generators.
 
     Args:
-        things: models, and losses that are modules: forward passes may change them even in eval mode (an embedding with `max_norm`
-            scales the rows that it meets). Of parameters that are not trained only those of such embeddings are looked after,
-            for they may be the bulk of a large model. Datasets or loaders, whose own generators (of torch, NumPy or random) are
-            put back too.
+        things: models; losses that are modules; datasets or loaders. Forward passes may change
+            models and losses even in eval mode: an embedding with `max_norm` scales the rows that
+            it meets. Among untrained parameters only those of such embeddings are restored, because
+            the others may be the bulk of a large model. The own generators of datasets and loaders
+            (of torch, NumPy or random) are restored too.
     """
     modules = [thing for thing in things if isinstance(thing, nn.Module)]
     kept, of_sources = random_state(), _restoring(things)
@@ -53,7 +57,10 @@ def _may_change(model: nn.Module) -> list[Tensor]:
 
 
 def _attributes(model: nn.Module) -> list[tuple[dict[Any, Any] | list[Any], Any]]:
-    """What the modules hold: their attributes, and what is in dictionaries and lists among these, such as counters and caches."""
+    """Return the modules' attributes, and the dictionaries and lists among them, with copies.
+
+    Dictionaries and lists may hold counters and caches, for example.
+    """
     found: list[tuple[dict[Any, Any] | list[Any], Any]] = []
     for module in model.modules():
         own = vars(module)
@@ -62,7 +69,7 @@ def _attributes(model: nn.Module) -> list[tuple[dict[Any, Any] | list[Any], Any]
 
 
 def _put_in(own: dict[Any, Any] | list[Any], was: Any) -> None:
-    """Let `own` hold what it held: attributes that are as they were are not touched."""
+    """Restore the contents of `own`. Attributes that did not change are not touched."""
     if isinstance(own, list):
         own[:] = was
         return
@@ -74,7 +81,10 @@ def _put_in(own: dict[Any, Any] | list[Any], was: Any) -> None:
 
 
 def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], object]]:
-    """What puts back the generators that `sources` hold in attributes, lists and mappings of theirs."""
+    """Return functions that restore the generators in `sources`.
+
+    Generators are searched in attributes, lists and mappings.
+    """
     found: list[Callable[[], object]] = []
     seen: set[int] = set()
     level = list(sources)
@@ -97,7 +107,7 @@ def _restoring(sources: tuple[Any, ...]) -> list[Callable[[], object]]:
 
 
 def _restorer(value: Any) -> Callable[[], object] | None:
-    """What puts a generator back into its present state; None: `value` is no generator."""
+    """Return a function that restores a generator's present state; None: not a generator."""
     if isinstance(value, random.Random):
         numbers = value.getstate()
         return lambda: value.setstate(numbers)

@@ -1,4 +1,4 @@
-"""What the optimiser is about to do: the gradients that it will use, and its settings, read just before it acts."""
+"""The optimiser's next update, read just before it: the gradients in use and the settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +17,8 @@ class UpdateReader:
     """Reads the updates of `optimizer`.
 
     Args:
-        optimizer: has a rule.
-        rule: of the optimiser.
+        optimizer: optimiser that has a rule.
+        rule: rule of the optimiser.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
     """
 
@@ -31,10 +31,11 @@ class UpdateReader:
         self._n_groups = len(optimizer.param_groups)
 
     def gradients(self, step: int) -> list[Tensor | None]:
-        """`.grad` of every recorded parameter; None where there is none.
+        """Return the gradient in use of every recorded parameter; None for one without a gradient.
 
         Raises:
-            RecordError: nothing has one, or something has that is not recorded.
+            RecordError: no recorded parameter has a gradient, or a parameter that is not recorded
+                has one.
         """
         if len(self._optimizer.param_groups) != self._n_groups:
             raise RecordError(f"the optimizer has got a new parameter group at step {step}: record again from there")
@@ -51,12 +52,16 @@ class UpdateReader:
         return gradients_in_use(self._optimizer, gradients)
 
     def root(self, index: int, gradient: Tensor | None, lines: Tensor | None = None) -> Tensor:
-        """Root of the preconditioner of block `index`: where the optimiser is about to use `gradient`, or as it stands now.
+        """Return the root of the preconditioner of block `index`.
+
+        With a `gradient`: the preconditioner of the step that is about to use it. Without: the
+        preconditioner of the present state.
 
         Args:
-            index: of the block.
-            gradient: of the whole block.
-            lines: of the block that are wanted; None: all. A preconditioner is elementwise, so that no other line matters.
+            index: number of the block.
+            gradient: gradient of the whole block, or None.
+            lines: lines of the block to return; None: all lines. A preconditioner is elementwise,
+                so no other line matters.
         """
         parameter, group = self._trained[index]
         state: Mapping[str, Any] = self._optimizer.state.get(parameter, _NO_STATE)
@@ -69,7 +74,11 @@ class UpdateReader:
         return torch.ones_like(parameter) if found is None else found
 
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
-        """The step's line of the step tables by parameter group and by block; `gradients` are those in use."""
+        """Return the step's line of the step tables by parameter group and by block.
+
+        Args:
+            gradients: gradients in use; None for a block without one.
+        """
         groups = self._optimizer.param_groups
         of_groups = [self._rule.settings(group) for group in groups]
         rule, states = self._rule, self._optimizer.state

@@ -1,4 +1,4 @@
-"""Errors in what the user wrote: the model, the loss, a dataset, the pipeline's file."""
+"""Errors in the user's code: the model, the loss, a dataset, the pipeline's file."""
 
 import traceback
 from collections.abc import Iterator
@@ -12,7 +12,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 @contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """A block of the user's code: what it raises becomes an error of ours that begins with `what`. Raises: UserCodeError."""
+    """Enter a block of the user's code, and turn its exceptions into errors of this package.
+
+    Raises:
+        UserCodeError: the block raised an exception; the message begins with `what`.
+    """
     try:
         yield
     except HydraError:
@@ -22,7 +26,10 @@ def user_code(what: str) -> Iterator[None]:
 
 
 def user_code_error(what: str, error: BaseException) -> UserCodeError:
-    """An error of ours around one of the user's, with the traceback cut down to the frames of the user's own files."""
+    """Return an error of this package around one of the user's.
+
+    Its traceback is cut down to the frames of the user's own files.
+    """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(Path(f.filename))]
     excerpt = "".join(traceback.format_list(frames))
     message = str(error).strip().split("\n")[0]

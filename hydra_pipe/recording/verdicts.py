@@ -1,4 +1,4 @@
-"""Verdicts on rows: which blocks have rows that are not the samples' own, by what probes show."""
+"""Verdicts on rows: the blocks whose rows are not the samples' own, found by probes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,8 @@ from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, boun
 from hydra_pipe.recording.places import Pass
 from hydra_pipe.recording.probes import PassGraph, Probe
 
-# Difference between rows and gradient, over the larger of the gradient and the sum of what cancels in it.
+# Limit of the difference between rows and gradient, relative to the gradient, or to the summed norms of the rows if
+# these are larger: terms may cancel in a gradient.
 _LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
 
@@ -19,15 +20,17 @@ Rows = Mapping[int, Sequence[tuple[int, Contribution]]]
 
 
 class RowCheck:
-    """Holds the rows that the recorder would make in a pass against torch's own gradients.
+    """Compares the rows that the recorder would make in a pass with torch's own gradients.
 
     Args:
         trained: the recorded parameters, in the order of the blocks.
-        graph: of the pass.
-        rows_of: sends a probe; returns the rows, and torch's gradients of `trained`.
-        slow: blocks that one backward pass a sample splits, whose rows no probe shows.
-        seed: of the samples that take part, and of their weights.
-        is_half: tells whether gradients went through half precision; it is known once a probe has come through.
+        graph: graph of the pass.
+        rows_of: function that sends a probe, and returns the rows and torch's gradients of
+            `trained`.
+        slow: blocks that one backward pass a sample splits; no probe shows their rows.
+        seed: seed of the choice of the samples that take part, and of their weights.
+        is_half: function that tells whether gradients went through half precision; known once a
+            probe has come through.
     """
 
     def __init__(
@@ -43,10 +46,13 @@ class RowCheck:
         self._seed, self._is_half = seed, is_half
 
     def wrong_blocks(self, *, thoroughly: bool) -> set[int]:
-        """Blocks whose rows are not the samples' own.
+        """Return the blocks whose rows are not the samples' own.
 
-        Thoroughly: all outputs' gradients at once, and again with a weight for each sample, with which its row has to grow. Where a
-        batch normalisation couples the samples: gradients of half of the samples, by each bit of their numbers. Else: of one half.
+        Args:
+            thoroughly: False probes the gradients of one half of the samples. True probes all
+                outputs' gradients at once, and again with a weight for each sample, with which its
+                row must grow. If a batch normalisation couples the samples, True instead probes
+                halves of the samples, one half for each bit of their numbers.
         """
         batch = self._graph.batch
         generator = torch.Generator().manual_seed(self._seed)
@@ -70,7 +76,11 @@ class RowCheck:
         return wrong - self._slow
 
     def _wrong_in_parts(self, parts: Sequence[Tensor]) -> set[int]:
-        """Blocks whose rows of samples that take no part in a probe are not zero, or whose rows do not sum to torch's gradient."""
+        """Return the blocks that are wrong in a probe of a part of the samples.
+
+        A block is wrong if rows of samples that take no part are not zero, or if its rows do not
+        sum to torch's gradient.
+        """
         wrong: set[int] = set()
         for part in parts:
             rows, totals = self._rows_of(Probe(part, wants_rows=True))
@@ -88,7 +98,7 @@ class RowCheck:
             error, size = _missing(of_block, total, parameter)
             size = max(size, float(sizes.sum()))
             if not math.isfinite(error + others + size):
-                continue  # it is told of the step's own gradients; an overflow of the probe says nothing of the rows
+                continue  # an overflow of the probe says nothing of the rows; one of the step's own gradients is reported
             if not error + others <= self._limit(parameter) * size + torch.finfo(torch.float32).tiny:
                 wrong.add(block)
         return wrong
@@ -98,7 +108,7 @@ class RowCheck:
 
 
 def _sizes(rows: Sequence[tuple[int, Contribution]], of_pass: Pass) -> Tensor:
-    """Upper bounds of the norms of a block's rows, by sample of the pass, shape (B,), float64."""
+    """Return upper bounds of the norms of a block's rows, by sample, shape (B,), float64."""
     sizes = torch.zeros(of_pass.count, dtype=torch.float64)
     for first, value in rows:
         bounds = bounds_of(value).double().cpu()
@@ -107,9 +117,10 @@ def _sizes(rows: Sequence[tuple[int, Contribution]], of_pass: Pass) -> Tensor:
 
 
 def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, parameter: nn.Parameter) -> tuple[float, float]:
-    """Norm of the difference between what rows sum to and torch's gradient, and of the gradient.
+    """Return the norm of the gradient that rows miss, and the norm of torch's gradient.
 
-    Both are multiplied by one random vector, so that no row is written out (Freivalds, see `hydra_pipe.maths.books`).
+    The missed gradient is torch's gradient less the sum of the rows. Both are multiplied by one
+    random vector, so that no row is written out (Freivalds, see `hydra_pipe.maths.books`).
     """
     outputs = len(parameter) if parameter.dim() else 1
     probe = torch.randn(parameter.numel() // max(outputs, 1), generator=torch.Generator().manual_seed(0)).to(parameter)

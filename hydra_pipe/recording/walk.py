@@ -1,4 +1,4 @@
-"""The autograd graph of one pass: its nodes, the parameters that they lead to, and gradients whatever checkpointing is used."""
+"""The autograd graph of one pass: its nodes, their parameters, and gradients through it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,9 @@ _ROUTING_BY_INDEX = ("IndexBackward0", "IndexPutBackward0")
 
 
 class Walk:
-    """The nodes below the outputs of a pass, numbered in an order that is the same whenever the model does the same.
+    """The nodes below the outputs of a pass, with numbers.
+
+    The numbers are the same whenever the model does the same.
 
     Args:
         outputs: tensors of the pass, with a history.
@@ -47,13 +49,16 @@ class Walk:
                 self.leaves[done] = blocks[parameter]
             names.append(tuple(at_inputs))
             done += 1
-        #: what tells this graph from another
+        #: hash that tells this graph from another
         self.signature = hash((tuple(names), tuple(sorted(self.leaves.items()))))
         #: whether a part of the pass has no graph yet: reentrant checkpointing makes it in the backward pass
         self.is_checkpointed = _CHECKPOINT in names
 
     def routes_samples(self, batch: int) -> bool:
-        """Tell whether activations are gathered or scattered by an index that may take samples to other places, step by step."""
+        """Tell whether an index may take samples to other places, and change from step to step.
+
+        Such an index gathers or scatters activations.
+        """
         for node, at_inputs in zip(self.nodes, self.inputs, strict=True):
             name = node.name()
             if name in _ROUTING:
@@ -76,7 +81,10 @@ class Walk:
         return number
 
     def leading_to(self, wanted: frozenset[int], but_through: Collection[int] = ()) -> list[frozenset[int]]:
-        """The blocks among `wanted` that each node leads to, by paths that do not go on through the nodes `but_through`."""
+        """Return the blocks among `wanted` that each node leads to, by the node's number.
+
+        Paths do not go on through the nodes `but_through`.
+        """
         nothing: frozenset[int] = frozenset()
         found = [nothing] * len(self.nodes)
         for number, block in self.leaves.items():
@@ -89,7 +97,7 @@ class Walk:
         return found
 
     def deepest_first(self) -> list[int]:
-        """Numbers of the nodes, each after all that are behind it."""
+        """Return the numbers of the nodes, each after all nodes behind it."""
         order: list[int] = []
         state = bytearray(len(self.nodes))
         for start in range(len(self.nodes)):
@@ -116,7 +124,10 @@ def _keeps_places(index: Tensor, batch: int) -> bool:
 
 
 def gradients_of(model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-    """Gradients of a scalar, whatever checkpointing `model` uses; `.grad` is as before."""
+    """Return the gradients of a scalar, whatever checkpointing `model` uses.
+
+    `.grad` is as before afterwards.
+    """
     walk = Walk([total], {})
     if walk.is_checkpointed:
         return gradients_by_backward(walk, model, [total], [torch.ones_like(total)], wanted)
@@ -126,7 +137,10 @@ def gradients_of(model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]
 def gradients_by_backward(
     walk: Walk, model: nn.Module, outputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[nn.Parameter]
 ) -> list[Tensor | None]:
-    """Gradients by way of `.grad`, which is put back: reentrant checkpointing knows no other. The graph is kept."""
+    """Return gradients by way of `.grad`, which is restored. The graph is kept.
+
+    Reentrant checkpointing knows no other way.
+    """
     found = {getattr(node, "variable", None) for node in walk.nodes}
     leaves = list({*model.parameters(), *(x for x in found if x is not None)})
     kept = [leaf.grad for leaf in leaves]

@@ -1,23 +1,25 @@
-"""Tell whether a model's parameters are those that the last recorded step left."""
+"""A check of whether the parameters are still those that the last recorded step left."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-# elements of a parameter that are kept after each step, and parameters of which some are
+# elements kept of a parameter after each step, and number of parameters with kept elements
 _ELEMENTS, _PARAMETERS = 64, 4
 
 
 class WeightsNote:
-    """Notes cheaply, after each step, what tells later that parameters were changed since.
+    """Cheap notes, taken after each step, that show later whether parameters were changed since.
 
-    Counters of torch tell of changes in place, and addresses of exchanged tensors. What goes past the counters
-    (`parameter.data.copy_(average)`) changes all parameters as a rule: some elements of a few are kept.
+    torch's counters show changes in place, and addresses show exchanged tensors. A change that
+    bypasses the counters (`parameter.data.copy_(average)`) changes all parameters as a rule. So
+    some elements of a few parameters are kept.
 
     Args:
-        model: its embeddings with `max_norm` are written to by each forward pass, and their counters tell nothing.
-        parameters: that are trained.
+        model: model in training. Each forward pass writes to its embeddings with `max_norm`, so
+            their counters tell nothing.
+        parameters: parameters in training.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -25,10 +27,10 @@ class WeightsNote:
         self._counted = [p for p in parameters if id(p) not in scaled]
         spread = range(0, len(self._counted), max(1, -(-len(self._counted) // _PARAMETERS)))
         self._looked_at = [self._counted[k] for k in spread]
-        # counters and addresses as they were noted; None: they never were
+        # counters and addresses at the last note; None: no note was taken
         self._counts: list[int] | None = None
         self._addresses: list[int] = []
-        # some elements, as they are and as they were noted
+        # some elements, at present and at the last note
         self._elements: list[Tensor] = []
         self._kept: list[Tensor] = []
 
@@ -44,17 +46,17 @@ class WeightsNote:
             torch._foreach_copy_(self._kept, self._elements)
 
     def changed(self) -> bool:
-        """Tell whether parameters were written to since they were noted; False where they never were."""
+        """Tell whether parameters were written to since the last note; False without a note."""
         if self._counts is None:
             return False
         if self._counts != [p._version for p in self._counted] or self._addresses != [p.data_ptr() for p in self._counted]:
             return True
         pairs = zip(self._kept, self._elements, strict=True)
-        # not a number is no change of one
+        # a nan that stays nan is no change
         return not all(torch.equal(kept.nan_to_num(), now.nan_to_num()) for kept, now in pairs)
 
 
 def _some(parameter: Tensor) -> Tensor:
-    """A view of some elements; of another memory format, of the first row."""
+    """Return a view of some elements; of the first row in another memory format."""
     own = parameter.detach()
     return own.view(-1)[:_ELEMENTS] if own.is_contiguous() else own[0]
