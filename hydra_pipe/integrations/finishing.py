@@ -41,7 +41,8 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
             f"the recording of {recorder.path} was not closed: {error}. All of it is there: mend this, and call "
             f"callback.recorder.close()"
         )
-    if slip is not None:  # after the recording is closed: a warning filter may turn this warning into an error
+    # after the recording is closed: a warning filter may turn this warning into an error
+    if slip is not None:
         say_without_tests(slip, recorder.path)
 
 

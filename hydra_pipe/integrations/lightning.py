@@ -1,4 +1,4 @@
-"""Recording under `lightning.Trainer`, its loop untouched: `pip install 'hydra-pipe[lightning]'`."""
+"""Recording under `lightning.Trainer` as it is: `pip install 'hydra-pipe[lightning]'`."""
 
 import inspect
 import os
@@ -252,7 +252,8 @@ class _TrainBatches:
         if not self._trainer.training:
             return loader
         n_samples = None if self._newest is None else self._newest.n_samples
-        ahead = int(sized_len(loader) is None)  # without a length the trainer draws one batch ahead to know the last
+        # without a length the trainer draws one batch ahead to know the last
+        ahead = int(sized_len(loader) is None)
         self._newest = WatchedLoader(loader, n_samples, _ONE_LOADER, ahead)
         return self._newest.loader
 
@@ -267,7 +268,8 @@ class _Session:
 
     def __init__(self, recorder: Recorder, trainer: Trainer) -> None:
         self.recorder, self._trainer = recorder, trainer
-        #: losses of the present step's batches, divided and scaled as the trainer does before it differentiates them
+        #: losses of the present step's batches, divided and scaled as the trainer does before it
+        #: differentiates them
         self.losses: list[Tensor] = []
         self._note: StepNote | None = None
         # the trainer's count of optimizer steps when the last batch began; None: no batch has begun
@@ -317,7 +319,8 @@ class _Session:
         """Leave the recording as it is, because of `error`."""
         if self._over is not None:
             return
-        if self._trainer.world_size == 1:  # other processes may not have been stopped, and a state is collective
+        # other processes may not have been stopped, and a state is collective
+        if self._trainer.world_size == 1:
             with suppress(Exception):
                 self._kept = self.state()  # for a checkpoint that the error triggers
         self._over = "after the recording had failed"

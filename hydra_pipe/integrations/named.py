@@ -89,7 +89,7 @@ def named_batches(loader: DataLoader[Any]) -> Any:
     Raises:
         RecordError: an iterable dataset, whose samples have no numbers.
     """
-    own = getattr(loader, "base_dataloader", loader)  # which Accelerate wraps
+    own = getattr(loader, "base_dataloader", loader)  # the loader inside Accelerate's wrapper
     dataset = own.dataset
     if isinstance(dataset, NamedDataset):  # wrapped by an earlier call
         return dataset.dataset

@@ -1,4 +1,4 @@
-"""Recording under `transformers.Trainer`, its loop untouched: `pip install 'hydra-pipe[transformers]'`."""
+"""Recording under `transformers.Trainer` as it is: `pip install 'hydra-pipe[transformers]'`."""
 
 import inspect
 import os
@@ -98,7 +98,7 @@ class HydraCallback(TrainerCallback, ExportableState):
         overwrite: bool = False,
     ) -> None:
         if run is None:
-            # the trainer makes callbacks anew, without their arguments, where it is to restore them
+            # To restore callbacks, the trainer constructs them anew without their arguments.
             raise UsageError(
                 "HydraCallback needs a run; leave restore_callback_states_from_checkpoint at False: it goes on "
                 "from the trainer's checkpoint without"
@@ -132,12 +132,14 @@ class HydraCallback(TrainerCallback, ExportableState):
     ) -> None:  # the trainer's own signature
         """Begin the recording, or resume it."""
         if self._session is not None:
-            # The session is of a training that was given up, such as for lack of memory for its batches.
+            # The session is of a training that was given up, such as for lack of memory for its
+            # batches.
             self.leave(RecordError("the trainer began anew before its training had ended"))
         _refuse_what_cannot_be(args)
         refuse_training_arguments(args)
         model, loader = objects["model"], objects["train_dataloader"]
-        optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])  # which Accelerate wraps
+        # the optimizer inside Accelerate's wrapper
+        optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])
         dataset = named_batches(loader)
         recorder = Recorder(
             model,
@@ -201,7 +203,8 @@ class HydraCallback(TrainerCallback, ExportableState):
 
     def _finish(self) -> None:
         if self._session is not None and not self._session.finished:
-            # Only after training: reading samples of a dataset may draw random numbers, and would change the training.
+            # Only after training: reading samples of a dataset may draw random numbers, and would
+            # change the training.
             recorder = self._session.recorder
             if self._sample_labels is None:
                 with optional(recorder.path, "labels of the training samples"):
@@ -237,7 +240,8 @@ class _Session:
         self._collate, self._scale = collate, scale
         self.finished = False
         self._kept: tuple[int, dict[str, Any]] | None = None
-        # the present step, the losses of its batches, and whether these are parts of one sum (else each is a mean)
+        # the present step, the losses of its batches, and whether these are parts of one sum (else
+        # each is a mean)
         self._note: StepNote | None = None
         self._losses: list[float] = []
         self._parts = False
@@ -294,7 +298,8 @@ class _Session:
         """Take the loss of the first test sample, before training. Raises: as `try_test`."""
         model = unwrapped(self._model)
         device = next(model.parameters()).device
-        # No sample of the training set is read: reading may draw random numbers, from a generator of the dataset's own.
+        # No sample of the training set is read: reading may draw random numbers, from a generator
+        # of the dataset's own.
         named = getattr(self.dataset, "column_names", None)
         columns = set(named) if isinstance(named, list) else None
         sources = dataset, self.dataset, self._collate
@@ -336,7 +341,8 @@ class _Session:
         ids = inputs.get(SAMPLE_IDS)
         if ids is None:
             if torch.is_grad_enabled() and model.training and self._note is None:
-                raise RecordError(unnamed_pass(model, inputs))  # no batch has come: the trainer lost the ids on the way
+                # no batch has come: the trainer lost the ids on the way
+                raise RecordError(unnamed_pass(model, inputs))
             return None
         if torch.is_grad_enabled():
             note = self.recorder.next_batch(ids)
@@ -382,7 +388,7 @@ def _leaving(train: Callable[..., Any], callback: HydraCallback) -> Callable[...
 
 def _models_own(output: Any, _: Any) -> Tensor:
     """Return the loss that the model returns for one sample, shape (1,)."""
-    # a model that returns a tuple has the loss first, if it was given labels
+    # A model that returns a tuple puts the loss first, if it was given labels.
     loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise DataError(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# A model of transformers returns a mapping: predictions are under this key, and the loss may be beside them.
+# A model of transformers returns a mapping: predictions are under this key, and the loss may be
+# beside them.
 _PREDICTED = "logits"
 # Accelerate returns a copy, in full precision, of the output under autocast.
 _COPY = "ToCopyBackward0"

@@ -7,7 +7,8 @@ from torch import Tensor
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
 from hydra_pipe.recording.walk import Walk
 
-# Nodes that multiply a parameter with data: the saved operands, each with its number among the node's inputs.
+# Nodes that multiply a parameter with data: the saved operands, each with its number among the
+# node's inputs.
 _TIMES_DATA = {
     "MmBackward0": {"_saved_self": 0},
     "AddmmBackward0": {"_saved_mat1": 1},
@@ -36,7 +37,8 @@ class OrderProbe:
         self._orders: Orders = {}
         #: nodes that a gradient of one sample has reached in the rows of others
         self.mixed: set[int] = set()
-        #: mixed nodes with a row that was reached from two samples; and the reached rows of each node
+        #: mixed nodes with a row that was reached from two samples; and the reached rows of each
+        #: node
         self.overlapping: set[int] = set()
         self._rows: dict[int, Tensor] = {}
         leads = walk.leading_to(wanted)
@@ -49,7 +51,10 @@ class OrderProbe:
 
     @property
     def may_mix(self) -> bool:
-        """Tell whether a node that multiplies a parameter with data was reached in the rows of several samples."""
+        """Tell whether a node that multiplies a parameter with data may mix samples.
+
+        Such a node was reached in the rows of several samples.
+        """
         return any(self._walk.nodes[number].name() in _TIMES_DATA for number in self.mixed - self.overlapping)
 
     @property

@@ -52,7 +52,8 @@ class OptimizerHooks:
             handle.remove()
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A skipped step counts as never called: with any other optimiser the scaler does not call step() at all.
+        # A skipped step counts as never called: with any other optimiser the scaler does not call
+        # step() at all.
         if not self._listener.before_update() or leaves_out_step(self._optimizer):
             return None
         own, *given = args  # the first argument is the optimiser
@@ -60,7 +61,8 @@ class OptimizerHooks:
         if closure is None:
             self._listener.take_update()
             return None
-        # The closure makes the gradients within optimizer.step(), and the optimiser uses them at once.
+        # The closure makes the gradients within optimizer.step(), and the optimiser uses them at
+        # once.
         after = self._telling_after(closure)
         return ((own, after, *given[1:]), kwargs) if given else (args, kwargs | {"closure": after})
 

@@ -103,7 +103,8 @@ class AdamRule(OptimizerRule):
     def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
         beta2, eps, updates = float(group["betas"][1]), float(group["eps"]), self._updates(state)
         if gradient is None:
-            # A parameter that was never updated has no moment. It has no rows either, so the root does not matter.
+            # A parameter that was never updated has no moment. It has no rows either, so the root
+            # does not matter.
             moment = state.get("exp_avg_sq")
             return root_preconditioner(moment, updates, beta2, eps) if moment is not None else torch.ones_like(parameter)
         if group["weight_decay"] and not group.get("decoupled_weight_decay"):
@@ -123,7 +124,8 @@ _RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {
 }
 
 
-# (package, class) of wrappers that pass the step on, unchanged, to the optimizer that they hold as `optimizer`
+# (package, class) of wrappers that pass the step on, unchanged, to the optimizer that they hold as
+# `optimizer`
 _THIN_WRAPPERS = {
     ("accelerate", "AcceleratedOptimizer"),
     ("lightning", "_FabricOptimizer"),

@@ -52,7 +52,8 @@ class Output:
         self._directory: RunDirectory | None = None
         self._run_id: str | None = None
         self._lock: Lock | None = None
-        # rows with a known curvature; the largest share of a gradient that rows miss; steps with test gradients
+        # rows with a known curvature; the largest share of a gradient that rows miss; steps with
+        # test gradients
         self._n_curved, self._worst_imbalance = 0, 0.0
         self.tests: list[int] = []
         self.n_tests = 0
@@ -78,7 +79,9 @@ class Output:
                 self._lock = Lock(self.path, RECORD, take_over=True)
                 directory = RunDirectory.open_or_none(self.path)
                 if directory is not None:
-                    directory.clear()  # an unfinished recording too, with its id: its states must not fit the new recording
+                    # an unfinished recording too, with its id: its states must not fit the new
+                    # recording
+                    directory.clear()
                 self._directory = directory = RunDirectory.create(self.path)
                 directory.begin(RECORD, self._settings)
                 self._run_id = directory.run_id
@@ -231,7 +234,8 @@ class Output:
                 raise RecordError("nothing was recorded: no step was taken")
             if n_steps not in self.tests:
                 self.n_tests = 0  # earlier test gradients were taken at other parameters
-            rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)  # copied: closing always waits for the writer
+            # copied: closing always waits for the writer
+            rows, stalls = self.writer.rows.n_rows, replace(self.writer.stalls)
             close()
         part_rows, curved, skipped = map(self.of_ranks, (rows, self._n_curved, n_skipped))
         with self._processes.together():
@@ -264,11 +268,15 @@ class Output:
 
     def _fail(self, error: BaseException) -> None:
         if self._directory is None or self.writer is None or (self._lock is not None and self._lock.lost):
-            return  # nothing was written, or a later recorder has taken the run: leave the directory as it is
+            # nothing was written, or a later recorder has taken the run: leave the directory as it
+            # is
+            return
         found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
         if self._processes.size == 1:
             found["n_rows"] = self.writer.rows.n_written
-        with suppress(OSError):  # on a full or read-only disk the stage stays "running", which readers take as unfinished too
+        # on a full or read-only disk the stage stays "running", which readers take as unfinished
+        # too
+        with suppress(OSError):
             self._directory.end(RECORD, "failed", **found)
 
 

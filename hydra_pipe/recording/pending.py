@@ -99,7 +99,8 @@ class PendingSteps:
             RunError: the run is recorded by a later recorder.
             StoreError: writing failed.
         """
-        self._curvature.settle()  # first: it may call the user's loss, which may raise; the steps are good all the same
+        # first: it may call the user's loss, which may raise; the steps are good all the same
+        self._curvature.settle()
         lines = [(note.loss, values) for note, values in self._lines]
         self._lines = []
         with torch.no_grad():
@@ -114,7 +115,8 @@ class PendingSteps:
 
     def save(self) -> None:
         """Write the good steps after an error, if this process may flush alone. Never raise."""
-        # Report the first error only. The disk may fail here too, and so may the user's loss, which settle() calls.
+        # Report the first error only. The disk may fail here too, and so may the user's loss, which
+        # settle() calls.
         with suppress(Exception):
             self._curvature.settle()
         if self._sync.flushes_at_will:

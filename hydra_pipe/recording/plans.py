@@ -74,7 +74,8 @@ def plan_of(walk: Walk, probe: OrderProbe, wanted: frozenset[int]) -> Plan:
     """
     leads = walk.leading_to(wanted)
     orders = probe.assumed_orders(leads)
-    # Blocks behind a node that keeps the samples apart belong to this node's own routes, even if a chain leads there.
+    # Blocks behind a node that keeps the samples apart belong to this node's own routes, even if a
+    # chain leads there.
     leads = walk.leading_to(wanted, orders)
     routes: list[Route] = []
     reached: set[int] = set()

@@ -388,7 +388,8 @@ class Recorder:
             output: output of the model, shape (batch, ...).
             target: targets, shape (batch, ...).
         """
-        # An output without a graph gets no backward pass: waiting for one would only keep its memory.
+        # An output without a graph gets no backward pass: waiting for one would only keep its
+        # memory.
         if not self.is_closed and output.requires_grad:
             self._curvature.tell(loss, output.detach(), target)
 
@@ -594,5 +595,6 @@ class Recorder:
 
     def _release(self) -> None:
         self._loop.begin_end()
-        self._pending.begin_anew()  # the buffer for rows is large, and useless to the holder of a closed recorder
+        # the buffer for rows is large, and useless to the holder of a closed recorder
+        self._pending.begin_anew()
         self._output.close()

@@ -143,7 +143,8 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
     if parameter.dtype not in _DTYPES:
         return f"is {parameter.dtype}: train it in float32 or bfloat16, quantise afterwards, or freeze it"
     kind = type(parameter)
-    # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values that it shows.
+    # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values
+    # that it shows.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(("bitsandbytes", "torchao")):
         return f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, or freeze it and train adapters"
     if parameter.device.type == "cpu" and _is_shared(parameter):
@@ -158,7 +159,8 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
 
 
 def _is_shared(parameter: Tensor) -> bool:
-    return bool(parameter.untyped_storage().is_shared())  # always True for CUDA tensors, so it tells nothing there
+    # always True for CUDA tensors, so it tells nothing there
+    return bool(parameter.untyped_storage().is_shared())
 
 
 def _holds(module: nn.Module, parameters: Trained) -> bool:

@@ -104,8 +104,9 @@ class RouteCall:
             return [(block, token_rows(indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx))]
         wanted = sorted(blocks)
         parameters = [self.parameters[block] for block in wanted]
-        # A random gradient beside those of the samples shows how much the chain stretches. Terms may cancel in the chain
-        # (a bias before a softmax): only rounding is left, and only the size of the terms tells that it is rounding.
+        # A random gradient beside those of the samples shows how much the chain stretches. Terms
+        # may cancel in the chain (a bias before a softmax): only rounding is left, and only the
+        # size of the terms tells that it is rounding.
         random = torch.randn(1, rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
         gradients = _pulled_back(edge, torch.cat([rows, random]).reshape(-1, *shape), parameters)
         bounds = bounds_of(value) / torch.linalg.vector_norm(random)
@@ -170,7 +171,8 @@ def _pulled_back(edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[
     found: list[Tensor | None]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of operations that it takes sample by sample
+            # torch warns of operations that it takes sample by sample
+            warnings.simplefilter("ignore")
             found = [*torch.autograd.grad([output], parameters, [gradients], is_grads_batched=True, **options)]
     except RuntimeError:  # torch cannot take some operation for several samples at once
         singly = [torch.autograd.grad([output], parameters, [one], **options) for one in gradients]

@@ -28,19 +28,22 @@ from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.table import TableWriter
 
-# Largest size of a slab, unless one batch is larger: the fixed cost becomes small, and the slab stays in the cache.
+# Largest size of a slab, unless one batch is larger: the fixed cost becomes small, and the slab
+# stays in the cache.
 SLAB_BYTES = 8 * 2**20
 # An error in a step is reported at most this many steps later.
 SLAB_STEPS = 16
-# Most places of a batch with cached views. Batches of one size, with a shorter one at the end of each epoch, need fewer.
+# Most places of a batch with cached views. Batches of one size, with a shorter one at the end of
+# each epoch, have fewer.
 _MOST_VIEWS = 4 * SLAB_STEPS
 
-# Smallest difference between rows and gradient that rounding cannot explain, relative to the summed norms of the rows.
+# Smallest difference between rows and gradient that rounding cannot explain, relative to the summed
+# norms of the rows.
 IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 # Limits for float32 when the loop lets matrix products have fewer bits: those of TF32
-# (set_float32_matmul_precision("high"), or allow_tf32) or of bfloat16 ("medium"). Rows and gradients are then rounded
-# differently.
+# (set_float32_matmul_precision("high"), or allow_tf32) or of bfloat16 ("medium"). Rows and
+# gradients are then rounded differently.
 _FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
 
 
@@ -50,7 +53,8 @@ def imbalance_limit(dtype: torch.dtype) -> float:
         return IMBALANCE_LIMIT[dtype]
     try:
         return _FLOAT32_LIMIT[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # set by torch's newer options: some product has fewer bits, and the old getter raises
+    except RuntimeError:
+        # set by torch's newer options: some product has fewer bits, and the old getter raises
         return _FLOAT32_LIMIT["high"]
 
 
@@ -248,8 +252,8 @@ class Slab:
         present[list(contributions)] = True
         norms = {}
         for index, given in contributions.items():
-            # Terms of one row may cancel: those of several passes, or of several uses of one parameter, as those of a sum
-            # over positions. So the norms of the terms are summed.
+            # Terms of one row may cancel: those of several passes, or of several uses of one
+            # parameter, as those of a sum over positions. So the norms of the terms are summed.
             meet = len({r.first for r in given}) < len(given)
             norms_of = [_norm_of(r) if meet and r.norm is None else r.norm for r in given]
             known = [norm for norm in norms_of if norm is not None]
@@ -277,7 +281,8 @@ class Slab:
         key = (rows.start, rows.stop)
         views = self._views.get(key)
         if views is None:
-            if len(self._views) >= _MOST_VIEWS:  # batches of ever new sizes would fill the cache for the whole run
+            # batches of ever new sizes would fill the cache for the whole run
+            if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             views = self._views[key] = self._encoder.views(self.features[rows])
         return views
@@ -328,7 +333,8 @@ class Slab:
                 scale_in_place(features[:, columns], scales[:, part], dtype)
         of_blocks = self._encoder.products(scales.cpu().numpy())
         present = np.stack([e.present for e in entries])
-        if not present.all():  # a factored bias without a gradient shares its weight's columns: its scale becomes 0
+        # a factored bias without a gradient shares its weight's columns: its scale becomes 0
+        if not present.all():
             of_blocks *= np.repeat(present, [e.rows.stop - e.rows.start for e in entries], axis=0)
         further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
         for rows, views in table.reserve(n_rows):
@@ -368,7 +374,8 @@ class Slab:
         starts = np.array([columns.start for columns in self._encoder.book_columns])
         present = np.stack([entry.present for entry in entries])
         sums = expected.double().cpu().numpy()
-        if not present.all():  # a factored bias without a gradient shares its weight's columns, so its sum is set to 0
+        # a factored bias without a gradient shares its weight's columns, so its sum is set to 0
+        if not present.all():
             sums = sums * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present

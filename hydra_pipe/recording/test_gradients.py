@@ -51,7 +51,8 @@ class TestGradients:
 
         Raises: as `Recorder.record_test`.
         """
-        # A parameter that was trained and then frozen still has earlier rows. Its test gradient is multiplied with them.
+        # A parameter that was trained and then frozen still has earlier rows. Its test gradient is
+        # multiplied with them.
         frozen = [p for p in self._parameters if not p.requires_grad]
         n_tests, worst = 0, 0.0
         try:

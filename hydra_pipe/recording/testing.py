@@ -62,7 +62,8 @@ def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, de
         if first is None:
             raise DataError("there are no test samples: give at least one")
         inputs, targets = (on_device(values, device) for values in first)
-        # The state that a function keeps between its calls cannot be restored: such a loss is not called.
+        # The state that a function keeps between its calls cannot be restored: such a loss is not
+        # called.
         known = loss if _keeps_nothing(loss) else _zeros
         _losses(model, known, inputs, targets, "the first test samples, before training")
 

@@ -50,7 +50,8 @@ class WatchedLoader:
     def __init__(self, loader: DataLoader[Any], n_samples: int | None, instead: str = NAME_THEM, ahead: int = 0) -> None:
         base = getattr(loader, "base_dataloader", loader)  # the loader inside Accelerate's wrapper
         self.n_samples, self._instead = _checked(base, n_samples, instead), instead
-        # batches that a loader draws ahead: for its workers, and one more if Accelerate has to know the last batch
+        # batches that a loader draws ahead: for its workers, and one more if Accelerate has to know
+        # the last batch
         self._ahead = base.num_workers * (base.prefetch_factor or 0) + (base is not loader) + ahead
         self._name = type(loader).__name__
         #: name of the loader's attribute that is replaced
@@ -200,7 +201,8 @@ class _Spy:
             setattr(self._sampler, name, value)
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type] # raises for a sampler without a length, as the loader does
+        # raises for a sampler without a length, as the loader does
+        return len(self._sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         drawn: deque[NDArray[Any]] = deque()
@@ -210,7 +212,8 @@ class _Spy:
             drawn.append(np.atleast_1d(np.asarray(index)).copy())
             return index
 
-        return map(seen, self._sampler)  # map asks the sampler for its iterator now, and for no item yet
+        # map asks the sampler for its iterator now, and for no item yet
+        return map(seen, self._sampler)
 
 
 def _copied(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -226,7 +229,8 @@ def _checked(loader: Any, n_samples: int | None, instead: str) -> int:
         raise UsageError(f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: {instead}")
     if isinstance(loader.dataset, IterableDataset):
         raise RecordError(f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no numbers: {instead}")
-    if not getattr(loader, "in_order", True):  # torch before 2.6 has no in_order, and always keeps the order
+    # torch before 2.6 has no in_order, and always keeps the order
+    if not getattr(loader, "in_order", True):
         raise RecordError(f"the loader has in_order=False, so that batches come in another order than drawn: {instead}")
     if loader._iterator is not None:
         raise RecordError("the loader's persistent workers are running already: track it before it is first iterated")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 
-# levels to which a dataset or a loader is searched for its own generators (subsets, transforms, samplers), and most
-# items searched in a list
+# levels to which a dataset or a loader is searched for its own generators (subsets, transforms,
+# samplers), and most items searched in a list
 _LEVELS = 6
 _MOST_ITEMS = 100
 

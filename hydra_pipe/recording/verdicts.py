@@ -10,8 +10,8 @@ from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, boun
 from hydra_pipe.recording.places import Pass
 from hydra_pipe.recording.probes import PassGraph, Probe
 
-# Limit of the difference between rows and gradient, relative to the gradient, or to the summed norms of the rows if
-# these are larger: terms may cancel in a gradient.
+# Limit of the difference between rows and gradient, relative to the gradient, or to the summed
+# norms of the rows if these are larger: terms may cancel in a gradient.
 _LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_LIMIT = 5e-2
 
@@ -98,7 +98,9 @@ class RowCheck:
             error, size = _missing(of_block, total, parameter)
             size = max(size, float(sizes.sum()))
             if not math.isfinite(error + others + size):
-                continue  # an overflow of the probe says nothing of the rows; one of the step's own gradients is reported
+                # an overflow of the probe says nothing of the rows; one of the step's own gradients
+                # is reported
+                continue
             if not error + others <= self._limit(parameter) * size + torch.finfo(torch.float32).tiny:
                 wrong.add(block)
         return wrong

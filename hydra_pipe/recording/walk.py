@@ -51,7 +51,8 @@ class Walk:
             done += 1
         #: hash that tells this graph from another
         self.signature = hash((tuple(names), tuple(sorted(self.leaves.items()))))
-        #: whether a part of the pass has no graph yet: reentrant checkpointing makes it in the backward pass
+        #: True if a part of the pass has no graph yet: reentrant checkpointing makes it in the
+        #: backward pass
         self.is_checkpointed = _CHECKPOINT in names
 
     def routes_samples(self, batch: int) -> bool:

@@ -28,7 +28,8 @@ from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import parse_seconds
 
 VERSION = 1
-# Upper bound for the part of a checkpoint beside its tensors: their names, three generators, the recorder's state.
+# Upper bound for the part of a checkpoint beside its tensors: their names, three generators, the
+# recorder's state.
 _BESIDE_BYTES = 2**17
 
 

@@ -108,7 +108,8 @@ def record_run(pipeline: Pipeline, run: Path, settings: Settings, options: Recor
     start = time.monotonic()
     with stop_requested() as stop:
         slip = _record(pipeline, recorder, tests, options, stop, progress)
-    if slip is not None:  # after the recording is closed: a warning filter may turn this warning into an error
+    # after the recording is closed: a warning filter may turn this warning into an error
+    if slip is not None:
         say_without_tests(slip, recorder.path)
     progress.say(f"recorded {run} in {format_seconds(time.monotonic() - start)}")
     return True
@@ -152,5 +153,5 @@ def _record(
         if checkpoints.step and not isinstance(error, InterruptedRunError):
             progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
         raise
-    remove_checkpoints(directory)  # nothing is left to go on with
+    remove_checkpoints(directory)  # nothing is left to resume
     return slip

@@ -195,7 +195,8 @@ def try_tests(pipeline: Pipeline) -> None:
                 batches = ((inputs, targets) for _, inputs, targets in samples)
                 try_test(pipeline.model, batches, pipeline.loss, device, pipeline.test)
         except HydraError:
-            _try_training(pipeline, device)  # an error that any samples cause is reported as the first step would
+            # an error that any samples cause is reported as the first step would
+            _try_training(pipeline, device)
             raise
 
 
@@ -301,7 +302,8 @@ def take_step(
     if pipeline.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
     pipeline.optimizer.step()
-    # The model's zero_grad, not the optimiser's: gradients left in untrained parameters would count in the clipped norm.
+    # The model's zero_grad, not the optimiser's: gradients left in untrained parameters would count
+    # in the clipped norm.
     pipeline.model.zero_grad()
     return note.loss
 
