@@ -70,9 +70,9 @@ class Recorder:
         recorder.record_test(test_loader, loss_fn)
         recorder.close()
 
-    The loop can also stay as it is, after a line `loader = recorder.track(loader)`. A block `with
-    Recorder(...) as recorder:` around the loop closes the recorder at its end. If an exception ends
-    the block, the recording is marked as failed.
+    The loop can also stay as it is, after a line `loader = recorder.track(loader)`. Around the
+    loop, a block `with Recorder(...) as recorder:` closes the recorder at its end. If an exception
+    ends the block, the recording is marked as failed.
 
     Args:
         model: the module in training; its modules are hooked until `close`. If several processes
