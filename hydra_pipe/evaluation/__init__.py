@@ -1,1 +1,1 @@
-"""Relevance held against the truth: trainings in which some samples count for less, and what is told from them."""
+"""Evaluation: relevance against the truth, found by training with less weight on some samples."""

@@ -1,4 +1,7 @@
-"""How far relevance without the Hessian is from that with it, as training goes on: the study of the HYDRA paper (AAAI 2021)."""
+"""Distance between relevance without the Hessian and relevance with it, as training goes on.
+
+This is the study of the HYDRA paper (AAAI 2021).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,9 +30,10 @@ class Pair:
     """An approximate result and the exact one.
 
     Args:
-        steps: that both are of.
-        approximate, exact: what is compared.
-        columns: of either that are of the same test samples, or groups of them. Shape (column,).
+        steps: number of steps that both results cover.
+        approximate, exact: the two results to compare.
+        columns: columns of each result that belong to the same test samples, or to the same
+            groups of test samples. Shape (column,).
     """
 
     steps: int
@@ -38,26 +42,44 @@ class Pair:
     columns: tuple[NDArray[np.int64], NDArray[np.int64]]
 
     def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of both, shape (sample, column). Raises: StoreError: damaged."""
+        """Return the values of both results, shape (sample, column).
+
+        Raises:
+            StoreError: a result is damaged.
+        """
         found, truth = (r.values()[:, ids] for r, ids in zip((self.approximate, self.exact), self.columns, strict=True))
         return found.astype(np.float64), truth.astype(np.float64)
 
 
 class Approximation(Evaluator):
-    """Hold `METHODS` against `EXACT` at the end, and after each number of steps for which both were reduced, for the test samples
-    that both have; or for means over the same ones. Trains nothing.
+    """Compare `METHODS` with `EXACT`, without any training.
 
-    By method and step, over all samples and columns: `distance`, the Euclidean norm of the difference, in units of the test loss;
-    `relative_error`, that over the norm of the exact one; `wrong_signs`, the share of pairs in which one says helpful and the other
-    harmful; `spearman`, over samples, mean over columns.
+    The comparison is made at the end, and after each number of steps for which both were
+    reduced. It covers the test samples that both results have, or means over the same test
+    samples.
+
+    Each row of the table is one method after one number of steps, over all samples and columns:
+
+        distance         Euclidean norm of the difference, in units of the test loss
+        relative_error   `distance` over the norm of the exact result
+        wrong_signs      share of the pairs that one result calls helpful and the other harmful
+        spearman         correlation over samples, mean over columns
     """
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """Both of each pair. Raises: RunError: see `pairs_of`."""
+        """Return both results of each pair, by name.
+
+        Raises:
+            RunError: there is no pair to compare.
+        """
         return {r.name: r for pair in pairs_of(subject) for r in (pair.approximate, pair.exact)}
 
     def evaluate(self, request: Request) -> Result:
-        """See the class. Raises: StoreError: relevance is damaged."""
+        """Compare the results of each pair; see the class.
+
+        Raises:
+            StoreError: relevance is damaged.
+        """
         subject = request.subject
         rows: list[Row] = []
         for pair in pairs_of(subject):
@@ -74,7 +96,11 @@ class Approximation(Evaluator):
 
 
 def pairs_of(subject: Subject) -> list[Pair]:
-    """What can be compared, by method, grouping of the test samples and steps. Raises: RunError: nothing can be."""
+    """Return the pairs to compare, in order of method, grouping of test samples, and steps.
+
+    Raises:
+        RunError: there is no pair to compare.
+    """
     there, run = _by_result(subject), subject.run
     if not any(result.method == EXACT for result in there):
         needed = reducing(run, ResultName(EXACT))
@@ -98,7 +124,11 @@ def pairs_of(subject: Subject) -> list[Pair]:
 
 
 def missing(subject: Subject) -> list[str]:
-    """Commands that would make the table fuller: one was reduced, and the other was not, of these steps and test samples."""
+    """Return the commands that would add rows to the table.
+
+    A command is missing if one result of a pair was reduced, and the other was not reduced for
+    the same steps and test samples.
+    """
     there = _by_result(subject)
     commands = []
     for result, own in there.items():
@@ -111,13 +141,17 @@ def missing(subject: Subject) -> list[str]:
 
 
 def _by_result(subject: Subject) -> dict[ResultName, Relevance]:
-    """The results of `METHODS`, and `EXACT`, of all directions."""
+    """Return the results of `METHODS` and of `EXACT`, without those of a limited rank."""
     found = {ResultName.parse(name): relevance for name, relevance in subject.all_relevance().items()}
     return {result: r for result, r in found.items() if result.method in (*METHODS, EXACT) and result.rank is None}
 
 
 def _shared(a: Columns, b: Columns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which columns of `a`, and of `b`, are of the same: test samples, or means over the same ones."""
+    """Return the columns of `a`, and those of `b`, that both have.
+
+    Two columns match if they belong to the same test sample, or are means over the same test
+    samples.
+    """
     if a.by is None:
         _, of_a, of_b = np.intersect1d(a.test_ids, b.test_ids, assume_unique=True, return_indices=True)
         return of_a, of_b

@@ -57,5 +57,5 @@ class Evaluator(ABC):
         """Train again as far as the kind needs it, and compare.
 
         Raises:
-            HydraError: see `retrain` and `Subject`.
+            HydraError: any error of `retrain` and `Subject`.
         """

@@ -1,9 +1,15 @@
-"""The linear datamodelling score: does relevance, summed over a half of the data, tell how training on that half comes out?
+"""The linear datamodelling score: relevance summed over half the data as a prediction of losses.
 
-Ilyas et al., "Datamodels", ICML 2022, and Park et al., "TRAK", ICML 2023. "Trained on a half" means here that the other samples
-have weight 0 in the batches of the run, and that the loss of a batch is the mean over those that are kept: the same steps at the
-same learning rate, on less data. With the mean over the whole batch each step would be about half as long: the model would be
-trained half as far, and its losses tell of how many of the kept samples each batch happens to have, more than of which they are.
+The question is whether the sum tells how training on that half comes out. Ilyas et al.,
+"Datamodels", ICML 2022, and Park et al., "TRAK", ICML 2023.
+
+"Trained on a half" means here that the other samples have weight 0 in the batches of the run.
+The loss of a batch is the mean over the samples that are kept. So the model takes the same steps
+at the same learning rate, on less data.
+
+A mean over the whole batch would make each step about half as long, and the model would be
+trained half as far. Its losses would then depend on how many kept samples each batch happens to
+have, more than on which samples are kept.
 """
 
 from collections.abc import Mapping
@@ -24,7 +30,7 @@ from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
 
 DEFAULT_RETRAININGS = 100
-# of the halves
+# Seed of the random halves.
 _SEED = 0x6C6473
 _FEWEST = 3
 

@@ -1,4 +1,4 @@
-"""Leave-one-out: how the test losses change where one sample has weight 0, and how well relevance predicted that."""
+"""Leave-one-out: changes of test losses when one sample has weight 0, as predicted by relevance."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +17,10 @@ from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
 
-# Samples left out if nobody says which: all, if there are no more.
+# Number of samples to leave out unless `--samples` chooses: the first ones, or all if there are
+# fewer.
 MOST_LEFT_OUT = 1000
-# samples that are ranked, below which a rank correlation is 1, -1 or nothing whatever is compared
+# With fewer samples a rank correlation is 1, -1 or undefined, whatever is compared.
 FEWEST = 3
 
 
@@ -51,7 +52,8 @@ class LeaveOneOut(Evaluator):
         ids = np.concatenate([np.arange(*span) for span in samples])
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
-            # number 0 leaves nothing out: it is computed as the others are, rounding included
+            # Retraining 0 leaves nothing out. It is computed like the others, so that rounding
+            # is the same.
             own = np.ones((end - first, subject.n_samples), np.float32)
             for row in range(max(first, 1), end):
                 own[row - first, ids[row - 1]] = 0.0
@@ -83,12 +85,12 @@ class LeaveOneOut(Evaluator):
 
 
 def compared(relevance: Mapping[str, Relevance], ids: NDArray[np.int64], truth: NDArray[np.float64]) -> list[Row]:
-    """A row for each method.
+    """Return a row for each method, the highest correlation first.
 
     Args:
-        relevance: by name.
-        ids: of the samples, shape (left out,).
-        truth: shape (left out, test).
+        relevance: relevance by name.
+        ids: ids of the samples left out, shape (left out,).
+        truth: change of each test loss without each sample, shape (left out, test).
     """
     rows: list[Row] = []
     finite = np.isfinite(truth).all(axis=1)

@@ -1,4 +1,4 @@
-"""Known wrong labels: does a ranking put them first, and is the model better without what it puts first?"""
+"""Known wrong labels: does a ranking put them first, and does the model gain without its first?"""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
 from hydra_pipe.store.results import ITSELF
 
-# Of the number of wrong labels: how many are looked at, and how many samples are left out before training again.
+# Shares of the number of wrong labels: how many samples to look at for precision, and how many
+# to leave out before training again.
 LOOKED_AT = (0.1, 0.5, 1.0)
 LEFT_OUT = (0.5, 1.0, 2.0)
-# random choices over which their accuracy is averaged
+# Number of random choices whose accuracy is averaged.
 RANDOM_DRAWS = 3
 RANDOM, WRONG = "(random)", "(the wrong ones)"
 _SEED = 0x6E6F69
@@ -33,9 +34,10 @@ class Order:
     """Samples, the most suspicious first.
 
     Args:
-        method: that says so.
-        scores: higher is more suspicious, shape (sample,); None: it is no method's.
-        first: ids in order, of as many as are known.
+        method: name of the method that gives the order.
+        scores: suspicion of each sample, higher is more suspicious, shape (sample,). None if no
+            method gives the order.
+        first: ids of the samples in order, as far as the order is known.
     """
 
     method: str
@@ -44,10 +46,10 @@ class Order:
 
 
 def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
-    """Which training samples have a label that is not their true one. Shape (sample,).
+    """Tell which training samples have a label that is not their true one. Shape (sample,).
 
     Raises:
-        PipelineError: see `Subject.true_labels`; or none, or all, are wrong.
+        PipelineError: no label is wrong, or all are; also any error of `Subject.true_labels`.
     """
     wrong = np.asarray(subject.sample_labels() != subject.true_labels(), bool)
     if wrong.all() or not wrong.any():
@@ -58,13 +60,14 @@ def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
 
 
 def parse_left_out(given: str | None) -> tuple[float, ...]:
-    """Shares of the number of wrong labels, ascending: how many samples are left out before training again.
+    """Return how many samples to leave out, as ascending shares of the number of wrong labels.
 
     Args:
-        given: with commas between them; 0 alone: none, nothing is trained; None: `LEFT_OUT`.
+        given: shares with commas between them. "0" alone means that nothing is left out or
+            trained. None means `LEFT_OUT`.
 
     Raises:
-        UsageError: it is none of that.
+        UsageError: `given` is not a list of positive shares.
     """
     if given is None:
         return LEFT_OUT
@@ -80,7 +83,10 @@ def parse_left_out(given: str | None) -> tuple[float, ...]:
 
 
 def order_of(relevance: Relevance) -> Order:
-    """The training samples by mean relevance, the lowest first; those that are relevant to themselves, the highest first."""
+    """Rank the training samples by mean relevance, the lowest first.
+
+    Relevance of samples to themselves is ranked the other way round, the highest first.
+    """
     mean = relevance.values().mean(axis=1, dtype=np.float64)
     scores = mean if relevance.columns.by == ITSELF else -mean
     return Order(relevance.name, scores, np.argsort(-scores, kind="stable"))
@@ -122,7 +128,8 @@ class WrongLabels(Evaluator):
         if not left_out:
             rows = sorted((_row(order, wrong) for order in orders), key=lambda row: -row["roc_auc"])
             return Result(rows, {"wrong": n_wrong}, says)
-        # no ranking of their own: they may be left out in any order
+        # The random draws and the wrong labels have no ranking of their own, so a random order
+        # serves.
         rng = np.random.default_rng(_SEED)
         draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
         ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
@@ -157,7 +164,7 @@ def _without(accuracies: NDArray[np.float64], sizes: list[int]) -> Row:
 
 
 def _plain(accuracy: float) -> float | None:
-    """None: it is not known, where outputs or targets are not classes."""
+    """Return the accuracy, or None if it is unknown because outputs or targets are not classes."""
     return None if np.isnan(accuracy) else float(accuracy)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results, with matplotlib, which is optional."""
+"""Pictures of results, drawn with matplotlib, which is optional."""
 
 import io
 from typing import Any
@@ -7,13 +7,17 @@ from hydra_pipe.evaluation.result import Plot
 
 
 def drawn(plot: Plot, title: str) -> bytes | None:
-    """`plot` as SVG, always the same bytes for the same result; None where matplotlib is not installed."""
+    """Return `plot` as SVG, or None if matplotlib is not installed.
+
+    The same result always gives the same bytes.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    # without a backend, and so without a display; names in the file would be random otherwise
+    # A bare Figure needs no backend, and so no display. Without the salt, names in the file are
+    # random.
     with rc_context({"svg.hashsalt": "hydra-pipe"}):
         figure: Any = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()

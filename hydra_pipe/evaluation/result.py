@@ -1,4 +1,4 @@
-"""What an evaluation comes to: a table, what was found in plain values, and a picture."""
+"""The result of an evaluation: a table, a summary in plain values, and a picture."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,20 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = dict[str, Any]
-# draws into the axes of matplotlib that it is given
+# Function that draws into the matplotlib axes it is given.
 Plot = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one kind of evaluation.
+    """Result of one kind of evaluation.
 
     Args:
-        rows: of the table, all with the same columns.
-        summary: plain values.
+        rows: rows of the table, all with the same columns.
+        summary: findings as plain values.
         says: lines for a person, printed below the table.
-        plot: of the table; None: there is nothing to draw.
-        truth: what relevance was held against, as `truth.npy`; None: nothing of its own.
+        plot: picture of the table, or None if there is nothing to draw.
+        truth: values that relevance was compared with, stored as `truth.npy`. None if the kind
+            has none of its own.
     """
 
     rows: Sequence[Row]
@@ -32,7 +33,7 @@ class Result:
 
 
 def bars(rows: Sequence[Row], name: str, title: str) -> Plot:
-    """A bar for each method, with its interval."""
+    """Return a plot with a bar for each method, and its interval."""
 
     def draw(axes: Any) -> None:
         values = np.array([row[name] for row in rows])

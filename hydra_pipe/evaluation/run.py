@@ -1,4 +1,4 @@
-"""A whole evaluation: retrainings, what they tell of each method, and the files that say so."""
+"""A whole evaluation: the retrainings, a score for each method, and the files with the results."""
 
 import math
 import os
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from hydra_pipe.evaluation.result import Result
     from hydra_pipe.training.pipeline import Pipeline
 
-# fact: checksums of the relevance that was scored, by name
+# Fact of the stage: checksums of the relevance that was scored, by name.
 _SCORED = "scored"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Result of `evaluate`.
 
     Args:
-        is_new: whether there was anything to do: False where this very evaluation was there already.
-        rows: of the table.
-        summary: plain values, `says` among them: lines for a person.
+        is_new: False if this very evaluation was there already, so that nothing was done.
+        rows: rows of the table.
+        summary: findings as plain values. Its `says` holds lines for a person.
     """
 
     is_new: bool
@@ -60,40 +60,48 @@ def evaluate_run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Hold the relevance of a run against the truth, which is found by training again. docs/evaluating.md tells of each kind.
+    """Compare the relevance of a run with the truth, which is found by training again.
 
-    Results of retrainings are kept as they finish: killed and called again it goes on. Where relevance was computed since, it is
-    scored with the retrainings that are there.
+    docs/evaluating.md describes each kind. Results of retrainings are kept as they finish, so
+    the same call resumes after an interruption. Relevance that was computed since the last call
+    is scored with the retrainings that are there.
 
     Args:
-        pipeline: of the run: "path/to/file.py", "path/to/file.py:function", or a Pipeline as it was before training.
+        pipeline: pipeline of the run: "path/to/file.py", "path/to/file.py:function", or a
+            Pipeline as it was before training.
         run: directory of the run.
         kind: "loo", "lds", "noise", "smoothness" or "approximation".
-        settings: of the pipeline function, those that were recorded.
-        samples: of "loo": which are left out, such as "0-99,150"; if absent the first 1,000.
-        retrainings: of "lds": on how many random halves; if absent 100.
-        seeds: of "lds": initial weights and orders that each half is trained from; if absent 1.
-        methods: of "loo", "lds" and "noise": names of relevance arrays with commas between them; if absent all that are there.
-        left_out: of "noise": how many samples are left out before training again, as shares of the number of wrong labels with
-            commas between them, such as "1"; "0": nothing is trained; if absent "0.5,1,2".
+        settings: settings of the pipeline function, the same as were recorded.
+        samples: for "loo": ids of the samples to leave out, such as "0-99,150". Default: the
+            first 1,000.
+        retrainings: for "lds": number of random halves to train on. Default: 100.
+        seeds: for "lds": number of initial weights and orders for each half. Default: 1.
+        methods: for "loo", "lds" and "noise": names of relevance arrays with commas between
+            them. Default: all that are there.
+        left_out: for "noise": numbers of samples to leave out before training again, as shares
+            of the number of wrong labels with commas between them, such as "1". "0" trains
+            nothing. Default: "0.5,1,2".
         memory: budget of this process.
-        overwrite: discard what an earlier call of this kind left.
-        progress: where to show progress; nowhere if absent.
+        overwrite: discard the results that an earlier call of this kind left.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        What was found. It is also in RUN/evaluation/KIND: `table.parquet`, `summary.json`, and `plot.svg` where matplotlib is
-        installed.
+        The result. It is also in RUN/evaluation/KIND, as `table.parquet`, `summary.json`, and
+        `plot.svg` if matplotlib is installed.
 
     Raises:
-        RunError: there is no run, it lacks the relevance, it was evaluated with other settings, or the pipeline is not its own.
-        PipelineError: the pipeline cannot be used, or comes to other test losses than the run.
-        UsageError: an option that the kind does not have, or a value that cannot be.
+        RunError: there is no run, it lacks the relevance, it was evaluated with other settings,
+            or it was recorded from another pipeline.
+        PipelineError: the pipeline cannot be used, or its test losses differ from those of the
+            run.
+        UsageError: the kind does not take an option, or a value is not possible.
     """
     options = Options(samples, retrainings, seeds, methods, left_out)
     wanted = kind_of(kind)
     wanted.check(options)
     parse_bytes(memory)
-    # torch takes seconds to import: whatever is wrong so far is said without torch
+    # Torch takes seconds to import. Mistakes that can be found without torch were reported
+    # above.
     from hydra_pipe.evaluation.evaluator import Request
     from hydra_pipe.retraining.subject import Subject
 
@@ -109,7 +117,7 @@ def evaluate_run(
         check_stages(directory.path, stage)  # before anything is discarded
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
         if begun and not Retrained(place).spans():
-            directory.forget(stage)  # it has come to nothing: its settings bind nobody
+            directory.forget(stage)  # nothing was finished, so its settings bind nobody
         if overwrite:
             directory.forget(stage)
             remove(place)
@@ -130,7 +138,7 @@ def evaluate_run(
 
 
 def _lacks_interval(row: Mapping[str, Any]) -> bool:
-    """Tell whether a mean in `row` is of one test sample."""
+    """Tell whether a mean in `row` is of one test sample, and so has no interval."""
     bounds = (value for name, value in row.items() if name.endswith("_low"))
     return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 

@@ -1,8 +1,9 @@
-"""Is this training smooth in its data weights, so that a derivative tells what leaving out half of the data does?
+"""Smoothness of a training in its data weights: does a derivative tell what removing data does?
 
-Engstrom et al., "Optimizing ML Training with Metagradient Descent", 2025, call a training *metasmooth* where its finite differences
-keep their sign over the size of change that one means to make. Here the change that a user means is leaving out a random half, m:
-weights 1 - s m, with s from 1/64, a small nudge, to 1, the whole removal.
+Engstrom et al., "Optimizing ML Training with Metagradient Descent", 2025, call a training
+*metasmooth* if its finite differences keep their sign over the size of change that one means to
+make. Here the change is to leave out a random half m. The weights are 1 - s m, with s from 1/64,
+a small nudge, to 1, the whole removal.
 """
 
 from collections.abc import Mapping
@@ -21,16 +22,20 @@ from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
 
-# How much of a half is left out. Where twice as much is there too, metasmoothness is measured.
+# Shares of a half to leave out. Metasmoothness is measured at a step if twice the step is in the
+# list too.
 STEPS = (1 / 64, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0)
 DIRECTIONS = 16
-# The step whose agreement tells what `hydra-exact` scores in `lds`: on eight runs, smooth to rough, the two were within 0.05 of
-# each other (docs/methods.md). Smaller steps look worse than the derivative is: the gradient of a ReLU network jumps, and with
-# it where training ends, by an amount that does not shrink with the step; what autograd finds is the slope between the jumps.
+# The step whose agreement tells what `hydra-exact` scores in `lds`: on eight runs, smooth to
+# rough, the two were within 0.05 of each other (docs/methods.md). Smaller steps look worse than
+# the derivative is. The gradient of a ReLU network jumps, and the end of training jumps with it,
+# by an amount that does not shrink with the step. Autograd finds the slope between the jumps.
 TELLING_STEP = 1 / 2
-# What that agreement must be, at least, for `hydra-exact` to be trusted: below it, `hydra-fisher` has scored more.
+# Least agreement at `TELLING_STEP` to trust `hydra-exact`. Below it, `hydra-fisher` has scored
+# more.
 EXACT_AGREEMENT = 0.6
-# What sums of relevance can score at most, at least, for a method that smooths the curvature to be worth its while.
+# Least ceiling to trust `hydra-fisher`. Below it, no sum of relevance can score enough for a
+# method that smooths the curvature to be worth its while.
 FISHER_CEILING = 0.6
 _SEED = 0x736D6F
 _TINY = 1e-30
@@ -39,28 +44,31 @@ _TINY = 1e-30
 class Smoothness(Evaluator):
     """Measure smoothness, and say which methods to trust.
 
-    For test sample j, direction m and step s let d(s) = l_j(1 - s m) - l_j(1). By step:
+    For test sample j, direction m and step s let d(s) = l_j(1 - s m) - l_j(1). Each step has:
 
-        agreement        Spearman over directions of d(s) and d(1), mean over test samples. At `TELLING_STEP` it is about
-                         what `hydra-exact` scores in `lds`.
-        metasmoothness   sum_j |a_j| sign(a_j b_j) / sum_j |a_j| with a = d(s), b = d(2 s) - d(s), mean over directions: 1 where the
-                         second step goes on as the first one did, 0 where it has nothing to do with it
-        growth           |d(s) / s| over |d(1)|: 1 where the change is in proportion to the step
+        agreement        Spearman over directions of d(s) and d(1), mean over test samples.
+                         At `TELLING_STEP` it is about the `lds` score of `hydra-exact`.
+        metasmoothness   sum_j |a_j| sign(a_j b_j) / sum_j |a_j|, mean over directions,
+                         with a = d(s) and b = d(2 s) - d(s). 1 if the second step goes on as
+                         the first did, 0 if the second step has nothing to do with the first.
+        growth           |d(s) / s| over |d(1)|. 1 if the change is in proportion to the step.
 
-    and for all of them the *ceiling*: with l_j = linear part + rest after training without m, and after training without all but
-    m, the correlation of the two losses is minus the share of the linear part in the variance; its root is the best score that any
-    sum over samples, whatever the method, can reach in `lds`.
+    The *ceiling* covers all steps. Write l_j = linear part + rest, after training without m and
+    after training without all but m. The correlation of the two losses is minus the share of the
+    linear part in the variance. The root of the share is the best `lds` score that any sum over
+    samples can reach, whatever the method.
     """
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """No relevance is looked at."""
+        """Return nothing, because no relevance is looked at."""
         return {}
 
     def evaluate(self, request: Request) -> Result:
-        """See the class."""
+        """Train again and measure smoothness; see the class."""
         subject = request.subject
         n = subject.n_samples
-        # how much of which half is left out, or of all but that half
+        # Each job is a share, the number of a half, and whether the share is left out of the
+        # other half instead.
         halves = range(DIRECTIONS)
         jobs = [(0.0, 0, False), *((s, d, False) for s in STEPS for d in halves), *((1.0, d, True) for d in halves)]
 
@@ -74,7 +82,7 @@ class Smoothness(Evaluator):
         job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
         losses = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, LOSS]
         changes = losses[1:].reshape(len(STEPS) + 1, DIRECTIONS, -1) - losses[0]
-        # a retraining that diverged is as far from any other as can be
+        # A retraining that diverged counts as very far from all others.
         changes = np.nan_to_num(changes, nan=1e30, posinf=1e30)
         found = measured(changes[:-1], changes[-1])
         summary = {"verdict": found.verdict, "ceiling": found.ceiling, "directions": DIRECTIONS}
@@ -90,12 +98,12 @@ class Smoothness(Evaluator):
 
 @dataclass(frozen=True)
 class Measured:
-    """What `measured` found.
+    """Result of `measured`.
 
     Args:
-        rows: of the table, one for each step.
-        agreement: at `TELLING_STEP`.
-        ceiling: see `Smoothness`.
+        rows: rows of the table, one for each step.
+        agreement: agreement at `TELLING_STEP`.
+        ceiling: best `lds` score that a sum over samples can reach, see `Smoothness`.
     """
 
     rows: list[Row]
@@ -118,11 +126,12 @@ class Measured:
 
 
 def measured(changes: NDArray[np.float64], of_others: NDArray[np.float64]) -> Measured:
-    """What changes of test losses tell.
+    """Measure smoothness from changes of test losses.
 
     Args:
-        changes: at each of `STEPS` along each direction, shape (step, direction, test).
-        of_others: where all the samples were left out that stay otherwise, shape (direction, test).
+        changes: changes at each of `STEPS` along each direction, shape (step, direction, test).
+        of_others: changes after leaving out exactly the samples that otherwise stay, shape
+            (direction, test).
     """
     whole = changes[-1]
     rows: list[Row] = []
@@ -136,11 +145,13 @@ def measured(changes: NDArray[np.float64], of_others: NDArray[np.float64]) -> Me
 
 
 def metasmoothness(first: NDArray[np.float64], both: NDArray[np.float64]) -> float:
-    """Weighted agreement in sign of a step with the one after it, from -1 to 1; see `Smoothness`.
+    """Return how well a step agrees in sign with the next one, weighted by size, from -1 to 1.
+
+    See `Smoothness` for the equation.
 
     Args:
         first: changes by the first step, shape (direction, test).
-        both: by both of them.
+        both: changes by both steps together, shape (direction, test).
     """
     size = np.abs(first)
     per_direction = (size * np.sign(first) * np.sign(both - first)).sum(axis=1) / np.maximum(size.sum(axis=1), _TINY)

@@ -1,1 +1,1 @@
-"""Trainings made again with other weights of the samples: what evaluation and cleaning compare with."""
+"""Trainings repeated with other weights of the samples, for evaluation and cleaning."""

@@ -1,4 +1,7 @@
-"""Many retrainings, in stacks that fit into memory, kept as they finish: killed and run again, it goes on."""
+"""Many retrainings, in stacks that fit into memory.
+
+Results are kept as they finish, so the same call resumes after an interruption.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +19,23 @@ from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.evaluations import Retrained, digest_of
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 
-# Models of a stack at most: more are not faster, and a stack that is lost costs more.
+# Most models in a stack. More are not faster, and losing a larger stack to an interruption costs
+# more.
 MOST_MODELS = 64
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Retrainings that are to be done.
+    """Retrainings to be done.
 
     Args:
-        n: of them.
-        weights: those of the retrainings from one number to another: (first, end) -> shape (end - first, sample), float32.
-        seeds: for each of them all `n` are done; the first is the run's, with its initial weights.
-        mean_over: see `Retrainer`.
+        n: number of retrainings for each seed.
+        weights: function from (first, end) to the weights of the retrainings in the range, shape
+            (end - first, sample), float32.
+        seeds: seeds, each of which all `n` retrainings use. The first is the seed of the run,
+            with the run's initial weights.
+        mean_over: divisor of the weighted losses, see `Retrainer`.
     """
 
     n: int
@@ -39,7 +45,7 @@ class Job:
 
     @classmethod
     def without(cls, left_out: Sequence[NDArray[np.int64]], n_samples: int, seeds: tuple[int, ...]) -> "Job":
-        """Retrainings without some of the samples: those with the ids in `left_out`, one array for each of the retrainings."""
+        """Return retrainings that each leave out the ids in one array of `left_out`."""
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
             found = np.ones((end - first, n_samples), np.float32)
@@ -50,14 +56,17 @@ class Job:
         return cls(len(left_out), weights, seeds, "weights")
 
     def stacks(self, most: int) -> list[Span]:
-        """First and end of each stack, counted over all seeds, which are never mixed."""
-        width = -(-self.n // -(-self.n // most))  # of equal size, as far as that goes
+        """Return the first retraining and the end of each stack, counted over all seeds.
+
+        A stack never mixes seeds.
+        """
+        width = -(-self.n // -(-self.n // most))  # stacks of nearly equal size
         return [
             (s * self.n + a, s * self.n + min(a + width, self.n)) for s in range(len(self.seeds)) for a in range(0, self.n, width)
         ]
 
     def of(self, span: Span) -> tuple[NDArray[np.float32], int]:
-        """Weights and number of the seed of a stack."""
+        """Return the weights of a stack, and the index of its seed."""
         seed, first = divmod(span[0], self.n)
         return self.weights(first, first + span[1] - span[0]), seed
 
@@ -65,21 +74,24 @@ class Job:
 def retrain(
     subject: Subject, job: Job, directory: Retrained, memory: str, progress: Progress, *, strict: bool = True
 ) -> NDArray[np.float64]:
-    """What all retrainings of `job` come to.
+    """Make all retrainings of `job`, and return the resulting test losses.
 
     Args:
-        subject: whose pipeline; it is trained once with all weights 1 before anything else, and held against the run.
-        job: what to do.
-        directory: where results are kept; those that are there already are not computed again.
+        subject: run and pipeline. The pipeline is first trained once with all weights 1, and
+            compared with the run.
+        job: retrainings to make.
+        directory: store of results. Results that are there already are not computed again.
         memory: budget of this process, such as "4GiB".
-        progress: where to show progress.
-        strict: whether that one must come to the losses of the run; not where retrainings are compared with each other alone.
+        progress: place to show progress.
+        strict: True to refuse a pipeline whose first training does not come to the losses of the
+            run. False serves if retrainings are only compared with each other.
 
     Returns:
         Loss and hit of each test sample, shape (seed, retraining, 2, test).
 
     Raises:
-        PipelineError: the pipeline is not that of the run. BudgetError: not even one model fits.
+        PipelineError: the pipeline is not the one of the run.
+        BudgetError: not even one model fits.
         UserCodeError: the model, the loss or a dataset raised.
     """
     budget = parse_bytes(memory)
@@ -95,7 +107,7 @@ _Done = dict[Span, tuple[str, NDArray[np.float64]]]
 
 
 def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
-    """All of them, if all are there."""
+    """Return the stored results of all retrainings, or None if some are missing."""
     done: _Done = {}
     end = 0
     for span in directory.spans():
@@ -119,7 +131,8 @@ def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progres
             f"a model takes {format_bytes(retrainer.model_bytes)} beside the {format_bytes(budget - room)} that this process has, "
             f"the budget is {format_bytes(budget)}: raise --memory to {format_bytes(1.2 * (budget - room + retrainer.model_bytes))}"
         )
-    # a power of two: another call, which finds a little more or less room, cuts the same stacks and so finds these pieces
+    # A power of two, so that another call that finds a little more or less room cuts the same
+    # stacks. The call then finds these pieces.
     stacks = job.stacks(min(MOST_MODELS, 2 ** int(log2(room // retrainer.model_bytes))))
     n = len(job.seeds) * job.n
     progress.say(

@@ -1,4 +1,4 @@
-"""Means over test samples, with how far other test samples might have moved them."""
+"""Means over test samples, with intervals that show how much other test samples might move them."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ ONE_TEST = "there is one test sample, or one mean of them: nothing tells how oth
 
 
 def with_interval(name: str, per_test: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean over test samples with its interval of 95 %, as columns of a table.
+    """Return the mean over test samples and its interval of 95 %, as columns of a table.
 
     Args:
         name: name of the column.
         per_test: values to average, shape (test,).
 
     Returns:
-        `name`, `name_low` and `name_high`; the bounds are not numbers where there is one test sample.
+        `name`, `name_low` and `name_high`. The bounds are not a number if there is only one test
+        sample.
     """
     low, high = bootstrap_interval(per_test) if len(per_test) > 1 else (np.nan, np.nan)
     return {name: float(per_test.mean()), f"{name}_low": low, f"{name}_high": high}

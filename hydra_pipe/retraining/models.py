@@ -1,8 +1,11 @@
-"""Many models of one kind at once: their losses on the same batch, from stacked parameters.
+"""Losses of many models of one kind on the same batch, from stacked parameters.
 
-torch.vmap takes a model's forward pass as it is and gives it a dimension more; autograd then finds the gradients of all of them in
-one backward pass, for the sum of their losses has in each model's parameters the gradient of its own loss. Where torch cannot do so
-(control flow that looks at values, say), they are taken one after the other, and it is said why.
+torch.vmap adds a dimension to the forward pass of a model. Autograd then finds the gradients of
+all models in one backward pass of the sum of their losses, because each model's parameters
+affect only its own loss.
+
+Some models cannot be stacked, such as those whose control flow looks at values. They are run one
+after the other, and a message says why.
 """
 
 import warnings
@@ -22,13 +25,13 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """What models make of a batch.
+    """Outputs of the models for a batch.
 
     Args:
-        losses: shape (model, sample).
-        hits: 1 where the largest output is the target, else 0; not a number where outputs or targets are not classes. Shape
-            (model, sample).
-        buffers: after the pass.
+        losses: losses, shape (model, sample).
+        hits: 1 if the largest output is the target, else 0, shape (model, sample). Not a number
+            if outputs or targets are not classes.
+        buffers: buffers after the pass, by name.
     """
 
     losses: Tensor
@@ -37,23 +40,26 @@ class Found:
 
 
 class Models:
-    """Runs a pipeline's model on stacked parameters.
+    """Runner of a pipeline's model on stacked parameters.
 
     Args:
-        pipeline: whose model and loss; the model itself stays as it is.
-        progress: told why models are taken one by one.
-        stacked: whether to try them all at once.
+        pipeline: pipeline with the model and the loss. The model itself stays unchanged.
+        progress: place to say why models are run one by one.
+        stacked: True to try all models at once.
     """
 
     def __init__(self, pipeline: Pipeline, progress: Progress, *, stacked: bool = True) -> None:
         self._pipeline, self._progress, self.stacked = pipeline, progress, stacked
 
     def __call__(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> Found:
-        """Of a batch. Dropout and the like draw the same for all models, and what the one model of the run would draw.
+        """Run the models on a batch.
+
+        Dropout and other random layers draw the same for all models, and the same as the one
+        model of the run would draw.
 
         Args:
-            parameters, buffers: by name, stacked: shape (model, ...).
-            inputs, targets: the same for all models.
+            parameters, buffers: stacked values by name, shape (model, ...).
+            inputs, targets: the batch, the same for all models.
 
         Raises:
             UserCodeError: the model or the loss raised.
@@ -62,7 +68,7 @@ class Models:
             before = self._generators()
             try:
                 with warnings.catch_warnings():
-                    # of an operation that torch takes model by model: nothing that a user could change
+                    # Torch runs an operation model by model: the user could not change that.
                     warnings.filterwarnings("ignore", "There is a performance drop")
                     one = torch.vmap(self._one, in_dims=(0, 0, None, None), randomness="same")
                     return Found(*one(parameters, buffers, inputs, targets))
@@ -80,14 +86,14 @@ class Models:
         before = self._generators()
         found = []
         for index in range(len(next(iter(parameters.values())))):
-            self._restore(before)  # each draws what the first has drawn
+            self._restore(before)  # each model draws what the first has drawn
             own, own_buffers = ({name: value[index] for name, value in values.items()} for values in (parameters, buffers))
             found.append(self._one(own, own_buffers, inputs, targets))
         losses, hits, after = zip(*found, strict=True)
         return Found(torch.stack(losses), torch.stack(hits), {name: torch.stack([b[name] for b in after]) for name in buffers})
 
     def _generators(self) -> list[Tensor]:
-        """State of those that dropout draws from: on the CPU, and on the model's device."""
+        """Return the generator states that dropout draws from: on the CPU, and on the device."""
         device = next(self._pipeline.model.parameters()).device
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
@@ -97,7 +103,7 @@ class Models:
             torch.cuda.set_rng_state(states[1], next(self._pipeline.model.parameters()).device)
 
     def _one(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Values]:
-        # batch normalisation changes its buffers in place
+        # Batch normalisation changes its buffers in place, so it gets copies.
         state = parameters | {name: buffer.clone() for name, buffer in buffers.items()}
         output = functional_call(self._pipeline.model, state, *arguments(inputs))
         losses = self._pipeline.loss(output, targets)

@@ -1,4 +1,4 @@
-"""Trains a pipeline again, many models side by side, with a weight for each training sample in each of them."""
+"""Training of a pipeline again: many models side by side, each with its own sample weights."""
 
 import copy
 from collections.abc import Iterator
@@ -21,28 +21,31 @@ from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples, epoch_order, test_batches
 from hydra_pipe.training.pipeline import Pipeline
 
-# What the weighted losses of a batch are divided by: all of its samples, or the sum of their weights.
+# Divisor of the weighted losses of a batch: the number of all its samples, or the sum of their
+# weights.
 MeanOver = Literal["batch", "weights"]
 Gradients = tuple[Tensor | None, ...]
 LOSS, HIT = 0, 1
-# of a model in a stack: parameters, gradients, two moments of Adam, and what an update computes on the way
+# Copies of the parameters for a model in a stack: parameters, gradients, two moments of Adam,
+# and temporary values of an update.
 _PARAMETER_COPIES = 6
-# of a training sample: its weight, as it is made and as a tensor
+# Bytes for a training sample and model: its weight, as it is made and as a tensor.
 _WEIGHT_BYTES = 8
-# torch.nn.utils.clip_grad_norm_ adds it to the norm
+# Number that torch.nn.utils.clip_grad_norm_ adds to the norm.
 _CLIP_EPS = 1e-6
 
 
 class Retrainer:
-    """Trains the models of a pipeline that has not been trained yet, and leaves it as it is.
+    """Trainer of many models of an untrained pipeline, which itself stays unchanged.
 
-    Batches, their order, what datasets and dropout draw, the optimiser and its schedule are those of the run. A sample's weight
-    multiplies its loss; the mean stays over the whole batch, so that the derivative in the weights is what relevance is.
+    Batches, their order, random draws of datasets and dropout, the optimiser and its schedule
+    are the same as in the run. A sample's weight multiplies its loss. By default the mean stays
+    over the whole batch, so that the derivative in the weights is what relevance approximates.
 
     Args:
-        pipeline: as built.
-        progress: told if the models cannot be stacked.
-        mean_over: see `MeanOver`.
+        pipeline: pipeline as built, not trained.
+        progress: place to say that the models cannot be stacked.
+        mean_over: divisor of the weighted losses, see `MeanOver`.
 
     Raises:
         PipelineError: the pipeline was trained already.
@@ -57,7 +60,7 @@ class Retrainer:
         self._parameters = {name: p.detach() for name, p in pipeline.model.named_parameters()}
         self._trained = [name for name, p in pipeline.model.named_parameters() if p.requires_grad]
         self._buffers = {name: b.detach() for name, b in pipeline.model.named_buffers()}
-        # changed by each scheduler's step, and the same for all models
+        # The scheduler changes settings at each step, the same for all models.
         self._schedule = _schedule(pipeline)
         self._saved_bytes = 0
 
@@ -67,7 +70,7 @@ class Retrainer:
 
     @property
     def model_bytes(self) -> int:
-        """What one more model in a stack takes, once a model has been trained."""
+        """Bytes for one more model in a stack, known once a model has been trained."""
         n_bytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
         return _PARAMETER_COPIES * n_bytes + 2 * self._saved_bytes + _WEIGHT_BYTES * len(self._pipeline.train)
 
@@ -77,13 +80,14 @@ class Retrainer:
         """Train one model for each row of `weights`.
 
         Args:
-            weights: shape (model, sample).
-            task: counts optimiser steps of models.
-            seed: of the order and of dropout; the pipeline's own if absent.
-            start: parameters and buffers at the beginning; the pipeline's own if absent.
+            weights: weights of the samples, shape (model, sample).
+            task: counter of optimiser steps, summed over models.
+            seed: seed of the order and of dropout. Default: the pipeline's own.
+            start: parameters and buffers at the beginning. Default: the pipeline's own.
 
         Returns:
-            Loss and hit (`LOSS`, `HIT`; see `Found.hits`) of each test sample at the end, shape (model, 2, test).
+            Loss and hit (`LOSS`, `HIT`; see `Found.hits`) of each test sample at the end, shape
+            (model, 2, test).
 
         Raises:
             UserCodeError: the model, the loss or a dataset raised.
@@ -124,14 +128,19 @@ class Retrainer:
         if self._mean_over == "batch":
             return weighted.mean(dim=1)
         total = weights.sum(dim=1)
-        return weighted.sum(dim=1) / torch.where(total > 0, total, 1.0)  # of a batch of which nothing is left: no gradient
+        # no gradient if nothing is left of a batch
+        return weighted.sum(dim=1) / torch.where(total > 0, total, 1.0)
 
     def _count(self, tensor: Tensor) -> Tensor:
         self._saved_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def _optimizer(self, parameters: Values) -> torch.optim.Optimizer:
-        """The pipeline's, over stacked parameters: every update that hydra-pipe handles is elementwise, each model's own."""
+        """Return the pipeline's optimiser over stacked parameters.
+
+        Stacking is safe because every update that hydra-pipe handles is elementwise, and so
+        separate for each model.
+        """
         names = {p: name for name, p in self._pipeline.model.named_parameters()}
         groups = [[names[p] for p in group["params"]] for group in self._pipeline.optimizer.param_groups]
         optimizer = copy.deepcopy(self._pipeline.optimizer)
@@ -153,7 +162,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _batches(pipeline: Pipeline) -> Stream[Batch]:
-    """Those of the whole training, in order. Close it."""
+    """Return the batches of the whole training, in order. The caller closes the stream."""
     ends = ExitStack()
     return Stream(_of_training(pipeline, ends), ends.close)
 
@@ -162,7 +171,8 @@ def _of_training(pipeline: Pipeline, ends: ExitStack) -> Iterator[Batch]:
     samples, dataset = Samples(pipeline, "train"), pipeline.train
     for epoch in range(pipeline.epochs):
         order = epoch_order(pipeline, epoch)
-        if type(dataset) is TensorDataset and len(dataset.tensors) == 2:  # sample by sample it takes as long as the training
+        # sample by sample, reading takes as long as the training
+        if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
             inputs, targets = dataset.tensors
             yield from ((ids, inputs[ids], targets[ids]) for ids in order)
         else:
@@ -172,7 +182,10 @@ def _of_training(pipeline: Pipeline, ends: ExitStack) -> Iterator[Batch]:
 
 
 def _schedule(pipeline: Pipeline) -> list[list[dict[str, Any]]]:
-    """The optimiser's settings at each step, by parameter group: the scheduler is driven through them once, and put back."""
+    """Return the optimiser's settings at each step, by parameter group.
+
+    The scheduler runs through all steps once, and is put back.
+    """
     optimizer, scheduler = pipeline.optimizer, pipeline.scheduler
     before = [_settings(group) for group in optimizer.param_groups]
     if scheduler is None:
@@ -183,7 +196,7 @@ def _schedule(pipeline: Pipeline) -> list[list[dict[str, Any]]]:
     found = []
     for _ in range(pipeline.n_steps):
         found.append([_settings(group) for group in optimizer.param_groups])
-        optimizer.step()  # without gradients it changes nothing, and the scheduler wants it
+        optimizer.step()  # changes nothing without gradients, and the scheduler wants it
         scheduler.step()
     scheduler.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, before, strict=True):
@@ -192,7 +205,7 @@ def _schedule(pipeline: Pipeline) -> list[list[dict[str, Any]]]:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    # a learning rate may be a tensor, which a scheduler changes in place
+    # A learning rate may be a tensor, which a scheduler changes in place.
     return {
         name: copy.copy(value) if not isinstance(value, Tensor) else value.clone()
         for name, value in group.items()
@@ -201,7 +214,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clipped(gradients: Gradients, most: float) -> Gradients:
-    """As torch.nn.utils.clip_grad_norm_ does it, for each model by itself."""
+    """Clip gradients like torch.nn.utils.clip_grad_norm_, for each model by itself."""
     there = [g for g in gradients if g is not None]
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in there], dim=1)
     factor = (most / (torch.linalg.vector_norm(norms, dim=1) + _CLIP_EPS)).clamp(max=1.0)

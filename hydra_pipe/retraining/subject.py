@@ -1,4 +1,4 @@
-"""What is evaluated: a complete recording, the pipeline that it is of, and the relevance that was computed from it."""
+"""The subject of an evaluation: a complete recording, its pipeline, and its relevance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,11 +23,12 @@ from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
 
-# Of the norm of the test losses, how far a retraining with all weights 1 may be from what was recorded: silently, and at all.
+# Greatest distance between the test losses of a retraining with all weights 1 and the recorded
+# ones, as shares of their norm: without a message, and at all.
 SAME, SIMILAR = 1e-3, 0.05
-# settings of a recording that say how it was recorded, and not what was trained
+# Settings of a recording that say how it was recorded, and not what was trained.
 _OF_RECORDING = ("pipeline", "encoding", "dim", "dtype", "test_every")
-# how the names of a pipeline function's settings begin there
+# Prefix of the names of a pipeline function's settings in a manifest.
 _SET = "set "
 
 
@@ -36,11 +37,12 @@ class Subject:
     """A run and its pipeline.
 
     Args:
-        run: with a complete recording.
-        pipeline: of it, as built: not trained.
-        source: where the pipeline is from; None: it was given built.
+        run: run with a complete recording.
+        pipeline: pipeline of the run, as built, not trained.
+        source: file and function of the pipeline, or None if a built Pipeline was given.
         gradients: the recording.
-        n_samples, n_tests, n_steps: of the recording.
+        n_samples, n_tests, n_steps: numbers of training samples, test samples and steps in the
+            recording.
     """
 
     run: RunDirectory
@@ -53,10 +55,11 @@ class Subject:
 
     @classmethod
     def open(cls, pipeline: str | Pipeline, run: RunDirectory, settings: Mapping[str, Any] | list[str] | None) -> "Subject":
-        """The pipeline, which must be the one that was recorded, and its run.
+        """Open a run with its pipeline, which must be the one that was recorded.
 
         Raises:
-            RunError: nothing was recorded, or the pipeline has other settings; the message names the first.
+            RunError: nothing was recorded, or the pipeline has other settings. The message names
+                the first difference.
             HydraError: the pipeline cannot be built, or the recording is damaged.
         """
         recording = run.require_recording()
@@ -77,18 +80,20 @@ class Subject:
         return cls(run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps)
 
     def recorded_losses(self) -> NDArray[np.float64]:
-        """Of the test samples at the end of the run. Shape (test,)."""
+        """Return the losses of the test samples at the end of the run. Shape (test,)."""
         return self.gradients.test_losses(self.n_steps).astype(np.float64)
 
     def sample_labels(self) -> NDArray[Any] | None:
-        """Of the training samples, as recorded."""
+        """Return the labels of the training samples, as recorded, or None if unknown."""
         return self.gradients.labels(names.TRAIN_LABELS)
 
     def true_labels(self) -> NDArray[Any]:
-        """The label that each training sample should have, of the recorded labels' type. Shape (sample,).
+        """Return the true label of each training sample, of the recorded labels' type. Shape
+        (sample,).
 
         Raises:
-            PipelineError: the pipeline names no true labels, or the recorded labels are unknown or of another type.
+            PipelineError: the pipeline names no true labels, or the recorded labels are unknown
+                or of another type.
         """
         truth, labels = self.pipeline.true_labels, self.sample_labels()
         if truth is None:
@@ -103,30 +108,39 @@ class Subject:
         return true
 
     def has_seeds(self) -> bool:
-        """Whether `with_seed` can be asked for."""
+        """Tell whether `with_seed` can be called."""
         return self.source is not None and "seed" in self.source.settings
 
     def check_seeds(self) -> None:
-        """Raises: UsageError: `with_seed` cannot be asked for."""
+        """Refuse several seeds for a pipeline without a setting `seed`.
+
+        Raises:
+            UsageError: `with_seed` cannot be called.
+        """
         if not self.has_seeds():
             raise UsageError("--seeds above 1 needs a pipeline function with a setting `seed`, from which the initial weights come")
 
     def with_seed(self, seed: int) -> Values:
-        """Initial parameters and buffers of the pipeline with another seed; its data stay those of the run."""
+        """Return initial parameters and buffers of the pipeline for another seed.
+
+        The data stay those of the run.
+        """
         assert self.source is not None, "check_seeds has refused it"
         model = replace(self.source, settings=self.source.settings | {"seed": seed}).build().model
         return {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
 
     def check(self, retrainer: Retrainer, progress: Progress, *, strict: bool = True) -> None:
-        """Train once with all weights 1, one model by itself, and hold it against what was recorded.
+        """Train one model with all weights 1, and compare its test losses with the recorded
+        ones.
 
         Args:
-            retrainer: of the pipeline.
-            progress: told where the two differ a little.
-            strict: whether they must be similar; else it is told how far they are apart.
+            retrainer: retrainer of the pipeline.
+            progress: place to say that the losses differ a little.
+            strict: True to refuse losses that are not similar. False only says how far they are
+                apart.
 
         Raises:
-            PipelineError: it comes to other test losses.
+            PipelineError: the test losses are not those of the run.
         """
         stacked, retrainer.models.stacked = retrainer.models.stacked, False
         try:
@@ -149,20 +163,25 @@ class Subject:
             )
 
     def all_relevance(self) -> "dict[str, Relevance]":
-        """All that was computed for the recording's own test samples, by name. Raises: StoreError: damaged."""
-        # probes have no losses to be held against
+        """Return all relevance that was computed for the recording's own test samples, by name.
+
+        Raises:
+            StoreError: a result is damaged.
+        """
+        # Probes have no losses to compare with.
         there = [name for name in self.run.complete(REDUCE) if ResultName.parse(name).test is None]
         return {name: Relevance.of(self.run, name) for name in there}
 
     def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
-        """Relevance for each of the test samples, by name.
+        """Return relevance that covers each of the test samples, by name.
 
         Args:
-            chosen: names with commas between them; None: all there are, of all steps.
-            means: also that whose one column is the mean over all test samples, or of the training samples for themselves.
+            chosen: names with commas between them. None means all that cover all steps.
+            means: True to include results whose one column is the mean over all test samples, or
+                the relevance of the training samples to themselves.
 
         Raises:
-            RunError: there is none, or none called so; the message says what to reduce.
+            RunError: a chosen name is not there. The message says what to reduce.
         """
         stages = self.run.stages
         whole = {name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)}
@@ -182,7 +201,11 @@ class Subject:
         return {name: whole[name] for name in wanted}
 
     def required_relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
-        """As `relevance`, at least one. Raises: RunError: there is none."""
+        """Return the same as `relevance`, with at least one result.
+
+        Raises:
+            RunError: there is no result.
+        """
         found = self.relevance(chosen, means=means)
         if not found:
             needed = ResultName("hydra-fisher", MEAN if means else None)
@@ -198,10 +221,10 @@ class Relevance:
     """One relevance array.
 
     Args:
-        run: that it is in.
-        name: of it.
-        columns: what its columns are.
-        checksums: of its files: it was computed anew where they differ.
+        run: run that holds the array.
+        name: name of the array.
+        columns: meaning of its columns.
+        checksums: checksums of its files. They differ if the array was computed anew.
     """
 
     run: RunDirectory
@@ -211,23 +234,35 @@ class Relevance:
 
     @classmethod
     def of(cls, run: RunDirectory, name: str) -> "Relevance":
-        """What is called `name`. Raises: StoreError: damaged."""
+        """Open the array called `name`.
+
+        Raises:
+            StoreError: it is damaged.
+        """
         columns = columns_of(open_relevance(run.path / names.RELEVANCE, name))
         return cls(run, name, columns, str(run.checksums(REDUCE.of(name))))
 
     def is_whole(self, n_tests: int, means: bool) -> bool:
-        """Whether it is of all `n_tests` test samples, one by one; with `means` also as their mean, or of none but itself."""
+        """Tell whether the array covers all `n_tests` test samples, one by one.
+
+        With `means`, the mean over all of them counts too, and so does relevance of the samples
+        to themselves.
+        """
         if self.columns.by is None or (means and self.columns.by == MEAN):
             return self.columns.n_tests == n_tests
         return means and self.columns.by == ITSELF
 
     def values(self) -> NDArray[np.float32]:
-        """Shape (sample, column). Raises: StoreError: damaged."""
+        """Return the values. Shape (sample, column).
+
+        Raises:
+            StoreError: the array is damaged.
+        """
         return read_relevance(open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None))
 
 
 def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) -> str:
-    """The command that computes `result`, of the test samples `tests`; None: of all."""
+    """Return the command that computes `result` for the test samples `tests`; None means all."""
     options = {"--upto": result.upto, "--rank": result.rank, "--tests": tests}
     words = ["hydra-pipe reduce", str(run.path), "--method", result.method]
     words += [f"{option} {value}" for option, value in options.items() if value is not None]
@@ -235,10 +270,14 @@ def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) ->
 
 
 def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises: RunError: the pipeline is not that of the run."""
+    """Compare the recorded settings with those of the pipeline.
+
+    Raises:
+        RunError: the pipeline is not the one of the run.
+    """
     if "optimizer" not in old:
         raise RunError(f"{run.path} was recorded in a loop of your own, which cannot be trained again from here: record a pipeline")
-    # one that was given built has none of these, whatever function built it
+    # A Pipeline that was given built has no settings of a function, whatever function built it.
     both_of_file = all(any(key.startswith(_SET) for key in settings) for settings in (old, new))
     for key in dict.fromkeys([*new, *old]):
         if key in _OF_RECORDING or (key.startswith(_SET) and not both_of_file):
