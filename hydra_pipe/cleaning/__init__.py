@@ -1,1 +1,1 @@
-"""From relevance to a decision: which training samples to relabel or drop. Only what trains again imports torch."""
+"""Cleaning: relevance as proposals of samples to relabel or drop. Only retraining imports torch."""

@@ -1,4 +1,4 @@
-"""Which training samples are proposed, and why. Arrays in, arrays out."""
+"""The choice of training samples to propose, with reasons. Arrays in, arrays out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,20 +12,22 @@ from hydra_pipe.maths.tails import robust_scores, tail_threshold
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-# the class that a sample harms most suggests its label if it is harmed this many times as much as the next one
+# The class that a sample harms most suggests the sample's label if it is harmed this many times
+# as much as the next class.
 CLEAR = 2.0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How many are proposed.
+    """The rule for how many samples to propose.
 
     Args:
-        lowest: so many; None: as many as score below the threshold.
-        threshold: scores below it are proposed; None: it is fitted, see `tail_threshold`.
+        lowest: number of samples to propose. None means all that score below the threshold.
+        threshold: score below which samples are proposed. None means a fitted one, see
+            `tail_threshold`.
 
     Raises:
-        UsageError: both are given, or a value cannot be.
+        UsageError: both are given, or a value is not possible.
     """
 
     lowest: int | None = None
@@ -41,18 +43,18 @@ class Cut:
 
     @property
     def is_fitted(self) -> bool:
-        """Tell whether nobody has said how many, or below which score."""
+        """True if the user gave neither a number of samples nor a threshold."""
         return self.lowest is None and self.threshold is None
 
     def of(self, scores: Floats, judged: NDArray[np.bool_] | None = None) -> Ints:
-        """Ids of the samples that are proposed, the lowest score first; ties go to the smaller id.
+        """Return the ids to propose, the lowest score first; ties go to the smaller id.
 
         Args:
-            scores: shape (sample,).
-            judged: which samples may be proposed, shape (sample,); None: all.
+            scores: scores of the samples, shape (sample,).
+            judged: mask of the samples that may be proposed, shape (sample,). None means all.
 
         Raises:
-            UsageError: that would be all of them.
+            UsageError: `lowest` would propose all samples.
         """
         candidates = np.arange(len(scores)) if judged is None else np.flatnonzero(judged)
         own = scores[candidates]
@@ -63,30 +65,36 @@ class Cut:
         return order[:n]
 
     def below(self, scores: Floats) -> float:
-        """The threshold; minus infinity where nothing is found to be odd."""
+        """Return the threshold, or minus infinity if no score is odd."""
         if self.threshold is not None:
             return self.threshold
         return tail_threshold(scores) if len(scores) else -np.inf
 
 
 def scores_of(sums: Floats, labels: NDArray[Any] | None) -> Floats:
-    """How far each sample's summed relevance is from that of the samples with its label, see `robust_scores`. Shape (sample,)."""
+    """Score how far each sample's summed relevance is from that of samples with the same label.
+
+    See `robust_scores`. Shape (sample,).
+    """
     return robust_scores(sums, labels)
 
 
 def most_harmed(by_class: Floats, classes: NDArray[Any], labels: NDArray[Any]) -> Ints:
-    """Class that a sample's label is likely to be instead: the one whose tests it harms most, if it is clear which that is.
+    """Return the class that each sample's label probably should be, if it is clear.
 
-    A sample with a wrong label teaches that what looks like its true class is another one, and so harms that class's tests.
+    The class is the one whose tests the sample harms most. A sample with a wrong label teaches
+    that inputs like its true class belong to another class, and so harms the tests of its true
+    class.
 
     Args:
-        by_class: mean relevance of each sample for the tests of each class, shape (sample, class).
+        by_class: mean relevance of each sample for the tests of each class, shape (sample,
+            class).
         classes: labels of the classes, shape (class,).
-        labels: of the samples, shape (sample,).
+        labels: labels of the samples, shape (sample,).
 
     Returns:
-        Indices into `classes`, shape (sample,); -1 where it is not clear: none of the others is harmed, or another one is harmed
-        more than 1 / `CLEAR` times as much.
+        Indices into `classes`, shape (sample,). The index is -1 if the class is not clear. No
+        other class is harmed, or a second one is harmed more than 1 / `CLEAR` times as much.
     """
     harm = np.where(classes[None, :] == labels[:, None], -np.inf, -by_class)
     worst = harm.argmax(axis=1)
@@ -97,13 +105,13 @@ def most_harmed(by_class: Floats, classes: NDArray[Any], labels: NDArray[Any]) -
 
 
 def reasons(sums: Floats, scores: Floats, ids: Ints, labels: NDArray[Any] | None, suggested: Sequence[Any], what: str) -> list[str]:
-    """In words and numbers, for each of `ids`, why it is proposed.
+    """Return why each of `ids` is proposed, in words and numbers.
 
     Args:
-        sums, scores, labels: of all samples.
-        ids: those that are proposed.
-        suggested: a label for each of them, or None.
-        what: the relevance that is summed, in words.
+        sums, scores, labels: values of all samples, shape (sample,).
+        ids: ids of the proposed samples.
+        suggested: suggested label of each proposed sample, or None.
+        what: name of the summed relevance, in words.
     """
     found = []
     for sample, label in zip(ids, suggested, strict=True):

@@ -1,4 +1,4 @@
-"""What a relevance array says of each training sample, read block by block."""
+"""Sums and means of a relevance array for each training sample, read block by block."""
 
 from collections.abc import Iterator
 
@@ -9,24 +9,24 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.relevance import read_relevance
 
-# columns of the matrix that are in memory at once, as bytes
+# Bytes of the matrix's columns that are in memory at once.
 BLOCK_BYTES = 64 * 2**20
 Floats = NDArray[np.float64]
 
 
 def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> Floats:
-    """Relevance summed over sets of columns.
+    """Sum relevance over sets of columns.
 
     Args:
         array: relevance, shape (sample, column).
-        chosen: the columns of each set, shape (set, column).
-        progress: where to show progress.
+        chosen: masks of the columns in each set, shape (set, column).
+        progress: place to show progress.
 
     Returns:
-        Shape (set, sample).
+        The sums, shape (set, sample).
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the array is damaged.
     """
     found = np.zeros((len(chosen), array.shape[0]))
     with progress.task("sum", array.shape[1], "tests") as task:
@@ -38,19 +38,19 @@ def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> Fl
 
 
 def means_by(array: Array, samples: NDArray[np.int64], groups: NDArray[np.int64], n_groups: int) -> Floats:
-    """Mean relevance of some samples over the columns of each group.
+    """Return the mean relevance of some samples over the columns of each group.
 
     Args:
         array: relevance, shape (sample, column).
-        samples: their ids.
-        groups: number of the group of each column, shape (column,).
-        n_groups: how many there are, each with a column at least.
+        samples: ids of the samples.
+        groups: index of each column's group, shape (column,).
+        n_groups: number of groups, each with at least one column.
 
     Returns:
-        Shape (len(samples), group).
+        The means, shape (len(samples), group).
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the array is damaged.
     """
     found = np.zeros((n_groups, len(samples)))
     for columns, block in _blocks(array):

@@ -1,4 +1,4 @@
-"""Training samples of which the test samples tell nothing: there is one test, or none with their label."""
+"""Training samples that the test samples cannot judge: one test only, or none with their label."""
 
 from typing import Any
 
@@ -7,14 +7,18 @@ from numpy.typing import NDArray
 
 from hydra_pipe.store.result import ReducedRun
 
-# test samples from which something is told
+# Least number of test samples that can judge training samples.
 FEWEST_TESTS = 2
-# labels that a line names
+# Most labels that a line names.
 _LISTED = 5
 
 
 def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np.bool_], list[str]]:
-    """Training samples of which the test samples tell nothing, shape (sample,), and why, in lines for a person."""
+    """Return the training samples that the test samples cannot judge, and the reasons.
+
+    Returns:
+        A mask of shape (sample,), and lines for a person.
+    """
     n_samples, n_tests = found.counts.n_samples, found.columns.n_tests
     asked = "unless --lowest or --threshold asks for them"
     if n_tests < FEWEST_TESTS:
@@ -27,7 +31,8 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
         return np.zeros(n_samples, bool), []
     lacking = np.setdiff1d(labels, of_tests[found.columns.test_ids])
     of_lacking = np.isin(labels, lacking)
-    if not len(lacking) or of_lacking.all():  # the last: labels of tests are of another kind
+    # If every sample lacks tests, the labels of tests are of another kind.
+    if not len(lacking) or of_lacking.all():
         return np.zeros(n_samples, bool), []
     listed = ", ".join(map(str, lacking[:_LISTED])) + (" ..." if len(lacking) > _LISTED else "")
     n = int(of_lacking.sum())

@@ -1,8 +1,9 @@
-"""What the proposed samples do to accuracy: the run trained again without them, without as many others, and with all.
+"""The effect of a proposal on accuracy: training without it, without as many others, with all.
 
-Test samples that have chosen what is left out say too much for it. So the tests are split: the relevance to one half chooses, by
-the same rule, and the other half measures, and then the other way round. What is measured is the rule, and not the very set that is
-proposed, which all tests have chosen.
+A test sample that has helped to choose what is left out flatters the choice. So the tests are
+split. The relevance to one half chooses, by the same rule, and the other half measures. Then the
+halves change places. The result therefore describes the rule, not the very set that is proposed,
+which all tests have chosen.
 """
 
 from collections.abc import Sequence
@@ -39,12 +40,12 @@ Row = dict[str, Any]
 
 
 def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: int | None) -> tuple[Subject, int]:
-    """The run with its pipeline, built as it was recorded, and how many seeds there are to be.
+    """Open the run with its pipeline, built as it was recorded, and choose the number of seeds.
 
     Raises:
-        RunError: the pipeline is not known, is not to be run unasked, or is another one. UsageError: it has no setting `seed`, and
-            more than one is asked for.
-        PipelineError: it cannot be built.
+        RunError: the pipeline is not known, may not be run unasked, or is another one.
+        UsageError: several seeds are asked for, and the pipeline has no setting `seed`.
+        PipelineError: the pipeline cannot be built.
     """
     spec = recorded_spec(directory, pipeline, _ADVICE)
     settings = directory.stages[RECORD].settings
@@ -58,10 +59,10 @@ def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: in
 
 @dataclass(frozen=True)
 class Fold:
-    """Who chooses, and who measures.
+    """A split of the test samples: some choose, the others measure.
 
     Args:
-        chosen: columns of the relevance whose sum chooses, bool (column,).
+        chosen: mask of the relevance columns whose sum chooses, bool (column,).
         tests: ids of the test samples that measure.
     """
 
@@ -70,12 +71,13 @@ class Fold:
 
 
 def folds_of(columns: Columns, n_tests: int, labels: NDArray[Any] | None) -> tuple[list[Fold], str]:
-    """The folds, and in words how far those who measure have not chosen.
+    """Return the folds, and words on how independent the measuring tests are of the choice.
 
     Args:
-        columns: of the relevance.
-        n_tests: of the recording.
-        labels: of the columns, over which both halves are to be alike; None: unknown.
+        columns: columns of the relevance.
+        n_tests: number of test samples in the recording.
+        labels: labels of the columns, whose shares both halves should have alike. None if
+            unknown.
     """
     everything = np.ones(columns.n_columns, bool)
     if columns.by is None and columns.n_columns > 1:
@@ -111,24 +113,26 @@ def compared(
     seeds: int,
     memory: str,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Train with all samples, without those that are proposed, without as many at random and, if they are known, without the wrong
-    labels. "Without" is weight 0 in the batches of the run, with the mean over the samples that are kept.
+    """Train with all samples, without the proposed ones, and without as many at random.
+
+    A fourth set leaves out the wrong labels, if they are known. "Without" means weight 0 in the
+    batches of the run, with the mean over the samples that are kept.
 
     Args:
-        subject: the run and its pipeline.
-        method: whose relevance.
-        cut: what is proposed.
-        drop: what is proposed by all tests, which is held against true labels if the pipeline has them.
-        directory: of retrainings.
-        progress: where to show progress.
-        seeds: see `retrain`.
-        memory: see `retrain`.
+        subject: run and pipeline.
+        method: name of the relevance.
+        cut: rule of the proposal.
+        drop: samples that all tests propose, compared with true labels if the pipeline has them.
+        directory: store of the retrainings.
+        progress: place to show progress.
+        seeds: number of seeds to train with.
+        memory: budget of this process, such as "4GiB".
 
     Returns:
         A row for each set, and a summary.
 
     Raises:
-        HydraError: see `retrain`.
+        HydraError: any error of `retrain`.
     """
     found = ReducedRun.open(subject.run, method)
     labels = subject.sample_labels()
@@ -139,7 +143,7 @@ def compared(
     rng = np.random.default_rng(_SEED)
     at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
     nobody: Ids = np.empty(0, np.int64)
-    # for each set: what is left out in each fold
+    # For each set, the ids left out in each fold.
     sets: dict[str, list[Ids]] = {ALL: [nobody] * len(folds), PROPOSED: proposed, RANDOM: at_random}
     summary: dict[str, Any] = {"seeds": seeds, "folds": len(folds)}
     says = []
@@ -192,7 +196,7 @@ def _known_in_words(known: dict[str, Any]) -> list[str]:
 
 
 def _row(name: str, left_out: Sequence[Ids], values: NDArray[np.float64], everything: NDArray[np.float64]) -> Row:
-    """`values`: shape (seed, 2, test)."""
+    """Return the table row of one set, from its `values` of shape (seed, 2, test)."""
     row: Row = {"trained on": name, "left_out": round(float(np.mean([len(ids) for ids in left_out])))}
     for what, index in (("accuracy", HIT), ("loss", LOSS)):
         row |= _with_interval(what, values[:, index])
@@ -201,7 +205,9 @@ def _row(name: str, left_out: Sequence[Ids], values: NDArray[np.float64], everyt
 
 
 def _with_interval(name: str, values: NDArray[np.float64]) -> Row:
-    if np.isnan(values).any():  # accuracy where outputs or targets are not classes; losses of a training that diverged
+    # Accuracy is unknown if outputs or targets are not classes; losses are not finite if a
+    # training diverged.
+    if np.isnan(values).any():
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     low, high = crossed_interval(values) if values.shape[1] > 1 else (np.nan, np.nan)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

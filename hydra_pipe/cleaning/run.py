@@ -1,4 +1,4 @@
-"""A whole proposal: which training samples to relabel or drop, by a relevance that is there, and the files that say so."""
+"""A whole proposal: training samples to relabel or drop, by existing relevance, and its files."""
 
 import os
 from collections.abc import Iterator
@@ -39,24 +39,25 @@ from hydra_pipe.units import parse_bytes
 if TYPE_CHECKING:
     from hydra_pipe.training.pipeline import Pipeline
 
-# Initial weights and orders that each set is trained from, if nobody says how many and the pipeline has a seed.
+# Number of initial weights and orders for each set, if the user gives none and the pipeline has
+# a seed.
 DEFAULT_SEEDS = 3
-# fact: how many seeds the retrainings that are there are of
+# Fact of the stage: number of seeds of the stored retrainings.
 _SEEDS = "seeds"
 _Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is proposed.
+    """Result of `clean`.
 
     Args:
-        is_new: whether there was anything to do.
+        is_new: False if the proposal was there already, so that nothing was done.
         keep: ids of the samples that stay, ascending, shape (kept,).
-        drop: `drop.parquet`, the most suspicious first.
-        retraining: rows of the table of retrainings; empty where nothing was trained.
-        summary: plain values, `says` among them: lines for a person; where samples were trained again without, `retraining` has its
-            own.
+        drop: table of `drop.parquet`, the most suspicious sample first.
+        retraining: rows of the table of retrainings, empty if nothing was trained.
+        summary: findings as plain values. Its `says` holds lines for a person. After retrainings
+            its `retraining` is a summary of them.
     """
 
     is_new: bool
@@ -79,32 +80,42 @@ def clean_run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Cleaning:
-    """Propose training samples to relabel or drop: those whose relevance, summed over the test samples, is far below that of the
-    samples with the same label. docs/cleaning.md says how, and how well that finds wrong labels.
+    """Propose training samples to relabel or drop.
+
+    A sample is proposed if its relevance, summed over the test samples, is far below that of the
+    samples with the same label. docs/cleaning.md describes the rule, and how well it finds wrong
+    labels.
 
     Args:
         run: directory of the run.
-        method: whose relevance: the name of a result, such as "hydra-fisher" or "influence-mean".
-        lowest: propose so many.
-        threshold: propose those whose score is below this, in robust standard deviations; if neither is given it is fitted.
-        retrain: also train again without them, without as many others, and with all, and compare accuracy and loss on test samples
-            that did not choose them.
-        seeds: with `retrain`: initial weights and orders that each is trained from; if absent 3, or 1 where the pipeline has no
-            setting `seed`.
-        pipeline: with `retrain`: "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an object
-            was recorded.
+        method: name of the result whose relevance decides, such as "hydra-fisher" or
+            "influence-mean".
+        lowest: number of samples to propose.
+        threshold: score below which samples are proposed, in robust standard deviations. It is
+            fitted if neither `lowest` nor `threshold` is given.
+        retrain: True to also train again without the proposed samples, without as many others,
+            and with all. Accuracy and loss are compared on test samples that did not choose the
+            proposal.
+        seeds: with `retrain`: number of initial weights and orders for each training. Default:
+            3, or 1 if the pipeline has no setting `seed`.
+        pipeline: with `retrain`: "path/to/file.py:function" if the file has moved, or a newly
+            built Pipeline if such an object was recorded.
         memory: with `retrain`: budget of this process.
         overwrite: replace a proposal that was made with other settings.
-        progress: where to show progress; nowhere if absent.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        The proposal. It is also in RUN/cleaning/method=METHOD: `keep.txt`, `drop.parquet`, `summary.json`.
+        The proposal. It is also in RUN/cleaning/method=METHOD, as `keep.txt`, `drop.parquet` and
+        `summary.json`.
 
     Raises:
-        RunError: there is no run, it lacks the relevance, or a proposal was made with other settings.
-        StoreError: the relevance is damaged. NonFiniteError: it has values that are none.
-        UsageError: a value that cannot be.
-        PipelineError: with `retrain`: the pipeline cannot be used, or comes to other test losses than the run.
+        RunError: there is no run, it lacks the relevance, or a proposal was made with other
+            settings.
+        StoreError: the relevance is damaged.
+        NonFiniteError: the relevance has infinite values, or values that are not a number.
+        UsageError: a value is not possible.
+        PipelineError: with `retrain`: the pipeline cannot be used, or its test losses differ
+            from those of the run.
     """
     cut = Cut(lowest, threshold)
     _check(method, retrain, seeds, pipeline)
@@ -138,7 +149,11 @@ def clean_run(
 
 
 def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> None:
-    """Raises: UsageError."""
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: an option needs another one, or a value is not possible.
+    """
     if ResultName.parse(method).is_of_itself:
         raise UsageError(f"--method {method} is of no test samples: choose the relevance of another method")
     if retrain and ResultName.parse(method).test is not None:
@@ -153,9 +168,9 @@ class _Proposal:
     """The stage of a proposal.
 
     Args:
-        directory: of the run.
-        method: whose relevance.
-        cut: what is asked for.
+        directory: directory of the run.
+        method: name of the relevance.
+        cut: rule of the proposal.
     """
 
     def __init__(self, directory: RunDirectory, method: str, cut: Cut) -> None:
@@ -165,14 +180,17 @@ class _Proposal:
 
     @property
     def seeds(self) -> object:
-        """Of the retrainings that the complete stage has; None: it has none."""
+        """Number of seeds of the complete stage's retrainings, or None if it has none."""
         return self._directory.stages[self.stage].facts.get(_SEEDS)
 
     def existing(self) -> Cleaning | None:
-        """What is there; None: nothing, or it is unfinished, damaged, or of another relevance than there is.
+        """Return the stored proposal, or None if it cannot serve.
+
+        It cannot serve if it is missing, unfinished or damaged, or was made from other relevance
+        than is there now.
 
         Raises:
-            RunError: it was made with other settings.
+            RunError: the proposal was made with other settings.
         """
         directory = self._directory
         if directory.has_work(self.stage, self._settings) or directory.stale(self.stage):
@@ -184,14 +202,14 @@ class _Proposal:
 
     @contextmanager
     def running(self) -> Iterator[Work]:
-        """A block that ends with `_write`."""
+        """Run the stage for the length of a block, which ends with `_write`."""
         with running(self._directory, self.stage, self._settings) as work:
             remove_partials(work.place)
             yield work
 
 
 def _write(work: Work, found: Cleaning, *, carry: bool) -> None:
-    """Put all files in the place of those that are there; with `carry` the pieces of retrainings stay."""
+    """Replace all files of the stage. With `carry`, the stored retrainings stay."""
     with work.replaced() as partial:
         write_proposal(partial, found.keep, found.drop, found.summary)
         if found.retraining:
@@ -203,7 +221,13 @@ def _write(work: Work, found: Cleaning, *, carry: bool) -> None:
 
 
 def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress) -> Cleaning:
-    """What is to be proposed by `method`'s relevance, which is there; writes nothing. Raises: as `clean_run`."""
+    """Return the proposal by `method`'s relevance, which must be there. Writes nothing.
+
+    Raises:
+        StoreError: the relevance is damaged.
+        NonFiniteError: the relevance has infinite values, or values that are not a number.
+        UsageError: `cut` would propose all samples.
+    """
     found = ReducedRun.open(directory, method)
     attributes, columns = found.relevance.attributes, found.columns
     labels = found.gradients.labels(names.TRAIN_LABELS)
@@ -261,7 +285,11 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
 
 
 def check_finite(sums: NDArray[np.float64], method: str) -> None:
-    """Raises: NonFiniteError: some sums of relevance are no numbers."""
+    """Refuse sums of relevance that are infinite or not a number.
+
+    Raises:
+        NonFiniteError: a sum is not finite.
+    """
     strange = int((~np.isfinite(sums)).sum())
     if strange:
         raise NonFiniteError(
@@ -275,7 +303,7 @@ def _columns_of(by: str | None) -> str:
 
 
 def _suggested(found: ReducedRun, ids: NDArray[np.int64], labels: NDArray[Any] | None) -> list[Any]:
-    """A label for each of `ids`; None where nothing says which."""
+    """Return a label for each of `ids`, or None if no label is clear."""
     of_columns = found.labels_of_columns()
     if labels is None or of_columns is None or (labels.dtype == object) != (of_columns.dtype == object) or not len(ids):
         return [None] * len(ids)

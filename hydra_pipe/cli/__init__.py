@@ -1,1 +1,1 @@
-"""The command line: Typer, and nothing else."""
+"""The command line, made with Typer, and nothing else."""

@@ -1,4 +1,4 @@
-"""The commands. Each one parses its options, calls the API and says what came of it."""
+"""The commands. Each one parses its options, calls the API and prints the result."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
 from hydra_pipe.units import format_bytes
 
-# rows of a proposal that are printed
+# Number of rows of a proposal that are printed.
 SHOWN = 10
 
 app = typer.Typer(
@@ -522,9 +522,10 @@ def _say(done: bool, run: str, what: str, more: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the `hydra-pipe` command."""
-    # OpenMP's threads wait busily for 10 ms or more: with a writer beside them on few cores, each parallel region of torch then
-    # waits for the scheduler (steps of 1 ms were seen to take 100). Read when torch is loaded, which is later.
+    """Run the `hydra-pipe` command."""
+    # OpenMP's threads wait busily for 10 ms or more. With a writer beside them on few cores,
+    # each parallel region of torch then waits for the scheduler: steps of 1 ms were seen to take
+    # 100. The variable is read when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with settled_streams():
         app()

@@ -1,4 +1,4 @@
-"""What a command does when it fails: one line on standard error, an exit code, no traceback unless asked."""
+"""Failures of a command: one line on standard error, an exit code, no traceback unless asked."""
 
 import errno
 import functools
@@ -23,12 +23,12 @@ _ADVICE = {
 }
 
 
-# packages that talk to object stores, and whose own errors fsspec lets through
+# Packages that talk to object stores. fsspec lets their own errors through.
 _STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, with its errors told in one line. It must have a `debug` parameter."""
+    """Return `command`, with its errors printed in one line. It must have a `debug` parameter."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
@@ -36,7 +36,8 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 command(*args, debug=debug, **kwargs)
-        except (typer.Exit, SystemExit, BrokenPipeError):  # the last: who reads our output, such as head, has enough
+        # BrokenPipeError: the reader of the output, such as `head`, has enough
+        except (typer.Exit, SystemExit, BrokenPipeError):
             raise
         except BaseException as error:
             if debug:
@@ -72,7 +73,7 @@ def _told(error: BaseException) -> tuple[int, str]:
         return 1, printable(f"{where}{error.strerror}: {advice}")
     if type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
         return 1, f"the object store cannot be used ({_one_line(error)}): check the URL, and the credentials in the environment"
-    if isinstance(error, OSError):  # of a package that does not say which
+    if isinstance(error, OSError):  # from a package that gives no errno
         return 1, f"{_one_line(error)}: see to the disk or the connection, and run the same command again"
     return (
         1,

@@ -1,4 +1,4 @@
-"""`info` for people."""
+"""Tables and lines that commands print for people."""
 
 import math
 from collections import Counter
@@ -10,17 +10,18 @@ from hydra_pipe.store.stages import CHECKSUMS
 from hydra_pipe.units import format_bytes, format_seconds
 
 _LONGEST_SECONDS = 1e12
-# of a column, as far as its cells are filled up
+# Widest column whose cells are filled up.
 _WIDEST = 80
-# of those that come next
+# Most commands to print as next ones.
 _MOST_COMMANDS = 3
 
 
 def show_info(info: dict[str, Any]) -> None:
-    """Print what `Run.info` found, for a person: what is recorded, how exactly, how far every stage is, and what comes next.
+    """Print the facts from `Run.info` for a person.
 
-    What a run says is text, and nothing that a terminal obeys. No line is cut, and none is as wide as the terminal: names of blocks
-    differ at their ends.
+    The lines tell how much was recorded and how exactly, the progress of every stage, and the
+    next commands. Text of a run is printed without anything that a terminal obeys. No line is
+    cut or fitted to the terminal's width, because the names of blocks differ at their ends.
     """
     print(printable(f"{info['path']}  run {info['run_id']}"))
     recording = info.get("recording")
@@ -49,7 +50,7 @@ def show_info(info: dict[str, Any]) -> None:
 
 
 def _encodings(blocks: list[dict[str, Any]]) -> str:
-    """How many blocks have each encoding, and whether that loses anything."""
+    """Count the blocks of each encoding, and tell whether the encodings lose anything."""
     counts = Counter(block["encoding"] for block in blocks)
     projected = sum(not block["exact"] for block in blocks)
     exact = f"{projected} of {len(blocks)} blocks projected" if projected else "without loss but that of the dtype"
@@ -57,14 +58,16 @@ def _encodings(blocks: list[dict[str, Any]]) -> str:
 
 
 def _print_table(heads: list[str], rows: list[list[str]]) -> None:
-    # a longer cell is shown whole, and the others are not made as wide: a stranger's run may have a name of any length
+    # A longer cell is shown whole, and the others are not padded to its width: a stranger's run
+    # may have a name of any length.
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(heads, *rows, strict=True)]
-    for cells in (heads, *rows):  # not as wide as the terminal: a program that reads it has none
+    for cells in (heads, *rows):  # no fitting to the terminal: a program that reads this has none
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
-    """Print the table of an evaluation, an interval as one column, and what there is to say of it."""
+    """Print the table of an evaluation, intervals as one column each, and its lines for a
+    person."""
     if rows:
         columns = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
         _print_table(columns, [[_cell(row, name) for name in columns] for row in rows])
@@ -73,13 +76,13 @@ def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
 
 
 def show_cleaning(first: list[dict[str, Any]], n_proposed: int, retraining: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Print the first of what is proposed, what training without it came to, and what there is to say of both.
+    """Print the first proposed samples, the result of training without them, and lines on both.
 
     Args:
-        first: rows of `drop.parquet`.
-        n_proposed: how many there are of them.
-        retraining: rows of `retraining.parquet`, if there is one.
-        summary: of the proposal.
+        first: first rows of `drop.parquet`.
+        n_proposed: number of rows in `drop.parquet`.
+        retraining: rows of `retraining.parquet`, empty if there is none.
+        summary: summary of the proposal.
     """
     show_evaluation([{name: value for name, value in row.items() if name != "reason"} for row in first], [])
     if n_proposed > len(first):
@@ -107,7 +110,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def _facts(facts: dict[str, Any]) -> str:
     shown = []
     for name, value in facts.items():
-        # digests tell a person nothing, and of lists and objects --json has all
+        # Digests mean nothing to a person, and --json prints lists and objects in full.
         if isinstance(value, dict | list) or name.endswith("sha256") or name == CHECKSUMS or name.startswith("of_"):
             continue
         if name.endswith("seconds") and isinstance(value, int | float) and abs(value) < _LONGEST_SECONDS:

@@ -1,4 +1,4 @@
-"""Standard streams as a shell may leave them: closed, full, no longer read, or in an encoding that lacks characters."""
+"""Standard streams in any state: closed, full, unread, or in an encoding that lacks characters."""
 
 import os
 import sys
@@ -11,7 +11,10 @@ _NUMBERS = (0, 1, 2)
 
 @contextmanager
 def settled_streams() -> Iterator[None]:
-    """A block in which printing fails no work. When it ends, what was printed has been written, or the exit code is 1."""
+    """Run a block in which printing fails no work.
+
+    When the block ends, all output has been written, or the exit code is 1.
+    """
     _occupy()
     sys.stdout, sys.stderr = _printable(sys.stdout), _printable(sys.stderr)
     try:
@@ -21,16 +24,19 @@ def settled_streams() -> Iterator[None]:
 
 
 def _occupy() -> None:
-    """Put nothing in the place of closed streams: the next file to be opened would be taken for one, and printed into."""
+    """Replace closed streams by the null device.
+
+    Otherwise the next file to be opened would take a stream's number, and be printed into.
+    """
     for number in _NUMBERS:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _printable(stream: TextIO | None) -> TextIO:
-    if stream is None:  # as Python has a closed one
+    if stream is None:  # Python has None for a closed stream
         return open(os.devnull, "w", encoding="utf-8")
     if hasattr(stream, "reconfigure") and stream.errors == "strict":
         stream.reconfigure(errors="replace")
@@ -38,12 +44,15 @@ def _printable(stream: TextIO | None) -> TextIO:
 
 
 def _flush() -> None:
-    """Write what is printed now, for Python would tell of a failure only after its end, with a traceback."""
+    """Write the remaining output now.
+
+    Python itself would report a failure only at its end, with a traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            # what is left of it must go somewhere when Python ends
+            # The rest of the output must go somewhere when Python ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)

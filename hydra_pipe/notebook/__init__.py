@@ -1,1 +1,1 @@
-"""What a run shows in a notebook: a summary, data frames, pictures. Imports pandas and matplotlib only when asked for them."""
+"""Views of a run for a notebook. pandas and matplotlib are imported only when they are needed."""

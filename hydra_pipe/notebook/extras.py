@@ -1,4 +1,4 @@
-"""Packages that are not needed until someone asks for what they make."""
+"""Imports of packages that are needed for some results only."""
 
 import importlib
 from typing import Any
@@ -9,14 +9,14 @@ EXTRA = "notebook"
 
 
 def imported(module: str, what: str) -> Any:
-    """The module, which is of a package that hydra-pipe does not depend on.
+    """Import a module of a package that hydra-pipe does not depend on.
 
     Args:
-        module: its name.
-        what: needs it, in words for the message.
+        module: name of the module.
+        what: name of the thing that needs it, for the message.
 
     Raises:
-        ExtraError: it is not installed.
+        ExtraError: the package is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -22,7 +22,7 @@ BOTH = "both"
 
 
 def top_frame(results: Results, method: str, test_id: int, k: int, side: str) -> "pandas.DataFrame":
-    """See `Run.top`."""
+    """Return the data frame of `Run.top`."""
     imported("pandas", "a data frame")
     if side not in (*SIDES, BOTH):
         raise UsageError(f"side {side!r}: give helpful, harmful or both")
@@ -49,14 +49,14 @@ def _side_table(source: Source, column: NDArray[np.float32], side: str, k: int) 
 
 
 def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.DataFrame":
-    """See `Run.samples`."""
+    """Return the data frame of `Run.samples`."""
     imported("pandas", "a data frame")
     source = results.source(method)
     return _framed(results.totals(method, progress).samples, source)
 
 
 def attributes_of(source: Source) -> dict[str, str]:
-    """Method, sign, unit and run, as the attributes of whatever shows relevance."""
+    """Return method, sign, unit and run, as attributes for anything that shows relevance."""
     return {name: source.meta[f"hydra_pipe.{name}"] for name in (names.METHOD, names.SIGN, names.UNIT, names.RUN_ID)}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run, with matplotlib."""
+"""Pictures of a run, drawn with matplotlib."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +14,36 @@ from hydra_pipe.store import names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Blue helps and red harms, told apart by the colour-blind too
+# Blue helps and red harms: the colour-blind can tell these two apart.
 _HELPFUL, _HARMFUL, _COLOURS = "#3b6fb6", "#c23b3b", "RdBu"
 _MOST_NUMBERS, _MOST_TICKS, _LONGEST_LABEL = 12, 25, 16
 _WINDOWS = 50
 
 
 class Plots:
-    """`run.plot`: each method draws one picture and returns its matplotlib axes.
+    """Pictures of a run, as `run.plot`.
 
-    Each takes `ax`, the axes to draw on; a new figure if absent. Where matplotlib is not installed each raises an ExtraError.
+    Each method draws one picture and returns its matplotlib axes. Each takes `ax`, the axes to
+    draw on. Default: a new figure. Each raises an ExtraError if matplotlib is not installed.
     """
 
     def __init__(self, results: Results) -> None:
         self._results = results
 
     def heatmap(self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None) -> "Axes":
-        """Mean relevance of the training samples of each label for the test samples of each label: `classes.parquet`, where it
-        was exported, or added up column by column.
+        """Draw mean relevance by label of the training samples and label of the test samples.
 
-        The colours end at the largest mean of two different labels, for those of one label are often larger by far; what
-        lies beyond has the last colour, and its number is written into it where there are few labels.
+        The means are read from `classes.parquet`, if it was exported, and are added up column by
+        column otherwise.
+
+        The colours end at the largest mean of two different labels, because means within one
+        label are often far larger. A mean beyond has the last colour. If there are few labels,
+        each number is written into its cell.
 
         Raises:
             UsageError: the method has no test samples.
-            RunError: it was not computed, or labels are not known.
-            StoreError: it is damaged.
+            RunError: the relevance was not computed, or labels are not known.
+            StoreError: the relevance is damaged.
         """
         pyplot = imported("matplotlib.pyplot", "a heat map")
         source = self._results.source(method)
@@ -56,7 +60,8 @@ class Plots:
 
         axes = ax or pyplot.subplots(figsize=_size(len(test), len(train)), layout="constrained")[1]
         limit = _limit(means, train[:, None] == test[None, :])
-        # numbers of one power of ten, which stands beside the colours: 10 classes leave room for three digits
+        # All numbers share one power of ten, which stands beside the colours. So 10 classes
+        # leave room for three digits.
         power = int(np.floor(np.log10(limit)))
         scaled, limit = means / 10.0**power, limit / 10.0**power
         image = axes.imshow(scaled, cmap=_COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -69,18 +74,21 @@ class Plots:
         if max(means.shape) <= _MOST_NUMBERS:
             for (row, column), mean in np.ndenumerate(scaled):
                 colour = "white" if abs(mean) > 0.6 * limit else "black"
-                shown = f"{round(mean, 1) + 0.0:.1f}" if abs(mean) < 100 else f"{mean:.0f}"  # and no -0.0
+                # adding 0.0 avoids -0.0
+                shown = f"{round(mean, 1) + 0.0:.1f}" if abs(mean) < 100 else f"{mean:.0f}"
                 axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize="small")
         return axes
 
     def distribution(self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None) -> "Axes":
-        """How the relevance of the training samples, summed over the test samples, is distributed: how many are below and
-        above zero, and how far the tails reach. The count is logarithmic, so that a single sample is seen.
+        """Draw the distribution of relevance, summed over the test samples.
+
+        The picture shows how many training samples are below and above zero, and how far the
+        tails reach. The count is logarithmic, so that a single sample is visible.
 
         Raises:
             UsageError: the method has no test samples.
-            RunError: it was not computed.
-            StoreError: it is damaged.
+            RunError: the relevance was not computed.
+            StoreError: the relevance is damaged.
         """
         pyplot = imported("matplotlib.pyplot", "a distribution")
         source = self._results.source(method)
@@ -99,7 +107,9 @@ class Plots:
         return axes
 
     def loss(self, ax: "Axes | None" = None) -> "Axes":
-        """The training loss of each step, its running mean, and the mean test loss wherever test gradients were taken.
+        """Draw the training loss of each step and its running mean.
+
+        Mean test losses are points at the steps where test gradients were taken.
 
         Raises:
             RunError: no step was recorded.
@@ -132,19 +142,22 @@ def _limit(means: NDArray[np.float64], of_one_label: NDArray[np.bool_]) -> float
 
 
 def _edges_with_zero(values: NDArray[np.float64]) -> list[float]:
-    """Edges of some 60 bins of one width, one of them at zero, so that no bin is both harmful and helpful."""
+    """Return edges of some 60 bins of one width, one edge at zero.
+
+    So no bin is both harmful and helpful.
+    """
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     width = (high - low) / 60 or 1.0
     return list(np.arange(np.floor(low / width), np.ceil(high / width) + 2) * width)
 
 
 def _size(n_columns: int, n_rows: int) -> tuple[float, float]:
-    """Of a figure, in inches: 2 classes and 100 both fit on a page."""
+    """Return the size of a figure in inches, so that 2 classes and 100 both fit on a page."""
     return min(9.0, max(4.5, 2.2 + 0.5 * n_columns)), min(8.0, max(3.2, 1.2 + 0.42 * n_rows))
 
 
 def _label_ticks(axis: Any, labels: NDArray[Any], *, turned: bool) -> None:
-    """A tick for each label, or for every so many where they would touch."""
+    """Set a tick for each label, or for every few labels if the ticks would touch."""
     every = -(-len(labels) // _MOST_TICKS)
     shown = [printable(str(label)) for label in labels[::every]]
     shown = [text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…" for text in shown]

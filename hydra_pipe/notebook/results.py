@@ -1,4 +1,4 @@
-"""The results of a run as they are now. What was read is kept for the next question, until it is computed anew."""
+"""The results of a run as they are now, with a cache that lasts until a result is computed anew."""
 
 import operator
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from hydra_pipe.store.relevance import read_relevance
 from hydra_pipe.store.run import RunDirectory
 from hydra_pipe.store.stages import CHECKSUMS, RECORD, REDUCE
 
-# columns of one chunk are kept together if they take no more
+# Most bytes of a chunk whose columns are all kept in memory.
 _MOST_KEPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Columns of a matrix, (sample, column), from number `first` on."""
+    """Columns of a matrix, (sample, column), starting with column `first`."""
 
     of: tuple[Any, ...]
     first: int
@@ -33,10 +33,11 @@ class _Block:
 
 
 class Results:
-    """Of one run.
+    """The results of one run.
 
     Args:
-        directory: of it; its manifest is read again before each answer, for a notebook reduces between two looks.
+        directory: directory of the run. Its manifest is read again before each answer, because a
+            notebook may reduce between two looks.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -48,11 +49,16 @@ class Results:
 
     @property
     def path(self) -> Path:
-        """Where the run is."""
+        """Path of the run."""
         return self._directory.path
 
     def directory(self) -> RunDirectory:
-        """The run, with its manifest as it is now. Raises: RunError, StoreError: it is gone or damaged."""
+        """Return the run, with its manifest as it is now.
+
+        Raises:
+            RunError: the run is gone.
+            StoreError: the manifest is damaged.
+        """
         before = (self._directory.run_id, self._directory.stages.get(RECORD))
         self._directory.refresh()
         if before != (self._directory.run_id, self._directory.stages.get(RECORD)):
@@ -61,18 +67,26 @@ class Results:
 
     @property
     def gradients(self) -> Gradients:
-        """The recorded rows. Raises: RunError, StoreError: missing or damaged."""
+        """The recorded rows.
+
+        Raises:
+            RunError, StoreError: the recording is missing or damaged.
+        """
         self.directory()
         if self._gradients is None:
             self._gradients = open_gradients(self._directory)
         return self._gradients
 
     def methods(self) -> list[str]:
-        """Methods whose relevance is there."""
+        """Return the names of the results that are there."""
         return self.directory().complete(REDUCE)
 
     def check(self, method: str) -> None:
-        """Raises: RunError: the relevance of `method` is not there."""
+        """Refuse a result that is not there.
+
+        Raises:
+            RunError: the relevance of `method` is not there.
+        """
         methods = self.methods()
         if method not in methods:
             raise RunError(
@@ -81,12 +95,12 @@ class Results:
             )
 
     def source(self, method: str) -> Source:
-        """The relevance of `method`, and what it is of.
+        """Return the relevance of `method`, with its recording.
 
         Raises:
-            UsageError: it is of no test samples.
-            RunError: it was not computed.
-            StoreError: it is damaged.
+            UsageError: the method has no test samples.
+            RunError: the relevance was not computed.
+            StoreError: the relevance is damaged.
         """
         check_ranks(method)
         self.check(method)
@@ -96,7 +110,11 @@ class Results:
         return kept[1]
 
     def totals(self, method: str, progress: Progress) -> Totals:
-        """Of all training samples and classes, without the matrix in memory. Raises: as `source`."""
+        """Return totals over all training samples and classes, without the matrix in memory.
+
+        Raises:
+            HydraError: any error of `source`.
+        """
         source = self.source(method)
         key, kept = self._key(method), self._totals.get(method)
         if kept is None or kept[0] != key:
@@ -104,15 +122,15 @@ class Results:
         return kept[1]
 
     def column(self, method: str, test_id: int) -> NDArray[np.float32]:
-        """Relevance of every training sample for one test sample, shape (sample,).
+        """Return the relevance of every training sample for one test sample, shape (sample,).
 
         Args:
-            method: whose relevance.
-            test_id: of the test sample; of means the number of the column.
+            method: name of the result.
+            test_id: id of the test sample, or number of the column for means.
 
         Raises:
             UsageError: the relevance has no such column.
-            RunError, StoreError: as `source`.
+            RunError, StoreError: any error of `source`.
         """
         source, wanted = self.source(method), operator.index(test_id)
         column = int(np.searchsorted(source.test_ids, wanted))
@@ -126,7 +144,8 @@ class Results:
         return block.values[:, column - block.first]
 
     def _read_block(self, method: str, source: Source, column: int) -> _Block:
-        # files hold several columns, and who asks for one test sample will ask for another
+        # A file holds several columns, and a user who asks for one test sample will ask for
+        # another.
         width = source.relevance.chunks[1]
         width = width if source.n_samples * width * 4 <= _MOST_KEPT_BYTES else 1
         first = column // width * width
@@ -134,6 +153,9 @@ class Results:
         return _Block((method, self._key(method)), first, values)
 
     def _key(self, method: str) -> tuple[Any, ...]:
-        """Differs when the relevance is another one, or that of samples for themselves is."""
+        """Return a value that changes when the relevance is computed anew.
+
+        It also changes with the relevance of samples to themselves.
+        """
         stage = self._directory.stages[REDUCE.of(method)]
         return self._directory.run_id, stage.facts.get(CHECKSUMS), own_checksums(self._directory, method)

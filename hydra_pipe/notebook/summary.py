@@ -1,4 +1,7 @@
-"""What a run is, in a few lines of HTML: inline styles only, which notebooks keep, and no colours that need a light page."""
+"""Summary of a run in a few lines of HTML.
+
+All styles are inline, because notebooks keep only these. No colour needs a light page.
+"""
 
 from html import escape
 from typing import Any
@@ -11,16 +14,16 @@ from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
 _MOST_COMMANDS, _LONGEST_SECONDS = 3, 1e12
-# readable on white and on black
+# Colours that are readable on white and on black.
 _STATES = {"complete": ("✓", "#2e9d5b"), "running": ("…", "#c98a12"), "failed": ("✗", "#d9483b")}
-# a page's own rules for tables, and browsers', would put colours of a light page in here
+# Rules of the page and of browsers for tables would bring in colours of a light page.
 _INHERITED = "color:inherit;font-size:inherit"
 _CELL = f"text-align:left;padding:1px 14px 1px 0;background:transparent;border:0;{_INHERITED}"
 _DIM = "opacity:0.65"
 
 
 def rows_line(recording: dict[str, Any]) -> str:
-    """What was recorded, from `Run.info()["recording"]`."""
+    """Describe the recorded rows, from `Run.info()["recording"]`."""
     ranks = f", recorded by {recording['ranks']} processes" if recording["ranks"] > 1 else ""
     return (
         f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
@@ -29,12 +32,15 @@ def rows_line(recording: dict[str, Any]) -> str:
 
 
 def settings_line(settings: dict[str, Any]) -> str:
-    """The settings of a recording that are single values."""
+    """Return the settings of a recording that are single values."""
     return printable(", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None)))
 
 
 def next_commands(run: RunDirectory) -> list[str]:
-    """What to run next: what is unfinished, else a first reduction, else what was reduced and not exported."""
+    """Return the commands to run next.
+
+    These are the unfinished stages, else a first reduction, else exports of reduced results.
+    """
     stages = run.stages
     if RECORD not in stages:
         return [run.command(RECORD)]
@@ -48,7 +54,7 @@ def next_commands(run: RunDirectory) -> list[str]:
 
 
 def plain(run: RunDirectory, methods: list[str]) -> str:
-    """One line: where it is, and how far."""
+    """Return one line with the path of a run and its progress."""
     stage = run.stages.get(RECORD)
     state = "nothing recorded" if stage is None else f"recording {stage.state}"
     done = f"relevance of {', '.join(methods)}" if methods else "no relevance yet"
@@ -56,12 +62,7 @@ def plain(run: RunDirectory, methods: list[str]) -> str:
 
 
 def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
-    """The summary, every word of the run escaped.
-
-    Args:
-        run: its manifest as it is now.
-        recording: `Run.info()["recording"]`; None: there is none.
-    """
+    """Return the summary, with every word of the run escaped."""
     lines = [f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run {_text(run.run_id)}</span></div>"]
     if recording is not None:
         lines.append(f"<div>{_counted(run)}{_text(rows_line(recording))}{_exactness(recording)}</div>")
@@ -79,7 +80,7 @@ def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
 
 
 def html_of_failure(run: RunDirectory, error: HydraError) -> str:
-    """In place of the summary where the run cannot be read."""
+    """Return a replacement for the summary of a run that cannot be read."""
     return _boxed([f"<div><b>{_text(str(run.path))}</b></div>", f"<div>{_text(str(error))}</div>"])
 
 

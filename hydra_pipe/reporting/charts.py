@@ -1,4 +1,4 @@
-"""Charts as SVG that takes its colours and its font from the page around it. This file needs Matplotlib."""
+"""Charts as SVG with the colours and the font of the page around it. This file needs Matplotlib."""
 
 import io
 import re
@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 
 from hydra_pipe.reporting.findings import Distribution
 
-# colours that stand for those of the page, in the light and in the dark, until the SVG is written
+# Placeholders until the SVG is written: then the page's colours replace them, in the light and
+# in the dark.
 INK, MUTED, LINE, HELPFUL, HARMFUL = "#010101", "#020202", "#030303", "#040404", "#050505"
 _OF_PAGE = {INK: "--ink", MUTED: "--muted", LINE: "--line", HELPFUL: "--helpful", HARMFUL: "--harmful"}
-# points of a curve: more than a page has pixels for
+# Most points of a curve: more than a page has pixels for.
 MOST_POINTS = 150
-# of the largest bar: smaller ones at both ends are left out
+# Share of the largest bar. Smaller bars at both ends are left out.
 _LEAST_BAR = 1 / 500
 
 
 def distribution_chart(distribution: Distribution) -> str:
-    """How many pairs have relevance of which size: those that help upwards, those that harm downwards."""
+    """Draw the number of pairs by size of relevance: helpful ones up, harmful ones down."""
     edges, helpful, harmful = distribution.bins()
     tall = np.flatnonzero(np.maximum(helpful, harmful) >= max(helpful.max(), harmful.max()) * _LEAST_BAR)
     span = slice(tall[0], tall[-1] + 1)
@@ -30,7 +31,7 @@ def distribution_chart(distribution: Distribution) -> str:
 
     def draw(axes: Any) -> None:
         axes.bar(edges, helpful, width=edges, align="edge", color=HELPFUL, edgecolor="none")
-        # told apart by more than colour: below the line, and hatched
+        # Harmful bars differ by more than colour: they are below the line, and hatched.
         axes.bar(edges, -harmful, width=edges, align="edge", color="none", edgecolor=HARMFUL, hatch="////", linewidth=0.6)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xscale("log")
@@ -42,11 +43,14 @@ def distribution_chart(distribution: Distribution) -> str:
 
 
 def loss_chart(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> str:
-    """Loss by step: mean of neighbouring steps, and the span of these; and mean test losses where they were taken.
+    """Draw the loss by step.
+
+    The curve is the mean of neighbouring steps, with a band from their least to their largest
+    loss. Mean test losses are points at the steps where they were taken.
 
     Args:
-        losses: of each step, not a number where it is not known. Shape (step,).
-        tests: steps taken, and the mean test loss then.
+        losses: loss of each step, not a number if unknown. Shape (step,).
+        tests: pairs of a step and the mean test loss there.
     """
     steps, low, mean, high = thinned(losses)
 
@@ -64,7 +68,12 @@ def loss_chart(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> s
 
 
 def thinned(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Neighbours together, `MOST_POINTS` at most: middle, least, mean and largest of each run; runs without a number left out."""
+    """Join neighbouring values into at most `MOST_POINTS` runs.
+
+    Returns:
+        Middle index, least, mean and largest value of each run. Runs without a finite value are
+        left out.
+    """
     runs = np.array_split(np.arange(len(values)), min(MOST_POINTS, max(1, len(values))))
     kept = [(run.mean(), values[run][np.isfinite(values[run])]) for run in runs if np.isfinite(values[run]).any()]
     found = [(middle, own.min(), own.mean(), own.max()) for middle, own in kept]
@@ -72,7 +81,10 @@ def thinned(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
-    """What `draw` draws, always the same bytes for the same, without a backend and so without a display."""
+    """Return the drawing of `draw` as SVG.
+
+    The same drawing always gives the same bytes. No backend is used, so no display is needed.
+    """
     style = {
         "svg.hashsalt": salt,
         "svg.fonttype": "none",
@@ -99,7 +111,8 @@ def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # a rule for everything on the page, and names that two charts would share
+    # Remove a style rule that would apply to the whole page, and names that two charts would
+    # share.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)

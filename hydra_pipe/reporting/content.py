@@ -1,4 +1,4 @@
-"""What is on a page, as values: found before, and put into words and templates after."""
+"""The content of a page, as values: gathered before, put into words and templates after."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from hydra_pipe.reporting.findings import Classes, Distribution, Side
 
 @dataclass(frozen=True)
 class Column:
-    """A test sample, or a group of them, with what is to be shown of it.
+    """A test sample, or a group of test samples, with everything to show of it.
 
     Args:
-        id: of the test sample, or number of the group.
-        label: as the recording has it, or name of the group; None: not known.
-        target: what was to be predicted, where that is not the label.
-        predicted: in words; None: not known.
-        right: share of the prediction that is right; None: there is no right and wrong.
-        is_class: whether it is right or wrong as a whole.
-        loss: at the end; None: not known.
-        drawn: what a person sees of it.
-        helpful, harmful: rankings.
+        id: id of the test sample, or number of the group.
+        label: label in the recording, or name of the group. None if unknown.
+        target: correct prediction, if it is not the label.
+        predicted: prediction in words, or None if unknown.
+        right: share of the prediction that is right. None if nothing can be right or wrong.
+        is_class: True if the prediction is right or wrong as a whole.
+        loss: loss at the end, or None if unknown.
+        drawn: picture, text or values that show the sample.
+        helpful, harmful: rankings of training samples.
     """
 
     id: int
@@ -44,9 +44,9 @@ class Suspect:
     """One of the most harmful training samples.
 
     Args:
-        id: of it.
-        relevance_sum, relevance_mean: over all columns.
-        visits: steps that used it.
+        id: id of the sample.
+        relevance_sum, relevance_mean: sum and mean over all columns.
+        visits: number of steps that used the sample.
     """
 
     id: int
@@ -60,27 +60,28 @@ class Content:
     """Everything that is on the page.
 
     Args:
-        name: of the run.
-        run_id, result, method, unit: as the store has them.
-        n_samples: training samples.
-        columns_are: what columns are, in words.
-        grouped: whether they are groups of test samples.
-        n_columns: of the relevance.
-        columns: those to show, the most telling first.
-        n_chosen: how they came to be chosen, in words.
-        suspects: the most harmful first.
-        train_labels: shape (sample,); None: not known.
-        train_drawn: what a person sees of a training sample.
-        tiles: figures and what they are.
-        warnings, missing: what to keep in mind, and what is not there and why.
-        classes: None: labels are not known.
-        distribution: of all pairs.
-        losses: of each step, shape (step,).
-        test_losses: steps, and the mean test loss after them.
-        evaluations: kind, and what it says.
-        evaluate_command: that would say something.
-        recording: as `Run.info` has it.
-        settings: names and values.
+        name: name of the run.
+        run_id, result, method, unit: values from the store.
+        n_samples: number of training samples.
+        columns_are: meaning of the columns, in words.
+        grouped: True if columns are groups of test samples.
+        n_columns: number of columns of the relevance.
+        columns: columns to show, the most telling first.
+        n_chosen: reason for the choice of these columns, in words.
+        suspects: suspects, the most harmful first.
+        train_labels: labels of the training samples, shape (sample,). None if unknown.
+        train_drawn: picture, text or values of each training sample, by id.
+        tiles: pairs of a figure and its meaning.
+        warnings: cautions for the reader.
+        missing: parts that the page lacks, with the reasons.
+        classes: mean relevance by label, or None if labels are unknown.
+        distribution: distribution of the relevance of all pairs.
+        losses: loss of each step, shape (step,).
+        test_losses: pairs of a step and the mean test loss after it.
+        evaluations: pairs of a kind of evaluation and its lines for a person.
+        evaluate_command: command for an evaluation worth making.
+        recording: facts of the recording, from `Run.info`.
+        settings: pairs of a name and a value.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a person sees of one input: a picture, a text, or named values. This file needs Pillow."""
+"""Views of one input for a person: a picture, a text, or named values. This file needs Pillow."""
 
 import base64
 import io
@@ -12,9 +12,9 @@ from PIL import Image
 
 from hydra_pipe.errors import PipelineError
 
-# longest side of a picture, in pixels; up to the second one every pixel is kept as it is
+# Longest side of a picture, in pixels. Up to the second number every pixel is kept.
 MOST_PIXELS, FEW_PIXELS = 128, 64
-# characters of a text, and columns of a row, that are kept at all
+# Most characters of a text, and most columns of a row, that are kept.
 MOST_CHARACTERS, MOST_CELLS = 20_000, 200
 _CHANNELS = (1, 3)
 _WITH_ALPHA = (1, 3, 4)
@@ -26,8 +26,8 @@ class Picture:
     """An image, as a data URL.
 
     Args:
-        url: of it.
-        width, height: of the original, in pixels.
+        url: the data URL.
+        width, height: size of the original, in pixels.
     """
 
     url: str
@@ -36,13 +36,13 @@ class Picture:
 
     @property
     def is_small(self) -> bool:
-        """Whether its pixels are to be seen as squares."""
+        """True if its pixels are to be seen as squares."""
         return max(self.width, self.height) <= FEW_PIXELS
 
 
 @dataclass(frozen=True)
 class Text:
-    """Characters, and how many there were before they were cut."""
+    """A text, and its number of characters before it was cut."""
 
     text: str
     n_characters: int
@@ -50,7 +50,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Cells:
-    """Named values, and how many there were before they were cut."""
+    """Named values, and their number before they were cut."""
 
     cells: tuple[tuple[str, str], ...]
     n_cells: int
@@ -60,7 +60,11 @@ Drawn = Picture | Text | Cells
 
 
 def rendered(shown: Any) -> Drawn:
-    """What `render` returned. Raises: PipelineError: it is no image, no str and no mapping."""
+    """Return a view of the value that `render` returned.
+
+    Raises:
+        PipelineError: the value is no image, no str and no mapping.
+    """
     if isinstance(shown, Drawn):
         return shown
     if isinstance(shown, str):
@@ -78,8 +82,11 @@ def rendered(shown: Any) -> Drawn:
 
 
 def by_kind(value: Any) -> Drawn:
-    """An input drawn by its kind: images (float or uint8, with 1 or 3 channels or none), texts, token ids (integers, 1-D), rows of
-    a table (floats, 1-D); anything else by its type and shape."""
+    """Return a view of an input by its kind.
+
+    Kinds are images (float or uint8, with 1 or 3 channels or none), texts, token ids (integers,
+    1-D), and rows of a table (floats, 1-D). Any other input is shown by its type and shape.
+    """
     if isinstance(value, str):
         return _text(value)
     values = _array(value)
@@ -90,17 +97,18 @@ def by_kind(value: Any) -> Drawn:
     if values.ndim == 1 and values.dtype.kind in "iub":
         return _text(" ".join(map(str, values[:MOST_CHARACTERS].tolist())))
     if values.ndim == 1:
-        # no more than are kept: a row may be long
+        # A row may be long, so only the values that are kept are converted.
         return _cells([(str(i), _value(v)) for i, v in enumerate(values[: MOST_CELLS + 1].tolist())], len(values))
     image = _image(values, _CHANNELS) if values.dtype.kind == "f" or values.dtype == np.uint8 else None
     return image or _text(f"{values.dtype} of shape {values.shape}, which is not drawn: give render=...")
 
 
 def _array(value: Any) -> NDArray[Any] | None:
-    """A tensor, array or number as numbers; None: it is something else."""
+    """Return a tensor, array or number as an array of numbers, or None for anything else."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        value = (value.float() if value.is_floating_point() else value).numpy()  # NumPy has no bfloat16
+        # NumPy has no bfloat16.
+        value = (value.float() if value.is_floating_point() else value).numpy()
     if not isinstance(value, np.ndarray | np.generic | int | float):
         return None
     values = np.asarray(value)
@@ -108,7 +116,10 @@ def _array(value: Any) -> NDArray[Any] | None:
 
 
 def _image(values: NDArray[Any], channels: tuple[int, ...]) -> Picture | None:
-    """An array of pixels: (height, width), channels first or last; None: its shape is another."""
+    """Return an array of pixels as a picture, or None if its shape is not one of an image.
+
+    Shapes are (height, width), with channels first or last.
+    """
     if values.ndim == 3 and values.shape[0] in channels:
         values = np.moveaxis(values, 0, -1)
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] not in channels) or 0 in values.shape:
@@ -118,8 +129,12 @@ def _image(values: NDArray[Any], channels: tuple[int, ...]) -> Picture | None:
 
 
 def visible(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Pixels from 0 to 255, of the same shape: uint8 as they are, those within 0 to 1 times 255, others stretched from the least
-    to the largest. What is not a number is 0, and an image of one value outside 0 to 1 is grey."""
+    """Return pixels from 0 to 255, of the same shape.
+
+    Values of uint8 stay as they are. Values within 0 to 1 are multiplied by 255. Others are
+    stretched from the least to the largest. A value that is not finite counts as 0, and an image
+    of one value outside 0 to 1 becomes grey.
+    """
     if values.dtype == np.uint8:
         return values
     finite = np.where(np.isfinite(values), values, 0).astype(np.float64)
@@ -156,17 +171,20 @@ def _cells(cells: list[tuple[str, str]], n_cells: int | None = None) -> Cells:
 
 
 def _value(value: Any) -> str:
-    """One value of a row, numbers with four digits."""
+    """Return one value of a row as text, numbers with four digits."""
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def clean(text: str) -> str:
-    """`text` without what HTML cannot hold: NUL and other controls, and halves of pairs."""
+    """Return `text` without what HTML cannot hold: NUL and other controls, and halves of pairs."""
     return "".join(c if c.isprintable() or c in "\n\t" or _is_format(c) else "\ufffd" for c in text)
 
 
 def _is_format(character: str) -> bool:
-    """Whether a character that is not printable is harmless: spaces of all kinds, marks of direction, joiners."""
+    """Tell whether a character that is not printable is harmless.
+
+    Harmless are spaces of all kinds, marks of direction, and joiners.
+    """
     return (character.isspace() and ord(character) >= 0x20) or 0x200B <= ord(character) <= 0x206F or character in "\xad\ufeff"

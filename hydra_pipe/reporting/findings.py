@@ -1,4 +1,4 @@
-"""What one pass over the relevance tells: rankings of some test samples, sums by sample, means by class, the distribution."""
+"""Findings of one pass over relevance: rankings, sums by sample, means by class, distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hydra_pipe.progress import Task
 from hydra_pipe.store.arrays import Array
 from hydra_pipe.store.relevance import read_relevance
 
-# labels a side of the table of classes: more cannot be read
+# Most labels on each side of the table of classes: more cannot be read.
 MOST_CLASSES = 24
 _EXPONENTS, _BIAS, _MANTISSA_BITS = 256, 127, 23
 
@@ -22,8 +22,8 @@ class Side:
     """The training samples that help, or harm, one test sample most.
 
     Args:
-        ids: the strongest first, shape (rank,).
-        relevance: theirs.
+        ids: ids of the samples, the strongest first, shape (rank,).
+        relevance: relevance of each, shape (rank,).
     """
 
     ids: NDArray[np.int64]
@@ -35,9 +35,9 @@ class Classes:
     """Mean relevance by label of the training and the test sample.
 
     Args:
-        train, test: labels, in order.
-        means: shape (train label, test label); not a number where there is no pair.
-        n_train, n_test: labels there are, of which these are those with the most samples.
+        train, test: labels, in order: the ones with the most samples.
+        means: mean relevance, shape (train label, test label). Not a number if there is no pair.
+        n_train, n_test: numbers of all labels.
     """
 
     train: list[Any]
@@ -49,10 +49,11 @@ class Classes:
 
 @dataclass
 class Distribution:
-    """How many pairs have which relevance, by powers of two.
+    """Numbers of pairs by size of relevance, in powers of two.
 
     Args:
-        counts: of sign (0: positive) and exponent as float32 has them, shape (2, 256).
+        counts: number of pairs by sign (0: positive) and exponent of the float32 value, shape
+            (2, 256).
     """
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, _EXPONENTS), np.int64))
@@ -64,12 +65,12 @@ class Distribution:
 
     @property
     def zeros(self) -> int:
-        """Pairs of relevance 0, or too small for float32."""
+        """Number of pairs of relevance 0, or too small for float32."""
         return int(self.counts[:, 0].sum())
 
     @property
     def strange(self) -> int:
-        """Pairs whose relevance is infinite or not a number."""
+        """Number of pairs whose relevance is infinite or not a number."""
         return int(self.counts[:, -1].sum())
 
     @property
@@ -81,7 +82,12 @@ class Distribution:
         return int(self.counts[1, 1:-1].sum())
 
     def bins(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Lower edges of the size of relevance, each up to twice that, and the pairs that help and that harm in them."""
+        """Return the bins that are in use.
+
+        Returns:
+            Lower edge of each bin, in size of relevance, and the numbers of helpful and of
+            harmful pairs in it. A bin ends at twice its lower edge.
+        """
         used = np.flatnonzero(self.counts[:, 1:-1].sum(axis=0)) + 1
         span = np.arange(used[0], used[-1] + 1) if len(used) else np.zeros(0, np.int64)
         return np.exp2(span - _BIAS).astype(np.float64), self.counts[0, span], self.counts[1, span]
@@ -89,13 +95,13 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the relevance tells.
+    """Findings of a pass over the relevance.
 
     Args:
-        sides: (helpful, harmful) of each column that was asked for, in its order.
-        sums: over all columns, shape (sample,).
-        classes: None where labels are not known.
-        distribution: of all pairs.
+        sides: (helpful, harmful) of each requested column, in the order requested.
+        sums: sums over all columns, shape (sample,).
+        classes: mean relevance by label, or None if labels are unknown.
+        distribution: distribution of all pairs.
     """
 
     sides: list[tuple[Side, Side]]
@@ -116,16 +122,16 @@ def findings(
     """Read the relevance once, `width` columns at a time.
 
     Args:
-        relevance: shape (sample, column).
-        columns: of which rankings are wanted.
-        top: training samples a side.
-        train_labels: shape (sample,).
-        test_labels: shape (column,).
-        width: columns at once.
-        task: counts columns.
+        relevance: relevance on disk, shape (sample, column).
+        columns: columns to rank training samples for.
+        top: number of training samples on each side.
+        train_labels: labels of the training samples, shape (sample,).
+        test_labels: labels of the columns, shape (column,).
+        width: number of columns in memory at once.
+        task: counter of columns.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the relevance is damaged.
     """
     n_samples, n_columns = relevance.shape
     wanted = set(columns)
@@ -150,7 +156,7 @@ def findings(
         task.advance(block.shape[1])
     classes = None
     if by_class is not None:
-        # the last of each may be all the other labels
+        # The last row and column may stand for all the other labels.
         classes = Classes(train, test, by_class.means()[: len(train), : len(test)], *n_labels)
     return Findings([sides[column] for column in columns], sums, classes, distribution)
 
@@ -161,7 +167,10 @@ def _side(column: NDArray[np.float32], top: int, sign: int) -> Side:
 
 
 def _most_frequent(labels: NDArray[Any]) -> tuple[list[Any], NDArray[np.int64]]:
-    """The labels that most samples have, in order, and of each sample which it has of these; as one more number: none."""
+    """Return the labels that most samples have, and the place of each sample's label among them.
+
+    The labels are in order. A sample with none of them gets the number after the last place.
+    """
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     kept = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES])
     places = np.full(len(names), len(kept), np.int64)

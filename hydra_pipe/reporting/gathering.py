@@ -1,4 +1,4 @@
-"""Finds what is to be on the page, step by step. What is not to be had becomes a line that says why."""
+"""Gathering of a page's content. A part that is not available becomes a line with the reason."""
 
 import json
 import os
@@ -30,32 +30,33 @@ if TYPE_CHECKING:
     from hydra_pipe.reporting.inputs import Inputs, Predictions
     from hydra_pipe.training.pipeline import Pipeline
 
-# what the page, its pictures and Matplotlib take beside what is planned
+# Bytes for the page, its pictures and Matplotlib, beside what is planned.
 _OVERHEAD_BYTES = 128 * 2**20
-# test losses further from the recorded ones than this share of their norm are of other samples, or another model
+# Greatest distance of test losses from the recorded ones, as a share of their norm. Beyond it,
+# the samples or the model are others.
 _SAME_LOSSES = 0.02
 
 
 class Gathering:
-    """Everything that the page needs, found step by step.
+    """Gathering of everything that the page needs.
 
     Args:
-        source: the result.
-        tests: which test samples to show; None: those that tell most.
-        top: training samples a side.
-        memory_bytes: budget.
-        progress: where to show progress.
+        source: result to report on.
+        tests: test samples to show, such as "0-99,150". None means those that tell most.
+        top: number of training samples on each side.
+        memory_bytes: memory budget of the process.
+        progress: place to show progress.
     """
 
     def __init__(self, source: Source, tests: str | None, top: int, memory_bytes: int, progress: Progress) -> None:
         self._source, self._tests, self._top = source, tests, top
         self._memory_bytes, self._progress = memory_bytes, progress
-        # what is not there, and why
+        # Reasons for the parts that are missing.
         self.no_samples: str | None = None
         self._missing: list[str] = []
 
     def content(self, pipeline: "str | Pipeline | None", samples: ShownSamples | None) -> Content:
-        """All of it; `samples` are shown instead of the pipeline's."""
+        """Return all content. `samples`, if given, are shown instead of the pipeline's."""
         source, directory = self._source, self._source.directory
         gradients, columns = source.gradients, source.columns
         train_labels = gradients.labels(names.TRAIN_LABELS)
@@ -102,7 +103,7 @@ class Gathering:
         )
 
     def _losses(self) -> NDArray[np.float64]:
-        """Of each column at the end: of a group the mean. Shape (column,)."""
+        """Return the loss of each column at the end, a mean for a group. Shape (column,)."""
         source = self._source
         recorded = source.tested.losses(source.gradients).astype(np.float64)
         losses: NDArray[np.float64] = recorded[source.columns.test_ids]
@@ -117,7 +118,7 @@ class Gathering:
         return np.array([losses[own == name].mean() if (own == name).any() else np.nan for name in source.columns.names])
 
     def _inputs(self, pipeline: "str | Pipeline | None") -> "Inputs | None":
-        """The pipeline of the run; None, and a reason, where it is not to be had."""
+        """Return the pipeline of the run, or None after noting why it is not available."""
         from hydra_pipe.reporting.inputs import Inputs  # torch takes seconds to import
 
         self._progress.say("building the pipeline, to draw its samples")
@@ -153,7 +154,7 @@ class Gathering:
         return found
 
     def _chosen(self, losses: NDArray[np.float64], predictions: "Predictions | None") -> NDArray[np.int64]:
-        """Columns to show, in order."""
+        """Return the columns to show, in order."""
         columns = self._source.columns
         wrong = None if predictions is None or not predictions.are_classes else predictions.right == 0.0
         if self._tests is not None:
@@ -197,7 +198,7 @@ class Gathering:
         found: Findings,
         suspects: NDArray[np.int64],
     ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
-        """What a person sees of the training samples and test samples on the page, by id."""
+        """Return views of the training samples and of the test samples on the page, by id."""
         if samples is None and inputs is None:
             return {}, {}
         train = np.unique(np.concatenate([suspects, *(side.ids for both in found.sides for side in both)]))
@@ -245,7 +246,7 @@ class Gathering:
         return shown_columns
 
     def _tiles(self, losses: NDArray[np.float64], predictions: "Predictions | None", found: Findings) -> list[tuple[str, str]]:
-        """Figures, and what they are of."""
+        """Return pairs of a figure and its meaning."""
         source = self._source
         tiles = [
             (f"{source.counts.n_samples:,}", "training samples"),
@@ -279,14 +280,17 @@ class Gathering:
         )
 
     def _test_losses(self) -> list[tuple[int, float]]:
-        """Steps after which test losses were taken, and their mean."""
+        """Return pairs of a step with test losses and their mean."""
         gradients, last = self._source.gradients, self._source.counts.checkpoint
         steps = [step for step in gradients.test_steps() if step <= last]
         means = [(step, float(np.mean(gradients.test_losses(step), dtype=np.float64))) for step in steps]
         return [(step, mean) for step, mean in means if np.isfinite(mean)]
 
     def _told(self) -> list[tuple[str, list[str]]]:
-        """What evaluations of the run say, by kind; those that cannot be read are left out, for verify tells of them."""
+        """Return the lines of each evaluation of the run, by kind.
+
+        An evaluation that cannot be read is left out, because `verify` reports it.
+        """
         told = []
         for kind in self._source.directory.complete(EVALUATE):
             with suppress(OSError, ValueError):
@@ -307,7 +311,10 @@ class Gathering:
 
 
 def _class_names(predictions: "Predictions | None", labels: NDArray[Any] | None) -> dict[int, str]:
-    """What the classes that a model predicts are called: as the label of the test samples that have them for target."""
+    """Return names for the classes that the model predicts.
+
+    A class has the label of the test samples that have the class as target.
+    """
     if predictions is None or predictions.targets is None or labels is None or labels.dtype != object:
         return {}
     found: dict[int, set[str]] = {}
@@ -318,7 +325,7 @@ def _class_names(predictions: "Predictions | None", labels: NDArray[Any] | None)
 
 
 def _in_words(value: Any, names_of: dict[int, str], inputs: "Inputs") -> str | None:
-    """A prediction or a target as a person reads it."""
+    """Return a prediction or a target as text for a person."""
     values = np.asarray(value)
     if values.ndim == 0:
         return names_of.get(int(values), str(int(values))) if values.dtype.kind in "iub" else f"{float(values):.4g}"

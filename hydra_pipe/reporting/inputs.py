@@ -1,4 +1,4 @@
-"""The pipeline behind a run, for looking at: its samples drawn, and its predictions. This file needs torch."""
+"""The pipeline behind a run: views of its samples, and its predictions. This file needs torch."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -30,7 +30,11 @@ _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
 
 
 def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
-    """Each of the samples `ids` of "train" or "test". Raises: HydraError: the dataset or `render` raised, or cannot be shown."""
+    """Return views of the samples `ids` of "train" or "test".
+
+    Raises:
+        HydraError: the dataset or `render` raised, or a sample cannot be shown.
+    """
     dataset = samples.train if which == "train" else samples.test
     found = {}
     with progress.task(f"draw {which} samples", len(ids), "samples") as task:
@@ -44,7 +48,11 @@ def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progre
 
 
 def drawn_by(render: Callable[[Any], Any] | None, value: Any, what: str) -> Drawn:
-    """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""
+    """Return a view of one input.
+
+    Raises:
+        HydraError: `render` raised, or returned a value that cannot be shown.
+    """
     if render is None:
         return by_kind(value)
     with user_code(f"render raised at {what}"):
@@ -54,13 +62,15 @@ def drawn_by(render: Callable[[Any], Any] | None, value: Any, what: str) -> Draw
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the final parameters make of some test samples.
+    """Predictions of the final parameters for some test samples.
 
     Args:
-        values: of each, a class, a number, or a class for each position; None: outputs are none of these.
-        targets: likewise.
-        right: share of it that is right, from 0 to 1; not a number where there is no right and wrong. Shape (test,).
-        losses: shape (test,).
+        values: prediction for each sample: a class, a number, or a class for each position. None
+            if outputs are none of these.
+        targets: targets, in the same form.
+        right: share of each prediction that is right, from 0 to 1, shape (test,). Not a number
+            if nothing can be right or wrong.
+        losses: losses of the samples, shape (test,).
     """
 
     values: list[Any] | None
@@ -70,7 +80,7 @@ class Predictions:
 
     @property
     def are_classes(self) -> bool:
-        """Whether each is right or wrong as a whole."""
+        """True if each prediction is right or wrong as a whole."""
         return self.targets is not None and not np.isnan(self.right).any() and all(np.ndim(target) == 0 for target in self.targets)
 
 
@@ -78,7 +88,7 @@ class Inputs:
     """Samples and model of a pipeline.
 
     Args:
-        pipeline: newly built.
+        pipeline: pipeline, newly built.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -86,16 +96,22 @@ class Inputs:
 
     @classmethod
     def of_run(cls, run: RunDirectory, given: str | Pipeline | None, probe: str | None) -> "Inputs":
-        """Of the pipeline that `run` was recorded from; with the samples of a probe as its tests.
+        """Build the pipeline that `run` was recorded from.
+
+        The samples of a probe, if given, take the place of its tests.
 
         Raises:
-            HydraError: it is not known, gone, or another one now.
+            HydraError: the pipeline is not known, gone, or another one now.
         """
         load = pipeline_of(run, given, _ADVICE)
         return cls((load if probe is None else with_probe(run, load, probe))())
 
     def load_final(self, run: RunDirectory) -> None:
-        """Put the final parameters into the model. Raises: StoreError: they are missing or damaged."""
+        """Put the final parameters into the model.
+
+        Raises:
+            StoreError: the parameters are missing or damaged.
+        """
         final = load_final(run.path / names.CHECKPOINTS, run.stages[RECORD].facts.get("final_sha256"))
         with user_code("the model does not take the final parameters"):
             self.pipeline.model.load_state_dict(final)
@@ -104,8 +120,8 @@ class Inputs:
         """Run the model on some of the test samples, in eval mode.
 
         Args:
-            tests: their ids, ascending.
-            progress: where to show progress.
+            tests: ids of the test samples, ascending.
+            progress: place to show progress.
 
         Raises:
             HydraError: the model, the loss or the dataset raised.
@@ -115,7 +131,8 @@ class Inputs:
         found: list[tuple[NDArray[Any], NDArray[Any]] | None] = []
         right: list[NDArray[np.float64]] = []
         losses: list[NDArray[np.float64]] = []
-        # in the batches in which they were recorded, by which a dataset may draw
+        # The batches are those of the recording, because a dataset's random draws may depend on
+        # them.
         order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
         with (
             evaluating(pipeline.model),
@@ -144,10 +161,10 @@ class Inputs:
         )
 
     def draw(self, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
-        """Each of the samples `ids`, ascending, of "train" or "test".
+        """Return views of the samples `ids`, ascending, of "train" or "test".
 
         Raises:
-            HydraError: the dataset or `render` raised, or returned what cannot be shown.
+            HydraError: the dataset or `render` raised, or a sample cannot be shown.
         """
         found = {}
         order = batches_of(ids, self.pipeline.batch_size)
@@ -162,21 +179,28 @@ class Inputs:
         return found
 
     def drawn(self, value: Any, what: str) -> Drawn:
-        """One input. Raises: HydraError: `render` raised, or returned what cannot be shown."""
+        """Return a view of one input.
+
+        Raises:
+            HydraError: `render` raised, or returned a value that cannot be shown.
+        """
         return drawn_by(self.pipeline.render, value, what)
 
     def drawn_prediction(self, value: Any) -> str | None:
-        """A prediction for each position as the input is shown, where that is a text; else None."""
+        """Return a prediction for each position as text, or None if inputs are not texts."""
         try:
             shown = self.drawn(torch.as_tensor(value), "a prediction")
         except HydraError:
             return None  # render is for inputs, and need not take this
-        # side by side with its target, position by position
+        # A prediction stands beside its target, position by position, so it stays on one line.
         return shown.text.replace("\n", "\N{RETURN SYMBOL}") if isinstance(shown, Text) else None
 
 
 def _predicted(output: Any, targets: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Classes, or numbers, that a model's output stands for, and the share of each sample's that is right."""
+    """Return the predictions in a model's output, and the share of each that is right.
+
+    Predictions are classes or numbers, or None if the output stands for neither.
+    """
     unknown = torch.full((len(targets),), torch.nan)
     if not isinstance(output, Tensor):
         return None, unknown
@@ -191,7 +215,12 @@ def _predicted(output: Any, targets: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _class_dimension(output: Tensor, targets: Tensor) -> int | None:
-    """Where the classes are in an output for targets of shape (batch, ...); None: nowhere."""
+    """Return the dimension of the classes in an output, or None if there is none.
+
+    Args:
+        output: output of the model.
+        targets: targets, shape (batch, ...).
+    """
     for dimension in dict.fromkeys((1, output.dim() - 1)):
         if 0 < dimension < output.dim() and output.shape[dimension] > 1:
             others = (*output.shape[:dimension], *output.shape[dimension + 1 :])

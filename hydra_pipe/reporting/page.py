@@ -1,4 +1,4 @@
-"""The page itself: what was found, in words and numbers, put into the templates, and kept below a size."""
+"""The page itself: findings in words and numbers, put into templates, and kept below a size."""
 
 import base64
 import csv
@@ -22,10 +22,10 @@ from hydra_pipe.reporting.findings import Classes, Distribution
 from hydra_pipe.reporting.words import METHODS, sign_in_words
 
 MOST_BYTES = 10_000_000
-# share of it that the most harmful training samples may take
+# Share of `MOST_BYTES` that the most harmful training samples may take.
 _SUSPECTS_SHARE = 0.3
 _LONG_LABEL = 18
-# of a label that can be chosen, at most: 40 characters, escaped
+# Most bytes of a label to choose from: 40 characters, escaped.
 _OPTION_BYTES = 400
 _KINDS = {Picture: "picture", Text: "text", Cells: "cells"}
 _PARTS = (
@@ -41,12 +41,13 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Page:
-    """A page, and how much of what was to be on it is there.
+    """A page, with the parts that did and did not fit on it.
 
     Args:
-        html: of it.
-        n_columns, n_suspects: test samples, and harmful training samples, that are shown.
-        left_out: what is not there for its size, in words.
+        html: content of the file.
+        n_columns, n_suspects: numbers of test samples, and of harmful training samples, that are
+            shown.
+        left_out: parts that are left out for their size, in words.
     """
 
     html: bytes
@@ -56,10 +57,13 @@ class Page:
 
 
 def page_of(content: Content, most_bytes: int = MOST_BYTES) -> Page:
-    """The page, which takes at most `most_bytes` as long as what is neither sample nor ranking does."""
+    """Return the page.
+
+    It takes at most `most_bytes`, unless the parts beside samples and rankings alone take more.
+    """
     cards, suspects = _Labels(), _Labels()
     fixed, missing = _fixed(content), list(content.missing)
-    # what is sure to be there, with room for the words about what is not
+    # The fixed parts, with room for the words about the parts that are left out.
     room = most_bytes - len(_page(fixed, ["x"], ["x"], ([], []), [*missing, "x" * 1000]))
     harmful = _fitting(_suspects(content, suspects), int(room * _SUSPECTS_SHARE))
     shown = _fitting(_cards(content, cards), room - _size(harmful))
@@ -75,23 +79,23 @@ def page_of(content: Content, most_bytes: int = MOST_BYTES) -> Page:
 
 
 class _Labels:
-    """Numbers for labels as they come, so that a page can name each once."""
+    """Numbers for labels, given as the labels come, so that a page can name each label once."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def number(self, label: Any) -> int | str:
-        """Of a label; of none an empty word."""
+        """Return the number of a label, or an empty string for None."""
         return "" if label is None else self._numbers.setdefault(clean(str(label)), len(self._numbers))
 
     @property
     def names(self) -> list[str]:
-        """The labels, in the order of their numbers."""
+        """Labels in the order of their numbers."""
         return list(self._numbers)
 
 
 def _fitting(pieces: Iterable[str], n_bytes: int) -> list[str]:
-    """The first of the pieces, as many as fit."""
+    """Return the first pieces, as many as fit."""
     kept: list[str] = []
     for piece in pieces:
         n_bytes -= _size([piece])
@@ -102,7 +106,7 @@ def _fitting(pieces: Iterable[str], n_bytes: int) -> list[str]:
 
 
 def _size(pieces: Sequence[str]) -> int:
-    """Bytes of pieces on the page, each with a label that can be chosen."""
+    """Return the bytes of pieces on the page, each with a label to choose from."""
     return sum(len(piece.encode()) + _OPTION_BYTES for piece in pieces)
 
 
@@ -159,7 +163,7 @@ def _suspects(content: Content, labels: _Labels) -> Iterable[str]:
 
 
 def _fixed(content: Content) -> dict[str, Any]:
-    """What the page's template needs, whatever fits of the rest."""
+    """Return the values that the page's template always needs, whatever else fits."""
     script, style = _static("script.js"), _static("style.css")
     drawn = {type(content.train_drawn[suspect.id]) for suspect in content.suspects if suspect.id in content.train_drawn}
     return {
@@ -201,7 +205,10 @@ def _fixed(content: Content) -> dict[str, Any]:
 def _page(
     fixed: Mapping[str, Any], cards: Sequence[str], suspects: Sequence[str], labels: tuple[list[str], list[str]], missing: list[str]
 ) -> bytes:
-    """The page with these pieces, which have been rendered, and so escaped. Labels: of the two lists, to filter by."""
+    """Render the page with these pieces, which have been rendered already, and so escaped.
+
+    `labels` are the labels of the two lists, to filter by.
+    """
     page = (
         _templates()
         .get_template("report.html")
@@ -242,7 +249,7 @@ def _cleaned(text: Any) -> str | None:
 
 
 def _shown(drawn: Drawn | None) -> dict[str, Any] | None:
-    """What templates need: the kind by name, and the fields."""
+    """Return the values that templates need: the name of the kind, and the fields."""
     if drawn is None:
         return None
     found = vars(drawn) | {"kind": _KINDS[type(drawn)]}
@@ -250,14 +257,20 @@ def _shown(drawn: Drawn | None) -> dict[str, Any] | None:
 
 
 def signed(value: float) -> str:
-    """A relevance with three digits, zeros at the end too, and its sign, which is a real minus."""
+    """Format a relevance with its sign and three digits, zeros at the end included.
+
+    A negative sign is a real minus.
+    """
     digits, e, exponent = f"{value:+#.3g}".partition("e")
     text = digits.rstrip(".") + (f"e{int(exponent)}" if e else "")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _csv(suspects: Sequence[Suspect]) -> str:
-    """A data URL of a table: numbers only, so that nothing in it can be a formula to a spreadsheet."""
+    """Return a table as a data URL.
+
+    It has numbers only, so that a spreadsheet finds no formula in it.
+    """
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["rank", "train_id", "relevance_sum", "relevance_mean", "visits"])
@@ -269,7 +282,7 @@ def _csv(suspects: Sequence[Suspect]) -> str:
 def _classes(classes: Classes) -> dict[str, Any]:
     finite = np.abs(classes.means[np.isfinite(classes.means)])
     largest = float(finite.max(initial=0.0))
-    # a common power of ten, so that cells are short numbers
+    # A common power of ten keeps the cells short.
     power = int(np.floor(np.log10(largest))) if largest > 0 else 0
     scale = 10.0**power if abs(power) > 1 else 1.0
     train, test = ([clean(str(name)) for name in names] for names in (classes.train, classes.test))

@@ -1,4 +1,4 @@
-"""A whole report: what there is to tell is gathered, and the page takes its place."""
+"""A whole report: its content is gathered, and the page is put in its place."""
 
 import os
 from importlib.util import find_spec
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from hydra_pipe.reporting.gathering import Gathering
     from hydra_pipe.training.pipeline import Pipeline
 
-# facts: the evaluations that a report tells of, by stage; and why it shows no samples
+# Facts of the stage: checksums of the evaluations on the page, by stage; and why it shows no
+# samples.
 _EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"
-# packages of the extra "report", as they are imported
+# Packages of the extra "report", by the names they are imported with.
 _NEEDED = ("jinja2", "matplotlib", "PIL")
 
 
@@ -40,36 +41,39 @@ def report_run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Write a page about a reduced run, one HTML file that needs nothing else: `report.html`, or `report-METHOD.html` of a result
-    other than "hydra". docs/report.md tells what is on it.
+    """Write a page about a reduced run, as one HTML file that needs nothing else.
 
-    Samples are drawn, and predictions made, by the pipeline that the recording names, which is built anew. Where that is not known,
-    or cannot be built any more, the page has ids and labels, and says why.
+    The file is `report.html`, or `report-METHOD.html` for a result other than "hydra".
+    docs/report.md describes the page.
+
+    The pipeline named in the recording is built anew, to draw samples and make predictions. If
+    it is not known, or can no longer be built, the page has ids and labels, and says why. If the
+    run was evaluated since, the page is written anew.
 
     Args:
         run: directory of the run.
-        method: whose relevance.
-        test: for the samples of this probe, instead of the run's own test samples.
-        tests: which test samples to show, such as "0-99,150"; if absent those that tell most: wrongly predicted, and of high loss.
-        top: training samples a side ("helpful", "harmful") for each of them.
+        method: name of the result to report on.
+        test: name of a probe, whose samples replace the run's own test samples.
+        tests: test samples to show, such as "0-99,150". Default: those that tell most, wrongly
+            predicted or of high loss.
+        top: number of training samples on each side ("helpful", "harmful") of each test sample.
         memory: budget for the whole process, such as "4GiB".
-        pipeline: "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an object was recorded,
-            whose model gets the final parameters.
-        samples: to be drawn where there is no pipeline, as of a loop of one's own; of a probe, its own as `test`.
-        overwrite: write it again though it is there.
-        progress: where to show progress; nowhere if absent.
-
-    Where an evaluation of the run was made since, the page is written anew.
+        pipeline: "path/to/file.py:function" if the file has moved, or a newly built Pipeline if
+            such an object was recorded. Its model gets the final parameters.
+        samples: samples to draw if there is no pipeline, as for a loop of one's own. For a
+            probe, its own samples are the `test` ones.
+        overwrite: write the page again even if it is there.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        Whether there was anything to do.
+        False if there was nothing to do.
 
     Raises:
-        RunError: there is no run, or it has no relevance of that method.
-        StoreError: it is damaged.
+        RunError: there is no run, or it has no relevance of this method.
+        StoreError: the run is damaged.
         BudgetError: the budget is too small.
-        UsageError: `top` or `tests` cannot be, both a pipeline and samples are given, or a package is missing; the message says
-            what to install.
+        UsageError: `top` or `tests` has an impossible value, both a pipeline and samples are
+            given, or a package is missing. The message says what to install.
     """
     method = result_of(method, test)
     if top < 1:
@@ -97,7 +101,7 @@ def report_run(
     with taken_up(directory, stage, has_work=has_work, progress=progress) as is_needed:
         if is_needed:
             with running(directory, stage, settings) as work:
-                # of the packages that may be missing
+                # imported here, because it needs packages that may be missing
                 from hydra_pipe.reporting.gathering import Gathering
 
                 gathering = Gathering(source, selected, top, memory_bytes, progress)
@@ -106,7 +110,7 @@ def report_run(
 
 
 def _write(work: Work, gathering: "Gathering", content: "Content", progress: Progress) -> None:
-    """Put the page in its place, safe on the disk."""
+    """Write the page in its place, and flush it to the disk."""
     from hydra_pipe.reporting.page import page_of
 
     page = page_of(content)
@@ -125,7 +129,7 @@ def _write(work: Work, gathering: "Gathering", content: "Content", progress: Pro
 
 
 def _has_work(directory: RunDirectory, stage: StageId, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
-    """Tell whether there is no page, or one that lacks what there is now: evaluations, or samples where it could draw none."""
+    """Tell whether the page is missing, or lacks evaluations or samples that are available now."""
     if directory.has_work(stage, settings):
         return True
     facts = directory.stages[stage].facts

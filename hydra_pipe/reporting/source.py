@@ -1,4 +1,4 @@
-"""A result, and the recording that it is of: what there is to report on."""
+"""A result with its recording, as the source of a report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ from hydra_pipe.store.stages import EVALUATE, RECORD
 
 @dataclass(frozen=True)
 class Source(ReducedRun):
-    """A result, and the recording it is of.
+    """A result, and the recording it belongs to.
 
     Args:
-        directory: of the run.
+        directory: directory of the run.
         result: name of the result.
     """
 
@@ -27,28 +27,36 @@ class Source(ReducedRun):
 
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "Source":
-        """The result `name`, whose stage is complete. Raises: StoreError: damaged, or of another recording."""
+        """Open the result `name`, whose stage is complete.
+
+        Raises:
+            StoreError: the result is damaged, or belongs to another recording.
+        """
         found = ReducedRun.open(directory, name)
         agreeing = (found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested)
         return cls(*agreeing, directory, name)
 
     @property
     def probe(self) -> str | None:
-        """Whose samples the columns are of; None: the run's own."""
+        """Name of the probe with the columns' samples, or None for the run's own test samples."""
         return ResultName.parse(self.result).test
 
     @property
     def n_tests(self) -> int:
-        """Test samples that there are, of which there may be no columns."""
+        """Number of test samples, including those without a column."""
         return self.counts.n_tests if self.probe is None else len(self.tested.losses(self.gradients))
 
     @property
     def grouped(self) -> bool:
-        """Whether columns are means over test samples."""
+        """True if columns are means over test samples."""
         return self.columns.by is not None
 
     def selected(self, tests: str | None) -> str | None:
-        """The selection `tests` in the one way to write it. Raises: UsageError: it names test samples that have no column."""
+        """Return the selection `tests` in its one canonical spelling.
+
+        Raises:
+            UsageError: `tests` names test samples that have no column.
+        """
         if tests is None:
             return None
         if self.grouped:
@@ -66,10 +74,10 @@ class Source(ReducedRun):
 
     @property
     def final(self) -> bool:
-        """Whether it is of the parameters at the end of training."""
+        """True if the result is for the parameters at the end of training."""
         return self.upto is None or self.upto == self.directory.stages[RECORD].facts.get("n_steps")
 
 
 def evaluations_of(directory: RunDirectory) -> dict[str, Any]:
-    """Checksums of the evaluations that are there, by stage."""
+    """Return the checksums of the evaluations that are there, by stage."""
     return {str(stage): directory.checksums(stage) for stage in map(EVALUATE.of, directory.complete(EVALUATE))}

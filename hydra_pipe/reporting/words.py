@@ -1,4 +1,4 @@
-"""What a reader must know before relying on a result, in plain words: docs/methods.md in short."""
+"""Cautions for a reader of a result, in plain words: docs/methods.md in short."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Any
 
 from hydra_pipe.store.parsing import is_count
 
-# saturation that has left less than this of the curvature is worth a warning; so is an imbalance above
+# Thresholds of warnings: less curvature left by saturation than this, or more imbalance than
+# this.
 LITTLE_CURVATURE, MUCH_IMBALANCE = 0.5, 1e-3
 
 METHODS = {
@@ -29,18 +30,18 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What is known of how a result came about.
+    """Facts about how a result was made.
 
     Args:
-        method: of it, without suffixes.
-        rank: directions that were replayed, of `hydra-exact --rank`; None: all.
-        upto: steps it is of, of `--upto`; None: all.
-        record, reduce: facts of the stages.
-        n_samples: training samples.
-        n_rows: recorded.
-        unvisited: training samples that no step used.
-        projected, n_blocks: blocks that were projected, and all.
-        strange: pairs whose relevance is no number.
+        method: method of the result, without suffixes.
+        rank: number of replayed directions, for `hydra-exact --rank`. None means all.
+        upto: number of steps that the result covers, for `--upto`. None means all.
+        record, reduce: facts of the two stages.
+        n_samples: number of training samples.
+        n_rows: number of recorded rows.
+        unvisited: number of training samples that no step used.
+        projected, n_blocks: numbers of projected blocks, and of all blocks.
+        strange: number of pairs whose relevance is infinite or not a number.
     """
 
     method: str
@@ -57,7 +58,7 @@ class Circumstances:
 
 
 def warnings(what: Circumstances) -> list[str]:
-    """What to keep in mind, a sentence or two each; the gravest first."""
+    """Return cautions of a sentence or two each, the gravest first."""
     found: list[str] = []
     if what.strange:
         found.append(f"{what.strange:,} values of the relevance are infinite or not a number: do not rely on this result.")
@@ -97,7 +98,7 @@ def warnings(what: Circumstances) -> list[str]:
 
 
 def sign_in_words(unit: str) -> str:
-    """How to read a value."""
+    """Return how to read a value of relevance."""
     more = "about so much is added to the test loss" if unit == "test loss" else f"in units of {unit}"
     return (
         f"A positive value means helpful: without the training sample the test loss would be higher ({more}). A negative value "
