@@ -1,4 +1,7 @@
-"""Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data."""
+"""hydra-pipe: find the training samples behind a prediction of a PyTorch model.
+
+Record a training run, reduce it out of core, rank its data.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -47,7 +50,7 @@ __all__ = [
     "verify",
 ]
 
-# name -> module, and its name there
+# Map from a public name to its module, and to its name there.
 _HOMES = {
     "HydraError": ("hydra_pipe.errors", "HydraError"),
     "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
@@ -72,7 +75,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: torch takes seconds to import, and a worker that only reduces needs none of it.
+    # Names are imported on first use: torch takes seconds to import, and a worker that only
+    # reduces needs none of it.
     if name not in _HOMES:
         raise AttributeError(f"module 'hydra_pipe' has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""What a user calls beside `exporting.run.export_run`."""
+"""The public functions that work on a whole run: record, reduce, plan, verify, prune."""
 
 import os
 from collections.abc import Mapping
@@ -28,32 +28,39 @@ def record(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Train `pipeline` and record every step's per-sample gradients, then the test gradients at the end.
+    """Train `pipeline` and record each step's per-sample gradients, then the final test gradients.
 
-    Where it was interrupted or killed the same call goes on from the last checkpoint, to the same bytes. SIGINT and SIGTERM end it
-    after a few steps more, with a checkpoint; a second one at once. The first test samples are tried before training. Where others
-    fail after it, a `RecordWarning` says so, and the recording is complete without test gradients: `probe` takes some.
+    After an interruption the same call resumes at the last checkpoint, and writes the same
+    bytes. SIGINT and SIGTERM end the recording after a few more steps, with a checkpoint. A
+    second signal ends it at once.
+
+    The first test samples are tried before training. If others fail after training, a
+    `RecordWarning` says so, and the recording is complete without test gradients. `probe` can
+    take some later.
 
     Args:
-        pipeline: "path/to/file.py", "path/to/file.py:function", or a Pipeline, which is trained in place.
+        pipeline: "path/to/file.py", "path/to/file.py:function", or a Pipeline, which is trained
+            in place.
         run: directory of the run.
-        settings: of the pipeline function, as a mapping of values or as "KEY=VALUE" strings.
-        encoding, dim, dtype: see `Recorder`.
-        checkpoint_every: steps, such as "500", or a time, such as "10min", between checkpoints; if absent a minute, or more where
-            they take long: at most 2.5 % of the time.
-        test_every: "epoch", or steps, such as "500": also take test gradients on the way, so that `reduce(..., upto=STEP)` answers
-            for the first steps, while training goes on too.
-        overwrite: discard a recording that is there, and what was computed from it.
-        progress: where to show progress; nowhere if absent.
+        settings: settings of the pipeline function, as a mapping of values or as "KEY=VALUE"
+            strings.
+        encoding, dim, dtype: options of `Recorder`.
+        checkpoint_every: steps, such as "500", or a time, such as "10min", between checkpoints.
+            Default: a minute, or more if checkpoints take long, so that they take at most 2.5 %
+            of the time.
+        test_every: "epoch", or steps, such as "500", between further test gradients. With these,
+            `reduce(..., upto=STEP)` answers for the first steps, even while training goes on.
+        overwrite: discard an existing recording, and everything computed from it.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        Whether there was anything to do: False where `run` holds this very recording already.
+        False if `run` holds this very recording already, so that there was nothing to do.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
-        HydraError: one of its kinds; the message says what is wrong and what to do.
+        HydraError: recording failed. The message tells the reason and the way out.
     """
-    # torch takes seconds to import: what works from disk alone does without it
+    # Torch takes seconds to import, and the functions that work from disk alone do without it.
     from hydra_pipe.loading import built_pipeline
     from hydra_pipe.training.run import RecordOptions, record_run
 
@@ -83,44 +90,53 @@ def reduce(
 ) -> bool:
     """Compute the relevance of every training sample for the test samples of a recorded run.
 
-    Where it was interrupted the same call goes on: what is done is not done again.
+    After an interruption the same call resumes: finished parts are not computed again.
 
     Args:
         run: directory of the run.
-        method: "hydra", "hydra-fisher", "hydra-exact" (which trains again), "tracin", "grad-dot", "grad-cos", "influence" or "self"
-            (docs/methods.md).
+        method: "hydra", "hydra-fisher", "hydra-exact" (which trains again), "tracin",
+            "grad-dot", "grad-cos", "influence" or "self" (docs/methods.md).
         chunks: rows and features to decode at once, "ROWSxFEATURES", or "auto".
-        memory: budget for the whole process, such as "4GiB"; for each worker process where there are such.
-        scheduler: "threads", a thread for each core; "processes", a process for each core, which are started and stopped (from a
-            script: call this below `if __name__ == "__main__":`, for they import it); the address of a Dask scheduler, such as
-            "tcp://host:8786", see docs/cluster.md; or "synchronous" for one thread.
-        tests: some of the test samples, such as "0-99,150"; all if absent.
-        by: "label" for the mean over the test samples of each label, "mean" for that over all, instead of each test sample.
-            These are results of their own, named "hydra-by-label" and "hydra-mean".
-        keep_hypergradients: of "hydra" and "hydra-fisher": also keep what answers other test samples later without the rows,
-            which `prune` may then delete: weighted sums of rows by sample, or the matrix (sample, feature) that a sweep of every
-            feature gives, at the cost of as many test samples.
-        upto: only the first so many steps, after which test gradients were taken (`record --test-every`), as if training had
-            ended there; also of a recording that goes on meanwhile, or was interrupted. A result of its own: "hydra-upto-120".
-        rank: for "hydra-exact": replay only so many directions of the test gradients, and leave the rest to "hydra-fisher".
-            A result of its own: "hydra-exact-rank-20".
-        test: the samples of this probe (`probe`) instead of the run's own test samples. A result of its own: "hydra-of-wrong".
-        pipeline: for "hydra-exact": "path/to/file.py:function" where the file has moved; a newly built Pipeline where such an
-            object was recorded.
-        dataset: for "hydra-exact" of a probe whose dataset was given as an object: that again.
-        overwrite: compute again what is there, and discard what was exported from it.
-        progress: where to show progress; nowhere if absent.
+        memory: budget for the whole process, such as "4GiB". With worker processes, the budget
+            is for each.
+        scheduler: "threads" for a thread on each core; "processes" for a process on each core;
+            "synchronous" for one thread; or the address of a Dask scheduler, such as
+            "tcp://host:8786" (docs/cluster.md). "processes" starts and stops its processes. They
+            import the script, so a script calls this below `if __name__ == "__main__":`.
+        tests: ids of some test samples, such as "0-99,150". Default: all.
+        by: "label" for the mean over the test samples of each label, or "mean" for the mean over
+            all. Default: each test sample by itself. Means are results of their own, named
+            "hydra-by-label" and "hydra-mean".
+        keep_hypergradients: for "hydra" and "hydra-fisher": True to also keep data that later
+            answers other test samples without the rows, which `prune` may then delete. "hydra"
+            keeps weighted sums of rows by sample. "hydra-fisher" keeps the matrix (sample,
+            feature) from a sweep of every feature, at the cost of as many test samples.
+        upto: number of steps to cover, after which test gradients were taken (`record
+            --test-every`), as if training had ended there. A recording that is still running, or
+            was interrupted, serves too. A result of its own: "hydra-upto-120".
+        rank: for "hydra-exact": number of directions of the test gradients to replay.
+            "hydra-fisher" answers for the rest. A result of its own: "hydra-exact-rank-20".
+        test: name of a probe (`probe`), whose samples replace the run's own test samples. A
+            result of its own: "hydra-of-wrong".
+        pipeline: for "hydra-exact": "path/to/file.py:function" if the file has moved, or a newly
+            built Pipeline if such an object was recorded.
+        dataset: for "hydra-exact" of a probe whose dataset was given as an object: the same
+            dataset again.
+        overwrite: compute an existing result again, and discard its exports.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        Whether there was anything to do.
+        False if there was nothing to do.
 
     Raises:
-        RunError: there is no run, it is not recorded to the end, or training it again does not come out the same.
+        RunError: there is no run, its recording is not complete, or training it again comes out
+            differently.
         StoreError: the recording is damaged.
         BudgetError: the budget is too small.
-        UsageError: an option that cannot be.
-        ClusterError: workers of another machine cannot be reached, cannot do this, or are lost.
-        PipelineError, UserCodeError: of the pipeline that is trained again.
+        UsageError: an option has an impossible value.
+        ClusterError: workers of another machine cannot be reached, cannot do the work, or are
+            lost.
+        PipelineError, UserCodeError: the pipeline cannot be trained again.
     """
     from hydra_pipe.reduction.checks import requested
     from hydra_pipe.reduction.request import Options
@@ -149,8 +165,13 @@ def reduce(
 def plan(
     run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, dataset: Any = None, **options: Any
 ) -> str:
-    """What `reduce` would do with these arguments, in lines for people. Reads metadata only; for "hydra-exact" it builds the
-    pipeline and tries a step. Raises the same."""
+    """Return the plan of `reduce` for these arguments, in lines for people.
+
+    Reads metadata only. For "hydra-exact" it builds the pipeline and tries a step.
+
+    Raises:
+        HydraError: any error of `reduce`.
+    """
     from hydra_pipe.reduction.checks import requested
     from hydra_pipe.reduction.request import Options
     from hydra_pipe.reduction.run import plan_request
@@ -164,10 +185,11 @@ def plan(
 
 
 def _trains(name: str, pipeline: "str | Pipeline | None", dataset: Any) -> bool:
-    """Whether the method called `name` trains again.
+    """Tell whether the method called `name` trains again.
 
     Raises:
-        UsageError: there is no such method, or the method does not train and is given what to train.
+        UsageError: there is no such method, or a method that does not train is given a pipeline
+            or a dataset.
     """
     from hydra_pipe.reduction.checks import check_meant
     from hydra_pipe.reduction.methods import method_named
@@ -178,20 +200,23 @@ def _trains(name: str, pipeline: "str | Pipeline | None", dataset: Any) -> bool:
 
 
 def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":
-    """Read everything in a run and hold it against what was written: files, checksums, counts, and what came from what.
+    """Read everything in a run and check files, checksums, counts, and origins of results.
 
     Args:
         run: directory of the run.
-        progress: where to show progress; nowhere if absent.
-        repair: set the run back to its last good state. Stages whose results are damaged are forgotten, a recording is marked as
-            failed, and the rest is kept; `progress` is told of each fault, of what was done and which command must run again. What
-            hydra-pipe has not written is moved to `set-aside`, never deleted.
+        progress: place to show progress. Default: nowhere.
+        repair: True to set the run back to its last good state. Stages with damaged results are
+            forgotten, and a damaged recording is marked as failed. All else is kept. `progress`
+            is told of each fault, each repair, and the commands that must run again. Files that
+            hydra-pipe did not write are moved to `set-aside`, never deleted.
 
     Returns:
-        What is off; empty for a healthy run. With `repair`, what is off after it, unfinished stages aside.
+        The faults, empty for a healthy run. With `repair`, the faults after the repair, except
+        unfinished stages.
 
     Raises:
-        RunError: there is no run; with `repair` also: a process writes it. StoreError: it was written in a newer format version.
+        RunError: there is no run; with `repair` also: another process is writing it.
+        StoreError: the run was written in a newer format version.
     """
     from hydra_pipe.store.repair import repair_path
     from hydra_pipe.store.verify import check_path
@@ -200,23 +225,25 @@ def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = Fa
 
 
 def prune(run: PathLike, progress: Progress | None = None, *, discard_unfinished: bool = False) -> int:
-    """Delete the recorded rows of a run whose hypergradients are kept (`reduce(..., keep_hypergradients=True)`).
+    """Delete the recorded rows of a run that keeps its hypergradients.
 
-    Test samples are answered from the hypergradients afterwards, by the methods whose own are kept ("hydra", "hydra-fisher"), and
-    by "hydra-exact", which trains again; what needs the rows themselves no longer works.
+    See `reduce(..., keep_hypergradients=True)`. Afterwards "hydra" and "hydra-fisher" answer
+    test samples from their hypergradients, if theirs are kept. "hydra-exact" still works too,
+    because it trains again. Anything that needs the rows themselves no longer works.
 
     Args:
         run: directory of the run.
-        progress: where to show progress; nowhere if absent.
-        discard_unfinished: where the keeping of some hypergradients was interrupted, which only the rows could finish, and others
-            are kept: discard what there is of the former. Otherwise that is refused.
+        progress: place to show progress. Default: nowhere.
+        discard_unfinished: True to discard hypergradients whose keeping was interrupted, if
+            others are kept. Only the rows could finish them. False refuses to prune such a run.
 
     Returns:
-        Bytes that were deleted.
+        Number of bytes deleted.
 
     Raises:
-        RunError: there is no run, or it keeps no hypergradients, or those of a method not to the end.
-        StoreError: what it keeps is damaged: nothing was deleted.
+        RunError: there is no run, it keeps no hypergradients, or those of a method are
+            unfinished.
+        StoreError: the kept hypergradients are damaged. Nothing was deleted.
     """
     from hydra_pipe.store.pruning import prune_rows
     from hydra_pipe.store.verify import total_bytes

@@ -1,23 +1,23 @@
-"""What can go wrong, by name. Every message says what is wrong and what to do about it."""
+"""Errors by name. Every message tells the problem and the way out."""
 
 import reprlib
 from typing import Any
 
-# characters that a message gives to what a file says
+# Most characters of a file's content that a message quotes.
 _MOST_SHOWN = 120
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxlong = _brief.maxother = _MOST_SHOWN
 
 
 def shown(value: Any) -> str:
-    """What a file says, or the error that it led to, as a message shows it: in one line, printable and short."""
+    """Return a value from a file, or the error that it caused, as one short printable line."""
     text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else _brief.repr(value)
     text = printable(text)
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def printable(text: str) -> str:
-    """`text` in one line, without what a terminal would obey."""
+    """Return `text` in one line, without anything that a terminal would obey."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
@@ -37,10 +37,10 @@ class UsageError(HydraError):
 
 
 class ExtraError(HydraError, ModuleNotFoundError):
-    """Something needs a package that is not installed, and that hydra-pipe does not depend on."""
+    """A package is needed that is not installed, and that hydra-pipe does not depend on."""
 
 
-# what is imported of a package that hydra-pipe does not depend on -> the extra that has it
+# Import name of a package that hydra-pipe does not depend on -> the extra with the package.
 _EXTRAS = {
     "PIL": "report",
     "accelerate": "transformers",
@@ -60,13 +60,13 @@ _EXTRAS = {
 
 
 def extra_of(error: BaseException) -> str | None:
-    """The extra of hydra-pipe that has the package whose absence `error` tells of; None: there is none."""
+    """Return the extra with the package whose absence `error` reports, or None."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     return _EXTRAS.get((name or "").partition(".")[0])
 
 
 def missing_extra(what: str, extra: str, error: ImportError) -> ExtraError:
-    """The error to raise where `what` cannot be imported without the packages of `extra`, as `error` says."""
+    """Return the error to raise if `what` lacks packages of `extra`, as `error` says."""
     return ExtraError(f"{what} cannot be used ({error}): pip install 'hydra-pipe[{extra}]'", name=error.name)
 
 
@@ -83,7 +83,7 @@ class UserCodeError(PipelineError):
 
 
 class DataError(HydraError):
-    """A data set yields something other than what it yielded before, or what the model takes."""
+    """A data set yields other values than before, or values that the model does not take."""
 
 
 class OptimizerError(HydraError):
@@ -107,7 +107,10 @@ class RecordError(HydraError):
 
 
 class InterruptedRunError(HydraError):
-    """A signal has ended the command, which has kept what was done. `exit_code` is 128 and the signal's number, as in a shell."""
+    """A signal ended the command, and finished work is kept.
+
+    `exit_code` is 128 plus the signal's number, as in a shell.
+    """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -135,8 +138,11 @@ class BudgetError(HydraError):
 
 
 class ClusterError(HydraError):
-    """Worker processes that cannot be reached, cannot do what is asked of them, or are lost."""
+    """Worker processes that cannot be reached, cannot do the requested work, or are lost."""
 
 
 class RecordWarning(UserWarning):
-    """A recording goes on, or is complete, with something that its user has to know: the message says what, and what to do."""
+    """A recording goes on, or is complete, with a flaw that its user has to know.
+
+    The message tells the flaw and the way out.
+    """

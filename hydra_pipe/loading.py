@@ -1,4 +1,4 @@
-"""From `path/to/file.py:function` and `KEY=VALUE` settings to a pipeline, or a dataset; and to the pipeline of a run, again."""
+"""Pipelines and datasets from `file.py:function` and settings, and the pipeline of a run."""
 
 import importlib.util
 import inspect
@@ -29,18 +29,20 @@ from hydra_pipe.training.pipeline import Pipeline, check_dataset, described
 
 DEFAULT_FUNCTION = "pipeline"
 _PACKAGE = Path(__file__).parent
-# how the names of a function's settings begin in a manifest
+# Prefix of the names of a function's settings in a manifest.
 _SET = "set "
 
 
 @dataclass(frozen=True)
 class Source:
-    """A function in a user's file, with all of its settings resolved. The file has been run, the function not yet.
+    """A function in a user's file, with all of its settings resolved.
+
+    The file has been run, the function not yet.
 
     Args:
-        file: the path as it was given.
-        function: its name.
-        settings: a value for each of its parameters, defaults included.
+        file: path as it was given.
+        function: name of the function.
+        settings: value of each parameter of the function, defaults included.
     """
 
     file: str
@@ -50,20 +52,23 @@ class Source:
 
     @property
     def spec(self) -> str:
-        """As `load_pipeline` takes it."""
+        """File and function in the form that `load_pipeline` takes."""
         return f"{self.file}:{self.function}"
 
     @property
     def recorded_settings(self) -> dict[str, str | int | float | bool | None]:
-        """The settings as a recording keeps them, each below "set NAME": in JSON, so that what is read back compares equal."""
+        """Settings in the form that a recording keeps, each under the name "set NAME".
+
+        The values are plain JSON, so that they compare equal after reading.
+        """
         plain = (str, int, float, bool, type(None))
         return {f"{_SET}{name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
 
     def call(self) -> Any:
-        """Call the function, with all random generators seeded by its `seed` setting (0 if it has none).
+        """Call the function, with random generators seeded by its `seed` setting, or by 0.
 
         Raises:
-            UserCodeError: it raised.
+            UserCodeError: the function raised.
         """
         seed = self.settings.get("seed", 0)
         seed = seed if isinstance(seed, int) else 0
@@ -82,7 +87,12 @@ class PipelineSource(Source):
     """A function that returns a Pipeline."""
 
     def build(self) -> Pipeline:
-        """Call it. Raises: UserCodeError: it raised. PipelineError: it does not return a Pipeline."""
+        """Call the function.
+
+        Raises:
+            UserCodeError: the function raised.
+            PipelineError: the function does not return a Pipeline.
+        """
         pipeline = self.call()
         if not isinstance(pipeline, Pipeline):
             raise PipelineError(f"{self.spec} returned {type(pipeline).__name__}: it must return a Pipeline")
@@ -93,7 +103,12 @@ class DatasetSource(Source):
     """A function that returns a map-style dataset of (input, target), or a loader."""
 
     def build(self) -> Any:
-        """Call it. Raises: UserCodeError: it raised. PipelineError: it returns something else, or an empty dataset."""
+        """Call the function.
+
+        Raises:
+            UserCodeError: the function raised.
+            PipelineError: the function returns something else, or an empty dataset.
+        """
         dataset = self.call()
         if not isinstance(dataset, DataLoader):
             check_dataset(f"what {self.spec} returned", dataset)
@@ -105,12 +120,13 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
 
     Args:
         spec: "path/to/file.py" or "path/to/file.py:function".
-        assignments: "KEY=VALUE" strings, converted by the function's annotations; or a mapping of values, taken as they are.
+        assignments: "KEY=VALUE" strings, converted by the function's annotations; or a mapping
+            of values, used unchanged.
 
     Raises:
-        PipelineError: no such file or function.
+        PipelineError: there is no such file or function.
         UserCodeError: the file raised when run.
-        UsageError: an unknown setting, or a value that is not of the annotated type.
+        UsageError: a setting is unknown, or a value is not of the annotated type.
     """
     path, function = _split_spec(spec)
     return PipelineSource(*_found(path, function or DEFAULT_FUNCTION, assignments, "pipeline file"))
@@ -119,15 +135,16 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
 def built_pipeline(
     pipeline: str | Pipeline, assignments: Mapping[str, Any] | list[str] | None
 ) -> tuple[Pipeline, dict[str, str | int | float | bool | None]]:
-    """A pipeline that is to be recorded, and what the recording keeps of where it comes from.
+    """Return a pipeline to record, and the facts about its origin that the recording keeps.
 
     Args:
-        pipeline: as `load_pipeline` takes it, or built already.
-        assignments: see `load_pipeline`; only where it is not built.
+        pipeline: file and function, in the form that `load_pipeline` takes; or a built Pipeline.
+        assignments: settings for `load_pipeline`, allowed only for a file.
 
     Raises:
-        PipelineError: no such file or function, or settings of a pipeline that is built.
-        UserCodeError, UsageError: see `load_pipeline`.
+        PipelineError: there is no such file or function, or settings were given for a built
+            Pipeline.
+        UserCodeError, UsageError: any error of `load_pipeline`.
     """
     if isinstance(pipeline, Pipeline):
         if assignments:
@@ -143,10 +160,11 @@ def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = 
 
     Args:
         spec: "path/to/file.py:function".
-        assignments: see `load_pipeline`, which raises the same.
+        assignments: settings, in the form that `load_pipeline` takes.
 
     Raises:
-        UsageError: also where no function is named.
+        UsageError: `spec` names no function.
+        HydraError: any error of `load_pipeline`.
     """
     path, function = _split_spec(spec)
     if not function:
@@ -155,15 +173,17 @@ def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = 
 
 
 def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) -> Callable[[], Pipeline]:
-    """What builds the pipeline that `run` was recorded from again, untrained, and refuses another.
+    """Return a function that builds the untrained pipeline of `run`, and refuses another one.
 
     Args:
-        run: with a recording.
-        given: the pipeline newly built, or the file that builds it; None: the file that was recorded.
-        advice: what needs it and how to give it, for a run that does not know it.
+        run: run with a recording.
+        given: newly built pipeline, or the file that builds it. None means the file that was
+            recorded.
+        advice: purpose of the pipeline and the way to give it, for a run that does not name one.
 
     Raises:
-        RunError: see `recorded_spec`; and, when it is built: it is another one than was recorded, the message says in what.
+        RunError: any error of `recorded_spec`. The returned function raises it too if the
+            pipeline is another one than was recorded; the message names the difference.
     """
     settings, spec = run.stages[RECORD].settings, recorded_spec(run, given, advice)
 
@@ -179,16 +199,17 @@ def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) ->
 
 
 def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given: Any = None) -> Callable[[], Pipeline]:
-    """What builds a pipeline with the samples of probe `name` as its tests.
+    """Return a function that builds a pipeline with the samples of probe `name` as its tests.
 
     Args:
-        run: with that probe.
-        load: builds the pipeline.
-        name: of the probe.
-        given: its dataset; None: as the probe names it.
+        run: run with the probe.
+        load: function that builds the pipeline.
+        name: name of the probe.
+        given: dataset of the probe. None means the one that the probe names.
 
     Raises:
-        RunError: the dataset is not known; and, when it is built: it is another one than the probe was taken of.
+        RunError: the dataset is not known. The returned function raises it too if the dataset is
+            another one than the probe was taken of.
     """
     path, settings = run.path, run.stages[PROBE.of(name)].settings
     spec = settings.get(DATASET)
@@ -213,10 +234,12 @@ def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given
 
 
 def recorded_spec(run: RunDirectory, given: str | Pipeline | None, advice: str) -> str | Pipeline:
-    """What `load_pipeline` takes to build the pipeline of `run`, or the pipeline. Arguments: see `pipeline_of`.
+    """Return the pipeline of `run`, or the spec that `load_pipeline` takes to build it.
+
+    `pipeline_of` describes the arguments.
 
     Raises:
-        RunError: it is not known, or is a file that nobody should run unasked.
+        RunError: the pipeline is not known, or is a file that may not be run unasked.
     """
     if given is not None:
         return given
@@ -228,19 +251,26 @@ def recorded_spec(run: RunDirectory, given: str | Pipeline | None, advice: str) 
 
 
 def recorded_assignments(settings: Settings) -> list[str]:
-    """What `--set` gave, or the defaults were, as text: so that annotations convert it as they did."""
+    """Return the settings of a recording as "KEY=VALUE" text.
+
+    As text, annotations convert them like the original values of `--set`.
+    """
     own = {key.removeprefix(_SET): value for key, value in settings.items() if key.startswith(_SET)}
     return [f"{key}={'none' if value is None else value}" for key, value in own.items()]
 
 
 def _refuse_stranger(run: Path, spec: str) -> None:
-    """A run may come from a stranger, and its manifest name any function of any file: only pipelines of the user's own are run.
+    """Refuse to run a pipeline that may not be the user's own.
 
-    Raises: RunError: `spec` is in the run itself, of an installed package, or does not use hydra-pipe.
+    A run may come from a stranger, and its manifest may name any function of any file.
+
+    Raises:
+        RunError: the file of `spec` lies in the run itself, belongs to an installed package, or
+            does not use hydra-pipe.
     """
     file = local_path(_split_spec(spec)[0], "the pipeline's file")
     if not file.is_file():
-        return  # which is told where it is loaded
+        return  # loading it will report this
     where = file.resolve()
     packages = {"site-packages", "dist-packages"} & set(where.parts) or _PACKAGE in where.parents
     if not is_remote(run) and run.resolve() in where.parents:
@@ -255,7 +285,10 @@ def _refuse_stranger(run: Path, spec: str) -> None:
 
 
 def _difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:
-    """In what two settings called `name` differ, and both values: of objects of the first key that does, in words."""
+    """Return the name of the difference between two settings, and both values in words.
+
+    For two objects, the difference is their first differing key.
+    """
     if isinstance(was, dict) and isinstance(now, dict):
         key = next(key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key))
         return _difference(f"{name} {key}", was.get(key), now.get(key))
@@ -264,7 +297,7 @@ def _difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:
 
 
 def _split_spec(spec: str) -> tuple[str, str]:
-    """The file, and the function; "": none is named."""
+    """Return the file and the function of a spec. The function is "" if none is named."""
     path, colon, function = spec.rpartition(":")
     return (spec, "") if not colon or function.endswith(".py") else (path, function)
 

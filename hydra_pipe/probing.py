@@ -1,4 +1,4 @@
-"""Test gradients of new inputs on a finished run: from the function that gives them to `probes/NAME.zarr`."""
+"""Test gradients of new inputs on a finished run, from a dataset to `probes/NAME.zarr`."""
 
 import hashlib
 import os
@@ -42,14 +42,14 @@ _AGAIN = "record the run again with --overwrite"
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is to be taken.
+    """A probe to take.
 
     Args:
-        dataset: the new test samples; or batches of them, as a loader has given them.
-        n_samples: how many.
-        seed, batch_size: how they are drawn from a dataset.
-        labels: of them; None: integer targets, or unknown.
-        settings: of the stage.
+        dataset: new test samples, or batches of new test samples as a loader has given them.
+        n_samples: number of samples.
+        seed, batch_size: seed and batch size for drawing from a dataset.
+        labels: labels of the samples. None means integer targets, or unknown.
+        settings: settings of the stage.
     """
 
     dataset: Any
@@ -60,7 +60,7 @@ class _Asked:
     settings: Settings
 
     def batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
-        """Of (inputs, targets), in order."""
+        """Return batches of (inputs, targets), in order."""
         return _counted(_batches(self.dataset, self.seed, self.batch_size), task)
 
 
@@ -87,31 +87,36 @@ def probe(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Take the test gradients of new inputs at the end of a finished run, for `reduce(..., test=name)`.
+    """Take the test gradients of new inputs on a finished run, for `reduce(..., test=name)`.
 
-    They are taken at the run's final parameters, with its encodings and seeds, as if they had been among its test samples.
+    The gradients are taken at the run's final parameters, with its encodings and seeds. They
+    equal the gradients that the inputs would have as test samples of the run.
 
     Args:
         run: directory of the run.
-        dataset: what `Recorder.record_test` takes, or "path/to/file.py:function" of a function that returns it.
-        name: of the probe: letters, digits and "_".
-        settings: of the function, as a mapping of values or as "KEY=VALUE" strings.
-        labels: one, integer or string, for each sample; taken from integer targets if absent.
-        pipeline: that was recorded: the file where it has moved, or a Pipeline where such an object was recorded, whose model
-            gets the final parameters.
-        model, loss: of a run that was recorded in a loop of one's own: the model with the parameters that `record_test` met, and
-            (output, target) -> losses of shape (batch,), or their mean or sum.
-        overwrite: take it again, and discard what was computed from it.
-        progress: where to show progress; nowhere if absent.
+        dataset: test samples in a form that `Recorder.record_test` takes, or
+            "path/to/file.py:function" for a function that returns such samples.
+        name: name of the probe: letters, digits and "_".
+        settings: settings of the function, as a mapping of values or as "KEY=VALUE" strings.
+        labels: one label, integer or string, for each sample. Default: integer targets.
+        pipeline: recorded pipeline: the file if it has moved, or a Pipeline if such an object
+            was recorded. Its model gets the final parameters.
+        model, loss: model and loss of a run that was recorded in a loop of one's own. The model
+            has the parameters it had at `record_test`. The loss maps (output, target) to losses
+            of shape (batch,), or to their mean or sum.
+        overwrite: take the probe again, and discard everything computed from it.
+        progress: place to show progress. Default: nowhere.
 
     Returns:
-        Whether there was anything to do.
+        False if there was nothing to do.
 
     Raises:
-        RunError: there is no run, it is not recorded to the end, or the model is not that of the run.
+        RunError: there is no run, its recording is not complete, or the model is not the one of
+            the run.
         StoreError: the recording is damaged.
-        UsageError: arguments that cannot be.
-        PipelineError, UserCodeError, DataError, NonFiniteError, BooksError, LayerError: as in recording.
+        UsageError: arguments do not go together, or have impossible values.
+        PipelineError, UserCodeError, DataError, NonFiniteError, BooksError, LayerError: the same
+            errors as in recording.
     """
     check_name(name)
     if (model is None) != (loss is None) or (model is not None and pipeline is not None):
@@ -135,7 +140,13 @@ def probe(
 
 
 def _has_work(directory: RunDirectory, stage: StageId, settings: Settings) -> bool:
-    """Tell whether the probe is yet to be taken: of one that has failed nothing is there, whatever it was of. Raises: RunError."""
+    """Tell whether the probe is yet to be taken.
+
+    A failed probe left nothing, so its settings do not matter.
+
+    Raises:
+        RunError: the probe was taken with other settings.
+    """
     found = directory.stages.get(stage)
     return found is None or found.state != "complete" or directory.has_work(stage, settings)
 
@@ -148,7 +159,12 @@ def _asked(
     checkpoint: int,
     progress: Progress,
 ) -> _Asked:
-    """Raises: UsageError, PipelineError, UserCodeError, DataError: the dataset cannot be had, or is none."""
+    """Load the dataset, and return the probe to take.
+
+    Raises:
+        UsageError, PipelineError, UserCodeError, DataError: the dataset cannot be loaded, or is
+            not a dataset.
+    """
     recorded = directory.stages[RECORD].settings
     seed, batch_size = recorded.get("seed"), recorded.get("batch_size")
     seed, batch_size = seed if is_count(seed) else 0, batch_size if is_count(batch_size, 1) else BATCH
@@ -174,13 +190,13 @@ def _asked(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What the gradients are taken of.
+    """The model whose gradients are taken.
 
     Args:
-        model: with the final parameters.
-        loss: of it.
-        trained: name and group of each parameter that was recorded, in the order of the blocks.
-        root: of the preconditioner at the end; None: there is none.
+        model: model with the final parameters.
+        loss: loss of the model.
+        trained: name and group of each recorded parameter, in the order of the blocks.
+        root: root of the preconditioner at the end, or None if there is none.
     """
 
     model: nn.Module
@@ -192,7 +208,11 @@ class _Subject:
 def _subject(
     directory: RunDirectory, gradients: Gradients, step: int, pipeline: str | Pipeline | None, model: nn.Module | None, loss: Any
 ) -> _Subject:
-    """Raises: RunError: it is not the run's, or not known."""
+    """Return the model of the run, with its final parameters.
+
+    Raises:
+        RunError: the model is not the one of the run, or is not known.
+    """
     if model is None:
         advice = (
             "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., loss=...), or pipeline=... where "
@@ -222,7 +242,11 @@ def _subject(
 
 
 def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping[str, Any]) -> None:
-    """Raises: RunError: other parameters and buffers, or of another shape, than were kept at the end of training."""
+    """Compare the model's state with the state that was kept at the end of training.
+
+    Raises:
+        RunError: parameters or buffers differ in name or shape.
+    """
     for name in dict.fromkeys([*final, *now]):
         shapes = [tuple(np.shape(values[name])) if name in values else None for values in (final, now)]
         if shapes[0] != shapes[1]:
@@ -231,7 +255,11 @@ def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping
 
 
 def _check_state(directory: RunDirectory, recorded: Mapping[str, str], now: Mapping[str, str], step: int) -> None:
-    """Raises: RunError: the model's parameters and buffers are not those that the test gradients were taken at."""
+    """Check that the model has the parameters and buffers of the recorded test gradients.
+
+    Raises:
+        RunError: a parameter or buffer differs, or the run does not tell.
+    """
     if not recorded:
         raise RunError(f"{directory.path} does not say which parameters its test gradients were taken at: {_AGAIN}")
     for name in dict.fromkeys([*recorded, *now]):
@@ -262,7 +290,8 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
 
 def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
     stage = PROBE.of(name)
-    check_stages(directory.path, stage, *results_of(directory, name))  # before anything is discarded
+    # before anything is discarded
+    check_stages(directory.path, stage, *results_of(directory, name))
     drop_results(directory, name)
     attributes = {names.RUN_ID: directory.run_id, names.MADE_OF: asked.settings}
     dtype = str(gradients.rows.dtype)
@@ -282,8 +311,11 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
 
 @contextmanager
 def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterator[Collector]:
-    """A collector of the model's gradients in the run's own columns. Afterwards the model and its hooks are as they were."""
-    # what was trained and then frozen has a gradient all the same
+    """Collect the model's gradients in the run's own columns for the length of a block.
+
+    Afterwards the model and its hooks are as they were.
+    """
+    # A parameter that was trained and then frozen has a gradient all the same.
     frozen = [parameter for parameter in subject.trained if not parameter.requires_grad]
     layout = gradients.layout
     collector = Collector(subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype)

@@ -1,4 +1,4 @@
-"""Progress of anything longer than a second: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of work that takes more than a second: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ class Task:
 
 
 class Progress:
-    """Shows nothing: what a library call gets unless it asks for more."""
+    """Progress that shows nothing. A library call uses it unless the caller asks for more."""
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
@@ -27,11 +27,11 @@ class Progress:
         yield Task()
 
     def say(self, message: str) -> None:
-        """One line for the person who waits."""
+        """Print one line for the person who waits."""
 
 
 class ConsoleProgress(Progress):
-    """On standard error: a bar with rate and time left on a terminal, else a line every 15 seconds."""
+    """Progress on standard error: a bar with rate and time left, or a line every 15 seconds."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -51,7 +51,10 @@ class ConsoleProgress(Progress):
 
 
 def _tell(line: str) -> None:
-    """Print a line of progress. The work goes on where nobody reads it any more: a terminal that is gone, a full disk."""
+    """Print a line of progress.
+
+    The work goes on even if nobody can read the line: a terminal is gone, or a disk is full.
+    """
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -85,7 +88,7 @@ class _LineTask(Task):
 
 @contextmanager
 def _bar_task(description: str, total: int, unit: str) -> Iterator[Task]:
-    # rich takes a tenth of a second to import, which a command without a terminal need not pay.
+    # Importing rich takes a tenth of a second. A command without a terminal saves the time.
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -110,7 +113,8 @@ def _bar_task(description: str, total: int, unit: str) -> Iterator[Task]:
                 with self._lock:
                     self._done += n
                     now = time.monotonic()
-                    # a bar redraws ten times a second: telling it every step of a fast loop is waste
+                    # A bar redraws ten times a second, so updates at every step of a fast loop
+                    # are waste.
                     if now - self._shown < 0.1 and self._done < total:
                         return
                     self._shown = now

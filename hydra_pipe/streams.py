@@ -1,4 +1,4 @@
-"""Iterators that own a thread, processes or files: whoever iterates closes them, the garbage collector never does."""
+"""Iterators that own a thread, processes or files. The garbage collector never closes them."""
 
 from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
@@ -7,19 +7,23 @@ T = TypeVar("T")
 
 
 class Stream(Iterator[T]):
-    """Yields `items`, and lets go of what they need: at their end, where they raise, and where their user calls `close`::
+    """Iterator over `items` that releases the resources behind them.
+
+    It does so at the end of the items, if the items raise, and if the user calls `close`::
 
         with closing(rows.stream(run, 512)) as pieces:
             for piece in pieces:
                 ...
 
-    A generator that does so by a `with` around its `yield` is closed by the garbage collector too, wherever its user was
-    interrupted: in any thread and at any moment, such as inside of the lock that the end of a thread waits for. Of a stream whose
-    user does not close it the collector takes the memory alone.
+    A generator with a `with` around its `yield` is closed by the garbage collector too, if its
+    user was interrupted. The collector may do so in any thread and at any moment, for example
+    inside of the lock that the end of a thread waits for. For a stream that its user does not
+    close, the collector frees the memory only.
 
     Args:
-        items: a generator without a `with` or a `finally` around a `yield`.
-        release: lets go of what `items` need, and waits until that is gone. Called once.
+        items: generator without a `with` or a `finally` around a `yield`.
+        release: function that releases the resources behind `items`, and waits until they are
+            gone. Called once.
     """
 
     def __init__(self, items: Iterator[T], release: Callable[[], None]) -> None:
@@ -39,7 +43,7 @@ class Stream(Iterator[T]):
             raise
 
     def close(self) -> None:
-        """Yield nothing more, and let go of what the items need. May be called again."""
+        """Yield nothing more, and release the resources of the items. May be called again."""
         if not self._closed:
             self._closed = True
             self._release()

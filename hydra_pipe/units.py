@@ -1,4 +1,4 @@
-"""Bytes and seconds to words and back; the bytes this process takes."""
+"""Conversion of bytes and seconds to words and back, and the memory of this process."""
 
 import re
 import resource
@@ -24,10 +24,11 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in `text`, such as "4GiB", "512 MB" or "1000000".
+    """Return the bytes in `text`, such as "4GiB", "512 MB" or "1000000".
 
     Raises:
-        UsageError: not a number with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB.
+        UsageError: `text` is not a number with one of the units B, KB, MB, GB, TB, KiB, MiB,
+            GiB, TiB.
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).upper() if match else None
@@ -37,7 +38,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """`n_bytes` with a binary unit and three significant digits: 3221225472 is "3 GiB"."""
+    """Return `n_bytes` with a binary unit and three significant digits: 3221225472 is "3 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n_bytes) < 1024:
             whole = unit == "B" or abs(n_bytes) >= 99.95
@@ -47,7 +48,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`seconds` as a person says it: 0.42 is "0.4 s", 4000 is "1 h 07 min"."""
+    """Return `seconds` in words: 0.42 is "0.4 s", 4000 is "1 h 06 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
@@ -57,16 +58,16 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_seconds(text: str) -> float | None:
-    """Seconds in `text`, such as "90s", "10min" or "2h"; None where it has no such unit."""
+    """Return the seconds in `text`, such as "90s", "10min" or "2h"; None without such a unit."""
     match = _SIZE.fullmatch(text)
     factor = _SECONDS.get(match.group(2).lower()) if match else None
     return float(match.group(1)) * factor if match and factor else None
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; its peak so far where the system does not tell."""
+    """Return the memory of this process now, or its peak so far if the system does not tell."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    # macOS counts bytes, the others KiB
+    # macOS counts bytes, other systems KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

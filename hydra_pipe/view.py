@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 def open_run(run: str | os.PathLike[str]) -> "Run":
-    """The run at `run`.
+    """Open the run at `run`, for reading.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no run.
         StoreError: its manifest is damaged, or of a newer format version.
     """
     return Run(RunDirectory.open(run))
@@ -43,7 +43,8 @@ def open_run(run: str | os.PathLike[str]) -> "Run":
 class Run:
     """A run directory, for reading. Made by `open_run`.
 
-    It answers as the run is when it is asked: what is reduced or exported later is there without opening it again.
+    Each answer shows the run as it is now. Results that are reduced or exported later appear
+    without opening the run again.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -54,7 +55,7 @@ class Run:
         return plain(self._results.directory(), self.methods)
 
     def _repr_html_(self) -> str:
-        """What notebooks show."""
+        """Return the HTML that notebooks show."""
         directory = self._results.directory()
         try:
             return html(directory, self._recording())
@@ -63,12 +64,12 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Path of the run."""
         return self._results.path
 
     @property
     def run_id(self) -> str:
-        """Its name in every table written from it."""
+        """Name of the run in every table written from it."""
         return self._results.directory().run_id
 
     @property
@@ -78,15 +79,20 @@ class Run:
 
     @property
     def gradients(self) -> Gradients:
-        """The recorded rows. Raises: StoreError: missing or damaged."""
+        """The recorded rows.
+
+        Raises:
+            StoreError: the recording is missing or damaged.
+        """
         return self._results.gradients
 
     @property
     def steps(self) -> dict[str, NDArray[Any]]:
         """The per-step tables: shape (step,), (step, group) or (step, block).
 
-        `n_rows` counts those of all processes. `first_row` is there where one process recorded: only then are a step's rows
-        together (`gradients.rows_of_steps` says where they are otherwise).
+        `n_rows` counts the rows of all processes. `first_row` is there only if one process
+        recorded, because only then are a step's rows together. Otherwise
+        `gradients.rows_of_steps` gives their places.
         """
         first, counts = self.gradients.rows_of_steps()
         rows = {names.FIRST_ROW: first[:, 0]} if self.gradients.n_ranks == 1 else {}
@@ -94,8 +100,12 @@ class Run:
         return rows | {name: self.gradients.step_table(name) for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
 
     def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
-        """The relevance on disk, (sample, test) float32, read as it is sliced. Raises: RunError: not computed."""
-        import zarr  # takes half a second, which nobody else here needs
+        """Return the relevance on disk, (sample, test) float32, read as it is sliced.
+
+        Raises:
+            RunError: the relevance was not computed.
+        """
+        import zarr  # takes half a second to import, and is needed only here
 
         array = self._relevance(method)
         if is_remote(array.path):
@@ -109,28 +119,32 @@ class Run:
         return open_relevance(self.path / names.RELEVANCE, method)
 
     def _test_labels(self, result: str) -> NDArray[Any] | None:
-        """Of the test samples that a result is for."""
+        """Return the labels of a result's test samples, or None if unknown."""
         name = ResultName.parse(result).test
         if name is None:
             return self.gradients.labels(names.TEST_LABELS)
         return open_probe(self._results.directory(), self.gradients, name).labels()
 
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
-        """The whole relevance matrix, in memory, float32, dimensions (sample, test); (sample, test_group) where
-        `method` names means over test samples, "hydra-by-label" or "hydra-mean". That for the samples of the probe `wrong` is
-        called "hydra-of-wrong". `relevance_array` reads a part of it.
+        """Return the whole relevance matrix, in memory, float32, dimensions (sample, test).
 
-        R > 0: helpful, leaving the training sample out raises the test loss; in units of the test loss for most methods
-        (docs/methods.md). Method "self" has one column, of each training sample for itself.
+        If `method` names means over test samples, "hydra-by-label" or "hydra-mean", the
+        dimensions are (sample, test_group). The result for the samples of the probe `wrong` is
+        called "hydra-of-wrong". `relevance_array` reads a part of the matrix.
+
+        R > 0 means helpful: leaving the training sample out raises the test loss. The unit is
+        the test loss for most methods (docs/methods.md). Method "self" has one column, the
+        relevance of each training sample to itself.
 
         Returns:
-            An xarray.DataArray where xarray is installed, else a NumPy array. Its coordinates are `sample` and `test`, the ids, and
-            `sample_label` and `test_label` where labels are known (`test_group` and `test_group_label` of means); its attributes
-            `method`, `sign`, `unit` and `run_id`.
+            An xarray.DataArray if xarray is installed, else a NumPy array. Its coordinates are
+            `sample` and `test`, the ids, and `sample_label` and `test_label` if labels are
+            known. For means they are `test_group` and `test_group_label` instead. Its attributes
+            are `method`, `sign`, `unit` and `run_id`.
 
         Raises:
-            RunError: it was not computed.
-            StoreError: it is damaged.
+            RunError: the relevance was not computed.
+            StoreError: the relevance is damaged.
         """
         array = self._relevance(method)
         values = read_relevance(array, slice(None))
@@ -160,49 +174,58 @@ class Run:
         )
 
     def top(self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra") -> "pandas.DataFrame":
-        """The training samples that helped or harmed one test sample most. Reads the column of that test sample, no more than a
-        chunk of them.
+        """Return the training samples that helped or harmed one test sample most.
+
+        Reads the column of the test sample, and at most the rest of its chunk.
 
         Args:
-            test_id: of the test sample; of means the number of the column.
-            k: how many a side at most; fewer where fewer have that sign.
+            test_id: id of the test sample, or number of the column for means.
+            k: most samples on each side. There are fewer if fewer have the sign.
             side: "helpful", "harmful" or "both".
-            method: whose relevance.
+            method: name of the result.
 
         Returns:
-            Columns `rank` (from 1), `train_id`, `label`, `relevance`, as the exported rankings have them, ties by `train_id`; with
-            both sides `side` before these. `attrs` has `method`, `sign`, `unit`, `run_id` and `test_id`.
+            Columns `rank` (from 1), `train_id`, `label`, `relevance`, like the exported
+            rankings, ties by `train_id`. With both sides, `side` comes before these. `attrs` has
+            `method`, `sign`, `unit`, `run_id` and `test_id`.
 
         Raises:
-            UsageError: no such test sample, side or number.
+            UsageError: there is no such test sample, side or number.
             RunError: the relevance was not computed.
-            StoreError: it is damaged.
+            StoreError: the relevance is damaged.
             ExtraError: pandas is not installed.
         """
         return top_frame(self._results, method, test_id, k, side)
 
     def samples(self, method: str = "hydra", *, progress: Progress | None = None) -> "pandas.DataFrame":
-        """Every training sample over all test samples: what was exported, if it is of the relevance that is there now, else added
-        up out of core.
+        """Return every training sample with its relevance over all test samples.
+
+        An export of the current relevance is read if there is one. Otherwise the relevance is
+        added up out of core.
 
         Args:
-            method: whose relevance.
-            progress: where to show progress; nowhere if absent.
+            method: name of the result.
+            progress: place to show progress. Default: nowhere.
 
         Returns:
-            The columns of `samples.parquet`, in order of `train_id`: `train_id`, `label`, `relevance_sum`, `relevance_mean`, `rank`
-            (1 = most harmful), `self_relevance` (not a number before `reduce --method self`), `visits`. `attrs` as in `top`.
+            The columns of `samples.parquet`, in order of `train_id`: `train_id`, `label`,
+            `relevance_sum`, `relevance_mean`, `rank` (1 = most harmful), `self_relevance` (not a
+            number before `reduce --method self`), `visits`. `attrs` has `method`, `sign`, `unit`
+            and `run_id`.
 
         Raises:
             UsageError: the method has no test samples.
             RunError: the relevance was not computed.
-            StoreError: it is damaged.
+            StoreError: the relevance is damaged.
             ExtraError: pandas is not installed.
         """
         return samples_frame(self._results, method, progress or Progress())
 
     def info(self) -> dict[str, Any]:
-        """What is there: sizes, encodings, progress of every stage, settings. Plain values, as `info --json` prints them."""
+        """Return the facts of the run: sizes, encodings, progress of every stage, settings.
+
+        The values are plain, like those that `info --json` prints.
+        """
         directory = self._results.directory()
         stages = {str(which): {"state": s.state, "settings": s.settings, "facts": s.facts} for which, s in directory.stages.items()}
         places = dict.fromkeys([*OWNED, *(stage.area for stage in directory.stages if stage.kind.holds is Holds.FILE)])
@@ -218,7 +241,7 @@ class Run:
         return found if recording is None else found | {"recording": recording}
 
     def _recording(self) -> dict[str, Any] | None:
-        """What is recorded so far; None: nothing."""
+        """Return the facts of the recording so far, or None if there is none."""
         directory = self._results.directory()
         if RECORD not in directory.stages or not (self.path / names.GRADIENTS).is_dir():
             return None
@@ -238,7 +261,8 @@ class Run:
             for own in [_own_columns(block)]
         ]
         n_parameters = sum(block.numel for block in store.layout.blocks)
-        # of one that goes on, or was interrupted, what is safe: its arrays grow one after the other
+        # A recording that goes on, or was interrupted, counts as far as it is safe, because its
+        # arrays grow one after the other.
         recording = directory.stages[RECORD]
         safe = None if recording.state == "complete" else committed(recording)
         prefix = Prefix(store.n_steps, store.rows.part_rows) if safe is None else safe.prefix
@@ -257,6 +281,6 @@ class Run:
 
 def _own_columns(block: Any) -> int:
     if block.encoding == "factored" and block.inputs is None:
-        return 0  # its columns are its weight's
+        return 0  # its columns belong to its weight
     own = block.columns[1] - block.columns[0]
     return int(own if block.inputs is None else own + block.inputs[1] - block.inputs[0])

@@ -66,8 +66,7 @@ def _print_table(heads: list[str], rows: list[list[str]]) -> None:
 
 
 def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
-    """Print the table of an evaluation, intervals as one column each, and its lines for a
-    person."""
+    """Print the table of an evaluation, each interval as one column, and its lines for a person."""
     if rows:
         columns = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
         _print_table(columns, [[_cell(row, name) for name in columns] for row in rows])
