@@ -126,7 +126,7 @@ def reduce(
         progress: place to show progress. Default: nowhere.
 
     Returns:
-        False if there was nothing to do.
+        True if there was anything to do, else False.
 
     Raises:
         RunError: there is no run, its recording is not complete, or training it again comes out

@@ -24,14 +24,15 @@ def printable(text: str) -> str:
 class HydraError(Exception):
     """Base of every error that hydra-pipe raises on purpose.
 
-    The message is one line: the thing, the numbers, and a way out. The command line prints it and exits with `exit_code`.
+    The message is one line: the thing, the numbers, and a way out. The command line prints the
+    message and exits with `exit_code`.
     """
 
     exit_code = 1
 
 
 class UsageError(HydraError):
-    """The call itself is wrong: an unknown setting, a value of the wrong type, a malformed option."""
+    """The call itself is wrong: an unknown setting, a wrong type, or a malformed option."""
 
     exit_code = 2
 
@@ -71,7 +72,7 @@ def missing_extra(what: str, extra: str, error: ImportError) -> ExtraError:
 
 
 class PipelineError(HydraError):
-    """The user's pipeline file is missing, broken, or describes something that cannot be trained."""
+    """The user's pipeline file is missing, broken, or describes something untrainable."""
 
 
 class UserCodeError(PipelineError):

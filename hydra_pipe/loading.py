@@ -320,7 +320,7 @@ def _run_file(path: str, what: str) -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise PipelineError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up there
+    sys.modules[spec.name] = module  # dataclasses and pickling look up a class's module there
     # A pipeline may import its neighbours, as a script may.
     sys.path.insert(0, str(file.resolve().parent))
     try:

@@ -108,7 +108,7 @@ def probe(
         progress: place to show progress. Default: nowhere.
 
     Returns:
-        False if there was nothing to do.
+        True if there was anything to do, else False.
 
     Raises:
         RunError: there is no run, its recording is not complete, or the model is not the one of

@@ -31,7 +31,10 @@ class Progress:
 
 
 class ConsoleProgress(Progress):
-    """Progress on standard error: a bar with rate and time left, or a line every 15 seconds."""
+    """Progress on standard error.
+
+    On a terminal it is a bar with rate and time left, elsewhere a line every 15 seconds.
+    """
 
     def __init__(self) -> None:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()

@@ -166,7 +166,7 @@ Json = Annotated[bool, typer.Option("--json", help="for programs")]
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version  # takes as long as NumPy
+        from importlib.metadata import version  # takes as long to import as NumPy
 
         print(f"hydra-pipe {version('hydra-pipe')}")
         raise typer.Exit

@@ -37,16 +37,18 @@ class Evaluator(ABC):
     """A kind of evaluation."""
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
-        """Settings that the kind's results depend on: with others, results are computed anew.
+        """Return the settings that the kind's results depend on.
+
+        With other settings, results are computed anew.
 
         Raises:
-            UsageError: an option has a value that cannot be.
+            UsageError: an option has an impossible value.
         """
         return {}
 
     @abstractmethod
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """Relevance that the results depend on, by name.
+        """Return the relevance that the results depend on, by name.
 
         Raises:
             HydraError: something is missing that the kind cannot do without.

@@ -1,4 +1,4 @@
-"""The table of kinds of evaluation, without torch: what a kind cannot do is refused before torch is loaded."""
+"""The table of kinds of evaluation, without torch. Options are refused before torch loads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -55,7 +55,11 @@ class Kind:
     evaluator: str
 
     def check(self, options: Options) -> None:
-        """Raises: UsageError: an option of another kind is given, or a number is too small."""
+        """Refuse options that the kind does not take.
+
+        Raises:
+            UsageError: an option of another kind is given, or a number is too small.
+        """
         for name, value in options.given():
             if name not in self.options:
                 takers = ", ".join(kind.name for kind in KINDS.values() if name in kind.options)
@@ -84,7 +88,11 @@ KINDS = {
 
 
 def kind_of(name: str) -> Kind:
-    """Raises: UsageError: there is no such kind of evaluation."""
+    """Return the kind of evaluation called `name`.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
     if name not in KINDS:
         raise UsageError(f"evaluate {name}: there is no such kind, choose one of {', '.join(KINDS)}")
     return KINDS[name]

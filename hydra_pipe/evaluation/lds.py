@@ -36,7 +36,10 @@ _FEWEST = 3
 
 
 def half(index: int, n_samples: int, seed: int = _SEED) -> NDArray[np.float32]:
-    """Weights of a random half: 1 for the floor(n / 2) samples that are kept, 0 for the others. Shape (sample,)."""
+    """Return the weights of a random half, shape (sample,).
+
+    The weight is 1 for the floor(n / 2) samples that are kept, and 0 for the others.
+    """
     weights = np.zeros(n_samples, np.float32)
     weights[np.random.default_rng([seed, index]).permutation(n_samples)[: n_samples // 2]] = 1.0
     return weights
@@ -45,24 +48,25 @@ def half(index: int, n_samples: int, seed: int = _SEED) -> NDArray[np.float32]:
 class DatamodelScore(Evaluator):
     """Score every method.
 
-    For each of some random halves H the loss of test sample j after training on H is predicted to be
-    lower, the larger sum over i in H of R(i, j). The score is Spearman's correlation of prediction and loss
-    over the halves, mean over test samples. Losses of a half are means over seeds; the run's is the first.
+    For each of some random halves H, relevance predicts the loss of test sample j after training
+    on H. The larger the sum over i in H of R(i, j), the lower is the predicted loss. The score
+    is Spearman's correlation of prediction and loss over the halves, mean over test samples. The
+    losses of a half are means over seeds. The first seed is the run's.
     """
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
-        """The numbers of halves and of seeds."""
+        """Return the numbers of halves and of seeds."""
         seeds = options.seeds or 1
         if seeds > 1:
             subject.check_seeds()
         return {"retrainings": options.retrainings or DEFAULT_RETRAININGS, "seeds": seeds}
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """Relevance for each test sample, at least one."""
+        """Return relevance for each test sample, at least one result."""
         return subject.required_relevance(methods)
 
     def evaluate(self, request: Request) -> Result:
-        """See the class.
+        """Train on random halves and score every method; see the class.
 
         Raises:
             NonFiniteError: nearly all retrainings diverged.

@@ -25,14 +25,15 @@ FEWEST = 3
 
 
 class LeaveOneOut(Evaluator):
-    """Train once without each of some samples, at the run's seed and order, and compare with every method.
+    """Train once without each of some samples, and compare every method.
 
-    The truth is l_j(without i) - l_j(with i), in units of the test loss, shape (left out, test). Relevance
-    predicts the truth to first order. The truth is kept as `truth.npy`, rows in the order of the samples.
+    Training keeps the run's seed and order. The truth is l_j(without i) - l_j(with i), in units
+    of the test loss, shape (left out, test). Relevance predicts the truth to first order. The
+    truth is kept as `truth.npy`, rows in the order of the samples.
     """
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
-        """The ids of the samples to leave out."""
+        """Return the ids of the samples to leave out."""
         spans: tuple[Span, ...] = ((0, min(subject.n_samples, MOST_LEFT_OUT)),)
         if options.samples is not None:
             spans = parse_selection(options.samples, subject.n_samples, "--samples")
@@ -41,11 +42,11 @@ class LeaveOneOut(Evaluator):
         return {"samples": write_selection(spans)}
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """Relevance for each test sample; there may be none."""
+        """Return relevance for each test sample, or nothing if none was computed."""
         return subject.relevance(methods)
 
     def evaluate(self, request: Request) -> Result:
-        """See the class."""
+        """Train without each sample and compare every method; see the class."""
         subject = request.subject
         samples = parse_selection(request.settings["samples"], subject.n_samples, "--samples")
         relevance = subject.relevance(request.methods)

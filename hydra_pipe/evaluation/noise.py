@@ -93,30 +93,38 @@ def order_of(relevance: Relevance) -> Order:
 
 
 class WrongLabels(Evaluator):
-    """Score every method's ranking of the training samples against the labels that are known to be wrong.
+    """Score every method's ranking of the training samples against the known wrong labels.
 
-    A ranking is by mean relevance over all tests, the most harmful first. The ranking of `self` is by
-    relevance to themselves, the highest first: a sample that only its own steps can teach is odd.
+    A ranking is by mean relevance over all tests, the most harmful first. The ranking of `self`
+    is by relevance to themselves, the highest first: a sample that only its own steps can teach
+    is odd.
 
-    By method: ROC-AUC; precision among the first k, with k wrong labels in all and some smaller k; accuracy
-    on the test samples after training without the first k, at the run's seed and order (weight 0, mean over
-    the samples that are kept).
+    Each method has:
+
+    - ROC-AUC;
+    - precision among the first k, with k wrong labels in all and some smaller k;
+    - accuracy on the test samples after training without the first k, at the run's seed and
+      order (weight 0, mean over the samples that are kept).
     """
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
-        """The shares of wrong labels to leave out, where they are not `LEFT_OUT`."""
+        """Return the shares of wrong labels to leave out, if they are not `LEFT_OUT`."""
         if options.left_out is None:
             return {}
         parse_left_out(options.left_out)
         return {"left_out": options.left_out}
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
-        """Relevance for each test sample or as a mean. Raises: PipelineError: see `wrong_labels`."""
+        """Return relevance for each test sample, or as a mean.
+
+        Raises:
+            PipelineError: any error of `wrong_labels`.
+        """
         wrong_labels(subject)
         return subject.required_relevance(methods, means=True)
 
     def evaluate(self, request: Request) -> Result:
-        """See the class."""
+        """Score every ranking, and train without its first samples; see the class."""
         subject, left_out = request.subject, parse_left_out(request.settings.get("left_out"))
         wrong = wrong_labels(subject)
         n_wrong = int(wrong.sum())

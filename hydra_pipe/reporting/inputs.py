@@ -191,7 +191,7 @@ class Inputs:
         try:
             shown = self.drawn(torch.as_tensor(value), "a prediction")
         except HydraError:
-            return None  # render is for inputs, and need not take this
+            return None  # `render` is for inputs, and need not take a prediction
         # A prediction stands beside its target, position by position, so it stays on one line.
         return shown.text.replace("\n", "\N{RETURN SYMBOL}") if isinstance(shown, Text) else None
 

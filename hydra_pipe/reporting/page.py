@@ -196,7 +196,7 @@ def _fixed(content: Content) -> dict[str, Any]:
         "evaluate_command": clean(content.evaluate_command),
         "recorded": _recorded(content.recording),
         "settings": [(clean(name), clean(value)) for name, value in content.settings],
-        "style": Markup(style),  # of this package
+        "style": Markup(style),  # text of this package, so not escaped
         "script": Markup(script),
         "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
@@ -320,7 +320,8 @@ def _distribution(distribution: Distribution) -> dict[str, Any]:
         + ". Each bar is of pairs whose relevance is within a factor of two; bars too small to be seen are left out at both ends."
     )
     some = distribution.helpful + distribution.harmful > 0
-    return {"words": words, "svg": Markup(distribution_chart(distribution)) if some else None}  # numbers only
+    # numbers only, so not escaped
+    return {"words": words, "svg": Markup(distribution_chart(distribution)) if some else None}
 
 
 def _loss(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> dict[str, Any]:

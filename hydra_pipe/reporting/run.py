@@ -66,7 +66,7 @@ def report_run(
         progress: place to show progress. Default: nowhere.
 
     Returns:
-        False if there was nothing to do.
+        True if there was anything to do, else False.
 
     Raises:
         RunError: there is no run, or it has no relevance of this method.

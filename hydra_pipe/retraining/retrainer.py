@@ -176,7 +176,8 @@ def _of_training(pipeline: Pipeline, ends: ExitStack) -> Iterator[Batch]:
             inputs, targets = dataset.tensors
             yield from ((ids, inputs[ids], targets[ids]) for ids in order)
         else:
-            # no `yield from`: where the collector closes this, it would close the batches too
+            # No `yield from`: the garbage collector, when it closes this generator, would close
+            # the batches too.
             for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, epoch))):
                 yield ids, inputs, targets
 
