@@ -68,7 +68,8 @@ class Models:
             before = self._generators()
             try:
                 with warnings.catch_warnings():
-                    # Torch runs an operation model by model: the user could not change that.
+                    # The warning is about an operation that torch runs model by model, which the
+                    # user cannot change.
                     warnings.filterwarnings("ignore", "There is a performance drop")
                     one = torch.vmap(self._one, in_dims=(0, 0, None, None), randomness="same")
                     return Found(*one(parameters, buffers, inputs, targets))

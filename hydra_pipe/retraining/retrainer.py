@@ -40,7 +40,7 @@ class Retrainer:
 
     Batches, their order, random draws of datasets and dropout, the optimiser and its schedule
     are the same as in the run. A sample's weight multiplies its loss. By default the mean stays
-    over the whole batch, so that the derivative in the weights is what relevance approximates.
+    over the whole batch, so that relevance is the derivative in the weights.
 
     Args:
         pipeline: pipeline as built, not trained.
