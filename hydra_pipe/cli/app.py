@@ -472,7 +472,7 @@ def evaluate(
 @app.command()
 @explained
 def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
-    """What is in a run: sizes, encodings, progress of every stage, settings.
+    """Show what is in a run: sizes, encodings, progress of every stage, settings.
 
     Example: hydra-pipe info runs/digits --json
     """

@@ -1,1 +1,1 @@
-"""From a training run to `gradients.zarr`: hooks, encoder, recorder, trainer."""
+"""Recording of a training run to `gradients.zarr`: hooks, encoder, recorder."""
