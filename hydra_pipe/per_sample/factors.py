@@ -209,10 +209,8 @@ def bounds_of(value: Contribution) -> Tensor:
     return value.bounds if isinstance(value, Summed) else torch.linalg.vector_norm(value, dim=1)
 
 
-def projected(value: Factors | Tensor, kron: Kron) -> Tensor:
-    """Project factors, or rows of shape (B, O * I), by `kron`. Shape (B, k_out * k_in)."""
-    if not isinstance(value, Factors):
-        return kron(value)
-    if value.given_right is None:
-        return kron(value.rows())
-    return kron.of_products(value.left, value.right_times)
+def projected(value: Contribution, kron: Kron) -> Tensor:
+    """Project the rows by `kron`, without writing out what are sums of products. Shape (B, k_out * k_in)."""
+    if isinstance(value, Factors) and value.given_right is not None:
+        return kron.of_products(value.left, value.right_times)
+    return kron(rows_of(value))

@@ -17,7 +17,7 @@ from torch import Tensor
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch, SketchedLines
-from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, projected
+from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, projected, rows_of
 from hydra_pipe.plan.layout import Block, Encoding
 
 
@@ -175,9 +175,8 @@ class Dense(BlockEncoding):
 
     def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
         """See the base class."""
-        plain = _plain(given.value)
-        rows = plain.rows() if isinstance(plain, Factors) else plain
-        return self._reduce_rows(given, root, (rows,), lambda rows: rows if root is None else rows * root.flatten())
+        whole = rows_of(given.value)
+        return self._reduce_rows(given, root, (whole,), lambda rows: rows if root is None else rows * root.flatten())
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -201,14 +200,12 @@ class Sketched(BlockEncoding):
         """See the base class."""
         if isinstance(given.value, TokenRows):
             return self._reduce_lines(given.value, given.first, root, lines)
-        plain = _plain(given.value)
         signs = None if root is None else self._sketch.signs(root)
-        if not isinstance(plain, Factors):
-            return self._reduce_rows(given, root, (plain,), lambda rows: self._sketch(rows, signs))
-        if plain.given_right is None:
-            return self._reduce_rows(given, root, (plain.rows(),), lambda rows: self._sketch(rows, signs))
-        order = plain.order
-        return self._reduce_rows(given, root, plain.pieces(), lambda rows: self._sketch(rows, signs, order))
+        value = given.value
+        if isinstance(value, Factors) and value.given_right is not None:
+            order = value.order
+            return self._reduce_rows(given, root, value.pieces(), lambda rows: self._sketch(rows, signs, order))
+        return self._reduce_rows(given, root, (rows_of(value),), lambda rows: self._sketch(rows, signs))
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -254,7 +251,7 @@ class KronProjected(BlockEncoding):
 
     def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
         """See the base class."""
-        return Reduced(projected(_plain(given.value), self._kron), given.first, bounds_of(given.value).sum())
+        return Reduced(projected(given.value, self._kron), given.first, bounds_of(given.value).sum())
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -324,12 +321,6 @@ def outer_products(given: Sequence[Given]) -> list[Factors]:
     factors = [g.value for g in given if isinstance(g.value, Factors) and g.value.n_positions == 1]
     alone = len({g.first for g in given}) == len(given)
     return factors if alone and len(factors) == len(given) else []
-
-
-def _plain(value: Contribution) -> Factors | Tensor:
-    if isinstance(value, TokenRows):
-        return value.rows()
-    return value.rows if isinstance(value, Summed) else value
 
 
 def _known_norm(value: Contribution) -> Tensor | None:
