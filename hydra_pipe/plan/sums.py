@@ -78,6 +78,11 @@ class SumInput(ReductionInput):
     norms: bool = False
     checkpoints: int = 1
 
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of the scores of all samples, of each test sample or group of test samples."""
+        return self.n_samples * (self.n_columns if self.grouped else self.n_tests) * 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class SumPlan(RowPlan):
@@ -266,7 +271,6 @@ def _scoring(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
             peak = scoring_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
                 blocks = spans(done, given.n_tests, width)
-                sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
                 operations = 2 * given.n_read * given.n_tests * (given.n_features + given.grouped * given.n_columns)
                 values = len(blocks) * given.n_read * given.n_features
                 return _plan(
@@ -276,7 +280,7 @@ def _scoring(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
                     ((0, given.n_samples),),
                     reading,
                     peak,
-                    sums,
+                    given.answer_bytes,
                     read=values * given.item_bytes,
                     converted=values,
                     operations=operations,
@@ -324,7 +328,6 @@ def _from_kept(given: SumInput, candidates: Sequence[Reading], done: int) -> Sum
         for reading in candidates:
             peak = kept_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
-                sums = given.n_samples * (given.n_columns if given.grouped else given.n_tests) * 4
                 operations = 2 * given.n_rows * given.n_tests * (given.n_factored + given.grouped * given.n_columns)
                 operations += 2 * given.n_samples * given.n_folding * given.n_columns
                 blocks = spans(done, given.n_tests, width)
@@ -336,7 +339,7 @@ def _from_kept(given: SumInput, candidates: Sequence[Reading], done: int) -> Sum
                     ((0, given.n_samples),),
                     reading,
                     peak,
-                    sums,
+                    given.answer_bytes,
                     read=values * given.item_bytes + len(blocks) * given.n_samples * given.n_folding * 4,
                     converted=values,
                     operations=operations,

@@ -12,7 +12,7 @@ from hydra_pipe.reduction.solvers.sums import SquaredSums, WeightedSums, check_s
 from hydra_pipe.reduction.weights import RowUse, gradient_weights, hydra_weights, self_weights, tracin_weights
 
 
-def alone(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver]]:
+def _one(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver]]:
     """Return a function that gives one solver for every request."""
     return lambda request: [solver(request)]
 
@@ -23,7 +23,7 @@ _EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row once"}
 _NO_TESTS = dict.fromkeys(("--tests", "--by", "--mean", "--test"), "is of each training sample for itself")
 
 _METHODS = (
-    Method("hydra", alone(WeightedSums), RowUse(hydra_weights), check_sums, refuses=_NO_TRAINING),
+    Method("hydra", _one(WeightedSums), RowUse(hydra_weights), check_sums, refuses=_NO_TRAINING),
     Method("hydra-fisher", fisher_solvers, RowUse(hydra_weights), check_matrix, refuses=_NO_TRAINING | _WHOLE_FILES),
     Method(
         "hydra-exact",
@@ -33,34 +33,34 @@ _METHODS = (
     ),
     Method(
         "tracin",
-        alone(WeightedSums),
+        _one(WeightedSums),
         RowUse(tracin_weights),
         on_the_way=True,
         refuses=_NO_TRAINING | {"--keep-hypergradients": "weighs rows in another way"},
     ),
     Method(
         "grad-dot",
-        alone(WeightedSums),
+        _one(WeightedSums),
         RowUse(gradient_weights, last=True),
         refuses=_NO_TRAINING | _EACH_ROW_ONCE,
         unit="test loss times training loss, over parameter squared",
     ),
     Method(
         "grad-cos",
-        alone(WeightedSums),
+        _one(WeightedSums),
         RowUse(gradient_weights, last=True, cosine=True),
         refuses=_NO_TRAINING | _EACH_ROW_ONCE,
         unit="cosine, from -1 to 1",
     ),
     Method(
         "influence",
-        alone(Influence),
+        _one(Influence),
         RowUse(gradient_weights, last=True),
         refuses=_NO_TRAINING | _EACH_ROW_ONCE | {"--chunks": "divides what it reads by what its matrix leaves"},
     ),
     Method(
         "self",
-        alone(SquaredSums),
+        _one(SquaredSums),
         RowUse(self_weights),
         of_tests=False,
         refuses=_NO_TRAINING | _EACH_ROW_ONCE | _NO_TESTS,
