@@ -35,14 +35,14 @@ Side = tuple[Callable[[slice], np.ndarray], Callable[[int, np.ndarray], Any]]
 
 
 def ours(source: Path, target: Path) -> Side:
-    """How this package reads rows of `source`, and writes values as a shard of `target`."""
+    """This package: reading rows of `source`, and writing values as a shard of `target`."""
     read, written = Array.open(source), Array.open(target)
     columns = len(read.shape) - 1
     return read.read, lambda i, values: written.write_file((i, *(0,) * columns), values)
 
 
 def theirs(pipeline: str, source: Path, target: Path, size: int) -> Side:
-    """How zarr does so by `pipeline`, which it looks up when it opens an array."""
+    """The same by zarr with `pipeline`, which zarr looks up when it opens an array."""
     with zarr.config.set({"codec_pipeline.path": pipeline}):
         read = zarr.open_array(LocalStore(source, read_only=True), mode="r")
         written = zarr.open_array(LocalStore(target), mode="r+")

@@ -1,4 +1,4 @@
-"""How tests are run, and fixtures that many of them look at."""
+"""Order of the tests, and fixtures that many of them use."""
 
 import fcntl
 import hashlib

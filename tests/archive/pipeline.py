@@ -20,7 +20,7 @@ def samples(n: int, first: int) -> TensorDataset:
 
 
 def new_samples() -> TensorDataset:
-    """What the probe `new` is of."""
+    """Samples of the probe `new`."""
     return samples(N_NEW, 100)
 
 

@@ -1,4 +1,4 @@
-"""What commands print is what is kept of it."""
+"""Each text that commands print is the one that is kept."""
 
 import os
 import subprocess
