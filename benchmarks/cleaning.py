@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 import hydra_pipe
 from hydra_pipe.cleaning.decision import most_harmed, scores_of
 from hydra_pipe.loading import load_pipeline, recorded_assignments
-from hydra_pipe.maths.ranks import roc_auc
-from hydra_pipe.maths.tails import robust_scores, tail_threshold
+from hydra_pipe.maths.rank_statistics import roc_auc
+from hydra_pipe.maths.outliers import robust_scores, tail_threshold
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 Floats = NDArray[np.float64]

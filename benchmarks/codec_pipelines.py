@@ -22,7 +22,7 @@ import zarr
 import zarr.core.codec_pipeline
 from zarr.storage import LocalStore
 
-from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.zarr.arrays import Array
 
 ROUNDS = 5
 OURS = "hydra-pipe"

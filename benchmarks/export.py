@@ -30,13 +30,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.relevance import CHUNK_SAMPLES, CHUNK_TESTS, Columns, create_relevance, write_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.data.relevance import CHUNK_SAMPLES, CHUNK_TESTS, Columns, create_relevance, write_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.units import format_bytes
 
 CLASSES = 10

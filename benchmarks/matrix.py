@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 import hydra_pipe
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import KEEP
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import KEEP
 from hydra_pipe.units import format_bytes
 
 ROOT = Path(__file__).parents[1]

@@ -30,8 +30,8 @@ from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import ENCODINGS
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.recording.slab import Slab
-from hydra_pipe.store.table import BackgroundWriter, TableWriter
+from hydra_pipe.recording.row_buffer import Slab
+from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 
 HOOKS, TABLES, BOOKS = "hooks and rules", "settings and tables", "books"
 # of the thread that trains; whatever a method calls that is not named itself counts with it

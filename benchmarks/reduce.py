@@ -36,9 +36,9 @@ import hydra_pipe
 from hydra_pipe.api import reduce
 from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.store.files import tree_bytes
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
 
 PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "fashion_mnist.py")
 WORKERS = len(os.sched_getaffinity(0))

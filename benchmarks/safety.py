@@ -18,10 +18,10 @@ from unittest import mock
 import numpy as np
 
 import hydra_pipe
-from hydra_pipe.store import codec
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.checksums import footprints
-from hydra_pipe.store.codec import StoredFile
+from hydra_pipe.store.zarr import codec
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.run.footprints import footprints
+from hydra_pipe.store.zarr.codec import StoredFile
 
 PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "fashion_mnist.py")
 

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.geometry import store_geometry
+from hydra_pipe.plan.chunking import store_geometry
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.units import format_bytes, format_seconds
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 
 def stretch(source: Path, target: Path, times: int) -> None:

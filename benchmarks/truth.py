@@ -31,8 +31,8 @@ from hydra_pipe import Pipeline
 from hydra_pipe.maths import influence
 from hydra_pipe.maths.fisher import Form
 from hydra_pipe.reduction.sweep import Sweep
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.results import ResultName
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.training.batches import epoch_order
 
 N, M, WRONG, BATCH = 400, 100, 40, 40

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.files import location
-from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.run.manifest import RunDirectory
 
 if TYPE_CHECKING:
-    from hydra_pipe.store.fault import Fault
+    from hydra_pipe.store.integrity.faults import Fault
     from hydra_pipe.training.pipeline import Pipeline
 
 PathLike = str | os.PathLike[str]
@@ -218,8 +218,8 @@ def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = Fa
         RunError: there is no run; with `repair` also: another process is writing it.
         StoreError: the run was written in a newer format version.
     """
-    from hydra_pipe.store.repair import repair_path
-    from hydra_pipe.store.verify import check_path
+    from hydra_pipe.store.integrity.repair import repair_path
+    from hydra_pipe.store.integrity.verify import check_path
 
     return repair_path(run, progress or Progress()) if repair else check_path(run, progress or Progress())
 
@@ -245,8 +245,8 @@ def prune(run: PathLike, progress: Progress | None = None, *, discard_unfinished
             unfinished.
         StoreError: the kept hypergradients are damaged. Nothing was deleted.
     """
-    from hydra_pipe.store.pruning import prune_rows
-    from hydra_pipe.store.verify import total_bytes
+    from hydra_pipe.store.integrity.pruning import prune_rows
+    from hydra_pipe.store.integrity.verify import total_bytes
 
     directory = RunDirectory.open(run)
     with (progress or Progress()).task("check", total_bytes(directory), "bytes") as task:

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from hydra_pipe.errors import HydraError, PipelineError, RunError, UsageError, shown
 from hydra_pipe.recording.datasets import dataset_batches
 from hydra_pipe.recording.settings import json_settings
-from hydra_pipe.recording.testing import digest_of
+from hydra_pipe.recording.test_gradients import digest_of
 from hydra_pipe.recording.user_code import user_code_error
-from hydra_pipe.store.commands import DATASET
+from hydra_pipe.store.run.commands import DATASET
 from hydra_pipe.store.files import is_remote, local_path
-from hydra_pipe.store.probes import SAMPLES
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import PROBE, RECORD, Settings
+from hydra_pipe.store.data.probes import SAMPLES
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import PROBE, RECORD, Settings
 from hydra_pipe.training.pipeline import Pipeline, check_dataset, described
 
 DEFAULT_FUNCTION = "pipeline"

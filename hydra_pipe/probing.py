@@ -18,22 +18,22 @@ from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.collector import Collector, Root
 from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
-from hydra_pipe.recording.modes import evaluating
-from hydra_pipe.recording.ranks import unwrapped
+from hydra_pipe.recording.eval_mode import evaluating
+from hydra_pipe.recording.collectives import unwrapped
 from hydra_pipe.recording.settings import Labels, json_settings
-from hydra_pipe.recording.testing import digest_of, record_test_gradients
+from hydra_pipe.recording.test_gradients import digest_of, record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
-from hydra_pipe.store.checkpoints import load_final, state_digests
-from hydra_pipe.store.commands import DATASET
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.parsing import is_count
-from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.prefix import open_recording
-from hydra_pipe.store.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stage_runner import running, taken_up
-from hydra_pipe.store.stages import PROBE, RECORD, Settings, StageId
+from hydra_pipe.store.data.checkpoints import load_final, state_digests
+from hydra_pipe.store.run.commands import DATASET
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.data.recording import open_recording
+from hydra_pipe.store.data.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stage_runner import running, taken_up
+from hydra_pipe.store.run.stages import PROBE, RECORD, Settings, StageId
 from hydra_pipe.training.pipeline import Pipeline, check_dataset
 from hydra_pipe.units import format_seconds
 

@@ -14,15 +14,15 @@ from hydra_pipe.notebook.results import Results
 from hydra_pipe.notebook.summary import html, html_of_failure, next_commands, plain
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.files import is_remote, tree_bytes
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
-from hydra_pipe.store.prefix import committed
-from hydra_pipe.store.probes import open_probe
-from hydra_pipe.store.relevance import columns_of, open_relevance, read_relevance
-from hydra_pipe.store.results import ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import OWNED, RECORD, Holds
+from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
+from hydra_pipe.store.data.recording import committed
+from hydra_pipe.store.data.probes import open_probe
+from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import OWNED, RECORD, Holds
 
 if TYPE_CHECKING:
     import pandas

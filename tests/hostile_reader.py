@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError
-from hydra_pipe.store import arrays
-from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.zarr import arrays
+from hydra_pipe.store.run.manifest import RunDirectory
 
 SPARE_BYTES = 200 * 2**20
 # Processor seconds, which other processes change little. A call takes a hundredth of a second, a page up to one: so a call may

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import sharing
-from hydra_pipe.store import locks
-from hydra_pipe.store.appender import Appender
-from hydra_pipe.store.codec import StoredFile
+from hydra_pipe.store.run.manifest import locks
+from hydra_pipe.store.zarr.appender import Appender
+from hydra_pipe.store.zarr.codec import StoredFile
 
 
 def _raised(error: type[BaseException]) -> Callable[[], None]:

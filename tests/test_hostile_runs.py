@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, StoreError
-from hydra_pipe.store.arrays import ROTTEN, Array, Group
-from hydra_pipe.store.codec import checksum
-from hydra_pipe.store.relevance import open_relevance
-from hydra_pipe.store.run import RunDirectory
+from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
+from hydra_pipe.store.zarr.codec import checksum
+from hydra_pipe.store.data.relevance import open_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
 
 Recorded = Callable[..., Path]
 KINDS = ["rows", "kept"]
@@ -147,8 +147,8 @@ def test_tables_elsewhere_are_not_read(run: Path, name: str, monkeypatch: pytest
 
     change(run / "run.json", counted)
     read: list[Path] = []
-    original = hydra_pipe.store.listing.read_file
-    monkeypatch.setattr("hydra_pipe.store.listing.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
+    original = hydra_pipe.store.run.listing.read_file
+    monkeypatch.setattr("hydra_pipe.store.run.listing.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
     assert [fault.what[:28] for fault in hydra_pipe.verify(run)] == ["export hydra has no table " + repr(name)[:2]]
     assert read
     directories = [run / name for name in ("rankings/method=hydra", "rankings/method=hydra/matrix", "checksums")]

@@ -25,7 +25,7 @@ from hydra_pipe.reduction.executors.distributed import ClusterHere
 from hydra_pipe.reduction.solvers import influence
 from hydra_pipe.reduction.weights import StepWeights, last_rows
 from hydra_pipe.retraining import retrainer
-from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.streams import Stream
 from hydra_pipe.training import batches
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 import hydra_pipe
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.results import ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
-from hydra_pipe.store.sweeps import load_state, save_state
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
+from hydra_pipe.store.data.sweep_state import load_state, save_state
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.units import parse_bytes
 
 PIPELINE = str(Path(__file__).with_name("heavy_pipeline.py"))
@@ -89,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 PEAK = """
 import json, sys
 from hydra_pipe.api import reduce
-from hydra_pipe.store import pace
+from hydra_pipe.store.data import save_interval as pace
 pace.KEEP_SECONDS = 0.5
 reduce(sys.argv[1], **json.loads(sys.argv[2]))
 # not ru_maxrss, which a process inherits from the one that started it

@@ -27,8 +27,8 @@ from hydra_pipe.exporting import source as source_module
 from hydra_pipe.exporting import totals as totals_module
 from hydra_pipe.notebook import results as results_module
 from hydra_pipe.plan import exporting as planning
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
 
 N_TRAIN, N_TEST = 60, 90  # two chunks of test samples
 

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import RunError, StoreError
-from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.files import location
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, KEEP, RECORD
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, KEEP, RECORD
 
 BUCKET = "hydra-pipe-tests"
 pytestmark = [

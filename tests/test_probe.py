@@ -22,9 +22,9 @@ import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, RunError, StoreError, UsageError, UserCodeError
-from hydra_pipe.store.results import result_of
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, PROBE, RECORD, REDUCE
+from hydra_pipe.store.run.results import result_of
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, PROBE, RECORD, REDUCE
 
 N_TEST, FIRST = 7, 4
 ALL = images(N_TEST, 2)
@@ -305,14 +305,14 @@ def test_parameters_that_are_lost_are_told(run: Path) -> None:
 
 def test_a_run_without_what_a_probe_needs_says_to_record_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.writing.GradientsWriter.write_preconditioner", lambda *_: None)
+        patch.setattr("hydra_pipe.store.data.gradients_writer.GradientsWriter.write_preconditioner", lambda *_: None)
         hydra_pipe.record(adamw_pipeline(), tmp_path / "adam")
     with pytest.raises(
         RunError, match=r"does not have the optimizer's preconditioner as it was after 10 steps.*record the run again"
     ):
         hydra_pipe.probe(tmp_path / "adam", changed(), name="late", pipeline=adamw_pipeline())
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.recording.test_gradients.state_digests", lambda _: None)
+        patch.setattr("hydra_pipe.recording.recorded_tests.state_digests", lambda _: None)
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
     with pytest.raises(RunError, match="does not say which parameters its test gradients were taken at: record the run again"):
         probe(tmp_path / "sgd", changed())
@@ -542,7 +542,7 @@ def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was
     hydra_pipe.export(run, test="late")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.discarding.remove", killed_after(after))
+        patch.setattr("hydra_pipe.store.run.discarding.remove", killed_after(after))
         with pytest.raises(InterruptedError):
             hydra_pipe.probe(run, HELD_BACK, **again)
     assert hydra_pipe.verify(run) != []

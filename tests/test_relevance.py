@@ -163,7 +163,7 @@ _SMALL: dict[str, Path] = {}
 def small_chunks_run(recorded, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run in many chunks and several shards, so that there is something to go wrong."""
     if "run" not in _SMALL:
-        import hydra_pipe.plan.geometry as geometry
+        import hydra_pipe.plan.chunking as geometry
 
         with monkeypatch.context() as patch:
             patch.setattr(geometry, "CHUNK_FEATURES", 100)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import space
-from hydra_pipe.store.checkpoints import save_checkpoint
+from hydra_pipe.store import disk_space as space
+from hydra_pipe.store.data.checkpoints import save_checkpoint
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.units import parse_bytes
 

@@ -24,7 +24,7 @@ from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError, RecordWarning
 from hydra_pipe.integrations.refusals import refuse_training_arguments
 from hydra_pipe.per_sample import registry
-from hydra_pipe.recording import ranks
+from hydra_pipe.recording import collectives as ranks
 
 PAGE = Path(__file__).parents[1] / "docs" / "what-can-be-recorded.md"
 # samples, positions of each, features, classes

@@ -37,9 +37,9 @@ from subject import MODELS
 import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.evaluation.lds import half
-from hydra_pipe.maths.ranks import bootstrap_interval, spearmans
+from hydra_pipe.maths.rank_statistics import bootstrap_interval, spearmans
 from hydra_pipe.retraining.retrainer import LOSS
-from hydra_pipe.store.evaluations import N_FOUND
+from hydra_pipe.store.data.evaluations import N_FOUND
 from hydra_pipe.training.batches import Samples, epoch_order
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.maths.tails import robust_scores, tail_threshold
+from hydra_pipe.maths.outliers import robust_scores, tail_threshold
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.relevance import read_relevance
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.relevance import read_relevance
 
 # Bytes of the matrix's columns that are in memory at once.
 BLOCK_BYTES = 64 * 2**20

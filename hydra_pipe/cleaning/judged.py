@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.store.result import ReducedRun
+from hydra_pipe.store.data.reduced_run import ReducedRun
 
 # Least number of test samples that can judge training samples.
 FEWEST_TESTS = 2

@@ -18,17 +18,17 @@ from hydra_pipe.cleaning.decision import Cut, scores_of
 from hydra_pipe.cleaning.evidence import sums_over
 from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.loading import recorded_assignments, recorded_spec
-from hydra_pipe.maths.ranks import crossed_interval
+from hydra_pipe.maths.rank_statistics import crossed_interval
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.retraining.retrainer import HIT, LOSS
 from hydra_pipe.retraining.subject import Subject
-from hydra_pipe.store.evaluations import Retrained
-from hydra_pipe.store.relevance import Columns
-from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD
+from hydra_pipe.store.data.evaluations import Retrained
+from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD
 from hydra_pipe.training.pipeline import Pipeline
 
 DEFAULT_SEEDS = 3

@@ -15,11 +15,12 @@ from hydra_pipe.cleaning.evidence import means_by, sums_over
 from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names, rankings
-from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.store import names
+from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.evaluations import Retrained
 from hydra_pipe.store.files import remove_partials
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.proposals import (
+from hydra_pipe.store.run.listing import say_unlisted
+from hydra_pipe.store.data.clean_result import (
     DROP,
     RELABEL,
     RETRAINING,
@@ -29,11 +30,11 @@ from hydra_pipe.store.proposals import (
     write_proposal,
     write_retraining,
 )
-from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.results import BY_LABEL, MEAN, ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stage_runner import Work, alone, running
-from hydra_pipe.store.stages import CLEAN, REDUCE, Settings
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.run.results import BY_LABEL, MEAN, ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stage_runner import Work, alone, running
+from hydra_pipe.store.run.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:

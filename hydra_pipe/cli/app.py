@@ -240,7 +240,7 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.store.results import DEFAULT_METHOD, ResultName
+    from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -287,8 +287,8 @@ def export(
     Example: hydra-pipe export runs/digits --top 20
     """
     from hydra_pipe.exporting.run import export_run
-    from hydra_pipe.store.results import result_of
-    from hydra_pipe.store.stages import EXPORT
+    from hydra_pipe.store.run.results import result_of
+    from hydra_pipe.store.run.stages import EXPORT
 
     done = export_run(
         run, method=method, test=test, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress()
@@ -316,8 +316,8 @@ def report(
     Example: hydra-pipe report runs/digits --tests 0-19
     """
     from hydra_pipe.reporting.run import report_run
-    from hydra_pipe.store.results import result_of
-    from hydra_pipe.store.stages import REPORT
+    from hydra_pipe.store.run.results import result_of
+    from hydra_pipe.store.run.stages import REPORT
 
     done = report_run(
         run,
@@ -355,7 +355,7 @@ def clean(
     """
     from hydra_pipe.cleaning.run import clean_run
     from hydra_pipe.cli.show import show_cleaning
-    from hydra_pipe.store.stages import CLEAN
+    from hydra_pipe.store.run.stages import CLEAN
 
     found = clean_run(
         run,
@@ -449,7 +449,7 @@ def evaluate(
     """
     from hydra_pipe.cli.show import show_evaluation
     from hydra_pipe.evaluation.run import evaluate_run
-    from hydra_pipe.store.stages import EVALUATE
+    from hydra_pipe.store.run.stages import EVALUATE
 
     found = evaluate_run(
         pipeline,

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra_pipe.errors import printable
 from hydra_pipe.notebook.summary import rows_line, settings_line
-from hydra_pipe.store.stages import CHECKSUMS
+from hydra_pipe.store.run.stages import CHECKSUMS
 from hydra_pipe.units import format_bytes, format_seconds
 
 _LONGEST_SECONDS = 1e12

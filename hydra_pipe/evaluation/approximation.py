@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RunError
 from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.result import Plot, Result, Row
-from hydra_pipe.maths.ranks import spearmans
-from hydra_pipe.plan.selection import write_selection
+from hydra_pipe.maths.rank_statistics import spearmans
+from hydra_pipe.plan.id_ranges import write_selection
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.subject import Relevance, Subject, reducing
-from hydra_pipe.store.relevance import Columns
-from hydra_pipe.store.results import GROUPINGS, ResultName
+from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.run.results import GROUPINGS, ResultName
 
 EXACT = "hydra-exact"
 METHODS = ("hydra", "hydra-fisher", "influence")

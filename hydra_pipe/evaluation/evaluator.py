@@ -9,7 +9,7 @@ from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Result
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.subject import Relevance, Subject
-from hydra_pipe.store.evaluations import Retrained
+from hydra_pipe.store.data.evaluations import Retrained
 
 
 @dataclass(frozen=True)

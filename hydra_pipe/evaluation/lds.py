@@ -22,7 +22,7 @@ from hydra_pipe.errors import NonFiniteError
 from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Result, Row, bars
-from hydra_pipe.maths.ranks import spearmans
+from hydra_pipe.maths.rank_statistics import spearmans
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval

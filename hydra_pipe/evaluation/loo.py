@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Result, Row, bars
-from hydra_pipe.maths.ranks import spearmans
-from hydra_pipe.plan.selection import Span, parse_selection, write_selection
+from hydra_pipe.maths.rank_statistics import spearmans
+from hydra_pipe.plan.id_ranges import Span, parse_selection, write_selection
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval

@@ -12,12 +12,12 @@ from hydra_pipe.errors import PipelineError, UsageError, shown
 from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Plot, Result, Row
-from hydra_pipe.maths.ranks import roc_auc
+from hydra_pipe.maths.rank_statistics import roc_auc
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
-from hydra_pipe.store.results import ITSELF
+from hydra_pipe.store.run.results import ITSELF
 
 # Shares of the number of wrong labels: how many samples to look at for precision, and how many
 # to leave out before training again.

@@ -13,13 +13,13 @@ from hydra_pipe.evaluation.kinds import Options, kind_of
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.store import names
-from hydra_pipe.store.evaluations import Retrained, read_result, write_array, write_file, write_result
+from hydra_pipe.store.data.evaluations import Retrained, read_result, write_array, write_file, write_result
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
-from hydra_pipe.store.listing import say_unlisted
-from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stage_runner import alone, running
-from hydra_pipe.store.stages import EVALUATE, StageId
+from hydra_pipe.store.run.listing import say_unlisted
+from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stage_runner import alone, running
+from hydra_pipe.store.run.stages import EVALUATE, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:

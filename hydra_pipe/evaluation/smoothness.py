@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hydra_pipe.evaluation.evaluator import Evaluator, Request
 from hydra_pipe.evaluation.lds import half
 from hydra_pipe.evaluation.result import Plot, Result, Row
-from hydra_pipe.maths.ranks import spearmans
+from hydra_pipe.maths.rank_statistics import spearmans
 from hydra_pipe.retraining.campaign import Job, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.exporting import ExportPlan
-from hydra_pipe.store import rankings
+from hydra_pipe.store.data import rankings
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -16,12 +16,12 @@ from hydra_pipe.exporting.totals import Adding
 from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import rankings
-from hydra_pipe.store.results import result_of
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.space import say_if_tight
-from hydra_pipe.store.stage_runner import running, taken_up
-from hydra_pipe.store.stages import EXPORT, OF_SELF, REDUCE, Settings
+from hydra_pipe.store.data import rankings
+from hydra_pipe.store.run.results import result_of
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.disk_space import say_if_tight
+from hydra_pipe.store.run.stage_runner import running, taken_up
+from hydra_pipe.store.run.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
 
 # Bytes of a row of matrix/, of the rankings and of samples.parquet. A label counts as an integer.

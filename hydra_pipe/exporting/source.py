@@ -11,18 +11,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, UsageError
-from hydra_pipe.store import names, rankings
-from hydra_pipe.store.relevance import (
+from hydra_pipe.store import names
+from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.relevance import (
     RELEVANCE_UNREADABLE,
     columns_of,
     open_relevance,
     read_columns,
     read_relevance,
 )
-from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.results import ITSELF, ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.run.results import ITSELF, ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import REDUCE
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
 from hydra_pipe.exporting.source import Source, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import rankings
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, OF_SELF
+from hydra_pipe.store.data import rankings
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, OF_SELF
 
 
 @dataclass(frozen=True)

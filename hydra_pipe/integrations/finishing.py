@@ -12,7 +12,7 @@ from typing import Any
 from hydra_pipe.errors import RecordWarning
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.settings import Labels
-from hydra_pipe.recording.testing import say_without_tests
+from hydra_pipe.recording.test_gradients import say_without_tests
 
 # function that returns a new iterator over batches of (inputs, targets)
 Tests = Callable[[], Iterator[tuple[Any, Any]]]

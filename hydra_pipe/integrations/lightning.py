@@ -23,9 +23,9 @@ from hydra_pipe.recording.datasets import pair_of
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
-from hydra_pipe.recording.testing import try_test
+from hydra_pipe.recording.test_gradients import try_test
 from hydra_pipe.recording.tracking import WatchedLoader
-from hydra_pipe.store.stages import Settings
+from hydra_pipe.store.run.stages import Settings
 
 try:
     from lightning.fabric.utilities.data import sized_len

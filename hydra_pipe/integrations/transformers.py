@@ -20,12 +20,12 @@ from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.pending import StepNote
-from hydra_pipe.recording.ranks import unwrapped
+from hydra_pipe.recording.collectives import unwrapped
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
-from hydra_pipe.recording.testing import try_test
+from hydra_pipe.recording.test_gradients import try_test
 from hydra_pipe.recording.user_code import user_code
-from hydra_pipe.store.stages import Settings
+from hydra_pipe.store.run.stages import Settings
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

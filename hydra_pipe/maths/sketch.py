@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydra_pipe.maths.runs import run_length
+from hydra_pipe.maths.sketch_runs import run_length
 from hydra_pipe.maths.scratch import Scratch
 
 _SCRATCH = Scratch()

@@ -12,7 +12,8 @@ from hydra_pipe.exporting.source import Source
 from hydra_pipe.notebook.extras import imported
 from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names, rankings
+from hydra_pipe.store import names
+from hydra_pipe.store.data import rankings
 
 if TYPE_CHECKING:
     import pandas

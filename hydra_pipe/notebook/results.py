@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RunError, UsageError
 from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_checksums
 from hydra_pipe.exporting.totals import Totals, totals_of
-from hydra_pipe.plan.selection import write_selection
+from hydra_pipe.plan.id_ranges import write_selection
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.prefix import open_gradients
-from hydra_pipe.store.relevance import read_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import CHECKSUMS, RECORD, REDUCE
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.recording import open_gradients
+from hydra_pipe.store.data.relevance import read_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import CHECKSUMS, RECORD, REDUCE
 
 # Most bytes of a chunk whose columns are all kept in memory.
 _MOST_KEPT_BYTES = 64 * 2**20

@@ -8,9 +8,9 @@ from typing import Any
 
 from hydra_pipe.errors import HydraError, printable
 from hydra_pipe.store.files import tree_bytes
-from hydra_pipe.store.results import DEFAULT_METHOD, ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE, Stage, StageId
+from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
 _MOST_COMMANDS, _LONGEST_SECONDS = 3, 1e12

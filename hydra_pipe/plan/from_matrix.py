@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import COSTS, suggested
-from hydra_pipe.plan.geometry import MOST_FEATURES, even_width
+from hydra_pipe.plan.chunking import MOST_FEATURES, even_width
 from hydra_pipe.plan.records import (
     SAMPLE_MULTIPLE,
     TESTS_AT_ONCE,

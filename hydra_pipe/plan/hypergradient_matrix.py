@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.geometry import MOST_FEATURES, MOST_SAMPLES, chunk_columns
+from hydra_pipe.plan.chunking import MOST_FEATURES, MOST_SAMPLES, chunk_columns
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 

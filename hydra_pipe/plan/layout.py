@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, Literal, get_args
 
 from hydra_pipe.errors import BudgetError, StoreError, shown
-from hydra_pipe.maths.runs import run_length
+from hydra_pipe.maths.sketch_runs import run_length
 
 Encoding = Literal["dense", "factored", "kron", "sketch"]
 EncodingChoice = Literal["auto", "exact", "projected"]

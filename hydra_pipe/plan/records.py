@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra_pipe.plan.costs import BASE_BYTES, COSTS
-from hydra_pipe.plan.geometry import chunk_columns
-from hydra_pipe.plan.parts import rows_of_shards
+from hydra_pipe.plan.chunking import chunk_columns
+from hydra_pipe.plan.rank_rows import rows_of_shards
 
 Span = tuple[int, int]
 # Results of a pass for the manifest, by name.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
-from hydra_pipe.plan.geometry import even_width
+from hydra_pipe.plan.chunking import even_width
 from hydra_pipe.plan.records import ColumnPlan, ReductionInput, Span, common_bytes, spans
 from hydra_pipe.units import format_bytes
 

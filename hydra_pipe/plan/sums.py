@@ -24,7 +24,7 @@ from itertools import pairwise
 
 from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.costs import COSTS, suggested
-from hydra_pipe.plan.parts import shard_start
+from hydra_pipe.plan.rank_rows import shard_start
 from hydra_pipe.plan.records import (
     SAMPLE_MULTIPLE,
     Answered,

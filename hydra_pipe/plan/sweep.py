@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
 from hydra_pipe.plan.costs import COSTS, suggested
-from hydra_pipe.plan.geometry import MOST_CHUNK, even_width
+from hydra_pipe.plan.chunking import MOST_CHUNK, even_width
 from hydra_pipe.plan.records import ColumnPlan, Reading, ReadingPlan, ReductionInput, common_bytes, spans
 from hydra_pipe.units import format_bytes
 

@@ -24,7 +24,7 @@ from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
 from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
-from hydra_pipe.recording.portions import Portion
+from hydra_pipe.recording.micro_batches import Portion
 
 # Arguments: the contributions of one call, by index of the parameter's block; the place of their
 # first sample in the step; True if the loop asked for these gradients by torch.autograd.grad, which

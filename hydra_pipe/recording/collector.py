@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from hydra_pipe.errors import RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
-from hydra_pipe.plan.choice import choose_recording
+from hydra_pipe.plan.dtype_choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
 from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
 from hydra_pipe.recording.encoder import RowEncoder, describe, key_of_side_by_side, side_by_side
 from hydra_pipe.recording.encodings import Given, Reduced
 from hydra_pipe.recording.explanations import explain
-from hydra_pipe.recording.portions import Mixture, Portion, check_covered
-from hydra_pipe.recording.slab import Slab
+from hydra_pipe.recording.micro_batches import Mixture, Portion, check_covered
+from hydra_pipe.recording.row_buffer import Slab
 
 # Arguments: number of a block; the gradient that the optimiser is about to use, or None; sorted
 # lines of the block, or None. Result: root of the preconditioner for the update with this gradient.

@@ -3,7 +3,7 @@
 The check compares the sum of a step's rows with the gradient that the optimiser uses. The encoding
 chooses the form of both sides. If rows are stored as they are, the sides are compared as columns.
 If rows are preconditioned or factored, both sides are multiplied by a random vector u, the *probe*
-(`hydra_pipe.maths.books`).
+(`hydra_pipe.maths.gradient_check`).
 """
 
 from abc import ABC, abstractmethod

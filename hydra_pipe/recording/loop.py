@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from hydra_pipe.errors import RecordError
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.copies import CleanCopies
-from hydra_pipe.recording.joint import StepSync
-from hydra_pipe.recording.leaving import last_uncaught
+from hydra_pipe.recording.step_sync import StepSync
+from hydra_pipe.recording.abandoned_loops import last_uncaught
 from hydra_pipe.recording.optimizer_hooks import OptimizerHooks
 from hydra_pipe.recording.pending import PendingSteps, StepNote
-from hydra_pipe.recording.portions import Mixture, Portion
+from hydra_pipe.recording.micro_batches import Mixture, Portion
 from hydra_pipe.recording.settings import checked_ids
 from hydra_pipe.recording.weights import WeightsNote
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.joint import StepSync
-from hydra_pipe.recording.output import Output
-from hydra_pipe.recording.portions import Mixture
-from hydra_pipe.recording.slab import Slab
-from hydra_pipe.recording.update import UpdateReader
+from hydra_pipe.recording.step_sync import StepSync
+from hydra_pipe.recording.recording_stage import Output
+from hydra_pipe.recording.micro_batches import Mixture
+from hydra_pipe.recording.row_buffer import Slab
+from hydra_pipe.recording.optimizer_reader import UpdateReader
 from hydra_pipe.store import names
 
 

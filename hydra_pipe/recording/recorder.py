@@ -25,12 +25,12 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.capture import Watching
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.joint import steps_of
+from hydra_pipe.recording.step_sync import steps_of
 from hydra_pipe.recording.loop import Between, Loop
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, rule_of
-from hydra_pipe.recording.output import Output
+from hydra_pipe.recording.recording_stage import Output
 from hydra_pipe.recording.pending import PendingSteps, StepNote
-from hydra_pipe.recording.ranks import processes_of, unwrapped
+from hydra_pipe.recording.collectives import processes_of, unwrapped
 from hydra_pipe.recording.refusals import refuse
 from hydra_pipe.recording.settings import (
     Labels,
@@ -42,13 +42,13 @@ from hydra_pipe.recording.settings import (
 )
 from hydra_pipe.recording.state import RecorderState
 from hydra_pipe.recording.targets import TargetCheck
-from hydra_pipe.recording.test_gradients import TestGradients
+from hydra_pipe.recording.recorded_tests import TestGradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
-from hydra_pipe.recording.update import UpdateReader
+from hydra_pipe.recording.optimizer_reader import UpdateReader
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
-from hydra_pipe.store.stages import Settings
+from hydra_pipe.store.run.stages import Settings
 
 DEFAULT_DIM = 4096
 

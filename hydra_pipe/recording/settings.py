@@ -13,9 +13,9 @@ from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
 from hydra_pipe.store.files import location
-from hydra_pipe.store.permission import check_writable
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import OWNED, RECORD, Settings
+from hydra_pipe.store.run.permission import check_writable
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import OWNED, RECORD, Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import Gradients, Kept
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, Settings
+from hydra_pipe.store.data.gradients import Gradients, Kept
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, Settings
 
 # version of the fields of a state and of their meaning
 STATE_VERSION = 1

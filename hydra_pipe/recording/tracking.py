@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.recording.collating import checked_collate, is_looked_at
-from hydra_pipe.recording.leaving import left_by_exception
-from hydra_pipe.recording.portions import Portion
+from hydra_pipe.recording.abandoned_loops import left_by_exception
+from hydra_pipe.recording.micro_batches import Portion
 from hydra_pipe.recording.settings import checked_ids
 from hydra_pipe.recording.targets import TargetCheck
 

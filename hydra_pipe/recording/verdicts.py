@@ -122,7 +122,7 @@ def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, par
     """Return the norm of the gradient that rows miss, and the norm of torch's gradient.
 
     The missed gradient is torch's gradient less the sum of the rows. Both are multiplied by one
-    random vector, so that no row is written out (Freivalds, see `hydra_pipe.maths.books`).
+    random vector, so that no row is written out (Freivalds, see `hydra_pipe.maths.gradient_check`).
     """
     outputs = len(parameter) if parameter.dim() else 1
     probe = torch.randn(parameter.numel() // max(outputs, 1), generator=torch.Generator().manual_seed(0)).to(parameter)

@@ -7,20 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError
-from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.reduction.executors import executor_of
 from hydra_pipe.reduction.methods import METHODS, method_named
 from hydra_pipe.reduction.request import Method, Options, Request
 from hydra_pipe.reduction.weights import last_rows
-from hydra_pipe.store.counts import Counts
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.prefix import open_recording
-from hydra_pipe.store.probes import WhichTests, tested_by
-from hydra_pipe.store.relevance import Columns
-from hydra_pipe.store.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
-from hydra_pipe.store.run import PRUNED, RunDirectory
-from hydra_pipe.store.stages import KEEP, RECORD
+from hydra_pipe.store.data.recording_counts import Counts
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.recording import open_recording
+from hydra_pipe.store.data.probes import WhichTests, tested_by
+from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
+from hydra_pipe.store.run.stages import KEEP, RECORD
 from hydra_pipe.units import parse_bytes
 
 # methods that each of these options is for; the other methods refuse it

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.records import TESTS_AT_ONCE, Plan, RowPlan, Span
-from hydra_pipe.plan.selection import cut
-from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.plan.id_ranges import cut
+from hydra_pipe.reduction.materialize import Expansion
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
 from hydra_pipe.reduction.scores import ReadWindow, TestBlock, decode_tests
-from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.weights import Ints, RowUse, StepWeights, last_rows
-from hydra_pipe.store.gradients import Gradients, Prefix
-from hydra_pipe.store.probes import WhichTests
-from hydra_pipe.store.rows import Piece, check_within
+from hydra_pipe.store.data.gradients import Gradients, Prefix
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.rows import Piece, check_within
 from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]

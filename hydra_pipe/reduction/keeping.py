@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.layout import factored_part
-from hydra_pipe.plan.parts import ends_of, split
+from hydra_pipe.plan.rank_rows import ends_of, split
 from hydra_pipe.reduction.scores import Floats, ReadWindow
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import write_factored
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.hypergradients import write_factored
 
 
 class FactoredKeeper:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.reduction.loops import Workspace, decode
+from hydra_pipe.reduction.kernels import Workspace, decode
 from hydra_pipe.reduction.scores import Floats, ReadWindow
-from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, overlap
+from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, overlap
 
 Doubles = NDArray[np.float64]
 

@@ -11,12 +11,12 @@ from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.solvers.base import Solver
 from hydra_pipe.reduction.weights import Ints, RowUse
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.probes import WhichTests
-from hydra_pipe.store.relevance import Columns
-from hydra_pipe.store.results import ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import KEEP, REDUCE, Settings, StageId
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import KEEP, REDUCE, Settings, StageId
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 from hydra_pipe.plan.records import Answered, Found
 from hydra_pipe.store import names
-from hydra_pipe.store.parsing import is_count
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import Stage, StageId
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import Stage, StageId
 
 # name of the fact of a stage that says how far the stage got
 ANSWERED = "answered"

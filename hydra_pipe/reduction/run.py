@@ -9,7 +9,7 @@ from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.resume import combined, run_again
 from hydra_pipe.reduction.solvers.base import Course, Solver
-from hydra_pipe.store.stage_runner import completing, taken_up
+from hydra_pipe.store.run.stage_runner import completing, taken_up
 
 
 def reduce_request(request: Request, *, overwrite: bool = False, progress: Progress | None = None) -> bool:

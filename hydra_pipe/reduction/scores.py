@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.plan.layout import Columns
-from hydra_pipe.reduction.loops import Weighted, Workspace, add_products, decode
-from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, has_part, overlap
+from hydra_pipe.reduction.kernels import Weighted, Workspace, add_products, decode
+from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, has_part, overlap
 
 Floats = NDArray[np.float32]
 # function that returns the columns [first, last) of the present rows, as stored

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan.parts import ends_of
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.rows import ROWS_UNREADABLE
+from hydra_pipe.plan.rank_rows import ends_of
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.rows import ROWS_UNREADABLE
 from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]

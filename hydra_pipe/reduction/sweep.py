@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.fisher import FORMS, Form, saturated, saturation
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.reduction.loops import Workspace, add_rows
+from hydra_pipe.reduction.kernels import Workspace, add_rows
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

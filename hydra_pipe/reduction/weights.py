@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.schedule import step_weights
-from hydra_pipe.plan.parts import ends_of
+from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.rows import check_within
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.rows import check_within
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -27,12 +27,12 @@ from hydra_pipe.replay.sweep import ExactSweep, moving
 from hydra_pipe.replay.testing import test_gradients
 from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.pace import Pace
-from hydra_pipe.store.parsing import is_count
-from hydra_pipe.store.relevance import open_relevance, read_relevance, write_relevance
-from hydra_pipe.store.space import room_for
-from hydra_pipe.store.sweeps import load_state, remove_state, remove_states, save_state
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.save_interval import Pace
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.data.relevance import open_relevance, read_relevance, write_relevance
+from hydra_pipe.store.disk_space import room_for
+from hydra_pipe.store.data.sweep_state import load_state, remove_state, remove_states, save_state
 from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes

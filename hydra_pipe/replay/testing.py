@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.plan.selection import Span
+from hydra_pipe.plan.id_ranges import Span
 from hydra_pipe.recording.datasets import batches_of, called, on_device
 from hydra_pipe.recording.losses import per_sample_losses
-from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.replay.products import gradients_of_each
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.exporting.ranking import ClassMeans, top_samples
 from hydra_pipe.progress import Task
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.relevance import read_relevance
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.relevance import read_relevance
 
 # Most labels on each side of the table of classes: more cannot be read.
 MOST_CLASSES = 24

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, StoreError
 from hydra_pipe.plan.reporting import block_columns
-from hydra_pipe.plan.selection import parse_selection
+from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
 from hydra_pipe.reporting.content import Column, Content, Suspect
@@ -19,9 +19,9 @@ from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
-from hydra_pipe.store.evaluations import read_says
-from hydra_pipe.store.results import MEAN, ResultName
-from hydra_pipe.store.stages import EVALUATE, RECORD, REDUCE
+from hydra_pipe.store.data.evaluations import read_says
+from hydra_pipe.store.run.results import MEAN, ResultName
+from hydra_pipe.store.run.stages import EVALUATE, RECORD, REDUCE
 from hydra_pipe.units import format_bytes, resident_bytes
 from hydra_pipe.view import Run
 

@@ -15,14 +15,14 @@ from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.datasets import batches_of, called, on_device
 from hydra_pipe.recording.losses import per_sample_losses
-from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
 from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.store import names
-from hydra_pipe.store.checkpoints import load_final
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD
+from hydra_pipe.store.data.checkpoints import load_final
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline
 

@@ -10,10 +10,10 @@ from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import Source, evaluations_of
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
-from hydra_pipe.store.results import ResultName, result_of
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stage_runner import Work, running, taken_up
-from hydra_pipe.store.stages import REDUCE, REPORT, Settings, StageId
+from hydra_pipe.store.run.results import ResultName, result_of
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stage_runner import Work, running, taken_up
+from hydra_pipe.store.run.stages import REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.plan.selection import parse_selection, write_selection
-from hydra_pipe.store.result import ReducedRun
-from hydra_pipe.store.results import ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EVALUATE, RECORD
+from hydra_pipe.plan.id_ranges import parse_selection, write_selection
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EVALUATE, RECORD
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hydra_pipe.store.parsing import is_count
+from hydra_pipe.store.json_parsing import is_count
 
 # Thresholds of warnings: less curvature left by saturation than this, or more imbalance than
 # this.

@@ -16,7 +16,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.models import Values
 from hydra_pipe.retraining.retrainer import MeanOver, Retrainer
 from hydra_pipe.retraining.subject import Subject
-from hydra_pipe.store.evaluations import Retrained, digest_of
+from hydra_pipe.store.data.evaluations import Retrained, digest_of
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 
 # Most models in a stack. More are not faster, and losing a larger stack to an interruption costs

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from hydra_pipe.errors import PipelineError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import Batch, on_device
-from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.retraining.models import Models, Values
 from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples, epoch_order, test_batches

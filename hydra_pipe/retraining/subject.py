@@ -14,13 +14,13 @@ from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.retraining.models import Values
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store import names
-from hydra_pipe.store.counts import checked_counts
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.prefix import open_gradients
-from hydra_pipe.store.relevance import Columns, columns_of, open_relevance, read_relevance
-from hydra_pipe.store.results import BY_LABEL, ITSELF, MEAN, ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.store.data.recording_counts import checked_counts
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.recording import open_gradients
+from hydra_pipe.store.data.relevance import Columns, columns_of, open_relevance, read_relevance
+from hydra_pipe.store.run.results import BY_LABEL, ITSELF, MEAN, ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
 
 # Greatest distance between the test losses of a retraining with all weights 1 and the recorded

@@ -21,8 +21,8 @@ from hydra_pipe.errors import HydraError, InterruptedRunError, StoreError, Usage
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.store.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
-from hydra_pipe.store.pace import is_due
+from hydra_pipe.store.data.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
+from hydra_pipe.store.data.save_interval import is_due
 from hydra_pipe.training.interruption import StopRequest
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.units import parse_seconds
@@ -59,7 +59,7 @@ class Interval:
 
     Args:
         steps: least number of steps between two checkpoints; None: `seconds` decides.
-        seconds: least seconds between two checkpoints; None: the default, see store/pace.py.
+        seconds: least seconds between two checkpoints; None: the default, see store/data/save_interval.py.
     """
 
     steps: int | None = None

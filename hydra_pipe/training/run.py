@@ -9,13 +9,13 @@ from hydra_pipe.errors import InterruptedRunError, PipelineError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.progress import Progress
-from hydra_pipe.recording.ranks import n_processes
+from hydra_pipe.recording.collectives import n_processes
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
-from hydra_pipe.recording.testing import say_without_tests
+from hydra_pipe.recording.test_gradients import say_without_tests
 from hydra_pipe.store import names
-from hydra_pipe.store.checkpoints import remove_checkpoints, save_final
-from hydra_pipe.store.stages import Settings
+from hydra_pipe.store.data.checkpoints import remove_checkpoints, save_final
+from hydra_pipe.store.run.stages import Settings
 from hydra_pipe.training.checkpointing import Checkpoints, Interval
 from hydra_pipe.training.interruption import StopRequest, stop_requested
 from hydra_pipe.training.pipeline import Pipeline, described

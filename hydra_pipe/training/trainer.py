@@ -13,13 +13,13 @@ from torch import Tensor
 from hydra_pipe.errors import HydraError, InterruptedRunError, NonFiniteError, PipelineError, UsageError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import called, on_device
-from hydra_pipe.recording.modes import evaluating
+from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.recording.testing import try_test
+from hydra_pipe.recording.test_gradients import try_test
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
-from hydra_pipe.store.space import room_for
+from hydra_pipe.store.disk_space import room_for
 from hydra_pipe.training.batches import Samples, epoch_order, test_batches
 from hydra_pipe.training.checkpointing import Checkpoints, Place
 from hydra_pipe.training.pipeline import Pipeline

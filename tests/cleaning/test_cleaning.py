@@ -24,9 +24,9 @@ from hydra_pipe.errors import HydraError, NonFiniteError, PipelineError, RunErro
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import HIT, Retrainer
-from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance, write_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import CLEAN, REDUCE
+from hydra_pipe.store.data.relevance import Columns, create_relevance, open_relevance, write_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import CLEAN, REDUCE
 
 N, TESTS = 60, 24
 
@@ -173,7 +173,7 @@ def test_damage_is_found_and_repaired_and_the_same_command_makes_it_again(run: P
 
 
 def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written(run: Path) -> None:
-    from hydra_pipe.store.checksums import seal
+    from hydra_pipe.store.run.footprints import seal
 
     hydra_pipe.clean(run, lowest=3)
     keep = place(run) / "keep.txt"
@@ -203,7 +203,7 @@ def test_a_failure_leaves_the_old_proposal_whole(run: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hydra_pipe.store.proposals.pq.write_table", full)
+        patched.setattr("hydra_pipe.store.data.clean_result.pq.write_table", full)
         with pytest.raises(OSError, match="No space"):
             hydra_pipe.clean(run, lowest=6, overwrite=True)
     assert files_of(place(run)) == before

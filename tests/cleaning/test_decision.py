@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hydra_pipe.cleaning.decision import CLEAR, Cut, most_harmed, reasons, scores_of
 from hydra_pipe.errors import UsageError
-from hydra_pipe.maths.tails import FEWEST, MOST_FALSE, robust_scores, tail_threshold
+from hydra_pipe.maths.outliers import FEWEST, MOST_FALSE, robust_scores, tail_threshold
 
 values_of = st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=60).map(np.array)
 

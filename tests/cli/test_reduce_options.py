@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.store.results import ResultName, result_of
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.store.run.results import ResultName, result_of
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import REDUCE
 
 
 @pytest.fixture

@@ -33,11 +33,11 @@ TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 def make_small() -> None:
     """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four models are trained together."""
     from hydra_pipe.evaluation import smoothness
-    from hydra_pipe.plan import geometry
-    from hydra_pipe.recording import slab
+    from hydra_pipe.plan import chunking as geometry
+    from hydra_pipe.recording import row_buffer as slab
     from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
-    from hydra_pipe.store import hypergradients, relevance, writing
+    from hydra_pipe.store.data import hypergradients, relevance, gradients_writer as writing
 
     for module, name, value in (
         (geometry, "MAX_SHARD_ROWS", 16),
@@ -107,7 +107,7 @@ def plan_narrow() -> None:
 
 def keep_always() -> None:
     """Keep the state of long work after every step of it."""
-    from hydra_pipe.store import pace
+    from hydra_pipe.store.data import save_interval as pace
 
     pace.KEEP_SECONDS = pace.TIMES_ITS_COST = 0.0
 

@@ -27,10 +27,10 @@ from hydra_pipe.evaluation.lds import half
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
-from hydra_pipe.store.evaluations import Retrained
-from hydra_pipe.store.relevance import Columns, create_relevance, write_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EVALUATE, REDUCE
+from hydra_pipe.store.data.evaluations import Retrained
+from hydra_pipe.store.data.relevance import Columns, create_relevance, write_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EVALUATE, REDUCE
 
 N, TESTS = 60, 12
 FILE = """

@@ -6,11 +6,11 @@ import numpy as np
 
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.relevance import CHUNK_SAMPLES, Columns, create_relevance, write_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.data.relevance import CHUNK_SAMPLES, Columns, create_relevance, write_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 
 def made_run(path: Path, n_samples: int, n_tests: int, n_values: int | None = None) -> Path:

@@ -18,10 +18,10 @@ from hydra_pipe.exporting import run as export_module
 from hydra_pipe.exporting import source as source_module
 from hydra_pipe.exporting import totals as totals_module
 from hydra_pipe.plan import exporting as planning
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.relevance import read_columns
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.relevance import read_columns
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hydra_pipe.maths import books as maths
+from hydra_pipe.maths import gradient_check as maths
 
 # what the recorder takes for rounding in a float32 model
 LIMIT = 1e-4

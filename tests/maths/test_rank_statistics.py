@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from hydra_pipe.maths.ranks import average_ranks, bootstrap_interval, roc_auc, spearmans
+from hydra_pipe.maths.rank_statistics import average_ranks, bootstrap_interval, roc_auc, spearmans
 
 
 @pytest.mark.parametrize("n_values", [3, 10**6])

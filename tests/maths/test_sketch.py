@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.random import Philox
 from torch import Tensor
 
-from hydra_pipe.maths.runs import run_length
+from hydra_pipe.maths.sketch_runs import run_length
 from hydra_pipe.maths.sketch import Sketch
 
 SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)

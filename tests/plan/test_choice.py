@@ -10,7 +10,7 @@ from test_layout import CHOICES, EVERY, LENET5, MLP, SPARE_COLUMNS, models, othe
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.quantise import part_scale, scale_in_place
 from hydra_pipe.maths.sketch import Sketch
-from hydra_pipe.plan.choice import ROUNDING_VARIANCE, choose_recording, expected_variance
+from hydra_pipe.plan.dtype_choice import ROUNDING_VARIANCE, choose_recording, expected_variance
 from hydra_pipe.plan.layout import Block, EncodingChoice, Parameter, choose_layout
 
 RESNET_LIKE = other("conv", (16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3))

@@ -9,12 +9,12 @@ from test_sweep_plan import EVERY, MIB, input_of, inputs
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import BASE_BYTES
 from hydra_pipe.plan.from_matrix import AnswerInput, answer_peak_bytes, plan_answers
-from hydra_pipe.plan.geometry import MOST_CHUNK, MOST_FEATURES, MOST_SAMPLES, chunk_columns
+from hydra_pipe.plan.chunking import MOST_CHUNK, MOST_FEATURES, MOST_SAMPLES, chunk_columns
 from hydra_pipe.plan.hypergradient_matrix import of_features, of_samples, plan_matrix
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sweep import SweepInput, plan_sweep
-from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.materialize import Expansion
 
 
 @EVERY

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_pipe.plan.geometry import CHUNK_BYTES, CHUNK_FEATURES, MAX_SHARD_ROWS, SHARD_BYTES, Geometry, store_geometry
+from hydra_pipe.plan.chunking import CHUNK_BYTES, CHUNK_FEATURES, MAX_SHARD_ROWS, SHARD_BYTES, Geometry, store_geometry
 
 FEATURES = st.one_of(st.integers(1, 20_000), st.integers(1, 10_000_000))
 ITEM_BYTES = st.sampled_from([1, 2, 4])

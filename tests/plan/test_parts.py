@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_pipe.plan.parts import ends_of, rows_of_shards, shard_start, shards_of, split
+from hydra_pipe.plan.rank_rows import ends_of, rows_of_shards, shard_start, shards_of, split
 
 PARTS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import BASE_BYTES
-from hydra_pipe.plan.geometry import MOST_CHUNK, chunk_columns
+from hydra_pipe.plan.chunking import MOST_CHUNK, chunk_columns
 from hydra_pipe.plan.records import ReductionInput
 from hydra_pipe.plan.replay import ReplayInput, plan_replay
 

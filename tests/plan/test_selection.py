@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.plan.selection import cut, parse_selection, size_of, write_selection
+from hydra_pipe.plan.id_ranges import cut, parse_selection, size_of, write_selection
 
 
 def listed(spans: tuple[tuple[int, int], ...]) -> list[int]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.costs import BASE_BYTES, OVERHEAD_BYTES
-from hydra_pipe.plan.geometry import store_geometry
+from hydra_pipe.plan.chunking import store_geometry
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, TEST_MULTIPLE, Answered, Reading
 from hydra_pipe.plan.sums import (
     SumInput,

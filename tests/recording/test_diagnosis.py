@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from hydra_pipe import Recorder
 from hydra_pipe.errors import BooksError, HydraError, LayerError, OptimizerError, RecordError, UsageError
 from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
-from hydra_pipe.recording import ranks, slab
+from hydra_pipe.recording import collectives as ranks, row_buffer as slab
 from hydra_pipe.recording.explanations import Evidence, explain, penalty_of
 from hydra_pipe.recording.refusals import refuse
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 
 pytestmark = [
     pytest.mark.gpu,

@@ -36,7 +36,7 @@ from hydra_pipe.errors import (
 )
 from hydra_pipe.recording.weights import WeightsNote
 from hydra_pipe.store import names
-from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.data.gradients import Gradients
 
 EXACT: dict[str, Any] = {"encoding": "exact", "dtype": "float32"}
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3

@@ -29,10 +29,10 @@ from hydra_pipe.errors import (
     RunError,
     UsageError,
 )
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.recording import optimizers
-from hydra_pipe.store.appender import Appender
-from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.zarr.appender import Appender
+from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.names import TEST_LABELS, TRAIN_LABELS
 
 

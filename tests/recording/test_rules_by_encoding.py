@@ -19,7 +19,7 @@ from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan import layout
 from hydra_pipe.plan.layout import Block
-from hydra_pipe.store.gradients import Gradients
+from hydra_pipe.store.data.gradients import Gradients
 
 BATCH, CLASSES = 4, 3
 REDUCTIONS = ("mean", "sum")

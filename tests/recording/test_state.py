@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import BooksError, HydraError, RecordError, RunError, StoreError
-from hydra_pipe.recording import slab
-from hydra_pipe.store import gradients
+from hydra_pipe.recording import row_buffer as slab
+from hydra_pipe.store.data import gradients
 
 N_SAMPLES, BATCH, EPOCHS, EVERY = 22, 8, 7, 3
 TRAIN, TEST = images(N_SAMPLES, 1), images(5, 2)

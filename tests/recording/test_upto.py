@@ -16,8 +16,8 @@ from support.small_files import make_files_small
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError, UsageError
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE
 
 # of an epoch of 26 samples in batches of 8
 STEPS = 4

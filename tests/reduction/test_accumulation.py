@@ -12,10 +12,10 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.store import names
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 LAYOUT = Layout(
     (Block("c", (40,), 0, "dense", (0, 40)), Block("w", (6, 10), 0, "factored", (40, 46), (46, 56))),

@@ -20,7 +20,7 @@ from support.pipelines import conv_pipeline
 
 import hydra_pipe
 from hydra_pipe import api
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.methods import METHODS

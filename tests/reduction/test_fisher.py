@@ -19,18 +19,19 @@ import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, RunError, UsageError
 from hydra_pipe.maths.fisher import FORMS, Form
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.reduction.solvers import sweep
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.sweep import Sweep
-from hydra_pipe.store import names, pace
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store import names
+from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_pipe.reduction import loops
-from hydra_pipe.reduction.loops import FEW_TESTS, Weighted, Workspace, add_products, decode, fold
+from hydra_pipe.reduction import kernels as loops
+from hydra_pipe.reduction.kernels import FEW_TESTS, Weighted, Workspace, add_products, decode, fold
 
 EVERY_FLOAT16 = np.arange(65536, dtype=np.uint16).view(np.float16)
 FINITE = EVERY_FLOAT16[np.isfinite(EVERY_FLOAT16)]

@@ -11,14 +11,14 @@ from support.compare import relative_error
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan.layout import Block, Layout, factored_part
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sums import SumInput, SumPlan
 from hydra_pipe.reduction.solvers import sums as sums_module
-from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import KEEP, REDUCE
+from hydra_pipe.store.run.locks import one_writer
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import KEEP, REDUCE
 
 Recorded = Callable[..., Path]
 
@@ -77,7 +77,7 @@ def test_more_than_one_file_and_chunk_are_kept_whole(
     from support.pipelines import conv_pipeline
 
     monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 8)
-    monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 4)
+    monkeypatch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 4)
     hydra_pipe.record(conv_pipeline(), tmp_path / "small", encoding="exact", dtype="float32")
     hydra_pipe.reduce(tmp_path / "small", keep_hypergradients=True)
     assert len(list((tmp_path / "small/hypergradients/hydra.zarr/folded/c").iterdir())) == 7
@@ -149,9 +149,9 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
 
 def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted keeping, then another that removes what the first had kept, then the first again."""
-    monkeypatch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 8)
+    monkeypatch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 8)
     monkeypatch.setattr("hydra_pipe.reduction.solvers.sums.SAMPLE_MULTIPLE", 8)
-    monkeypatch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
+    monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
     plan_sums = sums_module.plan_sums
 
     def in_eights(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:

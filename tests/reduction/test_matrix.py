@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import BudgetError, RunError, StoreError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan import hypergradient_matrix as matrix_plan
 from hydra_pipe.reduction.solvers import hypergradient_matrix, sweep
-from hydra_pipe.store import pace
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import KEEP, RECORD, REDUCE
+from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE
 
 KEPT = "hypergradients/hydra-fisher.zarr"
 
@@ -32,7 +32,7 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that lie across files of rows; several files of the matrix, and several shares of the samples."""
     monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
     monkeypatch.setattr(matrix_plan, "MOST_SAMPLES", 8)
-    monkeypatch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
+    monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
     for module in ("plan.from_matrix", "reduction.solvers.from_matrix"):
         monkeypatch.setattr(f"hydra_pipe.{module}.SAMPLE_MULTIPLE", 8)
 

@@ -16,7 +16,7 @@ from test_fisher import adamw, made_up, whole
 import hydra_pipe
 from hydra_pipe import Pipeline, api
 from hydra_pipe.errors import BudgetError, RunError, UsageError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan import influence as influence_plan
 from hydra_pipe.plan.influence import SolveInput
 from hydra_pipe.plan.records import Answered, ReductionInput
@@ -25,9 +25,9 @@ from hydra_pipe.reduction.methods import METHODS
 from hydra_pipe.reduction.solvers import influence, sums
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.weights import checkpoint_of_steps
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
+from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
 from hydra_pipe.training.batches import epoch_order
 
 NEW = ("tracin", "grad-dot", "grad-cos", "influence", "self")

@@ -16,9 +16,9 @@ from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.reduction.solvers import sums
 from hydra_pipe.reduction.solvers.common import CommonSolver
-from hydra_pipe.store import relevance as relevance_module
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import RECORD, REDUCE
+from hydra_pipe.store.data import relevance as relevance_module
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import RECORD, REDUCE
 
 Recorded = Callable[..., Path]
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))

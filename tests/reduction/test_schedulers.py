@@ -28,14 +28,14 @@ from test_relevance import oracle_relevance, read_relevance
 
 import hydra_pipe
 from hydra_pipe.errors import ClusterError, UsageError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.executors import distributed
 from hydra_pipe.reduction.job import Job
 from hydra_pipe.reduction.solvers import sums as sums_module
-from hydra_pipe.store import relevance
-from hydra_pipe.store.probes import WhichTests
+from hydra_pipe.store.data import relevance
+from hydra_pipe.store.data.probes import WhichTests
 
 ORDERS = ("score first", "fold first")
 PATIENCE = 60.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.reduction.scores import Scorer, decode_tests
-from hydra_pipe.reduction.segments import DenseSegment, FactoredSegment, Segment, segments_of
+from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, segments_of
 
 EVERY = settings(max_examples=100, deadline=None)
 

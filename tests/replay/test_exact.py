@@ -20,10 +20,11 @@ from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
-from hydra_pipe.store import pace, stage_runner
-from hydra_pipe.store.results import ResultName
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import REDUCE
+from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.run.manifest import stage_runner
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.batches import epoch_order
 
 N_TRAIN, N_TEST, BATCH, EPOCHS = 14, 5, 5, 3

@@ -31,9 +31,9 @@ from hydra_pipe.reporting.findings import findings
 from hydra_pipe.reporting.page import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
-from hydra_pipe.store.relevance import Columns, create_relevance, read_relevance, write_relevance
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EVALUATE, EXPORT, RECORD, REDUCE, REPORT
+from hydra_pipe.store.data.relevance import Columns, create_relevance, read_relevance, write_relevance
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EVALUATE, EXPORT, RECORD, REDUCE, REPORT
 
 
 class Saying(Progress):
@@ -507,7 +507,7 @@ def test_a_run_that_is_interrupted_while_it_is_cleared_is_cleared_of_its_reports
     hydra_pipe.report(run, method="hydra-mean")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.run.remove", killed_after(after))
+        patch.setattr("hydra_pipe.store.run.manifest.remove", killed_after(after))
         with pytest.raises(InterruptedError):
             RunDirectory.open(run).clear()
     assert (run / "report-hydra-mean.html").exists() == (after == 0)

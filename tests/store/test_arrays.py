@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.store.arrays import ROTTEN, Array, Group
+from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
 
 DTYPES = ["float16", "float32", "float64", "int8", "int64", "uint8"]
 

@@ -17,10 +17,10 @@ import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.evaluations import digest_of
-from hydra_pipe.store.listing import unlisted
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.sweeps import load_state, save_state
+from hydra_pipe.store.data.evaluations import digest_of
+from hydra_pipe.store.run.listing import unlisted
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.data.sweep_state import load_state, save_state
 
 N, N_TESTS = 24, 6
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from hydra_pipe.errors import RunError
-from hydra_pipe.store import locks, names
+from hydra_pipe.store.run.manifest import locks
+from hydra_pipe.store import names
 from hydra_pipe.store.files import location
-from hydra_pipe.store.locks import LEASE_SECONDS, Lock, one_writer
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE
+from hydra_pipe.store.run.locks import LEASE_SECONDS, Lock, one_writer
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE
 
 # where the system has locks, and where it has none
 KINDS = ["flock", "lease", "object store"]

@@ -7,9 +7,9 @@ import pytest
 
 from hydra_pipe.errors import RunError
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stage_runner import alone, completing, running, taken_up
-from hydra_pipe.store.stages import EXPORT, RECORD, REDUCE, StageId
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stage_runner import alone, completing, running, taken_up
+from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE, StageId
 
 STAGE = EXPORT.of("hydra")
 
@@ -70,7 +70,7 @@ def test_a_stage_that_cannot_be_sealed_has_failed(run: RunDirectory, monkeypatch
     def broken(*args: object) -> str:
         raise OSError("disk")
 
-    monkeypatch.setattr("hydra_pipe.store.stage_runner.seal", broken)
+    monkeypatch.setattr("hydra_pipe.store.run.stage_runner.seal", broken)
     with pytest.raises(OSError, match="disk"), running(run, STAGE, {}):
         pass
     assert on_disk(run)["state"] == "failed"
@@ -94,7 +94,7 @@ def test_what_may_not_be_replaced_is_told_before_anything_is_withdrawn(run: RunD
     def refused(*args: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("hydra_pipe.store.stage_runner.check_stages", refused)
+    monkeypatch.setattr("hydra_pipe.store.run.stage_runner.check_stages", refused)
     with pytest.raises(PermissionError, match="read-only"), running(run, STAGE, {}):
         pass
     assert on_disk(run) == before

@@ -8,8 +8,8 @@ import pytest
 
 import hydra_pipe
 from hydra_pipe.store import names
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import KEEP, KINDS, RECORD, REDUCE, REPORT, Source, StageId, StageKind
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import KEEP, KINDS, RECORD, REDUCE, REPORT, Source, StageId, StageKind
 
 FORMAT = (Path(__file__).parents[2] / "docs/format.md").read_text()
 TINY = str(Path(__file__).parents[1] / "crash/tiny.py")

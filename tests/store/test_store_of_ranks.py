@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Reading
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
@@ -22,11 +22,11 @@ from hydra_pipe.reduction.solvers.common import reduction_input
 from hydra_pipe.reduction.solvers.sums import graphs
 from hydra_pipe.reduction.weights import RowUse, hydra_weights
 from hydra_pipe.store import names
-from hydra_pipe.store import relevance as relevance_module
-from hydra_pipe.store.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
-from hydra_pipe.store.probes import WhichTests
-from hydra_pipe.store.relevance import Columns, create_relevance, open_relevance
-from hydra_pipe.store.writing import GradientsWriter
+from hydra_pipe.store.data import relevance as relevance_module
+from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.relevance import Columns, create_relevance, open_relevance
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 LAYOUT = Layout((Block("w", (7, 5), 0, "factored", (0, 7), (7, 12)), Block("c", (9,), 0, "dense", (12, 21))), 21, 0)
 N_SAMPLES, N_STEPS, SHARD_ROWS = 30, 20, 8

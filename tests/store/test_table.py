@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.store import table as table_module
-from hydra_pipe.store.arrays import ROTTEN, Array, Group
-from hydra_pipe.store.table import BackgroundWriter, Column, Stalls, TableWriter
+from hydra_pipe.store.zarr import table as table_module
+from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
+from hydra_pipe.store.zarr.table import BackgroundWriter, Column, Stalls, TableWriter
 
 COLUMNS = [
     Column("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),

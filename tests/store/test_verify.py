@@ -19,13 +19,13 @@ import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, RunError, StoreError
-from hydra_pipe.plan import geometry
+from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.checksums import seal
-from hydra_pipe.store.locks import one_writer
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import StageId
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.run.footprints import seal
+from hydra_pipe.store.run.locks import one_writer
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import StageId
 
 PIPELINE = """
 from support.pipelines import conv_pipeline
@@ -62,9 +62,9 @@ def files_small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "MAX_SHARD_ROWS", 16)
         patch.setattr(geometry, "CHUNK_BYTES", 4096)
-        patch.setattr("hydra_pipe.store.writing.STEP_SHARD_ROWS", 4)
-        patch.setattr("hydra_pipe.store.relevance.CHUNK_SAMPLES", 8)
-        patch.setattr("hydra_pipe.store.hypergradients.MOST_FILE_ROWS", 8)
+        patch.setattr("hydra_pipe.store.data.gradients_writer.STEP_SHARD_ROWS", 4)
+        patch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
+        patch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 8)
         patch.setattr("hydra_pipe.reduction.solvers.sums.SAMPLE_MULTIPLE", 8)
         yield
 

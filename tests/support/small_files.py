@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from hydra_pipe.plan import geometry
-from hydra_pipe.recording import slab
-from hydra_pipe.store import writing
+from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.recording import row_buffer as slab
+from hydra_pipe.store.data import gradients_writer as writing
 
 
 def make_files_small(put: Callable[[object, str, object], None]) -> None:

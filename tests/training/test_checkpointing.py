@@ -27,7 +27,7 @@ from hydra_pipe import Pipeline
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import InterruptedRunError, UsageError
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.checkpoints import KEPT, checkpoints_in
+from hydra_pipe.store.data.checkpoints import KEPT, checkpoints_in
 from hydra_pipe.training import trainer
 from hydra_pipe.training.checkpointing import Interval
 from hydra_pipe.training.interruption import stop_requested

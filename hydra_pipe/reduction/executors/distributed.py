@@ -366,7 +366,7 @@ def _fault_of_store(store: Path, run_id: str) -> str | None:
     import os
 
     from hydra_pipe.errors import HydraError
-    from hydra_pipe.store.gradients import Gradients
+    from hydra_pipe.store.data.gradients import Gradients
 
     try:
         found = Gradients(store).run_id

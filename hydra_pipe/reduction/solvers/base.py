@@ -9,9 +9,9 @@ from dask.delayed import Delayed
 from hydra_pipe.plan.records import Answered, Found, Plan, ReductionInput, Span
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors.base import CountRows, Scheduler, Workers
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import StageId
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import StageId
 
 P = TypeVar("P", bound=Plan, covariant=True)
 

@@ -7,22 +7,22 @@ from typing import Generic, TypeVar
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.costs import base_bytes
-from hydra_pipe.plan.parts import shards_of
+from hydra_pipe.plan.rank_rows import shards_of
 from hydra_pipe.plan.records import Answered, Found, Plan, ReductionInput
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors.base import Scheduler, Workers
 from hydra_pipe.reduction.job import Job
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.resume import mark
-from hydra_pipe.reduction.segments import dense_segments
+from hydra_pipe.reduction.column_groups import dense_segments
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.store.files import remove_partials, sync_tree
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.probes import WhichTests
-from hydra_pipe.store.relevance import Columns
-from hydra_pipe.store.results import GROUPINGS
-from hydra_pipe.store.run import RunDirectory
-from hydra_pipe.store.stages import StageId
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.run.results import GROUPINGS
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.stages import StageId
 from hydra_pipe.units import parse_bytes
 
 P = TypeVar("P", bound=Plan)

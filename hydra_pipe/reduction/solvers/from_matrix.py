@@ -12,18 +12,18 @@ from hydra_pipe.plan.from_matrix import AnswerInput, FromMatrixPlan, plan_answer
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.expansion import Expansion, feature_spans
+from hydra_pipe.reduction.materialize import Expansion, feature_spans
 from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix
-from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.stages import Stage
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix
+from hydra_pipe.store.data.relevance import write_relevance
+from hydra_pipe.store.run.stages import Stage
 
 
 class FromMatrix(ReadingSolver[FromMatrixPlan]):

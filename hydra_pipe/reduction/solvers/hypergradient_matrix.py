@@ -21,7 +21,7 @@ from hydra_pipe.plan.records import Answered, ReductionInput, Span
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors import executor_of
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.expansion import Expansion, feature_spans
+from hydra_pipe.reduction.materialize import Expansion, feature_spans
 from hydra_pipe.reduction.forward import ForwardSweep
 from hydra_pipe.reduction.job import Floats, Job
 from hydra_pipe.reduction.request import Request
@@ -32,15 +32,15 @@ from hydra_pipe.reduction.solvers.from_matrix import FromMatrix
 from hydra_pipe.reduction.solvers.sweep import Backward, Direction, Series, Sweep, course_of, graphs, sweep_input
 from hydra_pipe.reduction.steps import StepRows, forward
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.hypergradients import create_matrix
-from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.space import free_bytes, room_for
-from hydra_pipe.store.stages import StageId
-from hydra_pipe.store.sweeps import remove_states
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.hypergradients import create_matrix
+from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.data.relevance import write_relevance
+from hydra_pipe.store.disk_space import free_bytes, room_for
+from hydra_pipe.store.run.stages import StageId
+from hydra_pipe.store.data.sweep_state import remove_states
 from hydra_pipe.streams import Stream
 from hydra_pipe.units import format_bytes, format_seconds
 

@@ -16,18 +16,18 @@ from hydra_pipe.maths.influence import damped, inverse_damping
 from hydra_pipe.plan.influence import InfluencePlan, SolveInput, plan_solve
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.materialize import Expansion
 from hydra_pipe.reduction.job import Held, Job, columns_of_tests, held_last_rows, held_tests, held_weights, rows_of
-from hydra_pipe.reduction.loops import Workspace
+from hydra_pipe.reduction.kernels import Workspace
 from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
-from hydra_pipe.reduction.segments import segments_of
+from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.weights import Ints, StepWeights
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.relevance import write_relevance
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.streams import Stream
 
 Floats = NDArray[np.float32]

@@ -5,18 +5,18 @@ from typing import Any, TypeVar
 
 from hydra_pipe.plan.records import Answered, Plan, ReadingPlan, ReductionInput
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction import loops
+from hydra_pipe.reduction import kernels as loops
 from hydra_pipe.reduction.resume import marked
 from hydra_pipe.reduction.solvers.base import Course
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.store import names
-from hydra_pipe.store.coordinates import own_coordinates, shared_coordinates, write_coordinates
+from hydra_pipe.store.data.coordinates import own_coordinates, shared_coordinates, write_coordinates
 from hydra_pipe.store.files import remove
-from hydra_pipe.store.permission import check_stages
-from hydra_pipe.store.prefix import committed
-from hydra_pipe.store.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.space import room_for, say_if_tight
-from hydra_pipe.store.stages import RECORD, StageId
+from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.data.recording import committed
+from hydra_pipe.store.data.relevance import chunk_samples, columns_of, create_relevance, open_relevance
+from hydra_pipe.store.disk_space import room_for, say_if_tight
+from hydra_pipe.store.run.stages import RECORD, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
 P = TypeVar("P", bound=Plan)

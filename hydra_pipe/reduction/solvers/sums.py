@@ -19,26 +19,26 @@ from hydra_pipe.plan.sums import FOLD_FIRST, FROM_HYPERGRADIENTS, SCORE_FIRST, S
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows, Workers
-from hydra_pipe.reduction.folds import Folder, folded_columns
+from hydra_pipe.reduction.row_sums import Folder, folded_columns
 from hydra_pipe.reduction.job import Floats, Held, Job, held_last_rows, held_tests, held_weights, load_tests, rows_of
 from hydra_pipe.reduction.keeping import FactoredKeeper
-from hydra_pipe.reduction.loops import add_rows
+from hydra_pipe.reduction.kernels import add_rows
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.resume import ANSWERED, mark, marked
 from hydra_pipe.reduction.scores import Scorer, TestBlock
-from hydra_pipe.reduction.segments import DenseSegment, dense_segments, segments_of
+from hydra_pipe.reduction.column_groups import DenseSegment, dense_segments, segments_of
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.weights import StepWeights, checkpoint_of_steps
-from hydra_pipe.store.arrays import Array
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
-from hydra_pipe.store.hypergradients import Hypergradients, create_hypergradients, write_folded
-from hydra_pipe.store.probes import WhichTests
-from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.stage_runner import Work
-from hydra_pipe.store.stages import StageId
+from hydra_pipe.store.data.hypergradients import Hypergradients, create_hypergradients, write_folded
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.relevance import write_relevance
+from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.run.stage_runner import Work
+from hydra_pipe.store.run.stages import StageId
 
 # Sums of rows by sample, which is the first dimension of every array. Score first: the scores. Fold
 # first: hypergradients of the blocks that can be folded, then scores of the other blocks if any.

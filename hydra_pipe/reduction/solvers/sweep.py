@@ -19,9 +19,9 @@ from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionI
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.expansion import Expansion
+from hydra_pipe.reduction.materialize import Expansion
 from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
-from hydra_pipe.reduction.loops import Workspace
+from hydra_pipe.reduction.kernels import Workspace
 from hydra_pipe.reduction.request import Request
 from hydra_pipe.reduction.solvers.base import Course
 from hydra_pipe.reduction.solvers.result import ReadingSolver
@@ -30,13 +30,13 @@ from hydra_pipe.reduction.sweep import Recursion
 from hydra_pipe.reduction.sweep import Span as SeriesSpan
 from hydra_pipe.reduction.sweep import Sweep as BackwardSweep
 from hydra_pipe.store import names
-from hydra_pipe.store.arrays import Array
-from hydra_pipe.store.gradients import Gradients
-from hydra_pipe.store.pace import Pace
-from hydra_pipe.store.parsing import is_count
-from hydra_pipe.store.relevance import write_relevance
-from hydra_pipe.store.rows import check_within
-from hydra_pipe.store.sweeps import load_state, remove_state, remove_states, save_state
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.save_interval import Pace
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.data.relevance import write_relevance
+from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.data.sweep_state import load_state, remove_state, remove_states, save_state
 from hydra_pipe.streams import Stream
 
 R = TypeVar("R", bound=Recursion)

@@ -1,0 +1,92 @@
+"""The optimiser's next update, read just before it: the gradients in use and the settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_pipe.errors import RecordError
+from hydra_pipe.recording.optimizers import OptimizerRule, gradients_in_use
+from hydra_pipe.store.data.gradients import GROUP_COLUMNS
+
+_NO_STATE: Mapping[str, Any] = {}
+
+
+class UpdateReader:
+    """Reads the updates of `optimizer`.
+
+    Args:
+        optimizer: optimiser that has a rule.
+        rule: rule of the optimiser.
+        trained: name and parameter group of every recorded parameter, in the order of the blocks.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rule: OptimizerRule, trained: Mapping[nn.Parameter, tuple[str, int]]
+    ) -> None:
+        self._optimizer, self._rule = optimizer, rule
+        self._trained = [(parameter, group) for parameter, (_, group) in trained.items()]
+        self._ids = set(map(id, trained))
+        self._n_groups = len(optimizer.param_groups)
+
+    def gradients(self, step: int) -> list[Tensor | None]:
+        """Return the gradient in use of every recorded parameter; None for one without a gradient.
+
+        Raises:
+            RecordError: no recorded parameter has a gradient, or a parameter that is not recorded
+                has one.
+        """
+        if len(self._optimizer.param_groups) != self._n_groups:
+            raise RecordError(f"the optimizer has got a new parameter group at step {step}: record again from there")
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in self._ids and parameter.grad is not None:
+                    raise RecordError(
+                        f"a parameter of shape {tuple(parameter.shape)} has begun to train at step {step}: it was "
+                        f"frozen, or not in the optimizer, when recording started; record again from there"
+                    )
+        gradients = [p.grad for p, _ in self._trained]
+        if all(g is None for g in gradients):
+            raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
+        return gradients_in_use(self._optimizer, gradients)
+
+    def root(self, index: int, gradient: Tensor | None, lines: Tensor | None = None) -> Tensor:
+        """Return the root of the preconditioner of block `index`.
+
+        With a `gradient`: the preconditioner of the step that is about to use it. Without: the
+        preconditioner of the present state.
+
+        Args:
+            index: number of the block.
+            gradient: gradient of the whole block, or None.
+            lines: lines of the block to return; None: all lines. A preconditioner is elementwise,
+                so no other line matters.
+        """
+        parameter, group = self._trained[index]
+        state: Mapping[str, Any] = self._optimizer.state.get(parameter, _NO_STATE)
+        if lines is not None:
+            shape = parameter.shape
+            of_lines = {k: x[lines] if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()}
+            parameter, state = nn.Parameter(parameter.detach()[lines], requires_grad=False), of_lines
+            gradient = None if gradient is None else gradient[lines]
+        found = self._rule.root(parameter, gradient, state, self._optimizer.param_groups[group])
+        return torch.ones_like(parameter) if found is None else found
+
+    def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        """Return the step's line of the step tables by parameter group and by block.
+
+        Args:
+            gradients: gradients in use; None for a block without one.
+        """
+        groups = self._optimizer.param_groups
+        of_groups = [self._rule.settings(group) for group in groups]
+        rule, states = self._rule, self._optimizer.state
+        started, factors = [], []
+        for (parameter, group), gradient in zip(self._trained, gradients, strict=True):
+            state = states.get(parameter, _NO_STATE)
+            started.append(gradient is not None and rule.starts_momentum(state, groups[group]))
+            factors.append(rule.step_factor(state, groups[group]))
+        values: dict[str, Any] = {name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS}
+        updated = [gradient is not None for gradient in gradients]
+        return values | {"updated": updated, "momentum_started": started, "step_factor": factors}

@@ -1,0 +1,97 @@
+"""State of a sweep, kept beside the array that the sweep fills, to resume in the middle."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.plan.id_ranges import Span
+from hydra_pipe.store.zarr.arrays import METADATA
+from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
+
+Floats = NDArray[np.floating[Any]]
+
+_PREFIX = "sweep-"
+_DIGEST_BYTES = 32
+_MOST_HEADER_BYTES = 2**16
+
+
+def _path(array: Path, columns: Span) -> Path:
+    return array / f"{_PREFIX}{columns[0]}-{columns[1]}"
+
+
+def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arrays: Mapping[str, Floats]) -> None:
+    """Write the state of the sweep that fills `columns` of an array, safe on the disk.
+
+    Args:
+        array: directory of the relevance array.
+        columns: first and one past the last.
+        state: numbers.
+        arrays: arrays by name, float32 or float64.
+    """
+    header = {"of": _made_for(array), "columns": list(columns), "state": dict(state), "arrays": _kinds(arrays)}
+    pieces = [json.dumps(header).encode() + b"\n", *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    replace_file(_path(array, columns), [digest.digest(), *pieces])
+
+
+def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[dict[str, Any], dict[str, Floats]] | None:
+    """Read the state that `save_state` wrote: numbers, and arrays.
+
+    None where there is no state, it is damaged, or another run has left it here.
+
+    Args:
+        array: directory of the relevance array.
+        columns: first and one past the last.
+        like: arrays of the expected names, shapes and dtypes.
+
+    Returns:
+        The numbers, and the arrays by name, as read-only views of the file's bytes.
+    """
+    n_bytes = sum(a.nbytes for a in like.values())
+    try:
+        content = memoryview(read_file(_path(array, columns), n_bytes + _MOST_HEADER_BYTES))
+        if hashlib.sha256(content[_DIGEST_BYTES:]).digest() != content[:_DIGEST_BYTES]:
+            return None
+        line, _, _ = content[_DIGEST_BYTES : _DIGEST_BYTES + _MOST_HEADER_BYTES].tobytes().partition(b"\n")
+        header = json.loads(line)
+        if header["of"] != _made_for(array) or header["columns"] != list(columns) or header["arrays"] != _kinds(like):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    found, start = {}, _DIGEST_BYTES + len(line) + 1
+    for name, a in like.items():
+        found[name] = np.frombuffer(content[start : start + a.nbytes], a.dtype).reshape(a.shape)
+        start += a.nbytes
+    return header["state"], found
+
+
+def _made_for(array: Path) -> str:
+    """Return an id of the array that differs from an array of the same name in another run.
+
+    It is the SHA-256 of the array's metadata and of its group's metadata, which name the run.
+    """
+    return hashlib.sha256(b"".join(read_file(path / METADATA) for path in (array, array.parent))).hexdigest()
+
+
+def _kinds(arrays: Mapping[str, Floats]) -> dict[str, list[Any]]:
+    return {name: [a.dtype.name, *a.shape] for name, a in arrays.items()}
+
+
+def remove_state(array: Path, columns: Span) -> None:
+    """Remove the state of a sweep that has come to its end."""
+    remove(_path(array, columns))
+
+
+def remove_states(array: Path) -> None:
+    """Remove the states of all sweeps, also of abandoned widths."""
+    for name in files_below(array):
+        if name.startswith(_PREFIX):
+            remove(array / name)
+    sync(array)  # or a power cut brings the states back, beside a complete result

@@ -1,0 +1,1 @@
+"""Integrity of a run: verification, comparison, repair and pruning."""

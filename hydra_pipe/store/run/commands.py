@@ -1,0 +1,73 @@
+"""Commands that make the stages of a run, written from the settings of the stages."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra_pipe.store import names
+from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, MEAN, ResultName
+
+# Setting of a probe: FILE:FUNCTION of its dataset, or null.
+DATASET = "dataset"
+_GROUPED = {None: [], BY_LABEL: ["--by", "label"], MEAN: ["--mean"]}
+_Settings = Mapping[str, Any]
+
+
+def recording(run: Path, settings: _Settings) -> str:
+    """Return the command that records."""
+    options = {f"--{name}": settings.get(name) for name in ("encoding", "dim", "dtype")}
+    return _command("record", _pipeline(settings), str(run), *_assignments(settings), **options)
+
+
+def reducing(run: Path, name: str, settings: _Settings) -> str:
+    """Return the command that computes the relevance called `name`."""
+    result = ResultName.parse(name)
+    options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(names.UPTO), "--rank": result.rank}
+    options |= {"--test": result.test, "--method": None if result.method == DEFAULT_METHOD else result.method}
+    return _command("reduce", str(run), *_GROUPED[result.by], **options)
+
+
+def probing(run: Path, name: str, settings: _Settings) -> str:
+    """Return the command that takes the test gradients of probe `name`."""
+    dataset = str(settings.get(DATASET) or "FILE.py:FUNCTION")
+    return _command("probe", str(run), dataset, *_assignments(settings), **{"--name": name})
+
+
+def exporting(run: Path, name: str, settings: _Settings) -> str:
+    """Return the command that writes the rankings of the relevance called `name`."""
+    full = ["--full"] if settings.get("full") else []
+    return _command("export", str(run), *full, **{"--method": name, "--top": settings.get("top")})
+
+
+def cleaning(run: Path, name: str, settings: _Settings) -> str:
+    """Return the command that proposes samples to relabel or drop, by the relevance `name`."""
+    cut = {f"--{key}": settings.get(key) for key in ("lowest", "threshold")}
+    return _command("clean", str(run), **{"--method": name}, **cut)
+
+
+def reporting(run: Path, name: str, settings: _Settings) -> str:
+    """Return the command that writes the page about the relevance called `name`."""
+    options = {"--tests": settings.get(names.TESTS), "--top": settings.get("top")}
+    return _command("report", str(run), **{"--method": name}, **options)
+
+
+def evaluating(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
+    """Return the command of one kind of evaluation. `recorded`: settings of the recording."""
+    options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
+    options["--left-out"] = settings.get("left_out")
+    return _command("evaluate", _pipeline(recorded), str(run), kind, *_assignments(recorded), **options)
+
+
+def _pipeline(settings: _Settings) -> str:
+    return str(settings.get("pipeline") or "PIPELINE")
+
+
+def _assignments(settings: _Settings) -> list[str]:
+    own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
+    return [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
+
+
+def _command(*words: str, **options: object) -> str:
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["hydra-pipe", *words, *given])
