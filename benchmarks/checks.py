@@ -30,7 +30,10 @@ Made = tuple[nn.Module, Callable[[int], tuple[Tensor, Tensor]], Callable[[Tensor
 
 def pictures(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda n: (torch.rand(n, *shape, generator=generator), torch.randint(0, 10, (n,), generator=generator))
+    return lambda n: (
+        torch.rand(n, *shape, generator=generator),
+        torch.randint(0, 10, (n,), generator=generator),
+    )
 
 
 def mlp() -> Made:
@@ -39,8 +42,22 @@ def mlp() -> Made:
 
 
 def lenet() -> Made:
-    convolutions = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.AvgPool2d(2)]
-    layers = [nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+    convolutions = [
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+    ]
+    layers = [
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    ]
     return nn.Sequential(*convolutions, *layers), pictures(1, 28, 28), F.cross_entropy
 
 
@@ -54,7 +71,11 @@ def gpt() -> Made:
         rows = torch.stack([tokens[a : a + 33] for a in at])
         return rows[:, :-1], rows[:, 1:]
 
-    return shakespeare.Gpt(65, 32, 2, 64), batch, lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten())
+    return (
+        shakespeare.Gpt(65, 32, 2, 64),
+        batch,
+        lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()),
+    )
 
 
 def seconds(make: Callable[[], Made], batch: int, steps: int, *, checks: bool) -> float:
@@ -65,7 +86,9 @@ def seconds(make: Callable[[], Made], batch: int, steps: int, *, checks: bool) -
     x, y = data(batch)
     labels = y if y.dim() == 1 and checks else None
     with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(model, optimizer, directory + "/run", n_samples=batch, sample_labels=labels)
+        recorder = Recorder(
+            model, optimizer, directory + "/run", n_samples=batch, sample_labels=labels
+        )
         begun = time.process_time()
         for _ in range(steps):
             with recorder.step(np.arange(batch)):
@@ -78,7 +101,9 @@ def seconds(make: Callable[[], Made], batch: int, steps: int, *, checks: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pairs", type=int, default=5)
     asked = parser.parse_args()
@@ -86,7 +111,10 @@ def main() -> None:
     for make, batch in ((mlp, 64), (lenet, 64), (gpt, 16)):
         ratios, with_checks = [], []
         for _ in range(asked.pairs):
-            with patch.object(Attribution, "_is_due", lambda *_: 0), patch.object(LossCoupling, "add", lambda *_, **__: None):
+            with (
+                patch.object(Attribution, "_is_due", lambda *_: 0),
+                patch.object(LossCoupling, "add", lambda *_, **__: None),
+            ):
                 without = seconds(make, batch, asked.steps, checks=False)
             with_checks.append(seconds(make, batch, asked.steps, checks=True))
             ratios.append(with_checks[-1] / without)

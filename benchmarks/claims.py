@@ -26,7 +26,10 @@ PIPELINES = Path(__file__).parents[1] / "pipelines"
 METHODS = ("hydra", "hydra-fisher", "hydra-exact", "influence", "tracin", "grad-dot", "grad-cos")
 COMPARED = ("hydra", "hydra-fisher", "influence")
 EXACT, TESTS = "hydra-exact", "0-9"
-APART = {name: name.replace("_", " ") for name in ("method", "steps", "distance", "relative_error", "wrong_signs", "spearman")}
+APART = {
+    name: name.replace("_", " ")
+    for name in ("method", "steps", "distance", "relative_error", "wrong_signs", "spearman")
+}
 Row = dict[str, Any]
 
 
@@ -62,9 +65,14 @@ NOISE = {
         "1" if (name, percent) == ("fashion", 20) else "0",
     )
     for percent in (20, 10, 30)
-    for name, title, of, own in (("mnist", "MNIST", MNIST, LENET), ("fashion", "Fashion-MNIST", FASHION, {}))
+    for name, title, of, own in (
+        ("mnist", "MNIST", MNIST, LENET),
+        ("fashion", "Fashion-MNIST", FASHION, {}),
+    )
 } | {
-    name: Cell(f"CIFAR-10N `{name}`, small ResNet", "cifar10n.py", "cifar10", PHOTOS | {"labels": name})
+    name: Cell(
+        f"CIFAR-10N `{name}`, small ResNet", "cifar10n.py", "cifar10", PHOTOS | {"labels": name}
+    )
     for name in ("aggre", "worse")
 }
 HESSIAN = {
@@ -98,7 +106,9 @@ class Run:
 
     def evaluate(self, kind: str, *options: Any) -> list[Row]:
         _do("evaluate", self._pipeline, self.path, kind, *self._settings, *options)
-        rows: list[Row] = pq.read_table(self.path / "evaluation" / kind / "table.parquet").to_pylist()
+        rows: list[Row] = pq.read_table(
+            self.path / "evaluation" / kind / "table.parquet"
+        ).to_pylist()
         return rows
 
     def facts(self) -> Any:
@@ -114,9 +124,17 @@ def noise(run: Run) -> None:
     rows = run.evaluate("noise", "--left-out", run.cell.left_out)
     summary = json.loads((run.path / "evaluation" / "noise" / "summary.json").read_text())
     wrong = summary["wrong"]
-    accuracy = f"; accuracy {run.facts()['test_accuracy']:.3f}" if "test_accuracy" in run.facts() else ""
-    print(f"\n{run.cell.title}: {wrong} of {run.cell.settings['n_train']} labels are wrong{accuracy}\n")
-    columns = {"roc_auc": "ROC-AUC", f"precision_{wrong}": f"precision at {wrong}", f"without_{wrong}": f"accuracy without {wrong}"}
+    accuracy = (
+        f"; accuracy {run.facts()['test_accuracy']:.3f}" if "test_accuracy" in run.facts() else ""
+    )
+    print(
+        f"\n{run.cell.title}: {wrong} of {run.cell.settings['n_train']} labels are wrong{accuracy}\n"
+    )
+    columns = {
+        "roc_auc": "ROC-AUC",
+        f"precision_{wrong}": f"precision at {wrong}",
+        f"without_{wrong}": f"accuracy without {wrong}",
+    }
     _table(rows, {"method": "method"} | columns)
     print("\nThe same means, against that of hydra-exact\n")
     _table(run.evaluate("approximation"), APART)
@@ -131,15 +149,23 @@ def hessian(run: Run) -> None:
         for method in (*COMPARED, EXACT):
             run.reduce(method, "--tests", TESTS, *upto)
     rows = run.evaluate("approximation")
-    print(f"\n{run.cell.title}, {run.cell.settings['n_train']} samples, test samples {TESTS}, {batches} steps an epoch\n")
+    print(
+        f"\n{run.cell.title}, {run.cell.settings['n_train']} samples, test samples {TESTS}, {batches} steps an epoch\n"
+    )
     _table(rows, APART)
 
 
 def _do(*words: Any) -> None:
     """Run a command of hydra-pipe."""
     command = [str(word) for word in words]
-    print(f"{time.strftime('%H:%M:%S')} hydra-pipe {shlex.join(command)}", file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "hydra_pipe.cli.app", *command], check=True, stdout=subprocess.DEVNULL)
+    print(
+        f"{time.strftime('%H:%M:%S')} hydra-pipe {shlex.join(command)}", file=sys.stderr, flush=True
+    )
+    subprocess.run(
+        [sys.executable, "-m", "hydra_pipe.cli.app", *command],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def _table(rows: list[Row], columns: dict[str, str]) -> None:
@@ -159,11 +185,17 @@ def _cell(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--parts", default="noise,hessian")
-    parser.add_argument("--cells", default="", help=f"of {', '.join([*NOISE, *HESSIAN])}; if not given: all of the parts")
+    parser.add_argument(
+        "--cells",
+        default="",
+        help=f"of {', '.join([*NOISE, *HESSIAN])}; if not given: all of the parts",
+    )
     given = parser.parse_args()
     chosen = {"noise": (noise, NOISE), "hessian": (hessian, HESSIAN)}
     for part in given.parts.split(","):

@@ -20,31 +20,37 @@ from numpy.typing import NDArray
 import hydra_pipe
 from hydra_pipe.cleaning.decision import most_harmed, scores_of
 from hydra_pipe.loading import load_pipeline, recorded_assignments
-from hydra_pipe.maths.rank_statistics import roc_auc
 from hydra_pipe.maths.outliers import robust_scores, tail_threshold
+from hydra_pipe.maths.rank_statistics import roc_auc
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+F64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 FIGURES = {"n_train": 3000, "n_test": 500, "epochs": 5, "lr": 0.02}
 PHOTOS = {"n_train": 2000, "n_test": 500, "epochs": 5, "width": 8}
 # name -> pipeline, directory in DATA, settings
 CELLS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     **{f"digits-{share}": ("digits.py", None, {"noise": share}) for share in (0.0, 0.1, 0.2, 0.3)},
-    **{f"mnist-{p}": ("mnist.py", "mnist", {"network": "lenet5"} | FIGURES | {"noise": p / 100}) for p in (10, 30)},
-    **{f"fashion-{p}": ("fashion_mnist.py", "fashion-mnist", FIGURES | {"noise": p / 100}) for p in (10, 20, 30)},
+    **{
+        f"mnist-{p}": ("mnist.py", "mnist", {"network": "lenet5"} | FIGURES | {"noise": p / 100})
+        for p in (10, 30)
+    },
+    **{
+        f"fashion-{p}": ("fashion_mnist.py", "fashion-mnist", FIGURES | {"noise": p / 100})
+        for p in (10, 20, 30)
+    },
     "aggre": ("cifar10n.py", "cifar10", PHOTOS | {"labels": "aggre"}),
 }
 
 
-def z_score(below: float) -> Callable[[Floats], Flags]:
+def z_score(below: float) -> Callable[[F64], Bools]:
     return lambda scores: scores < below
 
 
-def mirrored(most_false: float) -> Callable[[Floats], Flags]:
+def mirrored(most_false: float) -> Callable[[F64], Bools]:
     """As many of the lowest as there may be with this share of all of them accounted for by the mirrored upper half."""
 
-    def cut(scores: Floats) -> Flags:
+    def cut(scores: F64) -> Bools:
         ordered, null = np.sort(scores), np.sort(-scores)
         share = (np.searchsorted(null, ordered, "right") + 1) / np.arange(1, len(scores) + 1)
         fit = np.flatnonzero((share <= most_false) & (ordered < 0))
@@ -53,11 +59,11 @@ def mirrored(most_false: float) -> Callable[[Floats], Flags]:
     return cut
 
 
-def local(scores: Floats) -> Flags:
+def local(scores: F64) -> Bools:
     return scores < tail_threshold(scores)
 
 
-def mixture(scores: Floats) -> Flags:
+def mixture(scores: F64) -> Bools:
     """Two normal distributions by expectation maximisation; those that the lower one is likelier for."""
     x = scores.clip(-50, 50)
     mean, deviation, share = np.array([0.0, -3.0]), np.array([1.0, 3.0]), np.array([0.9, 0.1])
@@ -70,11 +76,11 @@ def mixture(scores: Floats) -> Flags:
         deviation = np.sqrt((parts * (x[:, None] - mean) ** 2).sum(axis=0) / weight) + 1e-3
         share = weight / len(x)
     low = int(mean.argmin())
-    lower: Flags = (parts[:, low] > 0.5) & (x < mean[1 - low])
+    lower: Bools = (parts[:, low] > 0.5) & (x < mean[1 - low])
     return lower
 
 
-def otsu(scores: Floats) -> Flags:
+def otsu(scores: F64) -> Bools:
     """The cut with the largest variance between its two sides."""
     ordered = np.sort(scores)
     n, sums = len(ordered), np.cumsum(ordered)
@@ -83,7 +89,7 @@ def otsu(scores: Floats) -> Flags:
     return scores < ordered[int(between.argmax()) + 1]
 
 
-CUTS: dict[str, Callable[[Floats], Flags]] = {
+CUTS: dict[str, Callable[[F64], Bools]] = {
     "below -3": z_score(-3.0),
     "below -3.5": z_score(-3.5),
     "mirrored, 10 %": mirrored(0.1),
@@ -94,7 +100,9 @@ CUTS: dict[str, Callable[[Floats], Flags]] = {
 }
 
 
-def statistics(relevance: Floats, own: Floats, labels: NDArray[Any], tests: NDArray[Any]) -> dict[str, Floats]:
+def statistics(
+    relevance: F64, own: F64, labels: NDArray[Any], tests: NDArray[Any]
+) -> dict[str, F64]:
     """Candidates, the lowest the most suspicious."""
     classes, groups = np.unique(tests, return_inverse=True)
     by_class = relevance @ (groups[:, None] == np.arange(len(classes))) / np.bincount(groups)
@@ -103,21 +111,29 @@ def statistics(relevance: Floats, own: Floats, labels: NDArray[Any], tests: NDAr
     return {
         "sum over the tests": relevance.sum(axis=1),
         "the same, within its label (`clean`)": scores_of(relevance.sum(axis=1), labels),
-        "sum over the tests of its label": np.where(tests == labels[:, None], relevance, 0.0).sum(axis=1),
+        "sum over the tests of its label": np.where(tests == labels[:, None], relevance, 0.0).sum(
+            axis=1
+        ),
         "the most harmed other class, within its label": others.min(axis=1),
         "`self`, the highest first": -own,
     }
 
 
-def suggestions(relevance: Floats, labels: NDArray[Any], tests: NDArray[Any], truth: NDArray[Any], chosen: Flags) -> str:
+def suggestions(
+    relevance: F64, labels: NDArray[Any], tests: NDArray[Any], truth: NDArray[Any], chosen: Bools
+) -> str:
     classes, groups = np.unique(tests, return_inverse=True)
     by_class = relevance @ (groups[:, None] == np.arange(len(classes))) / np.bincount(groups)
     worst = most_harmed(by_class, classes, labels)
     made = chosen & (worst >= 0)
-    return f"{int((classes[worst] == truth)[made].sum())} of {int(made.sum())}" if made.any() else "none"
+    return (
+        f"{int((classes[worst] == truth)[made].sum())} of {int(made.sum())}"
+        if made.any()
+        else "none"
+    )
 
 
-def found(chosen: Flags, wrong: Flags) -> str:
+def found(chosen: Bools, wrong: Bools) -> str:
     hits = int((chosen & wrong).sum())
     if not chosen.any() or not wrong.any():
         return str(int(chosen.sum()))
@@ -130,29 +146,48 @@ def column(name: str, data: Path, scratch: Path) -> dict[str, str]:
     given = settings | ({} if directory is None else {"data": data / directory})
     run = scratch / name
     words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
-    for command in (["record", PIPELINES / file, run, *words], ["reduce", run], ["reduce", run, "--method", "self"]):
-        subprocess.run([sys.executable, "-m", "hydra_pipe.cli.app", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    for command in (
+        ["record", PIPELINES / file, run, *words],
+        ["reduce", run],
+        ["reduce", run, "--method", "self"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "hydra_pipe.cli.app", *map(str, command)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     opened = hydra_pipe.open_run(run)
     recorded = opened.info()["stages"]["record"]
-    pipeline = load_pipeline(str(PIPELINES / file), recorded_assignments(recorded["settings"])).build()
+    pipeline = load_pipeline(
+        str(PIPELINES / file), recorded_assignments(recorded["settings"])
+    ).build()
     labels, tests = (np.asarray(opened.gradients.labels(which)) for which in ("train", "test"))
     truth = labels if pipeline.true_labels is None else np.asarray(pipeline.true_labels)
     wrong = labels != truth
-    relevance, own = (np.asarray(opened.relevance(method), np.float64) for method in ("hydra", "self"))
+    relevance, own = (
+        np.asarray(opened.relevance(method), np.float64) for method in ("hydra", "self")
+    )
     n_wrong = int(wrong.sum())
-    rows = {"wrong": f"{n_wrong} of {len(wrong)}", "test accuracy": f"{recorded['facts']['test_accuracy']:.3f}"}
+    rows = {
+        "wrong": f"{n_wrong} of {len(wrong)}",
+        "test accuracy": f"{recorded['facts']['test_accuracy']:.3f}",
+    }
     for title, scores in statistics(relevance, own[:, 0], labels, tests).items():
         first = np.argsort(scores, kind="stable")[:n_wrong]
         rows[title] = f"{roc_auc(-scores, wrong):.3f}, {wrong[first].mean():.2f}" if n_wrong else ""
     scores = scores_of(relevance.sum(axis=1), labels)
     for title, cut in CUTS.items():
         rows[title] = found(cut(scores), wrong)
-    rows["labels suggested for them, right"] = suggestions(relevance, labels, tests, truth, local(scores))
+    rows["labels suggested for them, right"] = suggestions(
+        relevance, labels, tests, truth, local(scores)
+    )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--cells", default=",".join(CELLS), help=f"of {', '.join(CELLS)}")

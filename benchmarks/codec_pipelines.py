@@ -65,13 +65,20 @@ def silent_reads(side: Callable[[Path], Side], source: Path, scratch: Path) -> l
     damaged = scratch / "damaged"
     shutil.rmtree(damaged, ignore_errors=True)
     shutil.copytree(source, damaged)
-    shard = sorted(file for file in damaged.rglob("*") if file.is_file() and file.name != "zarr.json")[0]
+    shard = sorted(
+        file for file in damaged.rglob("*") if file.is_file() and file.name != "zarr.json"
+    )[0]
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1  # in the compressed values of the first chunk
     shard.write_bytes(content)
-    chunk_rows, shard_rows = zarr.open_array(source, mode="r").chunks[0], Array.open(source).file_rows
+    chunk_rows, shard_rows = (
+        zarr.open_array(source, mode="r").chunks[0],
+        Array.open(source).file_rows,
+    )
     reads = {"a shard": shard_rows, "a chunk": chunk_rows, "a part of a chunk": chunk_rows // 2}
-    return [what for what, n_rows in reads.items() if _is_silent(side(damaged)[0], slice(0, n_rows))]
+    return [
+        what for what, n_rows in reads.items() if _is_silent(side(damaged)[0], slice(0, n_rows))
+    ]
 
 
 def _is_silent(read: Callable[[slice], np.ndarray], rows: slice) -> bool:
@@ -87,7 +94,9 @@ def compare(run: Path) -> None:
     array = Array.open(source)
     size = array.file_rows
     n_shards = array.shape[0] // size  # whole ones
-    print(f"{run}: {array.shape[0]:,} rows x {array.shape[1]:,} {array.dtype}, {n_shards} shards of {size:,} rows")
+    print(
+        f"{run}: {array.shape[0]:,} rows x {array.shape[1]:,} {array.dtype}, {n_shards} shards of {size:,} rows"
+    )
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         target = scratch / "target"
@@ -97,7 +106,9 @@ def compare(run: Path) -> None:
         for label, pipeline in PIPELINES.items():
             module, _, attribute = pipeline.rpartition(".")
             if module == "zarrs" or hasattr(zarr.core.codec_pipeline, attribute):
-                openers[label] = lambda path, pipeline=pipeline: theirs(pipeline, path, target, size)
+                openers[label] = lambda path, pipeline=pipeline: theirs(
+                    pipeline, path, target, size
+                )
         for label, opener in openers.items():
             for what in silent_reads(opener, source, scratch):
                 print(f"  {label} reads {what} that is damaged without an error")
@@ -107,8 +118,12 @@ def compare(run: Path) -> None:
         found: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for _ in range(ROUNDS):
             for label, (read, write) in sides.items():
-                found.setdefault((label, "read"), []).append(seconds(lambda r=read: [r(rows) for rows in shards]))
-                found.setdefault((label, "write"), []).append(seconds(lambda w=write: [w(i, values[i]) for i in range(n_shards)]))
+                found.setdefault((label, "read"), []).append(
+                    seconds(lambda r=read: [r(rows) for rows in shards])
+                )
+                found.setdefault((label, "write"), []).append(
+                    seconds(lambda w=write: [w(i, values[i]) for i in range(n_shards)])
+                )
     for what in ("read", "write"):
         base = [statistics.median(pair[i] for pair in found[OURS, what]) for i in (0, 1)]
         for label in sides:

@@ -26,9 +26,14 @@ CODECS = {
 }
 
 
-def measure(values: np.ndarray, chunks: tuple[int, int], shards: tuple[int, int], codecs: list) -> tuple[float, float, float]:
+def measure(
+    values: np.ndarray, chunks: tuple[int, int], shards: tuple[int, int], codecs: list
+) -> tuple[float, float, float]:
     """Seconds to write, seconds to read, bytes over bytes of the values."""
-    with tempfile.TemporaryDirectory() as scratch, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}),
+    ):
         array = zarr.create_array(
             scratch + "/a",
             shape=values.shape,
@@ -51,7 +56,9 @@ def measure(values: np.ndarray, chunks: tuple[int, int], shards: tuple[int, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
@@ -61,7 +68,9 @@ def main() -> None:
         n_shards = max(1, source.shape[0] // shard_rows)
         chosen = sorted({i * (n_shards - 1) // 4 for i in range(5)})
         values = np.concatenate([source[i * shard_rows : (i + 1) * shard_rows] for i in chosen])
-        print(f"{Path(run).name}: {values.shape[0]} of {source.shape[0]} rows, {values.shape[1]} features, {values.dtype}")
+        print(
+            f"{Path(run).name}: {values.shape[0]} of {source.shape[0]} rows, {values.shape[1]} features, {values.dtype}"
+        )
         results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CODECS}
         for _ in range(given.rounds):
             for name, codecs in CODECS.items():

@@ -47,14 +47,30 @@ SETTINGS = ["--set", "epochs=1", "--set", "noise=0.1"]
 EVALUATE = ["evaluate", PIPELINE, "RUN", *SETTINGS]
 # arguments, how a reduction is planned (None: as it plans itself), and what comes before it
 DIGITS: stages.Stages = {
-    "record": (["record", PIPELINE, "RUN", *SETTINGS, "--checkpoint-every", "10", "--test-every", "20"], None, []),
+    "record": (
+        ["record", PIPELINE, "RUN", *SETTINGS, "--checkpoint-every", "10", "--test-every", "20"],
+        None,
+        [],
+    ),
     "reduce": (["reduce", "RUN"], None, ["record"]),
     "reduce-keep": (["reduce", "RUN", "--keep-hypergradients"], None, ["record"]),
     "export": (["export", "RUN", "--full"], None, ["record", "reduce"]),
-    "fisher": (["reduce", "RUN", "--method", "hydra-fisher", "--memory", "256MiB"], None, ["record"]),
+    "fisher": (
+        ["reduce", "RUN", "--method", "hydra-fisher", "--memory", "256MiB"],
+        None,
+        ["record"],
+    ),
     "exact": (["reduce", "RUN", "--method", "hydra-exact", "--tests", "0-49"], None, ["record"]),
-    "rank": (["reduce", "RUN", "--method", "hydra-exact", "--tests", "0-49", "--rank", "8"], None, ["record"]),
-    "keep": (["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"], None, ["record"]),
+    "rank": (
+        ["reduce", "RUN", "--method", "hydra-exact", "--tests", "0-49", "--rank", "8"],
+        None,
+        ["record"],
+    ),
+    "keep": (
+        ["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"],
+        None,
+        ["record"],
+    ),
     "influence": (["reduce", "RUN", "--method", "influence"], None, ["record"]),
     "tracin": (["reduce", "RUN", "--method", "tracin"], None, ["record"]),
     "self": (["reduce", "RUN", "--method", "self"], None, ["record"]),
@@ -74,7 +90,17 @@ PARTS = {
     "rankings": "rankings",
     "evaluation": "evaluation",
 }
-COLUMNS = ("struck", "weights", "rows", "relevance", "rankings", "evaluation", "other", "verify", "failed")
+COLUMNS = (
+    "struck",
+    "weights",
+    "rows",
+    "relevance",
+    "rankings",
+    "evaluation",
+    "other",
+    "verify",
+    "failed",
+)
 
 
 @dataclass
@@ -189,7 +215,9 @@ class Bench:
         """Strike every call in turn, or each of `every`."""
         tallies = {name: Tally() for name in self.names}
         for name, tally in tallies.items():
-            n_calls = len(self.perform(name, self.begun(name, self.scratch / "struck" / "run")).calls)
+            n_calls = len(
+                self.perform(name, self.begun(name, self.scratch / "struck" / "run")).calls
+            )
             print(f"{name}: {n_calls} calls", flush=True)
             for number, at in enumerate(range(1, n_calls + 1, every)):
                 deed = DEEDS[(number + first) % len(DEEDS)]
@@ -219,7 +247,9 @@ def show(title: str, tallies: dict[str, Tally]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true")

@@ -33,7 +33,12 @@ SIZES = (784, 48, 32, 10)
 # learning rate, momentum, epochs
 RUNS = {"A": (0.01, 0.9, 8), "B": (0.05, 0.0, 12), "C": (0.01, 0.9, 30), "D": (0.05, 0.9, 8)}
 # bounds of rho, of which "sqrt" takes the root
-RHO: dict[str, tuple[float, float]] = {"1": (1, 1), "rho": (0, np.inf), "max(rho, 1)": (1, np.inf), "min(rho, 1)": (0, 1)}
+RHO: dict[str, tuple[float, float]] = {
+    "1": (1, 1),
+    "rho": (0, np.inf),
+    "max(rho, 1)": (1, np.inf),
+    "min(rho, 1)": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,11 @@ class Way:
     horizon: int | None = None
 
 
-WAYS = {f"f = {f:g}, {name}": Way(f, bounds) for f in (0.03, 0.1, 0.3, 1.0, 3.0) for name, bounds in RHO.items()}
+WAYS = {
+    f"f = {f:g}, {name}": Way(f, bounds)
+    for f in (0.03, 0.1, 0.3, 1.0, 3.0)
+    for name, bounds in RHO.items()
+}
 WAYS |= {f"f = {f:g}, sqrt(rho)": Way(f, RHO["rho"], root=True) for f in (0.1, 0.3)}
 for _name, _more in {
     "one step either side": {"window": 1},
@@ -70,12 +79,21 @@ for _name, _more in {
     "centred": {"centred": True},
     "60 steps": {"horizon": 60},
 }.items():
-    WAYS |= {f"f = 0.3, 1, {_name}": Way(**_more), f"f = 0.1, rho, {_name}": Way(0.1, RHO["rho"], **_more)}
+    WAYS |= {
+        f"f = 0.3, 1, {_name}": Way(**_more),
+        f"f = 0.1, rho, {_name}": Way(0.1, RHO["rho"], **_more),
+    }
 MEANS = {
     "mean of f = 0.1, rho and f = 0.3, 1": {"f = 0.1, rho": 0.5, "f = 0.3, 1": 0.5},
-    "mean of f = 0.1, max(rho, 1) and f = 0.3, min(rho, 1)": {"f = 0.1, max(rho, 1)": 0.5, "f = 0.3, min(rho, 1)": 0.5},
+    "mean of f = 0.1, max(rho, 1) and f = 0.3, min(rho, 1)": {
+        "f = 0.1, max(rho, 1)": 0.5,
+        "f = 0.3, min(rho, 1)": 0.5,
+    },
     "default": {
-        next(name for name, way in WAYS.items() if way == Way(form.factor, (form.least, form.most))): form.share for form in FORMS
+        next(
+            name for name, way in WAYS.items() if way == Way(form.factor, (form.least, form.most))
+        ): form.share
+        for form in FORMS
     },
 }
 
@@ -103,7 +121,13 @@ class Training:
 
 
 def pixels(path: Path) -> np.ndarray:
-    return (np.frombuffer(gzip.open(path).read(), np.uint8, offset=16).reshape(-1, 784).astype(np.float32) / 255 - 0.286) / 0.353
+    return (
+        np.frombuffer(gzip.open(path).read(), np.uint8, offset=16)
+        .reshape(-1, 784)
+        .astype(np.float32)
+        / 255
+        - 0.286
+    ) / 0.353
 
 
 def labels(path: Path) -> np.ndarray:
@@ -112,7 +136,10 @@ def labels(path: Path) -> np.ndarray:
 
 def samples(data: Path, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = pixels(data / "train-images-idx3-ubyte.gz"), labels(data / "train-labels-idx1-ubyte.gz")
-    test_x, test_y = pixels(data / "t10k-images-idx3-ubyte.gz"), labels(data / "t10k-labels-idx1-ubyte.gz")
+    test_x, test_y = (
+        pixels(data / "t10k-images-idx3-ubyte.gz"),
+        labels(data / "t10k-labels-idx1-ubyte.gz"),
+    )
     generator = np.random.default_rng(100 + seed)
     train, test = (generator.choice(len(of), n, replace=False) for of, n in ((x, N), (test_x, M)))
     own = y[train]
@@ -123,7 +150,11 @@ def samples(data: Path, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def first_weights(seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(a, b) for a, b in pairwise(SIZES)]
-    return [p.detach().clone() for layer in layers for p in (layer.weight.T.contiguous(), layer.bias[None])]
+    return [
+        p.detach().clone()
+        for layer in layers
+        for p in (layer.weight.T.contiguous(), layer.bias[None])
+    ]
 
 
 def order(epochs: int, seed: int) -> list[np.ndarray]:
@@ -154,15 +185,25 @@ def error(output: Tensor, y: Tensor) -> Tensor:
 
 
 def move(
-    weights: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], at: list[Tensor], rate: float, momentum: float
+    weights: list[Tensor],
+    buffers: list[Tensor],
+    inputs: list[Tensor],
+    at: list[Tensor],
+    rate: float,
+    momentum: float,
 ) -> None:
     for i, d in enumerate(at):
-        for k, g in ((2 * i, inputs[i].transpose(-1, -2) @ d), (2 * i + 1, d.sum(-2, keepdim=True))):
+        for k, g in (
+            (2 * i, inputs[i].transpose(-1, -2) @ d),
+            (2 * i + 1, d.sum(-2, keepdim=True)),
+        ):
             buffers[k].mul_(momentum).add_(g).add_(weights[k], alpha=DECAY)
             weights[k].sub_(buffers[k], alpha=rate)
 
 
-def trained_on_halves(run: str, seed: int, of: tuple[Tensor, ...], kept: Tensor, convention: str) -> np.ndarray:
+def trained_on_halves(
+    run: str, seed: int, of: tuple[Tensor, ...], kept: Tensor, convention: str
+) -> np.ndarray:
     """Losses of the tests after training on each half, shape (half, test)."""
     (rate, momentum, epochs), (x, y, test_x, test_y) = RUNS[run], of
     weights = [p.expand(len(kept), *p.shape).clone() for p in first_weights(seed)]
@@ -174,7 +215,11 @@ def trained_on_halves(run: str, seed: int, of: tuple[Tensor, ...], kept: Tensor,
         at = backward(weights, inputs, error(inputs[-1], y[ids]) * (own / count)[..., None])
         move(weights, buffers, inputs, at, rate, momentum)
     output = forward(weights, test_x)[-1]
-    return F.cross_entropy(output.flatten(0, 1), test_y.repeat(len(kept)), reduction="none").reshape(len(kept), M).numpy()
+    return (
+        F.cross_entropy(output.flatten(0, 1), test_y.repeat(len(kept)), reduction="none")
+        .reshape(len(kept), M)
+        .numpy()
+    )
 
 
 def recorded(run: str, seed: int, of: tuple[Tensor, ...]) -> Training:
@@ -187,7 +232,9 @@ def recorded(run: str, seed: int, of: tuple[Tensor, ...]) -> Training:
     for ids in order(epochs, seed):
         inputs = forward(weights, x[ids])
         e = error(inputs[-1], y[ids])
-        rho.append((1 - torch.softmax(inputs[-1], -1).square().sum(1)) / e.square().sum(1).clamp(min=1e-20))
+        rho.append(
+            (1 - torch.softmax(inputs[-1], -1).square().sum(1)) / e.square().sum(1).clamp(min=1e-20)
+        )
         at = backward(weights, inputs, e / len(ids))
         for i in range(len(at)):
             inputs_of[i].append(inputs[i])
@@ -230,10 +277,15 @@ def swept(run: Training, way: Way | None) -> np.ndarray:
             weight = n / len(steps) * (rho.sqrt() if way.root else rho)
             mix = torch.diag(weight.sqrt())
             if way.centred:
-                mix = mix @ (torch.eye(len(n)) - torch.block_diag(*[torch.full((h - b, h - b), 1 / (h - b)) for b, h in steps]))
+                mix = mix @ (
+                    torch.eye(len(n))
+                    - torch.block_diag(*[torch.full((h - b, h - b), 1 / (h - b)) for b, h in steps])
+                )
             kappa = saturation(run.rate, run.momentum, 0.0, nesterov=False, factor=way.factor)
             gram = mix.T @ run.gram[rows, rows] @ mix
-            pulled = torch.linalg.solve(torch.eye(len(n)).double() + kappa * gram.double(), (mix.T @ g[rows]).double()).float()
+            pulled = torch.linalg.solve(
+                torch.eye(len(n)).double() + kappa * gram.double(), (mix.T @ g[rows]).double()
+            ).float()
             step = run.gram[rows, known].T @ (mix @ pulled)
             a[known] = a[known] * (1 - way.forget) + (DECAY + way.damping) * g + step
         v[known] *= run.momentum
@@ -254,7 +306,9 @@ def interval(per_test: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="ABCD")
     parser.add_argument("--seeds", default="0,1,2")
@@ -272,7 +326,9 @@ def main() -> None:
                 half[generator.permutation(N)[: N // 2]] = 1
             truth = -trained_on_halves(run, seed, of, torch.tensor(kept), given.convention)
             training = recorded(run, seed, of)
-            found = {"hydra": swept(training, None)} | {name: swept(training, way) for name, way in WAYS.items()}
+            found = {"hydra": swept(training, None)} | {
+                name: swept(training, way) for name, way in WAYS.items()
+            }
             for name, parts in MEANS.items():
                 found[name] = sum(share * found[part] for part, share in parts.items())
             for name, relevance in found.items():
@@ -280,7 +336,11 @@ def main() -> None:
     print("| curvature |", " | ".join(given.runs), "|")
     print("| --- " * (1 + len(given.runs)) + "|")
     for name, of_runs in table.items():
-        print(f"| {name} |", " | ".join(interval(np.concatenate(of_runs[run])) for run in given.runs), "|")
+        print(
+            f"| {name} |",
+            " | ".join(interval(np.concatenate(of_runs[run])) for run in given.runs),
+            "|",
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ def measured(build: Callable[[], Pipeline], run: str, columns: dict[str, dict[st
         hydra_pipe.reduce(run, method=method, tests=None if method == "self" else "0")
         found[method] = seconds(lambda: hydra_pipe.reduce(run, method=method, overwrite=True))  # noqa: B023 - called at once
     for title, options in columns.items():
-        found[title] = seconds(lambda: hydra_pipe.reduce(run, method="hydra-exact", pipeline=build(), overwrite=True, **options))  # noqa: B023
+        found[title] = seconds(
+            lambda: hydra_pipe.reduce(
+                run, method="hydra-exact", pipeline=build(), overwrite=True, **options
+            )
+        )
     plain = min(before, *(seconds(lambda: hydra_pipe.train(build())) for _ in range(2)))
     print(f"\nPlain training {plain:.2f} s.\n\n| | seconds | trainings |\n| --- | --- | --- |")
     for title, own in found.items():
@@ -74,7 +78,12 @@ def forward(build: Callable[[], Pipeline], run: str) -> None:
     def curvature(t: int, moved: torch.Tensor) -> torch.Tensor:
         model.load_state_dict(states[t])
         batch = batch_of(pipeline, parameters, inputs[order[t]], targets[order[t]])
-        vectors = [v.view(-1, *p.shape) for v, p in zip(moved.split([p.numel() for p in parameters], 1), parameters, strict=True)]
+        vectors = [
+            v.view(-1, *p.shape)
+            for v, p in zip(
+                moved.split([p.numel() for p in parameters], 1), parameters, strict=True
+            )
+        ]
         return torch.cat([product.flatten(1) for product in batch.products(vectors, 100)[1]], dim=1)
 
     start = time.perf_counter()
@@ -86,23 +95,35 @@ def forward(build: Callable[[], Pipeline], run: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tests", type=int, default=200)
     given = parser.parse_args()
-    exact = {"hydra-exact, one test sample": {"tests": "0"}, "hydra-exact, ten groups": {"by": "label"}}
+    exact = {
+        "hydra-exact, one test sample": {"tests": "0"},
+        "hydra-exact, ten groups": {"by": "label"},
+    }
     exact |= {"hydra-exact, rank 20": {"rank": 20}, "hydra-exact, all test samples": {}}
     digits = RUNS["SGD 0.05, momentum, 20 epochs"]
     with tempfile.TemporaryDirectory() as run:
         print(f"Digits, {digits}, 100 test samples.")
         measured(lambda: make(*digits), run, exact)
         forward(lambda: make(*digits), run)
-    settings = {"data": given.data / "fashion-mnist", "n_train": given.samples, "n_test": given.tests, "epochs": given.epochs}
+    settings = {
+        "data": given.data / "fashion-mnist",
+        "n_train": given.samples,
+        "n_test": given.tests,
+        "epochs": given.epochs,
+    }
     source = load_pipeline(str(ROOT / "pipelines/fashion_mnist.py"), settings)
     with tempfile.TemporaryDirectory() as run:
-        print(f"\nFashion-MNIST, LeNet-5, {given.samples:,} samples, {given.epochs} epochs, {given.tests} test samples.")
+        print(
+            f"\nFashion-MNIST, LeNet-5, {given.samples:,} samples, {given.epochs} epochs, {given.tests} test samples."
+        )
         measured(source.build, run, exact)
 
 

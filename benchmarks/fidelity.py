@@ -35,11 +35,15 @@ DIMS = (256, 1024, 4096)
 WORKLOADS: dict[str, tuple[str, Callable[[Path], Pipeline]]] = {
     "lenet": (
         "LeNet-5, Fashion-MNIST, SGD",
-        lambda data: fashion_mnist.pipeline(data / "fashion-mnist", n_train=1500, n_test=100, epochs=3),
+        lambda data: fashion_mnist.pipeline(
+            data / "fashion-mnist", n_train=1500, n_test=100, epochs=3
+        ),
     ),
     "gpt": (
         "GPT 4 x 128, Shakespeare, AdamW",
-        lambda data: shakespeare.pipeline(data / "text", n_train=256, n_test=50, epochs=3, warm_up=8),
+        lambda data: shakespeare.pipeline(
+            data / "text", n_train=256, n_test=50, epochs=3, warm_up=8
+        ),
     ),
 }
 
@@ -87,21 +91,37 @@ def measure(build: Callable[[Path], Pipeline], data: Path) -> list[Point]:
     for encoding, dim, dtype in ways():
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as directory:
-            hydra_pipe.record(build(data), directory, encoding=encoding, dim=dim or max(DIMS), dtype=dtype)
+            hydra_pipe.record(
+                build(data), directory, encoding=encoding, dim=dim or max(DIMS), dtype=dtype
+            )
             hydra_pipe.reduce(directory)
             run = hydra_pipe.open_run(directory)
             relevance = np.asarray(run.relevance())
             info = run.info()
-            stored = sum(disk_bytes(run.path / "gradients.zarr" / name) for name in ("gradient", "scale"))
+            stored = sum(
+                disk_bytes(run.path / "gradients.zarr" / name) for name in ("gradient", "scale")
+            )
         final = info["stages"]["record"]["facts"]["final_sha256"]
         if not points:
             truth, weights = relevance, final
         elif final != weights:
-            raise SystemExit(f"training with encoding {encoding} and dtype {dtype} ended in other weights: nothing can be compared")
+            raise SystemExit(
+                f"training with encoding {encoding} and dtype {dtype} ended in other weights: nothing can be compared"
+            )
         recording = info["recording"]
         exact = all(block["exact"] for block in recording["blocks"])
         bytes_a_row = stored / recording["rows"]
-        points.append(Point(encoding, dim, dtype, recording["features"], exact, bytes_a_row, spearman(relevance, truth)))
+        points.append(
+            Point(
+                encoding,
+                dim,
+                dtype,
+                recording["features"],
+                exact,
+                bytes_a_row,
+                spearman(relevance, truth),
+            )
+        )
         show_row(points[-1])
     return points
 
@@ -109,12 +129,21 @@ def measure(build: Callable[[Path], Pipeline], data: Path) -> list[Point]:
 def show_row(point: Point) -> None:
     way = f"{point.encoding}, {point.dim:,}" if point.dim else point.encoding
     lossless = "yes" if point.exact else "no"
-    cells = (way, point.dtype, f"{point.columns:,}", lossless, f"{point.bytes_a_row:,.0f}", f"{point.spearman:.4f}")
+    cells = (
+        way,
+        point.dtype,
+        f"{point.columns:,}",
+        lossless,
+        f"{point.bytes_a_row:,.0f}",
+        f"{point.spearman:.4f}",
+    )
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="lenet,gpt")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the figures there")
@@ -125,7 +154,9 @@ def main() -> None:
         if name not in WORKLOADS:
             raise SystemExit(f"there is no run called {name}: choose among {','.join(WORKLOADS)}")
         title, build = WORKLOADS[name]
-        print(f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |")
+        print(
+            f"\n{title}\n\n| encoding, dim | dtype | columns | lossless | bytes a row | Spearman |"
+        )
         print("| --- | --- | --- | --- | --- | --- |")
         results[title] = measure(build, given.data)
     if given.json:

@@ -33,22 +33,37 @@ def draw(results: Mapping[str, Sequence[Any]], path: Path) -> None:
         results: title of the model -> its points (`fidelity.Point`).
         path: of the picture, .svg or .png.
     """
-    plt.rcParams.update({"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK})
-    figure, panels = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.5), sharey=True, squeeze=False)
+    plt.rcParams.update(
+        {"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK}
+    )
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(5.6 * len(results), 4.5), sharey=True, squeeze=False
+    )
     least = min(point.spearman for points in results.values() for point in points)
     for axes, (title, points) in zip(panels[0], results.items(), strict=True):
         draw_panel(axes, title, points)
         axes.set_ylim(max(-1.0, least - 0.08), 1.04)
     panels[0][0].set_ylabel("Spearman with exact float32 relevance")
     handles = [
-        Line2D([], [], color=colour, linewidth=2, label=f"{encoding}, by columns" if encoding != "exact" else encoding)
+        Line2D(
+            [],
+            [],
+            color=colour,
+            linewidth=2,
+            label=f"{encoding}, by columns" if encoding != "exact" else encoding,
+        )
         for encoding, colour in COLOURS.items()
     ]
     handles += [
-        Line2D([], [], color=MUTED, marker=marker, linestyle="", markersize=6, label=dtype) for dtype, marker in MARKERS.items()
+        Line2D([], [], color=MUTED, marker=marker, linestyle="", markersize=6, label=dtype)
+        for dtype, marker in MARKERS.items()
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, handlelength=1.4)
-    figure.suptitle("What fewer bytes cost", x=0.065, y=0.965, ha="left", fontsize=13, fontweight="bold")
+    figure.legend(
+        handles=handles, loc="lower center", ncols=len(handles), frameon=False, handlelength=1.4
+    )
+    figure.suptitle(
+        "What fewer bytes cost", x=0.065, y=0.965, ha="left", fontsize=13, fontweight="bold"
+    )
     figure.tight_layout(rect=(0, 0.07, 1, 1.0), w_pad=2.5)
     # without a date, and with text as text: the same figures give the same file, and a small one
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
@@ -59,16 +74,37 @@ def draw(results: Mapping[str, Sequence[Any]], path: Path) -> None:
 def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
     for encoding, colour in COLOURS.items():
         for dtype, marker in MARKERS.items():
-            line = sorted((p for p in points if (p.encoding, p.dtype) == (encoding, dtype)), key=lambda p: p.bytes_a_row)
+            line = sorted(
+                (p for p in points if (p.encoding, p.dtype) == (encoding, dtype)),
+                key=lambda p: p.bytes_a_row,
+            )
             if not line:
                 continue
             xs, ys = [p.bytes_a_row for p in line], [p.spearman for p in line]
             dashes = (0, (3, 2)) if dtype == "int8" else "-"
             if encoding == "exact":  # open and larger: what is stored so may lie under it
-                axes.scatter(xs, ys, s=110, marker=marker, facecolor="none", edgecolor=colour, linewidth=1.4, zorder=4)
+                axes.scatter(
+                    xs,
+                    ys,
+                    s=110,
+                    marker=marker,
+                    facecolor="none",
+                    edgecolor=colour,
+                    linewidth=1.4,
+                    zorder=4,
+                )
                 continue
             axes.plot(xs, ys, color=colour, linewidth=1.6, linestyle=dashes, alpha=0.8, zorder=2)
-            axes.scatter(xs, ys, s=46, marker=marker, color=colour, edgecolor="white", linewidth=1.1, zorder=3)
+            axes.scatter(
+                xs,
+                ys,
+                s=46,
+                marker=marker,
+                color=colour,
+                edgecolor="white",
+                linewidth=1.1,
+                zorder=3,
+            )
     label_points(axes, points)
     axes.set_xscale("log")
     low, high = min(p.bytes_a_row for p in points), max(p.bytes_a_row for p in points)
@@ -98,7 +134,15 @@ def label_points(axes: Any, points: Sequence[Any]) -> None:
             text = "lossless" if point.exact else f"{dim:,}"
             offset, side = ((-8, 3), "right") if better else ((8, -11), "left")
             at = (point.bytes_a_row, point.spearman)
-            axes.annotate(text, at, offset, textcoords="offset points", ha=side, fontsize=8, color=COLOURS[point.encoding])
+            axes.annotate(
+                text,
+                at,
+                offset,
+                textcoords="offset points",
+                ha=side,
+                fontsize=8,
+                color=COLOURS[point.encoding],
+            )
 
 
 def ticks_between(low: float, high: float) -> list[float]:

@@ -36,7 +36,9 @@ def build(data: Path, run: str, seed: int) -> Pipeline:
     rate, momentum, epochs = RUNS[run]
     return Pipeline(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=DECAY),
+        optimizer=torch.optim.SGD(
+            model.parameters(), lr=rate, momentum=momentum, weight_decay=DECAY
+        ),
         loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
         train=TensorDataset(x, y),
         test=TensorDataset(test_x, test_y),
@@ -47,32 +49,49 @@ def build(data: Path, run: str, seed: int) -> Pipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="ABCD")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--retrainings", type=int, default=100, help="random halves, the same ones for each seed")
+    parser.add_argument(
+        "--retrainings", type=int, default=100, help="random halves, the same ones for each seed"
+    )
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    print("| run | " + " | ".join(METHODS) + " | smoothness |\n" + "| --- " * (len(METHODS) + 2) + "|")
+    print(
+        "| run | " + " | ".join(METHODS) + " | smoothness |\n" + "| --- " * (len(METHODS) + 2) + "|"
+    )
     for name in given.runs:
         scores, verdicts, took = defaultdict(list), [], defaultdict(float)
         for seed in seeds:
             data = given.data / "fashion-mnist"
             with tempfile.TemporaryDirectory() as run:
-                hydra_pipe.record(build(data, name, seed), run, encoding="exact", dtype="float32", test_every="epoch")
+                hydra_pipe.record(
+                    build(data, name, seed),
+                    run,
+                    encoding="exact",
+                    dtype="float32",
+                    test_every="epoch",
+                )
                 for method in METHODS:
                     start = time.perf_counter()
                     pipeline = build(data, name, seed) if method == "hydra-exact" else None
                     hydra_pipe.reduce(run, method=method, pipeline=pipeline)
                     took[method] += time.perf_counter() - start
-                for row in hydra_pipe.evaluate(build(data, name, seed), run, "lds", retrainings=given.retrainings).rows:
+                for row in hydra_pipe.evaluate(
+                    build(data, name, seed), run, "lds", retrainings=given.retrainings
+                ).rows:
                     scores[row["method"]].append((row["lds"], row["lds_low"], row["lds_high"]))
                 found = hydra_pipe.evaluate(build(data, name, seed), run, "smoothness").summary
                 verdicts.append(f"{found['verdict'].split(':')[0]} ({found['ceiling']:.2f})")
         cells = ["{:.3f} ({:.2f} to {:.2f})".format(*np.mean(scores[m], axis=0)) for m in METHODS]
         print(f"| {name} | " + " | ".join(cells) + " | " + ", ".join(verdicts) + " |", flush=True)
-        print("  seconds a seed: " + ", ".join(f"{m} {took[m] / len(seeds):.1f}" for m in METHODS), flush=True)
+        print(
+            "  seconds a seed: " + ", ".join(f"{m} {took[m] / len(seeds):.1f}" for m in METHODS),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

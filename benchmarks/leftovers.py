@@ -29,8 +29,13 @@ def main() -> int:
             rounds.run(10)
             now = standing(rounds.models)
             first = first or now
-            counts = ", ".join(f"{len(what) if isinstance(what, list) else what} {name}" for name, what in now.items())
-            print(f"{rounds.n_done:>5} rounds, {time.monotonic() - start:.0f} s: {counts}", flush=True)
+            counts = ", ".join(
+                f"{len(what) if isinstance(what, list) else what} {name}"
+                for name, what in now.items()
+            )
+            print(
+                f"{rounds.n_done:>5} rounds, {time.monotonic() - start:.0f} s: {counts}", flush=True
+            )
             if now != first:
                 print(f"after 10 rounds: {first}\nnow: {now}")
                 return 1

@@ -58,9 +58,18 @@ class LeNet(pl.LightningModule):
 def fit(optimizer: str, pipeline: Any, epochs: int, run: Path | None) -> tuple[float, LeNet]:
     """Train once, recorded into `run`, if any. Processor seconds, and what was trained."""
     module = LeNet(pipeline.model, optimizer)
-    callbacks: list[pl.Callback] = [] if run is None else [HydraCallback(run, pipeline.test, F.cross_entropy)]
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=callbacks, **options)
+    callbacks: list[pl.Callback] = (
+        [] if run is None else [HydraCallback(run, pipeline.test, F.cross_entropy)]
+    )
+    options = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, callbacks=callbacks, **options
+    )
     torch.manual_seed(0)
     loader: DataLoader[Any] = DataLoader(TensorDataset(*pipeline.train.tensors), 64, shuffle=True)
     start = time.process_time()
@@ -69,7 +78,9 @@ def fit(optimizer: str, pipeline: Any, epochs: int, run: Path | None) -> tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--optimizers", default="sgd,adamw")
     parser.add_argument("--n", type=int, default=6400)
@@ -78,8 +89,12 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    source = load_pipeline(str(FASHION_MNIST), {"data": given.data / "fashion-mnist", "n_train": given.n, "n_test": 20})
-    print("| optimizer | recorded over plain (least to most) | processor seconds | bytes a row | same weights |")
+    source = load_pipeline(
+        str(FASHION_MNIST), {"data": given.data / "fashion-mnist", "n_train": given.n, "n_test": 20}
+    )
+    print(
+        "| optimizer | recorded over plain (least to most) | processor seconds | bytes a row | same weights |"
+    )
     print("|---|---|---|---|---|")
     for optimizer in given.optimizers.split(","):
         fit(optimizer, source.build(), 1, None)  # what is done once in a process
@@ -89,11 +104,18 @@ def main() -> None:
                 run = Path(scratch) / "run"
                 sides = [None, run] if pair % 2 == 0 else [run, None]
                 took = {side: fit(optimizer, source.build(), given.epochs, side) for side in sides}
-                n_bytes = sum(file.stat().st_size for file in (run / "gradients.zarr").rglob("*") if file.is_file())
+                n_bytes = sum(
+                    file.stat().st_size
+                    for file in (run / "gradients.zarr").rglob("*")
+                    if file.is_file()
+                )
             (plain, module), (recorded, other) = took[None], took[run]
             ratios.append(recorded / plain)
             seconds.append((plain, recorded))
-            same &= all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+            same &= all(
+                torch.equal(a, b)
+                for a, b in zip(module.parameters(), other.parameters(), strict=True)
+            )
         plain, recorded = (statistics.median(side) for side in zip(*seconds, strict=True))
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         bytes_a_row = n_bytes / (given.n * given.epochs)

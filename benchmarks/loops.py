@@ -29,16 +29,29 @@ PEER_PACKAGE = "dattri-llm"
 
 def mlp(data: Path, n_train: int = 6400, **settings: Any) -> Pipeline:
     """An MLP 784-256-128-10 in place of LeNet-5."""
-    pipeline = fashion_mnist.pipeline(data / "fashion-mnist", n_train=n_train, epochs=1, **{"n_test": 10} | settings)
-    pipeline.model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    pipeline = fashion_mnist.pipeline(
+        data / "fashion-mnist", n_train=n_train, epochs=1, **{"n_test": 10} | settings
+    )
+    pipeline.model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
     (group,) = pipeline.optimizer.param_groups
-    pipeline.optimizer = torch.optim.SGD(pipeline.model.parameters(), lr=0.02, momentum=group["momentum"])
+    pipeline.optimizer = torch.optim.SGD(
+        pipeline.model.parameters(), lr=0.02, momentum=group["momentum"]
+    )
     return pipeline
 
 
 def lenet(data: Path, n_train: int = 6400, **settings: Any) -> Pipeline:
     """LeNet-5 on Fashion-MNIST."""
-    return fashion_mnist.pipeline(data / "fashion-mnist", n_train=n_train, epochs=1, **{"n_test": 10} | settings)
+    return fashion_mnist.pipeline(
+        data / "fashion-mnist", n_train=n_train, epochs=1, **{"n_test": 10} | settings
+    )
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,14 @@ WORKLOADS = {
     "mlp": Workload("MLP 784-256-128-10", mlp, 15),
     "lenet": Workload("LeNet-5", lenet, 3),
     "resnet": Workload(
-        "ResNet-8 on CIFAR-10", lambda data: cifar10n.pipeline(data / "cifar10", n_train=1280, n_test=10, epochs=1), 2
+        "ResNet-8 on CIFAR-10",
+        lambda data: cifar10n.pipeline(data / "cifar10", n_train=1280, n_test=10, epochs=1),
+        2,
     ),
     "gpt": Workload(
-        "GPT 4 x 128, context 64, AdamW", lambda data: shakespeare.pipeline(data / "text", n_train=512, n_test=10, epochs=1), 2
+        "GPT 4 x 128, context 64, AdamW",
+        lambda data: shakespeare.pipeline(data / "text", n_train=512, n_test=10, epochs=1),
+        2,
     ),
 }
 
@@ -72,7 +89,9 @@ def chosen(names: str) -> dict[str, Workload]:
     """The workloads in a list such as "mlp,gpt". Raises: SystemExit: an unknown one."""
     unknown = [name for name in names.split(",") if name not in WORKLOADS]
     if unknown:
-        raise SystemExit(f"there is no run called {', '.join(unknown)}: choose among {','.join(WORKLOADS)}")
+        raise SystemExit(
+            f"there is no run called {', '.join(unknown)}: choose among {','.join(WORKLOADS)}"
+        )
     return {name: WORKLOADS[name] for name in names.split(",")}
 
 
@@ -106,7 +125,9 @@ class Timed:
     @property
     def marginal_ms(self) -> float:
         """Milliseconds of one step more: without the first and what comes after the last."""
-        return (self.seconds - self.first_seconds - self.last_seconds) / max(1, self.steps - 1) * 1e3
+        return (
+            (self.seconds - self.first_seconds - self.last_seconds) / max(1, self.steps - 1) * 1e3
+        )
 
 
 class Plain:
@@ -144,12 +165,22 @@ class Dattri(Plain):
     asynchronous = False
 
     def __init__(self, pipeline: Pipeline, store: Path) -> None:
-        from dattri_llm import REGISTER_ALL, GradientStorageManager, HookManager, HookManagerConfig, OffloadCallback
+        from dattri_llm import (
+            REGISTER_ALL,
+            GradientStorageManager,
+            HookManager,
+            HookManagerConfig,
+            OffloadCallback,
+        )
 
         manager = GradientStorageManager(str(store))
         # one record a step, its default: the same bytes without an index entry for each sample
-        offload = OffloadCallback(offload_interval=1, file_manager=manager, async_write=self.asynchronous)
-        self.hooks = HookManager(pipeline.model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload])
+        offload = OffloadCallback(
+            offload_interval=1, file_manager=manager, async_write=self.asynchronous
+        )
+        self.hooks = HookManager(
+            pipeline.model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload]
+        )
         self._context = self.hooks.collect()
         self._context.__enter__()
 
@@ -179,12 +210,19 @@ def peer_version() -> str | None:
 def batches_of(pipeline: Pipeline) -> Batches:
     """The training set in order, cut into batches."""
     inputs, targets = pipeline.train.tensors
-    return list(zip(inputs.split(pipeline.batch_size), targets.split(pipeline.batch_size), strict=True))
+    return list(
+        zip(inputs.split(pipeline.batch_size), targets.split(pipeline.batch_size), strict=True)
+    )
 
 
 def run_loop(pipeline: Pipeline, side: type[Plain], store: Path, passes: int) -> Timed:
     """Train `pipeline.model` for some passes over its data and keep what `side` records in `store`."""
-    model, optimizer, batches, size = pipeline.model, pipeline.optimizer, batches_of(pipeline), pipeline.batch_size
+    model, optimizer, batches, size = (
+        pipeline.model,
+        pipeline.optimizer,
+        batches_of(pipeline),
+        pipeline.batch_size,
+    )
     begin = first = time.perf_counter()
     recording = side(pipeline, store)
     for step in range(passes * len(batches)):
@@ -200,7 +238,15 @@ def run_loop(pipeline: Pipeline, side: type[Plain], store: Path, passes: int) ->
     facts = recording.close()
     end = time.perf_counter()
     rows = passes * len(pipeline.train)
-    return Timed(end - begin, passes * len(batches), first - begin, end - last, rows, disk_bytes(store), facts)
+    return Timed(
+        end - begin,
+        passes * len(batches),
+        first - begin,
+        end - last,
+        rows,
+        disk_bytes(store),
+        facts,
+    )
 
 
 def run_side(workload: Workload, data: Path, name: str, scratch: Path, passes: int) -> Timed:
@@ -218,7 +264,11 @@ def run_side(workload: Workload, data: Path, name: str, scratch: Path, passes: i
 
 def left_out(pipeline: Pipeline, layers: Sequence[str]) -> str:
     """What is trained in modules that are not among `layers`: modules by type and parameters. Empty: nothing."""
-    owners = [(n, m) for n, m in pipeline.model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    owners = [
+        (n, m)
+        for n, m in pipeline.model.named_modules()
+        if any(p.requires_grad for p in m.parameters(recurse=False))
+    ]
     missed = [module for name, module in owners if name not in layers]
     if not missed:
         return ""

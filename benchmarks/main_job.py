@@ -30,7 +30,9 @@ print(time.monotonic() - start)
 def run(command: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and standard output of a command, from the operating system's own accounting."""
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -40,7 +42,9 @@ def run(command: list[str]) -> tuple[float, int, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--n-train", type=int, default=20_000)
     parser.add_argument("--n-test", type=int, default=500)
@@ -54,12 +58,16 @@ def main() -> None:
         plain, recorded = [], []
         for _ in range(given.repeats):
             plain.append(float(run([sys.executable, "-c", PLAIN, PIPELINE, *settings])[2]))
-            seconds, peak, _ = run([*command, "record", PIPELINE, directory, *options, "--overwrite"])
+            seconds, peak, _ = run(
+                [*command, "record", PIPELINE, directory, *options, "--overwrite"]
+            )
             facts = json.loads(Path(directory, "run.json").read_text())["stages"]["record"]["facts"]
             recorded.append(facts["train_seconds"])
         print(f"plain training      {', '.join(f'{s:.1f}' for s in plain)} s")
         print(f"recorded training   {', '.join(f'{s:.1f}' for s in recorded)} s")
-        print(f"ratio, pair by pair {', '.join(f'{b / a:.2f}' for a, b in zip(plain, recorded, strict=True))}")
+        print(
+            f"ratio, pair by pair {', '.join(f'{b / a:.2f}' for a, b in zip(plain, recorded, strict=True))}"
+        )
         print(f"test accuracy       {facts['test_accuracy']:.4f}")
         print(f"stage record        {seconds:6.1f} s  peak {peak / 2**20:6.0f} MiB")
         for stage in (["reduce"], ["export"], ["verify"]):
@@ -70,7 +78,9 @@ def main() -> None:
             print(f"bytes {name:16s} {n_bytes / 2**20:8.1f} MiB")
         recording = info["recording"]
         full = recording["rows"] * recording["parameters"] * 2
-        print(f"bytes stored / (rows x parameters x 2 bytes): 1/{full / info['bytes']['gradients.zarr']:.1f}")
+        print(
+            f"bytes stored / (rows x parameters x 2 bytes): 1/{full / info['bytes']['gradients.zarr']:.1f}"
+        )
 
 
 if __name__ == "__main__":

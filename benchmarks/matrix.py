@@ -26,12 +26,17 @@ FISHER = "hydra-fisher"
 def timed(title: str, run: str, **options: object) -> None:
     start, busy = time.perf_counter(), time.process_time()
     hydra_pipe.reduce(run, method=FISHER, overwrite=True, **options)  # type: ignore[arg-type]
-    print(f"| {title} | {time.perf_counter() - start:.2f} | {time.process_time() - busy:.2f} |", flush=True)
+    print(
+        f"| {title} | {time.perf_counter() - start:.2f} | {time.process_time() - busy:.2f} |",
+        flush=True,
+    )
 
 
 def measure(run: str, tests: int) -> None:
     of_some = f"0-{tests - 1}"
-    hydra_pipe.reduce(run, method=FISHER, tests="0")  # what is loaded at the first call is not counted
+    hydra_pipe.reduce(
+        run, method=FISHER, tests="0"
+    )  # what is loaded at the first call is not counted
     print("\n| | seconds | processor seconds |\n| --- | --- | --- |")
     timed(f"sweep, {tests} tests", run, tests=of_some)
     swept = np.asarray(hydra_pipe.open_run(run).relevance(FISHER))
@@ -45,18 +50,32 @@ def measure(run: str, tests: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--tests", type=int, default=200)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        hydra_pipe.record(f"{ROOT}/pipelines/digits.py", f"{directory}/digits", settings=["epochs=5"], encoding="exact")
+        hydra_pipe.record(
+            f"{ROOT}/pipelines/digits.py",
+            f"{directory}/digits",
+            settings=["epochs=5"],
+            encoding="exact",
+        )
         measure(f"{directory}/digits", asked.tests)
-        settings = [f"data={asked.data}", f"n_train={asked.samples}", f"n_test={asked.tests}", "epochs=5"]
+        settings = [
+            f"data={asked.data}",
+            f"n_train={asked.samples}",
+            f"n_test={asked.tests}",
+            "epochs=5",
+        ]
         fashion = f"{ROOT}/pipelines/fashion_mnist.py"
-        hydra_pipe.record(fashion, f"{directory}/lenet", settings=settings, encoding="projected", dim=asked.dim)
+        hydra_pipe.record(
+            fashion, f"{directory}/lenet", settings=settings, encoding="projected", dim=asked.dim
+        )
         measure(f"{directory}/lenet", asked.tests)
 
 

@@ -52,9 +52,16 @@ def wrong(data: Path, run: Path, n: int = 20) -> TensorDataset:
 def command(*words: object) -> tuple[float, float]:
     """Run it. Returns: seconds, and those of a processor."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "hydra_pipe.cli.app", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "hydra_pipe.cli.app", *map(str, words)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        time.perf_counter() - start,
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
 
 
 def measured(what: str, run: Path, stage: str, *words: object) -> None:
@@ -65,12 +72,20 @@ def measured(what: str, run: Path, stage: str, *words: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
     given = parser.parse_args()
     data, run = given.data / "fashion-mnist", given.run
-    settings = {"data": data, "n_train": N_TRAIN, "n_test": N_TEST, "epochs": EPOCHS, "noise": NOISE}
+    settings = {
+        "data": data,
+        "n_train": N_TRAIN,
+        "n_test": N_TEST,
+        "epochs": EPOCHS,
+        "noise": NOISE,
+    }
     sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     print("| command | s | of a processor | took |\n| --- | --- | --- | --- |")
     seconds, processor = command("record", ROOT / "pipelines/fashion_mnist.py", run, *sets)
@@ -80,9 +95,14 @@ def main() -> None:
         taking = ("probe", run, f"{ROOT}/benchmarks/probe.py:wrong", "--name", name, *question)
         measured(f"probe of {n}", run, f"probe {name}", *taking)
         for method in METHODS if name == "wrong" else METHODS[:-1]:
-            stage, words = f"reduce {method}-of-{name}", ("reduce", run, "--method", method, "--test", name)
+            stage, words = (
+                f"reduce {method}-of-{name}",
+                ("reduce", run, "--method", method, "--test", name),
+            )
             measured(f"{method} of {n}", run, stage, *words)
-    measured("hydra of 500 tests, kept", run, "reduce hydra", "reduce", run, "--keep-hypergradients")
+    measured(
+        "hydra of 500 tests, kept", run, "reduce hydra", "reduce", run, "--keep-hypergradients"
+    )
     before = found_in(run, data)
     command("prune", run)
     for name, n in (("wrong", 20), ("more", 200)):
@@ -103,13 +123,19 @@ def found_in(run: Path, data: Path) -> str:
     model.load_state_dict(torch.load(run / "checkpoints" / "final.pt", weights_only=True))
     with torch.no_grad():
         predicted = model(asked.tensors[0]).argmax(1).numpy()
-    lines = [f"\nof the {TOP} most harmful samples of each of {len(asked)} wrong predictions, mean:\n"]
+    lines = [
+        f"\nof the {TOP} most harmful samples of each of {len(asked)} wrong predictions, mean:\n"
+    ]
     lines.append("| method | mislabelled | labelled as predicted |\n| --- | --- | --- |")
-    lines.append(f"| chance | {mislabelled.mean():.2f} | {np.mean([(labels.numpy() == p).mean() for p in predicted]):.2f} |")
+    lines.append(
+        f"| chance | {mislabelled.mean():.2f} | {np.mean([(labels.numpy() == p).mean() for p in predicted]):.2f} |"
+    )
     for method in METHODS:
         relevance = np.asarray(hydra_pipe.open_run(run).relevance(f"{method}-of-wrong"))
         worst = np.argsort(relevance, axis=0)[:TOP]
-        lines.append(f"| {method} | {mislabelled[worst].mean():.2f} | {(labels.numpy()[worst] == predicted).mean():.2f} |")
+        lines.append(
+            f"| {method} | {mislabelled[worst].mean():.2f} | {(labels.numpy()[worst] == predicted).mean():.2f} |"
+        )
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import ENCODINGS
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.recording.row_buffer import Slab
+from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 
 HOOKS, TABLES, BOOKS = "hooks and rules", "settings and tables", "books"
@@ -41,9 +41,9 @@ STAGES: list[tuple[type, str, str]] = [
     *((encoding, "reduce", "encoding.reduce") for encoding in ENCODINGS.values()),
     (Collector, "add_to", "assembling, preconditioner"),
     (RowEncoder, "place", "place"),
-    (RowEncoder, "put_in_books", BOOKS),
-    (Slab, "check", BOOKS),
-    (Slab, "write", "quantise and copy"),
+    (RowEncoder, "project_for_check", BOOKS),
+    (RowBuffer, "check", BOOKS),
+    (RowBuffer, "write", "quantise and copy"),
     (Recorder, "_before_optimizer_step", TABLES),
     (TableWriter, "append", TABLES),
     (TableWriter, "flush", "handing to the writer"),
@@ -109,10 +109,14 @@ def instrumented() -> Iterator[Clock]:
     clock = Clock()
     with contextlib.ExitStack() as undo:
 
-        def replace(owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        def replace(
+            owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+        ) -> None:
             original = vars(owner).get(name)
             if not callable(original):
-                raise SystemExit(f"{owner.__module__}.{owner.__name__} has no method {name} any more: mend {Path(__file__).name}")
+                raise SystemExit(
+                    f"{owner.__module__}.{owner.__name__} has no method {name} any more: mend {Path(__file__).name}"
+                )
             setattr(owner, name, wrap(original))
             undo.callback(setattr, owner, name, original)
 
@@ -136,20 +140,32 @@ def profile(workload: Workload, data: Path, passes: int) -> None:
     added = timed.seconds - plain.seconds
     both = f"{plain.step_ms:.2f} ms a step without, {recorded.step_ms:.2f} with, {timed.step_ms:.2f} instrumented"
     print(f"\n{workload.title}: {both}\n")
-    print("| stage | ms a step | of what recording adds | calls a step |\n| --- | --- | --- | --- |")
+    print(
+        "| stage | ms a step | of what recording adds | calls a step |\n| --- | --- | --- | --- |"
+    )
     for stage in dict.fromkeys(stage for _, _, stage in STAGES):
         seconds = clock.seconds[stage]
         calls = clock.calls[stage] / timed.steps
-        print(f"| {stage} | {seconds / timed.steps * 1e3:.3f} | {seconds / added:.0%} | {calls:.2f} |")
+        print(
+            f"| {stage} | {seconds / timed.steps * 1e3:.3f} | {seconds / added:.0%} | {calls:.2f} |"
+        )
     slower = rest - plain.seconds
-    print(f"| training itself, beyond {plain.step_ms:.2f} | {slower / timed.steps * 1e3:.3f} | {slower / added:.0%} | |")
+    print(
+        f"| training itself, beyond {plain.step_ms:.2f} | {slower / timed.steps * 1e3:.3f} | {slower / added:.0%} | |"
+    )
     stalled = timed.facts["stalled_seconds"] / timed.steps * 1e3
-    print(f"| writer thread, processor time beside it | {clock.writer_seconds / timed.steps * 1e3:.3f} | | |")
-    print(f"| waiting for the writer, within the above | {stalled:.3f} | | {timed.facts['stalls'] / timed.steps:.2f} |")
+    print(
+        f"| writer thread, processor time beside it | {clock.writer_seconds / timed.steps * 1e3:.3f} | | |"
+    )
+    print(
+        f"| waiting for the writer, within the above | {stalled:.3f} | | {timed.facts['stalls'] / timed.steps:.2f} |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="mlp,lenet,resnet,gpt")
     parser.add_argument("--passes", type=int, help="over the data, instead of each model's own")

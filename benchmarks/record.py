@@ -26,7 +26,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loops import HYDRA, PEER_PACKAGE, PEERS, PLAIN, Timed, Workload, chosen, left_out, peer_version, run_side, shuffled
+from loops import (
+    HYDRA,
+    PEER_PACKAGE,
+    PEERS,
+    PLAIN,
+    Timed,
+    Workload,
+    chosen,
+    left_out,
+    peer_version,
+    run_side,
+    shuffled,
+)
 
 PEAK = """
 import sys
@@ -45,7 +57,10 @@ def peak_bytes(data: Path, name: str, side: str, times: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [str(Path(__file__).parent), str(data), name, side, scratch, str(times)]
         command = [sys.executable, "-c", PEAK, *arguments]
-        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) * 1024
+        return (
+            int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            * 1024
+        )
 
 
 def sides_of(workload: Workload, data: Path, scratch: Path) -> tuple[list[str], list[str]]:
@@ -57,7 +72,9 @@ def sides_of(workload: Workload, data: Path, scratch: Path) -> tuple[list[str], 
         except Exception as error:
             if name not in PEERS:
                 raise
-            notes.append(f"{name} cannot record it: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            notes.append(
+                f"{name} cannot record it: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
             continue
         sides.append(name)
         missed = left_out(workload.build(data), tried.facts["layers"]) if name in PEERS else ""
@@ -81,8 +98,14 @@ def measure(workload: Workload, data: Path, pairs: int) -> dict[str, Any]:
         sides, notes = sides_of(workload, data, scratch)
         rounds: list[dict[str, Timed]] = []
         for order in shuffled(sides, pairs):
-            rounds.append({name: run_side(workload, data, name, scratch, workload.passes) for name in order})
-    return {"title": workload.title, "notes": notes, "sides": {name: figures(name, rounds) for name in sides}}
+            rounds.append(
+                {name: run_side(workload, data, name, scratch, workload.passes) for name in order}
+            )
+    return {
+        "title": workload.title,
+        "notes": notes,
+        "sides": {name: figures(name, rounds) for name in sides},
+    }
 
 
 def figures(name: str, rounds: Sequence[dict[str, Timed]]) -> dict[str, Any]:
@@ -115,13 +138,18 @@ def figures(name: str, rounds: Sequence[dict[str, Timed]]) -> dict[str, Any]:
             "stalls": [run.facts["stalls"] for run in runs],
             "stalled_seconds": [run.facts["stalled_seconds"] for run in runs],
             "over_peers": {peer: over(peer) for peer in sorted(peers)},
-            "bytes_over_peers": {peer: first.stored_bytes / rounds[0][peer].stored_bytes for peer in peers},
+            "bytes_over_peers": {
+                peer: first.stored_bytes / rounds[0][peer].stored_bytes for peer in peers
+            },
         }
     return side
 
 
 def measure_memory(data: Path, name: str) -> dict[str, dict[str, int]]:
-    return {side: {f"{times}x": peak_bytes(data, name, side, times) for times in (1, 10)} for side in (PLAIN, HYDRA)}
+    return {
+        side: {f"{times}x": peak_bytes(data, name, side, times) for times in (1, 10)}
+        for side in (PLAIN, HYDRA)
+    }
 
 
 def show(found: dict[str, Any]) -> None:
@@ -140,8 +168,12 @@ def show(found: dict[str, Any]) -> None:
         print(f"  {note}")
     ours = sides[HYDRA]
     for peer, ratio in ours["over_peers"].items():
-        print(f"  {HYDRA} over {peer}: time {told(ratio)}, bytes {ours['bytes_over_peers'][peer]:.4f}")
-    print(f"  queue stalls of each recording: {ours['stalls']}, {', '.join(f'{s:.2f}' for s in ours['stalled_seconds'])} s")
+        print(
+            f"  {HYDRA} over {peer}: time {told(ratio)}, bytes {ours['bytes_over_peers'][peer]:.4f}"
+        )
+    print(
+        f"  queue stalls of each recording: {ours['stalls']}, {', '.join(f'{s:.2f}' for s in ours['stalled_seconds'])} s"
+    )
     for side, peaks in found.get("peak_bytes", {}).items():
         grown = peaks["10x"] - peaks["1x"]
         print(
@@ -151,15 +183,23 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="mlp,lenet,resnet,gpt")
     parser.add_argument("--pairs", type=int, default=5, help="rounds, each with every side once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes minutes")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave out peak memory, which takes minutes"
+    )
     given = parser.parse_args()
     peer = peer_version()
-    print(f"dattri-llm {peer}" if peer else "dattri-llm is not installed: going on without (benchmarks/requirements.txt)")
+    print(
+        f"dattri-llm {peer}"
+        if peer
+        else "dattri-llm is not installed: going on without (benchmarks/requirements.txt)"
+    )
     results = {}
     for name, workload in chosen(given.runs).items():
         results[name] = measure(workload, given.data, given.pairs)
@@ -167,7 +207,10 @@ def main() -> None:
             results[name]["peak_bytes"] = measure_memory(given.data, name)
         show(results[name])
         if given.json:
-            given.json.write_text(json.dumps({"dattri_llm": peer, "pairs": given.pairs, "runs": results}, indent=2) + "\n")
+            given.json.write_text(
+                json.dumps({"dattri_llm": peer, "pairs": given.pairs, "runs": results}, indent=2)
+                + "\n"
+            )
 
 
 if __name__ == "__main__":

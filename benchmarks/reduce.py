@@ -35,8 +35,8 @@ from threadpoolctl import threadpool_limits
 import hydra_pipe
 from hydra_pipe.api import reduce
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD, REDUCE
 
@@ -50,9 +50,16 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
-def recorded(data: Path, scratch: Path, n_train: int = 60_000, epochs: int = 2, **more: Any) -> Path:
+def recorded(
+    data: Path, scratch: Path, n_train: int = 60_000, epochs: int = 2, **more: Any
+) -> Path:
     """A finished recording, made if it is not there."""
-    settings = {"data": data / "fashion-mnist", "n_train": n_train, "n_test": 2000, "epochs": epochs}
+    settings = {
+        "data": data / "fashion-mnist",
+        "n_train": n_train,
+        "n_test": 2000,
+        "epochs": epochs,
+    }
     run = scratch / (f"lenet-{n_train}-{epochs}" + "".join(f"-{value}" for value in more.values()))
     if run.exists() and RunDirectory.open(run).stages[RECORD].state == "complete":
         return run
@@ -91,7 +98,10 @@ def decode_all(run: Path, workers: int = WORKERS) -> None:
     """Read and decode every row, as the workers of a reduction do, and drop it."""
     store = Gradients(run / "gradients.zarr")
     shards = -(-store.rows.n_rows // store.rows.shard_rows)
-    bounds = [min(i * shards // workers * store.rows.shard_rows, store.rows.n_rows) for i in range(workers + 1)]
+    bounds = [
+        min(i * shards // workers * store.rows.shard_rows, store.rows.n_rows)
+        for i in range(workers + 1)
+    ]
 
     def decode(number: int) -> None:
         for piece in store.rows.stream((bounds[number], bounds[number + 1]), 512):
@@ -101,7 +111,9 @@ def decode_all(run: Path, workers: int = WORKERS) -> None:
         list(pool.map(decode, range(workers)))
 
 
-def reduced(run: Path, n_tests: int, scheduler: str = "threads", memory: str = "4GiB") -> dict[str, Any]:
+def reduced(
+    run: Path, n_tests: int, scheduler: str = "threads", memory: str = "4GiB"
+) -> dict[str, Any]:
     """Reduce for the first test samples. Returns the plan that was followed."""
     reduce(run, tests=f"0-{n_tests - 1}", overwrite=True, scheduler=scheduler, memory=memory)
     return dict(RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"])
@@ -160,7 +172,9 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
         store = Gradients(run / "gradients.zarr")
         n_bytes = tree_bytes(run / "gradients.zarr")
         decoded = store.rows.n_rows * store.layout.n_features * store.rows.dtype.itemsize
-        print(f"{name}: {store.rows.n_rows:,} rows, {n_bytes / 1e9:.2f} GB on disk, {decoded / 1e9:.2f} GB decoded")
+        print(
+            f"{name}: {store.rows.n_rows:,} rows, {n_bytes / 1e9:.2f} GB on disk, {decoded / 1e9:.2f} GB decoded"
+        )
 
         def side(work: Callable[[], object], run: Path = run, cold: bool = cold) -> float:
             if cold:
@@ -177,7 +191,9 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
         print(f"  decode and drop: {alone:.2f} s, {decoded / alone / 1e9:.2f} GB/s")
         for label, seconds in found.items():
             if label != "decode":
-                print(f"  {label}: {statistics.median(seconds):.2f} s, {ratio(seconds, found['decode']):.2f} times that")
+                print(
+                    f"  {label}: {statistics.median(seconds):.2f} s, {ratio(seconds, found['decode']):.2f} times that"
+                )
         yield name, found
     for run in (short, long):
         rates, seconds, plans = [], [], []
@@ -186,13 +202,18 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
             seconds.append(timed(lambda: plans.append(reduced(run, 2000))))  # noqa: B023
         store = Gradients(run / "gradients.zarr")
         scored = 2 * store.rows.n_rows * store.layout.n_features * 2000
-        share = statistics.median(plan["operations"] / s / r for plan, s, r in zip(plans, seconds, rates, strict=True))
+        share = statistics.median(
+            plan["operations"] / s / r for plan, s, r in zip(plans, seconds, rates, strict=True)
+        )
         nominal = statistics.median(scored / s / r for s, r in zip(seconds, rates, strict=True))
         print(
             f"2,000 tests, {store.rows.n_rows:,} rows ({plans[0]['order']}): {statistics.median(seconds):.2f} s; matrix product "
             f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; share by operations done {share:.2f}, by those of scoring {nominal:.2f}"
         )
-        yield f"2000 tests, {store.rows.n_rows} rows", {"seconds": seconds, "rates": rates, "share": share, "nominal": nominal}
+        yield (
+            f"2000 tests, {store.rows.n_rows} rows",
+            {"seconds": seconds, "rates": rates, "share": share, "nominal": nominal},
+        )
     for n in (1, 64, 2000):
         found = rounds(
             {
@@ -201,14 +222,18 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
             },
             count,
         )
-        print(f"{n} tests: {WORKERS} workers {ratio(found['one'], found['two']):.2f} times as fast as one")
+        print(
+            f"{n} tests: {WORKERS} workers {ratio(found['one'], found['two']):.2f} times as fast as one"
+        )
         yield f"workers, {n} tests", found
 
 
 def numpy_script(short: Path, count: int) -> Iterator[tuple[str, Any]]:
     rows = short.parent / "rows.npy"
     store = Gradients(short / "gradients.zarr")
-    whole = np.lib.format.open_memmap(rows, "w+", np.float16, (store.rows.n_rows, store.layout.n_features))
+    whole = np.lib.format.open_memmap(
+        rows, "w+", np.float16, (store.rows.n_rows, store.layout.n_features)
+    )
     for piece in store.rows.stream((0, store.rows.n_rows), 2048):
         whole[piece.rows] = piece.read(0, store.layout.n_features)
     whole.flush()
@@ -217,14 +242,18 @@ def numpy_script(short: Path, count: int) -> Iterator[tuple[str, Any]]:
         results: dict[str, np.ndarray] = {}
         found = rounds(
             {
-                "numpy": lambda n=n, results=results: timed(lambda: results.update(numpy=by_numpy(rows, short, n))),
+                "numpy": lambda n=n, results=results: timed(
+                    lambda: results.update(numpy=by_numpy(rows, short, n))
+                ),
                 "ours": lambda n=n: timed(lambda: reduced(short, n)),
             },
             count,
         )
         reduced(short, n)
         ours = np.asarray(hydra_pipe.open_run(short).relevance())
-        difference = float(np.linalg.norm(ours - results["numpy"]) / np.linalg.norm(results["numpy"]))
+        difference = float(
+            np.linalg.norm(ours - results["numpy"]) / np.linalg.norm(results["numpy"])
+        )
         script, own = (statistics.median(found[side]) for side in ("numpy", "ours"))
         print(
             f"{n} tests: the NumPy script {script:.2f} s, hydra-pipe {own:.2f} s, "
@@ -239,9 +268,15 @@ def memory(run: Path) -> Iterator[tuple[str, Any]]:
     for mib in (512, 1024, 2048, 4096):
         command = [sys.executable, "-c", PEAK, str(run), f"{mib}MiB", "0-63"]
         start = time.perf_counter()
-        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
+        peak = (
+            int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
+        )
         plan = RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]
-        over, planned, seconds = peak / (mib * 2**20), plan["peak_bytes"] / 2**20, time.perf_counter() - start
+        over, planned, seconds = (
+            peak / (mib * 2**20),
+            plan["peak_bytes"] / 2**20,
+            time.perf_counter() - start,
+        )
         print(
             f"--memory {mib} MiB, a store of {n_bytes / mib / 2**20:.1f} times that: peak {peak / 2**20:.0f} MiB, {over:.2f} of "
             f"it; planned {planned:.0f} MiB, {plan['order']}, {plan['passes']} passes, {seconds:.0f} s"
@@ -255,22 +290,35 @@ def growth(data: Path, scratch: Path, short: Path, count: int) -> Iterator[tuple
         seconds = {n: statistics.median(found[str(n)]) for n in points}
         least, most = min(points), max(points)
         exponent = math.log(seconds[most] / seconds[least]) / math.log(most / least)
-        print(f"{what}: {', '.join(f'x{n} {s:.2f} s' for n, s in seconds.items())}; exponent {exponent:.2f}")
+        print(
+            f"{what}: {', '.join(f'x{n} {s:.2f} s' for n, s in seconds.items())}; exponent {exponent:.2f}"
+        )
         return what, seconds
 
     longer = {n: short if n == 1 else stretched(short, n) for n in (1, 2, 4, 8)}
-    yield series("rows, 64 tests", {n: lambda run=run: reduced(run, 64) for n, run in longer.items()})
+    yield series(
+        "rows, 64 tests", {n: lambda run=run: reduced(run, 64) for n, run in longer.items()}
+    )
     yield series("tests, from 20", {n: lambda n=n: reduced(short, 20 * n) for n in (1, 10, 100)})
-    narrow, wide = (recorded(data, scratch, 20_000, 1, encoding="projected", dim=dim, dtype="float16") for dim in (2048, 8192))
-    yield series("features, 64 tests", {1: lambda: reduced(narrow, 64), 4: lambda: reduced(wide, 64)})
+    narrow, wide = (
+        recorded(data, scratch, 20_000, 1, encoding="projected", dim=dim, dtype="float16")
+        for dim in (2048, 8192)
+    )
+    yield series(
+        "features, 64 tests", {1: lambda: reduced(narrow, 64), 4: lambda: reduced(wide, 64)}
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--parts", default="speed,numpy,memory,growth")
-    parser.add_argument("--times", type=int, default=18, help="how often the steps are repeated in the long store")
+    parser.add_argument(
+        "--times", type=int, default=18, help="how often the steps are repeated in the long store"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     given = parser.parse_args()

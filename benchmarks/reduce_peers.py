@@ -67,7 +67,11 @@ class HydraWithTests(SIDES[HYDRA]):
 
     def close(self) -> dict[str, Any]:
         inputs, targets = self.pipeline.test.tensors
-        batches = zip(inputs.split(self.pipeline.batch_size), targets.split(self.pipeline.batch_size), strict=True)
+        batches = zip(
+            inputs.split(self.pipeline.batch_size),
+            targets.split(self.pipeline.batch_size),
+            strict=True,
+        )
         self.recorder.record_test(batches, self.pipeline.loss)
         return super().close()
 
@@ -90,7 +94,9 @@ class DattriWithTests(SIDES[PEER]):
         return facts
 
 
-def record(name: str, data: Path, side: type[Plain], store: Path, n_train: int, n_test: int) -> None:
+def record(
+    name: str, data: Path, side: type[Plain], store: Path, n_train: int, n_test: int
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_loop(build(name, data, n_train, n_test), side, store, EPOCHS)
@@ -110,7 +116,9 @@ def difference(ours: Path, theirs: Path, n_train: int) -> float:
     """Of the two matrices, relative to the norm of theirs, times the learning rate."""
     matrix = RATE * np.load(theirs)
     if len(matrix) != n_train:
-        raise SystemExit(f"dattri-llm scored {len(matrix)} samples of {n_train}: it takes samples with the same content for one")
+        raise SystemExit(
+            f"dattri-llm scored {len(matrix)} samples of {n_train}: it takes samples with the same content for one"
+        )
     # theirs are in the order in which samples were first met, which is that of the data here
     relevance = np.asarray(hydra_pipe.open_run(ours).relevance())
     return float(np.linalg.norm(relevance - matrix) / np.linalg.norm(matrix))
@@ -122,7 +130,10 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         scratch = Path(directory)
         ours, theirs = scratch / "ours", scratch / "theirs"
         record(name, given.data, HydraWithTests, ours, given.n_train, given.n_test)
-        found: dict[str, Any] = {"rows": given.n_train * EPOCHS, "bytes": {HYDRA: disk_bytes(ours / "gradients.zarr")}}
+        found: dict[str, Any] = {
+            "rows": given.n_train * EPOCHS,
+            "bytes": {HYDRA: disk_bytes(ours / "gradients.zarr")},
+        }
         if PEER in sides:
             record(name, given.data, DattriWithTests, theirs, given.n_train, given.n_test)
             found["bytes"][PEER] = disk_bytes(theirs)
@@ -151,28 +162,42 @@ def show(name: str, found: dict[str, Any]) -> None:
     print(f"\n{name}: {found['rows']:,} rows")
     for side, seconds in found["seconds"].items():
         times = ", ".join(f"{s:.2f}" for s in seconds)
-        print(f"  {side:12s} {statistics.median(seconds):6.2f} s ({times}), store {found['bytes'][side] / 1e6:,.0f} MB")
+        print(
+            f"  {side:12s} {statistics.median(seconds):6.2f} s ({times}), store {found['bytes'][side] / 1e6:,.0f} MB"
+        )
     if "difference" in found:
         ours, theirs = found["seconds"][HYDRA], found["seconds"][PEER]
         inner = found["inner_seconds"]
-        print(f"  {PEER}, its calls alone: {statistics.median(inner):.2f} s ({', '.join(f'{s:.2f}' for s in inner)})")
+        print(
+            f"  {PEER}, its calls alone: {statistics.median(inner):.2f} s ({', '.join(f'{s:.2f}' for s in inner)})"
+        )
         whole = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
         alone = statistics.median(a / b for a, b in zip(ours, inner, strict=True))
-        print(f"  {HYDRA} (whole process) over {PEER}: {whole:.2f} of its process, {alone:.2f} of its calls alone")
+        print(
+            f"  {HYDRA} (whole process) over {PEER}: {whole:.2f} of its process, {alone:.2f} of its calls alone"
+        )
         print(f"  the two matrices differ by {found['difference']:.1e} of their norm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", default="mlp,lenet")
-    parser.add_argument("--pairs", type=int, default=3, help="rounds, after one that is not counted")
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="rounds, after one that is not counted"
+    )
     parser.add_argument("--n-train", type=int, default=5000)
     parser.add_argument("--n-test", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     given = parser.parse_args()
     peer = peer_version()
-    print(f"dattri-llm {peer}" if peer else "dattri-llm is not installed: going on without (benchmarks/requirements.txt)")
+    print(
+        f"dattri-llm {peer}"
+        if peer
+        else "dattri-llm is not installed: going on without (benchmarks/requirements.txt)"
+    )
     results = {}
     for name in given.runs.split(","):
         if name not in BUILDERS:

@@ -18,9 +18,9 @@ from unittest import mock
 import numpy as np
 
 import hydra_pipe
+from hydra_pipe.store.run.footprints import footprints
 from hydra_pipe.store.zarr import codec
 from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.run.footprints import footprints
 from hydra_pipe.store.zarr.codec import StoredFile
 
 PIPELINE = str(Path(__file__).parents[1] / "pipelines" / "fashion_mnist.py")
@@ -37,30 +37,45 @@ def seconds_of_codec(array: Array, n_files: int) -> tuple[float, float]:
         start = time.perf_counter()
         content = b"".join(array.codec.encode(whole))
         middle = time.perf_counter()
-        StoredFile(np.frombuffer(content, np.uint8), array.codec).read((slice(0, len(values)), slice(0, array.shape[1])), values)
+        StoredFile(np.frombuffer(content, np.uint8), array.codec).read(
+            (slice(0, len(values)), slice(0, array.shape[1])), values
+        )
         encoded, decoded = encoded + middle - start, decoded + time.perf_counter() - middle
     return encoded, decoded
 
 
 def without_checksums() -> AbstractContextManager[object]:
     """Chunks get four zeros, and nobody looks at them."""
-    return mock.patch.multiple(codec, checksum=lambda data: bytes(4), verified=lambda data: data[:-4])
+    return mock.patch.multiple(
+        codec, checksum=lambda data: bytes(4), verified=lambda data: data[:-4]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--n-train", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    settings = {"data": Path(given.data), "n_train": given.n_train, "n_test": 500, "epochs": given.epochs}
+    settings = {
+        "data": Path(given.data),
+        "n_train": given.n_train,
+        "n_test": 500,
+        "epochs": given.epochs,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         hydra_pipe.record(PIPELINE, run, settings=settings)
         facts = json.loads((run / "run.json").read_text())["stages"]["record"]["facts"]
-        took, training, stalled = (facts[f"{name}_seconds"] for name in ("checkpoint", "train", "stalled"))
-        print(f"recording {training:.1f} s, of which checkpoints {took:.2f} s, {took / training:.2%}; stalled {stalled:.2f} s")
+        took, training, stalled = (
+            facts[f"{name}_seconds"] for name in ("checkpoint", "train", "stalled")
+        )
+        print(
+            f"recording {training:.1f} s, of which checkpoints {took:.2f} s, {took / training:.2%}; stalled {stalled:.2f} s"
+        )
         array = Array.open(run / "gradients.zarr" / "gradient")
         n_files = min(8, -(-array.shape[0] // array.file_rows))
         found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
@@ -72,15 +87,22 @@ def main() -> None:
                     with without_checksums():
                         seconds.append(seconds_of_codec(array, n_files))
         for what, index in (("encoding", 0), ("decoding", 1)):
-            with_, without = (statistics.median(seconds[index] for seconds in found[checked]) for checked in (True, False))
-            print(f"{what} {n_files} shards: {with_:.3f} s with checksums, {without:.3f} s without, {with_ / without:.3f}")
+            with_, without = (
+                statistics.median(seconds[index] for seconds in found[checked])
+                for checked in (True, False)
+            )
+            print(
+                f"{what} {n_files} shards: {with_:.3f} s with checksums, {without:.3f} s without, {with_ / without:.3f}"
+            )
         start = time.perf_counter()
         footprints(run, "record")
         print(f"footprints of the recording: {time.perf_counter() - start:.3f} s")
         start = time.perf_counter()
         faults = hydra_pipe.verify(run)
         n_bytes = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
-        print(f"verify: {time.perf_counter() - start:.2f} s for {n_bytes / 1e6:.0f} MB, {len(faults)} faults")
+        print(
+            f"verify: {time.perf_counter() - start:.2f} s for {n_bytes / 1e6:.0f} MB, {len(faults)} faults"
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ MACHINES = [
 ]
 
 
-def reduction(given: argparse.Namespace, machines: Machines, item_bytes: int, folding: int) -> tuple[SumInput, SumPlan]:
+def reduction(
+    given: argparse.Namespace, machines: Machines, item_bytes: int, folding: int
+) -> tuple[SumInput, SumPlan]:
     geometry = store_geometry(given.features, item_bytes)
     what = SumInput(
         n_rows=given.samples * given.epochs,
@@ -72,7 +74,9 @@ def reduction(given: argparse.Namespace, machines: Machines, item_bytes: int, fo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=10**6)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--features", type=int, default=4096)

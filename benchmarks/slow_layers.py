@@ -24,7 +24,9 @@ MOST_STEPS, FEWEST_STEPS, N_WORDS = 50, 20, 30_000
 class Classifier(nn.Module):
     """A head over the mean of what `body` makes of its input."""
 
-    def __init__(self, body: nn.Module, width: int, run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, body: nn.Module, width: int, run: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.body, self.head, self.run = body, nn.Linear(width, 10), run
 
@@ -81,15 +83,30 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: Classifier(nn.MultiheadAttention(128, 4, batch_first=True), 128, attend),
         numbers(64, 128),
     ),
-    "LSTM, 64 to 128 wide, 50 steps": (lambda: Classifier(nn.LSTM(64, 128, batch_first=True), 128, first), numbers(MOST_STEPS, 64)),
-    "RNN, the same": (lambda: Classifier(nn.RNN(64, 128, batch_first=True), 128, first), numbers(MOST_STEPS, 64)),
-    "GRU, the same": (lambda: Classifier(nn.GRU(64, 128, batch_first=True), 128, first), numbers(MOST_STEPS, 64)),
-    "LSTMCell, called 50 times": (lambda: Classifier(nn.LSTMCell(64, 128), 128, cells), numbers(MOST_STEPS, 64)),
+    "LSTM, 64 to 128 wide, 50 steps": (
+        lambda: Classifier(nn.LSTM(64, 128, batch_first=True), 128, first),
+        numbers(MOST_STEPS, 64),
+    ),
+    "RNN, the same": (
+        lambda: Classifier(nn.RNN(64, 128, batch_first=True), 128, first),
+        numbers(MOST_STEPS, 64),
+    ),
+    "GRU, the same": (
+        lambda: Classifier(nn.GRU(64, 128, batch_first=True), 128, first),
+        numbers(MOST_STEPS, 64),
+    ),
+    "LSTMCell, called 50 times": (
+        lambda: Classifier(nn.LSTMCell(64, 128), 128, cells),
+        numbers(MOST_STEPS, 64),
+    ),
     "GRU of packed sequences of 20 to 50 steps": (
         lambda: Classifier(nn.GRU(64, 128, batch_first=True), 128, pack),
         numbers(MOST_STEPS, 64),
     ),
-    "Linear 256-256-256, samples permuted and put back": (lambda: Classifier(perceptron(), 256, permute), numbers(256)),
+    "Linear 256-256-256, samples permuted and put back": (
+        lambda: Classifier(perceptron(), 256, permute),
+        numbers(256),
+    ),
 }
 
 
@@ -98,7 +115,9 @@ def steps(build: Callable[[], nn.Module], x: Tensor, *, record: bool) -> Callabl
     torch.manual_seed(0)
     model, targets = build(), torch.arange(BATCH) % 10
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = Recorder(model, optimizer, tempfile.mkdtemp() + "/run", n_samples=BATCH) if record else None
+    recorder = (
+        Recorder(model, optimizer, tempfile.mkdtemp() + "/run", n_samples=BATCH) if record else None
+    )
 
     def take() -> None:
         for _ in range(STEPS):
@@ -123,7 +142,10 @@ def main() -> None:
                 if number:  # the first steps are probed, and find their encoding
                     of_kind.append((time.process_time() - start) / STEPS)
         plain, recorded = map(statistics.median, seconds)
-        print(f"    {name:<50}{1e3 * plain:6.1f} ms {1e3 * recorded:6.0f} ms {recorded / plain:6.1f}", flush=True)
+        print(
+            f"    {name:<50}{1e3 * plain:6.1f} ms {1e3 * recorded:6.0f} ms {recorded / plain:6.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

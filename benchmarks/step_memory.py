@@ -88,9 +88,15 @@ def positions(optimizer: type[torch.optim.Optimizer], accumulated: int) -> Case:
 
 
 CASES = {
-    "30,000 words of 64, SGD": Case(lambda: Text(30_000, 64), words(30_000, 64, 32), 2, torch.optim.SGD),
-    "50,000 words of 128, SGD": Case(lambda: Text(50_000, 128), words(50_000, 16, 64), 2, torch.optim.SGD),
-    "50,000 words of 128, AdamW": Case(lambda: Text(50_000, 128), words(50_000, 16, 64), 2, torch.optim.AdamW),
+    "30,000 words of 64, SGD": Case(
+        lambda: Text(30_000, 64), words(30_000, 64, 32), 2, torch.optim.SGD
+    ),
+    "50,000 words of 128, SGD": Case(
+        lambda: Text(50_000, 128), words(50_000, 16, 64), 2, torch.optim.SGD
+    ),
+    "50,000 words of 128, AdamW": Case(
+        lambda: Text(50_000, 128), words(50_000, 16, 64), 2, torch.optim.AdamW
+    ),
     "8 columns of 50,000 categories, Adam": Case(Tables, words(50_000, 64, 8), 2, torch.optim.Adam),
     "6 layers of 512, SGD": positions(torch.optim.SGD, 1),
     "6 layers of 512, SGD, 16 batches a step": positions(torch.optim.SGD, 16),
@@ -107,7 +113,11 @@ def measure(case: Case, *, record: bool) -> None:
     optimizer = case.optimizer(model.parameters(), lr=1e-3)
     size = len(case.batch())
     n_samples = size * case.accumulated
-    recorder = Recorder(model, optimizer, tempfile.mkdtemp() + "/run", n_samples=n_samples) if record else None
+    recorder = (
+        Recorder(model, optimizer, tempfile.mkdtemp() + "/run", n_samples=n_samples)
+        if record
+        else None
+    )
     seconds = []
     for _ in range(max(3, STEPS // case.accumulated)):
         start = time.process_time()
@@ -125,11 +135,15 @@ def measure(case: Case, *, record: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", help="beginnings of the names of cases")
     parser.add_argument("--child", choices=("plain", "recorded"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    chosen = [name for name in CASES if not asked.cases or any(name.startswith(c) for c in asked.cases)]
+    chosen = [
+        name for name in CASES if not asked.cases or any(name.startswith(c) for c in asked.cases)
+    ]
     if asked.child:
         measure(CASES[chosen[0]], record=asked.child == "recorded")
         return

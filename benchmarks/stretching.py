@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from hydra_pipe.store import names
-from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
+from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD
-from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 
 def stretch(source: Path, target: Path, times: int) -> None:
@@ -19,9 +19,13 @@ def stretch(source: Path, target: Path, times: int) -> None:
     store = Gradients(source / names.GRADIENTS)
     run = RunDirectory.create(target)
     run.begin(RECORD, old.stages[RECORD].settings)
-    writer = GradientsWriter(target / names.GRADIENTS, store.layout, str(store.rows.dtype), store.n_groups, run.run_id)
+    writer = GradientsWriter(
+        target / names.GRADIENTS, store.layout, str(store.rows.dtype), store.n_groups, run.run_id
+    )
     n_rows, n_steps = store.rows.n_rows, store.n_steps
-    tables = {name: store.step_table(name) for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
+    tables = {
+        name: store.step_table(name) for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
+    }
     first, counts = store.rows_of_steps()
     for repeat in range(times):
         for piece in store.rows.stream((0, n_rows), 2048):
@@ -37,7 +41,13 @@ def stretch(source: Path, target: Path, times: int) -> None:
             line: dict[str, Any] = {name: table[step] for name, table in tables.items()}
             if repeat:
                 line["momentum_started"] = np.zeros_like(line["momentum_started"])
-            writer.append_step(line | {names.FIRST_ROW: int(first[step, 0]) + repeat * n_rows, names.N_ROWS: int(counts[step, 0])})
+            writer.append_step(
+                line
+                | {
+                    names.FIRST_ROW: int(first[step, 0]) + repeat * n_rows,
+                    names.N_ROWS: int(counts[step, 0]),
+                }
+            )
     tests = store.test_rows(n_steps)
     table = writer.test_rows(n_steps * times)
     whole = slice(0, tests.n_rows)
@@ -50,7 +60,12 @@ def stretch(source: Path, target: Path, times: int) -> None:
         if labels is not None:
             writer.write_labels(which, labels)
     writer.close()
-    facts = {"n_steps": n_steps * times, "n_rows": n_rows * times, "n_tests": tests.n_rows, "labels": {}}
+    facts = {
+        "n_steps": n_steps * times,
+        "n_rows": n_rows * times,
+        "n_tests": tests.n_rows,
+        "labels": {},
+    }
     run.end(RECORD, "complete", **facts, checksums=seal(run, RECORD))
 
 

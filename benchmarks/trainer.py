@@ -36,7 +36,12 @@ def sentences(data: Path, n: int) -> list[tuple[list[int], int]]:
     for words, _ in pairs:
         for word in words:
             counts[word] = counts.get(word, 0) + 1
-    known = {word: i + 2 for i, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 2])}
+    known = {
+        word: i + 2
+        for i, word in enumerate(
+            sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 2]
+        )
+    }
     return [([known.get(word, 1) for word in words[:LENGTH]], label) for words, label in pairs[:n]]
 
 
@@ -51,9 +56,19 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     ids = [row["input_ids"] for row in rows]
     causal = isinstance(rows[0]["labels"], list)
-    labels = column([row["labels"] for row in rows], -100) if causal else torch.tensor([row["labels"] for row in rows])
-    batch = {"input_ids": column(ids, 0), "attention_mask": column([[1] * len(own) for own in ids], 0), "labels": labels}
-    return batch | ({"_idx": torch.tensor([row["_idx"] for row in rows])} if "_idx" in rows[0] else {})
+    labels = (
+        column([row["labels"] for row in rows], -100)
+        if causal
+        else torch.tensor([row["labels"] for row in rows])
+    )
+    batch = {
+        "input_ids": column(ids, 0),
+        "attention_mask": column([[1] * len(own) for own in ids], 0),
+        "labels": labels,
+    }
+    return batch | (
+        {"_idx": torch.tensor([row["_idx"] for row in rows])} if "_idx" in rows[0] else {}
+    )
 
 
 def model_of(kind: str) -> Any:
@@ -64,7 +79,14 @@ def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=128, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=1, pad_token_id=0
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
         )
         return transformers.GPT2LMHeadModel(config)
     config = transformers.BertConfig(
@@ -83,7 +105,10 @@ def train(side: str, kind: str, data: Path, n: int, out: Path, *, float32: bool)
     import torch
     import transformers
 
-    rows = [{"input_ids": ids, "labels": ids if kind == "gpt2" else label} for ids, label in sentences(data, n + 20)]
+    rows = [
+        {"input_ids": ids, "labels": ids if kind == "gpt2" else label}
+        for ids, label in sentences(data, n + 20)
+    ]
     dataset: Any = rows[:n]
     model = model_of(kind)
     args = transformers.TrainingArguments(
@@ -122,10 +147,22 @@ def train(side: str, kind: str, data: Path, n: int, out: Path, *, float32: bool)
         trainer.add_callback(GradientCollectorCallback(store))
         around = trainer.train
     elif side == "dattri-llm":
-        from dattri_llm import REGISTER_ALL, GradientStorageManager, HookManager, HookManagerConfig, OffloadCallback
+        from dattri_llm import (
+            REGISTER_ALL,
+            GradientStorageManager,
+            HookManager,
+            HookManagerConfig,
+            OffloadCallback,
+        )
 
-        offload = OffloadCallback(offload_interval=1, file_manager=GradientStorageManager(str(store)), recording_type="per_sample")
-        hooks = HookManager(model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload])
+        offload = OffloadCallback(
+            offload_interval=1,
+            file_manager=GradientStorageManager(str(store)),
+            recording_type="per_sample",
+        )
+        hooks = HookManager(
+            model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload]
+        )
 
         def around() -> None:
             with hooks.collect():
@@ -138,9 +175,15 @@ def train(side: str, kind: str, data: Path, n: int, out: Path, *, float32: bool)
     digest = sha256()
     for value in model.state_dict().values():
         digest.update(
-            value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else bytes(str(value), "ascii")
+            value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            if value.dim()
+            else bytes(str(value), "ascii")
         )
-    n_bytes = sum(file.stat().st_size for file in store.rglob("*") if file.is_file()) if store.exists() else 0
+    n_bytes = (
+        sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+        if store.exists()
+        else 0
+    )
     return took | {
         "weights": digest.hexdigest(),
         "bytes_a_sample": n_bytes / n,
@@ -151,7 +194,19 @@ def train(side: str, kind: str, data: Path, n: int, out: Path, *, float32: bool)
 def of_process(python: str, side: str, kind: str, given: argparse.Namespace) -> dict[str, Any]:
     """`train` in a process of its own; an error is what it said last."""
     with tempfile.TemporaryDirectory(dir=given.scratch) as out:
-        command = [python, __file__, str(given.data), "--models", kind, "--n", str(given.n), "--side", side, "--out", out]
+        command = [
+            python,
+            __file__,
+            str(given.data),
+            "--models",
+            kind,
+            "--n",
+            str(given.n),
+            "--side",
+            side,
+            "--out",
+            out,
+        ]
         command += ["--float32"] if given.float32 else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -162,7 +217,9 @@ def of_process(python: str, side: str, kind: str, given: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="gpt2,bert")
     parser.add_argument("--n", type=int, default=400)
@@ -175,25 +232,51 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(train(given.side, given.models, given.data, given.n, given.out, float32=given.float32)))
+        print(
+            json.dumps(
+                train(
+                    given.side, given.models, given.data, given.n, given.out, float32=given.float32
+                )
+            )
+        )
         return
-    pythons = {"hydra-pipe": sys.executable, "bergson": given.bergson, "dattri-llm": given.dattri_llm}
-    print("| model | recorded by | over plain | processor seconds | bytes a sample | same weights |")
+    pythons = {
+        "hydra-pipe": sys.executable,
+        "bergson": given.bergson,
+        "dattri-llm": given.dattri_llm,
+    }
+    print(
+        "| model | recorded by | over plain | processor seconds | bytes a sample | same weights |"
+    )
     print("|---|---|---|---|---|---|")
     for kind in given.models.split(","):
         for side, python in pythons.items():
             if python is None:
                 continue
-            pairs = [(of_process(python, "plain", kind, given), of_process(python, side, kind, given)) for _ in range(given.pairs)]
-            failed = next((found["error"] for pair in pairs for found in pair if "error" in found), None)
+            pairs = [
+                (of_process(python, "plain", kind, given), of_process(python, side, kind, given))
+                for _ in range(given.pairs)
+            ]
+            failed = next(
+                (found["error"] for pair in pairs for found in pair if "error" in found), None
+            )
             if failed is not None:
                 print(f"| {kind} | {side} | failed: {failed} | | | |", flush=True)
                 continue
-            ratio = statistics.median(recorded["cpu_seconds"] / plain["cpu_seconds"] for plain, recorded in pairs)
+            ratio = statistics.median(
+                recorded["cpu_seconds"] / plain["cpu_seconds"] for plain, recorded in pairs
+            )
             plain, recorded = pairs[0]
             seconds = f"{plain['cpu_seconds']:.1f} -> {recorded['cpu_seconds']:.1f}"
-            same = "yes" if all(plain["weights"] == recorded["weights"] for plain, recorded in pairs) else "no"
-            print(f"| {kind} | {side} | {ratio:.2f} | {seconds} | {recorded['bytes_a_sample']:,.0f} | {same} |", flush=True)
+            same = (
+                "yes"
+                if all(plain["weights"] == recorded["weights"] for plain, recorded in pairs)
+                else "no"
+            )
+            print(
+                f"| {kind} | {side} | {ratio:.2f} | {seconds} | {recorded['bytes_a_sample']:,.0f} | {same} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -53,12 +53,18 @@ def make(kind: str, rate: float, momentum: float, epochs: int, n_test: int = M) 
     order = np.random.default_rng(0).permutation(len(digits.target))
     inputs = torch.tensor(digits.data[order] / 16)
     targets = torch.tensor(digits.target[order])
-    targets[:WRONG] = (targets[:WRONG] + torch.tensor(np.random.default_rng(1).integers(1, 10, WRONG))) % 10
+    targets[:WRONG] = (
+        targets[:WRONG] + torch.tensor(np.random.default_rng(1).integers(1, 10, WRONG))
+    ) % 10
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=SGD_DECAY)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        model.parameters(), rate, momentum, weight_decay=SGD_DECAY
+    )
     if kind == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=ADAM_DECAY, betas=BETAS, eps=EPS)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=rate, weight_decay=ADAM_DECAY, betas=BETAS, eps=EPS
+        )
     return Pipeline(
         model=model,
         optimizer=optimizer,
@@ -74,7 +80,14 @@ def losses(pipeline: Pipeline, values: Values, x: Tensor, y: Tensor) -> Tensor:
     return pipeline.loss(torch.func.functional_call(pipeline.model, values, (x,)), y)
 
 
-def updated(kind: str, rate: float, momentum: float, t: int, state: tuple[Values, Values, Values], gradients: Values) -> Values:
+def updated(
+    kind: str,
+    rate: float,
+    momentum: float,
+    t: int,
+    state: tuple[Values, Values, Values],
+    gradients: Values,
+) -> Values:
     """Parameters after step `t`, from 1, given (parameters, first, second); the last two are changed."""
     parameters, first, second = state
     found = {}
@@ -92,12 +105,18 @@ def updated(kind: str, rate: float, momentum: float, t: int, state: tuple[Values
     return found
 
 
-def trained(pipeline: Pipeline, settings: tuple[str, float, float], weight: Tensor, take: Callable[..., Values]) -> Values:
+def trained(
+    pipeline: Pipeline,
+    settings: tuple[str, float, float],
+    weight: Tensor,
+    take: Callable[..., Values],
+) -> Values:
     """Parameters at the end, with a weight for each training sample."""
     inputs, targets = pipeline.train.tensors
     stack = weight.shape[:-1]
     parameters = {
-        name: p.detach().expand(*stack, *p.shape).clone().requires_grad_() for name, p in pipeline.model.named_parameters()
+        name: p.detach().expand(*stack, *p.shape).clone().requires_grad_()
+        for name, p in pipeline.model.named_parameters()
     }
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -114,7 +133,13 @@ def exact_relevance(pipeline: Pipeline, settings: tuple[str, float, float]) -> n
 
     def take(values: Values, own: Tensor, x: Tensor, y: Tensor) -> Values:
         loss = (own * losses(pipeline, values, x, y)).mean()
-        return dict(zip(values, torch.autograd.grad(loss, list(values.values()), create_graph=True), strict=True))
+        return dict(
+            zip(
+                values,
+                torch.autograd.grad(loss, list(values.values()), create_graph=True),
+                strict=True,
+            )
+        )
 
     tests = losses(pipeline, trained(pipeline, settings, weight, take), *pipeline.test.tensors)
     columns = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in tests]
@@ -167,18 +192,32 @@ def ways(given: argparse.Namespace) -> Iterator[tuple[str, str, AbstractContextM
     yield "hydra", "hydra", nullcontext()
     yield "hydra-fisher", "hydra-fisher", nullcontext()
     for factor in filter(None, given.saturation.split(",")):
-        yield f"hydra-fisher, f = {factor}", "hydra-fisher", forms_of((Form(float(factor), 0.0, np.inf, 1.0),))
+        yield (
+            f"hydra-fisher, f = {factor}",
+            "hydra-fisher",
+            forms_of((Form(float(factor), 0.0, np.inf, 1.0),)),
+        )
     yield "tracin", "tracin", nullcontext()
     yield "tracin, last test gradients", "tracin", last_tests_only()
     yield "grad-dot", "grad-dot", nullcontext()
     yield "grad-cos", "grad-cos", nullcontext()
     for fraction in map(float, given.damping.split(",")):
-        yield f"influence, damping x {fraction:g}", "influence", mock.patch.object(influence, "DAMPING", fraction)
+        yield (
+            f"influence, damping x {fraction:g}",
+            "influence",
+            mock.patch.object(influence, "DAMPING", fraction),
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saturation", default="", help="f of single forms, trace-matched, besides the default forms")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--saturation",
+        default="",
+        help="f of single forms, trace-matched, besides the default forms",
+    )
     parser.add_argument("--damping", default=str(influence.DAMPING))
     parser.add_argument("--runs", default=";".join(RUNS))
     given = parser.parse_args()
@@ -194,16 +233,23 @@ def main() -> None:
             auc = roc_auc_score(wrong, -found.mean(axis=1))  # noqa: B023
             correlations = " | ".join(interval(spearmans(found, t)) for t in (exact, truth))  # noqa: B023
             took = "" if seconds is None else f"{seconds:.2f}"
-            print(f"| {name}: {method} | {correlations} | {ratio:.2f} | {auc:.3f} | {took} |", flush=True)  # noqa: B023
+            print(
+                f"| {name}: {method} | {correlations} | {ratio:.2f} | {auc:.3f} | {took} |",
+                flush=True,
+            )
 
         with tempfile.TemporaryDirectory() as run:
-            hydra_pipe.record(make(*RUNS[name]), run, encoding="exact", dtype="float32", test_every="epoch")
+            hydra_pipe.record(
+                make(*RUNS[name]), run, encoding="exact", dtype="float32", test_every="epoch"
+            )
             for title, result, within in ways(given):
                 parts = ResultName.parse(result)
                 options = {"pipeline": make(*RUNS[name])} if parts.method == "hydra-exact" else {}
                 with within:
                     start = time.perf_counter()
-                    hydra_pipe.reduce(run, method=parts.method, rank=parts.rank, overwrite=True, **options)
+                    hydra_pipe.reduce(
+                        run, method=parts.method, rank=parts.rank, overwrite=True, **options
+                    )
                     seconds = time.perf_counter() - start
                 show(title, np.asarray(hydra_pipe.open_run(run).relevance(result)), seconds)
             hydra_pipe.reduce(run, method="self")

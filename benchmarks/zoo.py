@@ -51,7 +51,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -112,14 +117,44 @@ TIMM: dict[str, dict[str, Any]] = {
     "coatnet_pico_rw_224": {"size": 64, "img": True},
     "vit_tiny_patch16_224": {"size": 64, "img": True, "depth": 3},
     "vit_small_r26_s32_224": {"size": 64, "img": True, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "vit_relpos_small_patch16_224": {"size": 64, "img": True, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "vit_base_patch16_siglip_224": {"size": 64, "img": True, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "vit_relpos_small_patch16_224": {
+        "size": 64,
+        "img": True,
+        "depth": 2,
+        "embed_dim": 48,
+        "num_heads": 3,
+    },
+    "vit_base_patch16_siglip_224": {
+        "size": 64,
+        "img": True,
+        "depth": 2,
+        "embed_dim": 48,
+        "num_heads": 3,
+    },
     "deit_tiny_distilled_patch16_224": {"size": 64, "img": True, "depth": 3},
-    "deit3_small_patch16_224": {"size": 64, "img": True, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "deit3_small_patch16_224": {
+        "size": 64,
+        "img": True,
+        "depth": 3,
+        "embed_dim": 48,
+        "num_heads": 3,
+    },
     "levit_128s": {"size": 224},
     "xcit_nano_12_p16_224": {"size": 64, "img": True, "depth": 3},
-    "swin_tiny_patch4_window7_224": {"size": 56, "img": True, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
-    "swinv2_tiny_window8_256": {"size": 64, "img": True, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+    "swin_tiny_patch4_window7_224": {
+        "size": 56,
+        "img": True,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+    },
+    "swinv2_tiny_window8_256": {
+        "size": 64,
+        "img": True,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+    },
     "poolformer_s12": {"size": 64, "depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
     "poolformerv2_s12": {"size": 64, "depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
     "caformer_s18": {"size": 64, "depths": (1, 1, 1, 1), "dims": (16, 32, 64, 96)},
@@ -130,10 +165,22 @@ TIMM: dict[str, dict[str, Any]] = {
     "coat_tiny": {"size": 64, "img": True},
     "cait_xxs24_224": {"size": 64, "img": True, "depth": 3},
     "beit_base_patch16_224": {"size": 64, "img": True, "depth": 2, "embed_dim": 48, "num_heads": 3},
-    "beitv2_base_patch16_224": {"size": 64, "img": True, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "beitv2_base_patch16_224": {
+        "size": 64,
+        "img": True,
+        "depth": 2,
+        "embed_dim": 48,
+        "num_heads": 3,
+    },
     "edgenext_xx_small": {"size": 64},
     "focalnet_tiny_srf": {"size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)},
-    "twins_svt_small": {"size": 64, "img": True, "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
+    "twins_svt_small": {
+        "size": 64,
+        "img": True,
+        "embed_dims": [16, 32, 48, 64],
+        "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 3, 4],
+    },
     "twins_pcpvt_small": {
         "size": 64,
         "img": True,
@@ -142,12 +189,35 @@ TIMM: dict[str, dict[str, Any]] = {
         "num_heads": [1, 2, 3, 4],
     },
     "pvt_v2_b0": {"size": 64},
-    "volo_d1_224": {"size": 64, "img": True, "layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4)},
+    "volo_d1_224": {
+        "size": 64,
+        "img": True,
+        "layers": (1, 1, 1, 1),
+        "embed_dims": (24, 48, 48, 48),
+        "num_heads": (2, 4, 4, 4),
+    },
     "eva02_tiny_patch14_224": {"size": 56, "img": True, "depth": 3},
-    "hiera_tiny_224": {"size": 224, "img": True, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
-    "nest_tiny": {"size": 64, "img": True, "embed_dims": (24, 48, 96), "num_heads": (1, 2, 4), "depths": (1, 1, 1)},
+    "hiera_tiny_224": {
+        "size": 224,
+        "img": True,
+        "embed_dim": 24,
+        "num_heads": 1,
+        "stages": (1, 1, 1, 1),
+    },
+    "nest_tiny": {
+        "size": 64,
+        "img": True,
+        "embed_dims": (24, 48, 96),
+        "num_heads": (1, 2, 4),
+        "depths": (1, 1, 1),
+    },
     "crossvit_tiny_240": {"size": 240},
-    "davit_tiny": {"size": 64, "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)},
+    "davit_tiny": {
+        "size": 64,
+        "embed_dims": (16, 32, 48, 64),
+        "num_heads": (1, 2, 3, 4),
+        "depths": (1, 1, 1, 1),
+    },
     "efficientvit_b0": {"size": 64},
     "efficientformerv2_s0": {"size": 224},
     "fastvit_t8": {"size": 64},
@@ -196,7 +266,15 @@ _D_MODEL = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-_T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 _N_EMBD = {
     "vocab_size": VOCABULARY,
     "n_embd": 16,
@@ -229,17 +307,34 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "CamembertForTokenClassification": ("tokens", _TINY),
     "DistilBertForSequenceClassification": (
         "class",
-        {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 40},
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 40,
+        },
     ),
     "DistilBertForMaskedLM": (
         "mlm",
-        {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 40},
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 40,
+        },
     ),
     "AlbertForSequenceClassification": ("class", _TINY | {"embedding_size": 8}),
     "AlbertForMaskedLM": ("mlm", _TINY | {"embedding_size": 8}),
     "ElectraForSequenceClassification": ("class", _TINY | {"embedding_size": 8}),
     "ElectraForMaskedLM": ("mlm", _TINY | {"embedding_size": 8}),
-    "DebertaForSequenceClassification": ("class", _TINY | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "DebertaForSequenceClassification": (
+        "class",
+        _TINY | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
     "DebertaV2ForSequenceClassification": (
         "class",
         _TINY
@@ -251,8 +346,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_rel_ebd": "layer_norm",
         },
     ),
-    "DebertaV2ForMaskedLM": ("mlm", _TINY | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
-    "ModernBertForSequenceClassification": ("class", _TINY | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
+    "DebertaV2ForMaskedLM": (
+        "mlm",
+        _TINY | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "ModernBertForSequenceClassification": (
+        "class",
+        _TINY | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
+    ),
     "XLNetForSequenceClassification": (
         "class",
         {
@@ -281,10 +382,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "BigBirdForSequenceClassification": ("class", _TINY | {"attention_type": "original_full"}),
     "LongformerForSequenceClassification": ("class", _TINY | {"attention_window": [4, 4]}),
     "MPNetForSequenceClassification": ("class", _TINY),
-    "EsmForSequenceClassification": ("class", _TINY | {"position_embedding_type": "rotary", "mask_token_id": 3}),
+    "EsmForSequenceClassification": (
+        "class",
+        _TINY | {"position_embedding_type": "rotary", "mask_token_id": 3},
+    ),
     "ConvBertForSequenceClassification": (
         "class",
-        _TINY | {"embedding_size": 16, "num_attention_heads": 4, "head_ratio": 2, "conv_kernel_size": 3},
+        _TINY
+        | {"embedding_size": 16, "num_attention_heads": 4, "head_ratio": 2, "conv_kernel_size": 3},
     ),
     "SqueezeBertForSequenceClassification": (
         "class",
@@ -336,10 +441,26 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPTNeoXForCausalLM": ("lm", _TINY),
     "GPTJForCausalLM": ("lm", _N_EMBD | {"rotary_dim": 4}),
     "GPTBigCodeForCausalLM": ("lm", _N_EMBD),
-    "CTRLLMHeadModel": ("lm", {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "dff": 24}),
+    "CTRLLMHeadModel": (
+        "lm",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 40,
+            "dff": 24,
+        },
+    ),
     "OPTForCausalLM": ("lm", _TINY | {"ffn_dim": 24, "word_embed_proj_dim": 16}),
-    "BloomForCausalLM": ("lm", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
-    "MptForCausalLM": ("lm", {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 40}),
+    "BloomForCausalLM": (
+        "lm",
+        {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    ),
+    "MptForCausalLM": (
+        "lm",
+        {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 40},
+    ),
     "LlamaForCausalLM": ("lm", _TINY),
     "LlamaForSequenceClassification": ("class", _TINY),
     "MistralForCausalLM": ("lm", _TINY | {"sliding_window": 4}),
@@ -347,7 +468,13 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2ForCausalLM": ("lm", _TINY),
     "Qwen2MoeForCausalLM": (
         "lm",
-        _TINY | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
+        _TINY
+        | {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
     ),
     "Qwen3ForCausalLM": ("lm", _TINY | _HEAD8),
     "GemmaForCausalLM": ("lm", _TINY | _HEAD8),
@@ -364,9 +491,18 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3ForCausalLM": ("lm", _TINY),
     "MambaForCausalLM": (
         "lm",
-        {"vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "state_size": 4,
+            "num_hidden_layers": 2,
+            "time_step_rank": 4,
+        },
     ),
-    "RwkvForCausalLM": ("lm", {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "context_length": 40}),
+    "RwkvForCausalLM": (
+        "lm",
+        {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "context_length": 40},
+    ),
     "ViTForImageClassification": ("image", _VISION),
     "DeiTForImageClassification": ("image", _VISION),
     "BeitForImageClassification": ("image", _VISION | {"drop_path_rate": 0.1}),
@@ -383,8 +519,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
             "drop_path_rate": 0.1,
         },
     ),
-    "ConvNextForImageClassification": ("image", {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "drop_path_rate": 0.1}),
-    "ResNetForImageClassification": ("image", {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
+    "ConvNextForImageClassification": (
+        "image",
+        {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "drop_path_rate": 0.1},
+    ),
+    "ResNetForImageClassification": (
+        "image",
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+    ),
     "SegformerForImageClassification": (
         "image",
         {
@@ -397,11 +539,21 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "SegformerForSemanticSegmentation": (
         "segments",
-        {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 16},
+        {
+            "hidden_sizes": [8, 16, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 2, 2],
+            "decoder_hidden_size": 16,
+        },
     ),
     "MobileViTForImageClassification": (
         "image",
-        {"hidden_sizes": [12, 16, 20], "neck_hidden_sizes": [8, 8, 12, 16, 16, 20, 24], "num_attention_heads": 2, "image_size": 64},
+        {
+            "hidden_sizes": [12, 16, 20],
+            "neck_hidden_sizes": [8, 8, 12, 16, 16, 20, 24],
+            "num_attention_heads": 2,
+            "image_size": 64,
+        },
     ),
     "CLIPModel": ("pair", {}),
     "Wav2Vec2ForSequenceClassification": (
@@ -496,11 +648,22 @@ def _put_torchvision() -> None:
 
     class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+            return (
+                importlib.machinery.ModuleSpec(name, self, is_package=True)
+                if name.split(".")[0] == "torchvision"
+                else None
+            )
 
         def create_module(self, spec: Any) -> types.ModuleType:
             module = types.ModuleType(spec.name)
-            modes = {"NEAREST": 0, "BILINEAR": 1, "BICUBIC": 2, "BOX": 3, "HAMMING": 4, "LANCZOS": 5}
+            modes = {
+                "NEAREST": 0,
+                "BILINEAR": 1,
+                "BICUBIC": 2,
+                "BOX": 3,
+                "HAMMING": 4,
+                "LANCZOS": 5,
+            }
 
             def missing(name: str) -> Any:
                 if name.startswith("__"):
@@ -555,7 +718,11 @@ def timm_subject(name: str) -> Subject:
         options["img_size"] = size
     if options.get("norm_layer") == "bn":
         options["norm_layer"] = torch.nn.BatchNorm2d
-    rates: list[dict[str, float]] = [{"drop_rate": 0.1, "drop_path_rate": 0.1}, {"drop_rate": 0.1}, {}]
+    rates: list[dict[str, float]] = [
+        {"drop_rate": 0.1, "drop_path_rate": 0.1},
+        {"drop_rate": 0.1},
+        {},
+    ]
     for drawn in rates:
         try:
             if kind:
@@ -617,11 +784,20 @@ def transformers_subject(name: str) -> Subject:
         lm_inputs = {"input_ids": tokens} if name.startswith(("Rwkv", "Mamba")) else text
 
         def lm(output: Any, targets: Any) -> Any:
-            return flat(output.logits[:, :-1], targets[:, 1:]) if shift else flat(output.logits, targets)
+            return (
+                flat(output.logits[:, :-1], targets[:, 1:])
+                if shift
+                else flat(output.logits, targets)
+            )
 
         return Subject(model, lm_inputs, tokens, lm)
     if task == "tokens":
-        return Subject(model, text, torch.randint(CLASSES, (n, LENGTH)), lambda output, targets: flat(output.logits, targets))
+        return Subject(
+            model,
+            text,
+            torch.randint(CLASSES, (n, LENGTH)),
+            lambda output, targets: flat(output.logits, targets),
+        )
     if task == "qa":
 
         def both(output: Any, targets: Any) -> Any:
@@ -635,7 +811,10 @@ def transformers_subject(name: str) -> Subject:
     if task == "seq2seq":
         own = torch.randint(4, VOCABULARY, (n, 6))
         return Subject(
-            model, text | {"decoder_input_ids": own}, own, lambda output, targets: flat(output.logits[:, :-1], targets[:, 1:])
+            model,
+            text | {"decoder_input_ids": own},
+            own,
+            lambda output, targets: flat(output.logits[:, :-1], targets[:, 1:]),
         )
     if task == "image":
         size = getattr(config, "image_size", 64)
@@ -645,7 +824,12 @@ def transformers_subject(name: str) -> Subject:
         def pixels(output: Any, targets: Any) -> Any:
             return F.cross_entropy(output.logits, targets, reduction="none").flatten(1).mean(1)
 
-        return Subject(model, {"pixel_values": torch.randn(n, 3, 64, 64)}, torch.randint(CLASSES, (n, 16, 16)), pixels)
+        return Subject(
+            model,
+            {"pixel_values": torch.randn(n, 3, 64, 64)},
+            torch.randint(CLASSES, (n, 16, 16)),
+            pixels,
+        )
     if task == "audio":
         return Subject(model, {"input_values": torch.randn(n, 800)}, classes, of_logits)
     if task == "spectrum":
@@ -653,7 +837,9 @@ def transformers_subject(name: str) -> Subject:
     if task == "speech":
         own = torch.randint(4, VOCABULARY, (n, 6))
         heard = {"input_features": torch.randn(n, 8, 30), "decoder_input_ids": own}
-        return Subject(model, heard, own, lambda output, targets: flat(output.logits[:, :-1], targets[:, 1:]))
+        return Subject(
+            model, heard, own, lambda output, targets: flat(output.logits[:, :-1], targets[:, 1:])
+        )
     assert task == "pair"
     pair_inputs = {"input_ids": tokens.clamp_min(4), "pixel_values": torch.randn(n, 3, 32, 32)}
     # each pair alone: a loss over the pairs of the batch has no samples of its own
@@ -662,7 +848,12 @@ def transformers_subject(name: str) -> Subject:
         pair_inputs,
         torch.rand(n),
         lambda output, targets: (
-            ((output.text_embeds * output.image_embeds).sum(1) * output.logits_per_image.detach().mean() ** 0 - targets) ** 2
+            (
+                (output.text_embeds * output.image_embeds).sum(1)
+                * output.logits_per_image.detach().mean() ** 0
+                - targets
+            )
+            ** 2
         ),
     )
 
@@ -681,7 +872,9 @@ def _enliven(model: Any) -> None:
                     p.normal_(0, least)
 
 
-def run_case(library: str, name: str, optimizer_name: str, precision: str, norm: str) -> dict[str, Any]:
+def run_case(
+    library: str, name: str, optimizer_name: str, precision: str, norm: str
+) -> dict[str, Any]:
     """One case, in this process. Returns: verdict, and what there is to say of it."""
     import torch
     from rows import (
@@ -729,7 +922,9 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
 
     def losses(part: slice) -> Any:
         with casting():
-            return subject.losses(subject.output(model, subject.batch(part)), subject.targets[part]).float()
+            return subject.losses(
+                subject.output(model, subject.batch(part)), subject.targets[part]
+            ).float()
 
     parts = [slice(k * BATCH, (k + 1) * BATCH) for k in range(STEPS)]
     seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
@@ -743,7 +938,9 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
             def body(k: int = k, part: slice = part) -> None:
                 losses(part).mean().backward()
                 if k == 0 and recorder is None:
-                    used.update({n: p.grad.clone() for n, p in trained.items() if p.grad is not None})
+                    used.update(
+                        {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
+                    )
                 chosen.step()
                 chosen.zero_grad()
 
@@ -764,17 +961,35 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
         run = Path(directory) / "run"
         try:
             chosen = optimizer()
-            recorder = Recorder(model, chosen, run, n_samples=BATCH * STEPS, encoding="exact", dtype="float32")
+            recorder = Recorder(
+                model, chosen, run, n_samples=BATCH * STEPS, encoding="exact", dtype="float32"
+            )
             train("recorded", chosen, recorder)
         except HydraError as error:
-            return facts | {"verdict": "refused", "error": type(error).__name__, "why": _line(error)}
+            return facts | {
+                "verdict": "refused",
+                "error": type(error).__name__,
+                "why": _line(error),
+            }
         except Exception as error:  # noqa: BLE001
-            return facts | {"verdict": "crash", "error": type(error).__name__, "why": _line(error), "where": _where(error)}
+            return facts | {
+                "verdict": "crash",
+                "error": type(error).__name__,
+                "why": _line(error),
+                "where": _where(error),
+            }
         facts["ratio"] = round(seconds["recorded"][-1] / max(seconds["plain"][-1], 1e-4), 2)
         facts["first_ratio"] = round(seconds["recorded"][0] / max(seconds["plain"][0], 1e-4), 2)
-        moved = [k for k, v in model.state_dict().items() if not torch.equal(v, plain[k]) and not bool(v.isnan().any())]
+        moved = [
+            k
+            for k, v in model.state_dict().items()
+            if not torch.equal(v, plain[k]) and not bool(v.isnan().any())
+        ]
         if moved:
-            return facts | {"verdict": "changed", "why": f"{len(moved)} tensors, such as {moved[0]}"}
+            return facts | {
+                "verdict": "changed",
+                "why": f"{len(moved)} tensors, such as {moved[0]}",
+            }
         facts |= _tested(recorder, subject, model, run, chosen)
         if facts["test"] != "right":
             recorder.close()  # which writes the rows
@@ -787,7 +1002,9 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
         torch.manual_seed(1)
         terms = losses(parts[0]) / BATCH
         truth = gradients_of_losses(terms, trained)
-        tolerance, floor = (TOLERANCE, FLOOR) if precision == "fp32" else (HALF_TOLERANCE, HALF_FLOOR)
+        tolerance, floor = (
+            (TOLERANCE, FLOOR) if precision == "fp32" else (HALF_TOLERANCE, HALF_FLOOR)
+        )
         worst = differences(rows, truth, floor)
         if couples(model) and max(worst.values()) > tolerance:
             model.load_state_dict(first)
@@ -797,7 +1014,9 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
             worst = {k: min(worst[k], off) for k, off in differences(rows, shares, floor).items()}
         at = max(worst, key=lambda k: worst[k])
         # rows so small beside the others that a wrong one would pass
-        least = tolerance * floor * max(float(torch.cat(list(row.values())).norm()) for row in truth)
+        least = (
+            tolerance * floor * max(float(torch.cat(list(row.values())).norm()) for row in truth)
+        )
         small = sum(max(float(row[k].norm()) for row in truth) < least for k in worst)
         facts["untested"] = round(small / len(worst), 3)
         facts |= {"off": float(f"{worst[at]:.2e}")}
@@ -808,13 +1027,17 @@ def run_case(library: str, name: str, optimizer_name: str, precision: str, norm:
         if facts.get("coupled"):
             sums = {k: sum(row[k] for row in rows) for k in several}
             books = max(
-                float((sums[k] - used[k].flatten()).norm() / max(float(used[k].norm()), 1e-6)) for k in several if k in used
+                float((sums[k] - used[k].flatten()).norm() / max(float(used[k].norm()), 1e-6))
+                for k in several
+                if k in used
             )
             return facts | {"verdict": "share" if books < 10 * tolerance else "wrong", "why": why}
         return facts | {"verdict": "wrong", "why": why}
 
 
-def _tested(recorder: Any, subject: Subject, model: Any, run: Path, optimizer: Any) -> dict[str, Any]:
+def _tested(
+    recorder: Any, subject: Subject, model: Any, run: Path, optimizer: Any
+) -> dict[str, Any]:
     """Test gradients of two samples: right, refused, wrong or crash."""
     import torch
     from rows import differences, gradients_of_losses, stored_tests
@@ -871,7 +1094,11 @@ def in_a_process(case: list[str], limit: float, memory: float) -> dict[str, Any]
     process.start()
     sender.close()
     try:
-        found: dict[str, Any] = receiver.recv() if receiver.poll(limit) else {"verdict": "slow", "why": f"more than {limit:.0f} s"}
+        found: dict[str, Any] = (
+            receiver.recv()
+            if receiver.poll(limit)
+            else {"verdict": "slow", "why": f"more than {limit:.0f} s"}
+        )
     except EOFError:
         process.join()
         found = {"verdict": "crash", "why": f"exit status {process.exitcode}"}
@@ -889,7 +1116,11 @@ def _send_case(case: list[str], most_bytes: int, sender: Any) -> None:
         found = {"verdict": "slow", "why": _line(error)}
     except Exception as error:  # noqa: BLE001
         memory = "allocate memory" in str(error)
-        found = {"verdict": "slow" if memory else "crash", "why": _line(error), "where": _where(error)}
+        found = {
+            "verdict": "slow" if memory else "crash",
+            "why": _line(error),
+            "where": _where(error),
+        }
     sender.send(found)
 
 
@@ -916,18 +1147,29 @@ def summarise(lines: list[dict[str, Any]]) -> None:
         if len(settings) > 1:
             print("\n| setting | right | refused | other |\n| --- | --- | --- | --- |")
             for setting in settings:
-                of = Counter(x["verdict"] for x in own if (x["optimizer"], x["precision"], x["norm"]) == setting)
+                of = Counter(
+                    x["verdict"]
+                    for x in own
+                    if (x["optimizer"], x["precision"], x["norm"]) == setting
+                )
                 others = sum(of.values()) - of["right"] - of["refused"] - of["unfit"]
                 print(f"| {' '.join(setting)} | {of['right']} | {of['refused']} | {others} |")
-        ratios = sorted(x["ratio"] for x in own if x["verdict"] in ("right", "share") and "ratio" in x)
+        ratios = sorted(
+            x["ratio"] for x in own if x["verdict"] in ("right", "share") and "ratio" in x
+        )
         if ratios:
-            print(f"\nsecond step, recorded over plain: median {ratios[len(ratios) // 2]}, from {ratios[0]} to {ratios[-1]}")
+            print(
+                f"\nsecond step, recorded over plain: median {ratios[len(ratios) // 2]}, from {ratios[0]} to {ratios[-1]}"
+            )
         offs = [x["off"] for x in own if x["verdict"] == "right"]
         if offs:
             print(f"largest relative error of a right row: {max(offs):.1e}")
         untested = [f"{x['name']} ({x['untested']:.0%})" for x in own if x.get("untested", 0) > 0.3]
         if untested:
-            print("parameters whose rows are too small to judge: " + ", ".join(dict.fromkeys(untested)))
+            print(
+                "parameters whose rows are too small to judge: "
+                + ", ".join(dict.fromkeys(untested))
+            )
         tests = Counter(x["test"] for x in own if "test" in x)
         print("test gradients: " + ", ".join(f"{n} {kind}" for kind, n in tests.items()))
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -936,16 +1178,22 @@ def summarise(lines: list[dict[str, Any]]) -> None:
                 reasons.setdefault((x["verdict"], _kind_of(x.get("why", ""))), []).append(x["name"])
         for x in own:
             if x.get("test") in ("refused", "crash", "wrong"):
-                reasons.setdefault((f"test {x['test']}", _kind_of(x.get("test_why", ""))), []).append(x["name"])
+                reasons.setdefault(
+                    (f"test {x['test']}", _kind_of(x.get("test_why", ""))), []
+                ).append(x["name"])
         if reasons:
             print("\n| verdict | cases | why | models |\n| --- | --- | --- | --- |")
-            for (verdict, why), found in sorted(reasons.items(), key=lambda item: (item[0][0], -len(item[1]))):
+            for (verdict, why), found in sorted(
+                reasons.items(), key=lambda item: (item[0][0], -len(item[1]))
+            ):
                 shown = ", ".join(dict.fromkeys(found))
                 print(f"| {verdict} | {len(found)} | {why} | {shown} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--library", default="timm,transformers")
     parser.add_argument("--only", default="", help="regular expression on the name")
     parser.add_argument("--optimizers", default="sgd")
@@ -986,7 +1234,10 @@ def main() -> None:
             with asked.jsonl.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         told = line.get("why") or f"off {line.get('off')}, {line.get('ratio')} times plain"
-        print(f"[{number + 1}/{len(cases)}] {' '.join(case[1:])}: {line['verdict']}: {told[:150]}", flush=True)
+        print(
+            f"[{number + 1}/{len(cases)}] {' '.join(case[1:])}: {line['verdict']}: {told[:150]}",
+            flush=True,
+        )
     summarise(lines)
 
 

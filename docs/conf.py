@@ -54,8 +54,11 @@ def _write_reference() -> None:
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="hydra-pipe")
     pages = {
-        "commands.md": typer.cli.get_docs_for_click(obj=command, ctx=context, name="hydra-pipe", title="Commands"),
-        "python.md": _PYTHON_HEAD + "\n".join([*map(_directive, hydra_pipe.__all__), *map(_callback, INTEGRATIONS)]),
+        "commands.md": typer.cli.get_docs_for_click(
+            obj=command, ctx=context, name="hydra-pipe", title="Commands"
+        ),
+        "python.md": _PYTHON_HEAD
+        + "\n".join([*map(_directive, hydra_pipe.__all__), *map(_callback, INTEGRATIONS)]),
     }
     for name, text in pages.items():
         page = _REFERENCE / name

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
-    from hydra_pipe.per_sample.registry import register_rule
+    from hydra_pipe.per_sample.registry import register_layer_rule
     from hydra_pipe.probing import probe
-    from hydra_pipe.recording.optimizers import OptimizerRule, register_rule_of_optimizer
+    from hydra_pipe.recording.optimizers import OptimizerRule, register_optimizer_rule
     from hydra_pipe.recording.recorder import Recorder
     from hydra_pipe.reporting.run import report_run as report
     from hydra_pipe.reporting.shown import ShownSamples
@@ -43,8 +43,8 @@ __all__ = [
     "prune",
     "record",
     "reduce",
-    "register_rule",
-    "register_rule_of_optimizer",
+    "register_layer_rule",
+    "register_optimizer_rule",
     "report",
     "train",
     "verify",
@@ -65,8 +65,8 @@ _HOMES = {
     "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
     "reduce": ("hydra_pipe.api", "reduce"),
-    "register_rule": ("hydra_pipe.per_sample.registry", "register_rule"),
-    "register_rule_of_optimizer": ("hydra_pipe.recording.optimizers", "register_rule_of_optimizer"),
+    "register_layer_rule": ("hydra_pipe.per_sample.registry", "register_layer_rule"),
+    "register_optimizer_rule": ("hydra_pipe.recording.optimizers", "register_optimizer_rule"),
     "report": ("hydra_pipe.reporting.run", "report_run"),
     "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
     "train": ("hydra_pipe.training.trainer", "train"),

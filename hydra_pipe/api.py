@@ -65,7 +65,9 @@ def record(
     from hydra_pipe.training.run import RecordOptions, record_run
 
     run = location(run)
-    options = RecordOptions.parse(encoding, dim, dtype, checkpoint_every, test_every, overwrite=overwrite)
+    options = RecordOptions.parse(
+        encoding, dim, dtype, checkpoint_every, test_every, overwrite=overwrite
+    )
     built, own = built_pipeline(pipeline, settings)
     return record_run(built, run, own, options, progress or Progress())
 
@@ -163,7 +165,12 @@ def reduce(
 
 
 def plan(
-    run: PathLike, *, method: str = "hydra", pipeline: "str | Pipeline | None" = None, dataset: Any = None, **options: Any
+    run: PathLike,
+    *,
+    method: str = "hydra",
+    pipeline: "str | Pipeline | None" = None,
+    dataset: Any = None,
+    **options: Any,
 ) -> str:
     """Return the plan of `reduce` for these arguments, in lines for people.
 
@@ -195,11 +202,20 @@ def _trains(name: str, pipeline: "str | Pipeline | None", dataset: Any) -> bool:
     from hydra_pipe.reduction.methods import method_named
 
     method = method_named(name)
-    check_meant(method, *(option for option, given in (("--pipeline", pipeline), ("dataset", dataset)) if given is not None))
+    check_meant(
+        method,
+        *(
+            option
+            for option, given in (("--pipeline", pipeline), ("dataset", dataset))
+            if given is not None
+        ),
+    )
     return method.solvers is None
 
 
-def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = False) -> "list[Fault]":
+def verify(
+    run: PathLike, progress: Progress | None = None, *, repair: bool = False
+) -> "list[Fault]":
     """Read everything in a run and check files, checksums, counts, and origins of results.
 
     Args:
@@ -221,10 +237,16 @@ def verify(run: PathLike, progress: Progress | None = None, *, repair: bool = Fa
     from hydra_pipe.store.integrity.repair import repair_path
     from hydra_pipe.store.integrity.verify import check_path
 
-    return repair_path(run, progress or Progress()) if repair else check_path(run, progress or Progress())
+    return (
+        repair_path(run, progress or Progress())
+        if repair
+        else check_path(run, progress or Progress())
+    )
 
 
-def prune(run: PathLike, progress: Progress | None = None, *, discard_unfinished: bool = False) -> int:
+def prune(
+    run: PathLike, progress: Progress | None = None, *, discard_unfinished: bool = False
+) -> int:
     """Delete the recorded rows of a run that keeps its hypergradients.
 
     See `reduce(..., keep_hypergradients=True)`. Afterwards "hydra" and "hydra-fisher" answer

@@ -11,14 +11,20 @@ _brief.maxstring = _brief.maxlong = _brief.maxother = _MOST_SHOWN
 
 def shown(value: Any) -> str:
     """Return a value from a file, or the error that it caused, as one short printable line."""
-    text = (str(value) or type(value).__name__) if isinstance(value, BaseException) else _brief.repr(value)
+    text = (
+        (str(value) or type(value).__name__)
+        if isinstance(value, BaseException)
+        else _brief.repr(value)
+    )
     text = printable(text)
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def printable(text: str) -> str:
     """Return `text` in one line, without anything that a terminal would obey."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+    return " ".join(
+        "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split()
+    )
 
 
 class HydraError(Exception):
@@ -68,7 +74,9 @@ def extra_of(error: BaseException) -> str | None:
 
 def missing_extra(what: str, extra: str, error: ImportError) -> ExtraError:
     """Return the error to raise if `what` lacks packages of `extra`, as `error` says."""
-    return ExtraError(f"{what} cannot be used ({error}): pip install 'hydra-pipe[{extra}]'", name=error.name)
+    return ExtraError(
+        f"{what} cannot be used ({error}): pip install 'hydra-pipe[{extra}]'", name=error.name
+    )
 
 
 class PipelineError(HydraError):
@@ -95,7 +103,7 @@ class ScheduleError(HydraError):
     """Learning rates, momenta or weight decays that are not finite, or steps out of order."""
 
 
-class BooksError(HydraError):
+class GradientMismatchError(HydraError):
     """The recorded rows of a step do not sum to the gradient that the optimiser is about to use."""
 
 

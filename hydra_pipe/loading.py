@@ -20,9 +20,9 @@ from hydra_pipe.recording.datasets import dataset_batches
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.recording.test_gradients import digest_of
 from hydra_pipe.recording.user_code import user_code_error
-from hydra_pipe.store.run.commands import DATASET
-from hydra_pipe.store.files import is_remote, local_path
 from hydra_pipe.store.data.probes import SAMPLES
+from hydra_pipe.store.files import is_remote, local_path
+from hydra_pipe.store.run.commands import DATASET
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import PROBE, RECORD, Settings
 from hydra_pipe.training.pipeline import Pipeline, check_dataset, described
@@ -34,7 +34,7 @@ _SET = "set "
 
 
 @dataclass(frozen=True)
-class Source:
+class UserFunction:
     """A function in a user's file, with all of its settings resolved.
 
     The file has been run, the function not yet.
@@ -62,7 +62,10 @@ class Source:
         The values are plain JSON, so that they compare equal after reading.
         """
         plain = (str, int, float, bool, type(None))
-        return {f"{_SET}{name}": value if isinstance(value, plain) else str(value) for name, value in self.settings.items()}
+        return {
+            f"{_SET}{name}": value if isinstance(value, plain) else str(value)
+            for name, value in self.settings.items()
+        }
 
     def call(self) -> Any:
         """Call the function, with random generators seeded by its `seed` setting, or by 0.
@@ -83,7 +86,7 @@ class Source:
             raise user_code_error(f"{self.spec} raised", error) from error
 
 
-class PipelineSource(Source):
+class PipelineFunction(UserFunction):
     """A function that returns a Pipeline."""
 
     def build(self) -> Pipeline:
@@ -95,11 +98,13 @@ class PipelineSource(Source):
         """
         pipeline = self.call()
         if not isinstance(pipeline, Pipeline):
-            raise PipelineError(f"{self.spec} returned {type(pipeline).__name__}: it must return a Pipeline")
+            raise PipelineError(
+                f"{self.spec} returned {type(pipeline).__name__}: it must return a Pipeline"
+            )
         return pipeline
 
 
-class DatasetSource(Source):
+class DatasetFunction(UserFunction):
     """A function that returns a map-style dataset of (input, target), or a loader."""
 
     def build(self) -> Any:
@@ -115,7 +120,9 @@ class DatasetSource(Source):
         return dataset
 
 
-def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None = None) -> PipelineSource:
+def load_pipeline(
+    spec: str, assignments: Mapping[str, Any] | list[str] | None = None
+) -> PipelineFunction:
     """Find the function that `spec` names and bind its settings.
 
     Args:
@@ -129,7 +136,9 @@ def load_pipeline(spec: str, assignments: Mapping[str, Any] | list[str] | None =
         UsageError: a setting is unknown, or a value is not of the annotated type.
     """
     path, function = _split_spec(spec)
-    return PipelineSource(*_found(path, function or DEFAULT_FUNCTION, assignments, "pipeline file"))
+    return PipelineFunction(
+        *_found(path, function or DEFAULT_FUNCTION, assignments, "pipeline file")
+    )
 
 
 def built_pipeline(
@@ -148,14 +157,18 @@ def built_pipeline(
     """
     if isinstance(pipeline, Pipeline):
         if assignments:
-            raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
+            raise PipelineError(
+                "settings go with a pipeline file: a Pipeline has been built already"
+            )
         return pipeline, {"pipeline": None}
     source = load_pipeline(pipeline, assignments)
     built = source.build()
     return built, {"pipeline": source.spec} | source.recorded_settings
 
 
-def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = None) -> DatasetSource:
+def load_dataset(
+    spec: str, assignments: Mapping[str, Any] | list[str] | None = None
+) -> DatasetFunction:
     """Find the function that `spec` names and bind its settings.
 
     Args:
@@ -168,11 +181,15 @@ def load_dataset(spec: str, assignments: Mapping[str, Any] | list[str] | None = 
     """
     path, function = _split_spec(spec)
     if not function:
-        raise UsageError(f"{spec} names no function: write {path}:NAME, of one that returns a dataset of (input, target)")
-    return DatasetSource(*_found(path, function, assignments, "file"))
+        raise UsageError(
+            f"{spec} names no function: write {path}:NAME, of one that returns a dataset of (input, target)"
+        )
+    return DatasetFunction(*_found(path, function, assignments, "file"))
 
 
-def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) -> Callable[[], Pipeline]:
+def pipeline_of(
+    run: RunDirectory, given: str | Pipeline | None, advice: str
+) -> Callable[[], Pipeline]:
     """Return a function that builds the untrained pipeline of `run`, and refuses another one.
 
     Args:
@@ -188,17 +205,25 @@ def pipeline_of(run: RunDirectory, given: str | Pipeline | None, advice: str) ->
     settings, spec = run.stages[RECORD].settings, recorded_spec(run, given, advice)
 
     def load() -> Pipeline:
-        built = spec if isinstance(spec, Pipeline) else load_pipeline(spec, recorded_assignments(settings)).build()
+        built = (
+            spec
+            if isinstance(spec, Pipeline)
+            else load_pipeline(spec, recorded_assignments(settings)).build()
+        )
         for name, value in json_settings(described(built)).items():
             if name in settings and settings[name] != value:
                 what, was, now = _difference(name, settings[name], value)
-                raise RunError(f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it is another one")
+                raise RunError(
+                    f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it is another one"
+                )
         return built
 
     return load
 
 
-def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given: Any = None) -> Callable[[], Pipeline]:
+def with_probe(
+    run: RunDirectory, load: Callable[[], Pipeline], name: str, given: Any = None
+) -> Callable[[], Pipeline]:
     """Return a function that builds a pipeline with the samples of probe `name` as its tests.
 
     Args:
@@ -221,9 +246,15 @@ def with_probe(run: RunDirectory, load: Callable[[], Pipeline], name: str, given
 
     def probed() -> Pipeline:
         pipeline = load()
-        dataset = load_dataset(str(spec), recorded_assignments(settings)).build() if given is None else given
+        dataset = (
+            load_dataset(str(spec), recorded_assignments(settings)).build()
+            if given is None
+            else given
+        )
         check_dataset(f"the dataset of probe {name}", dataset)
-        if digest_of(dataset_batches(dataset, "probe", pipeline.seed, pipeline.batch_size)) != settings.get(SAMPLES):
+        if digest_of(
+            dataset_batches(dataset, "probe", pipeline.seed, pipeline.batch_size)
+        ) != settings.get(SAMPLES):
             raise RunError(
                 f"{path}: the samples of probe {name} are others than those that it was taken of: give these, or take it again "
                 f"with hydra-pipe probe --overwrite"
@@ -245,7 +276,9 @@ def recorded_spec(run: RunDirectory, given: str | Pipeline | None, advice: str) 
         return given
     spec = run.stages[RECORD].settings.get("pipeline")
     if not isinstance(spec, str):
-        raise RunError(f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}")
+        raise RunError(
+            f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}"
+        )
     _refuse_stranger(run.path, spec)
     return spec
 
@@ -275,13 +308,18 @@ def _refuse_stranger(run: Path, spec: str) -> None:
     packages = {"site-packages", "dist-packages"} & set(where.parts) or _PACKAGE in where.parents
     if not is_remote(run) and run.resolve() in where.parents:
         why = "lies in the run itself"
-    elif packages or any(Path(place).resolve() in where.parents for place in (sysconfig.get_path("stdlib"), sys.prefix)):
+    elif packages or any(
+        Path(place).resolve() in where.parents
+        for place in (sysconfig.get_path("stdlib"), sys.prefix)
+    ):
         why = "is part of an installed package"
     elif "hydra_pipe" not in where.read_text(encoding="utf-8", errors="replace"):
         why = "does not mention hydra_pipe"
     else:
         return
-    raise RunError(f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with --pipeline if it is yours")
+    raise RunError(
+        f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with --pipeline if it is yours"
+    )
 
 
 def _difference(name: str, was: Any, now: Any) -> tuple[str, str, str]:
@@ -308,7 +346,9 @@ def _found(
     path = str(local_path(path, f"the {what}"))
     build = getattr(_run_file(path, what), function, None)
     if not callable(build):
-        raise PipelineError(f"{path} has no function {function}: define it, or name another as {path}:NAME")
+        raise PipelineError(
+            f"{path} has no function {function}: define it, or name another as {path}:NAME"
+        )
     return path, function, _settings(f"{path}:{function}", build, assignments or {}), build
 
 
@@ -341,8 +381,14 @@ def _settings(what: str, build: Any, assignments: Mapping[str, Any] | list[str])
     try:
         hints = get_type_hints(build)
     except NameError as error:
-        raise PipelineError(f"{what}: an annotation cannot be resolved ({error}): import what it names") from error
-    settings = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        raise PipelineError(
+            f"{what}: an annotation cannot be resolved ({error}): import what it names"
+        ) from error
+    settings = {
+        name: p.default
+        for name, p in parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
     pairs = assignments.items() if isinstance(assignments, Mapping) else map(_split, assignments)
     for key, value in pairs:
         if key not in parameters:
@@ -371,7 +417,9 @@ def _converted(what: str, key: str, text: str, kind: Any) -> Any:
     if origin is Literal:
         chosen = [choice for choice in get_args(kind) if str(choice) == text]
         if not chosen:
-            raise UsageError(f"{what}: {key}={text!r} is not one of {', '.join(map(str, get_args(kind)))}")
+            raise UsageError(
+                f"{what}: {key}={text!r} is not one of {', '.join(map(str, get_args(kind)))}"
+            )
         return chosen[0]
     if origin in (Union, types.UnionType):
         kinds = get_args(kind)
@@ -388,5 +436,7 @@ def _converted(what: str, key: str, text: str, kind: Any) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise UsageError(f"{what}: {key}={text!r} is not {'an int' if kind is int else 'a float'}") from None
+            raise UsageError(
+                f"{what}: {key}={text!r} is not {'an int' if kind is int else 'a float'}"
+            ) from None
     return text

@@ -16,22 +16,30 @@ from hydra_pipe.errors import RunError, UsageError
 from hydra_pipe.loading import load_dataset, pipeline_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.progress import Progress, Task
+from hydra_pipe.recording.collectives import unwrapped
 from hydra_pipe.recording.collector import Collector, Root
 from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
-from hydra_pipe.recording.eval_mode import evaluating
-from hydra_pipe.recording.collectives import unwrapped
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.settings import Labels, json_settings
 from hydra_pipe.recording.test_gradients import digest_of, record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import load_final, state_digests
-from hydra_pipe.store.run.commands import DATASET
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.json_parsing import is_count
-from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.data.probes import (
+    LABELS,
+    SAMPLES,
+    check_name,
+    drop_results,
+    probe_table,
+    results_of,
+    write_probe_labels,
+)
 from hydra_pipe.store.data.recording import open_recording
-from hydra_pipe.store.data.probes import LABELS, SAMPLES, check_name, drop_results, probe_table, results_of, write_probe_labels
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.run.commands import DATASET
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.stage_runner import running, taken_up
 from hydra_pipe.store.run.stages import PROBE, RECORD, Settings, StageId
 from hydra_pipe.training.pipeline import Pipeline, check_dataset
@@ -65,7 +73,11 @@ class _Asked:
 
 
 def _batches(dataset: Any, seed: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    return dataset_batches(dataset, "probe", seed, batch_size) if is_dataset(dataset) else iter(dataset)
+    return (
+        dataset_batches(dataset, "probe", seed, batch_size)
+        if is_dataset(dataset)
+        else iter(dataset)
+    )
 
 
 def _counted(batches: Iterator[tuple[Any, Any]], task: Task) -> Iterator[tuple[Any, Any]]:
@@ -120,7 +132,9 @@ def probe(
     """
     check_name(name)
     if (model is None) != (loss is None) or (model is not None and pipeline is not None):
-        raise UsageError("give a pipeline, or a model and its loss: both of these, and not beside a pipeline")
+        raise UsageError(
+            "give a pipeline, or a model and its loss: both of these, and not beside a pipeline"
+        )
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, None)
@@ -130,12 +144,16 @@ def probe(
     def has_work() -> bool:
         return overwrite or _has_work(directory, stage, asked.settings)
 
-    with taken_up(directory, stage, *results_of(directory, name), has_work=has_work, progress=progress) as is_needed:
+    with taken_up(
+        directory, stage, *results_of(directory, name), has_work=has_work, progress=progress
+    ) as is_needed:
         if is_needed:
             start = time.monotonic()
             subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
             _take(directory, gradients, name, subject, asked, progress)
-            progress.say(f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}")
+            progress.say(
+                f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}"
+            )
     return is_needed
 
 
@@ -167,7 +185,10 @@ def _asked(
     """
     recorded = directory.stages[RECORD].settings
     seed, batch_size = recorded.get("seed"), recorded.get("batch_size")
-    seed, batch_size = seed if is_count(seed) else 0, batch_size if is_count(batch_size, 1) else BATCH
+    seed, batch_size = (
+        seed if is_count(seed) else 0,
+        batch_size if is_count(batch_size, 1) else BATCH,
+    )
     own: Settings = {DATASET: None}
     if isinstance(dataset, str):
         source = load_dataset(dataset, settings)
@@ -185,7 +206,14 @@ def _asked(
         own[SAMPLES] = digest_of(_counted(_batches(dataset, seed, batch_size), task))
     if labels is not None:
         own[LABELS] = hashlib.sha256(repr(np.asarray(labels).tolist()).encode()).hexdigest()[:16]
-    return _Asked(dataset, n_samples, seed, batch_size, labels, json_settings(own | {"checkpoint": checkpoint}))
+    return _Asked(
+        dataset,
+        n_samples,
+        seed,
+        batch_size,
+        labels,
+        json_settings(own | {"checkpoint": checkpoint}),
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +234,12 @@ class _Subject:
 
 
 def _subject(
-    directory: RunDirectory, gradients: Gradients, step: int, pipeline: str | Pipeline | None, model: nn.Module | None, loss: Any
+    directory: RunDirectory,
+    gradients: Gradients,
+    step: int,
+    pipeline: str | Pipeline | None,
+    model: nn.Module | None,
+    loss: Any,
 ) -> _Subject:
     """Return the model of the run, with its final parameters.
 
@@ -218,9 +251,14 @@ def _subject(
             "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., loss=...), or pipeline=... where "
             "that was recorded"
         )
-        load, sha256 = pipeline_of(directory, pipeline, advice), directory.stages[RECORD].facts.get("final_sha256")
+        load, sha256 = (
+            pipeline_of(directory, pipeline, advice),
+            directory.stages[RECORD].facts.get("final_sha256"),
+        )
         if sha256 is None:
-            raise RunError(f"{directory.path} was recorded by a loop of one's own, which keeps its parameters itself: {advice}")
+            raise RunError(
+                f"{directory.path} was recorded by a loop of one's own, which keeps its parameters itself: {advice}"
+            )
         built = load()
         model, loss = built.model, built.loss
         final = load_final(directory.path / names.CHECKPOINTS, sha256)
@@ -233,7 +271,11 @@ def _subject(
     for block in gradients.layout.blocks:
         parameter = parameters.get(block.name)
         if parameter is None or tuple(parameter.shape) != block.shape:
-            has = "none of that name" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            has = (
+                "none of that name"
+                if parameter is None
+                else f"one of shape {tuple(parameter.shape)}"
+            )
             raise RunError(
                 f"{directory.path} has recorded parameter {block.name} {block.shape}, the model has {has}: give the run's own"
             )
@@ -248,30 +290,46 @@ def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping
         RunError: parameters or buffers differ in name or shape.
     """
     for name in dict.fromkeys([*final, *now]):
-        shapes = [tuple(np.shape(values[name])) if name in values else None for values in (final, now)]
+        shapes = [
+            tuple(np.shape(values[name])) if name in values else None for values in (final, now)
+        ]
         if shapes[0] != shapes[1]:
             was, has = ("none" if shape is None else f"shape {shape}" for shape in shapes)
-            raise RunError(f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it is another one")
+            raise RunError(
+                f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it is another one"
+            )
 
 
-def _check_state(directory: RunDirectory, recorded: Mapping[str, str], now: Mapping[str, str], step: int) -> None:
+def _check_state(
+    directory: RunDirectory, recorded: Mapping[str, str], now: Mapping[str, str], step: int
+) -> None:
     """Check that the model has the parameters and buffers of the recorded test gradients.
 
     Raises:
         RunError: a parameter or buffer differs, or the run does not tell.
     """
     if not recorded:
-        raise RunError(f"{directory.path} does not say which parameters its test gradients were taken at: {_AGAIN}")
+        raise RunError(
+            f"{directory.path} does not say which parameters its test gradients were taken at: {_AGAIN}"
+        )
     for name in dict.fromkeys([*recorded, *now]):
         if recorded.get(name) != now.get(name):
-            how = "lacks it" if name not in now else "has it beside" if name not in recorded else "has other values"
+            how = (
+                "lacks it"
+                if name not in now
+                else "has it beside"
+                if name not in recorded
+                else "has other values"
+            )
             raise RunError(
                 f"{directory.path}: {name} is not as it was after {step} steps, when the test gradients were taken: the model "
                 f"{how}: load the parameters of that moment"
             )
 
 
-def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: list[nn.Parameter]) -> Root | None:
+def _root(
+    directory: RunDirectory, gradients: Gradients, step: int, parameters: list[nn.Parameter]
+) -> Root | None:
     if not gradients.preconditioned:
         return None
     found = gradients.preconditioner(step)
@@ -280,7 +338,10 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
             f"{directory.path} does not have the optimizer's preconditioner as it was after {step} steps, without which no test "
             f"gradient can be taken: {_AGAIN}"
         )
-    roots = [torch.from_numpy(root).to(p).reshape(p.shape) for root, p in zip(found, parameters, strict=True)]
+    roots = [
+        torch.from_numpy(root).to(p).reshape(p.shape)
+        for root, p in zip(found, parameters, strict=True)
+    ]
 
     def root(index: int, _: torch.Tensor | None, lines: torch.Tensor | None) -> torch.Tensor:
         return roots[index] if lines is None else roots[index][lines]
@@ -288,7 +349,14 @@ def _root(directory: RunDirectory, gradients: Gradients, step: int, parameters: 
     return root
 
 
-def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Subject, asked: _Asked, progress: Progress) -> None:
+def _take(
+    directory: RunDirectory,
+    gradients: Gradients,
+    name: str,
+    subject: _Subject,
+    asked: _Asked,
+    progress: Progress,
+) -> None:
     stage = PROBE.of(name)
     # before anything is discarded
     check_stages(directory.path, stage, *results_of(directory, name))
@@ -302,7 +370,14 @@ def _take(directory: RunDirectory, gradients: Gradients, name: str, subject: _Su
             probe_table(partial, attributes, gradients.layout, dtype) as table,
         ):
             n_tests, labels, worst = record_test_gradients(
-                subject.model, collector, table, asked.batches(task), subject.loss, asked.labels, "at the end", "probe"
+                subject.model,
+                collector,
+                table,
+                asked.batches(task),
+                subject.loss,
+                asked.labels,
+                "at the end",
+                "probe",
             )
         if labels is not None:
             write_probe_labels(partial, labels)
@@ -318,12 +393,14 @@ def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterat
     # A parameter that was trained and then frozen has a gradient all the same.
     frozen = [parameter for parameter in subject.trained if not parameter.requires_grad]
     layout = gradients.layout
-    collector = Collector(subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype)
+    collector = Collector(
+        subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype
+    )
     try:
         collector.resume(layout, dtype)
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with untouched(subject.model, subject.loss), evaluating(subject.model):
+        with untouched(subject.model, subject.loss), eval_mode(subject.model):
             yield collector
     finally:
         collector.detach()

@@ -86,7 +86,9 @@ class _LineTask(Task):
     def finish(self) -> None:
         seconds = time.monotonic() - self._start
         rate = self._done / seconds if seconds else 0.0
-        _tell(f"{self._description}: {_amount(self._done, self._unit)} in {format_seconds(seconds)}, {_amount(rate, self._unit)}/s")
+        _tell(
+            f"{self._description}: {_amount(self._done, self._unit)} in {format_seconds(seconds)}, {_amount(rate, self._unit)}/s"
+        )
 
 
 @contextmanager

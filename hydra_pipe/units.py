@@ -33,7 +33,9 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = match.group(2).upper() if match else None
     if match is None or unit not in _FACTORS:
-        raise UsageError(f"{text!r} is not a size: write a number and a unit, such as 4GiB or 512MiB")
+        raise UsageError(
+            f"{text!r} is not a size: write a number and a unit, such as 4GiB or 512MiB"
+        )
     return int(float(match.group(1)) * _FACTORS[unit])
 
 
@@ -70,4 +72,6 @@ def resident_bytes() -> int:
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
     # macOS counts bytes, other systems KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -14,15 +14,21 @@ from hydra_pipe.notebook.results import Results
 from hydra_pipe.notebook.summary import html, html_of_failure, next_commands, plain
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.files import is_remote, tree_bytes
-from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, STEP_COLUMNS, Gradients, Prefix
-from hydra_pipe.store.data.recording import committed
+from hydra_pipe.store.data.gradients import (
+    BLOCK_COLUMNS,
+    GROUP_COLUMNS,
+    STEP_COLUMNS,
+    Gradients,
+    Prefix,
+)
 from hydra_pipe.store.data.probes import open_probe
+from hydra_pipe.store.data.recording import committed
 from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
-from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import OWNED, RECORD, Holds
+from hydra_pipe.store.zarr.arrays import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -97,7 +103,10 @@ class Run:
         first, counts = self.gradients.rows_of_steps()
         rows = {names.FIRST_ROW: first[:, 0]} if self.gradients.n_ranks == 1 else {}
         rows[names.N_ROWS] = counts.sum(axis=1)
-        return rows | {name: self.gradients.step_table(name) for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
+        return rows | {
+            name: self.gradients.step_table(name)
+            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
+        }
 
     def relevance_array(self, method: str = "hydra") -> "zarr.Array[Any]":
         """Return the relevance on disk, (sample, test) float32, read as it is sliced.
@@ -155,7 +164,10 @@ class Run:
         columns = columns_of(array)
         sign, unit = (array.attributes[name] for name in (names.SIGN, names.UNIT))
         dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
-        coordinates: dict[str, Any] = {names.SAMPLE_DIM: np.arange(values.shape[0]), dimension: columns.ids}
+        coordinates: dict[str, Any] = {
+            names.SAMPLE_DIM: np.arange(values.shape[0]),
+            dimension: columns.ids,
+        }
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
         for which, labels in (
             (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
@@ -163,17 +175,26 @@ class Run:
         ):
             if labels is not None:
                 if len(labels) != sizes[which]:
-                    raise StoreError(f"{array.path} has {sizes[which]} x {which}, and there are {len(labels)} labels")
+                    raise StoreError(
+                        f"{array.path} has {sizes[which]} x {which}, and there are {len(labels)} labels"
+                    )
                 coordinates[f"{which}_label"] = (which, labels)
         return xarray.DataArray(
             values,
             dims=(names.SAMPLE_DIM, dimension),
             coords=coordinates,
             name="relevance",
-            attrs={names.METHOD: method, names.SIGN: sign, names.UNIT: unit, names.RUN_ID: self._results.directory().run_id},
+            attrs={
+                names.METHOD: method,
+                names.SIGN: sign,
+                names.UNIT: unit,
+                names.RUN_ID: self._results.directory().run_id,
+            },
         )
 
-    def top(self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra") -> "pandas.DataFrame":
+    def top(
+        self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra"
+    ) -> "pandas.DataFrame":
         """Return the training samples that helped or harmed one test sample most.
 
         Reads the column of the test sample, and at most the rest of its chunk.
@@ -197,7 +218,9 @@ class Run:
         """
         return top_frame(self._results, method, test_id, k, side)
 
-    def samples(self, method: str = "hydra", *, progress: Progress | None = None) -> "pandas.DataFrame":
+    def samples(
+        self, method: str = "hydra", *, progress: Progress | None = None
+    ) -> "pandas.DataFrame":
         """Return every training sample with its relevance over all test samples.
 
         An export of the current relevance is read if there is one. Otherwise the relevance is
@@ -227,15 +250,24 @@ class Run:
         The values are plain, like those that `info --json` prints.
         """
         directory = self._results.directory()
-        stages = {str(which): {"state": s.state, "settings": s.settings, "facts": s.facts} for which, s in directory.stages.items()}
-        places = dict.fromkeys([*OWNED, *(stage.area for stage in directory.stages if stage.kind.holds is Holds.FILE)])
+        stages = {
+            str(which): {"state": s.state, "settings": s.settings, "facts": s.facts}
+            for which, s in directory.stages.items()
+        }
+        places = dict.fromkeys(
+            [*OWNED, *(stage.area for stage in directory.stages if stage.kind.holds is Holds.FILE)]
+        )
         found: dict[str, Any] = {
             "path": str(self.path),
             "run_id": self.run_id,
             "versions": directory.versions,
             "stages": stages,
             "next": next_commands(directory),
-            "bytes": {place: tree_bytes(self.path / place) for place in places if (self.path / place).exists()},
+            "bytes": {
+                place: tree_bytes(self.path / place)
+                for place in places
+                if (self.path / place).exists()
+            },
         }
         recording = self._recording()
         return found if recording is None else found | {"recording": recording}

@@ -40,12 +40,18 @@ class Tabular(nn.Module):
         n_numbers: columns of numbers, which come first in the input.
     """
 
-    def __init__(self, sizes: list[int], n_numbers: int, width: int = 64, embedding: int = 8) -> None:
+    def __init__(
+        self, sizes: list[int], n_numbers: int, width: int = 64, embedding: int = 8
+    ) -> None:
         super().__init__()
         self.n_numbers = n_numbers
         self.embeddings = nn.ModuleList(nn.Embedding(size, embedding) for size in sizes)
         self.layers = nn.Sequential(
-            nn.Linear(n_numbers + embedding * len(sizes), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
+            nn.Linear(n_numbers + embedding * len(sizes), width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,22 +87,33 @@ def pipeline(
         batch_size: rows a step.
         seed: of the weights and the order.
     """
-    train, test = read(data / "adult.train.csv.gz", n_train), read(data / "adult.test.csv.gz", n_test)
+    train, test = (
+        read(data / "adult.train.csv.gz", n_train),
+        read(data / "adult.test.csv.gz", n_test),
+    )
     values = [sorted({row[column] for row in train}) for column in CATEGORIES]
-    codes = [{value: code + 1 for code, value in enumerate(names)} for names in values]  # 0: not seen in training
+    codes = [
+        {value: code + 1 for code, value in enumerate(names)} for names in values
+    ]  # 0: not seen in training
     numbers = torch.tensor([[float(row[column]) for column in NUMBERS] for row in train])
     mean, spread = numbers.mean(0), numbers.std(0).clamp_min(1e-6)
 
     def dataset(rows: list[list[str]]) -> TensorDataset:
-        scaled = (torch.tensor([[float(row[column]) for column in NUMBERS] for row in rows]) - mean) / spread
-        categories = torch.tensor([[c.get(row[k], 0) for c, k in zip(codes, CATEGORIES, strict=True)] for row in rows])
+        scaled = (
+            torch.tensor([[float(row[column]) for column in NUMBERS] for row in rows]) - mean
+        ) / spread
+        categories = torch.tensor(
+            [[c.get(row[k], 0) for c, k in zip(codes, CATEGORIES, strict=True)] for row in rows]
+        )
         labels = torch.tensor([int(row[14].startswith(">50K")) for row in rows])
         return TensorDataset(torch.cat([scaled, categories.float()], dim=1), labels)
 
     def render(row: Tensor) -> dict[str, str]:
         unscaled = (row[: len(NUMBERS)] * spread + mean).round().long().tolist()
         found = dict(zip(NUMBERS, map(str, unscaled), strict=True))
-        for column, names, code in zip(CATEGORIES, values, row[len(NUMBERS) :].long().tolist(), strict=True):
+        for column, names, code in zip(
+            CATEGORIES, values, row[len(NUMBERS) :].long().tolist(), strict=True
+        ):
             found[column] = names[code - 1] if code else "(not in the training rows)"
         return {name: found[column] for column, name in enumerate(COLUMNS)}
 

@@ -78,11 +78,19 @@ def pipeline(
     """
     with np.load(data / "cifar10_subset_12k.npz", allow_pickle=False) as file:
         name = "y_train" if labels == "clean" else f"y_train_{labels}"
-        train = TensorDataset(pixels(file["x_train"][:n_train]), torch.from_numpy(file[name][:n_train].astype(np.int64)))
-        chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(int)  # the file is in order of class
+        train = TensorDataset(
+            pixels(file["x_train"][:n_train]),
+            torch.from_numpy(file[name][:n_train].astype(np.int64)),
+        )
+        chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(
+            int
+        )  # the file is in order of class
         classes = file["class_names"].tolist()
         truth = file["y_train"][:n_train].tolist()
-        test = TensorDataset(pixels(file["x_test"][chosen]), torch.from_numpy(file["y_test"][chosen].astype(np.int64)))
+        test = TensorDataset(
+            pixels(file["x_test"][chosen]),
+            torch.from_numpy(file["y_test"][chosen].astype(np.int64)),
+        )
     model = resnet(width)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     return Pipeline(
@@ -97,5 +105,7 @@ def pipeline(
         sample_labels=[classes[label] for label in train.tensors[1].tolist()],
         test_labels=[classes[label] for label in test.tensors[1].tolist()],
         true_labels=[classes[label] for label in truth],
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-n_train // batch_size)),
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, epochs * -(-n_train // batch_size)
+        ),
     )

@@ -22,7 +22,9 @@ def load(noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     truth = torch.tensor(digits.target[order], dtype=torch.int64)
     generator = np.random.default_rng([seed, 1])
     n_train = len(truth) - N_TEST
-    wrong = torch.tensor(generator.choice(n_train, round(noise * n_train), replace=False), dtype=torch.int64)
+    wrong = torch.tensor(
+        generator.choice(n_train, round(noise * n_train), replace=False), dtype=torch.int64
+    )
     labels = truth.clone()
     labels[wrong] = (truth[wrong] + torch.tensor(generator.integers(1, 10, len(wrong)))) % 10
     return images, labels, truth
@@ -63,14 +65,22 @@ def show(run: str) -> None:
     table = found.path / "rankings" / "method=hydra" / "samples.parquet"
     ranking = pq.read_table(table).sort_by("rank").to_pydict()
     wrong = (labels != truth)[: len(ranking["train_id"])]
-    print("The most harmful training samples (relevance: units of the test loss, summed over all test samples):\n")
+    print(
+        "The most harmful training samples (relevance: units of the test loss, summed over all test samples):\n"
+    )
     print("rank  train_id  label  true label   relevance")
-    for rank, sample, relevance in zip(ranking["rank"][:12], ranking["train_id"], ranking["relevance_sum"], strict=False):
+    for rank, sample, relevance in zip(
+        ranking["rank"][:12], ranking["train_id"], ranking["relevance_sum"], strict=False
+    ):
         mark = "  <- mislabelled" if wrong[sample] else ""
-        print(f"{rank:4d}  {sample:8d}  {labels[sample]:5d}  {truth[sample]:10d}  {relevance:10.2f}{mark}")
+        print(
+            f"{rank:4d}  {sample:8d}  {labels[sample]:5d}  {truth[sample]:10d}  {relevance:10.2f}{mark}"
+        )
     lowest = ranking["train_id"][:50]
     hits, chance = int(wrong[lowest].sum()), 50 * float(wrong.float().mean())
-    print(f"\nOf the 50 lowest-ranked, {hits} are truly mislabelled; {chance:.0f} would be by chance.")
+    print(
+        f"\nOf the 50 lowest-ranked, {hits} are truly mislabelled; {chance:.0f} would be by chance."
+    )
     print(f"Parquet: {table.parent}")
 
 

@@ -11,7 +11,18 @@ from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 def lenet5() -> nn.Module:
@@ -43,13 +54,17 @@ def load(data: Path, part: str, count: int) -> TensorDataset:
     """The first `count` pictures of `part` ("train" or "t10k"), shape (count, 1, 28, 28) in [0, 1], and their labels."""
     images = read_idx(data / f"{part}-images-idx3-ubyte.gz")[:count]
     labels = read_idx(data / f"{part}-labels-idx1-ubyte.gz")[:count]
-    return TensorDataset(torch.tensor(images)[:, None] / 255, torch.tensor(labels, dtype=torch.int64))
+    return TensorDataset(
+        torch.tensor(images)[:, None] / 255, torch.tensor(labels, dtype=torch.int64)
+    )
 
 
 def flip(labels: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
     """`labels` of ten classes with a fraction `noise` of them changed, each to another class."""
     generator = np.random.default_rng([seed, 1])
-    wrong = torch.from_numpy(generator.choice(len(labels), round(noise * len(labels)), replace=False))
+    wrong = torch.from_numpy(
+        generator.choice(len(labels), round(noise * len(labels)), replace=False)
+    )
     changed = labels.clone()
     changed[wrong] = (labels[wrong] + torch.from_numpy(generator.integers(1, 10, len(wrong)))) % 10
     return changed
@@ -90,7 +105,9 @@ def pipeline(
     images, labels = train.tensors
     given = flip(labels, noise, seed)
     model = lenet5()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
     steps = epochs * -(-n_train // batch_size)
     return Pipeline(
         model=model,

@@ -40,7 +40,14 @@ def pipeline(
     """
     train, test = load(data, "train", n_train), load(data, "t10k", n_test)
     images, labels = train.tensors
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    mlp = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
     model = mlp if network == "mlp" else lenet5()
     return Pipeline(
         model=model,

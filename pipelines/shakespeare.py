@@ -16,11 +16,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_projection, self.out_projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.in_projection, self.out_projection = (
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        parts = self.in_projection(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        parts = (
+            self.in_projection(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
         return self.out_projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
@@ -32,7 +37,9 @@ class Layer(nn.Module):
         super().__init__()
         self.norm_one, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm_two = nn.LayerNorm(width)
-        self.forward_part = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.forward_part = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_one(x))
@@ -42,7 +49,9 @@ class Layer(nn.Module):
 class Gpt(nn.Module):
     """GPT over characters: 4 layers of width 128 on 64 characters have 818,000 parameters."""
 
-    def __init__(self, symbols: int, context: int, layers: int = 4, width: int = 128, heads: int = 4) -> None:
+    def __init__(
+        self, symbols: int, context: int, layers: int = 4, width: int = 128, heads: int = 4
+    ) -> None:
         super().__init__()
         self.symbol, self.position = nn.Embedding(symbols, width), nn.Embedding(context, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
@@ -98,13 +107,17 @@ def pipeline(
     return Pipeline(
         model=model,
         optimizer=optimizer,
-        loss=lambda output, target: F.cross_entropy(output.transpose(1, 2), target, reduction="none").mean(1),
+        loss=lambda output, target: F.cross_entropy(
+            output.transpose(1, 2), target, reduction="none"
+        ).mean(1),
         train=passages(0, split, n_train),
         test=passages(split, len(tokens), n_test),
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / warm_up)
+        ),
         max_grad_norm=1.0,
         render=lambda tokens: "".join(symbols[token] for token in tokens),
     )

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError
-from hydra_pipe.store.zarr import arrays
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.zarr import arrays
 
 SPARE_BYTES = 200 * 2**20
 # Processor seconds, which other processes change little. A call takes a hundredth of a second, a page up to one: so a call may
@@ -59,10 +59,37 @@ OF_PROBED: list[dict[str, Any]] = [
     {"call": "prune"},
 ]
 # and where what these read is: of the rest there is enough in the other runs
-PLACES_OF_PROBED = ("probes", "hypergradients", "cleaning", "relevance.zarr", "run.json", "checksums")
+PLACES_OF_PROBED = (
+    "probes",
+    "hypergradients",
+    "cleaning",
+    "relevance.zarr",
+    "run.json",
+    "checksums",
+)
 BOMB = json.loads("[" * 60 + "]" * 60)
 VALUES = [
-    *(None, True, False, 0, 1, 2, 3, 7, -1, -(2**70), 10**15, 2**31, 2**62, 2**63 - 1, 2**64, 10**4000, 0.5, 26.0, 1e308),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        3,
+        7,
+        -1,
+        -(2**70),
+        10**15,
+        2**31,
+        2**62,
+        2**63 - 1,
+        2**64,
+        10**4000,
+        0.5,
+        26.0,
+        1e308,
+    ),
     *(
         float("nan"),
         float("inf"),
@@ -77,8 +104,31 @@ VALUES = [
         "score first",
         "\ud800\x00\x1b[2J",
     ),
-    *("../../x", "/etc/passwd", "..", "reduce ../../x", "export ../x", "0-9223372036854775806", "lz4", "[/bold]", "a" * 100_000),
-    *([], {}, [0], [1, 1], [10**15], [2**62, 2**62], [[]], {"": {}}, ["a", 1], {"../../x": 1}, BOMB, {"name": "bytes"}),
+    *(
+        "../../x",
+        "/etc/passwd",
+        "..",
+        "reduce ../../x",
+        "export ../x",
+        "0-9223372036854775806",
+        "lz4",
+        "[/bold]",
+        "a" * 100_000,
+    ),
+    *(
+        [],
+        {},
+        [0],
+        [1, 1],
+        [10**15],
+        [2**62, 2**62],
+        [[]],
+        {"": {}},
+        ["a", 1],
+        {"../../x": 1},
+        BOMB,
+        {"name": "bytes"},
+    ),
 ]
 KEYS = [
     "",
@@ -108,7 +158,9 @@ class Run:
         self.is_probed = (path / "probes").exists()
         self.json = sorted(file for file in path.rglob("*.json"))
         if self.is_probed:
-            self.json = [file for file in self.json if file.relative_to(path).parts[0] in PLACES_OF_PROBED]
+            self.json = [
+                file for file in self.json if file.relative_to(path).parts[0] in PLACES_OF_PROBED
+            ]
         self._files = {file: file.read_bytes() for file in self._all()}
         self._stats = {file: _stat(file) for file in self._files}
         # the least processor seconds of each call before anything is damaged; the first ones load modules
@@ -139,10 +191,14 @@ class Run:
             "steps": lambda: hydra_pipe.open_run(self.path).steps,
             "relevance": lambda: hydra_pipe.open_run(self.path).relevance(),
             "export before": lambda: hydra_pipe.export(self.path, overwrite=True, full=True, top=3),
-            "reduce": lambda: hydra_pipe.reduce(self.path, **BUDGET, overwrite="by" not in reduction, **reduction),
+            "reduce": lambda: hydra_pipe.reduce(
+                self.path, **BUDGET, overwrite="by" not in reduction, **reduction
+            ),
             "export": lambda: hydra_pipe.export(self.path, method=by, top=5, overwrite=True),
         }
-        self._perform({name: call for name, call in calls.items() if name not in ALSO or name == also}, what)
+        self._perform(
+            {name: call for name, call in calls.items() if name not in ALSO or name == also}, what
+        )
 
     def use_probed(self, options: dict[str, Any], what: Any) -> None:
         """What reads a run that was probed, one of `OF_PROBED`. Raises: as `use`."""
@@ -151,9 +207,17 @@ class Run:
         if name == "reduce":
             options |= BUDGET
         if name == "probe":
-            from support.pipelines import conv_pipeline, images  # torch takes memory, which is not to spare
+            from support.pipelines import (
+                conv_pipeline,
+                images,
+            )  # torch takes memory, which is not to spare
 
-            options = {"dataset": images(3, 5), "name": PROBE, "pipeline": conv_pipeline(), "overwrite": True}
+            options = {
+                "dataset": images(3, 5),
+                "name": PROBE,
+                "pipeline": conv_pipeline(),
+                "overwrite": True,
+            }
         calls = {
             "info": lambda: hydra_pipe.open_run(self.path).info(),
             "verify": lambda: hydra_pipe.verify(self.path),
@@ -210,7 +274,13 @@ def _stat(file: Path) -> tuple[int, int, int]:
 def places(data: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Of every value in a JSON tree."""
     yield at
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+    for key, value in (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    ):
         yield from places(value, (*at, key))
 
 
@@ -222,7 +292,9 @@ def damages(draw: st.DrawFn, files: dict[Path, Any]) -> tuple[Path, str, bytes |
     data = copy.deepcopy(files[file])
     if how == "bytes":
         content = bytearray(json.dumps(data).encode())
-        action = draw(st.sampled_from(["cut", "flip", "empty", "directory", "deep", "not UTF-8", "digits"]))
+        action = draw(
+            st.sampled_from(["cut", "flip", "empty", "directory", "deep", "not UTF-8", "digits"])
+        )
         at = draw(st.integers(0, len(content) - 1))
         if action == "directory":
             return file, action, None
@@ -238,7 +310,11 @@ def damages(draw: st.DrawFn, files: dict[Path, Any]) -> tuple[Path, str, bytes |
     holder = value_at(data, tuple(parents))
     old = holder[last]
     if how == "number" and isinstance(old, int):
-        holder[last] = draw(st.sampled_from([old + 1, old - 1, -old, 2 * old, old * 10**3, old * 10**6, old * 10**12, old + 0.5]))
+        holder[last] = draw(
+            st.sampled_from(
+                [old + 1, old - 1, -old, 2 * old, old * 10**3, old * 10**6, old * 10**12, old + 0.5]
+            )
+        )
         done = f"{last} of {parents} {old} -> {holder[last]}"
     elif how == "key":
         action = draw(st.sampled_from(["delete", "rename", "twice"]))
@@ -247,13 +323,17 @@ def damages(draw: st.DrawFn, files: dict[Path, Any]) -> tuple[Path, str, bytes |
             value = json.dumps(draw(st.sampled_from(VALUES)))
             mark = json.dumps("\x01")
             holder[last] = "\x01"
-            text = json.dumps(data).replace(mark, f"{json.dumps(old)}, {json.dumps(last)}: {value}", 1)
+            text = json.dumps(data).replace(
+                mark, f"{json.dumps(old)}, {json.dumps(last)}: {value}", 1
+            )
             return file, done, text.encode()
         holder.pop(last)
         if action == "rename" and isinstance(holder, dict):
             holder[draw(st.sampled_from(KEYS))] = old
     else:
-        holder[last] = copy.deepcopy(draw(st.sampled_from([*VALUES, *(value_at(data, at) for at in found[:30])])))
+        holder[last] = copy.deepcopy(
+            draw(st.sampled_from([*VALUES, *(value_at(data, at) for at in found[:30])]))
+        )
         done = f"{last} of {parents} {str(old)[:50]} -> {str(holder[last])[:50]}"
     return file, done, json.dumps(data).encode()
 
@@ -275,7 +355,11 @@ def damaged_at_random(run: Run, n: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(damage=damages(files), reduction=st.sampled_from(OF_PROBED if run.is_probed else REDUCTIONS), also=st.sampled_from(ALSO))
+    @given(
+        damage=damages(files),
+        reduction=st.sampled_from(OF_PROBED if run.is_probed else REDUCTIONS),
+        also=st.sampled_from(ALSO),
+    )
     def check(damage: tuple[Path, str, bytes | None], reduction: dict[str, Any], also: str) -> None:
         file, what, content = damage
         try:
@@ -310,7 +394,11 @@ def of_facts(run: Path, **facts: Any) -> None:
 def of_shapes(run: Path, wanted: Callable[[str], bool], n: int, axis: int = 0) -> None:
     for file in run.rglob("zarr.json"):
         data = json.loads(file.read_bytes())
-        if "shape" in data and len(data["shape"]) > axis and wanted(file.parent.relative_to(run).as_posix()):
+        if (
+            "shape" in data
+            and len(data["shape"]) > axis
+            and wanted(file.parent.relative_to(run).as_posix())
+        ):
             data["shape"][axis] = n
             file.write_bytes(json.dumps(data).encode())
 
@@ -334,7 +422,11 @@ def tests_in_agreement(run: Path, n: int) -> None:
 
 
 def samples_in_agreement(run: Path, n: int, labels: bool = True) -> None:
-    of_shapes(run, lambda name: name.endswith(("labels/train", "folded")) or name.startswith("relevance"), n)
+    of_shapes(
+        run,
+        lambda name: name.endswith(("labels/train", "folded")) or name.startswith("relevance"),
+        n,
+    )
     change(run / "run.json", lambda data: data["stages"]["record"]["settings"].update(n_samples=n))
     of_facts(run, labels={"train": n, "test": 7} if labels else {})
     if not labels:
@@ -348,12 +440,23 @@ def width_in_agreement(run: Path, n: int, factored: bool = False) -> None:
     layout = json.loads(root.read_bytes())["attributes"]["hydra_pipe_blocks"]
     first = layout["n_features"]
     middle, last = first + n, first + n + factored
-    new = {"name": "x", "shape": [n], "group": 0, "encoding": "dense", "columns": [first, middle], "inputs": None, "kron": None}
+    new = {
+        "name": "x",
+        "shape": [n],
+        "group": 0,
+        "encoding": "dense",
+        "columns": [first, middle],
+        "inputs": None,
+        "kron": None,
+    }
     if factored:
         new |= {"encoding": "factored", "inputs": [middle, last]}
     blocks = [*layout["blocks"], new]
 
-    change(root, lambda data: data["attributes"]["hydra_pipe_blocks"].update(n_features=last, blocks=blocks))
+    change(
+        root,
+        lambda data: data["attributes"]["hydra_pipe_blocks"].update(n_features=last, blocks=blocks),
+    )
     of_shapes(run, lambda name: name.endswith("/gradient"), last, axis=1)
     of_shapes(run, lambda name: name.endswith("/scale"), len(blocks), axis=1)
     for table in ("updated", "momentum_started", "step_factor"):
@@ -361,7 +464,11 @@ def width_in_agreement(run: Path, n: int, factored: bool = False) -> None:
     if not factored:
         of_shapes(run, lambda name: name.endswith("folded"), n, axis=1)
     # what is factored of it
-    own = [b["inputs"][1] - b["inputs"][0] + b["columns"][1] - b["columns"][0] for b in blocks if b["inputs"]]
+    own = [
+        b["inputs"][1] - b["inputs"][0] + b["columns"][1] - b["columns"][0]
+        for b in blocks
+        if b["inputs"]
+    ]
     of_shapes(run, lambda name: name.endswith("factored/gradient"), sum(own), axis=1)
     for file in run.rglob("gradient/zarr.json"):
         change(file, in_wide_files)
@@ -398,7 +505,9 @@ def thin_chunks(run: Path, n: int) -> None:
         data = json.loads(file.read_bytes())
         if "shape" in data:
             data["chunk_grid"]["configuration"]["chunk_shape"] = [1] * len(data["shape"])
-            data["codecs"] = data["codecs"][0].get("configuration", {}).get("codecs", data["codecs"])
+            data["codecs"] = (
+                data["codecs"][0].get("configuration", {}).get("codecs", data["codecs"])
+            )
             data["shape"] = [n] * len(data["shape"])
             file.write_bytes(json.dumps(data).encode())
 
@@ -415,7 +524,13 @@ def resumed(run: Path, n: int) -> None:
         for name in ("reduce hydra", "reduce hydra-by-label", "reduce hydra-mean"):
             if (stage := data["stages"].get(name)) is not None:
                 stage["state"] = "running"
-                stage["facts"] = {"answered": {"order": ["score first", "fold first", "x"][n % 3], "done": n, "keeping": True}}
+                stage["facts"] = {
+                    "answered": {
+                        "order": ["score first", "fold first", "x"][n % 3],
+                        "done": n,
+                        "keeping": True,
+                    }
+                }
 
     change(run / "run.json", begun)
 
@@ -426,7 +541,14 @@ def loop_of_links(run: Path, n: int) -> None:
 
 
 CRAFTED = [
-    *(rows_in_agreement, steps_in_agreement, tests_in_agreement, samples_in_agreement, width_in_agreement, chunks_in_agreement),
+    *(
+        rows_in_agreement,
+        steps_in_agreement,
+        tests_in_agreement,
+        samples_in_agreement,
+        width_in_agreement,
+        chunks_in_agreement,
+    ),
     *(thin_chunks, many_ranks, resumed, loop_of_links),
     lambda run, n: samples_in_agreement(run, n, labels=False),
     lambda run, n: (of_facts(run, pruned=True), width_in_agreement(run, n)),
@@ -459,7 +581,12 @@ def keeping_resumed(run: Path, n: int) -> None:
 
     def begun(data: Any) -> None:
         stage = data["stages"]["keep hydra-fisher"]
-        answered = {"order": ["backward", "forward", "x"][n % 3], "done": n, "base_bytes": n, "found": [{"x": n}]}
+        answered = {
+            "order": ["backward", "forward", "x"][n % 3],
+            "done": n,
+            "base_bytes": n,
+            "found": [{"x": n}],
+        }
         stage |= {"state": "running", "facts": {"answered": answered}}
 
     change(run / "run.json", begun)
@@ -509,7 +636,11 @@ def main(path: str, which: str, n: int) -> None:
             run.use(reduction, also, FIRST)
             run.put_back()
     assert RunDirectory.open(path).stages
-    in_use = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+    in_use = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if "VmData" in line
+    )
     resource.setrlimit(resource.RLIMIT_DATA, (in_use + SPARE_BYTES, in_use + SPARE_BYTES))
     with suppress(MemoryError):  # the limit holds
         bytearray(SPARE_BYTES + 2**26)

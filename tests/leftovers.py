@@ -162,7 +162,13 @@ class Rounds:
         run = self.directory / "recorded"
         shutil.rmtree(run, ignore_errors=True)
         options: dict[str, Any] = {"checkpoint_every": "4"}
-        self._attempt("record", 14, lambda blow: hydra_pipe.record(self._pipeline(), run, progress=Watching(blow), **options))
+        self._attempt(
+            "record",
+            14,
+            lambda blow: hydra_pipe.record(
+                self._pipeline(), run, progress=Watching(blow), **options
+            ),
+        )
 
         def in_writer(blow: Blow) -> None:
             with blows(Appender, "write", blow):
@@ -277,7 +283,8 @@ def standing(models: list[tuple[nn.Module, torch.optim.Optimizer]]) -> dict[str,
         "files": sorted(_files()),
         "locks": sorted(str(held.path) for held in locks._HELD),
         "shared": len(sharing._SHARED),
-        "hooks": sum(_n_hooks(*of) for of in models) + len(torch.nn.modules.module._global_forward_hooks),
+        "hooks": sum(_n_hooks(*of) for of in models)
+        + len(torch.nn.modules.module._global_forward_hooks),
         "at exit": atexit._ncallbacks(),
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
     }
@@ -302,7 +309,12 @@ def _n_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     of_modules = [
         getattr(module, name)
         for module in model.modules()
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
     ]
     of_parameters = [p._backward_hooks or {} for p in model.parameters()]
     own_forward = sum("forward" in vars(module) for module in model.modules())

@@ -21,7 +21,10 @@ def one_by_one_gradients(
         total = loss(model(inputs[i : i + 1]), targets[i : i + 1]).sum()
         gradients = torch.autograd.grad(total, [parameters[n] for n in names], allow_unused=True)
         result.append(
-            {n: torch.zeros_like(parameters[n]) if g is None else g.detach().clone() for n, g in zip(names, gradients, strict=True)}
+            {
+                n: torch.zeros_like(parameters[n]) if g is None else g.detach().clone()
+                for n, g in zip(names, gradients, strict=True)
+            }
         )
     return result
 
@@ -73,11 +76,16 @@ def record_by_loop(
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             largest = max(names, key=lambda n: before[n].abs().max().item())
             index = before[largest].abs().argmax()
-            scale = (parameters[largest].grad.flatten()[index] / before[largest].flatten()[index]).item()
+            scale = (
+                parameters[largest].grad.flatten()[index] / before[largest].flatten()[index]
+            ).item()
         settings, started = {}, {}
         for name in names:
             group = group_of[parameters[name]]
-            settings[name] = {k: float(group[k]) for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
+            settings[name] = {
+                k: float(group[k])
+                for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+            }
             state = optimizer.state.get(parameters[name], {})
             started[name] = group["momentum"] != 0 and state.get("momentum_buffer") is None
         rho = curvature_weights(model(inputs), targets)
@@ -111,7 +119,11 @@ def hessian_free_relevance(
                     else:
                         momentum = momentum + d
                         g = gain * momentum
-                    momentum = torch.zeros_like(momentum) if step.started[name] else s["momentum"] * momentum
+                    momentum = (
+                        torch.zeros_like(momentum)
+                        if step.started[name]
+                        else s["momentum"] * momentum
+                    )
                 for sample, row in zip(step.samples, step.rows, strict=True):
                     relevance[sample, j] -= (g * row[name]).sum().item() * step.scale
                 adjoint = adjoint + s["weight_decay"] * g
@@ -123,7 +135,10 @@ Curvature = Callable[[int, Tensor], Tensor]
 
 
 def forward_relevance(
-    steps: Sequence[RecordedStep], test_gradients: Sequence[dict[str, Tensor]], n_samples: int, curvature: Curvature
+    steps: Sequence[RecordedStep],
+    test_gradients: Sequence[dict[str, Tensor]],
+    n_samples: int,
+    curvature: Curvature,
 ) -> np.ndarray:
     """HYDRA's own form (AAAI 2021): d theta_t / d w_i of every training sample, carried forward through SGD. N products a step.
 
@@ -148,23 +163,34 @@ def forward_relevance(
         for sample, row in zip(step.samples, step.rows, strict=True):
             gradient[sample] += step.scale * torch.cat([row[n].flatten() for n in names])
         gradient = gradient + each("weight_decay") * moved
-        started = torch.repeat_interleave(torch.tensor([step.started[n] for n in names]), torch.tensor(sizes))
+        started = torch.repeat_interleave(
+            torch.tensor([step.started[n] for n in names]), torch.tensor(sizes)
+        )
         momentum, gain = each("momentum"), torch.where(started, 1.0, 1 - each("dampening"))
-        buffer = torch.where(momentum > 0, torch.where(started, 0.0, momentum) * buffer + gain * gradient, buffer)
+        buffer = torch.where(
+            momentum > 0, torch.where(started, 0.0, momentum) * buffer + gain * gradient, buffer
+        )
         nesterov = gradient + momentum * buffer
-        update = torch.where(momentum > 0, torch.where(each("nesterov") > 0, nesterov, buffer), gradient)
+        update = torch.where(
+            momentum > 0, torch.where(each("nesterov") > 0, nesterov, buffer), gradient
+        )
         moved = moved - each("lr") * update
     return -(moved @ flat.T).numpy()
 
 
-def tracin(steps: Sequence[RecordedStep], tests: dict[int, Sequence[dict[str, Tensor]]], n_samples: int) -> np.ndarray:
+def tracin(
+    steps: Sequence[RecordedStep], tests: dict[int, Sequence[dict[str, Tensor]]], n_samples: int
+) -> np.ndarray:
     """Sum over steps of eta <c r, h>, h from the test gradients that are nearest to the step, of two as near the later ones."""
     relevance = np.zeros((n_samples, len(next(iter(tests.values())))))
     for t, step in enumerate(steps):
         nearest = max(tests, key=lambda s: (-abs(s - t), s))
         for i, row in zip(step.samples, step.rows, strict=True):
             for j, test in enumerate(tests[nearest]):
-                relevance[i, j] += sum(step.settings[n]["lr"] * step.scale * (row[n] * h).sum().item() for n, h in test.items())
+                relevance[i, j] += sum(
+                    step.settings[n]["lr"] * step.scale * (row[n] * h).sum().item()
+                    for n, h in test.items()
+                )
     return relevance
 
 
@@ -174,7 +200,9 @@ def self_relevance(steps: Sequence[RecordedStep], n_samples: int) -> np.ndarray:
     for step in steps:
         for i, row in zip(step.samples, step.rows, strict=True):
             for n, r in row.items():
-                relevance[i, 0] += step.settings[n]["lr"] * step.scale**2 * len(step.rows) * (r**2).sum().item()
+                relevance[i, 0] += (
+                    step.settings[n]["lr"] * step.scale**2 * len(step.rows) * (r**2).sum().item()
+                )
     return relevance
 
 
@@ -192,8 +220,13 @@ def damping(steps: Sequence[RecordedStep]) -> np.ndarray:
     """Of each feature: 1 over the lengths of its steps, and the weight decay along them. Of SGD."""
     found = []
     for n, r in steps[0].rows[0].items():
-        lengths = [s.settings[n]["lr"] * (1 - s.settings[n]["dampening"]) / (1 - s.settings[n]["momentum"]) for s in steps]
-        decay = sum(length * s.settings[n]["weight_decay"] for length, s in zip(lengths, steps, strict=True))
+        lengths = [
+            s.settings[n]["lr"] * (1 - s.settings[n]["dampening"]) / (1 - s.settings[n]["momentum"])
+            for s in steps
+        ]
+        decay = sum(
+            length * s.settings[n]["weight_decay"] for length, s in zip(lengths, steps, strict=True)
+        )
         found.append(np.full(r.numel(), (1 + decay) / sum(lengths)))
     return np.concatenate(found)
 
@@ -202,7 +235,9 @@ def in_one(gradient: dict[str, Tensor]) -> np.ndarray:
     return torch.cat([g.flatten() for g in gradient.values()]).numpy()
 
 
-def influence(gradients: np.ndarray, weights: np.ndarray, tests: np.ndarray, damping: np.ndarray) -> np.ndarray:
+def influence(
+    gradients: np.ndarray, weights: np.ndarray, tests: np.ndarray, damping: np.ndarray
+) -> np.ndarray:
     """1/N G (F + Lambda)^-1 H.T with the Fisher as a matrix, for G (sample, feature), H (test, feature), Lambda (feature,)."""
     fisher = (gradients.T * weights) @ gradients / len(gradients)
     return gradients @ np.linalg.inv(fisher + np.diag(damping)) @ tests.T / len(gradients)
@@ -213,12 +248,18 @@ def in_float64(model: nn.Module) -> nn.Module:
     return deepcopy(model).double()
 
 
-def rows_in_context(model: nn.Module, losses: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Tensor]:
+def rows_in_context(
+    model: nn.Module, losses: Callable[[Tensor], Tensor], inputs: Tensor
+) -> dict[str, Tensor]:
     """Each sample's gradient, by a backward pass from its loss alone through a pass over the whole batch; shape (batch, numel)."""
-    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    names, parameters = zip(
+        *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
+    )
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for loss in losses(model(inputs)):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-            rows[name].append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten())
+            rows[name].append(
+                torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
+            )
     return {name: torch.stack(of_samples) for name, of_samples in rows.items()}

@@ -29,28 +29,42 @@ def stored_rows(run: Path | str, step: int = 0) -> tuple[np.ndarray, list[dict[s
     blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
     places = np.flatnonzero(np.asarray(group["step"][:]) == step)
     samples = np.asarray(group["sample"][:])[places]
-    rows = [_row(blocks, np.asarray(group["gradient"][int(k)]), np.asarray(group["scale"][int(k)])) for k in places]
+    rows = [
+        _row(blocks, np.asarray(group["gradient"][int(k)]), np.asarray(group["scale"][int(k)]))
+        for k in places
+    ]
     return samples, rows
 
 
-def _row(blocks: Sequence[Mapping[str, Any]], values: np.ndarray, scales: np.ndarray) -> dict[str, Tensor]:
+def _row(
+    blocks: Sequence[Mapping[str, Any]], values: np.ndarray, scales: np.ndarray
+) -> dict[str, Tensor]:
     """One line of the store, decoded."""
     row = {}
     for block, scale in zip(blocks, scales, strict=True):
         found = torch.from_numpy(values[slice(*block["columns"])].copy())
         if block["encoding"] == "factored" and block["inputs"]:
-            found = torch.outer(found, torch.from_numpy(values[slice(*block["inputs"])].copy())).flatten()
+            found = torch.outer(
+                found, torch.from_numpy(values[slice(*block["inputs"])].copy())
+            ).flatten()
         row[block["name"]] = found * float(scale)
     return row
 
 
-def without_preconditioner(rows: Sequence[Row], gradients: Row, eps: float) -> list[dict[str, Tensor]]:
+def without_preconditioner(
+    rows: Sequence[Row], gradients: Row, eps: float
+) -> list[dict[str, Tensor]]:
     """Rows of AdamW's first step, D^(1/2) r, as r. D = 1 / (|g| + eps) for the gradient g that the optimiser used."""
     roots = {name: (gradient.flatten().abs() + eps).sqrt() for name, gradient in gradients.items()}
-    return [{name: value * roots[name] if name in roots else value for name, value in row.items()} for row in rows]
+    return [
+        {name: value * roots[name] if name in roots else value for name, value in row.items()}
+        for row in rows
+    ]
 
 
-def gradients_of_losses(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Tensor]]:
+def gradients_of_losses(
+    losses: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Tensor]]:
     """One backward pass from each of `losses`, shape (batch,), of one pass over the whole batch."""
     result = []
     for loss in losses:
@@ -79,10 +93,14 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Ten
 def couples(model: nn.Module) -> bool:
     """Whether a batch normalisation takes the statistics of the batch."""
     kinds = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kinds) and (m.training or m.running_mean is None) for m in model.modules())
+    return any(
+        isinstance(m, kinds) and (m.training or m.running_mean is None) for m in model.modules()
+    )
 
 
-def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) -> list[dict[str, Tensor]]:
+def shares_of_outputs(
+    model: nn.Module, losses: Callable[[], Tensor], n: int
+) -> list[dict[str, Tensor]]:
     """Each sample's share of the gradient of `losses().sum()`, for models in which samples meet (batch normalisation).
 
     A share goes through the sample's own part of the output of the module that owns the parameter: the module is run once more on
@@ -102,13 +120,17 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         cast = torch.autocast("cpu", torch.bfloat16, enabled=torch.is_autocast_enabled("cpu"))
-        stack.append((torch.get_rng_state(), {k: b.clone() for k, b in module.named_buffers()}, cast))
+        stack.append(
+            (torch.get_rng_state(), {k: b.clone() for k, b in module.named_buffers()}, cast)
+        )
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         state, buffers, cast = stack.pop()
         leaves, tree = tree_flatten(output)
         places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        calls.append((module, args, kwargs, state, buffers, cast, [leaves[k] for k in places], places))
+        calls.append(
+            (module, args, kwargs, state, buffers, cast, [leaves[k] for k in places], places)
+        )
         return tree_unflatten([x.clone() if k in places else x for k, x in enumerate(leaves)], tree)
 
     for module in owned:
@@ -120,12 +142,20 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
         for handle in handles:
             handle.remove()
     watched = [x for call in calls for x in call[6]]
-    flowing = dict(zip(map(id, watched), torch.autograd.grad(total, watched, allow_unused=True), strict=True))
+    flowing = dict(
+        zip(map(id, watched), torch.autograd.grad(total, watched, allow_unused=True), strict=True)
+    )
     names = {p: name for name, p in model.named_parameters()}
-    shares = [{name: torch.zeros(p.numel()) for name, p in model.named_parameters() if p.requires_grad} for _ in range(n)]
+    shares = [
+        {name: torch.zeros(p.numel()) for name, p in model.named_parameters() if p.requires_grad}
+        for _ in range(n)
+    ]
     for module, args, kwargs, state, buffers, cast, outputs, places in calls:
         leaves, tree = tree_flatten((args, kwargs))
-        detached = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+        detached = [
+            x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
         given, keywords = tree_unflatten(detached, tree)
         kept = {k: b.clone() for k, b in module.named_buffers()}
         torch.set_rng_state(state)
@@ -135,7 +165,11 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
             again = tree_leaves(module(*given, **keywords))
         for name, buffer in module.named_buffers():
             buffer.data.copy_(kept[name])
-        pairs = [(again[k], flowing[id(x)]) for k, x in zip(places, outputs, strict=True) if flowing[id(x)] is not None]
+        pairs = [
+            (again[k], flowing[id(x)])
+            for k, x in zip(places, outputs, strict=True)
+            if flowing[id(x)] is not None
+        ]
         pairs = [(y, g) for y, g in pairs if g.dim() and len(g) % n == 0 and y.requires_grad]
         if not pairs:
             continue
@@ -146,17 +180,24 @@ def shares_of_outputs(model: nn.Module, losses: Callable[[], Tensor], n: int) ->
                 part = slice(i * len(g) // n, (i + 1) * len(g) // n)
                 alone[part] = g[part]
                 masked.append(alone)
-            found = torch.autograd.grad([y for y, _ in pairs], owned[module], masked, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                [y for y, _ in pairs], owned[module], masked, retain_graph=True, allow_unused=True
+            )
             for p, g in zip(owned[module], found, strict=True):
                 if g is not None:
                     shares[i][names[p]] += g.detach().flatten().float()
     return shares
 
 
-def differences(rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR) -> dict[str, float]:
+def differences(
+    rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR
+) -> dict[str, float]:
     """For each parameter the largest difference between a row and what it should be, relative (see `FLOOR`)."""
     worst: dict[str, float] = {}
-    wholes = [float(torch.stack([wanted[name].norm() for name in row]).norm()) for row, wanted in zip(rows, truth, strict=True)]
+    wholes = [
+        float(torch.stack([wanted[name].norm() for name in row]).norm())
+        for row, wanted in zip(rows, truth, strict=True)
+    ]
     # a sample whose gradient vanishes has rounding of the others' size
     least = 1e-4 * max(wholes, default=0.0)
     for row, wanted, whole in zip(rows, truth, wholes, strict=True):
@@ -172,4 +213,7 @@ def stored_tests(run: Path | str) -> list[dict[str, Tensor]]:
     group = zarr.open_group(Path(run) / "gradients.zarr", mode="r")
     blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
     last = group[f"test/{max(group['test'].group_keys())}"]
-    return [_row(blocks, *pair) for pair in zip(np.asarray(last["gradient"][:]), np.asarray(last["scale"][:]), strict=True)]
+    return [
+        _row(blocks, *pair)
+        for pair in zip(np.asarray(last["gradient"][:]), np.asarray(last["scale"][:]), strict=True)
+    ]

@@ -25,7 +25,11 @@ def first_column(page: str) -> list[str]:
 
 
 def test_the_page_of_errors_has_each_class_once() -> None:
-    classes = [name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.HydraError)]
+    classes = [
+        name
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.HydraError)
+    ]
     assert sorted(first_column("errors.md")) == classes
 
 
@@ -54,23 +58,35 @@ def test_the_map_of_the_code_has_each_part_of_it() -> None:
     on_the_map = set(re.findall(r"^    (\w+(?:, \w+)*)", floors, flags=re.MULTILINE))
     named = {name for names in on_the_map for name in names.split(", ")}
     named |= set(re.findall(r"(\w+)/ ", floors))
-    parts = {path.stem for path in (ROOT / "hydra_pipe").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    parts = {
+        path.stem
+        for path in (ROOT / "hydra_pipe").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert parts - {"__init__"} <= named
 
 
-@pytest.mark.parametrize("page", ["architecture.md", *(f"architecture/{page.name}" for page in ARCHITECTURE)])
+@pytest.mark.parametrize(
+    "page", ["architecture.md", *(f"architecture/{page.name}" for page in ARCHITECTURE)]
+)
 def test_a_page_of_architecture_names_files_that_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     files = re.findall(r"`((?:\w+/)*\w+\.(?:py|c))`", text)
     package = ROOT / "hydra_pipe"
-    missing = [file for file in files if not ((ROOT / file).exists() or (package / file).exists() or [*package.rglob(file)])]
+    missing = [
+        file
+        for file in files
+        if not ((ROOT / file).exists() or (package / file).exists() or [*package.rglob(file)])
+    ]
     missing = [file for file in missing if not [*(ROOT / "tests").rglob(file)]]
     assert missing == []
 
 
 def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(ImportError, match=r"hydra-pipe runs on Linux and macOS.*Windows Subsystem for Linux"):
+    with pytest.raises(
+        ImportError, match=r"hydra-pipe runs on Linux and macOS.*Windows Subsystem for Linux"
+    ):
         importlib.reload(hydra_pipe)
 
 
@@ -100,5 +116,9 @@ def test_other_files_of_yaml_can_be_read(path: str) -> None:
 
 
 def test_the_tests_of_lowest_versions_need_what_the_extra_dev_needs() -> None:
-    needed = [line for line in (ROOT / "tests" / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    needed = [
+        line
+        for line in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert {*needed} <= {*PROJECT["optional-dependencies"]["dev"]}

@@ -16,7 +16,9 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["transformers", "lightning"])
-def test_an_integration_without_its_trainer_names_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_an_integration_without_its_trainer_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     without(monkeypatch, package)
     monkeypatch.delitem(sys.modules, f"hydra_pipe.integrations.{package}", raising=False)
     with pytest.raises(ExtraError, match=rf"pip install 'hydra-pipe\[{package}\]'") as found:
@@ -27,7 +29,9 @@ def test_an_integration_without_its_trainer_names_the_extra(monkeypatch: pytest.
     assert (found.value.name or "").partition(".")[0] == package
 
 
-@pytest.mark.parametrize(("package", "extra"), [("sklearn.datasets", "pipelines"), ("transformers", "transformers")])
+@pytest.mark.parametrize(
+    ("package", "extra"), [("sklearn.datasets", "pipelines"), ("transformers", "transformers")]
+)
 def test_a_pipeline_whose_package_is_missing_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
@@ -37,10 +41,15 @@ def test_a_pipeline_whose_package_is_missing_names_the_extra(
         load_pipeline(str(tmp_path / "mine.py"))
 
 
-def test_worker_processes_without_distributed_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_without_distributed_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     without(monkeypatch, "distributed")
     monkeypatch.delitem(sys.modules, "hydra_pipe.reduction.executors.distributed", raising=False)
-    with pytest.raises(ExtraError, match=r"--scheduler processes cannot be used .*pip install 'hydra-pipe\[cluster\]'"):
+    with pytest.raises(
+        ExtraError,
+        match=r"--scheduler processes cannot be used .*pip install 'hydra-pipe\[cluster\]'",
+    ):
         executor_of("processes")
 
 

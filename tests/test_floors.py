@@ -41,9 +41,17 @@ def imported_units(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute, so that this test sees where they point"
             module = node.module or ""
-            modules |= {f"{module}.{alias.name}" for alias in node.names} if module == "hydra_pipe" else {module}
+            modules |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module == "hydra_pipe"
+                else {module}
+            )
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            modules |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+            modules |= {
+                a.value
+                for a in node.args
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            }
     return {[*m.split("."), ""][1] for m in modules if m.split(".")[0] == "hydra_pipe"}
 
 
@@ -59,7 +67,9 @@ def violations(unit: str, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_imports_point_down(file: Path) -> None:
     unit = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if unit == "__init__":
@@ -72,10 +82,22 @@ def test_imports_point_down(file: Path) -> None:
     ("unit", "source", "expected"),
     [
         ("maths", "import hydra_pipe.store.names", "maths imports store, which is above it"),
-        ("store", "def f():\n    from hydra_pipe.recording import recorder", "store imports recording, which is above it"),
-        ("reduction", "from hydra_pipe.exporting import run", "reduction imports exporting: these meet in store only"),
+        (
+            "store",
+            "def f():\n    from hydra_pipe.recording import recorder",
+            "store imports recording, which is above it",
+        ),
+        (
+            "reduction",
+            "from hydra_pipe.exporting import run",
+            "reduction imports exporting: these meet in store only",
+        ),
         ("plan", "from hydra_pipe import Recorder", "plan imports Recorder, which is on no floor"),
-        ("plan", "import importlib\nimportlib.import_module('hydra_pipe.cli.app')", "plan imports cli, which is above it"),
+        (
+            "plan",
+            "import importlib\nimportlib.import_module('hydra_pipe.cli.app')",
+            "plan imports cli, which is above it",
+        ),
     ],
 )
 def test_an_import_that_points_up_is_named(unit: str, source: str, expected: str) -> None:
@@ -108,7 +130,9 @@ def circles(sources: Mapping[str, str]) -> set[tuple[str, ...]]:
     Args:
         sources: text of each module, by name.
     """
-    imports = {name: modules_imported(source, set(sources)) - {name} for name, source in sources.items()}
+    imports = {
+        name: modules_imported(source, set(sources)) - {name} for name, source in sources.items()
+    }
 
     def reached(start: str) -> set[str]:
         found: set[str] = set()
@@ -120,11 +144,18 @@ def circles(sources: Mapping[str, str]) -> set[tuple[str, ...]]:
         return found
 
     ways = {name: reached(name) for name in sources}
-    return {tuple(sorted(other for other in ways[name] if name in ways[other])) for name in sources if name in ways[name]}
+    return {
+        tuple(sorted(other for other in ways[name] if name in ways[other]))
+        for name in sources
+        if name in ways[name]
+    }
 
 
 def test_imports_go_round_in_no_circle() -> None:
-    files = {file: ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in PACKAGE.rglob("*.py")}
+    files = {
+        file: ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for file in PACKAGE.rglob("*.py")
+    }
     sources = {name.removesuffix(".__init__"): file.read_text() for file, name in files.items()}
     del sources["hydra_pipe"]  # the facade: each name is loaded on first use
     assert not circles(sources)
@@ -134,13 +165,25 @@ def test_imports_go_round_in_no_circle() -> None:
     ("sources", "expected"),
     [
         ({"a": "import b", "b": "def f():\n    from a import g"}, {("a", "b")}),
-        ({"p": "", "p.a": "from p import b", "p.b": "import p.c", "p.c": "from p.a import x"}, {("p.a", "p.b", "p.c")}),
+        (
+            {"p": "", "p.a": "from p import b", "p.b": "import p.c", "p.c": "from p.a import x"},
+            {("p.a", "p.b", "p.c")},
+        ),
         ({"a": "import b", "b": "if TYPE_CHECKING:\n    import a"}, set()),
-        ({"a": "import b", "b": "if TYPE_CHECKING:\n    import c\nelse:\n    import a", "c": "import a"}, {("a", "b")}),
+        (
+            {
+                "a": "import b",
+                "b": "if TYPE_CHECKING:\n    import c\nelse:\n    import a",
+                "c": "import a",
+            },
+            {("a", "b")},
+        ),
         ({"a": "import b, c", "b": "import c", "c": ""}, set()),
     ],
 )
-def test_a_circle_of_imports_is_named(sources: dict[str, str], expected: set[tuple[str, ...]]) -> None:
+def test_a_circle_of_imports_is_named(
+    sources: dict[str, str], expected: set[tuple[str, ...]]
+) -> None:
     assert circles(sources) == expected
 
 

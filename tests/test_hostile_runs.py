@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, StoreError
-from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
-from hydra_pipe.store.zarr.codec import checksum
 from hydra_pipe.store.data.relevance import open_relevance
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
+from hydra_pipe.store.zarr.codec import checksum
 
 Recorded = Callable[..., Path]
 KINDS = ["rows", "kept"]
@@ -34,7 +34,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> di
     """One run with its rows, and one with hypergradients and without rows; both reduced and exported."""
     made = {}
     for kind in KINDS:
-        made[kind] = run = shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp(kind) / "run")
+        made[kind] = run = shutil.copytree(
+            recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp(kind) / "run"
+        )
         hydra_pipe.reduce(run, keep_hypergradients=kind == "kept")
         if kind == "kept":
             hydra_pipe.prune(run)
@@ -45,7 +47,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> di
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> Path:
     """A run with a probe and what was made of it, a matrix of hypergradients, a proposal and a report."""
-    run = shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp("probed") / "run")
+    run = shutil.copytree(
+        recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp("probed") / "run"
+    )
     hydra_pipe.reduce(run)
     hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
     hydra_pipe.probe(run, images(3, 5), name="late", pipeline=conv_pipeline())
@@ -63,17 +67,27 @@ def run(finished: dict[str, Path], tmp_path: Path) -> Path:
 def read_by_another_process(run: Path, which: str, n: int) -> None:
     """With memory that is limited, which holds for a whole process. No torch: nothing that reads needs it."""
     script = Path(__file__).with_name("hostile_reader.py")
-    done = subprocess.run([sys.executable, script, run, which, str(n)], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, script, run, which, str(n)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_damage_of_any_json_ends_in_a_result_or_an_error_of_ours(finished: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_any_damage_of_any_json_ends_in_a_result_or_an_error_of_ours(
+    finished: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     read_by_another_process(shutil.copytree(finished[kind], tmp_path / "run"), "random", 400)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_that_lie_in_agreement_are_refused_at_once(finished: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_files_that_lie_in_agreement_are_refused_at_once(
+    finished: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     read_by_another_process(shutil.copytree(finished[kind], tmp_path / "run"), "crafted", 0)
 
 
@@ -89,11 +103,18 @@ def put(array: Path, place: int, value: int) -> None:
     stored.write_file((0,), values)
 
 
-@pytest.mark.parametrize(("column", "value"), [("sample", 26), ("sample", -1), ("sample", 2**62), ("step", 12), ("step", -1)])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("sample", 26), ("sample", -1), ("sample", 2**62), ("step", 12), ("step", -1)],
+)
 @pytest.mark.parametrize("options", [{"tests": "0"}, {}, {"keep_hypergradients": True}])
-def test_samples_and_steps_that_are_not_there_are_told(run: Path, column: str, value: int, options: dict[str, Any]) -> None:
+def test_samples_and_steps_that_are_not_there_are_told(
+    run: Path, column: str, value: int, options: dict[str, Any]
+) -> None:
     put(run / "gradients.zarr" / column, 5, value)
-    with pytest.raises(StoreError, match=rf"{column}s of .*gradients.zarr are -?\d+ to \d+, not within 0 to \d+"):
+    with pytest.raises(
+        StoreError, match=rf"{column}s of .*gradients.zarr are -?\d+ to \d+, not within 0 to \d+"
+    ):
         hydra_pipe.reduce(run, overwrite=True, **options)
 
 
@@ -105,7 +126,9 @@ def test_samples_that_are_not_there_are_told_by_export_and_from_hypergradients(
         hydra_pipe.export(run, overwrite=True)
     kept = shutil.copytree(finished["kept"], tmp_path / "kept")
     put(kept / "hypergradients/hydra.zarr/factored/sample", 0, 26)
-    with pytest.raises(StoreError, match=r"samples of .*hydra.zarr are 0 to 26, not within 0 to 25"):
+    with pytest.raises(
+        StoreError, match=r"samples of .*hydra.zarr are 0 to 26, not within 0 to 25"
+    ):
         hydra_pipe.reduce(kept, overwrite=True)
 
 
@@ -123,9 +146,23 @@ def change(file: Path, how: Callable[[Any], Any]) -> None:
     file.write_bytes(json.dumps(data).encode())
 
 
-@pytest.mark.parametrize("name", ["reduce ../../x", "reduce /etc", "reduce ..", "export a/b", "reduce ", "", "reduce x\n", "a\0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reduce ../../x",
+        "reduce /etc",
+        "reduce ..",
+        "export a/b",
+        "reduce ",
+        "",
+        "reduce x\n",
+        "a\0",
+    ],
+)
 def test_stages_whose_names_lead_elsewhere_are_refused(run: Path, name: str) -> None:
-    change(run / "run.json", lambda data: data["stages"].update({name: data["stages"]["reduce hydra"]}))
+    change(
+        run / "run.json", lambda data: data["stages"].update({name: data["stages"]["reduce hydra"]})
+    )
     with pytest.raises(StoreError, match=r"run\.json is damaged \(a stage called "):
         RunDirectory.open(run)
 
@@ -140,18 +177,31 @@ def test_methods_whose_names_lead_elsewhere_are_refused(run: Path, name: str) ->
         hydra_pipe.open_run(run).relevance(name)
 
 
-@pytest.mark.parametrize("name", ["../../../table.parquet", "/tmp/table.parquet", "..", "matrix/../samples.parquet", "part-1"])
-def test_tables_elsewhere_are_not_read(run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["../../../table.parquet", "/tmp/table.parquet", "..", "matrix/../samples.parquet", "part-1"],
+)
+def test_tables_elsewhere_are_not_read(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def counted(data: Any) -> None:
         data["stages"]["export hydra"]["facts"]["files"][name] = 1
 
     change(run / "run.json", counted)
     read: list[Path] = []
     original = hydra_pipe.store.run.listing.read_file
-    monkeypatch.setattr("hydra_pipe.store.run.listing.read_file", lambda path, *most: (read.append(path), original(path, *most))[1])
-    assert [fault.what[:28] for fault in hydra_pipe.verify(run)] == ["export hydra has no table " + repr(name)[:2]]
+    monkeypatch.setattr(
+        "hydra_pipe.store.run.listing.read_file",
+        lambda path, *most: (read.append(path), original(path, *most))[1],
+    )
+    assert [fault.what[:28] for fault in hydra_pipe.verify(run)] == [
+        "export hydra has no table " + repr(name)[:2]
+    ]
     assert read
-    directories = [run / name for name in ("rankings/method=hydra", "rankings/method=hydra/matrix", "checksums")]
+    directories = [
+        run / name
+        for name in ("rankings/method=hydra", "rankings/method=hydra/matrix", "checksums")
+    ]
     assert all(path.parent in directories for path in read)
 
 
@@ -228,7 +278,11 @@ def test_what_a_run_says_is_text_to_a_terminal(run: Path) -> None:
     def says(data: Any) -> None:
         data["run_id"] = "\x1b]0;title\x07[/bold]"
         data["stages"]["record"]["settings"]["a\x1b[2J"] = "[red]\x1b[2J"
-        data["stages"]["record"]["facts"] |= {"seconds": "x", "stalled_seconds": 10**400, "n_steps": [1, "\x1b"]}
+        data["stages"]["record"]["facts"] |= {
+            "seconds": "x",
+            "stalled_seconds": 10**400,
+            "n_steps": [1, "\x1b"],
+        }
         data["stages"]["reduce hydra"] |= {"state": "failed", "facts": {"error": "\x1b[2J\nline"}}
 
     change(run / "run.json", says)

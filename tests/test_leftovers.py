@@ -30,7 +30,13 @@ from hydra_pipe.streams import Stream
 from hydra_pipe.training import batches
 
 PACKAGE = Path(hydra_pipe.__file__).parent
-LEFT_TO_THE_COLLECTOR = ("__del__", "finalize", "WeakValueDictionary", "WeakKeyDictionary", "WeakSet")
+LEFT_TO_THE_COLLECTOR = (
+    "__del__",
+    "finalize",
+    "WeakValueDictionary",
+    "WeakKeyDictionary",
+    "WeakSet",
+)
 
 
 def test_a_few_interrupted_rounds_leave_what_one_leaves(tmp_path: Path) -> None:
@@ -47,7 +53,9 @@ def left_behind(source: str) -> list[str]:
     """Generators in `source` that the collector would have to close, and names of what runs when it comes."""
     found, tree = [], ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and not any("contextmanager" in ast.unparse(d) for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and not any(
+            "contextmanager" in ast.unparse(d) for d in node.decorator_list
+        ):
             found += [f"{node.name}, line {line}" for line in _guarded_yields(node, guarded=False)]
         names = {getattr(node, key, None) for key in ("name", "id", "attr")}
         found += [name for name in LEFT_TO_THE_COLLECTOR if name in names]
@@ -60,15 +68,22 @@ def _guarded_yields(node: ast.AST, *, guarded: bool) -> Iterator[int]:
             continue
         if guarded and isinstance(child, ast.Yield | ast.YieldFrom):
             yield child.lineno
-        closes = isinstance(child, ast.With) or (isinstance(child, ast.Try) and (child.finalbody or _catches_all(child)))
+        closes = isinstance(child, ast.With) or (
+            isinstance(child, ast.Try) and (child.finalbody or _catches_all(child))
+        )
         yield from _guarded_yields(child, guarded=guarded or bool(closes))
 
 
 def _catches_all(block: ast.Try) -> bool:
-    return any(handler.type is None or "BaseException" in ast.unparse(handler.type) for handler in block.handlers)
+    return any(
+        handler.type is None or "BaseException" in ast.unparse(handler.type)
+        for handler in block.handlers
+    )
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_nothing_is_left_to_the_collector(file: Path) -> None:
     assert left_behind(file.read_text()) == []
 
@@ -124,10 +139,14 @@ STREAMS: dict[str, Callable[[Gradients], Stream[Any]]] = {
     "steps backward": lambda store: steps.backward(store, store.n_steps),
     "steps forward": lambda store: steps.forward(store, 0),
     "rows": lambda store: store.rows.stream((0, store.rows.n_rows), 8),
-    "rows with weights": lambda store: job.rows_of(store, _job(store), (0, store.rows.n_rows), _weights(store)),
+    "rows with weights": lambda store: job.rows_of(
+        store, _job(store), (0, store.rows.n_rows), _weights(store)
+    ),
     "last rows": lambda store: _last_rows(store).held(0, 40),
     "last rows counted": lambda store: _last_rows(store).pieces(),
-    "batches": lambda store: batches.Samples(_with_workers(), "train").batches(batches.epoch_order(_with_workers(), 0)),
+    "batches": lambda store: batches.Samples(_with_workers(), "train").batches(
+        batches.epoch_order(_with_workers(), 0)
+    ),
     "test batches": lambda store: batches.test_batches(_with_workers(), Task(), None),
     "batches of a retraining": lambda store: retrainer._batches(_with_workers()),
 }
@@ -166,7 +185,9 @@ def no_waiting(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def of_ours() -> list[str]:
     """Threads and processes that this package has begun."""
-    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("hydra-pipe")]
+    threads = [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("hydra-pipe")
+    ]
     return threads + [process.name for process in multiprocessing.process.active_children()]
 
 
@@ -190,7 +211,9 @@ def test_a_stream_ends_what_it_began_at_its_end(run: Path, name: str) -> None:
         assert of_ours() == []
 
 
-@pytest.mark.parametrize("name", [name for name in STREAMS if "batches" not in name])  # torch's own processes torch ends
+@pytest.mark.parametrize(
+    "name", [name for name in STREAMS if "batches" not in name]
+)  # torch's own processes torch ends
 def test_of_a_stream_that_is_left_in_the_middle_the_collector_takes_the_memory_alone(
     run: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +231,9 @@ def test_of_a_stream_that_is_left_in_the_middle_the_collector_takes_the_memory_a
 
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("closed", [False, True])
-def test_an_interrupted_loop_leaves_no_thread(tmp_path: Path, *, tracked: bool, closed: bool) -> None:
+def test_an_interrupted_loop_leaves_no_thread(
+    tmp_path: Path, *, tracked: bool, closed: bool
+) -> None:
     pipeline = mlp_pipeline()
     model, optimizer, loader = pipeline.model, pipeline.optimizer, DataLoader(pipeline.train, 8)
     with small_files(), uncollected():
@@ -254,12 +279,17 @@ def test_a_reduction_that_was_interrupted_gives_nothing_to_a_later_one(tmp_path:
     hydra_pipe.reduce(path)
     hydra_pipe.record(conv_pipeline(seed=5), tmp_path / "other")
     hydra_pipe.reduce(tmp_path / "other")
-    found, expected = (zarr.open_array(p / "relevance.zarr" / "hydra", mode="r")[:] for p in (path, tmp_path / "other"))
+    found, expected = (
+        zarr.open_array(p / "relevance.zarr" / "hydra", mode="r")[:]
+        for p in (path, tmp_path / "other")
+    )
     np.testing.assert_array_equal(found, expected)
     assert kept.value.__traceback__ is not None
 
 
-def test_a_cluster_of_this_machine_that_is_interrupted_leaves_no_process(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_of_this_machine_that_is_interrupted_leaves_no_process(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(self: ClusterHere, graph: Any) -> None:
         raise KeyboardInterrupt
 

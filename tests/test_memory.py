@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 import hydra_pipe
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import RECORD, REDUCE
-from hydra_pipe.store.data.sweep_state import load_state, save_state
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
+from hydra_pipe.store.data.sweep_state import load_state, save_state
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.stages import RECORD, REDUCE
 from hydra_pipe.units import parse_bytes
 
 PIPELINE = str(Path(__file__).with_name("heavy_pipeline.py"))
@@ -30,7 +30,14 @@ def random_rows(n: int, width: int, seed: int) -> NDArray[np.float16]:
 
 
 def made_up(
-    path: Path, n_samples: int, n_rows: int, n_tests: int, width: int, batch: int, checkpoints: int = 1, n_random: int | None = None
+    path: Path,
+    n_samples: int,
+    n_rows: int,
+    n_tests: int,
+    width: int,
+    batch: int,
+    checkpoints: int = 1,
+    n_random: int | None = None,
 ) -> Path:
     """A finished recording. Columns from `n_random` on are zeros, which take no room on the disk."""
     run = RunDirectory.create(path)
@@ -38,7 +45,10 @@ def made_up(
     layout = Layout((Block("w", (width,), 0, "dense", (0, width)),), width, 0)
     writer = GradientsWriter(run.path / names.GRADIENTS, layout, "float16", 1, run.run_id)
     n_steps = n_rows // batch
-    block, tests_after = random_rows(batch, width, 0), [n_steps * (i + 1) // checkpoints for i in range(checkpoints)]
+    block, tests_after = (
+        random_rows(batch, width, 0),
+        [n_steps * (i + 1) // checkpoints for i in range(checkpoints)],
+    )
     block[:, n_random:] = 0
     for step in range(n_steps):
         for rows, views in writer.rows.reserve(batch):
@@ -47,7 +57,14 @@ def made_up(
             views[names.SAMPLE][:] = (np.arange(batch)[rows] + step * batch) % n_samples
             views[names.STEP][:] = step
             views[names.CURVATURE][:] = 1.0
-        zero = {"learning_rate": 1e-3, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "decoupled_decay": 0, "nesterov": 0}
+        zero = {
+            "learning_rate": 1e-3,
+            "momentum": 0.9,
+            "dampening": 0,
+            "weight_decay": 0,
+            "decoupled_decay": 0,
+            "nesterov": 0,
+        }
         rest = {"updated": 1, "momentum_started": step == 0, "step_factor": 1}
         rest |= {names.GRADIENT_SCALE: 1, names.LOSS: 0, names.IMBALANCE: 0}
         writer.append_step(zero | rest | {names.FIRST_ROW: step * batch, names.N_ROWS: batch})
@@ -107,8 +124,13 @@ def check_peak(run: Path, memory: str, **options: Any) -> None:
     assert peak <= planned <= parse_bytes(memory), (peak / 2**20, planned / 2**20)
 
 
-@pytest.mark.parametrize(("memory", "chunks"), [("240MiB", "auto"), ("320MiB", "auto"), ("2GiB", "auto"), ("400MiB", "300x1")])
-def test_the_process_stays_within_what_the_plan_says(runs: Callable[[str], Path], memory: str, chunks: str) -> None:
+@pytest.mark.parametrize(
+    ("memory", "chunks"),
+    [("240MiB", "auto"), ("320MiB", "auto"), ("2GiB", "auto"), ("400MiB", "300x1")],
+)
+def test_the_process_stays_within_what_the_plan_says(
+    runs: Callable[[str], Path], memory: str, chunks: str
+) -> None:
     check_peak(runs("large"), memory, chunks=chunks, overwrite=True)
 
 
@@ -122,13 +144,17 @@ def test_the_process_stays_within_what_the_plan_says(runs: Callable[[str], Path]
         ("large", "influence", "280MiB"),  # by features
     ],
 )
-def test_other_methods_stay_within_what_their_plans_say(runs: Callable[[str], Path], name: str, method: str, memory: str) -> None:
+def test_other_methods_stay_within_what_their_plans_say(
+    runs: Callable[[str], Path], name: str, method: str, memory: str
+) -> None:
     check_peak(runs(name), memory, method=method)
 
 
 def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:
     """The plans count it once more beside what a sweep carries: as it is written, and as it is read."""
-    arrays = {name: np.full((4, 2**18), value, np.float32) for name, value in (("a", 1.0), ("v", 2.0))}
+    arrays = {
+        name: np.full((4, 2**18), value, np.float32) for name, value in (("a", 1.0), ("v", 2.0))
+    }
     n_bytes = sum(a.nbytes for a in arrays.values())
 
     def peak_of(act: Callable[[], Any]) -> tuple[Any, int]:
@@ -150,6 +176,8 @@ def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tests", "rank"), [("0-7", None), ("0-149", None), ("0-59", 20)])
-def test_training_again_stays_within_what_the_plan_says(runs: Callable[[str], Path], tests: str, rank: int | None) -> None:
+def test_training_again_stays_within_what_the_plan_says(
+    runs: Callable[[str], Path], tests: str, rank: int | None
+) -> None:
     """The process has torch and the pipeline's data beside what the plan carries."""
     check_peak(runs("heavy"), "1GiB", method="hydra-exact", tests=tests, rank=rank, overwrite=True)

@@ -135,7 +135,10 @@ def test_a_damaged_run_is_shown_with_what_is_wrong(run: Path) -> None:
 
 
 def expected_top(relevance: np.ndarray, k: int, sign: int) -> list[int]:
-    return sorted((i for i in range(len(relevance)) if sign * relevance[i] > 0), key=lambda i: (-sign * relevance[i], i))[:k]
+    return sorted(
+        (i for i in range(len(relevance)) if sign * relevance[i] > 0),
+        key=lambda i: (-sign * relevance[i], i),
+    )[:k]
 
 
 @pytest.mark.parametrize("test_id", [0, 63, 64, 89])
@@ -153,7 +156,9 @@ def test_top_is_a_plain_sort_of_the_column(reduced: Path, test_id: int) -> None:
         np.testing.assert_array_equal(frame["relevance"], relevance[ids])
         np.testing.assert_array_equal(frame["label"], labels[ids])
     both = run.top(test_id, k=7)
-    pd.testing.assert_frame_equal(both.drop(columns="side"), pd.concat(frames.values(), ignore_index=True))
+    pd.testing.assert_frame_equal(
+        both.drop(columns="side"), pd.concat(frames.values(), ignore_index=True)
+    )
     assert both["side"].to_list() == ["helpful"] * 7 + ["harmful"] * 7
     assert both.attrs["test_id"] == test_id
 
@@ -161,16 +166,21 @@ def test_top_is_a_plain_sort_of_the_column(reduced: Path, test_id: int) -> None:
 def test_top_says_what_the_exported_rankings_say(run: Path) -> None:
     hydra_pipe.export(run, top=5)
     exported = pd.concat(
-        pd.read_parquet(file, partitioning=None) for file in sorted((run / "rankings" / "method=hydra").glob("part-*"))
+        pd.read_parquet(file, partitioning=None)
+        for file in sorted((run / "rankings" / "method=hydra").glob("part-*"))
     )
     found = hydra_pipe.open_run(run)
     for test_id in (3, 70):
-        of_one = exported[exported["test_id"] == test_id].reset_index(drop=True).astype({"side": "str"})
+        of_one = (
+            exported[exported["test_id"] == test_id].reset_index(drop=True).astype({"side": "str"})
+        )
         top = found.top(test_id, k=5).rename(columns={"label": "train_label"})
         pd.testing.assert_frame_equal(of_one[list(top.columns)], top)
 
 
-def test_ties_go_to_the_smaller_id_and_nothing_of_the_wrong_sign_is_listed(reduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_go_to_the_smaller_id_and_nothing_of_the_wrong_sign_is_listed(
+    reduced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tied = np.zeros((N_TRAIN, 64), np.float32)
     tied[[9, 4, 30], 2] = 1.0
     monkeypatch.setattr(results_module, "read_relevance", lambda array, tests: tied)
@@ -178,7 +188,9 @@ def test_ties_go_to_the_smaller_id_and_nothing_of_the_wrong_sign_is_listed(reduc
     assert top[["side", "train_id"]].to_numpy().tolist() == [["helpful", 4], ["helpful", 9]]
 
 
-def test_top_of_several_test_samples_reads_their_chunk_once(reduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_of_several_test_samples_reads_their_chunk_once(
+    reduced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     windows = []
     true_read = results_module.read_relevance
 
@@ -216,11 +228,15 @@ def test_of_chosen_test_samples_and_means_the_ids_are_theirs(run: Path) -> None:
     hydra_pipe.reduce(run, by="label")
     hydra_pipe.reduce(run, tests="5,80-82", overwrite=True)
     found = hydra_pipe.open_run(run)
-    assert found.top(81, k=3, side="helpful")["train_id"].to_list() == expected_top(full[:, 81], 3, 1)
+    assert found.top(81, k=3, side="helpful")["train_id"].to_list() == expected_top(
+        full[:, 81], 3, 1
+    )
     with pytest.raises(UsageError, match="no test sample 7: it has test samples 5,80-82"):
         found.top(7)
     means = np.asarray(found.relevance("hydra-by-label"))
-    assert found.top(1, k=3, side="harmful", method="hydra-by-label")["train_id"].to_list() == expected_top(means[:, 1], 3, -1)
+    assert found.top(1, k=3, side="harmful", method="hydra-by-label")[
+        "train_id"
+    ].to_list() == expected_top(means[:, 1], 3, -1)
     with pytest.raises(UsageError, match="it has columns 0 to 3"):
         found.top(4, method="hydra-by-label")
 
@@ -230,13 +246,17 @@ def test_samples_are_the_same_exported_or_not(run: Path, monkeypatch: pytest.Mon
         patch.setattr(planning, "BLOCK_BYTES", 1)  # two blocks, where the export has one
         computed = hydra_pipe.open_run(run).samples()
     relevance = np.asarray(hydra_pipe.open_run(run).relevance())
-    np.testing.assert_allclose(computed["relevance_sum"], relevance.sum(1, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(
+        computed["relevance_sum"], relevance.sum(1, dtype=np.float64), rtol=1e-12
+    )
     hydra_pipe.export(run)
     with monkeypatch.context() as patch:
         patch.setattr(totals_module, "Adding", None)  # nothing is added up
         exported = hydra_pipe.open_run(run).samples()
     pd.testing.assert_frame_equal(exported, computed, check_exact=True)
-    written = pd.read_parquet(run / "rankings" / "method=hydra" / "samples.parquet", partitioning=None)
+    written = pd.read_parquet(
+        run / "rankings" / "method=hydra" / "samples.parquet", partitioning=None
+    )
     assert (exported.dtypes == written.dtypes).all()
     pd.testing.assert_frame_equal(exported, written, check_flags=False)
 
@@ -258,7 +278,9 @@ def test_an_open_run_sees_what_was_computed_since(run: Path) -> None:
     assert (found.methods, found.gradients.n_steps) == ([], 4)
 
 
-def test_samples_and_pictures_are_computed_once(reduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_and_pictures_are_computed_once(
+    reduced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = hydra_pipe.open_run(reduced)
     run.samples()
     monkeypatch.setattr(source_module, "read_columns", None)
@@ -271,7 +293,10 @@ def test_a_table_that_is_not_what_was_exported_is_refused(run: Path) -> None:
     hydra_pipe.export(run)
     file = run / "rankings" / "method=hydra" / "samples.parquet"
     pd.read_parquet(file, partitioning=None).head(3).to_parquet(file)
-    with pytest.raises(StoreError, match=r"samples\.parquet is not what was exported .*: write it again with hydra-pipe export"):
+    with pytest.raises(
+        StoreError,
+        match=r"samples\.parquet is not what was exported .*: write it again with hydra-pipe export",
+    ):
         hydra_pipe.open_run(run).samples()
     file.write_bytes(b"PAR1")
     with pytest.raises(StoreError, match="is not what was exported"):
@@ -283,7 +308,9 @@ def test_the_heat_map_has_the_class_means(reduced: Path) -> None:
     train, test = (data.tensors[1].numpy() for data in (pipeline.train, pipeline.test))
     run = hydra_pipe.open_run(reduced)
     relevance = np.asarray(run.relevance(), np.float64)
-    means = np.array([[relevance[np.ix_(train == a, test == b)].mean() for b in range(4)] for a in range(4)])
+    means = np.array(
+        [[relevance[np.ix_(train == a, test == b)].mean() for b in range(4)] for a in range(4)]
+    )
     axes = run.plot.heatmap()
     label = axes.images[0].colorbar.ax.get_ylabel()
     power = re.fullmatch(r"mean relevance \((?:1e(-?\d+) . )?test loss\); positive: helpful", label)
@@ -293,13 +320,20 @@ def test_the_heat_map_has_the_class_means(reduced: Path) -> None:
     low, high = axes.images[0].get_clim()
     assert -low == high > 0
     np.testing.assert_allclose(high * scale, np.abs(means[~np.eye(4, dtype=bool)]).max(), rtol=1e-6)
-    assert [float(text.get_text()) for text in axes.texts] == pytest.approx((means / scale).ravel(), abs=0.051)
+    assert [float(text.get_text()) for text in axes.texts] == pytest.approx(
+        (means / scale).ravel(), abs=0.051
+    )
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("n_classes", [2, 100])
-def test_the_heat_map_of_few_and_many_classes_has_labels_that_do_not_touch(tmp_path: Path, n_classes: int) -> None:
-    names = [f"a class with a long name {i:03d}" if n_classes == 2 else f"{i:03d}" for i in range(n_classes)]
+def test_the_heat_map_of_few_and_many_classes_has_labels_that_do_not_touch(
+    tmp_path: Path, n_classes: int
+) -> None:
+    names = [
+        f"a class with a long name {i:03d}" if n_classes == 2 else f"{i:03d}"
+        for i in range(n_classes)
+    ]
     labels = {"sample_labels": (names * 200)[:200], "test_labels": (names * 100)[:100]}
     hydra_pipe.record(conv_pipeline(epochs=1, n_train=200, n_test=100, **labels), tmp_path / "run")
     hydra_pipe.reduce(tmp_path / "run")
@@ -316,7 +350,11 @@ def test_the_heat_map_of_few_and_many_classes_has_labels_that_do_not_touch(tmp_p
 def test_pictures_are_drawn_on_given_axes_and_say_their_units(reduced: Path) -> None:
     run = hydra_pipe.open_run(reduced)
     _, given = plt.subplots(1, 3)
-    drawn = [run.plot.heatmap(ax=given[0]), run.plot.distribution(ax=given[1]), run.plot.loss(ax=given[2])]
+    drawn = [
+        run.plot.heatmap(ax=given[0]),
+        run.plot.distribution(ax=given[1]),
+        run.plot.loss(ax=given[2]),
+    ]
     assert all(a is b for a, b in zip(drawn, given, strict=True))
     assert given[1].get_xlabel() == "relevance, summed over 90 test samples (test loss)"
     sums = run.samples()["relevance_sum"]
@@ -329,7 +367,9 @@ def test_pictures_are_drawn_on_given_axes_and_say_their_units(reduced: Path) -> 
 
 
 def test_without_labels_there_is_all_but_the_heat_map(tmp_path: Path) -> None:
-    pipeline = conv_pipeline(epochs=1, loss=lambda output, target: (output[:, :1] - target).square().sum(1))
+    pipeline = conv_pipeline(
+        epochs=1, loss=lambda output, target: (output[:, :1] - target).square().sum(1)
+    )
     for data in (pipeline.train, pipeline.test):
         data.tensors = (data.tensors[0], data.tensors[1].float()[:, None])
     hydra_pipe.record(pipeline, tmp_path / "run")
@@ -356,7 +396,10 @@ def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
 ) -> None:
     for module in [name for name in sys.modules if name.split(".")[0] == package] or [package]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ExtraError, match=rf"needs {package}, which is not installed: pip install 'hydra-pipe\[notebook\]'"):
+    with pytest.raises(
+        ExtraError,
+        match=rf"needs {package}, which is not installed: pip install 'hydra-pipe\[notebook\]'",
+    ):
         eval(call, {"run": hydra_pipe.open_run(reduced)})
 
 
@@ -373,13 +416,23 @@ def test_an_open_run_and_its_summary_need_no_optional_package(reduced: Path) -> 
 
 BLOCKS = [
     block.split("```")[0]
-    for block in (ROOT / "docs" / "notebook.md").read_text().split("<!-- executed by tests/test_notebook.py -->\n```python\n")[1:]
+    for block in (ROOT / "docs" / "notebook.md")
+    .read_text()
+    .split("<!-- executed by tests/test_notebook.py -->\n```python\n")[1:]
 ]
 
 
 def test_the_code_of_the_how_to_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["run", str(ROOT / "pipelines" / "digits.py"), "runs/digits", "--set", "epochs=1", "--set", "noise=0.1"]
+    arguments = [
+        "run",
+        str(ROOT / "pipelines" / "digits.py"),
+        "runs/digits",
+        "--set",
+        "epochs=1",
+        "--set",
+        "noise=0.1",
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(BLOCKS) == 5
     names: dict[str, object] = {}
@@ -392,29 +445,55 @@ TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
 
 def shown(notebook: nbformat.NotebookNode) -> list[list[tuple[str, ...]]]:
     """Of each cell the kinds of what it shows."""
-    return [[(o.output_type, o.get("name", ""), *sorted(o.get("data", ()))) for o in c.get("outputs", ())] for c in notebook.cells]
+    return [
+        [
+            (o.output_type, o.get("name", ""), *sorted(o.get("data", ())))
+            for o in c.get("outputs", ())
+        ]
+        for c in notebook.cells
+    ]
 
 
 def words(notebook: nbformat.NotebookNode) -> str:
     """What its cells print."""
-    return "".join(o["text"] for c in notebook.cells for o in c.get("outputs", ()) if o.output_type == "stream")
+    return "".join(
+        o["text"] for c in notebook.cells for o in c.get("outputs", ()) if o.output_type == "stream"
+    )
 
 
-def test_the_tutorial_runs_and_shows_what_is_kept_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+def test_the_tutorial_runs_and_shows_what_is_kept_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in (
+        "IPYTHONDIR",
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "MPLCONFIGDIR",
+    ):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel is another process, in another directory
+    monkeypatch.setenv(
+        "PYTHONPATH", str(ROOT)
+    )  # the kernel is another process, in another directory
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept = nbformat.read(TUTORIAL, as_version=4)
     nbformat.validate(kept)
     again = nbformat.read(TUTORIAL, as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
-    options = {"kernel_name": "python3", "timeout": None, "startup_timeout": 600, "coalesce_streams": True}
+    options = {
+        "kernel_name": "python3",
+        "timeout": None,
+        "startup_timeout": 600,
+        "coalesce_streams": True,
+    }
     NotebookClient(again, resources=place, **options).execute()
     assert shown(again) == shown(kept)
     assert "stderr" not in str(shown(again))  # no warning either
     found = words(again)
-    assert int(re.search(r"of the 100 most harmful samples (\d+) are mislabelled; 20 would", found)[1]) >= 60
+    assert (
+        int(re.search(r"of the 100 most harmful samples (\d+) are mislabelled; 20 would", found)[1])
+        >= 60
+    )
     right = [float(share) for share in re.findall(r"([\d.]+)% are right", found)]
     assert right[0] < min(right[1:])  # as it was, left out, corrected
 

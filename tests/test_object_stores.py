@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import RunError, StoreError
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, KEEP, RECORD
+from hydra_pipe.store.zarr.arrays import Array
 
 BUCKET = "hydra-pipe-tests"
 pytestmark = [
@@ -105,7 +105,11 @@ def contents(run: str | Path) -> dict[str, bytes]:
         found = files_of(run)
     run_id = json.loads(found.pop("run.json"))["run_id"].encode()
     # Parquet compresses its own; what it says is compared by the tables' values
-    compared = {name: content for name, content in found.items() if not name.endswith(".parquet") and "checksums/" not in name}
+    compared = {
+        name: content
+        for name, content in found.items()
+        if not name.endswith(".parquet") and "checksums/" not in name
+    }
     return {name: content.replace(run_id, b"RUN") for name, content in compared.items()}
 
 
@@ -115,13 +119,17 @@ def test_all_stages_leave_what_they_leave_on_a_disk(run: str, tmp_path: Path) ->
     assert contents(run) == contents(tmp_path / "run")
     assert hydra_pipe.verify(run) == []
     view = hydra_pipe.open_run(run)
-    np.testing.assert_array_equal(view.relevance().values, hydra_pipe.open_run(tmp_path / "run").relevance().values)
+    np.testing.assert_array_equal(
+        view.relevance().values, hydra_pipe.open_run(tmp_path / "run").relevance().values
+    )
     np.testing.assert_array_equal(view.relevance_array()[:], view.relevance().values)
     assert view.info()["bytes"]["gradients.zarr"] > 0
 
 
 @in_memory
-def test_a_matrix_of_hypergradients_is_there_what_it_is_on_a_disk(root: str, tmp_path: Path) -> None:
+def test_a_matrix_of_hypergradients_is_there_what_it_is_on_a_disk(
+    root: str, tmp_path: Path
+) -> None:
     for run in (f"{root}/run", tmp_path / "run"):
         hydra_pipe.record(conv_pipeline(epochs=1), run, encoding="projected", dim=40)
         assert hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
@@ -170,7 +178,10 @@ def test_other_files_are_told_by_their_sizes_and_repaired(run: str) -> None:
         "rankings/method=hydra/notes.txt",
         "relevance.zarr/hydra/c/0/0",
     ]
-    assert re.search(r"is not what was written: it has \d+ bytes, \d+ were written", found["relevance.zarr/hydra/c/0/0"])
+    assert re.search(
+        r"is not what was written: it has \d+ bytes, \d+ were written",
+        found["relevance.zarr/hydra/c/0/0"],
+    )
     assert hydra_pipe.verify(run, repair=True) == []
     assert list(RunDirectory.open(run).stages) == [RECORD, KEEP.of("hydra")]
     assert location(f"{run}/set-aside/rankings/method=hydra/notes.txt").read_bytes() == b"mine"
@@ -190,7 +201,9 @@ def test_rows_are_pruned_and_tests_answered_without_them(run: str) -> None:
 
 
 @in_memory
-def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_export_leaves_a_stage_that_is_not_complete(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = f"{root}/run"
     hydra_pipe.record(conv_pipeline(), run, encoding="exact", dtype="float16")
     hydra_pipe.reduce(run)
@@ -223,7 +236,9 @@ def test_a_recording_goes_on_from_a_state(root: str) -> None:
                 pipeline.optimizer.zero_grad()
 
     def recorder_of(pipeline: hydra_pipe.Pipeline, name: str) -> hydra_pipe.Recorder:
-        return hydra_pipe.Recorder(pipeline.model, pipeline.optimizer, f"{root}/{name}", 26, encoding="exact")
+        return hydra_pipe.Recorder(
+            pipeline.model, pipeline.optimizer, f"{root}/{name}", 26, encoding="exact"
+        )
 
     whole = recorder_of(pipelines[0], "whole")
     steps(pipelines[0], whole, range(6))
@@ -257,7 +272,10 @@ def test_file_urls_are_local_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("nonsense://x/run", r"name a directory, or a URL that fsspec knows"), ("gs://b/run", r"pip install 'hydra-pipe\[gcs\]'")],
+    [
+        ("nonsense://x/run", r"name a directory, or a URL that fsspec knows"),
+        ("gs://b/run", r"pip install 'hydra-pipe\[gcs\]'"),
+    ],
 )
 def test_a_url_that_cannot_be_used_is_told(url: str, message: str) -> None:
     with pytest.raises(RunError, match=message):
@@ -275,7 +293,9 @@ def test_the_command_line_takes_urls_and_tells_what_is_wrong(run: str, root: str
     assert f"there is no run at {root}/none" in call("info", f"{root}/none", code=1)
     assert "healthy" in call("verify", run)
     assert json.loads(call("info", run, "--json"))["path"] == run
-    assert f"rankings: {run}/rankings/method=hydra" in call("export", run, "--top", "2", "--overwrite")
+    assert f"rankings: {run}/rankings/method=hydra" in call(
+        "export", run, "--top", "2", "--overwrite"
+    )
     told = call("reduce", "s3://no-such-bucket-here/run", code=1)
     assert "there is no run at s3://no-such-bucket-here/run" in told
 
@@ -288,7 +308,9 @@ def test_a_store_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
         # nor those of the machine that this runs on
         result = subprocess.run(
             command,
-            env=settings | credentials | {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"},
+            env=settings
+            | credentials
+            | {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"},
             capture_output=True,
             text=True,
             cwd=tmp_path,

@@ -59,7 +59,22 @@ def every_stage(run: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", ["exp:1", "file:x", "gs:z", "s3:bkt", "hdfs:y/z", "a b", "x?y#z", "100%25", "añ ß", "./~", "x~", "./s3:/bkt", "1:/x"]
+    "run",
+    [
+        "exp:1",
+        "file:x",
+        "gs:z",
+        "s3:bkt",
+        "hdfs:y/z",
+        "a b",
+        "x?y#z",
+        "100%25",
+        "añ ß",
+        "./~",
+        "x~",
+        "./s3:/bkt",
+        "1:/x",
+    ],
 )
 def test_a_name_that_others_read_as_a_url_is_a_directory(here: Path, run: str) -> None:
     every_stage(run)

@@ -20,7 +20,9 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def test_a_peer_trains_as_the_runner_did_and_relevance_is_that_of_the_pipeline(scripts: None, tmp_path: Path) -> None:
+def test_a_peer_trains_as_the_runner_did_and_relevance_is_that_of_the_pipeline(
+    scripts: None, tmp_path: Path
+) -> None:
     import run
     import subject
     from with_hydra_pipe import OFFERS
@@ -32,10 +34,17 @@ def test_a_peer_trains_as_the_runner_did_and_relevance_is_that_of_the_pipeline(s
     (tmp_path / "store").mkdir()
     facts: dict = {}
     kept: list[dict[str, np.ndarray]] = []
-    subject.measure(OFFERS["hydra"].make(given, tmp_path / "store"), facts, lambda found: kept.append(dict(found)))
+    subject.measure(
+        OFFERS["hydra"].make(given, tmp_path / "store"),
+        facts,
+        lambda found: kept.append(dict(found)),
+    )
     assert [list(found) for found in kept] == [["score"], ["score", "later"]]
     found = kept[-1]
-    assert {name: scores.shape for name, scores in found.items()} == {"score": (400, 100), "later": (400, 100)}
+    assert {name: scores.shape for name, scores in found.items()} == {
+        "score": (400, 100),
+        "later": (400, 100),
+    }
     assert set(facts["seconds"]) == {"plain", "capture", "plain again", "prepare", "score", "later"}
     assert facts["bytes"] > 0
 

@@ -74,29 +74,58 @@ def run(made: Path) -> Iterator[Path]:
 
 def snapshot(directory: Path) -> dict[str, str]:
     files = (file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 # what is tried, and where nobody may write
 Case = tuple[Callable[[Path], object], tuple[str, ...]]
 CASES: dict[str, Case] = {
-    "record": (lambda run: hydra_pipe.record(str(PIPELINE), run, overwrite=True), ("gradients.zarr/test", "rankings", "checksums")),
+    "record": (
+        lambda run: hydra_pipe.record(str(PIPELINE), run, overwrite=True),
+        ("gradients.zarr/test", "rankings", "checksums"),
+    ),
     "reduce": (
         lambda run: hydra_pipe.reduce(run, overwrite=True),
-        (".", "relevance.zarr", "relevance.zarr/hydra/c", "checksums", "rankings", "cleaning/method=hydra"),
+        (
+            ".",
+            "relevance.zarr",
+            "relevance.zarr/hydra/c",
+            "checksums",
+            "rankings",
+            "cleaning/method=hydra",
+        ),
     ),
-    "keep": (lambda run: hydra_pipe.reduce(run, by="mean", keep_hypergradients=True, overwrite=True), ("hypergradients",)),
-    "export": (lambda run: hydra_pipe.export(run, overwrite=True), ("rankings", "rankings/method=hydra", "checksums")),
-    "clean": (lambda run: hydra_pipe.clean(run, overwrite=True), ("cleaning", "cleaning/method=hydra")),
+    "keep": (
+        lambda run: hydra_pipe.reduce(run, by="mean", keep_hypergradients=True, overwrite=True),
+        ("hypergradients",),
+    ),
+    "export": (
+        lambda run: hydra_pipe.export(run, overwrite=True),
+        ("rankings", "rankings/method=hydra", "checksums"),
+    ),
+    "clean": (
+        lambda run: hydra_pipe.clean(run, overwrite=True),
+        ("cleaning", "cleaning/method=hydra"),
+    ),
     "report": (lambda run: hydra_pipe.report(run, overwrite=True), (".", "checksums")),
-    "probe": (lambda run: hydra_pipe.probe(run, mlp_like(), name="some", overwrite=True), ("probes", "relevance.zarr")),
+    "probe": (
+        lambda run: hydra_pipe.probe(run, mlp_like(), name="some", overwrite=True),
+        ("probes", "relevance.zarr"),
+    ),
     "prune": (hydra_pipe.prune, ("gradients.zarr/gradient", "gradients.zarr/scale/c")),
     "repair": (lambda run: hydra_pipe.verify(run, repair=True), ("gradients.zarr", "checksums")),
 }
 
 
-@pytest.mark.parametrize(("stage", "place"), [(stage, place) for stage, (_, places) in CASES.items() for place in places])
-def test_without_permission_nothing_that_is_good_is_withdrawn(run: Path, stage: str, place: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "place"), [(stage, place) for stage, (_, places) in CASES.items() for place in places]
+)
+def test_without_permission_nothing_that_is_good_is_withdrawn(
+    run: Path, stage: str, place: str
+) -> None:
     before = snapshot(run)
     (run / place).chmod(0o555)
     with without_privileges(), pytest.raises(PermissionError) as refusal:
@@ -113,7 +142,9 @@ def test_the_message_names_the_directory(run: Path) -> None:
         result = CliRunner().invoke(app, ["reduce", str(run), "--overwrite"])
     assert result.exit_code == 1
     told = result.stderr.strip().splitlines()[-1]
-    assert told.startswith(f"hydra-pipe: {run}/relevance.zarr: Permission denied: no permission: name a run directory elsewhere")
+    assert told.startswith(
+        f"hydra-pipe: {run}/relevance.zarr: Permission denied: no permission: name a run directory elsewhere"
+    )
 
 
 def test_a_recording_is_refused_before_training_where_its_directory_cannot_be_made(

@@ -27,7 +27,10 @@ def run(pipeline: str, directory: Path, *settings: str) -> None:
 def test_digits_finds_mislabelled_samples_far_better_than_chance(tmp_path: Path) -> None:
     run("digits.py", tmp_path / "run", "noise=0.1", "lr=0.2")
     shown = subprocess.run(
-        [sys.executable, PIPELINES / "digits.py", tmp_path / "run"], check=True, capture_output=True, text=True
+        [sys.executable, PIPELINES / "digits.py", tmp_path / "run"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     assert "true label" in shown
     hits = int(shown.split("Of the 50 lowest-ranked, ")[1].split()[0])
@@ -47,9 +50,24 @@ SHIPPED = {
     "digits.py": {"epochs": 1, "noise": 0.1},
     "fashion_mnist.py": {"data": "fashion-mnist", "n_train": 320, "n_test": 10, "epochs": 1},
     "mnist.py": {"data": "mnist", "n_train": 320, "n_test": 10, "epochs": 1, "noise": 0.2},
-    "cifar10n.py": {"data": "cifar10", "n_train": 192, "n_test": 10, "epochs": 1, "width": 4, "labels": "worse"},
+    "cifar10n.py": {
+        "data": "cifar10",
+        "n_train": 192,
+        "n_test": 10,
+        "epochs": 1,
+        "width": 4,
+        "labels": "worse",
+    },
     "adult.py": {"data": "tabular", "n_train": 1000, "n_test": 20, "epochs": 1},
-    "shakespeare.py": {"data": "text", "n_train": 64, "n_test": 8, "epochs": 1, "layers": 2, "width": 32, "context": 16},
+    "shakespeare.py": {
+        "data": "text",
+        "n_train": 64,
+        "n_test": 8,
+        "epochs": 1,
+        "layers": 2,
+        "width": 32,
+        "context": 16,
+    },
 }
 
 
@@ -62,11 +80,15 @@ def shipped(pipeline: str, data: Path) -> Pipeline:
 
 @pytest.mark.data
 @pytest.mark.parametrize("pipeline", sorted(SHIPPED))
-def test_weights_are_those_of_training_without_recording_bit_for_bit(tmp_path: Path, shared_data: Path, pipeline: str) -> None:
+def test_weights_are_those_of_training_without_recording_bit_for_bit(
+    tmp_path: Path, shared_data: Path, pipeline: str
+) -> None:
     plain, recorded = shipped(pipeline, shared_data), shipped(pipeline, shared_data)
     hydra_pipe.train(plain)
     hydra_pipe.record(recorded, tmp_path / "run")
-    for (name, a), b in zip(plain.model.state_dict().items(), recorded.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        plain.model.state_dict().items(), recorded.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     hydra_pipe.reduce(tmp_path / "run")
     assert np.isfinite(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance())).all()

@@ -21,9 +21,18 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.cli.app import app
-from hydra_pipe.errors import DataError, HydraError, NonFiniteError, PipelineError, RunError, StoreError, UsageError, UserCodeError
-from hydra_pipe.store.run.results import result_of
+from hydra_pipe.errors import (
+    DataError,
+    HydraError,
+    NonFiniteError,
+    PipelineError,
+    RunError,
+    StoreError,
+    UsageError,
+    UserCodeError,
+)
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import result_of
 from hydra_pipe.store.run.stages import EXPORT, PROBE, RECORD, REDUCE
 
 N_TEST, FIRST = 7, 4
@@ -61,7 +70,9 @@ CASES: dict[str, tuple[Callable[..., Pipeline], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path]:
     """A case, a run that has met all test samples, and one that has met the first of them and was probed with the others."""
     build, options = CASES[request.param]
     whole, probed = (tmp_path_factory.mktemp("runs") / name for name in ("whole", "probed"))
@@ -76,7 +87,9 @@ def relevance(run: Path, name: str = "hydra") -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_probe_of_test_samples_is_what_they_are_in_the_run(case: tuple[str, Path, Path], name: str) -> None:
+def test_a_probe_of_test_samples_is_what_they_are_in_the_run(
+    case: tuple[str, Path, Path], name: str
+) -> None:
     of, whole, probed = case
     build, recording = CASES[of]
     method, options = re.sub("-rank-2|-mean|-by-label", "", name), METHODS[name]
@@ -93,7 +106,9 @@ def test_a_probe_of_test_samples_is_what_they_are_in_the_run(case: tuple[str, Pa
     assert relative_error(found, expected) < TOLERANCE[recording["dtype"]]
 
 
-def test_the_run_with_a_probe_is_healthy_and_says_what_was_taken(case: tuple[str, Path, Path]) -> None:
+def test_the_run_with_a_probe_is_healthy_and_says_what_was_taken(
+    case: tuple[str, Path, Path],
+) -> None:
     _, _, probed = case
     assert hydra_pipe.verify(probed) == []
     info = hydra_pipe.open_run(probed).info()
@@ -101,27 +116,41 @@ def test_the_run_with_a_probe_is_healthy_and_says_what_was_taken(case: tuple[str
     assert info["bytes"]["probes"] > 0
 
 
-def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(case: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(
+    case: tuple[str, Path, Path], tmp_path: Path
+) -> None:
     of, whole, probed = case
     pruned = shutil.copytree(probed, tmp_path / "pruned")
     hydra_pipe.reduce(pruned, keep_hypergradients=True)
     hydra_pipe.prune(pruned)
     build, recording = CASES[of]
-    hydra_pipe.probe(pruned, HELD_BACK, name="again", pipeline=build(test=Subset(ALL, range(FIRST))))
+    hydra_pipe.probe(
+        pruned, HELD_BACK, name="again", pipeline=build(test=Subset(ALL, range(FIRST)))
+    )
     hydra_pipe.reduce(pruned, test="again")
-    assert RunDirectory.open(pruned).stages[REDUCE.of("hydra-of-again")].facts["plan"]["order"] == "from hypergradients"
+    assert (
+        RunDirectory.open(pruned).stages[REDUCE.of("hydra-of-again")].facts["plan"]["order"]
+        == "from hypergradients"
+    )
     hydra_pipe.reduce(whole, tests=f"{FIRST}-{N_TEST - 1}")
-    assert relative_error(relevance(pruned, "hydra-of-again"), relevance(whole)) < TOLERANCE[recording["dtype"]]
+    assert (
+        relative_error(relevance(pruned, "hydra-of-again"), relevance(whole))
+        < TOLERANCE[recording["dtype"]]
+    )
     assert hydra_pipe.verify(pruned) == []
 
 
 # ---------------------------------------------------------------------------------------------------- loops of one's own
 
 
-def recorded_loop(run: Path, tests: Any, optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> nn.Module:
+def recorded_loop(
+    run: Path, tests: Any, optimizer: Callable[..., torch.optim.Optimizer], **options: Any
+) -> nn.Module:
     """A loop that freezes a part of its model on the way, takes tests twice, and has buffers."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)
+    )
     own = optimizer(model.parameters(), lr=0.01)
     recorder = Recorder(model, own, run, 40, encoding="exact", dtype="float32", **options)
     for number, (inputs, targets) in enumerate(DataLoader(images(40, 1), 8)):
@@ -138,16 +167,23 @@ def recorded_loop(run: Path, tests: Any, optimizer: Callable[..., torch.optim.Op
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_loop_of_ones_own_is_probed_with_its_model_and_loss(tmp_path: Path, optimizer: Any) -> None:
+def test_a_loop_of_ones_own_is_probed_with_its_model_and_loss(
+    tmp_path: Path, optimizer: Any
+) -> None:
     recorded_loop(tmp_path / "whole", ALL, optimizer)
     model = recorded_loop(tmp_path / "run", Subset(ALL, range(FIRST)), optimizer)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = torch.get_rng_state()
-    hydra_pipe.probe(tmp_path / "run", HELD_BACK, name="late", model=model, loss=nn.CrossEntropyLoss())
+    hydra_pipe.probe(
+        tmp_path / "run", HELD_BACK, name="late", model=model, loss=nn.CrossEntropyLoss()
+    )
     for run, options in (("whole", {"tests": f"{FIRST}-{N_TEST - 1}"}), ("run", {"test": "late"})):
         hydra_pipe.reduce(tmp_path / run, **options)
-    assert relative_error(relevance(tmp_path / "run", "hydra-of-late"), relevance(tmp_path / "whole")) < TOLERANCE["float32"]
+    assert (
+        relative_error(relevance(tmp_path / "run", "hydra-of-late"), relevance(tmp_path / "whole"))
+        < TOLERANCE["float32"]
+    )
     # nothing of it is seen afterwards
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -164,11 +200,18 @@ def test_a_model_that_is_not_the_runs_is_refused_by_name(tmp_path: Path) -> None
             hydra_pipe.probe(tmp_path / "run", ALL, name="late", model=other, loss=cross_entropy)
         assert PROBE.of("late") not in RunDirectory.open(tmp_path / "run").stages
 
-    with pytest.raises(RunError, match=r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., loss=...\)"):
+    with pytest.raises(
+        RunError,
+        match=r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., loss=...\)",
+    ):
         hydra_pipe.probe(tmp_path / "run", ALL, name="late")
-    with pytest.raises(RunError, match="which keeps its parameters itself: a probe needs the model"):
+    with pytest.raises(
+        RunError, match="which keeps its parameters itself: a probe needs the model"
+    ):
         hydra_pipe.probe(tmp_path / "run", ALL, name="late", pipeline=mlp_pipeline())
-    refused(r"1\.weight is not as it was after 5 steps.*has other values: load", mlp_pipeline().model)
+    refused(
+        r"1\.weight is not as it was after 5 steps.*has other values: load", mlp_pipeline().model
+    )
     refused(r"2\.weight is not as it was after 5 steps.*lacks it", nn.Sequential(*model[:2]))
     with torch.no_grad():
         model[2].running_mean[3] += 1e-6
@@ -198,7 +241,9 @@ def test_a_preconditioner_past_the_state_that_is_gone_on_from_is_removed(tmp_pat
         if go_on:
             recorder.load_state_dict(states[0])
             assert not (tmp_path / "run/gradients.zarr/preconditioner").exists()
-        for number, (inputs, targets) in enumerate(batches[recorder.n_steps : recorder.n_steps + 2]):
+        for number, (inputs, targets) in enumerate(
+            batches[recorder.n_steps : recorder.n_steps + 2]
+        ):
             with recorder.step(range(8 * number, 8 * number + 8)):
                 cross_entropy(model(inputs), targets).mean().backward()
                 optimizer.step()
@@ -229,9 +274,13 @@ def probe(run: Path, dataset: Any, name: str = "late", **options: Any) -> bool:
     return hydra_pipe.probe(run, dataset, name=name, pipeline=mlp_pipeline(), **options)
 
 
-def changed(inputs: torch.Tensor | None = None, targets: torch.Tensor | None = None) -> TensorDataset:
+def changed(
+    inputs: torch.Tensor | None = None, targets: torch.Tensor | None = None
+) -> TensorDataset:
     found = images(3, 5).tensors
-    return TensorDataset(found[0] if inputs is None else inputs, found[1] if targets is None else targets)
+    return TensorDataset(
+        found[0] if inputs is None else inputs, found[1] if targets is None else targets
+    )
 
 
 def with_nan() -> TensorDataset:
@@ -250,24 +299,54 @@ class Ragged:
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
     "no dataset": (7, {}, PipelineError, "the dataset is int 7: it must be a map-style dataset"),
-    "empty": (changed(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()), {}, PipelineError, "the dataset is empty"),
+    "empty": (
+        changed(torch.zeros(0, 1, 8, 8), torch.zeros(0).long()),
+        {},
+        PipelineError,
+        "the dataset is empty",
+    ),
     "no pairs": ([1, 2], {}, DataError, "the probe dataset yields int: it must yield pairs"),
     "ragged": (Ragged(), {}, UserCodeError, "the model raised at probe samples 2 to 2"),
-    "not finite": (with_nan(), {}, NonFiniteError, "the loss of probe sample 1 is not finite at the end"),
+    "not finite": (
+        with_nan(),
+        {},
+        NonFiniteError,
+        "the loss of probe sample 1 is not finite at the end",
+    ),
     "another shape": (
         changed(torch.zeros(3, 1, 9, 9)),
         {},
         UserCodeError,
         "the model raised at probe samples 0 to 2: RuntimeError",
     ),
-    "targets": (changed(None, torch.tensor([0, 1, 9])), {}, UserCodeError, "the loss raised at probe samples 0 to 2: IndexError"),
-    "labels": (changed(), {"labels": [1]}, DataError, "probe_labels has 1 entries for 3 probe samples"),
+    "targets": (
+        changed(None, torch.tensor([0, 1, 9])),
+        {},
+        UserCodeError,
+        "the loss raised at probe samples 0 to 2: IndexError",
+    ),
+    "labels": (
+        changed(),
+        {"labels": [1]},
+        DataError,
+        "probe_labels has 1 entries for 3 probe samples",
+    ),
     "settings": (changed(), {"settings": ["a=1"]}, UsageError, "settings go with a function"),
-    "name": (changed(), {"name": "a-b"}, UsageError, "--name 'a-b': give up to 50 letters, digits and _"),
+    "name": (
+        changed(),
+        {"name": "a-b"},
+        UsageError,
+        "--name 'a-b': give up to 50 letters, digits and _",
+    ),
     "hidden name": (changed(), {"name": "_b"}, UsageError, "a letter or a digit first"),
     "no function": ("nowhere.py", {}, UsageError, "names no function"),
     "no file": ("nowhere.py:f", {}, PipelineError, "there is no file nowhere.py"),
-    "a loss alone": (changed(), {"loss": cross_entropy}, UsageError, "give a pipeline, or a model and its loss"),
+    "a loss alone": (
+        changed(),
+        {"loss": cross_entropy},
+        UsageError,
+        "give a pipeline, or a model and its loss",
+    ),
 }
 
 
@@ -285,9 +364,12 @@ def test_what_cannot_be_probed_is_told(run: Path, case: str) -> None:
 
 def test_a_changed_pipeline_is_refused_by_name(run: Path) -> None:
     wider = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 4))
-    pipeline = mlp_pipeline(model=wider, optimizer=torch.optim.SGD(wider.parameters(), lr=0.1, momentum=0.9))
+    pipeline = mlp_pipeline(
+        model=wider, optimizer=torch.optim.SGD(wider.parameters(), lr=0.1, momentum=0.9)
+    )
     with pytest.raises(
-        RunError, match=r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, 64\]: it is another one"
+        RunError,
+        match=r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, 64\]: it is another one",
     ):
         hydra_pipe.probe(run, changed(), name="late", pipeline=pipeline)
 
@@ -296,25 +378,37 @@ def test_parameters_that_are_lost_are_told(run: Path) -> None:
     final = run / "checkpoints/final.pt"
     content = final.read_bytes()
     final.write_bytes(content[:-1] + b"x")
-    with pytest.raises(StoreError, match=r"final\.pt is not what was written at the end of training: record the run again"):
+    with pytest.raises(
+        StoreError,
+        match=r"final\.pt is not what was written at the end of training: record the run again",
+    ):
         probe(run, changed())
     final.unlink()
     with pytest.raises(StoreError, match=r"final\.pt cannot be read"):
         probe(run, changed())
 
 
-def test_a_run_without_what_a_probe_needs_says_to_record_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_pipe.store.data.gradients_writer.GradientsWriter.write_preconditioner", lambda *_: None)
+        patch.setattr(
+            "hydra_pipe.store.data.gradients_writer.GradientsWriter.write_preconditioner",
+            lambda *_: None,
+        )
         hydra_pipe.record(adamw_pipeline(), tmp_path / "adam")
     with pytest.raises(
-        RunError, match=r"does not have the optimizer's preconditioner as it was after 10 steps.*record the run again"
+        RunError,
+        match=r"does not have the optimizer's preconditioner as it was after 10 steps.*record the run again",
     ):
         hydra_pipe.probe(tmp_path / "adam", changed(), name="late", pipeline=adamw_pipeline())
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.recording.recorded_tests.state_digests", lambda _: None)
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
-    with pytest.raises(RunError, match="does not say which parameters its test gradients were taken at: record the run again"):
+    with pytest.raises(
+        RunError,
+        match="does not say which parameters its test gradients were taken at: record the run again",
+    ):
         probe(tmp_path / "sgd", changed())
 
 
@@ -329,28 +423,41 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     ):
         with pytest.raises(UsageError, match=match):
             hydra_pipe.reduce(run, test="late", **options)
-    with pytest.raises(RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"):
+    with pytest.raises(
+        RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"
+    ):
         hydra_pipe.reduce(run, test="other")
     with pytest.raises(UsageError, match="that result is of probe late"):
         hydra_pipe.export(run, method="hydra-of-late", test="other")
-    with pytest.raises(RunError, match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --test late first"):
+    with pytest.raises(
+        RunError,
+        match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --test late first",
+    ):
         hydra_pipe.export(run, test="late")
     with pytest.raises(RunError, match="given as an object, and hydra-exact needs its samples"):
         hydra_pipe.reduce(run, method="hydra-exact", test="late", pipeline=mlp_pipeline())
     with pytest.raises(RunError, match="the samples of probe late are others"):
-        hydra_pipe.reduce(run, method="hydra-exact", test="late", pipeline=mlp_pipeline(), dataset=images(3, 6))
+        hydra_pipe.reduce(
+            run, method="hydra-exact", test="late", pipeline=mlp_pipeline(), dataset=images(3, 6)
+        )
 
 
-def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was_computed(run: Path) -> None:
+def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was_computed(
+    run: Path,
+) -> None:
     assert probe(run, changed())
     assert not probe(run, changed())
     hydra_pipe.reduce(run, test="late")
     hydra_pipe.reduce(run, test="late", by="mean", method="grad-dot")
     hydra_pipe.export(run, test="late")
     hydra_pipe.reduce(run)
-    with pytest.raises(RunError, match=r"probe late was run with samples=.*, now samples=.*--overwrite"):
+    with pytest.raises(
+        RunError, match=r"probe late was run with samples=.*, now samples=.*--overwrite"
+    ):
         probe(run, images(3, 6))
-    with pytest.raises(RunError, match=r"probe late was run with labels=None, now labels=.*--overwrite"):
+    with pytest.raises(
+        RunError, match=r"probe late was run with labels=None, now labels=.*--overwrite"
+    ):
         probe(run, changed(), labels=["a", "b", "c"])
     assert hydra_pipe.verify(run) == []
     assert probe(run, images(4, 6), overwrite=True)
@@ -367,7 +474,9 @@ def test_a_failed_probe_is_no_result_and_recording_anew_drops_probes(run: Path) 
     probe(run, changed())
     with pytest.raises(NonFiniteError):
         probe(run, with_nan(), overwrite=True)
-    with pytest.raises(RunError, match=r"probe late is not finished .state: failed., the loss of probe sample 1"):
+    with pytest.raises(
+        RunError, match=r"probe late is not finished .state: failed., the loss of probe sample 1"
+    ):
         hydra_pipe.reduce(run, test="late")
     hydra_pipe.record(mlp_pipeline(), run, overwrite=True)
     assert not (run / "probes").exists()
@@ -375,10 +484,17 @@ def test_a_failed_probe_is_no_result_and_recording_anew_drops_probes(run: Path) 
 
 
 def stored(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "probes").rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted((run / "probes").rglob("*"))
+        if path.is_file()
+    }
 
 
-@pytest.mark.parametrize("where", ["probing.record_test_gradients", "probing.write_probe_labels", "store.stage_runner.seal"])
+@pytest.mark.parametrize(
+    "where",
+    ["probing.record_test_gradients", "probing.write_probe_labels", "store.stage_runner.seal"],
+)
 def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_same_bytes(
     run: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,7 +523,9 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
 def test_named_labels_are_those_of_the_ranking(run: Path) -> None:
     probe(run, changed(), labels=["cat", "dog", "cat"])
     hydra_pipe.reduce(run, test="late", by="label")
-    assert hydra_pipe.open_run(run).relevance("hydra-of-late-by-label").test_group_label.values.tolist() == ["cat", "dog"]
+    assert hydra_pipe.open_run(run).relevance(
+        "hydra-of-late-by-label"
+    ).test_group_label.values.tolist() == ["cat", "dog"]
     hydra_pipe.export(run, method="hydra-by-label", test="late", top=2)
     table = pq.read_table(run / "rankings/method=hydra-of-late-by-label/part-00000.parquet")
     assert set(table["test_label"].to_pylist()) == {"cat", "dog"}
@@ -418,7 +536,10 @@ def test_means_by_label_need_labels(run: Path) -> None:
     soft = nn.CrossEntropyLoss(reduction="none")
     pipeline = mlp_pipeline(loss=soft)
     hydra_pipe.probe(run, changed(None, targets), name="soft", pipeline=pipeline)
-    with pytest.raises(UsageError, match=r"soft\.zarr has no labels of test samples: .*hydra_pipe.probe\(..., labels=...\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"soft\.zarr has no labels of test samples: .*hydra_pipe.probe\(..., labels=...\)",
+    ):
         hydra_pipe.reduce(run, test="soft", by="label")
 
 
@@ -451,18 +572,25 @@ def test_damage_of_a_probe_is_found_and_repaired(run: Path, tmp_path: Path) -> N
     assert hydra_pipe.verify(tmp_path / "last") == []
 
 
-def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(run: Path, tmp_path: Path) -> None:
+def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
+    run: Path, tmp_path: Path
+) -> None:
     probe(run, changed())
     hydra_pipe.reduce(run, test="late")
     stage = RunDirectory.open(run)
     stage.stages[REDUCE.of("hydra-of-late")].facts["of_probe"] = "0" * 64
     stage.save(REDUCE.of("hydra-of-late"))
-    assert ["computed from another probe" in fault.what for fault in hydra_pipe.verify(run)] == [True]
+    assert ["computed from another probe" in fault.what for fault in hydra_pipe.verify(run)] == [
+        True
+    ]
     hydra_pipe.record(mlp_pipeline(), tmp_path / "other")
     probe(tmp_path / "other", changed())
     shutil.rmtree(run / "probes")
     shutil.copytree(tmp_path / "other/probes", run / "probes")
-    with pytest.raises(StoreError, match=r"is no probe of this recording: .* take it again with hydra-pipe probe --overwrite"):
+    with pytest.raises(
+        StoreError,
+        match=r"is no probe of this recording: .* take it again with hydra-pipe probe --overwrite",
+    ):
         hydra_pipe.reduce(run, test="late", overwrite=True)
 
 
@@ -487,7 +615,9 @@ def call(*arguments: str, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
-def test_the_command_answers_for_new_inputs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_answers_for_new_inputs_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "pipelines/digits.py", "digits.py")
     Path("mistakes.py").write_text(MISTAKES)
@@ -497,17 +627,24 @@ def test_the_command_answers_for_new_inputs_end_to_end(tmp_path: Path, monkeypat
     assert "nothing to do" in call(*taking)
     assert "probe wrong was run with set n=5, now set n=4" in call(*taking[:-1], "n=4", code=1)
     assert "no setting 'm'" in call(*taking[:-1], "m=4", code=2)
-    assert "samples x tests  1,400 x 5" in re.sub(" +", " ", call("reduce", "run", "--test", "wrong", "--dry-run")).replace(
-        "tests ", "tests  "
+    assert "samples x tests  1,400 x 5" in re.sub(
+        " +", " ", call("reduce", "run", "--test", "wrong", "--dry-run")
+    ).replace("tests ", "tests  ")
+    assert "next: hydra-pipe export run --method hydra-of-wrong\n" in call(
+        "reduce", "run", "--test", "wrong"
     )
-    assert "next: hydra-pipe export run --method hydra-of-wrong\n" in call("reduce", "run", "--test", "wrong")
-    assert "rankings: run/rankings/method=hydra-of-wrong\n" in call("export", "run", "--test", "wrong", "--top", "7", "--full")
+    assert "rankings: run/rankings/method=hydra-of-wrong\n" in call(
+        "export", "run", "--test", "wrong", "--top", "7", "--full"
+    )
     table = pq.read_table("run/rankings/method=hydra-of-wrong/part-00000.parquet")
     assert sorted(set(table["test_id"].to_pylist())) == [0, 1, 2, 3, 4]
     assert table.schema.metadata[b"hydra_pipe.method"] == b"hydra-of-wrong"
     # the last of the run's own test samples
     call("reduce", "run", "--tests", "392-396")
-    assert relative_error(relevance(Path("run"), "hydra-of-wrong"), relevance(Path("run"))) < TOLERANCE["float16"]
+    assert (
+        relative_error(relevance(Path("run"), "hydra-of-wrong"), relevance(Path("run")))
+        < TOLERANCE["float16"]
+    )
     labels = hydra_pipe.open_run("run").gradients.labels("test")
     assert table["test_label"].to_pylist()[0] == labels[392]
     # trains again, with the samples of the file
@@ -516,9 +653,15 @@ def test_the_command_answers_for_new_inputs_end_to_end(tmp_path: Path, monkeypat
     assert "healthy" in call("verify", "run")
     # what is said to be run again is what was run
     directory = RunDirectory.open("run")
-    for stage in (PROBE.of("wrong"), REDUCE.of("hydra-exact-of-wrong-mean"), EXPORT.of("hydra-of-wrong")):
+    for stage in (
+        PROBE.of("wrong"),
+        REDUCE.of("hydra-exact-of-wrong-mean"),
+        EXPORT.of("hydra-of-wrong"),
+    ):
         assert "nothing to do" in call(*directory.command(stage).split()[1:])
-    assert "tracin takes test gradients on the way" in call("reduce", "run", "--test", "wrong", "--method", "tracin", code=2)
+    assert "tracin takes test gradients on the way" in call(
+        "reduce", "run", "--test", "wrong", "--method", "tracin", code=2
+    )
 
 
 def test_evaluations_leave_probes_out(run: Path) -> None:
@@ -527,7 +670,9 @@ def test_evaluations_leave_probes_out(run: Path) -> None:
     probe(run, images(9, 2))
     hydra_pipe.reduce(run, test="late")
     hydra_pipe.reduce(run)
-    assert list(Subject.open(mlp_pipeline(), RunDirectory.open(run), None).relevance(None)) == ["hydra"]
+    assert list(Subject.open(mlp_pipeline(), RunDirectory.open(run), None).relevance(None)) == [
+        "hydra"
+    ]
 
 
 @pytest.mark.parametrize("after", range(3))

@@ -62,7 +62,10 @@ def test_on_a_terminal_there_is_a_bar_with_rate_and_time_left() -> None:
 
 def test_threads_may_count_together(capsys: pytest.CaptureFixture[str]) -> None:
     with ConsoleProgress().task("reduce", 4000, "rows") as task:
-        threads = [threading.Thread(target=lambda: [task.advance(1) for _ in range(1000)]) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: [task.advance(1) for _ in range(1000)])
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

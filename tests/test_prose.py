@@ -9,7 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hydra_pipe"
 # Openings that hide the subject: a reader finds out in the middle of the sentence what it is about.
-_WORDS = "Of|That|Those|These|This|It|What|Whether|Where|As|From|How|Which|Who|When|By|In|With|Not|So"
+_WORDS = (
+    "Of|That|Those|These|This|It|What|Whether|Where|As|From|How|Which|Who|When|By|In|With|Not|So"
+)
 OPENING = re.compile(rf"(?:{_WORDS})\b")
 ARGUMENT = re.compile(r"\w[\w, ]*: (?:of|that|which|what|who|whether|where|as|from|how|see)\b")
 
@@ -24,10 +26,16 @@ def hidden_subjects(source: str) -> Iterator[str]:
             yield text.splitlines()[0]
         _, _, arguments = text.partition("\nArgs:\n")
         arguments = re.split(r"\n(?=\S)", arguments, maxsplit=1)[0]
-        yield from (line.strip() for line in arguments.splitlines() if re.match(r" {4}\S", line) and ARGUMENT.match(line.strip()))
+        yield from (
+            line.strip()
+            for line in arguments.splitlines()
+            if re.match(r" {4}\S", line) and ARGUMENT.match(line.strip())
+        )
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_docstrings_begin_with_what_they_are_about(file: Path) -> None:
     assert list(hidden_subjects(file.read_text())) == []
 

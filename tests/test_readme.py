@@ -47,7 +47,9 @@ def test_the_readme_is_short_and_its_pictures_and_pages_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_readmes_loop_prints_what_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_readmes_loop_prints_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     digits = load_digits()
@@ -67,21 +69,31 @@ def test_the_readmes_loop_prints_what_the_readme_says(tmp_path: Path, monkeypatc
     exec(compile(block, "README.md", "exec"), scope)
     (shown,) = blocks_of("text")
     printed = capsys.readouterr().out
-    assert [*map(without_figures, printed.splitlines())] == [*map(without_figures, shown.splitlines())]
+    assert [*map(without_figures, printed.splitlines())] == [
+        *map(without_figures, shown.splitlines())
+    ]
 
 
-def test_the_readmes_commands_print_what_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_print_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
     (console,) = blocks_of("console")
-    sessions = re.findall(r"^\$ hydra-pipe ([^\n]*)\n((?:[^$][^\n]*\n)+)", console, flags=re.MULTILINE)
+    sessions = re.findall(
+        r"^\$ hydra-pipe ([^\n]*)\n((?:[^$][^\n]*\n)+)", console, flags=re.MULTILINE
+    )
     assert [command.split()[0] for command, _ in sessions] == ["record", "reduce", "report"]
     for command, shown in sessions:
         printed = {*map(without_figures, call(*shlex.split(command)).splitlines())}
-        assert [line for line in shown.splitlines() if without_figures(line) not in printed] == [], printed
+        assert [
+            line for line in shown.splitlines() if without_figures(line) not in printed
+        ] == [], printed
 
 
-def test_the_page_of_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_page_of_pipelines_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     blocks = python_of((ROOT / "docs" / "pipelines.md").read_text())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(blocks[0])
@@ -96,7 +108,19 @@ def test_the_page_of_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_command_and_option_has_help_with_an_example() -> None:
     listing = call("--help")
     commands = re.findall(r"^  (\w+) +\S", listing.split("Commands:")[1], flags=re.MULTILINE)
-    known = {"record", "reduce", "export", "report", "run", "probe", "clean", "evaluate", "info", "verify", "prune"}
+    known = {
+        "record",
+        "reduce",
+        "export",
+        "report",
+        "run",
+        "probe",
+        "clean",
+        "evaluate",
+        "info",
+        "verify",
+        "prune",
+    }
     assert set(commands) == known
     for command in commands:
         assert "Example: hydra-pipe " + command in call(command, "--help")

@@ -28,28 +28,38 @@ def read_relevance(run: Path, method: str = "hydra") -> np.ndarray:
 def batches_of(pipeline: Pipeline) -> list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     inputs, targets = pipeline.train.tensors
     inputs = inputs.double()
-    return [(ids, inputs[ids], targets[ids]) for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
+    return [
+        (ids, inputs[ids], targets[ids])
+        for epoch in range(pipeline.epochs)
+        for ids in epoch_order(pipeline, epoch)
+    ]
 
 
 def oracle_relevance(pipeline: Pipeline) -> np.ndarray:
     """Relevance of `pipeline`, which must be new, by float64 loops."""
     model = in_float64(pipeline.model)
     names = dict(zip(pipeline.model.parameters(), model.parameters(), strict=True))
-    groups = [g | {"params": [names[p] for p in g["params"]]} for g in pipeline.optimizer.param_groups]
+    groups = [
+        g | {"params": [names[p] for p in g["params"]]} for g in pipeline.optimizer.param_groups
+    ]
     optimizer = torch.optim.SGD(groups)
     scheduler = None
     if pipeline.scheduler is not None:
         for group in optimizer.param_groups:
             group["lr"] = group.pop("initial_lr")
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, pipeline.scheduler.T_max)
-    steps = record_by_loop(model, optimizer, pipeline.loss, batches_of(pipeline), scheduler, pipeline.max_grad_norm)
+    steps = record_by_loop(
+        model, optimizer, pipeline.loss, batches_of(pipeline), scheduler, pipeline.max_grad_norm
+    )
     inputs, targets = pipeline.test.tensors
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     tests = one_by_one_gradients(model, pipeline.loss, inputs.double(), targets, trained)
     return hessian_free_relevance(steps, tests, len(pipeline.train))
 
 
-def test_relevance_equals_the_float64_loop_with_everything_sgd_has(recorded: Callable[..., Path], tmp_path: Path) -> None:
+def test_relevance_equals_the_float64_loop_with_everything_sgd_has(
+    recorded: Callable[..., Path], tmp_path: Path
+) -> None:
     shutil.copytree(recorded(encoding="exact", dtype="float32"), tmp_path / "run")
     hydra_pipe.reduce(tmp_path / "run")
     truth = oracle_relevance(conv_pipeline())
@@ -60,12 +70,16 @@ def test_relevance_equals_the_float64_loop_with_everything_sgd_has(recorded: Cal
 def test_smaller_dtypes_lose_only_their_rounding(tmp_path: Path, dtype: str, limit: float) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", encoding="exact", dtype=dtype)
     hydra_pipe.reduce(tmp_path / "run")
-    assert relative_error(read_relevance(tmp_path / "run"), oracle_relevance(conv_pipeline())) < limit
+    assert (
+        relative_error(read_relevance(tmp_path / "run"), oracle_relevance(conv_pipeline())) < limit
+    )
 
 
 def test_int8_needs_no_random_rounding(tmp_path: Path) -> None:
     """Rounding to nearest is not unbiased: what is small in its row is lost each time. On real rows that shrinks no relevance."""
-    hydra_pipe.record(conv_pipeline(epochs=10), tmp_path / "run", encoding="projected", dim=2000, dtype="float32")
+    hydra_pipe.record(
+        conv_pipeline(epochs=10), tmp_path / "run", encoding="projected", dim=2000, dtype="float32"
+    )
     store = hydra_pipe.open_run(tmp_path / "run").gradients
     assert all(block.encoding == "dense" for block in store.layout.blocks)
     whole = slice(0, store.layout.n_features)
@@ -99,11 +113,15 @@ def linear_loss_pipeline(epochs: int = 3) -> Pipeline:
     generator = torch.Generator().manual_seed(4)
 
     def dataset(n: int) -> TensorDataset:
-        return TensorDataset(torch.randn(n, 5, generator=generator), torch.randn(n, 2, generator=generator))
+        return TensorDataset(
+            torch.randn(n, 5, generator=generator), torch.randn(n, 2, generator=generator)
+        )
 
     return Pipeline(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1),
+        optimizer=torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1
+        ),
         loss=lambda output, target: (output * target).sum(1),
         train=dataset(12),
         test=dataset(4),
@@ -120,11 +138,15 @@ def test_relevance_is_true_leave_one_out_where_the_loss_is_linear(tmp_path: Path
     def final_losses(without: int | None) -> np.ndarray:
         new = linear_loss_pipeline()
         model = in_float64(new.model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1
+        )
         inputs, targets = (t.double() for t in new.train.tensors)
         for epoch in range(new.epochs):
             for ids in epoch_order(new, epoch):
-                weight = torch.tensor([0.0 if i == without else 1.0 for i in ids], dtype=torch.float64)
+                weight = torch.tensor(
+                    [0.0 if i == without else 1.0 for i in ids], dtype=torch.float64
+                )
                 optimizer.zero_grad()
                 # "without" is weight 0 in its batches: the batch stays as large as it was
                 (weight * new.loss(model(inputs[ids]), targets[ids])).mean().backward()
@@ -137,7 +159,9 @@ def test_relevance_is_true_leave_one_out_where_the_loss_is_linear(tmp_path: Path
     assert relative_error(read_relevance(tmp_path / "run"), truth) < 1e-4
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 200),
     features=st.integers(1, 500),
@@ -151,7 +175,9 @@ def test_relevance_is_independent_of_chunks_memory_and_scheduler(
     monkeypatch.setattr(
         "hydra_pipe.reduction.executors.local.resident_bytes", lambda: 0
     )  # of pytest and all that other tests loaded
-    hydra_pipe.reduce(run, chunks=f"{rows}x{features}", memory=memory, scheduler=scheduler, overwrite=True)
+    hydra_pipe.reduce(
+        run, chunks=f"{rows}x{features}", memory=memory, scheduler=scheduler, overwrite=True
+    )
     changed = read_relevance(run)
     hydra_pipe.reduce(run, overwrite=True)
     assert relative_error(changed, read_relevance(run)) < 1e-6
@@ -174,7 +200,9 @@ def small_chunks_run(recorded, monkeypatch: pytest.MonkeyPatch) -> Path:
     return _SMALL["run"]
 
 
-def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permuting_the_samples_permutes_the_rows_of_relevance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = images(26, 1)
     order = np.random.default_rng(0).permutation(26)
     hydra_pipe.record(conv_pipeline(), tmp_path / "a", encoding="exact", dtype="float32")
@@ -186,7 +214,11 @@ def test_permuting_the_samples_permutes_the_rows_of_relevance(tmp_path: Path, mo
         return [place[ids] for ids in real_order(pipeline, epoch)]
 
     monkeypatch.setattr("hydra_pipe.training.trainer.epoch_order", same_samples)
-    hydra_pipe.record(conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32")
+    hydra_pipe.record(
+        conv_pipeline(train=shuffled), tmp_path / "b", encoding="exact", dtype="float32"
+    )
     for run in ("a", "b"):
         hydra_pipe.reduce(tmp_path / run)
-    np.testing.assert_array_equal(read_relevance(tmp_path / "b"), read_relevance(tmp_path / "a")[order])
+    np.testing.assert_array_equal(
+        read_relevance(tmp_path / "b"), read_relevance(tmp_path / "a")[order]
+    )

@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
 MIGRATING = ("bergson", "captum", "dattri", "dattri-llm", "kronfluence", "logix", "trak")
-EXECUTED = ("own-loop.md", "layer-rule.md", "optimiser.md", *(f"migrating/{peer}.md" for peer in MIGRATING))
+EXECUTED = (
+    "own-loop.md",
+    "layer-rule.md",
+    "optimiser.md",
+    *(f"migrating/{peer}.md" for peer in MIGRATING),
+)
 
 
 class Page(HTMLParser):
@@ -81,7 +86,10 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
         for parameter in command.params:
             shown = parameter.opts if parameter.opts[0].startswith("-") else [parameter.metavar]
             for option in shown:
-                assert re.search(rf"^{re.escape(option)}( |:|/|$)", said, flags=re.MULTILINE), (name, option)
+                assert re.search(rf"^{re.escape(option)}( |:|/|$)", said, flags=re.MULTILINE), (
+                    name,
+                    option,
+                )
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
@@ -94,7 +102,9 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         found = getattr(hydra_pipe, name)
         assert (found.__doc__ or "").strip(), f"{name} has no docstring"
         if isinstance(found, type):
-            members = [m for m in vars(found) if not m.startswith("_") and callable(getattr(found, m))]
+            members = [
+                m for m in vars(found) if not m.startswith("_") and callable(getattr(found, m))
+            ]
             assert {f"hydra_pipe.{name}.{m}" for m in members} <= ids, name
 
 
@@ -106,11 +116,15 @@ def test_every_page_is_reached_from_the_first(site: Path) -> None:
 
 
 @pytest.mark.parametrize("page", EXECUTED)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for registered in (optimizers, registry):  # what a page registers is gone with its test
         monkeypatch.setattr(registered, "_RULES", dict(registered._RULES))
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    )
     assert blocks
     scope: dict[str, object] = {}
     for block in blocks:
@@ -118,11 +132,15 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     assert any(path.name == "run.json" for path in tmp_path.rglob("run.json"))
 
 
-def test_a_newcomer_can_follow_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_newcomer_can_follow_word_for_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(DOCS.parent / "pipelines")
     page = (DOCS / "getting-started.md").read_text()
-    steps = re.findall(r"^    hydra-pipe ([^\n]*)$|^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    steps = re.findall(
+        r"^    hydra-pipe ([^\n]*)$|^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE
+    )
     assert len(steps) > 10
     for command, code in steps:
         if command:
@@ -133,5 +151,9 @@ def test_a_newcomer_can_follow_word_for_word(tmp_path: Path, monkeypatch: pytest
         else:
             exec(compile(code, "getting-started.md", "exec"), {})
     assert "relevance_sum" in capsys.readouterr().out
-    for name in ("report-hydra-fisher.html", "report-hydra-of-shifted.html", "cleaning/method=hydra-fisher/keep.txt"):
+    for name in (
+        "report-hydra-fisher.html",
+        "report-hydra-of-shifted.html",
+        "cleaning/method=hydra-fisher/keep.txt",
+    ):
         assert (tmp_path / "runs" / "digits" / name).exists()

@@ -31,7 +31,9 @@ class Said(Progress):
 
 def promised(lines: list[str]) -> int:
     """Bytes that are said to be written at most."""
-    found = [match for line in lines if (match := re.search(r"at most ([\d.]+ \w+) to write", line))]
+    found = [
+        match for line in lines if (match := re.search(r"at most ([\d.]+ \w+) to write", line))
+    ]
     assert len(found) == 1, lines
     return parse_bytes(found[0][1])
 
@@ -44,9 +46,15 @@ def only_free(n_bytes: int):
         yield
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"encoding": "projected", "dim": 40}, {"test_every": "epoch"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"encoding": "projected", "dim": 40}, {"test_every": "epoch"}],
+    ids=str,
+)
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_recording_takes_no_more_than_is_said_before_it(tmp_path: Path, options: dict[str, object], optimizer: str) -> None:
+def test_a_recording_takes_no_more_than_is_said_before_it(
+    tmp_path: Path, options: dict[str, object], optimizer: str
+) -> None:
     pipeline, said = conv_pipeline(epochs=3), Said()
     if optimizer == "AdamW":
         pipeline.optimizer = torch.optim.AdamW(pipeline.model.parameters())
@@ -60,7 +68,9 @@ def test_a_recording_takes_no_more_than_is_said_before_it(tmp_path: Path, option
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hydra_pipe.training.checkpointing.save_checkpoint", taken)
-        hydra_pipe.record(pipeline, tmp_path / "run", checkpoint_every="1", progress=said, **options)
+        hydra_pipe.record(
+            pipeline, tmp_path / "run", checkpoint_every="1", progress=said, **options
+        )
     assert 0 < max(highest, tree_bytes(tmp_path / "run")) <= promised(said.lines)
 
 
@@ -69,23 +79,37 @@ def test_what_may_not_fit_is_said_before_it_is_written(tmp_path: Path) -> None:
     with only_free(10**6):
         told = [
             CliRunner().invoke(app, arguments)
-            for arguments in (["record", TINY, run], ["reduce", run], ["reduce", run, "--dry-run"], ["export", run, "--full"])
+            for arguments in (
+                ["record", TINY, run],
+                ["reduce", run],
+                ["reduce", run, "--dry-run"],
+                ["export", run, "--full"],
+            )
         ]
     assert [result.exit_code for result in told] == [0, 0, 0, 0]
-    assert re.search(r"52 rows to record: at most .* to write, and only 977 KiB free: it may not fit", told[0].stderr)
+    assert re.search(
+        r"52 rows to record: at most .* to write, and only 977 KiB free: it may not fit",
+        told[0].stderr,
+    )
     assert "free" not in told[1].stderr
     assert re.search(r"written +at most 728 B to write, 977 KiB free", told[2].stdout)
     with only_free(100):
-        told = [CliRunner().invoke(app, [*arguments, "--overwrite"]) for arguments in (["reduce", run], ["export", run, "--full"])]
+        told = [
+            CliRunner().invoke(app, [*arguments, "--overwrite"])
+            for arguments in (["reduce", run], ["export", run, "--full"])
+        ]
     for result in told:
         assert re.search(
-            r"at most .* to write, and only 100 B free: it may not fit; on a full disk the command stops", result.stderr
+            r"at most .* to write, and only 100 B free: it may not fit; on a full disk the command stops",
+            result.stderr,
         )
 
 
 def test_free_bytes_are_those_of_the_file_system_that_a_run_is_to_be_on(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
-    assert space.free_bytes(tmp_path / "is" / "not" / "there") == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)
+    assert space.free_bytes(tmp_path / "is" / "not" / "there") == pytest.approx(
+        found.f_bavail * found.f_frsize, rel=0.1
+    )
     from upath import UPath
 
     assert space.free_bytes(UPath("memory://run")) is None

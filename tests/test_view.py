@@ -66,7 +66,9 @@ def test_relevance_of_chosen_test_samples_and_of_means_has_their_ids_and_labels(
 def test_xarray_opens_the_store_itself(finished: Path) -> None:
     dataset = xarray.open_zarr(finished / "relevance.zarr", consolidated=False)
     assert dataset["hydra"].dims == ("sample", "test")
-    np.testing.assert_array_equal(dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance())
+    np.testing.assert_array_equal(
+        dataset["hydra"].to_numpy(), hydra_pipe.open_run(finished).relevance()
+    )
 
 
 def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
@@ -77,7 +79,9 @@ def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
     hydra_pipe.probe(run, conv_pipeline(n_test=4).test, name="late", pipeline=conv_pipeline())
     hydra_pipe.reduce(run, test="late")
     dataset = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
-    train, test = (data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test))
+    train, test = (
+        data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test)
+    )
     opened = hydra_pipe.open_run(run)
     assert set(dataset.data_vars) == set(opened.methods)
     for method in opened.methods:
@@ -86,7 +90,10 @@ def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
         np.testing.assert_array_equal(dataset[method].sample_label, train)
     np.testing.assert_array_equal(dataset["hydra"].test, np.arange(7))
     np.testing.assert_array_equal(dataset["hydra"].test_label, test)
-    assert dataset["hydra-by-label"]["test_of_hydra-by-label"].to_numpy().tolist() == np.unique(test).tolist()
+    assert (
+        dataset["hydra-by-label"]["test_of_hydra-by-label"].to_numpy().tolist()
+        == np.unique(test).tolist()
+    )
     assert dataset["tracin"]["test_of_tracin"].to_numpy().tolist() == [2, 4, 5]
     assert dataset["hydra-of-late"].sizes == {"sample": 26, "test_of_hydra-of-late": 4}
     assert hydra_pipe.verify(run) == []
@@ -103,7 +110,9 @@ def test_xarray_opens_every_group_of_a_run_and_takes_labels_for_labels(run: Path
         for file in (run / place).rglob("zarr.json"):
             if json.loads(file.read_text())["node_type"] == "group":
                 group = str(file.parent.relative_to(run / place))
-                xarray.open_zarr(run / place, group=None if group == "." else group, consolidated=False).load()
+                xarray.open_zarr(
+                    run / place, group=None if group == "." else group, consolidated=False
+                ).load()
     labels = xarray.open_zarr(run / "gradients.zarr", group="labels", consolidated=False)
     assert dict(labels.indexes) == {}
     assert set(labels.data_vars) == {"train", "test"}
@@ -131,7 +140,9 @@ def test_wrong_coordinates_are_found_and_repaired(run: Path) -> None:
 
 
 def test_relevance_of_a_method_that_was_not_computed_is_refused(finished: Path) -> None:
-    with pytest.raises(RunError, match=r"no relevance of method magic \(it has hydra\): run hydra-pipe reduce"):
+    with pytest.raises(
+        RunError, match=r"no relevance of method magic \(it has hydra\): run hydra-pipe reduce"
+    ):
         hydra_pipe.open_run(finished).relevance("magic")
 
 
@@ -150,12 +161,24 @@ def test_info_says_what_is_recorded_and_how_exactly(finished: Path) -> None:
     assert recording["parameters"] == sum(p.numel() for p in conv_pipeline().model.parameters())
     assert {b["name"]: b["encoding"] for b in recording["blocks"]}["5.weight"] == "factored"
     assert all(b["exact"] for b in recording["blocks"])
-    shown = " ".join(CliRunner().invoke(app, ["info", str(finished)]).stdout.split())  # wherever the terminal breaks its lines
-    for text in ("5.weight", "12x64", "factored", "complete", "float16", "encoding=auto", "stalls 0, stalled 0.0 s"):
+    shown = " ".join(
+        CliRunner().invoke(app, ["info", str(finished)]).stdout.split()
+    )  # wherever the terminal breaks its lines
+    for text in (
+        "5.weight",
+        "12x64",
+        "factored",
+        "complete",
+        "float16",
+        "encoding=auto",
+        "stalls 0, stalled 0.0 s",
+    ):
         assert text in shown
 
 
-def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = torch.nn.ModuleDict({f"part{i}": torch.nn.Linear(64, 64) for i in range(2)})
 
     class Deep(torch.nn.Module):
@@ -172,7 +195,12 @@ def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(run: P
 
     model = Deep()
     deep = run.with_name("deep")
-    hydra_pipe.record(conv_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scheduler=None), deep)
+    hydra_pipe.record(
+        conv_pipeline(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scheduler=None
+        ),
+        deep,
+    )
     monkeypatch.setenv("COLUMNS", "40")
     shown = CliRunner().invoke(app, ["info", str(deep)]).stdout
     for name, _ in model.named_parameters():
@@ -187,9 +215,15 @@ def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(run: P
             if fact == "checksums" or fact.startswith("of_") or fact.endswith("sha256"):
                 assert str(value)[:8] not in done
                 assert f"{fact}: " not in done
-    assert json.loads(CliRunner().invoke(app, ["info", str(run), "--json"]).stdout)["stages"] == manifest["stages"]
+    assert (
+        json.loads(CliRunner().invoke(app, ["info", str(run), "--json"]).stdout)["stages"]
+        == manifest["stages"]
+    )
     hydra_pipe.reduce(run, by="mean")
-    assert f"next: hydra-pipe export {run} --method hydra-mean" in CliRunner().invoke(app, ["info", str(run)]).stdout
+    assert (
+        f"next: hydra-pipe export {run} --method hydra-mean"
+        in CliRunner().invoke(app, ["info", str(run)]).stdout
+    )
 
 
 def test_the_final_checkpoint_is_the_trained_model(finished: Path) -> None:

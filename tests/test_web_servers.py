@@ -33,7 +33,9 @@ class WithoutListings(Quiet):
 
 @contextmanager
 def served(directory: Path, handler: type[Quiet] = Quiet) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(directory)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(directory))
+    )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -72,7 +74,14 @@ def test_a_run_on_a_web_server_is_read_as_on_a_disk(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("reduce", "--overwrite"), ("reduce", "--mean"), ("export", "--overwrite"), ("clean",), ("verify", "--repair")]
+    "command",
+    [
+        ("reduce", "--overwrite"),
+        ("reduce", "--mean"),
+        ("export", "--overwrite"),
+        ("clean",),
+        ("verify", "--repair"),
+    ],
 )
 def test_what_writes_is_refused_on_a_web_server(made: Path, command: tuple[str, ...]) -> None:
     with served(made.parent) as root:
@@ -83,16 +92,31 @@ def test_what_writes_is_refused_on_a_web_server(made: Path, command: tuple[str, 
     )
 
 
-def test_recording_on_a_web_server_is_refused_before_training(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_on_a_web_server_is_refused_before_training(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hydra_pipe.training.run.train", lambda *_: pytest.fail("it was trained"))
-    with served(made.parent) as root, pytest.raises(RunError, match="is on a web server, which can be read only"):
+    with (
+        served(made.parent) as root,
+        pytest.raises(RunError, match="is on a web server, which can be read only"),
+    ):
         hydra_pipe.record(conv_pipeline(), f"{root}/new")
 
 
 def test_what_cannot_be_read_from_a_web_server_is_told(made: Path) -> None:
-    with served(made.parent) as root, pytest.raises(RunError, match=r"there is no run at .*/none: the web server has no run\.json"):
+    with (
+        served(made.parent) as root,
+        pytest.raises(
+            RunError, match=r"there is no run at .*/none: the web server has no run\.json"
+        ),
+    ):
         hydra_pipe.open_run(f"{root}/none")
-    with served(made.parent, WithoutListings) as root, pytest.raises(RunError, match="does not list its directories"):
+    with (
+        served(made.parent, WithoutListings) as root,
+        pytest.raises(RunError, match="does not list its directories"),
+    ):
         hydra_pipe.open_run(f"{root}/run")
-    with pytest.raises(RunError, match=r"cannot be read \(.*check the address, and that the web server runs"):
+    with pytest.raises(
+        RunError, match=r"cannot be read \(.*check the address, and that the web server runs"
+    ):
         hydra_pipe.open_run("http://127.0.0.1:1/run")

@@ -62,7 +62,9 @@ def mlp() -> nn.Module:
 
 def classifier(body: nn.Module) -> nn.Module:
     """`body`, and a head over the mean of all dimensions but the first and the last."""
-    return Of(lambda m, x: m.head(m.body(x).flatten(1, -2).mean(1)), body=body, head=nn.Linear(D, C))
+    return Of(
+        lambda m, x: m.head(m.body(x).flatten(1, -2).mean(1)), body=body, head=nn.Linear(D, C)
+    )
 
 
 def classified(model: nn.Module, x: Tensor = X) -> Tensor:
@@ -76,7 +78,11 @@ def of_means(model: nn.Module) -> Tensor:
 
 
 def one_step(
-    losses: Losses, recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Sequence[int] = range(B)
+    losses: Losses,
+    recorder: Recorder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: Sequence[int] = range(B),
 ) -> None:
     """The usual loop."""
     with recorder.step(ids):
@@ -111,26 +117,36 @@ def recorded(
     model = build()
     used = optimizer(model)
     state = torch.get_rng_state()
-    with Recorder(model, used, run, **{"n_samples": B, "encoding": "exact", "dtype": "float32"} | options) as recorder:
+    with Recorder(
+        model, used, run, **{"n_samples": B, "encoding": "exact", "dtype": "float32"} | options
+    ) as recorder:
         torch.set_rng_state(state)
         (loop or partial(one_step, losses))(recorder, model, used)
     torch.manual_seed(0)
     model = build()
     torch.set_rng_state(state)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    truth = shares_of_outputs(model, lambda: losses(model), B) if shares else gradients_of_losses(losses(model), trained)
+    truth = (
+        shares_of_outputs(model, lambda: losses(model), B)
+        if shares
+        else gradients_of_losses(losses(model), trained)
+    )
     samples, rows = stored_rows(run)
     assert sorted(samples) == list(range(len(truth)))
     assert set(rows[0]) == set(trained)
     assert max(differences(rows, [truth[k] for k in samples]).values()) < tolerance
 
 
-def body(build: Callable[[], nn.Module], losses: Losses = classified, **options: Any) -> Callable[[Path], None]:
+def body(
+    build: Callable[[], nn.Module], losses: Losses = classified, **options: Any
+) -> Callable[[Path], None]:
     """A case of a model with a head, on samples of several positions."""
     return lambda run: recorded(run, lambda: classifier(build()), losses, **options)
 
 
-def refused_model(build: Callable[[], nn.Module], optimizer: Callable[[nn.Module], Any] = sgd) -> Callable[[Path], None]:
+def refused_model(
+    build: Callable[[], nn.Module], optimizer: Callable[[nn.Module], Any] = sgd
+) -> Callable[[Path], None]:
     """A case of what the recorder refuses to begin with."""
 
     def case(run: Path) -> None:
@@ -164,7 +180,9 @@ def convolution(n_dims: int, *, transposed: bool = False) -> Callable[[Path], No
 
     def build() -> nn.Module:
         return nn.Sequential(
-            kind(4, 8, 3, padding=1, groups=2), nn.Flatten(2), Of(lambda m, h: m.head(h.mean(2)), head=nn.Linear(D, C))
+            kind(4, 8, 3, padding=1, groups=2),
+            nn.Flatten(2),
+            Of(lambda m, h: m.head(h.mean(2)), head=nn.Linear(D, C)),
         )
 
     return lambda run: recorded(run, build, partial(classified, x=x))
@@ -172,7 +190,11 @@ def convolution(n_dims: int, *, transposed: bool = False) -> Callable[[Path], No
 
 def channels_last(norm: nn.Module) -> nn.Module:
     """A normalisation by channel, of features that come last."""
-    return Of(lambda m, x: m.norm(m.mix(x).transpose(1, 2)).transpose(1, 2).tanh(), norm=norm, mix=nn.Linear(D, D))
+    return Of(
+        lambda m, x: m.norm(m.mix(x).transpose(1, 2)).transpose(1, 2).tanh(),
+        norm=norm,
+        mix=nn.Linear(D, D),
+    )
 
 
 class BatchNormAct(nn.BatchNorm1d):
@@ -181,7 +203,11 @@ class BatchNormAct(nn.BatchNorm1d):
 
 
 def of_tokens(build: Callable[[], nn.Module]) -> Callable[[Path], None]:
-    return lambda run: recorded(run, lambda: classifier(build()), lambda m: F.cross_entropy(m(TOKENS), Y, reduction="none") / B)
+    return lambda run: recorded(
+        run,
+        lambda: classifier(build()),
+        lambda m: F.cross_entropy(m(TOKENS), Y, reduction="none") / B,
+    )
 
 
 def recurrent(kind: type[nn.Module], **options: Any) -> nn.Module:
@@ -207,7 +233,10 @@ def packed() -> nn.Module:
 
 
 def attending() -> nn.Module:
-    return Of(lambda m, x: m.net(x, x, x, need_weights=False)[0], net=nn.MultiheadAttention(D, 2, 0.2, batch_first=True))
+    return Of(
+        lambda m, x: m.net(x, x, x, need_weights=False)[0],
+        net=nn.MultiheadAttention(D, 2, 0.2, batch_first=True),
+    )
 
 
 def encoder() -> nn.Module:
@@ -229,7 +258,9 @@ class Gain(nn.Module):
         return x * self.gain
 
 
-def doubled(module: nn.Module, args: Any, kwargs: Any, gradient: Tensor, wanted: Any) -> dict[str, Tensor]:
+def doubled(
+    module: nn.Module, args: Any, kwargs: Any, gradient: Tensor, wanted: Any
+) -> dict[str, Tensor]:
     return {"gain": 2 * (args[0] * gradient).sum(1)}
 
 
@@ -243,34 +274,48 @@ LAYERS: dict[str, Callable[[Path], object]] = {
     "`Linear`": body(with_kind(nn.Linear, D, D)),
     "`Conv1d`, `Conv2d`, `Conv3d`": several(*map(convolution, (1, 2, 3))),
     "`ConvTranspose1d` to `3d`": several(*(convolution(n, transposed=True) for n in (1, 2, 3))),
-    "`LayerNorm`, `RMSNorm`": several(body(with_kind(nn.LayerNorm, D)), body(with_kind(nn.RMSNorm, D))),
+    "`LayerNorm`, `RMSNorm`": several(
+        body(with_kind(nn.LayerNorm, D)), body(with_kind(nn.RMSNorm, D))
+    ),
     "`GroupNorm`, `InstanceNorm`": several(
-        body(lambda: channels_last(nn.GroupNorm(2, D))), body(lambda: channels_last(nn.InstanceNorm1d(D, affine=True)))
+        body(lambda: channels_last(nn.GroupNorm(2, D))),
+        body(lambda: channels_last(nn.InstanceNorm1d(D, affine=True))),
     ),
     "`BatchNorm` in training mode": body(lambda: channels_last(nn.BatchNorm1d(D)), shares=True),
     "`BatchNorm` in eval mode": body(lambda: channels_last(nn.BatchNorm1d(D).eval())),
     "A subclass of `BatchNorm`": body(lambda: channels_last(BatchNormAct(D)), shares=True),
     "`Embedding`": of_tokens(with_kind(nn.Embedding, 11, D, padding_idx=0)),
-    "`EmbeddingBag`": of_tokens(lambda: Of(lambda m, x: m.bag(x)[:, None], bag=nn.EmbeddingBag(11, D))),
+    "`EmbeddingBag`": of_tokens(
+        lambda: Of(lambda m, x: m.bag(x)[:, None], bag=nn.EmbeddingBag(11, D))
+    ),
     "`PReLU`, `Bilinear`": several(
         body(lambda: nn.Sequential(nn.Linear(D, D), nn.PReLU())),
         body(lambda: Of(lambda m, x: m.both(x, x.tanh()), both=nn.Bilinear(D, D, D))),
     ),
     "`LSTM`": body(lambda: recurrent(nn.LSTM, num_layers=2, dropout=0.3, bidirectional=False)),
-    "`GRU`, `RNN`": several(body(lambda: recurrent(nn.GRU, num_layers=2, dropout=0.3)), body(lambda: recurrent(nn.RNN))),
-    "`LSTMCell`, `GRUCell`": several(body(lambda: cell(nn.LSTMCell)), body(lambda: cell(nn.GRUCell))),
+    "`GRU`, `RNN`": several(
+        body(lambda: recurrent(nn.GRU, num_layers=2, dropout=0.3)), body(lambda: recurrent(nn.RNN))
+    ),
+    "`LSTMCell`, `GRUCell`": several(
+        body(lambda: cell(nn.LSTMCell)), body(lambda: cell(nn.GRUCell))
+    ),
     "Packed sequences": body(packed),
     "`MultiheadAttention`": body(attending),
     "`TransformerEncoderLayer`": body(encoder),
     "`weight_norm`, `spectral_norm`": several(
-        body(lambda: parametrizations.weight_norm(nn.Linear(D, D))), body(lambda: parametrizations.spectral_norm(nn.Linear(D, D)))
+        body(lambda: parametrizations.weight_norm(nn.Linear(D, D))),
+        body(lambda: parametrizations.spectral_norm(nn.Linear(D, D))),
     ),
     "Pruned weights": body(pruned),
     "A module of your own": body(Gain),
     "A layer rule that is wrong": wrong_rule,
     "`Embedding(sparse=True)`": refused_model(with_kind(nn.Embedding, 11, D, sparse=True)),
-    "`Embedding(scale_grad_by_freq=True)`": refused_model(with_kind(nn.Embedding, 11, D, scale_grad_by_freq=True)),
-    "`SyncBatchNorm`": refused_model(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(channels_last(nn.BatchNorm1d(D)))),
+    "`Embedding(scale_grad_by_freq=True)`": refused_model(
+        with_kind(nn.Embedding, 11, D, scale_grad_by_freq=True)
+    ),
+    "`SyncBatchNorm`": refused_model(
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(channels_last(nn.BatchNorm1d(D)))
+    ),
     "Lazy modules": refused_model(with_kind(nn.LazyLinear, C)),
 }
 
@@ -287,7 +332,9 @@ def as_many_positions_as_samples(run: Path) -> None:
     x = torch.randn(B, B, D, generator=torch.Generator().manual_seed(0))
 
     def build() -> nn.Module:
-        return classifier(Of(lambda m, x: (x + m.table(torch.arange(B))).tanh(), table=nn.Embedding(B, D)))
+        return classifier(
+            Of(lambda m, x: (x + m.table(torch.arange(B))).tanh(), table=nn.Embedding(B, D))
+        )
 
     recorded(run, build, partial(classified, x=x))
 
@@ -297,12 +344,19 @@ def class_token() -> nn.Module:
         return m.drop(torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.places).tanh()
 
     return Of(
-        forward, token=nn.Parameter(torch.randn(1, 1, D)), places=nn.Parameter(torch.randn(1, T + 1, D)), drop=nn.Dropout(0.3)
+        forward,
+        token=nn.Parameter(torch.randn(1, 1, D)),
+        places=nn.Parameter(torch.randn(1, T + 1, D)),
+        drop=nn.Dropout(0.3),
     )
 
 
 def layer_scale() -> nn.Module:
-    return Of(lambda m, x: x + m.gamma * m.inner(x), gamma=nn.Parameter(torch.rand(D)), inner=nn.Dropout(0.4))
+    return Of(
+        lambda m, x: x + m.gamma * m.inner(x),
+        gamma=nn.Parameter(torch.rand(D)),
+        inner=nn.Dropout(0.4),
+    )
 
 
 def temperature() -> nn.Module:
@@ -332,19 +386,32 @@ def again() -> nn.Module:
 
 
 def chunks(size: int) -> nn.Module:
-    return Of(lambda m, x: torch.cat([m.a(part).tanh() for part in x.split(size)]), a=nn.Linear(D, D))
+    return Of(
+        lambda m, x: torch.cat([m.a(part).tanh() for part in x.split(size)]), a=nn.Linear(D, D)
+    )
 
 
 def windows() -> nn.Module:
-    return Of(lambda m, x: m.norm(m.a(x.flatten(0, 1)).tanh()).unflatten(0, (-1, T)), a=nn.Linear(D, D), norm=nn.LayerNorm(D))
+    return Of(
+        lambda m, x: m.norm(m.a(x.flatten(0, 1)).tanh()).unflatten(0, (-1, T)),
+        a=nn.Linear(D, D),
+        norm=nn.LayerNorm(D),
+    )
 
 
 def views() -> nn.Module:
-    return Of(lambda m, x: m.a(torch.cat([x, x.flip(1)])).tanh().unflatten(0, (2, -1)).mean(0), a=nn.Linear(D, D))
+    return Of(
+        lambda m, x: m.a(torch.cat([x, x.flip(1)])).tanh().unflatten(0, (2, -1)).mean(0),
+        a=nn.Linear(D, D),
+    )
 
 
 def time_first() -> nn.Module:
-    return Of(lambda m, x: m.norm(m.a(x.transpose(0, 1))).transpose(0, 1), a=nn.Linear(D, D), norm=nn.LayerNorm(D))
+    return Of(
+        lambda m, x: m.norm(m.a(x.transpose(0, 1))).transpose(0, 1),
+        a=nn.Linear(D, D),
+        norm=nn.LayerNorm(D),
+    )
 
 
 def experts() -> nn.Module:
@@ -362,7 +429,9 @@ def experts() -> nn.Module:
 
 def two_outputs(run: Path) -> None:
     def build() -> nn.Module:
-        return Of(lambda m, x: (h := m.a(x).tanh(), m.head(h)), a=nn.Linear(D, D), head=nn.Linear(D, C))
+        return Of(
+            lambda m, x: (h := m.a(x).tanh(), m.head(h)), a=nn.Linear(D, D), head=nn.Linear(D, C)
+        )
 
     def losses(model: nn.Module) -> Tensor:
         features, logits = model(X.mean(1))
@@ -391,7 +460,9 @@ def frozen() -> nn.Module:
 
 def recomputed(reentrant: bool) -> nn.Module:
     return Of(
-        lambda m, x: checkpoint(lambda h: m.drop(m.a(h).tanh()), m.first(x), use_reentrant=reentrant),
+        lambda m, x: checkpoint(
+            lambda h: m.drop(m.a(h).tanh()), m.first(x), use_reentrant=reentrant
+        ),
         first=nn.Linear(D, D),
         a=nn.Linear(D, D),
         drop=nn.Dropout(0.2),
@@ -428,7 +499,9 @@ def shared() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[Path], object]] = {
-    "Position embeddings, looked up once": several(body(lambda: positions("(T,)")), body(lambda: positions("(1, T)"))),
+    "Position embeddings, looked up once": several(
+        body(lambda: positions("(T,)")), body(lambda: positions("(1, T)"))
+    ),
     "As many positions as samples in the batch": as_many_positions_as_samples,
     "Class token, dropout behind it": body(class_token),
     "Layer scale, dropout inside": body(layer_scale),
@@ -499,8 +572,13 @@ def in_batch_negatives(model: nn.Module) -> Tensor:
 def of_own_outputs(model: nn.Module) -> Tensor:
     """Terms whose gradients are those of `in_batch_negatives` through each sample's own outputs."""
     ours, theirs = model(X.mean(1)), model(X[:, 0])
-    gradients = torch.autograd.grad(F.cross_entropy(ours @ theirs.T, torch.arange(B)), [ours, theirs], retain_graph=True)
-    return sum((output * gradient).sum(1) for output, gradient in zip((ours, theirs), gradients, strict=True))
+    gradients = torch.autograd.grad(
+        F.cross_entropy(ours @ theirs.T, torch.arange(B)), [ours, theirs], retain_graph=True
+    )
+    return sum(
+        (output * gradient).sum(1)
+        for output, gradient in zip((ours, theirs), gradients, strict=True)
+    )
 
 
 def penalised(model: nn.Module) -> Tensor:
@@ -516,9 +594,19 @@ def named_twice(run: Path) -> None:
 
     def losses(model: nn.Module) -> Tensor:
         ours, theirs = model(X.mean(1)[half[0]]), model(X.mean(1)[half[1]])
-        return torch.cat([F.cross_entropy(ours, Y[half[0]], reduction="none"), theirs.square().mean(1)]) / B
+        return (
+            torch.cat(
+                [F.cross_entropy(ours, Y[half[0]], reduction="none"), theirs.square().mean(1)]
+            )
+            / B
+        )
 
-    recorded(run, mlp, losses, partial(one_step, losses, ids=torch.cat([torch.arange(B)[part] for part in half]).tolist()))
+    recorded(
+        run,
+        mlp,
+        losses,
+        partial(one_step, losses, ids=torch.cat([torch.arange(B)[part] for part in half]).tolist()),
+    )
 
 
 def pairs(model: nn.Module) -> Tensor:
@@ -550,7 +638,10 @@ def shared_out(run: Path, mixture: Tensor) -> None:
     model = mlp()
     optimizer = sgd(model)
     truth = gradients_of_losses(losses(model), dict(model.named_parameters()))
-    with Recorder(model, optimizer, run, n_samples=B, encoding="exact", dtype="float32") as recorder, recorder.step(range(B)):
+    with (
+        Recorder(model, optimizer, run, n_samples=B, encoding="exact", dtype="float32") as recorder,
+        recorder.step(range(B)),
+    ):
         recorder.mixed(ORDER, WEIGHT)
         losses(model).sum().backward()
         optimizer.step()
@@ -558,7 +649,10 @@ def shared_out(run: Path, mixture: Tensor) -> None:
     assert len(samples) == 2 * B
     places = torch.cat([torch.arange(B), torch.arange(B)]).tolist()
     assert samples.tolist() == [*range(B), *ORDER.tolist()]
-    shares = [{n: g * (WEIGHT if k < B else 1 - WEIGHT) for n, g in truth[place].items()} for k, place in enumerate(places)]
+    shares = [
+        {n: g * (WEIGHT if k < B else 1 - WEIGHT) for n, g in truth[place].items()}
+        for k, place in enumerate(places)
+    ]
     assert max(differences(rows, shares).values()) < 1e-4
 
 
@@ -591,10 +685,14 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "Cross-entropy of tokens, padding ignored": lambda run: recorded(run, losses=token_losses),
     "Label smoothing": lambda run: recorded(run, losses=smoothed),
     "A root of a mean": lambda run: recorded(
-        run, losses=root_of_mean, loop=loss_of(lambda m: (m(X.mean(1))[:, 0] - Y).square().mean().sqrt())
+        run,
+        losses=root_of_mean,
+        loop=loss_of(lambda m: (m(X.mean(1))[:, 0] - Y).square().mean().sqrt()),
     ),
     "Distillation from a teacher": lambda run: recorded(run, losses=distilled),
-    "Pairs and triplets": several(*(partial(recorded, losses=losses) for losses in (pairs, triplets, few_triplets))),
+    "Pairs and triplets": several(
+        *(partial(recorded, losses=losses) for losses in (pairs, triplets, few_triplets))
+    ),
     "A gradient penalty (WGAN-GP, R1)": lambda run: recorded(
         run, lambda: nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, C)), gradient_penalty
     ),
@@ -626,9 +724,14 @@ def accumulated(recorder: Recorder, model: nn.Module, optimizer: torch.optim.Opt
     optimizer.step()
 
 
-def losses_summed_first(recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def losses_summed_first(
+    recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     with recorder.step(range(B)):
-        parts = [F.cross_entropy(model(x), y) / 3 for x, y in zip(X.mean(1).split(2), Y.split(2), strict=True)]
+        parts = [
+            F.cross_entropy(model(x), y) / 3
+            for x, y in zip(X.mean(1).split(2), Y.split(2), strict=True)
+        ]
         torch.stack(parts).sum().backward()
         optimizer.step()
 
@@ -767,7 +870,9 @@ def scaled(run: Path) -> None:
                 optimizer.zero_grad()
         assert (recorder.n_steps, recorder.n_skipped) == (1, 1)
 
-    recorded(run, losses=lambda m: of_means(m) * 512, loop=loop)  # what the rows are before they are scaled down
+    recorded(
+        run, losses=lambda m: of_means(m) * 512, loop=loop
+    )  # what the rows are before they are scaled down
 
 
 def autocast(run: Path) -> None:
@@ -816,7 +921,9 @@ def other_labels(run: Path) -> None:
 
 
 def averaged(recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     for _ in range(2):
         one_step(of_means, recorder, model, optimizer)
         optimizer.zero_grad()
@@ -831,7 +938,9 @@ def resumed(run: Path) -> None:
         optimizer.zero_grad()
         state = recorder.state_dict()
         recorder.fail(RuntimeError("killed"))
-        with Recorder(model, optimizer, run, n_samples=B, encoding="exact", dtype="float32") as another:
+        with Recorder(
+            model, optimizer, run, n_samples=B, encoding="exact", dtype="float32"
+        ) as another:
             another.load_state_dict(state)
             one_step(of_means, another, model, optimizer)
 
@@ -852,7 +961,9 @@ LOOPS: dict[str, Callable[[Path], object]] = {
     "Grad-CAM, saliency maps": lambda run: recorded(run, loop=grad_cam),
     "Evaluation in between": lambda run: recorded(run, loop=evaluation),
     "`clip_grad_norm_`": clipped,
-    "`clip_grad_value_`": lambda run: recorded(run, loop=with_gradients(lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01))),
+    "`clip_grad_value_`": lambda run: recorded(
+        run, loop=with_gradients(lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01))
+    ),
     "`.grad` changed by hand": lambda run: recorded(run, loop=with_gradients(add_noise)),
     "A gradient scaler": scaled,
     "Autocast": autocast,
@@ -878,14 +989,20 @@ def under(build: Callable[..., torch.optim.Optimizer], **options: Any) -> Callab
             for _ in range(2):
                 one_step(of_means, recorder, model, optimizer)
                 optimizer.zero_grad()
-        assert hydra_pipe.open_run(run).info()["stages"]["record"]["facts"]["worst_imbalance"] < 1e-4
+        assert (
+            hydra_pipe.open_run(run).info()["stages"]["record"]["facts"]["worst_imbalance"] < 1e-4
+        )
 
     return case
 
 
 def in_groups(parameters: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     one, *others = parameters
-    return torch.optim.SGD([{"params": [one], "lr": 10 * lr}, {"params": others, "weight_decay": 0.1}], lr=lr, momentum=0.9)
+    return torch.optim.SGD(
+        [{"params": [one], "lr": 10 * lr}, {"params": others, "weight_decay": 0.1}],
+        lr=lr,
+        momentum=0.9,
+    )
 
 
 class Mine(torch.optim.SGD):
@@ -894,14 +1011,23 @@ class Mine(torch.optim.SGD):
 
 OPTIMIZERS: dict[str, Callable[[Path], object]] = {
     "`SGD`": several(
-        lambda run: recorded(run, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True)),
+        lambda run: recorded(
+            run,
+            optimizer=lambda m: torch.optim.SGD(
+                m.parameters(), lr=0.1, momentum=0.9, nesterov=True
+            ),
+        ),
         under(torch.optim.SGD, momentum=0.9, dampening=0.1, weight_decay=0.1),
     ),
     "`Adam`, `AdamW`": several(under(torch.optim.Adam, weight_decay=0.1), under(torch.optim.AdamW)),
-    "`fused=True`, `foreach=True`": several(under(torch.optim.AdamW, fused=True), under(torch.optim.SGD, foreach=True)),
+    "`fused=True`, `foreach=True`": several(
+        under(torch.optim.AdamW, fused=True), under(torch.optim.SGD, foreach=True)
+    ),
     "Parameter groups": under(in_groups),
     "`amsgrad=True`": refused_model(mlp, lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)),
-    "`maximize=True`": refused_model(mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True)),
+    "`maximize=True`": refused_model(
+        mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True)
+    ),
     "`LBFGS`": refused_model(mlp, lambda m: torch.optim.LBFGS(m.parameters())),
     "Other optimizers": refused_model(mlp, lambda m: torch.optim.Adagrad(m.parameters())),
     "A subclass of one that is known": refused_model(mlp, lambda m: Mine(m.parameters(), lr=0.1)),
@@ -933,7 +1059,11 @@ def sharded(run: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel  # which takes long to import
 
     with one_process():
-        refused_model(lambda: FullyShardedDataParallel(mlp(), use_orig_params=True, device_id=torch.device("cpu")))(run)
+        refused_model(
+            lambda: FullyShardedDataParallel(
+                mlp(), use_orig_params=True, device_id=torch.device("cpu")
+            )
+        )(run)
 
 
 def deepspeed() -> nn.Module:
@@ -992,7 +1122,9 @@ PARALLEL: dict[str, Callable[[Path], object]] = {
     "`DataParallel` on several GPUs": refused_model(on_two_gpus),
     "Parameters on several devices": refused_model(on_several_devices),
     "`packing=True` of TRL": lambda _: refuse_training_arguments(SimpleNamespace(packing=True)),
-    "`use_liger_kernel=True`": lambda _: refuse_training_arguments(SimpleNamespace(use_liger_kernel=True)),
+    "`use_liger_kernel=True`": lambda _: refuse_training_arguments(
+        SimpleNamespace(use_liger_kernel=True)
+    ),
     "`torch.jit.script`, `torch.jit.trace`": refused_model(lambda: torch.jit.script(mlp())),
     "`torch.compile`, called later": partial(compiled, called=False),
     "`torch.compile`, called before": partial(compiled, called=True),
@@ -1004,7 +1136,9 @@ CASES = LAYERS | MODELS | LOSSES | LOOPS | OPTIMIZERS | PARALLEL
 def lines() -> dict[str, str]:
     """What the page says happens, by the name in the first column of its tables."""
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", PAGE.read_text(), flags=re.MULTILINE)
-    found = [(name, happens) for name, happens in rows if name != "---" and happens != "what happens"]
+    found = [
+        (name, happens) for name, happens in rows if name != "---" and happens != "what happens"
+    ]
     assert len({name for name, _ in found}) == len(found)
     return dict(found)
 
@@ -1013,10 +1147,16 @@ def test_every_line_of_the_page_has_a_case_and_every_case_a_line() -> None:
     assert lines().keys() == CASES.keys()
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")  # what torch says of its own old ways,
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore:FSDP is switching:UserWarning")  # and to its compiler
+@pytest.mark.filterwarnings(
+    "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning"
+)  # what torch says of its own old ways,
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning", "ignore:FSDP is switching:UserWarning"
+)  # and to its compiler
 @pytest.mark.parametrize(("name", "happens"), lines().items(), ids=lines())
-def test_what_the_page_says_is_so(name: str, happens: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_page_says_is_so(
+    name: str, happens: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kind, _, _ = happens.partition(":")
     said = re.search("“(.*?)”", happens)
     caplog.set_level(logging.WARNING, logger="hydra_pipe")
@@ -1034,4 +1174,6 @@ def test_what_the_page_says_is_so(name: str, happens: str, tmp_path: Path, caplo
         assert said[1] in str(found[0].message)
     else:
         assert kind.startswith("recorded")
-        assert ("one backward pass a sample" in caplog.text) == ("one backward pass a sample" in happens)
+        assert ("one backward pass a sample" in caplog.text) == (
+            "one backward pass a sample" in happens
+        )

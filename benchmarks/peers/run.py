@@ -89,15 +89,28 @@ def fashion(data: Path) -> Pipeline:
     pipeline.model = MODELS["fashion"]()
     (group,) = pipeline.optimizer.param_groups
     chosen = {key: group[key] for key in ("momentum", "weight_decay")}
-    pipeline.optimizer = torch.optim.SGD(pipeline.model.parameters(), lr=group["initial_lr"], **chosen)
+    pipeline.optimizer = torch.optim.SGD(
+        pipeline.model.parameters(), lr=group["initial_lr"], **chosen
+    )
     assert pipeline.scheduler is not None
-    pipeline.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(pipeline.optimizer, pipeline.n_steps)
+    pipeline.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        pipeline.optimizer, pipeline.n_steps
+    )
     return pipeline
 
 
 def gpt(data: Path) -> Pipeline:
     """A GPT of 2 layers of width 64 on 500 passages of 32 characters, 5 epochs of AdamW. 100 tests: 50, and 50 later."""
-    given = {"n_train": 500, "n_test": 100, "epochs": 5, "layers": 2, "width": 64, "context": 32, "warm_up": 10, "batch_size": 16}
+    given = {
+        "n_train": 500,
+        "n_test": 100,
+        "epochs": 5,
+        "layers": 2,
+        "width": 64,
+        "context": 32,
+        "warm_up": 10,
+        "batch_size": 16,
+    }
     torch.manual_seed(0)
     return shakespeare.pipeline(data / "text", lr=3e-3, **given)
 
@@ -128,8 +141,14 @@ class Subject:
 
 
 SUBJECTS = {
-    "fashion": Subject("Fashion-MNIST, 5,000 x 200, MLP 784-64-32-10, SGD with momentum, 5 epochs", fashion, "halves"),
-    "digits": Subject("8x8 digits, 400 x 100, MLP 64-24-10, SGD with momentum, 20 epochs", digits, "left out"),
+    "fashion": Subject(
+        "Fashion-MNIST, 5,000 x 200, MLP 784-64-32-10, SGD with momentum, 5 epochs",
+        fashion,
+        "halves",
+    ),
+    "digits": Subject(
+        "8x8 digits, 400 x 100, MLP 64-24-10, SGD with momentum, 20 epochs", digits, "left out"
+    ),
     "gpt": Subject("Shakespeare, 500 x 50, GPT 2 x 64, AdamW, 5 epochs", gpt, "halves"),
 }
 
@@ -146,14 +165,23 @@ def write_inputs(subject: Subject, data: Path, path: Path) -> None:
     pipeline = subject.build(data)
     samples, model, optimizer = Samples(pipeline, "train"), pipeline.model, pipeline.optimizer
     arrays = {}
-    for name, (x, y) in zip(("", "test_", "later_"), (pipeline.train.tensors, *half_of_tests(pipeline)), strict=True):
+    for name, (x, y) in zip(
+        ("", "test_", "later_"), (pipeline.train.tensors, *half_of_tests(pipeline)), strict=True
+    ):
         arrays |= {f"{name}x": x.numpy(), f"{name}y": y.numpy()}
 
     def keep(state: str) -> None:
-        arrays.update({f"{state}/{key}": value.detach().numpy().copy() for key, value in model.state_dict().items()})
+        arrays.update(
+            {
+                f"{state}/{key}": value.detach().numpy().copy()
+                for key, value in model.state_dict().items()
+            }
+        )
 
     (group,) = optimizer.param_groups
-    chosen = ("momentum", "weight_decay") if "momentum" in group else ("betas", "eps", "weight_decay")
+    chosen = (
+        ("momentum", "weight_decay") if "momentum" in group else ("betas", "eps", "weight_decay")
+    )
     settings = {
         "optimizer": type(optimizer).__name__,
         "options": {key: group[key] for key in chosen},
@@ -179,7 +207,11 @@ def write_inputs(subject: Subject, data: Path, path: Path) -> None:
         fifth, rest = divmod((epoch + 1) * CHECKPOINTS, pipeline.epochs)
         if not rest:
             keep(str(fifth - 1))
-    arrays |= {"order": np.concatenate(order), "sizes": np.array([len(ids) for ids in order]), "rates": np.array(rates)}
+    arrays |= {
+        "order": np.concatenate(order),
+        "sizes": np.array([len(ids) for ids in order]),
+        "rates": np.array(rates),
+    }
     np.savez(path, settings=json.dumps(settings), **arrays)
 
 
@@ -213,7 +245,9 @@ def run(command: Sequence[str], log: Path, limit: float, cwd: Path = ROOT) -> st
     """Output of a command; what it says on the way goes to `log`. Raises: Failed: it fails, or is not done after `limit` s."""
     with open(log, "w") as said:
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=cwd, timeout=limit)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=cwd, timeout=limit
+            )
         except subprocess.TimeoutExpired:
             raise Failed(f"stopped after {limit:.0f} s") from None
     if done.returncode < 0:
@@ -236,11 +270,22 @@ def interpreter(peer: str, work: Path) -> str:
     python, done = home / "bin" / "python", home / "installed"
     if not done.exists():
         run([sys.executable, "-m", "venv", "--clear", str(home)], work / f"{peer}.venv.log", 300)
-        needed = ["-c", str(ROOT / "constraints.txt"), "-r", str(HERE / "requirements" / f"{peer}.txt")]
-        run([str(python), "-m", "pip", "install", "--quiet", *PEERS[peer].options, *needed], work / f"{peer}.pip.log", 1800)
+        needed = [
+            "-c",
+            str(ROOT / "constraints.txt"),
+            "-r",
+            str(HERE / "requirements" / f"{peer}.txt"),
+        ]
+        run(
+            [str(python), "-m", "pip", "install", "--quiet", *PEERS[peer].options, *needed],
+            work / f"{peer}.pip.log",
+            1800,
+        )
         if PEERS[peer].removed:
             run(
-                [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *PEERS[peer].removed], work / f"{peer}.removed.log", 300
+                [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *PEERS[peer].removed],
+                work / f"{peer}.removed.log",
+                300,
             )
         done.touch()
     return str(python)
@@ -267,14 +312,23 @@ class Found:
     high: float = float("nan")
 
 
-def measured(name: str, peer: str, method: str, title: str, python: str, work: Path, limit: float) -> Found:
+def measured(
+    name: str, peer: str, method: str, title: str, python: str, work: Path, limit: float
+) -> Found:
     """Run one method where that was not done, and hold it against the truth."""
     out, found = work / f"{peer}-{method}", Found(peer, method, title)
     failure = out / "failure.txt"
     if not failure.exists() and not (out / "facts.json").exists():
         subprocess.run(["rm", "-rf", str(out)], check=True)  # of a call that was killed
         out.mkdir()
-        command = [python, str(HERE / f"with_{peer}.py"), name, method, str(work / "inputs.npz"), str(out)]
+        command = [
+            python,
+            str(HERE / f"with_{peer}.py"),
+            name,
+            method,
+            str(work / "inputs.npz"),
+            str(out),
+        ]
         try:
             run(command, out / "log.txt", limit, cwd=out)
         except Failed as error:
@@ -293,7 +347,9 @@ def measured(name: str, peer: str, method: str, title: str, python: str, work: P
 
 def offers(peer: str, python: str, work: Path) -> dict[str, str]:
     """Names and titles of the methods of a peer. Raises: Failed: its script does not start."""
-    found: dict[str, str] = json.loads(run([python, str(HERE / f"with_{peer}.py")], work / f"{peer}.log", 300, cwd=work))
+    found: dict[str, str] = json.loads(
+        run([python, str(HERE / f"with_{peer}.py")], work / f"{peer}.log", 300, cwd=work)
+    )
     return found
 
 
@@ -339,7 +395,10 @@ def overhead(found: Found) -> str:
     seconds = found.facts["seconds"]
     if "capture" not in seconds:
         return ""
-    clock, used = (seconds["capture"][which] * 2 / (seconds["plain"][which] + seconds["plain again"][which]) for which in (0, 1))
+    clock, used = (
+        seconds["capture"][which] * 2 / (seconds["plain"][which] + seconds["plain again"][which])
+        for which in (0, 1)
+    )
     return f"{used:.1f} ({clock:.1f})"
 
 
@@ -356,13 +415,28 @@ def costs(found: Found) -> list[str]:
 def table(found: dict[str, list[Found]]) -> str:
     """A line for each method, best first; costs are those of the first subject. Then what failed, and why."""
     first, *others = found
-    heads = [f"{name}, {'LDS' if SUBJECTS[name].truth == 'halves' else 'leave-one-out'}" for name in found]
-    heads += ["capture over plain", "features", "to the matrix", "next tests", "MB on disk", "peak MiB (before)"]
+    heads = [
+        f"{name}, {'LDS' if SUBJECTS[name].truth == 'halves' else 'leave-one-out'}"
+        for name in found
+    ]
+    heads += [
+        "capture over plain",
+        "features",
+        "to the matrix",
+        "next tests",
+        "MB on disk",
+        "peak MiB (before)",
+    ]
     rows = [f"| peer | method | {' | '.join(heads)} |", "| --- " * (2 + len(heads)) + "|"]
     by_name = {name: {(one.peer, one.method): one for one in of} for name, of in found.items()}
     for one in sorted(found[first], key=lambda one: float("inf") if one.failure else -one.score):
         elsewhere = [by_name[name].get((one.peer, one.method)) for name in others]
-        cells = [one.peer.replace("_", "-"), one.title or "all", told(one), *("" if o is None else told(o) for o in elsewhere)]
+        cells = [
+            one.peer.replace("_", "-"),
+            one.title or "all",
+            told(one),
+            *("" if o is None else told(o) for o in elsewhere),
+        ]
         rows.append(f"| {' | '.join([*cells, *costs(one)])} |")
     failed = [
         f"- {one.peer.replace('_', '-')}, {one.title or 'all'}, {name}: {one.failure}"
@@ -370,35 +444,49 @@ def table(found: dict[str, list[Found]]) -> str:
         for one in of
         if one.failure
     ]
-    return "\n".join([*(f"{name}: {SUBJECTS[name].title}." for name in found), "", *rows, "", *failed, ""])
+    return "\n".join(
+        [*(f"{name}: {SUBJECTS[name].title}." for name in found), "", *rows, "", *failed, ""]
+    )
 
 
 def versions(found: Sequence[Found]) -> str:
     """Of every package that was measured."""
-    told = {f"{one.peer}: " + ", ".join(f"{k} {v}" for k, v in one.facts["versions"].items()) for one in found if one.facts}
+    told = {
+        f"{one.peer}: " + ", ".join(f"{k} {v}" for k, v in one.facts["versions"].items())
+        for one in found
+        if one.facts
+    }
     return "\n".join(sorted(told)) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--subjects", default="fashion,digits")
     parser.add_argument("--peers", default=",".join([OURS, *PEERS]))
     parser.add_argument("--only", help="methods of these names, with commas between them")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds on the clock that one method may take")
+    parser.add_argument(
+        "--limit", type=float, default=1200, help="seconds on the clock that one method may take"
+    )
     given = parser.parse_args()
     given.peers = given.peers.split(",")
     given.only = given.only.split(",") if given.only else []
     unknown = [name for name in given.subjects.split(",") if name not in SUBJECTS]
     unknown += [peer for peer in given.peers if peer not in (OURS, *PEERS)]
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; subjects are {', '.join(SUBJECTS)}, peers {', '.join((OURS, *PEERS))}")
+        raise SystemExit(
+            f"unknown: {', '.join(unknown)}; subjects are {', '.join(SUBJECTS)}, peers {', '.join((OURS, *PEERS))}"
+        )
     torch.set_num_threads(1)
     work = given.work.resolve()
     found = {name: explained(name, given, work) for name in given.subjects.split(",")}
     everything = [one for of in found.values() for one in of]
-    (work / "results.json").write_text(json.dumps({name: [vars(one) for one in of] for name, of in found.items()}, indent=2))
+    (work / "results.json").write_text(
+        json.dumps({name: [vars(one) for one in of] for name, of in found.items()}, indent=2)
+    )
     text = table(found) + "\n" + versions(everything)
     (work / "results.md").write_text(text)
     print(text)

@@ -37,7 +37,9 @@ MOST_BYTES = 12 * 2**30
 
 def mlp() -> nn.Module:
     """784-64-32-10."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
 
 
 def small() -> nn.Module:
@@ -47,7 +49,9 @@ def small() -> nn.Module:
 
 def gpt() -> nn.Module:
     """2 layers of width 64 on 32 characters, of pipelines/shakespeare.py."""
-    if util.find_spec("hydra_pipe") is None:  # the pipeline names it, and this interpreter needs but the model
+    if (
+        util.find_spec("hydra_pipe") is None
+    ):  # the pipeline names it, and this interpreter needs but the model
         sys.modules["hydra_pipe"] = types.SimpleNamespace(Pipeline=None)  # type: ignore[assignment]
     sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
     import shakespeare
@@ -101,15 +105,28 @@ class Inputs:
         states = [state(str(number)) for number in range(settings["checkpoints"])]
         model.load_state_dict(states[-1])
         train, test, later = (
-            TensorDataset(*(torch.tensor(arrays[f"{of}{part}"]) for part in "xy")) for of in ("", "test_", "later_")
+            TensorDataset(*(torch.tensor(arrays[f"{of}{part}"]) for part in "xy"))
+            for of in ("", "test_", "later_")
         )
         order = [ids.tolist() for ids in np.split(arrays["order"], np.cumsum(arrays["sizes"])[:-1])]
-        return cls(model.eval(), states, state("start"), train, test, later, order, arrays["rates"].tolist(), settings)
+        return cls(
+            model.eval(),
+            states,
+            state("start"),
+            train,
+            test,
+            later,
+            order,
+            arrays["rates"].tolist(),
+            settings,
+        )
 
     @property
     def interval_rates(self) -> list[float]:
         """Mean learning rate of the steps that led to each of `states`."""
-        return [float(part.mean()) for part in np.array_split(np.array(self.rates), len(self.states))]
+        return [
+            float(part.mean()) for part in np.array_split(np.array(self.rates), len(self.states))
+        ]
 
     @property
     def lengthening(self) -> float:
@@ -139,7 +156,9 @@ class Inputs:
                 optimizer.zero_grad()
                 losses(self.model(x[ids]), y[ids]).mean().backward()
                 if self.settings["max_grad_norm"] is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["max_grad_norm"])
+                    nn.utils.clip_grad_norm_(
+                        self.model.parameters(), self.settings["max_grad_norm"]
+                    )
                 optimizer.step()
         hooks.end()
         self.model.eval()
@@ -155,7 +174,9 @@ class Hooks:
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the first step."""
 
-    def step(self, epoch: int, ids: list[int], rate: float) -> contextlib.AbstractContextManager[Any]:
+    def step(
+        self, epoch: int, ids: list[int], rate: float
+    ) -> contextlib.AbstractContextManager[Any]:
         """Around a step."""
         return contextlib.nullcontext()
 
@@ -224,12 +245,18 @@ def disk_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def measure(method: Method, facts: dict[str, Any], keep: Callable[[dict[str, np.ndarray]], None]) -> None:
+def measure(
+    method: Method, facts: dict[str, Any], keep: Callable[[dict[str, np.ndarray]], None]
+) -> None:
     """Runs it, fills `facts`, and calls `keep` with the scores there are, after the first tests and after the later ones."""
     given, seconds = method.given, facts.setdefault("seconds", {})
     if method.hooks is not None:
         given.train_again(Hooks())  # which warms torch up
-        for part, hooks in (("plain", Hooks()), ("capture", method.hooks), ("plain again", Hooks())):
+        for part, hooks in (
+            ("plain", Hooks()),
+            ("capture", method.hooks),
+            ("plain again", Hooks()),
+        ):
             with timed(seconds, part):
                 given.train_again(hooks)
     else:
@@ -276,7 +303,11 @@ def main(offers: dict[str, Offer], *packages: str) -> None:
     versions = {package: metadata.version(package) for package in (*packages, "torch", "numpy")}
     facts: dict[str, Any] = {"versions": versions | {"python": platform.python_version()}}
     # the fused kernel has no second derivative on the CPU
-    fused = contextlib.nullcontext() if subject != "gpt" else torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fused = (
+        contextlib.nullcontext()
+        if subject != "gpt"
+        else torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    )
 
     def keep(found: dict[str, np.ndarray]) -> None:
         np.savez(out / "scores.npz", **found)  # type: ignore[arg-type] # of savez's own options

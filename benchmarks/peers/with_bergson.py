@@ -28,7 +28,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 MOST_TOKENS = 2**15
@@ -57,7 +63,11 @@ class Wrapped(PreTrainedModel):
         super().__init__(config)
         net = MODELS[config.subject]()
         # a picture stands in a sequence, in the end of which nothing is predicted
-        self.net = nn.Sequential(*(part for part in net if not isinstance(part, nn.Flatten))) if config.shape else net
+        self.net = (
+            nn.Sequential(*(part for part in net if not isinstance(part, nn.Flatten)))
+            if config.shape
+            else net
+        )
         if config.shape:
             self.pictures = nn.Embedding(*config.shape)
         self.post_init()
@@ -67,7 +77,11 @@ class Wrapped(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Through which bergson lets gradients flow."""
-        return self.pictures if self.config.shape else next(part for part in self.net.modules() if isinstance(part, nn.Embedding))
+        return (
+            self.pictures
+            if self.config.shape
+            else next(part for part in self.net.modules() if isinstance(part, nn.Embedding))
+        )
 
     def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
         if self.config.shape:
@@ -91,35 +105,53 @@ class Bergson(Method):
         subject = next(name for name, make in MODELS.items() if fits(make(), given))
         self._models = [str(self.store / f"model-{number}") for number in range(len(given.states))]
         for path, state in zip(self._models, given.states, strict=True):
-            model = Wrapped(SubjectConfig(subject, tuple(every.flatten(1).shape) if pictures else ()))
+            model = Wrapped(
+                SubjectConfig(subject, tuple(every.flatten(1).shape) if pictures else ())
+            )
             # by position: without the layer that flattens pictures the others have other numbers
-            model.net.load_state_dict(dict(zip(model.net.state_dict(), state.values(), strict=True)))
+            model.net.load_state_dict(
+                dict(zip(model.net.state_dict(), state.values(), strict=True))
+            )
             if pictures:
                 model.pictures.weight.data.copy_(every.flatten(1))
             model.save_pretrained(path)
         words = {str(number): number for number in range(len(every) if pictures else 65)}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), model_max_length=MOST_TOKENS
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")),
+            model_max_length=MOST_TOKENS,
         )
         for path in self._models:
             tokenizer.save_pretrained(path)
         first = 0
         for part, data in (("train", given.train), ("test", given.test), ("later", given.later)):
             x, y = data.tensors
-            ids = torch.stack([torch.arange(first, first + len(x)), y], dim=1) if pictures else torch.cat([x, y[:, -1:]], dim=1)
-            Dataset.from_dict({"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)}).save_to_disk(str(self.store / part))
+            ids = (
+                torch.stack([torch.arange(first, first + len(x)), y], dim=1)
+                if pictures
+                else torch.cat([x, y[:, -1:]], dim=1)
+            )
+            Dataset.from_dict(
+                {"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)}
+            ).save_to_disk(str(self.store / part))
             first += len(x)
 
     def _index(self, run: Path, kind: type[Any] = IndexConfig) -> Any:
         data = DataConfig(dataset=str(self.store / "train"))
         mean = "mean"  # over a passage's characters, as it was trained
         return kind(
-            run_path=str(run), model=self._models[-1], data=data, token_batch_size=1000, loss_reduction=mean, overwrite=True
+            run_path=str(run),
+            model=self._models[-1],
+            data=data,
+            token_batch_size=1000,
+            loss_reduction=mean,
+            overwrite=True,
         )
 
     def _query(self, tests: TensorDataset) -> QuerySetConfig:
         """One score for each test sample, its default."""
-        return QuerySetConfig(dataset=str(self.store / ("test" if tests is self.given.test else "later")))
+        return QuerySetConfig(
+            dataset=str(self.store / ("test" if tests is self.given.test else "later"))
+        )
 
     def _scores(self, run: Path) -> Tensor:
         """What it reads as the change of the loss, negative for helpful whatever the pipeline."""
@@ -128,7 +160,10 @@ class Bergson(Method):
 
 def fits(model: nn.Module, given: Inputs) -> bool:
     """Whether parameters have the names and shapes of the subject's."""
-    own, theirs = ({name: value.shape for name, value in state.items()} for state in (model.state_dict(), given.states[-1]))
+    own, theirs = (
+        {name: value.shape for name, value in state.items()}
+        for state in (model.state_dict(), given.states[-1])
+    )
     return own == theirs
 
 
@@ -142,7 +177,9 @@ class Factored(Bergson):
     def __init__(self, given: Inputs, store: Path, steps: int = 0) -> None:
         super().__init__(given, store)
         # all samples at once: a part of them would be another Hessian
-        self._astra = AstraConfig(num_steps=steps, solver="cg", batch_size=len(given.train), micro_batch_size=500)
+        self._astra = AstraConfig(
+            num_steps=steps, solver="cg", batch_size=len(given.train), micro_batch_size=500
+        )
         self._hessian = HessianConfig(method="kfac", ev_correction=True)
 
     def prepare(self) -> None:
@@ -155,7 +192,9 @@ class Factored(Bergson):
         run.mkdir()
         (run / "hessian").symlink_to(self.store / "hessian")
         pipeline = HessianPipelineConfig(query=self._query(tests), astra=self._astra, resume=True)
-        Ekfac(self._index(run), self._hessian, ScoreConfig(), PreprocessConfig(), pipeline).execute()
+        Ekfac(
+            self._index(run), self._hessian, ScoreConfig(), PreprocessConfig(), pipeline
+        ).execute()
         return self._scores(run)
 
 
@@ -165,7 +204,9 @@ class Track(Bergson):
     def score(self, tests: TensorDataset) -> Tensor:
         self._sets += 1
         run = self.store / f"run-{self._sets}"
-        Trackstar(self._index(run, TrackstarIndexConfig), TrackstarConfig(query=self._query(tests))).execute()
+        Trackstar(
+            self._index(run, TrackstarIndexConfig), TrackstarConfig(query=self._query(tests))
+        ).execute()
         return self._scores(run)
 
 
@@ -178,7 +219,9 @@ class Source(Bergson):
         run = self.store / f"run-{self._sets}"
         options = given.settings["options"]
         if "momentum" not in options:
-            raise RuntimeError("of AdamW it needs the optimiser's state at each checkpoint, which the subject does not keep")
+            raise RuntimeError(
+                "of AdamW it needs the optimiser's state at each checkpoint, which the subject does not keep"
+            )
         segments = len(given.states)
         unrolling = ApproxUnrollingConfig(
             checkpoints=self._models,
@@ -188,14 +231,19 @@ class Source(Bergson):
             momentum=options["momentum"],
             query=self._query(tests),
         )
-        ApproxUnrolling(self._index(run), HessianConfig(method="kfac", ev_correction=True), unrolling).execute()
+        ApproxUnrolling(
+            self._index(run), HessianConfig(method="kfac", ev_correction=True), unrolling
+        ).execute()
         return self._scores(run)
 
 
 OFFERS = {
     "source": Offer("SOURCE (`approxunrolling`), 5 checkpoints, 5 segments", Source),
     "ekfac": Offer("`ekfac`, its defaults (damping 0.1 of the mean eigenvalue)", Factored),
-    "ekfac-cg": Offer("`ekfac` refined by 10 steps of CG on all samples", lambda given, store: Factored(given, store, 10)),
+    "ekfac-cg": Offer(
+        "`ekfac` refined by 10 steps of CG on all samples",
+        lambda given, store: Factored(given, store, 10),
+    ),
     "trackstar": Offer("`trackstar`, its defaults (projected to 16 x 16)", Track),
 }
 

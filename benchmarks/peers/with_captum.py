@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from captum.influence import TracInCP, TracInCPFast
-from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction  # which the package does not export
+from captum.influence._core.arnoldi_influence_function import (
+    ArnoldiInfluenceFunction,
+)  # which the package does not export
 from subject import Inputs, Method, Offer, losses, main
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -18,7 +20,9 @@ class Captum(Method):
     options: of the class.
     """
 
-    def __init__(self, given: Inputs, store: Path, kind: Any, *, last: bool = False, **options: Any) -> None:
+    def __init__(
+        self, given: Inputs, store: Path, kind: Any, *, last: bool = False, **options: Any
+    ) -> None:
         super().__init__(given, store)
         self._kind, self._last, self._options = kind, last, options
 
@@ -33,12 +37,21 @@ class Captum(Method):
             return rates[Path(path).name]
 
         # per-sample gradients of a batch at once, as its documentation recommends where layers allow: linear and convolutional
-        trained = {type(m) for m in given.model.modules() if any(True for _ in m.parameters(recurse=False))}
+        trained = {
+            type(m) for m in given.model.modules() if any(True for _ in m.parameters(recurse=False))
+        }
         together = trained <= {nn.Linear, nn.Conv2d}
-        options: dict[str, Any] = {"batch_size": 500, "checkpoints_load_func": load, **self._options}
+        options: dict[str, Any] = {
+            "batch_size": 500,
+            "checkpoints_load_func": load,
+            **self._options,
+        }
         files = [str(self.store / name) for name in rates]
         if self._kind is TracInCPFast:
-            options |= {"final_fc_layer": list(given.model.children())[-1], "loss_fn": SumOfLosses()}
+            options |= {
+                "final_fc_layer": list(given.model.children())[-1],
+                "loss_fn": SumOfLosses(),
+            }
         elif together:
             options |= {"sample_wise_grads_per_batch": True, "loss_fn": SumOfLosses()}
         else:
@@ -70,7 +83,10 @@ OFFERS = {
         lambda given, store: Captum(given, store, ArnoldiInfluenceFunction, last=True),
     ),
     "tracin": Offer("TracInCP, 5 checkpoints", lambda given, store: Captum(given, store, TracInCP)),
-    "tracin-fast": Offer("TracInCPFast (last layer), 5 checkpoints", lambda given, store: Captum(given, store, TracInCPFast)),
+    "tracin-fast": Offer(
+        "TracInCPFast (last layer), 5 checkpoints",
+        lambda given, store: Captum(given, store, TracInCPFast),
+    ),
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def task(given: Inputs, states: list[State], *, single: bool = False) -> Any:
         x, y = (part.unsqueeze(0) for part in data) if single else data
         return losses(torch.func.functional_call(given.model, params, (x,)), y).mean()
 
-    return AttributionTask(loss_func=loss, model=given.model, checkpoints=states if len(states) > 1 else states[0])
+    return AttributionTask(
+        loss_func=loss, model=given.model, checkpoints=states if len(states) > 1 else states[0]
+    )
 
 
 class Tracin(Method):
@@ -37,7 +39,9 @@ class Tracin(Method):
             task=task(self.given, self.given.states, single=True),
             weight_list=torch.tensor(self.given.interval_rates),
             normalized_grad=False,
-            projector_kwargs={"proj_dim": self._columns, "device": "cpu"} if self._columns else None,
+            projector_kwargs={"proj_dim": self._columns, "device": "cpu"}
+            if self._columns
+            else None,
             device="cpu",
         )
         if self._columns is None:
@@ -46,7 +50,9 @@ class Tracin(Method):
     def score(self, tests: TensorDataset) -> Tensor:
         given = self.given
         with torch.no_grad():
-            return self._attributor.attribute(given.batches(given.train, 500), given.batches(tests, 200))
+            return self._attributor.attribute(
+                given.batches(given.train, 500), given.batches(tests, 200)
+            )
 
 
 class Influence(Method):
@@ -58,21 +64,36 @@ class Influence(Method):
     """
 
     def __init__(
-        self, given: Inputs, store: Path, kind: str, *, size: int | None = None, tests: int | None = None, **options: Any
+        self,
+        given: Inputs,
+        store: Path,
+        kind: str,
+        *,
+        size: int | None = None,
+        tests: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(given, store)
-        self._kind, self._size, self._tests, self._options = kind, size or len(given.train), tests, options
+        self._kind, self._size, self._tests, self._options = (
+            kind,
+            size or len(given.train),
+            tests,
+            options,
+        )
 
     def prepare(self) -> None:
         kind = getattr(algorithm, f"IFAttributor{self._kind}")
-        self._attributor = kind(task=task(self.given, self.given.states[-1:]), device="cpu", **self._options)
+        self._attributor = kind(
+            task=task(self.given, self.given.states[-1:]), device="cpu", **self._options
+        )
         self._attributor.cache(self.given.batches(self.given.train, self._size))
 
     def score(self, tests: TensorDataset) -> Tensor:
         given = self.given
         with torch.no_grad():
             return self._attributor.attribute(
-                given.batches(given.train, len(given.train)), given.batches(tests, self._tests or len(tests))
+                given.batches(given.train, len(given.train)),
+                given.batches(tests, self._tests or len(tests)),
             )
 
 
@@ -101,7 +122,9 @@ class Trak(Method):
 
         options: dict[str, Any] = {"device": "cpu"}
         if len(given.train) <= 512:
-            options["proj_dim"] = 128  # with as many columns as samples its matrix is singular; 512 is its default
+            options["proj_dim"] = (
+                128  # with as many columns as samples its matrix is singular; 512 is its default
+            )
         own = AttributionTask(loss_func=margin, model=given.model, checkpoints=self._states)
         self._attributor = algorithm.TRAKAttributor(
             task=own, correct_probability_func=probability, device="cpu", projector_kwargs=options
@@ -154,7 +177,9 @@ class Embedded(Hooks):
     @contextlib.contextmanager
     def step(self, epoch: int, ids: list[int], rate: float) -> Any:
         x, y = self._given.train.tensors
-        self._attributor.cache_gradients(epoch, (x[ids], y[ids]), torch.tensor(ids), self._rates * rate)
+        self._attributor.cache_gradients(
+            epoch, (x[ids], y[ids]), torch.tensor(ids), self._rates * rate
+        )
         yield
 
 
@@ -182,23 +207,39 @@ def influence(title: str, kind: str, **options: Any) -> Offer:
 
 
 OFFERS = {
-    "tracin": Offer("TracIn, 5 checkpoints, not projected", lambda given, store: Tracin(given, store, None)),
-    "tracin-512": Offer("TracIn, 5 checkpoints, projected to 512", lambda given, store: Tracin(given, store, 512)),
+    "tracin": Offer(
+        "TracIn, 5 checkpoints, not projected", lambda given, store: Tracin(given, store, None)
+    ),
+    "tracin-512": Offer(
+        "TracIn, 5 checkpoints, projected to 512", lambda given, store: Tracin(given, store, 512)
+    ),
     "ekfac": influence("EK-FAC, damping 5e-3", "EKFAC", size=500, damping=5e-3),
-    "arnoldi": influence("influence, Arnoldi, 100 iterations, 5e-3", "Arnoldi", regularization=5e-3),
+    "arnoldi": influence(
+        "influence, Arnoldi, 100 iterations, 5e-3", "Arnoldi", regularization=5e-3
+    ),
     "datainf": influence("influence, DataInf, 1e-2", "DataInf", regularization=1e-2, tests=20),
     "trak": Offer("TRAK, last checkpoint", lambda given, store: Trak(given, store, 1)),
     "trak-5": Offer("TRAK, 5 checkpoints", lambda given, store: Trak(given, store, 5)),
-    "dvemb": Offer("DVEmb, elementwise, 4096", lambda given, store: DVEmb(given, store, "elementwise")),
+    "dvemb": Offer(
+        "DVEmb, elementwise, 4096", lambda given, store: DVEmb(given, store, "elementwise")
+    ),
     "dvemb-momentum": Offer(
-        "DVEmb, elementwise, 4096, rates over 1 - momentum", lambda g, store: DVEmb(g, store, "elementwise", g.lengthening)
+        "DVEmb, elementwise, 4096, rates over 1 - momentum",
+        lambda g, store: DVEmb(g, store, "elementwise", g.lengthening),
     ),
-    "dvemb-kronecker": Offer("DVEmb, kronecker, 4096", lambda given, store: DVEmb(given, store, "kronecker")),
-    "logra": Offer("LoGra, its defaults (4096)", lambda given, store: Projected(given, store, "LoGra")),
+    "dvemb-kronecker": Offer(
+        "DVEmb, kronecker, 4096", lambda given, store: DVEmb(given, store, "kronecker")
+    ),
+    "logra": Offer(
+        "LoGra, its defaults (4096)", lambda given, store: Projected(given, store, "LoGra")
+    ),
     "logra-damped": Offer(
-        "LoGra (4096), damping a tenth of the mean eigenvalue", lambda g, store: Projected(g, store, "LoGra", damping=0.1)
+        "LoGra (4096), damping a tenth of the mean eigenvalue",
+        lambda g, store: Projected(g, store, "LoGra", damping=0.1),
     ),
-    "factgrass": Offer("FactGraSS, its defaults (4096)", lambda given, store: Projected(given, store, "FactGraSS")),
+    "factgrass": Offer(
+        "FactGraSS, its defaults (4096)", lambda given, store: Projected(given, store, "FactGraSS")
+    ),
     "cg": influence("influence, CG, 10 iterations, 5e-3", "CG", regularization=5e-3, max_iter=10),
 }
 

@@ -28,11 +28,17 @@ class Recorded(Hooks):
         self._moments: Any = None
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        callbacks: list[Any] = [OffloadCallback(offload_interval=1, file_manager=GradientStorageManager(str(self._store)))]
+        callbacks: list[Any] = [
+            OffloadCallback(
+                offload_interval=1, file_manager=GradientStorageManager(str(self._store))
+            )
+        ]
         if self._with_moments:
             self._moments = OptimizerStateCallback(self._given.model, lambda: optimizer)
             callbacks.append(self._moments)
-        self._hooks = HookManager(self._given.model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=callbacks)
+        self._hooks = HookManager(
+            self._given.model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=callbacks
+        )
         self._collecting = self._hooks.collect()
         self._collecting.__enter__()
         self._step = -1
@@ -62,7 +68,14 @@ class Attributor(Method):
     """
 
     def __init__(
-        self, given: Inputs, store: Path, kind: str, *, trajectory: bool = True, rates: float = 1.0, **options: Any
+        self,
+        given: Inputs,
+        store: Path,
+        kind: str,
+        *,
+        trajectory: bool = True,
+        rates: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(given, store)
         self._kind, self._trajectory, self._rates, self._options = kind, trajectory, rates, options
@@ -73,8 +86,12 @@ class Attributor(Method):
     def _at_the_end(self, data: TensorDataset, store: Path) -> None:
         """Gradients of each sample's own loss at the final parameters."""
         model = self.given.model
-        offload = OffloadCallback(offload_interval=1, file_manager=GradientStorageManager(str(store)))
-        hooks = HookManager(model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload])
+        offload = OffloadCallback(
+            offload_interval=1, file_manager=GradientStorageManager(str(store))
+        )
+        hooks = HookManager(
+            model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[offload]
+        )
         with hooks.collect():
             for x, y in self.given.batches(data, 100):
                 model.zero_grad()
@@ -91,19 +108,31 @@ class Attributor(Method):
         test, out = self.store / f"test-{self._sets}", self.store / f"scores-{self._sets}"
         self._at_the_end(tests, test)
         if self._kind == "DVEmb":
-            options["learning_rate"] = {step: self._rates * rate for step, rate in enumerate(given.rates)}
+            options["learning_rate"] = {
+                step: self._rates * rate for step, rate in enumerate(given.rates)
+            }
         if self._kind == "AdamWInfluence":
             options["dynamics"] = self.hooks.dynamics()  # type: ignore[union-attr] # it is Recorded
-        arguments = AttributionArguments(output_dir=str(out), use_cpu=True, dataloader_pin_memory=False)
+        arguments = AttributionArguments(
+            output_dir=str(out), use_cpu=True, dataloader_pin_memory=False
+        )
         attributor = getattr(dattri_llm, f"{self._kind}Attributor")(arguments)
-        _, matrix = attributor.attribute_from_cache(str(self._train), str(test), **options).agnostic_matrix()
+        _, matrix = attributor.attribute_from_cache(
+            str(self._train), str(test), **options
+        ).agnostic_matrix()
         return self._by_sample(matrix, tests)
 
     def _by_sample(self, matrix: Tensor, tests: TensorDataset) -> Tensor:
         """Rows in the order of the samples. It takes samples with the same content for one, and adds up what they score."""
         # rows are in the order in which samples were first met, and these two walk from the last step to the first
-        steps = reversed(self.given.order) if self._kind in ("DVEmb", "AdamWInfluence") else self.given.order
-        met = [i for ids in steps for i in ids] if self._trajectory else range(len(self.given.train))
+        steps = (
+            reversed(self.given.order)
+            if self._kind in ("DVEmb", "AdamWInfluence")
+            else self.given.order
+        )
+        met = (
+            [i for ids in steps for i in ids] if self._trajectory else range(len(self.given.train))
+        )
         contents = [x.numpy().tobytes() + y.numpy().tobytes() for x, y in self.given.train]
         rows = {content: row for row, content in enumerate(dict.fromkeys(contents[i] for i in met))}
         if matrix.shape != (len(rows), len(tests)):
@@ -119,14 +148,20 @@ def offer(title: str, kind: str, **options: Any) -> Offer:
 OFFERS = {
     "ekfac": offer("EK-FAC at the end, damping 1e-3 (its default)", "EKFAC", trajectory=False),
     "ekfac-relative": offer(
-        "EK-FAC at the end, damping a tenth of the mean eigenvalue", "EKFAC", trajectory=False, damping=0.1, relative_damping=True
+        "EK-FAC at the end, damping a tenth of the mean eigenvalue",
+        "EKFAC",
+        trajectory=False,
+        damping=0.1,
+        relative_damping=True,
     ),
     "tracin": offer("TracIn, every step", "TracIn"),
     "gradcos": offer("GradCos at the end", "TracIn", trajectory=False, normalized_grad=True),
     "dvemb": offer("DVEmb, every parameter", "DVEmb", propagation="test"),
     "dvemb-momentum": Offer(
         "DVEmb, every parameter, rates over 1 - momentum",
-        lambda given, store: Attributor(given, store, "DVEmb", rates=given.lengthening, propagation="test"),
+        lambda given, store: Attributor(
+            given, store, "DVEmb", rates=given.lengthening, propagation="test"
+        ),
     ),
     "adamw": offer("AdamW-influence, every parameter", "AdamWInfluence", propagation="test"),
 }

@@ -36,7 +36,9 @@ class Recorded(Hooks):
             yield
 
     def record_test(self) -> None:
-        with warnings.catch_warnings():  # the runner loads the trained weights anew, which are the same
+        with (
+            warnings.catch_warnings()
+        ):  # the runner loads the trained weights anew, which are the same
             warnings.simplefilter("ignore", RecordWarning)
             self._record_test()
 
@@ -64,7 +66,9 @@ class Reduced(Method):
             self.hooks.recorder.close()
             hydra_pipe.reduce(self._run, method=self._method)
         elif self._method == "tracin":
-            raise NotOffered("not offered")  # a probe has no test gradients that were taken on the way
+            raise NotOffered(
+                "not offered"
+            )  # a probe has no test gradients that were taken on the way
         else:
             hydra_pipe.probe(self._run, tests, name="later", model=self.given.model, loss=losses)
             hydra_pipe.reduce(self._run, method=self._method, test="later")
@@ -84,9 +88,15 @@ class Exact(Method):
         given.model.load_state_dict(given.start)
         optimizer = given.optimizer(given.model)
         rates = [rate / given.rates[0] for rate in given.rates]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)])
-        settings = {name: given.settings[name] for name in ("batch_size", "epochs", "max_grad_norm")}
-        return Pipeline(given.model, optimizer, losses, given.train, given.test, scheduler=scheduler, **settings)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rates[min(step, len(rates) - 1)]
+        )
+        settings = {
+            name: given.settings[name] for name in ("batch_size", "epochs", "max_grad_norm")
+        }
+        return Pipeline(
+            given.model, optimizer, losses, given.train, given.test, scheduler=scheduler, **settings
+        )
 
     def prepare(self) -> None:
         hydra_pipe.record(self._pipeline(), self._run)
@@ -96,12 +106,17 @@ class Exact(Method):
         if tests is self.given.later:
             hydra_pipe.probe(self._run, tests, name="later", pipeline=self._pipeline())
             name, options = f"{name}-of-later", {"test": "later", "dataset": tests}
-        hydra_pipe.reduce(self._run, method="hydra-exact", rank=20, pipeline=self._pipeline(), **options)
+        hydra_pipe.reduce(
+            self._run, method="hydra-exact", rank=20, pipeline=self._pipeline(), **options
+        )
         return torch.tensor(np.asarray(hydra_pipe.open_run(self._run).relevance(name)))
 
 
 METHODS = ("hydra", "influence", "grad-dot", "grad-cos", "tracin", "hydra-fisher")
-OFFERS = {name: Offer(f"`{name}`", lambda given, store, name=name: Reduced(given, store, name)) for name in METHODS}
+OFFERS = {
+    name: Offer(f"`{name}`", lambda given, store, name=name: Reduced(given, store, name))
+    for name in METHODS
+}
 OFFERS["hydra-exact"] = Offer("`hydra-exact --rank 20`, `hydra-fisher` included", Exact)
 
 if __name__ == "__main__":

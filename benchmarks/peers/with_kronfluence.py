@@ -32,15 +32,21 @@ class Kronfluence(Method):
     damping: None: a tenth of the mean eigenvalue, as its documentation has it.
     """
 
-    def __init__(self, given: Inputs, store: Path, strategy: str, damping: float | None = 1e-8) -> None:
+    def __init__(
+        self, given: Inputs, store: Path, strategy: str, damping: float | None = 1e-8
+    ) -> None:
         super().__init__(given, store)
         self._strategy, self._damping, self._sets = strategy, damping, 0
 
     def prepare(self) -> None:
         model = prepare_model(self.given.model, Losses())
-        self._analyzer = Analyzer("peers", model, Losses(), cpu=True, disable_tqdm=True, output_dir=str(self.store))
+        self._analyzer = Analyzer(
+            "peers", model, Losses(), cpu=True, disable_tqdm=True, output_dir=str(self.store)
+        )
         arguments = FactorArguments(strategy=self._strategy)
-        self._analyzer.fit_all_factors("factors", self.given.train, per_device_batch_size=500, factor_args=arguments)
+        self._analyzer.fit_all_factors(
+            "factors", self.given.train, per_device_batch_size=500, factor_args=arguments
+        )
 
     def score(self, tests: TensorDataset) -> Tensor:
         self._sets += 1
@@ -59,11 +65,18 @@ class Kronfluence(Method):
 
 
 OFFERS = {
-    "ekfac": Offer("EK-FAC, its defaults (damping 1e-8)", lambda given, store: Kronfluence(given, store, "ekfac")),
-    "ekfac-heuristic": Offer(
-        "EK-FAC, damping a tenth of the mean eigenvalue", lambda given, store: Kronfluence(given, store, "ekfac", None)
+    "ekfac": Offer(
+        "EK-FAC, its defaults (damping 1e-8)",
+        lambda given, store: Kronfluence(given, store, "ekfac"),
     ),
-    "kfac": Offer("K-FAC, damping a tenth of the mean eigenvalue", lambda given, store: Kronfluence(given, store, "kfac", None)),
+    "ekfac-heuristic": Offer(
+        "EK-FAC, damping a tenth of the mean eigenvalue",
+        lambda given, store: Kronfluence(given, store, "ekfac", None),
+    ),
+    "kfac": Offer(
+        "K-FAC, damping a tenth of the mean eigenvalue",
+        lambda given, store: Kronfluence(given, store, "kfac", None),
+    ),
 }
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ class Logged(Method):
     damping: None: a tenth of the mean eigenvalue.
     """
 
-    def __init__(self, given: Inputs, store: Path, hessian: str, lora: str = "none", damping: float | None = None) -> None:
+    def __init__(
+        self,
+        given: Inputs,
+        store: Path,
+        hessian: str,
+        lora: str = "none",
+        damping: float | None = None,
+    ) -> None:
         super().__init__(given, store)
         self._hessian, self._lora, self._damping = hessian, lora, damping
 
@@ -46,15 +53,23 @@ class Logged(Method):
         (x, y), n_train = tests.tensors, len(self.given.train)
         # all at once: each call of EK-FAC adds the damping to the eigenvalues that it keeps, once more
         self._log(x, y, [f"test {row}" for row in range(len(x))])
-        found = self._logix.compute_influence_all(self._logix.get_log(), self._logix.build_log_dataloader(), damping=self._damping)
+        found = self._logix.compute_influence_all(
+            self._logix.get_log(), self._logix.build_log_dataloader(), damping=self._damping
+        )
         scores = torch.empty(n_train, len(tests))
         scores[[int(name) for name in found["tgt_ids"]]] = found["influence"].T
         return scores
 
 
 OFFERS = {
-    "ekfac": Offer("EK-FAC, damping a tenth of the mean eigenvalue", lambda given, store: Logged(given, store, "ekfac")),
-    "logra": Offer("LoGra: random LoRA of rank 64, raw covariance", lambda given, store: Logged(given, store, "raw", "random")),
+    "ekfac": Offer(
+        "EK-FAC, damping a tenth of the mean eigenvalue",
+        lambda given, store: Logged(given, store, "ekfac"),
+    ),
+    "logra": Offer(
+        "LoGra: random LoRA of rank 64, raw covariance",
+        lambda given, store: Logged(given, store, "raw", "random"),
+    ),
 }
 
 if __name__ == "__main__":

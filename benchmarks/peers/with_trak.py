@@ -27,7 +27,11 @@ class Passage(AbstractModelOutput):  # type: ignore[misc] # no stubs
     @staticmethod
     def get_out_to_loss_grad(model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
         x, y = batch
-        return (1 - torch.exp(-losses(torch.func.functional_call(model, (weights, buffers), x), y))).clone().detach()[:, None]
+        return (
+            (1 - torch.exp(-losses(torch.func.functional_call(model, (weights, buffers), x), y)))
+            .clone()
+            .detach()[:, None]
+        )
 
 
 class Trak(Method):
@@ -36,7 +40,9 @@ class Trak(Method):
     columns: of the projection.
     """
 
-    def __init__(self, given: Inputs, store: Path, checkpoints: int, columns: int | None = None) -> None:
+    def __init__(
+        self, given: Inputs, store: Path, checkpoints: int, columns: int | None = None
+    ) -> None:
         super().__init__(given, store)
         self._states = given.states[-checkpoints:]
         # 2048 is its default; with as many columns as samples its matrix is singular
@@ -65,7 +71,9 @@ class Trak(Method):
         self._sets += 1
         name = f"tests-{self._sets}"
         for number, state in enumerate(self._states):
-            self._traker.start_scoring_checkpoint(exp_name=name, checkpoint=state, model_id=number, num_targets=len(tests))
+            self._traker.start_scoring_checkpoint(
+                exp_name=name, checkpoint=state, model_id=number, num_targets=len(tests)
+            )
             for batch in self.given.batches(tests, self._size):
                 self._traker.score(batch=batch, num_samples=len(batch[0]))
         return torch.tensor(np.array(self._traker.finalize_scores(exp_name=name)))
@@ -75,7 +83,8 @@ OFFERS = {
     "trak": Offer("TRAK, last checkpoint", lambda given, store: Trak(given, store, 1)),
     "trak-5": Offer("TRAK, 5 checkpoints", lambda given, store: Trak(given, store, 5)),
     "trak-5-512": Offer(
-        "TRAK, 5 checkpoints, a quarter of the columns", lambda g, s: Trak(g, s, 5, 512 if len(g.train) > 4096 else 32)
+        "TRAK, 5 checkpoints, a quarter of the columns",
+        lambda g, s: Trak(g, s, 5, 512 if len(g.train) > 4096 else 32),
     ),
 }
 

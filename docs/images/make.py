@@ -34,7 +34,9 @@ def picture(page: Page, first: str, last: str) -> Image.Image:
         raise LookupError(f"the report page has no {first} or no {last}")
     start = top["y"] - MARGIN
     height = bottom["y"] + bottom["height"] + MARGIN - start
-    png = page.screenshot(full_page=True, clip={"x": 0, "y": start, "width": WIDTH, "height": height})
+    png = page.screenshot(
+        full_page=True, clip={"x": 0, "y": start, "width": WIDTH, "height": height}
+    )
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
@@ -44,7 +46,9 @@ def main() -> None:
         report = demo_report(Path(scratch) / "digits")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         # The search fields appear with JavaScript only, and show nothing in a picture.
-        context = browser.new_context(viewport={"width": WIDTH, "height": 800}, java_script_enabled=False)
+        context = browser.new_context(
+            viewport={"width": WIDTH, "height": 800}, java_script_enabled=False
+        )
         page = context.new_page()
         page.goto(report.as_uri())
         pictures = {

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.maths.outliers import robust_scores, tail_threshold
+from hydra_pipe.types import F64, I64
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 # The class that a sample harms most suggests the sample's label if it is harmed this many times
 # as much as the next class.
 CLEAR = 2.0
@@ -46,7 +45,7 @@ class Cut:
         """True if the user gave neither a number of samples nor a threshold."""
         return self.lowest is None and self.threshold is None
 
-    def of(self, scores: Floats, judged: NDArray[np.bool_] | None = None) -> Ints:
+    def of(self, scores: F64, judged: NDArray[np.bool_] | None = None) -> I64:
         """Return the ids to propose, the lowest score first; ties go to the smaller id.
 
         Args:
@@ -61,17 +60,19 @@ class Cut:
         order = candidates[np.argsort(own, kind="stable")]
         n = self.lowest if self.lowest is not None else int((own < self.below(own)).sum())
         if n >= len(scores):
-            raise UsageError(f"--lowest {n}: there are {len(scores)} training samples, and some must stay: give fewer")
+            raise UsageError(
+                f"--lowest {n}: there are {len(scores)} training samples, and some must stay: give fewer"
+            )
         return order[:n]
 
-    def below(self, scores: Floats) -> float:
+    def below(self, scores: F64) -> float:
         """Return the threshold, or minus infinity if no score is odd."""
         if self.threshold is not None:
             return self.threshold
         return tail_threshold(scores) if len(scores) else -np.inf
 
 
-def scores_of(sums: Floats, labels: NDArray[Any] | None) -> Floats:
+def scores_of(sums: F64, labels: NDArray[Any] | None) -> F64:
     """Score how far each sample's summed relevance is from that of samples with the same label.
 
     See `robust_scores`. Shape (sample,).
@@ -79,7 +80,7 @@ def scores_of(sums: Floats, labels: NDArray[Any] | None) -> Floats:
     return robust_scores(sums, labels)
 
 
-def most_harmed(by_class: Floats, classes: NDArray[Any], labels: NDArray[Any]) -> Ints:
+def most_harmed(by_class: F64, classes: NDArray[Any], labels: NDArray[Any]) -> I64:
     """Return the class that each sample's label probably should be, if it is clear.
 
     The class is the one whose tests the sample harms most. A sample with a wrong label teaches
@@ -104,7 +105,14 @@ def most_harmed(by_class: Floats, classes: NDArray[Any], labels: NDArray[Any]) -
     return np.where(clear, worst, -1)
 
 
-def reasons(sums: Floats, scores: Floats, ids: Ints, labels: NDArray[Any] | None, suggested: Sequence[Any], what: str) -> list[str]:
+def reasons(
+    sums: F64,
+    scores: F64,
+    ids: I64,
+    labels: NDArray[Any] | None,
+    suggested: Sequence[Any],
+    what: str,
+) -> list[str]:
     """Return why each of `ids` is proposed, in words and numbers.
 
     Args:

@@ -6,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.relevance import read_relevance
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.types import F64
 
 # Bytes of the matrix's columns that are in memory at once.
 BLOCK_BYTES = 64 * 2**20
-Floats = NDArray[np.float64]
 
 
-def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> Floats:
+def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> F64:
     """Sum relevance over sets of columns.
 
     Args:
@@ -37,7 +37,9 @@ def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> Fl
     return found
 
 
-def means_by(array: Array, samples: NDArray[np.int64], groups: NDArray[np.int64], n_groups: int) -> Floats:
+def means_by(
+    array: Array, samples: NDArray[np.int64], groups: NDArray[np.int64], n_groups: int
+) -> F64:
     """Return the mean relevance of some samples over the columns of each group.
 
     Args:
@@ -55,7 +57,7 @@ def means_by(array: Array, samples: NDArray[np.int64], groups: NDArray[np.int64]
     found = np.zeros((n_groups, len(samples)))
     for columns, block in _blocks(array):
         np.add.at(found, groups[columns], block[samples].T.astype(np.float64))
-    means: Floats = (found / np.bincount(groups, minlength=n_groups)[:, None]).T
+    means: F64 = (found / np.bincount(groups, minlength=n_groups)[:, None]).T
     return means
 
 

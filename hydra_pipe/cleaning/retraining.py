@@ -20,26 +20,33 @@ from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.loading import recorded_assignments, recorded_spec
 from hydra_pipe.maths.rank_statistics import crossed_interval
 from hydra_pipe.progress import Progress
-from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.retraining.retrainer import HIT, LOSS
 from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.data.relevance import Columns
 from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD
 from hydra_pipe.training.pipeline import Pipeline
+from hydra_pipe.types import I64
 
 DEFAULT_SEEDS = 3
-ALL, PROPOSED, RANDOM, WRONG = "all samples", "without the proposed", "without as many at random", "without the wrong labels"
+ALL, PROPOSED, RANDOM, WRONG = (
+    "all samples",
+    "without the proposed",
+    "without as many at random",
+    "without the wrong labels",
+)
 _SEED = 0x636C65
 _ADVICE = "--retrain trains again, and needs that. Give it as hydra_pipe.clean(run, retrain=True, pipeline=...), newly built"
-Ids = NDArray[np.int64]
 Row = dict[str, Any]
 
 
-def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: int | None) -> tuple[Subject, int]:
+def opened(
+    directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: int | None
+) -> tuple[Subject, int]:
     """Open the run with its pipeline, built as it was recorded, and choose the number of seeds.
 
     Raises:
@@ -49,7 +56,9 @@ def opened(directory: RunDirectory, pipeline: "str | Pipeline | None", seeds: in
     """
     spec = recorded_spec(directory, pipeline, _ADVICE)
     settings = directory.stages[RECORD].settings
-    subject = Subject.open(spec, directory, recorded_assignments(settings) if isinstance(spec, str) else None)
+    subject = Subject.open(
+        spec, directory, recorded_assignments(settings) if isinstance(spec, str) else None
+    )
     if seeds is None:
         return subject, DEFAULT_SEEDS if subject.has_seeds() else 1
     if seeds > 1:
@@ -67,10 +76,12 @@ class Fold:
     """
 
     chosen: NDArray[np.bool_]
-    tests: Ids
+    tests: I64
 
 
-def folds_of(columns: Columns, n_tests: int, labels: NDArray[Any] | None) -> tuple[list[Fold], str]:
+def folds_of(
+    columns: ResultColumns, n_tests: int, labels: NDArray[Any] | None
+) -> tuple[list[Fold], str]:
     """Return the folds, and words on how independent the measuring tests are of the choice.
 
     Args:
@@ -83,15 +94,22 @@ def folds_of(columns: Columns, n_tests: int, labels: NDArray[Any] | None) -> tup
     if columns.by is None and columns.n_columns > 1:
         order = np.random.default_rng(_SEED).permutation(columns.n_columns)
         if labels is not None:
-            order = order[np.argsort(np.unique(labels, return_inverse=True)[1][order], kind="stable")]
+            order = order[
+                np.argsort(np.unique(labels, return_inverse=True)[1][order], kind="stable")
+            ]
         half = np.zeros(columns.n_columns, bool)
         half[order[::2]] = True
         ids = columns.test_ids
         folds = [Fold(half, ids[~half]), Fold(~half, ids[half])]
-        return folds, "each half of the tests measures what the relevance to the other half has left out, by the same rule"
+        return (
+            folds,
+            "each half of the tests measures what the relevance to the other half has left out, by the same rule",
+        )
     others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
     if len(others):
-        return [Fold(everything, others)], f"measured on the {len(others):,} tests that the relevance is not of"
+        return [
+            Fold(everything, others)
+        ], f"measured on the {len(others):,} tests that the relevance is not of"
     if columns.by is None:
         return [Fold(everything, np.arange(n_tests))], (
             "NOT independent: there is one test sample, which has also chosen what is left out: what is gained tells nothing"
@@ -142,9 +160,9 @@ def compared(
     proposed = [cut.of(scores_of(own, labels), judged) for own in sums]
     rng = np.random.default_rng(_SEED)
     at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
-    nobody: Ids = np.empty(0, np.int64)
+    nobody: I64 = np.empty(0, np.int64)
     # For each set, the ids left out in each fold.
-    sets: dict[str, list[Ids]] = {ALL: [nobody] * len(folds), PROPOSED: proposed, RANDOM: at_random}
+    sets: dict[str, list[I64]] = {ALL: [nobody] * len(folds), PROPOSED: proposed, RANDOM: at_random}
     summary: dict[str, Any] = {"seeds": seeds, "folds": len(folds)}
     says = []
     if subject.pipeline.true_labels is not None:
@@ -157,11 +175,15 @@ def compared(
     distinct = list({ids.tobytes(): ids for own in sets.values() for ids in own}.values())
     at = {ids.tobytes(): index for index, ids in enumerate(distinct)}
     own_seed = subject.pipeline.seed
-    job = Job.without(distinct, subject.n_samples, tuple(own_seed + s for s in range(seeds)))
+    job = Retraining.without(distinct, subject.n_samples, tuple(own_seed + s for s in range(seeds)))
     outcome = retrain(subject, job, directory, memory, progress, strict=False)
     measured = {
         name: np.concatenate(
-            [outcome[:, at[ids.tobytes()]][:, :, fold.tests] for ids, fold in zip(own, folds, strict=True)], axis=2
+            [
+                outcome[:, at[ids.tobytes()]][:, :, fold.tests]
+                for ids, fold in zip(own, folds, strict=True)
+            ],
+            axis=2,
         )
         for name, own in sets.items()
     }
@@ -169,11 +191,15 @@ def compared(
     return rows, summary | {"says": [*says, *_says(how, seeds, folds, measured)]}
 
 
-def _held_against(truth: NDArray[Any], wrong: Ids, drop: pa.Table) -> dict[str, Any]:
+def _held_against(truth: NDArray[Any], wrong: I64, drop: pa.Table) -> dict[str, Any]:
     ids = drop.column("train_id").to_numpy()
     right = np.isin(ids, wrong)
     suggested = drop.column("suggested_label").to_pylist()
-    hits = sum(label == truth[sample] for sample, label in zip(ids, suggested, strict=True) if label is not None)
+    hits = sum(
+        label == truth[sample]
+        for sample, label in zip(ids, suggested, strict=True)
+        if label is not None
+    )
     return {
         "wrong": len(wrong),
         "found": int(right.sum()),
@@ -195,9 +221,14 @@ def _known_in_words(known: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(name: str, left_out: Sequence[Ids], values: NDArray[np.float64], everything: NDArray[np.float64]) -> Row:
+def _row(
+    name: str, left_out: Sequence[I64], values: NDArray[np.float64], everything: NDArray[np.float64]
+) -> Row:
     """Return the table row of one set, from its `values` of shape (seed, 2, test)."""
-    row: Row = {"trained on": name, "left_out": round(float(np.mean([len(ids) for ids in left_out])))}
+    row: Row = {
+        "trained on": name,
+        "left_out": round(float(np.mean([len(ids) for ids in left_out]))),
+    }
     for what, index in (("accuracy", HIT), ("loss", LOSS)):
         row |= _with_interval(what, values[:, index])
         row |= _with_interval(f"{what}_change", values[:, index] - everything[:, index])
@@ -213,7 +244,9 @@ def _with_interval(name: str, values: NDArray[np.float64]) -> Row:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def _says(how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArray[np.float64]]) -> list[str]:
+def _says(
+    how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArray[np.float64]]
+) -> list[str]:
     n_tests = sum(len(fold.tests) for fold in folds)
     says = [
         f"{how}; left_out: mean over the {len(folds)} halves" if len(folds) > 1 else how,
@@ -221,7 +254,9 @@ def _says(how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArr
         f"times; changes are against all samples, test by test",
     ]
     if seeds == 1:
-        says.append("with one seed intervals do not tell how another training would come out: --seeds 3")
+        says.append(
+            "with one seed intervals do not tell how another training would come out: --seeds 3"
+        )
     change = measured[PROPOSED][:, HIT] - measured[RANDOM][:, HIT]
     if n_tests < 2:
         says.append(ONE_TEST)

@@ -17,9 +17,6 @@ from hydra_pipe.errors import NonFiniteError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.files import remove_partials
-from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.data.clean_result import (
     DROP,
     RELABEL,
@@ -30,9 +27,12 @@ from hydra_pipe.store.data.clean_result import (
     write_proposal,
     write_retraining,
 )
+from hydra_pipe.store.data.evaluations import Retrained
 from hydra_pipe.store.data.reduced_run import ReducedRun
-from hydra_pipe.store.run.results import BY_LABEL, MEAN, ResultName
+from hydra_pipe.store.files import remove_partials
+from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import BY_LABEL, MEAN, ResultName
 from hydra_pipe.store.run.stage_runner import Work, alone, running
 from hydra_pipe.store.run.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
@@ -142,8 +142,22 @@ def clean_run(
 
             with proposal.running() as work:
                 pieces = Retrained(work.place)
-                rows, summary = compared(subject, method, cut, found.drop, pieces, progress, seeds=seeds or 1, memory=memory)
-                found = replace(found, is_new=True, retraining=rows, summary=found.summary | {RETRAINING: summary})
+                rows, summary = compared(
+                    subject,
+                    method,
+                    cut,
+                    found.drop,
+                    pieces,
+                    progress,
+                    seeds=seeds or 1,
+                    memory=memory,
+                )
+                found = replace(
+                    found,
+                    is_new=True,
+                    retraining=rows,
+                    summary=found.summary | {RETRAINING: summary},
+                )
                 _write(work, found, carry=True)
                 work.facts[_SEEDS] = seeds
     return found
@@ -156,11 +170,17 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
         UsageError: an option needs another one, or a value is not possible.
     """
     if ResultName.parse(method).is_of_itself:
-        raise UsageError(f"--method {method} is of no test samples: choose the relevance of another method")
+        raise UsageError(
+            f"--method {method} is of no test samples: choose the relevance of another method"
+        )
     if retrain and ResultName.parse(method).test is not None:
-        raise UsageError(f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: leave it out")
+        raise UsageError(
+            f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: leave it out"
+        )
     if not retrain and (seeds is not None or pipeline is not None):
-        raise UsageError(f"{'--seeds' if seeds is not None else '--pipeline'} is for --retrain: add it")
+        raise UsageError(
+            f"{'--seeds' if seeds is not None else '--pipeline'} is for --retrain: add it"
+        )
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds {seeds}: give 1 or more")
 
@@ -239,7 +259,11 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     judged = ~beyond if cut.is_fitted else np.ones(len(sums), bool)
     ids = cut.of(scores, judged)
     suggested = _suggested(found, ids, labels)
-    what = "mean relevance" if columns.by == MEAN else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
+    what = (
+        "mean relevance"
+        if columns.by == MEAN
+        else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
+    )
     kind = rankings.label_type(labels)
     given = [label is not None for label in suggested]
     ranks = np.empty(len(sums), np.int32)
@@ -255,7 +279,12 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
             pa.array([RELABEL if is_given else DROP for is_given in given], pa.string()),
             pa.array(reasons(sums, scores, ids, labels, suggested, what), pa.string()),
         ],
-        schema=drop_schema(kind, rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)),
+        schema=drop_schema(
+            kind,
+            rankings.metadata(
+                method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id
+            ),
+        ),
     )
     keep = np.setdiff1d(np.arange(len(sums)), ids)
     held = "all samples" if labels is None else "the samples with the same label"
@@ -306,7 +335,12 @@ def _columns_of(by: str | None) -> str:
 def _suggested(found: ReducedRun, ids: NDArray[np.int64], labels: NDArray[Any] | None) -> list[Any]:
     """Return a label for each of `ids`, or None if no label is clear."""
     of_columns = found.labels_of_columns()
-    if labels is None or of_columns is None or (labels.dtype == object) != (of_columns.dtype == object) or not len(ids):
+    if (
+        labels is None
+        or of_columns is None
+        or (labels.dtype == object) != (of_columns.dtype == object)
+        or not len(ids)
+    ):
         return [None] * len(ids)
     classes, groups = np.unique(of_columns, return_inverse=True)
     worst = most_harmed(means_by(found.relevance, ids, groups, len(classes)), classes, labels[ids])

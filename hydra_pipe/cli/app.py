@@ -27,13 +27,31 @@ app = typer.Typer(
 )
 
 PipelineSpec = Annotated[
-    str, typer.Argument(metavar="PIPELINE", help="path/to/file.py or path/to/file.py:function, which returns a Pipeline")
+    str,
+    typer.Argument(
+        metavar="PIPELINE",
+        help="path/to/file.py or path/to/file.py:function, which returns a Pipeline",
+    ),
 ]
 RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="directory of the run, or its URL in an object store, such as s3://bucket/run")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="directory of the run, or its URL in an object store, such as s3://bucket/run",
+    ),
 ]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated")]
-Encoding = Annotated[str, typer.Option(help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all")]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated"
+    ),
+]
+Encoding = Annotated[
+    str,
+    typer.Option(
+        help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all"
+    ),
+]
 Dim = Annotated[int, typer.Option(help="budget in columns for auto and projected")]
 Dtype = Annotated[
     str | None,
@@ -51,12 +69,16 @@ CheckpointEvery = Annotated[
 ]
 TestEvery = Annotated[
     str | None,
-    typer.Option(metavar="epoch|STEPS", help="also take test gradients on the way, for reduce --upto and --method tracin"),
+    typer.Option(
+        metavar="epoch|STEPS",
+        help="also take test gradients on the way, for reduce --upto and --method tracin",
+    ),
 ]
 Upto = Annotated[
     int | None,
     typer.Option(
-        metavar="STEP", help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)"
+        metavar="STEP",
+        help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)",
     ),
 ]
 Method = Annotated[
@@ -68,25 +90,60 @@ Method = Annotated[
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(metavar="K", help="hydra-exact of K directions of the test gradients only, the rest by hydra-fisher"),
+    typer.Option(
+        metavar="K",
+        help="hydra-exact of K directions of the test gradients only, the rest by hydra-fisher",
+    ),
 ]
 OfPipeline = Annotated[
-    str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for hydra-exact, where the pipeline's file has moved")
+    str | None,
+    typer.Option(
+        "--pipeline",
+        metavar="PIPELINE",
+        help="for hydra-exact, where the pipeline's file has moved",
+    ),
 ]
-MovedPipeline = Annotated[str | None, typer.Option("--pipeline", metavar="PIPELINE", help="where the pipeline's file has moved")]
+MovedPipeline = Annotated[
+    str | None,
+    typer.Option("--pipeline", metavar="PIPELINE", help="where the pipeline's file has moved"),
+]
 DatasetSpec = Annotated[
-    str, typer.Argument(metavar="FILE.py:FUNCTION", help="a function that returns a map-style dataset of (input, target)")
+    str,
+    typer.Argument(
+        metavar="FILE.py:FUNCTION",
+        help="a function that returns a map-style dataset of (input, target)",
+    ),
 ]
-OfFunction = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="a setting of the function; may be repeated")]
-ProbeName = Annotated[str, typer.Option("--name", metavar="NAME", help="of the probe: letters, digits and _")]
+OfFunction = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="a setting of the function; may be repeated"),
+]
+ProbeName = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="of the probe: letters, digits and _")
+]
 Test = Annotated[
     str | None,
-    typer.Option("--test", metavar="NAME", help="the samples of this probe (hydra-pipe probe), in place of the run's test samples"),
+    typer.Option(
+        "--test",
+        metavar="NAME",
+        help="the samples of this probe (hydra-pipe probe), in place of the run's test samples",
+    ),
 ]
-Chunks = Annotated[str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")]
-Memory = Annotated[str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")]
-Tests = Annotated[str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")]
-By = Annotated[str | None, typer.Option(metavar="label", help="mean over the test samples of each label, as hydra-by-label")]
+Chunks = Annotated[
+    str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")
+]
+Memory = Annotated[
+    str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")
+]
+Tests = Annotated[
+    str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")
+]
+By = Annotated[
+    str | None,
+    typer.Option(
+        metavar="label", help="mean over the test samples of each label, as hydra-by-label"
+    ),
+]
 Mean = Annotated[bool, typer.Option("--mean", help="mean over all test samples, as hydra-mean")]
 Keep = Annotated[
     bool,
@@ -96,7 +153,12 @@ Keep = Annotated[
         "rows by sample, or a sweep of every feature or sample, which costs that of as many tests (see --dry-run)",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing"
+    ),
+]
 Scheduler = Annotated[
     str,
     typer.Option(
@@ -105,32 +167,65 @@ Scheduler = Annotated[
         "(docs/cluster.md)",
     ),
 ]
-Top = Annotated[int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")]
+Top = Annotated[
+    int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")
+]
 ShownTests = Annotated[
     str | None,
-    typer.Option("--tests", metavar="SELECTION", help="show these test samples, such as 0-99,150; else those that tell most"),
+    typer.Option(
+        "--tests",
+        metavar="SELECTION",
+        help="show these test samples, such as 0-99,150; else those that tell most",
+    ),
 ]
-Shown = Annotated[int, typer.Option("--top", help="training samples a side (helpful, harmful) to show for each test sample")]
+Shown = Annotated[
+    int,
+    typer.Option(
+        "--top", help="training samples a side (helpful, harmful) to show for each test sample"
+    ),
+]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
 Repair = Annotated[
     bool,
-    typer.Option("--repair", help="set the run back to its last good state: keep what is whole, say what must be computed again"),
+    typer.Option(
+        "--repair",
+        help="set the run back to its last good state: keep what is whole, say what must be computed again",
+    ),
 ]
-Kind = Annotated[str, typer.Argument(metavar="KIND", help="loo, lds, noise, smoothness or approximation (docs/evaluating.md)")]
+Kind = Annotated[
+    str,
+    typer.Argument(
+        metavar="KIND", help="loo, lds, noise, smoothness or approximation (docs/evaluating.md)"
+    ),
+]
 Samples = Annotated[
     str | None,
-    typer.Option(metavar="SELECTION", help="loo: leave out these training samples, such as 0-99,150; else the first 1,000"),
+    typer.Option(
+        metavar="SELECTION",
+        help="loo: leave out these training samples, such as 0-99,150; else the first 1,000",
+    ),
 ]
-Retrainings = Annotated[int | None, typer.Option(help="lds: on how many random halves to train; if not given: 100")]
-Seeds = Annotated[int | None, typer.Option(help="lds: initial weights and orders that each half is trained from; if not given: 1")]
+Retrainings = Annotated[
+    int | None, typer.Option(help="lds: on how many random halves to train; if not given: 100")
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        help="lds: initial weights and orders that each half is trained from; if not given: 1"
+    ),
+]
 Methods = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="loo, lds, noise: only these, such as hydra,hydra-fisher; else all that were reduced"),
+    typer.Option(
+        metavar="NAMES",
+        help="loo, lds, noise: only these, such as hydra,hydra-fisher; else all that were reduced",
+    ),
 ]
 LeftOut = Annotated[
     str | None,
     typer.Option(
-        metavar="SHARES", help="noise: of the number of wrong labels, how many to train without; 0: none; if not given: 0.5,1,2"
+        metavar="SHARES",
+        help="noise: of the number of wrong labels, how many to train without; 0: none; if not given: 0.5,1,2",
     ),
 ]
 Lowest = Annotated[int | None, typer.Option(metavar="K", help="propose so many")]
@@ -144,22 +239,34 @@ Threshold = Annotated[
 Retrain = Annotated[
     bool,
     typer.Option(
-        "--retrain", help="train again with all samples, without the proposed and without as many at random: accuracy and loss"
+        "--retrain",
+        help="train again with all samples, without the proposed and without as many at random: accuracy and loss",
     ),
 ]
 CleanSeeds = Annotated[
-    int | None, typer.Option("--seeds", metavar="N", help="for --retrain: initial weights and orders of each; if not given: 3")
+    int | None,
+    typer.Option(
+        "--seeds",
+        metavar="N",
+        help="for --retrain: initial weights and orders of each; if not given: 3",
+    ),
 ]
 CleanPipeline = Annotated[
-    str | None, typer.Option("--pipeline", metavar="PIPELINE", help="for --retrain, where the pipeline's file has moved")
+    str | None,
+    typer.Option(
+        "--pipeline", metavar="PIPELINE", help="for --retrain, where the pipeline's file has moved"
+    ),
 ]
 DiscardUnfinished = Annotated[
     bool,
     typer.Option(
-        "--discard-unfinished", help="where keeping some hypergradients was interrupted, and others are kept: discard the former"
+        "--discard-unfinished",
+        help="where keeping some hypergradients was interrupted, and others are kept: discard the former",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 
@@ -175,7 +282,10 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -291,9 +401,21 @@ def export(
     from hydra_pipe.store.run.stages import EXPORT
 
     done = export_run(
-        run, method=method, test=test, top=top, full=full, memory=memory, overwrite=overwrite, progress=ConsoleProgress()
+        run,
+        method=method,
+        test=test,
+        top=top,
+        full=full,
+        memory=memory,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
     )
-    _say(done, run, "exported", f"rankings: {run.rstrip('/')}/{EXPORT.of(result_of(method, test)).area}")
+    _say(
+        done,
+        run,
+        "exported",
+        f"rankings: {run.rstrip('/')}/{EXPORT.of(result_of(method, test)).area}",
+    )
 
 
 @app.command()
@@ -370,9 +492,13 @@ def clean(
         progress=ConsoleProgress(),
     )
     place = f"{run.rstrip('/')}/{CLEAN.of(method).area}"
-    show_cleaning(found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary)
+    show_cleaning(
+        found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary
+    )
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and summary.json: {place}")
-    print(f"to train on the rest: torch.utils.data.Subset(train, [int(i) for i in open('{place}/keep.txt')])")
+    print(
+        f"to train on the rest: torch.utils.data.Subset(train, [int(i) for i in open('{place}/keep.txt')])"
+    )
 
 
 @app.command(name="run")
@@ -399,7 +525,18 @@ def run_all(
 
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
-    record(pipeline, run, set_, encoding, dim, dtype, checkpoint_every, test_every, overwrite, debug=debug)
+    record(
+        pipeline,
+        run,
+        set_,
+        encoding,
+        dim,
+        dtype,
+        checkpoint_every,
+        test_every,
+        overwrite,
+        debug=debug,
+    )
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, None, top, full, memory, overwrite, debug=debug)
 
@@ -421,7 +558,15 @@ def probe(
     """
     from hydra_pipe.probing import probe as take
 
-    done = take(run, dataset, name=name, settings=set_, pipeline=pipeline, overwrite=overwrite, progress=ConsoleProgress())
+    done = take(
+        run,
+        dataset,
+        name=name,
+        settings=set_,
+        pipeline=pipeline,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
     _say(done, run, f"probe {name} taken", f"next: hydra-pipe reduce {run} --test {name}")
 
 
@@ -466,7 +611,12 @@ def evaluate(
         progress=ConsoleProgress(),
     )
     show_evaluation(found.rows, found.summary["says"])
-    _say(found.is_new, run, "evaluated", f"table and summary: {run.rstrip('/')}/{EVALUATE.of(kind).area}")
+    _say(
+        found.is_new,
+        run,
+        "evaluated",
+        f"table and summary: {run.rstrip('/')}/{EVALUATE.of(kind).area}",
+    )
 
 
 @app.command()
@@ -495,18 +645,32 @@ def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Deb
     """
     faults = api.verify(run, ConsoleProgress(), repair=repair)
     if json_:
-        print(json.dumps({"healthy": not faults, "faults": [{"where": f.where, "what": f.what} for f in faults]}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "healthy": not faults,
+                    "faults": [{"where": f.where, "what": f.what} for f in faults],
+                },
+                indent=2,
+            )
+        )
     else:
         for fault in faults:
             print(printable(f"{fault.where}: {fault.what}"))
-        print(f"{run}: {len(faults)} faults" if faults else f"{run}: {'in order' if repair else 'healthy'}")
+        print(
+            f"{run}: {len(faults)} faults"
+            if faults
+            else f"{run}: {'in order' if repair else 'healthy'}"
+        )
     if faults:
         raise typer.Exit(1)
 
 
 @app.command()
 @explained
-def prune(run: RunPath, discard_unfinished: DiscardUnfinished = False, debug: Debug = False) -> None:
+def prune(
+    run: RunPath, discard_unfinished: DiscardUnfinished = False, debug: Debug = False
+) -> None:
     """Delete the recorded rows of a run that keeps its hypergradients, once these have been read and checked.
 
     Test samples are still answered by the methods whose hypergradients are kept, and by hydra-exact. Other methods need the rows.
@@ -514,7 +678,11 @@ def prune(run: RunPath, discard_unfinished: DiscardUnfinished = False, debug: De
     Example: hydra-pipe prune runs/digits, after hydra-pipe reduce runs/digits --keep-hypergradients
     """
     freed = api.prune(run, ConsoleProgress(), discard_unfinished=discard_unfinished)
-    print(f"{run}: {format_bytes(freed)} deleted" if freed else f"{run}: pruned already, nothing to do")
+    print(
+        f"{run}: {format_bytes(freed)} deleted"
+        if freed
+        else f"{run}: pruned already, nothing to do"
+    )
 
 
 def _say(done: bool, run: str, what: str, more: str) -> None:

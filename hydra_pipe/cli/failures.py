@@ -52,12 +52,21 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     if issubclass(category, RecordWarning):
         print(f"hydra-pipe: {printable(str(message))}", file=sys.stderr)
     else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+        print(
+            warnings.formatwarning(message, category, filename, lineno, line),
+            end="",
+            file=sys.stderr,
+        )
 
 
 def _told(error: BaseException) -> tuple[int, str]:
@@ -66,15 +75,24 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted: what is finished is kept, run the same command again to go on"
     if isinstance(error, MemoryError):
-        return 1, "out of memory: lower --memory, or record fewer columns with --encoding projected --dim N"
+        return (
+            1,
+            "out of memory: lower --memory, or record fewer columns with --encoding projected --dim N",
+        )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
         return 1, printable(f"{where}{error.strerror}: {advice}")
     if type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
-        return 1, f"the object store cannot be used ({_one_line(error)}): check the URL, and the credentials in the environment"
+        return (
+            1,
+            f"the object store cannot be used ({_one_line(error)}): check the URL, and the credentials in the environment",
+        )
     if isinstance(error, OSError):  # from a package that gives no errno
-        return 1, f"{_one_line(error)}: see to the disk or the connection, and run the same command again"
+        return (
+            1,
+            f"{_one_line(error)}: see to the disk or the connection, and run the same command again",
+        )
     return (
         1,
         f"{type(error).__name__}: {_one_line(error)}: this is a defect of hydra-pipe, please report what --debug prints",

@@ -29,20 +29,34 @@ def show_info(info: dict[str, Any]) -> None:
         print(rows_line(recording))
         print(f"encoding: {_encodings(recording['blocks'])}")
     total = sum(info["bytes"].values())
-    print(f"on disk: {format_bytes(total)}: {', '.join(f'{name} {format_bytes(n)}' for name, n in info['bytes'].items())}")
+    print(
+        f"on disk: {format_bytes(total)}: {', '.join(f'{name} {format_bytes(n)}' for name, n in info['bytes'].items())}"
+    )
     settings = info["stages"].get("record", {}).get("settings", {})
     print(f"settings: {settings_line(settings)}")
     _print_table(
         ["stage", "state", "what it found"],
-        [[printable(name), stage["state"], _facts(stage["facts"])] for name, stage in info["stages"].items()],
+        [
+            [printable(name), stage["state"], _facts(stage["facts"])]
+            for name, stage in info["stages"].items()
+        ],
     )
     if recording is not None:
         rows = []
         for block in recording["blocks"]:
             cells = (block["group"], block["encoding"], block["columns"], block["bytes_a_row"])
             shape = "x".join(map(str, block["shape"]))
-            rows.append([printable(block["name"]), shape, *map(str, cells), "yes" if block["exact"] else "no: projected"])
-        _print_table(["block", "shape", "group", "encoding", "columns", "bytes a row", "exact"], rows)
+            rows.append(
+                [
+                    printable(block["name"]),
+                    shape,
+                    *map(str, cells),
+                    "yes" if block["exact"] else "no: projected",
+                ]
+            )
+        _print_table(
+            ["block", "shape", "group", "encoding", "columns", "bytes a row", "exact"], rows
+        )
     for command in info["next"][:_MOST_COMMANDS]:
         print(f"next: {printable(command)}")
     if len(info["next"]) > _MOST_COMMANDS:
@@ -53,7 +67,11 @@ def _encodings(blocks: list[dict[str, Any]]) -> str:
     """Count the blocks of each encoding, and tell whether the encodings lose anything."""
     counts = Counter(block["encoding"] for block in blocks)
     projected = sum(not block["exact"] for block in blocks)
-    exact = f"{projected} of {len(blocks)} blocks projected" if projected else "without loss but that of the dtype"
+    exact = (
+        f"{projected} of {len(blocks)} blocks projected"
+        if projected
+        else "without loss but that of the dtype"
+    )
     return f"{', '.join(f'{n:,} {name}' for name, n in counts.items())}; {exact}"
 
 
@@ -62,7 +80,9 @@ def _print_table(heads: list[str], rows: list[list[str]]) -> None:
     # may have a name of any length.
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(heads, *rows, strict=True)]
     for cells in (heads, *rows):  # no fitting to the terminal: a program that reads this has none
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        )
 
 
 def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
@@ -74,7 +94,12 @@ def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
         print(printable(text))
 
 
-def show_cleaning(first: list[dict[str, Any]], n_proposed: int, retraining: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+def show_cleaning(
+    first: list[dict[str, Any]],
+    n_proposed: int,
+    retraining: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
     """Print the first proposed samples, the result of training without them, and lines on both.
 
     Args:
@@ -83,7 +108,9 @@ def show_cleaning(first: list[dict[str, Any]], n_proposed: int, retraining: list
         retraining: rows of `retraining.parquet`, empty if there is none.
         summary: summary of the proposal.
     """
-    show_evaluation([{name: value for name, value in row.items() if name != "reason"} for row in first], [])
+    show_evaluation(
+        [{name: value for name, value in row.items() if name != "reason"} for row in first], []
+    )
     if n_proposed > len(first):
         print(f"... and {n_proposed - len(first):,} more, each with its reason")
     for text in summary["says"]:
@@ -110,10 +137,21 @@ def _facts(facts: dict[str, Any]) -> str:
     shown = []
     for name, value in facts.items():
         # Digests mean nothing to a person, and --json prints lists and objects in full.
-        if isinstance(value, dict | list) or name.endswith("sha256") or name == CHECKSUMS or name.startswith("of_"):
+        if (
+            isinstance(value, dict | list)
+            or name.endswith("sha256")
+            or name == CHECKSUMS
+            or name.startswith("of_")
+        ):
             continue
-        if name.endswith("seconds") and isinstance(value, int | float) and abs(value) < _LONGEST_SECONDS:
-            shown.append(f"{name.removesuffix('seconds').rstrip('_') or 'took'} {format_seconds(value)}")
+        if (
+            name.endswith("seconds")
+            and isinstance(value, int | float)
+            and abs(value) < _LONGEST_SECONDS
+        ):
+            shown.append(
+                f"{name.removesuffix('seconds').rstrip('_') or 'took'} {format_seconds(value)}"
+            )
         elif isinstance(value, float):
             shown.append(f"{name} {value:.4g}")
         elif value is not None:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError
-from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.maths.rank_statistics import spearmans
 from hydra_pipe.plan.id_ranges import write_selection
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.subject import Relevance, Subject, reducing
-from hydra_pipe.store.data.relevance import Columns
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.results import GROUPINGS, ResultName
 
 EXACT = "hydra-exact"
@@ -47,7 +47,10 @@ class Pair:
         Raises:
             StoreError: a result is damaged.
         """
-        found, truth = (r.values()[:, ids] for r, ids in zip((self.approximate, self.exact), self.columns, strict=True))
+        found, truth = (
+            r.values()[:, ids]
+            for r, ids in zip((self.approximate, self.exact), self.columns, strict=True)
+        )
         return found.astype(np.float64), truth.astype(np.float64)
 
 
@@ -74,7 +77,7 @@ class Approximation(Evaluator):
         """
         return {r.name: r for pair in pairs_of(subject) for r in (pair.approximate, pair.exact)}
 
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Compare the results of each pair; see the class.
 
         Raises:
@@ -86,11 +89,17 @@ class Approximation(Evaluator):
             found, truth = pair.values()
             distance, size = float(np.linalg.norm(found - truth)), float(np.linalg.norm(truth))
             result = ResultName.parse(pair.approximate.name)
-            row: Row = {"method": str(ResultName(result.method, result.by)), "steps": pair.steps, "columns": found.shape[1]}
+            row: Row = {
+                "method": str(ResultName(result.method, result.by)),
+                "steps": pair.steps,
+                "columns": found.shape[1],
+            }
             row |= {"distance": distance, "relative_error": distance / max(size, _TINY)}
             row["wrong_signs"] = float((found * truth < 0).mean())
             rows.append(row | with_interval("spearman", spearmans(found, truth)))
-        says = [f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"]
+        says = [
+            f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"
+        ]
         says += [f"more to compare: run {command}" for command in missing(subject)]
         return Result(rows, {"n_tests": subject.n_tests}, says, _plot(rows))
 
@@ -112,9 +121,13 @@ def pairs_of(subject: Subject) -> list[Pair]:
             continue
         columns = _shared(own.columns, truth.columns)
         if len(columns[0]):
-            found.append(Pair(subject.n_steps if result.upto is None else result.upto, own, truth, columns))
+            found.append(
+                Pair(subject.n_steps if result.upto is None else result.upto, own, truth, columns)
+            )
     if not found:
-        raise RunError(f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first")
+        raise RunError(
+            f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first"
+        )
 
     def place(pair: Pair) -> tuple[int, int, int]:
         result = ResultName.parse(pair.approximate.name)
@@ -135,25 +148,37 @@ def missing(subject: Subject) -> list[str]:
         other = replace(result, method=EXACT if result.method in METHODS else METHODS[0])
         known = there.get(other)
         if known is None or not len(_shared(own.columns, known.columns)[0]):
-            tests = None if own.columns.n_tests == subject.n_tests else write_selection(own.columns.tests)
+            tests = (
+                None
+                if own.columns.n_tests == subject.n_tests
+                else write_selection(own.columns.tests)
+            )
             commands.append(reducing(subject.run, other, tests))
     return list(dict.fromkeys(commands))
 
 
 def _by_result(subject: Subject) -> dict[ResultName, Relevance]:
     """Return the results of `METHODS` and of `EXACT`, without those of a limited rank."""
-    found = {ResultName.parse(name): relevance for name, relevance in subject.all_relevance().items()}
-    return {result: r for result, r in found.items() if result.method in (*METHODS, EXACT) and result.rank is None}
+    found = {
+        ResultName.parse(name): relevance for name, relevance in subject.all_relevance().items()
+    }
+    return {
+        result: r
+        for result, r in found.items()
+        if result.method in (*METHODS, EXACT) and result.rank is None
+    }
 
 
-def _shared(a: Columns, b: Columns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _shared(a: ResultColumns, b: ResultColumns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the columns of `a`, and those of `b`, that both have.
 
     Two columns match if they belong to the same test sample, or are means over the same test
     samples.
     """
     if a.by is None:
-        _, of_a, of_b = np.intersect1d(a.test_ids, b.test_ids, assume_unique=True, return_indices=True)
+        _, of_a, of_b = np.intersect1d(
+            a.test_ids, b.test_ids, assume_unique=True, return_indices=True
+        )
         return of_a, of_b
     same = np.arange(a.n_columns if a == b else 0)
     return same, same
@@ -163,7 +188,12 @@ def _plot(rows: list[Row]) -> Plot:
     def draw(axes: Any) -> None:
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method]
-            axes.semilogy([row["steps"] for row in own], [row["relative_error"] for row in own], marker="o", label=method)
+            axes.semilogy(
+                [row["steps"] for row in own],
+                [row["relative_error"] for row in own],
+                marker="o",
+                label=method,
+            )
         axes.set_xlabel("steps")
         axes.set_ylabel(f"error relative to {EXACT}")
         axes.legend()

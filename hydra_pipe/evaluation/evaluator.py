@@ -13,7 +13,7 @@ from hydra_pipe.store.data.evaluations import Retrained
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """One evaluation that is to be made.
 
     Args:
@@ -55,7 +55,7 @@ class Evaluator(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Train again as far as the kind needs it, and compare.
 
         Raises:

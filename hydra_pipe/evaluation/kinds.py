@@ -64,7 +64,9 @@ class Kind:
             if name not in self.options:
                 takers = ", ".join(kind.name for kind in KINDS.values() if name in kind.options)
                 spelled = name.replace("_", "-")
-                raise UsageError(f"--{spelled} is no option of evaluate {self.name}, but of {takers}")
+                raise UsageError(
+                    f"--{spelled} is no option of evaluate {self.name}, but of {takers}"
+                )
             if name in _LEAST and value < _LEAST[name]:
                 raise UsageError(f"--{name} {value}: give {_LEAST[name]} or more")
 
@@ -79,7 +81,9 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("loo", ("samples", "methods"), "hydra_pipe.evaluation.loo:LeaveOneOut"),
-        Kind("lds", ("retrainings", "seeds", "methods"), "hydra_pipe.evaluation.lds:DatamodelScore"),
+        Kind(
+            "lds", ("retrainings", "seeds", "methods"), "hydra_pipe.evaluation.lds:DatamodelScore"
+        ),
         Kind("noise", ("methods", "left_out"), "hydra_pipe.evaluation.noise:WrongLabels"),
         Kind("smoothness", (), "hydra_pipe.evaluation.smoothness:Smoothness"),
         Kind("approximation", (), "hydra_pipe.evaluation.approximation:Approximation"),
@@ -94,5 +98,7 @@ def kind_of(name: str) -> Kind:
         UsageError: there is no such kind.
     """
     if name not in KINDS:
-        raise UsageError(f"evaluate {name}: there is no such kind, choose one of {', '.join(KINDS)}")
+        raise UsageError(
+            f"evaluate {name}: there is no such kind, choose one of {', '.join(KINDS)}"
+        )
     return KINDS[name]

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import NonFiniteError
-from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Result, Row, bars
 from hydra_pipe.maths.rank_statistics import spearmans
 from hydra_pipe.progress import Progress
-from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
@@ -65,13 +65,17 @@ class DatamodelScore(Evaluator):
         """Return relevance for each test sample, at least one result."""
         return subject.required_relevance(methods)
 
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Train on random halves and score every method; see the class.
 
         Raises:
             NonFiniteError: nearly all retrainings diverged.
         """
-        subject, retrainings, seeds = request.subject, request.settings["retrainings"], request.settings["seeds"]
+        subject, retrainings, seeds = (
+            request.subject,
+            request.settings["retrainings"],
+            request.settings["seeds"],
+        )
         relevance = subject.required_relevance(request.methods)
         n = subject.n_samples
 
@@ -79,8 +83,10 @@ class DatamodelScore(Evaluator):
             return np.stack([half(index, n) for index in range(first, end)])
 
         own = subject.pipeline.seed
-        job = Job(retrainings, weights, tuple(own + s for s in range(seeds)), "weights")
-        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[:, :, LOSS].mean(axis=0)
+        job = Retraining(retrainings, weights, tuple(own + s for s in range(seeds)), "weights")
+        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[
+            :, :, LOSS
+        ].mean(axis=0)
         finite = np.isfinite(losses).all(axis=1)
         if finite.sum() < _FEWEST:
             raise NonFiniteError(
@@ -96,7 +102,12 @@ class DatamodelScore(Evaluator):
             f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean over those kept), {INTERVAL}",
             *_diverged(finite),
         ]
-        summary = {"retrainings": retrainings, "seeds": seeds, "diverged": int((~finite).sum()), "n_tests": subject.n_tests}
+        summary = {
+            "retrainings": retrainings,
+            "seeds": seeds,
+            "diverged": int((~finite).sum()),
+            "n_tests": subject.n_tests,
+        }
         return Result(rows, summary, says, bars(rows, "lds", "linear datamodelling score"))
 
 

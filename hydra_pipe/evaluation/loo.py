@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Result, Row, bars
 from hydra_pipe.maths.rank_statistics import spearmans
-from hydra_pipe.plan.id_ranges import Span, parse_selection, write_selection
+from hydra_pipe.plan.id_ranges import parse_selection, write_selection
 from hydra_pipe.progress import Progress
-from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
+from hydra_pipe.types import Span
 
 # Number of samples to leave out unless `--samples` chooses: the first ones, or all if there are
 # fewer.
@@ -38,14 +39,16 @@ class LeaveOneOut(Evaluator):
         if options.samples is not None:
             spans = parse_selection(options.samples, subject.n_samples, "--samples")
         elif subject.n_samples > MOST_LEFT_OUT:
-            progress.say(f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; --samples chooses others")
+            progress.say(
+                f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; --samples chooses others"
+            )
         return {"samples": write_selection(spans)}
 
     def scored(self, subject: Subject, methods: str | None) -> Mapping[str, Relevance]:
         """Return relevance for each test sample, or nothing if none was computed."""
         return subject.relevance(methods)
 
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Train without each sample and compare every method; see the class."""
         subject = request.subject
         samples = parse_selection(request.settings["samples"], subject.n_samples, "--samples")
@@ -60,8 +63,10 @@ class LeaveOneOut(Evaluator):
                 own[row - first, ids[row - 1]] = 0.0
             return own
 
-        job = Job(1 + len(ids), weights, (subject.pipeline.seed,), "batch")
-        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, LOSS]
+        job = Retraining(1 + len(ids), weights, (subject.pipeline.seed,), "batch")
+        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[
+            0, :, LOSS
+        ]
         truth = losses[1:] - losses[0]
         rows = compared(relevance, ids, truth)
         says = [
@@ -80,12 +85,22 @@ class LeaveOneOut(Evaluator):
             ]
         if not finite.all():
             says.append(f"{(~finite).sum()} retrainings diverged, and are not compared")
-        summary = {"n_left_out": len(ids), "diverged": int((~finite).sum()), "n_tests": subject.n_tests}
-        plot = bars(rows, "spearman", "Spearman with leave-one-out") if rows and finite.sum() >= FEWEST else None
+        summary = {
+            "n_left_out": len(ids),
+            "diverged": int((~finite).sum()),
+            "n_tests": subject.n_tests,
+        }
+        plot = (
+            bars(rows, "spearman", "Spearman with leave-one-out")
+            if rows and finite.sum() >= FEWEST
+            else None
+        )
         return Result(rows, summary, says, plot, truth.astype(np.float32))
 
 
-def compared(relevance: Mapping[str, Relevance], ids: NDArray[np.int64], truth: NDArray[np.float64]) -> list[Row]:
+def compared(
+    relevance: Mapping[str, Relevance], ids: NDArray[np.int64], truth: NDArray[np.float64]
+) -> list[Row]:
     """Return a row for each method, the highest correlation first.
 
     Args:
@@ -98,7 +113,11 @@ def compared(relevance: Mapping[str, Relevance], ids: NDArray[np.int64], truth: 
     size = float(np.linalg.norm(truth[finite])) or 1.0
     for name, found in relevance.items():
         values = found.values()[ids].astype(np.float64)[finite]
-        told = spearmans(values, truth[finite]) if finite.sum() >= FEWEST else np.full(truth.shape[1], np.nan)
+        told = (
+            spearmans(values, truth[finite])
+            if finite.sum() >= FEWEST
+            else np.full(truth.shape[1], np.nan)
+        )
         row: Row = {"method": name} | with_interval("spearman", told)
         rows.append(row | {"norm": float(np.linalg.norm(values)) / size})
     return sorted(rows, key=lambda row: -row["spearman"] if np.isfinite(row["spearman"]) else 0.0)

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import PipelineError, UsageError, shown
-from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.kinds import Options
 from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.maths.rank_statistics import roc_auc
 from hydra_pipe.progress import Progress
-from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.retrainer import HIT
 from hydra_pipe.retraining.subject import Relevance, Subject
 from hydra_pipe.store.run.results import ITSELF
@@ -78,7 +78,9 @@ def parse_left_out(given: str | None) -> tuple[float, ...]:
     if shares == [0.0]:
         return ()
     if not all(0.0 < share < math.inf for share in shares):
-        raise UsageError(f"--left-out {shown(given)}: give shares of the number of wrong labels, such as 0.5,1,2, or 0 for none")
+        raise UsageError(
+            f"--left-out {shown(given)}: give shares of the number of wrong labels, such as 0.5,1,2, or 0 for none"
+        )
     return tuple(shares)
 
 
@@ -123,12 +125,15 @@ class WrongLabels(Evaluator):
         wrong_labels(subject)
         return subject.required_relevance(methods, means=True)
 
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Score every ranking, and train without its first samples; see the class."""
         subject, left_out = request.subject, parse_left_out(request.settings.get("left_out"))
         wrong = wrong_labels(subject)
         n_wrong = int(wrong.sum())
-        orders = [order_of(found) for found in subject.required_relevance(request.methods, means=True).values()]
+        orders = [
+            order_of(found)
+            for found in subject.required_relevance(request.methods, means=True).values()
+        ]
         says = [
             f"{n_wrong:,} of {len(wrong):,} labels are wrong; rankings: mean relevance over "
             f"{subject.n_tests:,} tests, lowest first; {ITSELF}: highest first"
@@ -139,16 +144,27 @@ class WrongLabels(Evaluator):
         # The random draws and the wrong labels have no ranking of their own, so a random order
         # serves.
         rng = np.random.default_rng(_SEED)
-        draws = [Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)]
+        draws = [
+            Order(RANDOM, None, rng.permutation(subject.n_samples)) for _ in range(RANDOM_DRAWS)
+        ]
         ideal = Order(WRONG, None, rng.permutation(np.flatnonzero(wrong)))
         sizes = [min(max(1, round(share * n_wrong)), subject.n_samples - 1) for share in left_out]
         everything = [*orders, *draws, ideal]
-        without = [everything[0].first[:0], *(order.first[:size] for order in everything for size in sizes)]
-        job = Job.without(without, subject.n_samples, (subject.pipeline.seed,))
-        hits = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, HIT].mean(axis=1)
+        without = [
+            everything[0].first[:0],
+            *(order.first[:size] for order in everything for size in sizes),
+        ]
+        job = Retraining.without(without, subject.n_samples, (subject.pipeline.seed,))
+        hits = retrain(subject, job, request.retrained, request.memory, request.progress)[
+            0, :, HIT
+        ].mean(axis=1)
         accuracies = hits[1:].reshape(len(everything), len(sizes))
         n = len(orders)
-        by_order = [*zip(orders, accuracies[:n], strict=True), (draws[0], accuracies[n:-1].mean(axis=0)), (ideal, accuracies[-1])]
+        by_order = [
+            *zip(orders, accuracies[:n], strict=True),
+            (draws[0], accuracies[n:-1].mean(axis=0)),
+            (ideal, accuracies[-1]),
+        ]
         rows = [_row(order, wrong) | _without(own, sizes) for order, own in by_order]
         rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
         says += [
@@ -160,10 +176,15 @@ class WrongLabels(Evaluator):
 
 
 def _row(order: Order, wrong: NDArray[np.bool_]) -> Row:
-    row: Row = {"method": order.method, "roc_auc": None if order.scores is None else roc_auc(order.scores, wrong)}
+    row: Row = {
+        "method": order.method,
+        "roc_auc": None if order.scores is None else roc_auc(order.scores, wrong),
+    }
     for share in LOOKED_AT:
         k = max(1, round(share * wrong.sum()))
-        row[f"precision_{k}"] = None if order.scores is None else float(wrong[order.first[:k]].mean())
+        row[f"precision_{k}"] = (
+            None if order.scores is None else float(wrong[order.first[:k]].mean())
+        )
     return row
 
 
@@ -182,7 +203,12 @@ def _plot(rows: list[Row], sizes: list[int], accuracy: float) -> Plot | None:
 
     def draw(axes: Any) -> None:
         for row in rows:
-            axes.plot([0, *sizes], [accuracy, *(row[f"without_{k}"] for k in sizes)], marker="o", label=row["method"])
+            axes.plot(
+                [0, *sizes],
+                [accuracy, *(row[f"without_{k}"] for k in sizes)],
+                marker="o",
+                label=row["method"],
+            )
         axes.set_xlabel("samples left out, the most harmful first")
         axes.set_ylabel("accuracy on the test samples")
         axes.legend()

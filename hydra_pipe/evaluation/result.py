@@ -37,7 +37,9 @@ def bars(rows: Sequence[Row], name: str, title: str) -> Plot:
 
     def draw(axes: Any) -> None:
         values = np.array([row[name] for row in rows])
-        around = np.array([[row[name] - row[f"{name}_low"], row[f"{name}_high"] - row[name]] for row in rows])
+        around = np.array(
+            [[row[name] - row[f"{name}_low"], row[f"{name}_high"] - row[name]] for row in rows]
+        )
         around = np.nan_to_num(around).clip(min=0.0)
         axes.barh([row["method"] for row in rows], values, xerr=around.T, capsize=3)
         axes.invert_yaxis()

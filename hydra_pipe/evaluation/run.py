@@ -13,11 +13,17 @@ from hydra_pipe.evaluation.kinds import Options, kind_of
 from hydra_pipe.progress import Progress
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.store import names
-from hydra_pipe.store.data.evaluations import Retrained, read_result, write_array, write_file, write_result
+from hydra_pipe.store.data.evaluations import (
+    Retrained,
+    read_result,
+    write_array,
+    write_file,
+    write_result,
+)
 from hydra_pipe.store.files import remove, remove_partials, sync_tree
 from hydra_pipe.store.run.listing import say_unlisted
-from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.stage_runner import alone, running
 from hydra_pipe.store.run.stages import EVALUATE, StageId
 from hydra_pipe.units import parse_bytes
@@ -102,7 +108,7 @@ def evaluate_run(
     parse_bytes(memory)
     # Torch takes seconds to import. Mistakes that can be found without torch were reported
     # above.
-    from hydra_pipe.evaluation.evaluator import Request
+    from hydra_pipe.evaluation.evaluator import EvaluationRequest
     from hydra_pipe.retraining.subject import Subject
 
     evaluator = wanted.load()
@@ -112,7 +118,9 @@ def evaluate_run(
     own = evaluator.settings(subject, options, progress)
     stage = EVALUATE.of(kind)
     with alone(directory, stage):
-        scored = {name: found.checksums for name, found in evaluator.scored(subject, methods).items()}
+        scored = {
+            name: found.checksums for name, found in evaluator.scored(subject, methods).items()
+        }
         place = directory.path / stage.area
         check_stages(directory.path, stage)  # before anything is discarded
         begun = stage in directory.stages and directory.stages[stage].state != "complete"
@@ -121,16 +129,26 @@ def evaluate_run(
         if overwrite:
             directory.forget(stage)
             remove(place)
-        elif not directory.has_work(stage, own) and directory.stages[stage].facts.get(_SCORED) == scored:
+        elif (
+            not directory.has_work(stage, own)
+            and directory.stages[stage].facts.get(_SCORED) == scored
+        ):
             with suppress(OSError, ValueError, pa.ArrowException):
                 return Evaluation(False, *read_result(place))
         say_unlisted(directory, progress)
         with running(directory, stage, own) as work:
             remove_partials(place)
-            result = evaluator.evaluate(Request(subject, Retrained(place), own, methods, memory, progress))
+            result = evaluator.evaluate(
+                EvaluationRequest(subject, Retrained(place), own, methods, memory, progress)
+            )
             if any(_lacks_interval(row) for row in result.rows):
                 result = replace(result, says=[*result.says, ONE_TEST])
-            summary = {"kind": kind, "run_id": directory.run_id} | own | dict(result.summary) | {"says": list(result.says)}
+            summary = (
+                {"kind": kind, "run_id": directory.run_id}
+                | own
+                | dict(result.summary)
+                | {"says": list(result.says)}
+            )
             _write(directory, stage, result, summary, progress)
             sync_tree(place.parent, files=False)
             work.facts[_SCORED] = scored
@@ -143,7 +161,13 @@ def _lacks_interval(row: Mapping[str, Any]) -> bool:
     return any(isinstance(value, float) and math.isnan(value) for value in bounds)
 
 
-def _write(run: RunDirectory, stage: StageId, result: "Result", summary: Mapping[str, Any], progress: Progress) -> None:
+def _write(
+    run: RunDirectory,
+    stage: StageId,
+    result: "Result",
+    summary: Mapping[str, Any],
+    progress: Progress,
+) -> None:
     from hydra_pipe.evaluation.plots import drawn
 
     place = run.path / stage.area

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.evaluation.evaluator import Evaluator, Request
+from hydra_pipe.evaluation.evaluator import EvaluationRequest, Evaluator
 from hydra_pipe.evaluation.lds import half
 from hydra_pipe.evaluation.result import Plot, Result, Row
 from hydra_pipe.maths.rank_statistics import spearmans
-from hydra_pipe.retraining.campaign import Job, retrain
+from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
@@ -63,14 +63,18 @@ class Smoothness(Evaluator):
         """Return nothing, because no relevance is looked at."""
         return {}
 
-    def evaluate(self, request: Request) -> Result:
+    def evaluate(self, request: EvaluationRequest) -> Result:
         """Train again and measure smoothness; see the class."""
         subject = request.subject
         n = subject.n_samples
         # Each job is a share, the number of a half, and whether the share is left out of the
         # other half instead.
         halves = range(DIRECTIONS)
-        jobs = [(0.0, 0, False), *((s, d, False) for s in STEPS for d in halves), *((1.0, d, True) for d in halves)]
+        jobs = [
+            (0.0, 0, False),
+            *((s, d, False) for s in STEPS for d in halves),
+            *((1.0, d, True) for d in halves),
+        ]
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
             rows = []
@@ -79,8 +83,10 @@ class Smoothness(Evaluator):
                 rows.append(1.0 - step * (1.0 - removed if others else removed))
             return np.stack(rows).astype(np.float32)
 
-        job = Job(len(jobs), weights, (subject.pipeline.seed,), "weights")
-        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[0, :, LOSS]
+        job = Retraining(len(jobs), weights, (subject.pipeline.seed,), "weights")
+        losses = retrain(subject, job, request.retrained, request.memory, request.progress)[
+            0, :, LOSS
+        ]
         changes = losses[1:].reshape(len(STEPS) + 1, DIRECTIONS, -1) - losses[0]
         # A retraining that diverged counts as very far from all others.
         changes = np.nan_to_num(changes, nan=1e30, posinf=1e30)
@@ -137,8 +143,14 @@ def measured(changes: NDArray[np.float64], of_others: NDArray[np.float64]) -> Me
     rows: list[Row] = []
     for index, step in enumerate(STEPS):
         row: Row = {"step": step} | with_interval("agreement", spearmans(changes[index], whole))
-        meta = metasmoothness(changes[index], changes[STEPS.index(2 * step)]) if 2 * step in STEPS else None
-        growth = float(np.linalg.norm(changes[index]) / step / max(float(np.linalg.norm(whole)), _TINY))
+        meta = (
+            metasmoothness(changes[index], changes[STEPS.index(2 * step)])
+            if 2 * step in STEPS
+            else None
+        )
+        growth = float(
+            np.linalg.norm(changes[index]) / step / max(float(np.linalg.norm(whole)), _TINY)
+        )
         rows.append(row | {"metasmoothness": meta, "growth": growth})
     share = float(spearmans(whole, -of_others).mean())
     return Measured(rows, rows[STEPS.index(TELLING_STEP)]["agreement"], max(share, 0.0) ** 0.5)
@@ -154,7 +166,9 @@ def metasmoothness(first: NDArray[np.float64], both: NDArray[np.float64]) -> flo
         both: changes by both steps together, shape (direction, test).
     """
     size = np.abs(first)
-    per_direction = (size * np.sign(first) * np.sign(both - first)).sum(axis=1) / np.maximum(size.sum(axis=1), _TINY)
+    per_direction = (size * np.sign(first) * np.sign(both - first)).sum(axis=1) / np.maximum(
+        size.sum(axis=1), _TINY
+    )
     return float(per_direction.mean())
 
 
@@ -162,7 +176,9 @@ def _plot(rows: list[Row]) -> Plot:
     def draw(axes: Any) -> None:
         for name in ("agreement", "metasmoothness"):
             there = [row for row in rows if row[name] is not None]
-            axes.semilogx([row["step"] for row in there], [row[name] for row in there], marker="o", label=name)
+            axes.semilogx(
+                [row["step"] for row in there], [row[name] for row in there], marker="o", label=name
+            )
         axes.set_xlabel("share of a half that is left out (1: all of it)")
         axes.set_ylim(-1.05, 1.05)
         axes.legend()

@@ -12,16 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from hydra_pipe.plan.exporting import ExportPlan
 from hydra_pipe.store.data import rankings
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+from hydra_pipe.types import F32, I64
 
 
-class Parts:
+class TableParts:
     """Writer of row groups of a table, one after the other, in several files.
 
     Args:
@@ -31,7 +28,9 @@ class Parts:
         file_tests: test samples of a file, a multiple of `group_tests`.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema, group_tests: int, file_tests: int) -> None:
+    def __init__(
+        self, directory: Path, schema: pa.Schema, group_tests: int, file_tests: int
+    ) -> None:
         self._directory = directory
         self._schema = schema
         self._group_tests = group_tests
@@ -43,7 +42,12 @@ class Parts:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if error is None:
                 self._write_group()
@@ -51,7 +55,7 @@ class Parts:
             if self._writer is not None:
                 self._writer.close()
 
-    def add(self, table: pa.Table, ends: Ints) -> None:
+    def add(self, table: pa.Table, ends: I64) -> None:
         """Add rows.
 
         Args:
@@ -97,7 +101,9 @@ class Matrix:
         meta: metadata of the schema.
     """
 
-    def __init__(self, directory: Path, test_ids: Ints, n_samples: int, plan: ExportPlan, meta: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, test_ids: I64, n_samples: int, plan: ExportPlan, meta: dict[str, str]
+    ) -> None:
         directory.mkdir()
         self._directory = directory
         self._test_ids = test_ids
@@ -108,20 +114,25 @@ class Matrix:
         self._train = pa.array(np.tile(np.arange(plan.slab_samples), plan.group_tests))
         # Parts serves whole columns. With slabs, each test sample of the block has a file of
         # its own.
-        self._parts = Parts(directory, self._schema, plan.group_tests, plan.file_tests)
+        self._parts = TableParts(directory, self._schema, plan.group_tests, plan.file_tests)
         self._writers: list[pq.ParquetWriter] = []
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self._parts.__exit__(kind, error, trace)
         finally:
             self._files.close()
 
-    def write(self, block: Floats, tests: slice, samples: slice) -> None:
+    def write(self, block: F32, tests: slice, samples: slice) -> None:
         """Write a block, shape (test, sample).
 
         Blocks come in the order of the plan: all slabs of some test samples, then the next.
@@ -134,13 +145,19 @@ class Matrix:
             return
         if samples.start == 0:
             tests_of_block = range(tests.start, tests.stop)
-            self._writers = [self._files.enter_context(open_part(self._directory, test, self._schema)) for test in tests_of_block]
+            self._writers = [
+                self._files.enter_context(open_part(self._directory, test, self._schema))
+                for test in tests_of_block
+            ]
         for j, writer in enumerate(self._writers):
-            writer.write_table(self._table(block[j : j + 1], tests.start + j, samples.start), row_group_size=block.shape[1])
+            writer.write_table(
+                self._table(block[j : j + 1], tests.start + j, samples.start),
+                row_group_size=block.shape[1],
+            )
         if samples.stop == self._n_samples:
             self._files.close()
 
-    def _table(self, rows: Floats, first_test: int, first_sample: int) -> pa.Table:
+    def _table(self, rows: F32, first_test: int, first_sample: int) -> pa.Table:
         ids = self._test_ids[first_test : first_test + len(rows)]
         train = self._train.slice(0, rows.size)
         columns = [

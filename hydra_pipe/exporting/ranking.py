@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+from hydra_pipe.types import F32, I64
+
 # Helpful, harmful.
 SIDES = (1, -1)
 
 
-def top_samples(relevance: Floats, count: int) -> Ints:
+def top_samples(relevance: F32, count: int) -> I64:
     """Return the `count` samples with the largest positive values, largest first.
 
     The smaller sample id wins a tie.
@@ -31,7 +31,7 @@ def top_samples(relevance: Floats, count: int) -> Ints:
     return candidates[order[:count]]
 
 
-def _enough(relevance: Floats, count: int) -> np.float32 | float:
+def _enough(relevance: F32, count: int) -> np.float32 | float:
     """Return a lower bound on the `count`-th largest value, from group maxima.
 
     At least `count` groups have a maximum no smaller than the bound, and each maximum is another
@@ -60,12 +60,12 @@ class Ranked:
         relevance: relevance of the pair, float32 (entry,).
     """
 
-    ends: Ints
-    test: Ints
+    ends: I64
+    test: I64
     helpful: NDArray[np.bool_]
     rank: NDArray[np.int32]
-    train: Ints
-    relevance: Floats
+    train: I64
+    relevance: F32
 
 
 class Ranking:
@@ -79,17 +79,19 @@ class Ranking:
         self._count = count
         nothing = (np.empty(0, np.int64), np.empty(0, np.float32))
         # For each test sample and side: samples and their relevance, in order of rank.
-        self._kept: list[tuple[Ints, Floats]] = [nothing] * (n_tests * len(SIDES))
+        self._kept: list[tuple[I64, F32]] = [nothing] * (n_tests * len(SIDES))
 
-    def add(self, relevance: Floats, first_sample: int) -> None:
+    def add(self, relevance: F32, first_sample: int) -> None:
         """Count a slab, shape (test, sample), that begins at training sample `first_sample`."""
         for j, column in enumerate(relevance):
             for side, sign in enumerate(SIDES):
                 top = top_samples(column if sign > 0 else -column, self._count)
                 place = j * len(SIDES) + side
-                self._kept[place] = self._merged(*self._kept[place], top + first_sample, column[top])
+                self._kept[place] = self._merged(
+                    *self._kept[place], top + first_sample, column[top]
+                )
 
-    def _merged(self, samples: Ints, values: Floats, more: Ints, more_values: Floats) -> tuple[Ints, Floats]:
+    def _merged(self, samples: I64, values: F32, more: I64, more_values: F32) -> tuple[I64, F32]:
         if not len(samples):
             return more, more_values
         samples, values = np.concatenate([samples, more]), np.concatenate([values, more_values])
@@ -118,7 +120,9 @@ def rank_harmful(relevance_sum: NDArray[np.float64]) -> NDArray[np.int32]:
     The smaller sample id wins a tie.
     """
     ranks = np.empty(len(relevance_sum), np.int32)
-    ranks[np.argsort(relevance_sum, kind="stable")] = np.arange(1, len(relevance_sum) + 1, dtype=np.int32)
+    ranks[np.argsort(relevance_sum, kind="stable")] = np.arange(
+        1, len(relevance_sum) + 1, dtype=np.int32
+    )
     return ranks
 
 
@@ -133,7 +137,7 @@ class ClassMeans:
         self.test_names, self._test = np.unique(test_labels, return_inverse=True)
         self._sums = np.zeros((len(self.test_names), len(self.train_names)))
 
-    def add(self, relevance: Floats, first_test: int, first_sample: int) -> None:
+    def add(self, relevance: F32, first_test: int, first_sample: int) -> None:
         """Count a block, shape (test, sample).
 
         Args:
@@ -143,7 +147,9 @@ class ClassMeans:
         """
         classes = self._train[first_sample : first_sample + relevance.shape[1]]
         for j, column in enumerate(relevance):
-            self._sums[self._test[first_test + j]] += np.bincount(classes, column, len(self.train_names))
+            self._sums[self._test[first_test + j]] += np.bincount(
+                classes, column, len(self.train_names)
+            )
 
     @property
     def n_cells(self) -> int:

@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.exporting.parts import Matrix, Parts
+from hydra_pipe.exporting.parts import Matrix, TableParts
 from hydra_pipe.exporting.ranking import Ranked, Ranking
-from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_checksums
+from hydra_pipe.exporting.source import ExportSource, check_ranks, open_source, own_checksums
 from hydra_pipe.exporting.totals import Adding
 from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.run.results import result_of
-from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.disk_space import say_if_tight
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import result_of
 from hydra_pipe.store.run.stage_runner import running, taken_up
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
@@ -87,17 +87,24 @@ def _has_work(directory: RunDirectory, method: str, settings: Settings) -> bool:
     They are outdated too if they lack the present relevance of samples for themselves.
     """
     stage, own = EXPORT.of(method), own_checksums(directory, method)
-    return directory.has_work(stage, settings) or own not in (None, directory.stages[stage].facts.get(OF_SELF))
+    return directory.has_work(stage, settings) or own not in (
+        None,
+        directory.stages[stage].facts.get(OF_SELF),
+    )
 
 
-def _export(directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress) -> None:
+def _export(
+    directory: RunDirectory, method: str, settings: Settings, memory_bytes: int, progress: Progress
+) -> None:
     source = open_source(directory, method)
     export = _Export(source, **settings, memory_bytes=memory_bytes)
     with running(directory, EXPORT.of(method), settings) as work, work.replaced() as partial:
         say_if_tight(export.most_bytes(), work.place, progress)
         export.write(partial, progress)
         tables = sorted(partial.rglob("*.parquet"))
-        work.facts["files"] = {str(table.relative_to(partial)): rankings.n_rows_of(table) for table in tables}
+        work.facts["files"] = {
+            str(table.relative_to(partial)): rankings.n_rows_of(table) for table in tables
+        }
         if source.own is not None:
             work.facts[OF_SELF] = own_checksums(directory, method)
 
@@ -114,7 +121,7 @@ class _Export:
         BudgetError: the export does not fit the budget.
     """
 
-    def __init__(self, source: Source, top: int, full: bool, memory_bytes: int) -> None:
+    def __init__(self, source: ExportSource, top: int, full: bool, memory_bytes: int) -> None:
         self.source = source
         self.top = top
         self.full = full
@@ -139,7 +146,11 @@ class _Export:
         """
         n_samples, n_tests = self.source.n_samples, self.source.n_tests
         pairs = n_samples * n_tests if self.full else 0
-        return pairs * _PAIR_BYTES + n_tests * 2 * min(self.top, n_samples) * _RANKED_BYTES + n_samples * _SAMPLE_BYTES
+        return (
+            pairs * _PAIR_BYTES
+            + n_tests * 2 * min(self.top, n_samples) * _RANKED_BYTES
+            + n_samples * _SAMPLE_BYTES
+        )
 
     def write(self, target: Path, progress: Progress) -> None:
         """Write all tables into `target`, in one pass over the relevance.
@@ -150,15 +161,21 @@ class _Export:
         n_samples, n_tests = source.n_samples, source.n_tests
         schema = rankings.ranking_schema(source.test_type, source.train_type, source.meta)
         with ExitStack() as stack:
-            parts = stack.enter_context(Parts(target, schema, plan.ranking_group_tests, plan.ranking_file_tests))
+            parts = stack.enter_context(
+                TableParts(target, schema, plan.ranking_group_tests, plan.ranking_file_tests)
+            )
             matrix = None
             if self.full:
-                matrix = stack.enter_context(Matrix(target / rankings.MATRIX, source.test_ids, n_samples, plan, source.meta))
+                matrix = stack.enter_context(
+                    Matrix(target / rankings.MATRIX, source.test_ids, n_samples, plan, source.meta)
+                )
             pool = stack.enter_context(ThreadPoolExecutor(2))
             task = stack.enter_context(progress.task("export", n_samples * n_tests, "pairs"))
             ranking = Ranking(0, 0, self.top)
             for block, tests, samples in source.blocks(plan.blocks(n_samples, n_tests), pool):
-                written = None if matrix is None else pool.submit(matrix.write, block, tests, samples)
+                written = (
+                    None if matrix is None else pool.submit(matrix.write, block, tests, samples)
+                )
                 if samples.start == 0:
                     ranking = Ranking(tests.start, len(block), self.top)
                 ranking.add(block, samples.start)
@@ -169,7 +186,9 @@ class _Export:
                 if written is not None:
                     written.result()
                 task.advance(block.size)
-        with rankings.table_writer(target / rankings.SAMPLES, rankings.samples_schema(source.train_type, source.meta)) as writer:
+        with rankings.table_writer(
+            target / rankings.SAMPLES, rankings.samples_schema(source.train_type, source.meta)
+        ) as writer:
             for table in adding.samples(progress):
                 writer.write_table(table)
         classes = adding.classes()
@@ -178,7 +197,8 @@ class _Export:
 
     def _ranking_table(self, ranked: Ranked, schema: pa.Schema) -> pa.Table:
         sides = pa.DictionaryArray.from_arrays(
-            pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)), pa.array(["helpful", "harmful"])
+            pa.array(np.where(ranked.helpful, 0, 1).astype(np.int8)),
+            pa.array(["helpful", "harmful"]),
         )
         columns = [
             pa.array(self.source.test_ids[ranked.test]),

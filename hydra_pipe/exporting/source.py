@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import StoreError, UsageError
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.data.relevance import (
     RELEVANCE_UNREADABLE,
     columns_of,
@@ -20,14 +21,13 @@ from hydra_pipe.store.data.relevance import (
     read_columns,
     read_relevance,
 )
-from hydra_pipe.store.data.reduced_run import ReducedRun
-from hydra_pipe.store.run.results import ITSELF, ResultName
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ITSELF, ResultName
 from hydra_pipe.store.run.stages import REDUCE
 
 
 @dataclass(frozen=True)
-class Source(ReducedRun):
+class ExportSource(ReducedRun):
     """A result and its recording, which agree in their numbers of samples and columns.
 
     Args:
@@ -68,7 +68,9 @@ class Source(ReducedRun):
         """Type of the columns' labels."""
         return rankings.label_type(self.test_labels)
 
-    def blocks(self, spans: Iterable[tuple[slice, slice]], pool: Executor) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
+    def blocks(
+        self, spans: Iterable[tuple[slice, slice]], pool: Executor
+    ) -> Iterator[tuple[NDArray[np.float32], slice, slice]]:
         """Yield blocks of the relevance with their test and training samples.
 
         A block has the shape (test, sample).
@@ -83,7 +85,11 @@ class Source(ReducedRun):
         waiting: Future[NDArray[np.float32]] | None = None
         listed = list(spans)
         for number, (tests, samples) in enumerate(listed):
-            block = read_columns(self.relevance, samples, tests) if waiting is None else waiting.result()
+            block = (
+                read_columns(self.relevance, samples, tests)
+                if waiting is None
+                else waiting.result()
+            )
             if number + 1 < len(listed):
                 after, low = listed[number + 1]
                 waiting = pool.submit(read_columns, self.relevance, low, after)
@@ -91,7 +97,7 @@ class Source(ReducedRun):
             del block  # free it before the block after the next is read
 
 
-def open_source(directory: RunDirectory, method: str) -> Source:
+def open_source(directory: RunDirectory, method: str) -> ExportSource:
     """Return the relevance of `method` and its recording.
 
     Raises:
@@ -101,8 +107,10 @@ def open_source(directory: RunDirectory, method: str) -> Source:
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
     found = ReducedRun.open(directory, method)
     attributes = found.relevance.attributes
-    meta = rankings.metadata(method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id)
-    return Source(
+    meta = rankings.metadata(
+        method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id
+    )
+    return ExportSource(
         *(found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested),
         method=method,
         own=_own_relevance(directory, method, found.counts.n_samples),
@@ -119,7 +127,9 @@ def check_ranks(method: str) -> None:
         UsageError: `method` is the relevance of samples for themselves.
     """
     if ResultName.parse(method).is_of_itself:
-        raise UsageError(f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet")
+        raise UsageError(
+            f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet"
+        )
 
 
 def own_checksums(directory: RunDirectory, method: str) -> object:
@@ -130,7 +140,9 @@ def own_checksums(directory: RunDirectory, method: str) -> object:
     return directory.checksums(REDUCE.of(ResultName.parse(method).itself))
 
 
-def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDArray[np.float32] | None:
+def _own_relevance(
+    directory: RunDirectory, method: str, n_samples: int
+) -> NDArray[np.float32] | None:
     """Return the relevance of samples for themselves, shape (sample,). None: it was not computed.
 
     Raises:
@@ -140,5 +152,7 @@ def _own_relevance(directory: RunDirectory, method: str, n_samples: int) -> NDAr
         return None
     array = open_relevance(directory.path / names.RELEVANCE, str(ResultName.parse(method).itself))
     if array.shape != (n_samples, 1) or columns_of(array).by != ITSELF:
-        raise StoreError(f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}")
+        raise StoreError(
+            f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}"
+        )
     return read_relevance(array, slice(None))[:, 0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
-from hydra_pipe.exporting.source import Source, own_checksums
+from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
@@ -42,7 +42,7 @@ class Adding:
     bytes.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ExportSource) -> None:
         self._source = source
         self._sums = np.zeros(source.n_samples)
         known = source.train_labels is not None and source.test_labels is not None
@@ -84,7 +84,9 @@ class Adding:
                 pa.array(sums[rows]),
                 pa.array(sums[rows] / source.n_tests),
                 pa.array(ranks[rows]),
-                pa.nulls(rows.stop - rows.start, pa.float32()) if source.own is None else pa.array(source.own[rows]),
+                pa.nulls(rows.stop - rows.start, pa.float32())
+                if source.own is None
+                else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
@@ -95,7 +97,9 @@ class Adding:
         schema = rankings.classes_schema(source.train_type, source.test_type, source.meta)
         if self._classes is None:
             return schema.empty_table()
-        train, test = np.meshgrid(self._classes.train_names, self._classes.test_names, indexing="ij")
+        train, test = np.meshgrid(
+            self._classes.train_names, self._classes.test_names, indexing="ij"
+        )
         columns = [
             pa.array(train.ravel(), source.train_type),
             pa.array(test.ravel(), source.test_type),
@@ -105,7 +109,7 @@ class Adding:
         return pa.Table.from_arrays(columns, schema=schema)
 
 
-def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> Totals:
+def totals_of(directory: RunDirectory, source: ExportSource, progress: Progress) -> Totals:
     """Return the totals of `source`.
 
     They are read from the export, if the export is of the present relevance. Else they are added up
@@ -117,7 +121,9 @@ def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> To
     method = source.method
     if _exported(directory, method):
         known = source.train_labels is not None and source.test_labels is not None
-        pairs = len(np.unique(source.train_labels)) * len(np.unique(source.test_labels)) if known else 0  # type: ignore[arg-type]
+        pairs = (
+            len(np.unique(source.train_labels)) * len(np.unique(source.test_labels)) if known else 0
+        )  # type: ignore[arg-type]
         samples = rankings.samples_schema(source.train_type, source.meta)
         classes = rankings.classes_schema(source.train_type, source.test_type, source.meta)
         return Totals(
@@ -126,7 +132,10 @@ def totals_of(directory: RunDirectory, source: Source, progress: Progress) -> To
         )
     adding = Adding(source)
     spans = blocks_to_add(source.n_samples, source.n_tests, source.relevance.chunks[1])
-    with ThreadPoolExecutor(1) as pool, progress.task("add up", source.n_samples * source.n_tests, "pairs") as task:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        progress.task("add up", source.n_samples * source.n_tests, "pairs") as task,
+    ):
         for block, tests, samples in source.blocks(spans, pool):
             adding.add(block, tests.start, samples.start)
             task.advance(block.size)
@@ -145,14 +154,23 @@ def _exported(directory: RunDirectory, method: str) -> bool:
     return not directory.stale(stage) and facts.get(OF_SELF) == own_checksums(directory, method)
 
 
-def _read(directory: RunDirectory, method: str, name: str, schema: pa.Schema, n_rows: int) -> pa.Table:
+def _read(
+    directory: RunDirectory, method: str, name: str, schema: pa.Schema, n_rows: int
+) -> pa.Table:
     file = directory.path / EXPORT.of(method).area / name
     try:
         table = rankings.opened_table(file)
         # A file of few bytes can claim many rows.
-        if not table.schema_arrow.equals(schema, check_metadata=True) or table.metadata.num_rows != n_rows:
-            raise ValueError(f"it has {table.metadata.num_rows} rows of {shown(table.schema_arrow.names)}")
+        if (
+            not table.schema_arrow.equals(schema, check_metadata=True)
+            or table.metadata.num_rows != n_rows
+        ):
+            raise ValueError(
+                f"it has {table.metadata.num_rows} rows of {shown(table.schema_arrow.names)}"
+            )
         return table.read()
     except (OSError, ValueError, pa.ArrowException) as error:
         again = f"hydra-pipe export {directory.path} --method {method} --overwrite"
-        raise StoreError(f"{file} is not what was exported ({shown(error)}): write it again with {again}") from error
+        raise StoreError(
+            f"{file} is not what was exported ({shown(error)}): write it again with {again}"
+        ) from error

@@ -108,9 +108,20 @@ class HydraCallback(Callback):
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
         if test_labels is not None:
-            checked_labels(test_labels, "test_labels", 0 if test_dataset is None else len(test_dataset), "test samples")
+            checked_labels(
+                test_labels,
+                "test_labels",
+                0 if test_dataset is None else len(test_dataset),
+                "test samples",
+            )
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
-        self._options: dict[str, Any] = {"encoding": encoding, "dim": dim, "dtype": dtype, "seed": seed, "overwrite": overwrite}
+        self._options: dict[str, Any] = {
+            "encoding": encoding,
+            "dim": dim,
+            "dtype": dtype,
+            "seed": seed,
+            "overwrite": overwrite,
+        }
         self._settings = settings or {}
         self._sample_labels, self._test_labels = sample_labels, test_labels
         self._batches: _TrainBatches | None = None
@@ -144,7 +155,9 @@ class HydraCallback(Callback):
             self._run,
             loader.n_samples,
             settings=_settings_of(trainer, loader.loader) | self._settings,
-            sample_labels=self._sample_labels if self._sample_labels is not None else _labels_of(loader.loader.dataset),
+            sample_labels=self._sample_labels
+            if self._sample_labels is not None
+            else _labels_of(loader.loader.dataset),
             **self._options,
         )
         recorder.facts["step_loss"] = _STEP_LOSS
@@ -153,24 +166,32 @@ class HydraCallback(Callback):
             sources = self._test_dataset, loader.loader
             try_test(pl_module, self._tests(trainer), self._test_loss, pl_module.device, *sources)
         if trainer.global_step:
-            self._session.go_on(self._loaded)
+            self._session.resume(self._loaded)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Name the batch's samples."""
         if self._session is not None and self._batches is not None:
             self._session.begin_batch(self._batches.next_ids())
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Keep the batch's loss."""
         if self._session is not None:
             self._session.losses.append(loss.detach())
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Note the step's loss."""
         if self._session is not None:
             self._session.note_loss()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Ignore calls of the module until the next batch."""
         if self._session is not None:
             self._session.recorder.end_batch()
@@ -189,7 +210,9 @@ class HydraCallback(Callback):
         for batch in DataLoader(self._test_dataset, loader.batch_size or 1, collate_fn=collate):
             yield pair_of(trainer.precision_plugin.convert_input(batch), "test_dataset")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Leave the recording as it is."""
         self._leave(exception)
 
@@ -231,7 +254,9 @@ class _TrainBatches:
         """The train dataloader. Raises: UsageError: there are several."""
         loaders = tree_leaves(self._trainer.train_dataloader)
         if self._newest is None or len(loaders) != 1:
-            raise UsageError(f"the trainer has {len(loaders)} train dataloaders, whose samples have no one number: {_ONE_LOADER}")
+            raise UsageError(
+                f"the trainer has {len(loaders)} train dataloaders, whose samples have no one number: {_ONE_LOADER}"
+            )
         return self._newest
 
     def next_ids(self) -> NDArray[np.int64]:
@@ -278,10 +303,14 @@ class _Session:
         self._over: str | None = None
         self._kept: dict[str, Any] | None = None
 
-    def go_on(self, loaded: Mapping[str, Any] | None) -> None:
+    def resume(self, loaded: Mapping[str, Any] | None) -> None:
         """Resume from a checkpoint. Raises: RecordError: it holds no state of the recording."""
         if loaded is None or _STATE not in loaded:
-            made = "without HydraCallback, so that the steps before it were not recorded" if loaded is None else loaded[_WITHOUT]
+            made = (
+                "without HydraCallback, so that the steps before it were not recorded"
+                if loaded is None
+                else loaded[_WITHOUT]
+            )
             raise RecordError(
                 f"the training goes on at step {self._trainer.global_step}, from a checkpoint that was made {made}: train from the "
                 f"beginning, or from another checkpoint"
@@ -299,7 +328,9 @@ class _Session:
         """Note the loss of the step that is about to be taken."""
         if self._note is not None and self.losses:
             scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-            factor = self._trainer.accumulate_grad_batches / (1.0 if scaler is None else scaler.get_scale())
+            factor = self._trainer.accumulate_grad_batches / (
+                1.0 if scaler is None else scaler.get_scale()
+            )
             self._note.loss = float(torch.stack(self.losses).mean()) * factor
 
     def state(self) -> dict[str, Any]:
@@ -307,7 +338,9 @@ class _Session:
         if self._over is not None:
             return self._kept or {_WITHOUT: self._over}
         if self._begun_at == self._trainer.global_step:
-            return {_WITHOUT: "between batches whose gradients are accumulated, which it does not hold"}
+            return {
+                _WITHOUT: "between batches whose gradients are accumulated, which it does not hold"
+            }
         return {_STATE: self.recorder.state_dict()}
 
     def finish(self, tests: Tests | None, loss: TestLoss | None, labels: Labels | None) -> None:
@@ -339,7 +372,9 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
             f"package pytorch_lightning"
         )
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(
+        strategy, DeepSpeedStrategy
+    ):
         raise UsageError(
             f"{type(strategy).__name__} hides the samples' gradients, and is not recorded: train on one device, or with "
             f'strategy="ddp"'
@@ -355,9 +390,12 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
             f"several: optimize automatically, or record with hydra_pipe.Recorder in its training_step"
         )
     if module._compiler_ctx is not None or any(
-        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
+        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+        for part in module.modules()
     ):
-        raise UsageError(f"{type(module).__name__} is compiled, which hides the samples' gradients: train it as it is")
+        raise UsageError(
+            f"{type(module).__name__} is compiled, which hides the samples' gradients: train it as it is"
+        )
     if tested and type(module).forward is LightningModule.forward:
         raise UsageError(
             f"{type(module).__name__} has no forward, with which the test samples would be predicted: define forward(self, inputs)"

@@ -22,16 +22,29 @@ def refuse_training_arguments(args: Any) -> None:
         UsageError: names the option and a way out.
     """
     for option, why in (
-        ("packing", "puts several samples into one sequence, whose gradient cannot be split between them"),
-        ("padding_free", "puts the batch's samples into one sequence, whose gradient cannot be split between them"),
-        ("use_liger_kernel", "takes the loss from the weight of the head without calling the head, where no hook sees it"),
+        (
+            "packing",
+            "puts several samples into one sequence, whose gradient cannot be split between them",
+        ),
+        (
+            "padding_free",
+            "puts the batch's samples into one sequence, whose gradient cannot be split between them",
+        ),
+        (
+            "use_liger_kernel",
+            "takes the loss from the weight of the head without calling the head, where no hook sees it",
+        ),
     ):
         if getattr(args, option, False):
             raise UsageError(f"{option}=True {why}: train with {option}=False")
     parallelism = getattr(args, "parallelism_config", None)
-    sizes = {n: getattr(parallelism, n, 1) for n in ("tp_size", "cp_size", "sp_size", "dp_shard_size")}
+    sizes = {
+        n: getattr(parallelism, n, 1) for n in ("tp_size", "cp_size", "sp_size", "dp_shard_size")
+    }
     if sharded := [n for n, size in sizes.items() if isinstance(size, int) and size > 1]:
-        raise UsageError(f"parallelism_config has {sharded[0]}={sizes[sharded[0]]}, which shards the model: {TRAIN_UNSHARDED}")
+        raise UsageError(
+            f"parallelism_config has {sharded[0]}={sizes[sharded[0]]}, which shards the model: {TRAIN_UNSHARDED}"
+        )
     kind = next((t for t in type(args).__mro__ if t.__module__.partition(".")[0] == "trl"), None)
     if kind is None:
         return

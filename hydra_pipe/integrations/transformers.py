@@ -19,8 +19,8 @@ from hydra_pipe.integrations.named import SAMPLE_IDS, NamingCollator, checked_ba
 from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
-from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.collectives import unwrapped
+from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
 from hydra_pipe.recording.settings import Labels, checked_labels
 from hydra_pipe.recording.test_gradients import try_test
@@ -28,7 +28,13 @@ from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.store.run.stages import Settings
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
     from transformers.trainer_callback import ExportableState
     from transformers.utils.generic import find_labels
 except ImportError as error:
@@ -39,7 +45,10 @@ TestLoss = Callable[[Any, Tensor], Tensor]
 
 _ATTRIBUTES, _STATE = "attributes", "recorder"
 # The meaning of a step's loss: a model that takes the number of items is asked for sums over them.
-_SUM, _MEAN = "what its batches add, divided by the step's items as the model does", "mean of its batches' losses"
+_SUM, _MEAN = (
+    "what its batches add, divided by the step's items as the model does",
+    "mean of its batches' losses",
+)
 _LABELS = ("labels", "label", "label_ids")
 
 
@@ -106,9 +115,20 @@ class HydraCallback(TrainerCallback, ExportableState):
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
         if test_labels is not None:
-            checked_labels(test_labels, "test_labels", 0 if test_dataset is None else len(test_dataset), "test samples")
+            checked_labels(
+                test_labels,
+                "test_labels",
+                0 if test_dataset is None else len(test_dataset),
+                "test samples",
+            )
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
-        self._options: dict[str, Any] = {"encoding": encoding, "dim": dim, "dtype": dtype, "seed": seed, "overwrite": overwrite}
+        self._options: dict[str, Any] = {
+            "encoding": encoding,
+            "dim": dim,
+            "dtype": dtype,
+            "seed": seed,
+            "overwrite": overwrite,
+        }
         self._settings = settings or {}
         self._sample_labels, self._test_labels = sample_labels, test_labels
         self._session: _Session | None = None
@@ -118,7 +138,9 @@ class HydraCallback(TrainerCallback, ExportableState):
         """The recorder of the present training, or of the last one; None before the first."""
         return None if self._session is None else self._session.recorder
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Wrap the trainer's `train`, to hear of an error or an interrupt that ends a training.
 
         The trainer tells its callbacks of a good end only.
@@ -158,22 +180,33 @@ class HydraCallback(TrainerCallback, ExportableState):
         if self._test_dataset is not None:
             self._session.try_tests(self._test_dataset, self._test_loss)
         if state.global_step:
-            self._session.go_on(state, type(self).__name__)
+            self._session.resume(state, type(self).__name__)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Save the recorder's state if a checkpoint is to be made."""
         self._keep(args, control)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Save the recorder's state if a checkpoint is to be made."""
         self._keep(args, control)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Save the recorder's state if the evaluation's result may lead to a checkpoint."""
         self._keep(args, control, anyway=args.save_strategy == "best")
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Finish the recording at the trainer's last log line.
 
@@ -182,7 +215,9 @@ class HydraCallback(TrainerCallback, ExportableState):
         if logs is not None and "train_runtime" in logs:
             self._finish()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Finish the recording."""
         self._finish()
 
@@ -191,7 +226,9 @@ class HydraCallback(TrainerCallback, ExportableState):
         attributes = {} if self._session is None else {_STATE: self._session.state()}
         return {"args": {}, _ATTRIBUTES: attributes}
 
-    def _keep(self, args: TrainingArguments, control: TrainerControl, *, anyway: bool = False) -> None:
+    def _keep(
+        self, args: TrainingArguments, control: TrainerControl, *, anyway: bool = False
+    ) -> None:
         # Saving is collective, but the trainer asks only one process for its state.
         if self._session is not None and args.world_size > 1 and (control.should_save or anyway):
             self._session.keep()
@@ -251,9 +288,13 @@ class _Session:
             model.register_forward_hook(self._after_pass),
         ]
 
-    def go_on(self, state: TrainerState, name: str) -> None:
+    def resume(self, state: TrainerState, name: str) -> None:
         """Resume from a checkpoint. Raises: RecordError: it was made without this callback."""
-        kept = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, Mapping) else None
+        kept = (
+            state.stateful_callbacks.get(name)
+            if isinstance(state.stateful_callbacks, Mapping)
+            else None
+        )
         found = kept.get(_ATTRIBUTES, {}).get(_STATE) if isinstance(kept, Mapping) else None
         if found is None:
             raise RecordError(
@@ -289,7 +330,11 @@ class _Session:
 
     def finish(self, dataset: Any, loss: TestLoss | None, labels: Labels | None) -> None:
         """Record the test gradients and close."""
-        tests = None if dataset is None else partial(self._tests, dataset, loss, lambda: set(self.dataset[0]))
+        tests = (
+            None
+            if dataset is None
+            else partial(self._tests, dataset, loss, lambda: set(self.dataset[0]))
+        )
         finish(self.recorder, tests, loss if loss is not None else _models_own, labels)
         self.finished = True
         self._forget()
@@ -304,14 +349,28 @@ class _Session:
         columns = set(named) if isinstance(named, list) else None
         sources = dataset, self.dataset, self._collate
         try:
-            try_test(model, self._tests(dataset, loss, lambda: columns), loss or _models_own, device, *sources)
+            try_test(
+                model,
+                self._tests(dataset, loss, lambda: columns),
+                loss or _models_own,
+                device,
+                *sources,
+            )
         except HydraError:
             if columns is not None:
                 raise
             # The cause may be columns that only the test samples have: try again without them.
-            try_test(model, self._tests(dataset, loss, lambda: set(self.dataset[0])), loss or _models_own, device, *sources)
+            try_test(
+                model,
+                self._tests(dataset, loss, lambda: set(self.dataset[0])),
+                loss or _models_own,
+                device,
+                *sources,
+            )
 
-    def _tests(self, dataset: Any, loss: TestLoss | None, columns: Callable[[], set[str] | None]) -> Iterator[tuple[Any, Any]]:
+    def _tests(
+        self, dataset: Any, loss: TestLoss | None, columns: Callable[[], set[str] | None]
+    ) -> Iterator[tuple[Any, Any]]:
         """Yield each test sample as the model is called with it, and its labels."""
         wanted, model = columns(), unwrapped(self._model)
         takes = inspect.signature(model.forward).parameters
@@ -319,14 +378,20 @@ class _Session:
         for i in range(len(dataset)):
             sample = dataset[i]
             with user_code(f"the data collator raised at test sample {i}"):
-                kept = sample if wanted is None else {name: x for name, x in sample.items() if name in wanted}
+                kept = (
+                    sample
+                    if wanted is None
+                    else {name: x for name, x in sample.items() if name in wanted}
+                )
                 collated = self._collate([kept])
             batch = dict(checked_batch(collated))
             names = [name for name in known if name in batch]
             names = names or [name for name in _LABELS if name in batch]
             labels = [batch[name] for name in names if batch[name] is not None]
             if not labels:
-                raise DataError(f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}")
+                raise DataError(
+                    f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}"
+                )
             if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
                 refused = [name for name in names if name not in takes]
                 if refused and loss is None:
@@ -337,7 +402,9 @@ class _Session:
                 batch = {name: values for name, values in batch.items() if name not in refused}
             yield batch, labels[0] if len(labels) == 1 else tuple(labels)
 
-    def _before_pass(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before_pass(
+        self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         ids = inputs.get(SAMPLE_IDS)
         if ids is None:
             if torch.is_grad_enabled() and model.training and self._note is None:
@@ -357,8 +424,12 @@ class _Session:
             return
         self._passing = False
         loss = output.get("loss") if isinstance(output, Mapping) else None
-        self._losses.append(float(loss.detach()) if isinstance(loss, Tensor) and loss.dim() == 0 else nan)
-        self._note.loss = sum(self._losses) * (self._scale if self._parts else 1 / len(self._losses))
+        self._losses.append(
+            float(loss.detach()) if isinstance(loss, Tensor) and loss.dim() == 0 else nan
+        )
+        self._note.loss = sum(self._losses) * (
+            self._scale if self._parts else 1 / len(self._losses)
+        )
 
     def _forget(self) -> None:
         for handle in self._handles:
@@ -389,7 +460,13 @@ def _leaving(train: Callable[..., Any], callback: HydraCallback) -> Callable[...
 def _models_own(output: Any, _: Any) -> Tensor:
     """Return the loss that the model returns for one sample, shape (1,)."""
     # A model that returns a tuple puts the loss first, if it was given labels.
-    loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
+    loss = (
+        output.get("loss")
+        if isinstance(output, Mapping)
+        else output[0]
+        if isinstance(output, tuple)
+        else None
+    )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise DataError(
             "the model returns no loss: give HydraCallback(..., test_loss=...), (output, labels) -> one loss per sample"
@@ -426,11 +503,19 @@ def _settings_of(args: TrainingArguments) -> Settings:
 def _labels_of(dataset: Any) -> Sequence[int] | None:
     """Return one integer label for each sample; None if the samples do not all have one."""
     first = dataset[0]
-    column = next((name for name in _LABELS if name in first), None) if isinstance(first, Mapping) else None
+    column = (
+        next((name for name in _LABELS if name in first), None)
+        if isinstance(first, Mapping)
+        else None
+    )
     if column is None or _integer(first[column]) is None:
         return None
     named = getattr(dataset, "column_names", None)
-    values = dataset[column] if isinstance(named, list) and column in named else [dataset[i][column] for i in range(len(dataset))]
+    values = (
+        dataset[column]
+        if isinstance(named, list) and column in named
+        else [dataset[i][column] for i in range(len(dataset))]
+    )
     labels = [_integer(value) for value in values]
     return None if None in labels else labels  # type: ignore[return-value]
 

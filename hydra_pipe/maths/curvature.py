@@ -55,7 +55,10 @@ def fits(link: Link, output: Tensor) -> bool:
     """Tell whether an output of this shape may be the input of `link`."""
     if link == "sigmoid":
         return True
-    return output.dim() > (2 if link == "softmax, classes second" else 1) and output.shape[_classes(link)] > 1
+    return (
+        output.dim() > (2 if link == "softmax, classes second" else 1)
+        and output.shape[_classes(link)] > 1
+    )
 
 
 def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Tensor:
@@ -75,19 +78,31 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
         gradient = gradient.double()
         p = torch.sigmoid(output.double())
         residual = p - (gradient < 0).double()
-        terms = torch.stack([p * (1 - p), residual * residual, residual * gradient, gradient * gradient, torch.ones_like(p)])
+        terms = torch.stack(
+            [
+                p * (1 - p),
+                residual * residual,
+                residual * gradient,
+                gradient * gradient,
+                torch.ones_like(p),
+            ]
+        )
         return torch.where(gradient != 0, terms, 0.0).reshape(5, batch, -1).sum(2).T
     # Shape (position, class). The large arrays are used in products only: one pass each.
     classes = output.shape[_classes(link)]
     gradient = gradient.movedim(_classes(link), -1).reshape(-1, classes)
-    p = torch.softmax(output.movedim(_classes(link), -1).reshape(-1, classes), 1, dtype=torch.float64)
+    p = torch.softmax(
+        output.movedim(_classes(link), -1).reshape(-1, classes), 1, dtype=torch.float64
+    )
     g_y, target = gradient.min(1, keepdim=True)
     p_y = p.gather(1, target)[:, 0]
     gradient, g_y = gradient.double(), g_y[:, 0].double()
     square, product = _dot(p, p), _dot(p, gradient)
     # sum p (1 - p) = 1 - |p|^2; |p - y|^2 = |p|^2 - 2 p_y + 1
     one = torch.ones_like(g_y)
-    terms = torch.stack([1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient), one])
+    terms = torch.stack(
+        [1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient), one]
+    )
     terms = torch.where(g_y != 0, terms, 0.0)
     return (terms if terms.shape[1] == batch else terms.reshape(5, batch, -1).sum(2)).T
 
@@ -98,7 +113,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_entropy_weights(
-    statistics: NDArray[np.float64], sizes: NDArray[np.int64], batches: NDArray[np.int64], eps: float
+    statistics: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    batches: NDArray[np.int64],
+    eps: float,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return rho of the samples of some backward passes, and the passes of cross-entropy losses.
 
@@ -123,12 +141,18 @@ def cross_entropy_weights(
         # a constant part, since p is rounded however near it is to the target.
         left = np.sqrt(np.maximum(square - 2 * factor * product + factor**2 * residual, 0.0))
         good = left <= factor * max(_TOLERANCE, 4 * eps) * (1.0 + np.sqrt(residual))
-        rho = np.where(residual > 0.0, trace / (positions * np.repeat(batches, sizes) * factor * residual), 0.0)
-    known = (sizes > 1) & (factors > 0.0) & np.isfinite(factors) & np.logical_and.reduceat(good, starts)
+        rho = np.where(
+            residual > 0.0, trace / (positions * np.repeat(batches, sizes) * factor * residual), 0.0
+        )
+    known = (
+        (sizes > 1) & (factors > 0.0) & np.isfinite(factors) & np.logical_and.reduceat(good, starts)
+    )
     return _as_float32(rho), known
 
 
-def curvature_weights(loss: Loss, output: Tensor, target: Tensor, gradient: Tensor, batch: int) -> NDArray[np.float32]:
+def curvature_weights(
+    loss: Loss, output: Tensor, target: Tensor, gradient: Tensor, batch: int
+) -> NDArray[np.float32]:
     """Return rho of the samples of one backward pass, for any loss.
 
     Squared error has a closed form. Other losses are differentiated. The trace is exact up to
@@ -150,7 +174,11 @@ def curvature_weights(loss: Loss, output: Tensor, target: Tensor, gradient: Tens
     Raises:
         PipelineError: the loss does not return one value for each sample.
     """
-    output = output.detach().float() if output.dtype in (torch.float16, torch.bfloat16) else output.detach()
+    output = (
+        output.detach().float()
+        if output.dtype in (torch.float16, torch.bfloat16)
+        else output.detach()
+    )
     leaf = output.clone().requires_grad_()
     with torch.enable_grad():
         losses = loss(leaf, target)
@@ -221,7 +249,9 @@ def _trace(gradient: Tensor, leaf: Tensor) -> Tensor:
         else:
             probe = torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1)
         directions = probe.to(leaf).reshape(leaf.shape[1:]).expand_as(leaf)
-        (product,) = torch.autograd.grad(gradient, leaf, directions, retain_graph=True, allow_unused=True)
+        (product,) = torch.autograd.grad(
+            gradient, leaf, directions, retain_graph=True, allow_unused=True
+        )
         if product is None:
             return total
         total += (product * directions).double().flatten(1).sum(1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from hydra_pipe.types import F64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Form:
 FORMS = (Form(0.1, 1.0, np.inf, 0.4), Form(0.3, 1.0, np.inf, 0.4), Form(1.0, 0.0, 1.0, 0.2))
 
 
-def saturation(learning_rate: float, momentum: float, dampening: float, *, nesterov: bool, factor: float) -> float:
+def saturation(
+    learning_rate: float, momentum: float, dampening: float, *, nesterov: bool, factor: float
+) -> float:
     """Return kappa of a step.
 
     kappa is f times the length that the step goes along a constant gradient, eta (1 - tau) /
@@ -63,7 +65,7 @@ def saturation(learning_rate: float, momentum: float, dampening: float, *, neste
     return max(factor * step / max(1.0 - momentum, 0.01), stable)
 
 
-def saturated(gram: Floats, scores: Floats) -> tuple[Floats, float]:
+def saturated(gram: F64, scores: F64) -> tuple[F64, float]:
     """Return (I + G)^-1 S. W.T times this product is C (I + K C)^-1 g.
 
     Args:

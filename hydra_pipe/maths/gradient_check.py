@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from hydra_pipe.types import F64
+
 # Rounding of a sum, relative to the summed norms of its terms, in units of the dtype's epsilon.
 _ROUNDING = 4.0
 
@@ -29,13 +30,20 @@ class Balance:
             lower bound.
     """
 
-    scalar: Floats
-    imbalance: Floats
+    scalar: F64
+    imbalance: F64
 
 
-@np.errstate(invalid="ignore", over="ignore")  # a value that is not finite is over any limit: no more warning is needed
+@np.errstate(
+    invalid="ignore", over="ignore"
+)  # a value that is not finite is over any limit: no more warning is needed
 def balance(
-    sums: Floats, grads: Floats, starts: NDArray[np.intp], magnitude: Floats, eps: float, scalar: float | None = None
+    sums: F64,
+    grads: F64,
+    starts: NDArray[np.intp],
+    magnitude: F64,
+    eps: float,
+    scalar: float | None = None,
 ) -> Balance:
     """Compare the sum of the rows of each step with the gradient that the optimiser used.
 
@@ -67,7 +75,9 @@ def balance(
     return Balance(scalars, imbalance)
 
 
-def best_explained(sums: Floats, grads: Floats, starts: NDArray[np.intp], magnitude: Floats, eps: float, limit: Floats) -> Balance:
+def best_explained(
+    sums: F64, grads: F64, starts: NDArray[np.intp], magnitude: F64, eps: float, limit: F64
+) -> Balance:
     """Return the balance of one step whose scalar leaves the fewest blocks over `limit`.
 
     The blocks over the limit are then the blocks that are truly off. A block that is off drags the
@@ -80,14 +90,16 @@ def best_explained(sums: Floats, grads: Floats, starts: NDArray[np.intp], magnit
     """
     own = [
         _least_squares(e, g)[0]
-        for e, g in zip(np.split(sums, starts[1:], axis=1), np.split(grads, starts[1:], axis=1), strict=True)
+        for e, g in zip(
+            np.split(sums, starts[1:], axis=1), np.split(grads, starts[1:], axis=1), strict=True
+        )
     ]
     balances = [balance(sums, grads, starts, magnitude, eps, scalar) for scalar in (1.0, *own)]
     return min(balances, key=lambda books: int((~(books.imbalance <= limit)).sum()))
 
 
-def _least_squares(sums: Floats, grads: Floats) -> Floats:
+def _least_squares(sums: F64, grads: F64) -> F64:
     squares = np.einsum("sf,sf->s", sums, sums)
-    products: Floats = np.einsum("sf,sf->s", sums, grads)
-    scalars: Floats = np.divide(products, squares, out=np.ones_like(squares), where=squares > 0.0)
+    products: F64 = np.einsum("sf,sf->s", sums, grads)
+    scalars: F64 = np.divide(products, squares, out=np.ones_like(squares), where=squares > 0.0)
     return scalars

@@ -15,17 +15,15 @@ So Lambda is 1/s, plus weight decay, which is curvature.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydra_pipe.maths.schedule import Schedule
-
-Doubles = NDArray[np.float64]
+from hydra_pipe.types import F64
 
 # Factor on the damping that the lengths of the steps give.
 DAMPING = 1.0
 
 
-def inverse_damping(schedule: Schedule) -> Doubles:
+def inverse_damping(schedule: Schedule) -> F64:
     """Return 1 / Lambda = s / (1 + decay).
 
     s is the sum over steps of eta (1 - tau) / (1 - mu). decay is the same sum with each term times
@@ -39,14 +37,18 @@ def inverse_damping(schedule: Schedule) -> Doubles:
     """
     # Momentum of 1 never forgets, so its length is infinite. The length after a hundred steps is
     # as good as any.
-    gain = np.where(schedule.momentum > 0, (1.0 - schedule.dampening) / np.maximum(1.0 - schedule.momentum, 0.01), 1.0)
+    gain = np.where(
+        schedule.momentum > 0,
+        (1.0 - schedule.dampening) / np.maximum(1.0 - schedule.momentum, 0.01),
+        1.0,
+    )
     length = schedule.learning_rate * gain * schedule.updated
     decay = length * schedule.weight_decay + schedule.decoupled_decay * schedule.updated
-    inverse: Doubles = length.sum(axis=0) / (DAMPING + decay.sum(axis=0))
+    inverse: F64 = length.sum(axis=0) / (DAMPING + decay.sum(axis=0))
     return inverse
 
 
-def damped(matrix: Doubles) -> Doubles:
+def damped(matrix: F64) -> F64:
     """Add I to `matrix` in place, and return `matrix`."""
     np.einsum("ii->i", matrix)[:] += 1.0
     return matrix

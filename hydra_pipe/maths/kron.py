@@ -54,10 +54,22 @@ class Kron:
             size.
     """
 
-    def __init__(self, seed: int, name: str, shape: tuple[int, ...], k_out: int, k_in: int, sides: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        shape: tuple[int, ...],
+        k_out: int,
+        k_in: int,
+        sides: tuple[int, int],
+    ) -> None:
         outputs, inputs = sides
-        if outputs * inputs != np.prod(shape) or not (1 <= k_out <= outputs and 1 <= k_in <= inputs):
-            raise ValueError(f"{name} of shape {tuple(shape)} cannot be projected from {outputs} x {inputs} to {k_out} x {k_in}")
+        if outputs * inputs != np.prod(shape) or not (
+            1 <= k_out <= outputs and 1 <= k_in <= inputs
+        ):
+            raise ValueError(
+                f"{name} of shape {tuple(shape)} cannot be projected from {outputs} x {inputs} to {k_out} x {k_in}"
+            )
         self.n_columns = k_out * k_in
         self._sides = sides
         of_block = f"{seed}\n{name}\n{tuple(map(int, shape))}"
@@ -65,7 +77,9 @@ class Kron:
         self._in = _signs(f"{of_block}\nin", k_in, inputs)
         # The result is scaled, not the signs. Signs are exact in any dtype, so rounding does not
         # bias the projection.
-        self._scale = 1 / sqrt((1 if self._out is None else k_out) * (1 if self._in is None else k_in))
+        self._scale = 1 / sqrt(
+            (1 if self._out is None else k_out) * (1 if self._in is None else k_in)
+        )
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Project `rows` of shape (B, O * I) to (B, k_out * k_in).
@@ -115,4 +129,6 @@ def _signs(key: str, k: int, size: int) -> Tensor | None:
     digest = hashlib.sha256(key.encode()).digest()
     # Raw Philox words are part of NumPy's compatibility promise. Numbers of Generator are not.
     words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(k * size)
-    return torch.from_numpy(np.where(words >> np.uint64(63), 1.0, -1.0).astype(np.float32)).reshape(k, size)
+    return torch.from_numpy(np.where(words >> np.uint64(63), 1.0, -1.0).astype(np.float32)).reshape(
+        k, size
+    )

@@ -17,7 +17,9 @@ MOST_FALSE = 0.5
 FEWEST = 20
 
 
-def robust_scores(values: NDArray[np.float64], groups: NDArray[Any] | None = None) -> NDArray[np.float64]:
+def robust_scores(
+    values: NDArray[np.float64], groups: NDArray[Any] | None = None
+) -> NDArray[np.float64]:
     """Return each value's distance from the median of its group, in robust standard deviations.
 
     A robust standard deviation is 1.4826 median absolute deviations. If more than half of a group

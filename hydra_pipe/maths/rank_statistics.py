@@ -71,7 +71,10 @@ def crossed_interval(values: NDArray[np.floating]) -> tuple[float, float]:
     n_seeds, n_tests = values.shape
     rng = np.random.default_rng(0)
     means = [
-        values[rng.integers(0, n_seeds, n_seeds)].mean(axis=0)[rng.integers(0, n_tests, n_tests)].mean() for _ in range(_DRAWS)
+        values[rng.integers(0, n_seeds, n_seeds)]
+        .mean(axis=0)[rng.integers(0, n_tests, n_tests)]
+        .mean()
+        for _ in range(_DRAWS)
     ]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

@@ -8,10 +8,10 @@ scale. For a factored block, <g a^T, g' a'^T> = (g . g') (a . a').
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from hydra_pipe.types import F32
 
 
-def add_by_sample(total: Floats, samples: NDArray[np.int64], scores: Floats) -> None:
+def add_by_sample(total: F32, samples: NDArray[np.int64], scores: F32) -> None:
     """Add `scores[k]` to `total[samples[k]]` for each k. Samples may repeat.
 
     Args:

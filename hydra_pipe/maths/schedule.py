@@ -8,12 +8,9 @@ docs/architecture.md ("The mathematics").
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydra_pipe.errors import ScheduleError
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+from hydra_pipe.types import F64, Bools
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,14 @@ class Schedule:
         ScheduleError: the shapes differ, or a value is not finite.
     """
 
-    learning_rate: Floats
-    momentum: Floats
-    dampening: Floats
-    weight_decay: Floats
-    decoupled_decay: Floats
-    nesterov: Flags
-    updated: Flags
-    momentum_started: Flags
+    learning_rate: F64
+    momentum: F64
+    dampening: F64
+    weight_decay: F64
+    decoupled_decay: F64
+    nesterov: Bools
+    updated: Bools
+    momentum_started: Bools
 
     def __post_init__(self) -> None:
         shape = self.learning_rate.shape
@@ -56,14 +53,18 @@ class Schedule:
         for field in fields(self):
             values = getattr(self, field.name)
             if values.shape != shape:
-                raise ScheduleError(f"{field.name} has shape {values.shape}, learning_rate has {shape}")
+                raise ScheduleError(
+                    f"{field.name} has shape {values.shape}, learning_rate has {shape}"
+                )
             bad = np.argwhere(~np.isfinite(values))
             if bad.size:
                 step, series = bad[0]
-                raise ScheduleError(f"{field.name} is {values[step, series]} at step {step}: it must be finite")
+                raise ScheduleError(
+                    f"{field.name} is {values[step, series]} at step {step}: it must be finite"
+                )
 
 
-def step_weights(schedule: Schedule) -> Floats:
+def step_weights(schedule: Schedule) -> F64:
     """Return the weight of each step's rows in the Hessian-free relevance.
 
     docs/architecture.md: the sweep with zero curvature carries g = alpha(t) * h_j for one scalar

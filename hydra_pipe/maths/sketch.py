@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydra_pipe.maths.sketch_runs import run_length
 from hydra_pipe.maths.scratch import Scratch
+from hydra_pipe.maths.sketch_runs import run_length
 
 _SCRATCH = Scratch()
 
@@ -76,7 +76,9 @@ class Sketch:
         self._to(weight.device)
         return self._in_order(weight.reshape(1, -1)).mul_(self._signs_in_order())
 
-    def __call__(self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None) -> Tensor:
+    def __call__(
+        self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Project rows of shape (B, n) to (B, k), in their dtype, on their device.
 
         Args:
@@ -88,7 +90,9 @@ class Sketch:
         n_runs = len(self._order)
         mixed = _SCRATCH.take("in order", (len(rows), n_runs, self._run), rows)
         if order is None:
-            torch.index_select(rows.reshape(len(rows), n_runs, self._run), 1, self._order, out=mixed)
+            torch.index_select(
+                rows.reshape(len(rows), n_runs, self._run), 1, self._order, out=mixed
+            )
         else:
             torch.index_select(rows, 1, self._gather(order), out=mixed.view(len(rows), -1))
         mixed = mixed.flatten(1).mul_(self._signs_in_order() if signs is None else signs)
@@ -114,20 +118,33 @@ class Sketch:
             # An element's run, and its place in the run, are those of the line's first element plus
             # an offset. The offset depends on the place of the first element alone. So one table of
             # runs and one table of places are enough.
-            after_first = torch.arange(self._run, device=numbers.device)[:, None] + torch.arange(width, device=numbers.device)
+            after_first = torch.arange(self._run, device=numbers.device)[:, None] + torch.arange(
+                width, device=numbers.device
+            )
             starts = numbers * width
             runs = starts.div(self._run, rounding_mode="floor")
             places = starts.sub_(runs * self._run)
-            of_elements = (after_first // self._run).int().index_select(0, places).add_(runs.int()[:, None])
+            of_elements = (
+                (after_first // self._run).int().index_select(0, places).add_(runs.int()[:, None])
+            )
             of_lines = columns.index_select(0, of_elements.flatten()).view(of_elements.shape)
             of_lines.add_((after_first % self._run).int().index_select(0, places))
             of_lines.remainder_(self.n_columns)
-        return SketchedLines(numbers, of_lines.long(), self._sign.view(-1, width).index_select(0, numbers), self.n_columns)
+        return SketchedLines(
+            numbers,
+            of_lines.long(),
+            self._sign.view(-1, width).index_select(0, numbers),
+            self.n_columns,
+        )
 
     def _columns_of_runs(self) -> Tensor:
         """Return the column of the first element of each run, in the block's own order, int32."""
         if self._first_columns is None:
-            firsts = torch.arange(len(self._order), device=self._order.device) * self._run % self.n_columns
+            firsts = (
+                torch.arange(len(self._order), device=self._order.device)
+                * self._run
+                % self.n_columns
+            )
             self._first_columns = torch.empty_like(self._order, dtype=torch.int32)
             self._first_columns[self._order.long()] = firsts.int()
         return self._first_columns
@@ -141,7 +158,9 @@ class Sketch:
         if found is None:
             numel = math.prod(self._shape)
             places = torch.arange(numel, dtype=torch.int32, device=self._order.device)
-            in_own = places.view([self._shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
+            in_own = places.view([self._shape[dim] for dim in order]).permute(
+                [order.index(dim) for dim in range(len(order))]
+            )
             found = self._gathers[order] = self._in_order(in_own.reshape(1, -1))[0]
         return found
 
@@ -182,7 +201,9 @@ class SketchedLines:
         places = at.flatten()
         signed = values.flatten(0, 1) * self.signs.index_select(0, places)
         columns = self.columns.index_select(0, places).view(len(values), -1)
-        return values.new_zeros(len(values), self.n_columns).scatter_add_(1, columns, signed.view(len(values), -1))
+        return values.new_zeros(len(values), self.n_columns).scatter_add_(
+            1, columns, signed.view(len(values), -1)
+        )
 
     def project_all(self, values: Tensor) -> Tensor:
         """Project one row that is zero outside of these lines to shape (k,).
@@ -190,4 +211,6 @@ class SketchedLines:
         Args:
             values: values of the row in the lines, shape (U, elements of a line).
         """
-        return values.new_zeros(self.n_columns).scatter_add_(0, self.columns.flatten(), (values * self.signs).flatten())
+        return values.new_zeros(self.n_columns).scatter_add_(
+            0, self.columns.flatten(), (values * self.signs).flatten()
+        )

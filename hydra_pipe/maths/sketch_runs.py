@@ -12,5 +12,9 @@ def run_length(numel: int, columns: int) -> int:
     leaves four runs or more for each column. Then the chance that two coordinates meet is 1.02 /
     columns at most.
     """
-    lengths = (r for r in range(LONGEST_RUN, 1, -1) if numel % r == 0 and math.gcd(r, columns) == 1 and numel >= 4 * r * columns)
+    lengths = (
+        r
+        for r in range(LONGEST_RUN, 1, -1)
+        if numel % r == 0 and math.gcd(r, columns) == 1 and numel >= 4 * r * columns
+    )
     return next(lengths, 1)

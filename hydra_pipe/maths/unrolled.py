@@ -102,7 +102,9 @@ class Moments:
     second: Tensor
 
 
-def adam_adjoint(step: AdamStep, moments: Moments, a: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def adam_adjoint(
+    step: AdamStep, moments: Moments, a: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
     """Go back over a step of Adam. The second moment is differentiated too.
 
     The step is theta = (1 - eta lambda) theta - eta m_hat / (sqrt(s_hat) + eps),
@@ -123,7 +125,9 @@ def adam_adjoint(step: AdamStep, moments: Moments, a: Tensor, first: Tensor, sec
     root = moments.second.sqrt()
     denominator = root / correction + step.eps
     first.addcmul_(a, -size / denominator)
-    slope = torch.where(root > 0, size * moments.first / (2.0 * correction * root * denominator**2), 0.0)
+    slope = torch.where(
+        root > 0, size * moments.first / (2.0 * correction * root * denominator**2), 0.0
+    )
     second.addcmul_(a, slope)
     found = (1.0 - step.beta1) * first
     found.addcmul_(second, 2.0 * (1.0 - step.beta2) * moments.gradient)
@@ -154,4 +158,7 @@ def unclipped(adjoints: list[Tensor], gradients: list[Tensor], max_norm: float) 
     along = sum(torch.einsum("c...,...->c", u, g) for u, g in zip(adjoints, gradients, strict=True))
     assert isinstance(along, Tensor)
     share = along * (scale / float((norm + 1e-6) * norm))
-    return [scale * u - torch.einsum("c,...->c...", share, g) for u, g in zip(adjoints, gradients, strict=True)]
+    return [
+        scale * u - torch.einsum("c,...->c...", share, g)
+        for u, g in zip(adjoints, gradients, strict=True)
+    ]

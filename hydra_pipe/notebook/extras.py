@@ -22,4 +22,6 @@ def imported(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ExtraError(f"{what} needs {package}, which is not installed: pip install 'hydra-pipe[{EXTRA}]'") from error
+        raise ExtraError(
+            f"{what} needs {package}, which is not installed: pip install 'hydra-pipe[{EXTRA}]'"
+        ) from error

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.exporting.ranking import top_samples
-from hydra_pipe.exporting.source import Source
+from hydra_pipe.exporting.source import ExportSource
 from hydra_pipe.notebook.extras import imported
 from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
@@ -36,7 +36,7 @@ def top_frame(results: Results, method: str, test_id: int, k: int, side: str) ->
     return _framed(table, source, test_id=int(test_id))
 
 
-def _side_table(source: Source, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
+def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
     ids = top_samples(column * SIDES[side], k)
     return pa.table(
         {
@@ -56,12 +56,15 @@ def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.
     return _framed(results.totals(method, progress).samples, source)
 
 
-def attributes_of(source: Source) -> dict[str, str]:
+def attributes_of(source: ExportSource) -> dict[str, str]:
     """Return method, sign, unit and run, as attributes for anything that shows relevance."""
-    return {name: source.meta[f"hydra_pipe.{name}"] for name in (names.METHOD, names.SIGN, names.UNIT, names.RUN_ID)}
+    return {
+        name: source.meta[f"hydra_pipe.{name}"]
+        for name in (names.METHOD, names.SIGN, names.UNIT, names.RUN_ID)
+    }
 
 
-def _framed(table: pa.Table, source: Source, **more: Any) -> "pandas.DataFrame":
+def _framed(table: pa.Table, source: ExportSource, **more: Any) -> "pandas.DataFrame":
     frame = table.replace_schema_metadata().to_pandas()
     frame.attrs = attributes_of(source) | more
     return frame

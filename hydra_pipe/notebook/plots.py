@@ -30,7 +30,9 @@ class Plots:
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def heatmap(self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None) -> "Axes":
+    def heatmap(
+        self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None
+    ) -> "Axes":
         """Draw mean relevance by label of the training samples and label of the test samples.
 
         The means are read from `classes.parquet`, if it was exported, and are added up column by
@@ -64,22 +66,32 @@ class Plots:
         # leave room for three digits.
         power = int(np.floor(np.log10(limit)))
         scaled, limit = means / 10.0**power, limit / 10.0**power
-        image = axes.imshow(scaled, cmap=_COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            scaled, cmap=_COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         beyond = "both" if np.abs(scaled).max() > limit else "neither"
         unit = f"1e{power} × " * (power != 0) + printable(source.relevance.attributes[names.UNIT])  # noqa: RUF001 - a sign of maths
-        axes.figure.colorbar(image, ax=axes, extend=beyond, label=f"mean relevance ({unit}); positive: helpful")
+        axes.figure.colorbar(
+            image, ax=axes, extend=beyond, label=f"mean relevance ({unit}); positive: helpful"
+        )
         _label_ticks(axes.xaxis, test, turned=True)
         _label_ticks(axes.yaxis, train, turned=False)
-        axes.set(xlabel="label of the test samples", ylabel="label of the training samples", title=method)
+        axes.set(
+            xlabel="label of the test samples", ylabel="label of the training samples", title=method
+        )
         if max(means.shape) <= _MOST_NUMBERS:
             for (row, column), mean in np.ndenumerate(scaled):
                 colour = "white" if abs(mean) > 0.6 * limit else "black"
                 # adding 0.0 avoids -0.0
                 shown = f"{round(mean, 1) + 0.0:.1f}" if abs(mean) < 100 else f"{mean:.0f}"
-                axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize="small")
+                axes.text(
+                    column, row, shown, ha="center", va="center", color=colour, fontsize="small"
+                )
         return axes
 
-    def distribution(self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None) -> "Axes":
+    def distribution(
+        self, method: str = "hydra", ax: "Axes | None" = None, *, progress: Progress | None = None
+    ) -> "Axes":
         """Draw the distribution of relevance, summed over the test samples.
 
         The picture shows how many training samples are below and above zero, and how far the
@@ -92,7 +104,9 @@ class Plots:
         """
         pyplot = imported("matplotlib.pyplot", "a distribution")
         source = self._results.source(method)
-        sums = self._results.totals(method, progress or Progress()).samples["relevance_sum"].to_numpy()
+        sums = (
+            self._results.totals(method, progress or Progress()).samples["relevance_sum"].to_numpy()
+        )
         axes = ax or pyplot.subplots(figsize=(7, 4), layout="constrained")[1]
         edges = _edges_with_zero(sums)
         harmful, helpful = sums[sums < 0], sums[sums >= 0]
@@ -101,9 +115,17 @@ class Plots:
         axes.set_yscale("log")
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.legend(frameon=False)
-        what = f"{source.n_tests:,} test samples" if source.columns.by is None else f"{source.n_tests:,} means"
+        what = (
+            f"{source.n_tests:,} test samples"
+            if source.columns.by is None
+            else f"{source.n_tests:,} means"
+        )
         unit = printable(source.relevance.attributes[names.UNIT])
-        axes.set(xlabel=f"relevance, summed over {what} ({unit})", ylabel="training samples", title=method)
+        axes.set(
+            xlabel=f"relevance, summed over {what} ({unit})",
+            ylabel="training samples",
+            title=method,
+        )
         return axes
 
     def loss(self, ax: "Axes | None" = None) -> "Axes":
@@ -122,15 +144,24 @@ class Plots:
             raise RunError(f"{self._results.path} has no step yet: record it first")
         axes = ax or pyplot.subplots(figsize=(7, 4), layout="constrained")[1]
         steps, window = np.arange(1, len(losses) + 1), max(1, len(losses) // _WINDOWS)
-        axes.plot(steps, losses, color="grey", alpha=0.4, linewidth=0.8, label="training, each step")
+        axes.plot(
+            steps, losses, color="grey", alpha=0.4, linewidth=0.8, label="training, each step"
+        )
         smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
         if window > 1:
-            axes.plot(steps[window - 1 :], smooth, color=_HELPFUL, label=f"training, mean of {window} steps")
+            axes.plot(
+                steps[window - 1 :],
+                smooth,
+                color=_HELPFUL,
+                label=f"training, mean of {window} steps",
+            )
         tests = [(step, gradients.test_losses(step)) for step in gradients.test_steps()]
         if tests:
             means = [values.mean() for _, values in tests]
             label = f"test, mean of {len(tests[0][1]):,} samples"
-            axes.plot([step for step, _ in tests], means, "o", color=_HARMFUL, markersize=5, label=label)
+            axes.plot(
+                [step for step, _ in tests], means, "o", color=_HARMFUL, markersize=5, label=label
+            )
         axes.legend(frameon=False)
         axes.set(xlabel="step", ylabel="loss")
         return axes
@@ -160,7 +191,9 @@ def _label_ticks(axis: Any, labels: NDArray[Any], *, turned: bool) -> None:
     """Set a tick for each label, or for every few labels if the ticks would touch."""
     every = -(-len(labels) // _MOST_TICKS)
     shown = [printable(str(label)) for label in labels[::every]]
-    shown = [text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…" for text in shown]
+    shown = [
+        text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…" for text in shown
+    ]
     axis.set_ticks(np.arange(0, len(labels), every), shown)
     if turned and max(map(len, shown)) > 3:
         for label in axis.get_ticklabels():

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError
-from hydra_pipe.exporting.source import Source, check_ranks, open_source, own_checksums
+from hydra_pipe.exporting.source import ExportSource, check_ranks, open_source, own_checksums
 from hydra_pipe.exporting.totals import Totals, totals_of
 from hydra_pipe.plan.id_ranges import write_selection
 from hydra_pipe.progress import Progress
@@ -43,7 +43,7 @@ class Results:
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._gradients: Gradients | None = None
-        self._sources: dict[str, tuple[Any, Source]] = {}
+        self._sources: dict[str, tuple[Any, ExportSource]] = {}
         self._totals: dict[str, tuple[Any, Totals]] = {}
         self._block: _Block | None = None
 
@@ -94,7 +94,7 @@ class Results:
                 f"hydra-pipe reduce {self._directory.path} --method {method} first"
             )
 
-    def source(self, method: str) -> Source:
+    def source(self, method: str) -> ExportSource:
         """Return the relevance of `method`, with its recording.
 
         Raises:
@@ -136,14 +136,24 @@ class Results:
         column = int(np.searchsorted(source.test_ids, wanted))
         if column == source.n_tests or source.test_ids[column] != wanted:
             columns = source.columns
-            there = f"test samples {write_selection(columns.tests)}" if columns.by is None else f"columns 0 to {source.n_tests - 1}"
-            raise UsageError(f"the relevance of method {method} has no test sample {wanted}: it has {there}")
+            there = (
+                f"test samples {write_selection(columns.tests)}"
+                if columns.by is None
+                else f"columns 0 to {source.n_tests - 1}"
+            )
+            raise UsageError(
+                f"the relevance of method {method} has no test sample {wanted}: it has {there}"
+            )
         block = self._block
-        if block is None or block.of != (method, self._key(method)) or not 0 <= column - block.first < block.values.shape[1]:
+        if (
+            block is None
+            or block.of != (method, self._key(method))
+            or not 0 <= column - block.first < block.values.shape[1]
+        ):
             block = self._block = self._read_block(method, source, column)
         return block.values[:, column - block.first]
 
-    def _read_block(self, method: str, source: Source, column: int) -> _Block:
+    def _read_block(self, method: str, source: ExportSource, column: int) -> _Block:
         # A file holds several columns, and a user who asks for one test sample will ask for
         # another.
         width = source.relevance.chunks[1]
@@ -158,4 +168,8 @@ class Results:
         It also changes with the relevance of samples to themselves.
         """
         stage = self._directory.stages[REDUCE.of(method)]
-        return self._directory.run_id, stage.facts.get(CHECKSUMS), own_checksums(self._directory, method)
+        return (
+            self._directory.run_id,
+            stage.facts.get(CHECKSUMS),
+            own_checksums(self._directory, method),
+        )

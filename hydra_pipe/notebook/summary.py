@@ -8,8 +8,8 @@ from typing import Any
 
 from hydra_pipe.errors import HydraError, printable
 from hydra_pipe.store.files import tree_bytes
-from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
 from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE, Stage, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
@@ -33,7 +33,13 @@ def rows_line(recording: dict[str, Any]) -> str:
 
 def settings_line(settings: dict[str, Any]) -> str:
     """Return the settings of a recording that are single values."""
-    return printable(", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict | None)))
+    return printable(
+        ", ".join(
+            f"{key}={value}"
+            for key, value in settings.items()
+            if not isinstance(value, dict | None)
+        )
+    )
 
 
 def next_commands(run: RunDirectory) -> list[str]:
@@ -63,17 +69,30 @@ def plain(run: RunDirectory, methods: list[str]) -> str:
 
 def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
     """Return the summary, with every word of the run escaped."""
-    lines = [f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run {_text(run.run_id)}</span></div>"]
+    lines = [
+        f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run {_text(run.run_id)}</span></div>"
+    ]
     if recording is not None:
-        lines.append(f"<div>{_counted(run)}{_text(rows_line(recording))}{_exactness(recording)}</div>")
+        lines.append(
+            f"<div>{_counted(run)}{_text(rows_line(recording))}{_exactness(recording)}</div>"
+        )
     if run.stages:
         rows = "".join(_row(run, which, stage) for which, stage in run.stages.items())
-        heads = "".join(f"<th style='{_CELL};font-weight:normal;{_DIM}'>{head}</th>" for head in ("stage", "state", "size", "took"))
-        lines.append(f"<table style='border-collapse:collapse;margin:6px 0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>")
+        heads = "".join(
+            f"<th style='{_CELL};font-weight:normal;{_DIM}'>{head}</th>"
+            for head in ("stage", "state", "size", "took")
+        )
+        lines.append(
+            f"<table style='border-collapse:collapse;margin:6px 0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>"
+        )
     if RECORD in run.stages:
-        lines.append(f"<div style='{_DIM}'>{_text(settings_line(run.stages[RECORD].settings))}</div>")
+        lines.append(
+            f"<div style='{_DIM}'>{_text(settings_line(run.stages[RECORD].settings))}</div>"
+        )
     commands = next_commands(run)
-    lines += [f"<div>next: <code>{_text(command)}</code></div>" for command in commands[:_MOST_COMMANDS]]
+    lines += [
+        f"<div>next: <code>{_text(command)}</code></div>" for command in commands[:_MOST_COMMANDS]
+    ]
     if len(commands) > _MOST_COMMANDS:
         lines.append(f"<div>and {len(commands) - _MOST_COMMANDS} more</div>")
     return _boxed(lines)
@@ -98,7 +117,9 @@ def _counted(run: RunDirectory) -> str:
 def _exactness(recording: dict[str, Any]) -> str:
     blocks = recording["blocks"]
     projected = sum(not block["exact"] for block in blocks)
-    return f", {projected} of {len(blocks)} blocks projected" if projected else ", without projection"
+    return (
+        f", {projected} of {len(blocks)} blocks projected" if projected else ", without projection"
+    )
 
 
 def _row(run: RunDirectory, which: StageId, stage: Stage) -> str:
@@ -107,7 +128,11 @@ def _row(run: RunDirectory, which: StageId, stage: Stage) -> str:
     if (why := stage.facts.get("error")) is not None:
         state += f": {_text(str(why))}"
     seconds = stage.facts.get("train_seconds" if which == RECORD else "seconds")
-    took = format_seconds(seconds) if isinstance(seconds, int | float) and abs(seconds) < _LONGEST_SECONDS else ""
+    took = (
+        format_seconds(seconds)
+        if isinstance(seconds, int | float) and abs(seconds) < _LONGEST_SECONDS
+        else ""
+    )
     n_bytes = tree_bytes(run.path / which.area)
     cells = (_text(str(which)), state, format_bytes(n_bytes) if n_bytes else "", took)
     shown = "".join(f"<td style='{_CELL}'>{cell}</td>" for cell in cells)

@@ -15,7 +15,11 @@ from hydra_pipe.per_sample.patches import Conv, ConvTranspose, Patches
 
 
 def conv_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of convolutions.
 
@@ -25,7 +29,9 @@ def conv_rule(
     assert isinstance(module, Conv)
     (inputs,) = args or kwargs.values()
     grads = grad_output.flatten(2)
-    result: dict[str, Contribution] = {name: Factors(grads.transpose(1, 2), None) for name in wanted if name == "bias"}
+    result: dict[str, Contribution] = {
+        name: Factors(grads.transpose(1, 2), None) for name in wanted if name == "bias"
+    }
     if "weight" in wanted:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # torch keeps the widths in the order that F.pad takes, with "same" resolved.
@@ -36,7 +42,11 @@ def conv_rule(
 
 
 def conv_transpose_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of transposed convolutions: dW_i = sum_p x_ip patch(g)_ip^T.
 
@@ -45,7 +55,9 @@ def conv_transpose_rule(
     assert isinstance(module, ConvTranspose)
     inputs = args[0] if args else kwargs["input"]
     result: dict[str, Contribution] = {
-        name: Factors(grad_output.flatten(2).transpose(1, 2), None) for name in wanted if name == "bias"
+        name: Factors(grad_output.flatten(2).transpose(1, 2), None)
+        for name in wanted
+        if name == "bias"
     }
     if "weight" in wanted:
         padding = cast("tuple[int, ...]", module.padding)
@@ -55,7 +67,9 @@ def conv_transpose_rule(
     return result
 
 
-def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | None = None) -> Contribution:
+def _grouped(
+    lefts: Tensor, patches: Patches, groups: int, bias: Contribution | None = None
+) -> Contribution:
     """Multiply values of shape (B, O, P) and patches, group by group.
 
     Args:
@@ -70,7 +84,13 @@ def _grouped(lefts: Tensor, patches: Patches, groups: int, bias: Contribution | 
     batch, positions = len(lefts), lefts.shape[2]
     rows = lefts.new_empty(batch * groups, lefts.shape[1] // groups, patches.n_pixels // groups)
     for samples in patches.pieces():
-        rights = patches.written_out(samples).transpose(1, 2).reshape(-1, patches.n_pixels // groups, positions)
+        rights = (
+            patches.written_out(samples)
+            .transpose(1, 2)
+            .reshape(-1, patches.n_pixels // groups, positions)
+        )
         of_piece = lefts[samples].reshape(len(rights), -1, positions)
-        torch.bmm(of_piece, rights.transpose(1, 2), out=rows[samples.start * groups :][: len(rights)])
+        torch.bmm(
+            of_piece, rights.transpose(1, 2), out=rows[samples.start * groups :][: len(rights)]
+        )
     return rows.reshape(batch, -1)

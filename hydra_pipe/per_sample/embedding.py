@@ -13,7 +13,11 @@ from hydra_pipe.per_sample.factors import Contribution, TokenRows
 
 
 def embedding_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of embeddings: the gradient at each position goes to the line of its token.
 
@@ -25,7 +29,9 @@ def embedding_rule(
     """
     assert isinstance(module, nn.Embedding)
     if module.scale_grad_by_freq or module.sparse:
-        raise LayerError("an Embedding with scale_grad_by_freq or sparse=True cannot be recorded: make it without")
+        raise LayerError(
+            "an Embedding with scale_grad_by_freq or sparse=True cannot be recorded: make it without"
+        )
     (tokens,) = args or kwargs.values()
     batch = len(tokens)
     values = grad_output.reshape(batch, -1, module.embedding_dim)

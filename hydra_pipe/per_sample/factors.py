@@ -77,7 +77,11 @@ class Factors:
         """I. It is 1 if `right` is None."""
         if self.given_right is None:
             return 1
-        return self.given_right.n_pixels if isinstance(self.given_right, Patches) else self.given_right.shape[-1]
+        return (
+            self.given_right.n_pixels
+            if isinstance(self.given_right, Patches)
+            else self.given_right.shape[-1]
+        )
 
     @property
     def n_positions(self) -> int:
@@ -114,7 +118,11 @@ class Factors:
     def _samples(self) -> Iterator[slice]:
         row_bytes = self.left.shape[2] * self.n_inputs * self.left.element_size()
         right = self.given_right
-        return right.pieces_of_products(row_bytes) if isinstance(right, Patches) else pieces(len(self.left), row_bytes)
+        return (
+            right.pieces_of_products(row_bytes)
+            if isinstance(right, Patches)
+            else pieces(len(self.left), row_bytes)
+        )
 
     def _multiplied(self, samples: slice) -> Tensor:
         """Return the rows of some samples, as in `pieces`."""
@@ -129,7 +137,9 @@ class Factors:
         if isinstance(right, Patches):
             right.multiply(samples, left, out)
         else:
-            torch.bmm(left.transpose(1, 2), right[samples], out=out.view(len(left), left.shape[2], -1))
+            torch.bmm(
+                left.transpose(1, 2), right[samples], out=out.view(len(left), left.shape[2], -1)
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +174,9 @@ class TokenRows:
         """Return the gradients written out, shape (B, n_lines * D)."""
         batch, _, width = self.values.shape
         rows = self.values.new_zeros(batch * self.n_lines, width)
-        places = self.tokens + self.n_lines * torch.arange(batch, device=self.tokens.device).unsqueeze(1)
+        places = self.tokens + self.n_lines * torch.arange(
+            batch, device=self.tokens.device
+        ).unsqueeze(1)
         rows.index_add_(0, places.flatten(), self.values.flatten(0, 1))
         return rows.reshape(batch, -1)
 
@@ -182,7 +194,9 @@ class TokenRows:
         Args:
             vector: vector of shape (D,).
         """
-        return self.values.new_zeros(self.n_lines).index_add_(0, self.tokens.flatten(), (self.values @ vector).flatten())
+        return self.values.new_zeros(self.n_lines).index_add_(
+            0, self.tokens.flatten(), (self.values @ vector).flatten()
+        )
 
 
 # Result of a rule for one parameter: factors, sums, lines of a table, or the rows themselves,

@@ -13,7 +13,11 @@ from hydra_pipe.per_sample.factors import Contribution, Factors
 
 
 def linear_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of Linear, y = W x + b: dW_i = sum_p g_ip x_ip^T, db_i = sum_p g_ip.
 
@@ -29,11 +33,19 @@ def linear_rule(
 
 def _by_position(values: Tensor) -> Tensor:
     """Reshape (B, ..., n) to (B, P, n)."""
-    return values.unsqueeze(1) if values.dim() == 2 else values.reshape(len(values), -1, values.shape[-1])
+    return (
+        values.unsqueeze(1)
+        if values.dim() == 2
+        else values.reshape(len(values), -1, values.shape[-1])
+    )
 
 
 def conv1d_of_transformers_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of a Linear whose weight has the shape (I, O), y = x W + b.
 
@@ -43,4 +55,7 @@ def conv1d_of_transformers_rule(
     batch = grad_output.shape[0]
     grads = grad_output.reshape(batch, -1, grad_output.shape[-1])
     inputs = inputs.reshape(batch, -1, inputs.shape[-1])
-    return {name: Factors(inputs, grads) if name == "weight" else Factors(grads, None) for name in wanted}
+    return {
+        name: Factors(inputs, grads) if name == "weight" else Factors(grads, None)
+        for name in wanted
+    }

@@ -34,7 +34,10 @@ class LstmLayer:
 
 
 def lstm_gate_gradients(
-    layer: LstmLayer, grad_outputs: Tensor | None, grad_hidden: Tensor | None, grad_cell: Tensor | None
+    layer: LstmLayer,
+    grad_outputs: Tensor | None,
+    grad_hidden: Tensor | None,
+    grad_cell: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients before the gates' nonlinearities, and the inputs of the weights there.
 
@@ -50,7 +53,9 @@ def lstm_gate_gradients(
         d, shape (B, T, 4 H); x, shape (B, T, I); h of the step before, shape (B, T, H).
     """
     if layer.reverse:
-        layer = replace(layer, inputs=layer.inputs.flip(0), outputs=layer.outputs.flip(0), reverse=False)
+        layer = replace(
+            layer, inputs=layer.inputs.flip(0), outputs=layer.outputs.flip(0), reverse=False
+        )
         grad_outputs = None if grad_outputs is None else grad_outputs.flip(0)
     inputs, outputs = layer.inputs, layer.outputs
     before = torch.cat([layer.hidden[None], outputs[:-1]])
@@ -63,7 +68,9 @@ def lstm_gate_gradients(
     squashed = torch.stack(cells[1:]).tanh()
     # The factors of dh_t and dc_t at the gates do not depend on the backward recursion.
     of_output = o * (1 - squashed * squashed)
-    at_gates = torch.cat([g * i * (1 - i), torch.stack(cells[:-1]) * f * (1 - f), i * (1 - g * g)], dim=2)
+    at_gates = torch.cat(
+        [g * i * (1 - i), torch.stack(cells[:-1]) * f * (1 - f), i * (1 - g * g)], dim=2
+    )
     at_o = squashed * o * (1 - o)
     d_h = torch.zeros_like(layer.hidden) if grad_hidden is None else grad_hidden
     d_c = torch.zeros_like(layer.cell) if grad_cell is None else grad_cell

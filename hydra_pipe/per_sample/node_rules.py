@@ -17,7 +17,9 @@ from hydra_pipe.per_sample.node_call import ByInput, NodeCall, NodeRule
 from hydra_pipe.per_sample.orders import SampleOrder
 
 
-def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]) -> Summed | None:
+def summed_by_sample(
+    values: Tensor, order: SampleOrder, batch: int, shape: tuple[int, ...]
+) -> Summed | None:
     """Return each sample's part of `values`, summed to `shape`.
 
     The sum is autograd's sum over broadcast dimensions. None if `shape` holds samples itself.
@@ -42,7 +44,9 @@ def summed_by_sample(values: Tensor, order: SampleOrder, batch: int, shape: tupl
     return Summed(rows, torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5)
 
 
-def _broadcast(call: NodeCall, factors: Mapping[int, Callable[[], Tensor | None]]) -> dict[int, ByInput]:
+def _broadcast(
+    call: NodeCall, factors: Mapping[int, Callable[[], Tensor | None]]
+) -> dict[int, ByInput]:
     """Apply the rule of elementwise nodes.
 
     The rows are the gradient times the factor of each input, summed to the input's shape.
@@ -51,22 +55,30 @@ def _broadcast(call: NodeCall, factors: Mapping[int, Callable[[], Tensor | None]
     for slot, shape in call.shapes.items():
         if slot in factors:
             values = factors[slot]()
-            summed = None if values is None else summed_by_sample(values, call.order, call.batch, shape)
+            summed = (
+                None if values is None else summed_by_sample(values, call.order, call.batch, shape)
+            )
             if summed is not None:
                 found[slot] = summed
     return found
 
 
 def _add_rule(call: NodeCall) -> dict[int, ByInput]:
-    return _broadcast(call, {0: lambda: call.gradient, 1: lambda: call.gradient * call.node._saved_alpha})
+    return _broadcast(
+        call, {0: lambda: call.gradient, 1: lambda: call.gradient * call.node._saved_alpha}
+    )
 
 
 def _sub_rule(call: NodeCall) -> dict[int, ByInput]:
-    return _broadcast(call, {0: lambda: call.gradient, 1: lambda: call.gradient * -call.node._saved_alpha})
+    return _broadcast(
+        call, {0: lambda: call.gradient, 1: lambda: call.gradient * -call.node._saved_alpha}
+    )
 
 
 def _mul_rule(call: NodeCall) -> dict[int, ByInput]:
-    return _broadcast(call, {0: lambda: _times(call, "_saved_other"), 1: lambda: _times(call, "_saved_self")})
+    return _broadcast(
+        call, {0: lambda: _times(call, "_saved_other"), 1: lambda: _times(call, "_saved_self")}
+    )
 
 
 def _times(call: NodeCall, name: str) -> Tensor | None:
@@ -88,7 +100,9 @@ def _expand_rule(call: NodeCall) -> dict[int, ByInput]:
 
 def _prelu_rule(call: NodeCall) -> dict[int, ByInput]:
     """Apply the rule of PReLU, y = max(x, 0) + w min(x, 0): dw_i = sum_p g_ip min(x_ip, 0)."""
-    return _broadcast(call, {1: lambda: call.gradient * call.node._saved_self.detach().clamp(max=0)})
+    return _broadcast(
+        call, {1: lambda: call.gradient * call.node._saved_self.detach().clamp(max=0)}
+    )
 
 
 def _addmm_rule(call: NodeCall) -> dict[int, ByInput]:
@@ -96,7 +110,14 @@ def _addmm_rule(call: NodeCall) -> dict[int, ByInput]:
 
     X has the shape (N, I), M has the shape (I, O).
     """
-    return _product(call, bias=0, left=1, right=2, scale=call.node._saved_alpha, bias_scale=call.node._saved_beta)
+    return _product(
+        call,
+        bias=0,
+        left=1,
+        right=2,
+        scale=call.node._saved_alpha,
+        bias_scale=call.node._saved_beta,
+    )
 
 
 def _mm_rule(call: NodeCall) -> dict[int, ByInput]:
@@ -104,7 +125,9 @@ def _mm_rule(call: NodeCall) -> dict[int, ByInput]:
     return _product(call, bias=None, left=0, right=1, scale=1, bias_scale=1)
 
 
-def _product(call: NodeCall, *, bias: int | None, left: int, right: int, scale: float, bias_scale: float) -> dict[int, ByInput]:
+def _product(
+    call: NodeCall, *, bias: int | None, left: int, right: int, scale: float, bias_scale: float
+) -> dict[int, ByInput]:
     found: dict[int, ByInput] = {}
     order, batch = call.order, call.batch
     if bias is not None and bias in call.shapes:
@@ -114,11 +137,15 @@ def _product(call: NodeCall, *, bias: int | None, left: int, right: int, scale: 
     if order.dim == 0 and right in call.shapes:
         saved = call.node._saved_mat1 if bias is not None else call.node._saved_self
         gradient = order.split(call.gradient, batch)
-        found[right] = Factors(order.split(saved.detach(), batch), gradient if scale == 1 else gradient * scale)
+        found[right] = Factors(
+            order.split(saved.detach(), batch), gradient if scale == 1 else gradient * scale
+        )
     if order.dim == 1 and left in call.shapes:
         saved = call.node._saved_mat2
         gradient = order.split(call.gradient, batch)
-        found[left] = Factors(gradient if scale == 1 else gradient * scale, order.split(saved.detach(), batch))
+        found[left] = Factors(
+            gradient if scale == 1 else gradient * scale, order.split(saved.detach(), batch)
+        )
     return found
 
 
@@ -134,14 +161,19 @@ def _convolution_rule(call: NodeCall) -> dict[int, ByInput]:
     if 2 in call.shapes:
         found[2] = _by_channel(call.gradient, order, batch)
     if 1 in call.shapes:
-        gradients, inputs = order.split(call.gradient, batch), order.split(node._saved_input.detach(), batch)
+        gradients, inputs = (
+            order.split(call.gradient, batch),
+            order.split(node._saved_input.detach(), batch),
+        )
         weight = node._saved_weight.detach()
         geometry = (
             *(list(node._saved_stride), list(node._saved_padding), list(node._saved_dilation)),
             *(node._saved_transposed, list(node._saved_output_padding), node._saved_groups),
         )
         rows = [
-            torch.ops.aten.convolution_backward(g.contiguous(), x.contiguous(), weight, None, *geometry, [False, True, False])[1]
+            torch.ops.aten.convolution_backward(
+                g.contiguous(), x.contiguous(), weight, None, *geometry, [False, True, False]
+            )[1]
             for g, x in zip(gradients, inputs, strict=True)
         ]
         found[1] = torch.stack(rows).flatten(1)
@@ -184,7 +216,9 @@ def _by_channel(values: Tensor, order: SampleOrder, batch: int) -> Summed:
     """Sum values of shape (N, C, ...) to rows of shape (B, C)."""
     by_sample = order.split(values.reshape(*values.shape[:2], -1), batch)  # (B, k, C, P)
     terms = by_sample.shape[1] * by_sample.shape[3]
-    return Summed(by_sample.sum((1, 3)), torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5)
+    return Summed(
+        by_sample.sum((1, 3)), torch.linalg.vector_norm(by_sample.flatten(1), dim=1) * terms**0.5
+    )
 
 
 def _group_norm_rule(call: NodeCall) -> dict[int, ByInput]:
@@ -194,7 +228,9 @@ def _group_norm_rule(call: NodeCall) -> dict[int, ByInput]:
         return {}
     found: dict[int, ByInput] = {}
     if 1 in call.shapes:
-        normed = F.group_norm(node._saved_input.detach(), node._saved_group, None, None, node._saved_eps)
+        normed = F.group_norm(
+            node._saved_input.detach(), node._saved_group, None, None, node._saved_eps
+        )
         found[1] = _by_channel(gradient * normed, order, call.batch)
     if 2 in call.shapes:
         found[2] = _by_channel(gradient, order, call.batch)
@@ -225,7 +261,11 @@ def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
     """Apply the rule of one LSTM layer in one direction: see `hydra_pipe.per_sample.lstm`."""
     node = call.node
-    places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))  # outputs, last hidden state, last cell state
+    places = (
+        SampleOrder(1),
+        SampleOrder(0),
+        SampleOrder(0),
+    )  # outputs, last hidden state, last cell state
     usual = all(o is None or o == place for o, place in zip(call.orders, places, strict=False))
     if node._saved_mode != _LSTM or not usual or node._saved_input.shape[1] != call.batch:
         return {}

@@ -43,7 +43,9 @@ def gradients_by_sample(call: NodeCall) -> dict[int, ByInput]:
     return found | (slow_gradients_by_sample(call, left) if left else {})
 
 
-def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
+def slow_gradients_by_sample(
+    call: NodeCall, shapes: Mapping[int, tuple[int, ...]]
+) -> dict[int, Tensor]:
     """Run the node's own backward once for each sample: the slow twin of every rule.
 
     See `gradients_by_sample`.
@@ -58,7 +60,11 @@ def slow_gradients_by_sample(call: NodeCall, shapes: Mapping[int, tuple[int, ...
         for slot, shape in shapes.items():
             found = at_inputs[slot]
             # The engine, not the node, sums over broadcast dimensions.
-            rows[slot].append(_zeros(alone, shape) if found is None else found.detach().sum_to_size(shape).reshape(-1))
+            rows[slot].append(
+                _zeros(alone, shape)
+                if found is None
+                else found.detach().sum_to_size(shape).reshape(-1)
+            )
     return {slot: torch.stack(of_samples) for slot, of_samples in rows.items()}
 
 
@@ -77,5 +83,7 @@ def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | 
     # A torch.autograd.Function has a result for every argument of its forward, tensor or not.
     found = own(*gradients)
     all_found = found if isinstance(found, tuple) else (found,)
-    needed = iter([g for g, is_needed in zip(all_found, node.needs_input_grad, strict=False) if is_needed])
+    needed = iter(
+        [g for g, is_needed in zip(all_found, node.needs_input_grad, strict=False) if is_needed]
+    )
     return [next(needed) if function is not None else None for function, _ in node.next_functions]

@@ -15,7 +15,11 @@ from hydra_pipe.per_sample.patches import norms
 
 
 def last_dims_norm_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of LayerNorm and RMSNorm, y = w * n(x) + b over the last dimensions.
 
@@ -31,7 +35,10 @@ def last_dims_norm_rule(
     size = math.prod(shape)
     lefts = grad_output.reshape(len(inputs), -1, size)
     return {
-        name: _over_positions(lefts * normed.reshape(lefts.shape)) if name == "weight" else Factors(lefts, None) for name in wanted
+        name: _over_positions(lefts * normed.reshape(lefts.shape))
+        if name == "weight"
+        else Factors(lefts, None)
+        for name in wanted
     }
 
 
@@ -46,7 +53,11 @@ def _over_positions(terms: Tensor) -> Contribution:
 
 
 def channel_norm_rule(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor, wanted: Collection[str]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Contribution]:
     """Apply the rule of GroupNorm, InstanceNorm and BatchNorm, y = w * n(x) + b by channel.
 

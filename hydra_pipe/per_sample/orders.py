@@ -25,7 +25,11 @@ class SampleOrder:
 
     def fits(self, value: Tensor, batch: int) -> bool:
         """Tell whether `value` may hold `batch` samples in this order."""
-        return value.dim() > self.dim and value.shape[self.dim] > 0 and value.shape[self.dim] % batch == 0
+        return (
+            value.dim() > self.dim
+            and value.shape[self.dim] > 0
+            and value.shape[self.dim] % batch == 0
+        )
 
     def split(self, value: Tensor, batch: int) -> Tensor:
         """Return `value` by sample, shape (B, k, the other dimensions).
@@ -77,7 +81,9 @@ FIRST = SampleOrder()
 INTERLEAVED = SampleOrder(major=False)
 
 
-def order_of(gradient: Tensor, batch: int, sample: int, *likeliest: SampleOrder) -> SampleOrder | None:
+def order_of(
+    gradient: Tensor, batch: int, sample: int, *likeliest: SampleOrder
+) -> SampleOrder | None:
     """Return the order that explains a gradient which comes from `sample` alone.
 
     Args:
@@ -92,7 +98,10 @@ def order_of(gradient: Tensor, batch: int, sample: int, *likeliest: SampleOrder)
         The order, or None if the gradient reaches entries of other samples in every order.
     """
     reached = gradient != 0
-    candidates = [*likeliest, *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False))]
+    candidates = [
+        *likeliest,
+        *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False)),
+    ]
     for order in candidates:
         if order.fits(gradient, batch):
             by_sample = order.split(reached, batch).flatten(1).any(1)

@@ -92,7 +92,9 @@ class Patches:
         shape = (batch, channels, *self.conv.kernel_size, *self.positions)
         steps = [stride * d for stride, d in zip(of_pixel, self.conv.dilation, strict=True)]
         moves = [stride * s for stride, s in zip(of_pixel, self.conv.stride, strict=True)]
-        view = padded.as_strided(shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset())
+        view = padded.as_strided(
+            shape, (of_sample, of_channel, *steps, *moves), padded.storage_offset()
+        )
         patches = _SCRATCH.take("patches", shape, padded).copy_(view)
         return patches.view(batch, self.n_pixels, -1).transpose(1, 2)
 
@@ -184,7 +186,9 @@ class Patches:
         for turn, group in zip(turns, groups, strict=True):
             n_lines = len(range(turn, padded.shape[2], self.conv.stride[0]))
             there = group.narrow(at, 0, min(length, n_lines))  # no position sees the missing lines
-            there.copy_(padded.as_strided(there.shape, strides, padded.storage_offset() + turn * of_line))
+            there.copy_(
+                padded.as_strided(there.shape, strides, padded.storage_offset() + turn * of_line)
+            )
         for line, turn in first:
             band = groups[turns.index(turn)].narrow(at, line, self.positions[0])
             columns = self.n_pixels // len(first)
@@ -197,13 +201,19 @@ class Patches:
         """Return `pixels` with their padding, contiguous, or with the channels last in memory."""
         if not any(self.widths) or self.mode != "constant":
             padded = F.pad(pixels, self.widths, mode=self.mode) if any(self.widths) else pixels
-            return padded.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else padded.contiguous()
+            return (
+                padded.movedim(1, -1).contiguous().movedim(-1, 1)
+                if channels_last
+                else padded.contiguous()
+            )
         # One copy in place of two, which F.pad and a change of the order of dimensions would take.
         before, after = self.widths[-2::-2], self.widths[::-2]
         sizes = [n + b + a for n, b, a in zip(pixels.shape[2:], before, after, strict=True)]
         batch, channels = pixels.shape[:2]
         if channels_last:
-            padded = _SCRATCH.take("padded", (batch, *sizes, channels), pixels).zero_().movedim(-1, 1)
+            padded = (
+                _SCRATCH.take("padded", (batch, *sizes, channels), pixels).zero_().movedim(-1, 1)
+            )
         else:
             padded = _SCRATCH.take("padded", (batch, channels, *sizes), pixels).zero_()
         inner = (slice(b, b + n) for b, n in zip(before, pixels.shape[2:], strict=True))
@@ -220,7 +230,9 @@ class Patches:
         """
         filters = matrix.reshape(len(matrix), self.pixels.shape[1], *self.conv.kernel_size)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
-        padded = F.pad(self.pixels, self.widths, mode=self.mode) if any(self.widths) else self.pixels
+        padded = (
+            F.pad(self.pixels, self.widths, mode=self.mode) if any(self.widths) else self.pixels
+        )
         found = convolve(padded, filters, stride=self.conv.stride, dilation=self.conv.dilation)
         # The output padding of a transposed convolution may leave room for more positions than
         # there are.
@@ -254,7 +266,9 @@ def norms(values: Tensor) -> Tensor:
 
     The norm is taken as a product, which costs a tenth of torch's own norm.
     """
-    flat = (values if values.is_contiguous() else values.transpose(1, 2)).reshape(len(values), 1, -1)
+    flat = (values if values.is_contiguous() else values.transpose(1, 2)).reshape(
+        len(values), 1, -1
+    )
     if flat.dtype == torch.float16:  # float16 squares overflow from 256 on, and vanish below 2e-4
         flat = flat.float()
     squares: Tensor = torch.bmm(flat, flat.transpose(1, 2))

@@ -19,12 +19,15 @@ from hydra_pipe.per_sample.normalization import channel_norm_rule, last_dims_nor
 
 # (module, positional inputs, keyword inputs, gradient at the output, names of the wanted
 # parameters) -> contribution of each parameter, by name
-Rule = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]], dict[str, Contribution]]
+Rule = Callable[
+    [nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor, Collection[str]],
+    dict[str, Contribution],
+]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
-def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
+def register_layer_rule(module_type: type[nn.Module], rule: Rule) -> None:
     """Use `rule` for modules of exactly `module_type`, and for subclasses that keep its `forward`.
 
     Raises:
@@ -49,7 +52,9 @@ def rule_for(module: nn.Module) -> Rule | None:
         rule = _rule_of_type(module_type)
         if rule is not None:
             # A subclass that computes something else must not be taken for its parent.
-            same_forward = getattr(type(module), "forward", None) is getattr(module_type, "forward", None)
+            same_forward = getattr(type(module), "forward", None) is getattr(
+                module_type, "forward", None
+            )
             usual = rule not in _OWN or set(module._parameters) <= {"weight", "bias"}
             return rule if same_forward and usual and "forward" not in module.__dict__ else None
     return None
@@ -64,7 +69,9 @@ def takes_any_leading_dimensions(rule: Rule) -> bool:
 
 
 def _rule_of_type(module_type: type) -> Rule | None:
-    return _RULES.get(module_type) or _RULES_BY_PATH.get(f"{module_type.__module__}.{module_type.__qualname__}")
+    return _RULES.get(module_type) or _RULES_BY_PATH.get(
+        f"{module_type.__module__}.{module_type.__qualname__}"
+    )
 
 
 _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {
@@ -84,4 +91,4 @@ _RULES_BY_PATH: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": conv1d_o
 _OWN = {*_BUILT_IN, *_RULES_BY_PATH.values()}
 for _rule, _types in _BUILT_IN.items():
     for _type in _types:
-        register_rule(_type, _rule)
+        register_layer_rule(_type, _rule)

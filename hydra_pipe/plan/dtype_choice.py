@@ -11,11 +11,19 @@ if TYPE_CHECKING:
 # Bound on the variance that rounding a row x adds to <x, y>, over |x|^2 |y|^2. Errors are taken
 # as uniform over one rounding step. A step is at most |x| / 127 in int8, and 2^-10 times each
 # element in float16.
-ROUNDING_VARIANCE: "dict[Dtype, float]" = {"float16": 2.0**-20 / 12, "int8": 1 / (12 * 127**2), "float32": 0.0}
+ROUNDING_VARIANCE: "dict[Dtype, float]" = {
+    "float16": 2.0**-20 / 12,
+    "int8": 1 / (12 * 127**2),
+    "float32": 0.0,
+}
 
 
 def choose_recording(
-    parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int, dtype: "Dtype | None" = None
+    parameters: Sequence[Parameter],
+    choice: EncodingChoice,
+    dim: int,
+    seed: int,
+    dtype: "Dtype | None" = None,
 ) -> "tuple[Layout, Dtype]":
     """Return a layout and the dtype of its rows. The dtype is chosen here if the user left it open.
 
@@ -35,7 +43,11 @@ def choose_recording(
     if dtype is not None:
         return layout, dtype
     wider = choose_layout(parameters, choice, 2 * dim, seed) if choice == "auto" else layout
-    return (wider, "int8") if expected_variance(wider, "int8") < expected_variance(layout, "float16") else (layout, "float16")
+    return (
+        (wider, "int8")
+        if expected_variance(wider, "int8") < expected_variance(layout, "float16")
+        else (layout, "float16")
+    )
 
 
 def expected_variance(layout: Layout, dtype: "Dtype") -> float:

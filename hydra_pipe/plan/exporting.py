@@ -116,7 +116,9 @@ def plan_export(given: ExportInput) -> ExportPlan:
         slab_samples=slab,
         block_tests=width,
         group_tests=group,
-        file_tests=group * max(1, FILE_ROWS // (group * given.n_samples)) if slab == given.n_samples else 1,
+        file_tests=group * max(1, FILE_ROWS // (group * given.n_samples))
+        if slab == given.n_samples
+        else 1,
         ranking_group_tests=ranking_group,
         ranking_file_tests=ranking_group * max(1, FILE_ROWS // (ranking_group * given.ranked)),
         peak_bytes=peak,
@@ -140,10 +142,15 @@ def blocks_to_add(n_samples: int, n_tests: int, chunk_tests: int) -> Iterator[tu
     return _divided(n_samples, n_tests, slab, _widest(slab == n_samples, chunk_tests, 4 * slab))
 
 
-def _divided(n_samples: int, n_tests: int, slab_samples: int, block_tests: int) -> Iterator[tuple[slice, slice]]:
+def _divided(
+    n_samples: int, n_tests: int, slab_samples: int, block_tests: int
+) -> Iterator[tuple[slice, slice]]:
     for first in range(0, n_tests, block_tests):
         for low in range(0, n_samples, slab_samples):
-            yield slice(first, min(first + block_tests, n_tests)), slice(low, min(low + slab_samples, n_samples))
+            yield (
+                slice(first, min(first + block_tests, n_tests)),
+                slice(low, min(low + slab_samples, n_samples)),
+            )
 
 
 def _slab(n_samples: int) -> int:

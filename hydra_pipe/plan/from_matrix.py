@@ -7,8 +7,8 @@ whole matrix, tile by tile. Each worker takes a share of the samples.
 from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.costs import COSTS, suggested
 from hydra_pipe.plan.chunking import MOST_FEATURES, even_width
+from hydra_pipe.plan.costs import COSTS, suggested
 from hydra_pipe.plan.records import (
     SAMPLE_MULTIPLE,
     TESTS_AT_ONCE,
@@ -57,7 +57,11 @@ def plan_answers(what: AnswerInput, done: int = 0) -> FromMatrixPlan:
     for passes in range(1, given.n_columns + 1):
         width = min(even_width(given.n_columns, passes), given.n_columns)
         if answer_peak_bytes(what, width, 1) <= given.memory_bytes:
-            workers = next(n for n in range(_most_workers(given), 0, -1) if answer_peak_bytes(what, width, n) <= given.memory_bytes)
+            workers = next(
+                n
+                for n in range(_most_workers(given), 0, -1)
+                if answer_peak_bytes(what, width, n) <= given.memory_bytes
+            )
             return _plan(what, width, workers, done)
     peak = answer_peak_bytes(what, 1, 1)
     raise BudgetError(
@@ -85,7 +89,9 @@ def _plan(what: AnswerInput, width: int, workers: int, done: int) -> FromMatrixP
         read_bytes=read,
         written_bytes=given.n_samples * given.n_columns * 4,
         operations=operations,
-        picoseconds=read * COSTS.decoded_byte + operations * COSTS.operation + converted * COSTS.converted_value,
+        picoseconds=read * COSTS.decoded_byte
+        + operations * COSTS.operation
+        + converted * COSTS.converted_value,
     )
 
 
@@ -97,7 +103,9 @@ def answer_peak_bytes(what: AnswerInput, columns: int, workers: int) -> int:
     # The test gradients that are held, and the groups. On the way there, some test gradients as
     # stored and multiplied out.
     tests = columns * what.width * 4 + given.grouped * given.n_tests * given.n_columns * 4
-    tests += TESTS_AT_ONCE * (given.n_features * (given.test_item_bytes + 4) + 2 * what.width * 4 + given.n_blocks * 4)
+    tests += TESTS_AT_ONCE * (
+        given.n_features * (given.test_item_bytes + 4) + 2 * what.width * 4 + given.n_blocks * 4
+    )
     # A tile as stored, and decoded. It is decoded twice where the request is not whole chunks.
     tile = 3 * samples * min(MOST_FEATURES, what.width) * 4
     # Sums, a product, and the values to write, plain and compressed.

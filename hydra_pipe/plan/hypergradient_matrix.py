@@ -64,7 +64,9 @@ def of_samples(what: SweepInput) -> SweepInput:
     """Return the forward sweep of every training sample."""
     n_samples = what.recording.n_samples
     given = replace(what.recording, n_columns=n_samples, n_tests=n_samples, grouped=False)
-    return replace(what, recording=given, n_values=what.width, order="forward", most_chunk=MOST_SAMPLES)
+    return replace(
+        what, recording=given, n_values=what.width, order="forward", most_chunk=MOST_SAMPLES
+    )
 
 
 def plan_matrix(what: SweepInput, answered: Answered | None = None) -> MatrixPlan:
@@ -79,7 +81,11 @@ def plan_matrix(what: SweepInput, answered: Answered | None = None) -> MatrixPla
     for way in (of_features(what), of_samples(what)):
         with suppress(BudgetError):
             fitting.append((plan_sweep(way).compared_picoseconds, way))
-    begun = [found for found in fitting if answered is not None and found[1].order == answered.order]
+    begun = [
+        found for found in fitting if answered is not None and found[1].order == answered.order
+    ]
     _, way = min(begun or fitting, key=lambda found: found[0], default=(0, of_features(what)))
     plan = plan_sweep(way, answered.done if begun and answered is not None else 0)
-    return MatrixPlan(**vars(plan), along=ALONG[way.order], shape=(what.recording.n_samples, what.width))
+    return MatrixPlan(
+        **vars(plan), along=ALONG[way.order], shape=(what.recording.n_samples, what.width)
+    )

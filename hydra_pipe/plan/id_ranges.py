@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from hydra_pipe.errors import UsageError
-
-Span = tuple[int, int]
+from hydra_pipe.types import Span
 
 
 def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, ...]:
@@ -24,10 +23,14 @@ def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, .
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"{option} {text} is not a selection: write ids and spans of them, such as 0-99,150")
+            raise UsageError(
+                f"{option} {text} is not a selection: write ids and spans of them, such as 0-99,150"
+            )
         low, high = int(first), int(last) if dash else int(first)
         if high < low or high >= n:
-            raise UsageError(f"{option} {text}: {part.strip()} is not within the {n} {what}, which are 0-{n - 1}")
+            raise UsageError(
+                f"{option} {text}: {part.strip()} is not within the {n} {what}, which are 0-{n - 1}"
+            )
         spans.append((low, high + 1))
     joined: list[Span] = []
     for low, end in sorted(spans):
@@ -40,7 +43,9 @@ def parse_selection(text: str, n: int, option: str = "--tests") -> tuple[Span, .
 
 def write_selection(spans: Sequence[Span]) -> str:
     """Return `spans` as text for `parse_selection`. Each selection has one spelling."""
-    return ",".join(str(first) if last == first + 1 else f"{first}-{last - 1}" for first, last in spans)
+    return ",".join(
+        str(first) if last == first + 1 else f"{first}-{last - 1}" for first, last in spans
+    )
 
 
 def size_of(spans: Sequence[Span]) -> int:

@@ -17,13 +17,13 @@ from hydra_pipe.plan.records import (
     Reading,
     ReductionInput,
     RowPlan,
-    Span,
     common_bytes,
     readings,
     spans,
     test_widths,
     worker_bytes,
 )
+from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes
 
 # Least number of rows that are held at a time.
@@ -105,7 +105,9 @@ def plan_solve(what: SolveInput) -> InfluencePlan:
     found = next(plans, None)
     if found is not None:
         return found
-    least = solving_peak_bytes(what, readings(given)[-1], list(_held_widths(what))[-1], test_widths(given)[-1])
+    least = solving_peak_bytes(
+        what, readings(given)[-1], list(_held_widths(what))[-1], test_widths(given)[-1]
+    )
     kind = "features" if what.by_features else "samples"
     raise BudgetError(
         f"a matrix of {what.size:,} x {what.size:,} {kind} needs {format_bytes(least)} until it is solved, --memory is "
@@ -134,15 +136,25 @@ def solving_peak_bytes(what: SolveInput, reading: Reading, held: int, tests: int
         expanded = reading.rows * what.width * 4 * 3
         # A product in float32, on its way into the matrix.
         building = matrix + matrix // 2 + expanded
-        multiplied_out = TESTS_AT_ONCE * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 8)
+        multiplied_out = TESTS_AT_ONCE * (
+            given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 8
+        )
         solving += multiplied_out
         answering = matrix + what.width * columns * 4 + expanded
     else:
-        building = matrix + held * (given.n_features * (given.item_bytes + 2 * 4) + given.n_blocks * 4 * 4)
+        building = matrix + held * (
+            given.n_features * (given.item_bytes + 2 * 4) + given.n_blocks * 4 * 4
+        )
         answering = matrix
     # Answers of all samples, and the copy that is written.
     answers = 2 * given.n_samples * columns * 4
-    return common_bytes(given, tests) + worker_bytes(given, reading) + scores + answers + max(building, solving, answering)
+    return (
+        common_bytes(given, tests)
+        + worker_bytes(given, reading)
+        + scores
+        + answers
+        + max(building, solving, answering)
+    )
 
 
 def _held_widths(what: SolveInput) -> Iterator[int]:
@@ -165,7 +177,10 @@ def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> Influenc
     else:
         held_blocks = spans(0, what.n_last, held)
         # Each block is multiplied with the rows from its first row on.
-        building, answering = n**2 * given.n_features, 2 * given.n_read * given.n_tests * given.n_features
+        building, answering = (
+            n**2 * given.n_features,
+            2 * given.n_read * given.n_tests * given.n_features,
+        )
         read_rows = (len(held_blocks) + 2 * len(test_blocks) + 1) * given.n_read // 2
     operations = building + answering + 2 * n**3 // 3 * len(test_blocks) + 2 * n**2 * columns
     values = read_rows * given.n_features
@@ -181,5 +196,7 @@ def _plan(what: SolveInput, reading: Reading, held: int, tests: int) -> Influenc
         read_bytes=read,
         written_bytes=given.n_samples * given.n_columns * 4,
         operations=operations,
-        picoseconds=read * COSTS.decoded_byte + values * COSTS.converted_value + operations * COSTS.operation,
+        picoseconds=read * COSTS.decoded_byte
+        + values * COSTS.converted_value
+        + operations * COSTS.operation,
     )

@@ -16,7 +16,7 @@ ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
 # projection.
 LARGEST_WRITTEN_OUT = 2**20
 
-Columns = tuple[int, int]  # first and one past the last
+ColumnRange = tuple[int, int]  # first and one past the last
 _LARGEST = 2**63 - 1
 
 
@@ -41,8 +41,8 @@ class Block:
     shape: tuple[int, ...]
     group: int
     encoding: Encoding
-    columns: Columns
-    inputs: Columns | None = None
+    columns: ColumnRange
+    inputs: ColumnRange | None = None
     kron: tuple[int, int, int, int] | None = None
 
     @property
@@ -84,12 +84,17 @@ class Layout:
     def whole_width(self) -> int:
         """Number of features with factored blocks multiplied out."""
         return sum(
-            (block.columns[1] - block.columns[0]) * (1 if block.inputs is None else block.inputs[1] - block.inputs[0])
+            (block.columns[1] - block.columns[0])
+            * (1 if block.inputs is None else block.inputs[1] - block.inputs[0])
             for block in self.blocks
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"n_features": self.n_features, "seed": self.seed, "blocks": [asdict(block) for block in self.blocks]}
+        return {
+            "n_features": self.n_features,
+            "seed": self.seed,
+            "blocks": [asdict(block) for block in self.blocks],
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Layout":
@@ -116,14 +121,23 @@ def factored_part(layout: Layout) -> tuple[Layout, list[int], list[int]]:
         of their blocks in `layout`.
     """
     chosen = [index for index, block in enumerate(layout.blocks) if block.encoding == "factored"]
-    runs = {run for index in chosen for run in (layout.blocks[index].columns, layout.blocks[index].inputs) if run is not None}
+    runs = {
+        run
+        for index in chosen
+        for run in (layout.blocks[index].columns, layout.blocks[index].inputs)
+        if run is not None
+    }
     columns: list[int] = []
-    places: dict[Columns, Columns] = {}
+    places: dict[ColumnRange, ColumnRange] = {}
     for first, last in sorted(runs):
         places[first, last] = (len(columns), len(columns) + last - first)
         columns += range(first, last)
     blocks = tuple(
-        replace(block, columns=places[block.columns], inputs=None if block.inputs is None else places[block.inputs])
+        replace(
+            block,
+            columns=places[block.columns],
+            inputs=None if block.inputs is None else places[block.inputs],
+        )
         for block in (layout.blocks[index] for index in chosen)
     )
     return Layout(blocks, len(columns), layout.seed), columns, chosen
@@ -134,10 +148,12 @@ def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
     if not isinstance(name, str):
         raise TypeError(f"a block called {shown(name)}")
 
-    def columns(key: str) -> Columns:
+    def columns(key: str) -> ColumnRange:
         first, last = (_whole(c, 0) for c in data[key])
         if not first < last <= n_features:
-            raise ValueError(f"columns {first} to {last} of block {name} lie outside 0 to {n_features}")
+            raise ValueError(
+                f"columns {first} to {last} of block {name} lie outside 0 to {n_features}"
+            )
         return first, last
 
     if encoding not in get_args(Encoding):
@@ -154,8 +170,12 @@ def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
     numel = 1
     for n in block.shape:  # not `numel`: a product of many large numbers takes forever
         numel = _whole(numel * n, 1)
-    if (block.kron is None) == (encoding == "kron") or (block.inputs is not None and encoding != "factored"):
-        raise ValueError(f"block {name} is {encoding}, with inputs {data['inputs']} and kron {data['kron']}")
+    if (block.kron is None) == (encoding == "kron") or (
+        block.inputs is not None and encoding != "factored"
+    ):
+        raise ValueError(
+            f"block {name} is {encoding}, with inputs {data['inputs']} and kron {data['kron']}"
+        )
     return block
 
 
@@ -172,16 +192,28 @@ def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
     Raises:
         ValueError: a column is of no block or of two, or a bias has other columns than a weight.
     """
-    biases = [block.columns for block in blocks if block.encoding == "factored" and block.inputs is None]
-    owned = [
-        run for block in blocks if block.encoding != "factored" or block.inputs for run in (block.columns, block.inputs) if run
+    biases = [
+        block.columns for block in blocks if block.encoding == "factored" and block.inputs is None
     ]
-    if len(set(biases)) < len(biases) or not {block.columns for block in blocks if block.inputs is not None}.issuperset(biases):
-        raise ValueError("a factored bias has columns that are not those of a weight, or of two biases")
+    owned = [
+        run
+        for block in blocks
+        if block.encoding != "factored" or block.inputs
+        for run in (block.columns, block.inputs)
+        if run
+    ]
+    if len(set(biases)) < len(biases) or not {
+        block.columns for block in blocks if block.inputs is not None
+    }.issuperset(biases):
+        raise ValueError(
+            "a factored bias has columns that are not those of a weight, or of two biases"
+        )
     end = 0
     for first, last in sorted(owned):
         if first != end:
-            raise ValueError(f"columns {min(first, end)} to {max(first, end)} are of {'no block' if first > end else 'two blocks'}")
+            raise ValueError(
+                f"columns {min(first, end)} to {max(first, end)} are of {'no block' if first > end else 'two blocks'}"
+            )
         end = last
     if end != n_features:
         raise ValueError(f"columns {end} to {n_features} are of no block")
@@ -193,7 +225,11 @@ def _whole(value: Any, least: int | None) -> int:
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or not (-_LARGEST if least is None else least) <= value <= _LARGEST:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not (-_LARGEST if least is None else least) <= value <= _LARGEST
+    ):
         raise ValueError(f"{shown(value)} is no size or index")
     return value
 
@@ -229,7 +265,9 @@ class Parameter:
         return min(self.numel, sum(self.factors)) if self.factors else self.numel
 
 
-def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int) -> Layout:
+def choose_layout(
+    parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int
+) -> Layout:
     """Give every parameter an encoding and columns.
 
     `exact` takes the narrowest lossless encoding of each parameter. `projected` makes every
@@ -256,7 +294,11 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
             f"raise it to {len(parameters)} or more"
         )
     factored = choice != "projected"
-    biases = {p.bias_of: p for p in parameters if factored and p.bias_of and _prefers_factors(_by_name(p.bias_of, parameters))}
+    biases = {
+        p.bias_of: p
+        for p in parameters
+        if factored and p.bias_of and _prefers_factors(_by_name(p.bias_of, parameters))
+    }
     while True:
         shared = {bias.name for bias in biases.values()}
         widths = _widths([p for p in parameters if p.name not in shared], choice, dim)
@@ -276,19 +318,27 @@ def choose_layout(parameters: Sequence[Parameter], choice: EncodingChoice, dim: 
         if factored and _prefers_factors(parameter) and width == parameter.exact_width:
             assert parameter.factors is not None
             middle = first + parameter.factors[0]
-            placed[name] = Block(name, shape, group, "factored", (first, middle), (middle, first + width))
+            placed[name] = Block(
+                name, shape, group, "factored", (first, middle), (middle, first + width)
+            )
             if name in biases:
                 bias = biases[name]
-                placed[bias.name] = Block(bias.name, bias.shape, bias.group, "factored", (first, middle))
+                placed[bias.name] = Block(
+                    bias.name, bias.shape, bias.group, "factored", (first, middle)
+                )
         elif width == parameter.numel:
             placed[name] = Block(name, shape, group, "dense", (first, first + width))
         elif parameter.sides is not None and parameter.numel > LARGEST_WRITTEN_OUT:
             pair = choose_sides(*parameter.sides, width)
             width = pair[0] * pair[1]
-            placed[name] = Block(name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair))
+            placed[name] = Block(
+                name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair)
+            )
         else:
             # Longer runs are worth a column.
-            width -= width > 1 and run_length(parameter.numel, width - 1) > run_length(parameter.numel, width)
+            width -= width > 1 and run_length(parameter.numel, width - 1) > run_length(
+                parameter.numel, width
+            )
             placed[name] = Block(name, shape, group, "sketch", (first, first + width))
         first += width
     return Layout(tuple(placed[p.name] for p in parameters), first, seed)
@@ -303,7 +353,9 @@ def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:
         outputs, inputs: O and I.
         columns: number of columns, at least 1.
     """
-    pairs = ((k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1))
+    pairs = (
+        (k_out, min(inputs, columns // k_out)) for k_out in range(1, min(outputs, columns) + 1)
+    )
     return min(pairs, key=lambda pair: _kron_error(outputs, inputs, *pair))
 
 
@@ -348,7 +400,9 @@ def _widths(parameters: Sequence[Parameter], choice: EncodingChoice, dim: int) -
     def worth_it(width: int, claim: float) -> bool:
         if choice == "projected":
             return width <= int(columns_left * claim / claims_left)
-        return bool((claims_left - claim) ** 2 * columns_left <= claims_left**2 * (columns_left - width))
+        return bool(
+            (claims_left - claim) ** 2 * columns_left <= claims_left**2 * (columns_left - width)
+        )
 
     widths: dict[str, int] = {}
     columns_left = dim

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hydra_pipe.plan.costs import BASE_BYTES, COSTS
 from hydra_pipe.plan.chunking import chunk_columns
+from hydra_pipe.plan.costs import BASE_BYTES, COSTS
 from hydra_pipe.plan.rank_rows import rows_of_shards
+from hydra_pipe.types import Span
 
-Span = tuple[int, int]
 # Results of a pass for the manifest, by name.
 Found = dict[str, float]
 
@@ -186,7 +186,10 @@ class Plan(ABC):
 
     def facts(self) -> dict[str, Any]:
         """Return the plan for the manifest. A tuple of spans is given as its length."""
-        found = {name: len(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        found = {
+            name: len(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
         return found | {"passes": self.passes, "tasks": self.tasks}
 
 
@@ -248,7 +251,9 @@ def common_bytes(given: ReductionInput, tests: int) -> int:
     """
     # Flags of each block twice, settings of each group and of each series, weights. The worst
     # case: every block is a series of its own.
-    steps = given.n_steps * (given.n_blocks * (10 + 8 * 8 + 2 * 8) + given.n_groups * 6 * 8 + _STEP_OBJECT_BYTES)
+    steps = given.n_steps * (
+        given.n_blocks * (10 + 8 * 8 + 2 * 8) + given.n_groups * 6 * 8 + _STEP_OBJECT_BYTES
+    )
     # The last row of each sample. While last rows are looked for, the steps of a million rows at
     # a time.
     last = 0 if given.shards is None else given.n_samples * 3 * 8 + min(given.n_rows, 2**20) * 5 * 8
@@ -257,7 +262,9 @@ def common_bytes(given: ReductionInput, tests: int) -> int:
 
 def bytes_of_tests(given: ReductionInput, tests: int) -> int:
     """Return the bytes of `tests` test gradients, stored and decoded, and of the groups."""
-    return tests * (given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4)
+    return tests * (
+        given.n_features * (given.test_item_bytes + 2 * 4) + given.grouped * given.n_columns * 4
+    )
 
 
 def worker_bytes(given: ReductionInput, reading: Reading, *, norms: bool = False) -> int:

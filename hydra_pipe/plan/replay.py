@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, replace
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.costs import suggested
 from hydra_pipe.plan.chunking import even_width
-from hydra_pipe.plan.records import ColumnPlan, ReductionInput, Span, common_bytes, spans
+from hydra_pipe.plan.costs import suggested
+from hydra_pipe.plan.records import ColumnPlan, ReductionInput, common_bytes, spans
+from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes
 
 # Vectors of a column beside the adjoints of the training state: the adjoint of the gradient
@@ -103,7 +104,10 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
     column_graph = _GRAPH_TIMES * what.graph_bytes
     # Graphs that stay in the caches are fast. Graphs get a quarter of the memory that is left at
     # most, columns get the rest.
-    worth = min(what.cache_bytes // max(1, what.graph_bytes), (given.memory_bytes - fixed) // (4 * max(1, column_graph)))
+    worth = min(
+        what.cache_bytes // max(1, what.graph_bytes),
+        (given.memory_bytes - fixed) // (4 * max(1, column_graph)),
+    )
     at_once = max(1, min(given.n_columns, worth))
     fixed += (at_once + 1) * column_graph
     each = (1 + what.n_states + _PASSING) * what.parameter_bytes + given.n_samples * 8 * 4

@@ -31,7 +31,6 @@ from hydra_pipe.plan.records import (
     Reading,
     ReductionInput,
     RowPlan,
-    Span,
     bytes_of_tests,
     common_bytes,
     readings,
@@ -39,6 +38,7 @@ from hydra_pipe.plan.records import (
     test_widths,
     worker_bytes,
 )
+from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes
 
 SCORE_FIRST, FOLD_FIRST, FROM_HYPERGRADIENTS = "score first", "fold first", "from hypergradients"
@@ -55,8 +55,12 @@ def parse_chunks(text: str) -> tuple[int, int] | None:
     if text == "auto":
         return None
     rows, x, features = text.partition("x")
-    if not (x and rows.isdecimal() and features.isdecimal() and int(rows) > 0 and int(features) > 0):
-        raise UsageError(f"--chunks {text} is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto")
+    if not (
+        x and rows.isdecimal() and features.isdecimal() and int(rows) > 0 and int(features) > 0
+    ):
+        raise UsageError(
+            f"--chunks {text} is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto"
+        )
     return int(rows), int(features)
 
 
@@ -118,7 +122,9 @@ class SumPlan(RowPlan):
     def tasks(self) -> int:
         """Number of tasks: one for each run of rows, and one for each share of the samples."""
         runs = len(self.row_runs)
-        shares = (min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks)
+        shares = (
+            min(runs, -(-(last - first) // SAMPLE_MULTIPLE)) for first, last in self.sample_blocks
+        )
         of_blocks = sum(runs + n_shares for n_shares in shares)
         return of_blocks if self._by_samples else self.passes * of_blocks
 
@@ -127,7 +133,9 @@ class SumPlan(RowPlan):
         return aligned and super().fills(chunks, grouped=grouped)
 
 
-def plan_sums(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
+def plan_sums(
+    given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None
+) -> SumPlan:
     """Return the plan that takes least time of the plans that fit the budget.
 
     Args:
@@ -210,16 +218,25 @@ def folding_peak_bytes(given: SumInput, reading: Reading, samples: int, tests: i
     sums = samples * (given.n_folding + scored) * 4
     # A tile of rows beside its sums. Scores of factored blocks as in `scoring_peak_bytes`, for
     # every test sample.
-    at_once = reading.rows * (4 * given.n_folding + (4 * given.n_tests + 2 * scored if given.n_factored else 0)) * 4
+    at_once = (
+        reading.rows
+        * (4 * given.n_folding + (4 * given.n_tests + 2 * scored if given.n_factored else 0))
+        * 4
+    )
     # Answers of some samples, plain and compressed. Scores need all test samples at once, folded
     # rows one block of test samples.
     answers = min(SAMPLE_MULTIPLE, samples) * tests * 4 * 2
     tests_held = given.n_tests if given.n_factored else tests
     # A shard of the factored blocks: in pieces, joined, and compressed.
-    keeping = 3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8) if given.keeping else 0
+    keeping = (
+        3 * given.shard_rows * (given.n_factored * given.item_bytes + given.n_blocks * 4 + 8)
+        if given.keeping
+        else 0
+    )
     return (
         common_bytes(given, tests_held)
-        + _threads(given) * (sums + at_once + answers + keeping + worker_bytes(given, reading, norms=given.norms))
+        + _threads(given)
+        * (sums + at_once + answers + keeping + worker_bytes(given, reading, norms=given.norms))
         + _merging_bytes(given, sums)
     )
 
@@ -245,7 +262,11 @@ def _least_bytes(given: SumInput, reading: Reading) -> int:
     if given.keeping:
         return folding_peak_bytes(given, reading, samples, tests)
     least = scoring_peak_bytes(given, reading, tests)
-    return min(least, folding_peak_bytes(given, reading, samples, tests)) if given.n_folding and given.folds else least
+    return (
+        min(least, folding_peak_bytes(given, reading, samples, tests))
+        if given.n_folding and given.folds
+        else least
+    )
 
 
 def _threads(given: SumInput) -> int:
@@ -271,7 +292,12 @@ def _scoring(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
             peak = scoring_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
                 blocks = spans(done, given.n_tests, width)
-                operations = 2 * given.n_read * given.n_tests * (given.n_features + given.grouped * given.n_columns)
+                operations = (
+                    2
+                    * given.n_read
+                    * given.n_tests
+                    * (given.n_features + given.grouped * given.n_columns)
+                )
                 values = len(blocks) * given.n_read * given.n_features
                 return _plan(
                     given,
@@ -300,7 +326,12 @@ def _folding(given: SumInput, candidates: Sequence[Reading], done: int) -> SumPl
             for tests in test_widths(given):
                 peak = folding_peak_bytes(given, reading, samples, tests)
                 if peak <= given.memory_bytes:
-                    operations = 2 * given.n_rows * given.n_tests * (given.n_factored + (scored if given.grouped else 0))
+                    operations = (
+                        2
+                        * given.n_rows
+                        * given.n_tests
+                        * (given.n_factored + (scored if given.grouped else 0))
+                    )
                     operations += 2 * given.n_samples * given.n_folding * given.n_columns
                     sums = given.n_samples * (given.n_folding + scored) * 4
                     folded = given.n_rows * given.n_folding
@@ -328,7 +359,12 @@ def _from_kept(given: SumInput, candidates: Sequence[Reading], done: int) -> Sum
         for reading in candidates:
             peak = kept_peak_bytes(given, reading, width)
             if peak <= given.memory_bytes:
-                operations = 2 * given.n_rows * given.n_tests * (given.n_factored + given.grouped * given.n_columns)
+                operations = (
+                    2
+                    * given.n_rows
+                    * given.n_tests
+                    * (given.n_factored + given.grouped * given.n_columns)
+                )
                 operations += 2 * given.n_samples * given.n_folding * given.n_columns
                 blocks = spans(done, given.n_tests, width)
                 values = len(blocks) * given.n_read * given.n_factored
@@ -340,7 +376,8 @@ def _from_kept(given: SumInput, candidates: Sequence[Reading], done: int) -> Sum
                     reading,
                     peak,
                     given.answer_bytes,
-                    read=values * given.item_bytes + len(blocks) * given.n_samples * given.n_folding * 4,
+                    read=values * given.item_bytes
+                    + len(blocks) * given.n_samples * given.n_folding * 4,
                     converted=values,
                     operations=operations,
                 )
@@ -363,7 +400,11 @@ def _plan(
 ) -> SumPlan:
     runs = _row_runs(given)
     moved = sums * (len(runs) - 1) if given.processes else 0
-    kept = given.n_samples * given.n_folding * 4 + given.n_rows * given.n_factored * given.item_bytes if given.keeping else 0
+    kept = (
+        given.n_samples * given.n_folding * 4 + given.n_rows * given.n_factored * given.item_bytes
+        if given.keeping
+        else 0
+    )
     picoseconds = (
         read * COSTS.decoded_byte
         + converted * COSTS.converted_value
@@ -393,7 +434,9 @@ def _row_runs(given: SumInput) -> tuple[Span, ...]:
     parts, n_shards = given.part_rows or (given.n_rows,), _n_shards(given)
     firsts = [i * n_shards // given.workers for i in range(given.workers)]
     shards = firsts if given.shards is None else [given.shards[first] for first in firsts]
-    return tuple(pairwise([*(shard_start(shard, parts, given.shard_rows) for shard in shards), given.n_rows]))
+    return tuple(
+        pairwise([*(shard_start(shard, parts, given.shard_rows) for shard in shards), given.n_rows])
+    )
 
 
 def _n_shards(given: SumInput) -> int:
@@ -412,8 +455,14 @@ def _worker_counts(given: SumInput) -> Iterator[int]:
 
 def _as_asked(chunks: tuple[int, int], given: SumInput) -> list[Reading]:
     rows, features = chunks
-    whole_features = min(-(-features // given.chunk_features) * given.chunk_features, given.n_features)
-    return [Reading(min(-(-rows // given.chunk_rows) * given.chunk_rows, given.shard_rows), whole_features)]
+    whole_features = min(
+        -(-features // given.chunk_features) * given.chunk_features, given.n_features
+    )
+    return [
+        Reading(
+            min(-(-rows // given.chunk_rows) * given.chunk_rows, given.shard_rows), whole_features
+        )
+    ]
 
 
 def _sample_widths(n_samples: int) -> Iterator[int]:

@@ -10,9 +10,16 @@ from dataclasses import dataclass
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
-from hydra_pipe.plan.costs import COSTS, suggested
 from hydra_pipe.plan.chunking import MOST_CHUNK, even_width
-from hydra_pipe.plan.records import ColumnPlan, Reading, ReadingPlan, ReductionInput, common_bytes, spans
+from hydra_pipe.plan.costs import COSTS, suggested
+from hydra_pipe.plan.records import (
+    ColumnPlan,
+    Reading,
+    ReadingPlan,
+    ReductionInput,
+    common_bytes,
+    spans,
+)
 from hydra_pipe.units import format_bytes
 
 # Carried arrays: the adjoint, the momentum's adjoint, and a copy of both, which is written when
@@ -78,7 +85,9 @@ def plan_sweep(what: SweepInput, done: int = 0) -> SweepPlan:
     if ways:
         # Choose as if nothing was done yet. A resumed reduction must divide the columns as before
         # the interruption.
-        width, workers = min(ways, key=lambda way: _plan(what, way[0], way[1], 0).compared_picoseconds)
+        width, workers = min(
+            ways, key=lambda way: _plan(what, way[0], way[1], 0).compared_picoseconds
+        )
         return _plan(what, width, workers, done)
     peak = sweep_peak_bytes(what, 1, 1)
     raise BudgetError(
@@ -109,7 +118,9 @@ def _plan(what: SweepInput, width: int, workers: int, done: int) -> SweepPlan:
     given = what.recording
     blocks = spans(done, given.n_columns, width)
     values = given.n_rows * what.width
-    operations = (4 * len(FORMS) * (given.n_columns - done) + 2 * what.most_rows * len(blocks)) * values
+    operations = (
+        4 * len(FORMS) * (given.n_columns - done) + 2 * what.most_rows * len(blocks)
+    ) * values
     read = len(blocks) * given.n_rows * given.n_features * given.item_bytes
     # Each step reads and writes the adjoints once.
     state = 4 * len(FORMS) * given.n_steps * what.width * (given.n_columns - done)
@@ -144,9 +155,15 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     sums = what.n_values * columns * 4 * 3
     # Three files of rows, and one that is being read: stored values twice, scale, sample and
     # curvature.
-    file = given.shard_rows * (2 * given.n_features * given.item_bytes + given.n_blocks * 4 * 2 + 32)
+    file = given.shard_rows * (
+        2 * given.n_features * given.item_bytes + given.n_blocks * 4 * 2 + 32
+    )
     files = (3 + what.most_rows // given.shard_rows) * file * max(1, len(given.part_rows))
     # A step as stored and multiplied out, and the step after it. Products in float64 and float32.
-    step = what.most_rows * (given.n_features * (given.item_bytes + 8) + 3 * what.width * 4 + 8 * 4 * columns * len(FORMS))
+    step = what.most_rows * (
+        given.n_features * (given.item_bytes + 8)
+        + 3 * what.width * 4
+        + 8 * 4 * columns * len(FORMS)
+    )
     gram = (6 + len(FORMS)) * what.most_rows**2 * 8
     return common_bytes(given, 0) + threads * (start + carried + sums + files + step + gram)

@@ -22,7 +22,9 @@ def left_by_exception(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     return any(
-        isinstance(found, TracebackType) and found.tb_frame is frame and found.tb_lasti == frame.f_lasti
+        isinstance(found, TracebackType)
+        and found.tb_frame is frame
+        and found.tb_lasti == frame.f_lasti
         for found in gc.get_referrers(frame)
     )
 

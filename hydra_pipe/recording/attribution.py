@@ -60,7 +60,13 @@ class Attribution:
     """
 
     def __init__(
-        self, capture: "Capture", model: nn.Module, parameters: Mapping[nn.Parameter, int], names: Sequence[str], *, probes: bool
+        self,
+        capture: "Capture",
+        model: nn.Module,
+        parameters: Mapping[nn.Parameter, int],
+        names: Sequence[str],
+        *,
+        probes: bool,
     ) -> None:
         self.parameters, self.trained = dict(parameters), list(parameters)
         #: the present probe; None if the pass is the training's own
@@ -118,8 +124,14 @@ class Attribution:
             return False, origins
         graph = PassGraph(Walk(outputs, self.parameters), origins, of_pass)
         # if samples take other routes at each step, one pass tells nothing about the next pass
-        self._is_routed = self._is_routed or (is_due > 0 and graph.walk.routes_samples(of_pass.count))
-        can_probe = self._probes and bool(origins) and not (graph.walk.is_checkpointed and self._accumulates_elsewhere())
+        self._is_routed = self._is_routed or (
+            is_due > 0 and graph.walk.routes_samples(of_pass.count)
+        )
+        can_probe = (
+            self._probes
+            and bool(origins)
+            and not (graph.walk.is_checkpointed and self._accumulates_elsewhere())
+        )
         if is_due and can_probe:
             self._attribute(graph, is_first=is_due == 1)
         if self.by_graph:
@@ -133,9 +145,16 @@ class Attribution:
         """Count the pass. Return its number in its mode if a probe is due, else 0."""
         mode = self._model.training, of_pass.count == 1
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
-        if any(w.is_known and w.is_single != (total == of_pass.count) for w, total in of_pass.seen.items()):
+        if any(
+            w.is_known and w.is_single != (total == of_pass.count)
+            for w, total in of_pass.seen.items()
+        ):
             return 1  # a module is called with other parts of the batch than before
-        again = number & (number - 1) == 0 if number >= _FIRST_AGAIN else number <= _AT_FIRST and of_pass.count <= _SMALL
+        again = (
+            number & (number - 1) == 0
+            if number >= _FIRST_AGAIN
+            else number <= _AT_FIRST and of_pass.count <= _SMALL
+        )
         return number if number == 1 or again else 0
 
     def _attribute(self, graph: PassGraph, *, is_first: bool) -> None:
@@ -178,7 +197,9 @@ class Attribution:
             elif can_probe:
                 self._plans[key] = self._asked_plan(graph, wanted)
             else:
-                self._plans[key] = Plan(slow=frozenset(b for b in wanted if b in walk.leaves.values()))
+                self._plans[key] = Plan(
+                    slow=frozenset(b for b in wanted if b in walk.leaves.values())
+                )
         plan = self._plans[key]
         if plan.slow and walk.is_checkpointed:
             raise LayerError(
@@ -190,7 +211,9 @@ class Attribution:
 
     def _accumulates_elsewhere(self) -> bool:
         """Tell whether something besides `.grad` gets gradients, such as the ranks' reducer."""
-        return self._capture.has_ranks or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._model.parameters())
+        return self._capture.has_ranks or any(
+            getattr(p, "_post_accumulate_grad_hooks", None) for p in self._model.parameters()
+        )
 
     def _asked_plan(self, graph: PassGraph, wanted: frozenset[int]) -> Plan:
         """Find where the nodes of the graph keep their samples, and make the plan from that.
@@ -209,7 +232,11 @@ class Attribution:
                 self._send(graph, Probe.of_one(sample, batch))
         finally:
             nodes.remove()
-        inputs = [x for reference in graph.of_pass.inputs if (x := reference()) is not None and x.is_floating_point()]
+        inputs = [
+            x
+            for reference in graph.of_pass.inputs
+            if (x := reference()) is not None and x.is_floating_point()
+        ]
         mixing = mixing_block(graph.walk, nodes, inputs, wanted)
         if mixing is not None:
             raise _mixes(self._names[mixing])
@@ -221,10 +248,18 @@ class Attribution:
         for watched in probe.reached:
             total = graph.of_pass.seen.get(watched, 0)
             order = probe.order_of_rows(watched, total)
-            if order is None and takes_any_leading_dimensions(watched.rule) and probe.other_dims[watched]:
+            if (
+                order is None
+                and takes_any_leading_dimensions(watched.rule)
+                and probe.other_dims[watched]
+            ):
                 order = SampleOrder(min(probe.other_dims[watched]))
             if order is not None:
-                watched.order, watched.is_known, watched.is_single = order, True, total in (0, graph.batch)
+                watched.order, watched.is_known, watched.is_single = (
+                    order,
+                    True,
+                    total in (0, graph.batch),
+                )
                 continue
             if total == graph.batch:
                 self._refuse_mixing(watched, probe.numbers_reached(watched), sample)
@@ -261,7 +296,11 @@ class Attribution:
         handles = []
         for route in plan.routes:
             call = RouteCall(route, self.trained, graph.batch)
-            handles.append(graph.walk.nodes[route.node].register_prehook(partial(self._on_node, call, graph.of_pass)))
+            handles.append(
+                graph.walk.nodes[route.node].register_prehook(
+                    partial(self._on_node, call, graph.of_pass)
+                )
+            )
         return handles
 
     def _on_node(self, call: RouteCall, of_pass: Pass, gradients: Sequence[Tensor | None]) -> None:
@@ -278,7 +317,10 @@ class Attribution:
         new = [block for block in blocks if block not in self._told]
         if new:
             self._told |= set(new)
-            _LOG.warning("recorded by one backward pass a sample, which is slow: %s", ", ".join(self._names[b] for b in new[:5]))
+            _LOG.warning(
+                "recorded by one backward pass a sample, which is slow: %s",
+                ", ".join(self._names[b] for b in new[:5]),
+            )
         of_pass = graph.of_pass
         take_one_by_one(
             graph.origins,

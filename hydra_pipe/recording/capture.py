@@ -22,9 +22,9 @@ from hydra_pipe.per_sample.registry import rule_for
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
+from hydra_pipe.recording.micro_batches import MicroBatch
 from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
-from hydra_pipe.recording.micro_batches import Portion
 
 # Arguments: the contributions of one call, by index of the parameter's block; the place of their
 # first sample in the step; True if the loop asked for these gradients by torch.autograd.grad, which
@@ -137,10 +137,12 @@ class Capture:
     ) -> None:
         self._guarded = how.guard
         self.has_ranks = how.has_ranks
-        self.coupling = LossCoupling(partial(self.sending_to, None), allows_mixing=how.allows_mixing, looks=how.probes)
+        self.coupling = LossCoupling(
+            partial(self.sending_to, None), allows_mixing=how.allows_mixing, looks=how.probes
+        )
         self.coupling.watch.look = self._guarded(self.coupling.watch.look)
         self._sink: Sink | None = None
-        self._portion = Portion(np.empty(0, np.int64))
+        self._micro_batch = MicroBatch(np.empty(0, np.int64))
         self._model = model
         self.half_precision = False
         self.outputs: list[SeenOutput] = []
@@ -155,33 +157,43 @@ class Capture:
         self._container_handles: dict[nn.Module, list[Any]] = {}
         self._hook_containers(model, parameters)
         for name, module in model.named_modules():
-            owned = {n: parameters[p] for n, p in module._parameters.items() if p is not None and p in parameters}
+            owned = {
+                n: parameters[p]
+                for n, p in module._parameters.items()
+                if p is not None and p in parameters
+            }
             rule = rule_for(module)
             if owned and rule is not None:
                 watched = Watched(name or type(module).__name__, module, owned, rule)
                 self._attribution.add(watched)
                 hook = partial(self._forward, watched)
                 # before the hooks of others, which may change the output
-                self._handles.append(module.register_forward_hook(_Hook(self._guarded(hook)), prepend=True, with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_hook(
+                        _Hook(self._guarded(hook)), prepend=True, with_kwargs=True
+                    )
+                )
         self._inner: _OutputWatch | None = None
         for part in (model, *model.children()):
             # a trainer's module may call its network directly, without its own forward
             if part is model or parameters.keys() <= set(part.parameters()):
-                self._handles.append(part.register_forward_hook(_Hook(partial(self._watch_output, part is model))))
+                self._handles.append(
+                    part.register_forward_hook(_Hook(partial(self._watch_output, part is model)))
+                )
 
-    def watch(self, portion: Portion, sink: Sink) -> None:
-        """Send the contributions of passes over `portion` to `sink` from now on.
+    def watch(self, micro_batch: MicroBatch, sink: Sink) -> None:
+        """Send the contributions of passes over `micro-batch` to `sink` from now on.
 
         A micro-batch whose first place is 0 begins a step.
         """
-        self._portion, self._sink = portion, sink
+        self._micro_batch, self._sink = micro_batch, sink
         self._depth.value = 0
-        if portion.first == 0:
+        if micro_batch.first == 0:
             self.half_precision = False
             self.outputs = []
-        self._pass = Pass(*portion.of_pass)
+        self._pass = Pass(*micro_batch.of_pass)
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Ignore the model's passes until the next `watch`."""
         self._sink = None
 
@@ -205,19 +217,38 @@ class Capture:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Watch other passes while the block runs, then return to the present ones."""
-        kept = self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open
+        kept = (
+            self._micro_batch,
+            self._sink,
+            self.half_precision,
+            self.outputs,
+            self._pass,
+            self._calls,
+            self._passes_open,
+        )
         self._calls, self._passes_open = [], 0
-        coupling, self.coupling = self.coupling, LossCoupling(partial(self.sending_to, None), allows_mixing=True)
+        coupling, self.coupling = (
+            self.coupling,
+            LossCoupling(partial(self.sending_to, None), allows_mixing=True),
+        )
         try:
             with self._attribution.set_aside():
                 yield
         finally:
             self.coupling = coupling
-            self._portion, self._sink, self.half_precision, self.outputs, self._pass, self._calls, self._passes_open = kept
+            (
+                self._micro_batch,
+                self._sink,
+                self.half_precision,
+                self.outputs,
+                self._pass,
+                self._calls,
+                self._passes_open,
+            ) = kept
 
     def detach(self) -> None:
         """Remove every hook."""
-        self.rest()
+        self.pause()
         self.release()
         for handle in self._handles:
             handle.remove()
@@ -241,46 +272,67 @@ class Capture:
         for module in model.modules():
             holds = any(p in parameters for p in module.parameters())
             if module is model or (holds and next(module.children(), None) is not None):
-                begin, end = self._guarded(partial(self._begin_call, module)), partial(self._end_call, module)
+                begin, end = (
+                    self._guarded(partial(self._begin_call, module)),
+                    partial(self._end_call, module),
+                )
                 self._container_handles[module] = [
                     module.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
                     module.register_forward_hook(_Hook(self._guarded(end)), always_call=True),
                 ]
 
-    def _begin_call(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _begin_call(
+        self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         self._depth.value += 1
         if self._depth.value == 1 and torch._C._current_graph_task_id() == -1 and self._watching():
             self._depth.outermost.add(module)
-            tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim() > 0]
+            tensors = [
+                x
+                for x in tree_leaves((args, dict(kwargs)))
+                if isinstance(x, Tensor) and x.dim() > 0
+            ]
             if module is self._model or self._holds_all(module):
-                self._portion.begin_pass(_samples_in(tensors, len(self._portion.samples)))
-            self._pass = Pass(*self._portion.of_pass, references(tensors))
+                self._micro_batch.begin_pass(_samples_in(tensors, len(self._micro_batch.samples)))
+            self._pass = Pass(*self._micro_batch.of_pass, references(tensors))
             self._check_arrangement(tensors)
 
     def _check_arrangement(self, inputs: Sequence[Tensor]) -> None:
-        portion = self._portion
-        if portion.partners is not None:
+        micro_batch = self._micro_batch
+        if micro_batch.partners is not None:
             return
-        for reference in portion.tensors:
+        for reference in micro_batch.tensors:
             batch = reference()
             for given in inputs:
-                if batch is not None and given.is_floating_point() and given.shape == batch.shape and not portion.seen:
-                    check_arrangement(given, batch, portion.samples)
+                if (
+                    batch is not None
+                    and given.is_floating_point()
+                    and given.shape == batch.shape
+                    and not micro_batch.seen
+                ):
+                    check_arrangement(given, batch, micro_batch.samples)
 
     def _end_call(self, module: nn.Module, _: nn.Module, args: Any, output: Any) -> None:
         self._depth.value = max(0, self._depth.value - 1)
-        if self._depth.value or self._sink is None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        if (
+            self._depth.value
+            or self._sink is None
+            or not torch.is_grad_enabled()
+            or torch._C._current_graph_task_id() != -1
+        ):
             return
         self._passes_open += 1
         leaves = [x for x in tensors_in(output) if x.requires_grad]
-        batch, of_pass = len(self._portion.samples), self._pass
+        batch, of_pass = len(self._micro_batch.samples), self._pass
         if (
             of_pass.count < batch
             and any(len(x) == batch for x in leaves if x.dim())
-            and any(batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None)
+            and any(
+                batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None
+            )
         ):
             # the pass holds the whole batch after all: another dimension comes first in its inputs
-            self._portion.correct_pass(batch)
+            self._micro_batch.correct_pass(batch)
             of_pass.count = batch
         if leaves:
             with full_precision(leaves[0]):
@@ -299,7 +351,9 @@ class Capture:
         outermost = self._depth.outermost
         if not outermost:
             return
-        for module in [m for m in self._container_handles if m not in outermost and m is not self._model]:
+        for module in [
+            m for m in self._container_handles if m not in outermost and m is not self._model
+        ]:
             for handle in self._container_handles.pop(module):
                 handle.remove()
 
@@ -307,10 +361,10 @@ class Capture:
         """Tell whether the present call is of a pass to record. Mark its micro-batch as met."""
         if self._sink is None:
             return False
-        self._portion.met = True
+        self._micro_batch.met = True
         if not torch.is_grad_enabled():
             return False
-        self._portion.live = True
+        self._micro_batch.live = True
         return True
 
     def _watch_output(self, is_whole: bool, model: nn.Module, args: Any, output: Any) -> None:
@@ -323,7 +377,7 @@ class Capture:
             args: positional arguments of the call.
             output: returned value of the call.
         """
-        sink, (first, _) = self._sink, self._portion.of_pass
+        sink, (first, _) = self._sink, self._micro_batch.of_pass
         predicted = predicted_in(output)
         # a scalar belongs to no sample: it is the loss, if the model's forward is a training step
         if sink is None or predicted is None or not predicted.requires_grad or predicted.dim() == 0:
@@ -336,11 +390,20 @@ class Capture:
 
         def on_gradient(gradient: Tensor) -> None:
             if self._sink is sink and watch.is_used and self._destination(None) is not False:
-                self.outputs.append(SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first))
+                self.outputs.append(
+                    SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first)
+                )
 
         watch_gradient(output, predicted, on_gradient)
 
-    def _forward(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _forward(
+        self,
+        watched: Watched,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
         if not self._watching():
             return
         if not isinstance(output, Tensor):
@@ -351,7 +414,10 @@ class Capture:
             return
         is_recomputed = torch._C._current_graph_task_id() != -1
         parameter = cast("nn.Parameter", module._parameters[wanted[0]])
-        inputs = tuple([_detached(x) for x in args]), {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs
+        inputs = (
+            tuple([_detached(x) for x in args]),
+            {key: _detached(x) for key, x in kwargs.items()} if kwargs else kwargs,
+        )
         call = Call(watched, parameter, inputs, self._pass, is_recomputed, tuple(output.shape))
         self._calls.append(call)
         hook = self._guarded(partial(self._backward, call))
@@ -359,8 +425,17 @@ class Capture:
         # gives the view a new history without the hooks that were set before. The base of the view
         # keeps its own history, hooks included.
         base = output._base if output._is_view() else None
-        is_own = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-        if is_own and base is not None and not _shares_memory(base, (*args, *kwargs.values(), *module.parameters())):
+        is_own = (
+            base is not None
+            and base.numel() == output.numel()
+            and base.is_contiguous()
+            and output.is_contiguous()
+        )
+        if (
+            is_own
+            and base is not None
+            and not _shares_memory(base, (*args, *kwargs.values(), *module.parameters()))
+        ):
             base.register_hook(hook)  # type: ignore[no-untyped-call]
         else:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -375,7 +450,11 @@ class Capture:
         if parameter is None:
             return True
         try:
-            return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node))
+            return bool(
+                torch._C._will_engine_execute_node(
+                    torch.autograd.graph.get_gradient_edge(parameter).node
+                )
+            )
         except RuntimeError:
             return None
 
@@ -415,7 +494,9 @@ class Capture:
                 if call.inputs is not None:
                     found = rows_of_call(call, gradient.detach(), wanted)
                 else:  # a second backward pass through a graph that the loop has retained
-                    found = rows_by_node(call, torch._C._current_autograd_node(), gradient, attribution.parameters)
+                    found = rows_by_node(
+                        call, torch._C._current_autograd_node(), gradient, attribution.parameters
+                    )
         except LayerError:
             if attribution.probe is None:
                 raise
@@ -429,7 +510,11 @@ class Capture:
                 call.of_pass.has_gradient = True
 
     def on_route(
-        self, rows: Callable[[], list[tuple[int, Contribution]]], blocks: Iterable[int], of_pass: Pass, gradient: Tensor
+        self,
+        rows: Callable[[], list[tuple[int, Contribution]]],
+        blocks: Iterable[int],
+        of_pass: Pass,
+        gradient: Tensor,
     ) -> None:
         """Collect the contributions at a node that uses parameters without a layer rule.
 
@@ -470,7 +555,9 @@ class Capture:
         call.task = task
         if task not in self._releasing:  # a recomputed part has its own pass within another
             self._releasing.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._after_backward, task))
+            torch.autograd.Variable._execution_engine.queue_callback(
+                partial(self._after_backward, task)
+            )
 
     def _after_backward(self, task: int) -> None:
         self._releasing.discard(task)
@@ -505,7 +592,9 @@ def _samples_in(tensors: Sequence[Tensor], batch: int) -> int | None:
     if not tensors:
         return None
     # a first dimension longer than the batch is another dimension, such as time
-    is_whole = any(len(x) == batch for x in tensors) or (len(tensors[0]) > batch and any(batch in x.shape for x in tensors))
+    is_whole = any(len(x) == batch for x in tensors) or (
+        len(tensors[0]) > batch and any(batch in x.shape for x in tensors)
+    )
     return batch if is_whole else len(tensors[0])
 
 

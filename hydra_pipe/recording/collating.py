@@ -70,7 +70,11 @@ def check_order(samples: Sequence[Any], batch: Any) -> None:
     of_samples = [[_values(x) for x in tree_leaves(sample)] for sample in samples]
     if n < 2 or len({len(leaves) for leaves in of_samples}) != 1:
         return
-    rows = [x for x in tree_leaves(batch) if isinstance(x, Tensor | np.ndarray) and x.ndim > 0 and len(x) == n]
+    rows = [
+        x
+        for x in tree_leaves(batch)
+        if isinstance(x, Tensor | np.ndarray) and x.ndim > 0 and len(x) == n
+    ]
     for of_batch in rows:
         values = [_values(of_batch[i]) for i in range(n)]
         for leaf in range(len(of_samples[0])):
@@ -102,7 +106,10 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
     if n < 2 or given.data_ptr() == batch.data_ptr() or torch.equal(given, batch.to(given)):
         return
     # one channel only: each channel of a picture is normalised by itself
-    ours, theirs = (x.detach().reshape(n, x.shape[1] if x.dim() > 2 else 1, -1)[:, 0].double().cpu() for x in (given, batch))
+    ours, theirs = (
+        x.detach().reshape(n, x.shape[1] if x.dim() > 2 else 1, -1)[:, 0].double().cpu()
+        for x in (given, batch)
+    )
     if ours.shape[1] < 2 * (n + 1):
         return
     every = max(1, ours.shape[1] // 4096)
@@ -110,7 +117,9 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
     regressors = torch.cat([theirs, torch.ones(1, theirs.shape[1], dtype=theirs.dtype)])
     if int(torch.linalg.matrix_rank(regressors)) == n + 1:
         found = torch.linalg.lstsq(regressors.T, ours.T).solution.T[:, :n]
-        left = torch.linalg.vector_norm(found @ theirs + (ours - found @ theirs).mean(1, keepdim=True) - ours)
+        left = torch.linalg.vector_norm(
+            found @ theirs + (ours - found @ theirs).mean(1, keepdim=True) - ours
+        )
         if float(left) <= 1e-3 * float(torch.linalg.vector_norm(ours)):
             weights = found.abs() / found.abs().sum(1, keepdim=True)
             if float(weights.diagonal().min()) < 0.99:
@@ -126,7 +135,11 @@ def _check_cut(ours: Tensor, theirs: Tensor, ids: NDArray[np.int64]) -> None:
     for i in range(n):
         own = ours[i] == theirs[i]
         rest = ~own
-        others = [j for j in range(n) if j != i and bool(rest.any()) and bool((ours[i][rest] == theirs[j][rest]).all())]
+        others = [
+            j
+            for j in range(n)
+            if j != i and bool(rest.any()) and bool((ours[i][rest] == theirs[j][rest]).all())
+        ]
         if not bool(rest.any()) or not others:
             weights[i, i] = 1.0
             continue
@@ -149,11 +162,17 @@ def _refuse_arrangement(weights: Tensor, ids: NDArray[np.int64]) -> None:
     )
 
 
-def _order(samples: Sequence[NDArray[Any] | None], rows: Sequence[NDArray[Any] | None]) -> list[int] | None:
+def _order(
+    samples: Sequence[NDArray[Any] | None], rows: Sequence[NDArray[Any] | None]
+) -> list[int] | None:
     """Return the sample of each row; None if some row is like no sample, or like several."""
     found = []
     for row in rows:
-        like = [k for k, sample in enumerate(samples) if row is not None and sample is not None and _is_like(row, sample)]
+        like = [
+            k
+            for k, sample in enumerate(samples)
+            if row is not None and sample is not None and _is_like(row, sample)
+        ]
         if len(like) != 1:
             return None
         found.append(like[0])

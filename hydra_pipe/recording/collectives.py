@@ -1,6 +1,6 @@
 """The processes that train one model, and all that they tell each other.
 
-They are several with DistributedDataParallel, or one. Every method of `Ranks` is collective: all
+They are several with DistributedDataParallel, or one. Every method of `Collectives` is collective: all
 ranks call it at the same point. Otherwise they wait for each other until the process group's
 timeout. `SingleProcess` has the same methods, and waits for nobody.
 """
@@ -19,13 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from hydra_pipe import errors
 from hydra_pipe.errors import HydraError, RecordError, UsageError
 from hydra_pipe.recording.refusals import sharding
-
-Floats = NDArray[np.float64]
+from hydra_pipe.types import F64
 
 
 def n_processes() -> int:
     """Return the size of torch.distributed's default group; 1 if it is not in use."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -40,7 +43,7 @@ class SingleProcess:
     is_first = True
     static_graph = False
 
-    def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
+    def gather(self, values: NDArray[np.float64] | list[float]) -> F64:
         """Return `values`, shape (1, n)."""
         return np.asarray(values, np.float64)[None]
 
@@ -48,7 +51,7 @@ class SingleProcess:
         """Return `text` alone."""
         return [text]
 
-    def mean(self, values: Floats) -> Floats:
+    def mean(self, values: F64) -> F64:
         """Return `values` themselves."""
         return values
 
@@ -60,7 +63,7 @@ class SingleProcess:
         return nullcontext()
 
 
-class Ranks:
+class Collectives:
     """The processes of one DistributedDataParallel model.
 
     Args:
@@ -70,21 +73,27 @@ class Ranks:
             step.
     """
 
-    def __init__(self, model: nn.Module, group: distributed.ProcessGroup, *, static_graph: bool) -> None:
+    def __init__(
+        self, model: nn.Module, group: distributed.ProcessGroup, *, static_graph: bool
+    ) -> None:
         self._group = group
         self.rank = distributed.get_rank(self._group)
         self.size = distributed.get_world_size(self._group)
         self.static_graph = static_graph
         parameter = next(model.parameters())
         # NCCL moves tensors on the GPU only, Gloo tensors on the CPU
-        self._device = parameter.device if "nccl" in str(distributed.get_backend(self._group)) else torch.device("cpu")
+        self._device = (
+            parameter.device
+            if "nccl" in str(distributed.get_backend(self._group))
+            else torch.device("cpu")
+        )
 
     @property
     def is_first(self) -> bool:
         """Tell whether this process keeps the manifest and the data common to the ranks."""
         return self.rank == 0
 
-    def gather(self, values: NDArray[np.float64] | list[float]) -> Floats:
+    def gather(self, values: NDArray[np.float64] | list[float]) -> F64:
         """Return every rank's `values`, shape (rank, n); n is the same on all ranks."""
         own = torch.as_tensor(np.asarray(values, np.float64), device=self._device)
         return torch.stack(self._gathered(own)).cpu().numpy()
@@ -96,14 +105,17 @@ class Ranks:
         padded = np.zeros(max(*sizes, 1), np.uint8)
         padded[: len(own)] = own
         parts = self._gathered(torch.from_numpy(padded).to(self._device))
-        return [bytes(part.cpu().numpy()[:size]).decode() for part, size in zip(parts, sizes, strict=True)]
+        return [
+            bytes(part.cpu().numpy()[:size]).decode()
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(parts, own, group=self._group)
         return parts
 
-    def mean(self, values: Floats) -> Floats:
+    def mean(self, values: F64) -> F64:
         """Return the mean of the ranks' `values`, bit for bit the same on all ranks.
 
         All ranks give `values` of one shape.
@@ -141,9 +153,15 @@ class Ranks:
 
         It has the same type, and its message names the rank.
         """
-        kind, _, message = self.gather_text(f"{type(error).__name__}\n{error}")[rank].partition("\n")
+        kind, _, message = self.gather_text(f"{type(error).__name__}\n{error}")[rank].partition(
+            "\n"
+        )
         found = getattr(errors, kind, None)
-        if isinstance(found, type) and issubclass(found, HydraError) and "__init__" not in vars(found):
+        if (
+            isinstance(found, type)
+            and issubclass(found, HydraError)
+            and "__init__" not in vars(found)
+        ):
             return found(f"rank {rank}: {message}")
         return RecordError(f"rank {rank}: {kind}: {message}")
 
@@ -158,7 +176,7 @@ class Ranks:
         self.raise_together(error)
 
 
-Processes = SingleProcess | Ranks
+Processes = SingleProcess | Collectives
 
 
 def processes_of(model: nn.Module, group: distributed.ProcessGroup | None = None) -> Processes:
@@ -175,9 +193,9 @@ def processes_of(model: nn.Module, group: distributed.ProcessGroup | None = None
     if n_processes() == 1:
         return SingleProcess()
     if isinstance(model, DistributedDataParallel):
-        ranks = Ranks(model, model.process_group, static_graph=bool(model.static_graph))
+        ranks = Collectives(model, model.process_group, static_graph=bool(model.static_graph))
     elif group is not None:
-        ranks = Ranks(model, group, static_graph=False)
+        ranks = Collectives(model, group, static_graph=False)
     else:
         raise RecordError(
             sharding(model)

@@ -25,8 +25,8 @@ from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
 from hydra_pipe.recording.encoder import RowEncoder, describe, key_of_side_by_side, side_by_side
 from hydra_pipe.recording.encodings import Given, Reduced
 from hydra_pipe.recording.explanations import explain
-from hydra_pipe.recording.micro_batches import Mixture, Portion, check_covered
-from hydra_pipe.recording.row_buffer import Slab
+from hydra_pipe.recording.micro_batches import MicroBatch, Mixture, check_covered
+from hydra_pipe.recording.row_buffer import RowBuffer
 
 # Arguments: number of a block; the gradient that the optimiser is about to use, or None; sorted
 # lines of the block, or None. Result: root of the preconditioner for the update with this gradient.
@@ -67,7 +67,9 @@ class Collector:
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
         self._model, self._root, self._optimizer = model, root, optimizer
-        self._described = [Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()]
+        self._described = [
+            Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()
+        ]
         self._choice, self._dim, self._seed = choice, dim, seed
         #: dtype of the stored rows; None until it is chosen
         self.dtype = dtype
@@ -76,7 +78,7 @@ class Collector:
         # contributions of the present backward pass that wait for others of the same key; the first
         # contribution of a key enters the key
         self._held: dict[tuple[int, ...], list[Given]] = {}
-        self._portions: list[Portion] = []
+        self._micro_batches: list[MicroBatch] = []
         # id of the backward pass of the last contribution, and number of dropped steps
         self._backward = -1
         self.n_dropped = 0
@@ -87,7 +89,7 @@ class Collector:
         self._watching = watching
         self.attach()
 
-    def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> Portion:
+    def watch(self, samples: NDArray[np.int64], *, tracked: bool = False) -> MicroBatch:
         """Collect the passes over one more micro-batch of the present step.
 
         Args:
@@ -97,40 +99,66 @@ class Collector:
         Returns:
             The new micro-batch. Its places follow those of the earlier micro-batches.
         """
-        if self._portions and not self._portions[-1].live:
-            self._portions.pop()  # the model was not called with it, so no gradient can follow
-        first = self._portions[-1].stop if self._portions else 0
-        portion = Portion(samples, first, tracked)
-        self._portions.append(portion)
-        self._capture.watch(portion, self._collect)
-        return portion
+        if self._micro_batches and not self._micro_batches[-1].live:
+            self._micro_batches.pop()  # the model was not called with it, so no gradient can follow
+        first = self._micro_batches[-1].stop if self._micro_batches else 0
+        micro_batch = MicroBatch(samples, first, tracked)
+        self._micro_batches.append(micro_batch)
+        self._capture.watch(micro_batch, self._collect)
+        return micro_batch
 
     @property
-    def portions(self) -> Sequence[Portion]:
+    def micro_batches(self) -> Sequence[MicroBatch]:
         """Micro-batches that count in the present step: all with a gradient, or else the last."""
-        return [p for p in self._portions if p.seen] or self._portions[-1:]
+        return [p for p in self._micro_batches if p.seen] or self._micro_batches[-1:]
 
     @property
-    def portion(self) -> Portion | None:
+    def micro_batch(self) -> MicroBatch | None:
         """The last named micro-batch of the present step; None if there is none."""
-        return self._portions[-1] if self._portions else None
+        return self._micro_batches[-1] if self._micro_batches else None
 
     def forget(self) -> None:
         """Forget all contributions of the step, and ignore the model until the next `watch`."""
-        self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
-        self._capture.rest()
+        self._micro_batches, self._waiting, self._reduced, self._held, self._only_asked = (
+            [],
+            {},
+            {},
+            {},
+            True,
+        )
+        self._capture.pause()
         self._capture.release()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Collect something else while the block runs, then return to the present step."""
-        kept = self._portions, self._waiting, self._reduced, self._held, self._backward, self._only_asked
-        self._portions, self._waiting, self._reduced, self._held, self._only_asked = [], {}, {}, {}, True
+        kept = (
+            self._micro_batches,
+            self._waiting,
+            self._reduced,
+            self._held,
+            self._backward,
+            self._only_asked,
+        )
+        self._micro_batches, self._waiting, self._reduced, self._held, self._only_asked = (
+            [],
+            {},
+            {},
+            {},
+            True,
+        )
         try:
             with self._capture.set_aside():
                 yield
         finally:
-            self._portions, self._waiting, self._reduced, self._held, self._backward, self._only_asked = kept
+            (
+                self._micro_batches,
+                self._waiting,
+                self._reduced,
+                self._held,
+                self._backward,
+                self._only_asked,
+            ) = kept
 
     @property
     def n_waiting(self) -> int:
@@ -138,17 +166,17 @@ class Collector:
 
         The number is 0 if the loop has cleared the gradients, or a scaler will not use them.
         """
-        waiting = sum(p.seen for p in self._portions)
+        waiting = sum(p.seen for p in self._micro_batches)
         return 0 if waiting and (self._gradients_dropped() or self.overflowed()) else waiting
 
     def drop_seen(self) -> None:
         """Forget the micro-batches that have a gradient: the loop will not use the gradient."""
-        if any(p.seen for p in self._portions):
+        if any(p.seen for p in self._micro_batches):
             self._drop()
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Ignore the model until the next `watch`. Contributions so far stay."""
-        self._capture.rest()
+        self._capture.pause()
 
     def paused(self) -> AbstractContextManager[None]:
         """Return a block whose passes, forward and backward, are not part of the step."""
@@ -166,9 +194,9 @@ class Collector:
     @property
     def outputs(self) -> Sequence[SeenOutput]:
         """Outputs and gradients of the present step's passes, at the places of their rows."""
-        portions = self.portions
-        seen = [o for o in self._capture.outputs if any(p.holds(o.first) for p in portions)]
-        place = _places(portions)
+        micro_batches = self.micro_batches
+        seen = [o for o in self._capture.outputs if any(p.holds(o.first) for p in micro_batches)]
+        place = _places(micro_batches)
         return seen if place is None else [replace(o, first=place(o.first)) for o in seen]
 
     def roots(self) -> list[NDArray[Any]] | None:
@@ -184,17 +212,17 @@ class Collector:
 
     def add_to(
         self,
-        slab: Slab | None,
+        buffer: RowBuffer | None,
         gradients: Sequence[Tensor | None],
         columns: Mapping[str, NDArray[np.generic]],
         when: str,
         *,
         at_step: bool,
-    ) -> Slab:
-        """Put the rows of the contributions into `slab`, or into a new slab.
+    ) -> RowBuffer:
+        """Put the rows of the contributions into `row buffer`, or into a new row buffer.
 
         Args:
-            slab: slab with room for the rows; None for a new slab.
+            row buffer: row buffer with room for the rows; None for a new row buffer.
             gradients: whole gradient of each block; None for a block without a gradient.
             columns: further columns of each row, each of shape (batch,).
             when: the moment, in words such as "at step 3".
@@ -202,27 +230,36 @@ class Collector:
                 Otherwise `gradients` are gradients of a sum of unscaled losses.
 
         Returns:
-            The slab with the rows.
+            The row buffer with the rows.
 
         Raises:
             RecordError: the passes did not cover the samples.
             LayerError: a factored block no longer has one position a sample.
         """
-        portions = self.portions
-        check_covered(portions, when)
+        micro_batches = self.micro_batches
+        check_covered(micro_batches, when)
         self._capture.check_passes(when)
         with torch.no_grad():
             encoder = self.encoder = self.encoder or self._choose_encoding()
-            batch = sum(len(p.samples) for p in portions)
+            batch = sum(len(p.samples) for p in micro_batches)
             why = partial(explain, self._model, self._optimizer)
-            slab = slab or Slab(encoder, self.parameters, batch, None if at_step else 1.0, why)
+            buffer = buffer or RowBuffer(
+                encoder, self.parameters, batch, None if at_step else 1.0, why
+            )
             self._reduce_held()
             self._reduce_waiting(encoder, gradients if at_step else None)
-            self._move_up(portions)
-            mixture = Mixture.of(portions)
-            slab.add(self._reduced, gradients, columns, when, half=self._capture.half_precision, mixture=mixture)
+            self._move_up(micro_batches)
+            mixture = Mixture.of(micro_batches)
+            buffer.add(
+                self._reduced,
+                gradients,
+                columns,
+                when,
+                half=self._capture.half_precision,
+                mixture=mixture,
+            )
         self._reduced = {}
-        return slab
+        return buffer
 
     def resume(self, layout: Layout, dtype: Dtype) -> None:
         """Resume with the encoding and the dtype of an earlier recording.
@@ -249,9 +286,11 @@ class Collector:
             begun: True if a step was taken before. If a loop has taken no step and clears gradients
                 of full precision, it has forgotten optimizer.step().
         """
-        if not any(p.seen for p in self._portions):
+        if not any(p.seen for p in self._micro_batches):
             return False
-        return self.overflowed() or ((begun or self._capture.half_precision) and self._gradients_dropped())
+        return self.overflowed() or (
+            (begun or self._capture.half_precision) and self._gradients_dropped()
+        )
 
     def overflowed(self) -> bool:
         """Tell whether a gradient is not finite.
@@ -263,14 +302,21 @@ class Collector:
         precision although its terms are finite, and gradients of other ranks.
         """
         collected = all(bool(torch.isfinite(values).all()) for values in self._collected())
-        return not collected or not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None)
+        return not collected or not all(
+            bool(torch.isfinite(p.grad).all()) for p in self.parameters if p.grad is not None
+        )
 
     def _collected(self) -> Iterator[Tensor]:
         """Yield the values of each contribution; norms in place of factors."""
         given = chain(*self._waiting.values(), *self._reduced.values(), *self._held.values())
-        return (bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value) for g in given)
+        return (
+            bounds_of(g.value) if isinstance(g.value, Factors | TokenRows) else rows_of(g.value)
+            for g in given
+        )
 
-    def _collect(self, contributions: Mapping[int, Contribution], first: int, is_asked: bool) -> bool:
+    def _collect(
+        self, contributions: Mapping[int, Contribution], first: int, is_asked: bool
+    ) -> bool:
         backward = torch._C._current_graph_task_id()
         if is_asked != self._only_asked:
             if is_asked:
@@ -279,25 +325,29 @@ class Collector:
             if self._waiting or self._reduced:
                 self._drop()
             self._only_asked = False
-        portion = self._portions[-1] if self._portions else None
-        if portion is None or not portion.holds(first):
-            portion = next((p for p in reversed(self._portions) if p.holds(first)), None)
-        if portion is None:
+        micro_batch = self._micro_batches[-1] if self._micro_batches else None
+        if micro_batch is None or not micro_batch.holds(first):
+            micro_batch = next((p for p in reversed(self._micro_batches) if p.holds(first)), None)
+        if micro_batch is None:
             # the micro-batch was dropped; if its gradient is used after all, the books tell
             return False
         # A hook runs before its gradient is added to `.grad`. So if an earlier pass has left
         # gradients to accumulate, they are in `.grad` now. If they are not, the loop has thrown
         # them away. A single pass adds nothing to `.grad` before its end.
         is_new = backward != self._backward and not is_asked
-        if is_new and any(p.seen for p in self._portions) and self._gradients_dropped():
-            self._drop(but=portion)
+        if is_new and any(p.seen for p in self._micro_batches) and self._gradients_dropped():
+            self._drop(but=micro_batch)
         if backward != self._backward:
             self._reduce_held()
-            if self.encoder is None and self._root is None and any(p.seen for p in self._portions if p is not portion):
+            if (
+                self.encoder is None
+                and self._root is None
+                and any(p.seen for p in self._micro_batches if p is not micro_batch)
+            ):
                 with torch.no_grad():
                     self.encoder = self._choose_encoding()
                     self._reduce_waiting(self.encoder, None)
-        portion.seen = True
+        micro_batch.seen = True
         self._backward = backward
         # Contributions of the first batch are not reduced yet: the layout is chosen from all of its
         # passes. And a preconditioner is known only when the step's gradient is complete.
@@ -324,7 +374,9 @@ class Collector:
             return
         self._held[key].append(given)
         if len(self._held[key]) == _MOST_HELD:
-            self._reduced[index].append(encoder.encodings[index].reduce(side_by_side(self._held[key])))
+            self._reduced[index].append(
+                encoder.encodings[index].reduce(side_by_side(self._held[key]))
+            )
             self._held[key] = []
 
     def _reduce_held(self) -> None:
@@ -332,7 +384,9 @@ class Collector:
         for (index, *_), given in self._held.items():
             if given:
                 assert self.encoder is not None
-                self._reduced[index].append(self.encoder.encodings[index].reduce(side_by_side(given)))
+                self._reduced[index].append(
+                    self.encoder.encodings[index].reduce(side_by_side(given))
+                )
         self._held = {}
 
     def _gradients_dropped(self) -> bool:
@@ -344,23 +398,30 @@ class Collector:
         # their own values, so this rank must not call its zeros dropped.
         return not gradients or any(bool((values != 0).any()) for values in self._collected())
 
-    def _drop(self, but: Portion | None = None) -> None:
-        self._portions = [p for p in self._portions if not p.seen or p is but]
+    def _drop(self, but: MicroBatch | None = None) -> None:
+        self._micro_batches = [p for p in self._micro_batches if not p.seen or p is but]
         self._waiting, self._reduced, self._held = {}, {}, {}
         self._capture.coupling.forget_gradients()
         # The output's hook runs before all others. So an output may already belong to the pass that
         # has found the gradients dropped: that output stays.
         outputs = self._capture.outputs
-        self._capture.outputs = [o for o in outputs if any(p.holds(o.first) for p in self._portions)]
+        self._capture.outputs = [
+            o for o in outputs if any(p.holds(o.first) for p in self._micro_batches)
+        ]
         self.n_dropped += 1
 
-    def _move_up(self, portions: Sequence[Portion]) -> None:
+    def _move_up(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Move the contributions to their places among the micro-batches that count."""
-        place = _places(portions)
+        place = _places(micro_batches)
         if place is not None:
-            self._reduced = {index: [replace(r, first=place(r.first)) for r in given] for index, given in self._reduced.items()}
+            self._reduced = {
+                index: [replace(r, first=place(r.first)) for r in given]
+                for index, given in self._reduced.items()
+            }
 
-    def _reduce_waiting(self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None) -> None:
+    def _reduce_waiting(
+        self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None
+    ) -> None:
         """Reduce the waiting contributions.
 
         Args:
@@ -374,9 +435,16 @@ class Collector:
             gradient = gradients[index] if gradients is not None else None
             lines = None
             if self._root is not None and encoder.encodings[index].takes_lines(given):
-                lines = torch.unique(torch.cat([g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]))
+                lines = torch.unique(
+                    torch.cat(
+                        [g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]
+                    )
+                )
             root = self._root(index, gradient, lines) if self._root is not None else None
-            self._reduced[index] = [encoder.encodings[index].reduce(g, root, lines) for g in self._grouped(encoder, index, given)]
+            self._reduced[index] = [
+                encoder.encodings[index].reduce(g, root, lines)
+                for g in self._grouped(encoder, index, given)
+            ]
 
     @staticmethod
     def _grouped(encoder: RowEncoder, index: int, given: Sequence[Given]) -> list[Given]:
@@ -386,23 +454,31 @@ class Collector:
         groups: dict[Any, list[Given]] = {}
         for number, one in enumerate(given):
             groups.setdefault(key_of_side_by_side(index, one) or number, []).append(one)
-        return [side_by_side(group[k : k + _MOST_HELD]) for group in groups.values() for k in range(0, len(group), _MOST_HELD)]
+        return [
+            side_by_side(group[k : k + _MOST_HELD])
+            for group in groups.values()
+            for k in range(0, len(group), _MOST_HELD)
+        ]
 
     def _choose_encoding(self) -> RowEncoder:
         # elementwise preconditioning leaves no outer product, so nothing to factor
-        described = self._described if self._root is not None else describe(self._waiting, self._described)
-        layout, self.dtype = choose_recording(described, self._choice, self._dim, self._seed, self.dtype)
+        described = (
+            self._described if self._root is not None else describe(self._waiting, self._described)
+        )
+        layout, self.dtype = choose_recording(
+            described, self._choice, self._dim, self._seed, self.dtype
+        )
         return RowEncoder(layout, preconditioned=self._root is not None)
 
 
-def _places(portions: Sequence[Portion]) -> Callable[[int], int] | None:
-    """Return a map from a place among all collected micro-batches to a place among `portions`.
+def _places(micro_batches: Sequence[MicroBatch]) -> Callable[[int], int] | None:
+    """Return a map from a place among all collected micro-batches to a place among `micro-batches`.
 
     Returns:
         None if no micro-batch was dropped, so that all places stay.
     """
-    firsts = [p.first for p in portions]
-    starts = [0, *accumulate(len(p.samples) for p in portions)]
+    firsts = [p.first for p in micro_batches]
+    starts = [0, *accumulate(len(p.samples) for p in micro_batches)]
     if firsts == starts[:-1]:
         return None
 
@@ -414,4 +490,6 @@ def _places(portions: Sequence[Portion]) -> Callable[[int], int] | None:
 
 
 def _in_words(parameter: tuple[str, tuple[int, ...], int] | None) -> str:
-    return "nothing" if parameter is None else f"{parameter[0]} {parameter[1]} in group {parameter[2]}"
+    return (
+        "nothing" if parameter is None else f"{parameter[0]} {parameter[1]} in group {parameter[2]}"
+    )

@@ -54,7 +54,9 @@ def _state_of(module: "ref[nn.Module]") -> Any:
 
 def _cleaned(state: dict[str, Any]) -> dict[str, Any]:
     ours: set[int] = set()
-    hooks = [name for name, value in state.items() if name.endswith("_hooks") and isinstance(value, dict)]
+    hooks = [
+        name for name, value in state.items() if name.endswith("_hooks") and isinstance(value, dict)
+    ]
     for name in hooks:
         ours |= {number for number, hook in state[name].items() if _is_ours(hook)}
     cleaned = {name: value for name, value in state.items() if name != _GETSTATE}
@@ -62,7 +64,9 @@ def _cleaned(state: dict[str, Any]) -> dict[str, Any]:
         # further dictionaries mark hooks that take keywords, or that are always called
         for name in state:
             if "_hooks" in name and isinstance(state[name], dict):
-                kept = {number: value for number, value in state[name].items() if number not in ours}
+                kept = {
+                    number: value for number, value in state[name].items() if number not in ours
+                }
                 cleaned[name] = type(state[name])(kept)
     return cleaned
 

@@ -69,13 +69,20 @@ class BackwardWatch:
         assert usual is not None
         self.end()
         losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(losses))
+        gradients = (
+            [grad_tensors]
+            if isinstance(grad_tensors, Tensor)
+            else list(grad_tensors or [None] * len(losses))
+        )
         self.look(losses, gradients)
         usual(tensors, grad_tensors, *args, **kwargs)
 
 
 def coupling_of(
-    losses: Sequence[Tensor], gradients: Sequence[Any], outputs: Sequence[tuple[Origin, Pass]], sample: int
+    losses: Sequence[Tensor],
+    gradients: Sequence[Any],
+    outputs: Sequence[tuple[Origin, Pass]],
+    sample: int,
 ) -> Coupling | None:
     """Find out whether a loss couples the samples, or the passes, of its outputs.
 
@@ -93,14 +100,24 @@ def coupling_of(
     if sum(origin.output.numel() for origin, _ in outputs) > _MOST_ELEMENTS:
         return None
     values = [origin.output for origin, _ in outputs]
-    terms = [loss.sum() if g is None else (loss * g).sum() for loss, g in zip(losses, gradients, strict=True) if loss.requires_grad]
+    terms = [
+        loss.sum() if g is None else (loss * g).sum()
+        for loss, g in zip(losses, gradients, strict=True)
+        if loss.requires_grad
+    ]
     if not terms or not values:
         return None
     try:
         with torch.enable_grad():
             total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-            first = torch.autograd.grad(total, values, create_graph=True, retain_graph=True, allow_unused=True)
-            used = [(origin, of_pass, g) for (origin, of_pass), g in zip(outputs, first, strict=True) if g is not None]
+            first = torch.autograd.grad(
+                total, values, create_graph=True, retain_graph=True, allow_unused=True
+            )
+            used = [
+                (origin, of_pass, g)
+                for (origin, of_pass), g in zip(outputs, first, strict=True)
+                if g is not None
+            ]
             mixes: int | None = None
             tied: list[tuple[Pass, Pass]] = []
             for number, (origin, of_pass, gradient) in enumerate(used):
@@ -108,9 +125,14 @@ def coupling_of(
                 own = origin.order.split(gradient, of_pass.count)[at]
                 if not own.requires_grad:
                     continue
-                direction = torch.randn(own.shape, generator=torch.Generator().manual_seed(number)).to(own)
+                direction = torch.randn(
+                    own.shape, generator=torch.Generator().manual_seed(number)
+                ).to(own)
                 second = torch.autograd.grad(
-                    (own * direction).sum(), [o.output for o, *_ in used], retain_graph=True, allow_unused=True
+                    (own * direction).sum(),
+                    [o.output for o, *_ in used],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
                 if _reaches_others(second, used, of_pass.first + at):
                     mixes = of_pass.first + at
@@ -120,7 +142,9 @@ def coupling_of(
     return Coupling(mixes, tied)
 
 
-def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin, Pass, Tensor]]) -> list[Pass]:
+def _reached_passes(
+    gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin, Pass, Tensor]]
+) -> list[Pass]:
     """Find the other passes on whose outputs the gradient at the output of `of_pass` depends.
 
     All samples are tested at once, because a hinge leaves some of them without a loss.
@@ -129,11 +153,19 @@ def _reached_passes(gradient: Tensor, of_pass: Pass, used: Sequence[tuple[Origin
     if not others:
         return []
     direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
-    second = torch.autograd.grad((gradient * direction).sum(), [x for x, _ in others], retain_graph=True, allow_unused=True)
-    return [other for (_, other), h in zip(others, second, strict=True) if h is not None and bool(h.any())]
+    second = torch.autograd.grad(
+        (gradient * direction).sum(), [x for x, _ in others], retain_graph=True, allow_unused=True
+    )
+    return [
+        other
+        for (_, other), h in zip(others, second, strict=True)
+        if h is not None and bool(h.any())
+    ]
 
 
-def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int) -> bool:
+def _reaches_others(
+    second: Sequence[Tensor | None], used: Sequence[tuple[Origin, Pass, Tensor]], place: int
+) -> bool:
     """Tell whether second derivatives show a loss that mixes a sample with others.
 
     Args:
@@ -159,7 +191,9 @@ def _reaches_others(second: Sequence[Tensor | None], used: Sequence[tuple[Origin
     size = float(torch.linalg.vector_norm(between))
     if size <= _TOLERANCE * own or size == 0.0:
         return False
-    factor = float(between @ gradient) / max(float(gradient @ gradient), torch.finfo(torch.float64).tiny)
+    factor = float(between @ gradient) / max(
+        float(gradient @ gradient), torch.finfo(torch.float64).tiny
+    )
     return float(torch.linalg.vector_norm(between - factor * gradient)) > 1e-2 * size
 
 
@@ -167,7 +201,11 @@ def same_inputs(one: Pass, other: Pass) -> bool:
     """Tell whether two passes were given the same tensor."""
     ours = [x for reference in one.inputs if (x := reference()) is not None]
     theirs = [x for reference in other.inputs if (x := reference()) is not None]
-    return any(a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0 for a in ours for b in theirs)
+    return any(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
+        for a in ours
+        for b in theirs
+    )
 
 
 def references(tensors: Sequence[Tensor]) -> list["weakref.ref[Tensor]"]:
@@ -185,7 +223,13 @@ class LossCoupling:
         looks: True if the check may walk through the graph of the loss.
     """
 
-    def __init__(self, quiet: Callable[[], AbstractContextManager[None]], *, allows_mixing: bool, looks: bool = True) -> None:
+    def __init__(
+        self,
+        quiet: Callable[[], AbstractContextManager[None]],
+        *,
+        allows_mixing: bool,
+        looks: bool = True,
+    ) -> None:
         self._quiet, self._allows_mixing, self._looks = quiet, allows_mixing, looks
         self.watch = BackwardWatch(self._look)
         # passes of the step, and outputs of the passes whose backward pass is still to come
@@ -239,7 +283,11 @@ class LossCoupling:
             for other in counted[number + 1 :]:
                 if (one.first, one.count) != (other.first, other.count):
                     continue
-                tied = id(other) in self._tied_to(one) or same_inputs(one, other) or same_targets(one, other)
+                tied = (
+                    id(other) in self._tied_to(one)
+                    or same_inputs(one, other)
+                    or same_targets(one, other)
+                )
                 if not tied and not self._allows_mixing:
                     raise LayerError(
                         f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same "
@@ -271,7 +319,11 @@ class LossCoupling:
             found = coupling_of(losses, gradients, outputs, sample=outputs[0][1].count // 2)
         if found is None:
             return
-        self._tied |= {pair for one, other in found.tied for pair in ((id(one), id(other)), (id(other), id(one)))}
+        self._tied |= {
+            pair
+            for one, other in found.tied
+            for pair in ((id(one), id(other)), (id(other), id(one)))
+        }
         if found.mixes is not None and not self._allows_mixing:
             raise LayerError(
                 "the loss of one sample depends on the outputs of others (in-batch negatives, or another contrastive or "
@@ -291,13 +343,19 @@ def same_targets(outputs: Sequence[Any], one: Pass, other: Pass) -> bool:
         outputs: `SeenOutput` of each backward pass, in the order of the passes.
         one, other: two passes over the same places.
     """
-    seen = [o.gradient for o in outputs if o.first == one.first and o.gradient.dim() == 2 and len(o.gradient) == one.count]
+    seen = [
+        o.gradient
+        for o in outputs
+        if o.first == one.first and o.gradient.dim() == 2 and len(o.gradient) == one.count
+    ]
     if len(seen) < 2:
         return False
     targets = []
     for gradient in seen:
         size = gradient.abs().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        if bool((gradient.sum(1).abs() > 1e-3 * size).any()) or bool(((gradient < 0).sum(1) > 1).any()):
+        if bool((gradient.sum(1).abs() > 1e-3 * size).any()) or bool(
+            ((gradient < 0).sum(1) > 1).any()
+        ):
             return False
         targets.append(gradient.argmin(1))
     return len(targets[0].unique()) > 1 and all(bool((t == targets[0]).all()) for t in targets)

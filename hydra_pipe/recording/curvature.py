@@ -8,7 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.maths.curvature import LINKS, Link, Loss, cross_entropy_statistics, cross_entropy_weights, curvature_weights, fits
+from hydra_pipe.maths.curvature import (
+    LINKS,
+    Link,
+    Loss,
+    cross_entropy_statistics,
+    cross_entropy_weights,
+    curvature_weights,
+    fits,
+)
 from hydra_pipe.recording.capture import SeenOutput
 from hydra_pipe.recording.targets import TargetCheck
 
@@ -69,8 +77,11 @@ class CurvatureWatch:
         """Note the loss of the pass with `output`: `loss(output, target)`, one for each sample."""
         self._told.append((loss, output, target))
 
-    def see(
-        self, passes: Sequence[SeenOutput], samples: NDArray[np.int64], shares: NDArray[np.int64] | None = None
+    def observe(
+        self,
+        passes: Sequence[SeenOutput],
+        samples: NDArray[np.int64],
+        shares: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
         """Take the passes of a step that is about to be recorded.
 
@@ -80,7 +91,7 @@ class CurvatureWatch:
             shares: place of the row of each share, shape (shares,); None if rows are not shared.
 
         Returns:
-            rho of each sample and of each share, shape (batch + shares,), float32. `settle` fills
+            rho of each sample and of each share, shape (batch + shares,), float32. `finish` fills
             it in. An unknown value is NaN.
         """
         batch = len(samples)
@@ -90,21 +101,30 @@ class CurvatureWatch:
         ends = [seen.first + seen.output.shape[0] for seen in passes]
         for seen, end in zip(passes, ends, strict=True):
             # a sample that was seen twice in a step has two terms, without a common curvature
-            meeting = sum(o.first < end and seen.first < e for o, e in zip(passes, ends, strict=True)) if len(passes) > 1 else 1
+            meeting = (
+                sum(o.first < end and seen.first < e for o, e in zip(passes, ends, strict=True))
+                if len(passes) > 1
+                else 1
+            )
             if meeting == 1 and end <= batch:
-                told = next(((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None)
+                told = next(
+                    ((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()),
+                    None,
+                )
                 out = column[seen.first : end]
                 own = samples[seen.first : end] if shares is None else samples[:0]
-                self._waiting.append(_Pass(seen.output, seen.version, seen.gradient, batch, out, own, told))
+                self._waiting.append(
+                    _Pass(seen.output, seen.version, seen.gradient, batch, out, own, told)
+                )
                 # a view keeps the whole storage of its base in memory
                 self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
         if self._waiting_bytes > _WAITING_BYTES:
-            self.settle()
+            self.finish()
         return column
 
-    def settle(self) -> None:
-        """Fill in the columns that `see` has returned so far.
+    def finish(self) -> None:
+        """Fill in the columns that `observe` has returned so far.
 
         Raises:
             RecordError: the targets belong to other samples than the ids say.
@@ -119,7 +139,9 @@ class CurvatureWatch:
                 loss, target = one.told
                 # forked: a loss may draw from the generator that the training uses
                 with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
-                    one.out[:] = curvature_weights(loss, one.output, target, one.gradient, one.batch)
+                    one.out[:] = curvature_weights(
+                        loss, one.output, target, one.gradient, one.batch
+                    )
         for column, batch, shares in self._shared:
             column[batch:] = column[shares]
         self._shared = []
@@ -134,12 +156,17 @@ class CurvatureWatch:
             else:
                 left.append(one)
         for group in groups.values():
-            outputs, gradients = torch.cat([p.output for p in group]), torch.cat([p.gradient for p in group])
+            outputs, gradients = (
+                torch.cat([p.output for p in group]),
+                torch.cat([p.gradient for p in group]),
+            )
             statistics = cross_entropy_statistics(outputs, gradients, link).cpu().numpy()
             sizes = np.array([len(p.out) for p in group])
             batches = np.array([p.batch for p in group])
             weights, known = cross_entropy_weights(statistics, sizes, batches, group[0].eps)
-            for one, of_pass, is_known in zip(group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True):
+            for one, of_pass, is_known in zip(
+                group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True
+            ):
                 if is_known:
                     one.out[:] = of_pass
                     if link == "softmax" and self._targets.is_on and len(one.samples):
@@ -147,7 +174,10 @@ class CurvatureWatch:
                 else:
                     left.append(one)
             if known.any():
-                self._links = (link, *(other for other in LINKS if other != link))  # the likeliest first
+                self._links = (
+                    link,
+                    *(other for other in LINKS if other != link),
+                )  # the likeliest first
         return left
 
     def _check_targets(self, one: _Pass) -> None:
@@ -158,4 +188,6 @@ class CurvatureWatch:
         if one.gradient.dim() == 2:
             least, targets = one.gradient.min(1)
             seen = (least < 0).cpu().numpy()  # a loss of zero shows no target
-            self._targets.check(one.samples[seen], targets.cpu().numpy()[seen], one.gradient.shape[1])
+            self._targets.check(
+                one.samples[seen], targets.cpu().numpy()[seen], one.gradient.shape[1]
+            )

@@ -61,7 +61,9 @@ def size_of(values: Any) -> int:
     """
     first = next((x for x in tree_leaves(values) if isinstance(x, Tensor) and x.dim() > 0), None)
     if first is None:
-        raise DataError(f"the targets of a batch are a {type(values).__name__}: give a tensor, one target for each sample")
+        raise DataError(
+            f"the targets of a batch are a {type(values).__name__}: give a tensor, one target for each sample"
+        )
     return len(first)
 
 
@@ -79,10 +81,14 @@ def pair_of(item: Any, what: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         name = next((name for name in _TARGETS if item.get(name) is not None), None)
         if name is None:
-            raise DataError(f"{what} yields a mapping of {', '.join(map(str, item))}: it must hold its targets as {_TARGETS[0]!r}")
+            raise DataError(
+                f"{what} yields a mapping of {', '.join(map(str, item))}: it must hold its targets as {_TARGETS[0]!r}"
+            )
         return {key: value for key, value in item.items() if key != name}, item[name]
     if not isinstance(item, tuple | list) or len(item) < 2:
-        raise DataError(f"{what} yields {type(item).__name__}: it must yield pairs (input, target), or mappings with labels")
+        raise DataError(
+            f"{what} yields {type(item).__name__}: it must yield pairs (input, target), or mappings with labels"
+        )
     return item[0], item[1]
 
 
@@ -96,7 +102,9 @@ def is_dataset(given: Any) -> bool:
 
 def _is_batch(given: Any) -> bool:
     """Tell whether `given` is one batch, not several."""
-    return isinstance(given, Mapping) or (isinstance(given, tuple) and len(given) > 1 and isinstance(given[0], Tensor))
+    return isinstance(given, Mapping) or (
+        isinstance(given, tuple) and len(given) > 1 and isinstance(given[0], Tensor)
+    )
 
 
 def _is_sample(item: Any) -> bool:
@@ -116,7 +124,9 @@ def batches_of(ids: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
-def dataset_batches(dataset: Any, name: str, seed: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
+def dataset_batches(
+    dataset: Any, name: str, seed: int, batch_size: int
+) -> Iterator[tuple[Any, Any]]:
     """Yield the samples of a dataset in order, as (inputs, targets).
 
     The random numbers are the same as for a pipeline's test set with this seed.
@@ -151,7 +161,9 @@ def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tu
         yield from dataset_batches(given, "test", seed, batch_size)
         return
     if not isinstance(given, Iterable):
-        raise DataError(f"the test samples are a {type(given).__name__}: give a dataset, a loader, or an iterable of batches")
+        raise DataError(
+            f"the test samples are a {type(given).__name__}: give a dataset, a loader, or an iterable of batches"
+        )
     for batch in given:
         yield pair_of(batch, "the iterable of test batches")
 
@@ -190,12 +202,16 @@ class Batches:
             of different shapes.
     """
 
-    def __init__(self, dataset: Any, name: str, key: tuple[int, int], workers: int = 0, *, alike: bool = True) -> None:
+    def __init__(
+        self, dataset: Any, name: str, key: tuple[int, int], workers: int = 0, *, alike: bool = True
+    ) -> None:
         self._dataset, self._name, self._key, self._workers = dataset, name, key, workers
         self._alike = alike
         self._shapes: str | None = None
 
-    def batches(self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0) -> Stream[Batch]:
+    def batches(
+        self, order: list[NDArray[np.int64]], epoch: int = 0, first: int = 0
+    ) -> Stream[Batch]:
         """Return the batches of an epoch.
 
         The caller has to close the stream, which may have processes that fetch samples.
@@ -208,7 +224,9 @@ class Batches:
         ends = ExitStack()
         return Stream(self._fetched(order, epoch, first, ends), ends.close)
 
-    def _fetched(self, order: list[NDArray[np.int64]], epoch: int, first: int, ends: ExitStack) -> Iterator[Batch]:
+    def _fetched(
+        self, order: list[NDArray[np.int64]], epoch: int, first: int, ends: ExitStack
+    ) -> Iterator[Batch]:
         # A generator for the loader alone. Otherwise the loader draws from the global generator,
         # which the model's dropout uses.
         loader: DataLoader[Any] = DataLoader(
@@ -233,9 +251,16 @@ class Batches:
 
     def _collate(self, items: list[Any]) -> list[tuple[str, Any, Any]]:
         """Return the shapes, inputs and targets of each run of samples with equal shapes."""
-        samples = [tuple(_as_tensors(part, self._name) for part in pair_of(item, f"the {self._name} dataset")) for item in items]
+        samples = [
+            tuple(
+                _as_tensors(part, self._name) for part in pair_of(item, f"the {self._name} dataset")
+            )
+            for item in items
+        ]
         found = []
-        for shapes, group in groupby(samples, key=lambda sample: " and ".join(map(_shapes, sample))):
+        for shapes, group in groupby(
+            samples, key=lambda sample: " and ".join(map(_shapes, sample))
+        ):
             self._check_shapes(shapes)
             inputs, targets = (_collated(parts) for parts in zip(*group, strict=True))
             found.append((shapes, inputs, targets))
@@ -256,7 +281,9 @@ class Batches:
 def _as_tensors(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_tensors(part, name) for key, part in value.items()}
-    if isinstance(value, list | tuple) and not (value and all(isinstance(part, _NUMBERS) for part in value)):
+    if isinstance(value, list | tuple) and not (
+        value and all(isinstance(part, _NUMBERS) for part in value)
+    ):
         return tuple(_as_tensors(part, name) for part in value)
     if not isinstance(value, (Tensor, np.ndarray, list, tuple, *_NUMBERS)):
         raise DataError(

@@ -20,7 +20,9 @@ _FEW_POSITIONS = 4
 _NOTHING: tuple[Sequence[Tensor], Sequence[Given]] = ((), ())
 
 
-def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[Parameter]) -> list[Parameter]:
+def describe(
+    contributions: Mapping[int, Sequence[Given]], parameters: Sequence[Parameter]
+) -> list[Parameter]:
     """Return `parameters` with the structure of their gradients.
 
     Args:
@@ -44,7 +46,11 @@ def describe(contributions: Mapping[int, Sequence[Given]], parameters: Sequence[
         described.append(parameter)
     for index, parameter in enumerate(described):
         factors = outer_products(contributions.get(index, ()))
-        weight = weights.get(tuple(id(f.left) for f in factors)) if factors and factors[0].right is None else None
+        weight = (
+            weights.get(tuple(id(f.left) for f in factors))
+            if factors and factors[0].right is None
+            else None
+        )
         if weight is not None:
             described[index] = replace(parameter, bias_of=weight)
     return described
@@ -66,10 +72,23 @@ def key_of_side_by_side(index: int, given: Given) -> tuple[int, ...] | None:
     Returns:
         None if the contribution cannot be put beside others.
     """
-    value, right = given.value, given.value.given_right if isinstance(given.value, Factors) else None
-    if not isinstance(value, Factors) or value.n_positions > _FEW_POSITIONS or not (right is None or isinstance(right, Tensor)):
+    value, right = (
+        given.value,
+        given.value.given_right if isinstance(given.value, Factors) else None,
+    )
+    if (
+        not isinstance(value, Factors)
+        or value.n_positions > _FEW_POSITIONS
+        or not (right is None or isinstance(right, Tensor))
+    ):
         return None
-    return index, given.first, len(value.left), value.left.shape[2], 0 if right is None else right.shape[2]
+    return (
+        index,
+        given.first,
+        len(value.left),
+        value.left.shape[2],
+        0 if right is None else right.shape[2],
+    )
 
 
 def side_by_side(given: Sequence[Given]) -> Given:
@@ -94,14 +113,22 @@ class RowEncoder:
         self.layout = layout
         self.preconditioned = preconditioned
         #: encoding of each block
-        self.encodings = [ENCODINGS[b.encoding](b, layout.seed, preconditioned=preconditioned) for b in layout.blocks]
+        self.encodings = [
+            ENCODINGS[b.encoding](b, layout.seed, preconditioned=preconditioned)
+            for b in layout.blocks
+        ]
         self.part_columns, self.parts_of_block = _parts(layout)
         of_factors = {
-            part for parts, own in zip(self.parts_of_block, self.encodings, strict=True) if own.is_factored for part in parts
+            part
+            for parts, own in zip(self.parts_of_block, self.encodings, strict=True)
+            if own.is_factored
+            for part in parts
         }
         self._of_factors = [part in of_factors for part in range(len(self.part_columns))]
         ends = np.cumsum([encoding.check_width for encoding in self.encodings]).tolist()
-        self.book_columns = [slice(end - e.check_width, end) for e, end in zip(self.encodings, ends, strict=True)]
+        self.check_columns = [
+            slice(end - e.check_width, end) for e, end in zip(self.encodings, ends, strict=True)
+        ]
 
     @property
     def linear_columns(self) -> list[slice]:
@@ -112,8 +139,11 @@ class RowEncoder:
         inputs = {parts[1] for parts in self.parts_of_block if len(parts) > 1}
         return [columns for part, columns in enumerate(self.part_columns) if part not in inputs]
 
-    def put_in_books(
-        self, gradients: Sequence[Tensor | None], outs: Sequence[Tensor], contributions: Mapping[int, Sequence[Reduced]]
+    def project_for_check(
+        self,
+        gradients: Sequence[Tensor | None],
+        outs: Sequence[Tensor],
+        contributions: Mapping[int, Sequence[Reduced]],
     ) -> None:
         """Write the whole gradient of each block in the form that the books compare.
 
@@ -128,14 +158,18 @@ class RowEncoder:
             if gradient is None:
                 out.zero_()
                 continue
-            returned = self.encodings[index].write_gradient(gradient, contributions.get(index, ()), out)
+            returned = self.encodings[index].write_gradient(
+                gradient, contributions.get(index, ()), out
+            )
             if returned is not None:
                 copied.append(out)
                 copies.append(returned)
         if copied:
             torch._foreach_copy_(copied, copies)
 
-    def place(self, contributions: Mapping[int, Sequence[Reduced]], parts: Sequence[Tensor]) -> None:
+    def place(
+        self, contributions: Mapping[int, Sequence[Reduced]], parts: Sequence[Tensor]
+    ) -> None:
         """Write the columns of one batch.
 
         Args:
@@ -158,7 +192,9 @@ class RowEncoder:
             if part not in pieces:
                 pieces[part] = own, given
             # a factored bias shares its weight's output factors
-            elif len(own) != len(pieces[part][0]) or any(a is not b for a, b in zip(pieces[part][0], own, strict=True)):
+            elif len(own) != len(pieces[part][0]) or any(
+                a is not b for a, b in zip(pieces[part][0], own, strict=True)
+            ):
                 raise LayerError(
                     f"{encoding.block.name} no longer has the output gradient of the weight whose columns it shares: "
                     f"record with --encoding projected"
@@ -213,15 +249,15 @@ class RowEncoder:
             sizes: number of rows of each step.
 
         Returns:
-            The sums in the form of `put_in_books`, shape (step, column).
+            The sums in the form of `project_for_check`, shape (step, column).
         """
-        sums = features.new_empty(len(sizes), self.book_columns[-1].stop)
+        sums = features.new_empty(len(sizes), self.check_columns[-1].stop)
         step = row = 0
         for size, of_size in groupby(sizes):  # steps of one size are summed together
             n_steps = len(list(of_size))
             rows = features[row : row + n_steps * size].view(n_steps, size, -1)
             out = sums[step : step + n_steps]
-            for encoding, where in zip(self.encodings, self.book_columns, strict=True):
+            for encoding, where in zip(self.encodings, self.check_columns, strict=True):
                 encoding.sum_rows(rows, out[:, where])
             step, row = step + n_steps, row + n_steps * size
         return sums

@@ -17,7 +17,15 @@ from torch import Tensor
 from hydra_pipe.errors import LayerError
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch, SketchedLines
-from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, projected, rows_of
+from hydra_pipe.per_sample.factors import (
+    Contribution,
+    Factors,
+    Summed,
+    TokenRows,
+    bounds_of,
+    projected,
+    rows_of,
+)
 from hydra_pipe.plan.layout import Block, Encoding
 
 
@@ -66,7 +74,9 @@ class BlockEncoding(ABC):
     def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
         self.block, self._preconditioned = block, preconditioned
         self._columns = slice(*block.columns)
-        self._probe = _probe(seed, prod(block.shape[1:])) if preconditioned and len(block.shape) > 1 else None
+        self._probe = (
+            _probe(seed, prod(block.shape[1:])) if preconditioned and len(block.shape) > 1 else None
+        )
 
     @property
     def check_width(self) -> int:
@@ -80,7 +90,9 @@ class BlockEncoding(ABC):
         return False
 
     @abstractmethod
-    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+    def reduce(
+        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
+    ) -> Reduced:
         """Return the contribution in the block's columns, times `root` if it is given.
 
         Args:
@@ -102,12 +114,22 @@ class BlockEncoding(ABC):
             The columns, one dimension.
         """
 
-    def write_gradient(self, gradient: Tensor, given: Sequence[Reduced], out: Tensor) -> Tensor | None:
+    def write_gradient(
+        self, gradient: Tensor, given: Sequence[Reduced], out: Tensor
+    ) -> Tensor | None:
         """Write the gradient's side of the check to `out`, or return it for the caller to copy."""
         if self._probe is None:
-            return gradient.reshape(-1) if self._preconditioned else self.project_gradient(gradient, given)
+            return (
+                gradient.reshape(-1)
+                if self._preconditioned
+                else self.project_gradient(gradient, given)
+            )
         matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
-        torch.mv(matrix if matrix.dtype == out.dtype else matrix.to(out.dtype), self._probe_like(out), out=out)
+        torch.mv(
+            matrix if matrix.dtype == out.dtype else matrix.to(out.dtype),
+            self._probe_like(out),
+            out=out,
+        )
         return None
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
@@ -157,11 +179,18 @@ class BlockEncoding(ABC):
 
     def _sum_of_factors(self, factors: Factors) -> Tensor:
         """Return sum_bp l_bp (r_bp . u), the sum of the rows times the probe u."""
-        return factors.left.flatten(0, 1).T @ factors.right_times(self._probe_like(factors.left)[None]).flatten()
+        return (
+            factors.left.flatten(0, 1).T
+            @ factors.right_times(self._probe_like(factors.left)[None]).flatten()
+        )
 
     def _sum_for_check(self, rows: Tensor) -> Tensor:
         total = rows.sum(0)
-        return total if self._probe is None else total.reshape(self.block.shape[0], -1) @ self._probe_like(rows)
+        return (
+            total
+            if self._probe is None
+            else total.reshape(self.block.shape[0], -1) @ self._probe_like(rows)
+        )
 
     def _probe_like(self, like: Tensor) -> Tensor:
         assert self._probe is not None
@@ -173,10 +202,14 @@ class BlockEncoding(ABC):
 class Dense(BlockEncoding):
     """Encoding whose columns are the row itself."""
 
-    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+    def reduce(
+        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
+    ) -> Reduced:
         """See the base class."""
         whole = rows_of(given.value)
-        return self._reduce_rows(given, root, (whole,), lambda rows: rows if root is None else rows * root.flatten())
+        return self._reduce_rows(
+            given, root, (whole,), lambda rows: rows if root is None else rows * root.flatten()
+        )
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -188,7 +221,9 @@ class Sketched(BlockEncoding):
 
     def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
         super().__init__(block, seed, preconditioned=preconditioned)
-        self._sketch = Sketch(seed, block.name, block.shape, self._columns.stop - self._columns.start)
+        self._sketch = Sketch(
+            seed, block.name, block.shape, self._columns.stop - self._columns.start
+        )
         # last lines of a table: the books come next and need the same lines
         self._last_lines: SketchedLines | None = None
 
@@ -196,7 +231,9 @@ class Sketched(BlockEncoding):
         """See the base class."""
         return all(isinstance(g.value, TokenRows) for g in given)
 
-    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+    def reduce(
+        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
+    ) -> Reduced:
         """See the base class."""
         if isinstance(given.value, TokenRows):
             return self._reduce_lines(given.value, given.first, root, lines)
@@ -204,8 +241,12 @@ class Sketched(BlockEncoding):
         value = given.value
         if isinstance(value, Factors) and value.given_right is not None:
             order = value.order
-            return self._reduce_rows(given, root, value.pieces(), lambda rows: self._sketch(rows, signs, order))
-        return self._reduce_rows(given, root, (rows_of(value),), lambda rows: self._sketch(rows, signs))
+            return self._reduce_rows(
+                given, root, value.pieces(), lambda rows: self._sketch(rows, signs, order)
+            )
+        return self._reduce_rows(
+            given, root, (rows_of(value),), lambda rows: self._sketch(rows, signs)
+        )
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -213,7 +254,9 @@ class Sketched(BlockEncoding):
         of_lines = None if lines is None else _project_lines(lines, gradient)
         return self._sketch(gradient.reshape(1, -1))[0] if of_lines is None else of_lines
 
-    def _reduce_lines(self, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None) -> Reduced:
+    def _reduce_lines(
+        self, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None
+    ) -> Reduced:
         values, width = value.values, value.values.shape[2]
         numbers, at = torch.unique(value.tokens, return_inverse=True)
         if root is not None:
@@ -232,7 +275,11 @@ class Sketched(BlockEncoding):
         numbers = [r.lines for r in given if r.lines is not None]
         if not numbers or len(numbers) < len(given):
             return None
-        if len(numbers) == 1 and self._last_lines is not None and self._last_lines.numbers is numbers[0]:
+        if (
+            len(numbers) == 1
+            and self._last_lines is not None
+            and self._last_lines.numbers is numbers[0]
+        ):
             return self._last_lines
         return self._sketch.lines(torch.unique(torch.cat(numbers)))
 
@@ -249,9 +296,13 @@ class KronProjected(BlockEncoding):
         outputs, inputs, k_out, k_in = block.kron
         self._kron = Kron(seed, block.name, block.shape, k_out, k_in, (outputs, inputs))
 
-    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+    def reduce(
+        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
+    ) -> Reduced:
         """See the base class."""
-        return Reduced(projected(given.value, self._kron), given.first, bounds_of(given.value).sum())
+        return Reduced(
+            projected(given.value, self._kron), given.first, bounds_of(given.value).sum()
+        )
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -273,7 +324,9 @@ class Factored(BlockEncoding):
             self._inputs = slice(*block.inputs)
             self._probe = _probe(seed, self._inputs.stop - self._inputs.start)
 
-    def reduce(self, given: Given, root: Tensor | None = None, lines: Tensor | None = None) -> Reduced:
+    def reduce(
+        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
+    ) -> Reduced:
         """Return the contribution unchanged."""
         return Reduced(given.value, given.first)
 
@@ -344,7 +397,10 @@ def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
     if gradient.device.type != "cpu":  # the look at other lines would make the device wait
         return None
     own = gradient.reshape(len(gradient), -1).index_select(0, lines.numbers)
-    whole, part = torch.linalg.vector_norm(gradient).double(), torch.linalg.vector_norm(own).double()
+    whole, part = (
+        torch.linalg.vector_norm(gradient).double(),
+        torch.linalg.vector_norm(own).double(),
+    )
     if not bool((whole - part).abs() <= 1e-5 * whole):
         return None
     return lines.project_all(own)

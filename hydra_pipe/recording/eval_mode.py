@@ -7,7 +7,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put `model` into eval mode within a block. Afterwards each module has its former mode."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()

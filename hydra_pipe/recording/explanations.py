@@ -47,7 +47,9 @@ class Evidence:
     batches: int | None = None
 
 
-def penalty_of(missed: NDArray[np.float64], value: NDArray[np.float64], sign: NDArray[np.float64]) -> Literal["L1", "L2"] | None:
+def penalty_of(
+    missed: NDArray[np.float64], value: NDArray[np.float64], sign: NDArray[np.float64]
+) -> Literal["L1", "L2"] | None:
     """Return the penalty whose gradient the rows miss.
 
     Args:
@@ -70,7 +72,12 @@ def penalty_of(missed: NDArray[np.float64], value: NDArray[np.float64], sign: ND
     return "L2" if l2 >= l1 else "L1"
 
 
-def explain(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, evidence: Evidence | None = None) -> str:
+def explain(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    name: str,
+    evidence: Evidence | None = None,
+) -> str:
     """Explain why the rows of parameter `name` do not sum to its gradient.
 
     The explanation is the cause if it can be known, else all causes that remain possible.
@@ -90,16 +97,28 @@ def explain(model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str
     if known:
         return " ".join(known)
     left = [*_possible(model, name, parameter, evidence)]
-    return left[0] if len(left) == 1 else "One of these is the cause: " + "; ".join(f"({i}) {s}" for i, s in enumerate(left, 1))
+    return (
+        left[0]
+        if len(left) == 1
+        else "One of these is the cause: " + "; ".join(f"({i}) {s}" for i, s in enumerate(left, 1))
+    )
 
 
 def _certain(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str, parameter: nn.Parameter, evidence: Evidence
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    name: str,
+    parameter: nn.Parameter,
+    evidence: Evidence,
 ) -> Iterator[str]:
     """Yield the causes that were found, each as a sentence."""
     _, module, _ = _owner(model, name)
     if evidence.penalty is not None:
-        instead = "" if evidence.penalty == "L1" else "use the optimizer's weight_decay instead of it, or "
+        instead = (
+            ""
+            if evidence.penalty == "L1"
+            else "use the optimizer's weight_decay instead of it, or "
+        )
         yield (
             f"What is missed has the direction of an {evidence.penalty} penalty on {name} in the loss, which is of no sample: "
             f"{instead}leave it out."
@@ -136,12 +155,20 @@ def _certain(
         )
 
 
-def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Evidence) -> Iterator[str]:
+def _possible(
+    model: nn.Module, name: str, parameter: nn.Parameter, evidence: Evidence
+) -> Iterator[str]:
     """Yield the possible causes if none was found, likeliest first, each without a full stop."""
     path, module, own = _owner(model, name)
     where = f"{path or 'the model'} ({type(module).__name__})"
-    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n != name]
-    if evidence.passes is not None and evidence.batches is not None and evidence.passes > evidence.batches:
+    others = [
+        n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n != name
+    ]
+    if (
+        evidence.passes is not None
+        and evidence.batches is not None
+        and evidence.passes > evidence.batches
+    ):
         yield (
             f"the model was called {evidence.passes} times for {evidence.batches} batches: put passes whose gradients the loop "
             f"throws away (FGSM, SAM, Grad-CAM, another network's loss) into `with recorder.paused():`"
@@ -177,10 +204,15 @@ def _possible(model: nn.Module, name: str, parameter: nn.Parameter, evidence: Ev
             "the loop calls it within a function that torch.compile made: call torch._dynamo.reset() just before Recorder(...), or "
             "train without torch.compile"
         )
-    heads = ' (in trainers set loss_type="nll" (TRL) and use_liger_kernel=False)' if "transformers" in sys.modules else ""
+    heads = (
+        ' (in trainers set loss_type="nll" (TRL) and use_liger_kernel=False)'
+        if "transformers" in sys.modules
+        else ""
+    )
     yield (
         f"{where} was not called, and its {own} is used by a function, as in F.linear(x, module.{own}) or a fused or chunked "
-        f"cross-entropy: call the module{heads}" + (f"; it is also {' and '.join(others)}" if others else "")
+        f"cross-entropy: call the module{heads}"
+        + (f"; it is also {' and '.join(others)}" if others else "")
     )
     if evidence.training:
         yield "its gradient was left by an earlier step or pass that was not recorded: call optimizer.zero_grad() before the step"
@@ -217,7 +249,10 @@ def _parametrized(model: nn.Module, path: str, module: nn.Module) -> str | None:
         module = model.get_submodule(".".join(parts[: holder + 2]))
         parts = parts[: holder + 2]
     target, tensor = ".".join(parts[:-2]), parts[-1]
-    kinds = ", ".join(type(part).__name__.lstrip("_") for part in module.children()) or "a parametrization"
+    kinds = (
+        ", ".join(type(part).__name__.lstrip("_") for part in module.children())
+        or "a parametrization"
+    )
     return (
         f"{tensor} of {target or 'the model'} is parametrized ({kinds}): what is trained is not the weight that its module uses. "
         f"Take it away before training by torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}), or freeze it."
@@ -232,7 +267,10 @@ def _computed_before(path: str, module: nn.Module, own: str) -> str | None:
     stem = own.rpartition("_")[0]
     for hook in module._forward_pre_hooks.values():
         kind = type(hook)
-        if not isinstance(hook, BasePruningMethod) and kind.__name__ not in ("WeightNorm", "SpectralNorm"):
+        if not isinstance(hook, BasePruningMethod) and kind.__name__ not in (
+            "WeightNorm",
+            "SpectralNorm",
+        ):
             continue
         if stem != getattr(hook, "_tensor_name", getattr(hook, "name", None)):
             continue
@@ -260,7 +298,11 @@ def _clipped_at(model: nn.Module) -> float | None:
     Returns:
         None if no clipping can be seen.
     """
-    gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None and p.grad.layout == torch.strided]
+    gradients = [
+        p.grad.detach()
+        for p in model.parameters()
+        if p.grad is not None and p.grad.layout == torch.strided
+    ]
     magnitudes = [g.abs() for g in gradients if g.numel()]
     largest = max((float(m.max()) for m in magnitudes), default=0.0)
     at_it = sum(int((m == largest).sum()) for m in magnitudes)

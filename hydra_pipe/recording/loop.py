@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hydra_pipe.errors import RecordError
+from hydra_pipe.recording.abandoned_loops import last_uncaught
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.copies import CleanCopies
-from hydra_pipe.recording.step_sync import StepSync
-from hydra_pipe.recording.abandoned_loops import last_uncaught
+from hydra_pipe.recording.micro_batches import MicroBatch, Mixture
 from hydra_pipe.recording.optimizer_hooks import OptimizerHooks
 from hydra_pipe.recording.pending import PendingSteps, StepNote
-from hydra_pipe.recording.micro_batches import Mixture, Portion
 from hydra_pipe.recording.settings import checked_ids
+from hydra_pipe.recording.step_sync import StepSync
 from hydra_pipe.recording.weights import WeightsNote
 
 
@@ -37,7 +37,7 @@ class Between:
     """
 
     note: StepNote = field(default_factory=StepNote)
-    named: Portion | None = None
+    named: MicroBatch | None = None
     slip: BaseException | None = None
 
 
@@ -114,7 +114,12 @@ class Loop:
         sync: StepSync,
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._model, self._optimizer, self._parameters, self._n_samples = model, optimizer, parameters, n_samples
+        self._model, self._optimizer, self._parameters, self._n_samples = (
+            model,
+            optimizer,
+            parameters,
+            n_samples,
+        )
         self._collector, self._pending, self._sync = collector, pending, sync
         self.fail = on_failure
         self.state: Between | InStep | Testing | Left | Closing | Closed = Between()
@@ -208,7 +213,7 @@ class Loop:
         state = self.state = InStep(StepNote(), self.n_steps)
         try:
             with self._sync.holding():
-                if any(portion.tracked for portion in self._collector.portions):
+                if any(micro_batch.tracked for micro_batch in self._collector.micro_batches):
                     raise RecordError(
                         f"recorder.step() in step {self.n_steps}, which has begun with a batch of the tracked loader: leave out "
                         f"recorder.step(), or iterate the loader itself"
@@ -249,9 +254,9 @@ class Loop:
         """See `Recorder.end_batch`."""
         if isinstance(self._ground, Between):
             self._ground.named = None
-            self._collector.rest()
+            self._collector.pause()
 
-    def hand_over(self, samples: NDArray[np.int64], before: Portion | None) -> Portion | None:
+    def hand_over(self, samples: NDArray[np.int64], before: MicroBatch | None) -> MicroBatch | None:
         """Take a batch that a tracked loader or `next_batch` names.
 
         Args:
@@ -265,12 +270,19 @@ class Loop:
             RecordError: the loop is inside of `step`, the model has not met `before`, or weights
                 were changed after the loop was left.
         """
-        if self.is_closed or isinstance(self.state, Testing) or self._n_paused or self._sync.held is not None:
+        if (
+            self.is_closed
+            or isinstance(self.state, Testing)
+            or self._n_paused
+            or self._sync.held is not None
+        ):
             return None
         self.come_back(to_train=True)
         self._uncaught = last_uncaught()
         if not isinstance(self.state, Between):
-            raise RecordError("a batch named by a loader or by next_batch() inside of recorder.step(): use one of them, not both")
+            raise RecordError(
+                "a batch named by a loader or by next_batch() inside of recorder.step(): use one of them, not both"
+            )
         self.state.slip = None
         # a loop that resumes within an epoch draws the batches that it has done, and skips them
         if before is not None and not before.met and self._resumed_at != self.n_steps:
@@ -337,7 +349,7 @@ class Loop:
         self._collector.attach()
         self._hook()
 
-    def go_on(self, n_steps: int) -> None:
+    def resume(self, n_steps: int) -> None:
         """Resume a recording of `n_steps` steps."""
         self._resumed_at = n_steps
 
@@ -412,8 +424,8 @@ class Loop:
         self._weights.take()
 
     def _take_step(self) -> None:
-        portions = self._collector.portions
-        if not portions:
+        micro_batches = self._collector.micro_batches
+        if not micro_batches:
             raise RecordError(
                 f"optimizer.step() at step {self.n_steps} after no batch that a loader or next_batch() named: draw, or name, "
                 f"a batch for each step, or close() the recorder first"
@@ -421,8 +433,8 @@ class Loop:
                 else "optimizer.step() outside of recorder.step(): its gradients would be missing; put it inside, or close() the "
                 "recorder first"
             )
-        samples = np.concatenate([portion.samples for portion in portions])
-        self._pending.add(samples, Mixture.of(portions), self._note)
+        samples = np.concatenate([micro_batch.samples for micro_batch in micro_batches])
+        self._pending.add(samples, Mixture.of(micro_batches), self._note)
         if isinstance(self.state, InStep):
             self._collector.forget()
             self._collector.watch(samples)

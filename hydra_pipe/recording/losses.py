@@ -27,10 +27,14 @@ def per_sample_losses(loss: Any, output: Any, target: Any) -> Tensor:
         return value
     if not isinstance(value, Tensor) or value.dim() != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise PipelineError(f"the loss has shape {shape} for a batch of {batch}: return one loss per sample, shape ({batch},)")
+        raise PipelineError(
+            f"the loss has shape {shape} for a batch of {batch}: return one loss per sample, shape ({batch},)"
+        )
     # A scalar hides the losses of the samples, and whether it is a mean or a sum. For one sample
     # the scalar is the sample's loss in both cases.
-    return torch.stack([loss(_only(output, i, batch), _only(target, i, batch)) for i in range(batch)])
+    return torch.stack(
+        [loss(_only(output, i, batch), _only(target, i, batch)) for i in range(batch)]
+    )
 
 
 def _only(values: Any, sample: int, batch: int) -> Any:

@@ -12,7 +12,7 @@ from hydra_pipe.errors import RecordError
 
 
 @dataclass(eq=False)
-class Portion:
+class MicroBatch:
     """One micro-batch of a step. A pass may hold all of it, or several passes a part each.
 
     Args:
@@ -50,7 +50,9 @@ class Portion:
     @property
     def of_pass(self) -> tuple[int, int]:
         """Place in the step of the present pass's first sample, and size of the pass."""
-        return self.first + self._passed, len(self.samples) if self._pass_size is None else self._pass_size
+        return self.first + self._passed, len(
+            self.samples
+        ) if self._pass_size is None else self._pass_size
 
     @property
     def n_covered(self) -> int:
@@ -75,9 +77,13 @@ class Portion:
         places = np.asarray(order.cpu() if isinstance(order, Tensor) else order)
         weights = np.asarray(weight.cpu() if isinstance(weight, Tensor) else weight, np.float64)
         if places.shape != (batch,) or not np.array_equal(np.sort(places), np.arange(batch)):
-            raise RecordError(f"the order of recorder.mixed() is no permutation of the {batch} samples of the batch")
+            raise RecordError(
+                f"the order of recorder.mixed() is no permutation of the {batch} samples of the batch"
+            )
         if weights.shape not in ((), (batch,)) or not ((weights >= 0) & (weights <= 1)).all():
-            raise RecordError("the weights of recorder.mixed() are to be one number between 0 and 1, or one for each sample")
+            raise RecordError(
+                "the weights of recorder.mixed() are to be one number between 0 and 1, or one for each sample"
+            )
         self.partners = self.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
     def begin_pass(self, size: int | None) -> None:
@@ -109,28 +115,37 @@ class Mixture:
     partners: NDArray[np.int64]
 
     @classmethod
-    def of(cls, portions: Sequence[Portion]) -> "Mixture | None":
+    def of(cls, micro_batches: Sequence[MicroBatch]) -> "Mixture | None":
         """Return the mixture of a step's micro-batches; None if none is mixed."""
-        if all(p.partners is None for p in portions):
+        if all(p.partners is None for p in micro_batches):
             return None
-        weights = np.concatenate([np.ones(len(p.samples)) if p.partners is None else p.partners[1] for p in portions])
-        starts = np.cumsum([0, *(len(p.samples) for p in portions)])
-        mixed = [(start, p.partners[0]) for start, p in zip(starts, portions, strict=False) if p.partners is not None]
+        weights = np.concatenate(
+            [
+                np.ones(len(p.samples)) if p.partners is None else p.partners[1]
+                for p in micro_batches
+            ]
+        )
+        starts = np.cumsum([0, *(len(p.samples) for p in micro_batches)])
+        mixed = [
+            (start, p.partners[0])
+            for start, p in zip(starts, micro_batches, strict=False)
+            if p.partners is not None
+        ]
         places = np.concatenate([start + np.arange(len(ids)) for start, ids in mixed])
         return cls(weights, places, np.concatenate([ids for _, ids in mixed]))
 
 
-def check_covered(portions: Sequence[Portion], when: str) -> None:
-    """Refuse passes that did not take exactly the samples of `portions`. Raises: RecordError."""
-    for portion in portions:
-        if portion.n_covered == len(portion.samples):
+def check_covered(micro_batches: Sequence[MicroBatch], when: str) -> None:
+    """Refuse passes that did not take exactly the samples of `micro-batches`. Raises: RecordError."""
+    for micro_batch in micro_batches:
+        if micro_batch.n_covered == len(micro_batch.samples):
             continue
-        if portion.tracked:
+        if micro_batch.tracked:
             raise RecordError(
-                f"the passes {when} took {portion.n_covered} samples of a batch of {len(portion.samples)} that the tracked "
+                f"the passes {when} took {micro - batch.n_covered} samples of a batch of {len(micro - batch.samples)} that the tracked "
                 f"loader handed over: let each of its samples go through the model once, or name them with recorder.step(ids)"
             )
         raise RecordError(
-            f"the passes {when} took {portion.n_covered} samples, sample_ids names {len(portion.samples)}: give the ids of "
+            f"the passes {when} took {micro - batch.n_covered} samples, sample_ids names {len(micro - batch.samples)}: give the ids of "
             f"every sample of the step, in the order in which they go through the model"
         )

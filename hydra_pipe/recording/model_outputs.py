@@ -44,4 +44,8 @@ def watch_gradient(output: Any, predicted: Tensor, on_gradient: Callable[[Tensor
     if isinstance(node, torch.autograd.graph.Node) and node.name() == _COPY:
         node, place = node.next_functions[0]
     if node is not None:
-        node.register_prehook(lambda gradients: on_gradient(gradients[place]) if gradients[place] is not None else None)
+        node.register_prehook(
+            lambda gradients: (
+                on_gradient(gradients[place]) if gradients[place] is not None else None
+            )
+        )

@@ -42,8 +42,14 @@ class OrderProbe:
         self.overlapping: set[int] = set()
         self._rows: dict[int, Tensor] = {}
         leads = walk.leading_to(wanted)
-        self._watched = [number for number in range(len(walk.nodes)) if leads[number] and number not in walk.leaves]
-        self._handles = [walk.nodes[number].register_prehook(self._hook(number)) for number in self._watched]
+        self._watched = [
+            number
+            for number in range(len(walk.nodes))
+            if leads[number] and number not in walk.leaves
+        ]
+        self._handles = [
+            walk.nodes[number].register_prehook(self._hook(number)) for number in self._watched
+        ]
 
     def look_at(self, sample: int) -> None:
         """Announce that the next gradients are those of `sample`."""
@@ -55,7 +61,10 @@ class OrderProbe:
 
         Such a node was reached in the rows of several samples.
         """
-        return any(self._walk.nodes[number].name() in _TIMES_DATA for number in self.mixed - self.overlapping)
+        return any(
+            self._walk.nodes[number].name() in _TIMES_DATA
+            for number in self.mixed - self.overlapping
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -77,16 +86,29 @@ class OrderProbe:
         Args:
             leads: blocks that each node leads to, by the node's number.
         """
-        found = {number: orders for number, orders in self._orders.items() if number not in self.mixed and leads[number]}
+        found = {
+            number: orders
+            for number, orders in self._orders.items()
+            if number not in self.mixed and leads[number]
+        }
         for number in range(len(self._walk.nodes)):  # the users of a node come before the node
             if number not in found:
                 continue
             for _, child, output in self._walk.inputs[number]:
-                if child in found or child in self.mixed or child in self._walk.leaves or not leads[child]:
+                if (
+                    child in found
+                    or child in self.mixed
+                    or child in self._walk.leaves
+                    or not leads[child]
+                ):
                     continue
                 sizes = [tuple(x.shape) for x in self._walk.nodes[child]._input_metadata]
                 own = [tuple(x.shape) for x in self._walk.nodes[number]._input_metadata]
-                first = len(sizes) == 1 and sizes[output][:1] == own[0][:1] and found[number][0] == FIRST
+                first = (
+                    len(sizes) == 1
+                    and sizes[output][:1] == own[0][:1]
+                    and found[number][0] == FIRST
+                )
                 if first and sizes[output] and sizes[output][0] % self.batch == 0:
                     found[child] = (FIRST,)
         return found
@@ -116,7 +138,9 @@ class OrderProbe:
         return hook
 
 
-def mixing_block(walk: Walk, probe: OrderProbe, inputs: Sequence[Tensor], wanted: frozenset[int]) -> int | None:
+def mixing_block(
+    walk: Walk, probe: OrderProbe, inputs: Sequence[Tensor], wanted: frozenset[int]
+) -> int | None:
     """Return a block that is used where the samples of a batch are mixed; None if there is none.
 
     A node has mixed samples behind it if it multiplies a parameter with data, and one row of its
@@ -135,7 +159,12 @@ def mixing_block(walk: Walk, probe: OrderProbe, inputs: Sequence[Tensor], wanted
     for number in probe.mixed:
         node = walk.nodes[number]
         shape = tuple(node._input_metadata[0].shape)
-        if number not in probe.overlapping or node.name() not in _TIMES_DATA or len(shape) < 2 or not leads[number]:
+        if (
+            number not in probe.overlapping
+            or node.name() not in _TIMES_DATA
+            or len(shape) < 2
+            or not leads[number]
+        ):
             continue
         given = {slot for slot, *_ in walk.inputs[number]}
         for name, slot in _TIMES_DATA[node.name()].items():

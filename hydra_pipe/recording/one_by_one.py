@@ -15,7 +15,11 @@ OnGradient = Callable[[Callable[[], list[tuple[int, Contribution]]], Tensor], No
 
 
 def take_one_by_one(
-    origins: Sequence[Origin], trained: Sequence[nn.Parameter], blocks: Sequence[int], batch: int, on_gradient: OnGradient
+    origins: Sequence[Origin],
+    trained: Sequence[nn.Parameter],
+    blocks: Sequence[int],
+    batch: int,
+    on_gradient: OnGradient,
 ) -> None:
     """Split some parameters' gradients by sample, from the gradients at the outputs.
 
@@ -42,13 +46,18 @@ def take_one_by_one(
 
 
 def _slow_rows(
-    blocks: Sequence[int], trained: Sequence[nn.Parameter], used: Sequence[tuple[Origin, Tensor]], batch: int
+    blocks: Sequence[int],
+    trained: Sequence[nn.Parameter],
+    used: Sequence[tuple[Origin, Tensor]],
+    batch: int,
 ) -> list[tuple[int, Contribution]]:
     rows: list[list[Tensor]] = [[] for _ in blocks]
     for sample in range(batch):
         alone = [origin.order.only(gradient, batch, sample) for origin, gradient in used]
         try:
-            found = torch.autograd.grad([o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                [o.output for o, _ in used], trained, alone, retain_graph=True, allow_unused=True
+            )
         except RuntimeError as error:
             raise LayerError(
                 f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that "
@@ -56,5 +65,9 @@ def _slow_rows(
                 f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or let the model return one of them"
             ) from error
         for of_block, parameter, gradient in zip(rows, trained, found, strict=True):
-            of_block.append(torch.zeros_like(parameter).flatten() if gradient is None else gradient.detach().flatten())
+            of_block.append(
+                torch.zeros_like(parameter).flatten()
+                if gradient is None
+                else gradient.detach().flatten()
+            )
     return [(block, torch.stack(of_block)) for block, of_block in zip(blocks, rows, strict=True)]

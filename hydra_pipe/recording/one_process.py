@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hydra_pipe.errors import HydraError, RecordError
-from hydra_pipe.recording.row_buffer import Checked, Slab
+from hydra_pipe.recording.row_buffer import Checked, RowBuffer
 from hydra_pipe.store import names
 
 # loss of a step, and the other values of its line in the step tables
 Pending = tuple[float, dict[str, Any]]
 
 
-class LoneSteps:
+class OneProcess:
     """The counterpart of `JointSteps` for one process, which has nobody to agree with."""
 
     #: whether this process may check and write steps at any time
@@ -28,7 +28,7 @@ class LoneSteps:
     def __init__(self) -> None:
         self.n_skipped = 0
 
-    def go_on(self, n_recorded: int, interval: int | None) -> None:
+    def resume(self, n_recorded: int, interval: int | None) -> None:
         """Resume after `n_recorded` steps of an earlier process. One process needs no value."""
 
     def holding(self) -> AbstractContextManager[None]:
@@ -58,20 +58,22 @@ class LoneSteps:
             raise without_step(step)
         return False
 
-    def meet(self, slab: Slab | None, pending: Sequence[Pending]) -> tuple[Checked | None, Sequence[Pending], HydraError | None]:
+    def synchronize(
+        self, buffer: RowBuffer | None, pending: Sequence[Pending]
+    ) -> tuple[Checked | None, Sequence[Pending], HydraError | None]:
         """Check the steps that wait.
 
         Args:
-            slab: rows of the waiting steps; None if there are none.
+            row buffer: rows of the waiting steps; None if there are none.
             pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:
             The steps to write; `pending`; and the error to raise after the steps are written,
             or None.
         """
-        if slab is None or not pending:
+        if buffer is None or not pending:
             return None, pending, None
-        checked = slab.check(names.SAMPLE)
+        checked = buffer.check(names.SAMPLE)
         return checked, pending, checked.error
 
 

@@ -39,7 +39,9 @@ class OptimizerHooks:
         listener: receiver of each update.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], listener: UpdateListener) -> None:
+    def __init__(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], listener: UpdateListener
+    ) -> None:
         self._optimizer, self._parameters, self._listener = optimizer, parameters, listener
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -51,7 +53,9 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # A skipped step counts as never called: with any other optimiser the scaler does not call
         # step() at all.
         if not self._listener.before_update() or leaves_out_step(self._optimizer):

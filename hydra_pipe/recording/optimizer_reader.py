@@ -13,7 +13,7 @@ from hydra_pipe.store.data.gradients import GROUP_COLUMNS
 _NO_STATE: Mapping[str, Any] = {}
 
 
-class UpdateReader:
+class OptimizerReader:
     """Reads the updates of `optimizer`.
 
     Args:
@@ -23,7 +23,10 @@ class UpdateReader:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, rule: OptimizerRule, trained: Mapping[nn.Parameter, tuple[str, int]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: OptimizerRule,
+        trained: Mapping[nn.Parameter, tuple[str, int]],
     ) -> None:
         self._optimizer, self._rule = optimizer, rule
         self._trained = [(parameter, group) for parameter, (_, group) in trained.items()]
@@ -38,7 +41,9 @@ class UpdateReader:
                 has one.
         """
         if len(self._optimizer.param_groups) != self._n_groups:
-            raise RecordError(f"the optimizer has got a new parameter group at step {step}: record again from there")
+            raise RecordError(
+                f"the optimizer has got a new parameter group at step {step}: record again from there"
+            )
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in self._ids and parameter.grad is not None:
@@ -48,7 +53,9 @@ class UpdateReader:
                     )
         gradients = [p.grad for p, _ in self._trained]
         if all(g is None for g in gradients):
-            raise RecordError(f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()")
+            raise RecordError(
+                f"no parameter has a gradient at step {step}: call loss.backward() before optimizer.step()"
+            )
         return gradients_in_use(self._optimizer, gradients)
 
     def root(self, index: int, gradient: Tensor | None, lines: Tensor | None = None) -> Tensor:
@@ -67,8 +74,14 @@ class UpdateReader:
         state: Mapping[str, Any] = self._optimizer.state.get(parameter, _NO_STATE)
         if lines is not None:
             shape = parameter.shape
-            of_lines = {k: x[lines] if isinstance(x, Tensor) and x.shape == shape else x for k, x in state.items()}
-            parameter, state = nn.Parameter(parameter.detach()[lines], requires_grad=False), of_lines
+            of_lines = {
+                k: x[lines] if isinstance(x, Tensor) and x.shape == shape else x
+                for k, x in state.items()
+            }
+            parameter, state = (
+                nn.Parameter(parameter.detach()[lines], requires_grad=False),
+                of_lines,
+            )
             gradient = None if gradient is None else gradient[lines]
         found = self._rule.root(parameter, gradient, state, self._optimizer.param_groups[group])
         return torch.ones_like(parameter) if found is None else found
@@ -87,6 +100,8 @@ class UpdateReader:
             state = states.get(parameter, _NO_STATE)
             started.append(gradient is not None and rule.starts_momentum(state, groups[group]))
             factors.append(rule.step_factor(state, groups[group]))
-        values: dict[str, Any] = {name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS}
+        values: dict[str, Any] = {
+            name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS
+        }
         updated = [gradient is not None for gradient in gradients]
         return values | {"updated": updated, "momentum_started": started, "step_factor": factors}

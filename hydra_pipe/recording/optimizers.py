@@ -17,7 +17,7 @@ Group = Mapping[str, Any]
 class OptimizerRule:
     """A rule that writes one optimiser's update as momentum SGD, possibly in its own coordinates.
 
-    A subclass and `register_rule_of_optimizer` teach a new rule. The sweep (docs/architecture.md)
+    A subclass and `register_optimizer_rule` teach a new rule. The sweep (docs/architecture.md)
     is exact for an update of the form
 
         v = mu v + (1 - tau) G,   theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v,
@@ -48,7 +48,9 @@ class OptimizerRule:
         """Return the further factor of the learning rate at this step."""
         return 1.0
 
-    def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
+    def root(
+        self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group
+    ) -> Tensor | None:
         """Return the root of P, with the shape of `parameter`; None if P is 1.
 
         With a `gradient`: P of the step that is about to use it. Without: P of the present state.
@@ -83,10 +85,16 @@ class AdamRule(OptimizerRule):
 
     def check(self, group: Group, index: int) -> None:
         if group.get("amsgrad"):
-            raise OptimizerError(f"parameter group {index} has amsgrad=True, whose update is not handled: use amsgrad=False")
+            raise OptimizerError(
+                f"parameter group {index} has amsgrad=True, whose update is not handled: use amsgrad=False"
+            )
 
     def settings(self, group: Group) -> dict[str, float]:
-        rate, decay, beta1 = float(group["lr"]), float(group["weight_decay"]), float(group["betas"][0])
+        rate, decay, beta1 = (
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            float(group["betas"][0]),
+        )
         decoupled = bool(group.get("decoupled_weight_decay"))
         return {
             "learning_rate": rate,
@@ -100,13 +108,19 @@ class AdamRule(OptimizerRule):
     def step_factor(self, state: State, group: Group) -> float:
         return float(1.0 / (1.0 - float(group["betas"][0]) ** (self._updates(state) + 1)))
 
-    def root(self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group) -> Tensor | None:
+    def root(
+        self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group
+    ) -> Tensor | None:
         beta2, eps, updates = float(group["betas"][1]), float(group["eps"]), self._updates(state)
         if gradient is None:
             # A parameter that was never updated has no moment. It has no rows either, so the root
             # does not matter.
             moment = state.get("exp_avg_sq")
-            return root_preconditioner(moment, updates, beta2, eps) if moment is not None else torch.ones_like(parameter)
+            return (
+                root_preconditioner(moment, updates, beta2, eps)
+                if moment is not None
+                else torch.ones_like(parameter)
+            )
         if group["weight_decay"] and not group.get("decoupled_weight_decay"):
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
         moment = second_moment(state.get("exp_avg_sq"), gradient, beta2)
@@ -137,7 +151,9 @@ _THIN_WRAPPERS = {
 _NAMESAKES = {"apex", "bitsandbytes", "torchao"}
 
 
-def register_rule_of_optimizer(optimizer_type: type[torch.optim.Optimizer], rule: OptimizerRule) -> None:
+def register_optimizer_rule(
+    optimizer_type: type[torch.optim.Optimizer], rule: OptimizerRule
+) -> None:
     """Use `rule` for optimisers of exactly `optimizer_type`.
 
     Raises:
@@ -163,10 +179,14 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
         return rule
     known = ", ".join(map(_path_of, _RULES))
     base = next((t for t in kind.__mro__ if t in _RULES), None)
-    what = f"a subclass of {_path_of(base)}, whose update may be another" if base is not None else _kind_in_words(optimizer)
+    what = (
+        f"a subclass of {_path_of(base)}, whose update may be another"
+        if base is not None
+        else _kind_in_words(optimizer)
+    )
     raise OptimizerError(
         f"{_path_of(kind)} is not handled{what and f': it is {what}'}. hydra-pipe knows the update rules of {known}: use one of "
-        f"them, or teach it yours with hydra_pipe.register_rule_of_optimizer"
+        f"them, or teach it yours with hydra_pipe.register_optimizer_rule"
     )
 
 
@@ -177,7 +197,10 @@ def innermost(optimizer: Any) -> Any:
     wrappers change the update, such as lookahead or sharpness-aware minimisation. They are not
     removed.
     """
-    while any((t.__module__.partition(".")[0], t.__name__) in _THIN_WRAPPERS for t in type(optimizer).__mro__):
+    while any(
+        (t.__module__.partition(".")[0], t.__name__) in _THIN_WRAPPERS
+        for t in type(optimizer).__mro__
+    ):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -218,7 +241,9 @@ def leaves_out_step(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def gradients_in_use(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def gradients_in_use(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Return `gradients` as the step will use them.
 
     A fused optimiser itself divides by the scale of a gradient scaler.
@@ -229,7 +254,9 @@ def gradients_in_use(optimizer: torch.optim.Optimizer, gradients: Sequence[Tenso
     return [None if g is None else g.detach() / scale.to(g) for g in gradients]
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[nn.Parameter, tuple[str, int]]:
     """Refuse an optimiser whose update cannot be differentiated, before anything is trained.
 
     Returns:
@@ -244,7 +271,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     groups = {}
     for index, group in enumerate(optimizer.param_groups):
         if group.get("maximize"):
-            raise OptimizerError(f"parameter group {index} has maximize=True: minimise the negative of the loss instead")
+            raise OptimizerError(
+                f"parameter group {index} has maximize=True: minimise the negative of the loss instead"
+            )
         rule.check(group, index)
         for parameter in group["params"]:
             groups[parameter] = index
@@ -258,7 +287,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
         )
     trained = {p: (name, groups[p]) for p, name in named.items() if p in groups and p.requires_grad}
     if not trained:
-        raise OptimizerError("there is no trainable parameter: the optimizer holds none of the model's with requires_grad=True")
+        raise OptimizerError(
+            "there is no trainable parameter: the optimizer holds none of the model's with requires_grad=True"
+        )
     for parameter, (name, _) in trained.items():
         if parameter.is_complex() or parameter.is_sparse:
             raise OptimizerError(

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.step_sync import StepSync
-from hydra_pipe.recording.recording_stage import Output
 from hydra_pipe.recording.micro_batches import Mixture
-from hydra_pipe.recording.row_buffer import Slab
-from hydra_pipe.recording.optimizer_reader import UpdateReader
+from hydra_pipe.recording.optimizer_reader import OptimizerReader
+from hydra_pipe.recording.recording_stage import RecordingStage
+from hydra_pipe.recording.row_buffer import RowBuffer
+from hydra_pipe.recording.step_sync import StepSync
 from hydra_pipe.store import names
 
 
@@ -42,17 +42,22 @@ class PendingSteps:
     """
 
     def __init__(
-        self, collector: Collector, updates: UpdateReader, curvature: CurvatureWatch, sync: StepSync, output: Output
+        self,
+        collector: Collector,
+        updates: OptimizerReader,
+        curvature: CurvatureWatch,
+        sync: StepSync,
+        output: RecordingStage,
     ) -> None:
         self._collector, self._updates, self._curvature = collector, updates, curvature
         self._sync, self._output = sync, output
         #: steps taken, including the steps before a resume
         self.n_steps = 0
         # rows of the waiting steps, and the other values of their lines in the step tables
-        self._slab: Slab | None = None
+        self._buffer: RowBuffer | None = None
         self._lines: list[tuple[StepNote, dict[str, Any]]] = []
 
-    def go_on(self, n_steps: int) -> None:
+    def resume(self, n_steps: int) -> None:
         """Resume after `n_steps` steps that are written."""
         self.n_steps = n_steps
 
@@ -74,10 +79,14 @@ class PendingSteps:
         """
         gradients = self._updates.gradients(self.n_steps)
         shares = None if mixture is None else mixture.places
-        curvature = self._curvature.see(self._collector.outputs, samples, shares)
+        curvature = self._curvature.observe(self._collector.outputs, samples, shares)
         if mixture is not None:
             samples = np.concatenate([samples, mixture.partners])
-        if self._sync.flushes_at_will and self._slab is not None and not self._slab.fits(len(samples)):
+        if (
+            self._sync.flushes_at_will
+            and self._buffer is not None
+            and not self._buffer.fits(len(samples))
+        ):
             self.flush()
         columns = {
             names.SAMPLE: samples,
@@ -85,7 +94,7 @@ class PendingSteps:
             names.CURVATURE: curvature,
         }
         when = f"at step {self.n_steps}"
-        self._slab = self._collector.add_to(self._slab, gradients, columns, when, at_step=True)
+        self._buffer = self._collector.add_to(self._buffer, gradients, columns, when, at_step=True)
         self._lines.append((note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))
         self.n_steps += 1
         if self._sync.flushes_at_will and self._output.writer is None:
@@ -100,16 +109,16 @@ class PendingSteps:
             StoreError: writing failed.
         """
         # first: it may call the user's loss, which may raise; the steps are good all the same
-        self._curvature.settle()
+        self._curvature.finish()
         lines = [(note.loss, values) for note, values in self._lines]
         self._lines = []
         with torch.no_grad():
-            checked, agreed, error = self._sync.meet(self._slab, lines)
-            if self._slab is not None and checked is not None and checked.entries:
+            checked, agreed, error = self._sync.synchronize(self._buffer, lines)
+            if self._buffer is not None and checked is not None and checked.entries:
                 assert self._collector.dtype is not None  # it was chosen with the layout
-                writer = self._output.open(self._slab.layout, self._collector.dtype)
+                writer = self._output.open(self._buffer.layout, self._collector.dtype)
                 with self._sync.holding():
-                    self._output.write(writer, self._slab, checked, agreed)
+                    self._output.write(writer, self._buffer, checked, agreed)
         if error is not None:
             raise error
 
@@ -118,7 +127,7 @@ class PendingSteps:
         # Report the first error only. The disk may fail here too, and so may the user's loss, which
         # settle() calls.
         with suppress(Exception):
-            self._curvature.settle()
+            self._curvature.finish()
         if self._sync.flushes_at_will:
             with suppress(Exception):
                 self.flush()
@@ -128,12 +137,12 @@ class PendingSteps:
 
         The grouping matters: steps that are checked together decide how sums are rounded.
         """
-        self._slab = None
+        self._buffer = None
 
-    def rests_before(self, batch: int) -> bool:
+    def flushes_before(self, batch: int) -> bool:
         """Tell whether nothing waits when a step of `batch` samples comes.
 
         Nothing waits if the buffer is empty, or if it has no room for the step and is flushed
         first.
         """
-        return self._slab is None or not self._lines or not self._slab.fits(batch)
+        return self._buffer is None or not self._lines or not self._buffer.fits(batch)

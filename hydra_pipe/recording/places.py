@@ -47,7 +47,11 @@ class Watched:
     def wanted(self, by_graph: Collection[int]) -> list[str]:
         """Return the names of the parameters to split in the present pass."""
         own = self.module._parameters
-        return [n for n, block in self.owned.items() if block not in by_graph and (p := own[n]) is not None and p.requires_grad]
+        return [
+            n
+            for n, block in self.owned.items()
+            if block not in by_graph and (p := own[n]) is not None and p.requires_grad
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +103,18 @@ class Call:
         shape: shape of the output.
     """
 
-    __slots__ = ("_inputs", "dtype", "is_recomputed", "n_rows", "of_pass", "offset", "parameter", "shape", "task", "watched")
+    __slots__ = (
+        "_inputs",
+        "dtype",
+        "is_recomputed",
+        "n_rows",
+        "of_pass",
+        "offset",
+        "parameter",
+        "shape",
+        "task",
+        "watched",
+    )
 
     def __init__(
         self,
@@ -110,7 +125,12 @@ class Call:
         is_recomputed: bool,
         shape: tuple[int, ...],
     ) -> None:
-        self.watched, self.of_pass, self.is_recomputed, self.shape = watched, of_pass, is_recomputed, shape
+        self.watched, self.of_pass, self.is_recomputed, self.shape = (
+            watched,
+            of_pass,
+            is_recomputed,
+            shape,
+        )
         self.parameter, self.dtype = parameter, parameter.dtype
         self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = inputs
         self.n_rows = shape[0] if shape else 1
@@ -128,7 +148,9 @@ class Call:
         self._inputs = None
 
 
-def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tuple[int, dict[int, Contribution]]]:
+def rows_of_call(
+    call: Call, gradient: Tensor, wanted: Sequence[str]
+) -> list[tuple[int, dict[int, Contribution]]]:
     """Return a call's contributions by block, each with the step's place of its first sample.
 
     Args:
@@ -143,11 +165,18 @@ def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tu
     assert call.inputs is not None
     args, kwargs = call.inputs
     gradient = gradient.reshape(call.shape)
-    if gradient.dtype != call.dtype or any(_is_narrower(x, call.dtype) for x in (*args, *kwargs.values())):
+    if gradient.dtype != call.dtype or any(
+        _is_narrower(x, call.dtype) for x in (*args, *kwargs.values())
+    ):
         gradient, args = gradient.to(call.dtype), tuple(_in_dtype(x, call.dtype) for x in args)
         kwargs = {key: _in_dtype(x, call.dtype) for key, x in kwargs.items()}
     dim = watched.order.dim if batch > 1 else 0
-    if dim and gradient.dim() > dim and gradient.shape[dim] == batch and takes_any_leading_dimensions(watched.rule):
+    if (
+        dim
+        and gradient.dim() > dim
+        and gradient.shape[dim] == batch
+        and takes_any_leading_dimensions(watched.rule)
+    ):
         gradient, args = gradient.movedim(dim, 0), tuple(_moved(x, dim, batch) for x in args)
         kwargs = {key: _moved(x, dim, batch) for key, x in kwargs.items()}
         where: tuple[int, int, bool] | None = (0, batch, True)
@@ -159,10 +188,15 @@ def rows_of_call(call: Call, gradient: Tensor, wanted: Sequence[str]) -> list[tu
         raise _unclear(call)
     place, n_samples, is_major = where
     if gradient.dim() == 1:  # the output has no sample dimension
-        gradient, args = gradient.unsqueeze(0), tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args)
+        gradient, args = (
+            gradient.unsqueeze(0),
+            tuple(x.unsqueeze(0) if isinstance(x, Tensor) else x for x in args),
+        )
         kwargs = {key: x.unsqueeze(0) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
     found = watched.rule(watched.module, args, kwargs, gradient, wanted)
-    rows = {watched.owned[name]: _merged(value, n_samples, is_major) for name, value in found.items()}
+    rows = {
+        watched.owned[name]: _merged(value, n_samples, is_major) for name, value in found.items()
+    }
     return [(call.of_pass.first + place, rows)]
 
 
@@ -179,7 +213,11 @@ def rows_by_node(
     if call.n_rows != call.of_pass.count or call.watched.order.dim:
         raise _unclear(call)
     found = rows_at_node(node, gradient, FIRST, call.of_pass.count, blocks)
-    return [(call.of_pass.first, {block: value}) for block, value in found if block in call.watched.owned.values()]
+    return [
+        (call.of_pass.first, {block: value})
+        for block, value in found
+        if block in call.watched.owned.values()
+    ]
 
 
 def _where(call: Call, batch: int) -> tuple[int, int, bool] | None:
@@ -234,11 +272,15 @@ def _merged(value: Contribution, n_samples: int, is_major: bool) -> Contribution
         return value
     if isinstance(value, Tensor):
         return (
-            value.reshape(n_samples, -1, value.shape[1]).sum(1) if is_major else value.reshape(-1, n_samples, value.shape[1]).sum(0)
+            value.reshape(n_samples, -1, value.shape[1]).sum(1)
+            if is_major
+            else value.reshape(-1, n_samples, value.shape[1]).sum(0)
         )
     if value.given_right is not None and not isinstance(value.given_right, Tensor):
         return _merged(value.rows(), n_samples, is_major)
-    right = None if value.given_right is None else _side_by_side(value.given_right, n_samples, is_major)
+    right = (
+        None if value.given_right is None else _side_by_side(value.given_right, n_samples, is_major)
+    )
     return Factors(_side_by_side(value.left, n_samples, is_major), right)
 
 
@@ -258,4 +300,8 @@ def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _moved(value: Any, dim: int, batch: int) -> Any:
-    return value.movedim(dim, 0) if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch else value
+    return (
+        value.movedim(dim, 0)
+        if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
+        else value
+    )

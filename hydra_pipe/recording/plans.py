@@ -56,7 +56,11 @@ def whole_plan(walk: Walk, wanted: frozenset[int]) -> Plan:
     leads = walk.leading_to(wanted)
     routes = []
     for number, node in enumerate(walk.nodes):
-        used = {slot: leads[child] for slot, child, _ in walk.inputs[number] if child in walk.leaves and leads[child]}
+        used = {
+            slot: leads[child]
+            for slot, child, _ in walk.inputs[number]
+            if child in walk.leaves and leads[child]
+        }
         if used:
             routes.append(Route(number, (WHOLE,) * len(node._input_metadata), used))
     return Plan(routes)
@@ -80,15 +84,23 @@ def plan_of(walk: Walk, probe: OrderProbe, wanted: frozenset[int]) -> Plan:
     routes: list[Route] = []
     reached: set[int] = set()
     for number, of_node in orders.items():
-        shared = {slot: leads[child] for slot, child, _ in walk.inputs[number] if leads[child] and child not in orders}
+        shared = {
+            slot: leads[child]
+            for slot, child, _ in walk.inputs[number]
+            if leads[child] and child not in orders
+        }
         if shared:
             routes.append(Route(number, of_node, shared))
             reached |= set().union(*shared.values())
     twice = _also_through(walk, orders, [route.node for route in routes], wanted)
-    return Plan(routes, wanted - reached).without(twice) if twice else Plan(routes, wanted - reached)
+    return (
+        Plan(routes, wanted - reached).without(twice) if twice else Plan(routes, wanted - reached)
+    )
 
 
-def _also_through(walk: Walk, orders: Orders, nodes: Iterable[int], wanted: frozenset[int]) -> frozenset[int]:
+def _also_through(
+    walk: Walk, orders: Orders, nodes: Iterable[int], wanted: frozenset[int]
+) -> frozenset[int]:
     """Return the blocks that a chain of one of `nodes` reaches in two ways.
 
     One way is direct. The other goes through a further node that keeps the samples apart.
@@ -96,7 +108,10 @@ def _also_through(walk: Walk, orders: Orders, nodes: Iterable[int], wanted: froz
     directly, at_all = walk.leading_to(wanted, orders), walk.leading_to(wanted)
     through: list[frozenset[int]] = [frozenset()] * len(walk.nodes)
     for number in walk.deepest_first():
-        below = [at_all[child] if child in orders else through[child] for _, child, _ in walk.inputs[number]]
+        below = [
+            at_all[child] if child in orders else through[child]
+            for _, child, _ in walk.inputs[number]
+        ]
         through[number] = frozenset().union(*below)
     found: frozenset[int] = frozenset()
     for number in nodes:

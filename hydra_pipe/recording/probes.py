@@ -120,7 +120,9 @@ class Probe:
         """Return the numbers of the module's rows that gradients reached, over all its calls."""
         return torch.cat([offset + numbers for offset, numbers in self.reached[watched]])
 
-    def send(self, graph: PassGraph, model: nn.Module, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    def send(
+        self, graph: PassGraph, model: nn.Module, trained: Sequence[nn.Parameter]
+    ) -> list[Tensor | None]:
         """Send the gradients through the graph of a pass.
 
         Returns:
@@ -135,7 +137,9 @@ class Probe:
             if graph.walk.is_checkpointed:
                 found = gradients_by_backward(graph.walk, model, outputs, gradients, wanted)
             else:
-                found = torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad(
+                    outputs, wanted, gradients, retain_graph=True, allow_unused=True
+                )
         finally:
             for handle in coupled:
                 handle.remove()
@@ -163,14 +167,18 @@ def _generic(origin: Origin, weights: Tensor) -> Tensor:
     by_sample[:] = (scale * weights).to(gradient).reshape(-1, *[1] * (by_sample.dim() - 1))
     generator = torch.Generator().manual_seed(0)
     for dim, size in enumerate(by_sample.shape[1:], 1):
-        factors = torch.rand(size, generator=generator).add_(0.5) * torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(
-            1
+        factors = torch.rand(size, generator=generator).add_(0.5) * torch.randint(
+            0, 2, (size,), generator=generator
+        ).mul_(2).sub_(1)
+        by_sample.mul_(
+            factors.to(gradient).reshape([size if d == dim else 1 for d in range(by_sample.dim())])
         )
-        by_sample.mul_(factors.to(gradient).reshape([size if d == dim else 1 for d in range(by_sample.dim())]))
     return gradient
 
 
-def _uncoupled(at_inputs: Sequence[Tensor | None], at_outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+def _uncoupled(
+    at_inputs: Sequence[Tensor | None], at_outputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
     """Remove a batch normalisation's coupling of the samples from a probe.
 
     The gradients of samples whose own outputs have no gradient become zero.

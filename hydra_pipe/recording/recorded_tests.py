@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from hydra_pipe.recording.collectives import Processes
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import given_batches
-from hydra_pipe.recording.eval_mode import evaluating
-from hydra_pipe.recording.recording_stage import Output
-from hydra_pipe.recording.collectives import Processes
+from hydra_pipe.recording.eval_mode import eval_mode
+from hydra_pipe.recording.recording_stage import RecordingStage
 from hydra_pipe.recording.settings import Labels
 from hydra_pipe.recording.test_gradients import record_test_gradients
 from hydra_pipe.recording.untouched import untouched
@@ -39,7 +39,7 @@ class TestGradients:
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
         collector: Collector,
-        output: Output,
+        output: RecordingStage,
         processes: Processes,
         seed: int,
     ) -> None:
@@ -59,7 +59,12 @@ class TestGradients:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             aside = self._collector.set_aside()
-            with self._processes.together(), aside, untouched(self._model, loss, tests), evaluating(self._model):
+            with (
+                self._processes.together(),
+                aside,
+                untouched(self._model, loss, tests),
+                eval_mode(self._model),
+            ):
                 if self._processes.is_first:
                     n_tests, worst = self._write(n_steps, tests, loss, labels)
         finally:
@@ -67,13 +72,17 @@ class TestGradients:
                 parameter.requires_grad_(False)
         self._output.note_tests(n_steps, n_tests, worst)
 
-    def _write(self, n_steps: int, tests: Any, loss: Any, labels: Labels | None) -> tuple[int, float]:
+    def _write(
+        self, n_steps: int, tests: Any, loss: Any, labels: Labels | None
+    ) -> tuple[int, float]:
         """Return the number of test samples, and the largest share of a gradient that rows miss."""
         writer = self._writer
         table = writer.test_rows(n_steps, state_digests(self._model))
         try:
             batches, when = given_batches(tests, self._seed), f"after {n_steps} steps"
-            n_tests, labels, worst = record_test_gradients(self._model, self._collector, table, batches, loss, labels, when)
+            n_tests, labels, worst = record_test_gradients(
+                self._model, self._collector, table, batches, loss, labels, when
+            )
             writer.flush_test(table)
         except BaseException:
             with suppress(Exception):  # report the first error only

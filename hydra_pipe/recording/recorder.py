@@ -23,14 +23,15 @@ from hydra_pipe.maths.curvature import Loss
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.capture import Watching
+from hydra_pipe.recording.collectives import processes_of, unwrapped
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
-from hydra_pipe.recording.step_sync import steps_of
 from hydra_pipe.recording.loop import Between, Loop
+from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, rule_of
-from hydra_pipe.recording.recording_stage import Output
 from hydra_pipe.recording.pending import PendingSteps, StepNote
-from hydra_pipe.recording.collectives import processes_of, unwrapped
+from hydra_pipe.recording.recorded_tests import TestGradients
+from hydra_pipe.recording.recording_stage import RecordingStage
 from hydra_pipe.recording.refusals import refuse
 from hydra_pipe.recording.settings import (
     Labels,
@@ -41,11 +42,10 @@ from hydra_pipe.recording.settings import (
     record_settings,
 )
 from hydra_pipe.recording.state import RecorderState
+from hydra_pipe.recording.step_sync import steps_of
 from hydra_pipe.recording.targets import TargetCheck
-from hydra_pipe.recording.recorded_tests import TestGradients
 from hydra_pipe.recording.tracking import TrackedLoader
 from hydra_pipe.recording.transfer import buffers_for
-from hydra_pipe.recording.optimizer_reader import UpdateReader
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.stages import Settings
@@ -137,16 +137,22 @@ class Recorder:
             self._sample_labels: NDArray[Any] | None = None
             if sample_labels is not None:
                 self.label_samples(sample_labels)
-            all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(settings or {})
+            all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(
+                settings or {}
+            )
         if self._processes.size > 1:
             all_settings["n_ranks"] = self._processes.size
         self._processes.require_same({"run": str(self.path), "overwrite": overwrite} | all_settings)
         with self._processes.together():
-            if self._processes.is_first and not needs_recording(run, all_settings, overwrite=overwrite):
-                raise RunError(f"{run} is recorded already: use another directory, or overwrite=True to discard it")
+            if self._processes.is_first and not needs_recording(
+                run, all_settings, overwrite=overwrite
+            ):
+                raise RunError(
+                    f"{run} is recorded already: use another directory, or overwrite=True to discard it"
+                )
         #: further entries for the manifest
         self.facts: dict[str, str | int | float | None] = {}
-        self._output = Output(
+        self._output = RecordingStage(
             self.path,
             all_settings,
             len(optimizer.param_groups),
@@ -154,7 +160,7 @@ class Recorder:
             processes=self._processes,
             allocate=buffers_for(parameters[0].device),
         )
-        updates = UpdateReader(optimizer, rule, trained)
+        updates = OptimizerReader(optimizer, rule, trained)
         root = updates.root if rule.preconditioned else None
         watching = Watching(
             self._sync.guarded,
@@ -162,17 +168,37 @@ class Recorder:
             probes=not self._processes.static_graph,
             allows_mixing=allow_mixed_loss,
         )
-        self._collector = Collector(self._model, root, trained, encoding, dim, seed, dtype, optimizer, watching)
+        self._collector = Collector(
+            self._model, root, trained, encoding, dim, seed, dtype, optimizer, watching
+        )
         self._targets = TargetCheck(self._sample_labels)
         self._curvature = CurvatureWatch(self._targets)
-        self._pending = PendingSteps(self._collector, updates, self._curvature, self._sync, self._output)
-        self._tests = TestGradients(self._model, parameters, self._collector, self._output, self._processes, seed)
-        self._loop = Loop(self._model, optimizer, parameters, n_samples, self._collector, self._pending, self._sync, self.fail)
+        self._pending = PendingSteps(
+            self._collector, updates, self._curvature, self._sync, self._output
+        )
+        self._tests = TestGradients(
+            self._model, parameters, self._collector, self._output, self._processes, seed
+        )
+        self._loop = Loop(
+            self._model,
+            optimizer,
+            parameters,
+            n_samples,
+            self._collector,
+            self._pending,
+            self._sync,
+            self.fail,
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Close the recorder, or mark the recording as failed if an exception ends the block.
 
         If only the test gradients failed, the recording is closed all the same.
@@ -249,7 +275,9 @@ class Recorder:
         loop = self._loop
         loop.check_open()
         with self._processes.together():
-            tracked = TrackedLoader(loader, self.n_samples, loop.hand_over, loop.heeding, self._targets, loop.leave)
+            tracked = TrackedLoader(
+                loader, self.n_samples, loop.hand_over, loop.heeding, self._targets, loop.leave
+            )
         loop.track()
         return tracked
 
@@ -299,12 +327,12 @@ class Recorder:
         """
         self._loop.check_open()
         with self._loop.heeding():
-            portion = self._collector.portion
-            if portion is None:
+            micro_batch = self._collector.micro_batch
+            if micro_batch is None:
                 raise RecordError(
                     "recorder.mixed() before a batch was named: call it inside of recorder.step(), or after the batch was drawn"
                 )
-            portion.mix(order, weight)
+            micro_batch.mix(order, weight)
 
     def end_batch(self) -> None:
         """End the batch that `next_batch` named, whether the model met it or not.
@@ -374,7 +402,7 @@ class Recorder:
             raise RecordError("most_bytes comes after the first recorded step")
         return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
 
-    def tell_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
+    def set_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Tell the loss function of this pass, for the curvature weight of its rows.
 
         The curvature weight (docs/architecture.md) of cross-entropy, of classes or of yes and no,
@@ -393,7 +421,7 @@ class Recorder:
         if not self.is_closed and output.requires_grad:
             self._curvature.tell(loss, output.detach(), target)
 
-    def rests_before(self, batch: int) -> bool:
+    def flushes_before(self, batch: int) -> bool:
         """Tell whether the buffer is flushed before the next step of `batch` samples.
 
         This happens every few steps. A `state_dict` taken here does not change the recording. Taken
@@ -401,7 +429,7 @@ class Recorder:
         how their sums are rounded: the last bits of `imbalance` may change. Two runs then agree bit
         for bit only if both took states at the same steps.
         """
-        return self._pending.rests_before(batch)
+        return self._pending.flushes_before(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recorder's state for the loop's own checkpoint, for `load_state_dict`.
@@ -464,15 +492,21 @@ class Recorder:
         """
         self._loop.check_open()
         with self._processes.together():
-            if self.n_steps or self._output.writer is not None or any(p.live for p in self._collector.portions):
-                raise RecordError(f"load_state_dict() in step {self.n_steps}: load the state before the first step")
+            if (
+                self.n_steps
+                or self._output.writer is not None
+                or any(p.live for p in self._collector.micro_batches)
+            ):
+                raise RecordError(
+                    f"load_state_dict() in step {self.n_steps}: load the state before the first step"
+                )
             wanted = RecorderState.from_dict(state)
         self._processes.require_same(wanted.to_dict())
-        self._output.go_on(wanted, self._collector.resume)
-        self._sync.go_on(wanted.n_steps, wanted.meet_every)
-        self._pending.go_on(wanted.n_steps)
+        self._output.resume(wanted, self._collector.resume)
+        self._sync.resume(wanted.n_steps, wanted.meet_every)
+        self._pending.resume(wanted.n_steps)
         self._collector.n_dropped = wanted.n_skipped
-        self._loop.go_on(wanted.n_steps)
+        self._loop.resume(wanted.n_steps)
 
     def record_test(self, tests: Any, loss: Any, *, labels: Labels | None = None) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
@@ -535,7 +569,9 @@ class Recorder:
         Raises:
             DataError: not one integer or string for each sample.
         """
-        self._sample_labels = checked_labels(labels, "sample_labels", self.n_samples, "training samples")
+        self._sample_labels = checked_labels(
+            labels, "sample_labels", self.n_samples, "training samples"
+        )
 
     def close(self) -> None:
         """Write the remaining rows, remove the hooks and mark the recording as complete.

@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import Layout
-from hydra_pipe.recording.one_process import Pending
 from hydra_pipe.recording.collectives import Processes
-from hydra_pipe.recording.row_buffer import Checked, Slab
+from hydra_pipe.recording.one_process import Pending
+from hydra_pipe.recording.row_buffer import Checked, RowBuffer
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
-from hydra_pipe.store.files import remove_partials
-from hydra_pipe.store.data.gradients import Gradients, Kept
-from hydra_pipe.store.run.locks import Lock
+from hydra_pipe.store.data.gradients import Gradients, ResumePoint
+from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.store.data.recording import forget_upto
+from hydra_pipe.store.files import remove_partials
+from hydra_pipe.store.run.locks import Lock
 from hydra_pipe.store.run.manifest import COMMITTED, RunDirectory
 from hydra_pipe.store.run.stage_runner import Work
 from hydra_pipe.store.run.stages import RECORD, Settings
 from hydra_pipe.store.zarr.table import Allocate
-from hydra_pipe.store.data.gradients_writer import GradientsWriter
 
 
-class Output:
+class RecordingStage:
     """The recording stage of a run: it makes the run directory for the first rows, and writes rows.
 
     Args:
@@ -42,7 +42,14 @@ class Output:
     """
 
     def __init__(
-        self, path: Path, settings: Settings, n_groups: int, *, preconditioned: bool, processes: Processes, allocate: Allocate
+        self,
+        path: Path,
+        settings: Settings,
+        n_groups: int,
+        *,
+        preconditioned: bool,
+        processes: Processes,
+        allocate: Allocate,
     ) -> None:
         self.path = path
         self.writer: GradientsWriter | None = None
@@ -92,7 +99,9 @@ class Output:
         assert self.writer is not None
         return self.writer
 
-    def _part_of_store(self, layout: Layout, dtype: Dtype, run_id: str, kept: Kept | None = None) -> GradientsWriter:
+    def _part_of_store(
+        self, layout: Layout, dtype: Dtype, run_id: str, kept: ResumePoint | None = None
+    ) -> GradientsWriter:
         return GradientsWriter(
             self.path / names.GRADIENTS,
             layout,
@@ -106,21 +115,37 @@ class Output:
             allocate=self._allocate,
         )
 
-    def write(self, writer: GradientsWriter, slab: Slab, checked: Checked, waiting: Sequence[Pending]) -> None:
+    def write(
+        self,
+        writer: GradientsWriter,
+        buffer: RowBuffer,
+        checked: Checked,
+        waiting: Sequence[Pending],
+    ) -> None:
         """Write the rows of the checked steps, and their lines of the step tables.
 
         Raises:
             RunError: a later recorder has taken over the run.
         """
         if self._lock is not None and self._lock.lost:
-            raise RunError(f"{self.path} is recorded by a later Recorder of this process: use one at a time")
+            raise RunError(
+                f"{self.path} is recorded by a later Recorder of this process: use one at a time"
+            )
         first_row = writer.rows.n_rows
-        slab.write(checked, writer.rows)
-        self._n_curved += sum(int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries)
+        buffer.write(checked, writer.rows)
+        self._n_curved += sum(
+            int(np.isfinite(entry.columns[names.CURVATURE]).sum()) for entry in checked.entries
+        )
         imbalance = checked.books.imbalance.max(axis=1)
         self._worst_imbalance = max(self._worst_imbalance, float(imbalance.max()))
-        for (loss, values), scalar, worst in zip(waiting, checked.books.scalar, imbalance, strict=False):
-            found = {names.FIRST_ROW: first_row, names.GRADIENT_SCALE: scalar, names.IMBALANCE: worst}
+        for (loss, values), scalar, worst in zip(
+            waiting, checked.books.scalar, imbalance, strict=False
+        ):
+            found = {
+                names.FIRST_ROW: first_row,
+                names.GRADIENT_SCALE: scalar,
+                names.IMBALANCE: worst,
+            }
             writer.append_step({**values, **found, names.LOSS: loss})
             first_row += values[names.N_ROWS]
 
@@ -130,7 +155,9 @@ class Output:
         self.n_tests = self.of_ranks(n_tests)[0]
         self.tests = [s for s in self.tests if s != step] + [step]
 
-    def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
+    def write_labels(
+        self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]
+    ) -> None:
         """Store labels, see `GradientsWriter.write_labels`. Only rank 0 calls this."""
         assert self.writer is not None
         self.writer.write_labels(which, labels)
@@ -163,7 +190,9 @@ class Output:
         )
         self._commit(state)
         # only rank 0 knows the tests and labels
-        found: dict[str, Any] = json.loads(self._processes.gather_text(json.dumps(state.to_dict()))[0])
+        found: dict[str, Any] = json.loads(
+            self._processes.gather_text(json.dumps(state.to_dict()))[0]
+        )
         return found
 
     def _commit(self, state: RecorderState) -> None:
@@ -173,11 +202,15 @@ class Output:
         """
         if self._directory is not None:
             parts = {"n_steps": state.n_steps, "part_rows": state.part_rows}
-            beside = {"tests": state.tests, "n_tests": state.n_tests, "labels": sorted(state.labels)}
+            beside = {
+                "tests": state.tests,
+                "n_tests": state.n_tests,
+                "labels": sorted(state.labels),
+            }
             self._directory.stages[RECORD].facts[COMMITTED] = parts | beside
             self._directory.save(RECORD)
 
-    def go_on(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:
+    def resume(self, wanted: RecorderState, check: Callable[[Layout, Dtype], None]) -> None:
         """Cut the run down to the rows that `wanted` counts, and resume after them. Collective.
 
         Args:
@@ -191,7 +224,11 @@ class Output:
         if wanted.run_id is not None:
             with self._processes.together():
                 directory, store = open_to_go_on(
-                    self.path, wanted, self._settings, n_groups=self._n_groups, preconditioned=self._preconditioned
+                    self.path,
+                    wanted,
+                    self._settings,
+                    n_groups=self._n_groups,
+                    preconditioned=self._preconditioned,
                 )
                 dtype = _dtype_of(store)
                 check(store.layout, dtype)
@@ -209,14 +246,20 @@ class Output:
             self._run_id = wanted.run_id
             self._n_curved = wanted.curved_rows[self._processes.rank]
         self._worst_imbalance = wanted.worst_imbalance
-        self.tests, self.n_tests, self._n_labels = list(wanted.tests), wanted.n_tests, dict(wanted.labels)
+        self.tests, self.n_tests, self._n_labels = (
+            list(wanted.tests),
+            wanted.n_tests,
+            dict(wanted.labels),
+        )
 
     def close(self) -> None:
         """Write the contents of the buffers. Raises: StoreError."""
         if self.writer is not None:
             self.writer.close()
 
-    def complete(self, close: Callable[[], None], n_steps: int, n_skipped: int, facts: Mapping[str, Any]) -> None:
+    def complete(
+        self, close: Callable[[], None], n_steps: int, n_skipped: int, facts: Mapping[str, Any]
+    ) -> None:
         """Mark the recording as complete. Collective.
 
         Args:
@@ -267,11 +310,18 @@ class Output:
             self._unlock()
 
     def _fail(self, error: BaseException) -> None:
-        if self._directory is None or self.writer is None or (self._lock is not None and self._lock.lost):
+        if (
+            self._directory is None
+            or self.writer is None
+            or (self._lock is not None and self._lock.lost)
+        ):
             # nothing was written, or a later recorder has taken the run: leave the directory as it
             # is
             return
-        found = {"n_steps": self.writer.n_steps_written, "error": str(error) or type(error).__name__}
+        found = {
+            "n_steps": self.writer.n_steps_written,
+            "error": str(error) or type(error).__name__,
+        }
         if self._processes.size == 1:
             found["n_rows"] = self.writer.rows.n_written
         # on a full or read-only disk the stage stays "running", which readers take as unfinished

@@ -75,7 +75,10 @@ def sharding(model: nn.Module) -> str | None:
 
 def _kind_of_shards(module: nn.Module) -> str | None:
     kinds = {(t.__module__.partition(".")[0], t.__name__) for t in type(module).__mro__}
-    if ("torch", "FullyShardedDataParallel") in kinds or ("fairscale", "FullyShardedDataParallel") in kinds:
+    if ("torch", "FullyShardedDataParallel") in kinds or (
+        "fairscale",
+        "FullyShardedDataParallel",
+    ) in kinds:
         return "FullyShardedDataParallel"
     if ("torch", "FSDPModule") in kinds:
         return "fully_shard"
@@ -85,11 +88,18 @@ def _kind_of_shards(module: nn.Module) -> str | None:
 
 
 def _shards_of(parameter: Tensor) -> str | None:
-    if type(parameter).__name__ == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor":
+    if (
+        type(parameter).__name__ == "DTensor"
+        or type(getattr(parameter, "data", None)).__name__ == "DTensor"
+    ):
         return "fully_shard or tensor parallelism (it is a DTensor)"
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO"
-    return "tensor parallelism (Megatron)" if getattr(parameter, "tensor_model_parallel", False) else None
+    return (
+        "tensor parallelism (Megatron)"
+        if getattr(parameter, "tensor_model_parallel", False)
+        else None
+    )
 
 
 def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
@@ -115,7 +125,10 @@ def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _holds(module, parameters):
         for option, why in (
             ("sparse", "so that its gradient is a sparse tensor"),
-            ("scale_grad_by_freq", "so that one sample's share of its gradient depends on the other samples of the batch"),
+            (
+                "scale_grad_by_freq",
+                "so that one sample's share of its gradient depends on the other samples of the batch",
+            ),
         ):
             if getattr(module, option):
                 return f"has {option}=True, {why}: make it with {option}=False, or freeze it"
@@ -145,7 +158,9 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
     kind = type(parameter)
     # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values
     # that it shows.
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(("bitsandbytes", "torchao")):
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(
+        ("bitsandbytes", "torchao")
+    ):
         return f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, or freeze it and train adapters"
     if parameter.device.type == "cpu" and _is_shared(parameter):
         return (

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.embedding import token_rows
-from hydra_pipe.per_sample.factors import Contribution, Factors, Summed, TokenRows, bounds_of, rows_of
+from hydra_pipe.per_sample.factors import (
+    Contribution,
+    Factors,
+    Summed,
+    TokenRows,
+    bounds_of,
+    rows_of,
+)
 from hydra_pipe.per_sample.node_call import ByInput, NodeCall
 from hydra_pipe.per_sample.nodes import gradients_by_sample
 from hydra_pipe.per_sample.orders import SampleOrder
@@ -68,7 +75,9 @@ class RouteCall:
             orders.append(None if gradient is None else order)
         below = node.next_functions
         shapes = {slot: _shape_behind(*below[slot]) for slot in self.route.blocks}
-        call = NodeCall(node, [None if g is None else g.detach() for g in gradients], orders, self.batch, shapes)
+        call = NodeCall(
+            node, [None if g is None else g.detach() for g in gradients], orders, self.batch, shapes
+        )
         try:
             at_inputs = gradients_by_sample(call)
             found: list[tuple[int, Contribution]] = []
@@ -95,13 +104,30 @@ class RouteCall:
             node = node.next_functions[0][0]
         if getattr(node, "variable", None) is not None and len(blocks) == 1:
             (block,) = blocks
-            return [(block, _turned(value, shape, self.parameters[block]) if is_turned else _cast(value, self.parameters[block]))]
+            return [
+                (
+                    block,
+                    _turned(value, shape, self.parameters[block])
+                    if is_turned
+                    else _cast(value, self.parameters[block]),
+                )
+            ]
         rows = rows_of(value)
-        if edge[0].name() == "EmbeddingBackward0" and getattr(edge[0].next_functions[0][0], "variable", None) is not None:
+        if (
+            edge[0].name() == "EmbeddingBackward0"
+            and getattr(edge[0].next_functions[0][0], "variable", None) is not None
+        ):
             (block,) = blocks
             indices = edge[0]._saved_indices.reshape(1, -1).expand(len(rows), -1)
             values = rows.reshape(len(rows), -1, shape[-1]).to(self.parameters[block].dtype)
-            return [(block, token_rows(indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx))]
+            return [
+                (
+                    block,
+                    token_rows(
+                        indices, values, len(self.parameters[block]), edge[0]._saved_padding_idx
+                    ),
+                )
+            ]
         wanted = sorted(blocks)
         parameters = [self.parameters[block] for block in wanted]
         # A random gradient beside those of the samples shows how much the chain stretches. Terms
@@ -136,7 +162,9 @@ def rows_at_node(
 
 def _shape_behind(node: Any, output: int) -> tuple[int, ...]:
     variable = getattr(node, "variable", None)
-    return tuple(variable.shape) if variable is not None else tuple(node._input_metadata[output].shape)
+    return (
+        tuple(variable.shape) if variable is not None else tuple(node._input_metadata[output].shape)
+    )
 
 
 def _turned(value: ByInput, shape: tuple[int, ...], parameter: nn.Parameter) -> Contribution:
@@ -144,7 +172,9 @@ def _turned(value: ByInput, shape: tuple[int, ...], parameter: nn.Parameter) -> 
     if isinstance(value, Factors) and isinstance(value.given_right, Tensor):
         return Factors(value.given_right.to(parameter.dtype), value.left.to(parameter.dtype))
     rows = rows_of(value)
-    turned = rows.reshape(len(rows), *shape).transpose(1, 2).reshape(len(rows), -1).to(parameter.dtype)
+    turned = (
+        rows.reshape(len(rows), *shape).transpose(1, 2).reshape(len(rows), -1).to(parameter.dtype)
+    )
     return Summed(turned, value.bounds.to(parameter.dtype)) if isinstance(value, Summed) else turned
 
 
@@ -152,7 +182,11 @@ def _cast(value: ByInput, parameter: nn.Parameter) -> Contribution:
     dtype = parameter.dtype
     if isinstance(value, Factors):
         right = value.given_right
-        return Factors(value.left.to(dtype), right.to(dtype) if isinstance(right, Tensor) else right, value.beside)
+        return Factors(
+            value.left.to(dtype),
+            right.to(dtype) if isinstance(right, Tensor) else right,
+            value.beside,
+        )
     if isinstance(value, TokenRows):
         return TokenRows(value.tokens, value.values.to(dtype), value.n_lines)
     if isinstance(value, Summed):
@@ -160,7 +194,9 @@ def _cast(value: ByInput, parameter: nn.Parameter) -> Contribution:
     return value.to(dtype)
 
 
-def _pulled_back(edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+def _pulled_back(
+    edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
     """Pull one gradient a sample at the output `edge` of a node back to `parameters`.
 
     Returns:
@@ -173,8 +209,15 @@ def _pulled_back(edge: tuple[Any, int], gradients: Tensor, parameters: Sequence[
         with warnings.catch_warnings():
             # torch warns of operations that it takes sample by sample
             warnings.simplefilter("ignore")
-            found = [*torch.autograd.grad([output], parameters, [gradients], is_grads_batched=True, **options)]
+            found = [
+                *torch.autograd.grad(
+                    [output], parameters, [gradients], is_grads_batched=True, **options
+                )
+            ]
     except RuntimeError:  # torch cannot take some operation for several samples at once
         singly = [torch.autograd.grad([output], parameters, [one], **options) for one in gradients]
-        found = [None if of_one[0] is None else torch.stack(of_one) for of_one in zip(*singly, strict=True)]
+        found = [
+            None if of_one[0] is None else torch.stack(of_one)
+            for of_one in zip(*singly, strict=True)
+        ]
     return [None if g is None else g.detach().reshape(len(gradients), -1) for g in found]

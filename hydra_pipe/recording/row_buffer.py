@@ -1,7 +1,7 @@
 """A buffer for the rows of several steps, which are checked, quantised and stored together.
 
 One step of a small model is a few hundred small tensors. Treated one by one, their fixed cost
-equals the cost of training itself. A slab takes the tensors in one copy. The rest of the work is
+equals the cost of training itself. A row buffer takes the tensors in one copy. The rest of the work is
 done on many steps at once.
 """
 
@@ -15,20 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import BooksError, NonFiniteError
+from hydra_pipe.errors import GradientMismatchError, NonFiniteError
 from hydra_pipe.maths.gradient_check import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.collectives import Processes, SingleProcess
 from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import Reduced
 from hydra_pipe.recording.explanations import Evidence, penalty_of
 from hydra_pipe.recording.micro_batches import Mixture
-from hydra_pipe.recording.collectives import Processes, SingleProcess
 from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.table import TableWriter
 
-# Largest size of a slab, unless one batch is larger: the fixed cost becomes small, and the slab
+# Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the row buffer
 # stays in the cache.
 SLAB_BYTES = 8 * 2**20
 # An error in a step is reported at most this many steps later.
@@ -39,7 +39,12 @@ _MOST_VIEWS = 4 * SLAB_STEPS
 
 # Smallest difference between rows and gradient that rounding cannot explain, relative to the summed
 # norms of the rows.
-IMBALANCE_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+IMBALANCE_LIMIT = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 
 # Limits for float32 when the loop lets matrix products have fewer bits: those of TF32
 # (set_float32_matmul_precision("high"), or allow_tf32) or of bfloat16 ("medium"). Rows and
@@ -60,7 +65,7 @@ def imbalance_limit(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One step of a slab.
+    """One step of a row buffer.
 
     Args:
         rows: place of the step's rows.
@@ -81,7 +86,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Finite:
-    """The result of `Slab.check_finite`.
+    """The result of `RowBuffer.check_finite`.
 
     Args:
         entries: the steps before the first step with a row that is not finite.
@@ -102,7 +107,12 @@ class Finite:
 
     def with_limits(self, limits: Sequence[float]) -> "Finite":
         """Return the result with the first of `limits` in place of its own."""
-        return replace(self, entries=[replace(e, limit=limit) for e, limit in zip(self.entries, limits, strict=False)])
+        return replace(
+            self,
+            entries=[
+                replace(e, limit=limit) for e, limit in zip(self.entries, limits, strict=False)
+            ],
+        )
 
     @property
     def largest_batch(self) -> int:
@@ -112,7 +122,7 @@ class Finite:
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of `Slab.check`.
+    """The result of `RowBuffer.check`.
 
     Args:
         entries: the steps before the first step that cannot be recorded.
@@ -124,15 +134,15 @@ class Checked:
     entries: Sequence[_Entry]
     largest: Tensor
     books: Balance
-    error: NonFiniteError | BooksError | None
+    error: NonFiniteError | GradientMismatchError | None
 
 
-class Slab:
+class RowBuffer:
     """A buffer for the rows of some steps.
 
     Args:
         encoder: encoder that gives the rows their columns.
-        parameters: parameters of the blocks. The slab has their device, and their dtype or float32
+        parameters: parameters of the blocks. The row buffer has their device, and their dtype or float32
             if that is wider.
         batch: rows of a step; a larger step makes more room.
         scalar: ratio of the whole gradient to the sum of the rows, if known. None: it is found for
@@ -149,7 +159,12 @@ class Slab:
         scalar: float | None = None,
         explain: Callable[[str, Evidence], str] | None = None,
     ) -> None:
-        self._encoder, self._scalar, self._parameters, self._explain = encoder, scalar, parameters, explain
+        self._encoder, self._scalar, self._parameters, self._explain = (
+            encoder,
+            scalar,
+            parameters,
+            explain,
+        )
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
         self._transfer = Transfer(self._device)
@@ -169,12 +184,14 @@ class Slab:
 
     def _make_room(self) -> None:
         self.features = self._empty(self._room, self._encoder.layout.n_features)
-        width = self._encoder.book_columns[-1].stop
+        width = self._encoder.check_columns[-1].stop
         # projections of the whole gradients; and sums of the rows before preconditioning
         self._actual = self._empty(SLAB_STEPS, width)
         self._expected = self._empty(SLAB_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
-        self._actual_views = [[row[columns] for columns in self._encoder.book_columns] for row in self._actual]
+        self._actual_views = [
+            [row[columns] for columns in self._encoder.check_columns] for row in self._actual
+        ]
 
     def _grow(self, rows: int) -> None:
         """Make room for `rows` rows, including the rows in the buffer.
@@ -195,7 +212,7 @@ class Slab:
         return self._encoder.layout
 
     def capacity(self, batch: int) -> int:
-        """Return the number of steps of `batch` rows that the slab has room for."""
+        """Return the number of steps of `batch` rows that the row buffer has room for."""
         return min(SLAB_STEPS, self._room_for(batch) // batch)
 
     @property
@@ -203,8 +220,10 @@ class Slab:
         return self._entries[-1].rows.stop if self._entries else 0
 
     def fits(self, batch: int) -> bool:
-        """Tell whether `batch` more rows may be added before a flush; true for an empty slab."""
-        return not self._entries or (len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room)
+        """Tell whether `batch` more rows may be added before a flush; true for an empty row buffer."""
+        return not self._entries or (
+            len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room
+        )
 
     def add(
         self,
@@ -243,9 +262,9 @@ class Slab:
         if mixture is not None:
             self._share_out(own, rows.stop, mixture)
         step = len(self._entries)
-        self._encoder.put_in_books(gradients, self._actual_views[step], contributions)
+        self._encoder.project_for_check(gradients, self._actual_views[step], contributions)
         if self._encoder.preconditioned:
-            for index, where in enumerate(self._encoder.book_columns):
+            for index, where in enumerate(self._encoder.check_columns):
                 parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
                 self._expected[step, where] = torch.stack(parts).sum(0) if parts else 0
         present = np.zeros(len(gradients), bool)
@@ -259,7 +278,11 @@ class Slab:
             known = [norm for norm in norms_of if norm is not None]
             if known and len(known) == len(given):
                 norms[index] = torch.stack(known).sum() if len(known) > 1 else known[0]
-        dtypes = {torch.bfloat16} if half else {gradient.dtype for gradient in gradients if gradient is not None}
+        dtypes = (
+            {torch.bfloat16}
+            if half
+            else {gradient.dtype for gradient in gradients if gradient is not None}
+        )
         limit = max([imbalance_limit(dtype) for dtype in dtypes])
         self._entries.append(_Entry(rows, columns, when, limit, present, norms))
 
@@ -288,7 +311,7 @@ class Slab:
         return views
 
     def check(self, ids: str | None = None, first_id: int = 0) -> Checked:
-        """Check the steps in the slab, one at least, in order, and forget them.
+        """Check the steps in the row buffer, one at least, in order, and forget them.
 
         New steps may come once these are written.
 
@@ -298,7 +321,7 @@ class Slab:
             first_id: id of the first sample, if `ids` is None.
         """
         finite = self.check_finite(ids, first_id)
-        checked = self.check_books(finite, len(finite.entries), SingleProcess())
+        checked = self.check_gradient(finite, len(finite.entries), SingleProcess())
         return replace(checked, error=checked.error or finite.error)
 
     def check_finite(self, ids: str | None = None, first_id: int = 0) -> Finite:
@@ -311,13 +334,13 @@ class Slab:
         error = None if bad is None else self._not_finite(entries[bad], finite, ids, first_id)
         return Finite(entries[:bad], largest, per_part, error)
 
-    def check_books(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
+    def check_gradient(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
         """Check the books of the first `n_steps` steps over all `processes`.
 
         This is the second half of `check`. DDP takes the mean of the ranks' gradients, so the rows
         are compared with this mean.
         """
-        books, error = self._check_books(finite.entries[:n_steps], finite.per_part, processes)
+        books, error = self._check_gradient(finite.entries[:n_steps], finite.per_part, processes)
         return Checked(finite.entries[: len(books.scalar)], finite.largest, books, error)
 
     def write(self, checked: Checked, table: TableWriter) -> None:
@@ -336,7 +359,10 @@ class Slab:
         # a factored bias without a gradient shares its weight's columns: its scale becomes 0
         if not present.all():
             of_blocks *= np.repeat(present, [e.rows.stop - e.rows.start for e in entries], axis=0)
-        further = {name: np.concatenate([entry.columns[name] for entry in entries]) for name in entries[0].columns}
+        further = {
+            name: np.concatenate([entry.columns[name] for entry in entries])
+            for name in entries[0].columns
+        }
         for rows, views in table.reserve(n_rows):
             self._transfer(features[rows], views[names.GRADIENT], table.wait_for)
             views[names.SCALE][:] = of_blocks[rows]
@@ -349,11 +375,19 @@ class Slab:
         # amax and amin need no copy for the magnitudes: measured at three quarters of the time
         return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
 
-    def _not_finite(self, entry: _Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int) -> NonFiniteError:
+    def _not_finite(
+        self, entry: _Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int
+    ) -> NonFiniteError:
         rows = finite[entry.rows]
         columns = self._encoder.part_columns[int(rows.all(axis=0).argmin())]
-        block = next(b for b in self._encoder.layout.blocks if (columns.start, columns.stop) in (b.columns, b.inputs))
-        numbers = entry.columns[ids] if ids else first_id + np.arange(entry.rows.start, entry.rows.stop)
+        block = next(
+            b
+            for b in self._encoder.layout.blocks
+            if (columns.start, columns.stop) in (b.columns, b.inputs)
+        )
+        numbers = (
+            entry.columns[ids] if ids else first_id + np.arange(entry.rows.start, entry.rows.stop)
+        )
         bad = numbers[~rows.all(axis=1)]
         shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         return NonFiniteError(
@@ -361,22 +395,28 @@ class Slab:
             f"steps before it are recorded and readable"
         )
 
-    def _check_books(
+    def _check_gradient(
         self, entries: Sequence[_Entry], per_part: NDArray[np.float64], processes: Processes
-    ) -> tuple[Balance, BooksError | None]:
+    ) -> tuple[Balance, GradientMismatchError | None]:
         """Return the balance of the steps before the first that is off, and its error or None."""
         if not entries:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
         features = self.features[:n_rows]
         sizes = [entry.rows.stop - entry.rows.start for entry in entries]
-        expected = self._expected[:n_steps] if self._encoder.preconditioned else self._encoder.sums(features, sizes)
-        starts = np.array([columns.start for columns in self._encoder.book_columns])
+        expected = (
+            self._expected[:n_steps]
+            if self._encoder.preconditioned
+            else self._encoder.sums(features, sizes)
+        )
+        starts = np.array([columns.start for columns in self._encoder.check_columns])
         present = np.stack([entry.present for entry in entries])
         sums = expected.double().cpu().numpy()
         # a factored bias without a gradient shares its weight's columns, so its sum is set to 0
         if not present.all():
-            sums = sums * np.repeat(present, [c.stop - c.start for c in self._encoder.book_columns], axis=1)
+            sums = sums * np.repeat(
+                present, [c.stop - c.start for c in self._encoder.check_columns], axis=1
+            )
         grads = self._actual[:n_steps].double().cpu().numpy()
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
         sums, magnitude = processes.mean(sums), processes.mean(magnitude)
@@ -394,49 +434,70 @@ class Slab:
                 return good, self._off_balance(entries[step], better.imbalance[0], missed)
         return books, None
 
-    def _off_balance(self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]) -> BooksError:
+    def _off_balance(
+        self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]
+    ) -> GradientMismatchError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
         name = self._encoder.layout.blocks[worst].name
-        if not np.isfinite(missed[self._encoder.book_columns[worst]]).all():
-            return BooksError(
+        if not np.isfinite(missed[self._encoder.check_columns[worst]]).all():
+            return GradientMismatchError(
                 f"the gradient of {name} is not finite {entry.when}, and each sample's share is: the sum overflowed, as in half "
                 f"precision: use torch.amp.GradScaler, lower its init_scale, or train in bfloat16"
             )
         if not np.isfinite(imbalance[worst]):
-            return BooksError(
+            return GradientMismatchError(
                 f"the books of {name} cannot be checked {entry.when}: norms of its rows are not finite, as in half precision: call "
                 f"backward() outside of autocast, lower the learning rate, or clip"
             )
         said = f"the books do not balance {entry.when}: the recorded rows of {name} miss {imbalance[worst]:.2%} of its gradient"
         if self._explain is None:
-            return BooksError(said)
+            return GradientMismatchError(said)
         off = np.flatnonzero(~(imbalance <= entry.limit)).tolist()
         values = [p.detach() if index in off else None for index, p in enumerate(self._parameters)]
-        found = [self._in_books(v, off) for v in (values, [None if p is None else p.sign() for p in values])]
+        found = [
+            self._projected_for_check(v, off)
+            for v in (values, [None if p is None else p.sign() for p in values])
+        ]
         evidence = Evidence(
             has_rows=bool(entry.present[worst]),
-            penalty=penalty_of(np.concatenate([missed[self._encoder.book_columns[index]] for index in off]), *found),
+            penalty=penalty_of(
+                np.concatenate([missed[self._encoder.check_columns[index]] for index in off]),
+                *found,
+            ),
             training=self._scalar is None,
             half=entry.limit >= IMBALANCE_LIMIT[torch.float16],
         )
-        return BooksError(f"{said}. {self._explain(name, evidence)}")
+        return GradientMismatchError(f"{said}. {self._explain(name, evidence)}")
 
-    def _in_books(self, values: Sequence[Tensor | None], wanted: Sequence[int]) -> NDArray[np.float64]:
+    def _projected_for_check(
+        self, values: Sequence[Tensor | None], wanted: Sequence[int]
+    ) -> NDArray[np.float64]:
         """Project `values`, one for each block, as the books project gradients.
 
         Returns:
             The projections of the blocks `wanted`, side by side.
         """
-        outs = [self._empty(1, columns.stop - columns.start)[0] for columns in self._encoder.book_columns]
-        self._encoder.put_in_books(values, outs, {})
+        outs = [
+            self._empty(1, columns.stop - columns.start)[0]
+            for columns in self._encoder.check_columns
+        ]
+        self._encoder.project_for_check(values, outs, {})
         return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
-    def _magnitude(self, entries: Sequence[_Entry], per_part: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _magnitude(
+        self, entries: Sequence[_Entry], per_part: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Return an upper bound of the summed norms of each block's rows, shape (step, block)."""
         products = self._encoder.products(per_part)
-        magnitude: NDArray[np.float64] = np.add.reduceat(products, [entry.rows.start for entry in entries], axis=0)
+        magnitude: NDArray[np.float64] = np.add.reduceat(
+            products, [entry.rows.start for entry in entries], axis=0
+        )
         magnitude *= np.sqrt([block.numel for block in self._encoder.layout.blocks])
-        known = [(step, index, norm) for step, entry in enumerate(entries) for index, norm in entry.norms.items()]
+        known = [
+            (step, index, norm)
+            for step, entry in enumerate(entries)
+            for index, norm in entry.norms.items()
+        ]
         if known:
             values = torch.stack([norm for *_, norm in known]).double().cpu().numpy()
             magnitude[[step for step, *_ in known], [index for _, index, _ in known]] = values

@@ -13,17 +13,25 @@ from hydra_pipe.errors import DataError, RecordError, UsageError
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
 from hydra_pipe.store.files import location
-from hydra_pipe.store.run.permission import check_writable
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.permission import check_writable
 from hydra_pipe.store.run.stages import OWNED, RECORD, Settings
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
 
-def record_settings(encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int) -> Settings:
+def record_settings(
+    encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int
+) -> Settings:
     """Return the settings that every recording depends on; "exact" ignores the budget `dim`."""
     budget = None if encoding == "exact" else dim
-    return {"encoding": encoding, "dim": budget, "dtype": dtype, "seed": seed, "n_samples": n_samples}
+    return {
+        "encoding": encoding,
+        "dim": budget,
+        "dtype": dtype,
+        "seed": seed,
+        "n_samples": n_samples,
+    }
 
 
 def json_settings(settings: Settings) -> Settings:
@@ -37,7 +45,9 @@ def json_settings(settings: Settings) -> Settings:
     try:
         normal: Settings = json.loads(json.dumps(settings))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a setting cannot be kept ({error}): give numbers, strings, lists and the like") from error
+        raise UsageError(
+            f"a setting cannot be kept ({error}): give numbers, strings, lists and the like"
+        ) from error
     return normal
 
 
@@ -58,7 +68,9 @@ def needs_recording(run: str | os.PathLike[str], settings: Settings, *, overwrit
 def check_options(encoding: str, dim: int, dtype: str | None) -> None:
     """Refuse impossible options. Raises: UsageError."""
     if encoding not in ENCODING_CHOICES:
-        raise UsageError(f"encoding {encoding!r} is unknown: choose one of {', '.join(ENCODING_CHOICES)}")
+        raise UsageError(
+            f"encoding {encoding!r} is unknown: choose one of {', '.join(ENCODING_CHOICES)}"
+        )
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     if dim < 1:
@@ -76,7 +88,9 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
     else:
         ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise RecordError(f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each sample of the batch")
+        raise RecordError(
+            f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each sample of the batch"
+        )
     outside = ids[(ids < 0) | (ids >= n_samples)]
     if outside.size:
         raise RecordError(
@@ -85,7 +99,9 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
     return ids.astype(np.int64)
 
 
-def checked_labels(labels: Any, name: str, count: int | None = None, samples: str = "samples") -> NDArray[Any]:
+def checked_labels(
+    labels: Any, name: str, count: int | None = None, samples: str = "samples"
+) -> NDArray[Any]:
     """Return labels as an array of integers or strings, shape (sample,).
 
     Args:
@@ -101,13 +117,21 @@ def checked_labels(labels: Any, name: str, count: int | None = None, samples: st
     try:
         values = np.asarray(plain)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{name} cannot be an array ({error}): give one integer or string for each sample") from error
-    if values.dtype.kind == "O" and values.ndim == 1 and all(isinstance(label, str) for label in values):
+        raise DataError(
+            f"{name} cannot be an array ({error}): give one integer or string for each sample"
+        ) from error
+    if (
+        values.dtype.kind == "O"
+        and values.ndim == 1
+        and all(isinstance(label, str) for label in values)
+    ):
         values = values.astype(str)
     if values.ndim == 1 and values.dtype.kind == "b":
         values = values.astype(np.int64)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
-        raise DataError(f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample")
+        raise DataError(
+            f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample"
+        )
     if count is not None and len(values) != count:
         raise DataError(f"{name} has {len(values)} entries for {count} {samples}")
     return values

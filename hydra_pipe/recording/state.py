@@ -10,7 +10,7 @@ from typing import Any
 from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.data.gradients import Gradients, Kept
+from hydra_pipe.store.data.gradients import Gradients, ResumePoint
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD, Settings
 
@@ -62,16 +62,22 @@ class RecorderState:
         """
         version = state.get("hydra_pipe_state") if isinstance(state, Mapping) else None
         wanted = {field.name for field in fields(cls)}
-        if not isinstance(version, int) or (version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}):
-            raise RecordError("this is not what recorder.state_dict() gave: keep its value in the checkpoint as it is")
+        if not isinstance(version, int) or (
+            version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}
+        ):
+            raise RecordError(
+                "this is not what recorder.state_dict() gave: keep its value in the checkpoint as it is"
+            )
         if version != STATE_VERSION:
-            raise RecordError(f"the state is of version {version}, this hydra-pipe reads {STATE_VERSION}: upgrade hydra-pipe")
+            raise RecordError(
+                f"the state is of version {version}, this hydra-pipe reads {STATE_VERSION}: upgrade hydra-pipe"
+            )
         return cls(**{name: state[name] for name in wanted})
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> ResumePoint:
         """The part of the store that the state counts."""
-        return Kept(self.part_rows, self.n_steps, self.tests, list(self.labels))
+        return ResumePoint(self.part_rows, self.n_steps, self.tests, list(self.labels))
 
 
 def digest(layout: Layout) -> str:
@@ -80,7 +86,12 @@ def digest(layout: Layout) -> str:
 
 
 def open_to_go_on(
-    path: str | os.PathLike[str], state: RecorderState, settings: Settings, *, n_groups: int, preconditioned: bool
+    path: str | os.PathLike[str],
+    state: RecorderState,
+    settings: Settings,
+    *,
+    n_groups: int,
+    preconditioned: bool,
 ) -> tuple[RunDirectory, Gradients]:
     """Open the run at `path`, if it is the run of `state` and has all its rows. Write nothing.
 
@@ -99,9 +110,13 @@ def open_to_go_on(
         raise RunError(f"{path} is recorded completely: there is nothing to go on with")
     store = Gradients(directory.path / names.GRADIENTS)
     if store.run_id != state.run_id or digest(store.layout) != state.layout:
-        raise RunError(f"{store.path} was replaced since the state was taken: start again without the state")
+        raise RunError(
+            f"{store.path} was replaced since the state was taken: start again without the state"
+        )
     if store.n_ranks != len(state.part_rows):
-        raise RunError(f"{path} was recorded by {store.n_ranks} processes, the state counts {len(state.part_rows)}: load another")
+        raise RunError(
+            f"{path} was recorded by {store.n_ranks} processes, the state counts {len(state.part_rows)}: load another"
+        )
     if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
         raise RunError(
             f"{path} was recorded with {store.n_groups} parameter groups, rows {_kind(store.preconditioned)}; the optimizer has "

@@ -13,16 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, RecordError
 from hydra_pipe.maths.gradient_check import Balance
-from hydra_pipe.recording.one_process import LoneSteps, Pending, without_step
-from hydra_pipe.recording.collectives import Processes, Ranks
-from hydra_pipe.recording.row_buffer import SLAB_STEPS, Checked, Slab
+from hydra_pipe.recording.collectives import Collectives, Processes
+from hydra_pipe.recording.one_process import OneProcess, Pending, without_step
+from hydra_pipe.recording.row_buffer import SLAB_STEPS, Checked, RowBuffer
 from hydra_pipe.store import names
-
-Floats = NDArray[np.float64]
+from hydra_pipe.types import F64
 
 # outcome of a step
 _RECORDED, _NOT_TAKEN, _OVERFLOWED, _FAILED, _NONE = 0.0, 1.0, 2.0, 3.0, 4.0
@@ -30,7 +28,7 @@ _RECORDED, _NOT_TAKEN, _OVERFLOWED, _FAILED, _NONE = 0.0, 1.0, 2.0, 3.0, 4.0
 _SCALAR_TOLERANCE = 1e-6
 
 
-class JointSteps:
+class StepSync:
     """Steps since the last meeting of the ranks, and the error that this rank holds.
 
     Args:
@@ -39,12 +37,12 @@ class JointSteps:
 
     flushes_at_will = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Collectives) -> None:
         self._ranks = ranks
         self._outcomes: list[float] = []
         self._n_steps = 0
         # The ranks meet after every step until a step is recorded. The size of this step tells how
-        # many steps fit into a slab.
+        # many steps fit into a row buffer.
         self._interval = 1
         self._n_recorded = 0
         self.held: HydraError | None = None
@@ -55,7 +53,7 @@ class JointSteps:
         """Number of steps after which the ranks meet."""
         return self._interval
 
-    def go_on(self, n_recorded: int, interval: int | None) -> None:
+    def resume(self, n_recorded: int, interval: int | None) -> None:
         """Resume after `n_recorded` steps, with a meeting every `interval` steps.
 
         Args:
@@ -100,15 +98,25 @@ class JointSteps:
             True if the ranks have to meet now.
         """
         self._n_steps += 1
-        outcome = _FAILED if self.held else _RECORDED if taken else _OVERFLOWED if left_out else _NOT_TAKEN
+        outcome = (
+            _FAILED
+            if self.held
+            else _RECORDED
+            if taken
+            else _OVERFLOWED
+            if left_out
+            else _NOT_TAKEN
+        )
         self._outcomes.append(outcome)
         return len(self._outcomes) >= self._interval
 
-    def meet(self, slab: Slab | None, pending: Sequence[Pending]) -> tuple[Checked | None, list[Pending], HydraError | None]:
+    def synchronize(
+        self, buffer: RowBuffer | None, pending: Sequence[Pending]
+    ) -> tuple[Checked | None, list[Pending], HydraError | None]:
         """Agree on the waiting steps. All ranks call this together.
 
         Args:
-            slab: rows of the waiting steps; None if there are none.
+            row buffer: rows of the waiting steps; None if there are none.
             pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:
@@ -118,7 +126,7 @@ class JointSteps:
         Raises:
             RecordError: the ranks are not recording the same run.
         """
-        finite = slab.check_finite(names.SAMPLE) if slab is not None and pending else None
+        finite = buffer.check_finite(names.SAMPLE) if buffer is not None and pending else None
         outcomes, self._outcomes = self._outcomes, []
         recorded = [k for k, outcome in enumerate(outcomes) if outcome == _RECORDED]
         if finite is not None and finite.error is not None and len(finite.entries) < len(recorded):
@@ -126,11 +134,11 @@ class JointSteps:
             self.held = finite.error  # this error is of an earlier step than the held one
         of_ranks, limits = self._exchange(outcomes, finite.limits if finite is not None else [])
         n_good, error = self._judge(of_ranks)
-        if n_good == 0 or slab is None or finite is None:
+        if n_good == 0 or buffer is None or finite is None:
             return None, [], error
         if self._n_recorded == 0:
-            self._agree_on_layout(slab, finite.largest_batch)
-        checked = slab.check_books(finite.with_limits(limits), n_good, self._ranks)
+            self._agree_on_layout(buffer, finite.largest_batch)
+        checked = buffer.check_gradient(finite.with_limits(limits), n_good, self._ranks)
         scalars, imbalance, off = self._compare(checked, pending[:n_good])
         n_good = len(scalars)
         if n_good == 0:
@@ -138,11 +146,18 @@ class JointSteps:
         self._n_recorded += n_good
         losses = self._ranks.mean(np.array([loss for loss, _ in pending[:n_good]])).tolist()
         agreed = replace(
-            checked, entries=checked.entries[:n_good], books=Balance(scalars / self._ranks.size, imbalance), error=None
+            checked,
+            entries=checked.entries[:n_good],
+            books=Balance(scalars / self._ranks.size, imbalance),
+            error=None,
         )
-        return agreed, [(loss, values) for loss, (_, values) in zip(losses, pending, strict=False)], off or error
+        return (
+            agreed,
+            [(loss, values) for loss, (_, values) in zip(losses, pending, strict=False)],
+            off or error,
+        )
 
-    def _exchange(self, outcomes: list[float], limits: list[float]) -> tuple[Floats, list[float]]:
+    def _exchange(self, outcomes: list[float], limits: list[float]) -> tuple[F64, list[float]]:
         """Exchange the outcomes and the limits of the ranks.
 
         Args:
@@ -159,10 +174,12 @@ class JointSteps:
         found = self._ranks.gather(own)
         if len(set(found[:, 0])) > 1:
             steps = ", ".join(f"{int(n)} on rank {rank}" for rank, n in enumerate(found[:, 0]))
-            raise RecordError(f"the ranks have taken unlike numbers of steps ({steps}): give each as many batches")
+            raise RecordError(
+                f"the ranks have taken unlike numbers of steps ({steps}): give each as many batches"
+            )
         return found[:, 1 : SLAB_STEPS + 2], found[:, SLAB_STEPS + 2 :].max(axis=0).tolist()
 
-    def _judge(self, of_ranks: Floats) -> tuple[int, HydraError | None]:
+    def _judge(self, of_ranks: F64) -> tuple[int, HydraError | None]:
         """Count the steps that every rank recorded, before the first step that some rank did not.
 
         Args:
@@ -176,7 +193,9 @@ class JointSteps:
             kinds = set(of_step.tolist()) - {_NONE}
             step = self._n_recorded + n_good
             if _FAILED in kinds:
-                return n_good, self._ranks.first_error(self.held, int((of_step == _FAILED).argmax()))
+                return n_good, self._ranks.first_error(
+                    self.held, int((of_step == _FAILED).argmax())
+                )
             if kinds == {_RECORDED}:
                 n_good += 1
             elif _RECORDED in kinds:
@@ -190,15 +209,19 @@ class JointSteps:
                 return n_good, without_step(step)
         return n_good, None
 
-    def _agree_on_layout(self, slab: Slab, batch: int) -> None:
-        texts = self._ranks.gather_text(json.dumps([slab.layout.to_json(), slab.capacity(batch)]))
+    def _agree_on_layout(self, buffer: RowBuffer, batch: int) -> None:
+        texts = self._ranks.gather_text(
+            json.dumps([buffer.layout.to_json(), buffer.capacity(batch)])
+        )
         found = [json.loads(text) for text in texts]
         for rank, (layout, _) in enumerate(found):
             if layout != found[0][0]:
                 raise RecordError(_unlike_layouts(found[0][0], layout, rank))
         self._interval = max(1, min(capacity for _, capacity in found))
 
-    def _compare(self, checked: Checked, pending: Sequence[Pending]) -> tuple[Floats, Floats, HydraError | None]:
+    def _compare(
+        self, checked: Checked, pending: Sequence[Pending]
+    ) -> tuple[F64, F64, HydraError | None]:
         """Compare the books and the step tables of the ranks.
 
         Args:
@@ -212,15 +235,26 @@ class JointSteps:
         Raises:
             RecordError: the ranks differ in their settings, or in the scale of their gradients.
         """
-        table = json.dumps([{k: v for k, v in values.items() if k != names.N_ROWS} for _, values in pending])
-        digest = float(int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big"))  # 48 bits, which a float holds
+        table = json.dumps(
+            [{k: v for k, v in values.items() if k != names.N_ROWS} for _, values in pending]
+        )
+        digest = float(
+            int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big")
+        )  # 48 bits, which a float holds
         scalars, imbalance = checked.books.scalar, checked.books.imbalance.max(axis=1)
         padded = [*_padded(scalars.tolist(), 0.0), *_padded(imbalance.tolist(), 0.0)]
         found = self._ranks.gather([float(len(scalars)), digest, *padded])
         if len(set(found[:, 1])) > 1:
-            raise RecordError(_unlike_settings([json.loads(text) for text in self._ranks.gather_text(table)], self._n_recorded))
+            raise RecordError(
+                _unlike_settings(
+                    [json.loads(text) for text in self._ranks.gather_text(table)], self._n_recorded
+                )
+            )
         n_good = int(found[:, 0].min())
-        of_ranks, worst = found[:, 2 : n_good + 2], found[:, SLAB_STEPS + 2 : SLAB_STEPS + n_good + 2].max(axis=0)
+        of_ranks, worst = (
+            found[:, 2 : n_good + 2],
+            found[:, SLAB_STEPS + 2 : SLAB_STEPS + n_good + 2].max(axis=0),
+        )
         unlike = np.argwhere(~np.isclose(of_ranks, of_ranks[0], rtol=_SCALAR_TOLERANCE, atol=0.0))
         if unlike.size:
             rank, step = unlike[unlike[:, 1].argmin()]
@@ -231,16 +265,20 @@ class JointSteps:
         error: HydraError | None = None
         if n_good < len(pending):
             off = found[:, 0] == n_good
-            error = checked.error if off.all() else self._ranks.first_error(checked.error, int(off.argmax()))
+            error = (
+                checked.error
+                if off.all()
+                else self._ranks.first_error(checked.error, int(off.argmax()))
+            )
         return of_ranks[0], worst[:, None], error
 
 
-StepSync = LoneSteps | JointSteps
+StepSync = OneProcess | StepSync
 
 
 def steps_of(processes: Processes) -> StepSync:
     """Return the agreement of `processes` on their steps."""
-    return JointSteps(processes) if isinstance(processes, Ranks) else LoneSteps()
+    return StepSync(processes) if isinstance(processes, Collectives) else OneProcess()
 
 
 def _padded(values: list[float], filler: float) -> list[float]:

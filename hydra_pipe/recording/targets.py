@@ -35,7 +35,9 @@ class TargetCheck:
         """Tell whether there is something to check."""
         return self._labels is not None
 
-    def check(self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None) -> None:
+    def check(
+        self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None
+    ) -> None:
         """Compare the targets of a batch with the labels of its ids.
 
         Args:
@@ -53,8 +55,16 @@ class TargetCheck:
         if agree.all():
             self._agreed = self._agreed or len(np.unique(labels)) > 1
             return
-        is_permuted = len(ids) >= _ENOUGH and len(np.unique(labels)) > 1 and np.array_equal(np.sort(labels), np.sort(targets))
-        is_like = n_classes is not None and self._labels.min() >= 0 and self._labels.max() == n_classes - 1
+        is_permuted = (
+            len(ids) >= _ENOUGH
+            and len(np.unique(labels)) > 1
+            and np.array_equal(np.sort(labels), np.sort(targets))
+        )
+        is_like = (
+            n_classes is not None
+            and self._labels.min() >= 0
+            and self._labels.max() == n_classes - 1
+        )
         is_strange = is_like and len(ids) >= _ENOUGH and agree.mean() < 0.5
         if self._agreed or is_permuted or is_strange:
             first = int(np.flatnonzero(~agree)[0])

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import DataError, NonFiniteError, RecordError, RecordWarning
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import called, on_device, size_of
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.losses import per_sample_losses
-from hydra_pipe.recording.eval_mode import evaluating
+from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.recording.settings import Labels, checked_labels
-from hydra_pipe.recording.row_buffer import Slab
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.recording.walk import gradients_of
@@ -40,7 +40,13 @@ def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
     return found.hexdigest()[:16]
 
 
-def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, device: torch.device, *sources: Any) -> None:
+def try_test(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Any,
+    device: torch.device,
+    *sources: Any,
+) -> None:
     """Take the losses of the first test samples before training, to report errors early.
 
     Training is not changed: parameters, buffers and generators are as they were.
@@ -57,7 +63,7 @@ def try_test(model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Any, de
         UserCodeError: the model, the loss or a dataset raised.
         PipelineError: the loss is not one per sample.
     """
-    with untouched(model, loss, *sources), evaluating(model), torch.no_grad():
+    with untouched(model, loss, *sources), eval_mode(model), torch.no_grad():
         first = next(iter(batches), None)
         if first is None:
             raise DataError("there are no test samples: give at least one")
@@ -80,7 +86,19 @@ def _keeps_nothing(loss: Any) -> bool:
         return all(map(_keeps_nothing, cells))
     if isinstance(loss, MethodType):
         return isinstance(loss.__self__, nn.Module)
-    plain = (nn.Module, Tensor, BuiltinFunctionType, ModuleType, type, str, int, float, type(None), torch.dtype, torch.device)
+    plain = (
+        nn.Module,
+        Tensor,
+        BuiltinFunctionType,
+        ModuleType,
+        type,
+        str,
+        int,
+        float,
+        type(None),
+        torch.dtype,
+        torch.device,
+    )
     return isinstance(loss, plain)
 
 
@@ -143,27 +161,35 @@ def record_test_gradients(
     device = collector.parameters[0].device
     targets_seen: list[NDArray[np.int64]] = []
     n_tests, worst = 0, 0.0
-    slab: Slab | None = None
+    buffer: RowBuffer | None = None
     for pair in batches:
         inputs, targets = (on_device(values, device) for values in pair)
         size = size_of(targets)
         collector.watch(n_tests + np.arange(size))
         with torch.enable_grad():
-            losses = _losses(model, loss, inputs, targets, f"{what} samples {n_tests} to {n_tests + size - 1}")
+            losses = _losses(
+                model, loss, inputs, targets, f"{what} samples {n_tests} to {n_tests + size - 1}"
+            )
             if not torch.isfinite(losses).all():
                 bad = n_tests + int(torch.argmin(torch.isfinite(losses).int()))
                 raise NonFiniteError(f"the loss of {what} sample {bad} is not finite {when}")
             given = gradients_of(model, losses.sum(), collector.parameters)
-        collector.rest()
+        collector.pause()
         columns = {names.LOSS: losses.detach().float().cpu().numpy()}
-        slab = collector.add_to(slab, given, columns, f"in the {what} gradients {when}", at_step=False)
+        buffer = collector.add_to(
+            buffer, given, columns, f"in the {what} gradients {when}", at_step=False
+        )
         collector.forget()
-        checked = slab.check(first_id=n_tests)
+        checked = buffer.check(first_id=n_tests)
         if checked.error is not None:
             raise checked.error
         worst = max(worst, float(checked.books.imbalance.max()))
-        slab.write(checked, table)
-        if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex()) and targets.dim() == 1:
+        buffer.write(checked, table)
+        if (
+            isinstance(targets, Tensor)
+            and not (targets.is_floating_point() or targets.is_complex())
+            and targets.dim() == 1
+        ):
             targets_seen.append(targets.cpu().numpy())
         n_tests += size
     if n_tests == 0:

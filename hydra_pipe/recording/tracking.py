@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from hydra_pipe.errors import DataError, RecordError, UsageError
-from hydra_pipe.recording.collating import checked_collate, is_looked_at
 from hydra_pipe.recording.abandoned_loops import left_by_exception
-from hydra_pipe.recording.micro_batches import Portion
+from hydra_pipe.recording.collating import checked_collate, is_looked_at
+from hydra_pipe.recording.micro_batches import MicroBatch
 from hydra_pipe.recording.settings import checked_ids
 from hydra_pipe.recording.targets import TargetCheck
 
 # (ids of a batch, the batch that the same iteration gave before it) -> the batch, if it counts
-HandOver = Callable[[NDArray[np.int64], Portion | None], Portion | None]
+HandOver = Callable[[NDArray[np.int64], MicroBatch | None], MicroBatch | None]
 
 NAME_THEM = "use recorder.step(ids) instead"
 
@@ -47,7 +47,13 @@ class WatchedLoader:
         DataError: the dataset has another number of samples.
     """
 
-    def __init__(self, loader: DataLoader[Any], n_samples: int | None, instead: str = NAME_THEM, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        n_samples: int | None,
+        instead: str = NAME_THEM,
+        ahead: int = 0,
+    ) -> None:
         base = getattr(loader, "base_dataloader", loader)  # the loader inside Accelerate's wrapper
         self.n_samples, self._instead = _checked(base, n_samples, instead), instead
         # batches that a loader draws ahead: for its workers, and one more if Accelerate has to know
@@ -133,7 +139,12 @@ class TrackedLoader:
     def __getattr__(self, name: str) -> Any:
         if name in ("_loader", "_watched"):  # not set yet, such as in the middle of a copy
             raise AttributeError(name)
-        return getattr(self._loader if name in (self._watched.replaced, "collate_fn") else self._watched.loader, name)
+        return getattr(
+            self._loader
+            if name in (self._watched.replaced, "collate_fn")
+            else self._watched.loader,
+            name,
+        )
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -143,7 +154,7 @@ class TrackedLoader:
         return self._batches(iterator, self._watched.drawn)
 
     def _batches(self, iterator: Iterator[Any], drawn: deque[NDArray[Any]] | None) -> Iterator[Any]:
-        portion: Portion | None = None
+        micro_batch: MicroBatch | None = None
         while True:
             try:
                 batch = next(iterator)
@@ -151,8 +162,8 @@ class TrackedLoader:
                 with self._heeding():
                     ids = self._watched.next_ids(drawn)
                     self._check_targets(ids, batch)
-                    portion = self._hand_over(ids, portion)
-                    self._note_tensors(portion, batch)
+                    micro_batch = self._hand_over(ids, micro_batch)
+                    self._note_tensors(micro_batch, batch)
             except StopIteration:
                 return
             except BaseException:  # drawing a batch failed
@@ -165,18 +176,28 @@ class TrackedLoader:
                     self._left()
                 raise
 
-    def _note_tensors(self, portion: Portion | None, batch: Any) -> None:
+    def _note_tensors(self, micro_batch: MicroBatch | None, batch: Any) -> None:
         """Note tensors of a batch now and then, to compare them with the model's inputs."""
         self._n_batches += 1
-        if portion is not None and is_looked_at(self._n_batches):
-            floats = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
-            portion.tensors = [weakref.ref(x) for x in floats if len(x) == len(portion.samples)]
+        if micro_batch is not None and is_looked_at(self._n_batches):
+            floats = [
+                x
+                for x in tree_leaves(batch)
+                if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+            ]
+            micro_batch.tensors = [
+                weakref.ref(x) for x in floats if len(x) == len(micro_batch.samples)
+            ]
 
     def _check_targets(self, ids: NDArray[np.int64], batch: Any) -> None:
         if not self._targets.is_on:
             return
         leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.shape == ids.shape]
-        integers = [x for x in leaves if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)]
+        integers = [
+            x
+            for x in leaves
+            if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        ]
         if len(integers) == 1:  # among several, the targets are not known
             self._targets.check(ids, integers[0].cpu().numpy())
 
@@ -226,18 +247,28 @@ def _copied(loader: DataLoader[Any]) -> DataLoader[Any]:
 def _checked(loader: Any, n_samples: int | None, instead: str) -> int:
     """Return the loader's number of samples, after all checks."""
     if not isinstance(loader, DataLoader):
-        raise UsageError(f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: {instead}")
+        raise UsageError(
+            f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: {instead}"
+        )
     if isinstance(loader.dataset, IterableDataset):
-        raise RecordError(f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no numbers: {instead}")
+        raise RecordError(
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no numbers: {instead}"
+        )
     # torch before 2.6 has no in_order, and always keeps the order
     if not getattr(loader, "in_order", True):
-        raise RecordError(f"the loader has in_order=False, so that batches come in another order than drawn: {instead}")
+        raise RecordError(
+            f"the loader has in_order=False, so that batches come in another order than drawn: {instead}"
+        )
     if loader._iterator is not None:
-        raise RecordError("the loader's persistent workers are running already: track it before it is first iterated")
+        raise RecordError(
+            "the loader's persistent workers are running already: track it before it is first iterated"
+        )
     try:
         length = len(loader.dataset)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError) as error:
-        raise DataError(f"{type(loader.dataset).__name__} has no length, and so no sample numbers: {instead}") from error
+        raise DataError(
+            f"{type(loader.dataset).__name__} has no length, and so no sample numbers: {instead}"
+        ) from error
     if n_samples is not None and length != n_samples:
         raise DataError(
             f"the loader's dataset has {length} samples, the recorder's n_samples is {n_samples}: give Recorder "

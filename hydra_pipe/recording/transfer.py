@@ -21,7 +21,9 @@ def buffers_for(device: torch.device) -> Callable[[tuple[int, ...], str], NDArra
         return np.zeros
 
     def pinned(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        array: NDArray[Any] = torch.zeros(shape, dtype=getattr(torch, dtype), pin_memory=True).numpy()
+        array: NDArray[Any] = torch.zeros(
+            shape, dtype=getattr(torch, dtype), pin_memory=True
+        ).numpy()
         return array
 
     return pinned
@@ -40,7 +42,9 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __call__(self, rows: Tensor, out: NDArray[Any], wait_for: Callable[[Callable[[], None]], None]) -> None:
+    def __call__(
+        self, rows: Tensor, out: NDArray[Any], wait_for: Callable[[Callable[[], None]], None]
+    ) -> None:
         """Copy `rows`, rounding to the dtype of `out`.
 
         Args:

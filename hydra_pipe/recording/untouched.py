@@ -35,7 +35,11 @@ def untouched(*things: Any) -> Iterator[None]:
     modules = [thing for thing in things if isinstance(thing, nn.Module)]
     kept, of_sources = random_state(), _restoring(things)
     attributes = [pair for module in modules for pair in _attributes(module)]
-    before = [(tensor, tensor.detach().to("cpu", copy=True)) for module in modules for tensor in _may_change(module)]
+    before = [
+        (tensor, tensor.detach().to("cpu", copy=True))
+        for module in modules
+        for tensor in _may_change(module)
+    ]
     try:
         yield
     finally:
@@ -51,7 +55,11 @@ def untouched(*things: Any) -> Iterator[None]:
 
 
 def _may_change(model: nn.Module) -> list[Tensor]:
-    scaled = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+    scaled = [
+        m.weight
+        for m in model.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+    ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return list(dict.fromkeys([*scaled, *trained, *model.buffers()]))
 
@@ -64,7 +72,10 @@ def _attributes(model: nn.Module) -> list[tuple[dict[Any, Any] | list[Any], Any]
     found: list[tuple[dict[Any, Any] | list[Any], Any]] = []
     for module in model.modules():
         own = vars(module)
-        found += [(own, dict(own)), *((value, value.copy()) for value in own.values() if type(value) in (dict, list))]
+        found += [
+            (own, dict(own)),
+            *((value, value.copy()) for value in own.values() if type(value) in (dict, list)),
+        ]
     return found
 
 

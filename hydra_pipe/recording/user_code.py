@@ -39,4 +39,8 @@ def user_code_error(what: str, error: BaseException) -> UserCodeError:
 
 
 def _is_users(file: Path) -> bool:
-    return _PACKAGE not in file.parents and "site-packages" not in file.parts and "importlib" not in str(file)
+    return (
+        _PACKAGE not in file.parents
+        and "site-packages" not in file.parts
+        and "importlib" not in str(file)
+    )

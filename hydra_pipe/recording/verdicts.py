@@ -59,7 +59,9 @@ class RowCheck:
         if batch == 1:
             return self._wrong_in_parts([torch.ones(1)])
         if not thoroughly:
-            return self._wrong_in_parts([(torch.randperm(batch, generator=generator) < batch // 2).float()])
+            return self._wrong_in_parts(
+                [(torch.randperm(batch, generator=generator) < batch // 2).float()]
+            )
         if self._graph.batch_norms:
             numbers = torch.arange(batch)
             halves = [(numbers >> bit & 1).float() for bit in range((batch - 1).bit_length())]
@@ -69,9 +71,13 @@ class RowCheck:
         weighted, _ = self._rows_of(Probe(weights, wants_rows=True))
         wrong = self._unlike(plain, totals, torch.ones(batch))
         for block, parameter in enumerate(self._trained):
-            grown, size = (_sizes(rows.get(block, ()), self._graph.of_pass) for rows in (weighted, plain))
+            grown, size = (
+                _sizes(rows.get(block, ()), self._graph.of_pass) for rows in (weighted, plain)
+            )
             expected, least = weights.double() * size, size.clamp(min=float(size.max()) * 1e-3)
-            if bool(((grown - expected).abs() > self._limit(parameter) * weights.double() * least).any()):
+            if bool(
+                ((grown - expected).abs() > self._limit(parameter) * weights.double() * least).any()
+            ):
                 wrong.add(block)
         return wrong - self._slow
 
@@ -101,7 +107,10 @@ class RowCheck:
                 # an overflow of the probe says nothing of the rows; one of the step's own gradients
                 # is reported
                 continue
-            if not error + others <= self._limit(parameter) * size + torch.finfo(torch.float32).tiny:
+            if (
+                not error + others
+                <= self._limit(parameter) * size + torch.finfo(torch.float32).tiny
+            ):
                 wrong.add(block)
         return wrong
 
@@ -118,14 +127,18 @@ def _sizes(rows: Sequence[tuple[int, Contribution]], of_pass: Pass) -> Tensor:
     return sizes
 
 
-def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, parameter: nn.Parameter) -> tuple[float, float]:
+def _missing(
+    rows: Sequence[tuple[int, Contribution]], total: Tensor | None, parameter: nn.Parameter
+) -> tuple[float, float]:
     """Return the norm of the gradient that rows miss, and the norm of torch's gradient.
 
     The missed gradient is torch's gradient less the sum of the rows. Both are multiplied by one
     random vector, so that no row is written out (Freivalds, see `hydra_pipe.maths.gradient_check`).
     """
     outputs = len(parameter) if parameter.dim() else 1
-    probe = torch.randn(parameter.numel() // max(outputs, 1), generator=torch.Generator().manual_seed(0)).to(parameter)
+    probe = torch.randn(
+        parameter.numel() // max(outputs, 1), generator=torch.Generator().manual_seed(0)
+    ).to(parameter)
     wanted = torch.zeros_like(parameter) if total is None else total.detach()
     difference = wanted.reshape(outputs, -1) @ probe
     size = float(torch.linalg.vector_norm(difference))
@@ -133,7 +146,9 @@ def _missing(rows: Sequence[tuple[int, Contribution]], total: Tensor | None, par
         if isinstance(value, TokenRows):
             difference = difference - value.sum_times(probe.to(value.values)).to(probe)
         elif not isinstance(value, Factors) or value.given_right is None:
-            of_rows = value.left.sum((0, 1)) if isinstance(value, Factors) else rows_of(value).sum(0)
+            of_rows = (
+                value.left.sum((0, 1)) if isinstance(value, Factors) else rows_of(value).sum(0)
+            )
             difference = difference - of_rows.reshape(outputs, -1).to(probe) @ probe
         else:
             times = value.right_times(probe.to(value.left)[None])

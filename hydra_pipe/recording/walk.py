@@ -66,7 +66,9 @@ class Walk:
                 return True
             if name in _ROUTING_BY_DIM and node._saved_dim == 0:
                 return True
-            if name in _ROUTING_BY_INDEX and not all(child in self.leaves for _, child, _ in at_inputs):
+            if name in _ROUTING_BY_INDEX and not all(
+                child in self.leaves for _, child, _ in at_inputs
+            ):
                 first = node._saved_indices[0]
                 if first is not None and not _keeps_places(first, batch):
                     return True
@@ -81,7 +83,9 @@ class Walk:
             names.append(node.name())
         return number
 
-    def leading_to(self, wanted: frozenset[int], but_through: Collection[int] = ()) -> list[frozenset[int]]:
+    def leading_to(
+        self, wanted: frozenset[int], but_through: Collection[int] = ()
+    ) -> list[frozenset[int]]:
         """Return the blocks among `wanted` that each node leads to, by the node's number.
 
         Paths do not go on through the nodes `but_through`.
@@ -92,7 +96,11 @@ class Walk:
             if block in wanted:
                 found[number] = frozenset((block,))
         for number in self.deepest_first():
-            below = [found[child] for _, child, _ in self.inputs[number] if found[child] and child not in but_through]
+            below = [
+                found[child]
+                for _, child, _ in self.inputs[number]
+                if found[child] and child not in but_through
+            ]
             if below:
                 found[number] = below[0] if len(below) == 1 else nothing.union(*below)
         return found
@@ -124,7 +132,9 @@ def _keeps_places(index: Tensor, batch: int) -> bool:
     return bool((index == places).all())
 
 
-def gradients_of(model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+def gradients_of(
+    model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]
+) -> Sequence[Tensor | None]:
     """Return the gradients of a scalar, whatever checkpointing `model` uses.
 
     `.grad` is as before afterwards.
@@ -136,7 +146,11 @@ def gradients_of(model: nn.Module, total: Tensor, wanted: Sequence[nn.Parameter]
 
 
 def gradients_by_backward(
-    walk: Walk, model: nn.Module, outputs: Sequence[Tensor], gradients: Sequence[Tensor], wanted: Sequence[nn.Parameter]
+    walk: Walk,
+    model: nn.Module,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    wanted: Sequence[nn.Parameter],
 ) -> list[Tensor | None]:
     """Return gradients by way of `.grad`, which is restored. The graph is kept.
 

@@ -23,7 +23,11 @@ class WeightsNote:
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        scaled = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None}
+        scaled = {
+            id(m.weight)
+            for m in model.modules()
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+        }
         self._counted = [p for p in parameters if id(p) not in scaled]
         spread = range(0, len(self._counted), max(1, -(-len(self._counted) // _PARAMETERS)))
         self._looked_at = [self._counted[k] for k in spread]
@@ -49,7 +53,9 @@ class WeightsNote:
         """Tell whether parameters were written to since the last note; False without a note."""
         if self._counts is None:
             return False
-        if self._counts != [p._version for p in self._counted] or self._addresses != [p.data_ptr() for p in self._counted]:
+        if self._counts != [p._version for p in self._counted] or self._addresses != [
+            p.data_ptr() for p in self._counted
+        ]:
             return True
         pairs = zip(self._kept, self._elements, strict=True)
         # a nan that stays nan is no change

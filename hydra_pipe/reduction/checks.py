@@ -11,15 +11,15 @@ from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.reduction.executors import executor_of
 from hydra_pipe.reduction.methods import METHODS, method_named
-from hydra_pipe.reduction.request import Method, Options, Request
+from hydra_pipe.reduction.request import Method, Options, ReductionRequest
 from hydra_pipe.reduction.weights import last_rows
-from hydra_pipe.store.data.recording_counts import Counts
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.probes import WhichTests, tested_by
-from hydra_pipe.store.data.relevance import Columns
-from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.data.recording import open_recording
+from hydra_pipe.store.data.recording_counts import Counts
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
+from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
 from hydra_pipe.store.run.stages import KEEP, RECORD
 from hydra_pipe.units import parse_bytes
 
@@ -37,7 +37,7 @@ _MEANT_FOR = {
 }
 
 
-def requested(run: str | os.PathLike[str], options: Options) -> Request:
+def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest:
     """Check `options` against a run.
 
     Reads metadata only. For methods of the last rows it also reads the sample and step of each row.
@@ -53,30 +53,38 @@ def requested(run: str | os.PathLike[str], options: Options) -> Request:
     parse_bytes(options.memory)
     check_meant(method, *_given(options))
     if method.solvers is None and options.scheduler not in ("threads", "synchronous"):
-        raise UsageError(f"--scheduler {options.scheduler}: {method.name} trains again, in this process: leave it out")
+        raise UsageError(
+            f"--scheduler {options.scheduler}: {method.name} trains again, in this process: leave it out"
+        )
     if options.rank is not None:
         _check_rank(options)
     if options.test is not None:
         _check_test(options, method)
     if options.upto is not None and options.keep_hypergradients:
-        raise UsageError("--upto and --keep-hypergradients: choose one: what is kept is of all steps")
+        raise UsageError(
+            "--upto and --keep-hypergradients: choose one: what is kept is of all steps"
+        )
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, options.upto)
     if method.of_tests and options.test is None:
         counts.require_tests(directory.path)
     if directory.stages[RECORD].facts.get(PRUNED):
         _check_pruned(directory, options, method)
-    tested, n_tests = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, options.test)
+    tested, n_tests = tested_by(
+        directory, gradients, counts.checkpoint, counts.n_tests, options.test
+    )
     checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
     last = last_rows(gradients, counts.n_samples) if method.rows.last else None
     if last is not None and not last.size:
-        raise RunError(f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from")
+        raise RunError(
+            f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from"
+        )
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
-    columns, groups = Columns((), ITSELF, (ITSELF,)), None
+    columns, groups = ResultColumns((), ITSELF, (ITSELF,)), None
     if method.of_tests:
-        columns, groups = _grouped(Columns(spans), gradients, tested, options.by)
+        columns, groups = _grouped(ResultColumns(spans), gradients, tested, options.by)
     found = (counts.n_samples, method, tested, checkpoints, columns, groups, last)
-    request = Request(directory, gradients, *found, options, scheduler)
+    request = ReductionRequest(directory, gradients, *found, options, scheduler)
     if request.has_kept and method.check_kept is not None:
         method.check_kept(request)
     return request
@@ -86,7 +94,9 @@ def check_meant(method: Method, *given: str) -> None:
     """Refuse options that mean nothing to the method. Raises: UsageError."""
     for option in given:
         if option in method.refuses:
-            raise UsageError(f"{option} is for {_MEANT_FOR[option]}: {method.name} {method.refuses[option]}")
+            raise UsageError(
+                f"{option} is for {_MEANT_FOR[option]}: {method.name} {method.refuses[option]}"
+            )
 
 
 def _given(options: Options) -> Iterator[str]:
@@ -127,10 +137,16 @@ def _check_test(options: Options, method: Method) -> None:
 
 def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> None:
     """Refuse a request that needs the pruned rows. Raises: RunError."""
-    kept = [name for name in directory.complete(KEEP) if name in METHODS and METHODS[name].check_kept is not None]
+    kept = [
+        name
+        for name in directory.complete(KEEP)
+        if name in METHODS and METHODS[name].check_kept is not None
+    ]
     if method.name not in kept and method.solvers is not None:
         able = ", ".join(kept) or "none"
-        raise RunError(f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them")
+        raise RunError(
+            f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them"
+        )
     if options.keep_hypergradients:
         raise RunError(
             f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
@@ -155,17 +171,19 @@ def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
 
 
 def _grouped(
-    columns: Columns, gradients: Gradients, tested: WhichTests, by: str | None
-) -> tuple[Columns, NDArray[np.int64] | None]:
+    columns: ResultColumns, gradients: Gradients, tested: WhichTests, by: str | None
+) -> tuple[ResultColumns, NDArray[np.int64] | None]:
     if by is None:
         return columns, None
     if by != BY_LABEL:
-        return Columns(columns.tests, by, ("mean",)), np.zeros(columns.n_tests, np.int64)
+        return ResultColumns(columns.tests, by, ("mean",)), np.zeros(columns.n_tests, np.int64)
     labels = columns.labels(tested.labels(gradients))
     if labels is None:
         path, how = gradients.path, "record with recorder.record_test(..., labels=...)"
         if tested.probe is not None:
             path, how = tested.probe, "give them to hydra_pipe.probe(..., labels=...)"
-        raise UsageError(f"--by label: {path} has no labels of test samples: take the mean of all with --mean, or {how}")
+        raise UsageError(
+            f"--by label: {path} has no labels of test samples: take the mean of all with --mean, or {how}"
+        )
     unique, groups = np.unique(labels, return_inverse=True)
-    return Columns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)
+    return ResultColumns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)

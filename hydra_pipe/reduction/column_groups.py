@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hydra_pipe.plan.layout import Block, Columns, Layout
+from hydra_pipe.plan.layout import Block, ColumnRange, Layout
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class DenseSegment:
         blocks: index and columns of each block in it.
     """
 
-    columns: Columns
-    blocks: tuple[tuple[int, Columns], ...]
+    columns: ColumnRange
+    blocks: tuple[tuple[int, ColumnRange], ...]
 
     @property
-    def runs(self) -> tuple[Columns, ...]:
+    def runs(self) -> tuple[ColumnRange, ...]:
         """Every run of columns of the segment."""
         return (self.columns,)
 
@@ -38,13 +38,13 @@ class FactoredSegment:
         bias: index of the bias's block, or None.
     """
 
-    outputs: Columns
-    inputs: Columns
+    outputs: ColumnRange
+    inputs: ColumnRange
     weight: int
     bias: int | None
 
     @property
-    def runs(self) -> tuple[Columns, ...]:
+    def runs(self) -> tuple[ColumnRange, ...]:
         """Every run of columns of the segment."""
         return (self.outputs, self.inputs)
 
@@ -56,7 +56,7 @@ class FactoredSegment:
 Segment = DenseSegment | FactoredSegment
 
 
-def overlap(columns: Columns, first: int, last: int) -> Columns | None:
+def overlap(columns: ColumnRange, first: int, last: int) -> ColumnRange | None:
     """Return the part of `columns` inside [first, last). None if there is none."""
     low, high = max(columns[0], first), min(columns[1], last)
     return (low, high) if low < high else None
@@ -71,19 +71,27 @@ def segments_of(layout: Layout) -> list[Segment]:
     """Return segments that hold every block of `layout` once, ordered by their last column."""
     factored: list[Segment] = []
     dense: list[tuple[int, Block]] = []
-    biases = {b.columns: i for i, b in enumerate(layout.blocks) if b.encoding == "factored" and b.inputs is None}
+    biases = {
+        b.columns: i
+        for i, b in enumerate(layout.blocks)
+        if b.encoding == "factored" and b.inputs is None
+    }
     for index, block in enumerate(layout.blocks):
         if block.inputs is not None:
-            factored.append(FactoredSegment(block.columns, block.inputs, index, biases.get(block.columns)))
+            factored.append(
+                FactoredSegment(block.columns, block.inputs, index, biases.get(block.columns))
+            )
         elif block.encoding != "factored":
             dense.append((index, block))
-    runs: list[list[tuple[int, Columns]]] = []
+    runs: list[list[tuple[int, ColumnRange]]] = []
     for index, block in sorted(dense, key=lambda entry: entry[1].columns):
         if runs and runs[-1][-1][1][1] == block.columns[0]:
             runs[-1].append((index, block.columns))
         else:
             runs.append([(index, block.columns)])
-    joined: list[Segment] = [DenseSegment((run[0][1][0], run[-1][1][1]), tuple(run)) for run in runs]
+    joined: list[Segment] = [
+        DenseSegment((run[0][1][0], run[-1][1][1]), tuple(run)) for run in runs
+    ]
     return sorted([*factored, *joined], key=lambda segment: segment.last_column)
 
 

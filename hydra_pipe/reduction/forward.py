@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.fisher import FORMS, Form
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.reduction.sweep import Floats, Move, Recursion, Span
+from hydra_pipe.reduction.sweep import Move, Recursion, Span
+from hydra_pipe.types import F32
 
 
 class ForwardSweep(Recursion):
@@ -28,19 +29,24 @@ class ForwardSweep(Recursion):
     """
 
     def __init__(
-        self, samples: tuple[int, int], width: int, schedule: Schedule, spans: Sequence[Span], forms: Sequence[Form] = FORMS
+        self,
+        samples: tuple[int, int],
+        width: int,
+        schedule: Schedule,
+        spans: Sequence[Span],
+        forms: Sequence[Form] = FORMS,
     ) -> None:
         super().__init__(samples[1] - samples[0], schedule, spans, forms)
         # x: change of the parameters with each sample's weight, shape (form and column, feature);
         # m: the same for the momentum buffer
-        self.x: Floats = np.zeros((len(forms) * self._n_columns, width), np.float32)
+        self.x: F32 = np.zeros((len(forms) * self._n_columns, width), np.float32)
         self.m = np.zeros_like(self.x)
         self._samples = samples
         # the latest step, which is applied together with the next one: its moves, the factors of
         # its rows in the change of the gradient, shape (form and column, row), and its rows
-        self._last: tuple[dict[int, Move], Floats, Floats] | None = None
+        self._last: tuple[dict[int, Move], F32, F32] | None = None
 
-    def step(self, number: int, rows: Floats, count: Floats, rho: Floats, sample: NDArray[np.int64]) -> None:
+    def step(self, number: int, rows: F32, count: F32, rho: F32, sample: NDArray[np.int64]) -> None:
         """Take one step forward. See `Recursion`."""
         moves, n_forms = self._moves(number), len(self._forms)
         held = self._held[self.n_steps % 2].matrix(*rows.shape)
@@ -55,41 +61,45 @@ class ForwardSweep(Recursion):
                 product = own @ own.T
                 for gram, kappa in zip(grams, moves[series].kappas, strict=True):
                     gram += kappa * product
-        factors = self._pulls(grams, scores.reshape(len(rows), n_forms, self._n_columns), count, rho)
+        factors = self._pulls(
+            grams, scores.reshape(len(rows), n_forms, self._n_columns), count, rho
+        )
         mine = np.flatnonzero((sample >= self._samples[0]) & (sample < self._samples[1]))
         # the weight of a sample multiplies the sample's own rows in the gradient
         factors[:, sample[mine] - self._samples[0], mine] += 1
         self._last = moves, factors.reshape(len(self.x), len(rows)), held
         self.n_steps += 1
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """See `Recursion`."""
         for tile in self._tiles:
             self._take_last(*tile)
         self._last = None
 
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, F32]:
         """See `Recursion`."""
         return {"x": self.x, "m": self.m}
 
-    def restore(self, arrays: dict[str, Floats]) -> None:
+    def restore(self, arrays: dict[str, F32]) -> None:
         """See `Recursion`."""
         np.copyto(self.x, arrays["x"])
         np.copyto(self.m, arrays["m"])
 
-    def changes(self, features: slice) -> Floats:
+    def changes(self, features: slice) -> F32:
         """Return the change of some parameters with each weight, mean over the forms.
 
-        Call `settle` before.
+        Call `finish` before.
 
         Returns:
             Shape (sample, feature), float32.
         """
         of_forms = self.x[:, features].reshape(len(self._forms), self._n_columns, -1)
-        found: Floats = np.einsum("fsc,f->sc", of_forms, self._shares)
+        found: F32 = np.einsum("fsc,f->sc", of_forms, self._shares)
         return found
 
     def _take_last(self, first: int, last: int, series: int) -> None:
         if self._last is not None:
             moves, factors, held = self._last
-            moves[series].give(self.x[:, first:last], self.m[:, first:last], factors @ held[:, first:last])
+            moves[series].give(
+                self.x[:, first:last], self.m[:, first:last], factors @ held[:, first:last]
+            )

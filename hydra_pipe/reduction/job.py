@@ -10,25 +10,25 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.records import TESTS_AT_ONCE, Plan, RowPlan, Span
 from hydra_pipe.plan.id_ranges import cut
+from hydra_pipe.plan.records import TESTS_AT_ONCE, Plan, RowPlan
+from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.materialize import Expansion
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
 from hydra_pipe.reduction.scores import ReadWindow, TestBlock, decode_tests
-from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.sharing import shared
-from hydra_pipe.reduction.weights import Ints, RowUse, StepWeights, last_rows
+from hydra_pipe.reduction.weights import RowUse, StepWeights, last_rows
 from hydra_pipe.store.data.gradients import Gradients, Prefix
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.rows import Piece, check_within
 from hydra_pipe.streams import Stream
+from hydra_pipe.types import F32, I64, Span
 
-Floats = NDArray[np.float32]
 P = TypeVar("P", bound=Plan, covariant=True)
 
 
 @dataclass(frozen=True)
-class Job(Generic[P]):
+class ReductionJob(Generic[P]):
     """Settings that every task of a reduction needs. Small, and the same for all tasks.
 
     Args:
@@ -65,40 +65,48 @@ class Job(Generic[P]):
         """Open the recording anew: an open store cannot travel to other processes."""
         return Gradients(self.gradients, self.prefix)
 
-    def averages(self) -> Floats | None:
+    def averages(self) -> F32 | None:
         """Return the matrix that averages test samples into columns, shape (test, group), float32.
 
         None if each test sample is a column.
         """
         if self.groups is None:
             return None
-        of_group: Floats = np.zeros((len(self.groups), int(self.groups.max()) + 1), np.float32)
-        of_group[np.arange(len(self.groups)), self.groups] = 1 / np.bincount(self.groups)[self.groups]
+        of_group: F32 = np.zeros((len(self.groups), int(self.groups.max()) + 1), np.float32)
+        of_group[np.arange(len(self.groups)), self.groups] = (
+            1 / np.bincount(self.groups)[self.groups]
+        )
         return of_group
 
 
-def held_tests(job: Job[RowPlan], tests: Span, tested: WhichTests | None = None) -> AbstractContextManager[TestBlock]:
+def held_tests(
+    job: ReductionJob[RowPlan], tests: Span, tested: WhichTests | None = None
+) -> AbstractContextManager[TestBlock]:
     """Return a context that holds test gradients: `tested`, or the job's own if it is None."""
     of = job.tested if tested is None else tested
     key = ("tests", job.gradients, of, job.rows.cosine, cut(job.tests, *tests))
     return shared(key, lambda: load_tests(job, tests, of))
 
 
-def held_weights(job: Job[Any], store: Gradients) -> AbstractContextManager[StepWeights]:
+def held_weights(job: ReductionJob[Any], store: Gradients) -> AbstractContextManager[StepWeights]:
     """Return a context that holds the weights of the steps."""
-    return shared(("weights", job.gradients, job.prefix, job.rows.weigh), lambda: job.rows.weigh(store))
+    return shared(
+        ("weights", job.gradients, job.prefix, job.rows.weigh), lambda: job.rows.weigh(store)
+    )
 
 
-def held_last_rows(job: Job[Any], store: Gradients) -> AbstractContextManager[Ints]:
+def held_last_rows(job: ReductionJob[Any], store: Gradients) -> AbstractContextManager[I64]:
     """Return a context that holds the last row of each sample, ascending."""
     return shared(("last rows", job.gradients, job.prefix), lambda: last_rows(store, job.n_samples))
 
 
-def load_tests(job: Job[RowPlan], tests: Span, tested: WhichTests) -> TestBlock:
+def load_tests(job: ReductionJob[RowPlan], tests: Span, tested: WhichTests) -> TestBlock:
     store = job.store()
     rows, segments = tested.rows(store), segments_of(store.layout)
     spans = [slice(*span) for span in cut(job.tests, *tests)]
-    stored = np.concatenate([rows.features(span, slice(0, store.layout.n_features)) for span in spans])
+    stored = np.concatenate(
+        [rows.features(span, slice(0, store.layout.n_features)) for span in spans]
+    )
     scales = np.concatenate([rows.scales(span) for span in spans])
     if job.rows.cosine:
         norms = SquaredNorms(segments, store.layout.n_features, job.plan.reading.features)
@@ -114,17 +122,21 @@ def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
     return stored[:, first:last]
 
 
-def columns_of_tests(store: Gradients, job: Job[Any], expansion: Expansion, columns: Span) -> Floats:
+def columns_of_tests(
+    store: Gradients, job: ReductionJob[Any], expansion: Expansion, columns: Span
+) -> F32:
     """Return test gradients or their means, multiplied out, shape (column, feature), float32."""
     rows, averages = job.tested.rows(store), job.averages()
     tests = columns if averages is None else (0, len(averages))
-    found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
+    found: F32 = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
     place = 0
     for first, last in cut(job.tests, *tests):
         for low in range(first, last, TESTS_AT_ONCE):
             own = slice(low, min(low + TESTS_AT_ONCE, last))
             out = np.empty((own.stop - own.start, expansion.width), np.float32)
-            expansion.expand(rows.features(own, slice(0, store.layout.n_features)), rows.scales(own), out)
+            expansion.expand(
+                rows.features(own, slice(0, store.layout.n_features)), rows.scales(own), out
+            )
             if averages is None:
                 found[place : place + len(out)] = out
             else:
@@ -148,12 +160,12 @@ class Held:
 
     rows: slice
     read: ReadWindow
-    weight: Floats
-    samples: Ints
-    steps: Ints
+    weight: F32
+    samples: I64
+    steps: I64
     n_read: int
 
-    def only(self, places: "Ints | slice") -> "Held":
+    def only(self, places: "I64 | slice") -> "Held":
         """Return the rows at some places."""
         read = self.read
         return Held(
@@ -166,7 +178,13 @@ class Held:
         )
 
 
-def rows_of(store: Gradients, job: Job[RowPlan], run: Span, weights: StepWeights, last: Ints | None = None) -> Stream[Held]:
+def rows_of(
+    store: Gradients,
+    job: ReductionJob[RowPlan],
+    run: Span,
+    weights: StepWeights,
+    last: I64 | None = None,
+) -> Stream[Held]:
     """Stream the rows of a run in order. Close the stream after use.
 
     Samples, steps and scales are read for a whole file at once.
@@ -182,7 +200,13 @@ def rows_of(store: Gradients, job: Job[RowPlan], run: Span, weights: StepWeights
     return Stream(_held(store, job, pieces, weights, last), pieces.close)
 
 
-def _held(store: Gradients, job: Job[RowPlan], pieces: Stream[Piece], weights: StepWeights, last: Ints | None) -> Iterator[Held]:
+def _held(
+    store: Gradients,
+    job: ReductionJob[RowPlan],
+    pieces: Stream[Piece],
+    weights: StepWeights,
+    last: I64 | None,
+) -> Iterator[Held]:
     beside = slice(0, 0)
     for piece in pieces:
         if piece.rows.start >= beside.stop:
@@ -192,8 +216,15 @@ def _held(store: Gradients, job: Job[RowPlan], pieces: Stream[Piece], weights: S
             check_within(steps, len(weights.values), f"steps of {store.path}")
             weight = weights.of_rows(steps, store.rows.scales(beside))
         own = slice(piece.rows.start - beside.start, piece.rows.stop - beside.start)
-        held = Held(piece.rows, piece.read, weight[own], samples[own], steps[own], own.stop - own.start)
+        held = Held(
+            piece.rows, piece.read, weight[own], samples[own], steps[own], own.stop - own.start
+        )
         if last is not None:
-            places = last[np.searchsorted(last, piece.rows.start) : np.searchsorted(last, piece.rows.stop)] - piece.rows.start
+            places = (
+                last[
+                    np.searchsorted(last, piece.rows.start) : np.searchsorted(last, piece.rows.stop)
+                ]
+                - piece.rows.start
+            )
             held = held if len(places) == held.n_read else held.only(places)
         yield held

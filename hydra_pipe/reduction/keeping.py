@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from hydra_pipe.plan.layout import factored_part
 from hydra_pipe.plan.rank_rows import ends_of, split
-from hydra_pipe.reduction.scores import Floats, ReadWindow
+from hydra_pipe.reduction.scores import ReadWindow
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import write_factored
+from hydra_pipe.types import F32
 
 
 class FactoredKeeper:
@@ -27,7 +28,7 @@ class FactoredKeeper:
         _, self._columns, self._blocks = factored_part(store.layout)
         self._pending: list[dict[str, NDArray[Any]]] = []
 
-    def add(self, rows: slice, read: ReadWindow, weight: Floats, samples: NDArray[np.int64]) -> None:
+    def add(self, rows: slice, read: ReadWindow, weight: F32, samples: NDArray[np.int64]) -> None:
         """Keep some rows. Earlier rows of the same shard must have been added before.
 
         Args:
@@ -39,10 +40,15 @@ class FactoredKeeper:
         if not self._columns:
             return
         stored = read(0, self._store.layout.n_features)[:, self._columns]
-        self._pending.append({names.GRADIENT: stored, names.SCALE: weight[:, self._blocks], names.SAMPLE: samples})
+        self._pending.append(
+            {names.GRADIENT: stored, names.SCALE: weight[:, self._blocks], names.SAMPLE: samples}
+        )
         if rows.stop == self._store.rows.end_of_file(rows.start):
             [(part, first, _)] = split((rows.start, rows.stop), ends_of(self._store.rows.part_rows))
-            values = {name: np.concatenate([piece[name] for piece in self._pending]) for name in self._pending[0]}
+            values = {
+                name: np.concatenate([piece[name] for piece in self._pending])
+                for name in self._pending[0]
+            }
             shard = first // self._store.rows.shard_rows
             write_factored(self._path, self._store.n_ranks, part, shard, values)
             self._pending = []

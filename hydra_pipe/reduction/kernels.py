@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.relevance import add_by_sample
+from hydra_pipe.types import F32
 
 compiled: ModuleType | None
 WHY_NOT: str
@@ -21,11 +22,13 @@ try:
 
     compiled, WHY_NOT = _loops, ""
 except ImportError as error:
-    compiled, WHY_NOT = None, f"they need a C compiler at installation, and x86-64 with AVX2 ({error})"
+    compiled, WHY_NOT = (
+        None,
+        f"they need a C compiler at installation, and x86-64 with AVX2 ({error})",
+    )
 
-Floats = NDArray[np.float32]
 # columns [first, last) and the weight of each row in them, or None for 1
-Weighted = tuple[int, int, Floats | None]
+Weighted = tuple[int, int, F32 | None]
 
 # With more test samples, decoding rows first and a matrix product of BLAS are faster than the
 # compiled products of stored values.
@@ -47,16 +50,16 @@ class Workspace:
     """Memory for decoded rows, reused from call to call."""
 
     def __init__(self) -> None:
-        self._buffer: Floats = np.empty(0, np.float32)
+        self._buffer: F32 = np.empty(0, np.float32)
 
-    def matrix(self, rows: int, columns: int) -> Floats:
+    def matrix(self, rows: int, columns: int) -> F32:
         """Return an uninitialised float32 matrix. The next call reuses the same memory."""
         if self._buffer.size < rows * columns:
             self._buffer = np.empty(rows * columns, np.float32)
         return self._buffer[: rows * columns].reshape(rows, columns)
 
 
-def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
+def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: F32) -> None:
     """Do `out[:, first:last] = stored[:, first:last] * weight` for each run of columns, in float32.
 
     Args:
@@ -72,7 +75,9 @@ def decode(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> No
         compiled.decode(stored[:, first:last], weight, out[:, first:last])
 
 
-def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Floats, scores: Floats, workspace: Workspace) -> None:
+def add_products(
+    stored: NDArray[Any], columns: Sequence[Weighted], tests: F32, scores: F32, workspace: Workspace
+) -> None:
     """Do `scores += (stored * weight) @ tests.T`, in float32.
 
     Args:
@@ -91,7 +96,7 @@ def add_products(stored: NDArray[Any], columns: Sequence[Weighted], tests: Float
     scores += rows @ tests.T
 
 
-def add_rows(rows: Floats, places: NDArray[np.int64], sums: Floats) -> None:
+def add_rows(rows: F32, places: NDArray[np.int64], sums: F32) -> None:
     """Do `sums[places[k]] += rows[k]` for every k. Places may repeat.
 
     Args:
@@ -112,7 +117,13 @@ def add_rows(rows: Floats, places: NDArray[np.int64], sums: Floats) -> None:
     add_by_sample(sums, places, rows)
 
 
-def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.int64], sums: Floats, workspace: Workspace) -> None:
+def fold(
+    stored: NDArray[Any],
+    columns: Sequence[Weighted],
+    places: NDArray[np.int64],
+    sums: F32,
+    workspace: Workspace,
+) -> None:
     """Do `sums[places[k]] += stored[k] * weight[k]` for every k, in float32. Places may repeat.
 
     Args:
@@ -135,11 +146,15 @@ def fold(stored: NDArray[Any], columns: Sequence[Weighted], places: NDArray[np.i
         rows = slice(start, start + at_once)
         piece = stored[rows]
         tile = workspace.matrix(*piece.shape)
-        decode(piece, [(first, last, None if w is None else w[rows]) for first, last, w in columns], tile)
+        decode(
+            piece,
+            [(first, last, None if w is None else w[rows]) for first, last, w in columns],
+            tile,
+        )
         add_rows(tile, places[rows], sums)
 
 
-def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Floats) -> None:
+def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: F32) -> None:
     """Decode without the compiled loops.
 
     NumPy converts float16 one value at a time. Integer operations on its bits are vectorised, and
@@ -148,7 +163,9 @@ def _decode_by_numpy(stored: NDArray[Any], columns: Sequence[Weighted], out: Flo
     if not stored.size:
         return
     # NaN counts as too large: the comparison is false, and the plain conversion keeps it NaN
-    by_bits = stored.dtype == np.float16 and all(w is None or np.abs(w).max() < _LARGEST_WEIGHT for _, _, w in columns)
+    by_bits = stored.dtype == np.float16 and all(
+        w is None or np.abs(w).max() < _LARGEST_WEIGHT for _, _, w in columns
+    )
     unit = _FLOAT16_UNIT if by_bits else np.float32(1)
     for left, right, parts in _runs(columns):
         rows_at_once = max(1, _TILE_VALUES // (right - left))

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.layout import Columns, Layout
-from hydra_pipe.reduction.kernels import Weighted, decode
+from hydra_pipe.plan.layout import ColumnRange, Layout
 from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, segments_of
-
-Floats = NDArray[np.float32]
+from hydra_pipe.reduction.kernels import Weighted, decode
+from hydra_pipe.types import F32
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class _Product:
         to: features of the product, as many as outputs times inputs.
     """
 
-    outputs: Columns
-    inputs: Columns | None
+    outputs: ColumnRange
+    inputs: ColumnRange | None
     block: int
-    to: Columns
+    to: ColumnRange
 
 
 class Expansion:
@@ -42,7 +41,7 @@ class Expansion:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._dense: list[tuple[Columns, int, int]] = []  # stored columns, block, first feature
+        self._dense: list[tuple[ColumnRange, int, int]] = []  # stored columns, block, first feature
         self._products: list[_Product] = []
         # first feature, one past the last, and the block's index, in order
         self.spans: list[tuple[int, int, int]] = []
@@ -50,22 +49,33 @@ class Expansion:
         for segment in segments_of(layout):
             if isinstance(segment, DenseSegment):
                 for block, columns in segment.blocks:
-                    self._dense.append((columns, block, self._take(columns[1] - columns[0], block)[0]))
+                    self._dense.append(
+                        (columns, block, self._take(columns[1] - columns[0], block)[0])
+                    )
             else:
                 self._add_factored(segment)
 
     def _add_factored(self, segment: FactoredSegment) -> None:
         n_out, n_in = (last - first for first, last in (segment.outputs, segment.inputs))
-        self._products.append(_Product(segment.outputs, segment.inputs, segment.weight, self._take(n_out * n_in, segment.weight)))
+        self._products.append(
+            _Product(
+                segment.outputs,
+                segment.inputs,
+                segment.weight,
+                self._take(n_out * n_in, segment.weight),
+            )
+        )
         if segment.bias is not None:
-            self._products.append(_Product(segment.outputs, None, segment.bias, self._take(n_out, segment.bias)))
+            self._products.append(
+                _Product(segment.outputs, None, segment.bias, self._take(n_out, segment.bias))
+            )
 
-    def _take(self, n: int, block: int) -> Columns:
+    def _take(self, n: int, block: int) -> ColumnRange:
         first, self.width = self.width, self.width + n
         self.spans.append((first, self.width, block))
         return first, self.width
 
-    def expand(self, stored: NDArray[Any], weight: Floats, out: Floats) -> None:
+    def expand(self, stored: NDArray[Any], weight: F32, out: F32) -> None:
         """Fill `out` with the features of rows, times a weight for each block.
 
         Args:
@@ -77,7 +87,10 @@ class Expansion:
             whole: list[Weighted] = [(0, last - first, weight[:, block])]
             decode(stored[:, first:last], whole, out[:, to : to + last - first])
         for product in self._products:
-            outputs = stored[:, slice(*product.outputs)].astype(np.float32) * weight[:, product.block, None]
+            outputs = (
+                stored[:, slice(*product.outputs)].astype(np.float32)
+                * weight[:, product.block, None]
+            )
             target = out[:, slice(*product.to)]
             if product.inputs is None:
                 target[:] = outputs
@@ -93,4 +106,6 @@ def feature_spans(layout: Layout) -> list[list[object]]:
 
     A stored matrix of hypergradients has its columns in this order.
     """
-    return [[layout.blocks[block].name, first, last] for first, last, block in Expansion(layout).spans]
+    return [
+        [layout.blocks[block].name, first, last] for first, last, block in Expansion(layout).spans
+    ]

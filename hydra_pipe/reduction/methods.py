@@ -3,16 +3,24 @@
 from collections.abc import Callable
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.reduction.request import Method, Request
+from hydra_pipe.reduction.request import Method, ReductionRequest
 from hydra_pipe.reduction.solvers.base import Solver
 from hydra_pipe.reduction.solvers.from_matrix import check_matrix
 from hydra_pipe.reduction.solvers.hypergradient_matrix import fisher_solvers
 from hydra_pipe.reduction.solvers.influence import Influence
 from hydra_pipe.reduction.solvers.sums import SquaredSums, WeightedSums, check_sums
-from hydra_pipe.reduction.weights import RowUse, gradient_weights, hydra_weights, self_weights, tracin_weights
+from hydra_pipe.reduction.weights import (
+    RowUse,
+    gradient_weights,
+    hydra_weights,
+    self_weights,
+    tracin_weights,
+)
 
 
-def _one(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver]]:
+def _one(
+    solver: Callable[[ReductionRequest], Solver],
+) -> Callable[[ReductionRequest], list[Solver]]:
     """Return a function that gives one solver for every request."""
     return lambda request: [solver(request)]
 
@@ -20,16 +28,27 @@ def _one(solver: Callable[[Request], Solver]) -> Callable[[Request], list[Solver
 _NO_TRAINING = {"--pipeline": "needs none", "dataset": "needs none", "--rank": "does not need it"}
 _WHOLE_FILES = {"--chunks": "reads whole files, step by step"}
 _EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row once"}
-_NO_TESTS = dict.fromkeys(("--tests", "--by", "--mean", "--test"), "is of each training sample for itself")
+_NO_TESTS = dict.fromkeys(
+    ("--tests", "--by", "--mean", "--test"), "is of each training sample for itself"
+)
 
 _METHODS = (
     Method("hydra", _one(WeightedSums), RowUse(hydra_weights), check_sums, refuses=_NO_TRAINING),
-    Method("hydra-fisher", fisher_solvers, RowUse(hydra_weights), check_matrix, refuses=_NO_TRAINING | _WHOLE_FILES),
+    Method(
+        "hydra-fisher",
+        fisher_solvers,
+        RowUse(hydra_weights),
+        check_matrix,
+        refuses=_NO_TRAINING | _WHOLE_FILES,
+    ),
     Method(
         "hydra-exact",
         None,
         RowUse(hydra_weights),
-        refuses={"--keep-hypergradients": "has none that do not depend on the tests", "--chunks": "reads no rows"},
+        refuses={
+            "--keep-hypergradients": "has none that do not depend on the tests",
+            "--chunks": "reads no rows",
+        },
     ),
     Method(
         "tracin",
@@ -56,7 +75,9 @@ _METHODS = (
         "influence",
         _one(Influence),
         RowUse(gradient_weights, last=True),
-        refuses=_NO_TRAINING | _EACH_ROW_ONCE | {"--chunks": "divides what it reads by what its matrix leaves"},
+        refuses=_NO_TRAINING
+        | _EACH_ROW_ONCE
+        | {"--chunks": "divides what it reads by what its matrix leaves"},
     ),
     Method(
         "self",

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.reduction.kernels import Workspace, decode
-from hydra_pipe.reduction.scores import Floats, ReadWindow
 from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, overlap
-
-Doubles = NDArray[np.float64]
+from hydra_pipe.reduction.kernels import Workspace, decode
+from hydra_pipe.reduction.scores import ReadWindow
+from hydra_pipe.types import F32, F64
 
 
 class SquaredNorms:
@@ -22,10 +21,14 @@ class SquaredNorms:
     """
 
     def __init__(self, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
-        self._segments, self._n_features, self._features_at_once = segments, n_features, features_at_once
+        self._segments, self._n_features, self._features_at_once = (
+            segments,
+            n_features,
+            features_at_once,
+        )
         self._workspace = Workspace()
 
-    def __call__(self, read: ReadWindow, weight: NDArray[np.floating]) -> Doubles:
+    def __call__(self, read: ReadWindow, weight: NDArray[np.floating]) -> F64:
         """Return sum_b weight_b |r_b|^2 for each row, with r_b as stored.
 
         |r_b|^2 of a factored block is |outputs|^2 |inputs|^2.
@@ -41,7 +44,11 @@ class SquaredNorms:
         """
         total = np.zeros(len(weight))
         # squares of outputs and of inputs, summed up because each may span several windows
-        factors = {segment: np.zeros((2, len(weight))) for segment in self._segments if isinstance(segment, FactoredSegment)}
+        factors = {
+            segment: np.zeros((2, len(weight)))
+            for segment in self._segments
+            if isinstance(segment, FactoredSegment)
+        }
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
             stored = read(first, last)
@@ -61,16 +68,18 @@ class SquaredNorms:
         return total
 
 
-def _squares(values: Floats, columns: tuple[int, int], first: int, last: int) -> Doubles:
+def _squares(values: F32, columns: tuple[int, int], first: int, last: int) -> F64:
     """Return for each row the sum of squares over the part of `columns` inside the window."""
     part = overlap(columns, first, last)
     if part is None:
         return np.zeros(len(values))
     own = values[:, part[0] - first : part[1] - first]
-    squares: Doubles = np.einsum("ij,ij->i", own, own).astype(np.float64)
+    squares: F64 = np.einsum("ij,ij->i", own, own).astype(np.float64)
     return squares
 
 
-def inverse_norms(squares: Doubles) -> Floats:
+def inverse_norms(squares: F64) -> F32:
     """Return 1 / |r| of each row, shape (row,), float32. 0 where r is 0."""
-    return np.where(squares > 0, 1 / np.sqrt(np.where(squares > 0, squares, 1)), 0).astype(np.float32)
+    return np.where(squares > 0, 1 / np.sqrt(np.where(squares > 0, squares, 1)), 0).astype(
+        np.float32
+    )

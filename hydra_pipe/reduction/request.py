@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.solvers.base import Solver
-from hydra_pipe.reduction.weights import Ints, RowUse
+from hydra_pipe.reduction.weights import RowUse
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import WhichTests
-from hydra_pipe.store.data.relevance import Columns
-from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import KEEP, REDUCE, Settings, StageId
+from hydra_pipe.types import I64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class Method:
     """
 
     name: str
-    solvers: "Callable[[Request], Sequence[Solver]] | None"
+    solvers: "Callable[[ReductionRequest], Sequence[Solver]] | None"
     rows: RowUse
-    check_kept: "Callable[[Request], None] | None" = None
+    check_kept: "Callable[[ReductionRequest], None] | None" = None
     on_the_way: bool = False
     of_tests: bool = True
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Request:
+class ReductionRequest:
     """A possible reduction: checked options, and a complete recording or the first steps of one.
 
     Args:
@@ -88,9 +89,9 @@ class Request:
     method: Method
     tested: WhichTests
     checkpoints: tuple[int, ...]
-    columns: Columns
+    columns: ResultColumns
     groups: NDArray[np.int64] | None
-    last: Ints | None
+    last: I64 | None
     options: Options
     scheduler: Scheduler
 
@@ -108,7 +109,11 @@ class Request:
     @property
     def settings(self) -> Settings:
         """Settings that the result depends on."""
-        selected = {} if self.options.tests is None else {"tests": self.columns.to_attributes()[names.TESTS]}
+        selected = (
+            {}
+            if self.options.tests is None
+            else {"tests": self.columns.to_attributes()[names.TESTS]}
+        )
         first = {} if self.options.upto is None else {names.UPTO: self.options.upto}
         tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
         return tested | selected | first
@@ -127,6 +132,10 @@ class Request:
     def has_kept(self) -> bool:
         """True if kept hypergradients answer the request."""
         # kept hypergradients count all steps, so they cannot answer --upto
-        if self.options.keep_hypergradients or self.options.upto is not None or self.method.check_kept is None:
+        if (
+            self.options.keep_hypergradients
+            or self.options.upto is not None
+            or self.method.check_kept is None
+        ):
             return False
         return self.method.name in self.directory.complete(KEEP)

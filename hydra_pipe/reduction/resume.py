@@ -29,7 +29,9 @@ def marked(stage: Stage | None) -> tuple[Answered, dict[str, Any]] | None:
     found = stage.facts.get(ANSWERED) if stage is not None else None
     if not isinstance(found, dict):
         return None
-    order, done, base_bytes, passes = (found.get(name) for name in ("order", "done", "base_bytes", "found"))
+    order, done, base_bytes, passes = (
+        found.get(name) for name in ("order", "done", "base_bytes", "found")
+    )
     if not isinstance(order, str) or not is_count(done) or not is_count(base_bytes):
         return None
     if not isinstance(passes, list) or not all(map(_is_found, passes)):
@@ -45,7 +47,8 @@ def combined(passes: Sequence[Found]) -> Found:
 
 def _is_found(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        name in _COMBINED and isinstance(number, int | float) and not isinstance(number, bool) for name, number in value.items()
+        name in _COMBINED and isinstance(number, int | float) and not isinstance(number, bool)
+        for name, number in value.items()
     )
 
 

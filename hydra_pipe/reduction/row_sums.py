@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.layout import Columns
+from hydra_pipe.plan.layout import ColumnRange
+from hydra_pipe.reduction.column_groups import DenseSegment, overlap
 from hydra_pipe.reduction.kernels import Workspace, fold
 from hydra_pipe.reduction.scores import ReadWindow, weighted_columns
-from hydra_pipe.reduction.column_groups import DenseSegment, overlap
-
-Floats = NDArray[np.float32]
+from hydra_pipe.types import F32
 
 
 class Folder:
@@ -26,14 +25,20 @@ class Folder:
         features_at_once: number of columns to read at a time.
     """
 
-    def __init__(self, segments: Sequence[DenseSegment], n_samples: int, n_features: int, features_at_once: int) -> None:
+    def __init__(
+        self,
+        segments: Sequence[DenseSegment],
+        n_samples: int,
+        n_features: int,
+        features_at_once: int,
+    ) -> None:
         self._segments = segments
         self._n_features, self._features_at_once = n_features, features_at_once
         self._places = places_of(segments)
-        self.sums: Floats = np.zeros((n_samples, self._places[-1][1] if segments else 0), np.float32)
+        self.sums: F32 = np.zeros((n_samples, self._places[-1][1] if segments else 0), np.float32)
         self._workspace = Workspace()
 
-    def add(self, read: ReadWindow, weight: Floats, places: NDArray[np.int64]) -> None:
+    def add(self, read: ReadWindow, weight: F32, places: NDArray[np.int64]) -> None:
         """Add weighted rows to the sums.
 
         Args:
@@ -45,7 +50,10 @@ class Folder:
         """
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
-            parts = [(s, p, overlap(s.columns, first, last)) for s, p in zip(self._segments, self._places, strict=True)]
+            parts = [
+                (s, p, overlap(s.columns, first, last))
+                for s, p in zip(self._segments, self._places, strict=True)
+            ]
             if all(part is None for _, _, part in parts):
                 continue
             stored = read(first, last)
@@ -54,10 +62,16 @@ class Folder:
                     low, high = part
                     target = self.sums[:, place[0] + low - segment.columns[0] :][:, : high - low]
                     weighted = weighted_columns([segment], low, high, weight)
-                    fold(stored[:, low - first : high - first], weighted, places, target, self._workspace)
+                    fold(
+                        stored[:, low - first : high - first],
+                        weighted,
+                        places,
+                        target,
+                        self._workspace,
+                    )
 
 
-def places_of(segments: Sequence[DenseSegment]) -> list[Columns]:
+def places_of(segments: Sequence[DenseSegment]) -> list[ColumnRange]:
     """Return the columns of each segment in the sums."""
     places, end = [], 0
     for segment in segments:
@@ -66,7 +80,7 @@ def places_of(segments: Sequence[DenseSegment]) -> list[Columns]:
     return places
 
 
-def folded_columns(values: Floats, segments: Sequence[DenseSegment]) -> Floats:
+def folded_columns(values: F32, segments: Sequence[DenseSegment]) -> F32:
     """Select the columns that are folded, in the order of the sums.
 
     Args:

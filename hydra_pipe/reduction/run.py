@@ -6,13 +6,15 @@ from typing import Any
 from hydra_pipe.plan.records import Answered, Found
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors.base import Scheduler
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.resume import combined, run_again
 from hydra_pipe.reduction.solvers.base import Course, Solver
 from hydra_pipe.store.run.stage_runner import completing, taken_up
 
 
-def reduce_request(request: Request, *, overwrite: bool = False, progress: Progress | None = None) -> bool:
+def reduce_request(
+    request: ReductionRequest, *, overwrite: bool = False, progress: Progress | None = None
+) -> bool:
     """Carry out a request. See `hydra_pipe.reduce` for its arguments and for the errors it raises.
 
     Returns:
@@ -21,18 +23,20 @@ def reduce_request(request: Request, *, overwrite: bool = False, progress: Progr
     return solve(solvers_of(request), overwrite=overwrite, progress=progress)
 
 
-def plan_request(request: Request) -> str:
+def plan_request(request: ReductionRequest) -> str:
     """Describe the work of `reduce_request`, in lines. Reads metadata only. Raises: BudgetError."""
     return described(solvers_of(request))
 
 
-def solvers_of(request: Request) -> Sequence[Solver]:
+def solvers_of(request: ReductionRequest) -> Sequence[Solver]:
     """Return the solvers of a request. Its method must not be one that trains."""
     assert request.method.solvers is not None
     return request.method.solvers(request)
 
 
-def solve(solvers: Sequence[Solver], *, overwrite: bool = False, progress: Progress | None = None) -> bool:
+def solve(
+    solvers: Sequence[Solver], *, overwrite: bool = False, progress: Progress | None = None
+) -> bool:
     """Let solvers do their work, one after the other.
 
     Arguments, errors and the returned value are the same as for `reduce_request`.
@@ -51,7 +55,9 @@ def described(solvers: Sequence[Solver]) -> str:
         HydraError: a solver trains again, and its pipeline cannot be loaded.
     """
     with solvers[0].scheduler as using:
-        parts = [_aligned(solver.describe(solver.course(using.workers, None))) for solver in solvers]
+        parts = [
+            _aligned(solver.describe(solver.course(using.workers, None))) for solver in solvers
+        ]
     return "\n\nThen, from these:\n".join(parts)
 
 
@@ -64,7 +70,9 @@ def _solve(solver: Solver, overwrite: bool, progress: Progress) -> bool:
     def has_work() -> bool:
         return overwrite or solver.has_work()
 
-    with taken_up(solver.directory, *solver.stages, has_work=has_work, progress=progress) as is_needed:
+    with taken_up(
+        solver.directory, *solver.stages, has_work=has_work, progress=progress
+    ) as is_needed:
         if is_needed:
             _fill(solver, overwrite, progress)
     return is_needed
@@ -90,7 +98,9 @@ def _fill(solver: Solver, overwrite: bool, progress: Progress) -> None:
             work.facts |= combined(passes) | solver.found_before()
 
 
-def _compute(solver: Solver, course: Course[Any], using: Scheduler, progress: Progress) -> tuple[Found, ...]:
+def _compute(
+    solver: Solver, course: Course[Any], using: Scheduler, progress: Progress
+) -> tuple[Found, ...]:
     """Compute pass by pass. Return the findings of these passes, after those of earlier ones."""
     plan, units = course.plan, solver.units(course.given, course.plan)
     found = () if course.after is None else course.after.found

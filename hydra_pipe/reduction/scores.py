@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.layout import Columns
+from hydra_pipe.plan.layout import ColumnRange
+from hydra_pipe.reduction.column_groups import (
+    DenseSegment,
+    FactoredSegment,
+    Segment,
+    has_part,
+    overlap,
+)
 from hydra_pipe.reduction.kernels import Weighted, Workspace, add_products, decode
-from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, has_part, overlap
+from hydra_pipe.types import F32
 
-Floats = NDArray[np.float32]
 # function that returns the columns [first, last) of the present rows, as stored
 ReadWindow = Callable[[int, int], NDArray[Any]]
 
@@ -28,15 +34,15 @@ class TestBlock:
 
     __test__ = False  # pytest would collect the class by its name
 
-    values: Floats
-    scale: Floats
+    values: F32
+    scale: F32
 
     @property
     def n_tests(self) -> int:
         return len(self.values)
 
 
-def decode_tests(stored: NDArray[Any], scale: Floats, segments: Sequence[Segment]) -> TestBlock:
+def decode_tests(stored: NDArray[Any], scale: F32, segments: Sequence[Segment]) -> TestBlock:
     """Decode stored test gradients into a test block.
 
     Args:
@@ -45,11 +51,15 @@ def decode_tests(stored: NDArray[Any], scale: Floats, segments: Sequence[Segment
         segments: segments of the layout.
     """
     values = np.empty(stored.shape, np.float32)
-    decode(np.ascontiguousarray(stored), weighted_columns(segments, 0, stored.shape[1], scale), values)
+    decode(
+        np.ascontiguousarray(stored), weighted_columns(segments, 0, stored.shape[1], scale), values
+    )
     return TestBlock(values, scale)
 
 
-def weighted_columns(segments: Sequence[Segment], first: int, last: int, weight: Floats) -> list[Weighted]:
+def weighted_columns(
+    segments: Sequence[Segment], first: int, last: int, weight: F32
+) -> list[Weighted]:
     """Return the runs of columns to decode in a window, with the weight of the rows in each run.
 
     The weight of a factored block goes to its input factor only, so that a product has it once.
@@ -62,7 +72,7 @@ def weighted_columns(segments: Sequence[Segment], first: int, last: int, weight:
     """
     found: list[Weighted] = []
 
-    def add(columns: tuple[int, int], own: Floats | None) -> None:
+    def add(columns: tuple[int, int], own: F32 | None) -> None:
         part = overlap(columns, first, last)
         if part is not None:
             found.append((part[0] - first, part[1] - first, own))
@@ -87,12 +97,14 @@ class Scorer:
         features_at_once: number of columns to read at a time.
     """
 
-    def __init__(self, tests: TestBlock, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
+    def __init__(
+        self, tests: TestBlock, segments: Sequence[Segment], n_features: int, features_at_once: int
+    ) -> None:
         self._tests, self._segments = tests, segments
         self._n_features, self._features_at_once = n_features, features_at_once
         self._workspace = Workspace()
 
-    def __call__(self, read: ReadWindow, weight: Floats) -> Floats:
+    def __call__(self, read: ReadWindow, weight: F32) -> F32:
         """Return sum_b weight_b * <r_b, h_b> for each row and test sample, with r_b as stored.
 
         Args:
@@ -103,8 +115,8 @@ class Scorer:
         Returns:
             Shape (row, test), float32.
         """
-        scores: Floats = np.zeros((len(weight), self._tests.n_tests), np.float32)
-        pending: dict[FactoredSegment, tuple[Floats, Floats]] = {}
+        scores: F32 = np.zeros((len(weight), self._tests.n_tests), np.float32)
+        pending: dict[FactoredSegment, tuple[F32, F32]] = {}
         for first in range(0, self._n_features, self._features_at_once):
             last = min(first + self._features_at_once, self._n_features)
             met = [segment for segment in self._segments if has_part(segment, first, last)]
@@ -118,7 +130,9 @@ class Scorer:
                     self._add_factored(scores, segment, window, pending)
         return scores
 
-    def _add_product(self, total: Floats, segment: Segment, columns: Columns, window: "_Stored") -> None:
+    def _add_product(
+        self, total: F32, segment: Segment, columns: ColumnRange, window: "_Stored"
+    ) -> None:
         """Add the products over the part of a segment's `columns` that is in the window."""
         part = overlap(columns, window.first, window.last)
         if part is not None:
@@ -128,7 +142,11 @@ class Scorer:
             add_products(stored, weighted, self._tests.values[:, low:high], total, self._workspace)
 
     def _add_factored(
-        self, scores: Floats, segment: FactoredSegment, window: "_Stored", pending: dict[FactoredSegment, tuple[Floats, Floats]]
+        self,
+        scores: F32,
+        segment: FactoredSegment,
+        window: "_Stored",
+        pending: dict[FactoredSegment, tuple[F32, F32]],
     ) -> None:
         if segment not in pending:
             pending[segment] = (np.zeros_like(scores), np.zeros_like(scores))
@@ -139,7 +157,9 @@ class Scorer:
             return
         del pending[segment]
         if segment.bias is not None:
-            of_inputs += window.weight[:, segment.bias, None] * self._tests.scale[None, :, segment.bias]
+            of_inputs += (
+                window.weight[:, segment.bias, None] * self._tests.scale[None, :, segment.bias]
+            )
         of_outputs *= of_inputs
         scores += of_outputs
 
@@ -151,4 +171,4 @@ class _Stored:
     values: NDArray[Any]
     first: int
     last: int
-    weight: Floats
+    weight: F32

@@ -14,8 +14,7 @@ from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.rows import ROWS_UNREADABLE
 from hydra_pipe.streams import Stream
-
-Floats = NDArray[np.float32]
+from hydra_pipe.types import F32
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ class StepRows:
 
     step: int
     stored: NDArray[Any]
-    scale: Floats
+    scale: F32
     sample: NDArray[np.int64]
-    count: Floats
-    rho: Floats
+    count: F32
+    rho: F32
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class _File:
     """Content of one file of rows, and the per-row arrays beside it."""
 
     stored: NDArray[Any]
-    scale: Floats
+    scale: F32
     sample: NDArray[np.int64]
-    curvature: Floats
+    curvature: F32
 
 
 class _Part:
@@ -61,8 +60,16 @@ class _Part:
         direction: order of the files: 1 forward, -1 backward.
     """
 
-    def __init__(self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor, direction: int) -> None:
-        self._store, self._first, self._last, self._pool, self._direction = store, first, last, pool, direction
+    def __init__(
+        self, store: Gradients, first: int, last: int, pool: ThreadPoolExecutor, direction: int
+    ) -> None:
+        self._store, self._first, self._last, self._pool, self._direction = (
+            store,
+            first,
+            last,
+            pool,
+            direction,
+        )
         self._held: dict[int, _File] = {}
         self._coming: tuple[int, Future[_File]] | None = None
 
@@ -82,7 +89,11 @@ class _Part:
             yield self._held[number], slice(max(first - low, 0), min(last - low, size))
 
     def _taken(self, number: int) -> _File:
-        file = self._coming[1].result() if self._coming is not None and self._coming[0] == number else self._read(number)
+        file = (
+            self._coming[1].result()
+            if self._coming is not None and self._coming[0] == number
+            else self._read(number)
+        )
         following = number + self._direction
         there = 0 <= following < -(-(self._last - self._first) // self._store.rows.shard_rows)
         self._coming = (following, self._pool.submit(self._read, following)) if there else None
@@ -118,16 +129,25 @@ def forward(store: Gradients, n_steps: int) -> Stream[StepRows]:
 
 def _in_order(store: Gradients, steps: range, direction: int) -> Stream[StepRows]:
     pool = ThreadPoolExecutor(1, "hydra-pipe reader")
-    return Stream(_steps(store, steps, direction, pool), partial(pool.shutdown, cancel_futures=True))
+    return Stream(
+        _steps(store, steps, direction, pool), partial(pool.shutdown, cancel_futures=True)
+    )
 
 
-def _steps(store: Gradients, steps: range, direction: int, pool: ThreadPoolExecutor) -> Iterator[StepRows]:
+def _steps(
+    store: Gradients, steps: range, direction: int, pool: ThreadPoolExecutor
+) -> Iterator[StepRows]:
     _, counts = store.rows_of_steps()
     part_ends = ends_of(store.rows.part_rows)
     if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
-        raise StoreError(f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}")
+        raise StoreError(
+            f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}"
+        )
     ends = np.cumsum(counts, axis=0)
-    parts = [_Part(store, first, last, pool, direction) for first, last in zip([0, *part_ends], part_ends, strict=False)]
+    parts = [
+        _Part(store, first, last, pool, direction)
+        for first, last in zip([0, *part_ends], part_ends, strict=False)
+    ]
     for step in steps:
         pieces = [
             (file, rows, int(counts[step, i]))
@@ -140,16 +160,26 @@ def _steps(store: Gradients, steps: range, direction: int, pool: ThreadPoolExecu
 
 def _without_rows(step: int, store: Gradients) -> StepRows:
     """Return a step without rows: momentum and decay alone moved the parameters."""
-    none: Floats = np.empty(0, np.float32)
+    none: F32 = np.empty(0, np.float32)
     stored = np.empty((0, store.layout.n_features), store.rows.dtype)
-    return StepRows(step, stored, np.empty((0, len(store.layout.blocks)), np.float32), np.empty(0, np.int64), none, none)
+    return StepRows(
+        step,
+        stored,
+        np.empty((0, len(store.layout.blocks)), np.float32),
+        np.empty(0, np.int64),
+        none,
+        none,
+    )
 
 
 def _joined(step: int, pieces: list[tuple[_File, slice, int]]) -> StepRows:
     def one(arrays: list[NDArray[Any]]) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    rho = [np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows]) for file, rows, _ in pieces]
+    rho = [
+        np.where(np.isnan(file.curvature[rows]), np.float32(1), file.curvature[rows])
+        for file, rows, _ in pieces
+    ]
     return StepRows(
         step,
         one([file.stored[rows] for file, rows, _ in pieces]),

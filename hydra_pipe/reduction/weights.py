@@ -11,9 +11,7 @@ from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.rows import check_within
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+from hydra_pipe.types import F32, I64
 
 # number of rows whose samples and steps are read at once
 _ROWS = 2**20
@@ -31,7 +29,7 @@ class StepWeights:
     values: NDArray[np.float64]
     series: NDArray[np.int64]
 
-    def of_rows(self, steps: Ints, scale: Floats) -> Floats:
+    def of_rows(self, steps: I64, scale: F32) -> F32:
         """Return the weight of each block in each row: the step's weight times the row's scale.
 
         Args:
@@ -41,7 +39,7 @@ class StepWeights:
         Returns:
             Shape (row, block), float32.
         """
-        weights: Floats = (self.values[np.ix_(steps, self.series)] * scale).astype(np.float32)
+        weights: F32 = (self.values[np.ix_(steps, self.series)] * scale).astype(np.float32)
         return weights
 
 
@@ -110,7 +108,7 @@ class RowUse:
     cosine: bool = False
 
 
-def checkpoint_of_steps(checkpoints: Ints, steps: Ints) -> Ints:
+def checkpoint_of_steps(checkpoints: I64, steps: I64) -> I64:
     """Return the test checkpoint that each step uses: the nearest one, and the later one on a tie.
 
     Step t moves the parameters from their state after t steps to their state after t + 1 steps. If
@@ -129,7 +127,7 @@ def checkpoint_of_steps(checkpoints: Ints, steps: Ints) -> Ints:
     return np.searchsorted(bounds, steps, side="right").astype(np.int64)
 
 
-def last_rows(gradients: Gradients, n_samples: int) -> Ints:
+def last_rows(gradients: Gradients, n_samples: int) -> I64:
     """Return the last row of each training sample, ascending. Samples without rows are left out.
 
     A sample may have several rows in a step: from several processes, or from a sampler that repeats
@@ -138,8 +136,8 @@ def last_rows(gradients: Gradients, n_samples: int) -> Ints:
     Raises:
         StoreError: the recording is damaged.
     """
-    row_of: Ints = np.full(n_samples, -1, np.int64)
-    step_of: Ints = np.full(n_samples, -1, np.int64)
+    row_of: I64 = np.full(n_samples, -1, np.int64)
+    step_of: I64 = np.full(n_samples, -1, np.int64)
     start = 0
     for end in ends_of(gradients.rows.part_rows):
         for low in range(start, end, _ROWS):

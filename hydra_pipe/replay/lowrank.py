@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float64]
+from hydra_pipe.types import F64
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Basis:
     """
 
     vectors: list[Tensor]
-    mixing: Floats
-    coefficients: Floats
+    mixing: F64
+    coefficients: F64
     held: float
 
 
@@ -54,11 +54,19 @@ def basis_of(gradients: list[Tensor], rank: int) -> Basis:
     mixing = (vectors[:, :n] / root).T / np.maximum(length, np.finfo(np.float64).tiny)
     mixed = torch.from_numpy(mixing).to(flat) @ flat
     pieces = torch.split(mixed, [g[0].numel() for g in gradients], dim=1)
-    directions = [piece.reshape(n, *g.shape[1:]).contiguous() for piece, g in zip(pieces, gradients, strict=True)]
-    return Basis(directions, mixing, length[:, None] * vectors[:, :n] * root, float(values[:n].sum() / max(values.sum(), 1e-300)))
+    directions = [
+        piece.reshape(n, *g.shape[1:]).contiguous()
+        for piece, g in zip(pieces, gradients, strict=True)
+    ]
+    return Basis(
+        directions,
+        mixing,
+        length[:, None] * vectors[:, :n] * root,
+        float(values[:n].sum() / max(values.sum(), 1e-300)),
+    )
 
 
-def corrected(approximate: NDArray[np.floating], exact: Floats, basis: Basis) -> Floats:
+def corrected(approximate: NDArray[np.floating], exact: F64, basis: Basis) -> F64:
     """Return the corrected relevance of every test sample, shape (sample, test).
 
     Args:
@@ -66,5 +74,5 @@ def corrected(approximate: NDArray[np.floating], exact: Floats, basis: Basis) ->
         exact: exact relevance R(b_k) of the directions, shape (sample, direction).
         basis: directions of the test gradients.
     """
-    found: Floats = approximate + (exact - approximate @ basis.mixing.T) @ basis.coefficients.T
+    found: F64 = approximate + (exact - approximate @ basis.mixing.T) @ basis.coefficients.T
     return found

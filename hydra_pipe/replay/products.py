@@ -84,7 +84,9 @@ def check_twice_differentiable(batch: Batch) -> None:
         left += [following for following, _ in node.next_functions]
 
 
-def batch_of(pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Batch:
+def batch_of(
+    pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, targets: Tensor
+) -> Batch:
     """Return the loss of a batch at the model's current parameters, ready for two derivatives.
 
     Raises:
@@ -95,11 +97,15 @@ def batch_of(pipeline: Pipeline, parameters: Sequence[Tensor], inputs: Tensor, t
         losses = pipeline.loss(called(pipeline.model, inputs), targets)
         weight = torch.ones_like(losses, requires_grad=True)
         with _twice_differentiable():
-            gradients = torch.autograd.grad((weight * losses).mean(), parameters, create_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                (weight * losses).mean(), parameters, create_graph=True, allow_unused=True
+            )
     return Batch(parameters, weight, gradients)
 
 
-def gradients_of_each(losses: Tensor, parameters: Sequence[Tensor], averages: Tensor | None = None) -> list[Tensor]:
+def gradients_of_each(
+    losses: Tensor, parameters: Sequence[Tensor], averages: Tensor | None = None
+) -> list[Tensor]:
     """Return the gradient of each loss, or of the average of each group of losses.
 
     Args:
@@ -112,7 +118,11 @@ def gradients_of_each(losses: Tensor, parameters: Sequence[Tensor], averages: Te
         One tensor for each parameter, shape (loss, ...), or (group, ...) with `averages`. Zeros for
         a parameter that no loss depends on.
     """
-    of = torch.eye(len(losses), dtype=losses.dtype, device=losses.device) if averages is None else averages
+    of = (
+        torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+        if averages is None
+        else averages
+    )
     found = _grad([losses], list(parameters), [of])
     return [
         torch.zeros(len(of), *p.shape, dtype=p.dtype, device=p.device) if g is None else g.detach()
@@ -120,7 +130,9 @@ def gradients_of_each(losses: Tensor, parameters: Sequence[Tensor], averages: Te
     ]
 
 
-def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Return vector-Jacobian products of several vectors, stacked along the first dimension.
 
     All vectors take one pass where torch can batch it, else one pass each.
@@ -129,7 +141,9 @@ def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence
         return [None] * len(inputs)
     options = {"retain_graph": True, "allow_unused": True}
     try:
-        return list(torch.autograd.grad(outputs, inputs, list(vectors), is_grads_batched=True, **options))
+        return list(
+            torch.autograd.grad(outputs, inputs, list(vectors), is_grads_batched=True, **options)
+        )
     except RuntimeError:
         # an operation has no batching rule; or it has no derivative, and the calls below raise
         pass
@@ -151,4 +165,6 @@ def _twice_differentiable() -> Iterator[None]:
 
 
 def _cannot(why: str) -> PipelineError:
-    return PipelineError(f"the model cannot be differentiated twice, which hydra-exact needs ({why}): use --method hydra-fisher")
+    return PipelineError(
+        f"the model cannot be differentiated twice, which hydra-exact needs ({why}): use --method hydra-fisher"
+    )

@@ -7,16 +7,14 @@ from typing import Any
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.checks import requested
-from hydra_pipe.reduction.request import Options, Request
+from hydra_pipe.reduction.request import Options, ReductionRequest
 from hydra_pipe.reduction.run import described, reduce_request, solve
 from hydra_pipe.replay.solver import LowRankReplay, Replay
 from hydra_pipe.training.pipeline import Pipeline
 
 # Method that answers for the part of the test gradients outside the `--rank` directions.
 APPROXIMATION = "hydra-fisher"
-_ADVICE = (
-    "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, method='hydra-exact', pipeline=...), newly built"
-)
+_ADVICE = "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, method='hydra-exact', pipeline=...), newly built"
 
 
 def reduce_exact(
@@ -47,16 +45,20 @@ def reduce_exact(
     if options.rank is not None:
         approximate = _approximate(request)
         if reduce_request(approximate, progress=progress):
-            progress.say(f"{approximate.name} is there: it answers for what {options.rank} directions leave over")
+            progress.say(
+                f"{approximate.name} is there: it answers for what {options.rank} directions leave over"
+            )
     return solve([_solver(request, pipeline, dataset)], overwrite=overwrite, progress=progress)
 
 
-def plan_exact(run: str | os.PathLike[str], options: Options, pipeline: "str | Pipeline | None", dataset: Any) -> str:
+def plan_exact(
+    run: str | os.PathLike[str], options: Options, pipeline: "str | Pipeline | None", dataset: Any
+) -> str:
     """Describe the work of `reduce_exact`, in lines. Builds the pipeline, and tries a step."""
     return described([_solver(requested(run, options), pipeline, dataset)])
 
 
-def _solver(request: Request, pipeline: "str | Pipeline | None", dataset: Any) -> Replay:
+def _solver(request: ReductionRequest, pipeline: "str | Pipeline | None", dataset: Any) -> Replay:
     load = pipeline_of(request.directory, pipeline, _ADVICE)
     if request.options.test is not None:
         load = with_probe(request.directory, load, request.options.test, dataset)
@@ -65,5 +67,7 @@ def _solver(request: Request, pipeline: "str | Pipeline | None", dataset: Any) -
     return LowRankReplay(request, load, request.options.rank, _approximate(request).name)
 
 
-def _approximate(request: Request) -> Request:
-    return requested(request.directory.path, replace(request.options, method=APPROXIMATION, rank=None))
+def _approximate(request: ReductionRequest) -> ReductionRequest:
+    return requested(
+        request.directory.path, replace(request.options, method=APPROXIMATION, rank=None)
+    )

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hydra_pipe.errors import BudgetError, RunError
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.replay import ReplayInput, ReplayPlan, plan_replay
 from hydra_pipe.recording.datasets import on_device
 from hydra_pipe.reduction.executors.base import CountRows, Workers
-from hydra_pipe.reduction.job import Job
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.job import ReductionJob
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ResultSolver
 from hydra_pipe.replay.lowrank import basis_of, corrected
@@ -27,14 +27,15 @@ from hydra_pipe.replay.sweep import ExactSweep, moving
 from hydra_pipe.replay.testing import test_gradients
 from hydra_pipe.replay.trajectory import Trajectory, restore, training_state
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.data.save_interval import Pace
-from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.data.relevance import open_relevance, read_relevance, write_relevance
-from hydra_pipe.store.disk_space import room_for
+from hydra_pipe.store.data.save_interval import SaveInterval
 from hydra_pipe.store.data.sweep_state import load_state, remove_state, remove_states, save_state
+from hydra_pipe.store.disk_space import room_for
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.training.batches import Samples, epoch_order
 from hydra_pipe.training.pipeline import Pipeline
+from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes, format_seconds, resident_bytes
 
 # Bytes of the batch graphs that are worked on at once, one for each column. On a CPU they should
@@ -55,7 +56,7 @@ class Replay(ResultSolver[ReplayPlan]):
 
     divided_by_memory = True
 
-    def __init__(self, request: Request, load: Callable[[], Pipeline]) -> None:
+    def __init__(self, request: ReductionRequest, load: Callable[[], Pipeline]) -> None:
         super().__init__(request)
         self._load = load
         self._pipeline: Pipeline | None = None
@@ -93,7 +94,9 @@ class Replay(ResultSolver[ReplayPlan]):
     def _lasting(self, plan: ReplayPlan) -> int:
         """Estimate the picoseconds of a plan from the measured time of a first step."""
         train, column = self._seconds
-        seconds = self._n_steps * (train * (1 + plan.levels) * len(plan.carried) + column * plan.carried[-1][1])
+        seconds = self._n_steps * (
+            train * (1 + plan.levels) * len(plan.carried) + column * plan.carried[-1][1]
+        )
         return int(seconds * 1e12)
 
     def most(self, answered: Answered) -> int:
@@ -116,7 +119,9 @@ class Replay(ResultSolver[ReplayPlan]):
 
     def describe(self, course: Course[ReplayPlan]) -> dict[str, str]:
         """See `Solver`."""
-        return self.lines(course) | {"written": room_for(course.plan.written_bytes, self.directory.path)}
+        return self.lines(course) | {
+            "written": room_for(course.plan.written_bytes, self.directory.path)
+        }
 
     def summary(self, course: Course[ReplayPlan]) -> str:
         """See `Solver`."""
@@ -137,24 +142,30 @@ class Replay(ResultSolver[ReplayPlan]):
 
     # ------------------------------------------------------------------ the work
 
-    def passes(self, course: Course[ReplayPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[ReplayPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`. A pass finds the largest difference between a loss and the recorded one."""
         job = self.job(course.plan, course.given)
         for columns in course.plan.columns:
             yield columns, delayed(self._pass, pure=False)(job, columns, count_rows)
 
-    def _pass(self, job: Job[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
+    def _pass(self, job: ReductionJob[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
         self._trajectory.forward(job.plan.most_states, count)
         gradients = self._gradients(job, job.averages(), columns)
         sums = self._sweep(job, columns, gradients, count_rows, count, {})
         array = Array.open(job.relevance)
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
-            write_relevance(array, low, columns[0], (-sums[low : low + SAMPLE_MULTIPLE]).astype(np.float32))
+            write_relevance(
+                array, low, columns[0], (-sums[low : low + SAMPLE_MULTIPLE]).astype(np.float32)
+            )
         remove_state(job.relevance, columns)
         return {names.LOSS_DIFFERENCE: self._off}
 
-    def _gradients(self, job: Job[ReplayPlan], averages: NDArray[np.float32] | None, columns: Span) -> list[Tensor]:
+    def _gradients(
+        self, job: ReductionJob[ReplayPlan], averages: NDArray[np.float32] | None, columns: Span
+    ) -> list[Tensor]:
         """Return the test gradients at the end of training, one tensor (column, ...) a parameter.
 
         Compares the test losses with the recorded ones.
@@ -162,13 +173,15 @@ class Replay(ResultSolver[ReplayPlan]):
         pipeline, ids = self._pipeline, self.request.columns.test_ids
         assert pipeline is not None
         found = test_gradients(pipeline, moving(pipeline), ids, averages, columns, job.plan.at_once)
-        for place, (now, then) in enumerate(zip(found.losses.tolist(), self._recorded_tests.tolist(), strict=True)):
+        for place, (now, then) in enumerate(
+            zip(found.losses.tolist(), self._recorded_tests.tolist(), strict=True)
+        ):
             self._hold(now, then, f"the loss of test sample {ids[place]}")
         return found.gradients
 
     def _sweep(
         self,
-        job: Job[ReplayPlan],
+        job: ReductionJob[ReplayPlan],
         columns: Span,
         gradients: list[Tensor],
         count_rows: CountRows,
@@ -186,16 +199,24 @@ class Replay(ResultSolver[ReplayPlan]):
         first = self._go_on(job, columns, sweep, beside)
         if first < self._n_steps:
             count_rows(width * int(self.request.gradients.rows_of_steps()[1][first:].sum()))
-        pace = Pace()
+        pace = SaveInterval()
         for step in self._trajectory.backward(first, count):
             sweep.step(step)
             count_rows(width * len(step.ids))
             if pace.due:
                 with pace.keeping():
-                    save_state(job.relevance, columns, {"step": step.number}, sweep.arrays() | beside)
+                    save_state(
+                        job.relevance, columns, {"step": step.number}, sweep.arrays() | beside
+                    )
         return sweep.sums
 
-    def _go_on(self, job: Job[ReplayPlan], columns: Span, sweep: ExactSweep, beside: dict[str, NDArray[np.float64]]) -> int:
+    def _go_on(
+        self,
+        job: ReductionJob[ReplayPlan],
+        columns: Span,
+        sweep: ExactSweep,
+        beside: dict[str, NDArray[np.float64]],
+    ) -> int:
         """Restore a saved sweep and the arrays `beside` it. Return the number of steps left."""
         found = load_state(job.relevance, columns, sweep.arrays() | beside)
         if found is None or not is_count(found[0].get("step")) or found[0]["step"] > self._n_steps:
@@ -264,7 +285,12 @@ def _measured(pipeline: Pipeline, n_columns: int) -> tuple[dict[str, int], tuple
     # the saved states of the random generators take some 30 KB
     state_bytes = (1 + n_states) * parameter_bytes + beside + 2**15
     cache_bytes = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
-    sizes = {"parameter_bytes": parameter_bytes, "n_states": n_states, "state_bytes": state_bytes, "batch_bytes": batch_bytes}
+    sizes = {
+        "parameter_bytes": parameter_bytes,
+        "n_states": n_states,
+        "state_bytes": state_bytes,
+        "batch_bytes": batch_bytes,
+    }
     return sizes | {"graph_bytes": graph_bytes, "cache_bytes": cache_bytes}, (train, column)
 
 
@@ -280,14 +306,18 @@ class LowRankReplay(Replay):
         approximation: name of the relevance array that answers for the rest.
     """
 
-    def __init__(self, request: Request, load: Callable[[], Pipeline], rank: int, approximation: str) -> None:
+    def __init__(
+        self, request: ReductionRequest, load: Callable[[], Pipeline], rank: int, approximation: str
+    ) -> None:
         super().__init__(request, load)
         self._rank, self._approximation = min(rank, request.columns.n_columns), approximation
 
     def _plan(self, what: ReplayInput) -> ReplayPlan:
         given = what.recording
         # three copies of the test gradients: as they are, divided by their norms, and mixed
-        beside = 3 * given.n_tests * what.parameter_bytes + 4 * 8 * given.n_samples * given.n_columns
+        beside = (
+            3 * given.n_tests * what.parameter_bytes + 4 * 8 * given.n_samples * given.n_columns
+        )
         few = replace(given, n_columns=self._rank, memory_bytes=given.memory_bytes - beside)
         found = super()._plan(replace(what, recording=few))
         if len(found.carried) > 1:
@@ -296,9 +326,14 @@ class LowRankReplay(Replay):
                 f"or lower the rank to {found.carried[0][1]}"
             )
         peak_bytes, written_bytes = found.peak_bytes + beside, given.n_samples * given.n_columns * 4
-        return replace(found, columns=((0, given.n_columns),), peak_bytes=peak_bytes, written_bytes=written_bytes)
+        return replace(
+            found,
+            columns=((0, given.n_columns),),
+            peak_bytes=peak_bytes,
+            written_bytes=written_bytes,
+        )
 
-    def _pass(self, job: Job[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
+    def _pass(self, job: ReductionJob[ReplayPlan], columns: Span, count_rows: CountRows) -> Found:
         count = self._counter(count_rows)
         self._trajectory.forward(job.plan.most_states, count)
         basis = basis_of(self._gradients(job, None, columns), self._rank)
@@ -307,7 +342,9 @@ class LowRankReplay(Replay):
         beside = {"mixing": basis.mixing, "coefficients": basis.coefficients}
         exact = -self._sweep(job, columns, basis.vectors, count_rows, count, beside)
         basis = replace(basis, mixing=beside["mixing"], coefficients=beside["coefficients"])
-        approximate = read_relevance(open_relevance(job.relevance.parent, self._approximation), slice(None))
+        approximate = read_relevance(
+            open_relevance(job.relevance.parent, self._approximation), slice(None)
+        )
         values = corrected(approximate, exact, basis).astype(np.float32)
         array = Array.open(job.relevance)
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
@@ -317,4 +354,6 @@ class LowRankReplay(Replay):
 
     def lines(self, course: Course[ReplayPlan]) -> dict[str, str]:
         """See `Replay`."""
-        return {"directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"} | super().lines(course)
+        return {
+            "directions": f"{self._rank} of the test gradients, the rest by {self._approximation}"
+        } | super().lines(course)

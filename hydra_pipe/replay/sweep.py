@@ -10,14 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError, PipelineError
-from hydra_pipe.maths.unrolled import AdamStep, Moments, SgdStep, adam_adjoint, sgd_adjoint, unclipped
+from hydra_pipe.maths.unrolled import (
+    AdamStep,
+    Moments,
+    SgdStep,
+    adam_adjoint,
+    sgd_adjoint,
+    unclipped,
+)
 from hydra_pipe.recording.optimizers import check_optimizer
 from hydra_pipe.replay.products import Batch, batch_of
 from hydra_pipe.replay.trajectory import Step, restore
 from hydra_pipe.training.pipeline import Pipeline
+from hydra_pipe.types import Floating
 
 _KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-Floats = NDArray[np.floating[Any]]
 
 
 @dataclass
@@ -47,27 +54,40 @@ class ExactSweep:
         at_once: number of columns that go through a batch's graph together.
     """
 
-    def __init__(self, pipeline: Pipeline, tests: list[Tensor], n_samples: int, at_once: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, tests: list[Tensor], n_samples: int, at_once: int
+    ) -> None:
         self._pipeline, self._at_once = pipeline, at_once
         self._parameters = moving(pipeline)
         self._is_adam = not isinstance(pipeline.optimizer, torch.optim.SGD)
-        groups = {p: group for p, (_, group) in check_optimizer(pipeline.optimizer, pipeline.model).items()}
+        groups = {
+            p: group
+            for p, (_, group) in check_optimizer(pipeline.optimizer, pipeline.model).items()
+        }
         self.a = tests
         self._trained = [
-            _Trained(i, groups[p], [torch.zeros_like(tests[i]) for _ in range(2 if self._is_adam else 1)])
+            _Trained(
+                i, groups[p], [torch.zeros_like(tests[i]) for _ in range(2 if self._is_adam else 1)]
+            )
             for i, p in enumerate(self._parameters)
             if p in groups
         ]
         # d l_j / d w_i, shape (sample, column)
         self.sums: NDArray[np.float64] = np.zeros((n_samples, len(tests[0])), np.float64)
 
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, Floating]:
         """Return the state that resuming needs, by name: the adjoints and the sums."""
         tensors = {f"a{i}": a for i, a in enumerate(self.a)}
-        tensors |= {f"s{own.place}-{i}": state for own in self._trained for i, state in enumerate(own.states)}
-        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()} | {"sums": self.sums}
+        tensors |= {
+            f"s{own.place}-{i}": state
+            for own in self._trained
+            for i, state in enumerate(own.states)
+        }
+        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()} | {
+            "sums": self.sums
+        }
 
-    def restore(self, arrays: Mapping[str, Floats]) -> None:
+    def restore(self, arrays: Mapping[str, Floating]) -> None:
         """Put back the state that `arrays` returned."""
         # torch needs a writable copy; one array at a time, because all may take most of the memory
         for i, a in enumerate(self.a):
@@ -91,7 +111,11 @@ class ExactSweep:
             if self._pipeline.max_grad_norm is not None:
                 known = [i for i, g in enumerate(batch.gradients) if g is not None]
                 raw = [g.detach() for g in batch.gradients if g is not None]
-                for i, u in zip(known, unclipped([adjoints[i] for i in known], raw, self._pipeline.max_grad_norm), strict=True):
+                for i, u in zip(
+                    known,
+                    unclipped([adjoints[i] for i in known], raw, self._pipeline.max_grad_norm),
+                    strict=True,
+                ):
                     adjoints[i] = u
         scores, bent = batch.products(adjoints, self._at_once)
         with torch.no_grad():
@@ -105,7 +129,9 @@ class ExactSweep:
         found = [None if g is None else g.detach() for g in batch.gradients]
         if self._pipeline.max_grad_norm is None:
             return found
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found if g is not None]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g) for g in found if g is not None])
+        )
         scale = (self._pipeline.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return [None if g is None else g * scale for g in found]
 
@@ -159,7 +185,15 @@ def _adam_step(group: dict[str, Any], state: dict[str, Any]) -> AdamStep:
     beta1, beta2 = map(float, group["betas"])
     decoupled = bool(group.get("decoupled_weight_decay"))
     number = int(state.get("step", 0)) + 1
-    return AdamStep(float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), decoupled, number)
+    return AdamStep(
+        float(group["lr"]),
+        beta1,
+        beta2,
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        decoupled,
+        number,
+    )
 
 
 def _moments(step: AdamStep, state: dict[str, Any], gradient: Tensor) -> Moments:

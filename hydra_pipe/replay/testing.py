@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.plan.id_ranges import Span
 from hydra_pipe.recording.datasets import batches_of, called, on_device
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.losses import per_sample_losses
-from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.replay.products import gradients_of_each
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline
+from hydra_pipe.types import Span
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,24 @@ def test_gradients(
         UserCodeError, DataError: the same as in `train`.
     """
     first, last = columns
-    found = [torch.zeros(last - first, *p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    found = [
+        torch.zeros(last - first, *p.shape, dtype=p.dtype, device=p.device) for p in parameters
+    ]
     losses = np.zeros(len(test_ids))
     device = parameters[0].device
     # the same batches as in the recording: what a dataset draws at random may depend on them
     order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
-    with evaluating(pipeline.model), closing(Samples(pipeline, "test").batches(order)) as batches:
+    with eval_mode(pipeline.model), closing(Samples(pipeline, "test").batches(order)) as batches:
         for ids, inputs, targets in batches:
             places = np.searchsorted(test_ids, ids[np.isin(ids, test_ids)])
             if not len(places):
                 continue
             own = torch.from_numpy(test_ids[places] - ids[0]).to(device)
-            each = per_sample_losses(pipeline.loss, called(pipeline.model, on_device(inputs, device)), on_device(targets, device))[
-                own
-            ]
+            each = per_sample_losses(
+                pipeline.loss,
+                called(pipeline.model, on_device(inputs, device)),
+                on_device(targets, device),
+            )[own]
             losses[places] = each.detach().cpu().double().numpy()
             if averages is None:
                 wanted = np.flatnonzero((places >= first) & (places < last))
@@ -79,6 +83,10 @@ def test_gradients(
             else:
                 shares = torch.from_numpy(averages[places, first:last].T).to(each)
                 for low in range(0, last - first, at_once):
-                    for to, g in zip(found, gradients_of_each(each, parameters, shares[low : low + at_once]), strict=True):
+                    for to, g in zip(
+                        found,
+                        gradients_of_each(each, parameters, shares[low : low + at_once]),
+                        strict=True,
+                    ):
                         to[low : low + at_once] += g
     return TestGradients(found, losses)

@@ -106,7 +106,9 @@ class Trajectory:
             first: number of the step just after the first one to yield.
             after_step: function called after each step that is run again.
         """
-        for state, end in reversed(list(zip(self._kept, [*(s.step for s in self._kept[1:]), self._n_steps], strict=True))):
+        for state, end in reversed(
+            list(zip(self._kept, [*(s.step for s in self._kept[1:]), self._n_steps], strict=True))
+        ):
             if state.step < first:
                 yield from self._backward(state, min(end, first), after_step)
 
@@ -120,7 +122,9 @@ class Trajectory:
         for own, last in reversed(list(zip(kept, [*(s.step for s in kept[1:]), end], strict=True))):
             yield from self._backward(own, last, after_step)
 
-    def _states(self, start: TrainingState, borders: list[int], after_step: AfterStep) -> list[TrainingState]:
+    def _states(
+        self, start: TrainingState, borders: list[int], after_step: AfterStep
+    ) -> list[TrainingState]:
         """Train from `start` to the last border. Return the states before all other borders.
 
         The first border is the step of `start`, and its state is `start` itself.
@@ -144,7 +148,13 @@ class Trajectory:
         self._train(start, end, keep, after_step)
         return found
 
-    def _train(self, start: TrainingState, end: int, before_step: Callable[[int, _Batch], None], after_step: AfterStep) -> None:
+    def _train(
+        self,
+        start: TrainingState,
+        end: int,
+        before_step: Callable[[int, _Batch], None],
+        after_step: AfterStep,
+    ) -> None:
         """Train from `start` to before step `end`.
 
         Each step and its batch are passed to `before_step` just before the step is taken.
@@ -160,9 +170,14 @@ class Trajectory:
             order = epoch_order(pipeline, epoch)[: end - epoch * of_epoch]
             with closing(samples.batches(order, epoch, first)) as batches:
                 for ids, inputs, targets in batches:
-                    inputs, targets = on_device(inputs, self._device), on_device(targets, self._device)
+                    inputs, targets = (
+                        on_device(inputs, self._device),
+                        on_device(targets, self._device),
+                    )
                     before_step(number, (ids, inputs, targets))
-                    loss = take_step(pipeline, None, StepNote(), inputs, targets, ids, f"step {number}")
+                    loss = take_step(
+                        pipeline, None, StepNote(), inputs, targets, ids, f"step {number}"
+                    )
                     if pipeline.scheduler is not None:
                         pipeline.scheduler.step()
                     after_step(number, loss, len(ids))

@@ -15,7 +15,13 @@ from hydra_pipe.reporting.findings import Distribution
 # Placeholders until the SVG is written: then the page's colours replace them, in the light and
 # in the dark.
 INK, MUTED, LINE, HELPFUL, HARMFUL = "#010101", "#020202", "#030303", "#040404", "#050505"
-_OF_PAGE = {INK: "--ink", MUTED: "--muted", LINE: "--line", HELPFUL: "--helpful", HARMFUL: "--harmful"}
+_OF_PAGE = {
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    HELPFUL: "--helpful",
+    HARMFUL: "--harmful",
+}
 # Most points of a curve: more than a page has pixels for.
 MOST_POINTS = 150
 # Share of the largest bar. Smaller bars at both ends are left out.
@@ -25,14 +31,25 @@ _LEAST_BAR = 1 / 500
 def distribution_chart(distribution: Distribution) -> str:
     """Draw the number of pairs by size of relevance: helpful ones up, harmful ones down."""
     edges, helpful, harmful = distribution.bins()
-    tall = np.flatnonzero(np.maximum(helpful, harmful) >= max(helpful.max(), harmful.max()) * _LEAST_BAR)
+    tall = np.flatnonzero(
+        np.maximum(helpful, harmful) >= max(helpful.max(), harmful.max()) * _LEAST_BAR
+    )
     span = slice(tall[0], tall[-1] + 1)
     edges, helpful, harmful = edges[span], helpful[span], harmful[span]
 
     def draw(axes: Any) -> None:
         axes.bar(edges, helpful, width=edges, align="edge", color=HELPFUL, edgecolor="none")
         # Harmful bars differ by more than colour: they are below the line, and hatched.
-        axes.bar(edges, -harmful, width=edges, align="edge", color="none", edgecolor=HARMFUL, hatch="////", linewidth=0.6)
+        axes.bar(
+            edges,
+            -harmful,
+            width=edges,
+            align="edge",
+            color="none",
+            edgecolor=HARMFUL,
+            hatch="////",
+            linewidth=0.6,
+        )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xscale("log")
         axes.set_xlabel("size of relevance |R|")
@@ -58,10 +75,20 @@ def loss_chart(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> s
         axes.fill_between(steps, low, high, color=MUTED, alpha=0.25, linewidth=0)
         axes.plot(steps, mean, color=INK, linewidth=1.2, label="training, batch by batch")
         if tests:
-            axes.plot(*zip(*tests, strict=True), color=HELPFUL, marker="o", markersize=5, linewidth=1, linestyle="--", label="test")
+            axes.plot(
+                *zip(*tests, strict=True),
+                color=HELPFUL,
+                marker="o",
+                markersize=5,
+                linewidth=1,
+                linestyle="--",
+                label="test",
+            )
         axes.set_xlabel("step")
         axes.set_ylabel("mean loss")
-        axes.set_ylim(float(np.min(low, initial=0.0)), max([*high, *(loss for _, loss in tests)]) * 1.1 or 1.0)
+        axes.set_ylim(
+            float(np.min(low, initial=0.0)), max([*high, *(loss for _, loss in tests)]) * 1.1 or 1.0
+        )
         axes.legend(frameon=False, labelcolor=INK)
 
     return _svg(draw, "loss", "Training loss by step, and test loss")
@@ -75,9 +102,17 @@ def thinned(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
         left out.
     """
     runs = np.array_split(np.arange(len(values)), min(MOST_POINTS, max(1, len(values))))
-    kept = [(run.mean(), values[run][np.isfinite(values[run])]) for run in runs if np.isfinite(values[run]).any()]
+    kept = [
+        (run.mean(), values[run][np.isfinite(values[run])])
+        for run in runs
+        if np.isfinite(values[run]).any()
+    ]
     found = [(middle, own.min(), own.mean(), own.max()) for middle, own in kept]
-    return tuple(np.array(column) for column in zip(*found, strict=True)) if found else (np.zeros(0),) * 4
+    return (
+        tuple(np.array(column) for column in zip(*found, strict=True))
+        if found
+        else (np.zeros(0),) * 4
+    )
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
@@ -107,7 +142,11 @@ def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
         figure.patch.set_visible(False)
         draw(axes)
         content = io.StringIO()
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+        figure.savefig(
+            content,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+        )
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 SHOWN_TESTS, SHOWN_HARMFUL = 24, 60
 
 
-def interesting(losses: NDArray[np.float64], wrong: NDArray[np.bool_] | None, count: int = SHOWN_TESTS) -> NDArray[np.int64]:
+def interesting(
+    losses: NDArray[np.float64], wrong: NDArray[np.bool_] | None, count: int = SHOWN_TESTS
+) -> NDArray[np.int64]:
     """Return the places of the test samples that tell most.
 
     Half of them are predicted wrongly, a quarter has a high loss, and a quarter is like the

@@ -12,7 +12,7 @@ from hydra_pipe.reporting.findings import Classes, Distribution, Side
 
 
 @dataclass(frozen=True)
-class Column:
+class TestColumn:
     """A test sample, or a group of test samples, with everything to show of it.
 
     Args:
@@ -92,7 +92,7 @@ class Content:
     n_samples: int
     columns_are: str
     grouped: bool
-    columns: Sequence[Column]
+    columns: Sequence[TestColumn]
     n_chosen: str
     suspects: Sequence[Suspect]
     train_labels: NDArray[Any] | None

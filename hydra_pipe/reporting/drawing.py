@@ -77,7 +77,9 @@ def rendered(shown: Any) -> Drawn:
     image = None if values is None else _image(values, _WITH_ALPHA)
     if image is None:
         found = type(shown).__name__ if values is None else f"an array of shape {values.shape}"
-        raise PipelineError(f"render returned {found}: return an image, a str, or a mapping of name to value")
+        raise PipelineError(
+            f"render returned {found}: return an image, a str, or a mapping of name to value"
+        )
     return image
 
 
@@ -98,9 +100,16 @@ def by_kind(value: Any) -> Drawn:
         return _text(" ".join(map(str, values[:MOST_CHARACTERS].tolist())))
     if values.ndim == 1:
         # A row may be long, so only the values that are kept are converted.
-        return _cells([(str(i), _value(v)) for i, v in enumerate(values[: MOST_CELLS + 1].tolist())], len(values))
-    image = _image(values, _CHANNELS) if values.dtype.kind == "f" or values.dtype == np.uint8 else None
-    return image or _text(f"{values.dtype} of shape {values.shape}, which is not drawn: give render=...")
+        return _cells(
+            [(str(i), _value(v)) for i, v in enumerate(values[: MOST_CELLS + 1].tolist())],
+            len(values),
+        )
+    image = (
+        _image(values, _CHANNELS) if values.dtype.kind == "f" or values.dtype == np.uint8 else None
+    )
+    return image or _text(
+        f"{values.dtype} of shape {values.shape}, which is not drawn: give render=..."
+    )
 
 
 def _array(value: Any) -> NDArray[Any] | None:
@@ -122,10 +131,16 @@ def _image(values: NDArray[Any], channels: tuple[int, ...]) -> Picture | None:
     """
     if values.ndim == 3 and values.shape[0] in channels:
         values = np.moveaxis(values, 0, -1)
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] not in channels) or 0 in values.shape:
+    if (
+        values.ndim not in (2, 3)
+        or (values.ndim == 3 and values.shape[-1] not in channels)
+        or 0 in values.shape
+    ):
         return None
     pixels = visible(values)
-    return _picture(Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels))
+    return _picture(
+        Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
+    )
 
 
 def visible(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -151,14 +166,18 @@ def _picture(image: Image.Image) -> Picture:
     width, height = image.size
     content = io.BytesIO()
     if max(width, height) <= FEW_PIXELS:
-        (image if image.mode in ("L", "RGB", "RGBA", "P", "1") else image.convert("RGB")).save(content, "PNG", optimize=True)
+        (image if image.mode in ("L", "RGB", "RGBA", "P", "1") else image.convert("RGB")).save(
+            content, "PNG", optimize=True
+        )
         kind = "png"
     else:
         image = image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")
         image.thumbnail((MOST_PIXELS, MOST_PIXELS))
         image.save(content, "JPEG", quality=_JPEG_QUALITY)
         kind = "jpeg"
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", width, height)
+    return Picture(
+        f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", width, height
+    )
 
 
 def _text(text: str) -> Text:
@@ -166,7 +185,10 @@ def _text(text: str) -> Text:
 
 
 def _cells(cells: list[tuple[str, str]], n_cells: int | None = None) -> Cells:
-    kept = tuple((clean(name[:MOST_CHARACTERS]), clean(value[:MOST_CHARACTERS])) for name, value in cells[:MOST_CELLS])
+    kept = tuple(
+        (clean(name[:MOST_CHARACTERS]), clean(value[:MOST_CHARACTERS]))
+        for name, value in cells[:MOST_CELLS]
+    )
     return Cells(kept, len(cells) if n_cells is None else n_cells)
 
 
@@ -187,4 +209,8 @@ def _is_format(character: str) -> bool:
 
     Harmless are spaces of all kinds, marks of direction, and joiners.
     """
-    return (character.isspace() and ord(character) >= 0x20) or 0x200B <= ord(character) <= 0x206F or character in "\xad\ufeff"
+    return (
+        (character.isspace() and ord(character) >= 0x20)
+        or 0x200B <= ord(character) <= 0x206F
+        or character in "\xad\ufeff"
+    )

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from hydra_pipe.exporting.ranking import ClassMeans, top_samples
 from hydra_pipe.progress import Task
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.relevance import read_relevance
+from hydra_pipe.store.zarr.arrays import Array
 
 # Most labels on each side of the table of classes: more cannot be read.
 MOST_CLASSES = 24
@@ -141,7 +141,10 @@ def findings(
     n_labels = (0, 0)
     if train_labels is not None and test_labels is not None:
         n_labels = len(np.unique(train_labels)), len(np.unique(test_labels))
-        (train, train_codes), (test, test_codes) = _most_frequent(train_labels), _most_frequent(test_labels)
+        (train, train_codes), (test, test_codes) = (
+            _most_frequent(train_labels),
+            _most_frequent(test_labels),
+        )
         by_class = ClassMeans(train_codes, test_codes)
     for first in range(0, n_columns, width):
         block = read_relevance(relevance, slice(first, min(first + width, n_columns)))

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, StoreError
-from hydra_pipe.plan.reporting import block_columns
 from hydra_pipe.plan.id_ranges import parse_selection
+from hydra_pipe.plan.reporting import block_columns
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
-from hydra_pipe.reporting.content import Column, Content, Suspect
+from hydra_pipe.reporting.content import Content, Suspect, TestColumn
 from hydra_pipe.reporting.findings import Findings, findings
 from hydra_pipe.reporting.shown import ShownSamples
-from hydra_pipe.reporting.source import Source
+from hydra_pipe.reporting.source import ReportSource
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
 from hydra_pipe.store.data.evaluations import read_says
@@ -48,7 +48,14 @@ class Gathering:
         progress: place to show progress.
     """
 
-    def __init__(self, source: Source, tests: str | None, top: int, memory_bytes: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        source: ReportSource,
+        tests: str | None,
+        top: int,
+        memory_bytes: int,
+        progress: Progress,
+    ) -> None:
         self._source, self._tests, self._top = source, tests, top
         self._memory_bytes, self._progress = memory_bytes, progress
         # Reasons for the parts that are missing.
@@ -61,11 +68,15 @@ class Gathering:
         gradients, columns = source.gradients, source.columns
         train_labels = gradients.labels(names.TRAIN_LABELS)
         if train_labels is not None and len(train_labels) != source.counts.n_samples:
-            raise StoreError(f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} training samples")
+            raise StoreError(
+                f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} training samples"
+            )
         test_labels = source.labels_of_columns()
         losses = self._losses()
         inputs = self._inputs(pipeline) if samples is None else None
-        predictions = None if inputs is None or source.grouped else self._predictions(inputs, losses)
+        predictions = (
+            None if inputs is None or source.grouped else self._predictions(inputs, losses)
+        )
         chosen = self._chosen(losses, predictions)
         found = self._findings(chosen, train_labels, test_labels)
         order = np.argsort(found.sums, kind="stable")[:SHOWN_HARMFUL]
@@ -82,10 +93,18 @@ class Gathering:
             n_samples=source.counts.n_samples,
             columns_are="groups of test samples" if source.grouped else "test samples",
             grouped=source.grouped,
-            columns=self._columns(chosen, found, losses, test_labels, test_drawn, inputs, predictions),
+            columns=self._columns(
+                chosen, found, losses, test_labels, test_drawn, inputs, predictions
+            ),
             n_chosen=self._how_chosen(len(chosen), predictions),
             suspects=[
-                Suspect(int(i), float(found.sums[i]), float(found.sums[i]) / columns.n_columns, int(visits[i])) for i in suspects
+                Suspect(
+                    int(i),
+                    float(found.sums[i]),
+                    float(found.sums[i]) / columns.n_columns,
+                    int(visits[i]),
+                )
+                for i in suspects
             ],
             train_labels=train_labels,
             train_drawn=train_drawn,
@@ -115,7 +134,12 @@ class Gathering:
         if labels is None:
             return np.full(source.columns.n_columns, np.nan)
         own = labels[source.columns.test_ids]
-        return np.array([losses[own == name].mean() if (own == name).any() else np.nan for name in source.columns.names])
+        return np.array(
+            [
+                losses[own == name].mean() if (own == name).any() else np.nan
+                for name in source.columns.names
+            ]
+        )
 
     def _inputs(self, pipeline: "str | Pipeline | None") -> "Inputs | None":
         """Return the pipeline of the run, or None after noting why it is not available."""
@@ -136,7 +160,9 @@ class Gathering:
     def _predictions(self, inputs: "Inputs", losses: NDArray[np.float64]) -> "Predictions | None":
         source = self._source
         if not source.final:
-            self._missing.append(f"Predictions are not shown: the parameters after {source.upto:,} steps were not kept.")
+            self._missing.append(
+                f"Predictions are not shown: the parameters after {source.upto:,} steps were not kept."
+            )
             return None
         try:
             inputs.load_final(source.directory)
@@ -145,7 +171,9 @@ class Gathering:
             self._missing.append(f"Predictions are not shown: {error}")
             self._progress.say(f"the report shows no predictions: {error}")
             return None
-        apart = float(np.linalg.norm(found.losses - losses)) / max(float(np.linalg.norm(losses)), 1e-30)
+        apart = float(np.linalg.norm(found.losses - losses)) / max(
+            float(np.linalg.norm(losses)), 1e-30
+        )
         if not apart <= _SAME_LOSSES:
             self._missing.append(
                 f"The test losses are now {apart:.0%} apart from those that were recorded: the pipeline's data or code have "
@@ -153,12 +181,18 @@ class Gathering:
             )
         return found
 
-    def _chosen(self, losses: NDArray[np.float64], predictions: "Predictions | None") -> NDArray[np.int64]:
+    def _chosen(
+        self, losses: NDArray[np.float64], predictions: "Predictions | None"
+    ) -> NDArray[np.int64]:
         """Return the columns to show, in order."""
         columns = self._source.columns
-        wrong = None if predictions is None or not predictions.are_classes else predictions.right == 0.0
+        wrong = (
+            None if predictions is None or not predictions.are_classes else predictions.right == 0.0
+        )
         if self._tests is not None:
-            chosen = np.searchsorted(columns.test_ids, np.concatenate([np.arange(*span) for span in self._spans()]))
+            chosen = np.searchsorted(
+                columns.test_ids, np.concatenate([np.arange(*span) for span in self._spans()])
+            )
             key = np.where(wrong[chosen], 0, 1) if wrong is not None else np.zeros(len(chosen))
             return chosen[np.lexsort((-losses[chosen], key))]
         if columns.by is not None:
@@ -183,12 +217,19 @@ class Gathering:
             return f"{of}: those predicted wrongly with the highest loss, then others, of high loss and of any. {bars}"
         return f"{of}: those of the highest loss, and some of any. {bars}"
 
-    def _findings(self, chosen: NDArray[np.int64], train_labels: NDArray[Any] | None, test_labels: NDArray[Any] | None) -> Findings:
+    def _findings(
+        self,
+        chosen: NDArray[np.int64],
+        train_labels: NDArray[Any] | None,
+        test_labels: NDArray[Any] | None,
+    ) -> Findings:
         relevance = self._source.relevance
         base = resident_bytes() + _OVERHEAD_BYTES
         width = block_columns(relevance.shape[0], relevance.shape[1], base, self._memory_bytes)
         with self._progress.task("read relevance", relevance.shape[1], "tests") as task:
-            return findings(relevance, chosen.tolist(), self._top, train_labels, test_labels, width, task)
+            return findings(
+                relevance, chosen.tolist(), self._top, train_labels, test_labels, width, task
+            )
 
     def _drawn(
         self,
@@ -201,8 +242,14 @@ class Gathering:
         """Return views of the training samples and of the test samples on the page, by id."""
         if samples is None and inputs is None:
             return {}, {}
-        train = np.unique(np.concatenate([suspects, *(side.ids for both in found.sides for side in both)]))
-        tests = np.zeros(0, np.int64) if self._source.grouped else np.sort(self._source.columns.test_ids[chosen])
+        train = np.unique(
+            np.concatenate([suspects, *(side.ids for both in found.sides for side in both)])
+        )
+        tests = (
+            np.zeros(0, np.int64)
+            if self._source.grouped
+            else np.sort(self._source.columns.test_ids[chosen])
+        )
 
         def drawn(which: str, ids: NDArray[np.int64]) -> "dict[int, Drawn]":
             from hydra_pipe.reporting.inputs import draw_shown  # torch takes seconds to import
@@ -227,7 +274,7 @@ class Gathering:
         drawn: "dict[int, Drawn]",
         inputs: "Inputs | None",
         predictions: "Predictions | None",
-    ) -> list[Column]:
+    ) -> list[TestColumn]:
         columns = self._source.columns
         names_of = _class_names(predictions, labels)
         is_class = predictions is not None and predictions.are_classes
@@ -236,16 +283,43 @@ class Gathering:
             test, right = int(columns.ids[place]), None
             target = predicted = None
             if predictions is not None and inputs is not None:
-                right = None if np.isnan(predictions.right[place]) else float(predictions.right[place])
+                right = (
+                    None if np.isnan(predictions.right[place]) else float(predictions.right[place])
+                )
                 if predictions.values is not None and predictions.targets is not None:
                     predicted = _in_words(predictions.values[place], names_of, inputs)
-                    target = _in_words(predictions.targets[place], names_of, inputs) if labels is None else None
+                    target = (
+                        _in_words(predictions.targets[place], names_of, inputs)
+                        if labels is None
+                        else None
+                    )
             loss = float(losses[place]) if np.isfinite(losses[place]) else None
-            label = "all test samples" if columns.by == MEAN else None if labels is None else labels[place]
-            shown_columns.append(Column(test, label, target, predicted, right, is_class, loss, drawn.get(test), helpful, harmful))
+            label = (
+                "all test samples"
+                if columns.by == MEAN
+                else None
+                if labels is None
+                else labels[place]
+            )
+            shown_columns.append(
+                TestColumn(
+                    test,
+                    label,
+                    target,
+                    predicted,
+                    right,
+                    is_class,
+                    loss,
+                    drawn.get(test),
+                    helpful,
+                    harmful,
+                )
+            )
         return shown_columns
 
-    def _tiles(self, losses: NDArray[np.float64], predictions: "Predictions | None", found: Findings) -> list[tuple[str, str]]:
+    def _tiles(
+        self, losses: NDArray[np.float64], predictions: "Predictions | None", found: Findings
+    ) -> list[tuple[str, str]]:
         """Return pairs of a figure and its meaning."""
         source = self._source
         tiles = [
@@ -256,8 +330,15 @@ class Gathering:
         if predictions is not None and not np.isnan(predictions.right).any():
             of = "these" if predictions.are_classes else "their positions"
             tiles.append((f"{predictions.right.mean():.1%}", f"of {of} predicted right"))
-        tiles.append((f"{np.nanmean(losses):.3g}" if np.isfinite(losses).any() else "unknown", "mean test loss"))
-        tiles.append((f"{(found.sums < 0).mean():.1%}", "of the training samples harm more than they help"))
+        tiles.append(
+            (
+                f"{np.nanmean(losses):.3g}" if np.isfinite(losses).any() else "unknown",
+                "mean test loss",
+            )
+        )
+        tiles.append(
+            (f"{(found.sums < 0).mean():.1%}", "of the training samples harm more than they help")
+        )
         return tiles
 
     def _warnings(self, visits: NDArray[np.int64], found: Findings) -> list[str]:
@@ -283,7 +364,9 @@ class Gathering:
         """Return pairs of a step with test losses and their mean."""
         gradients, last = self._source.gradients, self._source.counts.checkpoint
         steps = [step for step in gradients.test_steps() if step <= last]
-        means = [(step, float(np.mean(gradients.test_losses(step), dtype=np.float64))) for step in steps]
+        means = [
+            (step, float(np.mean(gradients.test_losses(step), dtype=np.float64))) for step in steps
+        ]
         return [(step, mean) for step, mean in means if np.isfinite(mean)]
 
     def _told(self) -> list[tuple[str, list[str]]]:
@@ -305,9 +388,18 @@ class Gathering:
     def _settings(self) -> list[tuple[str, str]]:
         stages = self._source.directory.stages
         found = [(f"record: {name}", value) for name, value in stages[RECORD].settings.items()]
-        found += [(f"reduce: {name}", value) for name, value in stages[REDUCE.of(self._source.result)].settings.items()]
-        found += [(f"version of {name}", value) for name, value in self._source.directory.versions.items()]
-        return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found if value is not None]
+        found += [
+            (f"reduce: {name}", value)
+            for name, value in stages[REDUCE.of(self._source.result)].settings.items()
+        ]
+        found += [
+            (f"version of {name}", value) for name, value in self._source.directory.versions.items()
+        ]
+        return [
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in found
+            if value is not None
+        ]
 
 
 def _class_names(predictions: "Predictions | None", labels: NDArray[Any] | None) -> dict[int, str]:
@@ -315,7 +407,12 @@ def _class_names(predictions: "Predictions | None", labels: NDArray[Any] | None)
 
     A class has the label of the test samples that have the class as target.
     """
-    if predictions is None or predictions.targets is None or labels is None or labels.dtype != object:
+    if (
+        predictions is None
+        or predictions.targets is None
+        or labels is None
+        or labels.dtype != object
+    ):
         return {}
     found: dict[int, set[str]] = {}
     for target, label in zip(predictions.targets, labels, strict=True):
@@ -328,5 +425,9 @@ def _in_words(value: Any, names_of: dict[int, str], inputs: "Inputs") -> str | N
     """Return a prediction or a target as text for a person."""
     values = np.asarray(value)
     if values.ndim == 0:
-        return names_of.get(int(values), str(int(values))) if values.dtype.kind in "iub" else f"{float(values):.4g}"
+        return (
+            names_of.get(int(values), str(int(values)))
+            if values.dtype.kind in "iub"
+            else f"{float(values):.4g}"
+        )
     return inputs.drawn_prediction(value)

@@ -14,8 +14,8 @@ from hydra_pipe.errors import HydraError
 from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.datasets import batches_of, called, on_device
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.losses import per_sample_losses
-from hydra_pipe.recording.eval_mode import evaluating
 from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.reporting.drawing import Drawn, Text, by_kind, rendered
 from hydra_pipe.reporting.shown import ShownSamples
@@ -29,7 +29,9 @@ from hydra_pipe.training.pipeline import Pipeline
 _ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
 
 
-def draw_shown(samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
+def draw_shown(
+    samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress
+) -> dict[int, Drawn]:
     """Return views of the samples `ids` of "train" or "test".
 
     Raises:
@@ -81,7 +83,11 @@ class Predictions:
     @property
     def are_classes(self) -> bool:
         """True if each prediction is right or wrong as a whole."""
-        return self.targets is not None and not np.isnan(self.right).any() and all(np.ndim(target) == 0 for target in self.targets)
+        return (
+            self.targets is not None
+            and not np.isnan(self.right).any()
+            and all(np.ndim(target) == 0 for target in self.targets)
+        )
 
 
 class Inputs:
@@ -112,7 +118,9 @@ class Inputs:
         Raises:
             StoreError: the parameters are missing or damaged.
         """
-        final = load_final(run.path / names.CHECKPOINTS, run.stages[RECORD].facts.get("final_sha256"))
+        final = load_final(
+            run.path / names.CHECKPOINTS, run.stages[RECORD].facts.get("final_sha256")
+        )
         with user_code("the model does not take the final parameters"):
             self.pipeline.model.load_state_dict(final)
 
@@ -135,7 +143,7 @@ class Inputs:
         # them.
         order = batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
         with (
-            evaluating(pipeline.model),
+            eval_mode(pipeline.model),
             torch.no_grad(),
             progress.task("predict", len(pipeline.test), "tests") as task,
             closing(Samples(pipeline, "test").batches(order)) as batches,
@@ -146,11 +154,20 @@ class Inputs:
                 if not len(own):
                     continue
                 with user_code(f"the model raised at test samples {ids[0]}-{ids[-1]}"):
-                    output, to = called(pipeline.model, on_device(inputs, device)), on_device(targets, device)
-                    losses.append(per_sample_losses(pipeline.loss, output, to).cpu().double().numpy()[own])
+                    output, to = (
+                        called(pipeline.model, on_device(inputs, device)),
+                        on_device(targets, device),
+                    )
+                    losses.append(
+                        per_sample_losses(pipeline.loss, output, to).cpu().double().numpy()[own]
+                    )
                 predicted, share = _predicted(output, to)
                 right.append(share.cpu().double().numpy()[own])
-                found.append(None if predicted is None else (predicted.cpu().numpy()[own], targets.cpu().numpy()[own]))
+                found.append(
+                    None
+                    if predicted is None
+                    else (predicted.cpu().numpy()[own], targets.cpu().numpy()[own])
+                )
         both = [pair for pair in found if pair is not None]
         known = len(both) == len(found)
         return Predictions(
@@ -205,7 +222,10 @@ def _predicted(output: Any, targets: Tensor) -> tuple[Tensor | None, Tensor]:
     if not isinstance(output, Tensor):
         return None, unknown
     if targets.is_floating_point():
-        of_one = output.reshape(len(targets), -1).shape[1] == 1 and targets.reshape(len(targets), -1).shape[1] == 1
+        of_one = (
+            output.reshape(len(targets), -1).shape[1] == 1
+            and targets.reshape(len(targets), -1).shape[1] == 1
+        )
         return (output.reshape(-1) if of_one else None), unknown
     class_dimension = _class_dimension(output, targets)
     if class_dimension is None:

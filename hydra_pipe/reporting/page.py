@@ -69,12 +69,20 @@ def page_of(content: Content, most_bytes: int = MOST_BYTES) -> Page:
     shown = _fitting(_cards(content, cards), room - _size(harmful))
     left_out = []
     if len(shown) < len(content.columns):
-        left_out.append(f"{len(content.columns) - len(shown):,} of {len(content.columns):,} {content.columns_are}")
+        left_out.append(
+            f"{len(content.columns) - len(shown):,} of {len(content.columns):,} {content.columns_are}"
+        )
     if len(harmful) < len(content.suspects):
-        left_out.append(f"{len(content.suspects) - len(harmful):,} of the {len(content.suspects):,} most harmful training samples")
+        left_out.append(
+            f"{len(content.suspects) - len(harmful):,} of the {len(content.suspects):,} most harmful training samples"
+        )
     if left_out:
-        missing.append(f"To keep the page below {MOST_BYTES / 1e6:.0f} MB it leaves out {' and '.join(left_out)}.")
-    html = _page(fixed, shown, harmful, ([] if content.grouped else cards.names, suspects.names), missing)
+        missing.append(
+            f"To keep the page below {MOST_BYTES / 1e6:.0f} MB it leaves out {' and '.join(left_out)}."
+        )
+    html = _page(
+        fixed, shown, harmful, ([] if content.grouped else cards.names, suspects.names), missing
+    )
     return Page(html, len(shown), len(harmful), left_out)
 
 
@@ -86,7 +94,9 @@ class _Labels:
 
     def number(self, label: Any) -> int | str:
         """Return the number of a label, or an empty string for None."""
-        return "" if label is None else self._numbers.setdefault(clean(str(label)), len(self._numbers))
+        return (
+            "" if label is None else self._numbers.setdefault(clean(str(label)), len(self._numbers))
+        )
 
     @property
     def names(self) -> list[str]:
@@ -113,7 +123,14 @@ def _size(pieces: Sequence[str]) -> int:
 def _cards(content: Content, labels: _Labels) -> Iterable[str]:
     template = _templates().get_template("card.html")
     for order, column in enumerate(content.columns):
-        largest = max([abs(float(side.relevance[0])) for side in (column.helpful, column.harmful) if len(side.ids)], default=1.0)
+        largest = max(
+            [
+                abs(float(side.relevance[0]))
+                for side in (column.helpful, column.harmful)
+                if len(side.ids)
+            ],
+            default=1.0,
+        )
         sides = {
             name: [
                 {
@@ -165,14 +182,20 @@ def _suspects(content: Content, labels: _Labels) -> Iterable[str]:
 def _fixed(content: Content) -> dict[str, Any]:
     """Return the values that the page's template always needs, whatever else fits."""
     script, style = _static("script.js"), _static("style.css")
-    drawn = {type(content.train_drawn[suspect.id]) for suspect in content.suspects if suspect.id in content.train_drawn}
+    drawn = {
+        type(content.train_drawn[suspect.id])
+        for suspect in content.suspects
+        if suspect.id in content.train_drawn
+    }
     return {
         "title": f"{clean(content.name)}: hydra-pipe report, {content.result}",
         "name": clean(content.name),
         "run_id": clean(content.run_id),
         "result": content.result,
         "method": content.method,
-        "about_method": METHODS.get(content.method, "is none that this version of hydra-pipe knows."),
+        "about_method": METHODS.get(
+            content.method, "is none that this version of hydra-pipe knows."
+        ),
         "sign": clean(sign_in_words(content.unit)),
         "n_samples": content.n_samples,
         "parts": _PARTS,
@@ -180,7 +203,9 @@ def _fixed(content: Content) -> dict[str, Any]:
         "warnings": content.warnings,
         "columns_are": content.columns_are,
         "cards_are": "groups" if content.grouped else "test samples",
-        "cards_title": "Groups of test samples" if content.grouped else "Predictions, and what made them",
+        "cards_title": "Groups of test samples"
+        if content.grouped
+        else "Predictions, and what made them",
         "cards_about": content.n_chosen,
         "outcomes": any(column.right is not None and column.is_class for column in content.columns),
         "has_losses": any(column.loss is not None for column in content.columns),
@@ -192,18 +217,25 @@ def _fixed(content: Content) -> dict[str, Any]:
         "no_classes": f"Labels of the training samples or of the {content.columns_are} are not known: there is no class by class.",
         "distribution": _distribution(content.distribution),
         "loss": _loss(content.losses, content.test_losses),
-        "evaluations": [(kind, [clean(line) for line in lines]) for kind, lines in content.evaluations],
+        "evaluations": [
+            (kind, [clean(line) for line in lines]) for kind, lines in content.evaluations
+        ],
         "evaluate_command": clean(content.evaluate_command),
         "recorded": _recorded(content.recording),
         "settings": [(clean(name), clean(value)) for name, value in content.settings],
         "style": Markup(style),  # text of this package, so not escaped
         "script": Markup(script),
-        "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "script_hash": "sha256-"
+        + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
 
 
 def _page(
-    fixed: Mapping[str, Any], cards: Sequence[str], suspects: Sequence[str], labels: tuple[list[str], list[str]], missing: list[str]
+    fixed: Mapping[str, Any],
+    cards: Sequence[str],
+    suspects: Sequence[str],
+    labels: tuple[list[str], list[str]],
+    missing: list[str],
 ) -> bytes:
     """Render the page with these pieces, which have been rendered already, and so escaped.
 
@@ -237,7 +269,12 @@ def _templates() -> Environment:
 
 
 def _static(name: str) -> str:
-    return files("hydra_pipe.reporting").joinpath("templates", name).read_text(encoding="utf-8").strip()
+    return (
+        files("hydra_pipe.reporting")
+        .joinpath("templates", name)
+        .read_text(encoding="utf-8")
+        .strip()
+    )
 
 
 def _label_of(labels: NDArray[Any] | None, sample: int) -> str | None:
@@ -276,7 +313,9 @@ def _csv(suspects: Sequence[Suspect]) -> str:
     writer.writerow(["rank", "train_id", "relevance_sum", "relevance_mean", "visits"])
     for rank, s in enumerate(suspects, start=1):
         writer.writerow([rank, s.id, f"{s.relevance_sum:.9g}", f"{s.relevance_mean:.9g}", s.visits])
-    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(table.getvalue().encode()).decode()
+    return (
+        "data:text/csv;charset=utf-8;base64," + base64.b64encode(table.getvalue().encode()).decode()
+    )
 
 
 def _classes(classes: Classes) -> dict[str, Any]:
@@ -301,8 +340,13 @@ def _classes(classes: Classes) -> dict[str, Any]:
     return {
         "train": train,
         "test": test,
-        "rows": [(name, [cell(float(mean)) for mean in row]) for name, row in zip(train, classes.means, strict=True)],
-        "unit": "the unit above" if scale == 1.0 else Markup("units of 10<sup>{}</sup>").format(_exponent(power)),
+        "rows": [
+            (name, [cell(float(mean)) for mean in row])
+            for name, row in zip(train, classes.means, strict=True)
+        ],
+        "unit": "the unit above"
+        if scale == 1.0
+        else Markup("units of 10<sup>{}</sup>").format(_exponent(power)),
         "cut": f"Shown: {' and '.join(cut)}." if cut else "",
         "long": [name for name in dict.fromkeys([*train, *test]) if len(name) > _LONG_LABEL],
     }
@@ -326,7 +370,11 @@ def _distribution(distribution: Distribution) -> dict[str, Any]:
 
 def _loss(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> dict[str, Any]:
     known = losses[np.isfinite(losses)]
-    at_end = f"the mean test loss was {tests[-1][1]:.3g} at the end" if tests else "no test loss is known"
+    at_end = (
+        f"the mean test loss was {tests[-1][1]:.3g} at the end"
+        if tests
+        else "no test loss is known"
+    )
     if not len(known):
         return {"words": f"The training loop did not tell its loss; {at_end}.", "svg": None}
     tenth = max(1, len(known) // 10)
@@ -338,7 +386,10 @@ def _loss(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> dict[s
 
 
 def _recorded(recording: Mapping[str, Any]) -> dict[str, Any]:
-    blocks = [block | {"shape": " x ".join(map(str, block["shape"])) or "1"} for block in recording["blocks"]]
+    blocks = [
+        block | {"shape": " x ".join(map(str, block["shape"])) or "1"}
+        for block in recording["blocks"]
+    ]
     for block in blocks:
         block["name"] = clean(block["name"])
     exact = sum(block["exact"] for block in blocks)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.shown import ShownSamples
-from hydra_pipe.reporting.source import Source, evaluations_of
+from hydra_pipe.reporting.source import ReportSource, evaluations_of
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
-from hydra_pipe.store.run.results import ResultName, result_of
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName, result_of
 from hydra_pipe.store.run.stage_runner import Work, running, taken_up
 from hydra_pipe.store.run.stages import REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
@@ -81,7 +81,9 @@ def report_run(
     if pipeline is not None and samples is not None:
         raise UsageError("give a pipeline, which has its samples, or samples, not both")
     if ResultName.parse(method).is_of_itself:
-        raise UsageError(f"--method {method} is of no test samples, and no report: export puts it into samples.parquet")
+        raise UsageError(
+            f"--method {method} is of no test samples, and no report: export puts it into samples.parquet"
+        )
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -90,7 +92,7 @@ def report_run(
         )
     directory = RunDirectory.open(run)
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
-    source = Source.open(directory, method)
+    source = ReportSource.open(directory, method)
     selected = source.selected(tests)
     stage, settings = REPORT.of(method), {names.TESTS: selected, "top": top}
     progress = progress or Progress()
@@ -128,9 +130,16 @@ def _write(work: Work, gathering: "Gathering", content: "Content", progress: Pro
     }
 
 
-def _has_work(directory: RunDirectory, stage: StageId, settings: Settings, given: "str | Pipeline | ShownSamples | None") -> bool:
+def _has_work(
+    directory: RunDirectory,
+    stage: StageId,
+    settings: Settings,
+    given: "str | Pipeline | ShownSamples | None",
+) -> bool:
     """Tell whether the page is missing, or lacks evaluations or samples that are available now."""
     if directory.has_work(stage, settings):
         return True
     facts = directory.stages[stage].facts
-    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (given is not None and facts.get(_NO_SAMPLES) is not None)
+    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (
+        given is not None and facts.get(_NO_SAMPLES) is not None
+    )

@@ -8,13 +8,13 @@ import numpy as np
 from hydra_pipe.errors import UsageError
 from hydra_pipe.plan.id_ranges import parse_selection, write_selection
 from hydra_pipe.store.data.reduced_run import ReducedRun
-from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import EVALUATE, RECORD
 
 
 @dataclass(frozen=True)
-class Source(ReducedRun):
+class ReportSource(ReducedRun):
     """A result, and the recording it belongs to.
 
     Args:
@@ -26,14 +26,21 @@ class Source(ReducedRun):
     result: str
 
     @classmethod
-    def open(cls, directory: RunDirectory, name: str) -> "Source":
+    def open(cls, directory: RunDirectory, name: str) -> "ReportSource":
         """Open the result `name`, whose stage is complete.
 
         Raises:
             StoreError: the result is damaged, or belongs to another recording.
         """
         found = ReducedRun.open(directory, name)
-        agreeing = (found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested)
+        agreeing = (
+            found.upto,
+            found.gradients,
+            found.counts,
+            found.relevance,
+            found.columns,
+            found.tested,
+        )
         return cls(*agreeing, directory, name)
 
     @property
@@ -44,7 +51,9 @@ class Source(ReducedRun):
     @property
     def n_tests(self) -> int:
         """Number of test samples, including those without a column."""
-        return self.counts.n_tests if self.probe is None else len(self.tested.losses(self.gradients))
+        return (
+            self.counts.n_tests if self.probe is None else len(self.tested.losses(self.gradients))
+        )
 
     @property
     def grouped(self) -> bool:
@@ -60,7 +69,9 @@ class Source(ReducedRun):
         if tests is None:
             return None
         if self.grouped:
-            raise UsageError(f"--tests {tests}: {self.result} is of means over test samples: leave it out")
+            raise UsageError(
+                f"--tests {tests}: {self.result} is of means over test samples: leave it out"
+            )
         spans = parse_selection(tests, self.n_tests)
         there = self.columns.test_ids
         for first, last in spans:
@@ -80,4 +91,7 @@ class Source(ReducedRun):
 
 def evaluations_of(directory: RunDirectory) -> dict[str, Any]:
     """Return the checksums of the evaluations that are there, by stage."""
-    return {str(stage): directory.checksums(stage) for stage in map(EVALUATE.of, directory.complete(EVALUATE))}
+    return {
+        str(stage): directory.checksums(stage)
+        for stage in map(EVALUATE.of, directory.complete(EVALUATE))
+    }

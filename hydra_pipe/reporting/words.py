@@ -61,7 +61,9 @@ def warnings(what: Circumstances) -> list[str]:
     """Return cautions of a sentence or two each, the gravest first."""
     found: list[str] = []
     if what.strange:
-        found.append(f"{what.strange:,} values of the relevance are infinite or not a number: do not rely on this result.")
+        found.append(
+            f"{what.strange:,} values of the relevance are infinite or not a number: do not rely on this result."
+        )
     imbalance = _number(what.record.get("worst_imbalance"))
     if imbalance is not None and imbalance > MUCH_IMBALANCE:
         found.append(
@@ -83,12 +85,16 @@ def warnings(what: Circumstances) -> list[str]:
     if what.method in ("hydra-fisher", "influence") and is_count(curved) and curved < what.n_rows:
         found.append(
             f"Of {what.n_rows - curved:,} of {what.n_rows:,} recorded gradients the curvature of the loss is not known: they count "
-            f"as if their Fisher were it. Tell the recorder the loss (Recorder.tell_loss)."
+            f"as if their Fisher were it. Tell the recorder the loss (Recorder.set_loss)."
         )
     if what.upto is not None:
-        found.append(f"This is the relevance of the first {what.upto:,} steps, as if training had ended there.")
+        found.append(
+            f"This is the relevance of the first {what.upto:,} steps, as if training had ended there."
+        )
     if what.rank is not None:
-        found.append(f"Only {what.rank:,} directions of the test gradients were replayed: hydra-fisher answers for the rest.")
+        found.append(
+            f"Only {what.rank:,} directions of the test gradients were replayed: hydra-fisher answers for the rest."
+        )
     if what.unvisited:
         found.append(
             f"{what.unvisited:,} of {what.n_samples:,} training samples were in no recorded step: their relevance is 0, which says "
@@ -99,7 +105,9 @@ def warnings(what: Circumstances) -> list[str]:
 
 def sign_in_words(unit: str) -> str:
     """Return how to read a value of relevance."""
-    more = "about so much is added to the test loss" if unit == "test loss" else f"in units of {unit}"
+    more = (
+        "about so much is added to the test loss" if unit == "test loss" else f"in units of {unit}"
+    )
     return (
         f"A positive value means helpful: without the training sample the test loss would be higher ({more}). A negative value "
         f"means harmful: without it the test loss would be lower."
@@ -107,7 +115,11 @@ def sign_in_words(unit: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+        else None
+    )
 
 
 def _percent(share: float) -> str:

@@ -17,16 +17,16 @@ from hydra_pipe.retraining.models import Values
 from hydra_pipe.retraining.retrainer import MeanOver, Retrainer
 from hydra_pipe.retraining.subject import Subject
 from hydra_pipe.store.data.evaluations import Retrained, digest_of
+from hydra_pipe.types import Span
 from hydra_pipe.units import format_bytes, format_seconds, parse_bytes, resident_bytes
 
 # Most models in a stack. More are not faster, and losing a larger stack to an interruption costs
 # more.
 MOST_MODELS = 64
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Job:
+class Retraining:
     """Retrainings to be done.
 
     Args:
@@ -44,7 +44,9 @@ class Job:
     mean_over: MeanOver
 
     @classmethod
-    def without(cls, left_out: Sequence[NDArray[np.int64]], n_samples: int, seeds: tuple[int, ...]) -> "Job":
+    def without(
+        cls, left_out: Sequence[NDArray[np.int64]], n_samples: int, seeds: tuple[int, ...]
+    ) -> "Retraining":
         """Return retrainings that each leave out the ids in one array of `left_out`."""
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
@@ -62,7 +64,9 @@ class Job:
         """
         width = -(-self.n // -(-self.n // most))  # stacks of nearly equal size
         return [
-            (s * self.n + a, s * self.n + min(a + width, self.n)) for s in range(len(self.seeds)) for a in range(0, self.n, width)
+            (s * self.n + a, s * self.n + min(a + width, self.n))
+            for s in range(len(self.seeds))
+            for a in range(0, self.n, width)
         ]
 
     def of(self, span: Span) -> tuple[NDArray[np.float32], int]:
@@ -72,7 +76,13 @@ class Job:
 
 
 def retrain(
-    subject: Subject, job: Job, directory: Retrained, memory: str, progress: Progress, *, strict: bool = True
+    subject: Subject,
+    job: Retraining,
+    directory: Retrained,
+    memory: str,
+    progress: Progress,
+    *,
+    strict: bool = True,
 ) -> NDArray[np.float64]:
     """Make all retrainings of `job`, and return the resulting test losses.
 
@@ -106,12 +116,16 @@ def retrain(
 _Done = dict[Span, tuple[str, NDArray[np.float64]]]
 
 
-def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
+def _kept(subject: Subject, job: Retraining, directory: Retrained) -> _Done | None:
     """Return the stored results of all retrainings, or None if some are missing."""
     done: _Done = {}
     end = 0
     for span in directory.spans():
-        if span[0] == end and span[1] <= len(job.seeds) * job.n and span[0] // job.n == (span[1] - 1) // job.n:
+        if (
+            span[0] == end
+            and span[1] <= len(job.seeds) * job.n
+            and span[0] // job.n == (span[1] - 1) // job.n
+        ):
             weights, seed = job.of(span)
             digest = digest_of(subject.run.run_id, weights, job.seeds[seed], job.mean_over)
             values = directory.read(span, digest, subject.n_tests)
@@ -120,7 +134,14 @@ def _kept(subject: Subject, job: Job, directory: Retrained) -> _Done | None:
     return done if end == len(job.seeds) * job.n else None
 
 
-def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progress: Progress, strict: bool) -> _Done:
+def _done(
+    subject: Subject,
+    job: Retraining,
+    directory: Retrained,
+    budget: int,
+    progress: Progress,
+    strict: bool,
+) -> _Done:
     retrainer = Retrainer(subject.pipeline, progress, job.mean_over)
     start = time.monotonic()
     subject.check(retrainer, progress, strict=strict)
@@ -139,7 +160,9 @@ def _done(subject: Subject, job: Job, directory: Retrained, budget: int, progres
         f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one alone takes {format_seconds(seconds)}, "
         f"all of them {format_seconds(n * seconds)} at most"
     )
-    starts: dict[int, Values] = {s: subject.with_seed(seed) for s, seed in enumerate(job.seeds) if s > 0}
+    starts: dict[int, Values] = {
+        s: subject.with_seed(seed) for s, seed in enumerate(job.seeds) if s > 0
+    }
     done: _Done = {}
     with progress.task("retrain", n * retrainer.n_steps, "steps") as task:
         for span in stacks:

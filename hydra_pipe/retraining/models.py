@@ -51,7 +51,9 @@ class Models:
     def __init__(self, pipeline: Pipeline, progress: Progress, *, stacked: bool = True) -> None:
         self._pipeline, self._progress, self.stacked = pipeline, progress, stacked
 
-    def __call__(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> Found:
+    def __call__(
+        self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor
+    ) -> Found:
         """Run the models on a batch.
 
         Dropout and other random layers draw the same for all models, and the same as the one
@@ -83,27 +85,41 @@ class Models:
         with user_code("the model or the loss raised in a retraining"):
             return self._one_by_one(parameters, buffers, inputs, targets)
 
-    def _one_by_one(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> Found:
+    def _one_by_one(
+        self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor
+    ) -> Found:
         before = self._generators()
         found = []
         for index in range(len(next(iter(parameters.values())))):
             self._restore(before)  # each model draws what the first has drawn
-            own, own_buffers = ({name: value[index] for name, value in values.items()} for values in (parameters, buffers))
+            own, own_buffers = (
+                {name: value[index] for name, value in values.items()}
+                for values in (parameters, buffers)
+            )
             found.append(self._one(own, own_buffers, inputs, targets))
         losses, hits, after = zip(*found, strict=True)
-        return Found(torch.stack(losses), torch.stack(hits), {name: torch.stack([b[name] for b in after]) for name in buffers})
+        return Found(
+            torch.stack(losses),
+            torch.stack(hits),
+            {name: torch.stack([b[name] for b in after]) for name in buffers},
+        )
 
     def _generators(self) -> list[Tensor]:
         """Return the generator states that dropout draws from: on the CPU, and on the device."""
         device = next(self._pipeline.model.parameters()).device
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+        return [
+            torch.get_rng_state(),
+            *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
+        ]
 
     def _restore(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], next(self._pipeline.model.parameters()).device)
 
-    def _one(self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Values]:
+    def _one(
+        self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Values]:
         # Batch normalisation changes its buffers in place, so it gets copies.
         state = parameters | {name: buffer.clone() for name, buffer in buffers.items()}
         output = functional_call(self._pipeline.model, state, *arguments(inputs))

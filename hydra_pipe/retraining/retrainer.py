@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from hydra_pipe.errors import PipelineError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import Batch, on_device
-from hydra_pipe.recording.eval_mode import evaluating
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.retraining.models import Models, Values
 from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples, epoch_order, test_batches
@@ -51,9 +51,13 @@ class Retrainer:
         PipelineError: the pipeline was trained already.
     """
 
-    def __init__(self, pipeline: Pipeline, progress: Progress, mean_over: MeanOver = "batch") -> None:
+    def __init__(
+        self, pipeline: Pipeline, progress: Progress, mean_over: MeanOver = "batch"
+    ) -> None:
         if pipeline.optimizer.state:
-            raise PipelineError("the pipeline was trained already: build it anew, its model must be as it was before training")
+            raise PipelineError(
+                "the pipeline was trained already: build it anew, its model must be as it was before training"
+            )
         self._pipeline, self._mean_over = pipeline, mean_over
         self.models = Models(pipeline, progress)
         self._device = next(pipeline.model.parameters()).device
@@ -72,10 +76,19 @@ class Retrainer:
     def model_bytes(self) -> int:
         """Bytes for one more model in a stack, known once a model has been trained."""
         n_bytes = sum(p.numel() * p.element_size() for p in self._parameters.values())
-        return _PARAMETER_COPIES * n_bytes + 2 * self._saved_bytes + _WEIGHT_BYTES * len(self._pipeline.train)
+        return (
+            _PARAMETER_COPIES * n_bytes
+            + 2 * self._saved_bytes
+            + _WEIGHT_BYTES * len(self._pipeline.train)
+        )
 
     def train(
-        self, weights: NDArray[np.floating], task: Task, *, seed: int | None = None, start: Values | None = None
+        self,
+        weights: NDArray[np.floating],
+        task: Task,
+        *,
+        seed: int | None = None,
+        start: Values | None = None,
     ) -> NDArray[np.float64]:
         """Train one model for each row of `weights`.
 
@@ -96,7 +109,10 @@ class Retrainer:
         k = len(weights)
         own = torch.as_tensor(weights, device=self._device)
         parameters, buffers = (
-            {name: (start or values)[name].expand(k, *value.shape).clone() for name, value in values.items()}
+            {
+                name: (start or values)[name].expand(k, *value.shape).clone()
+                for name, value in values.items()
+            }
             for values in (self._parameters, self._buffers)
         )
         for name in self._trained:
@@ -108,11 +124,20 @@ class Retrainer:
             for (ids, inputs, targets), settings in zip(batches, self._schedule, strict=True):
                 for group, values in zip(optimizer.param_groups, settings, strict=True):
                     group.update(values)
-                with torch.autograd.graph.saved_tensors_hooks(self._count if self._saved_bytes == 0 else _same, _same):
-                    found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
+                with torch.autograd.graph.saved_tensors_hooks(
+                    self._count if self._saved_bytes == 0 else _same, _same
+                ):
+                    found = self.models(
+                        parameters,
+                        buffers,
+                        on_device(inputs, self._device),
+                        on_device(targets, self._device),
+                    )
                 self._saved_bytes = self._saved_bytes or 1
                 buffers = found.buffers
-                loss = self._mean(own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses).sum()
+                loss = self._mean(
+                    own[:, torch.from_numpy(ids)].to(found.losses.dtype), found.losses
+                ).sum()
                 gradients: Gradients = torch.autograd.grad(loss, trained, allow_unused=True)
                 if pipeline.max_grad_norm is not None:
                     gradients = _clipped(gradients, pipeline.max_grad_norm)
@@ -142,17 +167,30 @@ class Retrainer:
         separate for each model.
         """
         names = {p: name for name, p in self._pipeline.model.named_parameters()}
-        groups = [[names[p] for p in group["params"]] for group in self._pipeline.optimizer.param_groups]
+        groups = [
+            [names[p] for p in group["params"]] for group in self._pipeline.optimizer.param_groups
+        ]
         optimizer = copy.deepcopy(self._pipeline.optimizer)
         for group, of_group in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = [parameters[name] for name in of_group]
         return optimizer
 
-    def _tested(self, pipeline: Pipeline, parameters: Values, buffers: Values) -> NDArray[np.float64]:
+    def _tested(
+        self, pipeline: Pipeline, parameters: Values, buffers: Values
+    ) -> NDArray[np.float64]:
         pieces = []
-        with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
+        with (
+            eval_mode(pipeline.model),
+            torch.no_grad(),
+            closing(test_batches(pipeline, Task(), None)) as batches,
+        ):
             for inputs, targets in batches:
-                found = self.models(parameters, buffers, on_device(inputs, self._device), on_device(targets, self._device))
+                found = self.models(
+                    parameters,
+                    buffers,
+                    on_device(inputs, self._device),
+                    on_device(targets, self._device),
+                )
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
 
@@ -219,4 +257,7 @@ def _clipped(gradients: Gradients, most: float) -> Gradients:
     there = [g for g in gradients if g is not None]
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in there], dim=1)
     factor = (most / (torch.linalg.vector_norm(norms, dim=1) + _CLIP_EPS)).clamp(max=1.0)
-    return tuple(None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)).to(g.dtype) for g in gradients)
+    return tuple(
+        None if g is None else g * factor.view(-1, *[1] * (g.dim() - 1)).to(g.dtype)
+        for g in gradients
+    )

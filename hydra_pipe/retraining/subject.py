@@ -8,18 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import PipelineError, RunError, UsageError, shown
-from hydra_pipe.loading import PipelineSource, load_pipeline
+from hydra_pipe.loading import PipelineFunction, load_pipeline
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.settings import json_settings
 from hydra_pipe.retraining.models import Values
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store import names
-from hydra_pipe.store.data.recording_counts import checked_counts
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_gradients
-from hydra_pipe.store.data.relevance import Columns, columns_of, open_relevance, read_relevance
-from hydra_pipe.store.run.results import BY_LABEL, ITSELF, MEAN, ResultName
+from hydra_pipe.store.data.recording_counts import checked_counts
+from hydra_pipe.store.data.relevance import (
+    ResultColumns,
+    columns_of,
+    open_relevance,
+    read_relevance,
+)
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import BY_LABEL, ITSELF, MEAN, ResultName
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.pipeline import Pipeline, described
 
@@ -47,14 +52,19 @@ class Subject:
 
     run: RunDirectory
     pipeline: Pipeline
-    source: PipelineSource | None
+    source: PipelineFunction | None
     gradients: Gradients
     n_samples: int
     n_tests: int
     n_steps: int
 
     @classmethod
-    def open(cls, pipeline: str | Pipeline, run: RunDirectory, settings: Mapping[str, Any] | list[str] | None) -> "Subject":
+    def open(
+        cls,
+        pipeline: str | Pipeline,
+        run: RunDirectory,
+        settings: Mapping[str, Any] | list[str] | None,
+    ) -> "Subject":
         """Open a run with its pipeline, which must be the one that was recorded.
 
         Raises:
@@ -65,7 +75,9 @@ class Subject:
         recording = run.require_recording()
         if isinstance(pipeline, Pipeline):
             if settings:
-                raise PipelineError("settings go with a pipeline file: a Pipeline has been built already")
+                raise PipelineError(
+                    "settings go with a pipeline file: a Pipeline has been built already"
+                )
             source, built = None, pipeline
             own: dict[str, Any] = {}
         else:
@@ -77,7 +89,9 @@ class Subject:
         gradients = open_gradients(run)
         counts = checked_counts(gradients, recording)
         counts.require_tests(run.path)
-        return cls(run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps)
+        return cls(
+            run, built, source, gradients, counts.n_samples, counts.n_tests, gradients.n_steps
+        )
 
     def recorded_losses(self) -> NDArray[np.float64]:
         """Return the losses of the test samples at the end of the run. Shape (test,)."""
@@ -101,10 +115,18 @@ class Subject:
                 "the pipeline has no true_labels, one for each training sample: return Pipeline(..., true_labels=...)"
             )
         if labels is None:
-            raise PipelineError(f"{self.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)")
-        true = np.array([str(label) for label in truth]) if labels.dtype == object else np.asarray(truth)
+            raise PipelineError(
+                f"{self.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)"
+            )
+        true = (
+            np.array([str(label) for label in truth])
+            if labels.dtype == object
+            else np.asarray(truth)
+        )
         if labels.dtype != object and true.dtype.kind not in "iu":
-            raise PipelineError(f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both")
+            raise PipelineError(
+                f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both"
+            )
         return true
 
     def has_seeds(self) -> bool:
@@ -118,7 +140,9 @@ class Subject:
             UsageError: `with_seed` cannot be called.
         """
         if not self.has_seeds():
-            raise UsageError("--seeds above 1 needs a pipeline function with a setting `seed`, from which the initial weights come")
+            raise UsageError(
+                "--seeds above 1 needs a pipeline function with a setting `seed`, from which the initial weights come"
+            )
 
     def with_seed(self, seed: int) -> Values:
         """Return initial parameters and buffers of the pipeline for another seed.
@@ -127,7 +151,10 @@ class Subject:
         """
         assert self.source is not None, "check_seeds has refused it"
         model = replace(self.source, settings=self.source.settings | {"seed": seed}).build().model
-        return {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+        return {
+            name: value.detach().clone()
+            for name, value in [*model.named_parameters(), *model.named_buffers()]
+        }
 
     def check(self, retrainer: Retrainer, progress: Progress, *, strict: bool = True) -> None:
         """Train one model with all weights 1, and compare its test losses with the recorded
@@ -149,7 +176,9 @@ class Subject:
         finally:
             retrainer.models.stacked = stacked
         recorded = self.recorded_losses()
-        apart = float(np.linalg.norm(found - recorded)) / max(float(np.linalg.norm(recorded)), 1e-30)
+        apart = float(np.linalg.norm(found - recorded)) / max(
+            float(np.linalg.norm(recorded)), 1e-30
+        )
         if strict and not apart <= SIMILAR:
             raise PipelineError(
                 f"trained again with all samples the pipeline comes to other test losses than {self.run.path} has ({apart:.1%} "
@@ -184,9 +213,15 @@ class Subject:
             RunError: a chosen name is not there. The message says what to reduce.
         """
         stages = self.run.stages
-        whole = {name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)}
+        whole = {
+            name: r for name, r in self.all_relevance().items() if r.is_whole(self.n_tests, means)
+        }
         if chosen is None:
-            return {name: r for name, r in whole.items() if names.UPTO not in stages[REDUCE.of(name)].settings}
+            return {
+                name: r
+                for name, r in whole.items()
+                if names.UPTO not in stages[REDUCE.of(name)].settings
+            }
         wanted = [name.strip() for name in chosen.split(",")]
         for name in wanted:
             if name not in whole:
@@ -200,7 +235,9 @@ class Subject:
                 )
         return {name: whole[name] for name in wanted}
 
-    def required_relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
+    def required_relevance(
+        self, chosen: str | None, *, means: bool = False
+    ) -> "dict[str, Relevance]":
         """Return the same as `relevance`, with at least one result.
 
         Raises:
@@ -229,7 +266,7 @@ class Relevance:
 
     run: RunDirectory
     name: str
-    columns: Columns
+    columns: ResultColumns
     checksums: str
 
     @classmethod
@@ -258,7 +295,9 @@ class Relevance:
         Raises:
             StoreError: the array is damaged.
         """
-        return read_relevance(open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None))
+        return read_relevance(
+            open_relevance(self.run.path / names.RELEVANCE, self.name), slice(None)
+        )
 
 
 def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) -> str:
@@ -266,7 +305,9 @@ def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) ->
     options = {"--upto": result.upto, "--rank": result.rank, "--tests": tests}
     words = ["hydra-pipe reduce", str(run.path), "--method", result.method]
     words += [f"{option} {value}" for option, value in options.items() if value is not None]
-    return " ".join(words + ([] if result.by is None else ["--by label" if result.by == BY_LABEL else "--mean"]))
+    return " ".join(
+        words + ([] if result.by is None else ["--by label" if result.by == BY_LABEL else "--mean"])
+    )
 
 
 def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -276,7 +317,9 @@ def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) 
         RunError: the pipeline is not the one of the run.
     """
     if "optimizer" not in old:
-        raise RunError(f"{run.path} was recorded in a loop of your own, which cannot be trained again from here: record a pipeline")
+        raise RunError(
+            f"{run.path} was recorded in a loop of your own, which cannot be trained again from here: record a pipeline"
+        )
     # A Pipeline that was given built has no settings of a function, whatever function built it.
     both_of_file = all(any(key.startswith(_SET) for key in settings) for settings in (old, new))
     for key in dict.fromkeys([*new, *old]):

@@ -63,7 +63,9 @@ def location(path: "str | os.PathLike[str]") -> Path:
     except ImportError as error:
         raise RunError(f"{text}: {error}: pip install 'hydra-pipe[{extra}]'") from error
     except ValueError as error:
-        raise RunError(f"{text}: {error}: name a directory, or a URL that fsspec knows such as s3://bucket/run") from error
+        raise RunError(
+            f"{text}: {error}: name a directory, or a URL that fsspec knows such as s3://bucket/run"
+        ) from error
     return cast(Path, found)  # UPath behaves like a Path
 
 
@@ -81,13 +83,17 @@ def local_path(text: str, what: str) -> Path:
     """
     if not text.strip() or "\0" in text:
         fault = "holds a null character" if text.strip() else "is empty"
-        raise UsageError(f"{what} {fault}: name a file or directory, or a URL such as s3://bucket/run where a run may be one")
+        raise UsageError(
+            f"{what} {fault}: name a file or directory, or a URL such as s3://bucket/run where a run may be one"
+        )
     path = Path(text)
     if text.startswith("~"):
         try:
             path = path.expanduser()
         except RuntimeError as error:
-            raise UsageError(f"{text}: there is no such user: write ./{text} for a path of that name") from error
+            raise UsageError(
+                f"{text}: there is no such user: write ./{text} for a path of that name"
+            ) from error
     # pathlib drops the beginning of "./~" or "./s3:/x". The next reader of the path would take
     # the rest for something else, so it becomes absolute.
     return path.absolute() if str(path).startswith("~") or _SLASHES.match(str(path)) else path
@@ -107,7 +113,9 @@ def _refuse_slashes(text: str) -> None:
     protocol, rest = found[1].lower(), found[3]
     if protocol in known_implementations or protocol in _LOCAL:
         meant = f"{protocol}://{'/' if protocol in _LOCAL else ''}{rest}"
-        raise UsageError(f"{text}: did you mean {meant}? (pathlib takes a slash away: give text; for a directory, write ./{text})")
+        raise UsageError(
+            f"{text}: did you mean {meant}? (pathlib takes a slash away: give text; for a directory, write ./{text})"
+        )
 
 
 def _is_url_path(path: Any) -> bool:
@@ -357,7 +365,10 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         return
     # Hidden, so that a reader of everything in the directory passes over what a killed process
     # leaves.
-    partial, old = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}.old{PARTIAL}")
+    partial, old = (
+        path.with_name(f".{path.name}{PARTIAL}"),
+        path.with_name(f".{path.name}.old{PARTIAL}"),
+    )
     try:
         remove(partial)
         remove(old)

@@ -44,7 +44,12 @@ def read_json(path: Path) -> Any:
 def _is_shallow(data: Any) -> bool:
     level = [data]
     for _ in range(MOST_DEPTH + 1):
-        level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [
+            v
+            for x in level
+            if isinstance(x, dict | list)
+            for v in (x.values() if isinstance(x, dict) else x)
+        ]
         if not level:
             return True
     return False

@@ -22,20 +22,26 @@ def epoch_order(pipeline: Pipeline, epoch: int) -> list[NDArray[np.int64]]:
     return batches_of(generator.permutation(len(pipeline.train)), pipeline.batch_size)
 
 
-def test_batches(pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None) -> Stream[tuple[Any, Any]]:
+def test_batches(
+    pipeline: Pipeline, task: Task, checkpoints: Checkpoints | None
+) -> Stream[tuple[Any, Any]]:
     """Yield the test set in order, in batches of the pipeline's size. The caller closes the stream.
 
     Raises:
         InterruptedRunError: during iteration, if `checkpoints` asks to stop.
     """
-    batches = Samples(pipeline, "test").batches(batches_of(np.arange(len(pipeline.test)), pipeline.batch_size))
+    batches = Samples(pipeline, "test").batches(
+        batches_of(np.arange(len(pipeline.test)), pipeline.batch_size)
+    )
     return Stream(_heeding(batches, task, checkpoints), batches.close)
 
 
-def _heeding(batches: Stream[Batch], task: Task, checkpoints: Checkpoints | None) -> Iterator[tuple[Any, Any]]:
+def _heeding(
+    batches: Stream[Batch], task: Task, checkpoints: Checkpoints | None
+) -> Iterator[tuple[Any, Any]]:
     for ids, inputs, targets in batches:
         if checkpoints is not None:
-            checkpoints.heed()
+            checkpoints.raise_if_stopped()
         yield inputs, targets
         task.advance(len(ids))
 
@@ -46,4 +52,10 @@ class Samples(Batches):
     def __init__(self, pipeline: Pipeline, name: str) -> None:
         is_train = name == "train"
         key = pipeline.seed, int(is_train)
-        super().__init__(pipeline.train if is_train else pipeline.test, name, key, pipeline.num_workers, alike=is_train)
+        super().__init__(
+            pipeline.train if is_train else pipeline.test,
+            name,
+            key,
+            pipeline.num_workers,
+            alike=is_train,
+        )

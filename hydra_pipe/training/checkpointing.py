@@ -4,7 +4,7 @@ A checkpoint and the recorded rows agree. The recorder first puts its rows on th
 checkpoint is written, with the number of these rows. When training resumes from a checkpoint, the
 rows recorded after the checkpoint are discarded.
 
-A checkpoint is taken only where the recorder writes its rows anyway (`Recorder.rests_before`). So
+A checkpoint is taken only where the recorder writes its rows anyway (`Recorder.flushes_before`). So
 the run is the same byte for byte, whenever checkpoints were taken.
 """
 
@@ -21,7 +21,12 @@ from hydra_pipe.errors import HydraError, InterruptedRunError, StoreError, Usage
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.randomness import random_state, restore_random_state
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.store.data.checkpoints import KEPT, checkpoints_in, remove_checkpoints, save_checkpoint
+from hydra_pipe.store.data.checkpoints import (
+    KEPT,
+    checkpoints_in,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from hydra_pipe.store.data.save_interval import is_due
 from hydra_pipe.training.interruption import StopRequest
 from hydra_pipe.training.pipeline import Pipeline
@@ -78,7 +83,9 @@ class Interval:
             return cls(steps=int(text))
         seconds = parse_seconds(text)
         if seconds is None:
-            raise UsageError(f"--checkpoint-every {text}: give a number of steps, such as 500, or a time, such as 30s, 10min or 2h")
+            raise UsageError(
+                f"--checkpoint-every {text}: give a number of steps, such as 500, or a time, such as 30s, 10min or 2h"
+            )
         return cls(seconds=seconds)
 
     def due(self, steps: int, seconds: float, cost: float) -> bool:
@@ -128,7 +135,7 @@ class Checkpoints:
         self.seconds = 0.0
         self._usable = True
 
-    def go_on(self) -> Place | None:
+    def resume(self) -> Place | None:
         """Restore the newest good checkpoint.
 
         Returns:
@@ -139,7 +146,9 @@ class Checkpoints:
             try:
                 state = checkpoint.read()
                 if state.get("version") != VERSION:
-                    raise StoreError(f"{checkpoint.path} is of version {state.get('version')}, not {VERSION}")
+                    raise StoreError(
+                        f"{checkpoint.path} is of version {state.get('version')}, not {VERSION}"
+                    )
                 place = self._restored(state)
             except HydraError as error:
                 self._progress.say(f"passed over: {error}")
@@ -178,10 +187,12 @@ class Checkpoints:
         Raises:
             InterruptedRunError: a signal asked to stop; the checkpoint has been taken.
         """
-        due = self._usable and self._interval.due(self._recorder.n_steps - self.step, time.monotonic() - self._at, self._cost)
+        due = self._usable and self._interval.due(
+            self._recorder.n_steps - self.step, time.monotonic() - self._at, self._cost
+        )
         if not due and self._stop.number is None:
             return
-        if next_batch is not None and not self._recorder.rests_before(next_batch):
+        if next_batch is not None and not self._recorder.flushes_before(next_batch):
             return
         if self._usable:
             self._take(place)
@@ -194,19 +205,33 @@ class Checkpoints:
         Call this after the first step: only then does the optimiser hold its state.
         """
         model, optimizer = self._pipeline.model.state_dict(), self._pipeline.optimizer.state_dict()
-        held = [*model.values(), *(value for state in optimizer["state"].values() for value in state.values())]
-        one = sum(value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor))
+        held = [
+            *model.values(),
+            *(value for state in optimizer["state"].values() for value in state.values()),
+        ]
+        one = sum(
+            value.numel() * value.element_size()
+            for value in held
+            if isinstance(value, torch.Tensor)
+        )
         return (KEPT + 1) * (one + _BESIDE_BYTES)
 
-    def heed(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Stop after training, if a signal asked to stop. Raises: InterruptedRunError."""
         if self._stop.number is not None:
             raise self._interrupted("while taking test gradients")
 
     def _interrupted(self, when: str) -> InterruptedRunError:
         assert self._stop.number is not None
-        where = f"to go on after step {self.step:,}" if self.step else "to start again, there is no checkpoint"
-        return InterruptedRunError(f"stopped by {self._stop.name} {when}: run the same command again {where}", self._stop.number)
+        where = (
+            f"to go on after step {self.step:,}"
+            if self.step
+            else "to start again, there is no checkpoint"
+        )
+        return InterruptedRunError(
+            f"stopped by {self._stop.name} {when}: run the same command again {where}",
+            self._stop.number,
+        )
 
     def _take(self, place: Place) -> None:
         start = time.monotonic()
@@ -216,7 +241,9 @@ class Checkpoints:
             "recorder": self._recorder.state_dict(),
             "model": pipeline.model.state_dict(),
             "optimizer": pipeline.optimizer.state_dict(),
-            "scheduler": pipeline.scheduler.state_dict() if pipeline.scheduler is not None else None,
+            "scheduler": pipeline.scheduler.state_dict()
+            if pipeline.scheduler is not None
+            else None,
             "random": random_state(),
             "epoch": place.epoch,
             "step": place.step,

@@ -42,7 +42,11 @@ def stop_requested() -> Iterator[StopRequest]:
         request.number = number
 
     # An ignored signal stays ignored: a shell ignores SIGINT for processes in the background.
-    before = {number: handler for number in _STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+    before = {
+        number: handler
+        for number in _STOPPING
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
     for number in before:
         signal.signal(number, hear)
     try:

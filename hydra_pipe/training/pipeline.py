@@ -66,19 +66,41 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, nn.Module), "model", self.model, "a torch.nn.Module")
-        _require(isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer")
-        _require(callable(self.loss), "loss", self.loss, "a function (output, target) -> losses of shape (batch,)")
+        _require(
+            isinstance(self.optimizer, torch.optim.Optimizer),
+            "optimizer",
+            self.optimizer,
+            "a torch.optim.Optimizer",
+        )
+        _require(
+            callable(self.loss),
+            "loss",
+            self.loss,
+            "a function (output, target) -> losses of shape (batch,)",
+        )
         is_render = self.render is None or callable(self.render)
-        _require(is_render, "render", self.render, "a function of an input that returns an image, a str or a mapping")
+        _require(
+            is_render,
+            "render",
+            self.render,
+            "a function of an input that returns an image, a str or a mapping",
+        )
         check_dataset("the pipeline's train dataset", self.train)
         if self.test is not None:
             check_dataset("the pipeline's test dataset", self.test)
         for name, number in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             _require(isinstance(number, int) and number > 0, name, number, "a positive integer")
         workers = self.num_workers
-        _require(isinstance(workers, int) and workers >= 0, "num_workers", workers, "0 or a positive integer")
+        _require(
+            isinstance(workers, int) and workers >= 0,
+            "num_workers",
+            workers,
+            "0 or a positive integer",
+        )
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise PipelineError("the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one that counts steps")
+            raise PipelineError(
+                "the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one that counts steps"
+            )
         for name, labels, dataset in (
             ("sample_labels", self.sample_labels, self.train),
             ("test_labels", self.test_labels, self.test),
@@ -87,7 +109,9 @@ class Pipeline:
             if labels is None:
                 continue
             try:
-                checked_labels(labels, f"the pipeline's {name}", 0 if dataset is None else len(dataset))
+                checked_labels(
+                    labels, f"the pipeline's {name}", 0 if dataset is None else len(dataset)
+                )
             except DataError as error:
                 raise PipelineError(str(error)) from error
 
@@ -111,7 +135,8 @@ def described(pipeline: Pipeline) -> dict[str, Any]:
     """Describe a pipeline in plain values. A different description means a different run."""
     plain = (int, float, bool, str)
     groups = [
-        {name: value for name, value in group.items() if isinstance(value, plain)} for group in pipeline.optimizer.param_groups
+        {name: value for name, value in group.items() if isinstance(value, plain)}
+        for group in pipeline.optimizer.param_groups
     ]
     return {
         "epochs": pipeline.epochs,
@@ -126,4 +151,6 @@ def described(pipeline: Pipeline) -> dict[str, Any]:
 
 def _require(condition: bool, name: str, value: object, kind: str) -> None:
     if not condition:
-        raise PipelineError(f"the pipeline's {name} is {type(value).__name__} {value!r:.60}: it must be {kind}")
+        raise PipelineError(
+            f"the pipeline's {name} is {type(value).__name__} {value!r:.60}: it must be {kind}"
+        )

@@ -11,7 +11,12 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.progress import Progress
 from hydra_pipe.recording.collectives import n_processes
 from hydra_pipe.recording.recorder import Recorder
-from hydra_pipe.recording.settings import check_options, json_settings, needs_recording, record_settings
+from hydra_pipe.recording.settings import (
+    check_options,
+    json_settings,
+    needs_recording,
+    record_settings,
+)
 from hydra_pipe.recording.test_gradients import say_without_tests
 from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import remove_checkpoints, save_final
@@ -65,10 +70,19 @@ class RecordOptions:
             raise PipelineError(
                 f"a pipeline is trained by one process, not by {n_processes()}: start one, or use Recorder in a loop of your own"
             )
-        return cls(cast("EncodingChoice", encoding), dim, cast("Dtype | None", dtype), interval, test_every, overwrite)
+        return cls(
+            cast("EncodingChoice", encoding),
+            dim,
+            cast("Dtype | None", dtype),
+            interval,
+            test_every,
+            overwrite,
+        )
 
 
-def record_run(pipeline: Pipeline, run: Path, settings: Settings, options: RecordOptions, progress: Progress) -> bool:
+def record_run(
+    pipeline: Pipeline, run: Path, settings: Settings, options: RecordOptions, progress: Progress
+) -> bool:
     """Train `pipeline` and record the training into `run`: see `hydra_pipe.record`.
 
     Args:
@@ -88,7 +102,9 @@ def record_run(pipeline: Pipeline, run: Path, settings: Settings, options: Recor
     tests = Midway.parse(options.test_every, pipeline)
     own = json_settings(settings | described(pipeline))
     own |= {} if options.test_every is None else {"test_every": options.test_every}
-    of_recorder = record_settings(options.encoding, options.dim, options.dtype, pipeline.seed, len(pipeline.train))
+    of_recorder = record_settings(
+        options.encoding, options.dim, options.dtype, pipeline.seed, len(pipeline.train)
+    )
     if not needs_recording(run, of_recorder | own, overwrite=options.overwrite):
         # An earlier process may have been killed after completing the run, just before this line.
         remove_checkpoints(run / names.CHECKPOINTS)
@@ -130,7 +146,9 @@ def _record(
     """
     start = time.monotonic()
     directory = recorder.path / names.CHECKPOINTS
-    checkpoints = Checkpoints(directory, pipeline, recorder, options.interval, stop, progress, anew=options.overwrite)
+    checkpoints = Checkpoints(
+        directory, pipeline, recorder, options.interval, stop, progress, anew=options.overwrite
+    )
     try:
         try_tests(pipeline)
         trained = train(pipeline, recorder, progress, checkpoints, tests)
@@ -141,7 +159,9 @@ def _record(
             "checkpoint_seconds": checkpoints.seconds,
             "test_seconds": time.monotonic() - start - train_seconds,
             "last_epoch_loss": trained.last_epoch_loss,
-            "test_accuracy": accuracy(pipeline) if pipeline.test is not None and slip is None else None,
+            "test_accuracy": accuracy(pipeline)
+            if pipeline.test is not None and slip is None
+            else None,
             "final_sha256": save_final(directory, pipeline.model),
         }
         labels = pipeline.sample_labels if pipeline.sample_labels is not None else trained.labels
@@ -151,7 +171,9 @@ def _record(
     except BaseException as error:
         recorder.fail(error)
         if checkpoints.step and not isinstance(error, InterruptedRunError):
-            progress.say(f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}")
+            progress.say(
+                f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}"
+            )
         raise
     remove_checkpoints(directory)  # nothing is left to resume
     return slip

@@ -10,10 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import HydraError, InterruptedRunError, NonFiniteError, PipelineError, UsageError
+from hydra_pipe.errors import (
+    HydraError,
+    InterruptedRunError,
+    NonFiniteError,
+    PipelineError,
+    UsageError,
+)
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import called, on_device
-from hydra_pipe.recording.eval_mode import evaluating
+from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.test_gradients import try_test
@@ -60,7 +66,9 @@ class Midway:
         """
         of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
         if text is not None and pipeline.test is None:
-            raise UsageError(f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every")
+            raise UsageError(
+                f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every"
+            )
         if text is not None and text != "epoch" and not (text.isdecimal() and int(text) > 0):
             raise UsageError(f"--test-every {text}: give epoch, or a number of steps, such as 500")
         steps = 0 if text is None else of_epoch if text == "epoch" else int(text)
@@ -97,23 +105,36 @@ def train(
     torch.manual_seed(pipeline.seed)
     device = next(pipeline.model.parameters()).device
     samples = Samples(pipeline, "train")
-    place = checkpoints.go_on() if checkpoints else None
+    place = checkpoints.resume() if checkpoints else None
     place = place or Place(0, 0, 0.0, nan, np.zeros(len(pipeline.train), np.int64))
     sizes = [len(ids) for ids in epoch_order(pipeline, 0)]
     n_rows = (pipeline.epochs - place.epoch) * len(pipeline.train) - sum(sizes[: place.step])
     progress = progress or Progress()
     between = _Between(pipeline, recorder, checkpoints, tests, progress, n_rows)
     n_rows += between.n_test_rows
-    with progress.task("record" if recorder else "train", n_rows, "rows") as task, ExitStack() as ends:
+    with (
+        progress.task("record" if recorder else "train", n_rows, "rows") as task,
+        ExitStack() as ends,
+    ):
         between.test(task)  # due at once if the checkpoint was taken just before test gradients
         while place.epoch < pipeline.epochs:
             order = epoch_order(pipeline, place.epoch)
-            for ids, inputs, targets in ends.enter_context(closing(samples.batches(order, place.epoch, place.step))):
+            for ids, inputs, targets in ends.enter_context(
+                closing(samples.batches(order, place.epoch, place.step))
+            ):
                 if place.epoch == 0:
                     place.labels = _collect_labels(place.labels, ids, targets)
                 where = f"step {place.epoch * len(order) + place.step} (epoch {place.epoch + 1})"
                 with recorder.step(ids) if recorder else nullcontext(StepNote()) as note:
-                    loss = take_step(pipeline, recorder, note, on_device(inputs, device), on_device(targets, device), ids, where)
+                    loss = take_step(
+                        pipeline,
+                        recorder,
+                        note,
+                        on_device(inputs, device),
+                        on_device(targets, device),
+                        ids,
+                        where,
+                    )
                 place.epoch_loss += loss * len(ids)
                 if pipeline.scheduler is not None:
                     pipeline.scheduler.step()
@@ -121,7 +142,9 @@ def train(
                 task.advance(len(ids))
                 if place.step < len(order):
                     between.steps(place, sizes[place.step], task)
-            place = Place(place.epoch + 1, 0, 0.0, place.epoch_loss / len(pipeline.train), place.labels)
+            place = Place(
+                place.epoch + 1, 0, 0.0, place.epoch_loss / len(pipeline.train), place.labels
+            )
             between.steps(place, sizes[0] if place.epoch < pipeline.epochs else None, task)
     return Trained(place.last_loss, place.labels)
 
@@ -152,7 +175,9 @@ class _Between:
         # rows of test gradients that are still to be taken during training
         done = recorder.n_steps if recorder is not None else 0
         self._n_tests = 0 if pipeline.test is None else len(pipeline.test)
-        self.n_test_rows = sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
+        self.n_test_rows = (
+            sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
+        )
         self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
@@ -167,19 +192,29 @@ class _Between:
         if self._due():
             assert self._recorder is not None
             with closing(test_batches(self._pipeline, task, self._checkpoints)) as batches:
-                self._recorder.record_test(batches, self._pipeline.loss, labels=self._pipeline.test_labels)
+                self._recorder.record_test(
+                    batches, self._pipeline.loss, labels=self._pipeline.test_labels
+                )
 
     def _say_room(self) -> None:
         if not self._has_said and self._recorder is not None:
             n_steps = -(-self._n_rows // self._pipeline.batch_size) + self._pipeline.epochs
-            n_bytes = self._recorder.most_bytes(self._n_rows, n_steps, self.n_test_rows + self._n_tests)
+            n_bytes = self._recorder.most_bytes(
+                self._n_rows, n_steps, self.n_test_rows + self._n_tests
+            )
             n_bytes += self._checkpoints.most_bytes() if self._checkpoints is not None else 0
-            self._progress.say(f"{self._n_rows:,} rows to record: {room_for(n_bytes, self._recorder.path)}")
+            self._progress.say(
+                f"{self._n_rows:,} rows to record: {room_for(n_bytes, self._recorder.path)}"
+            )
             self._has_said = True
 
     def _due(self) -> bool:
         recorder = self._recorder
-        return recorder is not None and self._tests.due(recorder.n_steps) and recorder.n_steps not in recorder.test_steps
+        return (
+            recorder is not None
+            and self._tests.due(recorder.n_steps)
+            and recorder.n_steps not in recorder.test_steps
+        )
 
 
 def try_tests(pipeline: Pipeline) -> None:
@@ -212,10 +247,18 @@ def _try_training(pipeline: Pipeline, device: torch.device) -> None:
         closing(Samples(pipeline, "train").batches(order)) as batches,
     ):
         for ids, inputs, targets in batches:
-            _losses(pipeline, on_device(inputs, device), on_device(targets, device), ids, "step 0 (epoch 1)")
+            _losses(
+                pipeline,
+                on_device(inputs, device),
+                on_device(targets, device),
+                ids,
+                "step 0 (epoch 1)",
+            )
 
 
-def take_tests(pipeline: Pipeline, recorder: Recorder, progress: Progress, checkpoints: Checkpoints | None) -> Exception | None:
+def take_tests(
+    pipeline: Pipeline, recorder: Recorder, progress: Progress, checkpoints: Checkpoints | None
+) -> Exception | None:
     """Take the test gradients at the end, if there is a test set.
 
     Returns:
@@ -247,7 +290,11 @@ def accuracy(pipeline: Pipeline) -> float | None:
     """
     correct = 0
     device = next(pipeline.model.parameters()).device
-    with evaluating(pipeline.model), torch.no_grad(), closing(test_batches(pipeline, Task(), None)) as batches:
+    with (
+        eval_mode(pipeline.model),
+        torch.no_grad(),
+        closing(test_batches(pipeline, Task(), None)) as batches,
+    ):
         for inputs, targets in batches:
             output = called(pipeline.model, on_device(inputs, device))
             if (
@@ -296,7 +343,7 @@ def take_step(
             f"max_grad_norm; the steps before it are recorded and readable"
         )
     if recorder is not None and isinstance(output, Tensor) and isinstance(targets, Tensor):
-        recorder.tell_loss(pipeline.loss, output, targets)
+        recorder.set_loss(pipeline.loss, output, targets)
     with user_code(f"the backward pass raised at {where}"):
         loss.backward()  # type: ignore[no-untyped-call]
     if pipeline.max_grad_norm is not None:
@@ -308,7 +355,9 @@ def take_step(
     return note.loss
 
 
-def _losses(pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64], where: str) -> tuple[Any, Tensor]:
+def _losses(
+    pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64], where: str
+) -> tuple[Any, Tensor]:
     """Return the model's output, and the losses of shape (batch,).
 
     Raises:
@@ -327,7 +376,9 @@ def _losses(pipeline: Pipeline, inputs: Any, targets: Any, ids: NDArray[np.int64
     return output, losses
 
 
-def _collect_labels(labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Any) -> NDArray[np.int64] | None:
+def _collect_labels(
+    labels: NDArray[np.int64] | None, ids: NDArray[np.int64], targets: Any
+) -> NDArray[np.int64] | None:
     if (
         labels is None
         or not isinstance(targets, Tensor)

@@ -60,7 +60,9 @@ def main(target: Path) -> None:
             if command and app(command.split(), standalone_mode=False):
                 raise SystemExit(f"failed: {command}")
     Path("pipeline.py").unlink()
-    Path("expected.json").write_text(json.dumps({run: said_by(run) for run in RUNS}, indent=1) + "\n")
+    Path("expected.json").write_text(
+        json.dumps({run: said_by(run) for run in RUNS}, indent=1) + "\n"
+    )
 
 
 @contextmanager
@@ -75,8 +77,12 @@ def said_by(run: str) -> dict[str, Any]:
     opened = hydra_pipe.open_run(run)
     tables = sorted(path for path in Path(run).rglob("*.parquet"))
     return {
-        "relevance": {method: opened.relevance_array(method)[:].tolist() for method in opened.methods},
-        "tables": {str(path.relative_to(run)): pq.ParquetFile(path).read().to_pydict() for path in tables},
+        "relevance": {
+            method: opened.relevance_array(method)[:].tolist() for method in opened.methods
+        },
+        "tables": {
+            str(path.relative_to(run)): pq.ParquetFile(path).read().to_pydict() for path in tables
+        },
         "stages": sorted(json.loads((Path(run) / "run.json").read_text())["stages"]),
     }
 

@@ -26,7 +26,12 @@ def new_samples() -> TensorDataset:
 
 def pipeline(seed: int = 0) -> Pipeline:
     model = nn.Sequential(
-        nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(18, 5), nn.Tanh(), nn.Linear(5, 3)
+        nn.Conv2d(1, 2, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(18, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +39,9 @@ def pipeline(seed: int = 0) -> Pipeline:
             parameter.copy_(values.reshape(parameter.shape))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=0.01)
     images, labels = samples(N_TRAIN, 0).tensors
-    recorded = [(int(label) + 1) % 3 if i in WRONG else int(label) for i, label in enumerate(labels)]
+    recorded = [
+        (int(label) + 1) % 3 if i in WRONG else int(label) for i, label in enumerate(labels)
+    ]
     return Pipeline(
         model=model,
         optimizer=optimizer,

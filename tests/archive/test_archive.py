@@ -15,7 +15,9 @@ VERSIONS = sorted(archive.name for archive in HERE.glob("v*"))
 
 
 @pytest.fixture(params=VERSIONS)
-def archive(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def archive(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A copy, beside which the pipeline is as it was when the runs were recorded; it is the working directory."""
     copy = Path(shutil.copytree(HERE / request.param, tmp_path / "archive"))
     shutil.copy(HERE / "pipeline.py", copy)
@@ -79,5 +81,7 @@ def test_a_pruned_run_of_the_archive_answers_from_what_it_keeps(pruned: Path) ->
     before = relevance(pruned, "hydra-fisher")
     hydra_pipe.reduce(pruned, method="hydra-fisher", by="mean")
     hydra_pipe.reduce(pruned, method="hydra-fisher", tests="1", overwrite=True)
-    np.testing.assert_allclose(relevance(pruned, "hydra-fisher-mean")[:, 0], before.mean(1), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        relevance(pruned, "hydra-fisher-mean")[:, 0], before.mean(1), rtol=1e-5, atol=1e-9
+    )
     np.testing.assert_allclose(relevance(pruned, "hydra-fisher")[:, 0], before[:, 1], rtol=1e-6)

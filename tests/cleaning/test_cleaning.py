@@ -24,7 +24,12 @@ from hydra_pipe.errors import HydraError, NonFiniteError, PipelineError, RunErro
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import HIT, Retrainer
-from hydra_pipe.store.data.relevance import Columns, create_relevance, open_relevance, write_relevance
+from hydra_pipe.store.data.relevance import (
+    ResultColumns,
+    create_relevance,
+    open_relevance,
+    write_relevance,
+)
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import CLEAN, REDUCE
 
@@ -37,7 +42,10 @@ def small(seed: int = 0) -> Pipeline:
     labels = train.tensors[1].clone()
     labels[:12] = (labels[:12] + 1) % 4
     return mlp_pipeline(
-        seed=seed, train=TensorDataset(train.tensors[0], labels), test=images(TESTS, 2), true_labels=train.tensors[1].tolist()
+        seed=seed,
+        train=TensorDataset(train.tensors[0], labels),
+        test=images(TESTS, 2),
+        true_labels=train.tensors[1].tolist(),
     )
 
 
@@ -71,21 +79,29 @@ def place(run: Path, method: str = "hydra") -> Path:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(directory)): f.read_bytes()
+        for f in sorted(directory.rglob("*"))
+        if f.is_file()
+    }
 
 
-def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None) -> None:
+def put(run: Path, name: str, values: np.ndarray, columns: ResultColumns | None = None) -> None:
     """A relevance array called `name`, as if it had been reduced."""
     directory = RunDirectory.open(run)
     words = {"method": "made up", "sign": "positive is helpful", "unit": "test loss"}
-    columns = columns or Columns(((0, values.shape[1]),))
-    array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
+    columns = columns or ResultColumns(((0, values.shape[1]),))
+    array = create_relevance(
+        run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id
+    )
     write_relevance(array, 0, 0, values.astype(np.float32))
     directory.begin(REDUCE.of(name), {})
     directory.end(REDUCE.of(name), "complete", checksums=str(values.sum()))
 
 
-def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp_path: Path) -> None:
+def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(
+    tmp_path: Path,
+) -> None:
     run, spec = tmp_path / "run", str(ROOT / "pipelines" / "digits.py")
     hydra_pipe.record(spec, run, settings={"noise": 0.2, "epochs": 8})
     hydra_pipe.reduce(run)
@@ -97,13 +113,19 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(tmp
     drop = found.drop.to_pydict()
     assert 50 < found.drop.num_rows < 350
     assert (labels != truth)[drop["train_id"]].mean() > 0.6, "by chance 0.2"
-    relabelled = [(i, s) for i, s in zip(drop["train_id"], drop["suggested_label"], strict=True) if s is not None]
+    relabelled = [
+        (i, s)
+        for i, s in zip(drop["train_id"], drop["suggested_label"], strict=True)
+        if s is not None
+    ]
     assert len(relabelled) > 20
     assert np.mean([truth[i] == s for i, s in relabelled]) > 0.6, "by chance 0.1"
     assert hydra_pipe.verify(run) == []
 
 
-def test_keep_and_drop_are_all_samples_once_and_the_table_says_what_the_ranking_says(run: Path) -> None:
+def test_keep_and_drop_are_all_samples_once_and_the_table_says_what_the_ranking_says(
+    run: Path,
+) -> None:
     hydra_pipe.export(run)
     found = hydra_pipe.clean(run, lowest=9)
     assert found.is_new
@@ -112,12 +134,21 @@ def test_keep_and_drop_are_all_samples_once_and_the_table_says_what_the_ranking_
     assert keep == sorted(keep) == found.keep.tolist()
     assert sorted(keep + table["train_id"].to_pylist()) == list(range(N))
     assert table.num_rows == 9
-    ranking = pq.read_table(run / "rankings" / "method=hydra" / "samples.parquet").to_pandas().set_index("train_id")
+    ranking = (
+        pq.read_table(run / "rankings" / "method=hydra" / "samples.parquet")
+        .to_pandas()
+        .set_index("train_id")
+    )
     own = table.to_pandas().set_index("train_id")
     for column in ("label", "relevance_sum", "rank"):
         np.testing.assert_allclose(own[column], ranking.loc[own.index, column])
     assert own["score"].is_monotonic_increasing
-    assert {(a, s is None) for a, s in zip(table["action"].to_pylist(), table["suggested_label"].to_pylist(), strict=True)} <= {
+    assert {
+        (a, s is None)
+        for a, s in zip(
+            table["action"].to_pylist(), table["suggested_label"].to_pylist(), strict=True
+        )
+    } <= {
         ("relabel", False),
         ("drop", True),
     }
@@ -133,7 +164,11 @@ def test_sums_and_means_are_those_of_the_matrix(run: Path, monkeypatch: pytest.M
     put(run, "many", values)
     array = open_relevance(run / "relevance.zarr", "many")
     chosen = rng.random((3, 150)) < 0.5
-    np.testing.assert_allclose(sums_over(array, chosen, Progress()), [values[:, own].sum(axis=1) for own in chosen], rtol=1e-4)
+    np.testing.assert_allclose(
+        sums_over(array, chosen, Progress()),
+        [values[:, own].sum(axis=1) for own in chosen],
+        rtol=1e-4,
+    )
     groups, ids = rng.integers(0, 4, 150), np.array([7, 3, 59])
     expected = np.stack([values[ids][:, groups == g].mean(axis=1) for g in range(4)], axis=1)
     np.testing.assert_allclose(means_by(array, ids, groups, 4), expected, rtol=1e-4, atol=1e-6)
@@ -188,14 +223,24 @@ def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written
         ([lines[1], lines[0], *lines[2:]], "each of 60 training samples"),
     ):
         keep.write_text("".join(f"{line}\n" for line in content))
-        directory.end(CLEAN.of("hydra"), "complete", **(facts | {"checksums": seal(directory, CLEAN.of("hydra"))}))
+        directory.end(
+            CLEAN.of("hydra"),
+            "complete",
+            **(facts | {"checksums": seal(directory, CLEAN.of("hydra"))}),
+        )
         assert [told in fault.found for fault in hydra_pipe.verify(run)] == [True]
     keep.write_text("".join(f"{line}\n" for line in lines))
-    directory.end(CLEAN.of("hydra"), "complete", **(facts | {"n_samples": 2**60, "checksums": seal(directory, CLEAN.of("hydra"))}))
+    directory.end(
+        CLEAN.of("hydra"),
+        "complete",
+        **(facts | {"n_samples": 2**60, "checksums": seal(directory, CLEAN.of("hydra"))}),
+    )
     assert len(hydra_pipe.verify(run)) == 1, "found without asking for memory for as many"
 
 
-def test_a_failure_leaves_the_old_proposal_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_old_proposal_whole(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hydra_pipe.clean(run, lowest=5)
     before = files_of(place(run))
 
@@ -211,17 +256,24 @@ def test_a_failure_leaves_the_old_proposal_whole(run: Path, monkeypatch: pytest.
     assert hydra_pipe.clean(run, lowest=6).is_new
 
 
-def test_means_and_unlabelled_samples_are_ranked_without_suggestions(run: Path, tmp_path: Path) -> None:
+def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
+    run: Path, tmp_path: Path
+) -> None:
     hydra_pipe.reduce(run, by="mean")
     found = hydra_pipe.clean(run, method="hydra-mean", lowest=7)
     every = hydra_pipe.clean(run, lowest=7)
-    assert found.drop["train_id"].to_pylist() == every.drop["train_id"].to_pylist(), "a mean orders as the sum does"
+    assert found.drop["train_id"].to_pylist() == every.drop["train_id"].to_pylist(), (
+        "a mean orders as the sum does"
+    )
     assert found.drop["suggested_label"].null_count == 7
     by_label = np.zeros((N, 4))
     by_label[:, 0] = -np.arange(N)
-    put(run, "x-by-label", by_label, Columns(((0, TESTS),), "label", (0, 1, 2, 3)))
+    put(run, "x-by-label", by_label, ResultColumns(((0, TESTS),), "label", (0, 1, 2, 3)))
     suggested = hydra_pipe.clean(run, method="x-by-label", lowest=4).drop.to_pydict()
-    assert all(s == (0 if own != 0 else None) for s, own in zip(suggested["suggested_label"], suggested["label"], strict=True))
+    assert all(
+        s == (0 if own != 0 else None)
+        for s, own in zip(suggested["suggested_label"], suggested["label"], strict=True)
+    )
 
     unlabelled = tmp_path / "unlabelled"
     pipeline = conv_pipeline()
@@ -270,7 +322,7 @@ def test_relevance_that_is_no_number_is_refused(run: Path) -> None:
 
 def test_halves_share_no_test_and_are_alike_in_labels() -> None:
     labels = np.repeat([0, 1, 2], [10, 7, 4])
-    folds, words = folds_of(Columns(((5, 26),)), 40, labels)
+    folds, words = folds_of(ResultColumns(((5, 26),)), 40, labels)
     one, other = folds
     assert (one.chosen ^ other.chosen).all()
     for fold in folds:
@@ -278,9 +330,9 @@ def test_halves_share_no_test_and_are_alike_in_labels() -> None:
         assert np.abs(2 * np.bincount(labels[fold.chosen]) - [10, 7, 4]).max() <= 1
     assert sorted(np.concatenate([one.tests, other.tests])) == list(range(5, 26))
     assert "the other half" in words
-    (only,), words = folds_of(Columns(((0, 30),), "mean", ("mean",)), 40, None)
+    (only,), words = folds_of(ResultColumns(((0, 30),), "mean", ("mean",)), 40, None)
     assert only.tests.tolist() == list(range(30, 40))
-    (only,), words = folds_of(Columns(((0, 40),), "mean", ("mean",)), 40, None)
+    (only,), words = folds_of(ResultColumns(((0, 40),), "mean", ("mean",)), 40, None)
     assert only.tests.tolist() == list(range(40))
     assert words.startswith("NOT independent")
 
@@ -290,14 +342,21 @@ def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(ru
     found = hydra_pipe.clean(run, lowest=12, retrain=True, seeds=1)
     relevance = np.asarray(hydra_pipe.open_run(run).relevance())
     labels = small().train.tensors[1].numpy()
-    folds, _ = folds_of(Columns(((0, TESTS),)), TESTS, small().test.tensors[1].numpy())
+    folds, _ = folds_of(ResultColumns(((0, TESTS),)), TESTS, small().test.tensors[1].numpy())
     from hydra_pipe.cleaning.decision import Cut, scores_of
 
     hits, all_hits = [], []
     for fold in folds:
         weights = np.ones((2, N), np.float32)
-        weights[1, Cut(lowest=12).of(scores_of(relevance[:, fold.chosen].sum(axis=1, dtype=float), labels))] = 0.0
-        both = Retrainer(small(), Progress(), "weights").train(weights, Task())[:, HIT][:, fold.tests]
+        weights[
+            1,
+            Cut(lowest=12).of(
+                scores_of(relevance[:, fold.chosen].sum(axis=1, dtype=float), labels)
+            ),
+        ] = 0.0
+        both = Retrainer(small(), Progress(), "weights").train(weights, Task())[:, HIT][
+            :, fold.tests
+        ]
         all_hits.append(both[0])
         hits.append(both[1])
     rows = {row["trained on"]: row for row in found.retraining}
@@ -317,7 +376,9 @@ def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(ru
 def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = hydra_pipe.clean(Path(shutil.copytree(run, run.parent / "whole")), retrain=True, seeds=2, lowest=6)
+    whole = hydra_pipe.clean(
+        Path(shutil.copytree(run, run.parent / "whole")), retrain=True, seeds=2, lowest=6
+    )
     train = Retrainer.train
     trained: list[int] = []
 
@@ -344,13 +405,19 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
     assert len(counted) == 2, "the check, and the second seed"
     assert again.retraining == whole.retraining
     assert not hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6).is_new
-    assert hydra_pipe.clean(run, lowest=6).retraining == whole.retraining, "without --retrain what is there is shown"
+    assert hydra_pipe.clean(run, lowest=6).retraining == whole.retraining, (
+        "without --retrain what is there is shown"
+    )
     assert len(counted) == 2
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the line to copy leaves it to Python to close its file
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning"
+)  # the line to copy leaves it to Python to close its file
 def test_the_command_prints_a_table_where_the_files_are_and_how_to_use_them(run: Path) -> None:
-    result = CliRunner().invoke(app, ["clean", str(run), "--lowest", "12", "--retrain", "--seeds", "1"])
+    result = CliRunner().invoke(
+        app, ["clean", str(run), "--lowest", "12", "--retrain", "--seeds", "1"]
+    )
     assert result.exit_code == 0, result.output
     assert "and 2 more" in result.stdout
     assert "without as many at random" in result.stdout
@@ -358,7 +425,9 @@ def test_the_command_prints_a_table_where_the_files_are_and_how_to_use_them(run:
     assert len(eval(hint.partition(": ")[2], {"torch": torch, "train": torch.arange(N)})) == N - 12
 
 
-def test_a_run_of_a_pipeline_object_needs_that_object(recorded: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_of_a_pipeline_object_needs_that_object(
+    recorded: Callable[..., Path], tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(recorded(), tmp_path / "run"))
     hydra_pipe.reduce(run)
     with pytest.raises(RunError, match="pipeline="):

@@ -12,7 +12,9 @@ from hydra_pipe.maths.outliers import FEWEST, MOST_FALSE, robust_scores, tail_th
 values_of = st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=60).map(np.array)
 
 
-def mixture(seed: int, n: int, wrong: int, shift: float = -8.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mixture(
+    seed: int, n: int, wrong: int, shift: float = -8.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums of three labels, each with its own centre and spread, `wrong` of them `shift` spreads lower; and which these are."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
@@ -40,21 +42,29 @@ def test_of_a_normal_distribution_next_to_nothing_is_proposed() -> None:
 @pytest.mark.parametrize("tail", ["normal", "heavy"])
 def test_a_symmetric_distribution_has_no_tail_of_its_own_however_heavy(tail: str) -> None:
     rng = np.random.default_rng(4)
-    values = robust_scores(rng.normal(size=4000) if tail == "normal" else rng.standard_t(2, size=4000))
+    values = robust_scores(
+        rng.normal(size=4000) if tail == "normal" else rng.standard_t(2, size=4000)
+    )
     assert (values < tail_threshold(values)).mean() <= 0.01
-    assert (values < -3.0).mean() > (0.0 if tail == "normal" else 0.03), "a fixed threshold would have proposed them"
+    assert (values < -3.0).mean() > (0.0 if tail == "normal" else 0.03), (
+        "a fixed threshold would have proposed them"
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.02, 0.3), st.floats(-12.0, -2.0))
-def test_the_fitted_threshold_is_near_where_the_odd_ones_are_as_dense_as_the_bulk(seed: int, share: float, centre: float) -> None:
+def test_the_fitted_threshold_is_near_where_the_odd_ones_are_as_dense_as_the_bulk(
+    seed: int, share: float, centre: float
+) -> None:
     rng = np.random.default_rng(seed)
     n = 4000
     odd = np.arange(n) < round(share * n)
     values = np.where(odd, centre, 0.0) + rng.normal(size=n)
     proposed = values < tail_threshold(values)
     # up to there, all that is proposed: less than every second one is of the bulk, but for the luck of so many draws
-    assert proposed.sum() == 0 or odd[proposed].mean() > 1 - MOST_FALSE - 2.5 / np.sqrt(proposed.sum())
+    assert proposed.sum() == 0 or odd[proposed].mean() > 1 - MOST_FALSE - 2.5 / np.sqrt(
+        proposed.sum()
+    )
     if centre < -4:
         assert proposed[odd].mean() > 0.5
 
@@ -68,7 +78,9 @@ def test_scores_are_standard_deviations_of_what_has_none_of_the_tail() -> None:
 
 
 @given(values_of, st.floats(0.01, 100.0), st.floats(-1e3, 1e3))
-def test_scores_know_neither_unit_nor_origin(values: np.ndarray, scale: float, shift: float) -> None:
+def test_scores_know_neither_unit_nor_origin(
+    values: np.ndarray, scale: float, shift: float
+) -> None:
     values = np.round(values, 3)
     before = robust_scores(values)
     after = robust_scores(scale * values + shift)
@@ -93,7 +105,9 @@ def test_equal_values_score_zero_and_every_score_is_finite(values: np.ndarray) -
 
 
 @given(values_of, st.data())
-def test_the_lowest_of_a_larger_number_begin_with_those_of_a_smaller(values: np.ndarray, data: st.DataObject) -> None:
+def test_the_lowest_of_a_larger_number_begin_with_those_of_a_smaller(
+    values: np.ndarray, data: st.DataObject
+) -> None:
     more = data.draw(st.integers(1, len(values) - 1))
     fewer = data.draw(st.integers(1, more))
     larger = Cut(lowest=more).of(values)
@@ -151,11 +165,14 @@ def test_a_label_is_suggested_only_where_one_class_is_clearly_harmed_most() -> N
 def test_reasons_have_the_numbers() -> None:
     sums, scores = np.array([-4.0, 1.0, -2.5]), np.array([-6.04, 0.5, -3.2])
     labels = np.array(["cat", "dog", "dog"], object)
-    one, other = reasons(sums, scores, np.array([0, 2]), labels, ["dog", None], "relevance summed over 9 tests")
+    one, other = reasons(
+        sums, scores, np.array([0, 2]), labels, ["dog", None], "relevance summed over 9 tests"
+    )
     assert one == (
         "relevance summed over 9 tests -4: 6.0 robust standard deviations below the median of the samples labelled cat; "
         "of the other classes it harms tests of dog most, at least 2 times as much as the next"
     )
     assert (
-        other == "relevance summed over 9 tests -2.5: 3.2 robust standard deviations below the median of the samples labelled dog"
+        other
+        == "relevance summed over 9 tests -2.5: 3.2 robust standard deviations below the median of the samples labelled dog"
     )

@@ -55,23 +55,39 @@ def test_one_test_sample_proposes_nothing_and_says_so(file: str, tmp_path: Path)
     assert asked.drop.num_rows == 5
     assert any("there is one test sample" in line for line in asked.summary["says"])
     hydra_pipe.reduce(run, by="mean")
-    assert any("there is one test sample" in line for line in hydra_pipe.clean(run, method="hydra-mean").summary["says"])
+    assert any(
+        "there is one test sample" in line
+        for line in hydra_pipe.clean(run, method="hydra-mean").summary["says"]
+    )
 
 
 @pytest.mark.parametrize("words", [False, True])
-def test_labels_without_tests_are_not_proposed_and_are_named(file: str, tmp_path: Path, words: bool) -> None:
+def test_labels_without_tests_are_not_proposed_and_are_named(
+    file: str, tmp_path: Path, words: bool
+) -> None:
     run = recorded(file, tmp_path / "run", tests=20, first=1, words=words)
     labels = hydra_pipe.open_run(run).gradients.labels("train")
     lacking = "class 0" if words else 0
     found = hydra_pipe.clean(run)
     assert lacking not in found.drop.column("label").to_pylist()
     (told,) = [line for line in found.summary["says"] if "no test sample has" in line]
-    assert told.startswith(f"no test sample has the label {lacking}: of the {int((labels == lacking).sum())} training samples")
-    assert lacking in hydra_pipe.clean(run, lowest=100, overwrite=True).drop.column("label").to_pylist()
-    assert not [line for line in hydra_pipe.clean(recorded(file, tmp_path / "all", tests=20)).summary["says"] if "no test" in line]
+    assert told.startswith(
+        f"no test sample has the label {lacking}: of the {int((labels == lacking).sum())} training samples"
+    )
+    assert (
+        lacking
+        in hydra_pipe.clean(run, lowest=100, overwrite=True).drop.column("label").to_pylist()
+    )
+    assert not [
+        line
+        for line in hydra_pipe.clean(recorded(file, tmp_path / "all", tests=20)).summary["says"]
+        if "no test" in line
+    ]
 
 
-def test_evaluations_of_one_test_sample_have_no_interval_and_say_so(file: str, tmp_path: Path) -> None:
+def test_evaluations_of_one_test_sample_have_no_interval_and_say_so(
+    file: str, tmp_path: Path
+) -> None:
     run = recorded(file, tmp_path / "run")
     for kind, name, options in (
         ("lds", "lds", {"retrainings": 10}),
@@ -79,9 +95,13 @@ def test_evaluations_of_one_test_sample_have_no_interval_and_say_so(file: str, t
         ("smoothness", "agreement", {}),
     ):
         found = hydra_pipe.evaluate(file, run, kind, **options)
-        assert all(math.isnan(row[f"{name}_low"]) and math.isfinite(row[name]) for row in found.rows), kind
+        assert all(
+            math.isnan(row[f"{name}_low"]) and math.isfinite(row[name]) for row in found.rows
+        ), kind
         assert any("there is one test sample" in line for line in found.summary["says"]), kind
-        shown = CliRunner().invoke(app, ["evaluate", file, str(run), kind, *(f"--{k}={v}" for k, v in options.items())])
+        shown = CliRunner().invoke(
+            app, ["evaluate", file, str(run), kind, *(f"--{k}={v}" for k, v in options.items())]
+        )
         assert shown.exit_code == 0, shown.output
         assert "nan" not in shown.stdout
         assert "there is one test sample" in shown.stdout
@@ -90,9 +110,14 @@ def test_evaluations_of_one_test_sample_have_no_interval_and_say_so(file: str, t
 def test_a_rank_correlation_over_one_or_two_samples_is_left_out(file: str, tmp_path: Path) -> None:
     run = recorded(file, tmp_path / "run", tests=10)
     for samples in ("3", "3-4"):
-        found = hydra_pipe.evaluate(file, run, "loo", settings={"tests": 10}, samples=samples, overwrite=True)
+        found = hydra_pipe.evaluate(
+            file, run, "loo", settings={"tests": 10}, samples=samples, overwrite=True
+        )
         assert np.isnan([row["spearman"] for row in found.rows]).all()
-        assert any("tells nothing, and is left out: leave out 3 or more, by --samples" in line for line in found.summary["says"])
+        assert any(
+            "tells nothing, and is left out: leave out 3 or more, by --samples" in line
+            for line in found.summary["says"]
+        )
 
 
 def test_retraining_with_one_test_sample_says_what_it_is_worth(file: str, tmp_path: Path) -> None:

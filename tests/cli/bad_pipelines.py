@@ -10,7 +10,9 @@ from hydra_pipe import Pipeline
 
 def data(n: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(n)
-    return TensorDataset(torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator))
+    return TensorDataset(
+        torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+    )
 
 
 def losses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -19,7 +21,9 @@ def losses(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def make(model: nn.Module | None = None, **changes: object) -> Pipeline:
     model = model or nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    parameters = [p for p in model.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))]
+    parameters = [p for p in model.parameters() if p.requires_grad] or [
+        nn.Parameter(torch.zeros(1))
+    ]
     fields: dict[str, object] = {
         "model": model,
         "optimizer": torch.optim.SGD(parameters, lr=0.1),
@@ -71,7 +75,9 @@ def infinite_loss() -> Pipeline:
     steps = iter(range(100))
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return losses(output, target) + (torch.tensor([0.0, 0.0, torch.inf, 0.0]) if next(steps) == 3 else 0.0)
+        return losses(output, target) + (
+            torch.tensor([0.0, 0.0, torch.inf, 0.0]) if next(steps) == 3 else 0.0
+        )
 
     return make(loss=loss)
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.reduction.methods import METHODS
-from hydra_pipe.store.run.results import ResultName, result_of
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName, result_of
 from hydra_pipe.store.run.stages import REDUCE
 
 
@@ -32,7 +32,16 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(run: Path) -> None:
     before = (run / "run.json").read_bytes()
     plan = call("reduce", str(run), "--dry-run", "--memory", "3GiB", "--tests", "0-2", "--mean")
     found = dict(re.split(r"  +", line, maxsplit=1) for line in plan.splitlines())
-    assert {"order", "passes", "tasks", "read", "written", "operations", "peak memory", "between workers"} <= set(found)
+    assert {
+        "order",
+        "passes",
+        "tasks",
+        "read",
+        "written",
+        "operations",
+        "peak memory",
+        "between workers",
+    } <= set(found)
     assert found["samples x tests"] == "26 x 3, in 1 groups"
     assert found["peak memory"].endswith("of 3 GiB")
     assert (run / "run.json").read_bytes() == before
@@ -41,11 +50,17 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(run: Path) -> None:
 
 def test_selections_and_means_have_results_of_their_own(run: Path) -> None:
     assert "next: hydra-pipe export" in call("reduce", str(run), "--tests", "1,3-5")
-    assert f"next: hydra-pipe export {run} --method hydra-by-label" in call("reduce", str(run), "--by", "label")
-    assert f"next: hydra-pipe export {run} --method hydra-mean" in call("reduce", str(run), "--mean")
+    assert f"next: hydra-pipe export {run} --method hydra-by-label" in call(
+        "reduce", str(run), "--by", "label"
+    )
+    assert f"next: hydra-pipe export {run} --method hydra-mean" in call(
+        "reduce", str(run), "--mean"
+    )
     assert hydra_pipe.open_run(run).methods == ["hydra", "hydra-by-label", "hydra-mean"]
     assert "rankings" in call("export", str(run), "--method", "hydra-by-label")
-    assert "--mean and --by: choose one of them" in call("reduce", str(run), "--mean", "--by", "label", code=2)
+    assert "--mean and --by: choose one of them" in call(
+        "reduce", str(run), "--mean", "--by", "label", code=2
+    )
 
 
 def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
@@ -66,16 +81,25 @@ def test_rows_are_pruned_once_hypergradients_are_kept(run: Path) -> None:
         (["--method", "self"], "self"),
     ],
 )
-def test_what_is_advised_makes_the_same_result_again(run: Path, options: list[str], name: str) -> None:
+def test_what_is_advised_makes_the_same_result_again(
+    run: Path, options: list[str], name: str
+) -> None:
     said = call("reduce", str(run), *options)
-    assert "self_relevance" in said if name == "self" else f"next: hydra-pipe export {run} --method {name}\n" in said
+    assert (
+        "self_relevance" in said
+        if name == "self"
+        else f"next: hydra-pipe export {run} --method {name}\n" in said
+    )
     again = RunDirectory.open(run).command(REDUCE.of(name))
     assert "nothing to do" in call(*again.split()[1:])
     assert hydra_pipe.open_run(run).methods == [name]
 
 
 def test_every_method_is_in_the_help_and_in_the_documents() -> None:
-    text, helped = (ROOT / "docs/methods.md").read_text(), re.sub(r"\s+", "", call("reduce", "--help"))  # lines end at hyphens
+    text, helped = (
+        (ROOT / "docs/methods.md").read_text(),
+        re.sub(r"\s+", "", call("reduce", "--help")),
+    )  # lines end at hyphens
     for method in METHODS:
         assert f"`{method}`" in text
         assert method in helped

@@ -39,9 +39,15 @@ def run(recorded_run: Path, tmp_path: Path) -> Path:
 
 def shell(script: str, run: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """`script` in bash, with `RUN` and `HYDRA` in it put in."""
-    settings = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | environment
+    settings = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        | environment
+    )
     script = script.replace("HYDRA", COMMAND).replace("RUN", f"'{run}'")
-    return subprocess.run(["bash", "-c", script], capture_output=True, env=settings, timeout=120, check=False)
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, env=settings, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
@@ -67,11 +73,18 @@ def test_a_closed_stream_fails_no_work(run: Path, closed: str) -> None:
 def test_a_reader_that_has_seen_enough_hears_nothing(run: Path, command: str) -> None:
     for reader in ("true", "head -c 1 > /dev/null"):
         result = shell(f"HYDRA {command} | {reader}", run)
-        assert [line for line in result.stderr.splitlines() if not line.startswith(b"verify:")] == []
+        assert [
+            line for line in result.stderr.splitlines() if not line.startswith(b"verify:")
+        ] == []
 
 
 def test_progress_that_nobody_reads_fails_no_work(run: Path) -> None:
-    assert shell("(HYDRA reduce RUN --overwrite; echo $? > RUN.code) 2>&1 >/dev/null | true", run).returncode == 0
+    assert (
+        shell(
+            "(HYDRA reduce RUN --overwrite; echo $? > RUN.code) 2>&1 >/dev/null | true", run
+        ).returncode
+        == 0
+    )
     assert run.with_name(f"{run.name}.code").read_text() == "0\n"
     assert hydra_pipe.verify(run) == []
 
@@ -85,7 +98,9 @@ def test_output_that_cannot_be_written_is_told_in_one_line(run: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_library_call_shows_no_progress_where_there_is_no_stream(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_call_shows_no_progress_where_there_is_no_stream(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert hydra_pipe.reduce(run, overwrite=True, progress=ConsoleProgress())
 
@@ -93,5 +108,8 @@ def test_a_library_call_shows_no_progress_where_there_is_no_stream(run: Path, mo
 def test_the_version_is_told_by_the_command_and_by_the_module(tmp_path: Path) -> None:
     expected = f"hydra-pipe {importlib.metadata.version('hydra-pipe')}\n"
     assert shell("HYDRA --version", tmp_path).stdout.decode() == expected
-    assert shell(f"{sys.executable} -m hydra_pipe.cli.app --version", tmp_path).stdout.decode() == expected
+    assert (
+        shell(f"{sys.executable} -m hydra_pipe.cli.app --version", tmp_path).stdout.decode()
+        == expected
+    )
     assert b"reduce" in shell("HYDRA --help", tmp_path).stdout

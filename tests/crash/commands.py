@@ -25,8 +25,23 @@ EIGHTS = ((0, 8), (8, 16), (16, 24), (24, 26))
 PATIENCE_SECONDS = 500
 NAP_SECONDS = 0.002
 # before the fork, with whatever these need
-LOADED = ("cli.app", "recording.recorder", "training.run", "reduction.run", "replay.run", "exporting.run", "evaluation.run")
-LOADED += ("retraining.campaign", "store.verify", "probing", "cleaning.retraining", "reporting.page", "reporting.gathering")
+LOADED = (
+    "cli.app",
+    "recording.recorder",
+    "training.run",
+    "reduction.run",
+    "replay.run",
+    "exporting.run",
+    "evaluation.run",
+)
+LOADED += (
+    "retraining.campaign",
+    "store.verify",
+    "probing",
+    "cleaning.retraining",
+    "reporting.page",
+    "reporting.gathering",
+)
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
@@ -34,15 +49,16 @@ def make_small() -> None:
     """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four models are trained together."""
     from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import chunking as geometry
-    from hydra_pipe.recording import row_buffer as slab
+    from hydra_pipe.recording import row_buffer as buffer
     from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
-    from hydra_pipe.store.data import hypergradients, relevance, gradients_writer as writing
+    from hydra_pipe.store.data import gradients_writer as writing
+    from hydra_pipe.store.data import hypergradients, relevance
 
     for module, name, value in (
         (geometry, "MAX_SHARD_ROWS", 16),
         (writing, "STEP_SHARD_ROWS", 4),
-        (slab, "SLAB_STEPS", 2),
+        (buffer, "SLAB_STEPS", 2),
         (relevance, "CHUNK_SAMPLES", 8),
         (sums, "SAMPLE_MULTIPLE", 8),
         (hypergradients, "MOST_FILE_ROWS", 8),
@@ -60,10 +76,18 @@ def plan_in(order: str) -> None:
 
     def planned(given: Any, chunks: Any, answered: Any = None) -> Any:
         plan = plan_sums(given, chunks)
-        whole = {"test_blocks": TWOS, "sample_blocks": EIGHTS if order == "fold first" else ((0, 26),)}
+        whole = {
+            "test_blocks": TWOS,
+            "sample_blocks": EIGHTS if order == "fold first" else ((0, 26),),
+        }
         plan = dataclasses.replace(plan, order=order, **whole)
-        done, left = answered.done if answered else 0, "sample_blocks" if order == "fold first" else "test_blocks"
-        return dataclasses.replace(plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)})
+        done, left = (
+            answered.done if answered else 0,
+            "sample_blocks" if order == "fold first" else "test_blocks",
+        )
+        return dataclasses.replace(
+            plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)}
+        )
 
     sums.plan_sums = planned
 
@@ -99,7 +123,9 @@ def plan_narrow() -> None:
     def replayed(what: Any) -> Any:
         plan = plan_replay(what)
         columns = TWOS if what.recording.n_columns == TWOS[-1][1] else plan.columns
-        return dataclasses.replace(plan, columns=columns, carried=columns, at_once=2, levels=3, most_states=2)
+        return dataclasses.replace(
+            plan, columns=columns, carried=columns, at_once=2, levels=3, most_states=2
+        )
 
     sweep.plan_sweep, influence.plan_solve, replay.plan_replay = swept, solved, replayed
     hypergradient_matrix.plan_matrix, from_matrix.plan_answers = kept, answering

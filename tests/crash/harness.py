@@ -19,7 +19,14 @@ import shim
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # of the manifest: what is of the clock and of the disk, and not of the result; and checksums of files that have the run's id
-_PARTICULAR = ("seconds", "train_seconds", "test_seconds", "checkpoint_seconds", "stalls", "stalled_seconds")
+_PARTICULAR = (
+    "seconds",
+    "train_seconds",
+    "test_seconds",
+    "checkpoint_seconds",
+    "stalls",
+    "stalled_seconds",
+)
 _PARTICULAR += ("checksums", "of_record", "of_reduce", "of_self")
 KILLED = -9
 
@@ -43,11 +50,17 @@ class Ended:
         told = [line for line in self.errors.splitlines() if line.startswith("hydra-pipe: ")]
         if self.code != 1:
             return f"exit code {self.code}"
-        if "Traceback" in self.errors or "Exception ignored" in self.errors or "defect of hydra-pipe" in self.errors:
+        if (
+            "Traceback" in self.errors
+            or "Exception ignored" in self.errors
+            or "defect of hydra-pipe" in self.errors
+        ):
             return "a traceback, or a failure that is called a defect"
         if len(told) != 1 or not self.errors.rstrip().endswith(told[0]):
             return f"{len(told)} lines of hydra-pipe's own, or not the last"
-        if not re.search(r"run the same command again|record (the run )?again|--overwrite", told[0]):
+        if not re.search(
+            r"run the same command again|record (the run )?again|--overwrite", told[0]
+        ):
             return "nothing that says what to do"
         return None
 
@@ -61,11 +74,20 @@ def commands_for(threads: int, *, small: bool) -> Iterator[list["Commands"]]:
         small: with files, chunks and passes so small that a tiny run has several of each.
     """
     jobs, codes = ([os.pipe() for _ in range(threads)] for _ in range(2))
-    theirs = [end for (reader, _), (_, writer) in zip(jobs, codes, strict=True) for end in (reader, writer)]
+    theirs = [
+        end
+        for (reader, _), (_, writer) in zip(jobs, codes, strict=True)
+        for end in (reader, writer)
+    ]
     path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
     with ExitStack() as opened:
         server = subprocess.Popen(
-            [sys.executable, HERE / "commands.py", *map(str, theirs), *(["small"] if small else [])],
+            [
+                sys.executable,
+                HERE / "commands.py",
+                *map(str, theirs),
+                *(["small"] if small else []),
+            ],
             pass_fds=theirs,
             env=os.environ | shim.preloaded() | {"PYTHONPATH": path},
         )
@@ -77,7 +99,10 @@ def commands_for(threads: int, *, small: bool) -> Iterator[list["Commands"]]:
             (opened.enter_context(open(writer, "w")), opened.enter_context(open(reader)))
             for (_, writer), (reader, _) in zip(jobs, codes, strict=True)
         ]
-        scratch = [Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hydra-pipe-crash-"))) for _ in ours]
+        scratch = [
+            Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hydra-pipe-crash-")))
+            for _ in ours
+        ]
         yield [Commands(*files, own) for files, own in zip(ours, scratch, strict=True)]
 
 
@@ -95,7 +120,13 @@ class Commands:
     scratch: Path
 
     def __call__(
-        self, run: Path, arguments: Sequence[str], order: str | None = None, *, seconds: float | None = None, **struck: Any
+        self,
+        run: Path,
+        arguments: Sequence[str],
+        order: str | None = None,
+        *,
+        seconds: float | None = None,
+        **struck: Any,
     ) -> Ended:
         """One command.
 
@@ -111,7 +142,12 @@ class Commands:
         log.unlink(missing_ok=True)
         environment = shim.environment(run, log=log, **struck)
         named = [run.name if word == "RUN" else word for word in arguments]
-        job: dict[str, Any] = {"arguments": named, "environment": environment, "order": order, "seconds": seconds}
+        job: dict[str, Any] = {
+            "arguments": named,
+            "environment": environment,
+            "order": order,
+            "seconds": seconds,
+        }
         run.parent.mkdir(parents=True, exist_ok=True)
         job |= {
             "directory": str(run.parent),
@@ -150,7 +186,10 @@ def _manifest(content: bytes) -> bytes:
     for stage in manifest["stages"].values():
         for name in _PARTICULAR:
             stage["facts"].pop(name, None)
-        for name in ("peak_bytes", "picoseconds"):  # the one counts what Python takes, the other how long a step took
+        for name in (
+            "peak_bytes",
+            "picoseconds",
+        ):  # the one counts what Python takes, the other how long a step took
             stage["facts"].get("plan", {}).pop(name, None)
     return json.dumps(manifest, indent=1).encode()
 
@@ -158,14 +197,18 @@ def _manifest(content: bytes) -> bytes:
 def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, int]:
     """Files that are not the same, with the number of bytes that differ."""
     names = sorted(found.keys() | expected.keys())
-    return {name: n for name in names if (n := differing_bytes(found.get(name), expected.get(name)))}
+    return {
+        name: n for name in names if (n := differing_bytes(found.get(name), expected.get(name)))
+    }
 
 
 def differing_bytes(found: bytes | None, expected: bytes | None) -> int:
     """Bytes that differ; those that only one has count, and a file that only one has counts at least as one."""
     if found is None or expected is None:
         return max(1, len(found or expected or b""))
-    return abs(len(found) - len(expected)) + (0 if found == expected else sum(map(int.__ne__, found, expected)))
+    return abs(len(found) - len(expected)) + (
+        0 if found == expected else sum(map(int.__ne__, found, expected))
+    )
 
 
 def leftovers(run: Path) -> list[str]:
@@ -180,7 +223,9 @@ def kind_of(call: shim.Call, run: Path) -> str:
     path = re.sub(r"(?<=/c)(/\d+)+", "/N", path)
     path = re.sub(r"step-\d+-[0-9a-f]+", "step-N", path)
     # arrays that are written alike
-    path = re.sub(r"(?<=gradients.zarr/)(steps/\w+|curvature|sample|step|scale)(?=/|$)", "COLUMN", path)
+    path = re.sub(
+        r"(?<=gradients.zarr/)(steps/\w+|curvature|sample|step|scale)(?=/|$)", "COLUMN", path
+    )
     return f"{call.name} {path or '.'}"
 
 
@@ -194,7 +239,9 @@ def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
     """Files below a run that a power cut after `calls` could take, or take something of; those being written left out."""
     content: set[str] = set()  # written, and not flushed
     entries: set[str] = set()  # made or moved there, and their directory not flushed
-    made: set[str] = set()  # directories, which are made but once: after that making them fails, which the log does not tell
+    made: set[str] = (
+        set()
+    )  # directories, which are made but once: after that making them fails, which the log does not tell
     for call in calls:
         if call.name in ("open", "write", "writev", "pwrite", "ftruncate"):
             content.add(call.path)
@@ -207,7 +254,9 @@ def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
             made.add(call.path)
         elif call.name == "rename":
             inside = call.path + "/"
-            moved = {name for name in content | entries if name == call.path or name.startswith(inside)}
+            moved = {
+                name for name in content | entries if name == call.path or name.startswith(inside)
+            }
             made = {name for name in made if name != call.path and not name.startswith(inside)}
             for found in (content, entries):
                 found |= {call.to + name.removeprefix(call.path) for name in moved & found}
@@ -216,7 +265,13 @@ def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
         elif call.name in ("unlink", "rmdir"):
             # the log has the path of a tree's root only
             content, entries = content - {call.path}, entries - {call.path}
-            made = {name for name in made if name != call.path and not name.startswith(call.path + "/")}
+            made = {
+                name for name in made if name != call.path and not name.startswith(call.path + "/")
+            }
     root = os.path.realpath(run)
-    ours = {name.removeprefix(root + "/") for name in content | entries if name.startswith(root + "/")}
-    return sorted(name for name in ours if not name.endswith(".partial") and not name.startswith("locks"))
+    ours = {
+        name.removeprefix(root + "/") for name in content | entries if name.startswith(root + "/")
+    }
+    return sorted(
+        name for name in ours if not name.endswith(".partial") and not name.startswith("locks")
+    )

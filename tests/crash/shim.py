@@ -50,11 +50,16 @@ def library() -> Path:
     """The built library, in a temporary directory that this process leaves to the system to clean."""
     built = Path(tempfile.mkdtemp(prefix="hydra-pipe-shim-")) / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", built, source, "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", built, source, "-ldl"],
+        check=True,
+    )
     return built
 
 
-def environment(root: Path, *, at: int = 0, do: str = "", stay: bool = False, log: Path | None = None) -> dict[str, str]:
+def environment(
+    root: Path, *, at: int = 0, do: str = "", stay: bool = False, log: Path | None = None
+) -> dict[str, str]:
     """Variables for a process whose calls below `root` are counted; with `LD_PRELOAD`, see `preloaded`."""
     assert do in ("", *DEEDS)
     found = {"HYDRA_PIPE_SHIM_ROOT": os.path.realpath(root)}
@@ -75,4 +80,7 @@ def preloaded() -> dict[str, str]:
 def calls(log: Path) -> list[Call]:
     """What a process has written to `log`, in the order of the numbers."""
     fields = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
-    return sorted((Call(int(number), name, path, to) for number, name, path, to in fields), key=lambda call: call.number)
+    return sorted(
+        (Call(int(number), name, path, to) for number, name, path, to in fields),
+        key=lambda call: call.number,
+    )

@@ -16,7 +16,9 @@ STAGES: Stages = {
     "prune": (["prune", "RUN"], None, ["record", "reduce, fold first"]),
 }
 # with test gradients on the way, for tracin
-TESTED: Stages = {"tested": ([*RECORD, "--checkpoint-every", "2", "--test-every", "epoch"], None, [])}
+TESTED: Stages = {
+    "tested": ([*RECORD, "--checkpoint-every", "2", "--test-every", "epoch"], None, [])
+}
 # of each of these a few calls, and all by benchmarks/crash.py
 LATER: Stages = {
     "fisher": (["reduce", "RUN", "--method", "hydra-fisher"], "narrow", ["tested"]),
@@ -26,14 +28,30 @@ LATER: Stages = {
     "tracin": (["reduce", "RUN", "--method", "tracin"], "score first", ["tested"]),
     "self": (["reduce", "RUN", "--method", "self"], None, ["tested"]),
     "loo": (["evaluate", PIPELINE, "RUN", "loo", "--samples", "0-5"], None, ["tested", "fisher"]),
-    "lds": (["evaluate", PIPELINE, "RUN", "lds", "--retrainings", "10"], None, ["tested", "fisher"]),
-    "noise": (["evaluate", PIPELINE, "RUN", "noise", "--left-out", "1"], None, ["tested", "fisher"]),
+    "lds": (
+        ["evaluate", PIPELINE, "RUN", "lds", "--retrainings", "10"],
+        None,
+        ["tested", "fisher"],
+    ),
+    "noise": (
+        ["evaluate", PIPELINE, "RUN", "noise", "--left-out", "1"],
+        None,
+        ["tested", "fisher"],
+    ),
     "smoothness": (["evaluate", PIPELINE, "RUN", "smoothness"], None, ["tested"]),
     "probe": (PROBE, None, ["record"]),
     "reduce of a probe": (["reduce", "RUN", "--test", "wrong"], "score first", ["record", "probe"]),
     "probe anew": ([*PROBE, "--overwrite"], None, ["record", "probe", "reduce of a probe"]),
-    "keep": (["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"], "narrow", ["tested"]),
+    "keep": (
+        ["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"],
+        "narrow",
+        ["tested"],
+    ),
     "report": (["report", "RUN"], None, ["record", "reduce, score first"]),
-    "clean": (["clean", "RUN", "--lowest", "4", "--retrain"], None, ["record", "reduce, score first"]),
+    "clean": (
+        ["clean", "RUN", "--lowest", "4", "--retrain"],
+        None,
+        ["record", "reduce, score first"],
+    ),
 }
 ALL = STAGES | TESTED | LATER

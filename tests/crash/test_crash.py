@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import shim
-from harness import KILLED, Commands, area_of, commands_for, contents, differences, leftovers, unsafe_names
+from harness import (
+    KILLED,
+    Commands,
+    area_of,
+    commands_for,
+    contents,
+    differences,
+    leftovers,
+    unsafe_names,
+)
 from stages import ALL, LATER, STAGES
 
 import hydra_pipe
@@ -46,14 +55,27 @@ class Stage:
 
     def in_the_middle(self, deeds: Sequence[str]) -> list[Struck]:
         """The call in the middle of each area, with one deed after the other."""
-        return [(calls[len(calls) // 2], deeds[n % len(deeds)]) for n, calls in enumerate(self.areas.values())]
+        return [
+            (calls[len(calls) // 2], deeds[n % len(deeds)])
+            for n, calls in enumerate(self.areas.values())
+        ]
 
     def drawn(self) -> list[Struck]:
         """Some deeds, each with a call that it can be done to."""
         draw = random.Random(self.name)
         deeds = [*draw.sample(KILLS, 2), *draw.sample(FAULTS, 2)]
-        of_writes = [calls for area, calls in self.areas.items() if "write" in area.partition(" ")[0]]
-        return [(draw.choice(draw.choice(of_writes if "short" in deed else list(self.areas.values()))), deed) for deed in deeds]
+        of_writes = [
+            calls for area, calls in self.areas.items() if "write" in area.partition(" ")[0]
+        ]
+        return [
+            (
+                draw.choice(
+                    draw.choice(of_writes if "short" in deed else list(self.areas.values()))
+                ),
+                deed,
+            )
+            for deed in deeds
+        ]
 
 
 Perform = Callable[..., object]
@@ -72,7 +94,9 @@ def perform(commands: Commands, name: str, run: Path, **struck: object):
 
 
 @pytest.fixture(scope="module")
-def whole(two_commands: list[Commands], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stage]:
+def whole(
+    two_commands: list[Commands], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Stage]:
     """A stage that was run to its end, once for each name."""
     made: dict[str, Stage] = {}
 
@@ -91,14 +115,20 @@ def whole(two_commands: list[Commands], tmp_path_factory: pytest.TempPathFactory
                 area = area_of(call, directory / "run")
                 if "locks" not in area and area != "rmdir .":
                     areas.setdefault(area, []).append(call)
-            made[name] = Stage(name, directory / "run", directory / "before", seconds, ended.calls, areas)
+            made[name] = Stage(
+                name, directory / "run", directory / "before", seconds, ended.calls, areas
+            )
         return made[name]
 
     return of
 
 
 def each(
-    stage: Stage, two_commands: list[Commands], tmp_path: Path, struck: list[Struck], strike: Callable[..., str | None]
+    stage: Stage,
+    two_commands: list[Commands],
+    tmp_path: Path,
+    struck: list[Struck],
+    strike: Callable[..., str | None],
 ) -> None:
     """Every call of `struck`, by `strike`, which says what is wrong; on both cores."""
     expected, numbers = contents(stage.run), count()
@@ -122,9 +152,14 @@ def each(
 
 
 def different(run: Path, expected: dict[str, bytes]) -> str | None:
-    found = [f"{name} differs in {n} bytes" for name, n in differences(contents(run), expected).items()]
+    found = [
+        f"{name} differs in {n} bytes" for name, n in differences(contents(run), expected).items()
+    ]
     found += [f"{name} is left" for name in leftovers(run)]
-    return "; ".join(found + [f"{fault.where} {fault.what}" for fault in hydra_pipe.verify(run)]) or None
+    return (
+        "; ".join(found + [f"{fault.where} {fault.what}" for fault in hydra_pipe.verify(run)])
+        or None
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -133,7 +168,11 @@ def test_a_command_that_was_killed_ends_with_the_same_bytes(
 ) -> None:
     def strike(commands: Commands, run: Path, at: int, deed: str) -> str | None:
         ended = perform(commands, name, run, at=at, do=deed)
-        return None if ended.code == KILLED else f"was not killed: {ended.code}, {len(ended.calls)} calls, {ended.errors}"
+        return (
+            None
+            if ended.code == KILLED
+            else f"was not killed: {ended.code}, {len(ended.calls)} calls, {ended.errors}"
+        )
 
     stage = whole(name)
     each(stage, two_commands, tmp_path, stage.in_the_middle(KILLS), strike)
@@ -149,7 +188,13 @@ def test_a_disk_that_fails_is_told_in_one_line_and_the_command_ends_with_the_sam
     def strike(commands: Commands, run: Path, at: int, deed: str) -> str | None:
         what, _, stay = deed.partition(" ")
         ended = perform(commands, name, run, at=at, do=what, stay=bool(stay))
-        return different(run, expected) if ended.code == 0 else f"{wrong}: {ended.errors}" if (wrong := ended.fault()) else None
+        return (
+            different(run, expected)
+            if ended.code == 0
+            else f"{wrong}: {ended.errors}"
+            if (wrong := ended.fault())
+            else None
+        )
 
     each(stage, two_commands, tmp_path, stage.in_the_middle(FAULTS), strike)
 
@@ -171,7 +216,9 @@ def test_whatever_a_command_meets_it_ends_with_the_same_bytes(
         return f"{wrong}: {ended.errors}" if not is_killed and (wrong := ended.fault()) else None
 
     each(stage, two_commands, tmp_path, stage.drawn(), strike)
-    assert KILLED in codes  # not always twice: two threads may take a call more or less: the last of them may not be there
+    assert (
+        KILLED in codes
+    )  # not always twice: two threads may take a call more or less: the last of them may not be there
 
 
 @pytest.mark.parametrize("name", ["fisher", "exact", "rank", "lds"])
@@ -183,13 +230,18 @@ def test_a_command_that_is_killed_at_some_moment_ends_with_the_same_bytes(
     expected = contents(stage.run)
     run = shutil.copytree(stage.before, tmp_path / "run")
     for share in (0.3, 0.8):
-        assert perform(two_commands[0], name, run, seconds=share * stage.seconds).code in (0, KILLED)
+        assert perform(two_commands[0], name, run, seconds=share * stage.seconds).code in (
+            0,
+            KILLED,
+        )
     assert perform(two_commands[0], name, run).code == 0
     assert different(run, expected) is None
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_the_manifest_claims_was_safe_on_the_disk_before(name: str, whole: Callable[[str], Stage]) -> None:
+def test_what_the_manifest_claims_was_safe_on_the_disk_before(
+    name: str, whole: Callable[[str], Stage]
+) -> None:
     """A power cut takes what was not flushed: no manifest may count on that. Pruning only deletes."""
     stage = whole(name)
     renamed = [call for call in stage.calls if call.to.endswith("/run/run.json")]

@@ -8,7 +8,12 @@ from hydra_pipe import Pipeline
 
 def pipeline() -> Pipeline:
     labels = images(26, 1).tensors[1].tolist()
-    return conv_pipeline(epochs=2, true_labels=[(label + 1) % 4 if i in (3, 8, 21) else label for i, label in enumerate(labels)])
+    return conv_pipeline(
+        epochs=2,
+        true_labels=[
+            (label + 1) % 4 if i in (3, 8, 21) else label for i, label in enumerate(labels)
+        ],
+    )
 
 
 def mistakes() -> TensorDataset:

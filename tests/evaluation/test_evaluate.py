@@ -28,7 +28,7 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.retraining import campaign
 from hydra_pipe.retraining.retrainer import LOSS, Retrainer
 from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.data.relevance import Columns, create_relevance, write_relevance
+from hydra_pipe.store.data.relevance import ResultColumns, create_relevance, write_relevance
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EVALUATE, REDUCE
 
@@ -67,7 +67,9 @@ def net(lr: float = 0.1, seed: int = 0) -> Pipeline:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A pipeline file, and its run, reduced by two methods."""
     directory = tmp_path_factory.mktemp("evaluate")
-    (directory / "file.py").write_text(FILE.format(tests=[str(ROOT / "tests"), str(Path(__file__).parent)]))
+    (directory / "file.py").write_text(
+        FILE.format(tests=[str(ROOT / "tests"), str(Path(__file__).parent)])
+    )
     run = directory / "run"
     hydra_pipe.record(str(directory / "file.py"), run)
     for method in ("hydra", "hydra-fisher"):
@@ -80,12 +82,14 @@ def case(made: tuple[str, Path], tmp_path: Path) -> tuple[str, Path]:
     return made[0], shutil.copytree(made[1], tmp_path / "run")
 
 
-def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None) -> None:
+def put(run: Path, name: str, values: np.ndarray, columns: ResultColumns | None = None) -> None:
     """A relevance array called `name`, as if it had been reduced."""
     directory = RunDirectory.open(run)
     words = {"method": "made up", "sign": "positive is helpful", "unit": "test loss"}
-    columns = columns or Columns(((0, values.shape[1]),))
-    array = create_relevance(run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id)
+    columns = columns or ResultColumns(((0, values.shape[1]),))
+    array = create_relevance(
+        run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id
+    )
     write_relevance(array, 0, 0, values.astype(np.float32))
     upto = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
     directory.begin(REDUCE.of(name), upto)
@@ -93,7 +97,11 @@ def put(run: Path, name: str, values: np.ndarray, columns: Columns | None = None
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(directory)): f.read_bytes()
+        for f in sorted(directory.rglob("*"))
+        if f.is_file()
+    }
 
 
 def test_loo_is_what_leaving_out_one_sample_does(case: tuple[str, Path]) -> None:
@@ -111,7 +119,9 @@ def test_loo_is_what_leaving_out_one_sample_does(case: tuple[str, Path]) -> None
     assert hydra_pipe.verify(case[1]) == []
 
 
-def test_lds_of_the_truth_is_one_and_results_are_files(case: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_lds_of_the_truth_is_one_and_results_are_files(
+    case: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Losses that a sum over the kept samples gives exactly are scored 1, and their negative -1."""
     halves = np.stack([half(i, N) for i in range(12)])
     retrainer = Retrainer(net(), Progress(), "weights")
@@ -139,7 +149,10 @@ def test_a_relevance_that_came_later_is_scored_without_training_again(
 ) -> None:
     hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra")
     monkeypatch.setattr(campaign, "Retrainer", None)
-    assert [row["method"] for row in hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra").rows] == ["hydra"]
+    assert [
+        row["method"]
+        for row in hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra").rows
+    ] == ["hydra"]
     assert len(hydra_pipe.evaluate(*case, "lds", retrainings=10).rows) == 2
 
 
@@ -149,7 +162,9 @@ def test_seeds_are_other_initial_weights_on_the_same_data(case: tuple[str, Path]
     losses = np.concatenate([np.load(piece) for piece in pieces])[:, LOSS]
     start = {name: p.detach() for name, p in net(seed=1).model.named_parameters()}
     weights = np.stack([half(i, N) for i in range(10)])
-    again = Retrainer(net(), Progress(), "weights").train(weights, Task(), seed=1, start=start)[:, LOSS]
+    again = Retrainer(net(), Progress(), "weights").train(weights, Task(), seed=1, start=start)[
+        :, LOSS
+    ]
     np.testing.assert_allclose(losses[10:], again, rtol=1e-5)
     assert np.abs(losses[:10] - losses[10:]).max() > 1e-3
 
@@ -197,13 +212,20 @@ def test_noise_ranks_wrong_labels_and_leaves_them_out(case: tuple[str, Path]) ->
     assert found.summary["wrong"] == 12
 
 
-def test_noise_ranks_means_and_what_is_relevant_to_itself(case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_ranks_means_and_what_is_relevant_to_itself(
+    case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(campaign, "Retrainer", None)  # rankings alone need no training
     hydra_pipe.reduce(case[1], by="mean")
     hydra_pipe.reduce(case[1], method="self")
     hydra_pipe.reduce(case[1], by="label")
     hydra_pipe.reduce(case[1], method="hydra-fisher", by="mean", tests="0-3")
-    put(case[1], "oracle-mean", np.where(np.arange(N) < 12, -1.0, 1.0)[:, None], Columns(((0, TESTS),), "mean", ("mean",)))
+    put(
+        case[1],
+        "oracle-mean",
+        np.where(np.arange(N) < 12, -1.0, 1.0)[:, None],
+        ResultColumns(((0, TESTS),), "mean", ("mean",)),
+    )
     found = hydra_pipe.evaluate(*case, "noise", left_out="0")
     rows = {row["method"]: row for row in found.rows}
     # neither means by label nor that of some test samples
@@ -213,8 +235,13 @@ def test_noise_ranks_means_and_what_is_relevant_to_itself(case: tuple[str, Path]
     assert not any(name.startswith("without") for name in found.rows[0])
     values = np.asarray(hydra_pipe.open_run(case[1]).relevance("self"))[:, 0]
     above = values[:12, None] > values[None, 12:]
-    assert rows["self"]["roc_auc"] == pytest.approx(above.mean()), "the most relevant to itself comes first"
-    assert [row["method"] for row in hydra_pipe.evaluate(*case, "noise", left_out="0", methods="self").rows] == ["self"]
+    assert rows["self"]["roc_auc"] == pytest.approx(above.mean()), (
+        "the most relevant to itself comes first"
+    )
+    assert [
+        row["method"]
+        for row in hydra_pipe.evaluate(*case, "noise", left_out="0", methods="self").rows
+    ] == ["self"]
     with pytest.raises(RunError, match=r"hydra-pipe reduce .* --method tracin --mean first"):
         hydra_pipe.evaluate(*case, "noise", left_out="0", methods="tracin-mean")
 
@@ -225,7 +252,9 @@ def test_noise_trains_without_as_many_as_asked_for(case: tuple[str, Path]) -> No
     assert not hydra_pipe.evaluate(*case, "noise", left_out="1", methods="hydra").is_new
 
 
-def test_smoothness_tells_a_smooth_run_from_a_rough_one(case: tuple[str, Path], tmp_path: Path) -> None:
+def test_smoothness_tells_a_smooth_run_from_a_rough_one(
+    case: tuple[str, Path], tmp_path: Path
+) -> None:
     found = hydra_pipe.evaluate(*case, "smoothness")
     assert found.summary["verdict"].startswith("trust exact")
     assert [row["step"] for row in found.rows][-1] == 1.0
@@ -234,7 +263,11 @@ def test_smoothness_tells_a_smooth_run_from_a_rough_one(case: tuple[str, Path], 
     hydra_pipe.record(rough, tmp_path / "rough")
     again = net(2.0)
     again.optimizer = torch.optim.SGD(again.model.parameters(), lr=2.0, momentum=0.9)
-    assert not hydra_pipe.evaluate(again, tmp_path / "rough", "smoothness").summary["verdict"].startswith("trust exact")
+    assert (
+        not hydra_pipe.evaluate(again, tmp_path / "rough", "smoothness")
+        .summary["verdict"]
+        .startswith("trust exact")
+    )
 
 
 def test_approximation_compares_step_by_step(case: tuple[str, Path]) -> None:
@@ -254,21 +287,37 @@ def test_approximation_compares_step_by_step(case: tuple[str, Path]) -> None:
     assert early["spearman"] == pytest.approx(-1.0)
 
 
-def test_approximation_compares_the_test_samples_and_means_that_both_have(case: tuple[str, Path]) -> None:
+def test_approximation_compares_the_test_samples_and_means_that_both_have(
+    case: tuple[str, Path],
+) -> None:
     whole = np.asarray(hydra_pipe.open_run(case[1]).relevance("hydra"), np.float64)
     hydra_pipe.reduce(case[1], by="mean")
     hydra_pipe.reduce(case[1], method="influence", tests="9-11")
-    put(case[1], "hydra-exact", whole[:, [2, 3, 9]], Columns(((2, 4), (9, 10))))
-    put(case[1], "hydra-exact-mean", 2 * whole.mean(axis=1, keepdims=True), Columns(((0, TESTS),), "mean", ("mean",)))
-    put(case[1], "hydra-exact-by-label", whole[:, :2], Columns(((0, TESTS),), "label", (0, 1)))
+    put(case[1], "hydra-exact", whole[:, [2, 3, 9]], ResultColumns(((2, 4), (9, 10))))
+    put(
+        case[1],
+        "hydra-exact-mean",
+        2 * whole.mean(axis=1, keepdims=True),
+        ResultColumns(((0, TESTS),), "mean", ("mean",)),
+    )
+    put(
+        case[1], "hydra-exact-by-label", whole[:, :2], ResultColumns(((0, TESTS),), "label", (0, 1))
+    )
     found = hydra_pipe.evaluate(*case, "approximation")
     rows = {row["method"]: row for row in found.rows}
-    assert {name: row["columns"] for name, row in rows.items()} == {"hydra": 3, "hydra-mean": 1, "hydra-fisher": 3, "influence": 1}
+    assert {name: row["columns"] for name, row in rows.items()} == {
+        "hydra": 3,
+        "hydra-mean": 1,
+        "hydra-fisher": 3,
+        "influence": 1,
+    }
     assert rows["hydra"]["distance"] == 0.0
     assert rows["hydra-mean"]["relative_error"] == pytest.approx(0.5, rel=1e-5)
     assert any("--method hydra --by label" in line for line in found.summary["says"])
-    put(case[1], "hydra-exact-mean", whole[:, :1], Columns(((0, 3),), "mean", ("mean",)))
-    assert "hydra-mean" not in {row["method"] for row in hydra_pipe.evaluate(*case, "approximation").rows}, "of other test samples"
+    put(case[1], "hydra-exact-mean", whole[:, :1], ResultColumns(((0, 3),), "mean", ("mean",)))
+    assert "hydra-mean" not in {
+        row["method"] for row in hydra_pipe.evaluate(*case, "approximation").rows
+    }, "of other test samples"
 
 
 def other_data(lr: float = 0.1) -> Pipeline:
@@ -302,7 +351,12 @@ def no_truth() -> Pipeline:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    made: tuple[str, Path], change: Any, kind: str, options: dict[str, Any], error: type[HydraError], message: str
+    made: tuple[str, Path],
+    change: Any,
+    kind: str,
+    options: dict[str, Any],
+    error: type[HydraError],
+    message: str,
 ) -> None:
     with pytest.raises(error, match=message) as raised:
         hydra_pipe.evaluate(change(), made[1], kind, **options)
@@ -322,7 +376,9 @@ def test_a_run_without_relevance_says_what_to_reduce_first(tmp_path: Path) -> No
 
 def test_a_run_of_a_loop_of_ones_own_cannot_be_trained_again(tmp_path: Path) -> None:
     pipeline = net()
-    recorder = hydra_pipe.Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", n_samples=N)
+    recorder = hydra_pipe.Recorder(
+        pipeline.model, pipeline.optimizer, tmp_path / "run", n_samples=N
+    )
     inputs, targets = pipeline.train.tensors
     with recorder.step(range(8)):
         cross_entropy(pipeline.model(inputs[:8]), targets[:8]).mean().backward()
@@ -333,19 +389,27 @@ def test_a_run_of_a_loop_of_ones_own_cannot_be_trained_again(tmp_path: Path) -> 
         hydra_pipe.evaluate(net(), tmp_path / "run", "smoothness")
 
 
-def test_without_matplotlib_only_the_plot_is_missing(case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_only_the_plot_is_missing(
+    case: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said: list[str] = []
     progress = Progress()
     monkeypatch.setattr(progress, "say", said.append)
     hydra_pipe.evaluate(*case, "lds", retrainings=10, progress=progress)
     assert any("pip install 'hydra-pipe[plots]'" in line for line in said)
-    assert sorted(f.name for f in (case[1] / "evaluation" / "lds").iterdir()) == ["retrained", "summary.json", "table.parquet"]
+    assert sorted(f.name for f in (case[1] / "evaluation" / "lds").iterdir()) == [
+        "retrained",
+        "summary.json",
+        "table.parquet",
+    ]
 
 
 def test_other_settings_are_refused_unless_overwritten(case: tuple[str, Path]) -> None:
     hydra_pipe.evaluate(*case, "lds", retrainings=10, methods="hydra")
-    with pytest.raises(RunError, match="evaluate lds was run with retrainings=10, now retrainings=11"):
+    with pytest.raises(
+        RunError, match="evaluate lds was run with retrainings=10, now retrainings=11"
+    ):
         hydra_pipe.evaluate(*case, "lds", retrainings=11)
     assert hydra_pipe.evaluate(*case, "lds", retrainings=11, overwrite=True).is_new
     (case[1] / "evaluation" / "lds" / "table.parquet").write_bytes(b"")

@@ -18,10 +18,10 @@ from hydra_pipe.exporting import run as export_module
 from hydra_pipe.exporting import source as source_module
 from hydra_pipe.exporting import totals as totals_module
 from hydra_pipe.plan import exporting as planning
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.relevance import read_columns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT
+from hydra_pipe.store.zarr.arrays import Array
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,11 @@ def test_tables_have_the_columns_and_types_of_the_contract(exported: Path) -> No
         "relevance_mean": "double",
         "pairs": "int64",
     }
-    assert types("matrix/part-00000.parquet") == {"test_id": "int64", "train_id": "int64", "relevance": "float"}
+    assert types("matrix/part-00000.parquet") == {
+        "test_id": "int64",
+        "train_id": "int64",
+        "relevance": "float",
+    }
 
 
 def test_method_sign_unit_and_run_stand_in_every_schema(exported: Path) -> None:
@@ -89,15 +93,26 @@ def test_tables_say_what_the_matrix_says(exported: Path) -> None:
     matrix = pq.read_table(tables(exported) / "matrix").to_pandas()
     np.testing.assert_array_equal(matrix["relevance"].to_numpy().reshape(90, 60), relevance.T)
     assert matrix["test_id"].is_monotonic_increasing
-    rankings = pd.concat(pd.read_parquet(f, partitioning=None) for f in sorted(tables(exported).glob("part-*.parquet")))
-    np.testing.assert_array_equal(rankings["relevance"], relevance[rankings["train_id"], rankings["test_id"]])
+    rankings = pd.concat(
+        pd.read_parquet(f, partitioning=None)
+        for f in sorted(tables(exported).glob("part-*.parquet"))
+    )
+    np.testing.assert_array_equal(
+        rankings["relevance"], relevance[rankings["train_id"], rankings["test_id"]]
+    )
     assert (np.sign(rankings["relevance"]) == np.where(rankings["side"] == "helpful", 1, -1)).all()
     assert rankings.groupby(["test_id", "side"], observed=True).size().eq(4).all()
     pipeline = conv_pipeline(n_train=60, n_test=90)
-    np.testing.assert_array_equal(rankings["train_label"], pipeline.train.tensors[1][rankings["train_id"].to_numpy(copy=True)])
-    np.testing.assert_array_equal(rankings["test_label"], pipeline.test.tensors[1][rankings["test_id"].to_numpy(copy=True)])
+    np.testing.assert_array_equal(
+        rankings["train_label"], pipeline.train.tensors[1][rankings["train_id"].to_numpy(copy=True)]
+    )
+    np.testing.assert_array_equal(
+        rankings["test_label"], pipeline.test.tensors[1][rankings["test_id"].to_numpy(copy=True)]
+    )
     samples = pd.read_parquet(tables(exported) / "samples.parquet", partitioning=None)
-    np.testing.assert_allclose(samples["relevance_sum"], relevance.sum(1, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(
+        samples["relevance_sum"], relevance.sum(1, dtype=np.float64), rtol=1e-12
+    )
     assert (samples["visits"] == 3).all()
     assert samples.sort_values("rank")["relevance_sum"].is_monotonic_increasing
     assert samples["self_relevance"].isna().all()
@@ -109,7 +124,9 @@ def test_duckdb_polars_and_pandas_answer_the_same(exported: Path) -> None:
     duck = duckdb.sql(query).fetchall()
     frame = (
         pl.scan_parquet(files, hive_partitioning=True)
-        .filter((pl.col("method") == "hydra") & (pl.col("test_id") == 3) & (pl.col("side") == "harmful"))
+        .filter(
+            (pl.col("method") == "hydra") & (pl.col("test_id") == 3) & (pl.col("side") == "harmful")
+        )
         .sort("rank")
         .select("train_id", "relevance")
         .collect()
@@ -117,10 +134,16 @@ def test_duckdb_polars_and_pandas_answer_the_same(exported: Path) -> None:
     table = pd.read_parquet(tables(exported) / "part-00000.parquet", partitioning=None)
     pandas_rows = table[(table["test_id"] == 3) & (table["side"] == "harmful")].sort_values("rank")
     assert len(duck) == 4
-    assert duck == frame.rows() == list(pandas_rows[["train_id", "relevance"]].itertuples(index=False, name=None))
+    assert (
+        duck
+        == frame.rows()
+        == list(pandas_rows[["train_id", "relevance"]].itertuples(index=False, name=None))
+    )
 
 
-def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
     read: list[slice] = []
 
@@ -137,7 +160,11 @@ def test_tables_do_not_depend_on_how_many_columns_are_read_at_once(exported: Pat
     wide = {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
     hydra_pipe.export(exported, top=4, full=True, overwrite=True)
     assert len(read) == 3
-    assert {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")} == wide != before
+    assert (
+        {f.relative_to(exported): f.read_bytes() for f in tables(exported).rglob("*.parquet")}
+        == wide
+        != before
+    )
 
 
 def test_named_labels_and_unknown_labels(tmp_path: Path) -> None:
@@ -155,10 +182,15 @@ def test_named_labels_and_unknown_labels(tmp_path: Path) -> None:
     assert set(named["test_label"].to_pylist()) == {"eel"}
     blank = pq.read_table(tables(tmp_path / "unknown") / "part-00000.parquet", partitioning=None)
     assert blank["train_label"].null_count == blank["test_label"].null_count == blank.num_rows > 0
-    assert pq.read_table(tables(tmp_path / "unknown") / "classes.parquet", partitioning=None).num_rows == 0
+    assert (
+        pq.read_table(tables(tmp_path / "unknown") / "classes.parquet", partitioning=None).num_rows
+        == 0
+    )
 
 
-def test_a_failed_export_leaves_the_old_tables(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_the_old_tables(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")}
 
     def fail(*_: object) -> None:
@@ -178,7 +210,9 @@ def test_reducing_again_removes_rankings_of_the_old_relevance(exported: Path) ->
 
 
 def self_relevance(run: Path, method: str = "hydra") -> np.ndarray:
-    return pq.read_table(run / "rankings" / f"method={method}" / "samples.parquet")["self_relevance"].to_numpy()
+    return pq.read_table(run / "rankings" / f"method={method}" / "samples.parquet")[
+        "self_relevance"
+    ].to_numpy()
 
 
 def test_self_relevance_is_filled_once_it_was_computed_and_stays_true(exported: Path) -> None:
@@ -186,7 +220,9 @@ def test_self_relevance_is_filled_once_it_was_computed_and_stays_true(exported: 
     hydra_pipe.reduce(exported, method="self")
     assert hydra_pipe.verify(exported) == []
     assert hydra_pipe.export(exported, top=4, full=True)  # what was written before lacks it
-    assert np.array_equal(self_relevance(exported), np.asarray(hydra_pipe.open_run(exported).relevance("self"))[:, 0])
+    assert np.array_equal(
+        self_relevance(exported), np.asarray(hydra_pipe.open_run(exported).relevance("self"))[:, 0]
+    )
     assert (self_relevance(exported) > 0).all()
     assert hydra_pipe.verify(exported) == []
     assert not hydra_pipe.export(exported, top=4, full=True)
@@ -201,7 +237,9 @@ def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
     directory.stages[EXPORT.of("hydra")].facts["of_self"] = "0" * 64
     directory.save(EXPORT.of("hydra"))
     (fault,) = hydra_pipe.verify(exported)
-    assert "is stale: it was computed from another relevance of samples for themselves" in fault.found
+    assert (
+        "is stale: it was computed from another relevance of samples for themselves" in fault.found
+    )
     assert hydra_pipe.export(exported, top=4, full=True)
     assert hydra_pipe.verify(exported) == []
 
@@ -231,13 +269,21 @@ def test_tables_declare_how_they_are_sorted_and_are(exported: Path) -> None:
     for file in sorted(tables(exported).rglob("*.parquet")):
         metadata = pq.read_metadata(file)
         group = metadata.row_group(0)
-        assert all(metadata.row_group(i).sorting_columns == group.sorting_columns for i in range(metadata.num_row_groups))
-        order = [(metadata.schema.column(s.column_index).name, s.descending) for s in group.sorting_columns]
+        assert all(
+            metadata.row_group(i).sorting_columns == group.sorting_columns
+            for i in range(metadata.num_row_groups)
+        )
+        order = [
+            (metadata.schema.column(s.column_index).name, s.descending)
+            for s in group.sorting_columns
+        ]
         found[file.relative_to(tables(exported)).as_posix()] = [name for name, _ in order]
         table = pq.read_table(file, partitioning=None).to_pandas()
         table["side"] = table["side"].astype(str) if "side" in table else ""
         by, ascending = [name for name, _ in order], [not descending for _, descending in order]
-        pd.testing.assert_frame_equal(table, table.sort_values(by, ascending=ascending, kind="stable", ignore_index=True))
+        pd.testing.assert_frame_equal(
+            table, table.sort_values(by, ascending=ascending, kind="stable", ignore_index=True)
+        )
         for i in range(group.num_columns):
             column = group.column(i)
             assert column.is_stats_set
@@ -251,14 +297,22 @@ def test_tables_declare_how_they_are_sorted_and_are(exported: Path) -> None:
     }
 
 
-def test_row_groups_hold_whole_test_samples_in_files_of_several(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_hold_whole_test_samples_in_files_of_several(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(planning, "GROUP_ROWS", 8 * 60)
     monkeypatch.setattr(planning, "FILE_ROWS", 3 * 8 * 60)
-    whole = {name: pq.read_table(tables(exported) / name, partitioning=None) for name in ("part-00000.parquet", "matrix")}
+    whole = {
+        name: pq.read_table(tables(exported) / name, partitioning=None)
+        for name in ("part-00000.parquet", "matrix")
+    }
     hydra_pipe.export(exported, top=4, full=True, overwrite=True)
     files = sorted((tables(exported) / "matrix").iterdir())
     spans = [
-        [(g.column(0).statistics.min, g.column(0).statistics.max, g.num_rows) for g in map(m.row_group, range(m.num_row_groups))]
+        [
+            (g.column(0).statistics.min, g.column(0).statistics.max, g.num_rows)
+            for g in map(m.row_group, range(m.num_row_groups))
+        ]
         for m in map(pq.read_metadata, files)
     ]
     groups = [(low, min(low + 7, 89), 60 * min(8, 90 - low)) for low in range(0, 90, 8)]
@@ -270,13 +324,17 @@ def test_row_groups_hold_whole_test_samples_in_files_of_several(exported: Path, 
 
 
 @pytest.mark.parametrize("block_tests", [64, 4])
-def test_slabs_of_very_many_samples_give_the_same_tables(exported: Path, monkeypatch: pytest.MonkeyPatch, block_tests: int) -> None:
+def test_slabs_of_very_many_samples_give_the_same_tables(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, block_tests: int
+) -> None:
     names = ("part-00000.parquet", "matrix", "samples.parquet", "classes.parquet")
     whole = {name: pq.read_table(tables(exported) / name, partitioning=None) for name in names}
     monkeypatch.setattr(planning, "MOST_WHOLE", 50)
     monkeypatch.setattr(planning, "SLAB_SAMPLES", 25)
     plan = planning.plan_export
-    monkeypatch.setattr(export_module, "plan_export", lambda given: replace(plan(given), block_tests=block_tests))
+    monkeypatch.setattr(
+        export_module, "plan_export", lambda given: replace(plan(given), block_tests=block_tests)
+    )
     hydra_pipe.export(exported, top=4, full=True, overwrite=True)
     files = sorted((tables(exported) / "matrix").iterdir())
     assert [pq.read_metadata(f).num_rows for f in files] == [60] * 90
@@ -296,4 +354,6 @@ def test_a_budget_that_is_too_small_is_refused_and_leaves_the_old_tables(exporte
         hydra_pipe.export(exported, top=4, full=True, memory="100MiB", overwrite=True)
     assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
     assert hydra_pipe.verify(exported) == []
-    assert not hydra_pipe.export(exported, top=4, full=True, memory="1GiB")  # no setting that the tables depend on
+    assert not hydra_pipe.export(
+        exported, top=4, full=True, memory="1GiB"
+    )  # no setting that the tables depend on

@@ -30,11 +30,22 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("memory", "whole", "block_tests", "slab"),
-    [("4GiB", 2**20, 64, N_SAMPLES), ("400MiB", 2**20, 16, N_SAMPLES), ("500MiB", 2**18, 64, 2**18)],
+    [
+        ("4GiB", 2**20, 64, N_SAMPLES),
+        ("400MiB", 2**20, 16, N_SAMPLES),
+        ("500MiB", 2**18, 64, 2**18),
+    ],
 )
-def test_the_process_stays_within_what_the_plan_says(large_run: Path, memory: str, whole: int, block_tests: int, slab: int) -> None:
+def test_the_process_stays_within_what_the_plan_says(
+    large_run: Path, memory: str, whole: int, block_tests: int, slab: int
+) -> None:
     command = [sys.executable, "-c", PEAK, str(large_run), memory, str(whole)]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     peak, planned, *division = map(int, found.split())
     assert division == [block_tests, slab]
-    assert planned / 2 < peak <= planned <= int(memory[:-3]) * 2 ** (20 if memory.endswith("MiB") else 30)
+    assert (
+        planned / 2
+        < peak
+        <= planned
+        <= int(memory[:-3]) * 2 ** (20 if memory.endswith("MiB") else 30)
+    )

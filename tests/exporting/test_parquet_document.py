@@ -22,11 +22,20 @@ ROOT = Path(__file__).parents[2]
 N_TRAIN, N_TEST = 40, 9
 BLOCK = re.compile(r"^```(sql|python)\n(?:--|#) ([^:\n]+): (.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS = {
-    part.split("\n", 1)[0]: [(language, question, text) for language, question, text in BLOCK.findall(part)]
+    part.split("\n", 1)[0]: [
+        (language, question, text) for language, question, text in BLOCK.findall(part)
+    ]
     for part in (ROOT / "docs" / "parquet.md").read_text().split("\n## ")[1:]
 }
 TOOLS = ["DuckDB", "Polars", "pandas", "PyArrow", "Spark"]
-QUESTIONS = ["most harmful", "top of a test", "own metadata", "pairs of classes", "methods", "every pair"]
+QUESTIONS = [
+    "most harmful",
+    "top of a test",
+    "own metadata",
+    "pairs of classes",
+    "methods",
+    "every pair",
+]
 Rows = list[tuple[Any, ...]]
 
 
@@ -54,7 +63,12 @@ def exported(request: pytest.FixtureRequest, where: Path) -> Iterator[Path]:
         for method in ("hydra", "grad-cos"):
             hydra_pipe.reduce(run, method=method)
             hydra_pipe.export(run, method=method, top=15, full=True)
-    cameras = pd.DataFrame({"train_id": np.arange(N_TRAIN), "camera": np.where(np.arange(N_TRAIN) % 3 == 0, "left", "right")})
+    cameras = pd.DataFrame(
+        {
+            "train_id": np.arange(N_TRAIN),
+            "camera": np.where(np.arange(N_TRAIN) % 3 == 0, "left", "right"),
+        }
+    )
     cameras.to_parquet(where / "mine.parquet")
     yield where
     shutil.rmtree(where / "runs")
@@ -66,7 +80,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if importlib.util.find_spec("pyspark") is None:
         pytest.skip("pyspark is not installed: pip install 'hydra-pipe[spark]'")
     if shutil.which("java") is None:
-        pytest.skip("Spark needs Java, and there is no java: install a JRE, such as Debian's default-jre-headless")
+        pytest.skip(
+            "Spark needs Java, and there is no java: install a JRE, such as Debian's default-jre-headless"
+        )
     from pyspark.sql import SparkSession
 
     small = {
@@ -137,7 +153,9 @@ def truth_of(where: Path) -> dict[str, Rows]:
     left = np.arange(N_TRAIN) % 3 == 0
     return {
         "most harmful": [(int(i), train[i], sums[i]) for i in harmful],
-        "top of a test": [(n, int(i), float(column[i]), test[3], train[i]) for n, i in enumerate(helpful, start=1)],
+        "top of a test": [
+            (n, int(i), float(column[i]), test[3], train[i]) for n, i in enumerate(helpful, start=1)
+        ],
         "own metadata": [("left", sums[left].sum()), ("right", sums[~left].sum())],
         "pairs of classes": sorted(cells, key=lambda cell: cell[2])[:5],
         "methods": counts,
@@ -148,11 +166,16 @@ def truth_of(where: Path) -> dict[str, Rows]:
 def assert_same(found: Rows, expected: Rows) -> None:
     assert len(found) == len(expected)
     for row, wanted in zip(found, expected, strict=True):
-        assert list(row) == [pytest.approx(value, rel=1e-6) if isinstance(value, float) else value for value in wanted]
+        assert list(row) == [
+            pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+            for value in wanted
+        ]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_answers_what_numpy_does(exported: Path, tool: str, request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tool_answers_what_numpy_does(
+    exported: Path, tool: str, request, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(exported)
     if tool == "Spark":
         request.getfixturevalue("spark")

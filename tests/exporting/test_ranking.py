@@ -10,7 +10,9 @@ from hydra_pipe.exporting.ranking import ClassMeans, Ranking, rank_harmful, top_
 # a busy machine is no fault
 EVERY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # few distinct values, so that ties are the rule
-relevances = arrays.arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0]))
+relevances = arrays.arrays(
+    np.float32, st.integers(1, 40), elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0])
+)
 
 
 def by_plain_sort(relevance: np.ndarray, count: int) -> list[int]:
@@ -20,13 +22,22 @@ def by_plain_sort(relevance: np.ndarray, count: int) -> list[int]:
 
 @EVERY
 @given(relevance=relevances, count=st.integers(1, 50))
-def test_the_top_is_sorted_positive_and_ties_go_to_the_smaller_id(relevance: np.ndarray, count: int) -> None:
+def test_the_top_is_sorted_positive_and_ties_go_to_the_smaller_id(
+    relevance: np.ndarray, count: int
+) -> None:
     assert top_samples(relevance, count).tolist() == by_plain_sort(relevance, count)
 
 
 @EVERY
-@given(seed=st.integers(0, 1000), size=st.integers(1, 3000), count=st.integers(1, 40), ties=st.booleans())
-def test_the_top_of_many_is_that_of_a_plain_sort(seed: int, size: int, count: int, ties: bool) -> None:
+@given(
+    seed=st.integers(0, 1000),
+    size=st.integers(1, 3000),
+    count=st.integers(1, 40),
+    ties=st.booleans(),
+)
+def test_the_top_of_many_is_that_of_a_plain_sort(
+    seed: int, size: int, count: int, ties: bool
+) -> None:
     relevance = np.random.default_rng(seed).normal(size=size).astype(np.float32)
     relevance = np.round(relevance, 1) if ties else relevance
     assert top_samples(relevance, count).tolist() == by_plain_sort(relevance, count)
@@ -34,13 +45,17 @@ def test_the_top_of_many_is_that_of_a_plain_sort(seed: int, size: int, count: in
 
 @EVERY
 @given(seed=st.integers(0, 1000), count=st.integers(1, 6), slab=st.integers(1, 12))
-def test_both_sides_of_each_test_sample_are_ranked_from_1_however_samples_come(seed: int, count: int, slab: int) -> None:
+def test_both_sides_of_each_test_sample_are_ranked_from_1_however_samples_come(
+    seed: int, count: int, slab: int
+) -> None:
     relevance = np.random.default_rng(seed).integers(-3, 4, (3, 12)).astype(np.float32)
     ranking = Ranking(5, 3, count)
     for first in range(0, 12, slab):
         ranking.add(relevance[:, first : first + slab], first)
     ranked = ranking.ranked()
-    rows = list(zip(ranked.test, ranked.helpful, ranked.rank, ranked.train, ranked.relevance, strict=True))
+    rows = list(
+        zip(ranked.test, ranked.helpful, ranked.rank, ranked.train, ranked.relevance, strict=True)
+    )
     expected, ends = [], []
     for j in range(3):
         for helpful, column in ((True, relevance[j]), (False, -relevance[j])):

@@ -16,7 +16,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All texts, made in a process of its own: plans count the memory that their process has taken."""
     directory = tmp_path_factory.mktemp("golden")
     subprocess.run(
-        [sys.executable, HERE / "texts.py", directory], check=True, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+        [sys.executable, HERE / "texts.py", directory],
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
     )
     return directory
 

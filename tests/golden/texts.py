@@ -54,10 +54,17 @@ def plans() -> str:
     """What `reduce --dry-run` prints, on one core; but for what is this machine's."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     os.chdir(TESTS / "archive")  # where the pipeline of the runs is
-    texts = [said("reduce", f"v1/{line.split()[0]}", *line.split()[1:], "--dry-run") for line in PLANS.strip().splitlines()]
+    texts = [
+        said("reduce", f"v1/{line.split()[0]}", *line.split()[1:], "--dry-run")
+        for line in PLANS.strip().splitlines()
+    ]
     text = re.sub(r"[\d.]+ [KMGT]iB free", "... free", "\n".join(texts))
     before, exact, after = text.partition("$ hydra-pipe reduce v1/whole --method hydra-exact")
-    return before + exact + re.sub(r"(peak memory +at most|time +about) [\d.]+ (MiB|s)", r"\1 ... \2", after)
+    return (
+        before
+        + exact
+        + re.sub(r"(peak memory +at most|time +about) [\d.]+ (MiB|s)", r"\1 ... \2", after)
+    )
 
 
 TEXTS: dict[str, Callable[[], str]] = {"help.txt": helps, "plans.txt": plans}

@@ -20,10 +20,27 @@ from hydra_pipe.integrations.lightning import HydraCallback
 
 def main(directory: Path) -> None:
     found = {}
-    for name, stop, resume in (("plain", None, None), ("whole", None, None), ("run", 8, None), ("run", None, "step=4.ckpt")):
-        kept = ModelCheckpoint(directory / f"{name}-out", every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        callbacks = [] if name == "plain" else [HydraCallback(directory / name, TESTS, cross_entropy, **EXACT), kept]
-        options = {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 3}
+    for name, stop, resume in (
+        ("plain", None, None),
+        ("whole", None, None),
+        ("run", 8, None),
+        ("run", None, "step=4.ckpt"),
+    ):
+        kept = ModelCheckpoint(
+            directory / f"{name}-out", every_n_train_steps=2, save_top_k=-1, filename="{step}"
+        )
+        callbacks = (
+            []
+            if name == "plain"
+            else [HydraCallback(directory / name, TESTS, cross_entropy, **EXACT), kept]
+        )
+        options = {
+            "strategy": "ddp",
+            "devices": 2,
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 0.5,
+            "max_epochs": 3,
+        }
         module = Net(dropout=0.0)
         with suppress(StoppedError):
             fit(

@@ -19,7 +19,10 @@ class Net(pl.LightningModule):
     """A conv net with dropout, warmed up."""
 
     def __init__(
-        self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, dropout: float = 0.2, **options: Any
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        dropout: float = 0.2,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.net, self.dropout = conv_net(), dropout
@@ -38,12 +41,23 @@ class Net(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.parameters(), **self._options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return pl.Trainer(**(quiet | {"accelerator": "cpu", "devices": 1, "max_epochs": 2} | options), callbacks=list(callbacks))
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return pl.Trainer(
+        **(quiet | {"accelerator": "cpu", "devices": 1, "max_epochs": 2} | options),
+        callbacks=list(callbacks),
+    )
 
 
 def loader(**options: Any) -> DataLoader[Any]:
@@ -51,11 +65,18 @@ def loader(**options: Any) -> DataLoader[Any]:
 
 
 def fit(
-    module: Any, *callbacks: pl.Callback, train: Any = None, tests: Any = TESTS, resume: Path | None = None, **options: Any
+    module: Any,
+    *callbacks: pl.Callback,
+    train: Any = None,
+    tests: Any = TESTS,
+    resume: Path | None = None,
+    **options: Any,
 ) -> Any:
     pl.seed_everything(5, verbose=False)
     made = trainer(*callbacks, **options)
-    made.fit(module, train if train is not None else loader(), DataLoader(tests, 5), ckpt_path=resume)
+    made.fit(
+        module, train if train is not None else loader(), DataLoader(tests, 5), ckpt_path=resume
+    )
     return module
 
 

@@ -42,7 +42,9 @@ def padded(rows: list[Sample]) -> dict[str, Tensor]:
     def column(name: str, filler: int) -> Tensor:
         return torch.tensor([[*row[name], *[filler] * (length - len(row[name]))] for row in rows])
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+    )
     of_samples = isinstance(rows[0]["labels"], int)
     labels = torch.tensor([row["labels"] for row in rows]) if of_samples else column("labels", -100)
     return {"input_ids": column("input_ids", 0), "attention_mask": mask, "labels": labels}
@@ -52,7 +54,9 @@ def language_model(vocabulary: int = VOCABULARY) -> nn.Module:
     """GPT-2, reduced, with dropout."""
     torch.manual_seed(1)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=2, n_head=2, **special)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=2, n_head=2, **special
+    )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # or the trainer counts the first token of each text, which nothing predicts, too
     return model
@@ -87,17 +91,35 @@ def arguments(out: Path, **others: Any) -> TrainingArguments:
         "save_steps": 3,
         "seed": 3,
     }
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "dataloader_pin_memory": False}
+    quiet = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
     return TrainingArguments(str(out), **options | quiet | others)
 
 
 def trainer(
-    out: Path, model: nn.Module, train: Any, callbacks: list[TrainerCallback] | None = None, evaluated: Any = None, **options: Any
+    out: Path,
+    model: nn.Module,
+    train: Any,
+    callbacks: list[TrainerCallback] | None = None,
+    evaluated: Any = None,
+    **options: Any,
 ) -> Trainer:
     """Of `model`, ready to train."""
     collator = options.pop("collator", padded)
     args = arguments(out, **options)
-    return Trainer(model, args, train_dataset=train, eval_dataset=evaluated, data_collator=collator, callbacks=callbacks)
+    return Trainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        data_collator=collator,
+        callbacks=callbacks,
+    )
 
 
 class Words:
@@ -121,7 +143,9 @@ class Words:
         return " ".join(self.words[i] for i in ids)
 
 
-def sst2(data: Path, n: int, n_tests: int, *, causal: bool, vocabulary: int) -> tuple[list[Sample], list[Sample], Words]:
+def sst2(
+    data: Path, n: int, n_tests: int, *, causal: bool, vocabulary: int
+) -> tuple[list[Sample], list[Sample], Words]:
     """Sentences of SST-2, their own words or their sentiment for labels; some for training and some to test."""
 
     def read(name: str, most: int) -> list[tuple[str, int]]:
@@ -131,7 +155,10 @@ def sst2(data: Path, n: int, n_tests: int, *, causal: bool, vocabulary: int) -> 
     train, test = read("sst2_train.tsv", n), read("sst2_dev.tsv", n_tests)
     words = Words([sentence for sentence, _ in train], vocabulary)
     as_samples = [
-        [{"input_ids": (ids := words.encode(s)[:48]), "labels": ids if causal else label} for s, label in rows]
+        [
+            {"input_ids": (ids := words.encode(s)[:48]), "labels": ids if causal else label}
+            for s, label in rows
+        ]
         for rows in (train, test)
     ]
     return as_samples[0], as_samples[1], words

@@ -15,7 +15,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from small_lightning import EXACT, TESTS, TRAIN, GoingOn, Killer, Net, StoppedError, fit, loader, trainer
+from small_lightning import (
+    EXACT,
+    TESTS,
+    TRAIN,
+    GoingOn,
+    Killer,
+    Net,
+    StoppedError,
+    fit,
+    loader,
+    trainer,
+)
 from support import ROOT
 from support.pipelines import cross_entropy
 from support.recordings import arrays, assert_same_arrays, assert_same_weights, steps_of
@@ -27,14 +38,26 @@ from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.errors import DataError, HydraError, OptimizerError, RecordError, RecordWarning, RunError, UsageError
+from hydra_pipe.errors import (
+    DataError,
+    HydraError,
+    OptimizerError,
+    RecordError,
+    RecordWarning,
+    RunError,
+    UsageError,
+)
 from hydra_pipe.integrations.lightning import HydraCallback
 from hydra_pipe.loading import load_pipeline
 from hydra_pipe.store import names
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),  # in Lightning
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in torch's compiler
+    pytest.mark.filterwarnings(
+        "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"
+    ),  # in Lightning
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+    ),  # in torch's compiler
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers"),
 ]
@@ -49,7 +72,9 @@ class Witness(pl.Callback):
         self.states: list[Tensor] = []
         self.inputs: list[Tensor] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.states.append(torch.get_rng_state())
         self.inputs.append(batch[0])
 
@@ -63,11 +88,15 @@ def steps_in(
         yield [(part, next(waiting)) for part in np.split(of_step, range(size, len(of_step), size))]
 
 
-def plain_recording(run: Path, module: Net, of: Path, states: list[Tensor], accumulate: int, clip: Clip, bf16: bool) -> None:
+def plain_recording(
+    run: Path, module: Net, of: Path, states: list[Tensor], accumulate: int, clip: Clip, bf16: bool
+) -> None:
     """The training that `of` recorded, in a loop that names its samples, from the random states that its batches began with."""
     made: Any = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    recorder = Recorder(module, optimizer, run, len(TRAIN), sample_labels=TRAIN.tensors[1].tolist(), **EXACT)
+    recorder = Recorder(
+        module, optimizer, run, len(TRAIN), sample_labels=TRAIN.tensors[1].tolist(), **EXACT
+    )
     for batches in steps_in(states, steps_of(of), 4):
         with recorder.step(np.concatenate([ids for ids, _ in batches])) as note:
             losses = []
@@ -88,7 +117,11 @@ def plain_recording(run: Path, module: Net, of: Path, states: list[Tensor], accu
 
 CASES: dict[str, tuple[Callable[[], Net], dict[str, Any], Clip]] = {
     "sgd": (lambda: Net(torch.optim.SGD, momentum=0.9, weight_decay=0.01), {}, list),
-    "adamw, clipped by norm": (Net, {"gradient_clip_val": 0.1}, partial(clip_grad_norm_, max_norm=0.1)),
+    "adamw, clipped by norm": (
+        Net,
+        {"gradient_clip_val": 0.1},
+        partial(clip_grad_norm_, max_norm=0.1),
+    ),
     "sgd, accumulated, in bfloat16": (
         lambda: Net(torch.optim.SGD),
         {"accumulate_grad_batches": 3, "precision": "bf16-mixed", "gradient_clip_val": 0.5},
@@ -98,31 +131,58 @@ CASES: dict[str, tuple[Callable[[], Net], dict[str, Any], Clip]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_path: Path, case: str) -> None:
+def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(
+    tmp_path: Path, case: str
+) -> None:
     make, options, clip = CASES[case]
     plain = fit(make(), **options)
     witness = Witness()
-    recorded = fit(make(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), witness, **options)
+    recorded = fit(
+        make(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), witness, **options
+    )
     assert_same_weights(plain, recorded)
-    assert not any(hook for module in recorded.modules() for hook in (module._forward_hooks, module._forward_pre_hooks))
+    assert not any(
+        hook
+        for module in recorded.modules()
+        for hook in (module._forward_hooks, module._forward_pre_hooks)
+    )
 
     found, accumulate = arrays(tmp_path / "run"), options.get("accumulate_grad_batches", 1)
-    for ids, inputs in zip(np.split(found[names.SAMPLE], np.cumsum([*map(len, witness.inputs)])[:-1]), witness.inputs, strict=True):
+    for ids, inputs in zip(
+        np.split(found[names.SAMPLE], np.cumsum([*map(len, witness.inputs)])[:-1]),
+        witness.inputs,
+        strict=True,
+    ):
         assert torch.equal(TRAIN.tensors[0][ids], inputs)
-    assert found[f"{names.STEPS}/{names.N_ROWS}"].tolist() == ([4, 4, 4, 4, 4, 4, 2] if accumulate == 1 else [12, 12, 2]) * 2
+    assert (
+        found[f"{names.STEPS}/{names.N_ROWS}"].tolist()
+        == ([4, 4, 4, 4, 4, 4, 2] if accumulate == 1 else [12, 12, 2]) * 2
+    )
     assert np.isfinite(found[names.CURVATURE]).all()
 
     looped = make()
-    plain_recording(tmp_path / "loop", looped, tmp_path / "run", witness.states, accumulate, clip, "bf16-mixed" in options.values())
+    plain_recording(
+        tmp_path / "loop",
+        looped,
+        tmp_path / "run",
+        witness.states,
+        accumulate,
+        clip,
+        "bf16-mixed" in options.values(),
+    )
     assert_same_weights(recorded, looped)
     assert_same_arrays(tmp_path / "run", tmp_path / "loop")
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_gradient_scaler_leaves_out_is_not_recorded(tmp_path: Path, fused: bool) -> None:
+def test_a_step_that_the_gradient_scaler_leaves_out_is_not_recorded(
+    tmp_path: Path, fused: bool
+) -> None:
     class Overflowing(Net):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 2 else 1.0)
+            return super().training_step(batch, batch_idx) * (
+                float("inf") if batch_idx == 2 else 1.0
+            )
 
     def plugin() -> MixedPrecision:  # Lightning itself takes bfloat16 for float16 on the CPU
         return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
@@ -143,10 +203,17 @@ def test_workers_validation_and_reloaded_loaders_do_not_disturb(tmp_path: Path) 
             return loader(num_workers=2, persistent_workers=True)
 
         def configure_optimizers(self) -> Any:
-            assert self.trainer.estimated_stepping_batches == 21  # makes the trainer draw from its loader before it has begun
+            assert (
+                self.trainer.estimated_stepping_batches == 21
+            )  # makes the trainer draw from its loader before it has begun
             return super().configure_optimizers()
 
-    options = {"max_epochs": 3, "val_check_interval": 3, "reload_dataloaders_every_n_epochs": 2, "limit_train_batches": 7}
+    options = {
+        "max_epochs": 3,
+        "val_check_interval": 3,
+        "reload_dataloaders_every_n_epochs": 2,
+        "limit_train_batches": 7,
+    }
     witness = Witness()
     callback = HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT)
     modules = []
@@ -174,20 +241,28 @@ def test_batches_that_a_training_step_leaves_out_are_not_recorded(tmp_path: Path
             return None if batch_idx == 3 else loss
 
     witness = Witness()
-    modules = [fit(Choosing()), fit(Choosing(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), witness)]
+    modules = [
+        fit(Choosing()),
+        fit(Choosing(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), witness),
+    ]
     assert_same_weights(*modules)
     kept = [0, 2, 4, 6, 8, 10, 11, 12]  # of 6 begun batches in the first epoch and 7 in the second
     ids = arrays(tmp_path / "run")[names.SAMPLE]
     assert torch.equal(TRAIN.tensors[0][ids], torch.cat([witness.inputs[k] for k in kept]))
 
 
-def test_a_module_that_calls_the_network_it_holds_is_recorded_as_one_that_calls_itself(tmp_path: Path) -> None:
+def test_a_module_that_calls_the_network_it_holds_is_recorded_as_one_that_calls_itself(
+    tmp_path: Path,
+) -> None:
     class Held(Net):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
             return {"loss": F.cross_entropy(self.net(batch[0]), batch[1])}
 
     for make in (Net, Held):
-        fit(make(dropout=0.0), HydraCallback(tmp_path / make.__name__, TESTS, cross_entropy, **EXACT))
+        fit(
+            make(dropout=0.0),
+            HydraCallback(tmp_path / make.__name__, TESTS, cross_entropy, **EXACT),
+        )
     assert np.isfinite(arrays(tmp_path / "Held")[names.CURVATURE]).all()
     assert_same_arrays(tmp_path / "Net", tmp_path / "Held")
 
@@ -195,14 +270,25 @@ def test_a_module_that_calls_the_network_it_holds_is_recorded_as_one_that_calls_
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_training_that_was_killed_goes_on_from_the_trainers_checkpoint(tmp_path: Path) -> None:
     def run(name: str, *others: pl.Callback, resume: Path | None = None) -> Any:
-        kept = ModelCheckpoint(tmp_path / f"{name}-out", every_n_train_steps=9, save_top_k=-1, filename="{step}")
+        kept = ModelCheckpoint(
+            tmp_path / f"{name}-out", every_n_train_steps=9, save_top_k=-1, filename="{step}"
+        )
         callbacks = [HydraCallback(tmp_path / name, TESTS, cross_entropy, **EXACT), kept, *others]
-        return fit(Net(dropout=0.0), *callbacks, train=GoingOn(), resume=resume, enable_checkpointing=True, max_epochs=3)
+        return fit(
+            Net(dropout=0.0),
+            *callbacks,
+            train=GoingOn(),
+            resume=resume,
+            enable_checkpointing=True,
+            max_epochs=3,
+        )
 
     whole = run("whole")
     with pytest.raises(StoppedError):
         run("run", Killer(12))
-    resumed = run("run", resume=tmp_path / "run-out" / "step=9.ckpt")  # the third batch of the second epoch
+    resumed = run(
+        "run", resume=tmp_path / "run-out" / "step=9.ckpt"
+    )  # the third batch of the second epoch
     assert_same_weights(whole, resumed)
     assert_same_arrays(tmp_path / "whole", tmp_path / "run")
     assert len(arrays(tmp_path / "run")[names.SAMPLE]) == 3 * 26
@@ -214,10 +300,20 @@ def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
     assert all(np.isfinite(rows[f"rank/{rank}/{names.CURVATURE}"]).all() for rank in range(2))
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_where_lightning_begins_a_new_order_in_mid_epoch_the_rows_are_of_the_batches_that_it_trains_on(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+)
+def test_where_lightning_begins_a_new_order_in_mid_epoch_the_rows_are_of_the_batches_that_it_trains_on(
+    tmp_path: Path,
+) -> None:
     def run(witness: Witness, *others: pl.Callback, resume: Path | None = None) -> Any:
-        return fit(Net(), HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), witness, *others, resume=resume)
+        return fit(
+            Net(),
+            HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT),
+            witness,
+            *others,
+            resume=resume,
+        )
 
     class Saver(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -237,17 +333,24 @@ def test_where_lightning_begins_a_new_order_in_mid_epoch_the_rows_are_of_the_bat
 
 def test_a_checkpoint_between_accumulated_batches_is_no_place_to_go_on_from(tmp_path: Path) -> None:
     class Saver(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if (trainer.current_epoch, batch_idx) in ((0, 2), (1, 1)):
                 trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}-{batch_idx}.ckpt")
 
     def run(name: str, *others: pl.Callback, resume: Path | None = None) -> Any:
         callback = HydraCallback(tmp_path / name, TESTS, cross_entropy, **EXACT)
-        return fit(Net(), callback, *others, accumulate_grad_batches=2, resume=resume, train=GoingOn())
+        return fit(
+            Net(), callback, *others, accumulate_grad_batches=2, resume=resume, train=GoingOn()
+        )
 
     whole = run("whole", Saver())  # training goes on
     assert_same_weights(fit(Net(), accumulate_grad_batches=2, train=GoingOn()), whole)
-    with pytest.raises(RecordError, match=r"goes on at step 1, .* made between batches whose gradients are accumulated"):
+    with pytest.raises(
+        RecordError,
+        match=r"goes on at step 1, .* made between batches whose gradients are accumulated",
+    ):
         run("run", resume=tmp_path / "0-2.ckpt")
     with pytest.raises(RunError, match="is recorded already"):
         run("whole", resume=tmp_path / "1-1.ckpt")
@@ -260,7 +363,11 @@ def test_a_checkpoint_for_an_error_between_steps_is_one_to_go_on_from(tmp_path: 
 
     def run(name: str, *others: pl.Callback, resume: Path | None = None) -> Any:
         return fit(
-            Net(torch.optim.SGD), HydraCallback(tmp_path / name, TESTS, cross_entropy), *others, train=GoingOn(), resume=resume
+            Net(torch.optim.SGD),
+            HydraCallback(tmp_path / name, TESTS, cross_entropy),
+            *others,
+            train=GoingOn(),
+            resume=resume,
         )
 
     with pytest.raises(StoppedError):
@@ -275,7 +382,11 @@ def test_a_checkpoint_without_a_recording_is_refused(tmp_path: Path) -> None:
     made.fit(Net(), loader(), DataLoader(TESTS, 5))
     made.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(RecordError, match=r"goes on at step 7, .* made without HydraCallback"):
-        fit(Net(), HydraCallback(tmp_path / "run", TESTS, cross_entropy), resume=tmp_path / "plain.ckpt")
+        fit(
+            Net(),
+            HydraCallback(tmp_path / "run", TESTS, cross_entropy),
+            resume=tmp_path / "plain.ckpt",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -325,13 +436,35 @@ def refused_by_rule() -> Net:
         (compiled, loader, UsageError, "Net is compiled"),
         (lambda: torch.compile(Net()), loader, UsageError, "Net is compiled"),
         (refused_by_rule, loader, OptimizerError, "LBFGS is not handled"),
-        (Net, lambda: {"a": loader(), "b": loader()}, UsageError, "the trainer has 2 train dataloaders"),
+        (
+            Net,
+            lambda: {"a": loader(), "b": loader()},
+            UsageError,
+            "the trainer has 2 train dataloaders",
+        ),
         (Net, lambda: DataLoader(Stream(), 4), RecordError, "Stream is an IterableDataset"),
-        (Net, Batches, UsageError, "only a torch.utils.data.DataLoader can be tracked, not a Batches"),
+        (
+            Net,
+            Batches,
+            UsageError,
+            "only a torch.utils.data.DataLoader can be tracked, not a Batches",
+        ),
     ],
-    ids=["manual", "no forward", "draws", "compiled part", "compiled", "lbfgs", "two loaders", "stream", "batches"],
+    ids=[
+        "manual",
+        "no forward",
+        "draws",
+        "compiled part",
+        "compiled",
+        "lbfgs",
+        "two loaders",
+        "stream",
+        "batches",
+    ],
 )
-def test_what_cannot_be_recorded_is_refused(tmp_path: Path, module: Any, train: Any, error: type[HydraError], message: str) -> None:
+def test_what_cannot_be_recorded_is_refused(
+    tmp_path: Path, module: Any, train: Any, error: type[HydraError], message: str
+) -> None:
     callback = HydraCallback(tmp_path / "run", TESTS, cross_entropy)
     with pytest.raises(error, match=message):
         fit(module(), callback, train=train())
@@ -357,7 +490,9 @@ def test_the_trainer_of_another_package_is_refused(tmp_path: Path) -> None:
     class Trainer:
         pass
 
-    with pytest.raises(UsageError, match=r"the trainer is .*\.Trainer: take that of lightning\.pytorch"):
+    with pytest.raises(
+        UsageError, match=r"the trainer is .*\.Trainer: take that of lightning\.pytorch"
+    ):
         HydraCallback(tmp_path / "run", TESTS, cross_entropy).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
 
 
@@ -422,9 +557,13 @@ class OfMappings(Net):
 
 
 @pytest.mark.parametrize("tests", [None, "mappings", "pairs"])
-def test_batches_may_be_mappings_and_a_test_set_is_optional(tmp_path: Path, tests: str | None) -> None:
+def test_batches_may_be_mappings_and_a_test_set_is_optional(
+    tmp_path: Path, tests: str | None
+) -> None:
     data = [{"x": x, "label": y} for x, y in TRAIN]
-    given = {None: (), "mappings": (data[:5], cross_entropy), "pairs": (TESTS, cross_entropy)}[tests]
+    given = {None: (), "mappings": (data[:5], cross_entropy), "pairs": (TESTS, cross_entropy)}[
+        tests
+    ]
     callback = HydraCallback(tmp_path / "run", *given, **EXACT)
     module, plain = OfMappings(), OfMappings()
     for own, callbacks in ((module, [callback]), (plain, [])):
@@ -440,9 +579,17 @@ def test_batches_may_be_mappings_and_a_test_set_is_optional(tmp_path: Path, test
 
 
 SLIPS: dict[str, tuple[Any, Any, str]] = {
-    "a loss that raises": (TESTS, lambda output, target: output.no_such, "the loss raised at the first test samples"),
+    "a loss that raises": (
+        TESTS,
+        lambda output, target: output.no_such,
+        "the loss raised at the first test samples",
+    ),
     "a loss of another shape": (TESTS, lambda output, target: output, "the loss has shape"),
-    "inputs of another shape": (TensorDataset(torch.zeros(5, 2), TESTS.tensors[1]), cross_entropy, "the model raised at the first"),
+    "inputs of another shape": (
+        TensorDataset(torch.zeros(5, 2), TESTS.tensors[1]),
+        cross_entropy,
+        "the model raised at the first",
+    ),
     "no pairs": ([1, 2, 3], cross_entropy, "test_dataset yields Tensor"),
 }
 
@@ -456,7 +603,9 @@ def test_test_samples_that_cannot_be_are_told_before_training(tmp_path: Path, ca
         fit(module, HydraCallback(tmp_path / "run", tests, loss, **EXACT))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not (tmp_path / "run").exists()
-    assert not any(hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+    assert not any(
+        hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks)
+    )
 
 
 def test_test_samples_that_fail_after_training_leave_its_result(tmp_path: Path) -> None:
@@ -485,7 +634,9 @@ def test_an_interrupt_leaves_nothing_hooked(tmp_path: Path) -> None:
     module = Net()
     with suppress(KeyboardInterrupt, SystemExit):  # which of them depends on the trainer's version
         fit(module, HydraCallback(tmp_path / "run", TESTS, cross_entropy, **EXACT), Interrupter())
-    assert not any(hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+    assert not any(
+        hook for part in module.modules() for hook in (part._forward_hooks, part._forward_pre_hooks)
+    )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     cross_entropy(module(TRAIN.tensors[0]), TRAIN.tensors[1]).mean().backward()
     optimizer.step()

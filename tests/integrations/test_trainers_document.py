@@ -20,8 +20,14 @@ import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.store import names
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "trainers.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-SCRIPTS = {block.splitlines()[0].removeprefix("# "): block for block in BLOCKS if block.startswith("# ")}
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```",
+    (ROOT / "docs" / "trainers.md").read_text(),
+    flags=re.DOTALL | re.MULTILINE,
+)
+SCRIPTS = {
+    block.splitlines()[0].removeprefix("# "): block for block in BLOCKS if block.startswith("# ")
+}
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
@@ -30,7 +36,10 @@ def test_the_module_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     (block,) = (block for block in BLOCKS if "lightning" in block)
     exec(compile(block, "trainers.md", "exec"), {})
-    assert arrays(tmp_path / "runs" / "lightning")[f"{names.STEPS}/{names.N_ROWS}"].tolist() == [40] * 15
+    assert (
+        arrays(tmp_path / "runs" / "lightning")[f"{names.STEPS}/{names.N_ROWS}"].tolist()
+        == [40] * 15
+    )
 
 
 def test_sentences_are_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,16 +49,32 @@ def test_sentences_are_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(block, "trainers.md", "exec"), {})
     assert len(arrays(tmp_path / "runs" / "bert")[names.SAMPLE]) == 2 * 96
     page = (tmp_path / "runs" / "bert" / "report-hydra-fisher.html").read_text()
-    assert len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8  # the texts of the test samples
+    assert (
+        len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8
+    )  # the texts of the test samples
 
 
 @pytest.mark.parametrize(("script", "steps"), [("accelerated.py", 15), ("distributed.py", 30)])
 def test_two_processes_record_one_run(tmp_path: Path, script: str, steps: int) -> None:
     assert set(SCRIPTS) == {"accelerated.py", "distributed.py"}
     (tmp_path / script).write_text(SCRIPTS[script])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / script.removesuffix(".py")
     found = arrays(run)
@@ -62,7 +87,11 @@ def test_two_processes_record_one_run(tmp_path: Path, script: str, steps: int) -
     assert np.asarray(hydra_pipe.open_run(run).relevance("hydra")).shape == (200, 100)
 
 
-@pytest.mark.parametrize("options", [{"shuffle": True}, {"shuffle": True, "num_workers": 2}, {"drop_last": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"shuffle": True}, {"shuffle": True, "num_workers": 2}, {"drop_last": True}],
+    ids=str,
+)
 def test_a_prepared_loader_names_its_samples(tmp_path: Path, options: dict[str, Any]) -> None:
     train = images(30, 1)
     weights = []
@@ -71,9 +100,15 @@ def test_a_prepared_loader_names_its_samples(tmp_path: Path, options: dict[str, 
         pipeline = mlp_pipeline()
         numbered = torch.utils.data.TensorDataset(*train.tensors, torch.arange(30))
         torch.manual_seed(3)
-        parts = accelerator.prepare(pipeline.model, pipeline.optimizer, DataLoader(numbered, 4, **options))
+        parts = accelerator.prepare(
+            pipeline.model, pipeline.optimizer, DataLoader(numbered, 4, **options)
+        )
         model, optimizer, loader = parts
-        recorder = Recorder(model, optimizer.optimizer, tmp_path / way, 30, dtype="float32") if way != "plain" else None
+        recorder = (
+            Recorder(model, optimizer.optimizer, tmp_path / way, 30, dtype="float32")
+            if way != "plain"
+            else None
+        )
         batches = recorder.track(loader) if way == "tracked" and recorder else loader
         for _ in range(2):
             for x, y, ids in batches:

@@ -32,16 +32,30 @@ from two_processes import rows_of_two, samples_of_two
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.errors import DataError, HydraError, RecordError, RecordWarning, RunError, UsageError
+from hydra_pipe.errors import (
+    DataError,
+    HydraError,
+    RecordError,
+    RecordWarning,
+    RunError,
+    UsageError,
+)
 from hydra_pipe.integrations.transformers import HydraCallback
 from hydra_pipe.store import names
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # in peft
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # in torch's compiler
+    pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+    ),  # in peft
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+    ),  # in torch's compiler
 ]
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"language model": language_model, "classifier": classifier}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "language model": language_model,
+    "classifier": classifier,
+}
 
 
 class Witness(TrainerCallback):
@@ -54,20 +68,35 @@ class Witness(TrainerCallback):
         self.states.append(torch.get_rng_state())
 
 
-def plain_recording(run: Path, model: nn.Module, train: Any, tests: Any, out: Path, of: Path, states: list[torch.Tensor]) -> None:
+def plain_recording(
+    run: Path,
+    model: nn.Module,
+    train: Any,
+    tests: Any,
+    out: Path,
+    of: Path,
+    states: list[torch.Tensor],
+) -> None:
     """The training that `of` recorded, in a loop that names its samples, from the random states that its steps began with."""
     made = trainer(out, model, train)
     args, optimizer = made.args, made.create_optimizer()
     steps = steps_of(of)
     scheduler = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_steps), len(steps))
-    labels = None if isinstance(train[0]["labels"], list) else [sample["labels"] for sample in train]
+    labels = (
+        None if isinstance(train[0]["labels"], list) else [sample["labels"] for sample in train]
+    )
     recorder = Recorder(model, optimizer, run, len(train), sample_labels=labels, **EXACT)
     model.train()
     for ids, state in zip(steps, states, strict=True):
         torch.set_rng_state(state)
-        batches = [padded([train[i] for i in part]) for part in np.split(ids, range(3, len(ids), 3))]
+        batches = [
+            padded([train[i] for i in part]) for part in np.split(ids, range(3, len(ids), 3))
+        ]
         causal = batches[0]["labels"].dim() > 1
-        items = sum((batch["labels"][:, 1:] != -100).sum() if causal else torch.tensor(len(batch["labels"])) for batch in batches)
+        items = sum(
+            (batch["labels"][:, 1:] != -100).sum() if causal else torch.tensor(len(batch["labels"]))
+            for batch in batches
+        )
         with recorder.step(ids) as note:
             losses = []
             for batch in batches:
@@ -82,20 +111,33 @@ def plain_recording(run: Path, model: nn.Module, train: Any, tests: Any, out: Pa
             optimizer.zero_grad()
     alone = [padded([sample]) for sample in tests]
     with torch.autocast("cpu", torch.bfloat16):  # as the trainer evaluates
-        recorder.record_test([(batch, batch["labels"]) for batch in alone], lambda output, _: output.loss.reshape(1))
+        recorder.record_test(
+            [(batch, batch["labels"]) for batch in alone], lambda output, _: output.loss.reshape(1)
+        )
     recorder.close()
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
+def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(
+    tmp_path: Path, kind: str
+) -> None:
     causal = kind == "language model"
     train, tests = texts(32, 0, causal=causal), texts(5, 1, causal=causal)
     plain, recorded, looped = (MODELS[kind]() for _ in range(3))
     trainer(tmp_path / "plain", plain, train).train()
     witness = Witness()
-    trainer(tmp_path / "out", recorded, train, [HydraCallback(tmp_path / "run", tests, **EXACT), witness]).train()
+    trainer(
+        tmp_path / "out",
+        recorded,
+        train,
+        [HydraCallback(tmp_path / "run", tests, **EXACT), witness],
+    ).train()
     assert_same_weights(plain, recorded)
-    hooks = [hook for module in recorded.modules() for hook in (module._forward_hooks, module._forward_pre_hooks)]
+    hooks = [
+        hook
+        for module in recorded.modules()
+        for hook in (module._forward_hooks, module._forward_pre_hooks)
+    ]
     assert not any(hooks)
 
     found = arrays(tmp_path / "run")
@@ -105,7 +147,15 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_pa
     assert np.isfinite(found[names.CURVATURE]).all()
     assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02  # in bfloat16
 
-    plain_recording(tmp_path / "loop", looped, train, tests, tmp_path / "other", tmp_path / "run", witness.states)
+    plain_recording(
+        tmp_path / "loop",
+        looped,
+        train,
+        tests,
+        tmp_path / "other",
+        tmp_path / "run",
+        witness.states,
+    )
     assert_same_weights(recorded, looped)
     assert_same_arrays(tmp_path / "run", tmp_path / "loop")
     relevances = []
@@ -117,7 +167,12 @@ def test_weights_are_those_without_it_and_the_run_is_that_of_a_plain_loop(tmp_pa
 
 
 def record(
-    tmp_path: Path, name: str, train: Any, *others: TrainerCallback, resume: Path | None = None, **options: Any
+    tmp_path: Path,
+    name: str,
+    train: Any,
+    *others: TrainerCallback,
+    resume: Path | None = None,
+    **options: Any,
 ) -> nn.Module:
     """A classifier trained and recorded; its trainer's own files are in `name`-out."""
     model = classifier()
@@ -127,7 +182,11 @@ def record(
     return model
 
 
-@pytest.mark.parametrize(("stop", "options"), [(4, {}), (5, {"save_steps": 2, "optim": "adamw_torch"})], ids=["epoch", "middle"])
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [(4, {}), (5, {"save_steps": 2, "optim": "adamw_torch"})],
+    ids=["epoch", "middle"],
+)
 def test_a_training_that_was_stopped_goes_on_from_the_trainers_checkpoint(
     tmp_path: Path, stop: int, options: dict[str, Any]
 ) -> None:
@@ -135,8 +194,16 @@ def test_a_training_that_was_stopped_goes_on_from_the_trainers_checkpoint(
     whole = record(tmp_path, "whole", train, **options)
     with pytest.raises(StoppedError):
         record(tmp_path, "run", train, Killer(stop), **options)
-    assert "record" not in [s for s, found in hydra_pipe.open_run(tmp_path / "run").info()["stages"].items() if found == "complete"]
-    last = tmp_path / "run-out" / f"checkpoint-{options.get('save_steps', 3) * (stop // options.get('save_steps', 3))}"
+    assert "record" not in [
+        s
+        for s, found in hydra_pipe.open_run(tmp_path / "run").info()["stages"].items()
+        if found == "complete"
+    ]
+    last = (
+        tmp_path
+        / "run-out"
+        / f"checkpoint-{options.get('save_steps', 3) * (stop // options.get('save_steps', 3))}"
+    )
     resumed = record(tmp_path, "run", train, resume=last, **options)
     assert_same_weights(whole, resumed)
     assert_same_arrays(tmp_path / "whole", tmp_path / "run")
@@ -149,8 +216,20 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
     models = {}
     for name, best in (("plain", False), ("last", False), ("best", True)):
         models[name] = classifier()
-        callbacks = [] if name == "plain" else [HydraCallback(tmp_path / name, texts(5, 1, causal=False), **EXACT)]
-        made = trainer(tmp_path / f"{name}-out", models[name], train, callbacks, others, load_best_model_at_end=best, **options)
+        callbacks = (
+            []
+            if name == "plain"
+            else [HydraCallback(tmp_path / name, texts(5, 1, causal=False), **EXACT)]
+        )
+        made = trainer(
+            tmp_path / f"{name}-out",
+            models[name],
+            train,
+            callbacks,
+            others,
+            load_best_model_at_end=best,
+            **options,
+        )
         made.train()
     assert_same_weights(models["plain"], models["last"])
     # of the last step's parameters, whatever the trainer puts into the model afterwards
@@ -158,7 +237,9 @@ def test_workers_evaluation_and_the_best_model_do_not_disturb(tmp_path: Path) ->
 
 
 def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
-    rows = rows_of_two("trainer_ranks.py", tmp_path, {"RANK": "RANK", "LOCAL_RANK": "RANK"}, WORLD_SIZE="2")
+    rows = rows_of_two(
+        "trainer_ranks.py", tmp_path, {"RANK": "RANK", "LOCAL_RANK": "RANK"}, WORLD_SIZE="2"
+    )
     assert samples_of_two(rows) == sorted([*range(32)] * 2)  # each once an epoch
     assert rows[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
 
@@ -167,7 +248,9 @@ def test_adapters_are_recorded_without_loss(tmp_path: Path) -> None:
     train, tests = texts(32, 0, causal=True), texts(5, 1, causal=True)
     models = []
     for run in (None, tmp_path / "run"):
-        lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+        )
         models.append(get_peft_model(language_model(), lora))
         callbacks = [] if run is None else [HydraCallback(run, tests, encoding="exact")]
         trainer(tmp_path / "out", models[-1], train, callbacks).train()
@@ -181,13 +264,17 @@ def test_adapters_are_recorded_without_loss(tmp_path: Path) -> None:
 
 def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
     def dataset(n: int, seed: int) -> Dataset:
-        return Dataset.from_list([row | {"sentence": f"text {i}"} for i, row in enumerate(texts(n, seed, causal=False))])
+        return Dataset.from_list(
+            [row | {"sentence": f"text {i}"} for i, row in enumerate(texts(n, seed, causal=False))]
+        )
 
     for name, train, tests in (
         ("lists", texts(32, 0, causal=False), texts(5, 1, causal=False)),
         ("datasets", dataset(32, 0), dataset(5, 1)),
     ):
-        trainer(tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / name, tests, **EXACT)]).train()
+        trainer(
+            tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / name, tests, **EXACT)]
+        ).train()
     assert_same_arrays(tmp_path / "lists", tmp_path / "datasets")
 
 
@@ -204,7 +291,9 @@ def test_a_dataset_that_draws_random_numbers_draws_none_more(tmp_path: Path) -> 
     plain = classifier()
     trainer(tmp_path / "plain", plain, train).train()
     assert_same_weights(plain, record(tmp_path, "run", train))
-    assert arrays(tmp_path / "run")["labels/train"].tolist() == [sample["labels"] for sample in list(train)]
+    assert arrays(tmp_path / "run")["labels/train"].tolist() == [
+        sample["labels"] for sample in list(train)
+    ]
 
 
 class Stream(IterableDataset[Any]):
@@ -218,15 +307,42 @@ def bare(rows: list[Any]) -> Any:
 
 REFUSED: list[tuple[str, Callable[[Path], Any], type[HydraError], str]] = [
     ("no test samples", lambda run: HydraCallback(run, []), DataError, "test_dataset is empty"),
-    ("restored", lambda run: HydraCallback(), UsageError, "leave restore_callback_states_from_checkpoint at False"),
-    ("stream", lambda run: record(run, "run", Stream(), max_steps=4), RecordError, "Stream is an iterable dataset"),
-    ("compiled", lambda run: record(run, "run", texts(8, 0, causal=False), torch_compile=True), UsageError, "torch_compile hides"),
-    ("tuples", lambda run: record(run, "run", texts(8, 0, causal=False), collator=bare), DataError, "collator returned tuple"),
-    ("optimizer", lambda run: record(run, "run", texts(8, 0, causal=False), optim="adagrad"), HydraError, "Adagrad is not handled"),
+    (
+        "restored",
+        lambda run: HydraCallback(),
+        UsageError,
+        "leave restore_callback_states_from_checkpoint at False",
+    ),
+    (
+        "stream",
+        lambda run: record(run, "run", Stream(), max_steps=4),
+        RecordError,
+        "Stream is an iterable dataset",
+    ),
+    (
+        "compiled",
+        lambda run: record(run, "run", texts(8, 0, causal=False), torch_compile=True),
+        UsageError,
+        "torch_compile hides",
+    ),
+    (
+        "tuples",
+        lambda run: record(run, "run", texts(8, 0, causal=False), collator=bare),
+        DataError,
+        "collator returned tuple",
+    ),
+    (
+        "optimizer",
+        lambda run: record(run, "run", texts(8, 0, causal=False), optim="adagrad"),
+        HydraError,
+        "Adagrad is not handled",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("case", "act", "error", "message"), REFUSED, ids=[case[0] for case in REFUSED])
+@pytest.mark.parametrize(
+    ("case", "act", "error", "message"), REFUSED, ids=[case[0] for case in REFUSED]
+)
 def test_what_cannot_be_recorded_is_refused(
     tmp_path: Path, case: str, act: Callable[[Path], Any], error: type[HydraError], message: str
 ) -> None:
@@ -238,7 +354,9 @@ def test_a_checkpoint_without_a_recording_is_refused(tmp_path: Path) -> None:
     train = texts(32, 0, causal=False)
     with pytest.raises(StoppedError):
         trainer(tmp_path / "run-out", classifier(), train, [Killer(4)]).train()
-    with pytest.raises(RecordError, match="the checkpoint of step 3 was made without HydraCallback"):
+    with pytest.raises(
+        RecordError, match="the checkpoint of step 3 was made without HydraCallback"
+    ):
         record(tmp_path, "run", train, resume=tmp_path / "run-out" / "checkpoint-3")
 
 
@@ -253,10 +371,20 @@ def test_test_samples_without_labels_are_told(tmp_path: Path) -> None:
     callback = HydraCallback(tmp_path / "run", tests)
 
     def unlabelled(rows: list[Any]) -> Any:
-        return padded(rows) if "labels" in rows[0] else {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+        return (
+            padded(rows)
+            if "labels" in rows[0]
+            else {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+        )
 
     with pytest.raises(DataError, match="test sample 0 has no labels"):
-        trainer(tmp_path / "out", classifier(), texts(8, 0, causal=False), [callback], collator=unlabelled).train()
+        trainer(
+            tmp_path / "out",
+            classifier(),
+            texts(8, 0, causal=False),
+            [callback],
+            collator=unlabelled,
+        ).train()
 
 
 @pytest.mark.data
@@ -269,13 +397,20 @@ def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None
     plain, recorded = of_words(200), of_words(200)
     options = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
     trainer(tmp_path / "plain", plain, train, **options).train()
-    trainer(tmp_path / "out", recorded, train, [HydraCallback(tmp_path / "run", tests)], **options).train()
+    trainer(
+        tmp_path / "out", recorded, train, [HydraCallback(tmp_path / "run", tests)], **options
+    ).train()
     assert_same_weights(plain, recorded)
     found = arrays(tmp_path / "run")
     assert sorted(found[names.SAMPLE]) == list(range(120))
     assert found[f"{names.STEPS}/{names.IMBALANCE}"].max() < 0.02
     hydra_pipe.reduce(tmp_path / "run")
-    assert np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra"))).min(axis=0).max() > 0
+    assert (
+        np.abs(np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance("hydra")))
+        .min(axis=0)
+        .max()
+        > 0
+    )
     shown = hydra_pipe.ShownSamples(train, tests, lambda sample: words.decode(sample["input_ids"]))
     assert hydra_pipe.report(tmp_path / "run", samples=shown)
     page = html.unescape((tmp_path / "run" / names.REPORT).read_text(encoding="utf-8"))
@@ -298,15 +433,28 @@ class Padded(nn.Module):
         masked = self.embed(input_ids) * attention_mask[..., None]
         return (self.head(masked.sum(1)),)
 
-    def with_labels(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+    def with_labels(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> Any:
         scores = self.head((self.embed(input_ids) * attention_mask[..., None]).sum(1))
-        return (scores,) if labels is None else (nn.functional.cross_entropy(scores, labels), scores)
+        return (
+            (scores,) if labels is None else (nn.functional.cross_entropy(scores, labels), scores)
+        )
 
 
 class OwnLoss(Trainer):
     """Computes the loss itself, of a model that takes no labels."""
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = nn.functional.cross_entropy(outputs[0], labels)
@@ -324,20 +472,33 @@ def state_of(run: Path) -> str:
 
 
 def test_a_model_that_returns_a_tuple_has_its_loss_first(tmp_path: Path) -> None:
-    own(tmp_path, Padded(takes_labels=True), HydraCallback(tmp_path / "run", texts(5, 1, causal=False), **EXACT), Trainer)
+    own(
+        tmp_path,
+        Padded(takes_labels=True),
+        HydraCallback(tmp_path / "run", texts(5, 1, causal=False), **EXACT),
+        Trainer,
+    )
     assert hydra_pipe.reduce(tmp_path / "run")
 
 
 def test_a_model_whose_forward_takes_no_labels_needs_a_test_loss(tmp_path: Path) -> None:
     tests = texts(5, 1, causal=False)
-    with pytest.raises(DataError, match=r"Padded.forward takes no labels, and returns no loss: give HydraCallback.*test_loss"):
+    with pytest.raises(
+        DataError,
+        match=r"Padded.forward takes no labels, and returns no loss: give HydraCallback.*test_loss",
+    ):
         own(tmp_path, Padded(takes_labels=False), HydraCallback(tmp_path / "none", tests), OwnLoss)
     assert not (tmp_path / "none").exists()
 
     def loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output[0], labels, reduction="none")
 
-    own(tmp_path, Padded(takes_labels=False), HydraCallback(tmp_path / "run", tests, test_loss=loss, **EXACT), OwnLoss)
+    own(
+        tmp_path,
+        Padded(takes_labels=False),
+        HydraCallback(tmp_path / "run", tests, test_loss=loss, **EXACT),
+        OwnLoss,
+    )
     assert hydra_pipe.reduce(tmp_path / "run")
 
 
@@ -346,7 +507,12 @@ TOO_LONG = {"input_ids": [5] * 99, "labels": 1}
 
 def test_a_test_set_is_optional(tmp_path: Path) -> None:
     model = classifier()
-    trainer(tmp_path / "out", model, texts(32, 0, causal=False), [HydraCallback(tmp_path / "run", **EXACT)]).train()
+    trainer(
+        tmp_path / "out",
+        model,
+        texts(32, 0, causal=False),
+        [HydraCallback(tmp_path / "run", **EXACT)],
+    ).train()
     assert hydra_pipe.verify(tmp_path / "run") == []
     tests = [padded([sample]) for sample in texts(5, 1, causal=False)]
 
@@ -359,9 +525,17 @@ def test_a_test_set_is_optional(tmp_path: Path) -> None:
 
 SLIPS: list[tuple[str, Any, str]] = [
     ("too long", TOO_LONG, "the model raised at the first test samples, before training"),
-    ("raw text", {"input_ids": "a film to see", "labels": 1}, "the data collator raised at test sample 0"),
+    (
+        "raw text",
+        {"input_ids": "a film to see", "labels": 1},
+        "the data collator raised at test sample 0",
+    ),
     ("no labels", {"input_ids": [5, 6]}, "the data collator raised at test sample 0: KeyError"),
-    ("a label that is none of the model's", {"input_ids": [5, 6], "labels": 99}, "the model raised at the first"),
+    (
+        "a label that is none of the model's",
+        {"input_ids": [5, 6], "labels": 99},
+        "the model raised at the first",
+    ),
 ]
 
 
@@ -371,7 +545,12 @@ def test_a_slip_in_the_test_samples_is_told_before_training_or_leaves_its_result
 ) -> None:
     train, good = texts(32, 0, causal=False), texts(2, 1, causal=False)
     with pytest.raises(HydraError, match=message):
-        trainer(tmp_path / "out", classifier(), train, [HydraCallback(tmp_path / "first", [sample, *good], **EXACT)]).train()
+        trainer(
+            tmp_path / "out",
+            classifier(),
+            train,
+            [HydraCallback(tmp_path / "first", [sample, *good], **EXACT)],
+        ).train()
     assert not (tmp_path / "first").exists()
     plain, model = classifier(), classifier()
     trainer(tmp_path / "plain", plain, train).train()
@@ -390,10 +569,17 @@ class Interrupter(TrainerCallback):
 
 def test_an_interrupt_leaves_nothing_hooked(tmp_path: Path) -> None:
     model = classifier()
-    made = trainer(tmp_path / "out", model, texts(32, 0, causal=False), [HydraCallback(tmp_path / "run", **EXACT), Interrupter()])
+    made = trainer(
+        tmp_path / "out",
+        model,
+        texts(32, 0, causal=False),
+        [HydraCallback(tmp_path / "run", **EXACT), Interrupter()],
+    )
     with pytest.raises(KeyboardInterrupt):
         made.train()
-    assert not any(hook for part in model.modules() for hook in (part._forward_hooks, part._forward_pre_hooks))
+    assert not any(
+        hook for part in model.modules() for hook in (part._forward_hooks, part._forward_pre_hooks)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**padded(texts(3, 0, causal=False))).loss.backward()
     optimizer.step()

@@ -23,7 +23,14 @@ def main(directory: Path) -> None:
         model = classifier()
         callbacks = [] if name == "plain" else [HydraCallback(directory / name, tests, **EXACT)]
         callbacks += [] if stop is None else [Killer(stop)]
-        made = trainer(directory / f"{name}-out", model, train, callbacks, ddp_backend="gloo", per_device_train_batch_size=2)
+        made = trainer(
+            directory / f"{name}-out",
+            model,
+            train,
+            callbacks,
+            ddp_backend="gloo",
+            per_device_train_batch_size=2,
+        )
         last = directory / f"{name}-out" / "checkpoint-3"
         with suppress(StoppedError):
             made.train(resume_from_checkpoint=str(last) if last.is_dir() else None)

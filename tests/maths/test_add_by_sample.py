@@ -13,7 +13,9 @@ from hydra_pipe.maths.relevance import add_by_sample
     n_tests=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
-def test_scores_are_added_to_their_sample_however_often_it_comes(samples: list[int], n_tests: int, seed: int) -> None:
+def test_scores_are_added_to_their_sample_however_often_it_comes(
+    samples: list[int], n_tests: int, seed: int
+) -> None:
     generator = np.random.default_rng(seed)
     total = generator.normal(size=(10, n_tests)).astype(np.float32)
     scores = generator.normal(size=(len(samples), n_tests)).astype(np.float32)

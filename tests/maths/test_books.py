@@ -24,18 +24,24 @@ class OfStep:
     imbalance: np.ndarray
 
 
-def as_arrays(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray) -> tuple[np.ndarray, ...]:
+def as_arrays(
+    expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray
+) -> tuple[np.ndarray, ...]:
     sums, grads = (torch.cat(vectors).double().numpy()[None] for vectors in (expected, actual))
     starts = np.cumsum([0, *(len(vector) for vector in expected[:-1])])
     return sums, grads, starts, magnitude[None], torch.finfo(expected[0].dtype).eps
 
 
-def balance(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, scalar: float | None = None) -> OfStep:
+def balance(
+    expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, scalar: float | None = None
+) -> OfStep:
     books = maths.balance(*as_arrays(expected, actual, magnitude), scalar)
     return OfStep(float(books.scalar[0]), books.imbalance[0])
 
 
-def best_explained(expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, limit: np.ndarray) -> OfStep:
+def best_explained(
+    expected: list[Tensor], actual: list[Tensor], magnitude: np.ndarray, limit: np.ndarray
+) -> OfStep:
     books = maths.best_explained(*as_arrays(expected, actual, magnitude), limit)
     return OfStep(float(books.scalar[0]), books.imbalance[0])
 
@@ -52,13 +58,20 @@ class Step:
 
     @property
     def magnitude(self) -> np.ndarray:
-        return np.array([rows.double().abs().amax(1).sum().item() * rows.shape[1] ** 0.5 for rows in self.rows])
+        return np.array(
+            [rows.double().abs().amax(1).sum().item() * rows.shape[1] ** 0.5 for rows in self.rows]
+        )
 
 
 def step_of(sizes: list[int], magnitudes: list[float], seed: int) -> Step:
     """Rows that do not cancel: about 1 in each element, times the block's magnitude."""
     generator = torch.Generator().manual_seed(seed)
-    return Step([10.0**m * (1 + 0.5 * torch.randn(6, n, generator=generator)) for n, m in zip(sizes, magnitudes, strict=False)])
+    return Step(
+        [
+            10.0**m * (1 + 0.5 * torch.randn(6, n, generator=generator))
+            for n, m in zip(sizes, magnitudes, strict=False)
+        ]
+    )
 
 
 @st.composite
@@ -74,11 +87,19 @@ def summed_otherwise(step: Step) -> list[Tensor]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(step=steps(), scalar=st.one_of(st.floats(1e-6, 0.999), st.floats(1.001, 1e6)), sign=st.sampled_from([-1, 1]))
+@given(
+    step=steps(),
+    scalar=st.one_of(st.floats(1e-6, 0.999), st.floats(1.001, 1e6)),
+    sign=st.sampled_from([-1, 1]),
+)
 @example(step_of([3, 4], [0.0, 0.0], 0), 0.95, 1)
 @example(step_of([3, 4], [0.0, 0.0], 0), 1.0001, 1)
-def test_the_scalar_that_multiplies_all_of_the_gradient_is_recovered(step: Step, scalar: float, sign: int) -> None:
-    books = balance(step.expected, [sign * scalar * g for g in summed_otherwise(step)], step.magnitude)
+def test_the_scalar_that_multiplies_all_of_the_gradient_is_recovered(
+    step: Step, scalar: float, sign: int
+) -> None:
+    books = balance(
+        step.expected, [sign * scalar * g for g in summed_otherwise(step)], step.magnitude
+    )
     assert books.scalar == pytest.approx(sign * scalar, rel=1e-6)
     assert books.imbalance.max() < LIMIT / 100
 
@@ -100,7 +121,9 @@ def test_a_scalar_of_0_balances() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(step=steps(), scalar=st.sampled_from([1.0, 0.01, 300.0]), data=st.data())
-def test_a_contribution_missing_from_any_one_block_is_noticed(step: Step, scalar: float, data: st.DataObject) -> None:
+def test_a_contribution_missing_from_any_one_block_is_noticed(
+    step: Step, scalar: float, data: st.DataObject
+) -> None:
     block = data.draw(st.integers(0, len(step.rows) - 1))
     missing = 0.05 * step.rows[block][0] * torch.linspace(-1, 1, step.rows[block].shape[1])
     actual = summed_otherwise(step)
@@ -163,7 +186,9 @@ def test_a_gradient_beside_rows_that_cancel_is_noticed() -> None:
 
 
 def test_zero_rows_beside_zero_gradients_balance() -> None:
-    books = balance([torch.zeros(3), torch.ones(2)], [torch.zeros(3), torch.ones(2)], np.array([0.0, 2.0]))
+    books = balance(
+        [torch.zeros(3), torch.ones(2)], [torch.zeros(3), torch.ones(2)], np.array([0.0, 2.0])
+    )
     assert books.scalar == 1.0
     assert books.imbalance.tolist() == [0.0, 0.0]
 
@@ -187,7 +212,9 @@ def test_a_gradient_that_is_not_a_number_does_not_balance() -> None:
 def test_a_gradient_beside_norms_that_have_overflowed_does_not_balance(overflowed: float) -> None:
     step = step_of([3, 4], [1.0, 1.0], 0)
     actual = [step.expected[0] * 2.0 + torch.tensor([0.0, 1.0, 0.0]), step.expected[1]]
-    imbalance = balance(step.expected, actual, np.array([overflowed, step.magnitude[1]]), 1.0).imbalance
+    imbalance = balance(
+        step.expected, actual, np.array([overflowed, step.magnitude[1]]), 1.0
+    ).imbalance
     assert not imbalance[0] <= LIMIT
     assert imbalance[1] <= LIMIT
 
@@ -228,7 +255,9 @@ def test_the_best_explanation_lays_what_is_missing_to_the_block_that_misses_it(
 
 def test_the_best_explanation_of_books_that_balance_has_their_scalar() -> None:
     step = step_of([3, 4], [0.0, 0.0], 0)
-    books = best_explained(step.expected, [0.5 * g for g in summed_otherwise(step)], step.magnitude, np.full(2, LIMIT))
+    books = best_explained(
+        step.expected, [0.5 * g for g in summed_otherwise(step)], step.magnitude, np.full(2, LIMIT)
+    )
     assert books.scalar == pytest.approx(0.5, rel=1e-6)
     assert books.imbalance.max() < LIMIT
 
@@ -236,10 +265,16 @@ def test_the_best_explanation_of_books_that_balance_has_their_scalar() -> None:
 def test_the_steps_of_one_call_are_balanced_each_by_itself() -> None:
     steps = [step_of([3, 4], [0.0, -3.0], seed) for seed in range(3)]
     scalars = (1.0, 0.25, -7.0)
-    actual = [[c * g for g in summed_otherwise(step)] for c, step in zip(scalars, steps, strict=True)]
+    actual = [
+        [c * g for g in summed_otherwise(step)] for c, step in zip(scalars, steps, strict=True)
+    ]
     actual[1][0] = 1.5 * actual[1][0]
-    each = [as_arrays(step.expected, a, step.magnitude) for step, a in zip(steps, actual, strict=True)]
-    together = [np.concatenate(parts) for parts in zip(*((s, g, m) for s, g, _, m, _ in each), strict=True)]
+    each = [
+        as_arrays(step.expected, a, step.magnitude) for step, a in zip(steps, actual, strict=True)
+    ]
+    together = [
+        np.concatenate(parts) for parts in zip(*((s, g, m) for s, g, _, m, _ in each), strict=True)
+    ]
     books = maths.balance(together[0], together[1], each[0][2], together[2], each[0][4])
     for k, (sums, grads, starts, magnitude, eps) in enumerate(each):
         alone = maths.balance(sums, grads, starts, magnitude, eps)

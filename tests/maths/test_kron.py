@@ -25,7 +25,13 @@ def matrix(kron: Kron, n: int) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), outputs=SIZES, inputs=SIZES, batch=st.integers(1, 3), positions=st.integers(1, 4))
+@given(
+    data=st.data(),
+    outputs=SIZES,
+    inputs=SIZES,
+    batch=st.integers(1, 3),
+    positions=st.integers(1, 4),
+)
 def test_factors_and_the_rows_they_make_up_are_projected_alike(
     data: st.DataObject, outputs: int, inputs: int, batch: int, positions: int
 ) -> None:
@@ -41,7 +47,12 @@ def test_factors_and_the_rows_they_make_up_are_projected_alike(
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), dims=st.sampled_from([1, 2, 3]), transposed=st.booleans(), batch=st.integers(1, 3))
+@given(
+    data=st.data(),
+    dims=st.sampled_from([1, 2, 3]),
+    transposed=st.booleans(),
+    batch=st.integers(1, 3),
+)
 def test_the_patches_of_a_convolution_are_projected_without_being_written_out(
     data: st.DataObject, dims: int, transposed: bool, batch: int
 ) -> None:
@@ -51,17 +62,25 @@ def test_the_patches_of_a_convolution_are_projected_without_being_written_out(
     kernel, stride, dilation = sizes(1, 3), sizes(1, 2), sizes(1, 3)
     options = {"stride": stride, "dilation": dilation, "padding": sizes(0, 2)}
     if transposed:
-        options["output_padding"] = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
-    module = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")(2, 3, kernel, **options).double()
+        options["output_padding"] = tuple(
+            data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+    module = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")(
+        2, 3, kernel, **options
+    ).double()
     sides = (len(module.weight), module.weight[0].numel())
-    kron = Kron(0, "w", module.weight.shape, *choose_sides(*sides, data.draw(st.integers(1, 40))), sides)
+    kron = Kron(
+        0, "w", module.weight.shape, *choose_sides(*sides, data.draw(st.integers(1, 40))), sides
+    )
     inputs = random(batch, 2, *sizes(7, 8))
     with torch.no_grad():
         grad_output = random(*module(inputs).shape, seed=1)
         (factors,) = rule_for(module)(module, (inputs,), {}, grad_output, ["weight"]).values()
     assert isinstance(factors, Factors)
     found, norms = projected(factors, kron), factors.norms()
-    assert kron.n_columns % sides[1] == 0 or "right" not in vars(factors)  # written out where that side is the identity only
+    assert kron.n_columns % sides[1] == 0 or "right" not in vars(
+        factors
+    )  # written out where that side is the identity only
     torch.testing.assert_close(found, kron(factors.rows()), rtol=1e-10, atol=1e-10)
     assert bool((norms >= factors.rows().norm(dim=1) * (1 - 1e-12)).all())
 
@@ -72,11 +91,15 @@ def test_it_is_a_product_of_a_matrix_a_side_of_equal_magnitudes_or_the_identity(
     data: st.DataObject, outputs: int, inputs: int
 ) -> None:
     k_out, k_in = data.draw(st.integers(1, outputs)), data.draw(st.integers(1, inputs))
-    found = matrix(Kron(0, "w", (outputs, inputs), k_out, k_in, (outputs, inputs)), outputs * inputs)
+    found = matrix(
+        Kron(0, "w", (outputs, inputs), k_out, k_in, (outputs, inputs)), outputs * inputs
+    )
     blocks = found.contiguous().reshape(k_out, k_in, outputs, inputs)
     side = blocks[:, 0, :, 0] / blocks[0, 0, 0, 0]
     other = blocks[0, :, 0, :]
-    torch.testing.assert_close(torch.kron(side.contiguous(), other.contiguous()), found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.kron(side.contiguous(), other.contiguous()), found, rtol=1e-12, atol=1e-12
+    )
     if k_out == outputs:
         torch.testing.assert_close(side, torch.eye(outputs, dtype=torch.float64))
     else:
@@ -98,23 +121,36 @@ def test_rows_are_left_as_they_were() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rows_keep_their_dtype(dtype: torch.dtype) -> None:
-    kron, rows = Kron(0, "w", (3, 4), 2, 2, (3, 4)), torch.arange(24.0, dtype=dtype).reshape(2, 12)  # scaled by 1/2: exact in all
+    kron, rows = (
+        Kron(0, "w", (3, 4), 2, 2, (3, 4)),
+        torch.arange(24.0, dtype=dtype).reshape(2, 12),
+    )  # scaled by 1/2: exact in all
     found = kron(rows)
     assert found.dtype == dtype
     assert found.tolist() == kron(rows.double()).tolist()
 
 
-@pytest.mark.parametrize("other", [(1, "w", (4, 6)), (0, "v", (4, 6)), (0, "w", (6, 4)), (0, "w", (24,))])
-def test_another_seed_name_or_shape_gives_another_projection(other: tuple[int, str, tuple[int, ...]]) -> None:
-    assert not torch.equal(matrix(Kron(0, "w", (4, 6), 3, 3, (4, 6)), 24), matrix(Kron(*other, 3, 3, (4, 6)), 24))
+@pytest.mark.parametrize(
+    "other", [(1, "w", (4, 6)), (0, "v", (4, 6)), (0, "w", (6, 4)), (0, "w", (24,))]
+)
+def test_another_seed_name_or_shape_gives_another_projection(
+    other: tuple[int, str, tuple[int, ...]],
+) -> None:
+    assert not torch.equal(
+        matrix(Kron(0, "w", (4, 6), 3, 3, (4, 6)), 24), matrix(Kron(*other, 3, 3, (4, 6)), 24)
+    )
 
 
 def test_the_sides_of_a_square_weight_are_not_projected_alike() -> None:
     blocks = matrix(Kron(0, "w", (9, 9), 4, 4, (9, 9)), 81).reshape(4, 4, 9, 9)
-    assert not torch.equal(blocks[:, 0, :, 0].sign() * blocks[0, 0, 0, 0].sign(), blocks[0, :, 0, :].sign())
+    assert not torch.equal(
+        blocks[:, 0, :, 0].sign() * blocks[0, 0, 0, 0].sign(), blocks[0, :, 0, :].sign()
+    )
 
 
-@pytest.mark.parametrize(("k_out", "k_in", "sides"), [(0, 3, (4, 6)), (5, 3, (4, 6)), (2, 7, (4, 6)), (2, 2, (4, 5))])
+@pytest.mark.parametrize(
+    ("k_out", "k_in", "sides"), [(0, 3, (4, 6)), (5, 3, (4, 6)), (2, 7, (4, 6)), (2, 2, (4, 5))]
+)
 def test_what_cannot_be_projected_is_named(k_out: int, k_in: int, sides: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"head.weight .* to {k_out} x {k_in}"):
         Kron(0, "head.weight", (4, 6), k_out, k_in, sides)
@@ -152,13 +188,25 @@ def pairs(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     few = torch.arange(inputs) < 2
     large = (1.0 + torch.arange(outputs))[:, None] ** 2
     outer = torch.outer(x[:, 0], x[0]), torch.outer(y[:, 0], x[0] + y[0])
-    return torch.stack([x, x, outer[0], x * few, x * large]), torch.stack([y, x + 0.1 * y, outer[1], (x + y) * few, y * large])
+    return torch.stack([x, x, outer[0], x * few, x * large]), torch.stack(
+        [y, x + 0.1 * y, outer[1], (x + y) * few, y * large]
+    )
 
 
 @pytest.mark.parametrize(
-    ("sides", "k_out", "k_in"), [((5, 6), 3, 2), ((5, 6), 1, 1), ((5, 6), 5, 2), ((5, 6), 2, 6), ((12, 1), 4, 1), ((8, 9), 7, 8)]
+    ("sides", "k_out", "k_in"),
+    [
+        ((5, 6), 3, 2),
+        ((5, 6), 1, 1),
+        ((5, 6), 5, 2),
+        ((5, 6), 2, 6),
+        ((12, 1), 4, 1),
+        ((8, 9), 7, 8),
+    ],
 )
-def test_inner_products_are_unbiased_with_the_variance_of_the_formula(sides: tuple[int, int], k_out: int, k_in: int) -> None:
+def test_inner_products_are_unbiased_with_the_variance_of_the_formula(
+    sides: tuple[int, int], k_out: int, k_in: int
+) -> None:
     n_seeds = 4000
     x, y = pairs(*sides)
     both = torch.cat([x, y]).flatten(1)
@@ -167,12 +215,26 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(sides: tup
         projected_x, projected_y = Kron(seed, "w", sides, k_out, k_in, sides)(both).split(len(x))
         products[seed] = (projected_x * projected_y).sum(1)
     truth, squares = (x * y).sum((1, 2)), (x**2).sum((1, 2)) * (y**2).sum((1, 2))
-    expected = torch.tensor([variance(a, b, k_out, k_in) for a, b in zip(x, y, strict=True)], dtype=torch.float64)
+    expected = torch.tensor(
+        [variance(a, b, k_out, k_in) for a, b in zip(x, y, strict=True)], dtype=torch.float64
+    )
     # five standard errors, and rounding; the seeds are fixed, so that this passes always or never
-    assert bool(((products.mean(0) - truth).abs() <= 5 * (expected / n_seeds).sqrt() + 1e-12 * squares.sqrt()).all())
+    assert bool(
+        (
+            (products.mean(0) - truth).abs()
+            <= 5 * (expected / n_seeds).sqrt() + 1e-12 * squares.sqrt()
+        ).all()
+    )
     deviation = (products - truth) ** 2
-    assert bool(((deviation.mean(0) - expected).abs() <= 5 * deviation.std(0) / n_seeds**0.5 + 1e-24 * squares).all())
-    bound = (1 if k_out == sides[0] else 1 + 2 / k_out) * (1 if k_in == sides[1] else 1 + 2 / k_in) - 1
+    assert bool(
+        (
+            (deviation.mean(0) - expected).abs()
+            <= 5 * deviation.std(0) / n_seeds**0.5 + 1e-24 * squares
+        ).all()
+    )
+    bound = (1 if k_out == sides[0] else 1 + 2 / k_out) * (
+        1 if k_in == sides[1] else 1 + 2 / k_in
+    ) - 1
     assert bool((expected <= bound * squares * (1 + 1e-12)).all())
 
 
@@ -193,12 +255,19 @@ def bound(k_out: int, k_in: int, outputs: int, inputs: int) -> float:
 
 @settings(max_examples=100, deadline=None)
 @given(outputs=st.integers(1, 20), inputs=st.integers(1, 20), columns=st.integers(1, 450))
-def test_the_chosen_sides_are_within_budget_and_no_others_have_a_smaller_bound(outputs: int, inputs: int, columns: int) -> None:
+def test_the_chosen_sides_are_within_budget_and_no_others_have_a_smaller_bound(
+    outputs: int, inputs: int, columns: int
+) -> None:
     k_out, k_in = choose_sides(outputs, inputs, columns)
     assert 1 <= k_out <= outputs
     assert 1 <= k_in <= inputs
     assert k_out * k_in <= columns
-    least = min(bound(a, b, outputs, inputs) for a in range(1, outputs + 1) for b in range(1, inputs + 1) if a * b <= columns)
+    least = min(
+        bound(a, b, outputs, inputs)
+        for a in range(1, outputs + 1)
+        for b in range(1, inputs + 1)
+        if a * b <= columns
+    )
     assert bound(k_out, k_in, outputs, inputs) == pytest.approx(least, rel=1e-12, abs=1e-12)
     if columns >= outputs * inputs:
         assert (k_out, k_in) == (outputs, inputs)
@@ -206,7 +275,14 @@ def test_the_chosen_sides_are_within_budget_and_no_others_have_a_smaller_bound(o
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "columns", "chosen"),
-    [(768, 3072, 4096, (64, 64)), (10, 512, 320, (10, 32)), (1000, 1, 64, (64, 1)), (50257, 768, 1, (1, 1))],
+    [
+        (768, 3072, 4096, (64, 64)),
+        (10, 512, 320, (10, 32)),
+        (1000, 1, 64, (64, 1)),
+        (50257, 768, 1, (1, 1)),
+    ],
 )
-def test_sides_of_usual_layers(outputs: int, inputs: int, columns: int, chosen: tuple[int, int]) -> None:
+def test_sides_of_usual_layers(
+    outputs: int, inputs: int, columns: int, chosen: tuple[int, int]
+) -> None:
     assert choose_sides(outputs, inputs, columns) == chosen

@@ -42,7 +42,9 @@ def read_back(stored: Tensor, scale: Tensor) -> Tensor:
 
 @settings(max_examples=100, deadline=None)
 @given(magnitudes=MAGNITUDES, spread=SPREADS, seed=st.integers(0, 1000))
-def test_float16_loses_half_a_unit_in_the_last_place_of_each_element(magnitudes: list[float], spread: float, seed: int) -> None:
+def test_float16_loses_half_a_unit_in_the_last_place_of_each_element(
+    magnitudes: list[float], spread: float, seed: int
+) -> None:
     rows = rows_of(magnitudes, spread, seed)
     stored, scale = store(rows, "float16")
     error = (read_back(stored, scale) - rows.double()).abs()
@@ -55,7 +57,9 @@ def test_float16_loses_half_a_unit_in_the_last_place_of_each_element(magnitudes:
 
 @settings(max_examples=100, deadline=None)
 @given(magnitudes=MAGNITUDES, spread=SPREADS, seed=st.integers(0, 1000))
-def test_int8_loses_half_a_step_of_the_largest_element(magnitudes: list[float], spread: float, seed: int) -> None:
+def test_int8_loses_half_a_step_of_the_largest_element(
+    magnitudes: list[float], spread: float, seed: int
+) -> None:
     rows = rows_of(magnitudes, spread, seed)
     stored, scale = store(rows, "int8")
     error = (read_back(stored, scale) - rows.double()).abs()
@@ -65,7 +69,11 @@ def test_int8_loses_half_a_step_of_the_largest_element(magnitudes: list[float], 
 
 
 @settings(max_examples=50, deadline=None)
-@given(magnitudes=st.lists(st.floats(-120, 120), min_size=1, max_size=8), spread=SPREADS, seed=st.integers(0, 1000))
+@given(
+    magnitudes=st.lists(st.floats(-120, 120), min_size=1, max_size=8),
+    spread=SPREADS,
+    seed=st.integers(0, 1000),
+)
 def test_float32_loses_nothing(magnitudes: list[float], spread: float, seed: int) -> None:
     rows = rows_of(magnitudes, spread, seed)
     stored, scale = store(rows, "float32")
@@ -99,12 +107,16 @@ def test_no_row_from_1e_minus_30_to_1e4_underflows(dtype: Dtype) -> None:
     magnitude = 10.0 ** torch.arange(-30.0, 5.0)
     rows = magnitude[:, None] * torch.tensor([[0.0, 0.5, 1.0, -0.25]])
     read = read_back(*store(rows, dtype))
-    torch.testing.assert_close(read / magnitude[:, None], (rows / magnitude[:, None]).double(), rtol=0, atol=1 / 127)
+    torch.testing.assert_close(
+        read / magnitude[:, None], (rows / magnitude[:, None]).double(), rtol=0, atol=1 / 127
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss_dtype", [torch.float32, torch.float64])
-def test_rows_of_zeros_are_stored_as_zeros_with_a_finite_scale(dtype: Dtype, loss_dtype: torch.dtype) -> None:
+def test_rows_of_zeros_are_stored_as_zeros_with_a_finite_scale(
+    dtype: Dtype, loss_dtype: torch.dtype
+) -> None:
     rows = torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=loss_dtype)
     stored, scale = store(rows, dtype)
     assert stored[0].tolist() == [0, 0]
@@ -124,7 +136,9 @@ def test_a_row_is_stored_the_same_whatever_stands_beside_it(dtype: Dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_columns_of_a_wider_array_are_scaled_and_the_others_are_left_as_they_were(dtype: Dtype) -> None:
+def test_columns_of_a_wider_array_are_scaled_and_the_others_are_left_as_they_were(
+    dtype: Dtype,
+) -> None:
     rows = rows_of([0.0, -10.0], 4.0, 0)
     expected, scale = store(rows, dtype)
     table = torch.full((2, 50), 7.0)
@@ -137,7 +151,9 @@ def test_columns_of_a_wider_array_are_scaled_and_the_others_are_left_as_they_wer
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_models_of_any_float_dtype_are_stored_with_float32_scales(model_dtype: torch.dtype, dtype: Dtype) -> None:
+def test_models_of_any_float_dtype_are_stored_with_float32_scales(
+    model_dtype: torch.dtype, dtype: Dtype
+) -> None:
     rows = torch.tensor([[1.0, -0.5, 0.25], [96.0, 3.0, 0.0]], dtype=model_dtype)
     stored, scale = store(rows, dtype)
     assert scale.dtype == torch.float32

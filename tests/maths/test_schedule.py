@@ -31,7 +31,9 @@ def schedule_of(n_steps: int, n_series: int = 1, **values: object) -> Schedule:
     def spread(name: str, value: object) -> np.ndarray:
         dtype = bool if name in ("nesterov", "updated", "momentum_started") else np.float64
         array = np.asarray(value, dtype)
-        return np.broadcast_to(array[:, None] if array.ndim == 1 else array, (n_steps, n_series)).copy()
+        return np.broadcast_to(
+            array[:, None] if array.ndim == 1 else array, (n_steps, n_series)
+        ).copy()
 
     return Schedule(**{name: spread(name, value) for name, value in (plain | values).items()})
 
@@ -44,7 +46,11 @@ def schedules(draw: st.DrawFn, real: bool = False, n_series: int = 1) -> Schedul
     def numbers(*choices: float, low: float, high: float) -> np.ndarray:
         one = st.one_of(st.sampled_from(choices), st.floats(low, high))
         constant = draw(st.booleans())
-        values = [draw(one)] * n_steps if constant else draw(st.lists(one, min_size=n_steps, max_size=n_steps))
+        values = (
+            [draw(one)] * n_steps
+            if constant
+            else draw(st.lists(one, min_size=n_steps, max_size=n_steps))
+        )
         return np.array(values)
 
     def flags(likely: bool) -> np.ndarray:
@@ -67,12 +73,16 @@ def schedules(draw: st.DrawFn, real: bool = False, n_series: int = 1) -> Schedul
                 dampening=numbers(0.0, low=0.0, high=1.0),
                 weight_decay=numbers(0.0, 1e-3, low=0.0, high=0.2),
                 decoupled_decay=numbers(0.0, 1e-3, low=0.0, high=0.2),
-                nesterov=np.array(draw(st.lists(st.booleans(), min_size=n_steps, max_size=n_steps))),
+                nesterov=np.array(
+                    draw(st.lists(st.booleans(), min_size=n_steps, max_size=n_steps))
+                ),
                 updated=updated,
                 momentum_started=started,
             )
         )
-    return Schedule(*(np.concatenate([getattr(s, f.name) for s in series], axis=1) for f in fields(Schedule)))
+    return Schedule(
+        *(np.concatenate([getattr(s, f.name) for s in series], axis=1) for f in fields(Schedule))
+    )
 
 
 def sweep_on_vectors(schedule: Schedule, series: int, h: np.ndarray) -> np.ndarray:
@@ -110,7 +120,9 @@ def test_step_weights_times_the_test_gradient_are_the_sweep_on_vectors(schedule:
     assert alpha.shape == schedule.learning_rate.shape
     for series in range(2):
         truth = sweep_on_vectors(schedule, series, h)
-        np.testing.assert_allclose(np.outer(alpha[:, series], h), truth, rtol=1e-12, atol=1e-12 * np.abs(truth).max())
+        np.testing.assert_allclose(
+            np.outer(alpha[:, series], h), truth, rtol=1e-12, atol=1e-12 * np.abs(truth).max()
+        )
 
 
 def unrolled(schedule: Schedule, added: Tensor, gradients: Tensor) -> Tensor:
@@ -125,20 +137,26 @@ def unrolled(schedule: Schedule, added: Tensor, gradients: Tensor) -> Tensor:
         if mu != 0:
             buffer = g if buffer is None else mu * buffer + (1 - schedule.dampening[t, 0]) * g
             g = g + mu * buffer if schedule.nesterov[t, 0] else buffer
-        parameter = (1 - schedule.decoupled_decay[t, 0]) * parameter - schedule.learning_rate[t, 0] * g
+        parameter = (1 - schedule.decoupled_decay[t, 0]) * parameter - schedule.learning_rate[
+            t, 0
+        ] * g
     return parameter
 
 
 @ALL
 @given(schedules(real=True))
-def test_step_weights_are_the_derivative_of_the_last_parameter_by_a_gradient_added_at_each_step(schedule: Schedule) -> None:
+def test_step_weights_are_the_derivative_of_the_last_parameter_by_a_gradient_added_at_each_step(
+    schedule: Schedule,
+) -> None:
     n_steps = len(schedule.learning_rate)
     added = torch.zeros(n_steps, dtype=torch.float64, requires_grad=True)
     last = unrolled(schedule, added, torch.linspace(-1, 2, n_steps, dtype=torch.float64))
     truth = np.zeros(n_steps)
     if last.requires_grad:  # there is at least one step that the optimiser did not skip
         truth = torch.autograd.grad(last, added)[0].numpy()
-    np.testing.assert_allclose(step_weights(schedule)[:, 0], truth, rtol=1e-12, atol=1e-12 * np.abs(truth).max())
+    np.testing.assert_allclose(
+        step_weights(schedule)[:, 0], truth, rtol=1e-12, atol=1e-12 * np.abs(truth).max()
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,7 +172,9 @@ def test_step_weights_are_the_derivative_of_the_last_parameter_by_a_gradient_add
         momentum_started=[False, True, False, False, False, False, False],
     )
 )
-def test_step_weights_are_what_torch_optim_sgd_does_with_an_added_gradient(schedule: Schedule) -> None:
+def test_step_weights_are_what_torch_optim_sgd_does_with_an_added_gradient(
+    schedule: Schedule,
+) -> None:
     n_steps = len(schedule.learning_rate)
     # parameter s meets an added gradient of 1 at step s; the last one meets none. The update is linear in the gradients.
     parameter = torch.nn.Parameter(torch.full((n_steps + 1,), 0.7, dtype=torch.float64))
@@ -184,7 +204,9 @@ def test_step_weights_are_what_torch_optim_sgd_does_with_an_added_gradient(sched
 def test_series_do_not_touch_each_other(schedule: Schedule) -> None:
     together = step_weights(schedule)
     for series in range(3):
-        alone = Schedule(*(getattr(schedule, f.name)[:, series : series + 1] for f in fields(Schedule)))
+        alone = Schedule(
+            *(getattr(schedule, f.name)[:, series : series + 1] for f in fields(Schedule))
+        )
         np.testing.assert_array_equal(step_weights(alone)[:, 0], together[:, series])
 
 
@@ -195,12 +217,16 @@ def test_plain_descent_weighs_each_step_by_minus_its_learning_rate() -> None:
 
 def test_constant_momentum_sums_a_geometric_series() -> None:
     alpha = step_weights(schedule_of(6, momentum=0.9, momentum_started=[True] + [False] * 5))[:, 0]
-    np.testing.assert_allclose(alpha, [-0.1 * sum(0.9**i for i in range(6 - t)) for t in range(6)], rtol=1e-13)
+    np.testing.assert_allclose(
+        alpha, [-0.1 * sum(0.9**i for i in range(6 - t)) for t in range(6)], rtol=1e-13
+    )
 
 
 def test_weight_decay_shrinks_what_earlier_steps_left() -> None:
     alpha = step_weights(schedule_of(5, weight_decay=0.2))[:, 0]
-    np.testing.assert_allclose(alpha, [-0.1 * (1 - 0.1 * 0.2) ** (4 - t) for t in range(5)], rtol=1e-13)
+    np.testing.assert_allclose(
+        alpha, [-0.1 * (1 - 0.1 * 0.2) ** (4 - t) for t in range(5)], rtol=1e-13
+    )
 
 
 def test_a_step_that_changed_nothing_has_weight_zero() -> None:
@@ -223,7 +249,9 @@ def test_weights_do_not_change_the_schedule() -> None:
 @pytest.mark.parametrize("name", [f.name for f in fields(Schedule) if f.name != "learning_rate"])
 def test_arrays_of_different_shapes_are_refused_by_name(name: str) -> None:
     schedule = schedule_of(3)
-    with pytest.raises(ScheduleError, match=rf"^{name} has shape \(2, 1\), learning_rate has \(3, 1\)"):
+    with pytest.raises(
+        ScheduleError, match=rf"^{name} has shape \(2, 1\), learning_rate has \(3, 1\)"
+    ):
         replace(schedule, **{name: getattr(schedule, name)[:2]})
 
 
@@ -235,7 +263,9 @@ def test_arrays_of_one_dimension_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["learning_rate", "momentum", "dampening", "weight_decay"])
-def test_values_that_are_not_finite_are_refused_with_their_name_and_step(name: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_with_their_name_and_step(
+    name: str, value: float
+) -> None:
     schedule = schedule_of(4, n_series=2)
     values = getattr(schedule, name).copy()
     values[2, 1] = value

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.random import Philox
 from torch import Tensor
 
-from hydra_pipe.maths.sketch_runs import run_length
 from hydra_pipe.maths.sketch import Sketch
+from hydra_pipe.maths.sketch_runs import run_length
 
 SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)
 
@@ -28,7 +28,9 @@ def random_rows(n_rows: int, n: int, seed: int = 0) -> Tensor:
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**40), name=st.text(max_size=5), shape=SHAPES, data=st.data())
-def test_the_sketch_is_a_function_of_seed_name_shape_and_width(seed: int, name: str, shape: tuple, data: st.DataObject) -> None:
+def test_the_sketch_is_a_function_of_seed_name_shape_and_width(
+    seed: int, name: str, shape: tuple, data: st.DataObject
+) -> None:
     n = prod(shape)
     k = data.draw(st.integers(1, n))
     torch.manual_seed(0)
@@ -38,8 +40,12 @@ def test_the_sketch_is_a_function_of_seed_name_shape_and_width(seed: int, name: 
     assert torch.equal(matrix(Sketch(seed, name, shape, k), n), first)
 
 
-@pytest.mark.parametrize("other", [(1, "w", (4, 6)), (0, "v", (4, 6)), (0, "w", (6, 4)), (0, "w", (24,))])
-def test_another_seed_name_or_shape_gives_another_sketch(other: tuple[int, str, tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    "other", [(1, "w", (4, 6)), (0, "v", (4, 6)), (0, "w", (6, 4)), (0, "w", (24,))]
+)
+def test_another_seed_name_or_shape_gives_another_sketch(
+    other: tuple[int, str, tuple[int, ...]],
+) -> None:
     assert not torch.equal(matrix(Sketch(0, "w", (4, 6), 5), 24), matrix(Sketch(*other, 5), 24))
 
 
@@ -62,7 +68,9 @@ def test_the_sketch_is_the_one_of_the_format_document(shape: tuple[int, ...], k:
     n = prod(shape)
     lengths = [r for r in range(1, 17) if n % r == 0 and gcd(r, k) == 1 and n >= 4 * r * k]
     run = max([1, *lengths])
-    philox = Philox(key=np.frombuffer(hashlib.sha256(f"5\nweight\n{shape}".encode()).digest()[:16], np.uint64))
+    philox = Philox(
+        key=np.frombuffer(hashlib.sha256(f"5\nweight\n{shape}".encode()).digest()[:16], np.uint64)
+    )
     order = np.argsort(philox.random_raw(n // run), kind="stable")
     words = [int(word) for word in philox.random_raw((n + 63) // 64)]
     gradient = random_rows(1, n)[0].numpy()
@@ -76,7 +84,9 @@ def test_the_sketch_is_the_one_of_the_format_document(shape: tuple[int, ...], k:
 
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, data=st.data())
-def test_every_coordinate_goes_with_a_sign_to_one_of_buckets_of_even_size(shape: tuple, data: st.DataObject) -> None:
+def test_every_coordinate_goes_with_a_sign_to_one_of_buckets_of_even_size(
+    shape: tuple, data: st.DataObject
+) -> None:
     n = prod(shape)
     k = data.draw(st.integers(1, n))
     found = matrix(Sketch(0, "w", shape, k), n)
@@ -93,7 +103,9 @@ def test_the_sketch_is_linear(shape: tuple, data: st.DataObject) -> None:
     n = prod(shape)
     sketch = Sketch(0, "w", shape, data.draw(st.integers(1, n)))
     x, y = random_rows(1, n, 1), random_rows(1, n, 2)
-    torch.testing.assert_close(sketch(2.5 * x - y), 2.5 * sketch(x) - sketch(y), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sketch(2.5 * x - y), 2.5 * sketch(x) - sketch(y), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("n", "k"), [(12, 4), (13, 4), (7, 7), (5, 1), (1, 1)])
@@ -153,10 +165,14 @@ def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.random.default_rng(5).normal(size=(2, n))
     few = np.arange(n) < 3
     large = (1.0 + np.arange(n)) ** 2
-    return np.stack([x, x, x * few, x * large]), np.stack([y, x + 0.1 * y, (x + y) * few, y * large])
+    return np.stack([x, x, x * few, x * large]), np.stack(
+        [y, x + 0.1 * y, (x + y) * few, y * large]
+    )
 
 
-@pytest.mark.parametrize(("n", "k"), [(24, 6), (23, 6), (9, 8), (10, 1), (50, 7), (6, 6), (84, 5), (65, 1)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(24, 6), (23, 6), (9, 8), (10, 1), (50, 7), (6, 6), (84, 5), (65, 1)]
+)
 def test_inner_products_are_unbiased_with_the_variance_of_the_formula(n: int, k: int) -> None:
     n_seeds = 5000
     x, y = pairs(n)
@@ -170,7 +186,10 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(n: int, k:
     truth, squares = (x * y).sum(1), (x**2).sum(1) * (y**2).sum(1)
     variance = q / k * (squares + truth**2 - 2 * (x**2 * y**2).sum(1))
     # five standard errors, and rounding; the seeds are fixed, so that this passes always or never
-    assert np.all(np.abs(products.mean(0) - truth) <= 5 * np.sqrt(variance / n_seeds) + 1e-12 * np.sqrt(squares))
+    assert np.all(
+        np.abs(products.mean(0) - truth)
+        <= 5 * np.sqrt(variance / n_seeds) + 1e-12 * np.sqrt(squares)
+    )
     deviation = (products - truth) ** 2
     error = 5 * deviation.std(0) / np.sqrt(n_seeds) + 1e-24 * squares
     assert np.all(deviation.mean(0) <= 1.02 * variance + error)
@@ -178,7 +197,9 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(n: int, k:
         assert np.all(deviation.mean(0) >= variance - error)
 
 
-@pytest.mark.parametrize(("lines", "width", "k"), [(50, 8, 16), (31, 7, 9), (400, 16, 33), (300, 7, 11), (60, 7, 6)])
+@pytest.mark.parametrize(
+    ("lines", "width", "k"), [(50, 8, 16), (31, 7, 9), (400, 16, 33), (300, 7, 11), (60, 7, 6)]
+)
 def test_lines_of_a_table_are_projected_as_the_whole_row_is(lines: int, width: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sketch = Sketch(3, "table", (lines, width), k)

@@ -15,7 +15,7 @@ from hydra_pipe.per_sample import registry
 from hydra_pipe.per_sample.conv import conv_rule
 from hydra_pipe.per_sample.factors import Contribution, Factors, rows_of
 from hydra_pipe.per_sample.linear import conv1d_of_transformers_rule, linear_rule
-from hydra_pipe.per_sample.registry import Rule, register_rule, rule_for
+from hydra_pipe.per_sample.registry import Rule, register_layer_rule, rule_for
 
 Rows = Mapping[str, Tensor]
 
@@ -61,7 +61,11 @@ def assert_rows_are_batch_of_one_gradients(
         found = written_out((rule or rule_for(module))(module, args, kwargs, grad_output, names))
     prefix = "inner." if model else ""
     truth = one_by_one_gradients(
-        model or module, lambda output, g: output * g, inputs, grad_output, [prefix + name for name in names]
+        model or module,
+        lambda output, g: output * g,
+        inputs,
+        grad_output,
+        [prefix + name for name in names],
     )
     assert sorted(found) == sorted(names)
     for name in names:
@@ -83,14 +87,18 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs=st.integers(1, 5),
     bias=st.booleans(),
 )
-def test_linear_rows_are_batch_of_one_gradients(batch: int, positions: list[int], inputs: int, outputs: int, bias: bool) -> None:
+def test_linear_rows_are_batch_of_one_gradients(
+    batch: int, positions: list[int], inputs: int, outputs: int, bias: bool
+) -> None:
     torch.manual_seed(0)
     module = nn.Linear(inputs, outputs, bias=bias)
     assert rule_for(module) is linear_rule
     assert_rows_are_batch_of_one_gradients(module, random(batch, *positions, inputs))
 
 
-def test_a_linear_of_one_position_is_given_as_one_outer_product_whose_factor_the_bias_shares() -> None:
+def test_a_linear_of_one_position_is_given_as_one_outer_product_whose_factor_the_bias_shares() -> (
+    None
+):
     module = nn.Linear(3, 2).double()
     inputs, grad_output = random(4, 3), random(4, 2, seed=1)
     found = linear_rule(module, (inputs,), {}, grad_output, ["weight", "bias"])
@@ -109,7 +117,11 @@ def test_a_linear_whose_input_and_gradient_are_not_contiguous_has_the_same_rows(
     module = nn.Linear(3, 2).double()
     inputs, grad_output = random(3, 5, 4).transpose(0, 2), random(2, 5, 4, seed=1).transpose(0, 2)
     found = written_out(linear_rule(module, (inputs,), {}, grad_output, ["weight", "bias"]))
-    expected = written_out(linear_rule(module, (inputs.contiguous(),), {}, grad_output.contiguous(), ["weight", "bias"]))
+    expected = written_out(
+        linear_rule(
+            module, (inputs.contiguous(),), {}, grad_output.contiguous(), ["weight", "bias"]
+        )
+    )
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows)
 
@@ -126,7 +138,9 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).reshape(
+            *x.shape[:-1], -1
+        )
 
 
 class SubclassedConv1D(Conv1D):
@@ -151,7 +165,7 @@ def test_rows_of_transformers_conv1d_are_batch_of_one_gradients(
 
 def test_a_rule_known_by_its_types_name_is_a_rule_like_others() -> None:
     with pytest.raises(LayerError, match=r"Conv1D.*conv1d_of_transformers_rule.*my_rule"):
-        register_rule(Conv1D, my_rule)
+        register_layer_rule(Conv1D, my_rule)
     module = Conv1D(3, 2)
     module.gain = nn.Parameter(torch.ones(3))
     assert rule_for(module) is None
@@ -162,7 +176,11 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
     groups = draw(st.integers(1, 3))
     kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    padding = draw(st.one_of(st.integers(0, 2), st.tuples(st.integers(0, 2), st.integers(0, 2)), st.just("same")))
+    padding = draw(
+        st.one_of(
+            st.integers(0, 2), st.tuples(st.integers(0, 2), st.integers(0, 2)), st.just("same")
+        )
+    )
     stride = (1, 1) if padding == "same" else draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     torch.manual_seed(0)
     module = nn.Conv2d(
@@ -176,7 +194,12 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
         bias=draw(st.booleans()),
         padding_mode=draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"])),
     )
-    inputs = random(draw(st.integers(1, 3)), module.in_channels, draw(st.integers(5, 7)), draw(st.integers(5, 7)))
+    inputs = random(
+        draw(st.integers(1, 3)),
+        module.in_channels,
+        draw(st.integers(5, 7)),
+        draw(st.integers(5, 7)),
+    )
     return module, inputs
 
 
@@ -201,7 +224,9 @@ def test_conv2d_rows_are_batch_of_one_gradients(convolution: tuple[nn.Conv2d, Te
         pytest.param(lambda x: x[:1, :, :, :1].expand(3, -1, -1, 6), id="expanded"),
     ],
 )
-def test_conv2d_takes_inputs_that_are_not_contiguous(strided: Any, padding: int, groups: int) -> None:
+def test_conv2d_takes_inputs_that_are_not_contiguous(
+    strided: Any, padding: int, groups: int
+) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(2, 4, 3, padding=padding, groups=groups)
     inputs = strided(random(3, 2, 8, 8))
@@ -214,7 +239,10 @@ def test_conv2d_takes_output_gradients_that_are_not_contiguous(groups: int) -> N
     module = nn.Conv2d(2, 4, 3, groups=groups).double()
     inputs, grad_output = random(3, 2, 6, 6), random(3, 4, 4, 4, seed=1)
     expected = written_out(conv_rule(module, (inputs,), {}, grad_output, ["weight", "bias"]))
-    for changed in (grad_output.to(memory_format=torch.channels_last), grad_output.mT.contiguous().mT):
+    for changed in (
+        grad_output.to(memory_format=torch.channels_last),
+        grad_output.mT.contiguous().mT,
+    ):
         found = written_out(conv_rule(module, (inputs,), {}, changed, ["weight", "bias"]))
         for name, rows in expected.items():
             torch.testing.assert_close(found[name], rows)
@@ -263,11 +291,16 @@ def test_the_norms_of_factors_are_no_less_than_those_of_their_rows_and_equal_for
     if positions == 1:
         torch.testing.assert_close(bound, truth)
     # and of what the rows are sums of, which may cancel
-    terms = [Factors(factors.left[:, p : p + 1], None if right is None else right[:, p : p + 1]) for p in range(positions)]
+    terms = [
+        Factors(factors.left[:, p : p + 1], None if right is None else right[:, p : p + 1])
+        for p in range(positions)
+    ]
     assert bool((bound >= sum(term.rows().norm(dim=1) for term in terms) * (1 - 1e-12)).all())
 
 
-@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=lambda m: type(m).__name__
+)
 def test_only_the_wanted_parameters_are_split(module: nn.Module) -> None:
     module.double()
     inputs = random(2, 4, 5, 5) if isinstance(module, nn.Conv2d) else random(2, 4)
@@ -280,13 +313,17 @@ def test_only_the_wanted_parameters_are_split(module: nn.Module) -> None:
         torch.testing.assert_close(found[name], every[name])
 
 
-@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=lambda m: type(m).__name__
+)
 def test_the_wanted_names_may_be_any_collection(module: nn.Module) -> None:
     module.double()
     inputs = random(2, 4, 5, 5) if isinstance(module, nn.Conv2d) else random(2, 4)
     grad_output = random(*module(inputs).shape, seed=1)
     names = own_names(module)
-    assert sorted(rule_for(module)(module, (inputs,), {}, grad_output, frozenset(names))) == sorted(names)
+    assert sorted(rule_for(module)(module, (inputs,), {}, grad_output, frozenset(names))) == sorted(
+        names
+    )
 
 
 @pytest.mark.parametrize("rule", [linear_rule, conv_rule])
@@ -313,13 +350,13 @@ def my_rule(*_: Any) -> dict[str, Contribution]:
 @pytest.mark.usefixtures("own_registry")
 def test_a_second_rule_for_a_type_is_refused_and_both_are_named() -> None:
     with pytest.raises(LayerError, match=r"Linear.*linear_rule.*my_rule"):
-        register_rule(nn.Linear, my_rule)
+        register_layer_rule(nn.Linear, my_rule)
     assert rule_for(nn.Linear(2, 2)) is linear_rule
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_a_rule_that_is_registered_is_used_for_its_type_and_for_no_other() -> None:
-    register_rule(Scaled, my_rule)
+    register_layer_rule(Scaled, my_rule)
     assert rule_for(Scaled()) is my_rule
     assert rule_for(Gated()) is None
 
@@ -338,8 +375,13 @@ class HalvedAgain(Halved):
     pass
 
 
-@pytest.mark.parametrize(("module", "rule"), [(Halved(3, 2), None), (HalvedAgain(3, 2), None), (Named(3, 2), linear_rule)])
-def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(module: nn.Module, rule: Rule | None) -> None:
+@pytest.mark.parametrize(
+    ("module", "rule"),
+    [(Halved(3, 2), None), (HalvedAgain(3, 2), None), (Named(3, 2), linear_rule)],
+)
+def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(
+    module: nn.Module, rule: Rule | None
+) -> None:
     assert rule_for(module) is rule
     if rule is not None:
         assert_rows_are_batch_of_one_gradients(module, random(4, 3))
@@ -347,7 +389,7 @@ def test_a_subclass_has_its_parents_rule_only_while_it_keeps_its_forward(module:
 
 @pytest.mark.usefixtures("own_registry")
 def test_the_nearest_type_with_a_rule_decides() -> None:
-    register_rule(Halved, my_rule)
+    register_layer_rule(Halved, my_rule)
     assert rule_for(Halved(2, 2)) is my_rule
     assert rule_for(HalvedAgain(2, 2)) is my_rule
 
@@ -360,7 +402,13 @@ CONVOLUTIONS = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), dims=st.sampled_from([1, 2, 3]), groups=st.integers(1, 2), bias=st.booleans(), batch=st.integers(1, 3))
+@given(
+    data=st.data(),
+    dims=st.sampled_from([1, 2, 3]),
+    groups=st.integers(1, 2),
+    bias=st.booleans(),
+    batch=st.integers(1, 3),
+)
 def test_convolutions_of_every_dimension_and_their_transposes(
     data: st.DataObject, dims: int, groups: int, bias: bool, batch: int
 ) -> None:
@@ -369,9 +417,17 @@ def test_convolutions_of_every_dimension_and_their_transposes(
 
     transposed = data.draw(st.booleans())
     kernel, stride, dilation, padding = sizes(1, 3), sizes(1, 2), sizes(1, 2), sizes(0, 2)
-    options = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "bias": bias}
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "padding": padding,
+        "groups": groups,
+        "bias": bias,
+    }
     if transposed:
-        options["output_padding"] = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        options["output_padding"] = tuple(
+            data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
     else:
         options["padding_mode"] = data.draw(st.sampled_from(["zeros", "circular", "replicate"]))
     module = CONVOLUTIONS[dims][transposed](2 * groups, 2 * groups, kernel, **options)
@@ -387,14 +443,18 @@ def test_convolutions_of_every_dimension_and_their_transposes(
     bias=st.booleans(),
     root=st.booleans(),
 )
-def test_norms_over_the_last_dimensions(batch: int, lead: list[int], shape: list[int], bias: bool, root: bool) -> None:
+def test_norms_over_the_last_dimensions(
+    batch: int, lead: list[int], shape: list[int], bias: bool, root: bool
+) -> None:
     module = nn.RMSNorm(shape, eps=1e-5) if root else nn.LayerNorm(shape, bias=bias)
     nn.init.normal_(module.weight)
     assert_rows_are_batch_of_one_gradients(module, random(batch, *lead, *shape))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["GroupNorm", "InstanceNorm", "InstanceNorm in eval mode", "BatchNorm in eval mode"])
+@pytest.mark.parametrize(
+    "kind", ["GroupNorm", "InstanceNorm", "InstanceNorm in eval mode", "BatchNorm in eval mode"]
+)
 def test_norms_by_channel(kind: str, dims: int) -> None:
     inputs = random(4, 6, *[3, 2, 4][:dims])
     if kind == "GroupNorm":
@@ -410,19 +470,25 @@ def test_norms_by_channel(kind: str, dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [0, 1, 2, 3])
-def test_shares_of_a_batch_norm_in_training_sum_to_the_gradient_and_belong_to_their_sample(dims: int) -> None:
+def test_shares_of_a_batch_norm_in_training_sum_to_the_gradient_and_belong_to_their_sample(
+    dims: int,
+) -> None:
     """What goes through a sample's own normalised activations, with the statistics of the whole batch."""
     module = getattr(nn, f"BatchNorm{max(dims, 1)}d")(3).double()
     nn.init.normal_(module.weight)
     inputs, grad_output = random(5, 3, *[2] * dims), random(5, 3, *[2] * dims, seed=1)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.no_grad():
-        found = written_out(rule_for(module)(module, (inputs,), {}, grad_output, ["weight", "bias"]))
+        found = written_out(
+            rule_for(module)(module, (inputs,), {}, grad_output, ["weight", "bias"])
+        )
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
     (module(inputs) * grad_output).sum().backward()
     torch.testing.assert_close(found["weight"].sum(0), module.weight.grad)
     torch.testing.assert_close(found["bias"].sum(0), module.bias.grad)
-    normed = (module(inputs) - module.bias.reshape(1, 3, *[1] * dims)) / module.weight.reshape(1, 3, *[1] * dims)
+    normed = (module(inputs) - module.bias.reshape(1, 3, *[1] * dims)) / module.weight.reshape(
+        1, 3, *[1] * dims
+    )
     expected = (normed * grad_output).reshape(5, 3, -1).sum(2)
     torch.testing.assert_close(found["weight"], expected.detach())
 
@@ -431,11 +497,16 @@ def test_shares_of_a_batch_norm_in_training_sum_to_the_gradient_and_belong_to_th
 def test_embeddings_that_count_across_samples_are_refused(options: dict[str, bool]) -> None:
     module = nn.Embedding(4, 2, **options)
     with pytest.raises(LayerError, match="scale_grad_by_freq or sparse=True cannot be recorded"):
-        rule_for(module)(module, (torch.zeros(3, dtype=torch.long),), {}, torch.ones(3, 2), ["weight"])
+        rule_for(module)(
+            module, (torch.zeros(3, dtype=torch.long),), {}, torch.ones(3, 2), ["weight"]
+        )
 
 
 @pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
 def test_the_norms_of_factors_in_half_precision_neither_overflow_nor_vanish(size: float) -> None:
-    left, right = torch.full((2, 3, 4), size, dtype=torch.float16), torch.full((2, 3, 5), 300.0, dtype=torch.float16)
+    left, right = (
+        torch.full((2, 3, 4), size, dtype=torch.float16),
+        torch.full((2, 3, 5), 300.0, dtype=torch.float16),
+    )
     expected = left.double().norm(dim=(1, 2)) * right.double().norm(dim=(1, 2))
     torch.testing.assert_close(Factors(left, right).norms().double(), expected, rtol=1e-3, atol=0.0)

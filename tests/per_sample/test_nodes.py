@@ -27,13 +27,18 @@ def parameter(*shape: int) -> nn.Parameter:
 
 def lstm(**options: object) -> Output:
     torch.manual_seed(0)
-    output, (hidden, cell) = nn.LSTM(8, 6, **options)(random(7, BATCH, 8).float())  # oneDNN has no other dtype
+    output, (hidden, cell) = nn.LSTM(8, 6, **options)(
+        random(7, BATCH, 8).float()
+    )  # oneDNN has no other dtype
     return output, hidden, cell
 
 
 X = random(BATCH, 5, 8)
 CASES: dict[str, tuple[str, Callable[[], Output]]] = {
-    "linear, five positions": ("AddmmBackward0", lambda: nn.Linear(8, 7).double()(X.reshape(-1, 8))),
+    "linear, five positions": (
+        "AddmmBackward0",
+        lambda: nn.Linear(8, 7).double()(X.reshape(-1, 8)),
+    ),
     "linear without a bias": ("MmBackward0", lambda: F.linear(X, parameter(7, 8))),
     "a parameter on the left": ("MmBackward0", lambda: parameter(4, 8) @ X[:, 0].T),
     "added": ("AddBackward0", lambda: torch.add(X, parameter(1, 5, 8), alpha=2)),
@@ -48,15 +53,26 @@ CASES: dict[str, tuple[str, Callable[[], Output]]] = {
     ),
     "convolution, two pictures a sample": (
         "ConvolutionBackward0",
-        lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1).double()(random(2 * BATCH, 4, 7, 7)),
+        lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1).double()(
+            random(2 * BATCH, 4, 7, 7)
+        ),
     ),
     "transposed convolution": (
         "ConvolutionBackward0",
         lambda: nn.ConvTranspose2d(4, 6, 3, stride=2).double()(random(BATCH, 4, 5, 5)),
     ),
-    "batch norm": ("NativeBatchNormBackward0", lambda: nn.BatchNorm2d(4).double()(random(2 * BATCH, 4, 5, 5))),
-    "batch norm in eval mode": ("NativeBatchNormBackward0", lambda: nn.BatchNorm2d(4).double().eval()(random(BATCH, 4, 5, 5))),
-    "group norm": ("NativeGroupNormBackward0", lambda: nn.GroupNorm(2, 4).double()(random(BATCH, 4, 5, 5))),
+    "batch norm": (
+        "NativeBatchNormBackward0",
+        lambda: nn.BatchNorm2d(4).double()(random(2 * BATCH, 4, 5, 5)),
+    ),
+    "batch norm in eval mode": (
+        "NativeBatchNormBackward0",
+        lambda: nn.BatchNorm2d(4).double().eval()(random(BATCH, 4, 5, 5)),
+    ),
+    "group norm": (
+        "NativeGroupNormBackward0",
+        lambda: nn.GroupNorm(2, 4).double()(random(BATCH, 4, 5, 5)),
+    ),
     "layer norm": ("NativeLayerNormBackward0", lambda: nn.LayerNorm(8).double()(X)),
     "PReLU": ("PreluKernelBackward0", lambda: nn.PReLU(5).double()(X)),
     "LSTM": ("MkldnnRnnLayerBackward0", lstm),
@@ -67,7 +83,9 @@ CASES: dict[str, tuple[str, Callable[[], Output]]] = {
 
 
 def order(gradient: Tensor) -> SampleOrder:
-    return next((SampleOrder(dim) for dim in range(gradient.dim()) if gradient.shape[dim] == BATCH), FIRST)
+    return next(
+        (SampleOrder(dim) for dim in range(gradient.dim()) if gradient.shape[dim] == BATCH), FIRST
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,16 +98,25 @@ def test_a_rule_gives_the_rows_of_the_nodes_own_backward(name: str) -> None:
     def hook(gradients: Sequence[Tensor | None]) -> None:
         node = torch._C._current_autograd_node()
         shapes = {
-            slot: tuple(below.variable.shape if hasattr(below, "variable") else below._input_metadata[output].shape)
+            slot: tuple(
+                below.variable.shape
+                if hasattr(below, "variable")
+                else below._input_metadata[output].shape
+            )
             for slot, (below, output) in enumerate(node.next_functions)
             if below is not None
         }
-        call = NodeCall(node, gradients, [None if g is None else order(g) for g in gradients], BATCH, shapes)
+        call = NodeCall(
+            node, gradients, [None if g is None else order(g) for g in gradients], BATCH, shapes
+        )
         slow = slow_gradients_by_sample(call, shapes)
         for slot, value in node_rules.RULES[kind](call).items():
             rows = rows_of(value)
             torch.testing.assert_close(
-                rows, slow[slot].to(rows.dtype), rtol=1e-5 if rows.dtype == torch.float32 else 1e-10, atol=1e-5
+                rows,
+                slow[slot].to(rows.dtype),
+                rtol=1e-5 if rows.dtype == torch.float32 else 1e-10,
+                atol=1e-5,
             )
             compared.append(slot)
 
@@ -106,7 +133,9 @@ def test_a_rule_gives_the_rows_of_the_nodes_own_backward(name: str) -> None:
     assert compared
 
 
-@pytest.mark.parametrize("wanted", [SampleOrder(dim, major) for dim in (0, 1) for major in (True, False)])
+@pytest.mark.parametrize(
+    "wanted", [SampleOrder(dim, major) for dim in (0, 1) for major in (True, False)]
+)
 def test_an_order_is_found_from_the_gradient_of_one_sample(wanted: SampleOrder) -> None:
     values = random(6, 4) + 10
     for sample in range(2):

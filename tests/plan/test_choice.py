@@ -13,7 +13,9 @@ from hydra_pipe.maths.sketch import Sketch
 from hydra_pipe.plan.dtype_choice import ROUNDING_VARIANCE, choose_recording, expected_variance
 from hydra_pipe.plan.layout import Block, EncodingChoice, Parameter, choose_layout
 
-RESNET_LIKE = other("conv", (16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3))
+RESNET_LIKE = other(
+    "conv", (16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3)
+)
 
 
 @pytest.mark.parametrize("model", [LENET5, MLP])
@@ -44,10 +46,20 @@ def test_projections_so_wide_that_int8_would_lose_more_stay_float16() -> None:
 
 
 @EVERY
-@given(model=models(), choice=CHOICES, spare=SPARE_COLUMNS, dtype=st.sampled_from(["float16", "int8", "float32"]))
-def test_a_dtype_that_was_asked_for_is_kept(model: list[Parameter], choice: EncodingChoice, spare: int, dtype) -> None:
+@given(
+    model=models(),
+    choice=CHOICES,
+    spare=SPARE_COLUMNS,
+    dtype=st.sampled_from(["float16", "int8", "float32"]),
+)
+def test_a_dtype_that_was_asked_for_is_kept(
+    model: list[Parameter], choice: EncodingChoice, spare: int, dtype
+) -> None:
     dim = len(model) + spare
-    assert choose_recording(model, choice, dim, 3, dtype) == (choose_layout(model, choice, dim, 3), dtype)
+    assert choose_recording(model, choice, dim, 3, dtype) == (
+        choose_layout(model, choice, dim, 3),
+        dtype,
+    )
 
 
 @EVERY
@@ -78,7 +90,9 @@ def test_the_choice_takes_no_more_bytes_and_expects_no_more_error(
 def test_no_measured_variance_of_a_projection_is_above_its_bound(block: Block) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 1200, generator=generator, dtype=torch.float64)
-    outer = torch.outer(torch.randn(30, generator=generator).double(), torch.randn(40, generator=generator).double()).flatten()
+    outer = torch.outer(
+        torch.randn(30, generator=generator).double(), torch.randn(40, generator=generator).double()
+    ).flatten()
     for a, b in ((x, y), (x, x), (outer, outer)):
         products = []
         for seed in range(300):

@@ -3,7 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_pipe.plan.chunking import CHUNK_BYTES, CHUNK_FEATURES, MAX_SHARD_ROWS, SHARD_BYTES, Geometry, store_geometry
+from hydra_pipe.plan.chunking import (
+    CHUNK_BYTES,
+    CHUNK_FEATURES,
+    MAX_SHARD_ROWS,
+    SHARD_BYTES,
+    Geometry,
+    store_geometry,
+)
 
 FEATURES = st.one_of(st.integers(1, 20_000), st.integers(1, 10_000_000))
 ITEM_BYTES = st.sampled_from([1, 2, 4])
@@ -40,7 +47,9 @@ def test_no_chunk_lies_beyond_the_last_feature(n_features: int, item_bytes: int)
 
 @EVERY
 @given(FEATURES, ITEM_BYTES)
-def test_chunks_and_shards_keep_to_their_bytes_unless_one_row_is_more(n_features: int, item_bytes: int) -> None:
+def test_chunks_and_shards_keep_to_their_bytes_unless_one_row_is_more(
+    n_features: int, item_bytes: int
+) -> None:
     g = store_geometry(n_features, item_bytes)
     assert g.chunk_features <= CHUNK_FEATURES
     assert g.chunk_rows * g.chunk_features * item_bytes <= CHUNK_BYTES
@@ -52,11 +61,15 @@ def test_chunks_and_shards_keep_to_their_bytes_unless_one_row_is_more(n_features
 @given(FEATURES, ITEM_BYTES)
 def test_shards_are_no_smaller_than_they_need_be(n_features: int, item_bytes: int) -> None:
     g = store_geometry(n_features, item_bytes)
-    assert g.shard_rows == MAX_SHARD_ROWS or 2 * g.shard_rows * n_features * item_bytes > SHARD_BYTES
+    assert (
+        g.shard_rows == MAX_SHARD_ROWS or 2 * g.shard_rows * n_features * item_bytes > SHARD_BYTES
+    )
 
 
 def test_the_shapes_of_lenet5_are_these() -> None:
-    assert store_geometry(3390, 2) == Geometry(chunk_rows=128, chunk_features=3390, shard_rows=2048, shard_features=3390)
+    assert store_geometry(3390, 2) == Geometry(
+        chunk_rows=128, chunk_features=3390, shard_rows=2048, shard_features=3390
+    )
 
 
 def test_one_feature_too_many_makes_two_equal_chunks() -> None:

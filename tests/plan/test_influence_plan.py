@@ -23,7 +23,9 @@ from hydra_pipe.units import parse_bytes
 def test_a_plan_fits_or_is_refused_with_a_budget_that_it_fits(
     n_last: int, width: int, n_tests: int, memory: int, grouped: bool
 ) -> None:
-    recording = given_of(n_tests=n_tests, n_columns=10 if grouped else n_tests, memory_bytes=memory * 2**20)
+    recording = given_of(
+        n_tests=n_tests, n_columns=10 if grouped else n_tests, memory_bytes=memory * 2**20
+    )
     what = SolveInput(replace(recording, grouped=grouped), width, n_last)
     try:
         plan = plan_solve(what)

@@ -10,15 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError, StoreError
-from hydra_pipe.plan.layout import ENCODING_CHOICES, Block, EncodingChoice, Layout, Parameter, choose_layout
+from hydra_pipe.plan.layout import (
+    ENCODING_CHOICES,
+    Block,
+    EncodingChoice,
+    Layout,
+    Parameter,
+    choose_layout,
+)
 
 EVERY = settings(max_examples=100, deadline=None)
 
 
-def linear(name: str, inputs: int, outputs: int, bias: bool = True, group: int = 0) -> list[Parameter]:
+def linear(
+    name: str, inputs: int, outputs: int, bias: bool = True, group: int = 0
+) -> list[Parameter]:
     """A Linear that sees one position a sample, as the recorder describes it after the first step."""
     weight = Parameter(f"{name}.weight", (outputs, inputs), group, factors=(outputs, inputs))
-    return [weight] + ([Parameter(f"{name}.bias", (outputs,), group, bias_of=weight.name)] if bias else [])
+    return [weight] + (
+        [Parameter(f"{name}.bias", (outputs,), group, bias_of=weight.name)] if bias else []
+    )
 
 
 def other(name: str, *shapes: tuple[int, ...], group: int = 0) -> list[Parameter]:
@@ -69,7 +80,9 @@ def test_every_parameter_has_its_block_in_the_order_of_the_model(
     model: list[Parameter], choice: EncodingChoice, spare: int
 ) -> None:
     layout = layout_of(model, choice, spare)
-    assert [(b.name, b.shape, b.group) for b in layout.blocks] == [(p.name, p.shape, p.group) for p in model]
+    assert [(b.name, b.shape, b.group) for b in layout.blocks] == [
+        (p.name, p.shape, p.group) for p in model
+    ]
     assert layout.seed == 3
 
 
@@ -97,7 +110,9 @@ def test_every_column_belongs_to_one_block_and_else_only_to_a_factored_bias_with
 
 @EVERY
 @given(models(), CHOICES, SPARE_COLUMNS)
-def test_blocks_are_as_wide_as_their_encoding_says(model: list[Parameter], choice: EncodingChoice, spare: int) -> None:
+def test_blocks_are_as_wide_as_their_encoding_says(
+    model: list[Parameter], choice: EncodingChoice, spare: int
+) -> None:
     for block, parameter in zip(layout_of(model, choice, spare).blocks, model, strict=True):
         widths = [last - first for first, last in spans(block)]
         if block.encoding == "factored" and block.inputs is not None:
@@ -110,7 +125,9 @@ def test_blocks_are_as_wide_as_their_encoding_says(model: list[Parameter], choic
 
 @EVERY
 @given(models(), SPARE_COLUMNS)
-def test_exact_loses_nothing_and_takes_the_narrowest_encoding(model: list[Parameter], spare: int) -> None:
+def test_exact_loses_nothing_and_takes_the_narrowest_encoding(
+    model: list[Parameter], spare: int
+) -> None:
     layout = layout_of(model, "exact", spare)
     assert all(block.exact for block in layout.blocks)
     narrowest = 0
@@ -140,14 +157,19 @@ def test_the_budget_is_kept(model: list[Parameter], choice: EncodingChoice, spar
 @given(models(), SPARE_COLUMNS)
 def test_projected_spends_the_budget_to_the_last_column(model: list[Parameter], spare: int) -> None:
     layout = layout_of(model, "projected", spare)
-    sketched = sum(block.encoding == "sketch" for block in layout.blocks)  # each may do with a column less
+    sketched = sum(
+        block.encoding == "sketch" for block in layout.blocks
+    )  # each may do with a column less
     assert 0 <= min(len(model) + spare, sum(p.numel for p in model)) - layout.n_features <= sketched
 
 
 @EVERY
 @given(models(), SPARE_COLUMNS)
 def test_projected_has_no_factors(model: list[Parameter], spare: int) -> None:
-    assert {block.encoding for block in layout_of(model, "projected", spare).blocks} <= {"dense", "sketch"}
+    assert {block.encoding for block in layout_of(model, "projected", spare).blocks} <= {
+        "dense",
+        "sketch",
+    }
 
 
 def test_projected_shares_columns_by_the_square_root_of_the_size() -> None:
@@ -172,16 +194,22 @@ def shares_by_root_of_size(model: list[Parameter], spare: int) -> list[float]:
 
 @EVERY
 @given(models(), SPARE_COLUMNS)
-def test_auto_keeps_a_block_exact_that_is_no_wider_than_its_share(model: list[Parameter], spare: int) -> None:
+def test_auto_keeps_a_block_exact_that_is_no_wider_than_its_share(
+    model: list[Parameter], spare: int
+) -> None:
     layout = layout_of(model, "auto", spare)
-    for block, parameter, share in zip(layout.blocks, model, shares_by_root_of_size(model, spare), strict=True):
+    for block, parameter, share in zip(
+        layout.blocks, model, shares_by_root_of_size(model, spare), strict=True
+    ):
         if parameter.exact_width <= int(share):
             assert block.exact
 
 
 @EVERY
 @given(models(), SPARE_COLUMNS)
-def test_auto_sketches_no_block_to_less_than_its_share_of_what_exact_ones_must_leave(model: list[Parameter], spare: int) -> None:
+def test_auto_sketches_no_block_to_less_than_its_share_of_what_exact_ones_must_leave(
+    model: list[Parameter], spare: int
+) -> None:
     blocks = layout_of(model, "auto", spare).blocks
     sketched = sum(b.numel**0.5 for b in blocks if not b.exact) / sum(b.numel**0.5 for b in blocks)
     for block, share in zip(blocks, shares_by_root_of_size(model, spare), strict=True):
@@ -198,7 +226,9 @@ def test_auto_is_not_exact_at_the_cost_of_nearly_all_that_others_have() -> None:
 
 
 def test_auto_shares_a_budget_that_projects_everything_as_projected_does() -> None:
-    gpt = other("layer", (384, 128), (128, 128), (512, 128), (128, 512), (384,), (128,), (512,), (128,))
+    gpt = other(
+        "layer", (384, 128), (128, 128), (512, 128), (128, 512), (384,), (128,), (512,), (128,)
+    )
     assert [b.columns for b in choose_layout(gpt, "auto", 300, 0).blocks] == [
         b.columns for b in choose_layout(gpt, "projected", 300, 0).blocks
     ]
@@ -214,11 +244,16 @@ def test_a_bias_whose_weight_is_sketched_has_columns_of_its_own() -> None:
 
 def test_a_weight_whose_factors_are_no_narrower_than_itself_is_dense_and_so_is_its_bias() -> None:
     layout = choose_layout(linear("m", 2, 2), "auto", 100, 0)
-    assert [(b.encoding, b.columns) for b in layout.blocks] == [("dense", (0, 4)), ("dense", (4, 6))]
+    assert [(b.encoding, b.columns) for b in layout.blocks] == [
+        ("dense", (0, 4)),
+        ("dense", (4, 6)),
+    ]
 
 
 @pytest.mark.parametrize("choice", ["auto", "exact"])
-@pytest.mark.parametrize(("model", "n_parameters", "n_columns"), [(LENET5, 61_706, 3390), (MLP, 669_706, 2842)])
+@pytest.mark.parametrize(
+    ("model", "n_parameters", "n_columns"), [(LENET5, 61_706, 3390), (MLP, 669_706, 2842)]
+)
 def test_well_known_models_are_held_without_loss(
     model: list[Parameter], n_parameters: int, n_columns: int, choice: EncodingChoice
 ) -> None:
@@ -229,7 +264,9 @@ def test_well_known_models_are_held_without_loss(
 
 
 @pytest.mark.parametrize("choice", ["auto", "projected"])
-def test_fewer_columns_than_parameters_are_refused_with_both_numbers_and_the_advice_works(choice: EncodingChoice) -> None:
+def test_fewer_columns_than_parameters_are_refused_with_both_numbers_and_the_advice_works(
+    choice: EncodingChoice,
+) -> None:
     with pytest.raises(BudgetError, match=r"--dim 9 .* 10 parameters: raise it to 10 or more"):
         choose_layout(LENET5, choice, 9, 0)
     assert choose_layout(LENET5, choice, 10, 0).n_features == 10
@@ -242,7 +279,9 @@ def test_a_layout_survives_json(model: list[Parameter], choice: EncodingChoice, 
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
-STORED = json.loads(json.dumps(choose_layout([*linear("m", 9, 4), *other("n", (3,))], "exact", 0, 0).to_json()))
+STORED = json.loads(
+    json.dumps(choose_layout([*linear("m", 9, 4), *other("n", (3,))], "exact", 0, 0).to_json())
+)
 
 
 @pytest.mark.parametrize("key", ["n_features", "seed", "blocks"])
@@ -260,7 +299,10 @@ def test_a_block_without_one_of_its_entries_is_damaged(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["columns", "inputs"])
-@pytest.mark.parametrize("columns", [[-1, 3], [3, 3], [4, 2], [0, 17], [0], [0, 1, 2], "ab", 5, {}, ["a", "b"], [None, 1]])
+@pytest.mark.parametrize(
+    "columns",
+    [[-1, 3], [3, 3], [4, 2], [0, 17], [0], [0, 1, 2], "ab", 5, {}, ["a", "b"], [None, 1]],
+)
 def test_columns_that_cannot_be_are_damage(key: str, columns: Any) -> None:
     assert STORED["n_features"] == 16
     damaged = deepcopy(STORED)
@@ -287,14 +329,19 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 N_PLACES = len(list(places(STORED)))
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 100) | st.floats(-3, 100) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "columns"]), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "columns"]), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, N_PLACES - 1), ANYTHING)
-def test_damage_anywhere_is_a_store_error_or_leaves_columns_within_the_array(place: int, value: Any) -> None:
+def test_damage_anywhere_is_a_store_error_or_leaves_columns_within_the_array(
+    place: int, value: Any
+) -> None:
     damaged = deepcopy(STORED)
     container, key = list(places(damaged))[place]
     container[key] = value
@@ -302,7 +349,11 @@ def test_damage_anywhere_is_a_store_error_or_leaves_columns_within_the_array(pla
         layout = Layout.from_json(damaged)
     except StoreError:
         return
-    assert all(0 <= first < last <= layout.n_features for block in layout.blocks for first, last in spans(block))
+    assert all(
+        0 <= first < last <= layout.n_features
+        for block in layout.blocks
+        for first, last in spans(block)
+    )
 
 
 def test_a_number_too_large_to_be_one_is_a_store_error() -> None:
@@ -316,7 +367,9 @@ def test_a_number_too_large_to_be_one_is_a_store_error() -> None:
                 Layout.from_json(damaged)
 
 
-@pytest.mark.parametrize("data", [[], None, "layout", 3, {"n_features": 3, "seed": 0, "blocks": None}])
+@pytest.mark.parametrize(
+    "data", [[], None, "layout", 3, {"n_features": 3, "seed": 0, "blocks": None}]
+)
 def test_what_is_no_directory_at_all_is_a_store_error(data: Any) -> None:
     with pytest.raises(StoreError, match="block directory is damaged"):
         Layout.from_json(data)

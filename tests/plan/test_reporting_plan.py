@@ -16,7 +16,9 @@ MIB = 2**20
     base_bytes=st.integers(0, 2**32),
     memory_bytes=st.integers(1, 2**36),
 )
-def test_what_is_read_at_once_fits_and_no_more_would(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> None:
+def test_what_is_read_at_once_fits_and_no_more_would(
+    n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int
+) -> None:
     def needed(width: int) -> int:
         return base_bytes + n_samples * (SAMPLE_BYTES + width * PAIR_BYTES)
 
@@ -32,6 +34,9 @@ def test_what_is_read_at_once_fits_and_no_more_would(n_samples: int, n_columns: 
 
 
 def test_too_small_a_budget_is_refused_with_both_numbers_and_one_that_is_enough() -> None:
-    with pytest.raises(BudgetError, match=r"1,000,000 training samples needs 334 MiB.*budget is 200 MiB: raise --memory to 334MiB"):
+    with pytest.raises(
+        BudgetError,
+        match=r"1,000,000 training samples needs 334 MiB.*budget is 200 MiB: raise --memory to 334MiB",
+    ):
         block_columns(10**6, 10, 200 * MIB, 200 * MIB)
     assert block_columns(10**6, 10, 200 * MIB, 334 * MIB) == 1

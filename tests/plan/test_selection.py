@@ -38,7 +38,9 @@ def test_order_and_overlaps_do_not_matter() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "1-", "-1", "1--2", "1:2", "1.5", "²", "1,,2"])
 def test_what_is_no_selection_is_wrong_usage(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a selection: write ids and spans of them, such as 0-99,150"):
+    with pytest.raises(
+        UsageError, match="is not a selection: write ids and spans of them, such as 0-99,150"
+    ):
         parse_selection(text, 100)
 
 

@@ -10,8 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError, UsageError
-from hydra_pipe.plan.costs import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.plan.chunking import store_geometry
+from hydra_pipe.plan.costs import BASE_BYTES, OVERHEAD_BYTES
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, TEST_MULTIPLE, Answered, Reading
 from hydra_pipe.plan.sums import (
     SumInput,
@@ -81,7 +81,10 @@ def inputs(draw: st.DrawFn) -> SumInput:
         shard_rows=sizes[0],
         chunk_rows=sizes[1],
         chunk_features=sizes[2],
-        memory_bytes=draw(st.one_of(st.integers(1, 300), st.integers(200, 2000), st.integers(200, 64 * 1024))) * MIB,
+        memory_bytes=draw(
+            st.one_of(st.integers(1, 300), st.integers(200, 2000), st.integers(200, 64 * 1024))
+        )
+        * MIB,
         workers=draw(st.integers(1, 16)),
         processes=draw(st.booleans()),
         threads=draw(st.integers(1, 4)),
@@ -128,7 +131,9 @@ def test_the_planned_peak_is_within_the_budget(what: SumInput, chunks: Chunks) -
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_blocks_cover_every_test_sample_and_every_sample_once(what: SumInput, chunks: Chunks) -> None:
+def test_blocks_cover_every_test_sample_and_every_sample_once(
+    what: SumInput, chunks: Chunks
+) -> None:
     plan = planned(what, chunks)
     for blocks, n in ((plan.test_blocks, what.n_tests), (plan.sample_blocks, what.n_samples)):
         assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])]
@@ -146,7 +151,9 @@ def test_blocks_of_samples_fill_whole_chunks(what: SumInput, chunks: Chunks) -> 
 
 @EVERY
 @given(inputs(), CHUNKS)
-def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(what: SumInput, chunks: Chunks) -> None:
+def test_passes_but_the_last_are_equally_wide_and_fill_chunks_or_divide_one(
+    what: SumInput, chunks: Chunks
+) -> None:
     *others, _ = [last - first for first, last in planned(what, chunks).test_blocks]
     assert len(set(others)) <= 1
     for width in others:
@@ -187,7 +194,9 @@ def test_whole_stored_chunks_are_read_at_once(what: SumInput, chunks: Chunks) ->
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
-def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(what: SumInput, rows: int, features: int) -> None:
+def test_chunks_that_are_asked_for_are_rounded_up_to_stored_ones(
+    what: SumInput, rows: int, features: int
+) -> None:
     reading = planned(what, (rows, features)).reading
     assert reading.rows >= min(rows, what.shard_rows)
     assert reading.rows - what.chunk_rows < rows
@@ -206,21 +215,32 @@ def test_bytes_to_decode_are_the_rows_once_a_pass(what: SumInput, chunks: Chunks
 @given(inputs(), st.integers(1, 1024))
 def test_more_memory_never_takes_more_time(what: SumInput, more: int) -> None:
     time = planned(what, None).lasting_picoseconds
-    assert planned(replace(what, memory_bytes=what.memory_bytes + more * MIB), None).lasting_picoseconds <= time
+    assert (
+        planned(
+            replace(what, memory_bytes=what.memory_bytes + more * MIB), None
+        ).lasting_picoseconds
+        <= time
+    )
 
 
 @EVERY
 @given(inputs(), st.integers(1, 20_000), st.integers(1, 20_000))
-def test_no_chunks_take_less_time_than_the_chosen_ones(what: SumInput, rows: int, features: int) -> None:
+def test_no_chunks_take_less_time_than_the_chosen_ones(
+    what: SumInput, rows: int, features: int
+) -> None:
     chosen, asked = planned(what, None), planned(what, (rows, features))
     assert chosen.lasting_picoseconds <= asked.lasting_picoseconds
 
 
 @EVERY
 @given(inputs(), CHUNKS, st.integers(0, 1000))
-@example(given_of(n_tests=64 * 50, n_columns=64 * 50, workers=16, memory_bytes=1200 * MIB), None, 49)
+@example(
+    given_of(n_tests=64 * 50, n_columns=64 * 50, workers=16, memory_bytes=1200 * MIB), None, 49
+)
 @example(given_of(workers=16, memory_bytes=1200 * MIB), None, 3)
-def test_what_goes_on_divides_the_work_as_what_was_interrupted(what: SumInput, chunks: Chunks, passes: int) -> None:
+def test_what_goes_on_divides_the_work_as_what_was_interrupted(
+    what: SumInput, chunks: Chunks, passes: int
+) -> None:
     """Sums over other runs of rows would be rounded otherwise."""
     whole = planned(what, chunks)
     passes = min(passes, whole.passes - 1)
@@ -246,7 +266,13 @@ def test_rows_are_folded_first_where_there_are_many_tests_and_epochs() -> None:
     # nothing can be folded
     assert plan_sums(given_of(n_folding=0), None).order == "score first"
     # several passes over the store cost more than they save
-    few = dense | {"n_tests": 64, "n_columns": 64, "n_samples": 500_000, "n_rows": 5_000_000, "memory_bytes": 1024 * MIB}
+    few = dense | {
+        "n_tests": 64,
+        "n_columns": 64,
+        "n_samples": 500_000,
+        "n_rows": 5_000_000,
+        "memory_bytes": 1024 * MIB,
+    }
     assert plan_sums(given_of(**few), None).order == "score first"
 
 
@@ -256,7 +282,10 @@ def test_sums_go_from_process_to_process_and_not_from_thread_to_thread() -> None
     assert apart.moved_bytes == 60_000 * 1000 * 4
     # each thread of a process has sums of its own, and adds up others'
     by_threads = [
-        scoring_peak_bytes(given_of(processes=True, threads=threads, n_folding=0), apart.reading, 1000) for threads in (1, 2, 3)
+        scoring_peak_bytes(
+            given_of(processes=True, threads=threads, n_folding=0), apart.reading, 1000
+        )
+        for threads in (1, 2, 3)
     ]
     assert by_threads[2] - by_threads[1] == by_threads[1] - by_threads[0] > 3 * 60_000 * 1000 * 4
 
@@ -266,9 +295,13 @@ READINGS = st.builds(Reading, st.integers(1, 5000), st.integers(1, 5000))
 
 @EVERY
 @given(inputs(), READINGS, st.integers(1, 500))
-def test_more_of_anything_never_takes_less_memory(what: SumInput, reading: Reading, tests: int) -> None:
+def test_more_of_anything_never_takes_less_memory(
+    what: SumInput, reading: Reading, tests: int
+) -> None:
     def peaks(what: SumInput, reading: Reading, tests: int) -> tuple[int, int]:
-        return scoring_peak_bytes(what, reading, tests), folding_peak_bytes(what, reading, what.n_samples, tests)
+        return scoring_peak_bytes(what, reading, tests), folding_peak_bytes(
+            what, reading, what.n_samples, tests
+        )
 
     def never_less(*changed: Any) -> None:
         assert all(more >= less for more, less in zip(peaks(*changed), least, strict=True))
@@ -279,7 +312,16 @@ def test_more_of_anything_never_takes_less_memory(what: SumInput, reading: Readi
     never_less(what, reading, 2 * tests)
     for name in ("rows", "features"):
         never_less(what, replace(reading, **{name: 2 * getattr(reading, name)}), tests)
-    for name in ("n_samples", "n_features", "n_steps", "n_blocks", "n_groups", "item_bytes", "test_item_bytes", "workers"):
+    for name in (
+        "n_samples",
+        "n_features",
+        "n_steps",
+        "n_blocks",
+        "n_groups",
+        "item_bytes",
+        "test_item_bytes",
+        "workers",
+    ):
         never_less(replace(what, **{name: 2 * getattr(what, name)}), reading, tests)
 
 
@@ -288,7 +330,9 @@ def test_more_of_anything_never_takes_less_memory(what: SumInput, reading: Readi
 # test gradients and little else; schedules and little else
 @example(given_of(n_samples=1, n_steps=1, n_blocks=1), 1, 500)
 @example(given_of(n_samples=1, n_steps=1_000_000), 1, 1)
-def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: SumInput, rows: int, tests: int) -> None:
+def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(
+    what: SumInput, rows: int, tests: int
+) -> None:
     what = replace(what, n_tests=tests, n_columns=tests)
     sums = what.n_samples * tests * 4
     stored, decoded = rows * what.n_features * what.item_bytes, rows * what.n_features * 4
@@ -308,7 +352,9 @@ def test_the_peak_covers_the_arrays_that_a_reduction_cannot_do_without(what: Sum
 @given(inputs(), CHUNKS)
 @example(given_of(memory_bytes=MIB), None)
 @example(given_of(memory_bytes=200 * MIB), (2048, 3390))
-def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(what: SumInput, chunks: Chunks) -> None:
+def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_helps(
+    what: SumInput, chunks: Chunks
+) -> None:
     message = refusal(what, chunks)
     found = re.fullmatch(
         r"decoding \d+x\d+ \(rows x features\) at once with one worker needs ([\d.e+]+ \w+), "
@@ -332,7 +378,14 @@ def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_more_memory_hel
 # nothing fits in 1 MiB; and whoever asks for the smallest chunks cannot ask for smaller ones
 @example(given_of(memory_bytes=MIB), (2048, 3390))
 @example(
-    given_of(n_features=100, shard_rows=16384, chunk_rows=4096, chunk_features=100, memory_bytes=200 * MIB, n_steps=4000),
+    given_of(
+        n_features=100,
+        shard_rows=16384,
+        chunk_rows=4096,
+        chunk_features=100,
+        memory_bytes=200 * MIB,
+        n_steps=4000,
+    ),
     (4096, 100),
 )
 def test_smaller_chunks_are_only_advised_where_they_help(what: SumInput, chunks: Chunks) -> None:
@@ -348,7 +401,10 @@ def test_sizes_in_a_refusal_are_written_as_one_writes_them() -> None:
         plan_sums(what, None)
 
 
-@pytest.mark.parametrize(("text", "chunks"), [("auto", None), ("2048x4096", (2048, 4096)), ("1x1", (1, 1)), ("010x7", (10, 7))])
+@pytest.mark.parametrize(
+    ("text", "chunks"),
+    [("auto", None), ("2048x4096", (2048, 4096)), ("1x1", (1, 1)), ("010x7", (10, 7))],
+)
 def test_chunks_are_rows_by_features_or_auto(text: str, chunks: Chunks) -> None:
     assert parse_chunks(text) == chunks
 
@@ -376,6 +432,9 @@ def test_chunks_are_rows_by_features_or_auto(text: str, chunks: Chunks) -> None:
     ],
 )
 def test_other_chunks_are_wrong_usage_and_the_message_says_how_to_write_them(text: str) -> None:
-    with pytest.raises(UsageError, match="is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto") as caught:
+    with pytest.raises(
+        UsageError,
+        match="is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto",
+    ) as caught:
         parse_chunks(text)
     assert f"--chunks {text} " in str(caught.value)

@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.errors import BudgetError
-from hydra_pipe.plan.costs import BASE_BYTES
 from hydra_pipe.plan.chunking import MOST_CHUNK, chunk_columns
+from hydra_pipe.plan.costs import BASE_BYTES
 from hydra_pipe.plan.records import ReductionInput
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep, sweep_peak_bytes
 
@@ -67,7 +67,11 @@ def planned(what: SweepInput, done: int = 0) -> SweepPlan:
 def test_a_plan_fits_and_has_every_column_once_in_whole_chunks(what: SweepInput) -> None:
     plan = planned(what)
     width = plan.columns[0][1]
-    assert plan.peak_bytes == sweep_peak_bytes(what, width, plan.workers) <= what.recording.memory_bytes
+    assert (
+        plan.peak_bytes
+        == sweep_peak_bytes(what, width, plan.workers)
+        <= what.recording.memory_bytes
+    )
     assert [first for first, _ in plan.columns] == list(range(0, what.recording.n_columns, width))
     assert [last for _, last in plan.columns[:-1]] == [first for first, _ in plan.columns[1:]]
     assert plan.columns[-1][1] == what.recording.n_columns
@@ -78,16 +82,23 @@ def test_a_plan_fits_and_has_every_column_once_in_whole_chunks(what: SweepInput)
 
 @EVERY
 @given(inputs(), st.integers(1, 4096))
-def test_more_memory_never_takes_more_passes_of_the_same_workers(what: SweepInput, more: int) -> None:
+def test_more_memory_never_takes_more_passes_of_the_same_workers(
+    what: SweepInput, more: int
+) -> None:
     plan = planned(what)
-    larger = replace(what, recording=replace(what.recording, memory_bytes=what.recording.memory_bytes + more * MIB))
+    larger = replace(
+        what,
+        recording=replace(what.recording, memory_bytes=what.recording.memory_bytes + more * MIB),
+    )
     again = planned(larger)
     assert again.workers != plan.workers or again.passes <= plan.passes
 
 
 @EVERY
 @given(inputs(), st.integers(0, 100))
-def test_what_goes_on_divides_the_columns_as_what_was_interrupted(what: SweepInput, number: int) -> None:
+def test_what_goes_on_divides_the_columns_as_what_was_interrupted(
+    what: SweepInput, number: int
+) -> None:
     whole = planned(what)
     number = min(number, len(whole.columns) - 1)
     left = plan_sweep(what, whole.columns[number][0])
@@ -102,5 +113,8 @@ def test_one_worker_takes_many_columns_where_two_would_take_few() -> None:
     plan = plan_sweep(input_of(n_tests=40, n_columns=40, memory_bytes=few))
     assert (plan.workers, plan.passes) == (1, 1)
     assert plan_sweep(input_of()).columns == ((0, 100), (100, 200))
-    with pytest.raises(BudgetError, match=r"a sweep of one column over 44,426 features needs .* raise --memory to \d+MiB"):
+    with pytest.raises(
+        BudgetError,
+        match=r"a sweep of one column over 44,426 features needs .* raise --memory to \d+MiB",
+    ):
         plan_sweep(input_of(memory_bytes=BASE_BYTES))

@@ -84,7 +84,9 @@ COUPLING: set[str] = set()
 LONGER: set[str] = set()
 
 
-def block(name: str, *kinds: set[str]) -> Callable[[Callable[[int, int], nn.Module]], Callable[[int, int], nn.Module]]:
+def block(
+    name: str, *kinds: set[str]
+) -> Callable[[Callable[[int, int], nn.Module]], Callable[[int, int], nn.Module]]:
     def add(make: Callable[[int, int], nn.Module]) -> Callable[[int, int], nn.Module]:
         assert name not in BLOCKS
         BLOCKS[name] = make
@@ -123,12 +125,17 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("linear without bias, ReLU in place")
 def _(t: int, n: int) -> nn.Module:
-    return nn.Sequential(linear(bias=False), nn.ReLU(inplace=True), linear(), nn.ReLU(inplace=True), linear())
+    return nn.Sequential(
+        linear(bias=False), nn.ReLU(inplace=True), linear(), nn.ReLU(inplace=True), linear()
+    )
 
 
 @block("conv1d")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f(x.transpose(1, 2)).transpose(1, 2), f=nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2))
+    return Block(
+        lambda m, x: x + m.f(x.transpose(1, 2)).transpose(1, 2),
+        f=nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2),
+    )
 
 
 @block("conv2d")
@@ -142,7 +149,10 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("conv transposed")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.f(x.transpose(1, 2)).transpose(1, 2), f=nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1))
+    return Block(
+        lambda m, x: m.f(x.transpose(1, 2)).transpose(1, 2),
+        f=nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1),
+    )
 
 
 @block("layer norm")
@@ -162,7 +172,10 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("instance norm")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f(x.transpose(1, 2)).transpose(1, 2), f=nn.InstanceNorm1d(WIDTH, affine=True))
+    return Block(
+        lambda m, x: x + m.f(x.transpose(1, 2)).transpose(1, 2),
+        f=nn.InstanceNorm1d(WIDTH, affine=True),
+    )
 
 
 @block("RMS norm")
@@ -172,7 +185,9 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("own RMS norm")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.w * x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt(), w=parameter(WIDTH))
+    return Block(
+        lambda m, x: m.w * x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt(), w=parameter(WIDTH)
+    )
 
 
 class Normed(nn.BatchNorm1d):
@@ -182,7 +197,11 @@ class Normed(nn.BatchNorm1d):
 
 @block("batch norm", COUPLING)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.g(m.f(x.transpose(1, 2)).transpose(1, 2)) + x, f=nn.BatchNorm1d(WIDTH), g=linear())
+    return Block(
+        lambda m, x: m.g(m.f(x.transpose(1, 2)).transpose(1, 2)) + x,
+        f=nn.BatchNorm1d(WIDTH),
+        g=linear(),
+    )
 
 
 @block("batch norm subclass", COUPLING)
@@ -192,7 +211,11 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("scale around batch norm", COUPLING)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.w * m.f(x.transpose(1, 2)).transpose(1, 2), f=nn.BatchNorm1d(WIDTH), w=parameter(WIDTH))
+    return Block(
+        lambda m, x: x + m.w * m.f(x.transpose(1, 2)).transpose(1, 2),
+        f=nn.BatchNorm1d(WIDTH),
+        w=parameter(WIDTH),
+    )
 
 
 class Evaluating(nn.BatchNorm1d):
@@ -220,17 +243,25 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("positions (B, T)")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f(torch.arange(x.shape[1]).expand(len(x), -1)), f=nn.Embedding(t + 3, WIDTH))
+    return Block(
+        lambda m, x: x + m.f(torch.arange(x.shape[1]).expand(len(x), -1)),
+        f=nn.Embedding(t + 3, WIDTH),
+    )
 
 
 @block("positions (1, T), not added")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x * m.f(torch.arange(x.shape[1])[None])[0], f=nn.Embedding(t + 3, WIDTH))
+    return Block(
+        lambda m, x: x * m.f(torch.arange(x.shape[1])[None])[0], f=nn.Embedding(t + 3, WIDTH)
+    )
 
 
 @block("positions as a parameter")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: F.dropout(x + m.w[:, : x.shape[1]], 0.2, m.training), w=parameter(1, t + 3, WIDTH))
+    return Block(
+        lambda m, x: F.dropout(x + m.w[:, : x.shape[1]], 0.2, m.training),
+        w=parameter(1, t + 3, WIDTH),
+    )
 
 
 @block("positions as a parameter (T, D)")
@@ -251,14 +282,19 @@ def _(t: int, n: int) -> nn.Module:
 @block("prototypes looked up once")
 def _(t: int, n: int) -> nn.Module:
     return Block(
-        lambda m, x: x + torch.softmax(x @ m.f(torch.arange(4)[None])[0].T, -1) @ m.f.weight.detach(), f=nn.Embedding(4, WIDTH)
+        lambda m, x: (
+            x + torch.softmax(x @ m.f(torch.arange(4)[None])[0].T, -1) @ m.f.weight.detach()
+        ),
+        f=nn.Embedding(4, WIDTH),
     )
 
 
 @block("prototypes as many as the batch")
 def _(t: int, n: int) -> nn.Module:
     return Block(
-        lambda m, x: x + torch.softmax(x @ m.f(torch.arange(n)).T, -1) @ m.g.weight, f=nn.Embedding(n, WIDTH), g=nn.Linear(WIDTH, n)
+        lambda m, x: x + torch.softmax(x @ m.f(torch.arange(n)).T, -1) @ m.g.weight,
+        f=nn.Embedding(n, WIDTH),
+        g=nn.Linear(WIDTH, n),
     )
 
 
@@ -269,12 +305,18 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("buckets by value")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f((x[..., 0] > 0).long() + 1), f=nn.Embedding(4, WIDTH, padding_idx=1))
+    return Block(
+        lambda m, x: x + m.f((x[..., 0] > 0).long() + 1), f=nn.Embedding(4, WIDTH, padding_idx=1)
+    )
 
 
 @block("scale around dropout")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.w * m.f(x), w=parameter(WIDTH), f=nn.Sequential(linear(), nn.Dropout(0.3)))
+    return Block(
+        lambda m, x: x + m.w * m.f(x),
+        w=parameter(WIDTH),
+        f=nn.Sequential(linear(), nn.Dropout(0.3)),
+    )
 
 
 class DropPath(nn.Module):
@@ -289,7 +331,11 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("class token", LONGER)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.f(torch.cat([m.w.expand(len(x), -1, -1), x], 1)), w=parameter(1, 1, WIDTH), f=nn.Dropout(0.2))
+    return Block(
+        lambda m, x: m.f(torch.cat([m.w.expand(len(x), -1, -1), x], 1)),
+        w=parameter(1, 1, WIDTH),
+        f=nn.Dropout(0.2),
+    )
 
 
 @block("class token, repeated")
@@ -308,7 +354,11 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("exponent of a scalar")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: torch.tanh(x) * m.w.exp() + m.b, w=nn.Parameter(torch.tensor(0.1)), b=nn.Parameter(torch.zeros(1)))
+    return Block(
+        lambda m, x: torch.tanh(x) * m.w.exp() + m.b,
+        w=nn.Parameter(torch.tensor(0.1)),
+        b=nn.Parameter(torch.zeros(1)),
+    )
 
 
 @block("PReLU")
@@ -396,7 +446,9 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("LSTM")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.f(x)[0], f=nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True))
+    return Block(
+        lambda m, x: m.f(x)[0], f=nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+    )
 
 
 @block("GRU, time first")
@@ -410,7 +462,10 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("attention")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f(x, x, x, need_weights=False)[0], f=nn.MultiheadAttention(WIDTH, 2, batch_first=True))
+    return Block(
+        lambda m, x: x + m.f(x, x, x, need_weights=False)[0],
+        f=nn.MultiheadAttention(WIDTH, 2, batch_first=True),
+    )
 
 
 @block("attention, time first, masked")
@@ -474,12 +529,17 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("parameter list")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x @ m.w[0] + m.w[1], w=nn.ParameterList([parameter(WIDTH, WIDTH), parameter(WIDTH)]))
+    return Block(
+        lambda m, x: x @ m.w[0] + m.w[1],
+        w=nn.ParameterList([parameter(WIDTH, WIDTH), parameter(WIDTH)]),
+    )
 
 
 @block("parameter dict")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: m.f(x * m.w["own"]), w=nn.ParameterDict({"own": parameter(WIDTH)}), f=linear())
+    return Block(
+        lambda m, x: m.f(x * m.w["own"]), w=nn.ParameterDict({"own": parameter(WIDTH)}), f=linear()
+    )
 
 
 @block("adapter over hidden weight")
@@ -552,7 +612,10 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("features first", MOVING)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.w.view(-1, 1, 1).mul(x.permute(2, 0, 1)).permute(1, 2, 0), w=parameter(WIDTH))
+    return Block(
+        lambda m, x: x + m.w.view(-1, 1, 1).mul(x.permute(2, 0, 1)).permute(1, 2, 0),
+        w=parameter(WIDTH),
+    )
 
 
 @block("positions of a mask", MOVING)
@@ -606,7 +669,11 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("samples one by one", MOVING)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: torch.stack([torch.tanh(m.g(m.f(one[None])))[0] for one in x]), f=linear(), g=nn.LayerNorm(WIDTH))
+    return Block(
+        lambda m, x: torch.stack([torch.tanh(m.g(m.f(one[None])))[0] for one in x]),
+        f=linear(),
+        g=nn.LayerNorm(WIDTH),
+    )
 
 
 @block("samples one by one, without a batch", MOVING)
@@ -616,7 +683,10 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("samples one by one, backwards", MOVING)
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: torch.cat([torch.tanh(m.f(one[None])) for one in x.flip(0)]).flip(0), f=linear())
+    return Block(
+        lambda m, x: torch.cat([torch.tanh(m.f(one[None])) for one in x.flip(0)]).flip(0),
+        f=linear(),
+    )
 
 
 @block("positions one by one")
@@ -635,12 +705,16 @@ def _checkpointed(reentrant: bool) -> Callable[[Block, Tensor], Tensor]:
 
 @block("checkpointed")
 def _(t: int, n: int) -> nn.Module:
-    return Block(_checkpointed(False), f=nn.Sequential(linear(), nn.Tanh(), nn.Dropout(0.2), linear()))
+    return Block(
+        _checkpointed(False), f=nn.Sequential(linear(), nn.Tanh(), nn.Dropout(0.2), linear())
+    )
 
 
 @block("checkpointed, reentrant")
 def _(t: int, n: int) -> nn.Module:
-    return Block(_checkpointed(True), f=nn.Sequential(linear(), nn.Tanh(), nn.Dropout(0.2), linear()))
+    return Block(
+        _checkpointed(True), f=nn.Sequential(linear(), nn.Tanh(), nn.Dropout(0.2), linear())
+    )
 
 
 class Several(nn.Module):
@@ -672,7 +746,12 @@ def _(t: int, n: int) -> nn.Module:
 
 @block("detached branch")
 def _(t: int, n: int) -> nn.Module:
-    return Block(lambda m, x: x + m.f(x.detach()) + m.g(x).detach() + m.h(x), f=linear(), g=linear(), h=linear())
+    return Block(
+        lambda m, x: x + m.f(x.detach()) + m.g(x).detach() + m.h(x),
+        f=linear(),
+        g=linear(),
+        h=linear(),
+    )
 
 
 @block("part of an output used")
@@ -743,7 +822,9 @@ def _(t: int, n: int) -> nn.Module:
             super().__init__()
             self.w = parameter(WIDTH)
 
-        def forward(self, scale: float, x: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        def forward(
+            self, scale: float, x: Tensor | None = None, mask: Tensor | None = None
+        ) -> Tensor:
             assert x is not None
             y = x * self.w * scale
             return y if mask is None else y.masked_fill(mask, 0.0)
@@ -784,7 +865,16 @@ HEADS = (
     "over positions",
     "sum of losses",
 )
-PASSES = ("one", "summed", "twice", "thrown away", "without gradients first", "evaluated first", "adversarial", "drawn anew")
+PASSES = (
+    "one",
+    "summed",
+    "twice",
+    "thrown away",
+    "without gradients first",
+    "evaluated first",
+    "adversarial",
+    "drawn anew",
+)
 MODES = ("step", "next_batch", "track")
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 PRECISIONS = ("fp32", "bf16", "bf16, backward inside")
@@ -821,9 +911,13 @@ class Case:
     def __str__(self) -> str:
         plainest = Case(self.seed, self.blocks)
         changed = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(Case) if getattr(self, f.name) != getattr(plainest, f.name)
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(Case)
+            if getattr(self, f.name) != getattr(plainest, f.name)
         ]
-        return f"seed {self.seed}: {' -> '.join(self.blocks) or 'no blocks'}" + (f" ({', '.join(changed)})" if changed else "")
+        return f"seed {self.seed}: {' -> '.join(self.blocks) or 'no blocks'}" + (
+            f" ({', '.join(changed)})" if changed else ""
+        )
 
 
 def case_of(seed: int, only: str = "") -> Case:
@@ -878,7 +972,11 @@ class Model(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        self.emb = nn.Embedding(WORDS, WIDTH) if case.stem == "tokens" or case.head.startswith("tied") else None
+        self.emb = (
+            nn.Embedding(WORDS, WIDTH)
+            if case.stem == "tokens" or case.head.startswith("tied")
+            else None
+        )
         if case.stem == "floats through a linear":
             self.stem: nn.Module = linear()
         elif case.stem == "images":
@@ -928,7 +1026,9 @@ def loss_of(case: Case, output: object, target: Tensor) -> Tensor:
         output = output["logits"]
     if case.head == "two outputs":
         assert isinstance(output, tuple)
-        return F.cross_entropy(output[0].float(), target, reduction="none") + 0.1 * output[1].float().pow(3).mean((1, 2))
+        return F.cross_entropy(output[0].float(), target, reduction="none") + 0.1 * output[
+            1
+        ].float().pow(3).mean((1, 2))
     assert isinstance(output, Tensor)
     output = output.float()
     if case.head == "over positions":
@@ -991,7 +1091,9 @@ class Twin:
         for name, p in self.trained.items():
             root = torch.ones(p.numel())
             state = optimizer.state.get(p, {})
-            if isinstance(optimizer, torch.optim.AdamW) and (p.grad is not None if at_step else state):
+            if isinstance(optimizer, torch.optim.AdamW) and (
+                p.grad is not None if at_step else state
+            ):
                 moment = state["exp_avg_sq"].flatten() if state else torch.zeros(p.numel())
                 n = int(state["step"]) if state else 0
                 if at_step:
@@ -1005,7 +1107,9 @@ class Twin:
 def _add(into: dict[int, dict[str, Tensor]], ids: Tensor, rows: list[dict[str, Tensor]]) -> None:
     for i, row in zip(ids.tolist(), rows, strict=True):
         before = into.get(i)
-        into[i] = row if before is None else {name: before[name] + value for name, value in row.items()}
+        into[i] = (
+            row if before is None else {name: before[name] + value for name, value in row.items()}
+        )
 
 
 def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
@@ -1017,12 +1121,18 @@ def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder | None = None, twin: Twin | None = None
+    case: Case,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder | None = None,
+    twin: Twin | None = None,
 ) -> None:
     """The case's loop: plain, recorded or with the twin."""
     n = n_samples(case)
     x, y = data_of(case, n)
-    loader = DataLoader(TensorDataset(x, y, torch.arange(n)), batch_size=case.batch, shuffle=case.shuffle)
+    loader = DataLoader(
+        TensorDataset(x, y, torch.arange(n)), batch_size=case.batch, shuffle=case.shuffle
+    )
     casting = torch.autocast("cpu", torch.bfloat16, enabled=case.precision != "fp32")
     inside = casting if case.precision == "bf16, backward inside" else contextlib.nullcontext()
     model.train()
@@ -1033,11 +1143,23 @@ def train(
         if twin is not None:
             twin.clear()
 
-    def one_pass(inputs: Tensor, targets: Tensor, ids: Tensor, share: float, weight: float = 1.0, *, counts: bool = True) -> Tensor:
+    def one_pass(
+        inputs: Tensor,
+        targets: Tensor,
+        ids: Tensor,
+        share: float,
+        weight: float = 1.0,
+        *,
+        counts: bool = True,
+    ) -> Tensor:
         def terms() -> Tensor:
             with casting:
                 output = model(inputs)
-            return loss_of(case, output, targets) * weight * (1.0 if case.head == "sum of losses" else share)
+            return (
+                loss_of(case, output, targets)
+                * weight
+                * (1.0 if case.head == "sum of losses" else share)
+            )
 
         return twin.add(model, terms, ids) if twin is not None and counts else terms()
 
@@ -1045,7 +1167,9 @@ def train(
         with inside:
             terms.sum().backward()
 
-    def micro_batch(inputs: Tensor, targets: Tensor, ids: Tensor, share: float, *, interrupt: bool) -> None:
+    def micro_batch(
+        inputs: Tensor, targets: Tensor, ids: Tensor, share: float, *, interrupt: bool
+    ) -> None:
         other = inputs.roll(1, 1) if case.stem != "images" else inputs.flip(-1)
         if interrupt and case.interrupted == "before the pass":
             raise Interrupted
@@ -1103,11 +1227,15 @@ def train(
             if case.zero_first and (number - 1) % case.micro == 0:
                 zero()
             try:
-                micro_batch(inputs, targets, ids, 1 / (case.batch * case.micro), interrupt=number == 2)
+                micro_batch(
+                    inputs, targets, ids, 1 / (case.batch * case.micro), interrupt=number == 2
+                )
             except Interrupted:
                 zero()
                 stopped = True
-            has_gradients = any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+            has_gradients = any(
+                p.grad is not None and bool(p.grad.any()) for p in model.parameters()
+            )
             if (number % case.micro == 0 or number == n_batches) and (has_gradients or not stopped):
                 act()
         return
@@ -1116,13 +1244,19 @@ def train(
             zero()
         size = sum(len(ids) for *_, ids in group)
         whole = torch.cat([ids for *_, ids in group])
-        naming = recorder.step(whole) if recorder is not None and case.mode == "step" else contextlib.nullcontext()
+        naming = (
+            recorder.step(whole)
+            if recorder is not None and case.mode == "step"
+            else contextlib.nullcontext()
+        )
         with contextlib.suppress(Interrupted):
             with naming:
                 for m, (inputs, targets, ids) in enumerate(group):
                     if recorder is not None and case.mode == "next_batch":
                         recorder.next_batch(ids)
-                    micro_batch(inputs, targets, ids, 1 / size, interrupt=k == 1 and m == len(group) - 1)
+                    micro_batch(
+                        inputs, targets, ids, 1 / size, interrupt=k == 1 and m == len(group) - 1
+                    )
                 act()
             continue
         zero()
@@ -1170,7 +1304,14 @@ def run(case: Case, *, debug: bool = False) -> Outcome:
         model, optimizer_used = built(case)
         recorder = None
         try:
-            recorder = Recorder(model, optimizer_used, path, n_samples=n_samples(case), encoding="exact", dtype="float32")
+            recorder = Recorder(
+                model,
+                optimizer_used,
+                path,
+                n_samples=n_samples(case),
+                encoding="exact",
+                dtype="float32",
+            )
             train(case, model, optimizer_used, recorder)
         except HydraError as error:
             refusal = _line(error)
@@ -1187,7 +1328,9 @@ def run(case: Case, *, debug: bool = False) -> Outcome:
             assert recorder is not None
             test_x, test_y = data_of(replace(case, seed=case.seed + 1), 2)
             try:
-                recorder.record_test([(test_x, test_y)], lambda output, target: loss_of(case, output, target))
+                recorder.record_test(
+                    [(test_x, test_y)], lambda output, target: loss_of(case, output, target)
+                )
                 recorder.close()
             except HydraError as error:
                 late = _line(error)
@@ -1202,7 +1345,9 @@ def run(case: Case, *, debug: bool = False) -> Outcome:
                 return Outcome("changed", f"by record_test: {moved}")
         outcome = _compared(case, path, twin, complete=refusal is None and late is None)
         if outcome.verdict in ("wrong", "scaled", "share"):
-            return replace(outcome, why=outcome.why + (f" [{refusal or late}]" if refusal or late else ""))
+            return replace(
+                outcome, why=outcome.why + (f" [{refusal or late}]" if refusal or late else "")
+            )
         if refusal is not None:
             return Outcome("refused", refusal)
         if late is not None:
@@ -1224,16 +1369,24 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
     worst_off, verdict, why = 0.0, "right", ""
     tolerance, floor = case.limits
     zeros = {name: torch.zeros(p.numel()) for name, p in twin.trained.items()}
-    for step, (truth, shares, roots) in enumerate(zip(twin.steps, twin.shares, twin.roots, strict=True)):
+    for step, (truth, shares, roots) in enumerate(
+        zip(twin.steps, twin.shares, twin.roots, strict=True)
+    ):
         samples, stored = stored_rows(path, step)
         if not len(samples):
             if complete:
                 return Outcome("wrong", f"step {step} has no rows")
             break
         found: dict[int, dict[str, Tensor]] = {}
-        _add(found, torch.from_numpy(samples), [{k: v / roots[k] for k, v in row.items()} for row in stored])
+        _add(
+            found,
+            torch.from_numpy(samples),
+            [{k: v / roots[k] for k, v in row.items()} for row in stored],
+        )
         if set(found) < set(truth):
-            return Outcome("wrong", f"step {step} has no rows of samples {sorted(set(truth) - set(found))}")
+            return Outcome(
+                "wrong", f"step {step} has no rows of samples {sorted(set(truth) - set(found))}"
+            )
         ids = sorted(found)
         rows = [found[i] for i in ids]
         wanted = [truth.get(i, zeros) for i in ids]
@@ -1246,9 +1399,17 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
         if worst[at] > tolerance:
             why = f"step {step}: {at} off by {worst[at]:.1%}"
             if not shares:
-                products = sum(float(row[k] @ want[k]) for row, want in zip(rows, wanted, strict=True) for k in row)
-                factor = products / max(sum(float(want[k] @ want[k]) for want in wanted for k in want), 1e-30)
-                fitting = [{k: v / factor for k, v in row.items()} for row in rows] if factor else rows
+                products = sum(
+                    float(row[k] @ want[k])
+                    for row, want in zip(rows, wanted, strict=True)
+                    for k in row
+                )
+                factor = products / max(
+                    sum(float(want[k] @ want[k]) for want in wanted for k in want), 1e-30
+                )
+                fitting = (
+                    [{k: v / factor for k, v in row.items()} for row in rows] if factor else rows
+                )
                 if max(differences(fitting, wanted, floor).values()) <= tolerance:
                     return Outcome("scaled", f"step {step}: all rows times {factor:.3f}", worst_off)
                 return Outcome("wrong", why, worst_off)
@@ -1271,7 +1432,9 @@ def _test_gradients(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> list[
 
 def _unlike(one: nn.Module, other: nn.Module) -> str:
     """The first tensor in which two models differ."""
-    for (name, value), same in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, value), same in zip(
+        one.state_dict().items(), other.state_dict().values(), strict=True
+    ):
         if not torch.equal(value, same):
             return f"{name} differs by {float((value - same).abs().max()):.1e}"
     return ""
@@ -1291,10 +1454,15 @@ def shrunk(case: Case, verdict: str) -> Case:
     smaller = True
     while smaller:
         smaller = False
-        tried = [replace(case, blocks=case.blocks[:i] + case.blocks[i + 1 :]) for i in range(len(case.blocks))]
+        tried = [
+            replace(case, blocks=case.blocks[:i] + case.blocks[i + 1 :])
+            for i in range(len(case.blocks))
+        ]
         plainest = Case(case.seed, case.blocks)
         for f in fields(Case):
-            if f.name not in ("seed", "blocks") and getattr(case, f.name) != getattr(plainest, f.name):
+            if f.name not in ("seed", "blocks") and getattr(case, f.name) != getattr(
+                plainest, f.name
+            ):
                 tried.append(replace(case, **{f.name: getattr(plainest, f.name)}))
         for other in tried:
             if run(other).verdict == verdict:
@@ -1324,27 +1492,39 @@ def _kind_of(why: str) -> str:
 
 def report(found: list[tuple[Case, Outcome]]) -> None:
     counted = Counter(outcome.verdict for _, outcome in found)
-    print(f"\n{len(found)} cases: " + ", ".join(f"{n} {verdict}" for verdict, n in counted.most_common()))
+    print(
+        f"\n{len(found)} cases: "
+        + ", ".join(f"{n} {verdict}" for verdict, n in counted.most_common())
+    )
     fit = [(c, o) for c, o in found if not any(b in MIXING for b in c.blocks)]
     kept = sum(o.verdict in RECORDED for _, o in fit)
-    print(f"recorded, of {len(fit)} without a block that mixes samples: {kept / max(len(fit), 1):.1%}")
+    print(
+        f"recorded, of {len(fit)} without a block that mixes samples: {kept / max(len(fit), 1):.1%}"
+    )
     for c, o in found:
         if o.verdict == "right" and any(b in MIXING for b in c.blocks) and c.batch > 1:
             print(f"mixes samples and is right all the same: {c}")
     parts: dict[str, Counter[str]] = {}
     for case, outcome in found:
         named = set(case.blocks) | {
-            f"{k}: {getattr(case, k)}" for k in ("stem", "head", "mode", "passes", "interrupted", "optimizer", "precision")
+            f"{k}: {getattr(case, k)}"
+            for k in ("stem", "head", "mode", "passes", "interrupted", "optimizer", "precision")
         }
-        named |= {k for k in ("clip", "short", "again", "zero_first", "shuffle") if getattr(case, k)}
+        named |= {
+            k for k in ("clip", "short", "again", "zero_first", "shuffle") if getattr(case, k)
+        }
         named |= {f"batch: {case.batch}", f"micro: {case.micro}"} | (
             {"as long as the batch"} if case.batch == case.length else set()
         )
         for part in named:
             parts.setdefault(part, Counter())[outcome.verdict] += 1
     print("\nby part, what was not recorded right:")
-    for part, of in sorted(parts.items(), key=lambda item: -(1 - item[1]["right"] / item[1].total())):
-        others = ", ".join(f"{n} {verdict}" for verdict, n in of.most_common() if verdict != "right")
+    for part, of in sorted(
+        parts.items(), key=lambda item: -(1 - item[1]["right"] / item[1].total())
+    ):
+        others = ", ".join(
+            f"{n} {verdict}" for verdict, n in of.most_common() if verdict != "right"
+        )
         if others:
             print(f"  {1 - of['right'] / of.total():4.0%} of {of.total():4d}  {part}: {others}")
     reasons = Counter((o.verdict, _kind_of(o.why)) for _, o in found if o.verdict != "right")
@@ -1355,16 +1535,24 @@ def report(found: list[tuple[Case, Outcome]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="one case")
-    parser.add_argument("--shrink", action="store_true", help="with --seed: the smallest case of the same verdict")
+    parser.add_argument(
+        "--shrink", action="store_true", help="with --seed: the smallest case of the same verdict"
+    )
     parser.add_argument("--only", default="", help="a block that every case has")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--jsonl", type=Path, help="one line a case")
-    parser.add_argument("--smallest", type=int, default=12, help="how many of the bad cases are made small")
-    parser.add_argument("--blocks", action="store_true", help="each block alone, in the plainest loop")
+    parser.add_argument(
+        "--smallest", type=int, default=12, help="how many of the bad cases are made small"
+    )
+    parser.add_argument(
+        "--blocks", action="store_true", help="each block alone, in the plainest loop"
+    )
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -1389,7 +1577,14 @@ def main() -> None:
             if asked.jsonl:
                 with asked.jsonl.open("a") as file:
                     file.write(
-                        json.dumps({"case": asdict(case), "verdict": outcome.verdict, "why": outcome.why, "off": outcome.off})
+                        json.dumps(
+                            {
+                                "case": asdict(case),
+                                "verdict": outcome.verdict,
+                                "why": outcome.why,
+                                "off": outcome.off,
+                            }
+                        )
                         + "\n"
                     )
             if outcome.verdict in BAD:
@@ -1399,14 +1594,17 @@ def main() -> None:
         for case, outcome in found:
             if outcome.verdict in BAD:
                 bad.setdefault(
-                    f"{outcome.verdict} {_kind_of(outcome.why)} {len(bad) if outcome.verdict == 'wrong' else ''}", (case, outcome)
+                    f"{outcome.verdict} {_kind_of(outcome.why)} {len(bad) if outcome.verdict == 'wrong' else ''}",
+                    (case, outcome),
                 )
         chosen = list(bad.values())[: asked.smallest]
         if chosen:
             print("\nsmallest:")
             smallest: dict[str, None] = {}
             for (_, outcome), text in zip(
-                chosen, pool.map(_shrunk_of, *zip(*[(c, o.verdict) for c, o in chosen], strict=True)), strict=True
+                chosen,
+                pool.map(_shrunk_of, *zip(*[(c, o.verdict) for c, o in chosen], strict=True)),
+                strict=True,
             ):
                 smallest.setdefault(f"  {outcome.verdict}: {text}")
             print("\n".join(smallest))

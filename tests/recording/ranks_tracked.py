@@ -9,7 +9,21 @@ from pathlib import Path
 
 import ranks_worker
 import torch
-from ranks_worker import ADAMW, SGD, TEST, TRAIN, Switched, X, Y, infinite, loop, mlp, plain, run_group, switched
+from ranks_worker import (
+    ADAMW,
+    SGD,
+    TEST,
+    TRAIN,
+    Switched,
+    X,
+    Y,
+    infinite,
+    loop,
+    mlp,
+    plain,
+    run_group,
+    switched,
+)
 from support.pipelines import cross_entropy
 from support.small_files import make_files_small
 from torch import distributed, nn
@@ -53,7 +67,10 @@ EPOCHS = 14
 def batches_of(case: Tracked) -> DataLoader:
     rank = distributed.get_rank()
     numbered = TensorDataset(X, Y, torch.arange(24))
-    return DataLoader(numbered, batch_sampler=BatchSampler(DistributedSampler(numbered, seed=1), case.sizes[rank], False))
+    return DataLoader(
+        numbered,
+        batch_sampler=BatchSampler(DistributedSampler(numbered, seed=1), case.sizes[rank], False),
+    )
 
 
 def train_group(case, k, group, model, optimizer, scaler, between=lambda: None) -> bool:
@@ -79,7 +96,11 @@ def train_tracked(case: Tracked, form: str, run: Path | None) -> tuple[nn.Module
     model = DistributedDataParallel(mlp())
     optimizer = case.optimizer(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    recorder = Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options)) if run else None
+    recorder = (
+        Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options))
+        if run
+        else None
+    )
     loader = batches_of(case)
     if form == "tracked":
         loader = recorder.track(loader)
@@ -92,7 +113,10 @@ def train_tracked(case: Tracked, form: str, run: Path | None) -> tuple[nn.Module
     for epoch in range(EPOCHS):
         loader.batch_sampler.sampler.set_epoch(epoch)
         batches = iter(loader)
-        sizes = [min(case.accumulate, len(loader) - first) for first in range(0, len(loader), case.accumulate)]
+        sizes = [
+            min(case.accumulate, len(loader) - first)
+            for first in range(0, len(loader), case.accumulate)
+        ]
         for size in sizes:
             named = form == "named" and size == case.accumulate and k not in CLEARED
             group = (next(batches) for _ in range(size))
@@ -100,7 +124,15 @@ def train_tracked(case: Tracked, form: str, run: Path | None) -> tuple[nn.Module
                 group = list(group)
                 test()
             with recorder.step(torch.cat([ids for *_, ids in group])) if named else nullcontext():
-                train_group(case, k, group, model, optimizer, scaler, test if form == "tracked" else lambda: None)
+                train_group(
+                    case,
+                    k,
+                    group,
+                    model,
+                    optimizer,
+                    scaler,
+                    test if form == "tracked" else lambda: None,
+                )
             k += 1
     return model.module, recorder
 
@@ -113,7 +145,9 @@ def record_tracked(name: str, directory: Path) -> object:
         model, recorder = train_tracked(TRACKED[name], form, directory / f"{name}, {form}")
         recorder.record_test(DataLoader(TEST, 2), cross_entropy)
         recorder.close()
-        same = all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+        same = all(
+            torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items()
+        )
         counts[form] = [same, recorder.n_steps, recorder.n_skipped, recorder.n_tests]
     return counts
 
@@ -161,7 +195,7 @@ def leaves_out(rank, step, model, optimizer, x, y) -> None:
 
 
 def twice(directory: Path) -> object:
-    """Two steps of the optimiser within one `step`, and more of them than fit into a slab."""
+    """Two steps of the optimiser within one `step`, and more of them than fit into a row buffer."""
     model = DistributedDataParallel(mlp())
     optimizer = SGD(model.parameters())
     recorder = Recorder(model, optimizer, directory / "twice", 24)
@@ -226,7 +260,9 @@ def with_states(run: Path, which: str, *, until: int = STEPS, resume: bool = Fal
     model = DistributedDataParallel(mlp())
     optimizer = KEPT[which][0](model.parameters())
     recorder = Recorder(model, optimizer, run, 24, sample_labels=["a", "b"] * 12, **KEPT[which][1])
-    loader = recorder.track(DataLoader(TRAIN, batch_sampler=BatchSampler(DistributedSampler(TRAIN), 3 + rank, False)))
+    loader = recorder.track(
+        DataLoader(TRAIN, batch_sampler=BatchSampler(DistributedSampler(TRAIN), 3 + rank, False))
+    )
     checkpoint = run.with_name(f"{run.name} {rank}.pt")
     at, done, states = 0, 0, []
     if resume:
@@ -250,7 +286,12 @@ def with_states(run: Path, which: str, *, until: int = STEPS, resume: bool = Fal
                 recorder.record_test(DataLoader(TEST, 3), cross_entropy)
             if at in STATES:
                 states.append(recorder.state_dict())
-                own = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": at, "states": states}
+                own = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "done": at,
+                    "states": states,
+                }
                 torch.save(own | {"recorder": states[-1]}, checkpoint)
     if until < STEPS:
         return None
@@ -281,7 +322,9 @@ def bad_state(directory: Path) -> object:
     """One rank has lost what it loads."""
     model = DistributedDataParallel(mlp())
     recorder = Recorder(model, SGD(model.parameters()), directory / "sgd", 24, **KEPT["sgd"][1])
-    state = torch.load(directory / f"sgd {distributed.get_rank()}.pt", weights_only=True)["recorder"]
+    state = torch.load(directory / f"sgd {distributed.get_rank()}.pt", weights_only=True)[
+        "recorder"
+    ]
     recorder.load_state_dict({} if distributed.get_rank() == 1 else state)
     return None
 
@@ -298,8 +341,12 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
         "tracked in part": partial(tracked_loop, body=unnamed(leaves_out), name="tracked in part"),
         "drawn ahead": partial(tracked_loop, body=draws_ahead, name="drawn ahead"),
         "tracked and named": partial(tracked_loop, body=names_too, name="tracked and named"),
-        "tracked, not finite": partial(tracked_loop, body=unnamed(infinite), name="tracked, not finite"),
-        "tracked, mixing": partial(tracked_loop, body=unnamed(partial(switched, "mixing", 0)), name="tracked, mixing"),
+        "tracked, not finite": partial(
+            tracked_loop, body=unnamed(infinite), name="tracked, not finite"
+        ),
+        "tracked, mixing": partial(
+            tracked_loop, body=unnamed(partial(switched, "mixing", 0)), name="tracked, mixing"
+        ),
         "tracked, another set": partial(
             tracked_loop,
             body=unnamed(plain),
@@ -314,8 +361,14 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
     "resumed": {
         "unlike states": unlike_states,
         "bad state": bad_state,
-        **{which: lambda d, which=which: with_states(d / which, which, resume=True) for which in KEPT},
-        **{f"{which}, whole": lambda d, which=which: with_states(d / f"{which}, whole", which) for which in KEPT},
+        **{
+            which: lambda d, which=which: with_states(d / which, which, resume=True)
+            for which in KEPT
+        },
+        **{
+            f"{which}, whole": lambda d, which=which: with_states(d / f"{which}, whole", which)
+            for which in KEPT
+        },
     },
 }
 

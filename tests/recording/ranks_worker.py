@@ -87,7 +87,11 @@ def train(case: Case, run: Path | None) -> nn.Module:
     model = DistributedDataParallel(case.build())
     optimizer = case.optimizer(model.parameters())
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, N_STEPS)
-    recorder = Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options)) if run else None
+    recorder = (
+        Recorder(model, optimizer, run, 24, sample_labels=Y.tolist(), **dict(case.options))
+        if run
+        else None
+    )
     for ids in case.batches():
         own = ids[distributed.get_rank()]
         with recorder.step(own) if recorder else nullcontext(StepNote()) as note:
@@ -165,7 +169,14 @@ def loop(
     return {"n_steps": recorder.n_steps, "n_skipped": recorder.n_skipped}
 
 
-def plain(rank: int, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+def plain(
+    rank: int,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
     cross_entropy(model(x), y).mean().backward()
     optimizer.step()
 
@@ -294,7 +305,8 @@ def own_passes(directory: Path, *, static_graph: bool) -> bool:
     for step in range(3):
         with recorder.step(np.arange(24)[own]):
             handles = [
-                p.register_post_accumulate_grad_hook(lambda p, n=n: fired.append(n)) for n, p in model.module.named_parameters()
+                p.register_post_accumulate_grad_hook(lambda p, n=n: fired.append(n))
+                for n, p in model.module.named_parameters()
             ]
             losses = cross_entropy(model(X[own]), Y[own])  # probes go through the first pass
             for handle in handles:
@@ -336,10 +348,18 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
         "over again": partial(again, overwrite=True),
         "not finite": partial(loop, body=infinite, name="not finite"),
         "penalty at once": partial(loop, body=partial(penalised, 0), name="penalty at once"),
-        "penalty, projected": partial(loop, body=partial(penalised, 0), name="penalty, projected", encoding="projected", dim=64),
+        "penalty, projected": partial(
+            loop,
+            body=partial(penalised, 0),
+            name="penalty, projected",
+            encoding="projected",
+            dim=64,
+        ),
         "penalty later": partial(loop, body=partial(penalised, 4), name="penalty later"),
         "mixing": partial(loop, body=partial(switched, "mixing", 0), name="mixing"),
-        "layouts": partial(loop, body=partial(switched, "positions", 0), name="layouts", encoding="exact"),
+        "layouts": partial(
+            loop, body=partial(switched, "positions", 0), name="layouts", encoding="exact"
+        ),
         "rates": partial(loop, body=other_rate, name="rates"),
         "scales": partial(loop, body=own_scale, name="scales"),
         "changed": partial(loop, body=own_change, name="changed"),
@@ -347,14 +367,18 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
         "left out": partial(loop, body=partial(left_out, (0, 1)), name="left out"),
         "ids": partial(loop, body=plain, name="ids", ids=wrong_ids),
         "unlike seeds": partial(unlike, "seed"),
-        "one bad dim": lambda directory: loop(directory, plain, name="dim", dim=-distributed.get_rank() or 64),
+        "one bad dim": lambda directory: loop(
+            directory, plain, name="dim", dim=-distributed.get_rank() or 64
+        ),
         "test": bad_test,
         "broken loop": broken_loop,
     },
 }
 
 
-def run_group(group: str, functions: Mapping[str, Callable[[Path], object]], rank: int, directory: Path) -> None:
+def run_group(
+    group: str, functions: Mapping[str, Callable[[Path], object]], rank: int, directory: Path
+) -> None:
     """Be one of the ranks: call every function, in order, and write what each returned or raised to DIRECTORY/RANK.json.
 
     What is printed goes to DIRECTORY/RANK.log.
@@ -364,7 +388,9 @@ def run_group(group: str, functions: Mapping[str, Callable[[Path], object]], ran
             os.dup2(log.fileno(), stream)
     torch.set_num_threads(1)
     store = distributed.FileStore(str(directory / f"store of {group}"), WORLD)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+    )
     found: dict[str, object] = {}
     for name, run in functions.items():
         try:

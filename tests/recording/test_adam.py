@@ -12,7 +12,7 @@ from support.pipelines import conv_net, conv_pipeline, cross_entropy, mlp_pipeli
 from torch import nn
 
 import hydra_pipe
-from hydra_pipe import OptimizerRule, Pipeline, Recorder, register_rule_of_optimizer
+from hydra_pipe import OptimizerRule, Pipeline, Recorder, register_optimizer_rule
 from hydra_pipe.errors import OptimizerError
 from hydra_pipe.recording import optimizers
 from hydra_pipe.training.batches import epoch_order
@@ -22,9 +22,15 @@ def adam_pipeline(kind: type[torch.optim.Optimizer], **changes: object) -> Pipel
     model = conv_net()
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "lr": 0.003, "betas": (0.8, 0.95), "weight_decay": 0.0}]
+    groups = [
+        {"params": weights, "weight_decay": 0.1},
+        {"params": others, "lr": 0.003, "betas": (0.8, 0.95), "weight_decay": 0.0},
+    ]
     optimizer = kind(groups, lr=0.01, betas=(0.9, 0.99), eps=1e-3)
-    fields = {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12), "max_grad_norm": 0.5}
+    fields = {
+        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12),
+        "max_grad_norm": 0.5,
+    }
     return conv_pipeline(model=model, optimizer=optimizer, **(fields | changes))
 
 
@@ -46,7 +52,11 @@ def adam_oracle(pipeline: Pipeline) -> np.ndarray:
         rows = one_by_one_gradients(model, cross_entropy, inputs[ids].double(), targets[ids], names)
         gradient = {n: sum(row[n] for row in rows) / len(ids) for n in names}
         norm = torch.sqrt(sum((g**2).sum() for g in gradient.values()))
-        clip = min(1.0, pipeline.max_grad_norm / (float(norm) + 1e-6)) if pipeline.max_grad_norm else 1.0
+        clip = (
+            min(1.0, pipeline.max_grad_norm / (float(norm) + 1e-6))
+            if pipeline.max_grad_norm
+            else 1.0
+        )
         anneal = 0.5 * (1 + np.cos(np.pi * (t - 1) / 12)) if pipeline.scheduler is not None else 1.0
         root, rate = {}, {}
         with torch.no_grad():
@@ -62,8 +72,12 @@ def adam_oracle(pipeline: Pipeline) -> np.ndarray:
                 if decoupled:
                     parameters[n].mul_(1 - rate[n] * decay)
                 parameters[n].sub_(rate[n] / (1 - beta1**t) * preconditioner * first[n])
-        steps.append((ids, [{n: root[n] * row[n] * clip / len(ids) for n in names} for row in rows], rate))
-    tests = one_by_one_gradients(model, cross_entropy, pipeline.test.tensors[0].double(), pipeline.test.tensors[1], names)
+        steps.append(
+            (ids, [{n: root[n] * row[n] * clip / len(ids) for n in names} for row in rows], rate)
+        )
+    tests = one_by_one_gradients(
+        model, cross_entropy, pipeline.test.tensors[0].double(), pipeline.test.tensors[1], names
+    )
     relevance = np.zeros((len(inputs), len(tests)))
     for j, test in enumerate(tests):
         for n in names:
@@ -82,7 +96,9 @@ def adam_oracle(pipeline: Pipeline) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_relevance_equals_the_float64_loop_of_the_same_recursion(tmp_path: Path, kind: type[torch.optim.Optimizer]) -> None:
+def test_relevance_equals_the_float64_loop_of_the_same_recursion(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
     hydra_pipe.record(adam_pipeline(kind), tmp_path / "run", encoding="exact", dtype="float32")
     hydra_pipe.reduce(tmp_path / "run")
     found = np.asarray(hydra_pipe.open_run(tmp_path / "run").relevance())
@@ -92,7 +108,9 @@ def test_relevance_equals_the_float64_loop_of_the_same_recursion(tmp_path: Path,
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("encoding", ["exact", "projected"])
-def test_weights_are_those_of_training_without_recording(tmp_path: Path, kind: type[torch.optim.Optimizer], encoding: str) -> None:
+def test_weights_are_those_of_training_without_recording(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], encoding: str
+) -> None:
     plain, recorded = adam_pipeline(kind), adam_pipeline(kind)
     hydra_pipe.train(plain)
     hydra_pipe.record(recorded, tmp_path / "run", encoding=encoding, dim=200)
@@ -101,10 +119,15 @@ def test_weights_are_those_of_training_without_recording(tmp_path: Path, kind: t
 
 def test_a_projection_keeps_the_preconditioned_relevance_on_the_whole(tmp_path: Path) -> None:
     hydra_pipe.record(adam_pipeline(torch.optim.AdamW), tmp_path / "exact", encoding="exact")
-    hydra_pipe.record(adam_pipeline(torch.optim.AdamW), tmp_path / "projected", encoding="projected", dim=400)
+    hydra_pipe.record(
+        adam_pipeline(torch.optim.AdamW), tmp_path / "projected", encoding="projected", dim=400
+    )
     for run in ("exact", "projected"):
         hydra_pipe.reduce(tmp_path / run)
-    exact, projected = (np.asarray(hydra_pipe.open_run(tmp_path / r).relevance()).ravel() for r in ("exact", "projected"))
+    exact, projected = (
+        np.asarray(hydra_pipe.open_run(tmp_path / r).relevance()).ravel()
+        for r in ("exact", "projected")
+    )
     assert np.corrcoef(exact, projected)[0, 1] > 0.8
 
 
@@ -128,22 +151,37 @@ def test_a_parameter_that_trains_now_and_then_counts_its_own_updates(tmp_path: P
 def test_a_constant_gradient_before_a_norm_does_not_unbalance_adams_books(tmp_path: Path) -> None:
     """Adam blows rounding up to steps of full size; the books are held before that."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 4),
+    )
     pipeline = mlp_pipeline(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01))
     hydra_pipe.record(pipeline, tmp_path / "run")
 
 
 def test_amsgrad_is_refused_by_name(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(OptimizerError, match="parameter group 0 has amsgrad=True, whose update is not handled"):
-        Recorder(model, torch.optim.AdamW(model.parameters(), amsgrad=True), tmp_path / "run", n_samples=4)
+    with pytest.raises(
+        OptimizerError, match="parameter group 0 has amsgrad=True, whose update is not handled"
+    ):
+        Recorder(
+            model,
+            torch.optim.AdamW(model.parameters(), amsgrad=True),
+            tmp_path / "run",
+            n_samples=4,
+        )
 
 
 class Lion(torch.optim.SGD):
     """A subclass that may do anything."""
 
 
-def test_an_optimizer_of_ones_own_is_refused_until_it_is_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_of_ones_own_is_refused_until_it_is_taught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(optimizers, "_RULES", dict(optimizers._RULES))
 
     def pipeline() -> Pipeline:
@@ -152,14 +190,19 @@ def test_an_optimizer_of_ones_own_is_refused_until_it_is_taught(tmp_path: Path, 
         built.optimizer = Lion(built.model.parameters(), lr=0.1, momentum=0.9)
         return built
 
-    with pytest.raises(OptimizerError, match=r"Lion is not handled.*register_rule_of_optimizer"):
+    with pytest.raises(OptimizerError, match=r"Lion is not handled.*register_optimizer_rule"):
         hydra_pipe.record(pipeline(), tmp_path / "run")
-    register_rule_of_optimizer(Lion, optimizers.SgdRule())
+    register_optimizer_rule(Lion, optimizers.SgdRule())
     hydra_pipe.record(pipeline(), tmp_path / "taught", encoding="exact", dtype="float32")
     hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd", encoding="exact", dtype="float32")
     for run in ("taught", "sgd"):
         hydra_pipe.reduce(tmp_path / run)
-    taught, sgd = (np.asarray(hydra_pipe.open_run(tmp_path / run).relevance()) for run in ("taught", "sgd"))
+    taught, sgd = (
+        np.asarray(hydra_pipe.open_run(tmp_path / run).relevance()) for run in ("taught", "sgd")
+    )
     np.testing.assert_array_equal(taught, sgd)
-    with pytest.raises(OptimizerError, match="Lion has the rule SgdRule already; OptimizerRule cannot be registered"):
-        register_rule_of_optimizer(Lion, OptimizerRule())
+    with pytest.raises(
+        OptimizerError,
+        match="Lion has the rule SgdRule already; OptimizerRule cannot be registered",
+    ):
+        register_optimizer_rule(Lion, OptimizerRule())

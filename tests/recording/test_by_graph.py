@@ -52,11 +52,16 @@ class Temperature(nn.Module):
 class ClassToken(nn.Module):
     def __init__(self, repeat: bool = False) -> None:
         super().__init__()
-        self.token, self.places = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, TIME + 1, WIDTH))
+        self.token, self.places = (
+            nn.Parameter(torch.randn(1, 1, WIDTH)),
+            nn.Parameter(torch.randn(1, TIME + 1, WIDTH)),
+        )
         self.drop, self.repeat = nn.Dropout(0.3), repeat
 
     def forward(self, x: Tensor) -> Tensor:
-        token = self.token.repeat(len(x), 1, 1) if self.repeat else self.token.expand(len(x), -1, -1)
+        token = (
+            self.token.repeat(len(x), 1, 1) if self.repeat else self.token.expand(len(x), -1, -1)
+        )
         return self.drop(torch.cat([token, x], 1) + self.places).tanh()
 
 
@@ -119,18 +124,30 @@ class Windows(nn.Module):
 
     def __init__(self, time_first: bool) -> None:
         super().__init__()
-        self.mix, self.norm, self.time_first = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), time_first
+        self.mix, self.norm, self.time_first = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH),
+            time_first,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         flat = (x.transpose(0, 1) if self.time_first else x).flatten(0, 1)
         hidden = self.norm(self.mix(flat).tanh())
-        return hidden.unflatten(0, (TIME, -1)).transpose(0, 1) if self.time_first else hidden.unflatten(0, (-1, TIME))
+        return (
+            hidden.unflatten(0, (TIME, -1)).transpose(0, 1)
+            if self.time_first
+            else hidden.unflatten(0, (-1, TIME))
+        )
 
 
 class TimeFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.norm, self.scale = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Parameter(torch.rand(WIDTH))
+        self.mix, self.norm, self.scale = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH),
+            nn.Parameter(torch.rand(WIDTH)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.norm(self.mix(x.transpose(0, 1))) * self.scale).transpose(0, 1)
@@ -200,7 +217,9 @@ class Packed(nn.Module):
         self.net = nn.GRU(WIDTH, WIDTH, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.arange(TIME, TIME - len(x), -1), batch_first=True)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, torch.arange(TIME, TIME - len(x), -1), batch_first=True
+        )
         return self.net(packed)[1][0]
 
 
@@ -306,7 +325,9 @@ class Both(nn.Module):
 
 def data(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(n, TIME, WIDTH, generator=generator), torch.randint(0, CLASSES, (n,), generator=generator)
+    return torch.randn(n, TIME, WIDTH, generator=generator), torch.randint(
+        0, CLASSES, (n,), generator=generator
+    )
 
 
 def recorded(tmp_path: Path, build: Callable[[], nn.Module], batch: int = BATCH) -> None:
@@ -319,7 +340,16 @@ def recorded(tmp_path: Path, build: Callable[[], nn.Module], batch: int = BATCH)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         recorder = (
-            Recorder(model, optimizer, tmp_path / "run", n_samples=batch, encoding="exact", dtype="float32") if record else None
+            Recorder(
+                model,
+                optimizer,
+                tmp_path / "run",
+                n_samples=batch,
+                encoding="exact",
+                dtype="float32",
+            )
+            if record
+            else None
         )
         state = torch.get_rng_state()
         for _ in range(3):
@@ -337,12 +367,18 @@ def recorded(tmp_path: Path, build: Callable[[], nn.Module], batch: int = BATCH)
     model = Wrapped(build())
     torch.set_rng_state(state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    truth = rows_in_context(model, lambda output: F.cross_entropy(output, y, reduction="none") / batch, x)
+    truth = rows_in_context(
+        model, lambda output: F.cross_entropy(output, y, reduction="none") / batch, x
+    )
     found = decoded(tmp_path / "run", slice(0, batch))
     assert set(found) == set(before)
     for name, rows in found.items():
         torch.testing.assert_close(
-            torch.from_numpy(rows).float(), truth[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            torch.from_numpy(rows).float(),
+            truth[name],
+            atol=1e-6,
+            rtol=1e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -351,7 +387,9 @@ def test_rows_are_each_samples_own_and_training_is_not_changed(tmp_path: Path, n
     recorded(tmp_path, BODIES[name])
 
 
-@pytest.mark.parametrize("name", ["a scalar", "positions (T,)", "LSTM cell", "class token, dropout behind", "functional"])
+@pytest.mark.parametrize(
+    "name", ["a scalar", "positions (T,)", "LSTM cell", "class token, dropout behind", "functional"]
+)
 def test_a_batch_of_one_is_all_that_samples(tmp_path: Path, name: str) -> None:
     recorded(tmp_path, BODIES[name], batch=1)
 

@@ -28,7 +28,9 @@ def sums(loss: Tensor) -> Tensor:
 
 def yes_or_no(output: Tensor, target: Tensor) -> Tensor:
     return sums(
-        F.binary_cross_entropy_with_logits(output, (target[:, None] == torch.arange(output.shape[1])).to(output), reduction="none")
+        F.binary_cross_entropy_with_logits(
+            output, (target[:, None] == torch.arange(output.shape[1])).to(output), reduction="none"
+        )
     )
 
 
@@ -42,7 +44,9 @@ def smoothed(output: Tensor, target: Tensor) -> Tensor:
 
 
 def weighted(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target, torch.tensor([1.0, 2.0, 3.0, 0.5]).to(output), reduction="none")
+    return F.cross_entropy(
+        output, target, torch.tensor([1.0, 2.0, 3.0, 0.5]).to(output), reduction="none"
+    )
 
 
 def focal(output: Tensor, target: Tensor) -> Tensor:
@@ -55,11 +59,16 @@ def squared(output: Tensor, target: Tensor) -> Tensor:
 
 
 def halved(output: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(output, target.to(output)[:, None].expand_as(output), reduction="none").mean(1) / 2
+    return (
+        F.mse_loss(output, target.to(output)[:, None].expand_as(output), reduction="none").mean(1)
+        / 2
+    )
 
 
 def robust(output: Tensor, target: Tensor) -> Tensor:
-    return sums(F.smooth_l1_loss(output, target.to(output)[:, None].expand_as(output), reduction="none"))
+    return sums(
+        F.smooth_l1_loss(output, target.to(output)[:, None].expand_as(output), reduction="none")
+    )
 
 
 def hinge(output: Tensor, target: Tensor) -> Tensor:
@@ -93,7 +102,15 @@ def oracle(loss: Loss, outputs: Tensor, targets: Tensor) -> np.ndarray:
     return np.array(found)
 
 
-def record(run: Path, model: nn.Module, loss: Loss, step: Callable[..., None], *, tell: bool, n_steps: int = 3) -> np.ndarray:
+def record(
+    run: Path,
+    model: nn.Module,
+    loss: Loss,
+    step: Callable[..., None],
+    *,
+    tell: bool,
+    n_steps: int = 3,
+) -> np.ndarray:
     """What is stored, and beside it what the oracle says of the outputs that the model gave, shape (2, row)."""
     inputs, targets = images(24, 1).tensors
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -106,7 +123,7 @@ def record(run: Path, model: nn.Module, loss: Loss, step: Callable[..., None], *
         def forward(samples: slice, ids: np.ndarray = ids) -> Tensor:
             output, target = model(inputs[ids][samples]), targets[ids][samples]
             if tell:
-                recorder.tell_loss(loss, output, target)
+                recorder.set_loss(loss, output, target)
             return loss(output, target)
 
         with recorder.step(ids):
@@ -114,7 +131,9 @@ def record(run: Path, model: nn.Module, loss: Loss, step: Callable[..., None], *
             optimizer.step()
             optimizer.zero_grad()
     recorder.close()
-    return np.stack([hydra_pipe.open_run(run).gradients.curvature(slice(None)), np.concatenate(truth)])
+    return np.stack(
+        [hydra_pipe.open_run(run).gradients.curvature(slice(None)), np.concatenate(truth)]
+    )
 
 
 def mean(forward: Callable[[slice], Tensor]) -> None:
@@ -131,8 +150,13 @@ def in_parts(forward: Callable[[slice], Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("step", "factor"), [(mean, 1), (total, 1 / N), (in_parts, 1)])
-@pytest.mark.parametrize(("loss", "model", "positions"), [(cross_entropy, mlp, 1), (yes_or_no, mlp, 4), (by_pixel, pixels, 16)])
-def test_cross_entropy_is_known_from_its_gradient(tmp_path: Path, loss, model, positions, step, factor) -> None:
+@pytest.mark.parametrize(
+    ("loss", "model", "positions"),
+    [(cross_entropy, mlp, 1), (yes_or_no, mlp, 4), (by_pixel, pixels, 16)],
+)
+def test_cross_entropy_is_known_from_its_gradient(
+    tmp_path: Path, loss, model, positions, step, factor
+) -> None:
     stored, truth = record(tmp_path / "run", model(), loss, step, tell=False)
     np.testing.assert_allclose(stored, truth * factor / positions, rtol=1e-3)
 
@@ -148,7 +172,10 @@ def test_any_other_loss_is_known_where_it_is_told(tmp_path: Path, loss, step, fa
 def test_a_loss_that_is_not_told_is_taken_for_no_other(tmp_path: Path, loss) -> None:
     stored, _ = record(tmp_path / "run", mlp(), loss, mean, tell=False)
     assert np.isnan(stored).all()
-    assert hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]["facts"]["n_curved_rows"] == 0
+    assert (
+        hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]["facts"]["n_curved_rows"]
+        == 0
+    )
 
 
 def test_another_loss_than_the_one_told_is_found_out(tmp_path: Path) -> None:
@@ -157,7 +184,7 @@ def test_another_loss_than_the_one_told_is_found_out(tmp_path: Path) -> None:
     recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=N)
     with recorder.step(range(N)):
         output = model(inputs)
-        recorder.tell_loss(squared, output, targets)
+        recorder.set_loss(squared, output, targets)
         robust(output, targets).mean().backward()
         optimizer.step()
     recorder.close()
@@ -218,10 +245,18 @@ def test_for_squared_error_the_weighted_fisher_is_the_gauss_newton_matrix(tmp_pa
         return (output[:, 0] - target) ** 2
 
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=N, encoding="projected", dim=100, dtype="float32")
+    recorder = Recorder(
+        model,
+        optimizer,
+        tmp_path / "run",
+        n_samples=N,
+        encoding="projected",
+        dim=100,
+        dtype="float32",
+    )
     with recorder.step(range(N)):
         output = model(inputs)
-        recorder.tell_loss(loss, output, targets)
+        recorder.set_loss(loss, output, targets)
         loss(output, targets).mean().backward()
         optimizer.step()
     recorder.close()
@@ -273,7 +308,7 @@ def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
 
     def tell() -> None:
         output = model(inputs)
-        recorder.tell_loss(squared, output, targets)
+        recorder.set_loss(squared, output, targets)
         told.append(weakref.ref(output))
 
     with recorder.step(range(N)):
@@ -290,13 +325,15 @@ def test_what_is_told_of_no_training_is_not_kept(tmp_path: Path) -> None:
 def test_outputs_that_are_views_are_counted_with_all_that_they_keep_in_memory() -> None:
     whole = torch.randn(N, 40000, 4)  # 5 MiB, of which 128 bytes are the output
     watch = CurvatureWatch(TargetCheck())
-    column = watch.see([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], np.arange(N))
+    column = watch.observe([SeenOutput(whole[:, -1], 0, torch.ones(N, 4), 0)], np.arange(N))
     assert not watch._waiting
     assert len(column) == N
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_targets_far_from_zero_do_not_make_another_loss_look_like_squared_error(offset: float) -> None:
+def test_targets_far_from_zero_do_not_make_another_loss_look_like_squared_error(
+    offset: float,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     target = offset + torch.randn(N, 1, generator=generator)
     output = target + torch.randn(N, 1, generator=generator) / 20

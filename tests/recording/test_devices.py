@@ -17,19 +17,37 @@ from hydra_pipe.recording.encodings import Given
 class OneDevice(TorchDispatchMode):
     """Raises where CUDA would: an operation on tensors of several devices, other than a copy."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
         if len({x.device for x in tensors}) > 1 and "copy" not in func.__name__:
-            raise AssertionError(f"{func.__name__} of tensors on {[str(x.device) for x in tensors]}")
+            raise AssertionError(
+                f"{func.__name__} of tensors on {[str(x.device) for x in tensors]}"
+            )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("encoding", "preconditioned"), [("dense", False), ("sketch", False), ("kron", False), ("dense", True), ("sketch", True)]
+    ("encoding", "preconditioned"),
+    [("dense", False), ("sketch", False), ("kron", False), ("dense", True), ("sketch", True)],
 )
-def test_the_first_rows_are_encoded_on_their_own_device(encoding: Encoding, preconditioned: bool) -> None:
+def test_the_first_rows_are_encoded_on_their_own_device(
+    encoding: Encoding, preconditioned: bool
+) -> None:
     columns = 64 if encoding == "dense" else 8
-    block = Block("weight", (8, 8), 0, encoding, (0, columns), kron=(8, 8, 2, 4) if encoding == "kron" else None)
+    block = Block(
+        "weight",
+        (8, 8),
+        0,
+        encoding,
+        (0, columns),
+        kron=(8, 8, 2, 4) if encoding == "kron" else None,
+    )
     encoder = RowEncoder(Layout((block,), columns, 0), preconditioned=preconditioned)
     root = torch.empty(8, 8, device="meta") if preconditioned else None
     with OneDevice():

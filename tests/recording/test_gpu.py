@@ -16,7 +16,10 @@ from hydra_pipe.plan import chunking as geometry
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; run `pytest -m gpu` where there is one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no CUDA device; run `pytest -m gpu` where there is one",
+    ),
 ]
 
 
@@ -31,17 +34,27 @@ def on_gpu(pipeline: Pipeline) -> Pipeline:
 
 @pytest.mark.parametrize("build", [mlp_pipeline, conv_pipeline])
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
-def test_rows_are_those_of_the_processor(tmp_path: Path, build, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 16)  # several shards, so that buffers are used again
+def test_rows_are_those_of_the_processor(
+    tmp_path: Path, build, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        geometry, "MAX_SHARD_ROWS", 16
+    )  # several shards, so that buffers are used again
     hydra_pipe.record(build(), tmp_path / "cpu", encoding="exact", dtype=dtype)
     hydra_pipe.record(on_gpu(build()), tmp_path / "gpu", encoding="exact", dtype=dtype)
     rows, others = decoded(tmp_path / "cpu"), decoded(tmp_path / "gpu")
     for name in rows:
-        np.testing.assert_allclose(rows[name], others[name], atol=(2e-2 if dtype == "int8" else 2e-3) * np.abs(rows[name]).max())
+        np.testing.assert_allclose(
+            rows[name],
+            others[name],
+            atol=(2e-2 if dtype == "int8" else 2e-3) * np.abs(rows[name]).max(),
+        )
 
 
 @pytest.mark.parametrize("encoding", ["exact", "projected"])
-def test_weights_are_those_of_training_without_recording_bit_for_bit(tmp_path: Path, encoding: str) -> None:
+def test_weights_are_those_of_training_without_recording_bit_for_bit(
+    tmp_path: Path, encoding: str
+) -> None:
     torch.use_deterministic_algorithms(True, warn_only=False)
     try:
         recorded, plain = on_gpu(conv_pipeline()), on_gpu(conv_pipeline())

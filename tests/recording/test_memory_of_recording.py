@@ -32,11 +32,15 @@ def test_of_accumulated_batches_one_at_most_is_held(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), kept, nn.Tanh(), nn.Linear(5, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     n_samples = BATCH * N_BATCHES
-    with Recorder(model, optimizer, tmp_path / "run", n_samples=n_samples, encoding="projected", dim=60) as recorder:
+    with Recorder(
+        model, optimizer, tmp_path / "run", n_samples=n_samples, encoding="projected", dim=60
+    ) as recorder:
         for _ in range(2):
             for number in range(N_BATCHES):
                 recorder.next_batch(range(number * BATCH, (number + 1) * BATCH))
-                F.cross_entropy(model(torch.randn(BATCH, 3)), torch.zeros(BATCH, dtype=torch.long)).backward()
+                F.cross_entropy(
+                    model(torch.randn(BATCH, 3)), torch.zeros(BATCH, dtype=torch.long)
+                ).backward()
                 assert kept.n_alive() <= 1
             optimizer.step()
             optimizer.zero_grad()

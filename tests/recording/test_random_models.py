@@ -17,13 +17,19 @@ def found() -> list[tuple[Case, Outcome]]:
 
 
 def test_no_random_model_is_recorded_wrongly_or_trained_otherwise(found):
-    bad = [f"{outcome.verdict}: {case}: {outcome.why}" for case, outcome in found if outcome.verdict in BAD]
+    bad = [
+        f"{outcome.verdict}: {case}: {outcome.why}"
+        for case, outcome in found
+        if outcome.verdict in BAD
+    ]
     assert not bad, "\n" + "\n".join(bad)
 
 
 def test_most_random_models_are_recorded(found):
     alone = [(case, outcome) for case, outcome in found if not MIXING & set(case.blocks)]
-    refused = [f"{case}: {outcome.why}" for case, outcome in alone if outcome.verdict not in RECORDED]
+    refused = [
+        f"{case}: {outcome.why}" for case, outcome in alone if outcome.verdict not in RECORDED
+    ]
     assert len(refused) <= (1 - LEAST_RECORDED) * len(alone), "\n" + "\n".join(refused)
 
 

@@ -44,7 +44,9 @@ def processes() -> BaseContext:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks_tracked", "torch._dynamo"])  # which the first optimiser imports
+        context.set_forkserver_preload(
+            ["ranks_tracked", "torch._dynamo"]
+        )  # which the first optimiser imports
         forkserver.ensure_running()
     return context
 
@@ -54,10 +56,15 @@ def spawn(processes: BaseContext, tmp_path_factory: pytest.TempPathFactory):
     """The directory in which the ranks ran a group of functions, after `before` if any, and what each found, by function."""
     done: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
 
-    def run(group: str, before: str | None = None, code: int = 0) -> tuple[Path, list[dict[str, Any]]]:
+    def run(
+        group: str, before: str | None = None, code: int = 0
+    ) -> tuple[Path, list[dict[str, Any]]]:
         if group not in done:
             directory = run(before, code=7)[0] if before else tmp_path_factory.mktemp("ranks")
-            ranks = [processes.Process(target=as_rank, args=(group, rank, directory)) for rank in range(WORLD)]
+            ranks = [
+                processes.Process(target=as_rank, args=(group, rank, directory))
+                for rank in range(WORLD)
+            ]
             for rank in ranks:
                 rank.start()
             try:
@@ -105,21 +112,35 @@ def alone(case: Case, run: Path) -> None:
 def scaled_rows(run: Path) -> dict[str, np.ndarray]:
     """What each sample of each step added to the gradient in use, in the order of step, then sample."""
     store = zarr.open_group(run / "gradients.zarr", mode="r")
-    parts = [store[f"rank/{rank}"] for rank in range(store.attrs["n_ranks"])] if "rank" in store else [store]
-    steps, samples = (np.concatenate([part[name][:] for part in parts]) for name in ("step", "sample"))
+    parts = (
+        [store[f"rank/{rank}"] for rank in range(store.attrs["n_ranks"])]
+        if "rank" in store
+        else [store]
+    )
+    steps, samples = (
+        np.concatenate([part[name][:] for part in parts]) for name in ("step", "sample")
+    )
     scale = store["steps/gradient_scale"][:][steps]
     order = np.lexsort((samples, steps))
     decoded = [decoded_group(store, part, slice(None)) for part in parts]
-    rows = {name: np.concatenate([d[name] for d in decoded]) * scale[:, None] for name in decoded[0]}
-    return {name: values[order] for name, values in rows.items()} | {"(step, sample)": np.stack([steps, samples], 1)[order]}
+    rows = {
+        name: np.concatenate([d[name] for d in decoded]) * scale[:, None] for name in decoded[0]
+    }
+    return {name: values[order] for name, values in rows.items()} | {
+        "(step, sample)": np.stack([steps, samples], 1)[order]
+    }
 
 
 def assert_close(value: np.ndarray, truth: np.ndarray, tolerance: float, what: str = "") -> None:
-    np.testing.assert_allclose(value, truth, rtol=0, atol=tolerance * np.abs(truth).max(), err_msg=what)
+    np.testing.assert_allclose(
+        value, truth, rtol=0, atol=tolerance * np.abs(truth).max(), err_msg=what
+    )
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, spawn, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+def pair(
+    request: pytest.FixtureRequest, spawn, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path]:
     """A case, the run of two ranks, and that of one process."""
     directory, _ = spawn("runs")
     run = tmp_path_factory.mktemp("alone") / "run"
@@ -149,23 +170,36 @@ def test_two_ranks_record_the_run_of_one_process(pair: tuple[str, Path, Path]) -
         assert hydra_pipe.reduce(run)
         assert hydra_pipe.export(run, top=5)
         assert hydra_pipe.verify(run) == []
-    relevance, expected = (hydra_pipe.open_run(run).relevance().to_numpy() for run in (together, alone))
+    relevance, expected = (
+        hydra_pipe.open_run(run).relevance().to_numpy() for run in (together, alone)
+    )
     assert_close(relevance, expected, tolerance)
-    tables = [pl.read_parquet(run / "rankings/method=hydra/part-00000.parquet") for run in (together, alone)]
+    tables = [
+        pl.read_parquet(run / "rankings/method=hydra/part-00000.parquet")
+        for run in (together, alone)
+    ]
     assert tables[0].drop("relevance").equals(tables[1].drop("relevance"))
-    visits = [pl.read_parquet(run / "rankings/method=hydra/samples.parquet")["visits"] for run in (together, alone)]
+    visits = [
+        pl.read_parquet(run / "rankings/method=hydra/samples.parquet")["visits"]
+        for run in (together, alone)
+    ]
     assert visits[0].equals(visits[1])
 
 
 def curvature_of_rows(run: Path) -> np.ndarray:
     """What each row is multiplied with in the step's curvature, c n rho r r^T, when rows are those of `scaled_rows`."""
-    gradients, steps = hydra_pipe.open_run(run).gradients, hydra_pipe.open_run(run).steps["gradient_scale"]
+    gradients, steps = (
+        hydra_pipe.open_run(run).gradients,
+        hydra_pipe.open_run(run).steps["gradient_scale"],
+    )
     first, counts = gradients.rows_of_steps()
     found = []
     for step, scale in enumerate(steps):
         rows = [slice(at, at + n) for at, n in zip(first[step], counts[step], strict=True)]
         samples = np.concatenate([gradients.samples(own) for own in rows])
-        weights = np.concatenate([gradients.curvature(own) * (own.stop - own.start) / scale for own in rows])
+        weights = np.concatenate(
+            [gradients.curvature(own) * (own.stop - own.start) / scale for own in rows]
+        )
         found.append(weights[samples.argsort()])
     return np.concatenate(found)
 
@@ -193,10 +227,15 @@ def test_without_clipping_the_scale_is_exactly_one_over_the_ranks(spawn) -> None
 
 @pytest.mark.parametrize("name", PROBED)
 @pytest.mark.parametrize("method", ["hydra", "hydra-fisher"])
-def test_a_probe_of_a_run_of_two_ranks_is_what_its_own_tests_are(spawn, name: str, method: str) -> None:
+def test_a_probe_of_a_run_of_two_ranks_is_what_its_own_tests_are(
+    spawn, name: str, method: str
+) -> None:
     run = spawn("runs")[0] / f"{name}, probed"
     own, probed = (
-        [hydra_pipe.reduce(run, method=method, test=test), np.asarray(hydra_pipe.open_run(run).relevance(result))][1]
+        [
+            hydra_pipe.reduce(run, method=method, test=test),
+            np.asarray(hydra_pipe.open_run(run).relevance(result)),
+        ][1]
         for test, result in ((None, method), ("again", f"{method}-of-again"))
     )
     assert own.shape == (24, len(TEST))
@@ -231,35 +270,109 @@ def test_verify_finds_what_a_rank_has_lost(spawn, tmp_path: Path) -> None:
         (run / "gradients.zarr" / lost).unlink()
         assert [fault.where for fault in hydra_pipe.verify(run)][:1] == [f"gradients.zarr/{lost}"]
     shutil.rmtree(run / "gradients.zarr" / "rank" / "1")
-    assert {"gradients.zarr/rank/1/gradient", "gradients.zarr/rank/1/zarr.json"} < {fault.where for fault in hydra_pipe.verify(run)}
+    assert {"gradients.zarr/rank/1/gradient", "gradients.zarr/rank/1/zarr.json"} < {
+        fault.where for fault in hydra_pipe.verify(run)
+    }
 
 
 # function of a worker, what both ranks are to raise, how many steps are recorded, or None where no directory is to be there
 TOLD = [
-    ("unwrapped", r"RecordError: 2 processes train together .* wrap it in torch\.nn\.parallel\.DistributedDataParallel", None),
+    (
+        "unwrapped",
+        r"RecordError: 2 processes train together .* wrap it in torch\.nn\.parallel\.DistributedDataParallel",
+        None,
+    ),
     ("pipeline", r"PipelineError: a pipeline is trained by one process, not by 2", None),
-    ("not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5 for samples 5, 6, 7: ", 5),
-    ("penalty at once", r"BooksError: the books do not balance at step 0: the recorded rows of first\.weight miss", None),
-    ("penalty, projected", r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss", None),
-    ("penalty later", r"BooksError: the books do not balance at step 4: the recorded rows of first\.\w+ miss", 4),
-    ("mixing", r"LayerError: rank 1: .* other rows of first: the model mixes the samples of a batch", None),
-    ("layouts", r"RecordError: first\.weight is recorded as factored in columns .* on rank 0 and as dense in .* on rank 1", None),
-    ("rates", r"RecordError: learning_rate is \[0\.1\] on rank 0 and \[0\.5\] on rank 1 at step 3", 1),
-    ("scales", r"RecordError: at step 3 the gradient in use is 2 times the mean over the ranks on rank 1 and 1 times on rank 0", 1),
-    ("changed", r"BooksError: rank 1: the books do not balance at step 3: the recorded rows of second\.bias", 3),
-    ("left out by one", r"RecordError: rank 0 left out optimizer\.step\(\) at step 4, others did not", 4),
+    (
+        "not finite",
+        r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5 for samples 5, 6, 7: ",
+        5,
+    ),
+    (
+        "penalty at once",
+        r"BooksError: the books do not balance at step 0: the recorded rows of first\.weight miss",
+        None,
+    ),
+    (
+        "penalty, projected",
+        r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss",
+        None,
+    ),
+    (
+        "penalty later",
+        r"BooksError: the books do not balance at step 4: the recorded rows of first\.\w+ miss",
+        4,
+    ),
+    (
+        "mixing",
+        r"LayerError: rank 1: .* other rows of first: the model mixes the samples of a batch",
+        None,
+    ),
+    (
+        "layouts",
+        r"RecordError: first\.weight is recorded as factored in columns .* on rank 0 and as dense in .* on rank 1",
+        None,
+    ),
+    (
+        "rates",
+        r"RecordError: learning_rate is \[0\.1\] on rank 0 and \[0\.5\] on rank 1 at step 3",
+        1,
+    ),
+    (
+        "scales",
+        r"RecordError: at step 3 the gradient in use is 2 times the mean over the ranks on rank 1 and 1 times on rank 0",
+        1,
+    ),
+    (
+        "changed",
+        r"BooksError: rank 1: the books do not balance at step 3: the recorded rows of second\.bias",
+        3,
+    ),
+    (
+        "left out by one",
+        r"RecordError: rank 0 left out optimizer\.step\(\) at step 4, others did not",
+        4,
+    ),
     ("left out", r"RecordError: step 4 ended without optimizer\.step\(\)", 4),
     ("ids", r"RecordError: rank 1: sample id 99 is not among the 24 training samples", 2),
-    ("unlike seeds", r"UsageError: seed is 64 on rank 0, 65 on rank 1: give Recorder the same", None),
+    (
+        "unlike seeds",
+        r"UsageError: seed is 64 on rank 0, 65 on rank 1: give Recorder the same",
+        None,
+    ),
     ("one bad dim", r"UsageError: rank 1: dim is -1", None),
-    ("test", r"NonFiniteError: rank 0: the loss of test sample 0 is not finite after 1 steps", ...),  # and stays open
+    (
+        "test",
+        r"NonFiniteError: rank 0: the loss of test sample 0 is not finite after 1 steps",
+        ...,
+    ),  # and stays open
     ("tracked ids", r"RecordError: rank 1: sample id -1 is not among the 24 training samples", 2),
-    ("tracked in part", r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3", 2),
+    (
+        "tracked in part",
+        r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3",
+        2,
+    ),
     ("drawn ahead", r"RecordError: rank 1: at step 2 a next batch came before", 2),
-    ("tracked and named", r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the tracked", 2),
-    ("tracked, not finite", r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5", 5),
-    ("tracked, mixing", r"LayerError: rank 1: .* other rows of first: the model mixes the samples of a batch", None),
-    ("tracked, another set", r"DataError: rank 1: the loader's dataset has 5 samples, the recorder's n_samples is 24", None),
+    (
+        "tracked and named",
+        r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the tracked",
+        2,
+    ),
+    (
+        "tracked, not finite",
+        r"NonFiniteError: rank 1: the gradient of first\.weight is not finite at step 5",
+        5,
+    ),
+    (
+        "tracked, mixing",
+        r"LayerError: rank 1: .* other rows of first: the model mixes the samples of a batch",
+        None,
+    ),
+    (
+        "tracked, another set",
+        r"DataError: rank 1: the loader's dataset has 5 samples, the recorder's n_samples is 24",
+        None,
+    ),
     ("unlike dtypes", r"UsageError: dtype is 'float16' on rank 0, 'int8' on rank 1", None),
     ("again", r"RunError: rank 0: .* is recorded already", ...),
     ("again, other settings", r"RunError: rank 0: .*: record was run with seed=0, now seed=3", ...),
@@ -267,7 +380,9 @@ TOLD = [
 
 
 @pytest.mark.parametrize(("name", "message", "steps"), TOLD, ids=[name for name, *_ in TOLD])
-def test_what_goes_wrong_on_one_rank_is_told_on_all(spawn, name: str, message: str, steps: object) -> None:
+def test_what_goes_wrong_on_one_rank_is_told_on_all(
+    spawn, name: str, message: str, steps: object
+) -> None:
     directory, found = spawn("faults" if name in GROUPS["faults"] else "tracked")
     for rank in range(WORLD):
         assert re.match(message, str(found[rank][name])), found[rank][name]
@@ -278,7 +393,9 @@ def test_what_goes_wrong_on_one_rank_is_told_on_all(spawn, name: str, message: s
         assert (record["state"], record["facts"]["n_steps"]) == ("failed", steps)
         assert re.match(message, f"{found[0][name].split(':')[0]}: {record['facts']['error']}")
         store = zarr.open_group(directory / name / "gradients.zarr", mode="r")
-        assert [store[f"rank/{rank}/gradient"].shape[0] for rank in range(WORLD)] == [3 * steps] * WORLD
+        assert [store[f"rank/{rank}/gradient"].shape[0] for rank in range(WORLD)] == [
+            3 * steps
+        ] * WORLD
         assert np.isfinite(store["rank/1/gradient"][:].astype(float)).all()
 
 
@@ -286,14 +403,23 @@ def test_a_step_that_a_gradient_scaler_skips_for_one_rank_is_skipped_for_all(spa
     directory, found = spawn("faults")
     assert [of_rank["scaled"] for of_rank in found] == [{"n_steps": 18, "n_skipped": 2}] * WORLD
     assert [of_rank["over again"] for of_rank in found] == [{"n_steps": 20, "n_skipped": 0}] * WORLD
-    assert hydra_pipe.open_run(directory / "scaled").info()["stages"]["record"]["facts"]["n_rows"] == 20 * 3 * WORLD
+    assert (
+        hydra_pipe.open_run(directory / "scaled").info()["stages"]["record"]["facts"]["n_rows"]
+        == 20 * 3 * WORLD
+    )
 
 
 def test_parameters_that_one_rank_does_not_use_have_the_gradient_of_the_other(spawn) -> None:
     directory, found = spawn("faults")
     assert [of_rank["unused"] for of_rank in found] == [{"n_steps": 6}] * WORLD
     run = hydra_pipe.open_run(directory / "unused")
-    updated = dict(zip([b.name for b in run.gradients.layout.blocks], run.steps["updated"].T.tolist(), strict=True))
+    updated = dict(
+        zip(
+            [b.name for b in run.gradients.layout.blocks],
+            run.steps["updated"].T.tolist(),
+            strict=True,
+        )
+    )
     assert (updated["second.weight"], updated["never.weight"]) == ([1] * 6, [0] * 6)
     rows = scaled_rows(run.path)["second.weight"].reshape(6, 2, 3, -1)  # step, rank, sample
     assert [bool(np.any(of_rank)) for of_rank in rows[:, 1]] == [True, False] * 3
@@ -319,7 +445,13 @@ def fates(case: Tracked) -> list[str]:
     every = []
     for k in range(EPOCHS * (3 if case.accumulate == 1 else 2 if left_over else 1)):
         overflowed = any(k == at for at, _ in OVERFLOWED)
-        every.append("cleared" if k in CLEARED or (left_over and k % 2) else "overflowed" if overflowed else "recorded")
+        every.append(
+            "cleared"
+            if k in CLEARED or (left_over and k % 2)
+            else "overflowed"
+            if overflowed
+            else "recorded"
+        )
     return every
 
 
@@ -328,14 +460,19 @@ def test_a_tracked_loop_of_two_ranks_is_one_that_names_its_samples(spawn, name: 
     directory, found = spawn("tracked")
     fate = fates(TRACKED[name])
     n_steps, n_overflowed = fate.count("recorded"), fate.count("overflowed")
-    n_dropped = n_overflowed + fate.count("cleared") - (fate[-1] != "recorded")  # after the last nothing comes that could tell
+    n_dropped = (
+        n_overflowed + fate.count("cleared") - (fate[-1] != "recorded")
+    )  # after the last nothing comes that could tell
     for of_rank in found:
         assert of_rank[name]["named"] == [True, n_steps, n_overflowed, len(TEST)]
         assert of_rank[name]["tracked"] == [True, n_steps, n_dropped, len(TEST)]
     named, tracked = (directory / f"{name}, {form}" for form in ("named", "tracked"))
     ours, others = arrays(tracked), arrays(named)
     assert ours.keys() == others.keys()
-    rounded = ("steps/gradient_scale", "steps/imbalance")  # by sums over the steps that are checked together
+    rounded = (
+        "steps/gradient_scale",
+        "steps/imbalance",
+    )  # by sums over the steps that are checked together
     for array, values in ours.items():
         if array in rounded:
             np.testing.assert_allclose(values, others[array], rtol=1e-5, atol=1e-6, err_msg=array)
@@ -345,12 +482,16 @@ def test_a_tracked_loop_of_two_ranks_is_one_that_names_its_samples(spawn, name: 
         assert hydra_pipe.open_run(run).info()["stages"]["record"]["facts"]["n_skipped"] == skipped
         assert hydra_pipe.reduce(run)
         assert hydra_pipe.verify(run) == []
-    assert_close(*(hydra_pipe.open_run(run).relevance().to_numpy() for run in (tracked, named)), 1e-5)
+    assert_close(
+        *(hydra_pipe.open_run(run).relevance().to_numpy() for run in (tracked, named)), 1e-5
+    )
 
 
 def test_the_dtype_that_is_left_open_is_chosen_for_all_ranks(spawn) -> None:
     for name, dtype in (("dtype left open", "int8"), ("three batches", "float16")):
-        store = zarr.open_group(spawn("tracked")[0] / f"{name}, tracked" / "gradients.zarr", mode="r")
+        store = zarr.open_group(
+            spawn("tracked")[0] / f"{name}, tracked" / "gradients.zarr", mode="r"
+        )
         assert [store[f"rank/{rank}/gradient"].dtype for rank in range(WORLD)] == [dtype] * WORLD
 
 
@@ -364,12 +505,23 @@ def test_every_optimizer_step_within_one_step_is_recorded(spawn) -> None:
 
 def test_states_are_given_or_refused_to_all_ranks(spawn) -> None:
     _, found = spawn("tracked")
-    waits = r"RecordError: rank \d: state_dict\(\) in the middle of step {}, of which {} batches wait"
+    waits = (
+        r"RecordError: rank \d: state_dict\(\) in the middle of step {}, of which {} batches wait"
+    )
     # skipped: for rank 1's sake; for rank 0's, while rank 1 has no loss, and cleared
-    expected = [[1, 0, [3, 3]], [1, 1, [3, 3]], [1, 2, [3, 3]], waits.format(1, 1), [2, 2, [9, 9]], waits.format(2, 1)]
+    expected = [
+        [1, 0, [3, 3]],
+        [1, 1, [3, 3]],
+        [1, 2, [3, 3]],
+        waits.format(1, 1),
+        [2, 2, [9, 9]],
+        waits.format(2, 1),
+    ]
     for of_rank in found:
         *states, n_steps, n_skipped = of_rank["skipped"]
-        for state, value in zip(states, [*expected, [2, 3, [9, 9]], [3, 3, [12, 12]]], strict=False):
+        for state, value in zip(
+            states, [*expected, [2, 3, [9, 9]], [3, 3, [12, 12]]], strict=False
+        ):
             assert re.match(value, state) if isinstance(value, str) else state == value
         assert (n_steps, n_skipped) == (3, 3)
 
@@ -391,4 +543,7 @@ def test_two_ranks_that_were_killed_go_on_as_if_they_had_not_been(spawn, which: 
 def test_ranks_that_load_unlike_states_are_told(spawn) -> None:
     for of_rank in spawn("resumed", "killed")[1]:
         assert re.match(r"UsageError: \w+ is .* on rank 0, .* on rank 1", of_rank["unlike states"])
-        assert re.match(r"RecordError: rank 1: this is not what recorder\.state_dict\(\) gave", of_rank["bad state"])
+        assert re.match(
+            r"RecordError: rank 1: this is not what recorder\.state_dict\(\) gave",
+            of_rank["bad state"],
+        )

@@ -116,7 +116,9 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="none")
 
 
-def assert_rows_are_those_of_the_oracle(case: Case, choice: str, run: Path, batch: int = BATCH) -> None:
+def assert_rows_are_those_of_the_oracle(
+    case: Case, choice: str, run: Path, batch: int = BATCH
+) -> None:
     """Record one step of each reduction, and compare what is on disk with gradients taken in float64 before each."""
     torch.manual_seed(0)
     shape = (len(REDUCTIONS), batch, *case.shape)
@@ -125,7 +127,14 @@ def assert_rows_are_those_of_the_oracle(case: Case, choice: str, run: Path, batc
     model = Classifier(case.make(), inputs[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = hydra_pipe.Recorder(
-        model, optimizer, run, n_samples=batch, encoding=choice, dim=CHOICES[choice], dtype="float32", seed=3
+        model,
+        optimizer,
+        run,
+        n_samples=batch,
+        encoding=choice,
+        dim=CHOICES[choice],
+        dtype="float32",
+        seed=3,
     )
     truths = []
     for x, y, reduction in zip(inputs, targets, REDUCTIONS, strict=True):
@@ -141,13 +150,20 @@ def assert_rows_are_those_of_the_oracle(case: Case, choice: str, run: Path, batc
     for step, truth in enumerate(truths):
         rows = slice(step * batch, (step + 1) * batch)
         for index, block in enumerate(store.layout.blocks):
-            found, expected = decoded(store, index, rows), projected(block, truth[block.name], store.layout.seed)
+            found, expected = (
+                decoded(store, index, rows),
+                projected(block, truth[block.name], store.layout.seed),
+            )
             if case.shares:
                 found, expected = found.sum(0), expected.sum(0)
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6, err_msg=f"{block.name} at step {step}")
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-5, atol=2e-6, err_msg=f"{block.name} at step {step}"
+            )
 
 
-def true_rows(model: Classifier, inputs: Tensor, targets: Tensor, reduction: str, *, shares: bool) -> dict[str, Tensor]:
+def true_rows(
+    model: Classifier, inputs: Tensor, targets: Tensor, reduction: str, *, shares: bool
+) -> dict[str, Tensor]:
     """Each sample's share of the batch gradient, shape (B, numel); where only the sum is known, all of it in the first row."""
     model = in_float64(model)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
@@ -155,10 +171,14 @@ def true_rows(model: Classifier, inputs: Tensor, targets: Tensor, reduction: str
     if shares:
         total = F.cross_entropy(model(inputs), targets, reduction=reduction)
         gradients = torch.autograd.grad(total, list(parameters.values()))
-        return {name: g.flatten().unsqueeze(0) for name, g in zip(parameters, gradients, strict=True)}
+        return {
+            name: g.flatten().unsqueeze(0) for name, g in zip(parameters, gradients, strict=True)
+        }
     rows = one_by_one_gradients(model, losses, inputs, targets, list(parameters))
     divisor = len(inputs) if reduction == "mean" else 1
-    return {name: torch.stack([row[name].flatten() for row in rows]) / divisor for name in parameters}
+    return {
+        name: torch.stack([row[name].flatten() for row in rows]) / divisor for name in parameters
+    }
 
 
 def decoded(store: Gradients, index: int, rows: slice) -> np.ndarray:
@@ -215,13 +235,17 @@ def cases_of_any_shape(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=20, deadline=None)
 @given(case=cases_of_any_shape(), choice=st.sampled_from(list(CHOICES)), batch=st.integers(1, 5))
-def test_recorded_rows_of_any_shape_are_each_samples_share(case: Case, choice: str, batch: int) -> None:
+def test_recorded_rows_of_any_shape_are_each_samples_share(
+    case: Case, choice: str, batch: int
+) -> None:
     with TemporaryDirectory() as directory:
         assert_rows_are_those_of_the_oracle(case, choice, Path(directory) / "run", batch)
 
 
 @pytest.mark.parametrize("name", ["ConvTranspose2d", "Conv2d", "Linear, several positions"])
-def test_a_layer_that_keeps_samples_apart_is_not_taken_for_one_that_mixes_them(name: str, tmp_path: Path) -> None:
+def test_a_layer_that_keeps_samples_apart_is_not_taken_for_one_that_mixes_them(
+    name: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     inputs, targets = torch.randn(BATCH, *CASES[name].shape), torch.randint(0, CLASSES, (BATCH,))
     model = Classifier(CASES[name].make(), inputs)

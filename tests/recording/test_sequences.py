@@ -51,9 +51,13 @@ class Attending(nn.Module):
         if self.mask == "causal":
             masks["attn_mask"] = torch.ones(LENGTH, LENGTH).triu(1).bool()
         elif self.mask == "padding":
-            masks["key_padding_mask"] = torch.zeros(len(x), LENGTH).index_fill(1, torch.tensor([4]), 1).bool()
+            masks["key_padding_mask"] = (
+                torch.zeros(len(x), LENGTH).index_fill(1, torch.tensor([4]), 1).bool()
+            )
         elif self.mask == "each":
-            masks["attn_mask"] = torch.linspace(0, 1, 2 * len(x) * LENGTH**2).reshape(2 * len(x), LENGTH, LENGTH) * 0
+            masks["attn_mask"] = (
+                torch.linspace(0, 1, 2 * len(x) * LENGTH**2).reshape(2 * len(x), LENGTH, LENGTH) * 0
+            )
         q = x if self.attention.batch_first else x.transpose(0, 1)
         output, weights = self.attention(q, q, value=q, need_weights=self.weights, **masks)
         output = output if self.attention.batch_first else output.transpose(0, 1)
@@ -72,7 +76,10 @@ class Split(nn.Module):
     def forward(self, x: Tensor, more: dict[str, list[Tensor]]) -> dict[str, tuple[Tensor, ...]]:
         self.calls += 1
         hidden = x @ self.weight + self.offset
-        return {"both": (hidden.tanh(), (more["x"][0] @ self.weight).sigmoid()), "unused": (hidden * 2,)}
+        return {
+            "both": (hidden.tanh(), (more["x"][0] @ self.weight).sigmoid()),
+            "unused": (hidden * 2,),
+        }
 
 
 class Several(nn.Module):
@@ -88,7 +95,9 @@ class Several(nn.Module):
 MODELS = {
     "several outputs": Several,
     "LSTM": lambda: Recurrent("LSTM", batch_first=True),
-    "LSTM, time first, two layers both ways": lambda: Recurrent("LSTM", num_layers=2, bidirectional=True),
+    "LSTM, time first, two layers both ways": lambda: Recurrent(
+        "LSTM", num_layers=2, bidirectional=True
+    ),
     "LSTM with projection": lambda: Recurrent("LSTM", batch_first=True, proj_size=3),
     "GRU": lambda: Recurrent("GRU", batch_first=True, bias=False),
     "RNN": lambda: Recurrent("RNN"),
@@ -103,7 +112,10 @@ def pipeline(name: str) -> Pipeline:
     generator = torch.Generator().manual_seed(1)
 
     def dataset(n: int) -> TensorDataset:
-        return TensorDataset(torch.randn(n, LENGTH, WIDTH, generator=generator), torch.randint(0, 4, (n,), generator=generator))
+        return TensorDataset(
+            torch.randn(n, LENGTH, WIDTH, generator=generator),
+            torch.randint(0, 4, (n,), generator=generator),
+        )
 
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -122,7 +134,9 @@ def pipeline(name: str) -> Pipeline:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_are_batch_of_one_gradients_and_training_is_not_changed(tmp_path: Path, name: str) -> None:
+def test_rows_are_batch_of_one_gradients_and_training_is_not_changed(
+    tmp_path: Path, name: str
+) -> None:
     recorded, plain = pipeline(name), pipeline(name)
     hydra_pipe.record(recorded, tmp_path / "run", encoding="exact", dtype="float32")
     hydra_pipe.train(plain)
@@ -131,7 +145,9 @@ def test_rows_are_batch_of_one_gradients_and_training_is_not_changed(tmp_path: P
     found = decoded(tmp_path / "run", slice(0, BATCH))
     samples = hydra_pipe.open_run(tmp_path / "run").gradients.samples(slice(0, BATCH))
     inputs, targets = new.train.tensors
-    truth = one_by_one_gradients(new.model, cross_entropy, inputs[samples], targets[samples], list(found))
+    truth = one_by_one_gradients(
+        new.model, cross_entropy, inputs[samples], targets[samples], list(found)
+    )
     assert set(found) == {name for name, _ in new.model.named_parameters()}
     for parameter, rows in found.items():
         expected = np.stack([row[parameter].flatten().numpy() for row in truth]) / BATCH
@@ -156,14 +172,18 @@ def test_a_parameter_that_is_used_where_samples_mix_is_refused(tmp_path: Path) -
     built = pipeline("GRU")
     model = Mixing()
     built.model, built.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(hydra_pipe.HydraError, match=r"other rows of split\.weight: the model mixes the samples"):
+    with pytest.raises(
+        hydra_pipe.HydraError, match=r"other rows of split\.weight: the model mixes the samples"
+    ):
         hydra_pipe.record(built, tmp_path / "run")
 
 
 def test_recording_holds_no_graph_after_a_step(tmp_path: Path) -> None:
     """Memory would grow with every step."""
     built = pipeline("LSTM")
-    recorder = hydra_pipe.Recorder(built.model, built.optimizer, tmp_path / "run", n_samples=2 * BATCH)
+    recorder = hydra_pipe.Recorder(
+        built.model, built.optimizer, tmp_path / "run", n_samples=2 * BATCH
+    )
     inputs, targets = (t[:BATCH] for t in built.train.tensors)
     alive = []
     for _ in range(3):
@@ -184,7 +204,10 @@ def test_recording_holds_no_graph_after_a_step(tmp_path: Path) -> None:
 def test_time_steps_that_are_encoded_together_give_the_rows_of_each_alone(
     tmp_path: Path, encoding: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, y = torch.randn(BATCH, 70, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(BATCH) % 4
+    x, y = (
+        torch.randn(BATCH, 70, WIDTH, generator=torch.Generator().manual_seed(0)),
+        torch.arange(BATCH) % 4,
+    )
     n_encoded = []
 
     def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,4 +237,6 @@ def test_time_steps_that_are_encoded_together_give_the_rows_of_each_alone(
     assert n_encoded[1] < 0.6 * n_encoded[0]  # biases have rows of their own
     alone, together = (decoded(tmp_path / str(most)) for most in (1, 64))
     for name, rows in alone.items():
-        np.testing.assert_allclose(together[name], rows, rtol=1e-3, atol=1e-4 * np.abs(rows).max(), err_msg=name)
+        np.testing.assert_allclose(
+            together[name], rows, rtol=1e-3, atol=1e-4 * np.abs(rows).max(), err_msg=name
+        )

@@ -68,7 +68,9 @@ class During(Progress):
         yield Counted()
 
 
-def test_the_first_steps_give_what_a_training_gives_that_ends_there(tmp_path: Path, one_epoch: np.ndarray) -> None:
+def test_the_first_steps_give_what_a_training_gives_that_ends_there(
+    tmp_path: Path, one_epoch: np.ndarray
+) -> None:
     run = tmp_path / "run"
     hydra_pipe.record(constant(3), run, test_every="epoch")
     assert hydra_pipe.reduce(run, upto=STEPS)
@@ -77,11 +79,16 @@ def test_the_first_steps_give_what_a_training_gives_that_ends_there(tmp_path: Pa
     hydra_pipe.reduce(run)
     assert relative_error(relevance(run), one_epoch) > 0.1
     hydra_pipe.reduce(run, upto=3 * STEPS, by="mean")
-    assert relative_error(relevance(run, "hydra-upto-12-mean")[:, 0], relevance(run).mean(axis=1)) < 1e-5
+    assert (
+        relative_error(relevance(run, "hydra-upto-12-mean")[:, 0], relevance(run).mean(axis=1))
+        < 1e-5
+    )
     assert hydra_pipe.verify(run) == []
 
 
-def test_readers_beside_a_recording_see_the_steps_that_are_safe(tmp_path: Path, one_epoch: np.ndarray) -> None:
+def test_readers_beside_a_recording_see_the_steps_that_are_safe(
+    tmp_path: Path, one_epoch: np.ndarray
+) -> None:
     run, seen = tmp_path / "run", []
 
     def look() -> None:
@@ -90,7 +97,9 @@ def test_readers_beside_a_recording_see_the_steps_that_are_safe(tmp_path: Path, 
         hydra_pipe.reduce(run, upto=STEPS)
         hydra_pipe.export(run, method="hydra-upto-4")
         seen.append(relevance(run, "hydra-upto-4"))
-        with pytest.raises(UsageError, match=r"--upto 8: test gradients were taken after 4 steps: choose one"):
+        with pytest.raises(
+            UsageError, match=r"--upto 8: test gradients were taken after 4 steps: choose one"
+        ):
             hydra_pipe.reduce(run, upto=2 * STEPS)
         assert [fault.kind for fault in hydra_pipe.verify(run)] == ["unfinished"]
 
@@ -100,7 +109,9 @@ def test_readers_beside_a_recording_see_the_steps_that_are_safe(tmp_path: Path, 
     assert relative_error(seen[1], one_epoch) < 1e-6
     assert not hydra_pipe.reduce(run, upto=STEPS)
     assert np.array_equal(relevance(run, "hydra-upto-4"), seen[1])
-    visits = duckdb.sql(f"select visits from '{run}/rankings/method=hydra-upto-4/samples.parquet'").fetchall()
+    visits = duckdb.sql(
+        f"select visits from '{run}/rankings/method=hydra-upto-4/samples.parquet'"
+    ).fetchall()
     assert visits == [(1,)] * 26
     assert hydra_pipe.verify(run) == []
     shutil.rmtree(run / "relevance.zarr")
@@ -116,14 +127,22 @@ def test_what_was_computed_from_steps_that_are_recorded_anew_is_forgotten(tmp_pa
         hydra_pipe.reduce(run, upto=step)
         hydra_pipe.export(run, method=f"hydra-upto-{step}")
     hydra_pipe.record(constant(3), run, **options)
-    assert list(RunDirectory.open(run).stages) == [RECORD, REDUCE.of("hydra-upto-4"), EXPORT.of("hydra-upto-4")]
+    assert list(RunDirectory.open(run).stages) == [
+        RECORD,
+        REDUCE.of("hydra-upto-4"),
+        EXPORT.of("hydra-upto-4"),
+    ]
     assert hydra_pipe.verify(run) == []
     hydra_pipe.reduce(run, upto=6)
 
 
-def test_of_a_recording_that_was_killed_before_anything_was_safe_nothing_is_read(tmp_path: Path) -> None:
+def test_of_a_recording_that_was_killed_before_anything_was_safe_nothing_is_read(
+    tmp_path: Path,
+) -> None:
     record_and_die(2, lambda: constant(3), tmp_path / "run", test_every="epoch")
-    with pytest.raises(RunError, match="no step is committed yet: wait for the first checkpoint or test gradients"):
+    with pytest.raises(
+        RunError, match="no step is committed yet: wait for the first checkpoint or test gradients"
+    ):
         hydra_pipe.reduce(tmp_path / "run", upto=STEPS)
 
 
@@ -132,7 +151,9 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--test-every 0: give epoch, or a number of steps"):
         hydra_pipe.record(constant(3), run, test_every="0")
     hydra_pipe.record(constant(3), run, test_every="5")
-    with pytest.raises(UsageError, match=r"--upto 4: test gradients were taken after 5, 10, 12 steps"):
+    with pytest.raises(
+        UsageError, match=r"--upto 4: test gradients were taken after 5, 10, 12 steps"
+    ):
         hydra_pipe.reduce(run, upto=4)
     with pytest.raises(UsageError, match="--upto and --keep-hypergradients: choose one"):
         hydra_pipe.reduce(run, upto=5, keep_hypergradients=True)
@@ -140,7 +161,9 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
     hydra_pipe.reduce(run, upto=12)
     assert relative_error(relevance(run, "hydra-upto-12"), relevance(run)) < 1e-6
     hydra_pipe.prune(run)
-    with pytest.raises(RunError, match="its rows were pruned, and what is kept is of all steps: leave out --upto"):
+    with pytest.raises(
+        RunError, match="its rows were pruned, and what is kept is of all steps: leave out --upto"
+    ):
         hydra_pipe.reduce(run, upto=5)
 
 
@@ -165,7 +188,9 @@ def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[st
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["committed"] |= damage
     directory.save(RECORD)
-    if "n_steps" in damage and damage["n_steps"] == 10**15:  # there are no more, and these are as they were
+    if (
+        "n_steps" in damage and damage["n_steps"] == 10**15
+    ):  # there are no more, and these are as they were
         hydra_pipe.reduce(run, upto=STEPS)
         return
     with pytest.raises(HydraError) as told:

@@ -87,7 +87,9 @@ def texts(run: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
         copy = run.with_name("copy")
         shutil.copytree(run, copy)
         for number, options in enumerate(sequence, 1):
-            pipeline = {"pipeline": conv_pipeline()} if options.get("method") == "hydra-exact" else {}
+            pipeline = (
+                {"pipeline": conv_pipeline()} if options.get("method") == "hydra-exact" else {}
+            )
             parts = [api.plan(copy, **options, **pipeline)]
             if options.get("scheduler") != "processes":
                 lines = Lines()
@@ -108,7 +110,9 @@ def recording(path: Path) -> Path:
 
 def expected() -> dict[str, str]:
     sections = re.split(r"^=== (.*) ===\n", TEXTS.read_text(), flags=re.MULTILINE)[1:]
-    return {name: text.rstrip("\n") for name, text in zip(sections[::2], sections[1::2], strict=True)}
+    return {
+        name: text.rstrip("\n") for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
 
 
 def test_plans_are_told_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

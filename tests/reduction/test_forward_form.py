@@ -22,7 +22,9 @@ def build() -> Pipeline:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=0.02)
     data = {"train": images(18, 1, 4), "test": images(5, 2, 4)}
-    return Pipeline(model=model, optimizer=optimizer, loss=cross_entropy, batch_size=6, epochs=3, **data)  # type: ignore[arg-type]
+    return Pipeline(
+        model=model, optimizer=optimizer, loss=cross_entropy, batch_size=6, epochs=3, **data
+    )  # type: ignore[arg-type]
 
 
 def test_the_sweep_is_the_transpose_of_the_forward_form(tmp_path: Path) -> None:
@@ -36,15 +38,21 @@ def test_the_sweep_is_the_transpose_of_the_forward_form(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=0.02)
     x, y = pipeline.train.tensors
     order = [ids for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
-    steps = record_by_loop(model, optimizer, cross_entropy, [(ids, x[ids].double(), y[ids]) for ids in order])
-    tests = one_by_one_gradients(model, cross_entropy, pipeline.test.tensors[0].double(), pipeline.test.tensors[1], names)
+    steps = record_by_loop(
+        model, optimizer, cross_entropy, [(ids, x[ids].double(), y[ids]) for ids in order]
+    )
+    tests = one_by_one_gradients(
+        model, cross_entropy, pipeline.test.tensors[0].double(), pipeline.test.tensors[1], names
+    )
 
     def of(form: Form) -> np.ndarray:
         kappa = saturation(RATE, MOMENTUM, 0.0, nesterov=False, factor=form.factor)
         weight = rho.clamp(form.least, form.most)
 
         def curvature(t: int, moved: Tensor) -> Tensor:
-            rows = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in steps[t].rows])
+            rows = torch.stack(
+                [torch.cat([row[n].flatten() for n in names]) for row in steps[t].rows]
+            )
             own = rows * (len(rows) * weight[6 * t : 6 * t + 6]).sqrt()[:, None]
             inner = torch.linalg.inv(torch.eye(len(own), dtype=torch.float64) + kappa * own @ own.T)
             return moved @ own.T @ inner @ own
@@ -52,6 +60,11 @@ def test_the_sweep_is_the_transpose_of_the_forward_form(tmp_path: Path) -> None:
         return forward_relevance(steps, tests, len(x), curvature)
 
     expected = np.sum([form.share * of(form) for form in FORMS], axis=0)
-    assert relative_error(np.asarray(hydra_pipe.open_run(tmp_path).relevance("hydra-fisher")), expected) < 1e-4
+    assert (
+        relative_error(
+            np.asarray(hydra_pipe.open_run(tmp_path).relevance("hydra-fisher")), expected
+        )
+        < 1e-4
+    )
     free = forward_relevance(steps, tests, len(x), lambda _, moved: torch.zeros_like(moved))
     assert relative_error(free, expected) > 0.1

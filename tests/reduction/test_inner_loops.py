@@ -17,7 +17,9 @@ EVERY = settings(max_examples=100, deadline=None)
 COMPILED = pytest.param(
     loops.compiled,
     id="compiled",
-    marks=pytest.mark.skipif(loops.compiled is None, reason="needs a C compiler at installation, and x86-64 with AVX2"),
+    marks=pytest.mark.skipif(
+        loops.compiled is None, reason="needs a C compiler at installation, and x86-64 with AVX2"
+    ),
 )
 only_compiled = pytest.mark.parametrize("form", [COMPILED], indirect=True)
 
@@ -47,7 +49,9 @@ def test_values_are_times_their_weights_rounded_once(dtype: str, weight: float) 
     decode(stored, [(0, 10, None), (10, 400, one), (500, 1000, two)], out)
     exact = stored.astype(np.float64)
     np.testing.assert_array_equal(out[:, :10], exact[:, :10])
-    np.testing.assert_array_equal(out[:, 10:400], (exact[:, 10:400] * one[:, None]).astype(np.float32))
+    np.testing.assert_array_equal(
+        out[:, 10:400], (exact[:, 10:400] * one[:, None]).astype(np.float32)
+    )
     np.testing.assert_array_equal(out[:, 500:], (exact[:, 500:] * two[:, None]).astype(np.float32))
 
 
@@ -66,7 +70,9 @@ def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[Weighted], np.ndarray]:
     dtype = draw(st.sampled_from(["float16", "int8", "float32"]))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     whole = generator.integers(-127, 128, (n, before + sum(widths) + after))
-    stored = (whole.astype(dtype) / (1 if dtype == "int8" else 8)).astype(dtype)[:, before : before + sum(widths)]
+    stored = (whole.astype(dtype) / (1 if dtype == "int8" else 8)).astype(dtype)[
+        :, before : before + sum(widths)
+    ]
     weights = generator.standard_normal((n, len(widths))).astype(np.float32)
     columns: list[Weighted] = []
     exact = stored.astype(np.float64)
@@ -82,7 +88,9 @@ def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[Weighted], np.ndarray]:
 
 @EVERY
 @given(rows(), st.integers(0, FEW_TESTS + 4), st.integers(0, 2**32 - 1))
-def test_products_are_added_to_the_scores(given: tuple[np.ndarray, list[Weighted], np.ndarray], n_tests: int, seed: int) -> None:
+def test_products_are_added_to_the_scores(
+    given: tuple[np.ndarray, list[Weighted], np.ndarray], n_tests: int, seed: int
+) -> None:
     stored, columns, exact = given
     generator = np.random.default_rng(seed)
     tests = generator.standard_normal((n_tests, stored.shape[1] + 2)).astype(np.float32)[:, 1:-1]
@@ -147,12 +155,26 @@ WEIGHT, PLACES = np.ones(4, np.float32), np.zeros(4, np.int64)
         (lambda c: c.decode(HALF, WEIGHT.astype(np.float64), SINGLE.copy()), TypeError),
         (lambda c: c.decode(HALF[0], None, SINGLE.copy()), ValueError),
         (lambda c: c.decode(HALF.astype(np.int16), None, SINGLE.copy()), TypeError),
-        (lambda c: c.decode(HALF, None, np.frombuffer(SINGLE.tobytes(), np.float32).reshape(4, 3)), ValueError),
+        (
+            lambda c: c.decode(
+                HALF, None, np.frombuffer(SINGLE.tobytes(), np.float32).reshape(4, 3)
+            ),
+            ValueError,
+        ),
         (lambda c: c.decode(HALF, None, "nothing"), TypeError),
         (lambda c: c.decode(HALF), TypeError),
-        (lambda c: c.dots(HALF, None, np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)), ValueError),
-        (lambda c: c.dots(HALF, None, np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)), ValueError),
-        (lambda c: c.dots(HALF, None, np.ones((2, 3), np.float16), np.ones((4, 2), np.float32)), TypeError),
+        (
+            lambda c: c.dots(HALF, None, np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)),
+            ValueError,
+        ),
+        (
+            lambda c: c.dots(HALF, None, np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)),
+            ValueError,
+        ),
+        (
+            lambda c: c.dots(HALF, None, np.ones((2, 3), np.float16), np.ones((4, 2), np.float32)),
+            TypeError,
+        ),
         (lambda c: c.fold(HALF, WEIGHT, PLACES[:3], SINGLE.copy()), ValueError),
         (lambda c: c.fold(HALF, WEIGHT, PLACES.astype(np.int32), SINGLE.copy()), TypeError),
         (lambda c: c.fold(HALF, WEIGHT, PLACES, np.ones((4, 2), np.float32)), ValueError),

@@ -96,17 +96,27 @@ def test_what_is_kept_later_is_the_same(run: Path, whole: np.ndarray) -> None:
 
 def test_rows_are_only_deleted_where_hypergradients_are_kept(run: Path) -> None:
     hydra_pipe.reduce(run)
-    with pytest.raises(RunError, match=r"keeps no hypergradients: run hydra-pipe reduce .* --keep-hypergradients first"):
+    with pytest.raises(
+        RunError,
+        match=r"keeps no hypergradients: run hydra-pipe reduce .* --keep-hypergradients first",
+    ):
         hydra_pipe.prune(run)
     assert hydra_pipe.verify(run) == []
 
 
-@pytest.mark.parametrize("name", ["folded/c/0/0", "factored/gradient/c/0/0", "factored/scale/c/0/0", "factored/sample/c/0"])
+@pytest.mark.parametrize(
+    "name",
+    ["folded/c/0/0", "factored/gradient/c/0/0", "factored/scale/c/0/0", "factored/sample/c/0"],
+)
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
-def test_rows_are_not_deleted_where_what_is_kept_is_damaged(run: Path, name: str, damage: Callable[[Path], None]) -> None:
+def test_rows_are_not_deleted_where_what_is_kept_is_damaged(
+    run: Path, name: str, damage: Callable[[Path], None]
+) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
     damage(run / "hypergradients/hydra.zarr" / name)
-    assert [fault.where for fault in hydra_pipe.verify(run)] == [f"hypergradients/hydra.zarr/{name}"]
+    assert [fault.where for fault in hydra_pipe.verify(run)] == [
+        f"hypergradients/hydra.zarr/{name}"
+    ]
     with pytest.raises(StoreError, match="nothing was deleted"):
         hydra_pipe.prune(run)
     assert (run / "gradients.zarr/gradient/c/0/0").exists()
@@ -115,7 +125,9 @@ def test_rows_are_not_deleted_where_what_is_kept_is_damaged(run: Path, name: str
 def test_a_pruned_run_keeps_no_hypergradients_again(run: Path) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
     hydra_pipe.prune(run)
-    with pytest.raises(HydraError, match="its gradients were pruned, and its hypergradients are kept"):
+    with pytest.raises(
+        HydraError, match="its gradients were pruned, and its hypergradients are kept"
+    ):
         hydra_pipe.reduce(run, keep_hypergradients=True, overwrite=True)
 
 
@@ -154,9 +166,14 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
     plan_sums = sums_module.plan_sums
 
-    def in_eights(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
+    def in_eights(
+        given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None
+    ) -> SumPlan:
         first = range(answered.done if answered else 0, 26, 8)
-        return replace(plan_sums(given, chunks, answered), sample_blocks=tuple((a, min(a + 8, 26)) for a in first))
+        return replace(
+            plan_sums(given, chunks, answered),
+            sample_blocks=tuple((a, min(a + 8, 26)) for a in first),
+        )
 
     monkeypatch.setattr(sums_module, "plan_sums", in_eights)
     written = sums_module.write_folded
@@ -180,7 +197,10 @@ def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.Mo
 
 def test_rows_are_not_deleted_while_hypergradients_are_kept_anew(run: Path) -> None:
     hydra_pipe.reduce(run, keep_hypergradients=True)
-    with one_writer(run, KEEP.of("hydra")), pytest.raises(RunError, match="is being written by this very process"):
+    with (
+        one_writer(run, KEEP.of("hydra")),
+        pytest.raises(RunError, match="is being written by this very process"),
+    ):
         hydra_pipe.prune(run)
 
 

@@ -10,7 +10,15 @@ import pytest
 import zarr
 from support.compare import relative_error
 from support.pipelines import conv_pipeline
-from test_fisher import InterruptedHereError, adamw, by_loop, in_blocks, interrupted_after, made_up, relevance
+from test_fisher import (
+    InterruptedHereError,
+    adamw,
+    by_loop,
+    in_blocks,
+    interrupted_after,
+    made_up,
+    relevance,
+)
 from typer.testing import CliRunner
 
 import hydra_pipe
@@ -20,9 +28,9 @@ from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.plan import hypergradient_matrix as matrix_plan
 from hydra_pipe.reduction.solvers import hypergradient_matrix, sweep
 from hydra_pipe.store.data import save_interval as pace
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE
+from hydra_pipe.store.zarr.arrays import Array
 
 KEPT = "hypergradients/hydra-fisher.zarr"
 
@@ -55,7 +63,11 @@ def keep(run: Path, **options: object) -> bool:
 
 def orders(run: Path) -> dict[str, str]:
     stages = RunDirectory.open(run).stages
-    return {str(name): stage.facts["plan"]["order"] for name, stage in stages.items() if "plan" in stage.facts}
+    return {
+        str(name): stage.facts["plan"]["order"]
+        for name, stage in stages.items()
+        if "plan" in stage.facts
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,9 @@ def test_the_matrix_answers_as_the_sweep_without_the_rows(
     assert keep(run)
     assert not keep(run)
     assert orders(run)["keep hydra-fisher"] == order
-    assert orders(run)["reduce hydra-fisher"] == "backward"  # it was there, and need not be computed again
+    assert (
+        orders(run)["reduce hydra-fisher"] == "backward"
+    )  # it was there, and need not be computed again
     assert hydra_pipe.verify(run) == []
     assert hydra_pipe.prune(run) > 0
     assert hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
@@ -92,16 +106,26 @@ def test_the_matrix_answers_as_the_sweep_without_the_rows(
     assert relative_error(relevance(run), swept) < 2e-6
     assert relative_error(relevance(run), loop) < 1e-4
     hydra_pipe.reduce(run, method="hydra-fisher", by="mean", tests="1-3,6")
-    assert relative_error(relevance(run, "hydra-fisher-mean")[:, 0], swept[:, [1, 2, 3, 6]].mean(axis=1)) < 2e-6
+    assert (
+        relative_error(
+            relevance(run, "hydra-fisher-mean")[:, 0], swept[:, [1, 2, 3, 6]].mean(axis=1)
+        )
+        < 2e-6
+    )
     assert hydra_pipe.verify(run) == []
     stages = RunDirectory.open(run).stages
-    assert stages[REDUCE.of("hydra-fisher-mean")].facts["curvature_left"] == stages[KEEP.of("hydra-fisher")].facts["curvature_left"]
+    assert (
+        stages[REDUCE.of("hydra-fisher-mean")].facts["curvature_left"]
+        == stages[KEEP.of("hydra-fisher")].facts["curvature_left"]
+    )
     hydra_pipe.export(run, method="hydra-fisher", top=2)
 
 
 @pytest.mark.parametrize("order", ["backward", "forward"])
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_of_several_processes_groups_and_labels(tmp_path: Path, n_ranks: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_groups_and_labels(
+    tmp_path: Path, n_ranks: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(monkeypatch, order)
     run = made_up(tmp_path / "run", n_ranks)
     assert keep(run, by="label")
@@ -117,7 +141,10 @@ def test_any_zarr_reader_answers_from_the_matrix_by_its_directory_of_features(ru
     """As docs/format.md has it: the gradient of each block, flattened, at the features that the directory says."""
     keep(run)
     group = zarr.open_group(run / KEPT, mode="r")
-    assert (group.attrs["hydra_pipe"], group.attrs["method"]) == ("hypergradient matrix", "hydra-fisher")
+    assert (group.attrs["hydra_pipe"], group.attrs["method"]) == (
+        "hypergradient matrix",
+        "hydra-fisher",
+    )
     tests = zarr.open_group(run / "gradients.zarr/test/0000000007", mode="r")
     stored, scale = tests["gradient"][:].astype(np.float64), tests["scale"][:]
     outputs, inputs = stored[:, 7:10], stored[:, 10:15]
@@ -127,7 +154,9 @@ def test_any_zarr_reader_answers_from_the_matrix_by_its_directory_of_features(ru
         "b": outputs * scale[:, 2:3],
         "d": stored[:, 15:] * scale[:, 3:],
     }
-    flat = np.concatenate([gradients[name] for name, _, _ in group.attrs["hydra_pipe_features"]], axis=1)
+    flat = np.concatenate(
+        [gradients[name] for name, _, _ in group.attrs["hydra_pipe_features"]], axis=1
+    )
     assert [last - first for _, first, last in group.attrs["hydra_pipe_features"]] == [7, 15, 3, 4]
     assert group["swept"].dtype == np.float32
     assert group["swept"].metadata.dimension_names == ("sample", "feature")
@@ -156,7 +185,11 @@ def test_any_division_of_the_features_samples_and_columns_gives_the_same(
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(run)): file.read_bytes() for file in (run / KEPT).rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in (run / KEPT).rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("order", ["backward", "forward"])
@@ -172,11 +205,18 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     keep(other)
     with interrupted_after(after):
         keep(run)
-    assert KEEP.of("hydra-fisher") in {name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"}
-    with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first"):
+    assert KEEP.of("hydra-fisher") in {
+        name for name, stage in RunDirectory.open(run).stages.items() if stage.state == "failed"
+    }
+    with pytest.raises(
+        RunError,
+        match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first",
+    ):
         hydra_pipe.prune(run)
     real, again = sweep._step, []
-    monkeypatch.setattr(sweep, "_step", lambda *arguments: (again.append(arguments), real(*arguments)))
+    monkeypatch.setattr(
+        sweep, "_step", lambda *arguments: (again.append(arguments), real(*arguments))
+    )
     keep(run)
     n_blocks = {"backward": 4, "forward": 3}[order]
     assert len(again) == 7 * n_blocks - after
@@ -185,8 +225,12 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     assert hydra_pipe.verify(run) == []
 
 
-@pytest.mark.parametrize(("first", "then"), [("backward", "backward"), ("forward", "forward"), ("forward", "backward")])
-def test_what_was_begun_in_another_way_is_begun_anew(run: Path, first: str, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "then"), [("backward", "backward"), ("forward", "forward"), ("forward", "backward")]
+)
+def test_what_was_begun_in_another_way_is_begun_anew(
+    run: Path, first: str, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object) -> None:
         raise InterruptedHereError
 
@@ -195,7 +239,11 @@ def test_what_was_begun_in_another_way_is_begun_anew(run: Path, first: str, then
         in_blocks(patch, 8, 1)
         solver = hypergradient_matrix.HypergradientMatrix
         marked = solver.mark
-        patch.setattr(solver, "mark", lambda solver, answered: stop() if answered.done == 16 else marked(solver, answered))
+        patch.setattr(
+            solver,
+            "mark",
+            lambda solver, answered: stop() if answered.done == 16 else marked(solver, answered),
+        )
         with pytest.raises(InterruptedHereError):
             keep(run)
     go(monkeypatch, then)
@@ -210,10 +258,15 @@ def test_what_the_disk_or_the_budget_has_no_room_for_is_refused_before_anything_
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (run / "run.json").read_bytes()
-    with pytest.raises(BudgetError, match=r"a sweep of one column over 29 features needs .* raise --memory to"):
+    with pytest.raises(
+        BudgetError, match=r"a sweep of one column over 29 features needs .* raise --memory to"
+    ):
         keep(run, memory="100MiB")
     monkeypatch.setattr(hypergradient_matrix, "free_bytes", lambda _: 2000)
-    for attempt in (keep, lambda run: hydra_pipe.api.plan(run, method="hydra-fisher", keep_hypergradients=True)):
+    for attempt in (
+        keep,
+        lambda run: hydra_pipe.api.plan(run, method="hydra-fisher", keep_hypergradients=True),
+    ):
         with pytest.raises(
             BudgetError,
             match=r"keeping 20 samples x 29 features x 4 bytes = 2.27 KiB, and .* needs .* on the disk, 1.95 KiB are free at .*: "
@@ -227,11 +280,27 @@ def test_what_the_disk_or_the_budget_has_no_room_for_is_refused_before_anything_
 def test_a_dry_run_says_what_keeping_costs_and_what_answering_does(run: Path) -> None:
     before = (run / "run.json").read_bytes()
     result = CliRunner().invoke(
-        app, ["reduce", str(run), "--method", "hydra-fisher", "--keep-hypergradients", "--dry-run", "--mean"]
+        app,
+        [
+            "reduce",
+            str(run),
+            "--method",
+            "hydra-fisher",
+            "--keep-hypergradients",
+            "--dry-run",
+            "--mean",
+        ],
     )
     assert result.exit_code == 0, result.output
     first, then = result.stdout.split("\n\n")
-    for words in ("20 samples x 29 features", "forward, with 20 samples as columns", "written", "2.27 KiB", "peak memory", "time"):
+    for words in (
+        "20 samples x 29 features",
+        "forward, with 20 samples as columns",
+        "written",
+        "2.27 KiB",
+        "peak memory",
+        "time",
+    ):
         assert words in first
     assert "from the matrix" in then
     assert "20 x 11, in 1 groups" in then
@@ -253,12 +322,17 @@ def change(file: Path, how: Callable[[dict], object]) -> None:
             lambda a: a.update(method="hydra"),
             "has 'hypergradient matrix' of method 'hydra', not hypergradient matrix of hydra-fisher",
         ),
-        (lambda a: a.update(hydra_pipe="hypergradients"), "has 'hypergradients' of method 'hydra-fisher'"),
+        (
+            lambda a: a.update(hydra_pipe="hypergradients"),
+            "has 'hypergradients' of method 'hydra-fisher'",
+        ),
         (lambda a: a["hydra_pipe_features"].reverse(), "has other features than"),
         (lambda a: a.pop("hydra_pipe_features"), "has other features than"),
     ],
 )
-def test_only_the_matrix_of_this_recording_and_method_answers(run: Path, damage: Callable[[dict], object], message: str) -> None:
+def test_only_the_matrix_of_this_recording_and_method_answers(
+    run: Path, damage: Callable[[dict], object], message: str
+) -> None:
     keep(run)
     change(run / KEPT / "zarr.json", lambda data: damage(data["attributes"]))
     with pytest.raises(StoreError, match=rf"hydra-fisher.zarr.* {message}.*keep them again with"):
@@ -270,20 +344,26 @@ def test_only_the_matrix_of_this_recording_and_method_answers(run: Path, damage:
 def test_a_matrix_of_another_shape_is_refused(run: Path, shape: tuple[int, int]) -> None:
     keep(run)
     change(run / KEPT / "swept/zarr.json", lambda data: data.update(shape=list(shape)))
-    with pytest.raises(StoreError, match=r"swept has .*keep them again|swept has .*record the run again"):
+    with pytest.raises(
+        StoreError, match=r"swept has .*keep them again|swept has .*record the run again"
+    ):
         hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
 
 
 @pytest.mark.parametrize("value", [-1, 20])
 @pytest.mark.parametrize("order", ["backward", "forward"])
-def test_samples_that_are_not_there_are_told(run: Path, value: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_are_not_there_are_told(
+    run: Path, value: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     array = Array.open(run / "gradients.zarr/rank/0/sample")
     values = array.read(slice(0, array.file_rows)).copy()
     values[3] = value
     array.write_file((0,), values)
     go(monkeypatch, order)
     for attempt in (keep, lambda run: hydra_pipe.reduce(run, method="hydra-fisher")):
-        with pytest.raises(StoreError, match=r"samples of .*gradients.zarr are -?\d+ to \d+, not within 0 to 19"):
+        with pytest.raises(
+            StoreError, match=r"samples of .*gradients.zarr are -?\d+ to \d+, not within 0 to 19"
+        ):
             attempt(run)
 
 
@@ -315,9 +395,13 @@ def test_a_pruned_run_answers_by_what_it_keeps_and_one_loss_leaves_the_other(run
     assert hydra_pipe.prune(run) > 0
     for method in ("hydra", "hydra-fisher"):
         assert hydra_pipe.reduce(run, method=method, tests="3", overwrite=True)
-    with pytest.raises(RunError, match="only hydra-fisher, hydra, and hydra-exact, are answered without them"):
+    with pytest.raises(
+        RunError, match="only hydra-fisher, hydra, and hydra-exact, are answered without them"
+    ):
         hydra_pipe.reduce(run, method="tracin")
-    with pytest.raises(RunError, match="its gradients were pruned, and its hypergradients are kept"):
+    with pytest.raises(
+        RunError, match="its gradients were pruned, and its hypergradients are kept"
+    ):
         keep(run)
     flip(run / KEPT / "swept/c/1/0")
     assert hydra_pipe.verify(run, repair=True) == []
@@ -340,11 +424,16 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
         hydra_pipe.prune(run, discard_unfinished=True)
     assert KEEP.of("hydra-fisher") in RunDirectory.open(run).stages
     hydra_pipe.reduce(run, keep_hypergradients=True)
-    with pytest.raises(RunError, match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* --discard-unfinished"):
+    with pytest.raises(
+        RunError,
+        match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* --discard-unfinished",
+    ):
         hydra_pipe.prune(run)
     assert CliRunner().invoke(app, ["prune", str(run), "--discard-unfinished"]).exit_code == 0
     assert not (run / KEPT).exists()
-    kept = {RECORD, KEEP.of("hydra"), REDUCE.of("hydra")} | ({REDUCE.of("hydra-fisher")} if is_answered else set())
+    kept = {RECORD, KEEP.of("hydra"), REDUCE.of("hydra")} | (
+        {REDUCE.of("hydra-fisher")} if is_answered else set()
+    )
     assert set(RunDirectory.open(run).stages) == kept
     assert hydra_pipe.verify(run) == []
     assert hydra_pipe.reduce(run, tests="3", overwrite=True)

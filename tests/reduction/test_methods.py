@@ -47,22 +47,35 @@ def by_training(pipeline: Pipeline) -> dict[str, np.ndarray]:
     """What each method is of a pipeline, from batch-of-one gradients in float64, with test gradients after every epoch."""
     model = oracles.in_float64(pipeline.model)
     named = dict(zip(pipeline.model.parameters(), model.parameters(), strict=True))
-    groups = [g | {"params": [named[p] for p in g["params"]]} for g in pipeline.optimizer.param_groups]
+    groups = [
+        g | {"params": [named[p] for p in g["params"]]} for g in pipeline.optimizer.param_groups
+    ]
     for group in groups:
         group["lr"] = group.pop("initial_lr")
     optimizer = torch.optim.SGD(groups)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, pipeline.scheduler.T_max)
-    inputs, targets = (tensor.double() if tensor.is_floating_point() else tensor for tensor in pipeline.train.tensors)
-    batches = [(ids, inputs[ids], targets[ids]) for epoch in range(pipeline.epochs) for ids in epoch_order(pipeline, epoch)]
+    inputs, targets = (
+        tensor.double() if tensor.is_floating_point() else tensor
+        for tensor in pipeline.train.tensors
+    )
+    batches = [
+        (ids, inputs[ids], targets[ids])
+        for epoch in range(pipeline.epochs)
+        for ids in epoch_order(pipeline, epoch)
+    ]
     tests, a_epoch = {}, len(batches) // pipeline.epochs
 
     def after(n_steps: int) -> None:
         if n_steps % a_epoch == 0:
             x, y = pipeline.test.tensors
             trained = [n for n, _ in model.named_parameters()]
-            tests[n_steps] = oracles.one_by_one_gradients(model, pipeline.loss, x.double(), y, trained)
+            tests[n_steps] = oracles.one_by_one_gradients(
+                model, pipeline.loss, x.double(), y, trained
+            )
 
-    steps = oracles.record_by_loop(model, optimizer, pipeline.loss, batches, scheduler, pipeline.max_grad_norm, after)
+    steps = oracles.record_by_loop(
+        model, optimizer, pipeline.loss, batches, scheduler, pipeline.max_grad_norm, after
+    )
     n = len(pipeline.train)
     found, weights = oracles.last_gradients(steps)
     last = np.stack([found[i] for i in range(n)])
@@ -72,7 +85,9 @@ def by_training(pipeline: Pipeline) -> dict[str, np.ndarray]:
         "tracin": oracles.tracin(steps, tests, n),
         "grad-dot": dot,
         "grad-cos": dot / np.linalg.norm(last, axis=1)[:, None] / np.linalg.norm(h, axis=1),
-        "influence": oracles.influence(last, np.array([weights[i] for i in range(n)]), h, oracles.damping(steps)),
+        "influence": oracles.influence(
+            last, np.array([weights[i] for i in range(n)]), h, oracles.damping(steps)
+        ),
         "self": oracles.self_relevance(steps, n),
     }
 
@@ -83,7 +98,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, n
     path = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "MAX_SHARD_ROWS", 12)
-        hydra_pipe.record(conv_pipeline(), path, encoding="exact", dtype="float32", test_every="epoch")
+        hydra_pipe.record(
+            conv_pipeline(), path, encoding="exact", dtype="float32", test_every="epoch"
+        )
     return path, by_training(conv_pipeline())
 
 
@@ -102,32 +119,50 @@ def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
     store = hydra_pipe.open_run(run).gradients
     everything = slice(None)
     rows = whole(store.rows.features(everything, everything), store.rows.scales(everything), store)
-    steps, samples, rho = store.step_of_rows(everything), store.samples(everything), store.curvature(everything)
+    steps, samples, rho = (
+        store.step_of_rows(everything),
+        store.samples(everything),
+        store.curvature(everything),
+    )
     n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
     n_steps = store.n_steps if upto is None else upto
     part = np.repeat(np.arange(store.n_ranks), store.rows.part_rows)
-    widths = [b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks]
+    widths = [
+        b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks
+    ]
     block = np.repeat(np.arange(len(widths)), widths)
     group = np.array([b.group for b in store.layout.blocks])[block]
     tests = {}
     for s in store.test_steps():
         if s <= n_steps:
             stored = store.test_rows(s)
-            tests[s] = whole(stored.features(everything, everything), stored.scales(everything), store)
+            tests[s] = whole(
+                stored.features(everything, everything), stored.scales(everything), store
+            )
     last, total, alone = {}, np.zeros((n_samples, len(tests[n_steps]))), np.zeros((n_samples, 1))
-    table = {name: store.step_table(name) for name in (*GROUP_COLUMNS, *BLOCK_COLUMNS, "gradient_scale")}
+    table = {
+        name: store.step_table(name) for name in (*GROUP_COLUMNS, *BLOCK_COLUMNS, "gradient_scale")
+    }
     lengths, decay, eta = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), []
     for t in range(n_steps):
         of = {name: table[name][t][group] for name in GROUP_COLUMNS}
         gain = np.where(of["momentum"] > 0, (1 - of["dampening"]) / (1 - of["momentum"]), 1.0)
-        eta.append(of["learning_rate"] * table["step_factor"][t][block] * table["updated"][t][block])
+        eta.append(
+            of["learning_rate"] * table["step_factor"][t][block] * table["updated"][t][block]
+        )
         lengths += eta[t] * gain
-        decay += eta[t] * gain * of["weight_decay"] + of["decoupled_decay"] * table["updated"][t][block]
+        decay += (
+            eta[t] * gain * of["weight_decay"] + of["decoupled_decay"] * table["updated"][t][block]
+        )
     for k in range(len(rows)):
         t, i = int(steps[k]), int(samples[k])
         if t >= n_steps:
             continue
-        c, n, own = table["gradient_scale"][t], np.sum(steps == t), np.sum((steps == t) & (part == part[k]))
+        c, n, own = (
+            table["gradient_scale"][t],
+            np.sum(steps == t),
+            np.sum((steps == t) & (part == part[k])),
+        )
         total[i] += tests[max(tests, key=lambda s, t=t: (-abs(s - t), s))] @ (eta[t] * c * rows[k])
         alone[i] += c**2 * n * rows[k] @ (eta[t] * rows[k])
         if i not in last or t >= last[i][0]:
@@ -137,7 +172,11 @@ def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
     g, h = np.stack([last[i][1] for i in used]), tests[n_steps]
     rho_of = np.array([last[i][2] for i in used])
     cosine = g @ h.T / (np.linalg.norm(g, axis=1)[:, None] * np.linalg.norm(h, axis=1))
-    of_used = {"grad-dot": g @ h.T, "grad-cos": cosine, "influence": oracles.influence(g, rho_of, h, (1 + decay) / lengths)}
+    of_used = {
+        "grad-dot": g @ h.T,
+        "grad-cos": cosine,
+        "influence": oracles.influence(g, rho_of, h, (1 + decay) / lengths),
+    }
     result = {"tracin": total, "self": alone}
     for method, values in of_used.items():
         result[method] = np.zeros((n_samples, len(h)))
@@ -152,7 +191,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_rows_of_several_processes_groups_and_repeated_samples_count_as_they_should(tmp_path: Path, n_ranks: int) -> None:
+def test_rows_of_several_processes_groups_and_repeated_samples_count_as_they_should(
+    tmp_path: Path, n_ranks: int
+) -> None:
     run = made_up(tmp_path / "run", n_ranks, tested=(0, 4))
     for method, expected in by_store(run).items():
         hydra_pipe.reduce(run, method=method)
@@ -187,7 +228,9 @@ def test_methods_work_in_the_columns_that_were_recorded(
         assert relative_error(relevance(tmp_path / "run", method), expected) < 1e-4, method
 
 
-def test_the_first_steps_are_those_of_a_training_that_ends_there(tmp_path: Path, trained: tuple[Path, object]) -> None:
+def test_the_first_steps_are_those_of_a_training_that_ends_there(
+    tmp_path: Path, trained: tuple[Path, object]
+) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     for method, expected in by_store(run, upto=8).items():
         hydra_pipe.reduce(run, method=method, upto=8)
@@ -215,7 +258,10 @@ def in_test_blocks(patch: pytest.MonkeyPatch, width: int) -> None:
     def changed(solver: CommonSolver, given: ReductionInput, after: Answered | None):
         given, found = plan(solver, given, after)
         done = 0 if after is None else after.done
-        blocks = tuple((first, min(first + width, given.n_tests)) for first in range(done, given.n_tests, width))
+        blocks = tuple(
+            (first, min(first + width, given.n_tests))
+            for first in range(done, given.n_tests, width)
+        )
         return given, dataclasses.replace(found, test_blocks=blocks)
 
     patch.setattr(CommonSolver, "_planned", changed)
@@ -227,7 +273,9 @@ def test_a_linear_system_is_solved_alike_by_samples_and_by_features(
     run: Path, by_features: bool, held: int, tests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SolveInput, "by_features", by_features)
-    monkeypatch.setattr(SolveInput, "size", property(lambda what: what.width if by_features else what.n_last))
+    monkeypatch.setattr(
+        SolveInput, "size", property(lambda what: what.width if by_features else what.n_last)
+    )
     monkeypatch.setattr(influence_plan, "_held_widths", lambda what: [held])
     in_test_blocks(monkeypatch, tests)
     hydra_pipe.reduce(run, method="influence")
@@ -249,7 +297,9 @@ class InterruptedHereError(Exception):
 
 
 @pytest.mark.parametrize("method", NEW)
-def test_the_same_call_goes_on_to_the_same_bytes(run: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_call_goes_on_to_the_same_bytes(
+    run: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = shutil.copytree(run, run.with_name("other"))
     if method != "self":
         in_test_blocks(monkeypatch, 4)
@@ -273,7 +323,9 @@ def test_the_same_call_goes_on_to_the_same_bytes(run: Path, method: str, monkeyp
 
 
 @pytest.mark.parametrize("method", ["grad-dot", "grad-cos", "influence"])
-def test_files_without_a_last_row_are_not_read(tmp_path: Path, method: str, trained: tuple[Path, object]) -> None:
+def test_files_without_a_last_row_are_not_read(
+    tmp_path: Path, method: str, trained: tuple[Path, object]
+) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     (run / "gradients.zarr/gradient/c/0/0").write_bytes(b"damaged")
     plan = api.plan(run, method=method)
@@ -309,19 +361,32 @@ def test_what_means_nothing_to_a_method_is_refused(run: Path) -> None:
     for method in NEW:
         with pytest.raises(UsageError, match="--keep-hypergradients is for --method hydra"):
             hydra_pipe.reduce(run, method=method, keep_hypergradients=True)
-    for options, message in (({"tests": "0"}, "--tests"), ({"by": "label"}, "--by"), ({"by": "mean"}, "--mean")):
-        with pytest.raises(UsageError, match=f"{message} is for methods of test samples: self is of each training sample"):
+    for options, message in (
+        ({"tests": "0"}, "--tests"),
+        ({"by": "label"}, "--by"),
+        ({"by": "mean"}, "--mean"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=f"{message} is for methods of test samples: self is of each training sample",
+        ):
             hydra_pipe.reduce(run, method="self", **options)
     with pytest.raises(UsageError, match="--chunks is for --method hydra"):
         hydra_pipe.reduce(run, method="influence", chunks="64x64")
-    with pytest.raises(UsageError, match="--method trak is unknown: choose one of hydra, hydra-fisher, hydra-exact, tracin"):
+    with pytest.raises(
+        UsageError,
+        match="--method trak is unknown: choose one of hydra, hydra-fisher, hydra-exact, tracin",
+    ):
         hydra_pipe.reduce(run, method="trak")
     with pytest.raises(UsageError, match="--method self ranks nothing"):
         hydra_pipe.export(run, method="self")
     hydra_pipe.reduce(run, keep_hypergradients=True)
     hydra_pipe.prune(run)
     for method in NEW:
-        with pytest.raises(RunError, match="its gradients were pruned: only hydra, and hydra-exact, are answered without them"):
+        with pytest.raises(
+            RunError,
+            match="its gradients were pruned: only hydra, and hydra-exact, are answered without them",
+        ):
             hydra_pipe.reduce(run, method=method)
 
 
@@ -344,11 +409,15 @@ def test_tracin_says_that_it_had_the_last_test_gradients_alone(tmp_path: Path) -
             said.append(message)
 
     for tested, name in (((), "once"), ((4,), "on the way")):
-        hydra_pipe.reduce(made_up(tmp_path / name, 1, tested=tested), method="tracin", progress=Heard())
+        hydra_pipe.reduce(
+            made_up(tmp_path / name, 1, tested=tested), method="tracin", progress=Heard()
+        )
     assert sum("record with --test-every epoch" in line for line in said) == 1
 
 
-def test_tracin_refuses_test_gradients_of_other_test_samples(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracin_refuses_test_gradients_of_other_test_samples(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Gradients.test_rows
 
     def fewer(store: Gradients, step: int):
@@ -363,7 +432,9 @@ def test_tracin_refuses_test_gradients_of_other_test_samples(run: Path, monkeypa
 
 
 def test_the_unit_is_said_wherever_relevance_is(run: Path) -> None:
-    for method in (name for name, found in METHODS.items() if found.solvers is not None):  # which needs the pipeline
+    for method in (
+        name for name, found in METHODS.items() if found.solvers is not None
+    ):  # which needs the pipeline
         hydra_pipe.reduce(run, method=method)
         attributes = dict(hydra_pipe.open_run(run).relevance_array(method).attrs)
         assert (attributes["method"], attributes["unit"], attributes["sign"]) == (
@@ -371,5 +442,7 @@ def test_the_unit_is_said_wherever_relevance_is(run: Path) -> None:
             METHODS[method].unit,
             METHODS[method].sign,
         )
-        assert (attributes["unit"] == "test loss") == (method in ("hydra", "hydra-fisher", "tracin", "influence"))
+        assert (attributes["unit"] == "test loss") == (
+            method in ("hydra", "hydra-fisher", "tracin", "influence")
+        )
         assert hydra_pipe.open_run(run).relevance(method).attrs["unit"] == METHODS[method].unit

@@ -45,11 +45,15 @@ def whole(tmp_path: Path, run: Path) -> np.ndarray:
 def planned(patch: pytest.MonkeyPatch, **changes: object) -> None:
     """Let the plan be what it is, but for `changes`."""
 
-    def changed(given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None) -> SumPlan:
+    def changed(
+        given: SumInput, chunks: tuple[int, int] | None, answered: Answered | None = None
+    ) -> SumPlan:
         plan = dataclasses.replace(plan_sums(given, chunks), **changes)
         done = answered.done if answered else 0
         left = "test_blocks" if plan.order == "score first" else "sample_blocks"
-        return dataclasses.replace(plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)})
+        return dataclasses.replace(
+            plan, **{left: tuple(block for block in getattr(plan, left) if block[0] >= done)}
+        )
 
     patch.setattr("hydra_pipe.reduction.solvers.sums.plan_sums", changed)
 
@@ -65,7 +69,11 @@ def eights(patch: pytest.MonkeyPatch) -> tuple[tuple[int, int], ...]:
 def test_orders_and_passes_give_the_same_relevance(
     run: Path, whole: np.ndarray, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch), "test_blocks": TWOS}
+    blocks = (
+        {"test_blocks": TWOS}
+        if order == "score first"
+        else {"sample_blocks": eights(monkeypatch), "test_blocks": TWOS}
+    )
     planned(monkeypatch, order=order, **blocks)
     hydra_pipe.reduce(run)
     assert relative_error(relevance(run), whole) < 1e-6
@@ -73,16 +81,26 @@ def test_orders_and_passes_give_the_same_relevance(
 
 
 @pytest.mark.parametrize("order", ["score first", "fold first"])
-@pytest.mark.parametrize(("selection", "ids"), [("0-6", [*range(7)]), ("3", [3]), ("5,0-1,6", [0, 1, 5, 6])])
+@pytest.mark.parametrize(
+    ("selection", "ids"), [("0-6", [*range(7)]), ("3", [3]), ("5,0-1,6", [0, 1, 5, 6])]
+)
 def test_some_test_samples_are_those_columns(
-    run: Path, whole: np.ndarray, order: str, selection: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    whole: np.ndarray,
+    order: str,
+    selection: str,
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planned(monkeypatch, order=order)
     hydra_pipe.reduce(run, tests=selection)
     found = hydra_pipe.open_run(run).relevance()
     assert relative_error(np.asarray(found), whole[:, ids]) < 1e-6
     assert found.test.values.tolist() == ids
-    assert found.test_label.values.tolist() == hydra_pipe.open_run(run).gradients.labels("test")[ids].tolist()
+    assert (
+        found.test_label.values.tolist()
+        == hydra_pipe.open_run(run).gradients.labels("test")[ids].tolist()
+    )
     assert hydra_pipe.verify(run) == []
     hydra_pipe.export(run, top=3, full=True)
     rankings = run / "rankings" / "method=hydra"
@@ -107,7 +125,9 @@ def test_means_are_means_of_columns(
     hydra_pipe.reduce(run, by="mean", tests=selection)
     by_label = hydra_pipe.open_run(run).relevance("hydra-by-label")
     assert by_label.test_group_label.values.tolist() == sorted(set(labels))
-    truth = np.stack([whole[:, ids][:, labels == label].mean(axis=1) for label in sorted(set(labels))], axis=1)
+    truth = np.stack(
+        [whole[:, ids][:, labels == label].mean(axis=1) for label in sorted(set(labels))], axis=1
+    )
     assert relative_error(np.asarray(by_label), truth) < 1e-5
     assert relative_error(relevance(run, "hydra-mean")[:, 0], whole[:, ids].mean(axis=1)) < 1e-5
     assert hydra_pipe.verify(run) == []
@@ -147,7 +167,9 @@ def test_means_by_label_need_labels(run: Path) -> None:
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["labels"] = {}
     directory.save(RECORD)
-    with pytest.raises(UsageError, match=r"has no labels of test samples: take the mean of all with --mean"):
+    with pytest.raises(
+        UsageError, match=r"has no labels of test samples: take the mean of all with --mean"
+    ):
         hydra_pipe.reduce(run, by="label")
 
 
@@ -176,12 +198,18 @@ def interrupted(run: Path, patch: pytest.MonkeyPatch, after: int) -> None:
 def test_the_same_call_goes_on_after_the_passes_that_are_done(
     run: Path, whole: np.ndarray, order: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch)}
+    blocks = (
+        {"test_blocks": TWOS} if order == "score first" else {"sample_blocks": eights(monkeypatch)}
+    )
     planned(monkeypatch, order=order, **blocks)
     interrupted(run, monkeypatch, after)
     assert RunDirectory.open(run).stages[REDUCE.of("hydra")].state == "failed"
     chunks = run / "relevance.zarr/hydra/c"
-    written = {file: file.stat().st_mtime_ns for file in chunks.rglob("*") if file.is_file()} if after else {}
+    written = (
+        {file: file.stat().st_mtime_ns for file in chunks.rglob("*") if file.is_file()}
+        if after
+        else {}
+    )
     # score first: test samples in twos, in chunks of all samples (of eight where there are such); fold first: a chunk a pass
     assert len(written) == after
     assert hydra_pipe.reduce(run)
@@ -197,7 +225,9 @@ def test_other_settings_do_not_go_on(run: Path, monkeypatch: pytest.MonkeyPatch)
         hydra_pipe.reduce(run, tests="0-1")
 
 
-def test_what_is_no_longer_there_is_begun_anew(run: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_longer_there_is_begun_anew(
+    run: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned(monkeypatch, order="score first", test_blocks=TWOS)
     interrupted(run, monkeypatch, 2)
     shutil.rmtree(run / "relevance.zarr")
@@ -213,7 +243,10 @@ def test_what_was_begun_from_rows_is_begun_anew_from_what_was_kept_meanwhile(
         interrupted(run, patch, 2)
     hydra_pipe.reduce(run, by="mean", keep_hypergradients=True)
     assert hydra_pipe.reduce(run)
-    assert RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]["order"] == "from hypergradients"
+    assert (
+        RunDirectory.open(run).stages[REDUCE.of("hydra")].facts["plan"]["order"]
+        == "from hypergradients"
+    )
     assert relative_error(relevance(run), whole) < 1e-6
 
 
@@ -234,6 +267,8 @@ def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
     monkeypatch.setattr(CommonSolver, "_planned", noted)
     monkeypatch.setattr("hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28)
     interrupted(run, monkeypatch, 2)
-    monkeypatch.setattr("hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28 + more)
+    monkeypatch.setattr(
+        "hydra_pipe.reduction.solvers.common.base_bytes", lambda resident: 2**28 + more
+    )
     hydra_pipe.reduce(run)
     assert bases == [2**28, 2**28 + taken, 2**28 + taken]

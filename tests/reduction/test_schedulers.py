@@ -32,7 +32,7 @@ from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.executors import distributed
-from hydra_pipe.reduction.job import Job
+from hydra_pipe.reduction.job import ReductionJob
 from hydra_pipe.reduction.solvers import sums as sums_module
 from hydra_pipe.store.data import relevance
 from hydra_pipe.store.data.probes import WhichTests
@@ -75,16 +75,30 @@ class Cluster:
             "HYDRA_PIPE_TEST_HOLD": str(self.hold),
         }
         self._started: list[subprocess.Popen[bytes]] = []
-        self._start("scheduler", "--port", "0", "--scheduler-file", str(directory / "scheduler.json"))
+        self._start(
+            "scheduler", "--port", "0", "--scheduler-file", str(directory / "scheduler.json")
+        )
         file = directory / "scheduler.json"
-        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))  # it appears before it is written
+        until(
+            lambda: file.exists() and file.read_text().rstrip().endswith("}")
+        )  # it appears before it is written
         self.address: str = json.loads(file.read_text())["address"]
 
     def _start(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1", "--no-dashboard"]
+        command = [
+            sys.executable,
+            "-m",
+            "dask",
+            *arguments,
+            "--host",
+            "127.0.0.1",
+            "--no-dashboard",
+        ]
         with open(self._directory / f"{len(self._started)}.log", "wb") as log:
             # not where the test runs: only absolute paths lead to the run
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, cwd=self._directory)
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self._environment, cwd=self._directory
+            )
         self._started.append(process)
 
     def start_workers(self, n: int, *options: str) -> None:
@@ -109,7 +123,9 @@ class Cluster:
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     found = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        found.start_workers(2, "--memory-limit", "8GiB", "--preload", str(Path(__file__).parent / "hold.py"))
+        found.start_workers(
+            2, "--memory-limit", "8GiB", "--preload", str(Path(__file__).parent / "hold.py")
+        )
         found.wait_for_workers()
         yield found
     finally:
@@ -142,7 +158,9 @@ class Counted(Progress):
 
 def workers_left() -> list[psutil.Process]:
     """Processes that this one has started, but for the cluster above, and for multiprocessing's own, which stays until the end."""
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return [
+        child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())
+    ]
 
 
 def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
@@ -165,7 +183,12 @@ def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads", "processes", "address"])
 def test_relevance_is_the_oracles_on_any_scheduler(
-    recording: Path, truth: np.ndarray, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scheduler: str, order: str
+    recording: Path,
+    truth: np.ndarray,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: str,
+    order: str,
 ) -> None:
     if scheduler == "address":
         scheduler = request.getfixturevalue("two_workers").address
@@ -176,11 +199,15 @@ def test_relevance_is_the_oracles_on_any_scheduler(
     hydra_pipe.reduce("run", scheduler=scheduler, progress=progress)
     assert relative_error(read_relevance(recording), truth) < 1e-4
     assert progress.done == progress.total
-    assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1"), "where nothing is to do nothing is connected to"
+    assert not hydra_pipe.reduce("run", scheduler="127.0.0.1:1"), (
+        "where nothing is to do nothing is connected to"
+    )
     assert scheduler != "processes" or workers_left() == []
 
 
-def test_a_probe_is_answered_by_processes_as_in_this_one(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_is_answered_by_processes_as_in_this_one(
+    recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(recording.parent)
     in_order(monkeypatch, "score first")
     hydra_pipe.probe("run", images(7, 3), name="late", pipeline=conv_pipeline())
@@ -196,7 +223,12 @@ def test_a_probe_is_answered_by_processes_as_in_this_one(recording: Path, monkey
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("point", ["_add_scores", "_add", "write_relevance"])
 def test_a_worker_that_is_killed_costs_nothing_but_time(
-    recording: Path, truth: np.ndarray, two_workers: Cluster, monkeypatch: pytest.MonkeyPatch, order: str, point: str
+    recording: Path,
+    truth: np.ndarray,
+    two_workers: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    order: str,
+    point: str,
 ) -> None:
     """In the middle of its rows, of adding up, of writing: whatever it did is done again, from what is as it was."""
     in_order(monkeypatch, order)
@@ -232,14 +264,22 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
 def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
     """Few at once, in shares or not: the same total, and what it was made of as it was."""
     generator = np.random.default_rng(0)
-    partials = [(generator.random((20, 3), np.float32), generator.random((20, 2), np.float32)) for _ in range(7)]
+    partials = [
+        (generator.random((20, 3), np.float32), generator.random((20, 2), np.float32))
+        for _ in range(7)
+    ]
     before = [tuple(array.copy() for array in sums) for sums in partials]
     inputs = [delayed(sums, pure=False) for sums in partials]
     for n_chunks in (1, 3, 40):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sums_module, "SAMPLE_MULTIPLE", -(-20 // n_chunks))
-            job = Job(Path(), WhichTests(0), Path(), 20, (), None, None, None, None, in_place=False)  # type: ignore[arg-type] # the plan is not asked
-            found = [(share, sums.compute(scheduler="synchronous")) for share, sums in sums_module._totals(job, inputs, (100, 120))]
+            job = ReductionJob(
+                Path(), WhichTests(0), Path(), 20, (), None, None, None, None, in_place=False
+            )  # type: ignore[arg-type] # the plan is not asked
+            found = [
+                (share, sums.compute(scheduler="synchronous"))
+                for share, sums in sums_module._totals(job, inputs, (100, 120))
+            ]
         assert found[0][0][0] == 100
         assert found[-1][0][1] == 120
         for number, parts in enumerate(zip(*before, strict=True)):
@@ -250,7 +290,9 @@ def test_adding_up_for_a_cluster_changes_no_partial_sum() -> None:
             np.testing.assert_array_equal(array, same)
 
 
-def test_the_cluster_of_this_machine_is_stopped_after_an_error(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cluster_of_this_machine_is_stopped_after_an_error(
+    recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(executors, "n_cores", lambda: 1)
     (recording / "gradients.zarr" / "gradient" / "c" / "0" / "0").write_bytes(b"rotten" * 100)
     with pytest.raises(hydra_pipe.HydraError, match="is not readable"):
@@ -267,10 +309,22 @@ def test_an_interrupted_command_leaves_no_process_behind(recording: Path, tmp_pa
         "HYDRA_PIPE_TEST_HOLD": str(tmp_path / "hold"),
         "DASK_DISTRIBUTED__WORKER__PRELOAD": str(Path(__file__).parent / "hold.py"),
     }
-    command = [sys.executable, "-m", "hydra_pipe.cli.app", "reduce", str(recording), "--scheduler", "processes"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "hydra_pipe.cli.app",
+        "reduce",
+        str(recording),
+        "--scheduler",
+        "processes",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     try:
-        until(lambda: (tmp_path / "hold" / "_add_scores.pid").exists() or process.poll() is not None)
+        until(
+            lambda: (tmp_path / "hold" / "_add_scores.pid").exists() or process.poll() is not None
+        )
         assert process.poll() is None
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
@@ -296,7 +350,9 @@ def refused(recording: Path, address: str, **options: object) -> str:
 
 def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("tcp", "host", "tcp://", "tcp://host"):
-        with pytest.raises(UsageError, match=f"--scheduler {text} is unknown: choose one of threads, processes"):
+        with pytest.raises(
+            UsageError, match=f"--scheduler {text} is unknown: choose one of threads, processes"
+        ):
             hydra_pipe.reduce(recording, scheduler=text)
     monkeypatch.setattr(distributed, "CONNECT_SECONDS", 0.5)
     told = refused(recording, "tcp://127.0.0.1:1")
@@ -339,14 +395,20 @@ class Impostor:
 
 IMPOSTORS = {
     "silent": (Impostor, {}, "is not a Dask scheduler, what listens there does not talk as one"),
-    "web server": (Impostor, {"answer": b"HTTP/1.0 200 OK\r\n\r\n"}, "a web server listens there: if it is the dashboard of one"),
+    "web server": (
+        Impostor,
+        {"answer": b"HTTP/1.0 200 OK\r\n\r\n"},
+        "a web server listens there: if it is the dashboard of one",
+    ),
     "talks otherwise": (Impostor, {"first": b"SSH-2.0-OpenSSH_9.6\r\n"}, "tcp://127.0.0.1:"),
     "hangs up": (Impostor, {"closes": True}, "tcp://127.0.0.1:"),
 }
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)
-def test_what_is_no_scheduler_is_refused_within_seconds(recording: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_is_no_scheduler_is_refused_within_seconds(
+    recording: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     kind, options, message = IMPOSTORS[name]
     monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1.0)
     with kind(**options) as impostor:
@@ -357,18 +419,33 @@ def test_what_is_no_scheduler_is_refused_within_seconds(recording: Path, monkeyp
     assert "dask scheduler" in told
 
 
-def test_the_address_of_a_worker_and_of_a_dashboard_are_told(recording: Path, two_workers: Cluster) -> None:
+def test_the_address_of_a_worker_and_of_a_dashboard_are_told(
+    recording: Path, two_workers: Cluster
+) -> None:
     with Client(two_workers.address, set_as_default=False) as client:
         worker = next(iter(client.scheduler_info()["workers"]))
     assert "is not a Dask scheduler, a worker listens there" in refused(recording, worker)
-    with pytest.raises(UsageError, match=r"http://127\.0\.0\.1:8787 is a web address, such as that of a scheduler's dashboard"):
+    with pytest.raises(
+        UsageError,
+        match=r"http://127\.0\.0\.1:8787 is a web address, such as that of a scheduler's dashboard",
+    ):
         hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787")
 
 
 def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
     with Impostor() as impostor:
-        command = [sys.executable, "-m", "hydra_pipe.cli.app", "reduce", str(recording), "--scheduler", impostor.address]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        command = [
+            sys.executable,
+            "-m",
+            "hydra_pipe.cli.app",
+            "reduce",
+            str(recording),
+            "--scheduler",
+            impostor.address,
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        }
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         try:
             until(lambda: bool(impostor._open) or process.poll() is not None)
@@ -377,17 +454,24 @@ def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
             told = process.communicate(timeout=PATIENCE)[1]
             assert time.monotonic() - start < 3
             assert process.returncode == 130
-            assert told.splitlines() == ["hydra-pipe: interrupted: what is finished is kept, run the same command again to go on"]
+            assert told.splitlines() == [
+                "hydra-pipe: interrupted: what is finished is kept, run the same command again to go on"
+            ]
         finally:
             process.kill()
 
 
-def test_a_scheduler_without_workers_is_told(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_without_workers_is_told(
+    recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = Cluster(tmp_path)
     try:
         monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1.0)
         told = refused(recording, alone.address)
-        assert told == f"the scheduler at {alone.address} has no workers: start some with dask worker {alone.address}"
+        assert (
+            told
+            == f"the scheduler at {alone.address} has no workers: start some with dask worker {alone.address}"
+        )
     finally:
         alone.stop()
 
@@ -396,7 +480,10 @@ def test_workers_that_cannot_do_it_are_told(
     recording: Path, two_workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = Client.get_versions
-    for found, message in (("0.0.9", "has hydra-pipe 0.0.9, here it is 0.1.0"), (None, "has no hydra-pipe, here it is 0.1.0")):
+    for found, message in (
+        ("0.0.9", "has hydra-pipe 0.0.9, here it is 0.1.0"),
+        (None, "has no hydra-pipe, here it is 0.1.0"),
+    ):
 
         def of_another(*args: Any, found: str | None = found, **kwargs: Any) -> dict[str, Any]:
             told = versions(*args, **kwargs)
@@ -406,16 +493,24 @@ def test_workers_that_cannot_do_it_are_told(
         with monkeypatch.context() as patch:
             patch.setattr(Client, "get_versions", of_another)
             told = refused(recording, two_workers.address)
-            assert re.search(rf"worker tcp://\S+ {message}: install the same there as here, and start it again$", told)
+            assert re.search(
+                rf"worker tcp://\S+ {message}: install the same there as here, and start it again$",
+                told,
+            )
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "_PAUSE", 0.001)
         told = refused(recording, two_workers.address)
-        assert re.match(r"worker tcp://\S+ has a memory limit of 8 GiB, .* lower --memory to 8MiB", told)
+        assert re.match(
+            r"worker tcp://\S+ has a memory limit of 8 GiB, .* lower --memory to 8MiB", told
+        )
     # what they see is another run, or nothing: the store is elsewhere for them
     with monkeypatch.context() as patch:
         patch.setattr(Path, "absolute", lambda path: Path("/nowhere") / path.name)
         told = refused(recording, two_workers.address)
-        assert re.match(r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be on a file system", told)
+        assert re.match(
+            r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be on a file system",
+            told,
+        )
 
 
 def test_threads_need_no_distributed() -> None:

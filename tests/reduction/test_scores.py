@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_pipe.plan.layout import Block, Layout
-from hydra_pipe.reduction.scores import Scorer, decode_tests
 from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, segments_of
+from hydra_pipe.reduction.scores import Scorer, decode_tests
 
 EVERY = settings(max_examples=100, deadline=None)
 
@@ -74,7 +74,11 @@ class Stored:
 
 def stored_rows(layout: Layout, n_rows: int, dtype: str, generator: np.random.Generator) -> Stored:
     shape = (n_rows, layout.n_features)
-    values = generator.integers(-127, 128, shape) if dtype == "int8" else 1000 * generator.normal(size=shape)
+    values = (
+        generator.integers(-127, 128, shape)
+        if dtype == "int8"
+        else 1000 * generator.normal(size=shape)
+    )
     scale = 10.0 ** generator.uniform(-8, 2, (n_rows, len(layout.blocks)))
     return Stored(values.astype(dtype), scale.astype(np.float32))
 
@@ -89,7 +93,9 @@ class Case:
     def scores(self, features_at_once: int) -> np.ndarray:
         segments = segments_of(self.layout)
         tests = decode_tests(self.tests.values, self.tests.scale, segments)
-        return Scorer(tests, segments, self.layout.n_features, features_at_once)(self.read, self.weight)
+        return Scorer(tests, segments, self.layout.n_features, features_at_once)(
+            self.read, self.weight
+        )
 
     def read(self, first: int, last: int) -> np.ndarray:
         assert 0 <= first < last <= self.layout.n_features
@@ -103,7 +109,11 @@ class Case:
         for i in range(result.shape[0]):
             for j in range(result.shape[1]):
                 for b, block in enumerate(self.layout.blocks):
-                    terms = alpha[i, b] * self.rows.gradient(block, b, i) * self.tests.gradient(block, b, j)
+                    terms = (
+                        alpha[i, b]
+                        * self.rows.gradient(block, b, i)
+                        * self.tests.gradient(block, b, j)
+                    )
                     result[i, j] += terms.sum()
                     size[i, j] += np.abs(terms).sum()
         return result, size
@@ -113,15 +123,24 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     layout = draw(layouts())
     generator = np.random.default_rng(draw(st.integers(0, 10_000)))
-    rows = stored_rows(layout, draw(st.integers(1, 4)), draw(st.sampled_from(["float16", "int8", "float32"])), generator)
-    tests = stored_rows(layout, draw(st.integers(1, 3)), draw(st.sampled_from(["float16", "float32"])), generator)
+    rows = stored_rows(
+        layout,
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["float16", "int8", "float32"])),
+        generator,
+    )
+    tests = stored_rows(
+        layout, draw(st.integers(1, 3)), draw(st.sampled_from(["float16", "float32"])), generator
+    )
     weight = (generator.normal(size=rows.scale.shape) * rows.scale).astype(np.float32)
     return Case(layout, rows, tests, weight)
 
 
 @EVERY
 @given(case=cases(), data=st.data())
-def test_scores_are_inner_products_of_the_gradients_written_out(case: Case, data: st.DataObject) -> None:
+def test_scores_are_inner_products_of_the_gradients_written_out(
+    case: Case, data: st.DataObject
+) -> None:
     features_at_once = data.draw(st.integers(1, case.layout.n_features + 2))
     truth, size = case.truth()
     found = case.scores(features_at_once)
@@ -132,7 +151,9 @@ def test_scores_are_inner_products_of_the_gradients_written_out(case: Case, data
 
 @EVERY
 @given(case=cases(), data=st.data())
-def test_scores_are_independent_of_the_features_read_at_once(case: Case, data: st.DataObject) -> None:
+def test_scores_are_independent_of_the_features_read_at_once(
+    case: Case, data: st.DataObject
+) -> None:
     features_at_once = data.draw(st.integers(1, case.layout.n_features))
     _, size = case.truth()
     whole = case.scores(case.layout.n_features)
@@ -152,7 +173,9 @@ def test_every_column_is_read_once_in_order(case: Case, data: st.DataObject) -> 
         return case.read(first, last)
 
     Scorer(tests, segments, case.layout.n_features, features_at_once)(read, case.weight)
-    assert [c for first, last in seen for c in range(first, last)] == list(range(case.layout.n_features))
+    assert [c for first, last in seen for c in range(first, last)] == list(
+        range(case.layout.n_features)
+    )
     assert all(last - first <= features_at_once for first, last in seen)
 
 
@@ -173,7 +196,9 @@ def test_each_row_has_its_scores_whatever_is_read_beside_it(case: Case) -> None:
     together = case.scores(case.layout.n_features)
     for i in range(len(case.weight)):
         rows = Stored(case.rows.values[i : i + 1], case.rows.scale[i : i + 1])
-        alone = Case(case.layout, rows, case.tests, case.weight[i : i + 1]).scores(case.layout.n_features)
+        alone = Case(case.layout, rows, case.tests, case.weight[i : i + 1]).scores(
+            case.layout.n_features
+        )
         assert np.all(np.abs(alone[0] - together[i]) <= 1e-5 * size[i])
 
 
@@ -196,7 +221,9 @@ def blocks_in(segment: Segment) -> list[int]:
 @given(layouts())
 def test_every_block_is_in_one_segment_with_its_own_columns(layout: Layout) -> None:
     segments = segments_of(layout)
-    assert sorted(b for segment in segments for b in blocks_in(segment)) == list(range(len(layout.blocks)))
+    assert sorted(b for segment in segments for b in blocks_in(segment)) == list(
+        range(len(layout.blocks))
+    )
     for segment in segments:
         if isinstance(segment, FactoredSegment):
             weight = layout.blocks[segment.weight]
@@ -204,7 +231,9 @@ def test_every_block_is_in_one_segment_with_its_own_columns(layout: Layout) -> N
             if segment.bias is not None:
                 assert layout.blocks[segment.bias].columns == weight.columns
         else:
-            assert [layout.blocks[index].columns for index, _ in segment.blocks] == [c for _, c in segment.blocks]
+            assert [layout.blocks[index].columns for index, _ in segment.blocks] == [
+                c for _, c in segment.blocks
+            ]
 
 
 @EVERY

@@ -21,9 +21,8 @@ from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunErr
 from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store.data import save_interval as pace
-from hydra_pipe.store.run.manifest import stage_runner
+from hydra_pipe.store.run.manifest import RunDirectory, stage_runner
 from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.batches import epoch_order
 
@@ -31,18 +30,33 @@ N_TRAIN, N_TEST, BATCH, EPOCHS = 14, 5, 5, 3
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def small(optimizer: Optimizer, dropout: float = 0.0, clip: float | None = None, cosine: bool = False, **changes: Any) -> Pipeline:
+def small(
+    optimizer: Optimizer,
+    dropout: float = 0.0,
+    clip: float | None = None,
+    cosine: bool = False,
+    **changes: Any,
+) -> Pipeline:
     """A small MLP in float64."""
     torch.manual_seed(3)
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 4)).double()
+    layers = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 4)
+    ).double()
     own = optimizer(layers)
     data = [
         TensorDataset(inputs.double(), targets)
         for inputs, targets in (images(n, i, 4).tensors for i, n in ((1, N_TRAIN), (2, N_TEST)))
     ]
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(own, 12) if cosine else None
-    options = {"batch_size": BATCH, "epochs": EPOCHS, "scheduler": scheduler, "max_grad_norm": clip} | changes
-    return Pipeline(model=layers, optimizer=own, loss=cross_entropy, train=data[0], test=data[1], **options)  # type: ignore[arg-type]
+    options = {
+        "batch_size": BATCH,
+        "epochs": EPOCHS,
+        "scheduler": scheduler,
+        "max_grad_norm": clip,
+    } | changes
+    return Pipeline(
+        model=layers, optimizer=own, loss=cross_entropy, train=data[0], test=data[1], **options
+    )  # type: ignore[arg-type]
 
 
 def losses_of(pipeline: Pipeline, weight: Tensor) -> np.ndarray:
@@ -52,7 +66,9 @@ def losses_of(pipeline: Pipeline, weight: Tensor) -> np.ndarray:
     for epoch in range(pipeline.epochs):
         for ids in epoch_order(pipeline, epoch):
             pipeline.model.zero_grad()
-            (weight[ids] * pipeline.loss(pipeline.model(inputs[ids]), targets[ids])).mean().backward()
+            (
+                weight[ids] * pipeline.loss(pipeline.model(inputs[ids]), targets[ids])
+            ).mean().backward()
             if pipeline.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
             pipeline.optimizer.step()
@@ -90,7 +106,10 @@ def adam(kind: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
 def two_groups(model: nn.Module) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    return torch.optim.SGD([{"params": weights, "momentum": 0.8, "nesterov": True}, {"params": others, "lr": 0.05}], lr=0.2)
+    return torch.optim.SGD(
+        [{"params": weights, "momentum": 0.8, "nesterov": True}, {"params": others, "lr": 0.05}],
+        lr=0.2,
+    )
 
 
 def part_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -101,15 +120,21 @@ CASES: dict[str, Callable[[], Pipeline]] = {
     "plain": lambda: small(sgd()),
     "momentum and decay": lambda: small(sgd(momentum=0.9, weight_decay=0.01, lr=0.1)),
     "dampening": lambda: small(sgd(momentum=0.8, dampening=0.3)),
-    "nesterov, cosine": lambda: small(sgd(momentum=0.8, nesterov=True, weight_decay=0.02, lr=0.1), cosine=True),
+    "nesterov, cosine": lambda: small(
+        sgd(momentum=0.8, nesterov=True, weight_decay=0.02, lr=0.1), cosine=True
+    ),
     "clipped": lambda: small(sgd(momentum=0.9, weight_decay=0.01), clip=0.3),
     "clipped, a part is trained": lambda: small(part_of, clip=0.3),
     "two groups, clipped now and then": lambda: small(two_groups, clip=0.8),
     "dropout": lambda: small(sgd(momentum=0.5), dropout=0.4),
     "Adam": lambda: small(adam(torch.optim.Adam)),
-    "Adam, coupled decay": lambda: small(adam(torch.optim.Adam, weight_decay=0.05, betas=(0.8, 0.95))),
+    "Adam, coupled decay": lambda: small(
+        adam(torch.optim.Adam, weight_decay=0.05, betas=(0.8, 0.95))
+    ),
     "AdamW": lambda: small(adam(torch.optim.AdamW, weight_decay=0.1)),
-    "AdamW, clipped, dropout": lambda: small(adam(torch.optim.AdamW, weight_decay=0.1), clip=0.3, dropout=0.3, cosine=True),
+    "AdamW, clipped, dropout": lambda: small(
+        adam(torch.optim.AdamW, weight_decay=0.1), clip=0.3, dropout=0.3, cosine=True
+    ),
 }
 
 
@@ -117,12 +142,16 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
     if not run.exists():
         hydra_pipe.record(build(), run)
     hydra_pipe.reduce(run, method="hydra-exact", pipeline=build(), **options)
-    name = str(ResultName("hydra-exact", options.get("by"), options.get("upto"), options.get("rank")))
+    name = str(
+        ResultName("hydra-exact", options.get("by"), options.get("upto"), options.get("rank"))
+    )
     return np.asarray(hydra_pipe.open_run(run).relevance(name))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_relevance_is_that_of_finite_differences_of_training(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relevance_is_that_of_finite_differences_of_training(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # the store keeps float32: the sums themselves are held against the differences
     sums: list[np.ndarray] = []
     real = solver.Replay._sweep
@@ -140,11 +169,15 @@ def test_relevance_is_that_of_finite_differences_of_training(case: str, tmp_path
 
 def test_the_derivative_of_clipping_matters(tmp_path: Path) -> None:
     """Without it the case above would not see it: it is no rounding."""
-    clipped, free = (exact(CASES[case], tmp_path / case) for case in ("clipped", "momentum and decay"))
+    clipped, free = (
+        exact(CASES[case], tmp_path / case) for case in ("clipped", "momentum and decay")
+    )
     assert relative_error(clipped, free) > 0.1
 
 
-def test_adams_second_moment_is_differentiated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adams_second_moment_is_differentiated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = exact(CASES["AdamW"], tmp_path / "whole")
     real = solver.ExactSweep._through_optimizer
 
@@ -174,8 +207,13 @@ def test_relevance_is_that_of_the_papers_forward_form(tmp_path: Path) -> None:
 
             def loss(flat: Tensor) -> Tensor:
                 pieces = torch.split(flat, [p.numel() for p in model.parameters()])
-                own = {n: piece.view_as(p) for n, piece, p in zip(names, pieces, model.parameters(), strict=True)}
-                return cross_entropy(torch.func.functional_call(model, own, (inputs[ids],)), targets[ids]).mean()  # noqa: B023
+                own = {
+                    n: piece.view_as(p)
+                    for n, piece, p in zip(names, pieces, model.parameters(), strict=True)
+                }
+                return cross_entropy(
+                    torch.func.functional_call(model, own, (inputs[ids],)), targets[ids]
+                ).mean()
 
             hessians.append(torch.autograd.functional.hessian(loss, values))
             yield ids, inputs[ids], targets[ids]
@@ -212,7 +250,9 @@ def planned(patch: pytest.MonkeyPatch, **changes: Any) -> None:
         {"at_once": 3, "columns": ((0, 3), (3, 6), (6, 7))},
     ],
 )
-def test_any_division_of_the_work_gives_the_same(run: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_division_of_the_work_gives_the_same(
+    run: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = exact(conv_pipeline, run)
     planned(monkeypatch, **changes)
     assert relative_error(exact(conv_pipeline, run, overwrite=True), expected) < 1e-4  # float32
@@ -224,7 +264,9 @@ class InterruptedHereError(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 11, 15, 23])
-def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_in_its_middle_to_the_same_bytes(
+    run: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned(monkeypatch, columns=((0, 4), (4, 7)), most_states=3, levels=3)
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
@@ -242,15 +284,23 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(run: Path, after: int, monke
         with pytest.raises(InterruptedHereError):
             exact(conv_pipeline, run)
     again: list[int] = []
-    monkeypatch.setattr(solver.ExactSweep, "step", lambda self, given: (again.append(given.number), real(self, given)))
+    monkeypatch.setattr(
+        solver.ExactSweep,
+        "step",
+        lambda self, given: (again.append(given.number), real(self, given)),
+    )
     assert np.array_equal(exact(conv_pipeline, run), expected)
     assert len(again) == 24 - after  # twelve steps of two blocks
     assert not list((run / "relevance.zarr").rglob("sweep-*"))
     assert hydra_pipe.verify(run) == []
 
 
-@pytest.mark.parametrize(("method", "rank"), [("hydra-fisher", None), ("hydra-exact", None), ("hydra-exact", 3)])
-def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method: str, rank: int | None) -> None:
+@pytest.mark.parametrize(
+    ("method", "rank"), [("hydra-fisher", None), ("hydra-exact", None), ("hydra-exact", 3)]
+)
+def test_what_passes_found_is_told_where_only_the_end_is_left(
+    run: Path, method: str, rank: int | None
+) -> None:
     hydra_pipe.reduce(run, method="hydra-fisher")
     other = Path(shutil.copytree(run, run.with_name("other")))
     stage = REDUCE.of(ResultName(method, rank=rank))
@@ -272,12 +322,18 @@ def test_what_passes_found_is_told_where_only_the_end_is_left(run: Path, method:
             reduce(run, overwrite=True)
     reduce(run)
     found, expected = (RunDirectory.open(path).stages[stage].facts for path in (run, other))
-    facts = {"curvature_left"} if method == "hydra-fisher" else {"loss_difference"} | ({"gradients_held"} if rank else set())
+    facts = (
+        {"curvature_left"}
+        if method == "hydra-fisher"
+        else {"loss_difference"} | ({"gradients_held"} if rank else set())
+    )
     assert {name: found.get(name) for name in facts} == {name: expected[name] for name in facts}
     assert hydra_pipe.verify(run) == []
 
 
-def test_a_rank_goes_on_with_the_directions_that_it_began_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_goes_on_with_the_directions_that_it_began_with(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Singular vectors have no sign of their own: another machine, or number of threads, may find the other one."""
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
@@ -307,7 +363,12 @@ def test_means_and_selections_are_those_of_the_columns(run: Path) -> None:
     whole = exact(conv_pipeline, run)
     labels = np.asarray(hydra_pipe.open_run(run).gradients.labels("test"))
     by_label = exact(conv_pipeline, run, by="label")
-    assert relative_error(by_label, np.stack([whole[:, labels == k].mean(1) for k in np.unique(labels)], axis=1)) < 1e-5
+    assert (
+        relative_error(
+            by_label, np.stack([whole[:, labels == k].mean(1) for k in np.unique(labels)], axis=1)
+        )
+        < 1e-5
+    )
     assert relative_error(exact(conv_pipeline, run, by="mean")[:, 0], whole.mean(1)) < 1e-5
     some = exact(conv_pipeline, run, tests="1-2,5", overwrite=True)
     assert relative_error(some, whole[:, [1, 2, 5]]) < 1e-5
@@ -332,7 +393,11 @@ def test_of_the_first_steps_is_a_shorter_training(tmp_path: Path) -> None:
             pipeline.optimizer.step()
             pipeline.scheduler.step()
         with torch.no_grad():
-            losses.append(pipeline.loss(pipeline.model.eval()(pipeline.test.tensors[0]), pipeline.test.tensors[1]).numpy())
+            losses.append(
+                pipeline.loss(
+                    pipeline.model.eval()(pipeline.test.tensors[0]), pipeline.test.tensors[1]
+                ).numpy()
+            )
     assert relative_error(found[3], (losses[0] - losses[1]) / 0.002) < 0.01
 
 
@@ -357,7 +422,9 @@ def test_a_rank_computes_the_approximation_that_it_needs(run: Path) -> None:
 # ---------------------------------------------------------------------- what cannot be
 
 
-def test_without_batching_rules_it_goes_one_by_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_batching_rules_it_goes_one_by_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = exact(conv_pipeline, run)
     real = torch.autograd.grad
 
@@ -392,14 +459,19 @@ def test_a_model_that_has_no_second_derivative_is_told(tmp_path: Path) -> None:
         pipeline.model[2] = OnceDifferentiable()  # type: ignore[operator]
         return pipeline
 
-    with pytest.raises(PipelineError, match=r"cannot be differentiated twice, which hydra-exact needs .* hydra-fisher"):
+    with pytest.raises(
+        PipelineError,
+        match=r"cannot be differentiated twice, which hydra-exact needs .* hydra-fisher",
+    ):
         exact(build, tmp_path / "run")
 
 
 def test_another_training_is_refused_at_its_first_step(run: Path) -> None:
     other = conv_pipeline()
     other.train = TensorDataset(other.train.tensors[0] + 1, other.train.tensors[1])
-    with pytest.raises(RunError, match=r"the loss of step 0 is .* now, and was .* when it was recorded"):
+    with pytest.raises(
+        RunError, match=r"the loss of step 0 is .* now, and was .* when it was recorded"
+    ):
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=other)
     other = conv_pipeline()
     other.test = TensorDataset(other.test.tensors[0] + 1, other.test.tensors[1])
@@ -409,13 +481,18 @@ def test_another_training_is_refused_at_its_first_step(run: Path) -> None:
     trained.model.load_state_dict(torch.load(run / "checkpoints/final.pt"))
     with pytest.raises(RunError, match="Is the Pipeline newly built"):
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=trained)
-    with pytest.raises(RunError, match="was recorded with epochs 3, and the pipeline has 2: it is another one"):
+    with pytest.raises(
+        RunError, match="was recorded with epochs 3, and the pipeline has 2: it is another one"
+    ):
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=conv_pipeline(epochs=2))
 
 
 def test_what_it_cannot_do_is_refused(run: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"scheduler": "processes"}, "--scheduler processes: hydra-exact trains again, in this process"),
+        (
+            {"scheduler": "processes"},
+            "--scheduler processes: hydra-exact trains again, in this process",
+        ),
         ({"keep_hypergradients": True}, "--keep-hypergradients is for --method hydra"),
         ({"chunks": "64x64"}, "--chunks is for --method hydra"),
         ({"rank": 0}, "--rank 0: give 1 or more"),
@@ -429,14 +506,19 @@ def test_what_it_cannot_do_is_refused(run: Path, tmp_path: Path) -> None:
         hydra_pipe.reduce(run, pipeline=conv_pipeline())
     with pytest.raises(RunError, match=r"hydra-exact trains again, and needs that\. Give it as"):
         hydra_pipe.reduce(run, method="hydra-exact")
-    with pytest.raises(BudgetError, match=r"hydra-exact of one column, 12 steps of .* needs .* raise --memory to \d+MiB"):
+    with pytest.raises(
+        BudgetError,
+        match=r"hydra-exact of one column, 12 steps of .* needs .* raise --memory to \d+MiB",
+    ):
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=conv_pipeline(), memory="30MiB")
 
 
 def test_half_precision_is_refused(tmp_path: Path) -> None:
     pipeline = small(sgd())
     pipeline.model.bfloat16()
-    with pytest.raises(PipelineError, match=r"parameters of torch\.bfloat16: hydra-exact needs float32 or float64"):
+    with pytest.raises(
+        PipelineError, match=r"parameters of torch\.bfloat16: hydra-exact needs float32 or float64"
+    ):
         solver.moving(pipeline)
 
 
@@ -444,5 +526,7 @@ def test_an_optimizer_of_ones_own_is_refused() -> None:
     class Own(torch.optim.SGD):
         pass
 
-    with pytest.raises(OptimizerError, match="hydra-exact differentiates SGD, Adam, AdamW, not Own"):
+    with pytest.raises(
+        OptimizerError, match="hydra-exact differentiates SGD, Adam, AdamW, not Own"
+    ):
         solver.moving(small(lambda model: Own(model.parameters(), lr=0.1)))

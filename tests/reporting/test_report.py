@@ -26,12 +26,25 @@ from hydra_pipe.reporting import gathering as gathering_module
 from hydra_pipe.reporting import page as page_module
 from hydra_pipe.reporting import run as run_module
 from hydra_pipe.reporting.choice import interesting
-from hydra_pipe.reporting.drawing import MOST_CHARACTERS, Cells, Picture, Text, by_kind, rendered, visible
+from hydra_pipe.reporting.drawing import (
+    MOST_CHARACTERS,
+    Cells,
+    Picture,
+    Text,
+    by_kind,
+    rendered,
+    visible,
+)
 from hydra_pipe.reporting.findings import findings
 from hydra_pipe.reporting.page import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
-from hydra_pipe.store.data.relevance import Columns, create_relevance, read_relevance, write_relevance
+from hydra_pipe.store.data.relevance import (
+    ResultColumns,
+    create_relevance,
+    read_relevance,
+    write_relevance,
+)
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EVALUATE, EXPORT, RECORD, REDUCE, REPORT
 
@@ -86,7 +99,9 @@ class Cards(HTMLParser):
     seed=st.integers(0, 99),
     count=st.integers(1, 30),
 )
-def test_wrong_ones_come_first_and_places_are_filled_once(losses: list[float], share: float, seed: int, count: int) -> None:
+def test_wrong_ones_come_first_and_places_are_filled_once(
+    losses: list[float], share: float, seed: int, count: int
+) -> None:
     values = np.array(losses)
     wrong = np.random.default_rng(seed).random(len(values)) < share
     chosen = interesting(values, wrong, count)
@@ -106,36 +121,55 @@ def test_findings_are_those_of_the_whole_matrix_whatever_is_read_at_once(
 ) -> None:
     generator = np.random.default_rng(seed)
     values = generator.choice([-2.0, -0.5, 0.0, 0.25, 3.0], (15, 9)).astype(np.float32)
-    train, test = generator.choice(["cat", "dog", "eel"], 15).astype(object), generator.integers(0, 2, 9)
+    train, test = (
+        generator.choice(["cat", "dog", "eel"], 15).astype(object),
+        generator.integers(0, 2, 9),
+    )
     attributes = {names.METHOD: "hydra", names.SIGN: "s", names.UNIT: "u"}
     place = tmp_path_factory.mktemp("relevance") / "relevance.zarr"
-    array = create_relevance(place, "hydra", attributes, 15, Columns(((0, 9),)), 9, "0")
+    array = create_relevance(place, "hydra", attributes, 15, ResultColumns(((0, 9),)), 9, "0")
     write_relevance(array, 0, 0, values)
     found = findings(array, [4, 1], 3, train, test, width, Task())
-    np.testing.assert_allclose(found.sums, read_relevance(array, slice(None)).sum(axis=1, dtype=np.float64))
+    np.testing.assert_allclose(
+        found.sums, read_relevance(array, slice(None)).sum(axis=1, dtype=np.float64)
+    )
     for column, (helpful, harmful) in zip([4, 1], found.sides, strict=True):
-        best = sorted((i for i in range(15) if values[i, column] > 0), key=lambda i: (-values[i, column], i))[:3]
-        worst = sorted((i for i in range(15) if values[i, column] < 0), key=lambda i: (values[i, column], i))[:3]
+        best = sorted(
+            (i for i in range(15) if values[i, column] > 0), key=lambda i: (-values[i, column], i)
+        )[:3]
+        worst = sorted(
+            (i for i in range(15) if values[i, column] < 0), key=lambda i: (values[i, column], i)
+        )[:3]
         assert (helpful.ids.tolist(), harmful.ids.tolist()) == (best, worst)
         assert (helpful.relevance > 0).all()
         assert (harmful.relevance < 0).all()
     assert found.classes is not None
     for i, a in enumerate(found.classes.train):
         for j, b in enumerate(found.classes.test):
-            assert found.classes.means[i, j] == pytest.approx(values[np.ix_(train == a, test == b)].mean(), abs=1e-6)
+            assert found.classes.means[i, j] == pytest.approx(
+                values[np.ix_(train == a, test == b)].mean(), abs=1e-6
+            )
     d = found.distribution
-    assert (d.helpful, d.harmful, d.zeros) == ((values > 0).sum(), (values < 0).sum(), (values == 0).sum())
+    assert (d.helpful, d.harmful, d.zeros) == (
+        (values > 0).sum(),
+        (values < 0).sum(),
+        (values == 0).sum(),
+    )
     edges, up, down = d.bins()
     for low, n_up, n_down in zip(edges, up, down, strict=True):
         assert n_up == ((values >= low) & (values < 2 * low)).sum()
         assert n_down == ((-values >= low) & (-values < 2 * low)).sum()
 
 
-def test_the_labels_that_most_samples_have_stand_for_all_where_they_are_many(tmp_path: Path) -> None:
+def test_the_labels_that_most_samples_have_stand_for_all_where_they_are_many(
+    tmp_path: Path,
+) -> None:
     values = np.arange(60, dtype=np.float32)[:, None]
     train = np.array([0] * 30 + list(range(1, 31)))
     attributes = {names.METHOD: "hydra", names.SIGN: "s", names.UNIT: "u"}
-    array = create_relevance(tmp_path / "relevance.zarr", "hydra", attributes, 60, Columns(((0, 1),)), 1, "0")
+    array = create_relevance(
+        tmp_path / "relevance.zarr", "hydra", attributes, 60, ResultColumns(((0, 1),)), 1, "0"
+    )
     write_relevance(array, 0, 0, values)
     found = findings(array, [], 3, train, np.array([5]), 1, Task()).classes
     assert found is not None
@@ -195,7 +229,9 @@ def test_render_may_return_images_texts_and_mappings_and_nothing_else() -> None:
     for wrong in (None, 3.5, torch.rand(5), [1, 2]):
         with pytest.raises(PipelineError, match="render returned"):
             rendered(wrong)
-    with pytest.raises(PipelineError, match=r"the pipeline's render is int 3: it must be a function"):
+    with pytest.raises(
+        PipelineError, match=r"the pipeline's render is int 3: it must be a function"
+    ):
         conv_pipeline(render=3)
 
 
@@ -213,7 +249,10 @@ def test_values_are_aligned_and_signed() -> None:
 def test_a_run_without_a_known_pipeline_is_reported_by_ids_and_says_why(run: Path) -> None:
     progress = Saying()
     assert hydra_pipe.report(run, progress=progress)
-    assert any("by id and label only" in line and "from a Pipeline object" in line for line in progress.said)
+    assert any(
+        "by id and label only" in line and "from a Pipeline object" in line
+        for line in progress.said
+    )
     html = text_of(run)
     assert "Samples are shown by id and label only" in html
     cards = Cards(html)
@@ -223,7 +262,10 @@ def test_a_run_without_a_known_pipeline_is_reported_by_ids_and_says_why(run: Pat
     for test, train in cards.found:
         column = relevance[:, test]
         order = np.argsort(-column, kind="stable").tolist()
-        assert train == [*[i for i in order if column[i] > 0][:5], *[i for i in order[::-1] if column[i] < 0][:5]]
+        assert train == [
+            *[i for i in order if column[i] > 0][:5],
+            *[i for i in order[::-1] if column[i] < 0][:5],
+        ]
     assert not hydra_pipe.report(run)
 
 
@@ -313,7 +355,9 @@ def test_a_page_of_another_relevance_is_stale_and_goes_with_a_damaged_one(run: P
     assert not (run / "report.html").exists()
 
 
-def test_a_report_that_fails_leaves_the_page_that_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_fails_leaves_the_page_that_was_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hydra_pipe.report(run)
     before = text_of(run)
 
@@ -330,7 +374,9 @@ def test_a_report_that_fails_leaves_the_page_that_was_there(run: Path, monkeypat
     assert text_of(run) == before  # the same bytes for the same run
 
 
-def test_a_page_stays_below_its_size_and_says_what_it_leaves_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_stays_below_its_size_and_says_what_it_leaves_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = conv_pipeline(render=lambda _: "word " * 2000)
     hydra_pipe.report(run, pipeline=pipeline)
     whole = len(text_of(run).encode())
@@ -338,7 +384,12 @@ def test_a_page_stays_below_its_size_and_says_what_it_leaves_out(run: Path, monk
     original = page_module.page_of
     monkeypatch.setattr(page_module, "page_of", lambda content: original(content, most))
     progress = Saying()
-    hydra_pipe.report(run, pipeline=conv_pipeline(render=lambda _: "word " * 2000), overwrite=True, progress=progress)
+    hydra_pipe.report(
+        run,
+        pipeline=conv_pipeline(render=lambda _: "word " * 2000),
+        overwrite=True,
+        progress=progress,
+    )
     html = text_of(run)
     assert len(html.encode()) <= most
     assert 0 < len(Cards(html).found) < 7
@@ -416,7 +467,15 @@ def test_samples_of_other_data_are_told(run: Path) -> None:
 
 
 def test_what_weakens_a_result_is_said() -> None:
-    calm = {"method": "hydra", "rank": None, "upto": None, "record": {}, "reduce": {}, "n_samples": 9, "n_rows": 9}
+    calm = {
+        "method": "hydra",
+        "rank": None,
+        "upto": None,
+        "record": {},
+        "reduce": {},
+        "n_samples": 9,
+        "n_rows": 9,
+    }
     calm |= {"unvisited": 0, "projected": 0, "n_blocks": 4, "strange": 0}
     assert warnings(Circumstances(**calm)) == []
     for change, words in (
@@ -435,7 +494,9 @@ def test_what_weakens_a_result_is_said() -> None:
     assert warnings(Circumstances(**(calm | strange))) == []
 
 
-def test_an_own_loop_that_tells_no_loss_and_a_sample_that_was_never_met(tmp_path: Path, recorded: Callable[..., Path]) -> None:
+def test_an_own_loop_that_tells_no_loss_and_a_sample_that_was_never_met(
+    tmp_path: Path, recorded: Callable[..., Path]
+) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -443,7 +504,9 @@ def test_an_own_loop_that_tells_no_loss_and_a_sample_that_was_never_met(tmp_path
     recorder = hydra_pipe.Recorder(model, optimizer, tmp_path / "run", n_samples=10)
     for ids in (range(4), range(4, 8)):
         with recorder.step(ids):
-            torch.nn.functional.cross_entropy(model(x[ids.start : ids.stop]), y[ids.start : ids.stop]).backward()
+            torch.nn.functional.cross_entropy(
+                model(x[ids.start : ids.stop]), y[ids.start : ids.stop]
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
     recorder.record_test([(x, y)], torch.nn.functional.cross_entropy)
@@ -456,12 +519,16 @@ def test_an_own_loop_that_tells_no_loss_and_a_sample_that_was_never_met(tmp_path
     assert "Labels of the training samples or of the test samples are not known" in html
 
 
-def test_the_command_says_where_the_page_is_and_what_is_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_says_where_the_page_is_and_what_is_missing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = CliRunner().invoke(app, ["report", str(run), "--top", "2"])
     assert (done.exit_code, done.stdout) == (0, f"{run}: reported; open {run}/report.html\n")
     again = CliRunner().invoke(app, ["report", str(run), "--top", "2"])
     assert "already, nothing to do" in again.stdout
-    tight = CliRunner().invoke(app, ["report", str(run), "--top", "2", "--overwrite", "--memory", "1MiB"])
+    tight = CliRunner().invoke(
+        app, ["report", str(run), "--top", "2", "--overwrite", "--memory", "1MiB"]
+    )
     assert tight.exit_code == 1
     assert "raise --memory to" in tight.stderr
     monkeypatch.setattr(run_module, "_NEEDED", ("matplotlib", "no_such_package"))

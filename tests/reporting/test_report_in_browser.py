@@ -15,15 +15,27 @@ from support.pipelines import conv_pipeline
 import hydra_pipe
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe_api = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+axe_api = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium: apt-get install chromium"
+)
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 SHIPPED: dict[str, dict[str, Any]] = {
     "digits.py": {"epochs": 2, "noise": 0.1, "lr": 0.2},
     "fashion_mnist.py": {"data": "fashion-mnist", "n_train": 320, "n_test": 40, "epochs": 1},
-    "shakespeare.py": {"data": "text", "n_train": 64, "n_test": 8, "epochs": 1, "layers": 2, "width": 32, "context": 64},
+    "shakespeare.py": {
+        "data": "text",
+        "n_train": 64,
+        "n_test": 8,
+        "epochs": 1,
+        "layers": 2,
+        "width": 32,
+        "context": 64,
+    },
     "adult.py": {"data": "tabular", "n_train": 500, "n_test": 40, "epochs": 1},
 }
 
@@ -37,7 +49,9 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, file: Path, viewport: dict[str, int], scheme: str = "light") -> Iterator[Any]:
+def opened(
+    browser: Any, file: Path, viewport: dict[str, int], scheme: str = "light"
+) -> Iterator[Any]:
     """The page, from the disk. Afterwards nothing may have been said on the console, or asked of anyone."""
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
     page = context.new_page()
@@ -48,7 +62,11 @@ def opened(browser: Any, file: Path, viewport: dict[str, int], scheme: str = "li
     context.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
     yield page
-    outside = [url for url in asked if url.partition("#")[0] != file.as_uri() and not url.startswith("data:")]
+    outside = [
+        url
+        for url in asked
+        if url.partition("#")[0] != file.as_uri() and not url.startswith("data:")
+    ]
     context.close()
     assert said == []
     assert outside == []
@@ -64,7 +82,9 @@ def check_looks(page: Any) -> None:
 
 def shown(page: Any, part: str) -> list[str]:
     """Ids of what a list shows, in its order."""
-    return page.eval_on_selector_all(f"#{part} [data-item]", "all => all.filter(e => e.checkVisibility()).map(e => e.dataset.id)")
+    return page.eval_on_selector_all(
+        f"#{part} [data-item]", "all => all.filter(e => e.checkVisibility()).map(e => e.dataset.id)"
+    )
 
 
 def use_every_control(page: Any) -> None:
@@ -86,10 +106,15 @@ def use_every_control(page: Any) -> None:
         assert shown(page, part) == before
         for name in ("label", "outcome"):
             select = form.locator(f"[name={name}]")
-            for value in select.locator("option").evaluate_all("all => all.map(o => o.value)")[1:3] if select.count() else []:
+            for value in (
+                select.locator("option").evaluate_all("all => all.map(o => o.value)")[1:3]
+                if select.count()
+                else []
+            ):
                 select.select_option(value)
                 kept = page.eval_on_selector_all(
-                    f"#{part} [data-item]", f"all => all.filter(e => e.checkVisibility()).map(e => e.dataset.{name})"
+                    f"#{part} [data-item]",
+                    f"all => all.filter(e => e.checkVisibility()).map(e => e.dataset.{name})",
                 )
                 assert set(kept) <= {value}
                 assert f"{len(kept)} of {len(before)}" in form.locator(".count").inner_text()
@@ -101,7 +126,9 @@ def use_every_control(page: Any) -> None:
         assert shown(page, part) == before
     sort = page.locator("#tests [name=sort]")
     sort.select_option("-loss")
-    losses = page.eval_on_selector_all("#tests [data-item]", "all => all.map(e => Number(e.dataset.loss))")
+    losses = page.eval_on_selector_all(
+        "#tests [data-item]", "all => all.map(e => Number(e.dataset.loss))"
+    )
     assert losses == sorted(losses, reverse=True)
     train = page.locator("#tests li[data-train]").first.get_attribute("data-train")
     page.locator("#tests [name=search]").fill(f"#{train}")
@@ -111,7 +138,9 @@ def use_every_control(page: Any) -> None:
 
 def check_download(page: Any, run: Path, tmp_path: Path) -> None:
     table = pq.read_table(run / "rankings/method=hydra/samples.parquet").sort_by("rank").to_pydict()
-    harmful = [i for i, total in zip(table["train_id"], table["relevance_sum"], strict=True) if total < 0]
+    harmful = [
+        i for i, total in zip(table["train_id"], table["relevance_sum"], strict=True) if total < 0
+    ]
     link = page.get_by_role("link", name="ids as CSV")
     assert link.count() == bool(harmful)
     if not harmful:
@@ -134,7 +163,11 @@ def check_keyboard(page: Any) -> None:
     met = set()
     for _ in range(8):
         page.keyboard.press("Tab")
-        met.add(page.evaluate("document.activeElement.name || document.activeElement.type || document.activeElement.tagName"))
+        met.add(
+            page.evaluate(
+                "document.activeElement.name || document.activeElement.type || document.activeElement.tagName"
+            )
+        )
     assert {"search", "sort", "reset"} <= met
     details = page.locator("#recorded > details").last
     details.locator("summary").first.focus()
@@ -150,14 +183,24 @@ def check_print(page: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "pipeline", [pytest.param(name, marks=[pytest.mark.data] if "data" in options else []) for name, options in SHIPPED.items()]
+    "pipeline",
+    [
+        pytest.param(name, marks=[pytest.mark.data] if "data" in options else [])
+        for name, options in SHIPPED.items()
+    ],
 )
-def test_reports_of_shipped_pipelines(pipeline: str, browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_reports_of_shipped_pipelines(
+    pipeline: str, browser: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     settings = dict(SHIPPED[pipeline])
     if "data" in settings:
         settings["data"] = request.getfixturevalue("shared_data") / settings["data"]
     run = tmp_path / "run"
-    hydra_pipe.record(str(ROOT / "pipelines" / pipeline), run, settings=[f"{name}={value}" for name, value in settings.items()])
+    hydra_pipe.record(
+        str(ROOT / "pipelines" / pipeline),
+        run,
+        settings=[f"{name}={value}" for name, value in settings.items()],
+    )
     hydra_pipe.reduce(run)
     hydra_pipe.export(run)
     hydra_pipe.report(run, top=2)  # axe looks at every element

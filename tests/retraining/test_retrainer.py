@@ -42,7 +42,9 @@ def sgd() -> Pipeline:
 def adamw() -> Pipeline:
     pipeline = double(mlp_pipeline())
     pipeline.optimizer = torch.optim.AdamW(pipeline.model.parameters(), lr=3e-3, weight_decay=0.1)
-    pipeline.scheduler = torch.optim.lr_scheduler.OneCycleLR(pipeline.optimizer, 0.02, total_steps=pipeline.n_steps)
+    pipeline.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        pipeline.optimizer, 0.02, total_steps=pipeline.n_steps
+    )
     return pipeline
 
 
@@ -58,7 +60,9 @@ def dropout_and_norm() -> Pipeline:
         nn.Dropout(0.3),
         nn.Linear(27, 4),
     ).double()
-    return double(mlp_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)))
+    return double(
+        mlp_pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    )
 
 
 class Branches(nn.Module):
@@ -85,10 +89,16 @@ def trained_by_torch(pipeline: Pipeline, weights: np.ndarray, mean_over: str) ->
     torch.manual_seed(pipeline.seed)
     own = torch.from_numpy(weights)
     for epoch in range(pipeline.epochs):
-        for ids, inputs, targets in Samples(pipeline, "train").batches(epoch_order(pipeline, epoch), epoch):
+        for ids, inputs, targets in Samples(pipeline, "train").batches(
+            epoch_order(pipeline, epoch), epoch
+        ):
             w = own[ids].double()
             losses = w * pipeline.loss(pipeline.model(inputs), targets)
-            (losses.mean() if mean_over == "batch" else losses.sum() / (w.sum() if w.any() else 1)).backward()
+            (
+                losses.mean()
+                if mean_over == "batch"
+                else losses.sum() / (w.sum() if w.any() else 1)
+            ).backward()
             if pipeline.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(pipeline.model.parameters(), pipeline.max_grad_norm)
             pipeline.optimizer.step()
@@ -117,7 +127,9 @@ def test_each_model_of_a_stack_is_what_torch_trains_alone(build: Build, mean_ove
         np.testing.assert_allclose(row[LOSS], trained_by_torch(build(), own, mean_over), rtol=1e-9)
     assert set(np.unique(found[:, HIT])) <= {0.0, 1.0}
     # the pipeline is as it was, so that the next stack begins where this one did
-    assert all(torch.equal(value, before[name]) for name, value in pipeline.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in pipeline.model.state_dict().items()
+    )
     assert pipeline.model.training
     np.testing.assert_array_equal(retrainer.train(weights, Task()), found)
 
@@ -143,7 +155,9 @@ def test_what_a_dataset_draws_is_what_it_draws_in_the_run() -> None:
         return pipeline
 
     found = Retrainer(build(), Progress()).train(np.ones((2, 24), np.float32), Task())
-    np.testing.assert_allclose(found[1, LOSS], trained_by_torch(build(), np.ones(24), "batch"), rtol=1e-9)
+    np.testing.assert_allclose(
+        found[1, LOSS], trained_by_torch(build(), np.ones(24), "batch"), rtol=1e-9
+    )
 
 
 def test_no_gradient_comes_of_a_batch_of_which_nothing_is_left() -> None:

@@ -32,16 +32,32 @@ def values_of(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
 
 
-def written(path: Path, values: np.ndarray, chunks: tuple[int, ...], shards: tuple[int, ...] | None, **more: Any) -> Array:
+def written(
+    path: Path,
+    values: np.ndarray,
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None,
+    **more: Any,
+) -> Array:
     """All files of an array, by our writer."""
-    array = Array.create(path, values.shape, values.dtype, ("row", "column")[: values.ndim], chunks, shards, **more)
+    array = Array.create(
+        path, values.shape, values.dtype, ("row", "column")[: values.ndim], chunks, shards, **more
+    )
     size = shards or chunks
     for at in np.ndindex(*(-(-n // s) for n, s in zip(values.shape, size, strict=True))):
-        array.write_file(at, values[tuple(slice(i * s, (i + 1) * s) for i, s in zip(at, size, strict=True))])
+        array.write_file(
+            at, values[tuple(slice(i * s, (i + 1) * s) for i, s in zip(at, size, strict=True))]
+        )
     return array
 
 
-def by_zarr(path: Path, values: np.ndarray, chunks: tuple[int, ...], shards: tuple[int, ...] | None, **more: Any) -> zarr.Array:
+def by_zarr(
+    path: Path,
+    values: np.ndarray,
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None,
+    **more: Any,
+) -> zarr.Array:
     """The same array, by zarr-python."""
     array = zarr.create_array(
         LocalStore(path),
@@ -53,7 +69,10 @@ def by_zarr(path: Path, values: np.ndarray, chunks: tuple[int, ...], shards: tup
         dimension_names=("row", "column")[: values.ndim],
         overwrite=True,
         config={"write_empty_chunks": True},
-        **({"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()]} | more),
+        **(
+            {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()]}
+            | more
+        ),
     )
     array[...] = values
     return array
@@ -71,7 +90,12 @@ def test_zarr_reads_what_we_write(
     assert array.missing_files() == 0
     theirs = zarr.open_array(path, mode="r")
     np.testing.assert_array_equal(theirs[...], values)
-    assert (theirs.dtype, theirs.chunks, theirs.shards, dict(theirs.attrs)) == (values.dtype, chunks, shards, {"unit": "loss"})
+    assert (theirs.dtype, theirs.chunks, theirs.shards, dict(theirs.attrs)) == (
+        values.dtype,
+        chunks,
+        shards,
+        {"unit": "loss"},
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +121,9 @@ def test_metadata_are_those_of_zarr(tmp_path: Path) -> None:
         values = values_of((20, 6), "float16", 0)
         by_zarr(tmp_path / "theirs", values, (4, 3), shards, fill_value=np.nan)
         written(tmp_path / "ours", values, (4, 3), shards)
-        ours, theirs = (json.loads((tmp_path / side / "zarr.json").read_text()) for side in ("ours", "theirs"))
+        ours, theirs = (
+            json.loads((tmp_path / side / "zarr.json").read_text()) for side in ("ours", "theirs")
+        )
         assert ours == theirs
 
 
@@ -121,7 +147,14 @@ def test_other_codecs_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("shape", [-1, 6]), ("shape", [4]), ("shape", "x"), ("data_type", "string"), ("zarr_format", 2), ("codecs", [])],
+    [
+        ("shape", [-1, 6]),
+        ("shape", [4]),
+        ("shape", "x"),
+        ("data_type", "string"),
+        ("zarr_format", 2),
+        ("codecs", []),
+    ],
 )
 def test_metadata_that_cannot_be_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     array = written(tmp_path, values_of((4, 6), "float32", 0), (2, 3), None)

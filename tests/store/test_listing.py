@@ -18,9 +18,9 @@ from hydra_pipe import Recorder
 from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data.evaluations import digest_of
+from hydra_pipe.store.data.sweep_state import load_state, save_state
 from hydra_pipe.store.run.listing import unlisted
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.data.sweep_state import load_state, save_state
 
 N, N_TESTS = 24, 6
 
@@ -33,12 +33,18 @@ class Said(Progress):
         self.lines.append(message)
 
 
-def looped(run: Path, *, seed: int = 0, labels: bool = False, adam: bool = False, on_the_way: bool = False) -> None:
+def looped(
+    run: Path, *, seed: int = 0, labels: bool = False, adam: bool = False, on_the_way: bool = False
+) -> None:
     """A run of a loop of one's own; its test gradients are taken at the end, and on the way where that is asked for."""
     torch.manual_seed(seed)
     inputs, targets = torch.randn(N + N_TESTS, 5), torch.randn(N + N_TESTS, 2)
     model = nn.Linear(5, 2)
-    optimizer = torch.optim.Adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = (
+        torch.optim.Adam(model.parameters())
+        if adam
+        else torch.optim.SGD(model.parameters(), lr=0.1)
+    )
     names = {"sample_labels": [f"s{i % 3}" for i in range(N)]} if labels else {}
     tests = DataLoader(TensorDataset(inputs[N:], targets[N:]), batch_size=3)
     of_tests = {"labels": [f"t{i % 2}" for i in range(N_TESTS)]} if labels else {}
@@ -97,9 +103,18 @@ PAIRS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "more epochs": (lambda run: trained(run, 3, test_every="epoch"), lambda run: trained(run, 2)),
     "a probe and everything else": (everything, lambda run: looped(run)),
     "labels": (lambda run: looped(run, labels=True, seed=1), lambda run: looped(run)),
-    "a preconditioner": (lambda run: looped(run, adam=True, on_the_way=True), lambda run: looped(run)),
-    "labels of Adam": (lambda run: looped(run, adam=True, labels=True), lambda run: looped(run, adam=True, seed=1)),
-    "tests on the way": (lambda run: looped(run, on_the_way=True, labels=True), lambda run: looped(run, labels=True, seed=1)),
+    "a preconditioner": (
+        lambda run: looped(run, adam=True, on_the_way=True),
+        lambda run: looped(run),
+    ),
+    "labels of Adam": (
+        lambda run: looped(run, adam=True, labels=True),
+        lambda run: looped(run, adam=True, seed=1),
+    ),
+    "tests on the way": (
+        lambda run: looped(run, on_the_way=True, labels=True),
+        lambda run: looped(run, labels=True, seed=1),
+    ),
 }
 RESULTS = ("hydra", "tracin", "grad-dot", "hydra-mean", "self")
 
@@ -113,7 +128,9 @@ def results(run: Path) -> dict[str, object]:
     for name in RESULTS:
         relevance = hydra_pipe.open_run(run).relevance(name)
         found[name] = relevance.to_numpy().tobytes()
-        found[f"coordinates of {name}"] = {key: value.to_numpy().tolist() for key, value in relevance.coords.items()}
+        found[f"coordinates of {name}"] = {
+            key: value.to_numpy().tolist() for key, value in relevance.coords.items()
+        }
     hydra_pipe.export(run, full=True)
     for file in sorted((run / "rankings/method=hydra").rglob("*.parquet")):
         found[str(file.relative_to(run))] = pq.ParquetFile(file).read().to_pylist()
@@ -123,7 +140,9 @@ def results(run: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, object]]]:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[Path, dict[str, object]]]:
     """For a pair: a copy of the old run with the new one copied over it, and what stages make of the new one alone."""
     kept: dict[str, tuple[Path, dict[str, object]]] = {}
 
@@ -159,7 +178,9 @@ def test_each_stage_says_before_it_works_which_files_are_not_of_the_run(
     for stage in (hydra_pipe.reduce, hydra_pipe.export, hydra_pipe.clean):
         said = Said()
         stage(run, progress=said)
-        assert said.lines[0].startswith("not read, for run.json does not list them: gradients.zarr/"), stage
+        assert said.lines[0].startswith(
+            "not read, for run.json does not list them: gradients.zarr/"
+        ), stage
         assert strays[0] in said.lines[0]
         assert "verify" in said.lines[0]
     hydra_pipe.verify(run, repair=True)
@@ -187,7 +208,10 @@ def test_labels_of_an_older_probe_are_not_those_of_one_without(tmp_path: Path) -
     for run in (old, new):
         hydra_pipe.reduce(run, test="some")
         hydra_pipe.export(run, test="some")
-    tables = [pq.ParquetFile(run / "rankings/method=hydra-of-some/part-00000.parquet").read().to_pylist() for run in (old, new)]
+    tables = [
+        pq.ParquetFile(run / "rankings/method=hydra-of-some/part-00000.parquet").read().to_pylist()
+        for run in (old, new)
+    ]
     assert tables[0] == tables[1]
     assert tables[0][0]["test_label"] is None
 
@@ -198,7 +222,9 @@ def test_groups_of_ranks_of_an_older_run_are_not_read(tmp_path: Path) -> None:
     before = results(Path(shutil.copytree(run, tmp_path / "alone")))
     for rank in ("0", "1"):
         shutil.copytree(run / "gradients.zarr/steps", run / "gradients.zarr/rank" / rank / "steps")
-        shutil.copy(run / "gradients.zarr/steps/zarr.json", run / "gradients.zarr/rank" / rank / "zarr.json")
+        shutil.copy(
+            run / "gradients.zarr/steps/zarr.json", run / "gradients.zarr/rank" / rank / "zarr.json"
+        )
     shutil.copy(run / "gradients.zarr/steps/zarr.json", run / "gradients.zarr/rank/zarr.json")
     shutil.rmtree(run / "gradients.zarr/rank/1/steps/loss/c")  # of no consequence: nobody looks
     assert results(run) == before
@@ -217,7 +243,8 @@ def test_an_interrupted_recording_reads_no_labels_or_tests_but_its_own(tmp_path:
             optimizer.step()
             optimizer.zero_grad()
     recorder.record_test(
-        DataLoader(TensorDataset(inputs[N:], targets[N:]), batch_size=3), lambda output, target: ((output - target) ** 2).mean(1)
+        DataLoader(TensorDataset(inputs[N:], targets[N:]), batch_size=3),
+        lambda output, target: ((output - target) ** 2).mean(1),
     )
     recorder.state_dict()
     shutil.copytree(new, old, dirs_exist_ok=True)
@@ -232,7 +259,9 @@ def test_without_its_list_a_recording_is_refused_by_name(tmp_path: Path) -> None
     run = tmp_path / "run"
     looped(run)
     (run / "checksums/record.json").unlink()
-    with pytest.raises(StoreError, match=r"checksums/record\.json is missing: .* verify .* --repair"):
+    with pytest.raises(
+        StoreError, match=r"checksums/record\.json is missing: .* verify .* --repair"
+    ):
         hydra_pipe.reduce(run)
     hydra_pipe.verify(run, repair=True)
     assert hydra_pipe.reduce(run)
@@ -294,7 +323,9 @@ def test_a_recording_that_goes_on_lists_nothing_of_an_older_one(tmp_path: Path) 
     old = tmp_path / "old"
     looped(old, labels=True, on_the_way=True)
     for part in ("labels", "test"):
-        shutil.copytree(old / "gradients.zarr" / part, run / "gradients.zarr" / part, dirs_exist_ok=True)
+        shutil.copytree(
+            old / "gradients.zarr" / part, run / "gradients.zarr" / part, dirs_exist_ok=True
+        )
     shutil.copytree(old / "gradients.zarr/steps", run / "gradients.zarr/rank/0/steps")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model, optimizer, recorder = begun()
@@ -305,5 +336,7 @@ def test_a_recording_that_goes_on_lists_nothing_of_an_older_one(tmp_path: Path) 
     listed = json.loads((run / "checksums/record.json").read_text())
     names = [*listed["arrays"], *listed["files"]]
     assert not [name for name in names if "/labels" in name or "/rank" in name]
-    steps = {name.split("/test/")[1].split("/")[0] for name in names if "/test/" in name} - {"zarr.json"}
+    steps = {name.split("/test/")[1].split("/")[0] for name in names if "/test/" in name} - {
+        "zarr.json"
+    }
     assert set(map(int, steps)) == {2}  # the end's, without samples

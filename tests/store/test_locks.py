@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from hydra_pipe.errors import RunError
-from hydra_pipe.store.run.manifest import locks
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.locks import LEASE_SECONDS, Lock, one_writer
-from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.manifest import RunDirectory, locks
 from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE
 
 # where the system has locks, and where it has none
@@ -70,7 +69,9 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     process = context.Process(target=_hold, args=(tmp_path / "run", held))
     process.start()
     assert held.wait(30)
-    with pytest.raises(RunError, match=rf"by process {process.pid} on {socket.gethostname()} \(record\)"):
+    with pytest.raises(
+        RunError, match=rf"by process {process.pid} on {socket.gethostname()} \(record\)"
+    ):
         Lock(tmp_path / "run", RECORD)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -90,7 +91,9 @@ def test_a_child_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
     child.join()
 
 
-def test_a_lock_that_was_left_without_releasing_it_is_let_go_by_the_next_and_not_by_the_collector(run: Path) -> None:
+def test_a_lock_that_was_left_without_releasing_it_is_let_go_by_the_next_and_not_by_the_collector(
+    run: Path,
+) -> None:
     lock = Lock(run, RECORD)
     del lock
     gc.collect()
@@ -125,13 +128,18 @@ def test_a_lock_of_this_process_may_be_taken_over_and_is_lost_to_the_first(run: 
     [
         ({"host": "another", "pid": 1, "time": 0.0}, False),
         ({"host": "another", "pid": 1, "time": -LEASE_SECONDS - 1}, True),
-        ({"host": socket.gethostname(), "pid": 2**22 + 1, "time": 0.0}, True),  # beyond the largest process id of Linux
+        (
+            {"host": socket.gethostname(), "pid": 2**22 + 1, "time": 0.0},
+            True,
+        ),  # beyond the largest process id of Linux
         ({"host": socket.gethostname(), "pid": os.getppid(), "time": 0.0}, False),
     ],
     ids=["alive elsewhere", "not heard of for long", "dead here", "alive here"],
 )
 @pytest.mark.parametrize("run", ["lease", "object store"], indirect=True)
-def test_a_lease_is_free_when_its_holder_is_gone(run: Path, holder: dict[str, Any], free: bool) -> None:
+def test_a_lease_is_free_when_its_holder_is_gone(
+    run: Path, holder: dict[str, Any], free: bool
+) -> None:
     file = run / names.LOCKS / "record.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(holder | {"time": time.time() + holder["time"], "token": "x"}))
@@ -144,7 +152,14 @@ def test_a_lease_is_free_when_its_holder_is_gone(run: Path, holder: dict[str, An
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[" * 3000, b"[" * 10**6, b'{"pid": Infinity, "host": "", "time": 0, "token": ""}', b"\xff", b'{"pid": 1}'],
+    [
+        b"",
+        b"[" * 3000,
+        b"[" * 10**6,
+        b'{"pid": Infinity, "host": "", "time": 0, "token": ""}',
+        b"\xff",
+        b'{"pid": 1}',
+    ],
     ids=["empty", "deep", "large", "infinite", "not UTF-8", "half"],
 )
 @pytest.mark.parametrize("run", ["lease"], indirect=True)
@@ -176,5 +191,8 @@ def test_two_processes_do_not_lose_each_others_stages(tmp_path: Path) -> None:
     first.end(RECORD, "complete", n_rows=3)
     second.end(REDUCE.of("hydra"), "complete")
     found = RunDirectory.open(tmp_path / "run").stages
-    assert {name: stage.state for name, stage in found.items()} == {RECORD: "complete", REDUCE.of("hydra"): "complete"}
+    assert {name: stage.state for name, stage in found.items()} == {
+        RECORD: "complete",
+        REDUCE.of("hydra"): "complete",
+    }
     assert found[RECORD].facts == {"n_rows": 3}

@@ -44,15 +44,21 @@ def test_a_stage_is_running_until_all_of_it_is_sealed_and_then_complete(run: Run
     assert found == {"state": "complete", "settings": {"top": 3}, "facts": {"of_reduce": "b" * 64}}
     assert seconds >= 0
     assert (work.place / "table").read_text() == "ranks"
-    assert list(json.loads((run.path / STAGE.checksums_file).read_text())["files"]) == ["rankings/method=hydra/table"]
+    assert list(json.loads((run.path / STAGE.checksums_file).read_text())["files"]) == [
+        "rankings/method=hydra/table"
+    ]
     assert run.checksums(STAGE) == checksums
     assert run.stale(STAGE) == []
     run.stages[REDUCE.of("hydra")].facts["checksums"] = "c" * 64
     assert [source.what for source in run.stale(STAGE)] == ["relevance"]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["an error", "Ctrl-C"])
-def test_work_that_raises_leaves_a_failed_stage_and_the_old_files(run: RunDirectory, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), KeyboardInterrupt()], ids=["an error", "Ctrl-C"]
+)
+def test_work_that_raises_leaves_a_failed_stage_and_the_old_files(
+    run: RunDirectory, error: BaseException
+) -> None:
     export(run, "old")
 
     def work_in_vain() -> None:
@@ -62,11 +68,17 @@ def test_work_that_raises_leaves_a_failed_stage_and_the_old_files(run: RunDirect
 
     with pytest.raises(type(error)):
         work_in_vain()
-    assert on_disk(run) == {"state": "failed", "settings": {"top": 4}, "facts": {"error": str(error) or "KeyboardInterrupt"}}
+    assert on_disk(run) == {
+        "state": "failed",
+        "settings": {"top": 4},
+        "facts": {"error": str(error) or "KeyboardInterrupt"},
+    }
     assert (run.path / STAGE.area / "table").read_text() == "old"
 
 
-def test_a_stage_that_cannot_be_sealed_has_failed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_cannot_be_sealed_has_failed(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object) -> str:
         raise OSError("disk")
 
@@ -81,13 +93,18 @@ def test_what_a_stage_had_found_goes_when_it_is_complete(run: RunDirectory) -> N
     run.stages[STAGE].facts["answered"] = {"done": 3}
     with pytest.raises(ValueError, match="no"), completing(run, STAGE):
         raise ValueError("no")
-    assert on_disk(run)["facts"] == {"answered": {"done": 3}, "error": "no"}  # by which it is gone on with
+    assert on_disk(run)["facts"] == {
+        "answered": {"done": 3},
+        "error": "no",
+    }  # by which it is gone on with
     with completing(run, STAGE) as work, work.replaced() as partial:
         (partial / "table").write_text("ranks")
     assert set(on_disk(run)["facts"]) == {"seconds", "checksums", "of_reduce"}
 
 
-def test_what_may_not_be_replaced_is_told_before_anything_is_withdrawn(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_replaced_is_told_before_anything_is_withdrawn(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(run, "old")
     before = on_disk(run)
 
@@ -102,7 +119,9 @@ def test_what_may_not_be_replaced_is_told_before_anything_is_withdrawn(run: RunD
 
 def test_one_process_alone_takes_a_stage_up(run: RunDirectory) -> None:
     other = RunDirectory.open(run.path)
-    with taken_up(run, STAGE, RECORD, STAGE, has_work=lambda: True, progress=Progress()) as is_needed:
+    with taken_up(
+        run, STAGE, RECORD, STAGE, has_work=lambda: True, progress=Progress()
+    ) as is_needed:
         assert is_needed
         for stage in (STAGE, RECORD):
             with pytest.raises(RunError, match="is being written"), alone(other, stage):

@@ -9,7 +9,16 @@ import pytest
 import hydra_pipe
 from hydra_pipe.store import names
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import KEEP, KINDS, RECORD, REDUCE, REPORT, Source, StageId, StageKind
+from hydra_pipe.store.run.stages import (
+    KEEP,
+    KINDS,
+    RECORD,
+    REDUCE,
+    REPORT,
+    StageId,
+    StageKind,
+    StageSource,
+)
 
 FORMAT = (Path(__file__).parents[2] / "docs/format.md").read_text()
 TINY = str(Path(__file__).parents[1] / "crash/tiny.py")
@@ -37,9 +46,13 @@ def test_footprints_are_listed_as_the_format_says(run: Path, kind: StageKind) ->
     for stage in stages:
         area, listed = run / stage.area, json.loads((run / stage.checksums_file).read_text())
         files = [file for file in area.rglob("*") if file.is_file()] if area.is_dir() else [area]
-        metadata = {file: json.loads(file.read_text()) for file in files if file.name == "zarr.json"}
+        metadata = {
+            file: json.loads(file.read_text()) for file in files if file.name == "zarr.json"
+        }
         arrays = [file.parent for file, found in metadata.items() if found["node_type"] == "array"]
-        chunks = {array: [file for file in files if file.is_relative_to(array / "c")] for array in arrays}
+        chunks = {
+            array: [file for file in files if file.is_relative_to(array / "c")] for array in arrays
+        }
         others = set(files) - {file for own in chunks.values() for file in own}
         assert {run / name: len(found) // 20 for name, found in listed["arrays"].items()} == {
             a: len(own) for a, own in chunks.items()
@@ -51,34 +64,55 @@ def test_footprints_are_listed_as_the_format_says(run: Path, kind: StageKind) ->
 def test_names_of_stages_are_those_of_the_format() -> None:
     (row,) = re.findall(r"^\| `stages` \|(.*)$", FORMAT, re.MULTILINE)
     words = [tuple(found.split(" ")) for found in re.findall(r'"([^"]+)"', row)]
-    assert {word: len(rest) for word, *rest in words} == {kind.word: int(kind is not RECORD.kind) for kind in KINDS}
+    assert {word: len(rest) for word, *rest in words} == {
+        kind.word: int(kind is not RECORD.kind) for kind in KINDS
+    }
 
 
 def test_areas_are_those_of_the_format() -> None:
     paragraph = FORMAT[FORMAT.index("The area of a stage is") :].split("\n\n")[0]
-    areas = {StageId.parse(words): area for area, words in re.findall(r"`([^`]+)` \(`([^`]+)`\)", paragraph)}
+    areas = {
+        StageId.parse(words): area
+        for area, words in re.findall(r"`([^`]+)` \(`([^`]+)`\)", paragraph)
+    }
     assert set(KINDS) - {stage.kind for stage in areas} == {REPORT}
     assert {stage: stage.area for stage in areas} == areas
     assert "`report METHOD` it is one file, `report.html` or `report-METHOD.html`" in paragraph
-    assert [REPORT.of(name).area for name in ("hydra", "METHOD")] == ["report.html", "report-METHOD.html"]
+    assert [REPORT.of(name).area for name in ("hydra", "METHOD")] == [
+        "report.html",
+        "report-METHOD.html",
+    ]
 
 
 def test_footprints_are_in_the_files_of_the_format() -> None:
-    paragraph = FORMAT[FORMAT.index("`STAGE` is the stage's name with hyphens for spaces") :].split(".")[0]
-    expected = {f"checksums/{found}.json" for found in re.findall(r"`([a-z]+(?:-[A-Z]+)?)`", paragraph)}
-    assert {re.sub("-x", "", (RECORD if kind is RECORD.kind else kind.of("x")).checksums_file) for kind in KINDS} == {
-        re.sub("-[A-Z]+", "", found) for found in expected
+    paragraph = FORMAT[FORMAT.index("`STAGE` is the stage's name with hyphens for spaces") :].split(
+        "."
+    )[0]
+    expected = {
+        f"checksums/{found}.json" for found in re.findall(r"`([a-z]+(?:-[A-Z]+)?)`", paragraph)
     }
+    assert {
+        re.sub("-x", "", (RECORD if kind is RECORD.kind else kind.of("x")).checksums_file)
+        for kind in KINDS
+    } == {re.sub("-[A-Z]+", "", found) for found in expected}
 
 
 def test_what_a_result_was_made_from_are_the_facts_of_the_format(run: Path) -> None:
     found = RunDirectory.open(run)
-    facts = {stage.kind.word: {source.fact for source in stage.sources(entry)} for stage, entry in found.stages.items()}
-    assert {fact for own in facts.values() for fact in own} <= set(re.findall(r"`(of_\w+)`", FORMAT))
+    facts = {
+        stage.kind.word: {source.fact for source in stage.sources(entry)}
+        for stage, entry in found.stages.items()
+    }
+    assert {fact for own in facts.values() for fact in own} <= set(
+        re.findall(r"`(of_\w+)`", FORMAT)
+    )
     assert all(facts[word] == {"of_reduce"} for word in ("export", "clean", "report"))
     assert all(facts[word] == {"of_record"} for word in ("keep", "probe", "evaluate"))
     of_probe = REDUCE.of("grad-dot-of-wrong")
-    assert [source.fact for source in of_probe.sources(found.stages[of_probe])] == ["of_record", "of_probe"]
+    assert [source.fact for source in of_probe.sources(found.stages[of_probe])] == [
+        "of_record",
+        "of_probe",
+    ]
     for stage in found.stages:
         origin = found.origin(stage)
         assert found.stages[stage].facts | origin == found.stages[stage].facts
@@ -86,14 +120,32 @@ def test_what_a_result_was_made_from_are_the_facts_of_the_format(run: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "words", ["record", "reduce hydra", "keep hydra-fisher", "probe late", "evaluate lds", "report hydra-mean"]
+    "words",
+    [
+        "record",
+        "reduce hydra",
+        "keep hydra-fisher",
+        "probe late",
+        "evaluate lds",
+        "report hydra-mean",
+    ],
 )
 def test_the_name_of_a_stage_is_read_back(words: str) -> None:
     assert str(StageId.parse(words)) == words
 
 
 @pytest.mark.parametrize(
-    "words", ["", "reduce", "reduce ", "record all", "reduce hydra mean", "reduce ../x", "later ../x", "export  x"]
+    "words",
+    [
+        "",
+        "reduce",
+        "reduce ",
+        "record all",
+        "reduce hydra mean",
+        "reduce ../x",
+        "later ../x",
+        "export  x",
+    ],
 )
 def test_what_no_stage_can_be_called_is_refused(words: str) -> None:
     with pytest.raises(ValueError, match="a stage called"):
@@ -119,4 +171,4 @@ def test_what_comes_from_a_relevance_goes_with_it() -> None:
         "report hydra-mean",
     ]
     assert RECORD.results == KEEP.of("hydra").results == ()
-    assert Source.of(RECORD).fact == "of_record"
+    assert StageSource.of(RECORD).fact == "of_record"

@@ -16,7 +16,7 @@ from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Reading
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
 from hydra_pipe.reduction.executors.base import Workers
-from hydra_pipe.reduction.job import Job
+from hydra_pipe.reduction.job import ReductionJob
 from hydra_pipe.reduction.solvers import sums
 from hydra_pipe.reduction.solvers.common import reduction_input
 from hydra_pipe.reduction.solvers.sums import graphs
@@ -24,17 +24,21 @@ from hydra_pipe.reduction.weights import RowUse, hydra_weights
 from hydra_pipe.store import names
 from hydra_pipe.store.data import relevance as relevance_module
 from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, Gradients
-from hydra_pipe.store.data.probes import WhichTests
-from hydra_pipe.store.data.relevance import Columns, create_relevance, open_relevance
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.relevance import ResultColumns, create_relevance, open_relevance
 
-LAYOUT = Layout((Block("w", (7, 5), 0, "factored", (0, 7), (7, 12)), Block("c", (9,), 0, "dense", (12, 21))), 21, 0)
+LAYOUT = Layout(
+    (Block("w", (7, 5), 0, "factored", (0, 7), (7, 12)), Block("c", (9,), 0, "dense", (12, 21))),
+    21,
+    0,
+)
 N_SAMPLES, N_STEPS, SHARD_ROWS = 30, 20, 8
 AT_END = WhichTests(N_STEPS)
 # rows of each rank in a step
 SIZES = [(1, 2, 3), (2, 3, 1), (2, 1, 2)]
 RUN_ID = "0" * 32
-ALL = Columns(((0, 4),))
+ALL = ResultColumns(((0, 4),))
 WORDS = {"method": "hydra", "sign": "as it is", "unit": "test loss"}
 
 
@@ -49,7 +53,9 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     one = writer_of(tmp_path / "one", 0, 1)
     three = [writer_of(tmp_path / "three", rank, 3) for rank in range(3)]
     for step in range(N_STEPS):
-        settings: dict[str, Any] = {name: [0.1] for name in GROUP_COLUMNS} | {name: [1, 1] for name in BLOCK_COLUMNS}
+        settings: dict[str, Any] = {name: [0.1] for name in GROUP_COLUMNS} | {
+            name: [1, 1] for name in BLOCK_COLUMNS
+        }
         settings |= {names.GRADIENT_SCALE: 0.5, names.LOSS: float(step), names.IMBALANCE: 0.0}
         first = one.rows.n_rows
         for writer, n_rows in zip(three, SIZES[step % 3], strict=True):
@@ -59,11 +65,17 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
                 names.SAMPLE: generator.integers(0, N_SAMPLES, n_rows),
                 names.STEP: np.full(n_rows, step),
             }
-            writer.append_step(settings | {names.FIRST_ROW: writer.rows.n_rows, names.N_ROWS: n_rows})
+            writer.append_step(
+                settings | {names.FIRST_ROW: writer.rows.n_rows, names.N_ROWS: n_rows}
+            )
             put(writer.rows, rows)
             put(one.rows, rows)
         one.append_step(settings | {names.FIRST_ROW: first, names.N_ROWS: sum(SIZES[step % 3])})
-    tests = {names.GRADIENT: generator.standard_normal((4, 21)), names.SCALE: generator.random((4, 2)), names.LOSS: np.zeros(4)}
+    tests = {
+        names.GRADIENT: generator.standard_normal((4, 21)),
+        names.SCALE: generator.random((4, 2)),
+        names.LOSS: np.zeros(4),
+    }
     for writer in (one, three[0]):
         table = writer.test_rows(N_STEPS)
         put(table, tests)
@@ -107,17 +119,28 @@ def test_rows_are_those_of_each_part_one_after_the_other(stores: tuple[Path, Pat
     ]
     for read in readers:
         truth = in_parts(one, read(one, everything))
-        for rows in (everything, slice(0, 8), slice(5, 35), slice(28, 40), slice(100, 103), slice(0, 0)):
+        for rows in (
+            everything,
+            slice(0, 8),
+            slice(5, 35),
+            slice(28, 40),
+            slice(100, 103),
+            slice(0, 0),
+        ):
             np.testing.assert_array_equal(read(three, rows), truth[rows])
     first, counts = three.rows_of_steps()
     assert counts.tolist() == [list(SIZES[step % 3]) for step in range(N_STEPS)]
     steps = three.step_of_rows(everything)
     for step in range(N_STEPS):
-        assert all((steps[a : a + n] == step).all() for a, n in zip(first[step], counts[step], strict=True))
+        assert all(
+            (steps[a : a + n] == step).all() for a, n in zip(first[step], counts[step], strict=True)
+        )
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 9])
-def test_relevance_is_independent_of_the_parts(stores: tuple[Path, Path], tmp_path: Path, workers: int) -> None:
+def test_relevance_is_independent_of_the_parts(
+    stores: tuple[Path, Path], tmp_path: Path, workers: int
+) -> None:
     found = []
     for path in stores:
         store = Gradients(path)
@@ -139,11 +162,27 @@ def orders_of(plan: SumPlan) -> Iterator[SumPlan]:
         for tests in (((0, 4),), ((0, 2), (2, 4))):
             yield replace(plan, order="score first", test_blocks=tests, reading=reading)
             for samples in (((0, N_SAMPLES),), ((0, 8), (8, 16), (16, 24), (24, N_SAMPLES))):
-                yield replace(plan, order="fold first", test_blocks=tests, sample_blocks=samples, reading=reading)
+                yield replace(
+                    plan,
+                    order="fold first",
+                    test_blocks=tests,
+                    sample_blocks=samples,
+                    reading=reading,
+                )
 
 
-def job_of(plan: SumPlan, store: Gradients, target: Path) -> Job[SumPlan]:
-    return Job(store.path, AT_END, target / "hydra", N_SAMPLES, ALL.tests, None, None, plan, RowUse(hydra_weights))
+def job_of(plan: SumPlan, store: Gradients, target: Path) -> ReductionJob[SumPlan]:
+    return ReductionJob(
+        store.path,
+        AT_END,
+        target / "hydra",
+        N_SAMPLES,
+        ALL.tests,
+        None,
+        None,
+        plan,
+        RowUse(hydra_weights),
+    )
 
 
 def relevance_by(plan: SumPlan, store: Gradients, target: Path, rows: list[int]) -> np.ndarray:
@@ -168,7 +207,7 @@ def test_building_a_graph_computes_and_reads_nothing(
         for asked in orders_of(plan):
             built = list(
                 graphs(
-                    Job(
+                    ReductionJob(
                         store.path,
                         AT_END,
                         tmp_path / "none" / "hydra",
@@ -195,7 +234,10 @@ def shard_starts(part_rows: tuple[int, ...]) -> set[int]:
 
 
 def test_a_rank_that_does_not_see_the_store_of_rank_0_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is not the store that rank 0 has made: give every rank the same run directory"):
+    with pytest.raises(
+        StoreError,
+        match="is not the store that rank 0 has made: give every rank the same run directory",
+    ):
         writer_of(tmp_path / "nothing", 1, 2)
     writer_of(tmp_path / "other", 0, 2).close()
     with pytest.raises(StoreError, match="is not the store that rank 0 has made"):

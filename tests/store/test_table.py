@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store.zarr import table as table_module
 from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
-from hydra_pipe.store.zarr.table import BackgroundWriter, Column, Stalls, TableWriter
+from hydra_pipe.store.zarr.table import BackgroundWriter, Stalls, TableColumn, TableWriter
 
 COLUMNS = [
-    Column("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),
-    Column("even", "float32", (6, "feature"), chunk_rows=2, chunk_width=3, shuffle=False),
-    Column("narrow", "int64"),
+    TableColumn("wide", "float32", (6, "feature"), chunk_rows=2, chunk_width=4),
+    TableColumn("even", "float32", (6, "feature"), chunk_rows=2, chunk_width=3, shuffle=False),
+    TableColumn("narrow", "int64"),
 ]
 
 
@@ -42,7 +42,9 @@ def write(path: Path, batches: list[int], shard_rows: int = 8) -> np.ndarray:
 
 @settings(max_examples=30, deadline=None)
 @given(batches=st.lists(st.integers(1, 30), min_size=1, max_size=8))
-def test_what_is_reserved_in_any_batches_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, batches: list[int]) -> None:
+def test_what_is_reserved_in_any_batches_is_what_is_read(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[int]
+) -> None:
     path = tmp_path_factory.mktemp("table")
     values = write(path, batches)
     group = zarr.open_group(path, mode="r")
@@ -60,16 +62,26 @@ def test_arrays_name_their_dimensions_and_open_in_plain_zarr(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["wide", "even"])
-@pytest.mark.parametrize("rows", [slice(0, 19), slice(0, 8), slice(3, 9), slice(16, 19), slice(2, 18), slice(0, 16)])
+@pytest.mark.parametrize(
+    "rows", [slice(0, 19), slice(0, 8), slice(3, 9), slice(16, 19), slice(2, 18), slice(0, 16)]
+)
 @pytest.mark.parametrize("columns", [slice(0, 6), slice(0, 4), slice(4, 6), slice(1, 5)])
-def test_reads_give_the_values_of_any_window(tmp_path: Path, name: str, rows: slice, columns: slice) -> None:
+def test_reads_give_the_values_of_any_window(
+    tmp_path: Path, name: str, rows: slice, columns: slice
+) -> None:
     values = write(tmp_path, [19])
-    np.testing.assert_array_equal(Array.open(tmp_path / name).read(rows, columns), values[rows, columns])
+    np.testing.assert_array_equal(
+        Array.open(tmp_path / name).read(rows, columns), values[rows, columns]
+    )
 
 
 @pytest.mark.parametrize("name", ["wide", "even"])
-@pytest.mark.parametrize("window", [(slice(0, 19), slice(0, 6)), (slice(0, 2), slice(0, 6)), (slice(0, 8), slice(0, 3))])
-def test_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, name: str, window: tuple[slice, slice]) -> None:
+@pytest.mark.parametrize(
+    "window", [(slice(0, 19), slice(0, 6)), (slice(0, 2), slice(0, 6)), (slice(0, 8), slice(0, 3))]
+)
+def test_reads_find_every_flipped_bit_of_what_they_read(
+    tmp_path: Path, name: str, window: tuple[slice, slice]
+) -> None:
     write(tmp_path, [19])
     truth = zarr.open_array(tmp_path / name, mode="r")[window]
     missed = []
@@ -92,7 +104,9 @@ def test_reads_find_every_flipped_bit_of_what_they_read(tmp_path: Path, name: st
 def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
     group = Group.create(tmp_path)
     writer = BackgroundWriter()
-    table = TableWriter(group, [Column("flag", "uint8"), Column("x", "float32")], "row", 4, writer)
+    table = TableWriter(
+        group, [TableColumn("flag", "uint8"), TableColumn("x", "float32")], "row", 4, writer
+    )
     for _, views in table.reserve(8):
         views["flag"][:] = 255
         views["x"][:] = np.nan
@@ -105,7 +119,9 @@ def test_a_chunk_of_values_like_none_is_still_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [3, 8, 11, 16, 20])
 @pytest.mark.parametrize("more", [0, 3, 9])
 @pytest.mark.parametrize("synced", [0, 5])
-def test_a_table_that_goes_on_is_one_that_never_stopped(tmp_path: Path, kept: int, more: int, synced: int) -> None:
+def test_a_table_that_goes_on_is_one_that_never_stopped(
+    tmp_path: Path, kept: int, more: int, synced: int
+) -> None:
     values = write(tmp_path / "longer", [20])
     writer = BackgroundWriter()
     table = TableWriter(Group.open(tmp_path / "longer", ""), COLUMNS, "row", 4, writer, kept)
@@ -116,11 +132,16 @@ def test_a_table_that_goes_on_is_one_that_never_stopped(tmp_path: Path, kept: in
         if at - kept < synced:
             table.sync()
             writer.drain()
-            assert zarr.open_array(tmp_path / "longer" / "narrow", mode="r")[:].tolist() == [*range(at + 1)]
+            assert zarr.open_array(tmp_path / "longer" / "narrow", mode="r")[:].tolist() == [
+                *range(at + 1)
+            ]
     table.flush()
     writer.close()
     assert (write(tmp_path / "whole", [kept + more])[:kept] == values[:kept]).all()
-    ours, others = ({f.relative_to(p): f for f in p.rglob("*")} for p in (tmp_path / "longer", tmp_path / "whole"))
+    ours, others = (
+        {f.relative_to(p): f for f in p.rglob("*")}
+        for p in (tmp_path / "longer", tmp_path / "whole")
+    )
     assert ours.keys() == others.keys()
     for name, file in ours.items():
         assert file.is_dir() or file.read_bytes() == others[name].read_bytes(), name
@@ -188,16 +209,21 @@ def test_waits_for_a_place_in_the_queue_are_counted(monkeypatch: pytest.MonkeyPa
     writer.close()
 
 
-def test_waits_for_an_empty_buffer_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_for_an_empty_buffer_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer, clock = BackgroundWriter(depth=2), Clock(monkeypatch)
-    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 2, writer)
+    table = TableWriter(Group.create(tmp_path), [TableColumn("narrow", "int64")], "row", 2, writer)
     clock.hold(writer)
     counts = []
     for first in range(0, 4, 2):
         for rows, views in table.reserve(2):
             views["narrow"][:] = np.arange(2)[rows] + first
         counts.append(writer.stalls.count)
-    assert (counts, writer.stalls.seconds) == ([0, 1], 7.0)  # the second shard fills the last buffer, with a place in the queue
+    assert (counts, writer.stalls.seconds) == (
+        [0, 1],
+        7.0,
+    )  # the second shard fills the last buffer, with a place in the queue
     writer.close()
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "narrow", mode="r")[:], np.arange(4))
 
@@ -225,12 +251,14 @@ def test_a_failed_write_reaches_the_training_thread_and_nothing_hangs(tmp_path: 
 def test_nothing_is_written_before_it_is_there(tmp_path: Path) -> None:
     """As where a device copies into the buffers while the training goes on."""
     writer = BackgroundWriter()
-    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    table = TableWriter(Group.create(tmp_path), [TableColumn("narrow", "int64")], "row", 4, writer)
     values = np.arange(10)
     for first in range(0, 10, 2):
         for rows, views in table.reserve(2):
             copy, arrived = views["narrow"], values[first : first + 2][rows]
-            table.wait_for(lambda copy=copy, arrived=arrived: (time.sleep(0.01), np.copyto(copy, arrived)))
+            table.wait_for(
+                lambda copy=copy, arrived=arrived: (time.sleep(0.01), np.copyto(copy, arrived))
+            )
     table.flush()
     writer.close()
     np.testing.assert_array_equal(zarr.open_group(tmp_path, mode="r")["narrow"][:], values)
@@ -238,7 +266,7 @@ def test_nothing_is_written_before_it_is_there(tmp_path: Path) -> None:
 
 def test_a_state_of_a_table_waits_for_what_is_in_it_too(tmp_path: Path) -> None:
     writer = BackgroundWriter()
-    table = TableWriter(Group.create(tmp_path), [Column("narrow", "int64")], "row", 4, writer)
+    table = TableWriter(Group.create(tmp_path), [TableColumn("narrow", "int64")], "row", 4, writer)
     for _, views in table.reserve(3):
         table.wait_for(lambda copy=views["narrow"]: (time.sleep(0.01), np.copyto(copy, [5, 6, 7])))
     table.sync()

@@ -21,11 +21,11 @@ from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, RunError, StoreError
 from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.run.locks import one_writer
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import StageId
+from hydra_pipe.store.zarr.arrays import Array
 
 PIPELINE = """
 from support.pipelines import conv_pipeline
@@ -185,11 +185,20 @@ def everything(run: Path, other: Path) -> None:
                 flip(file)
 
 
-ROWS, KEPT, RELEVANCE, RANKINGS = "gradients.zarr", "hypergradients/hydra.zarr", "relevance.zarr", "rankings/method=hydra"
+ROWS, KEPT, RELEVANCE, RANKINGS = (
+    "gradients.zarr",
+    "hypergradients/hydra.zarr",
+    "relevance.zarr",
+    "rankings/method=hydra",
+)
 STEPS, TEST = f"{ROWS}/steps", f"{ROWS}/test/0000000008"
 RECORD_AGAIN = "no relevance can be computed from this recording: record the run again"
-REDUCE_AGAIN = r"the relevance cannot be trusted: compute it again with hydra-pipe reduce \S+run --overwrite"
-BY_LABEL_AGAIN = r"compute it again with hydra-pipe reduce \S+run --by label --tests 0-5 --overwrite"
+REDUCE_AGAIN = (
+    r"the relevance cannot be trusted: compute it again with hydra-pipe reduce \S+run --overwrite"
+)
+BY_LABEL_AGAIN = (
+    r"compute it again with hydra-pipe reduce \S+run --by label --tests 0-5 --overwrite"
+)
 EXPORT_AGAIN = r"the rankings cannot be trusted: write them again with hydra-pipe export \S+run --full --method hydra --top 3"
 KEEP_AGAIN = r"no test samples can be answered .* keep it again with hydra-pipe reduce \S+run --keep-hypergradients --overwrite"
 AGAIN = {RECORD: RECORD_AGAIN, KEEP: KEEP_AGAIN, REDUCE: REDUCE_AGAIN, EXPORT: EXPORT_AGAIN}
@@ -232,7 +241,10 @@ def of_file(what: str, file: str, beside: str, consequence: str, *back: str) -> 
         "swapped": (lambda run, _: swap(run / file, run / beside), f"written as {beside}"),
         "older": (lambda run, other: shutil.copy(other / file, run / file), OLDER),
     }
-    return {f"{what}: {kind}": Case(damage, file, found, consequence, back) for kind, (damage, found) in kinds.items()}
+    return {
+        f"{what}: {kind}": Case(damage, file, found, consequence, back)
+        for kind, (damage, found) in kinds.items()
+    }
 
 
 def of_stray(path: str, where: str | None = None, found: str = "does not belong here") -> Case:
@@ -240,50 +252,98 @@ def of_stray(path: str, where: str | None = None, found: str = "does not belong 
         (run / path).parent.mkdir(parents=True, exist_ok=True)
         (run / path).write_bytes(b"mine")
 
-    return Case(place, where or path, found, "move it elsewhere, or let hydra-pipe verify .* --repair do so")
+    return Case(
+        place, where or path, found, "move it elsewhere, or let hydra-pipe verify .* --repair do so"
+    )
 
 
 def of_lost_list(stage: str) -> Case:
     consequence = f"swapped and exchanged files of {stage} cannot be told"
-    return Case(lambda run, _: (run / checksums_file(stage)).unlink(), checksums_file(stage), "is missing", consequence)
+    return Case(
+        lambda run, _: (run / checksums_file(stage)).unlink(),
+        checksums_file(stage),
+        "is missing",
+        consequence,
+    )
 
 
 DAMAGE: dict[str, Case] = {
     **of_file("rows", f"{ROWS}/gradient/c/1/0", f"{ROWS}/gradient/c/2/0", RECORD_AGAIN, RECORD),
     **of_file("hypergradients", f"{KEPT}/folded/c/1/0", f"{KEPT}/folded/c/2/0", KEEP_AGAIN, KEEP),
-    **of_file("relevance", f"{RELEVANCE}/hydra/c/1/0", f"{RELEVANCE}/hydra/c/2/0", REDUCE_AGAIN, REDUCE, EXPORT),
+    **of_file(
+        "relevance",
+        f"{RELEVANCE}/hydra/c/1/0",
+        f"{RELEVANCE}/hydra/c/2/0",
+        REDUCE_AGAIN,
+        REDUCE,
+        EXPORT,
+    ),
     # of the recording
     "arrays swapped": of_recording(
         lambda run, _: swap(run / STEPS / "loss", run / STEPS / "gradient_scale"),
         f"{STEPS}/loss/c/0",
         f"written as {STEPS}/gradient_scale/c/0",
     ),
-    "samples flipped": of_recording(lambda run, _: flip(run / ROWS / "sample/c/0"), f"{ROWS}/sample/c/0", "damaged"),
-    "sample changed": of_recording(lambda run, _: rewrite(run / ROWS / "sample", 20, 3), f"{ROWS}/sample/c/1", OLDER),
+    "samples flipped": of_recording(
+        lambda run, _: flip(run / ROWS / "sample/c/0"), f"{ROWS}/sample/c/0", "damaged"
+    ),
+    "sample changed": of_recording(
+        lambda run, _: rewrite(run / ROWS / "sample", 20, 3), f"{ROWS}/sample/c/1", OLDER
+    ),
     "sample out of range": of_recording(
-        lambda run, _: rewrite(run / ROWS / "sample", 20, 26), f"{ROWS}/sample", "row 20 is of sample 26, .* 0 to 25"
+        lambda run, _: rewrite(run / ROWS / "sample", 20, 26),
+        f"{ROWS}/sample",
+        "row 20 is of sample 26, .* 0 to 25",
     ),
-    "step falls": of_recording(lambda run, _: rewrite(run / ROWS / "step", 20, 0), f"{ROWS}/step", "falls to 0 at row 20"),
+    "step falls": of_recording(
+        lambda run, _: rewrite(run / ROWS / "step", 20, 0), f"{ROWS}/step", "falls to 0 at row 20"
+    ),
     "step of another": of_recording(
-        lambda run, _: rewrite(run / ROWS / "step", 23, 3), f"{ROWS}/step", "says 3 at row 23, which is of another"
+        lambda run, _: rewrite(run / ROWS / "step", 23, 3),
+        f"{ROWS}/step",
+        "says 3 at row 23, which is of another",
     ),
-    "steps do not add up": of_recording(lambda run, _: rewrite(run / STEPS / "n_rows", 2, 5), STEPS, "add up to 49 rows of 52"),
+    "steps do not add up": of_recording(
+        lambda run, _: rewrite(run / STEPS / "n_rows", 2, 5), STEPS, "add up to 49 rows of 52"
+    ),
     "first row is wrong": of_recording(
-        lambda run, _: rewrite(run / STEPS / "first_row", 2, 5), f"{STEPS}/first_row", "step 2 begins at row 5"
+        lambda run, _: rewrite(run / STEPS / "first_row", 2, 5),
+        f"{STEPS}/first_row",
+        "step 2 begins at row 5",
     ),
-    "array lost": of_recording(lambda run, _: shutil.rmtree(run / STEPS / "updated"), f"{STEPS}/updated", "is missing"),
-    "chunks lost": of_recording(lambda run, _: shutil.rmtree(run / ROWS / "scale/c"), f"{ROWS}/scale", "lacks 4 of its 4 files"),
-    "test gradients lost": of_recording(lambda run, _: shutil.rmtree(run / TEST), f"{TEST}/gradient", "is missing"),
-    "labels lost": of_recording(lambda run, _: shutil.rmtree(run / ROWS / "labels"), f"{ROWS}/labels/train", "is missing"),
+    "array lost": of_recording(
+        lambda run, _: shutil.rmtree(run / STEPS / "updated"), f"{STEPS}/updated", "is missing"
+    ),
+    "chunks lost": of_recording(
+        lambda run, _: shutil.rmtree(run / ROWS / "scale/c"),
+        f"{ROWS}/scale",
+        "lacks 4 of its 4 files",
+    ),
+    "test gradients lost": of_recording(
+        lambda run, _: shutil.rmtree(run / TEST), f"{TEST}/gradient", "is missing"
+    ),
+    "labels lost": of_recording(
+        lambda run, _: shutil.rmtree(run / ROWS / "labels"), f"{ROWS}/labels/train", "is missing"
+    ),
     "store lost": of_recording(lambda run, _: shutil.rmtree(run / ROWS), ROWS, "is missing"),
-    "array shortened": of_recording(lambda run, _: reshape(run / ROWS / "sample", 40), f"{ROWS}/sample/zarr.json", OLDER),
-    "array lengthened": of_recording(lambda run, _: reshape(run / ROWS / "sample", 2**50), f"{ROWS}/sample/zarr.json", OLDER),
-    "metadata garbled": of_recording(
-        lambda run, _: (run / STEPS / "loss/zarr.json").write_text("{"), f"{STEPS}/loss/zarr.json", OLDER
+    "array shortened": of_recording(
+        lambda run, _: reshape(run / ROWS / "sample", 40), f"{ROWS}/sample/zarr.json", OLDER
     ),
-    "metadata lost": of_recording(lambda run, _: (run / ROWS / "zarr.json").unlink(), f"{ROWS}/zarr.json", "is missing"),
+    "array lengthened": of_recording(
+        lambda run, _: reshape(run / ROWS / "sample", 2**50), f"{ROWS}/sample/zarr.json", OLDER
+    ),
+    "metadata garbled": of_recording(
+        lambda run, _: (run / STEPS / "loss/zarr.json").write_text("{"),
+        f"{STEPS}/loss/zarr.json",
+        OLDER,
+    ),
+    "metadata lost": of_recording(
+        lambda run, _: (run / ROWS / "zarr.json").unlink(), f"{ROWS}/zarr.json", "is missing"
+    ),
     "block directory of another": of_recording(
-        lambda run, other: shutil.copy(other / ROWS / "zarr.json", run / ROWS), f"{ROWS}/zarr.json", OLDER
+        lambda run, other: shutil.copy(other / ROWS / "zarr.json", run / ROWS),
+        f"{ROWS}/zarr.json",
+        OLDER,
     ),
     "wrong count": of_recording(
         lambda run, _: edit(run, lambda stages: stages[RECORD]["facts"].update(n_rows=51)),
@@ -291,10 +351,14 @@ DAMAGE: dict[str, Case] = {
         "has length 52, 51 were recorded",
     ),
     "no count": of_recording(
-        lambda run, _: edit(run, lambda stages: stages[RECORD]["facts"].pop("n_rows")), ROWS, "it says n_rows is None"
+        lambda run, _: edit(run, lambda stages: stages[RECORD]["facts"].pop("n_rows")),
+        ROWS,
+        "it says n_rows is None",
     ),
     "a count that is none": of_recording(
-        lambda run, _: edit(run, lambda stages: stages[RECORD]["facts"].update(labels=3)), ROWS, "it says labels is 3"
+        lambda run, _: edit(run, lambda stages: stages[RECORD]["facts"].update(labels=3)),
+        ROWS,
+        "it says labels is 3",
     ),
     "recording of another run": Case(
         lambda run, other: from_other(run, other, RECORD, ROWS, "checkpoints"),
@@ -304,7 +368,11 @@ DAMAGE: dict[str, Case] = {
         (RECORD, *COMPUTED),
     ),
     "rows changed since": Case(
-        changed_since, f"{RELEVANCE}/hydra", "is stale: it was computed from another recording", REDUCE_AGAIN, COMPUTED
+        changed_since,
+        f"{RELEVANCE}/hydra",
+        "is stale: it was computed from another recording",
+        REDUCE_AGAIN,
+        COMPUTED,
     ),
     "final parameters flipped": Case(
         lambda run, _: flip(run / "checkpoints/final.pt"),
@@ -314,17 +382,25 @@ DAMAGE: dict[str, Case] = {
         (RECORD,),
     ),
     "final parameters lost": Case(
-        lambda run, _: (run / "checkpoints/final.pt").unlink(), "checkpoints/final.pt", "missing", "record the run again", (RECORD,)
+        lambda run, _: (run / "checkpoints/final.pt").unlink(),
+        "checkpoints/final.pt",
+        "missing",
+        "record the run again",
+        (RECORD,),
     ),
     # of hypergradients
     "kept rows of another": Case(
-        lambda run, other: shutil.copy(other / KEPT / "factored/scale/c/0/0", run / KEPT / "factored/scale/c/0/0"),
+        lambda run, other: shutil.copy(
+            other / KEPT / "factored/scale/c/0/0", run / KEPT / "factored/scale/c/0/0"
+        ),
         f"{KEPT}/factored/scale/c/0/0",
         OLDER,
         KEEP_AGAIN,
         (KEEP,),
     ),
-    "hypergradients lost": Case(lambda run, _: shutil.rmtree(run / KEPT), KEPT, "is missing", KEEP_AGAIN, (KEEP,)),
+    "hypergradients lost": Case(
+        lambda run, _: shutil.rmtree(run / KEPT), KEPT, "is missing", KEEP_AGAIN, (KEEP,)
+    ),
     # of relevances
     "relevances swapped": Case(
         lambda run, _: swap(run / RELEVANCE / "hydra", run / RELEVANCE / "hydra-by-label"),
@@ -341,7 +417,11 @@ DAMAGE: dict[str, Case] = {
         BY_LABEL,
     ),
     "relevances lost": Case(
-        lambda run, _: shutil.rmtree(run / RELEVANCE), f"{RELEVANCE}/hydra", "is missing", REDUCE_AGAIN, (REDUCE, EXPORT, *BY_LABEL)
+        lambda run, _: shutil.rmtree(run / RELEVANCE),
+        f"{RELEVANCE}/hydra",
+        "is missing",
+        REDUCE_AGAIN,
+        (REDUCE, EXPORT, *BY_LABEL),
     ),
     "relevance of other tests": Case(
         lambda run, _: edit(run, lambda stages: stages[REDUCE]["facts"].update(n_columns=5)),
@@ -351,12 +431,23 @@ DAMAGE: dict[str, Case] = {
         (REDUCE, EXPORT),
     ),
     "group of relevances lost": Case(
-        lambda run, _: (run / RELEVANCE / "zarr.json").unlink(), f"{RELEVANCE}/zarr.json", "is missing", "--repair writes it again"
+        lambda run, _: (run / RELEVANCE / "zarr.json").unlink(),
+        f"{RELEVANCE}/zarr.json",
+        "is missing",
+        "--repair writes it again",
     ),
     # of rankings
-    "stale rankings": of_export(stale_rankings, "", "is stale: it was computed from another relevance"),
-    "table flipped": of_export(lambda run, _: flip(run / RANKINGS / "samples.parquet"), "samples.parquet", OLDER),
-    "table lost": of_export(lambda run, _: (run / RANKINGS / "part-00000.parquet").unlink(), "part-00000.parquet", "is missing"),
+    "stale rankings": of_export(
+        stale_rankings, "", "is stale: it was computed from another relevance"
+    ),
+    "table flipped": of_export(
+        lambda run, _: flip(run / RANKINGS / "samples.parquet"), "samples.parquet", OLDER
+    ),
+    "table lost": of_export(
+        lambda run, _: (run / RANKINGS / "part-00000.parquet").unlink(),
+        "part-00000.parquet",
+        "is missing",
+    ),
     "table truncated": of_export(
         lambda run, _: cut(run / RANKINGS / "matrix/part-00000.parquet"),
         "matrix/part-00000.parquet",
@@ -369,11 +460,15 @@ DAMAGE: dict[str, Case] = {
     ),
     "table shortened": of_export(shorter_table, "samples.parquet", OLDER),
     "tables of another run": of_export(
-        lambda run, other: shutil.copytree(other / RANKINGS, run / RANKINGS, dirs_exist_ok=True), "samples.parquet", OLDER
+        lambda run, other: shutil.copytree(other / RANKINGS, run / RANKINGS, dirs_exist_ok=True),
+        "samples.parquet",
+        OLDER,
     ),
     "rankings lost": of_export(lambda run, _: shutil.rmtree(run / RANKINGS), "", "is missing"),
     "rankings of fewer rows": of_export(
-        lambda run, _: edit(run, lambda stages: stages[EXPORT]["facts"]["files"].update({"samples.parquet": 3})),
+        lambda run, _: edit(
+            run, lambda stages: stages[EXPORT]["facts"]["files"].update({"samples.parquet": 3})
+        ),
         "samples.parquet",
         "has 26 rows, 3 were written",
     ),
@@ -383,19 +478,37 @@ DAMAGE: dict[str, Case] = {
     "extra file of hypergradients": of_stray(f"{KEPT}/notes.txt"),
     "extra chunk of a relevance": of_stray(f"{RELEVANCE}/hydra/c/0/9"),
     "extra table": of_stray(f"{RANKINGS}/part-00009.parquet"),
-    "extra relevance": of_stray(f"{RELEVANCE}/magic/c/0/0", f"{RELEVANCE}/magic", "belongs to no stage of the run"),
-    "extra rankings": of_stray("rankings/method=magic/samples.parquet", "rankings/method=magic", "belongs to no stage of the run"),
+    "extra relevance": of_stray(
+        f"{RELEVANCE}/magic/c/0/0", f"{RELEVANCE}/magic", "belongs to no stage of the run"
+    ),
+    "extra rankings": of_stray(
+        "rankings/method=magic/samples.parquet",
+        "rankings/method=magic",
+        "belongs to no stage of the run",
+    ),
     "extra checksums": of_stray("checksums/notes.json", None, "belongs to no stage of the run"),
     "rankings of no stage": Case(
-        lambda run, _: edit(run, lambda stages: stages.pop(EXPORT)), RANKINGS, "belongs to no stage", "move it elsewhere"
+        lambda run, _: edit(run, lambda stages: stages.pop(EXPORT)),
+        RANKINGS,
+        "belongs to no stage",
+        "move it elsewhere",
     ),
     # of checksums
-    **{f"checksums of {stage} lost": of_lost_list(stage) for stage in (RECORD, KEEP, REDUCE, EXPORT)},
+    **{
+        f"checksums of {stage} lost": of_lost_list(stage)
+        for stage in (RECORD, KEEP, REDUCE, EXPORT)
+    },
     "checksums flipped": Case(
-        lambda run, _: flip(run / "checksums/record.json"), "checksums/record.json", "has another SHA-256", "cannot be told"
+        lambda run, _: flip(run / "checksums/record.json"),
+        "checksums/record.json",
+        "has another SHA-256",
+        "cannot be told",
     ),
     "checksums and rows of another run": Case(
-        lambda run, other: [shutil.copytree(other / p, run / p, dirs_exist_ok=True) for p in ("checksums", f"{ROWS}/gradient")],
+        lambda run, other: [
+            shutil.copytree(other / p, run / p, dirs_exist_ok=True)
+            for p in ("checksums", f"{ROWS}/gradient")
+        ],
         "checksums/record.json",
         "has another SHA-256",
         "cannot be told",
@@ -409,31 +522,57 @@ DAMAGE: dict[str, Case] = {
         (EXPORT,),
     ),
     "checksums lost, relevance flipped": Case(
-        lambda run, _: [flip(run / RELEVANCE / "hydra/c/1/0"), (run / checksums_file(REDUCE)).unlink()],
+        lambda run, _: [
+            flip(run / RELEVANCE / "hydra/c/1/0"),
+            (run / checksums_file(REDUCE)).unlink(),
+        ],
         f"{RELEVANCE}/hydra/c/1/0",
         "are damaged",
         REDUCE_AGAIN,
         (REDUCE, EXPORT),
     ),
     "checksums lost, table truncated": of_export(
-        lambda run, _: [cut(run / RANKINGS / "samples.parquet"), (run / checksums_file(EXPORT)).unlink()],
+        lambda run, _: [
+            cut(run / RANKINGS / "samples.parquet"),
+            (run / checksums_file(EXPORT)).unlink(),
+        ],
         "samples.parquet",
         "cannot be read",
     ),
     "checksums lost, store lost": of_recording(
-        lambda run, _: [shutil.rmtree(run / ROWS), (run / checksums_file(RECORD)).unlink()], ROWS, "is missing"
+        lambda run, _: [shutil.rmtree(run / ROWS), (run / checksums_file(RECORD)).unlink()],
+        ROWS,
+        "is missing",
     ),
     "all checksums lost": Case(
-        lambda run, _: shutil.rmtree(run / "checksums"), "checksums/run.json", "is missing or damaged", "--repair writes it again"
+        lambda run, _: shutil.rmtree(run / "checksums"),
+        "checksums/run.json",
+        "is missing or damaged",
+        "--repair writes it again",
     ),
     # of the manifest
     "manifest garbled": Case(
-        lambda run, _: (run / "run.json").write_text('{"format": '), "run.json", "is damaged", "--repair has a copy"
+        lambda run, _: (run / "run.json").write_text('{"format": '),
+        "run.json",
+        "is damaged",
+        "--repair has a copy",
     ),
-    "manifest empty": Case(lambda run, _: (run / "run.json").write_bytes(b""), "run.json", "is damaged", "--repair has a copy"),
-    "manifest lost": Case(lambda run, _: (run / "run.json").unlink(), "run.json", "it has no run.json", "--repair has a copy"),
+    "manifest empty": Case(
+        lambda run, _: (run / "run.json").write_bytes(b""),
+        "run.json",
+        "is damaged",
+        "--repair has a copy",
+    ),
+    "manifest lost": Case(
+        lambda run, _: (run / "run.json").unlink(),
+        "run.json",
+        "it has no run.json",
+        "--repair has a copy",
+    ),
     "manifest with a path for a stage": Case(
-        lambda run, _: (run / "run.json").write_text((run / "run.json").read_text().replace("reduce hydra", "reduce ../..")),
+        lambda run, _: (run / "run.json").write_text(
+            (run / "run.json").read_text().replace("reduce hydra", "reduce ../..")
+        ),
         "run.json",
         r"a stage called 'reduce ../..'",
         "nothing of the run can be used",
@@ -468,7 +607,9 @@ def contents_of(run: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_found_with_file_and_consequence_and_repaired(run: Path, other: Path, name: str) -> None:
+def test_damage_is_found_with_file_and_consequence_and_repaired(
+    run: Path, other: Path, name: str
+) -> None:
     case = DAMAGE[name]
     case.damage(run, other)
     before, n_mine = stages_of(run), contents_of(run).count(b"mine")
@@ -481,7 +622,9 @@ def test_damage_is_found_with_file_and_consequence_and_repaired(run: Path, other
     done = [line for line in said.lines if ": set back, for " in line]
     assert sorted(line.split(":")[0] for line in done) == sorted(case.back), said.lines
     recording_back = RECORD in case.back
-    assert unfinished(run) == (["record is not finished (state: failed): run it again"] if recording_back else [])
+    assert unfinished(run) == (
+        ["record is not finished (state: failed): run it again"] if recording_back else []
+    )
     kept = {stage: state for stage, state in before.items() if stage not in case.back}
     assert stages_of(run) == (kept | {RECORD: "failed"} if recording_back else kept)
     assert contents_of(run).count(b"mine") == n_mine
@@ -498,30 +641,56 @@ HEALTHY: dict[str, tuple[dict[str, object], list[list[str]]]] = {
     "recorded only": ({}, []),
     "exact": ({"encoding": "exact"}, EVERYTHING[:1]),
     "exact, int8": ({"encoding": "exact", "dtype": "int8"}, [["reduce", "RUN"], ["export", "RUN"]]),
-    "exact, float32": ({"encoding": "exact", "dtype": "float32"}, [["reduce", "RUN"], ["export", "RUN", "--full"]]),
+    "exact, float32": (
+        {"encoding": "exact", "dtype": "float32"},
+        [["reduce", "RUN"], ["export", "RUN", "--full"]],
+    ),
     "projected": ({"encoding": "projected", "dim": 32}, [["reduce", "RUN"], ["export", "RUN"]]),
     "projected, float32": ({"encoding": "projected", "dim": 20, "dtype": "float32"}, EVERYTHING),
     "auto, narrow": ({"dim": 64}, [["reduce", "RUN", "--keep-hypergradients"]]),
     "auto, float16": ({"dtype": "float16"}, [["reduce", "RUN"]]),
-    "by label": ({}, [["reduce", "RUN", "--by", "label"], ["export", "RUN", "--method", "hydra-by-label"]]),
-    "mean": ({}, [["reduce", "RUN", "--mean"], ["export", "RUN", "--method", "hydra-mean", "--full"]]),
+    "by label": (
+        {},
+        [["reduce", "RUN", "--by", "label"], ["export", "RUN", "--method", "hydra-by-label"]],
+    ),
+    "mean": (
+        {},
+        [["reduce", "RUN", "--mean"], ["export", "RUN", "--method", "hydra-mean", "--full"]],
+    ),
     "some tests": ({}, [["reduce", "RUN", "--tests", "0-2,5"], ["export", "RUN", "--top", "1"]]),
     "all results": ({}, [*EVERYTHING, ["reduce", "RUN", "--mean"]]),
     "kept": ({}, [["reduce", "RUN", "--keep-hypergradients"]]),
-    "kept later": ({}, [["reduce", "RUN"], ["export", "RUN"], ["reduce", "RUN", "--keep-hypergradients"]]),
+    "kept later": (
+        {},
+        [["reduce", "RUN"], ["export", "RUN"], ["reduce", "RUN", "--keep-hypergradients"]],
+    ),
     "pruned": ({}, [["reduce", "RUN", "--keep-hypergradients"], ["prune", "RUN"]]),
     "pruned, and reduced again": (
         {"encoding": "exact"},
-        [*EVERYTHING[:1], ["prune", "RUN"], ["reduce", "RUN", "--tests", "1-3", "--overwrite"], ["export", "RUN"]],
+        [
+            *EVERYTHING[:1],
+            ["prune", "RUN"],
+            ["reduce", "RUN", "--tests", "1-3", "--overwrite"],
+            ["export", "RUN"],
+        ],
     ),
     "reduced again": ({}, [["reduce", "RUN"], ["export", "RUN"], ["reduce", "RUN", "--overwrite"]]),
-    "exported again": ({}, [["reduce", "RUN"], ["export", "RUN", "--full"], ["export", "RUN", "--top", "2", "--overwrite"]]),
+    "exported again": (
+        {},
+        [
+            ["reduce", "RUN"],
+            ["export", "RUN", "--full"],
+            ["export", "RUN", "--top", "2", "--overwrite"],
+        ],
+    ),
     "in one thread": ({}, [["reduce", "RUN", "--scheduler", "synchronous"], ["export", "RUN"]]),
 }
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_no_fault_is_invented_and_nothing_repaired(recorded: Callable[..., Path], tmp_path: Path, name: str) -> None:
+def test_no_fault_is_invented_and_nothing_repaired(
+    recorded: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
     options, commands = HEALTHY[name]
     run = Path(shutil.copytree(recorded(**options), tmp_path / "run"))
     for command in commands:
@@ -534,7 +703,9 @@ def test_no_fault_is_invented_and_nothing_repaired(recorded: Callable[..., Path]
 
 
 @pytest.mark.parametrize("labels", [[3, 1, 2], ["cat", "dog", "cat"], None])
-def test_no_fault_is_invented_in_a_loop_of_ones_own(tmp_path: Path, small_files: None, labels: list | None) -> None:
+def test_no_fault_is_invented_in_a_loop_of_ones_own(
+    tmp_path: Path, small_files: None, labels: list | None
+) -> None:
     pipeline = mlp_pipeline()
     recorder = Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", 40)
     inputs, targets = pipeline.train.tensors
@@ -630,13 +801,18 @@ def test_a_newer_version_is_not_repaired_by_an_old_copy(run: Path) -> None:
 def test_what_another_process_writes_is_not_repaired(run: Path, stage: str) -> None:
     flip(run / ROWS / "gradient/c/1/0")
     files = contents_of(run)
-    with one_writer(run, StageId.parse(stage)), pytest.raises(RunError, match=f"is being written by this very process .{stage}"):
+    with (
+        one_writer(run, StageId.parse(stage)),
+        pytest.raises(RunError, match=f"is being written by this very process .{stage}"),
+    ):
         hydra_pipe.verify(run, repair=True)
     assert contents_of(run) == files
 
 
 @pytest.mark.parametrize("place", [ROWS, RELEVANCE, RANKINGS, "checkpoints"])
-def test_files_that_a_link_leads_to_are_neither_moved_nor_removed(run: Path, tmp_path: Path, place: str) -> None:
+def test_files_that_a_link_leads_to_are_neither_moved_nor_removed(
+    run: Path, tmp_path: Path, place: str
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     (run / place).rename(elsewhere)
     (elsewhere / "thesis.partial").write_text("mine")
@@ -661,7 +837,9 @@ def test_the_command_line_repairs_and_exits_with_0(run: Path) -> None:
     assert (found.exit_code, found.stdout.splitlines()[-1]) == (1, f"{run}: 2 faults")
     repaired = CliRunner().invoke(app, ["verify", str(run), "--repair"])
     assert (repaired.exit_code, repaired.stdout) == (0, f"{run}: in order\n")
-    assert re.search(r"export hydra: set back, for \S+samples.parquet .*: run hydra-pipe export", repaired.stderr)
+    assert re.search(
+        r"export hydra: set back, for \S+samples.parquet .*: run hydra-pipe export", repaired.stderr
+    )
     assert (run / "set-aside/gradients.zarr/notes.txt").read_text() == "mine"
     again = CliRunner().invoke(app, ["verify", str(run), "--json"])
     assert (again.exit_code, json.loads(again.stdout)) == (0, {"healthy": True, "faults": []})

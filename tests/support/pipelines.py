@@ -7,7 +7,9 @@ from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
 
-torch.set_num_threads(1)  # several processes run tests on the same cores, and start others, which build these pipelines too
+torch.set_num_threads(
+    1
+)  # several processes run tests on the same cores, and start others, which build these pipelines too
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -36,7 +38,9 @@ def conv_net(seed: int = 0) -> nn.Sequential:
     )
 
 
-def conv_pipeline(epochs: int = 3, n_train: int = 26, n_test: int = 7, seed: int = 0, **changes: object) -> Pipeline:
+def conv_pipeline(
+    epochs: int = 3, n_train: int = 26, n_test: int = 7, seed: int = 0, **changes: object
+) -> Pipeline:
     """A conv net with everything SGD has: two parameter groups, Nesterov, weight decay, cosine, clipping, a short batch."""
     model = conv_net(seed)
     weights = [p for p in model.parameters() if p.dim() > 1]
@@ -64,7 +68,9 @@ def conv_pipeline(epochs: int = 3, n_train: int = 26, n_test: int = 7, seed: int
     return Pipeline(**(fields | changes))
 
 
-def mlp_pipeline(epochs: int = 2, n_train: int = 40, n_test: int = 9, seed: int = 0, **changes: object) -> Pipeline:
+def mlp_pipeline(
+    epochs: int = 2, n_train: int = 40, n_test: int = 9, seed: int = 0, **changes: object
+) -> Pipeline:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
     fields: dict[str, object] = {

@@ -20,12 +20,16 @@ def forked(target: Callable[..., object], *args: object, **options: object) -> B
     process = multiprocessing.get_context("fork").Process(target=target, args=args, kwargs=options)
     with warnings.catch_warnings():
         # said since Python 3.12 where there are other threads: none of them holds what the target needs
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
+        )
         process.start()
     return process
 
 
-def _die_at(kill_at: int, build: Callable[[], Pipeline], run: Path, options: dict[str, Any]) -> None:
+def _die_at(
+    kill_at: int, build: Callable[[], Pipeline], run: Path, options: dict[str, Any]
+) -> None:
     real, steps = trainer.take_step, 0
 
     def step(*args: Any, **kwargs: Any) -> float:

@@ -16,7 +16,11 @@ from hydra_pipe.store import names
 def arrays(run: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Every array of a recording, by its name in the store."""
     store = zarr.open_group(run / names.GRADIENTS, mode="r")
-    return {name: np.asarray(found[:]) for name, found in store.members(max_depth=None) if isinstance(found, zarr.Array)}
+    return {
+        name: np.asarray(found[:])
+        for name, found in store.members(max_depth=None)
+        if isinstance(found, zarr.Array)
+    }
 
 
 def assert_same_arrays(a: Path, b: Path) -> None:
@@ -38,7 +42,10 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 def steps_of(run: Path) -> list[np.ndarray[Any, Any]]:
     """The sample ids of each step."""
     found = arrays(run)
-    return [found[names.SAMPLE][found[names.STEP] == step] for step in range(found[names.STEP].max() + 1)]
+    return [
+        found[names.SAMPLE][found[names.STEP] == step]
+        for step in range(found[names.STEP].max() + 1)
+    ]
 
 
 def decoded(run: Path, rows: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -56,12 +63,17 @@ def decoded_tests(run: Path) -> dict[str, np.ndarray]:
 
 def decoded_group(store: zarr.Group, group: zarr.Group, rows: slice) -> dict[str, np.ndarray]:
     """Every block's gradients in some rows of `group`, which has the arrays `gradient` and `scale`."""
-    values, scale = group["gradient"][rows].astype(np.float64), group["scale"][rows].astype(np.float64)
+    values, scale = (
+        group["gradient"][rows].astype(np.float64),
+        group["scale"][rows].astype(np.float64),
+    )
     result = {}
     for index, block in enumerate(store.attrs["hydra_pipe_blocks"]["blocks"]):
         own = values[:, slice(*block["columns"])]
         if block["inputs"] is not None:
-            own = np.einsum("ro,ri->roi", own, values[:, slice(*block["inputs"])]).reshape(len(own), -1)
+            own = np.einsum("ro,ri->roi", own, values[:, slice(*block["inputs"])]).reshape(
+                len(own), -1
+            )
         result[block["name"]] = own * scale[:, index, None]
     return result
 
@@ -70,7 +82,11 @@ def contents(run: Path) -> dict[str, bytes]:
     """Every file of the store, without the id that each run has of its own."""
     store = run / "gradients.zarr"
     run_id = json.loads((run / "run.json").read_text())["run_id"].encode()
-    return {str(f.relative_to(store)): f.read_bytes().replace(run_id, b"ID") for f in store.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(store)): f.read_bytes().replace(run_id, b"ID")
+        for f in store.rglob("*")
+        if f.is_file()
+    }
 
 
 def stages(run: Path) -> dict[str, object]:

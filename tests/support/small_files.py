@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from hydra_pipe.plan import chunking as geometry
-from hydra_pipe.recording import row_buffer as slab
+from hydra_pipe.recording import row_buffer as buffer
 from hydra_pipe.store.data import gradients_writer as writing
 
 
@@ -11,4 +11,4 @@ def make_files_small(put: Callable[[object, str, object], None]) -> None:
     """A shard of rows ends every second step of 8 rows, one of steps every fourth, and every second step is written."""
     put(geometry, "MAX_SHARD_ROWS", 16)
     put(writing, "STEP_SHARD_ROWS", 4)
-    put(slab, "SLAB_STEPS", 2)
+    put(buffer, "SLAB_STEPS", 2)

@@ -51,12 +51,16 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, label = self._images[index]
-        return image + 0.1 * torch.rand(1) + 0.1 * random.random() + float(np.random.normal(0, 0.1)), label
+        return image + 0.1 * torch.rand(1) + 0.1 * random.random() + float(
+            np.random.normal(0, 0.1)
+        ), label
 
 
 def dropout_pipeline(num_workers: int = 0) -> Pipeline:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return Pipeline(
         model=model,
@@ -89,14 +93,18 @@ def assert_same(a: Path, b: Path) -> None:
     ours, others = contents(a), contents(b)
     assert sorted(ours) == sorted(others)
     assert [name for name in ours if ours[name] != others[name]] == []
-    assert (a / "checkpoints" / "final.pt").read_bytes() == (b / "checkpoints" / "final.pt").read_bytes()
+    assert (a / "checkpoints" / "final.pt").read_bytes() == (
+        b / "checkpoints" / "final.pt"
+    ).read_bytes()
     assert facts(a) == facts(b)
     assert [path.name for path in (a / "checkpoints").iterdir()] == ["final.pt"]
     assert hydra_pipe.verify(a) == []
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path, name: str) -> None:
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    tmp_path: Path, name: str
+) -> None:
     build = BUILDERS[name]
     hydra_pipe.record(build(), tmp_path / "whole")
     for kill_at in (4, 3, 5):
@@ -145,7 +153,9 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, d
         other = checkpoints_in(tmp_path / "other" / "checkpoints")[0].path
         (newest.path.parent / other.name).write_bytes(other.read_bytes())
     else:
-        newest.path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:1000]), "empty": b""}[damage])
+        newest.path.write_bytes(
+            {"flipped": bytes(content), "cut": bytes(content[:1000]), "empty": b""}[damage]
+        )
     said = Said()
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", progress=said)
     assert said.lines[0].startswith("passed over: ")
@@ -185,7 +195,9 @@ def unkept_pipeline() -> Pipeline:
     return Pipeline(model, optimizer, cross_entropy, data, images(3, 2), batch_size=4, epochs=3)
 
 
-def test_a_state_that_cannot_be_read_without_executing_it_is_said_and_not_kept(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_read_without_executing_it_is_said_and_not_kept(
+    tmp_path: Path,
+) -> None:
     said = Said()
     hydra_pipe.record(unkept_pipeline(), tmp_path / "run", checkpoint_every="1", progress=said)
     assert sum("no checkpoints are taken" in line for line in said.lines) == 1
@@ -221,7 +233,9 @@ def wait_until(process: BaseProcess, errors: Path, happened: Callable[[], bool])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     run, errors = tmp_path / "run", tmp_path / "errors"
     process = started(run, errors)
     wait_until(process, errors, (run / "run.json").exists)
@@ -254,8 +268,12 @@ def _heard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_heard")
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_second_signal_ends_it_at_once(number: signal.Signals, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_second_signal_ends_it_at_once(
+    number: signal.Signals, error: type[BaseException]
+) -> None:
     with stop_requested() as stop:
         signal.raise_signal(number)
         assert stop.name == number.name
@@ -273,7 +291,9 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_signal_among_the_test_gradients_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_among_the_test_gradients_keeps_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "whole")
     real = trainer.test_batches
 
@@ -283,7 +303,9 @@ def test_a_signal_among_the_test_gradients_keeps_the_training(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "test_batches", interrupted)
-        with pytest.raises(InterruptedRunError, match=r"while taking test gradients: .* go on after step 10") as raised:
+        with pytest.raises(
+            InterruptedRunError, match=r"while taking test gradients: .* go on after step 10"
+        ) as raised:
             hydra_pipe.record(conv_pipeline(), tmp_path / "run", checkpoint_every="9")
     assert raised.value.exit_code == 143
     hydra_pipe.record(conv_pipeline(), tmp_path / "run")

@@ -89,7 +89,9 @@ class _Cluster(Scheduler):
                 f"{error.last_worker.address}: lower --memory, or look into its log"
             ) from error
         except CancelledError as error:
-            raise ClusterError(f"{self._where} is gone: start it, and run the same command again") from error
+            raise ClusterError(
+                f"{self._where} is gone: start it, and run the same command again"
+            ) from error
         finally:
             future.cancel()
         return result
@@ -112,7 +114,9 @@ class _Cluster(Scheduler):
 
     def _has_workers(self) -> bool:
         try:
-            return self._client.status == "running" and bool(self._client.scheduler_info()["workers"])
+            return self._client.status == "running" and bool(
+                self._client.scheduler_info()["workers"]
+            )
         except OSError:
             return False
 
@@ -131,7 +135,9 @@ class ClusterHere(_Cluster):
 
     def __init__(self, n_workers: int) -> None:
         super().__init__()
-        self.workers = Workers(n_workers, processes=True, threads=1, resident_bytes=WORKER_RESIDENT_BYTES)
+        self.workers = Workers(
+            n_workers, processes=True, threads=1, resident_bytes=WORKER_RESIDENT_BYTES
+        )
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         self._stack.enter_context(dask.config.set(_HERE))
@@ -189,12 +195,16 @@ class ClusterAt(_Cluster):
         try:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
-            raise ClusterError(f"{self._where} has no workers: start some with dask worker {self._address}") from None
+            raise ClusterError(
+                f"{self._where} has no workers: start some with dask worker {self._address}"
+            ) from None
         self._check_versions()
         self._told = client.run(_about)
         threads = [told["threads"] for told in self._told.values()]
         resident = max(told["resident_bytes"] for told in self._told.values())
-        self.workers = Workers(sum(threads), processes=True, threads=max(threads), resident_bytes=resident)
+        self.workers = Workers(
+            sum(threads), processes=True, threads=max(threads), resident_bytes=resident
+        )
 
     def _check_listener(self) -> None:
         """Refuse a listener that is no scheduler. Raises: ClusterError.
@@ -212,8 +222,14 @@ class ClusterAt(_Cluster):
             kind = None
         if kind == "Scheduler":
             return
-        found = "what listens there does not talk as one" if kind is None else f"a {kind.lower()} listens there"
-        advice = "give the address that `dask scheduler` prints as it starts, such as tcp://host:8786"
+        found = (
+            "what listens there does not talk as one"
+            if kind is None
+            else f"a {kind.lower()} listens there"
+        )
+        advice = (
+            "give the address that `dask scheduler` prints as it starts, such as tcp://host:8786"
+        )
         if kind == "web server":
             advice = f"if it is the dashboard of one, {advice}"
         raise ClusterError(f"{self._address} is not a Dask scheduler, {found}: {advice}")
@@ -227,7 +243,9 @@ class ClusterAt(_Cluster):
     def _check_versions(self) -> None:
         told = self._client.get_versions(packages=["hydra_pipe"])
         here = _versions(told["client"])
-        there = {"the scheduler itself": told["scheduler"]} | {f"worker {key}": value for key, value in told["workers"].items()}
+        there = {"the scheduler itself": told["scheduler"]} | {
+            f"worker {key}": value for key, value in told["workers"].items()
+        }
         for who, what in there.items():
             for name, version in _versions(what).items():
                 if version != here[name]:
@@ -262,7 +280,9 @@ def _identity(address: str) -> dict[str, Any]:
     """
 
     async def asked() -> dict[str, Any]:
-        comm = await connect(address, timeout=CONNECT_SECONDS, **Security().get_connection_args("client"))
+        comm = await connect(
+            address, timeout=CONNECT_SECONDS, **Security().get_connection_args("client")
+        )
         try:
             told = await send_recv(comm, op="identity")
         finally:
@@ -386,7 +406,9 @@ def _versions(told: Mapping[str, Any]) -> dict[str, str | None]:
     """
     python = ".".join(told["host"]["python"].split(".")[:2])
     packages = told["packages"]
-    return {"python": python, "hydra-pipe": packages.get("hydra_pipe")} | {n: packages.get(n) for n in ("dask", "distributed")}
+    return {"python": python, "hydra-pipe": packages.get("hydra_pipe")} | {
+        n: packages.get(n) for n in ("dask", "distributed")
+    }
 
 
 def _task_name(error: KilledWorker) -> str:

@@ -31,7 +31,9 @@ class InProcess(Scheduler):
     def __init__(self, n_threads: int | None) -> None:
         self._n_threads = n_threads
         count = n_threads or 1
-        self.workers = Workers(count, processes=False, threads=count, resident_bytes=resident_bytes())
+        self.workers = Workers(
+            count, processes=False, threads=count, resident_bytes=resident_bytes()
+        )
         self._stopped = threading.Event()
 
     def counter(self, advance: Callable[[int], None], n_rows: int) -> CountRows:

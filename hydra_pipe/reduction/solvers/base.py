@@ -6,12 +6,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from dask.delayed import Delayed
 
-from hydra_pipe.plan.records import Answered, Found, Plan, ReductionInput, Span
+from hydra_pipe.plan.records import Answered, Found, Plan, ReductionInput
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors.base import CountRows, Scheduler, Workers
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import StageId
+from hydra_pipe.types import Span
 
 P = TypeVar("P", bound=Plan, covariant=True)
 

@@ -10,18 +10,18 @@ from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.rank_rows import shards_of
 from hydra_pipe.plan.records import Answered, Found, Plan, ReductionInput
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction.executors.base import Scheduler, Workers
-from hydra_pipe.reduction.job import Job
-from hydra_pipe.reduction.request import Request
-from hydra_pipe.reduction.resume import mark
 from hydra_pipe.reduction.column_groups import dense_segments
+from hydra_pipe.reduction.executors.base import Scheduler, Workers
+from hydra_pipe.reduction.job import ReductionJob
+from hydra_pipe.reduction.request import ReductionRequest
+from hydra_pipe.reduction.resume import mark
 from hydra_pipe.reduction.solvers.base import Course, Units
-from hydra_pipe.store.files import remove_partials, sync_tree
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import WhichTests
-from hydra_pipe.store.data.relevance import Columns
-from hydra_pipe.store.run.results import GROUPINGS
+from hydra_pipe.store.data.relevance import ResultColumns
+from hydra_pipe.store.files import remove_partials, sync_tree
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import GROUPINGS
 from hydra_pipe.store.run.stages import StageId
 from hydra_pipe.units import parse_bytes
 
@@ -40,7 +40,7 @@ class CommonSolver(ABC, Generic[P]):
 
     doing = "reduce"
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: ReductionRequest) -> None:
         self.request = request
 
     @property
@@ -83,10 +83,19 @@ class CommonSolver(ABC, Generic[P]):
         """Return the sizes that a plan is made from."""
         request, rows = self.request, self.gradients.rows
         memory_bytes = parse_bytes(request.options.memory)
-        found = reduction_input(self.gradients, request.tested, request.n_samples, request.columns, memory_bytes, workers)
+        found = reduction_input(
+            self.gradients,
+            request.tested,
+            request.n_samples,
+            request.columns,
+            memory_bytes,
+            workers,
+        )
         if request.last is None:
             return found
-        return replace(found, shards=tuple(shards_of(request.last.tolist(), rows.part_rows, rows.shard_rows)))
+        return replace(
+            found, shards=tuple(shards_of(request.last.tolist(), rows.part_rows, rows.shard_rows))
+        )
 
     def _planned(self, given: ReductionInput, after: Answered | None) -> tuple[ReductionInput, P]:
         """Plan with the memory that was there at the start of the work, if it is about the same."""
@@ -126,10 +135,10 @@ class CommonSolver(ABC, Generic[P]):
         sync_tree(self.target, files=False)
         mark(self.directory, self.stages[0], answered)
 
-    def job(self, plan: P, given: ReductionInput, kept: Path | None = None) -> Job[P]:
+    def job(self, plan: P, given: ReductionInput, kept: Path | None = None) -> ReductionJob[P]:
         """Return the settings for the tasks of all passes."""
         request = self.request
-        return Job(
+        return ReductionJob(
             # workers elsewhere have another current directory
             gradients=self.gradients.path.absolute(),
             tested=request.tested,
@@ -160,7 +169,12 @@ class CommonSolver(ABC, Generic[P]):
 
 
 def reduction_input(
-    gradients: Gradients, tested: WhichTests, n_samples: int, columns: Columns, memory_bytes: int, workers: Workers
+    gradients: Gradients,
+    tested: WhichTests,
+    n_samples: int,
+    columns: ResultColumns,
+    memory_bytes: int,
+    workers: Workers,
 ) -> ReductionInput:
     """Return the sizes that a plan is made from, from the store's metadata."""
     rows, tests, layout = gradients.rows, tested.rows(gradients), gradients.layout

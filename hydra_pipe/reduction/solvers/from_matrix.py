@@ -9,21 +9,22 @@ from dask.delayed import Delayed, delayed
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.from_matrix import AnswerInput, FromMatrixPlan, plan_answers
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
+from hydra_pipe.reduction.job import ReductionJob, columns_of_tests
 from hydra_pipe.reduction.materialize import Expansion, feature_spans
-from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import HYPERGRADIENTS_UNREADABLE, HypergradientMatrix
 from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.run.stages import Stage
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.types import F32, Span
 
 
 class FromMatrix(ReadingSolver[FromMatrixPlan]):
@@ -31,7 +32,10 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
 
     def plan(self, given: ReductionInput, after: Answered | None) -> FromMatrixPlan:
         """See `CommonSolver`."""
-        return plan_answers(AnswerInput(given, self.gradients.layout.whole_width), 0 if after is None else after.done)
+        return plan_answers(
+            AnswerInput(given, self.gradients.layout.whole_width),
+            0 if after is None else after.done,
+        )
 
     def most(self, answered: Answered) -> int:
         """See `ResultSolver`."""
@@ -41,15 +45,24 @@ class FromMatrix(ReadingSolver[FromMatrixPlan]):
         """See `Solver`. Counts samples, because no rows are read."""
         return Units(given.n_samples, given.n_samples * plan.passes, "samples")
 
-    def passes(self, course: Course[FromMatrixPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[FromMatrixPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`."""
         job = self.job(course.plan, course.given, self.request.kept)
         answering, done = delayed(answer), delayed(_done)
         # shares of whole chunks of the relevance array
         n_chunks, n_shares = -(-job.n_samples // SAMPLE_MULTIPLE), course.plan.workers
-        bounds = [i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [job.n_samples]
+        bounds = [i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [
+            job.n_samples
+        ]
         for columns in course.plan.columns:
-            yield columns, done([answering(job, samples, columns, count_rows) for samples in pairwise(bounds)])
+            yield (
+                columns,
+                done(
+                    [answering(job, samples, columns, count_rows) for samples in pairwise(bounds)]
+                ),
+            )
 
     def found_before(self) -> Found:
         """See `Solver`."""
@@ -70,13 +83,15 @@ def left_of(stage: Stage) -> Found:
     return {names.CURVATURE_LEFT: left} if isinstance(left, float) else {}
 
 
-def check_matrix(request: Request) -> None:
+def check_matrix(request: ReductionRequest) -> None:
     """Check a kept matrix against the recording. Raises: StoreError."""
     gradients = request.gradients
     kept = HypergradientMatrix(request.kept, gradients)
     kept.check(gradients, request.n_samples)
     if kept.spans != feature_spans(gradients.layout):
-        raise StoreError(f"{kept.path} has other features than {gradients.path}: {HYPERGRADIENTS_UNREADABLE}")
+        raise StoreError(
+            f"{kept.path} has other features than {gradients.path}: {HYPERGRADIENTS_UNREADABLE}"
+        )
 
 
 def _done(answers: list[None]) -> Found:
@@ -85,7 +100,9 @@ def _done(answers: list[None]) -> Found:
 
 
 @single_threaded_blas
-def answer(job: Job[FromMatrixPlan], samples: Span, columns: Span, count_rows: CountRows) -> None:
+def answer(
+    job: ReductionJob[FromMatrixPlan], samples: Span, columns: Span, count_rows: CountRows
+) -> None:
     """Write some columns of the relevance of some samples."""
     assert job.kept is not None
     store = job.store()
@@ -93,17 +110,26 @@ def answer(job: Job[FromMatrixPlan], samples: Span, columns: Span, count_rows: C
     with _held_columns(job, store, columns) as tests:
         for low in range(samples[0], samples[1], SAMPLE_MULTIPLE):
             own = slice(low, min(low + SAMPLE_MULTIPLE, samples[1]))
-            found: Floats = np.zeros((own.stop - own.start, len(tests)), np.float32)
+            found: F32 = np.zeros((own.stop - own.start, len(tests)), np.float32)
             for features in kept.tiles():
                 found += kept.read(own, features) @ tests[:, features].T
             write_relevance(array, low, columns[0], found)
             count_rows(len(found))
 
 
-def _held_columns(job: Job[FromMatrixPlan], store: Gradients, columns: Span) -> AbstractContextManager[Floats]:
+def _held_columns(
+    job: ReductionJob[FromMatrixPlan], store: Gradients, columns: Span
+) -> AbstractContextManager[F32]:
     """Return a context that holds test gradients or their means, multiplied out.
 
     The array has shape (column, feature), float32.
     """
-    key = ("columns", job.gradients, job.tested, job.tests, None if job.groups is None else job.groups.tobytes(), columns)
+    key = (
+        "columns",
+        job.gradients,
+        job.tested,
+        job.tests,
+        None if job.groups is None else job.groups.tobytes(),
+        columns,
+    )
     return shared(key, lambda: columns_of_tests(store, job, Expansion(store.layout), columns))

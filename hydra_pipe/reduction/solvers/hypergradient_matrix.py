@@ -17,35 +17,43 @@ from dask.delayed import Delayed
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
 from hydra_pipe.plan.hypergradient_matrix import ALONG, FEATURES, SAMPLES, MatrixPlan, plan_matrix
-from hydra_pipe.plan.records import Answered, ReductionInput, Span
+from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors import executor_of
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.materialize import Expansion, feature_spans
 from hydra_pipe.reduction.forward import ForwardSweep
-from hydra_pipe.reduction.job import Floats, Job
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.job import ReductionJob
+from hydra_pipe.reduction.materialize import Expansion, feature_spans
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.resume import mark, marked
 from hydra_pipe.reduction.solvers.base import Course, Solver
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.solvers.from_matrix import FromMatrix
-from hydra_pipe.reduction.solvers.sweep import Backward, Direction, Series, Sweep, course_of, graphs, sweep_input
+from hydra_pipe.reduction.solvers.sweep import (
+    Backward,
+    Direction,
+    Sweep,
+    course_of,
+    graphs,
+    sweep_input,
+)
 from hydra_pipe.reduction.steps import StepRows, forward
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import create_matrix
-from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.data.relevance import write_relevance
-from hydra_pipe.store.disk_space import free_bytes, room_for
-from hydra_pipe.store.run.stages import StageId
 from hydra_pipe.store.data.sweep_state import remove_states
+from hydra_pipe.store.disk_space import free_bytes, room_for
+from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
+from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.run.stages import StageId
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
+from hydra_pipe.types import F32, I64, Span
 from hydra_pipe.units import format_bytes, format_seconds
 
 
-def fisher_solvers(request: Request) -> list[Solver]:
+def fisher_solvers(request: ReductionRequest) -> list[Solver]:
     """Return the solvers of `hydra-fisher`.
 
     They sweep the test gradients, or answer from a kept matrix. With `--keep-hypergradients` they
@@ -126,7 +134,9 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         check_stages(self.directory.path, self.stages[0])
         self.directory.begin(self.stages[0], {})
         spans = feature_spans(self.gradients.layout)
-        create_matrix(self.request.kept, self.directory.run_id, self._shape, course.plan.chunks, spans)
+        create_matrix(
+            self.request.kept, self.directory.run_id, self._shape, course.plan.chunks, spans
+        )
         self.mark(Answered(course.plan.order, 0, course.given.base_bytes))
 
     def mark(self, answered: Answered) -> None:
@@ -138,10 +148,14 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         """See `Solver`."""
         remove_partials(self.request.kept)
 
-    def passes(self, course: Course[MatrixPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[MatrixPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`. A pass finds the share of the curvature that saturation left."""
         directions: dict[int, Direction[Any]] = {SAMPLES: FromSamples(), FEATURES: FromFeatures()}
-        return graphs(self.job(course.plan, course.given), directions[course.plan.along], count_rows)
+        return graphs(
+            self.job(course.plan, course.given), directions[course.plan.along], count_rows
+        )
 
     def conclude(self) -> None:
         """See `Solver`. Remove states of column blocks that an earlier budget had planned."""
@@ -201,9 +215,11 @@ def _lasting(plan: MatrixPlan) -> str:
 class FromFeatures(Backward):
     """Backward sweep that begins with unit vectors of features. It fills columns of the matrix."""
 
-    def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
+    def starts(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> F32:
         """See `Backward`."""
-        found: Floats = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
+        found: F32 = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
         found[np.arange(len(found)), np.arange(*columns)] = 1
         return found
 
@@ -211,11 +227,13 @@ class FromFeatures(Backward):
 class FromSamples(Direction[ForwardSweep]):
     """Forward sweep of the changes by each sample's weight. It fills lines of the matrix."""
 
-    def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> ForwardSweep:
+    def begin(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> ForwardSweep:
         """See `Direction`."""
         return ForwardSweep(columns, expansion.width, *course_of(store, expansion))
 
-    def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
+    def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """See `Direction`."""
         return rows_of_steps[:n_steps]
 
@@ -225,7 +243,7 @@ class FromSamples(Direction[ForwardSweep]):
 
     def write(self, array: Array, columns: Span, sweep: ForwardSweep) -> None:
         """See `Direction`."""
-        sweep.settle()
+        sweep.finish()
         width = array.chunks[1]
         for left in range(0, array.shape[1], width):
             features = slice(left, min(left + width, array.shape[1]))

@@ -14,24 +14,30 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.influence import damped, inverse_damping
 from hydra_pipe.plan.influence import InfluencePlan, SolveInput, plan_solve
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
-from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.materialize import Expansion
-from hydra_pipe.reduction.job import Held, Job, columns_of_tests, held_last_rows, held_tests, held_weights, rows_of
-from hydra_pipe.reduction.kernels import Workspace
-from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.reduction.column_groups import segments_of
+from hydra_pipe.reduction.executors.base import CountRows
+from hydra_pipe.reduction.job import (
+    Held,
+    ReductionJob,
+    columns_of_tests,
+    held_last_rows,
+    held_tests,
+    held_weights,
+    rows_of,
+)
+from hydra_pipe.reduction.kernels import Workspace
+from hydra_pipe.reduction.materialize import Expansion
+from hydra_pipe.reduction.scores import Scorer, TestBlock, decode_tests
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
-from hydra_pipe.reduction.weights import Ints, StepWeights
+from hydra_pipe.reduction.weights import StepWeights
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.relevance import write_relevance
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from hydra_pipe.types import F32, F64, I64, Span
 
 
 class Influence(ReadingSolver[InfluencePlan]):
@@ -42,20 +48,24 @@ class Influence(ReadingSolver[InfluencePlan]):
     def plan(self, given: ReductionInput, after: Answered | None) -> InfluencePlan:
         """See `CommonSolver`."""
         assert self.request.last is not None
-        return plan_solve(SolveInput(given, self.gradients.layout.whole_width, len(self.request.last)))
+        return plan_solve(
+            SolveInput(given, self.gradients.layout.whole_width, len(self.request.last))
+        )
 
     def units(self, given: ReductionInput, plan: InfluencePlan) -> Units:
         """See `Solver`."""
         n_rows = given.n_read * plan.passes
         return Units(n_rows, n_rows, "rows")
 
-    def passes(self, course: Course[InfluencePlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[InfluencePlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`. The pass finds the least damping of any block."""
         answered = (0, course.plan.test_blocks[-1][1])
         yield answered, delayed(influence)(self.job(course.plan, course.given), count_rows)
 
 
-def influence(job: Job[InfluencePlan], count_rows: CountRows) -> Found:
+def influence(job: ReductionJob[InfluencePlan], count_rows: CountRows) -> Found:
     """Fill the relevance. BLAS keeps all its threads, because this is the only task.
 
     Returns:
@@ -66,18 +76,20 @@ def influence(job: Job[InfluencePlan], count_rows: CountRows) -> Found:
         return _influence(job, _LastRows(job, store, weights, last, count_rows))
 
 
-def _influence(job: Job[InfluencePlan], rows: "_LastRows") -> Found:
+def _influence(job: ReductionJob[InfluencePlan], rows: "_LastRows") -> Found:
     matrix = (_by_features if job.plan.by_features else _by_samples)(job, rows)
     answers = _answers_by_features if job.plan.by_features else _answers_by_samples
     array = Array.open(job.relevance)
     for tests in job.plan.test_blocks:
         found = answers(job, rows, matrix, tests)
         first_column = tests[0] if job.groups is None else 0
-        relevance: Floats = np.zeros((job.n_samples, found.shape[1]), np.float32)
+        relevance: F32 = np.zeros((job.n_samples, found.shape[1]), np.float32)
         relevance[rows.samples] = found / max(1, len(found))
         for low in range(0, job.n_samples, SAMPLE_MULTIPLE):
             write_relevance(array, low, first_column, relevance[low : low + SAMPLE_MULTIPLE])
-    return {names.DAMPING: 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))}
+    return {
+        names.DAMPING: 1 / max(float(rows.inverse_damping.max()), float(np.finfo(np.float64).tiny))
+    }
 
 
 @dataclass(frozen=True)
@@ -99,12 +111,19 @@ class _LastRows:
         count_rows: function called with the number of rows that have been read.
     """
 
-    def __init__(self, job: Job[InfluencePlan], store: Gradients, weights: StepWeights, last: Ints, count_rows: CountRows) -> None:
+    def __init__(
+        self,
+        job: ReductionJob[InfluencePlan],
+        store: Gradients,
+        weights: StepWeights,
+        last: I64,
+        count_rows: CountRows,
+    ) -> None:
         self._job, self._count_rows = job, count_rows
         self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
         # 1 / Lambda of each block
-        self.inverse_damping: Doubles = inverse_damping(schedule)[series]
+        self.inverse_damping: F64 = inverse_damping(schedule)[series]
         self._n_rows = self.store.rows_of_steps()[1]
         self.samples: NDArray[np.int64] = np.empty(len(self._last), np.int64)
         self._n_read = 0  # rows read in a pass over all last rows, once a pass has ended
@@ -145,12 +164,12 @@ class _LastRows:
         self._n_read = max(self._n_read, n_read)
         self._count_rows(self._n_read - n_read)
 
-    def undamped(self, piece: _Piece) -> Floats:
+    def undamped(self, piece: _Piece) -> F32:
         """Return the weights of the rows of G Lambda^-1, shape (row, block), float32."""
-        weights: Floats = (piece.held.weight * self.inverse_damping).astype(np.float32)
+        weights: F32 = (piece.held.weight * self.inverse_damping).astype(np.float32)
         return weights
 
-    def curvature(self, piece: _Piece) -> Doubles:
+    def curvature(self, piece: _Piece) -> F64:
         """Return d_i = rho_i / N of each row, in the units of g_i, shape (row,), float64.
 
         If c |B| differs from the number of rows of the step in its process, the loss behind the
@@ -163,7 +182,7 @@ class _LastRows:
         return np.where(np.isnan(rho), 1.0, rho) / np.where(ratio > 0, ratio, np.inf) / len(self)
 
 
-def _by_samples(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
+def _by_samples(job: ReductionJob[InfluencePlan], rows: _LastRows) -> F64:
     """Return A D + I, shape (place, place), float64."""
     store, n = rows.store, len(rows)
     segments, n_features = segments_of(store.layout), store.layout.n_features
@@ -184,7 +203,7 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
     """Load the last rows at places [low, high) as a block that other rows are scored against."""
     n_features = rows.store.layout.n_features
     stored = np.empty((high - low, n_features), rows.store.rows.dtype)
-    weight: Floats = np.empty((high - low, len(rows.store.layout.blocks)), np.float32)
+    weight: F32 = np.empty((high - low, len(rows.store.layout.blocks)), np.float32)
     with closing(rows.held(low, high)) as pieces:
         for piece in pieces:
             own = slice(piece.places.start - low, piece.places.stop - low)
@@ -192,10 +211,14 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
     return decode_tests(stored, weight, segments_of(rows.store.layout))
 
 
-def _answers_by_samples(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+def _answers_by_samples(
+    job: ReductionJob[InfluencePlan], rows: _LastRows, matrix: F64, tests: Span
+) -> F32:
     """Return (A D + I)^-1 G Lambda^-1 H.T, shape (place, column), float32."""
     layout, averages = rows.store.layout, job.averages()
-    sides: Floats = np.empty((len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32)
+    sides: F32 = np.empty(
+        (len(rows), tests[1] - tests[0] if averages is None else averages.shape[1]), np.float32
+    )
     with held_tests(job, tests) as block, closing(rows.pieces()) as pieces:
         scorer = Scorer(block, segments_of(layout), layout.n_features, job.plan.reading.features)
         for piece in pieces:
@@ -205,7 +228,7 @@ def _answers_by_samples(job: Job[InfluencePlan], rows: _LastRows, matrix: Double
     return _solved(matrix, sides)
 
 
-def _by_features(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
+def _by_features(job: ReductionJob[InfluencePlan], rows: _LastRows) -> F64:
     """Return Lambda^-1/2 F Lambda^-1/2 + I, shape (feature, feature), float64."""
     expanded = _Expanded(rows)
     matrix = np.zeros((expanded.width, expanded.width))
@@ -217,14 +240,16 @@ def _by_features(job: Job[InfluencePlan], rows: _LastRows) -> Doubles:
     return damped(matrix)
 
 
-def _answers_by_features(job: Job[InfluencePlan], rows: _LastRows, matrix: Doubles, tests: Span) -> Floats:
+def _answers_by_features(
+    job: ReductionJob[InfluencePlan], rows: _LastRows, matrix: F64, tests: Span
+) -> F32:
     """Return G (F + Lambda)^-1 H.T, shape (place, column), float32."""
     columns = tests if job.groups is None else (0, int(job.groups.max()) + 1)
     expanded = _Expanded(rows)
     sides = columns_of_tests(rows.store, job, expanded.expansion, columns)
     sides *= expanded.root
     solved = _solved(matrix, sides.T)
-    found: Floats = np.empty((len(rows), solved.shape[1]), np.float32)
+    found: F32 = np.empty((len(rows), solved.shape[1]), np.float32)
     with closing(rows.pieces()) as pieces:
         for piece in pieces:
             found[piece.places] = expanded(piece) @ solved
@@ -244,11 +269,11 @@ class _Expanded:
         self.expansion = Expansion(layout)
         self.width = self.expansion.width
         # square root of Lambda^-1, shape (feature,)
-        self.root: Floats = np.empty(self.width, np.float32)
+        self.root: F32 = np.empty(self.width, np.float32)
         for first, last, block in self.expansion.spans:
             self.root[first:last] = np.sqrt(rows.inverse_damping[block])
 
-    def __call__(self, piece: _Piece) -> Floats:
+    def __call__(self, piece: _Piece) -> F32:
         held = piece.held
         out = self._workspace.matrix(len(held.samples), self.width)
         self.expansion.expand(held.read(0, self._n_features), held.weight, out)
@@ -256,5 +281,5 @@ class _Expanded:
         return out
 
 
-def _solved(matrix: Doubles, sides: Floats) -> Floats:
+def _solved(matrix: F64, sides: F32) -> F32:
     return np.linalg.solve(matrix, sides.astype(np.float64)).astype(np.float32)

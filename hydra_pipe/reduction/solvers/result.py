@@ -11,11 +11,16 @@ from hydra_pipe.reduction.solvers.base import Course
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.store import names
 from hydra_pipe.store.data.coordinates import own_coordinates, shared_coordinates, write_coordinates
+from hydra_pipe.store.data.recording import committed
+from hydra_pipe.store.data.relevance import (
+    chunk_samples,
+    columns_of,
+    create_relevance,
+    open_relevance,
+)
+from hydra_pipe.store.disk_space import room_for, say_if_tight
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.run.permission import check_stages
-from hydra_pipe.store.data.recording import committed
-from hydra_pipe.store.data.relevance import chunk_samples, columns_of, create_relevance, open_relevance
-from hydra_pipe.store.disk_space import room_for, say_if_tight
 from hydra_pipe.store.run.stages import RECORD, StageId
 from hydra_pipe.units import format_bytes, format_seconds
 
@@ -82,12 +87,31 @@ class ResultSolver(CommonSolver[P]):
         attributes = {names.METHOD: method.name, names.SIGN: method.sign, names.UNIT: method.unit}
         own = committed(directory.stages[RECORD])
         n_tests = 0 if own is None else own.n_tests
-        is_whole = request.options.test is None and request.columns.by is None and request.columns.tests == ((0, n_tests),)
-        given, width = course.given, course.plan.chunk_width(course.given.n_columns if course.given.grouped else None)
+        is_whole = (
+            request.options.test is None
+            and request.columns.by is None
+            and request.columns.tests == ((0, n_tests),)
+        )
+        given, width = (
+            course.given,
+            course.plan.chunk_width(course.given.n_columns if course.given.grouped else None),
+        )
         store = self.target.parent
-        create_relevance(store, name, attributes, given.n_samples, request.columns, width, directory.run_id, whole=is_whole)
+        create_relevance(
+            store,
+            name,
+            attributes,
+            given.n_samples,
+            request.columns,
+            width,
+            directory.run_id,
+            whole=is_whole,
+        )
         coordinates = shared_coordinates(self.gradients, given.n_samples, n_tests)
-        write_coordinates(store, coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)})
+        write_coordinates(
+            store,
+            coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)},
+        )
         if self.divided_by_memory:
             self.mark(Answered(course.plan.order, 0, given.base_bytes))
 
@@ -109,7 +133,9 @@ class ResultSolver(CommonSolver[P]):
         if course.after is not None:
             progress.say(f"going on after {course.after.done:,} {self.noun_of(course.plan)}")
         if loops.compiled is None:
-            progress.say(f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}")
+            progress.say(
+                f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}"
+            )
 
     def noun_of(self, plan: P) -> str:
         """Return the word for the units of work done."""
@@ -126,7 +152,11 @@ class ReadingSolver(ResultSolver[R]):
             f"{self.amount(given)}, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
             f"pass{'es' if plan.passes > 1 else ''} of {plan.workers} workers, {plan.reading.rows}x{plan.reading.features} "
             f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
-            + (f" in each process, {format_bytes(plan.moved_bytes)} between them" if given.processes else "")
+            + (
+                f" in each process, {format_bytes(plan.moved_bytes)} between them"
+                if given.processes
+                else ""
+            )
         )
 
     def amount(self, given: ReductionInput) -> str:
@@ -135,7 +165,9 @@ class ReadingSolver(ResultSolver[R]):
 
     def sizes(self, given: ReductionInput) -> dict[str, str]:
         """Describe the values that are read and their number: a name and a value for each line."""
-        return {"rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"}
+        return {
+            "rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"
+        }
 
     def describe(self, course: Course[R]) -> dict[str, str]:
         """See `Solver`."""

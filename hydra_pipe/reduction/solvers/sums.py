@@ -14,35 +14,52 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
-from hydra_pipe.plan.sums import FOLD_FIRST, FROM_HYPERGRADIENTS, SCORE_FIRST, SumInput, SumPlan, parse_chunks, plan_sums
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
+from hydra_pipe.plan.sums import (
+    FOLD_FIRST,
+    FROM_HYPERGRADIENTS,
+    SCORE_FIRST,
+    SumInput,
+    SumPlan,
+    parse_chunks,
+    plan_sums,
+)
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.blas import single_threaded_blas
+from hydra_pipe.reduction.column_groups import DenseSegment, dense_segments, segments_of
 from hydra_pipe.reduction.executors.base import CountRows, Workers
-from hydra_pipe.reduction.row_sums import Folder, folded_columns
-from hydra_pipe.reduction.job import Floats, Held, Job, held_last_rows, held_tests, held_weights, load_tests, rows_of
+from hydra_pipe.reduction.job import (
+    Held,
+    ReductionJob,
+    held_last_rows,
+    held_tests,
+    held_weights,
+    load_tests,
+    rows_of,
+)
 from hydra_pipe.reduction.keeping import FactoredKeeper
 from hydra_pipe.reduction.kernels import add_rows
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.resume import ANSWERED, mark, marked
+from hydra_pipe.reduction.row_sums import Folder, folded_columns
 from hydra_pipe.reduction.scores import Scorer, TestBlock
-from hydra_pipe.reduction.column_groups import DenseSegment, dense_segments, segments_of
 from hydra_pipe.reduction.solvers.base import Course, Units
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.weights import StepWeights, checkpoint_of_steps
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.data.hypergradients import Hypergradients, create_hypergradients, write_folded
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.run.stage_runner import Work
 from hydra_pipe.store.run.stages import StageId
+from hydra_pipe.store.zarr.arrays import Array
+from hydra_pipe.types import F32, Span
 
 # Sums of rows by sample, which is the first dimension of every array. Score first: the scores. Fold
 # first: hypergradients of the blocks that can be folded, then scores of the other blocks if any.
-Sums = tuple[Floats, ...]
+Sums = tuple[F32, ...]
 # fact of an interrupted reduction: True if it kept hypergradients too
 _KEEPING = "keeping"
 
@@ -50,7 +67,7 @@ _KEEPING = "keeping"
 class WeightedSums(ReadingSolver[SumPlan]):
     """Solver by sums of weighted rows. On request the sums by sample are kept on the way."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: ReductionRequest) -> None:
         super().__init__(request)
         self._keeping = request.options.keep_hypergradients
 
@@ -87,12 +104,18 @@ class WeightedSums(ReadingSolver[SumPlan]):
 
     def has_work(self) -> bool:
         """See `Solver`."""
-        return super().has_work() or any(self.directory.has_work(stage, {}) for stage in self.stages[1:])
+        return super().has_work() or any(
+            self.directory.has_work(stage, {}) for stage in self.stages[1:]
+        )
 
     def answered(self) -> Answered | None:
         """See `Solver`. If hypergradients are to be kept, only work that kept them counts."""
         found = marked(self.directory.stages.get(self.stages[0]))
-        return None if self._keeping and (found is None or not found[1].get(_KEEPING)) else super().answered()
+        return (
+            None
+            if self._keeping and (found is None or not found[1].get(_KEEPING))
+            else super().answered()
+        )
 
     def most(self, answered: Answered) -> int:
         """See `ResultSolver`."""
@@ -140,7 +163,9 @@ class WeightedSums(ReadingSolver[SumPlan]):
         if self._keeping:
             create_hypergradients(self.request.kept, self.gradients, self.request.n_samples)
 
-    def passes(self, course: Course[SumPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[SumPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`."""
         kept = self.request.kept if self._keeping or self.request.has_kept else None
         return graphs(self.job(course.plan, course.given, kept), count_rows)
@@ -165,17 +190,21 @@ class SquaredSums(WeightedSums):
         """See `CommonSolver`."""
         return replace(super().given(workers), folds=False, norms=True)
 
-    def passes(self, course: Course[SumPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[SumPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`."""
         return graphs(self.job(course.plan, course.given), count_rows, _square_run)
 
 
-def check_sums(request: Request) -> None:
+def check_sums(request: ReductionRequest) -> None:
     """Check kept sums against the recording. Raises: StoreError."""
     Hypergradients(request.kept, request.gradients).check(request.gradients, request.n_samples)
 
 
-def graphs(job: Job[SumPlan], count_rows: CountRows, score: "Callable[..., Sums] | None" = None) -> Iterator[tuple[Span, Delayed]]:
+def graphs(
+    job: ReductionJob[SumPlan], count_rows: CountRows, score: "Callable[..., Sums] | None" = None
+) -> Iterator[tuple[Span, Delayed]]:
     """Yield the passes in order: the span that each answers, and its graph.
 
     A span is one of training samples if rows are folded first, else one of test samples. Tasks read
@@ -197,7 +226,11 @@ def graphs(job: Job[SumPlan], count_rows: CountRows, score: "Callable[..., Sums]
 
 
 def _pass_of_tests(
-    job: Job[SumPlan], score: Callable[..., Sums], answer: Callable[..., None], tests: Span, count_rows: CountRows
+    job: ReductionJob[SumPlan],
+    score: Callable[..., Sums],
+    answer: Callable[..., None],
+    tests: Span,
+    count_rows: CountRows,
 ) -> Delayed:
     """Build the graph of a pass for `tests`: score runs of rows, total the scores, write them."""
     scoring, answering = delayed(score), delayed(answer)
@@ -207,14 +240,18 @@ def _pass_of_tests(
     return result
 
 
-def _folding_pass(job: Job[SumPlan], samples: Span, count_rows: CountRows) -> Delayed:
+def _folding_pass(job: ReductionJob[SumPlan], samples: Span, count_rows: CountRows) -> Delayed:
     fold, answer = delayed(_fold_run), delayed(_answer)
     partials = [fold(job, run, samples, count_rows) for run in job.plan.row_runs]
-    result: Delayed = delayed(_done)([answer(job, share, sums) for share, sums in _totals(job, partials, samples)])
+    result: Delayed = delayed(_done)(
+        [answer(job, share, sums) for share, sums in _totals(job, partials, samples)]
+    )
     return result
 
 
-def _totals(job: Job[SumPlan], partials: list[Delayed], samples: Span) -> Iterator[tuple[Span, Delayed]]:
+def _totals(
+    job: ReductionJob[SumPlan], partials: list[Delayed], samples: Span
+) -> Iterator[tuple[Span, Delayed]]:
     """Yield shares of `samples`, each with the total of its partial sums.
 
     There are as many shares as workers. Each worker totals one share and answers it, so every
@@ -225,7 +262,9 @@ def _totals(job: Job[SumPlan], partials: list[Delayed], samples: Span) -> Iterat
     # shares of whole chunks of the relevance array
     n_chunks = -(-(samples[1] - samples[0]) // SAMPLE_MULTIPLE)
     n_shares = min(len(partials), n_chunks)
-    bounds = [samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [samples[1]]
+    bounds = [samples[0] + i * n_chunks // n_shares * SAMPLE_MULTIPLE for i in range(n_shares)] + [
+        samples[1]
+    ]
     at_once = max(2, len(partials) if job.in_place else n_shares)
     for low, high in pairwise(bounds):
         sums = [share(partial, low - samples[0], high - samples[0]) for partial in partials]
@@ -249,16 +288,20 @@ def _add(sums: list[Sums], in_place: bool) -> Sums:
 
 
 @single_threaded_blas
-def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _score_run(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """Return the sums that the rows of `run` add to the relevance for `tests`.
 
     The array has shape (sample, column), float32.
     """
     store, averages = job.store(), job.averages()
-    segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+    segments, n_features, at_once = (
+        segments_of(store.layout),
+        store.layout.n_features,
+        job.plan.reading.features,
+    )
     norms = SquaredNorms(segments, n_features, at_once)
     n_columns = tests[1] - tests[0] if averages is None else averages.shape[1]
-    total: Floats = np.zeros((job.n_samples, n_columns), np.float32)
+    total: F32 = np.zeros((job.n_samples, n_columns), np.float32)
     scorer, present = None, job.tested
     with (
         held_weights(job, store) as weights,
@@ -277,13 +320,16 @@ def _score_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows)
                     del block
                 weight = own.weight
                 if job.rows.cosine:
-                    weight = weight * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
+                    weight = (
+                        weight
+                        * inverse_norms(norms(own.read, weight.astype(np.float64) ** 2))[:, None]
+                    )
                 _add_scores(total, own.samples, scorer(own.read, weight), averages)
             count_rows(rows.n_read)
     return (total,)
 
 
-def _by_checkpoint(job: Job[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichTests]]:
+def _by_checkpoint(job: ReductionJob[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichTests]]:
     """Split `rows` by the test gradients that they are multiplied with.
 
     The rows are of one part, so they are in order of step.
@@ -294,32 +340,42 @@ def _by_checkpoint(job: Job[SumPlan], rows: Held) -> Iterator[tuple[Held, WhichT
     used = checkpoint_of_steps(np.array(job.checkpoints), rows.steps)
     bounds = [0, *(np.flatnonzero(np.diff(used)) + 1), len(used)]
     for low, high in pairwise(bounds):
-        yield rows if high - low == len(used) else rows.only(slice(low, high)), WhichTests(job.checkpoints[used[low]])
+        yield (
+            rows if high - low == len(used) else rows.only(slice(low, high)),
+            WhichTests(job.checkpoints[used[low]]),
+        )
 
 
 @single_threaded_blas
-def _square_run(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _square_run(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """Return the sums that the rows of `run` add to each sample's relevance for itself.
 
     The array has shape (sample, 1), float32.
     """
     store = job.store()
-    norms = SquaredNorms(segments_of(store.layout), store.layout.n_features, job.plan.reading.features)
-    total: Floats = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
+    norms = SquaredNorms(
+        segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+    )
+    total: F32 = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
     with (
         held_weights(job, store) as weights,
-        closing(rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series))) as pieces,
+        closing(
+            rows_of(store, job, run, StepWeights(np.ones_like(weights.values), weights.series))
+        ) as pieces,
     ):
         for rows in pieces:
             # a square is weighted by the step's weight times the squared scale of the row; the
             # squared scale may be too small for float32
-            weight = weights.values[np.ix_(rows.steps, weights.series)] * rows.weight.astype(np.float64) ** 2
+            weight = (
+                weights.values[np.ix_(rows.steps, weights.series)]
+                * rows.weight.astype(np.float64) ** 2
+            )
             add_rows(norms(rows.read, weight).astype(np.float32)[:, None], rows.samples, total)
             count_rows(rows.n_read)
     return (total,)
 
 
-def _add_scores(total: Floats, places: NDArray[np.int64], scores: Floats, averages: Floats | None) -> None:
+def _add_scores(total: F32, places: NDArray[np.int64], scores: F32, averages: F32 | None) -> None:
     """Add the scores of rows to the totals of their samples.
 
     Args:
@@ -331,22 +387,30 @@ def _add_scores(total: Floats, places: NDArray[np.int64], scores: Floats, averag
     add_rows(scores if averages is None else scores @ averages, places, total)
 
 
-def _no_scores(n_samples: int, tests: TestBlock, averages: Floats | None) -> Floats:
+def _no_scores(n_samples: int, tests: TestBlock, averages: F32 | None) -> F32:
     """Return zeros to add scores to, shape (sample, column), float32."""
-    return np.zeros((n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32)
+    return np.zeros(
+        (n_samples, tests.n_tests if averages is None else averages.shape[1]), np.float32
+    )
 
 
 @single_threaded_blas
-def _fold_run(job: Job[SumPlan], run: Span, samples: Span, count_rows: CountRows) -> Sums:
+def _fold_run(job: ReductionJob[SumPlan], run: Span, samples: Span, count_rows: CountRows) -> Sums:
     """Return the sums that the rows of `run` add to the hypergradients of `samples`.
 
     If there are blocks that cannot be folded, their scores follow.
     """
     store, averages = job.store(), job.averages()
-    segments, n_features, at_once = segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+    segments, n_features, at_once = (
+        segments_of(store.layout),
+        store.layout.n_features,
+        job.plan.reading.features,
+    )
     n_samples = samples[1] - samples[0]
     factored = [s for s in segments if not isinstance(s, DenseSegment)]
-    folder = Folder([s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once)
+    folder = Folder(
+        [s for s in segments if isinstance(s, DenseSegment)], n_samples, n_features, at_once
+    )
     scorer = scores = None
     # the first pass keeps the factored columns of all rows, independent of its samples
     keeper = FactoredKeeper(store, job.kept) if job.kept is not None and samples[0] == 0 else None
@@ -369,7 +433,7 @@ def _fold_run(job: Job[SumPlan], run: Span, samples: Span, count_rows: CountRows
 
 
 @single_threaded_blas
-def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
+def _answer(job: ReductionJob[SumPlan], samples: Span, sums: Sums) -> None:
     """Write the relevance of some samples for every test sample.
 
     Also writes their hypergradients if these are to be kept.
@@ -395,7 +459,7 @@ def _answer(job: Job[SumPlan], samples: Span, sums: Sums) -> None:
 
 
 @single_threaded_blas
-def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
+def _score_kept(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: CountRows) -> Sums:
     """Return the sums that factored rows of `run` add to the relevance for `tests`.
 
     The array has shape (sample, column), float32.
@@ -405,11 +469,16 @@ def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
         total = _no_scores(job.n_samples, block, averages)
         if kept.rows is None:
             return (total,)
-        own = TestBlock(np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks])
+        own = TestBlock(
+            np.ascontiguousarray(block.values[:, kept.columns]), block.scale[:, kept.blocks]
+        )
         scorer = Scorer(own, segments_of(kept.layout), len(kept.columns), len(kept.columns))
         with closing(kept.rows.stream(run, job.plan.reading.rows)) as pieces:
             for piece in pieces:
-                found, samples = scorer(piece.read, kept.rows.scales(piece.rows)), kept.samples(piece.rows)
+                found, samples = (
+                    scorer(piece.read, kept.rows.scales(piece.rows)),
+                    kept.samples(piece.rows),
+                )
                 check_within(samples, job.n_samples, f"samples of {kept.path}")
                 _add_scores(total, samples, found, averages)
                 count_rows(len(found))
@@ -417,7 +486,7 @@ def _score_kept(job: Job[SumPlan], run: Span, tests: Span, count_rows: CountRows
 
 
 @single_threaded_blas
-def _answer_kept(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
+def _answer_kept(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
     """Write the relevance of some samples for some test samples, from kept hypergradients.
 
     The relevance is the scores of factored rows plus the products of the kept sums.
@@ -439,14 +508,16 @@ def _answer_kept(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> N
         write_relevance(array, low, first_column, found)
 
 
-def _open_kept(job: Job[SumPlan]) -> Hypergradients:
+def _open_kept(job: ReductionJob[SumPlan]) -> Hypergradients:
     assert job.kept is not None
     return Hypergradients(job.kept, job.store())
 
 
-def _write(job: Job[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
+def _write(job: ReductionJob[SumPlan], samples: Span, tests: Span, sums: Sums) -> None:
     """Write the relevance of some samples for some test samples."""
-    write_relevance(Array.open(job.relevance), samples[0], tests[0] if job.groups is None else 0, sums[0])
+    write_relevance(
+        Array.open(job.relevance), samples[0], tests[0] if job.groups is None else 0, sums[0]
+    )
 
 
 def _done(answers: list[None]) -> Found:

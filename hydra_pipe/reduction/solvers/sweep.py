@@ -15,14 +15,14 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from hydra_pipe.maths.schedule import Schedule
-from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput, Span
+from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
-from hydra_pipe.reduction.materialize import Expansion
-from hydra_pipe.reduction.job import Floats, Job, columns_of_tests
+from hydra_pipe.reduction.job import ReductionJob, columns_of_tests
 from hydra_pipe.reduction.kernels import Workspace
-from hydra_pipe.reduction.request import Request
+from hydra_pipe.reduction.materialize import Expansion
+from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.solvers.base import Course
 from hydra_pipe.reduction.solvers.result import ReadingSolver
 from hydra_pipe.reduction.steps import StepRows, backward
@@ -30,17 +30,17 @@ from hydra_pipe.reduction.sweep import Recursion
 from hydra_pipe.reduction.sweep import Span as SeriesSpan
 from hydra_pipe.reduction.sweep import Sweep as BackwardSweep
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.save_interval import Pace
-from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.data.relevance import write_relevance
 from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.data.save_interval import SaveInterval
 from hydra_pipe.store.data.sweep_state import load_state, remove_state, remove_states, save_state
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
+from hydra_pipe.types import F32, I64, Span
 
 R = TypeVar("R", bound=Recursion)
-Series = NDArray[np.int64]
 
 
 class Sweep(ReadingSolver[SweepPlan]):
@@ -56,7 +56,9 @@ class Sweep(ReadingSolver[SweepPlan]):
         """See `ResultSolver`."""
         return self.request.columns.n_columns
 
-    def passes(self, course: Course[SweepPlan], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+    def passes(
+        self, course: Course[SweepPlan], count_rows: CountRows
+    ) -> Iterator[tuple[Span, Delayed]]:
         """See `Solver`. A pass finds the share of the curvature that saturation left."""
         return graphs(self.job(course.plan, course.given), FromTests(), count_rows)
 
@@ -65,7 +67,7 @@ class Sweep(ReadingSolver[SweepPlan]):
         remove_states(self.target)
 
 
-def sweep_input(request: Request, given: ReductionInput) -> SweepInput:
+def sweep_input(request: ReductionRequest, given: ReductionInput) -> SweepInput:
     """Return the sizes of a sweep of the columns of a request."""
     most_rows = int(request.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
     return SweepInput(given, request.gradients.layout.whole_width, most_rows, given.n_samples)
@@ -75,11 +77,13 @@ class Direction(ABC, Generic[R]):
     """Direction of a sweep: its start, its order of steps, and the result that it writes."""
 
     @abstractmethod
-    def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> R:
+    def begin(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> R:
         """Return the sweep of some columns, before its first step."""
 
     @abstractmethod
-    def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
+    def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """Return the numbers of rows of the first `n_steps` steps that a sweep takes.
 
         Args:
@@ -103,14 +107,20 @@ class Backward(Direction[BackwardSweep]):
     """Direction from the last step to the first. The sweep begins with vectors of features."""
 
     @abstractmethod
-    def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
+    def starts(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> F32:
         """Return the vectors that some columns begin with, shape (column, feature), float32."""
 
-    def begin(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> BackwardSweep:
+    def begin(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> BackwardSweep:
         """See `Direction`."""
-        return BackwardSweep(self.starts(job, store, expansion, columns), *course_of(store, expansion), job.n_samples)
+        return BackwardSweep(
+            self.starts(job, store, expansion, columns), *course_of(store, expansion), job.n_samples
+        )
 
-    def taken(self, rows_of_steps: Series, n_steps: int) -> Series:
+    def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """See `Direction`."""
         return rows_of_steps[len(rows_of_steps) - n_steps :]
 
@@ -121,13 +131,17 @@ class Backward(Direction[BackwardSweep]):
     def write(self, array: Array, columns: Span, sweep: BackwardSweep) -> None:
         """See `Direction`."""
         for low in range(0, array.shape[0], SAMPLE_MULTIPLE):
-            write_relevance(array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE]))
+            write_relevance(
+                array, low, columns[0], np.negative(sweep.sums[low : low + SAMPLE_MULTIPLE])
+            )
 
 
 class FromTests(Backward):
     """Backward sweep that begins with test gradients or their means."""
 
-    def starts(self, job: Job[Any], store: Gradients, expansion: Expansion, columns: Span) -> Floats:
+    def starts(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> F32:
         """See `Backward`."""
         return columns_of_tests(store, job, expansion, columns)
 
@@ -138,7 +152,9 @@ def course_of(store: Gradients, expansion: Expansion) -> tuple[Schedule, list[Se
     return schedule, _merged(expansion, series)
 
 
-def graphs(job: Job[SweepPlan], direction: Direction[Any], count_rows: CountRows) -> Iterator[tuple[Span, Delayed]]:
+def graphs(
+    job: ReductionJob[SweepPlan], direction: Direction[Any], count_rows: CountRows
+) -> Iterator[tuple[Span, Delayed]]:
     """Yield the passes in order: the columns that each answers, and its graph.
 
     The graph returns the share of the curvature that saturation left.
@@ -149,7 +165,10 @@ def graphs(job: Job[SweepPlan], direction: Direction[Any], count_rows: CountRows
         together = blocks[start : start + workers]
         # every task reads all rows, so only the first one counts them
         counters = [count_rows, *([partial(_heed, count_rows)] * (len(together) - 1))]
-        shares = [sweep(job, direction, columns, count) for columns, count in zip(together, counters, strict=True)]
+        shares = [
+            sweep(job, direction, columns, count)
+            for columns, count in zip(together, counters, strict=True)
+        ]
         yield (together[0][0], together[-1][1]), mean(shares)
 
 
@@ -163,7 +182,9 @@ def _mean(shares: list[float]) -> Found:
 
 
 @single_threaded_blas
-def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span, count_rows: CountRows) -> float:
+def sweep_columns(
+    job: ReductionJob[SweepPlan], direction: Direction[Any], columns: Span, count_rows: CountRows
+) -> float:
     """Fill the block of the result that some columns of the direction answer.
 
     A sweep that was interrupted is resumed from its saved state.
@@ -176,7 +197,7 @@ def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span,
     sweep: Recursion = direction.begin(job, store, expansion, columns)
     _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
-    workspace, pace, taken = Workspace(), Pace(), sweep.n_steps
+    workspace, pace, taken = Workspace(), SaveInterval(), sweep.n_steps
     if taken:
         count_rows(int(direction.taken(store.rows_of_steps()[1].sum(axis=1), taken).sum()))
     with closing(direction.steps(store, taken)) as steps:
@@ -192,7 +213,9 @@ def sweep_columns(job: Job[SweepPlan], direction: Direction[Any], columns: Span,
     return sweep.left / max(1, sweep.n_steps)
 
 
-def _step(sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace) -> None:
+def _step(
+    sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace
+) -> None:
     out = workspace.matrix(len(rows.sample), expansion.width)
     expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
     # The curvature of the mean loss is the sum of n rho r r.T. The update followed c times the
@@ -213,12 +236,12 @@ def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]
     return merged
 
 
-def _keep(job: Job[Any], columns: Span, sweep: Recursion) -> None:
-    sweep.settle()
+def _keep(job: ReductionJob[Any], columns: Span, sweep: Recursion) -> None:
+    sweep.finish()
     save_state(job.relevance, columns, {"taken": sweep.n_steps, "left": sweep.left}, sweep.arrays())
 
 
-def _go_on(job: Job[Any], columns: Span, sweep: Recursion, n_steps: int) -> None:
+def _go_on(job: ReductionJob[Any], columns: Span, sweep: Recursion, n_steps: int) -> None:
     """Restore the saved state of a sweep, if there is a valid one."""
     found = load_state(job.relevance, columns, sweep.arrays())
     if found is None:

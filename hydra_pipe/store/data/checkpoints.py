@@ -23,7 +23,15 @@ from hydra_pipe.store.files import read_file, remove, replace_file, sync
 KEPT = 3
 _NAME = re.compile(r"step-(\d{10,})-([0-9a-f]{16})\.pt")
 # Errors of torch.load on bytes that torch did not write, or that hold more than plain values.
-_UNREADABLE = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 
 
 def save_final(directory: Path, model: nn.Module) -> str:
@@ -47,9 +55,13 @@ def load_final(directory: Path, sha256: object) -> dict[str, Any]:
     try:
         content = read_file(path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error}): record the run again with --overwrite") from error
+        raise StoreError(
+            f"{path} cannot be read ({error}): record the run again with --overwrite"
+        ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise StoreError(f"{path} is not what was written at the end of training: record the run again with --overwrite")
+        raise StoreError(
+            f"{path} is not what was written at the end of training: record the run again with --overwrite"
+        )
     return unpacked(content)
 
 
@@ -58,7 +70,11 @@ def state_digests(model: nn.Module) -> dict[str, str]:
 
     A digest is the first 16 digits of a SHA-256 of dtype, shape and values.
     """
-    return {name: _digest_of(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {
+        name: _digest_of(value)
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _digest_of(value: torch.Tensor) -> str:
@@ -117,7 +133,11 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> Non
 
 def checkpoints_in(directory: Path) -> list[Checkpoint]:
     """Return the checkpoints in `directory`, the newest first."""
-    found = [(entry, _NAME.fullmatch(entry.name)) for entry in directory.iterdir()] if directory.is_dir() else []
+    found = (
+        [(entry, _NAME.fullmatch(entry.name)) for entry in directory.iterdir()]
+        if directory.is_dir()
+        else []
+    )
     checkpoints = [Checkpoint(entry, int(match[1]), match[2]) for entry, match in found if match]
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
@@ -138,7 +158,9 @@ def unpacked(content: bytes) -> dict[str, Any]:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise StoreError(f"not a checkpoint of tensors and plain values ({str(error).strip().splitlines()[0]})") from error
+        raise StoreError(
+            f"not a checkpoint of tensors and plain values ({str(error).strip().splitlines()[0]})"
+        ) from error
     if not isinstance(found, dict):
         raise StoreError(f"a checkpoint that holds a {type(found).__name__}")
     return found

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hydra_pipe.store import names
+from hydra_pipe.store.data.rankings import opened_table
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.json_parsing import read_json
-from hydra_pipe.store.data.rankings import opened_table
 
 KEEP_FILE: Final = "keep.txt"
 DROP_FILE: Final = "drop.parquet"
@@ -49,7 +49,9 @@ def drop_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
     )
 
 
-def write_proposal(directory: Path, keep: NDArray[np.int64], drop: pa.Table, summary: dict[str, Any]) -> None:
+def write_proposal(
+    directory: Path, keep: NDArray[np.int64], drop: pa.Table, summary: dict[str, Any]
+) -> None:
     """Write the three files into a new directory."""
     np.savetxt(directory / KEEP_FILE, keep, fmt="%d")
     _write_table(directory / DROP_FILE, drop)
@@ -66,7 +68,9 @@ def _write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file)
 
 
-def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], pa.Table, list[dict[str, Any]], dict[str, Any]]:
+def read_proposal(
+    directory: Path, n_samples: int
+) -> tuple[NDArray[np.int64], pa.Table, list[dict[str, Any]], dict[str, Any]]:
     """Read a proposal.
 
     Args:
@@ -91,8 +95,14 @@ def read_proposal(directory: Path, n_samples: int) -> tuple[NDArray[np.int64], p
     # A manifest may claim any number of samples. It is compared with the files before memory
     # is asked for.
     there = np.sort(np.concatenate([keep, drop.column(ids).to_numpy()]))
-    if len(there) != n_samples or (there != np.arange(len(there))).any() or (np.diff(keep) < 0).any():
-        raise ValueError(f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, in order")
+    if (
+        len(there) != n_samples
+        or (there != np.arange(len(there))).any()
+        or (np.diff(keep) < 0).any()
+    ):
+        raise ValueError(
+            f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, in order"
+        )
     summary = read_json(directory / names.SUMMARY)
     says = summary.get("says") if isinstance(summary, dict) else None
     if not isinstance(says, list) or not all(isinstance(line, str) for line in says):

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.files import sync, sync_tree
 from hydra_pipe.store.data.gradients import Gradients, read_labels
-from hydra_pipe.store.run.locks import brief_lock
+from hydra_pipe.store.data.gradients_writer import put_labels
 from hydra_pipe.store.data.recording import committed, open_gradients
-from hydra_pipe.store.data.relevance import Columns, columns_of, open_relevance
+from hydra_pipe.store.data.relevance import ResultColumns, columns_of, open_relevance
+from hydra_pipe.store.files import sync, sync_tree
+from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD, REDUCE
-from hydra_pipe.store.data.gradients_writer import put_labels
+from hydra_pipe.store.zarr.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ def shared_coordinates(gradients: Gradients, n_samples: int, n_tests: int) -> Co
     return found
 
 
-def own_coordinates(result: str, columns: Columns) -> Coordinates:
+def own_coordinates(result: str, columns: ResultColumns) -> Coordinates:
     """Return the coordinates of a result whose columns are not all test samples of the run.
 
     They are ids of test samples, or labels of means.
     """
     dimension = names.columns_dimension(result)
     if columns.by is not None:
-        return {dimension: Coordinate(dimension, len(columns.names), partial(np.array, columns.names))}
+        return {
+            dimension: Coordinate(dimension, len(columns.names), partial(np.array, columns.names))
+        }
     return {dimension: Coordinate(dimension, columns.n_columns, lambda: columns.ids)}
 
 
@@ -101,7 +103,9 @@ def coordinates_of(run: RunDirectory) -> Coordinates:
         recording = run.stages.get(RECORD)
         there = None if recording is None else committed(recording)
         if recording is not None and there is not None:
-            found |= shared_coordinates(open_gradients(run), recording.count("n_samples"), there.n_tests)
+            found |= shared_coordinates(
+                open_gradients(run), recording.count("n_samples"), there.n_tests
+            )
     for result in run.complete(REDUCE):
         with suppress(StoreError):
             array = open_relevance(path, result)
@@ -113,6 +117,8 @@ def coordinates_of(run: RunDirectory) -> Coordinates:
 def _is_whole(path: Path, wanted: Coordinate) -> bool:
     with suppress(StoreError):
         array = Array.open(path)
-        if array.shape == (wanted.n,) and array.metadata.get("dimension_names") == [wanted.dimension]:
+        if array.shape == (wanted.n,) and array.metadata.get("dimension_names") == [
+            wanted.dimension
+        ]:
             return bool(read_labels(array).tolist() == wanted.values().tolist())
     return False

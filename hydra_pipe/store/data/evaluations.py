@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hydra_pipe.store import names
+from hydra_pipe.store.data.rankings import opened_table
 from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
 from hydra_pipe.store.json_parsing import read_json
-from hydra_pipe.store.data.rankings import opened_table
 
 _PIECE = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{16})\.npy")
 N_FOUND = 2  # loss and hit
@@ -29,7 +29,9 @@ def digest_of(run_id: str, weights: NDArray[np.floating], seed: int, mean_over: 
 
     A piece of results counts only where the same digest is asked for.
     """
-    found = hashlib.sha256(f"{run_id} {seed} {mean_over} {weights.shape} {weights.dtype}\n".encode())
+    found = hashlib.sha256(
+        f"{run_id} {seed} {mean_over} {weights.shape} {weights.dtype}\n".encode()
+    )
     found.update(np.ascontiguousarray(weights).tobytes())
     return found.hexdigest()[:16]
 
@@ -90,7 +92,9 @@ def _name(span: tuple[int, int], digest: str) -> str:
     return f"{span[0]:08d}-{span[1]:08d}-{digest}.npy"
 
 
-def write_result(directory: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+def write_result(
+    directory: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> None:
     """Write `table.parquet` and `summary.json`, safe on the disk.
 
     Args:
@@ -140,6 +144,10 @@ def read_says(directory: Path) -> list[str]:
 def _read_summary(directory: Path) -> dict[str, Any]:
     summary = read_json(directory / names.SUMMARY)
     says = summary.get("says") if isinstance(summary, dict) else None
-    if not isinstance(summary, dict) or not isinstance(says, list) or not all(isinstance(line, str) for line in says):
+    if (
+        not isinstance(summary, dict)
+        or not isinstance(says, list)
+        or not all(isinstance(line, str) for line in says)
+    ):
         raise ValueError(f"{directory / names.SUMMARY} is no summary of an evaluation")
     return summary

@@ -17,9 +17,16 @@ from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
+from hydra_pipe.store.data.rows import (
+    ROWS_UNREADABLE,
+    Rows,
+    check_kind,
+    check_within,
+    joined,
+    read_array,
+)
 from hydra_pipe.store.json_parsing import is_count
-from hydra_pipe.store.data.rows import ROWS_UNREADABLE, Rows, check_kind, check_within, joined, read_array
+from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
 
 NO_GOING_ON = "load an earlier state, or record the run again"
 
@@ -54,7 +61,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Kept:
+class ResumePoint:
     """The part of a recording that stays when the recording is resumed.
 
     Args:
@@ -101,7 +108,9 @@ class Gradients:
             does not write such stores.
     """
 
-    def __init__(self, path: Path, prefix: Prefix | None = None, listed: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self, path: Path, prefix: Prefix | None = None, listed: Callable[[str], bool] | None = None
+    ) -> None:
         self.path = path
         self._prefix = prefix
         self._root = Group.open(path, ROWS_UNREADABLE, listed)
@@ -123,10 +132,16 @@ class Gradients:
             return [self._root]
         found: list[Group] = []
         # The loop ends at the first missing group, whatever number the attribute claims.
-        while is_count(n_ranks) and len(found) < n_ranks and (group := self._root.group(names.rank_name(len(found)))) is not None:
+        while (
+            is_count(n_ranks)
+            and len(found) < n_ranks
+            and (group := self._root.group(names.rank_name(len(found)))) is not None
+        ):
             found.append(group)
         if not found or len(found) != n_ranks:
-            raise StoreError(f"{self.path} has the rows of {len(found)} processes, {shown(n_ranks)} recorded: {ROWS_UNREADABLE}")
+            raise StoreError(
+                f"{self.path} has the rows of {len(found)} processes, {shown(n_ranks)} recorded: {ROWS_UNREADABLE}"
+            )
         return found
 
     @property
@@ -144,16 +159,20 @@ class Gradients:
         """Number of parameter groups of the optimiser."""
         return self._array(f"{names.STEPS}/{next(iter(GROUP_COLUMNS))}").shape[1]
 
-    def check_kept(self, kept: Kept) -> None:
+    def check_kept(self, kept: ResumePoint) -> None:
         """Refuse to resume where a part of `kept` is missing. Raises: StoreError."""
         for name, count in self.expected_rows(kept.part_rows, kept.n_steps, 0).items():
             array = self._root.array(name)
             if array.shape[0] < count:
-                raise StoreError(f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}")
+                raise StoreError(
+                    f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}"
+                )
             if n := array.missing_files():
                 raise StoreError(f"{self.path}/{name} lacks {n} chunk files: {NO_GOING_ON}")
         if lost := set(kept.tests) - set(self.test_steps()):
-            raise StoreError(f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}")
+            raise StoreError(
+                f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}"
+            )
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
         """Return the training sample of each row in `rows`. Raises: StoreError: damaged."""
@@ -189,14 +208,33 @@ class Gradients:
             StoreError: damaged.
         """
         starts = [0, *ends_of(self.rows.part_rows)][:-1]
-        arrays = [[self._array(f"{names.STEPS}/{name}", part) for part in range(self.n_ranks)] for name in ROWS_OF_STEP]
-        if len(lengths := {len(range(array.shape[0])[self._steps]) for of_parts in arrays for array in of_parts}) > 1:
-            raise StoreError(f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: {ROWS_UNREADABLE}")
-        first, counts = (np.stack([read_array(array, self._steps) for array in of_parts], axis=1) for of_parts in arrays)
+        arrays = [
+            [self._array(f"{names.STEPS}/{name}", part) for part in range(self.n_ranks)]
+            for name in ROWS_OF_STEP
+        ]
+        if (
+            len(
+                lengths := {
+                    len(range(array.shape[0])[self._steps])
+                    for of_parts in arrays
+                    for array in of_parts
+                }
+            )
+            > 1
+        ):
+            raise StoreError(
+                f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: {ROWS_UNREADABLE}"
+            )
+        first, counts = (
+            np.stack([read_array(array, self._steps) for array in of_parts], axis=1)
+            for of_parts in arrays
+        )
         return first + np.array(starts), counts
 
     def _row_column(self, name: str, rows: slice) -> NDArray[Any]:
-        return joined(lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows)
+        return joined(
+            lambda part, own: read_array(self._array(name, part), own), rows, self.rows.part_rows
+        )
 
     def _array(self, name: str, part: int | None = None) -> Array:
         """Return array `name` of the store, or of one part of it. Each array is opened once."""
@@ -247,7 +285,9 @@ class Gradients:
         of_block: list[int] = []
         first_block: list[int] = []
         for index, block in enumerate(self.layout.blocks):
-            history = tuple(hashlib.sha256(table[:, index].tobytes()).digest() for table in tables.values())
+            history = tuple(
+                hashlib.sha256(table[:, index].tobytes()).digest() for table in tables.values()
+            )
             number = series.setdefault((block.group, *history), len(series))
             if number == len(first_block):
                 first_block.append(index)
@@ -255,8 +295,13 @@ class Gradients:
         groups = [self.layout.blocks[index].group for index in first_block]
         settings = {name: self.step_table(name)[:, groups] for name in GROUP_COLUMNS}
         settings["nesterov"] = settings["nesterov"].astype(bool)
-        settings["learning_rate"] = settings["learning_rate"] * tables["step_factor"][:, first_block]
-        flags = {name: tables[name][:, first_block].astype(bool) for name in ("updated", "momentum_started")}
+        settings["learning_rate"] = (
+            settings["learning_rate"] * tables["step_factor"][:, first_block]
+        )
+        flags = {
+            name: tables[name][:, first_block].astype(bool)
+            for name in ("updated", "momentum_started")
+        }
         return Schedule(**settings, **flags), np.array(of_block)
 
     @property
@@ -269,7 +314,9 @@ class Gradients:
         group = self._root.group(names.TEST)
         found = group.group_names() if group is not None else []
         if strange := [name for name in found if not (name.isascii() and name.isdecimal())]:
-            raise StoreError(f"{self.path}/{names.TEST} has {shown(strange[0])}, which is no number of steps: {ROWS_UNREADABLE}")
+            raise StoreError(
+                f"{self.path}/{names.TEST} has {shown(strange[0])}, which is no number of steps: {ROWS_UNREADABLE}"
+            )
         return sorted(map(int, found))
 
     def test_rows(self, step: int) -> Rows:
@@ -292,7 +339,9 @@ class Gradients:
             Digests by name. Empty if they are unknown.
         """
         found = self._test_group(step).attributes.get(names.STATE)
-        if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
+        if not isinstance(found, dict) or not all(
+            isinstance(digest, str) for digest in found.values()
+        ):
             return {}
         return dict(found)
 
@@ -312,13 +361,17 @@ class Gradients:
         check_kind(array, ("float32",), None)
         ends = np.cumsum([block.numel for block in self.layout.blocks])
         if array.shape != (ends[-1],):
-            raise StoreError(f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: {ROWS_UNREADABLE}")
+            raise StoreError(
+                f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: {ROWS_UNREADABLE}"
+            )
         return np.split(read_array(array), ends[:-1])
 
     def _test_group(self, step: int) -> Group:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
         if group is None:
-            raise StoreError(f"{self.path} has no test gradients of step {step}: it has those of {self.test_steps()}")
+            raise StoreError(
+                f"{self.path} has no test gradients of step {step}: it has those of {self.test_steps()}"
+            )
         return group
 
     def labels(self, which: str) -> NDArray[Any] | None:
@@ -369,16 +422,30 @@ class Gradients:
             part = "" if len(part_rows) == 1 else f"{names.rank_name(rank)}/"
             expected |= {f"{part}{name}": n_rows for name in ROW_COLUMNS}
             expected |= {f"{part}{names.STEPS}/{name}": n_steps for name in ROWS_OF_STEP}
-        expected |= {f"{names.STEPS}/{name}": n_steps for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)}
+        expected |= {
+            f"{names.STEPS}/{name}": n_steps
+            for name in (*STEP_COLUMNS, *GROUP_COLUMNS, *BLOCK_COLUMNS)
+        }
         if n_tests:
             checkpoint = f"{names.TEST}/{names.checkpoint_name(n_steps)}"
-            expected |= {f"{checkpoint}/{name}": n_tests for name in (names.GRADIENT, names.SCALE, names.LOSS)}
+            expected |= {
+                f"{checkpoint}/{name}": n_tests
+                for name in (names.GRADIENT, names.SCALE, names.LOSS)
+            }
         return expected
 
     def pruned_arrays(self) -> list[str]:
         """Return the arrays that are empty in a pruned run: only work on the rows needs them."""
-        parts = [""] if self.n_ranks == 1 else [f"{names.rank_name(rank)}/" for rank in range(self.n_ranks)]
-        return [f"{part}{name}" for part in parts for name in (names.GRADIENT, names.SCALE, names.CURVATURE)]
+        parts = (
+            [""]
+            if self.n_ranks == 1
+            else [f"{names.rank_name(rank)}/" for rank in range(self.n_ranks)]
+        )
+        return [
+            f"{part}{name}"
+            for part in parts
+            for name in (names.GRADIENT, names.SCALE, names.CURVATURE)
+        ]
 
     def missing(self, *, pruned: bool = False) -> list[str]:
         """Return the arrays with missing chunks, or with fewer bytes than their shapes call for."""
@@ -397,7 +464,9 @@ def read_labels(array: Array) -> NDArray[Any]:
         return codes
     found = label_objects(label_names)
     if found is None:
-        raise StoreError(f"{array.path} is damaged: its names are not a list of strings: labels are not readable")
+        raise StoreError(
+            f"{array.path} is damaged: its names are not a list of strings: labels are not readable"
+        )
     check_within(codes, len(found), f"labels of {array.path}")
     labels: NDArray[Any] = found[codes]
     return labels

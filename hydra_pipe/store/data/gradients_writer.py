@@ -11,10 +11,24 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.chunking import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import METADATA, Array, Group
+from hydra_pipe.store.data.gradients import (
+    BLOCK_COLUMNS,
+    GROUP_COLUMNS,
+    ROW_COLUMNS,
+    ROWS_OF_STEP,
+    STEP_COLUMNS,
+    ResumePoint,
+)
 from hydra_pipe.store.files import PARTIAL, move, remove, sync, sync_tree
-from hydra_pipe.store.data.gradients import BLOCK_COLUMNS, GROUP_COLUMNS, ROW_COLUMNS, ROWS_OF_STEP, STEP_COLUMNS, Kept
-from hydra_pipe.store.zarr.table import Allocate, BackgroundWriter, Column, Stalls, TableWriter, writing_failed
+from hydra_pipe.store.zarr.arrays import METADATA, Array, Group
+from hydra_pipe.store.zarr.table import (
+    Allocate,
+    BackgroundWriter,
+    Stalls,
+    TableColumn,
+    TableWriter,
+    writing_failed,
+)
 
 STEP_SHARD_ROWS = 4096
 # The most parameters in a file of the preconditioner.
@@ -55,12 +69,16 @@ class GradientsWriter:
         preconditioned: bool = False,
         rank: int = 0,
         n_ranks: int = 1,
-        kept: Kept | None = None,
+        kept: ResumePoint | None = None,
         allocate: Allocate = np.zeros,
     ) -> None:
         self.layout, self.dtype, self._n_groups = layout, dtype, n_groups
         if rank == 0 and kept is None:
-            attributes = {names.RUN_ID: run_id, names.LAYOUT: layout.to_json(), names.PRECONDITIONED: preconditioned}
+            attributes = {
+                names.RUN_ID: run_id,
+                names.LAYOUT: layout.to_json(),
+                names.PRECONDITIONED: preconditioned,
+            }
             self._root = _create(path, attributes, n_ranks)
         else:
             self._root = _open_shared(path, run_id)
@@ -76,9 +94,9 @@ class GradientsWriter:
             part,
             [
                 *_gradient_columns(layout, dtype, geometry),
-                Column(names.SAMPLE, "int64"),
-                Column(names.STEP, "int64"),
-                Column(names.CURVATURE, "float32"),
+                TableColumn(names.SAMPLE, "int64"),
+                TableColumn(names.STEP, "int64"),
+                TableColumn(names.CURVATURE, "float32"),
             ],
             names.ROW_DIM,
             geometry.shard_rows,
@@ -86,14 +104,21 @@ class GradientsWriter:
             kept.part_rows[rank] if kept else None,
             allocate,
         )
-        own = [Column(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
+        own = [TableColumn(name, dtype) for name, dtype in ROWS_OF_STEP.items()]
         shared = _shared_step_columns(n_groups, len(layout.blocks))
         tables = [(part, [*own, *shared])]
         if n_ranks > 1:  # tables that all ranks share are written once
             tables = [(part, own), (self._root, shared)] if rank == 0 else [(part, own)]
         n_steps = kept.n_steps if kept else None
         self._steps = [
-            TableWriter(group.require_group(names.STEPS), columns, names.STEP_DIM, STEP_SHARD_ROWS, self._writer, n_steps)
+            TableWriter(
+                group.require_group(names.STEPS),
+                columns,
+                names.STEP_DIM,
+                STEP_SHARD_ROWS,
+                self._writer,
+                n_steps,
+            )
             for group, columns in tables
         ]
         if kept and rank == 0:
@@ -113,10 +138,21 @@ class GradientsWriter:
         beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
         row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside
         test_bytes = self.layout.n_features * np.dtype(test_dtype(self.dtype)).itemsize + beside
-        n_preconditioned = sum(block.numel for block in self.layout.blocks) if self._root.attributes[names.PRECONDITIONED] else 0
-        columns = [*_shared_step_columns(self._n_groups, len(self.layout.blocks)), *(Column(*c) for c in ROWS_OF_STEP.items())]
-        step_bytes = sum(np.dtype(c.dtype).itemsize * (1 if c.width is None else c.width[0]) for c in columns)
-        values_bytes = n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_preconditioned * 4
+        n_preconditioned = (
+            sum(block.numel for block in self.layout.blocks)
+            if self._root.attributes[names.PRECONDITIONED]
+            else 0
+        )
+        columns = [
+            *_shared_step_columns(self._n_groups, len(self.layout.blocks)),
+            *(TableColumn(*c) for c in ROWS_OF_STEP.items()),
+        ]
+        step_bytes = sum(
+            np.dtype(c.dtype).itemsize * (1 if c.width is None else c.width[0]) for c in columns
+        )
+        values_bytes = (
+            n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_preconditioned * 4
+        )
         return values_bytes * 17 // 16 + _METADATA_BYTES
 
     def append_step(self, values: dict[str, Any]) -> None:
@@ -146,7 +182,9 @@ class GradientsWriter:
         # Hidden: meanwhile readers, and later a new attempt, find either none of them or all.
         partial = path.with_name(f".{path.name}{PARTIAL}")
         remove(partial)
-        group = Group.create(partial, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)}))
+        group = Group.create(
+            partial, {names.STEP: step} | ({} if state is None else {names.STATE: dict(state)})
+        )
         self._taking = partial, path
         return test_table(group, self.layout, self.dtype, self._writer)
 
@@ -159,15 +197,22 @@ class GradientsWriter:
             step: number of steps that were taken.
             roots: D^(1/2) of each block, flattened.
         """
-        path, values = self._root.path / names.PRECONDITIONER, np.concatenate(roots).astype(np.float32)
+        path, values = (
+            self._root.path / names.PRECONDITIONER,
+            np.concatenate(roots).astype(np.float32),
+        )
         in_file = min(len(values), _PARAMETERS_IN_FILE)
         remove(path)
         attributes = {names.STEP: step}
-        array = Array.create(path, values.shape, "float32", (names.PARAMETER_DIM,), (in_file,), attributes=attributes)
+        array = Array.create(
+            path, values.shape, "float32", (names.PARAMETER_DIM,), (in_file,), attributes=attributes
+        )
         for number in range(-(-len(values) // in_file)):
             array.write_file((number,), values[number * in_file : (number + 1) * in_file])
 
-    def write_labels(self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
+    def write_labels(
+        self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]
+    ) -> None:
         """Write one label for each sample (`names.TRAIN_LABELS`) or test sample.
 
         Args:
@@ -197,7 +242,9 @@ class GradientsWriter:
                 (names.TEST, names.LABELS, names.PRECONDITIONER) if self._is_first else ()
             ):  # other ranks might see files that come and go
                 sync_tree(root / part)
-            for group in [g for path in self._paths for g in (path / names.STEPS, path) if g.exists()]:
+            for group in [
+                g for path in self._paths for g in (path / names.STEPS, path) if g.exists()
+            ]:
                 sync(group / METADATA)
                 sync(group)
             sync(root.parent)
@@ -252,11 +299,13 @@ def test_table(group: Group, layout: Layout, dtype: str, writer: BackgroundWrite
     """
     own = test_dtype(dtype)
     geometry = store_geometry(layout.n_features, np.dtype(own).itemsize)
-    columns = [*_gradient_columns(layout, own, geometry), Column(names.LOSS, "float32")]
+    columns = [*_gradient_columns(layout, own, geometry), TableColumn(names.LOSS, "float32")]
     return TableWriter(group, columns, names.TEST_DIM, geometry.shard_rows, writer)
 
 
-def put_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any], dimension: str) -> None:
+def put_labels(
+    path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any], dimension: str
+) -> None:
     """Write an array of labels.
 
     Integers stay as they are. Strings become codes, with the names in the attributes.
@@ -267,7 +316,9 @@ def put_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any],
         unique, values = np.unique(values.astype(str), return_inverse=True)
         attributes[names.LABEL_NAMES] = unique.tolist()
     remove(path)
-    array = Array.create(path, values.shape, "int64", (dimension,), (max(1, len(values)),), attributes=attributes)
+    array = Array.create(
+        path, values.shape, "int64", (dimension,), (max(1, len(values)),), attributes=attributes
+    )
     if len(values):
         array.write_file((0,), values.astype(np.int64))
 
@@ -294,7 +345,7 @@ def _open_shared(path: Path, run_id: str) -> Group:
     return root
 
 
-def _remove_past(path: Path, kept: Kept) -> None:
+def _remove_past(path: Path, kept: ResumePoint) -> None:
     """Remove what is past `kept`.
 
     Test gradients and labels that are not kept are removed, a preconditioner of such test
@@ -302,19 +353,33 @@ def _remove_past(path: Path, kept: Kept) -> None:
     """
     for name in (names.RANK,) if len(kept.part_rows) == 1 else ROW_COLUMNS:
         remove(path / name)
-    for part, wanted in ((names.TEST, set(map(names.checkpoint_name, kept.tests))), (names.LABELS, set(kept.labels))):
+    for part, wanted in (
+        (names.TEST, set(map(names.checkpoint_name, kept.tests))),
+        (names.LABELS, set(kept.labels)),
+    ):
         there = (path / part).is_dir()
-        found = [entry for entry in (path / part).iterdir() if entry.is_dir() and entry.name not in wanted] if there else []
+        found = (
+            [
+                entry
+                for entry in (path / part).iterdir()
+                if entry.is_dir() and entry.name not in wanted
+            ]
+            if there
+            else []
+        )
         for entry in found if wanted else [path / part]:
             remove(entry)
     preconditioner = path / names.PRECONDITIONER
-    if preconditioner.exists() and Array.open(preconditioner).attributes.get(names.STEP) not in kept.tests:
+    if (
+        preconditioner.exists()
+        and Array.open(preconditioner).attributes.get(names.STEP) not in kept.tests
+    ):
         remove(preconditioner)
 
 
-def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Column]:
+def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[TableColumn]:
     return [
-        Column(
+        TableColumn(
             names.GRADIENT,
             dtype,
             (layout.n_features, names.FEATURE_DIM),
@@ -322,13 +387,19 @@ def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[Co
             geometry.chunk_features,
             shuffle=False,  # rows have zeros but no order in their bytes (benchmarks/RESULTS.md)
         ),
-        Column(names.SCALE, "float32", (len(layout.blocks), names.BLOCK_DIM)),
+        TableColumn(names.SCALE, "float32", (len(layout.blocks), names.BLOCK_DIM)),
     ]
 
 
-def _shared_step_columns(n_groups: int, n_blocks: int) -> list[Column]:
+def _shared_step_columns(n_groups: int, n_blocks: int) -> list[TableColumn]:
     return [
-        *(Column(name, dtype, (n_groups, names.GROUP_DIM)) for name, dtype in GROUP_COLUMNS.items()),
-        *(Column(name, dtype, (n_blocks, names.BLOCK_DIM)) for name, dtype in BLOCK_COLUMNS.items()),
-        *(Column(name, dtype) for name, dtype in STEP_COLUMNS.items()),
+        *(
+            TableColumn(name, dtype, (n_groups, names.GROUP_DIM))
+            for name, dtype in GROUP_COLUMNS.items()
+        ),
+        *(
+            TableColumn(name, dtype, (n_blocks, names.BLOCK_DIM))
+            for name, dtype in BLOCK_COLUMNS.items()
+        ),
+        *(TableColumn(name, dtype) for name, dtype in STEP_COLUMNS.items()),
     ]

@@ -24,19 +24,21 @@ from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.plan.chunking import MOST_FEATURES, MOST_SAMPLES
 from hydra_pipe.plan.layout import factored_part
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
-from hydra_pipe.store.files import remove, sync, sync_tree
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.rows import ROW_DTYPES, Rows, check_kind, joined, read_array
+from hydra_pipe.store.files import remove, sync, sync_tree
+from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
 
-HYPERGRADIENTS_UNREADABLE = "keep them again with hydra-pipe reduce --keep-hypergradients --overwrite"
+HYPERGRADIENTS_UNREADABLE = (
+    "keep them again with hydra-pipe reduce --keep-hypergradients --overwrite"
+)
 # Decoded bytes of a file of `folded`.
 _FILE_BYTES = 16 * 2**20
 _COUNTED_AT_ONCE = 2**20
 MOST_FILE_ROWS = 4096
 
 
-class Kept(ABC):
+class HypergradientStore(ABC):
     """Hypergradients of one method, opened for reading.
 
     Args:
@@ -58,7 +60,9 @@ class Kept(ABC):
             raise StoreError(f"{path} is of another recording: {HYPERGRADIENTS_UNREADABLE}")
         if found.get(names.METHOD) != path.stem or found.get(names.KIND) != self.kind:
             what = f"{shown(found.get(names.KIND))} of method {shown(found.get(names.METHOD))}"
-            raise StoreError(f"{path} has {what}, not {self.kind} of {path.stem}: {HYPERGRADIENTS_UNREADABLE}")
+            raise StoreError(
+                f"{path} has {what}, not {self.kind} of {path.stem}: {HYPERGRADIENTS_UNREADABLE}"
+            )
 
     def arrays(self) -> list[tuple[str, Array]]:
         """Return every array with its name."""
@@ -73,7 +77,11 @@ class Kept(ABC):
         self._check_kinds(gradients)
         for name, shape in self.expected_shapes(gradients, n_samples).items():
             array = self._root.array(name)
-            fault = f"has shape {array.shape}, not {shape}" if array.shape != shape else array.shortfall()
+            fault = (
+                f"has shape {array.shape}, not {shape}"
+                if array.shape != shape
+                else array.shortfall()
+            )
             if fault is not None:
                 raise StoreError(f"{array.path} {fault}: {HYPERGRADIENTS_UNREADABLE}")
 
@@ -86,8 +94,8 @@ class Kept(ABC):
         """Return every array that must exist, with its shape."""
 
 
-class Hypergradients(Kept):
-    """Sums of weighted rows. Arguments and errors are those of `Kept`."""
+class Hypergradients(HypergradientStore):
+    """Sums of weighted rows. Arguments and errors are those of `HypergradientStore`."""
 
     kind = "hypergradients"
 
@@ -96,7 +104,11 @@ class Hypergradients(Kept):
         _check_width(self._root, gradients)
         # The layout of the factored columns alone, and their places in the layout of the run.
         self.layout, self.columns, self.blocks = factored_part(gradients.layout)
-        self.folded = self._root.array(names.FOLDED) if len(self.columns) < gradients.layout.n_features else None
+        self.folded = (
+            self._root.array(names.FOLDED)
+            if len(self.columns) < gradients.layout.n_features
+            else None
+        )
         self._parts = _parts(self._root, gradients.n_ranks) if self.columns else []
         self.rows = Rows(self._parts, len(self.columns), len(self.blocks)) if self.columns else None
 
@@ -107,7 +119,11 @@ class Hypergradients(Kept):
             StoreError: damaged.
         """
         assert self.rows is not None
-        return joined(lambda part, own: read_array(self._parts[part].array(names.SAMPLE), own), rows, self.rows.part_rows)
+        return joined(
+            lambda part, own: read_array(self._parts[part].array(names.SAMPLE), own),
+            rows,
+            self.rows.part_rows,
+        )
 
     def read_folded(self, samples: slice) -> NDArray[np.float32]:
         """Return the sums of some samples, shape (sample, feature). Raises: StoreError: damaged."""
@@ -137,8 +153,8 @@ class Hypergradients(Kept):
         return expected
 
 
-class HypergradientMatrix(Kept):
-    """Result of a sweep for each feature. Arguments and errors are those of `Kept`."""
+class HypergradientMatrix(HypergradientStore):
+    """Result of a sweep for each feature. Arguments and errors are those of `HypergradientStore`."""
 
     kind = "hypergradient matrix"
 
@@ -152,7 +168,9 @@ class HypergradientMatrix(Kept):
         rows, columns = self.swept.chunks
         # A reader decodes whole chunks, so larger ones are refused.
         if self.swept.shards is not None or rows > MOST_SAMPLES or columns > MOST_FEATURES:
-            raise StoreError(f"{self.swept.path} is not as hydra-pipe writes it: {HYPERGRADIENTS_UNREADABLE}")
+            raise StoreError(
+                f"{self.swept.path} is not as hydra-pipe writes it: {HYPERGRADIENTS_UNREADABLE}"
+            )
 
     def expected_shapes(self, gradients: Gradients, n_samples: int) -> dict[str, tuple[int, ...]]:
         """Return every array that must exist, with its shape."""
@@ -173,15 +191,19 @@ class HypergradientMatrix(Kept):
             return self.swept.read(samples, features)
 
 
-def open_kept(path: Path, gradients: Gradients) -> Kept:
-    """Open the hypergradients at `path`, of either kind. Arguments and errors: as for `Kept`."""
+def open_kept(path: Path, gradients: Gradients) -> HypergradientStore:
+    """Open the hypergradients at `path`, of either kind. Arguments and errors: as for `HypergradientStore`."""
     kind = Group.open(path, HYPERGRADIENTS_UNREADABLE).attributes.get(names.KIND)
     opened = HypergradientMatrix if kind == HypergradientMatrix.kind else Hypergradients
     return opened(path, gradients)
 
 
 def create_matrix(
-    path: Path, run_id: str, shape: tuple[int, int], chunks: tuple[int, int], spans: Sequence[Sequence[object]]
+    path: Path,
+    run_id: str,
+    shape: tuple[int, int],
+    chunks: tuple[int, int],
+    spans: Sequence[Sequence[object]],
 ) -> Array:
     """Create an array for the result of a sweep for each feature, safe on the disk.
 
@@ -195,9 +217,15 @@ def create_matrix(
         spans: name of each block, its first feature and one past its last.
     """
     remove(path)
-    attributes = {names.KIND: HypergradientMatrix.kind, names.RUN_ID: run_id, names.METHOD: path.stem}
+    attributes = {
+        names.KIND: HypergradientMatrix.kind,
+        names.RUN_ID: run_id,
+        names.METHOD: path.stem,
+    }
     Group.create(path, attributes | {names.FEATURES: [list(span) for span in spans]})
-    array = Array.create(path / names.SWEPT, shape, "float32", (names.SAMPLE_DIM, names.FEATURE_DIM), chunks)
+    array = Array.create(
+        path / names.SWEPT, shape, "float32", (names.SAMPLE_DIM, names.FEATURE_DIM), chunks
+    )
     _sync(path)
     return array
 
@@ -220,15 +248,23 @@ def _sync(path: Path) -> None:
 
 def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
     layout, columns, blocks = factored_part(gradients.layout)
-    attributes = {names.KIND: Hypergradients.kind, names.RUN_ID: gradients.run_id, names.METHOD: path.stem}
+    attributes = {
+        names.KIND: Hypergradients.kind,
+        names.RUN_ID: gradients.run_id,
+        names.METHOD: path.stem,
+    }
     root = Group.create(path, attributes | {names.LAYOUT: layout.to_json()})
     n_folded = gradients.layout.n_features - len(columns)
     if n_folded:
         # A power of two, so that files fill the blocks of samples that are written
         # together.
-        file_rows = 1 << (max(1, min(_FILE_BYTES // (n_folded * 4), MOST_FILE_ROWS)).bit_length() - 1)
+        file_rows = 1 << (
+            max(1, min(_FILE_BYTES // (n_folded * 4), MOST_FILE_ROWS)).bit_length() - 1
+        )
         dimensions = (names.SAMPLE_DIM, names.FEATURE_DIM)
-        Array.create(path / names.FOLDED, (n_samples, n_folded), "float32", dimensions, (file_rows, n_folded))
+        Array.create(
+            path / names.FOLDED, (n_samples, n_folded), "float32", dimensions, (file_rows, n_folded)
+        )
     if not columns:
         return
     rows = gradients.rows
@@ -239,13 +275,19 @@ def _create(path: Path, gradients: Gradients, n_samples: int) -> None:
         shard, chunk = rows.shard_rows, (rows.chunk_rows, len(columns))
         shards = (shard, len(columns)) if shard != rows.chunk_rows else None
         wide = ((names.ROW_DIM, names.FEATURE_DIM), chunk, shards)
-        Array.create(part.path / names.GRADIENT, (n_rows, len(columns)), rows.dtype, *wide, shuffle=False)
+        Array.create(
+            part.path / names.GRADIENT, (n_rows, len(columns)), rows.dtype, *wide, shuffle=False
+        )
         scale = (names.ROW_DIM, names.BLOCK_DIM)
-        Array.create(part.path / names.SCALE, (n_rows, len(blocks)), "float32", scale, (shard, len(blocks)))
+        Array.create(
+            part.path / names.SCALE, (n_rows, len(blocks)), "float32", scale, (shard, len(blocks))
+        )
         Array.create(part.path / names.SAMPLE, (n_rows,), "int64", (names.ROW_DIM,), (shard,))
 
 
-def write_factored(path: Path, n_ranks: int, rank: int, shard: int, values: dict[str, NDArray[Any]]) -> None:
+def write_factored(
+    path: Path, n_ranks: int, rank: int, shard: int, values: dict[str, NDArray[Any]]
+) -> None:
     """Write one shard of the factored rows, safe on the disk.
 
     Args:
@@ -257,7 +299,9 @@ def write_factored(path: Path, n_ranks: int, rank: int, shard: int, values: dict
     """
     part = path / _part_name(rank, n_ranks)
     for name, found in values.items():
-        Array.open(part / name).write_file((shard, *(0 for _ in found.shape[1:])), found, safely=True)
+        Array.open(part / name).write_file(
+            (shard, *(0 for _ in found.shape[1:])), found, safely=True
+        )
 
 
 def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
@@ -267,7 +311,9 @@ def write_folded(path: Path, first: int, sums: NDArray[np.float32]) -> None:
     """
     array = Array.open(path / names.FOLDED)
     for low in range(0, len(sums), array.file_rows):
-        array.write_file(((first + low) // array.file_rows, 0), sums[low : low + array.file_rows], safely=True)
+        array.write_file(
+            ((first + low) // array.file_rows, 0), sums[low : low + array.file_rows], safely=True
+        )
 
 
 def _check_width(root: Group, gradients: Gradients) -> None:
@@ -278,8 +324,16 @@ def _check_width(root: Group, gradients: Gradients) -> None:
     """
     if gradients.layout.n_features <= _COUNTED_AT_ONCE:
         return
-    factored = [block for block in gradients.layout.blocks if block.encoding == "factored" and block.inputs is not None]
-    width = sum(last - first for block in factored for first, last in (block.columns, block.inputs or (0, 0)))
+    factored = [
+        block
+        for block in gradients.layout.blocks
+        if block.encoding == "factored" and block.inputs is not None
+    ]
+    width = sum(
+        last - first
+        for block in factored
+        for first, last in (block.columns, block.inputs or (0, 0))
+    )
     if width > _COUNTED_AT_ONCE:
         array = root.array(f"{_part_name(0, gradients.n_ranks)}/{names.GRADIENT}")
         check_kind(array, ROW_DTYPES, width)

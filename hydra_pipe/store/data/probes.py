@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import StoreError, UsageError, shown
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array, Group
-from hydra_pipe.store.run.discarding import discard
 from hydra_pipe.store.data.gradients import Gradients, read_labels
-from hydra_pipe.store.run.listing import Listed, listed
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.data.rows import Rows, check_kind, read_array
-from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import PROBE, StageId
-from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 from hydra_pipe.store.data.gradients_writer import put_labels, test_table
+from hydra_pipe.store.data.rows import Rows, check_kind, read_array
+from hydra_pipe.store.run.discarding import discard
+from hydra_pipe.store.run.listing import Listed, listed
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.stages import PROBE, StageId
+from hydra_pipe.store.zarr.arrays import Array, Group
+from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 
 PROBE_UNREADABLE = "the probe is not readable: take it again with hydra-pipe probe --overwrite"
 # Settings of the stage: digests of the samples, and of the labels if they were given.
@@ -37,7 +37,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,49}")
 def check_name(name: str) -> None:
     """Refuse a name that no probe can have. Raises: UsageError."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit first")
+        raise UsageError(
+            f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit first"
+        )
 
 
 class Probe:
@@ -60,7 +62,9 @@ class Probe:
         if kind != "probe" or run_id != gradients.run_id:
             raise StoreError(f"{path} is no probe of this recording: {PROBE_UNREADABLE}")
         layout = gradients.layout
-        self.rows = Rows([self._root], layout.n_features, len(layout.blocks), None, PROBE_UNREADABLE)
+        self.rows = Rows(
+            [self._root], layout.n_features, len(layout.blocks), None, PROBE_UNREADABLE
+        )
 
     def losses(self) -> NDArray[np.float32]:
         """Return the loss of each test sample. Raises: StoreError: damaged."""
@@ -94,7 +98,11 @@ class Probe:
             StoreError: a length is wrong, or files are missing.
         """
         for name, array in self.arrays():
-            fault = f"has {array.shape[0]} rows, {n_tests} were written" if array.shape[0] != n_tests else array.shortfall()
+            fault = (
+                f"has {array.shape[0]} rows, {n_tests} were written"
+                if array.shape[0] != n_tests
+                else array.shortfall()
+            )
             if fault is not None:
                 raise StoreError(f"{self.path / name} {fault}: {PROBE_UNREADABLE}")
 
@@ -120,7 +128,11 @@ class WhichTests:
 
     def losses(self, store: Gradients) -> NDArray[np.float32]:
         """Return the loss of each test sample. Raises: StoreError: damaged."""
-        return store.test_losses(self.step) if self.probe is None else Probe(self.probe, store).losses()
+        return (
+            store.test_losses(self.step)
+            if self.probe is None
+            else Probe(self.probe, store).losses()
+        )
 
     def labels(self, store: Gradients) -> NDArray[Any] | None:
         """Return the label of each test sample. None if labels are unknown.
@@ -149,7 +161,9 @@ def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
     return probe
 
 
-def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name: str | None) -> tuple[WhichTests, int]:
+def tested_by(
+    run: RunDirectory, store: Gradients, step: int, n_tests: int, name: str | None
+) -> tuple[WhichTests, int]:
     """Return the test samples to compute relevance for, and their number.
 
     Args:
@@ -169,7 +183,9 @@ def tested_by(run: RunDirectory, store: Gradients, step: int, n_tests: int, name
 
 
 @contextmanager
-def probe_table(path: Path, attributes: Mapping[str, Any], layout: Layout, dtype: str) -> Iterator[TableWriter]:
+def probe_table(
+    path: Path, attributes: Mapping[str, Any], layout: Layout, dtype: str
+) -> Iterator[TableWriter]:
     """Create a store at `path` and yield its table of test gradients, which the block fills.
 
     Args:
@@ -183,7 +199,9 @@ def probe_table(path: Path, attributes: Mapping[str, Any], layout: Layout, dtype
     """
     writer = BackgroundWriter()
     try:
-        table = test_table(Group.create(path, {names.KIND: "probe", **attributes}), layout, dtype, writer)
+        table = test_table(
+            Group.create(path, {names.KIND: "probe", **attributes}), layout, dtype, writer
+        )
         yield table
         table.flush()
     finally:

@@ -57,7 +57,9 @@ def label_type(labels: NDArray[Any] | None) -> pa.DataType:
     return pa.string() if labels is not None and labels.dtype.kind in "UO" else pa.int64()
 
 
-def ranking_schema(test_labels: pa.DataType, train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+def ranking_schema(
+    test_labels: pa.DataType, train_labels: pa.DataType, meta: dict[str, str]
+) -> pa.Schema:
     return pa.schema(
         [
             pa.field("test_id", pa.int64(), nullable=False),
@@ -87,7 +89,9 @@ def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema
     )
 
 
-def classes_schema(train_labels: pa.DataType, test_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+def classes_schema(
+    train_labels: pa.DataType, test_labels: pa.DataType, meta: dict[str, str]
+) -> pa.Schema:
     return pa.schema(
         [
             pa.field("train_label", train_labels),
@@ -110,7 +114,9 @@ def matrix_schema(meta: dict[str, str]) -> pa.Schema:
     )
 
 
-def label_column(labels: NDArray[Any] | None, ids: NDArray[np.int64] | slice, kind: pa.DataType) -> pa.Array:
+def label_column(
+    labels: NDArray[Any] | None, ids: NDArray[np.int64] | slice, kind: pa.DataType
+) -> pa.Array:
     """Return the labels of the samples `ids`, nulls where labels are unknown."""
     n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
     return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
@@ -146,7 +152,8 @@ def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         schema,
         compression={name: "none" if name in floats else "snappy" for name in schema.names},
         use_dictionary=[name for name in _DICTIONARIES if name in schema.names],
-        column_encoding={name: "DELTA_BINARY_PACKED" for name in _DELTAS if name in schema.names} | dict.fromkeys(floats, "PLAIN"),
+        column_encoding={name: "DELTA_BINARY_PACKED" for name in _DELTAS if name in schema.names}
+        | dict.fromkeys(floats, "PLAIN"),
         write_page_index=True,
         sorting_columns=pq.SortingColumn.from_ordering(schema, order),
     )

@@ -5,12 +5,12 @@ from typing import Any
 
 from hydra_pipe.errors import RunError, StoreError, UsageError, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.data.recording_counts import Counts, checked_counts
-from hydra_pipe.store.files import remove
 from hydra_pipe.store.data.gradients import Gradients, Prefix
-from hydra_pipe.store.run.listing import Listed, listed
-from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.data.recording_counts import Counts, checked_counts
 from hydra_pipe.store.data.rows import ROWS_UNREADABLE
+from hydra_pipe.store.files import remove
+from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.run.listing import Listed, listed
 from hydra_pipe.store.run.manifest import COMMITTED, PRUNED, RunDirectory
 from hydra_pipe.store.run.stages import RECORD, REDUCE, Stage
 
@@ -87,29 +87,46 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
             f"--test-every epoch, or of recorder.record_test() on the way in a loop of your own"
         )
     if recording.facts.get(PRUNED):
-        raise RunError(f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto")
+        raise RunError(
+            f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto"
+        )
     whole = open_gradients(run, found.prefix)
-    tests = [s for s in whole.test_steps() if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)]
+    tests = [
+        s
+        for s in whole.test_steps()
+        if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)
+    ]
     if found.tests is None and not found.n_tests:
         # Without test gradients at the end, the group there has only digests of the parameters.
         tests = [s for s in tests if s < found.prefix.n_steps]
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
-        raise UsageError(f"--upto {step}: test gradients were taken {there}: choose one, or record with --test-every")
+        raise UsageError(
+            f"--upto {step}: test gradients were taken {there}: choose one, or record with --test-every"
+        )
     _, counts = whole.rows_of_steps()
     if (counts < 0).any():
-        raise StoreError(f"{whole.path}/{names.STEPS} has steps of negative length: {ROWS_UNREADABLE}")
+        raise StoreError(
+            f"{whole.path}/{names.STEPS} has steps of negative length: {ROWS_UNREADABLE}"
+        )
     part_rows = tuple(int(n) for n in counts[:step].sum(axis=0))
     gradients = open_gradients(run, Prefix(step, part_rows))
     lengths = gradients.lengths(step)
     wanted = gradients.expected_rows(part_rows, step, 0)
-    test = {f"{names.TEST}/{names.checkpoint_name(step)}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
+    test = {
+        f"{names.TEST}/{names.checkpoint_name(step)}/{name}"
+        for name in (names.GRADIENT, names.SCALE, names.LOSS)
+    }
     # A complete recording counts the test gradients of its end, and may have none there.
-    n_tests = found.n_tests or lengths.get(f"{names.TEST}/{names.checkpoint_name(step)}/{names.LOSS}", 0)
+    n_tests = found.n_tests or lengths.get(
+        f"{names.TEST}/{names.checkpoint_name(step)}/{names.LOSS}", 0
+    )
     for name, n in (wanted | dict.fromkeys(test, n_tests)).items():
         there_are = lengths.get(name, -1)
         if there_are < n or (name in test and there_are != n):
-            raise StoreError(f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: {ROWS_UNREADABLE}")
+            raise StoreError(
+                f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: {ROWS_UNREADABLE}"
+            )
     for name, array in gradients.arrays():
         if (name in wanted or name in test) and (fault := array.shortfall()) is not None:
             raise StoreError(f"{whole.path}: {name} {fault}: {ROWS_UNREADABLE}")
@@ -136,13 +153,22 @@ def committed(recording: Stage) -> Committed | None:
 
 def _parsed(found: Any) -> Committed:
     try:
-        n_steps, n_tests, part_rows, tests = (found[name] for name in ("n_steps", "n_tests", "part_rows", "tests"))
+        n_steps, n_tests, part_rows, tests = (
+            found[name] for name in ("n_steps", "n_tests", "part_rows", "tests")
+        )
         labels = found.get("labels")
         if not all(map(is_count, (n_steps, n_tests, *part_rows, *tests))):
             raise ValueError(f"counts {shown(found)}")
-        return Committed(Prefix(n_steps, tuple(part_rows)), n_tests, list(tests), None if labels is None else list(labels))
+        return Committed(
+            Prefix(n_steps, tuple(part_rows)),
+            n_tests,
+            list(tests),
+            None if labels is None else list(labels),
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{names.MANIFEST} is damaged ({shown(error)}): {ROWS_UNREADABLE}") from error
+        raise StoreError(
+            f"{names.MANIFEST} is damaged ({shown(error)}): {ROWS_UNREADABLE}"
+        ) from error
 
 
 def forget_upto(run: RunDirectory, n_steps: int) -> None:

@@ -60,16 +60,28 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
             f"{gradients.path} has no test gradients, and does not say at which parameters any could be taken: record again, with "
             f"recorder.record_test(...) before recorder.close()"
         )
-    counts = {name: recording.count(name, least=name != "n_tests") for name in ("n_samples", "n_tests", "n_rows", "n_steps")}
+    counts = {
+        name: recording.count(name, least=name != "n_tests")
+        for name in ("n_samples", "n_tests", "n_rows", "n_steps")
+    }
     lengths = gradients.lengths(steps[-1])
     for name, n in gradients.expected_rows(recording.rank_rows(), counts["n_steps"], 0).items():
         _compare(gradients, name, lengths, n)
     for name in (names.GRADIENT, names.SCALE, names.LOSS):
-        _compare(gradients, f"{names.TEST}/{names.checkpoint_name(steps[-1])}/{name}", lengths, counts["n_tests"])
+        _compare(
+            gradients,
+            f"{names.TEST}/{names.checkpoint_name(steps[-1])}/{name}",
+            lengths,
+            counts["n_tests"],
+        )
     for which, n in recording.counts("labels").items():
         # Test labels may belong to test gradients that were taken during the training.
-        if which not in _LABELS_OF or (n != counts[_LABELS_OF[which]] and counts[_LABELS_OF[which]]):
-            raise StoreError(f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}")
+        if which not in _LABELS_OF or (
+            n != counts[_LABELS_OF[which]] and counts[_LABELS_OF[which]]
+        ):
+            raise StoreError(
+                f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}"
+            )
         _compare(gradients, f"{names.LABELS}/{which}", lengths, n)
     missing = gradients.missing(pruned=bool(recording.facts.get(PRUNED)))
     if missing:

@@ -9,16 +9,21 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import Array
-from hydra_pipe.store.data.recording_counts import Counts
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.probes import WhichTests, tested_by
-from hydra_pipe.store.data.relevance import RELEVANCE_UNREADABLE, Columns, columns_of, open_relevance
-from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.data.recording import open_recording
+from hydra_pipe.store.data.recording_counts import Counts
+from hydra_pipe.store.data.relevance import (
+    RELEVANCE_UNREADABLE,
+    ResultColumns,
+    columns_of,
+    open_relevance,
+)
 from hydra_pipe.store.data.rows import check_within
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import REDUCE
+from hydra_pipe.store.zarr.arrays import Array
 
 _VISIT_ROWS = 2**20
 
@@ -39,7 +44,7 @@ class ReducedRun:
     gradients: Gradients
     counts: Counts
     relevance: Array
-    columns: Columns
+    columns: ResultColumns
     tested: WhichTests
 
     @classmethod
@@ -52,7 +57,9 @@ class ReducedRun:
         reduction = directory.stages[REDUCE.of(name)]
         upto = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
         gradients, counts = open_recording(directory, upto)
-        tested, n_known = tested_by(directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).test)
+        tested, n_known = tested_by(
+            directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).test
+        )
         relevance = open_relevance(directory.path / names.RELEVANCE, name)
         columns = columns_of(relevance)
         n_tests = columns.tests[-1][1] if columns.tests else 0

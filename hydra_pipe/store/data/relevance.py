@@ -9,15 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, UsageError, shown
-from hydra_pipe.plan.id_ranges import Span, parse_selection, size_of, write_selection
+from hydra_pipe.plan.id_ranges import parse_selection, size_of, write_selection
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import METADATA, Array, Group, damage_named
 from hydra_pipe.store.files import is_remote, remove, remove_partials_of, sync, sync_tree
-from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.json_parsing import is_count, is_plain
+from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.zarr.arrays import METADATA, Array, Group, damage_named
+from hydra_pipe.types import Span
 
-RELEVANCE_UNREADABLE = "the relevance is not readable: compute it again with hydra-pipe reduce --overwrite"
+RELEVANCE_UNREADABLE = (
+    "the relevance is not readable: compute it again with hydra-pipe reduce --overwrite"
+)
 CHUNK_SAMPLES, CHUNK_TESTS = 4096, 64
 
 
@@ -25,7 +28,7 @@ _IN_WORDS = (names.METHOD, names.SIGN, names.UNIT)
 
 
 @dataclass(frozen=True)
-class Columns:
+class ResultColumns:
     """Meaning of the columns of a relevance array.
 
     Args:
@@ -74,13 +77,19 @@ class Columns:
             named = any(isinstance(name, str) for name in self.names)
             return np.array(self.names, object if named else np.int64)
         if test_labels is not None and self.tests[-1][1] > len(test_labels):
-            raise StoreError(f"there are columns of test samples up to {self.tests[-1][1] - 1}, and {len(test_labels)} labels")
+            raise StoreError(
+                f"there are columns of test samples up to {self.tests[-1][1] - 1}, and {len(test_labels)} labels"
+            )
         return None if test_labels is None else test_labels[self.test_ids]
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the attributes of the array that hold these columns."""
-        grouping = {} if self.by is None else {names.BY: self.by, names.LABEL_NAMES: list(self.names)}
-        return grouping if self.by == ITSELF else {names.TESTS: write_selection(self.tests)} | grouping
+        grouping = (
+            {} if self.by is None else {names.BY: self.by, names.LABEL_NAMES: list(self.names)}
+        )
+        return (
+            grouping if self.by == ITSELF else {names.TESTS: write_selection(self.tests)} | grouping
+        )
 
 
 def write_group(path: Path, run_id: str) -> None:
@@ -90,7 +99,10 @@ def write_group(path: Path, run_id: str) -> None:
     with brief_lock(path):
         remove_partials_of(path / METADATA)
         if not group_is_whole(path, run_id):
-            Group.create(path, _identity(run_id) | {names.COORDINATES: f"{names.SAMPLE_LABEL} {names.TEST_LABEL}"})
+            Group.create(
+                path,
+                _identity(run_id) | {names.COORDINATES: f"{names.SAMPLE_LABEL} {names.TEST_LABEL}"},
+            )
 
 
 def group_is_whole(path: Path, run_id: str) -> bool:
@@ -111,7 +123,7 @@ def create_relevance(
     name: str,
     attributes: dict[str, str],
     n_samples: int,
-    columns: Columns,
+    columns: ResultColumns,
     width: int,
     run_id: str,
     *,
@@ -138,7 +150,14 @@ def create_relevance(
     is_shared = whole and columns.by is None
     dimensions = (names.SAMPLE_DIM, names.TEST_DIM if is_shared else names.columns_dimension(name))
     shape = (n_samples, columns.n_columns)
-    array = Array.create(path / name, shape, "float32", dimensions, chunks, attributes=attributes | columns.to_attributes())
+    array = Array.create(
+        path / name,
+        shape,
+        "float32",
+        dimensions,
+        chunks,
+        attributes=attributes | columns.to_attributes(),
+    )
     sync_tree(array.path)
     for part in (path / METADATA, path, path.parent):
         sync(part)
@@ -150,7 +169,7 @@ def chunk_samples(n_samples: int) -> int:
     return min(CHUNK_SAMPLES, n_samples)
 
 
-def columns_of(array: Array) -> Columns:
+def columns_of(array: Array) -> ResultColumns:
     """Return the meaning of the columns of `array`.
 
     Raises:
@@ -161,13 +180,19 @@ def columns_of(array: Array) -> Columns:
         by = found.get(names.BY)
         # The number of test samples is unknown here, so no id is refused as too large.
         tests = () if by == ITSELF else parse_selection(found[names.TESTS], sys.maxsize)
-        if by not in (None, *GROUPINGS, ITSELF) or not all(isinstance(found[name], str) for name in _IN_WORDS):
-            raise ValueError(f"means by {shown(by)} of method {shown(found[names.METHOD])} in {shown(found[names.UNIT])}")
-        columns = Columns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
+        if by not in (None, *GROUPINGS, ITSELF) or not all(
+            isinstance(found[name], str) for name in _IN_WORDS
+        ):
+            raise ValueError(
+                f"means by {shown(by)} of method {shown(found[names.METHOD])} in {shown(found[names.UNIT])}"
+            )
+        columns = ResultColumns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
         if columns.n_columns != array.shape[1]:
             raise ValueError(f"attributes for {columns.n_columns} columns")
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise StoreError(f"{array.path} is damaged ({shown(error)}): {RELEVANCE_UNREADABLE}") from error
+        raise StoreError(
+            f"{array.path} is damaged ({shown(error)}): {RELEVANCE_UNREADABLE}"
+        ) from error
     return columns
 
 
@@ -177,7 +202,9 @@ def _group_names(found: Any) -> tuple[int | str, ...]:
     Raises:
         ValueError: `found` is anything else.
     """
-    if isinstance(found, list) and (all(isinstance(n, str) for n in found) or all(is_count(abs(n)) for n in found)):
+    if isinstance(found, list) and (
+        all(isinstance(n, str) for n in found) or all(is_count(abs(n)) for n in found)
+    ):
         return tuple(found)
     raise ValueError(f"groups called {shown(found)}")
 
@@ -185,7 +212,9 @@ def _group_names(found: Any) -> tuple[int | str, ...]:
 def open_relevance(path: Path, name: str) -> Array:
     """Open the array `name`. Raises: StoreError: missing or damaged."""
     if not is_plain(name):
-        raise StoreError(f"{path} has no array called {shown(name)}: names are of letters, digits, - and _")
+        raise StoreError(
+            f"{path} has no array called {shown(name)}: names are of letters, digits, - and _"
+        )
     Group.open(path, RELEVANCE_UNREADABLE)
     return open_array(path / name)
 
@@ -198,12 +227,19 @@ def open_array(path: Path) -> Array:
     """
     array = Array.open(path)
     # A reader decodes whole chunks. The chunks of hydra-pipe are small, so larger ones are refused.
-    if len(array.shape) != 2 or array.dtype != np.float32 or array.chunks[0] > CHUNK_SAMPLES or array.chunks[1] > CHUNK_TESTS:
+    if (
+        len(array.shape) != 2
+        or array.dtype != np.float32
+        or array.chunks[0] > CHUNK_SAMPLES
+        or array.chunks[1] > CHUNK_TESTS
+    ):
         raise StoreError(f"{array.path} is not as hydra-pipe writes it: {RELEVANCE_UNREADABLE}")
     return array
 
 
-def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]) -> None:
+def write_relevance(
+    array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]
+) -> None:
     """Write a block, safe on the disk.
 
     The block begins chunks. It ends chunks too, except at the array's edges.

@@ -13,8 +13,9 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.rank_rows import ends_of, split
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
-from hydra_pipe.store.zarr.codec import Bytes, StoredFile
+from hydra_pipe.store.zarr.codec import StoredFile
 from hydra_pipe.streams import Stream
+from hydra_pipe.types import U8
 
 ROWS_UNREADABLE = "the recording is not readable: record the run again with --overwrite"
 ROW_DTYPES = ("float16", "int8", "float32")
@@ -42,7 +43,9 @@ class _Window:
         self._scratch: list[NDArray[Any]] = []
         self._held: tuple[StoredFile, slice, int, int] | None = None
 
-    def read(self, array: Array, file: StoredFile, rows: slice, left: int, right: int) -> NDArray[Any]:
+    def read(
+        self, array: Array, file: StoredFile, rows: slice, left: int, right: int
+    ) -> NDArray[Any]:
         n, width = rows.stop - rows.start, right - left
         if self._buffer.size < n * width:
             self._buffer = np.empty(n * width, self._buffer.dtype)
@@ -86,11 +89,17 @@ class Rows:
             check_kind(gradient, ROW_DTYPES, n_features, consequence)
             check_kind(scale, ("float32",), n_blocks, consequence)
             if not gradient.files_hold_rows or not gradient.stored_like(self._first):
-                raise StoreError(f"{gradient.path} has files in which rows are cut, or unlike those of others: {consequence}")
+                raise StoreError(
+                    f"{gradient.path} has files in which rows are cut, or unlike those of others: {consequence}"
+                )
         there = tuple(array.shape[0] for array in self._gradients)
         self.part_rows = there if part_rows is None else part_rows
-        if len(self.part_rows) != len(there) or any(n > has for n, has in zip(self.part_rows, there, strict=True)):
-            raise StoreError(f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {consequence}")
+        if len(self.part_rows) != len(there) or any(
+            n > has for n, has in zip(self.part_rows, there, strict=True)
+        ):
+            raise StoreError(
+                f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {consequence}"
+            )
 
     @property
     def n_rows(self) -> int:
@@ -116,9 +125,14 @@ class Rows:
         """Return one past the last row of the file that holds `row`."""
         ends = [0, *ends_of(self.part_rows)]
         part = next(i for i, end in enumerate(ends[1:]) if row < end)
-        return min(ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows, ends[part + 1])
+        return min(
+            ends[part] + ((row - ends[part]) // self.shard_rows + 1) * self.shard_rows,
+            ends[part + 1],
+        )
 
-    def stream(self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None) -> Stream[Piece]:
+    def stream(
+        self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None = None
+    ) -> Stream[Piece]:
         """Read the rows of `run` in order, in pieces of at most `at_once` rows.
 
         No piece has rows of two files. A piece must be used before the next one is asked for. A
@@ -134,10 +148,16 @@ class Rows:
             StoreError: damaged.
         """
         pool = ThreadPoolExecutor(1, "hydra-pipe reader")
-        return Stream(self._pieces(run, at_once, only, pool), partial(pool.shutdown, cancel_futures=True))
+        return Stream(
+            self._pieces(run, at_once, only, pool), partial(pool.shutdown, cancel_futures=True)
+        )
 
     def _pieces(
-        self, run: tuple[int, int], at_once: int, only: NDArray[np.int64] | None, pool: ThreadPoolExecutor
+        self,
+        run: tuple[int, int],
+        at_once: int,
+        only: NDArray[np.int64] | None,
+        pool: ThreadPoolExecutor,
     ) -> Iterator[Piece]:
         files = [
             (part, start, max(first - start, 0), min(last - start, self.shard_rows))
@@ -146,10 +166,16 @@ class Rows:
         ]
         ends = [0, *ends_of(self.part_rows)]
         if only is not None:
-            files = [file for file in files if has_any(only, ends[file[0]] + file[1] + file[2], ends[file[0]] + file[1] + file[3])]
+            files = [
+                file
+                for file in files
+                if has_any(
+                    only, ends[file[0]] + file[1] + file[2], ends[file[0]] + file[1] + file[3]
+                )
+            ]
         window = _Window(self.dtype, self._consequence)
 
-        def fetch(number: int) -> Future[Bytes] | None:
+        def fetch(number: int) -> Future[U8] | None:
             if number >= len(files):
                 return None
             part, start, _, _ = files[number]
@@ -165,7 +191,10 @@ class Rows:
             for first in range(low, high, at_once):
                 last = min(first + at_once, high)
                 base = ends[part] + start
-                yield Piece(slice(base + first, base + last), partial(window.read, array, file, slice(first, last)))
+                yield Piece(
+                    slice(base + first, base + last),
+                    partial(window.read, array, file, slice(first, last)),
+                )
 
     def features(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Return stored values of some rows and columns, in the stored dtype.
@@ -173,7 +202,9 @@ class Rows:
         Raises:
             StoreError: damaged.
         """
-        return joined(lambda part, own: self._read(self._gradients[part], own, columns), rows, self.part_rows)
+        return joined(
+            lambda part, own: self._read(self._gradients[part], own, columns), rows, self.part_rows
+        )
 
     def scales(self, rows: slice) -> NDArray[np.float32]:
         """Return scales of some rows, shape (row, block). Raises: StoreError: damaged."""
@@ -188,7 +219,9 @@ def has_any(rows: NDArray[np.int64], first: int, last: int) -> bool:
     return bool(np.searchsorted(rows, first) < np.searchsorted(rows, last))
 
 
-def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: Sequence[int]) -> NDArray[Any]:
+def joined(
+    read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: Sequence[int]
+) -> NDArray[Any]:
     """Return some rows of all parts, in order.
 
     Args:
@@ -203,7 +236,9 @@ def joined(read: Callable[[int, slice], NDArray[Any]], rows: slice, part_rows: S
     return np.concatenate(found) if found else read(0, slice(0, 0))
 
 
-def check_kind(array: Array, dtypes: Sequence[str], width: int | None, consequence: str = ROWS_UNREADABLE) -> None:
+def check_kind(
+    array: Array, dtypes: Sequence[str], width: int | None, consequence: str = ROWS_UNREADABLE
+) -> None:
     """Refuse an array of another dtype or width than it is read as.
 
     Args:
@@ -225,7 +260,9 @@ def check_kind(array: Array, dtypes: Sequence[str], width: int | None, consequen
 def check_within(values: NDArray[np.int64], n: int, what: str) -> None:
     """Refuse ids outside 0 to `n` - 1. Raises: StoreError."""
     if values.size and not 0 <= values.min() <= values.max() < n:
-        raise StoreError(f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}")
+        raise StoreError(
+            f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}"
+        )
 
 
 def read_array(array: Array, *window: slice, consequence: str = ROWS_UNREADABLE) -> NDArray[Any]:

@@ -16,7 +16,7 @@ def is_due(seconds: float, cost: float) -> bool:
     return seconds >= max(KEEP_SECONDS, TIMES_ITS_COST * cost)
 
 
-class Pace:
+class SaveInterval:
     """A clock that tells when to save again."""
 
     def __init__(self) -> None:

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hydra_pipe.plan.id_ranges import Span
-from hydra_pipe.store.zarr.arrays import METADATA
 from hydra_pipe.store.files import files_below, read_file, remove, replace_file, sync
-
-Floats = NDArray[np.floating[Any]]
+from hydra_pipe.store.zarr.arrays import METADATA
+from hydra_pipe.types import Floating, Span
 
 _PREFIX = "sweep-"
 _DIGEST_BYTES = 32
@@ -24,7 +21,9 @@ def _path(array: Path, columns: Span) -> Path:
     return array / f"{_PREFIX}{columns[0]}-{columns[1]}"
 
 
-def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arrays: Mapping[str, Floats]) -> None:
+def save_state(
+    array: Path, columns: Span, state: Mapping[str, int | float], arrays: Mapping[str, Floating]
+) -> None:
     """Write the state of the sweep that fills `columns` of an array, safe on the disk.
 
     Args:
@@ -33,15 +32,25 @@ def save_state(array: Path, columns: Span, state: Mapping[str, int | float], arr
         state: numbers.
         arrays: arrays by name, float32 or float64.
     """
-    header = {"of": _made_for(array), "columns": list(columns), "state": dict(state), "arrays": _kinds(arrays)}
-    pieces = [json.dumps(header).encode() + b"\n", *(np.ascontiguousarray(a).tobytes() for a in arrays.values())]
+    header = {
+        "of": _made_for(array),
+        "columns": list(columns),
+        "state": dict(state),
+        "arrays": _kinds(arrays),
+    }
+    pieces = [
+        json.dumps(header).encode() + b"\n",
+        *(np.ascontiguousarray(a).tobytes() for a in arrays.values()),
+    ]
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
     replace_file(_path(array, columns), [digest.digest(), *pieces])
 
 
-def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[dict[str, Any], dict[str, Floats]] | None:
+def load_state(
+    array: Path, columns: Span, like: Mapping[str, Floating]
+) -> tuple[dict[str, Any], dict[str, Floating]] | None:
     """Read the state that `save_state` wrote: numbers, and arrays.
 
     None where there is no state, it is damaged, or another run has left it here.
@@ -59,9 +68,15 @@ def load_state(array: Path, columns: Span, like: Mapping[str, Floats]) -> tuple[
         content = memoryview(read_file(_path(array, columns), n_bytes + _MOST_HEADER_BYTES))
         if hashlib.sha256(content[_DIGEST_BYTES:]).digest() != content[:_DIGEST_BYTES]:
             return None
-        line, _, _ = content[_DIGEST_BYTES : _DIGEST_BYTES + _MOST_HEADER_BYTES].tobytes().partition(b"\n")
+        line, _, _ = (
+            content[_DIGEST_BYTES : _DIGEST_BYTES + _MOST_HEADER_BYTES].tobytes().partition(b"\n")
+        )
         header = json.loads(line)
-        if header["of"] != _made_for(array) or header["columns"] != list(columns) or header["arrays"] != _kinds(like):
+        if (
+            header["of"] != _made_for(array)
+            or header["columns"] != list(columns)
+            or header["arrays"] != _kinds(like)
+        ):
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -77,10 +92,12 @@ def _made_for(array: Path) -> str:
 
     It is the SHA-256 of the array's metadata and of its group's metadata, which name the run.
     """
-    return hashlib.sha256(b"".join(read_file(path / METADATA) for path in (array, array.parent))).hexdigest()
+    return hashlib.sha256(
+        b"".join(read_file(path / METADATA) for path in (array, array.parent))
+    ).hexdigest()
 
 
-def _kinds(arrays: Mapping[str, Floats]) -> dict[str, list[Any]]:
+def _kinds(arrays: Mapping[str, Floating]) -> dict[str, list[Any]]:
     return {name: [a.dtype.name, *a.shape] for name, a in arrays.items()}
 
 

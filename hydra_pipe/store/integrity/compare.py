@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.progress import Task
-from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, ROTTEN, Array, Group
+from hydra_pipe.store.files import is_partial
+from hydra_pipe.store.integrity.faults import Fault
 from hydra_pipe.store.run.footprints import (
     Footprints,
     bytes_of,
@@ -23,10 +24,9 @@ from hydra_pipe.store.run.footprints import (
     of_file,
     places,
 )
-from hydra_pipe.store.zarr.codec import Shape
-from hydra_pipe.store.integrity.faults import Fault
-from hydra_pipe.store.files import is_partial
 from hydra_pipe.store.run.stages import Holds, StageId
+from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, ROTTEN, Array, Group
+from hydra_pipe.store.zarr.codec import Shape
 
 # The most missing files of an array that are named one by one.
 _NAMED = 3
@@ -46,7 +46,13 @@ class Comparison:
     """
 
     def __init__(
-        self, root: Path, stage: StageId, consequence: str, listed: Footprints | None, pruned: frozenset[str], task: Task
+        self,
+        root: Path,
+        stage: StageId,
+        consequence: str,
+        listed: Footprints | None,
+        pruned: frozenset[str],
+        task: Task,
     ) -> None:
         self._root, self._stage, self._consequence = root, stage, consequence
         self._listed, self._pruned, self._task = listed, pruned, task
@@ -62,7 +68,9 @@ class Comparison:
             yield self._fault(self._area, "is missing")
             return
         try:
-            arrays: Mapping[str, list[str] | None] = dict.fromkeys(self._arrays()) if self._listed is None else self._listed.arrays
+            arrays: Mapping[str, list[str] | None] = (
+                dict.fromkeys(self._arrays()) if self._listed is None else self._listed.arrays
+            )
         except StoreError as error:
             yield self._fault(self._area, str(error))
             return
@@ -92,7 +100,10 @@ class Comparison:
             return []
         if self._stage.kind.holds is Holds.ARRAY:
             return [self._area]
-        return [f"{self._area}/{name}" for name in Group.open(self._root / self._area, self._consequence).array_names()]
+        return [
+            f"{self._area}/{name}"
+            for name in Group.open(self._root / self._area, self._consequence).array_names()
+        ]
 
     def _files_of_arrays(self) -> dict[str, list[str]]:
         found = defaultdict(list)
@@ -139,7 +150,9 @@ class Comparison:
         self._left.pop(metadata, None)
         n_files, n_there = n_places(array), len(own) if written is None else len(written)
         if n_files != n_there if written is not None else n_files > n_there:
-            yield self._fault(name, f"calls for {n_files:,} files, and {n_there:,} were written or are there")
+            yield self._fault(
+                name, f"calls for {n_files:,} files, and {n_there:,} were written or are there"
+            )
             for file in own:
                 self._left.pop(file, None)
             return
@@ -147,7 +160,9 @@ class Comparison:
 
     def _check_chunks(self, name: str, array: Array, written: list[str] | None) -> Iterator[Fault]:
         missing = []
-        for at, footprint in zip(places(array), repeat(None) if written is None else written, strict=False):
+        for at, footprint in zip(
+            places(array), repeat(None) if written is None else written, strict=False
+        ):
             file = f"{name}/{name_of(at)}"
             n_bytes = self._left.pop(file, None)
             if n_bytes is None:
@@ -160,7 +175,10 @@ class Comparison:
             for file, at in missing:
                 yield self._fault(file, f"is missing, with {_span(array, at)}")
         else:
-            yield self._fault(name, f"lacks {len(missing):,} of its {n_places(array):,} files, the first of them {missing[0][0]}")
+            yield self._fault(
+                name,
+                f"lacks {len(missing):,} of its {n_places(array):,} files, the first of them {missing[0][0]}",
+            )
 
     def _wrong_with(self, array: Array, at: Shape, n_bytes: int, written: str | None) -> str | None:
         """Describe the fault of one file of an array; None if it has none."""
@@ -170,7 +188,11 @@ class Comparison:
             found = of_array_file(array, at, n_bytes)
         except ROTTEN as error:
             short = written is not None and n_bytes != bytes_of(written)
-            size = f", and it has {n_bytes:,} bytes of {bytes_of(written):,}" if written is not None and short else ""
+            size = (
+                f", and it has {n_bytes:,} bytes of {bytes_of(written):,}"
+                if written is not None and short
+                else ""
+            )
             return f"{_span(array, at)} are damaged ({shown(error)}{size})"
         self._task.advance(values.nbytes)
         return None if written is None or fits(written, found) else self._exchanged(written, found)
@@ -196,7 +218,10 @@ class Comparison:
             except StoreError:
                 continue
             if n_places(array) == len(footprints):
-                found |= {footprint: f"{name}/{name_of(at)}" for at, footprint in zip(places(array), footprints, strict=True)}
+                found |= {
+                    footprint: f"{name}/{name_of(at)}"
+                    for at, footprint in zip(places(array), footprints, strict=True)
+                }
         return found
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
-from hydra_pipe.store.integrity.faults import Fault
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.integrity.faults import Fault
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD
 
@@ -26,14 +26,27 @@ def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterato
     """
     recording = run.stages[RECORD]
     if store.run_id != run.run_id:
-        yield Fault(names.GRADIENTS, f"is of run {store.run_id}, {names.MANIFEST} of {run.run_id}", consequence, stage=RECORD)
-    n_rows, n_steps, n_samples = recording.count("n_rows"), recording.count("n_steps"), recording.count("n_samples")
+        yield Fault(
+            names.GRADIENTS,
+            f"is of run {store.run_id}, {names.MANIFEST} of {run.run_id}",
+            consequence,
+            stage=RECORD,
+        )
+    n_rows, n_steps, n_samples = (
+        recording.count("n_rows"),
+        recording.count("n_steps"),
+        recording.count("n_samples"),
+    )
     expected = store.expected_rows(recording.rank_rows(), n_steps, recording.count("n_tests"))
     expected |= {f"{names.LABELS}/{which}": n for which, n in recording.counts("labels").items()}
     lengths = {name: array.shape[0] for name, array in store.arrays()}
     wrong = {name: count for name, count in expected.items() if lengths.get(name) != count}
     for name, count in wrong.items():
-        found = f"has length {lengths[name]}, {count} were recorded" if name in lengths else "is missing"
+        found = (
+            f"has length {lengths[name]}, {count} were recorded"
+            if name in lengths
+            else "is missing"
+        )
         yield _fault(name, found, consequence)
     if not wrong:
         yield from _check_steps(store, n_rows, consequence)
@@ -51,7 +64,11 @@ def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fa
         group, ends = _group(store, part), np.cumsum(counts[:, part])
         begins = start + ends - counts[:, part]
         if ends[-1] != length:
-            yield _fault(f"{group}{names.STEPS}/{names.N_ROWS}", f"steps add up to {ends[-1]} rows of {length}", consequence)
+            yield _fault(
+                f"{group}{names.STEPS}/{names.N_ROWS}",
+                f"steps add up to {ends[-1]} rows of {length}",
+                consequence,
+            )
         elif (astray := np.flatnonzero(first[:, part] != begins)).size:
             step = int(astray[0])
             what = f"step {step} begins at row {first[step, part] - start}, those before it end at {begins[step] - start}"
@@ -59,7 +76,9 @@ def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fa
         else:
             found = _wrong_step(store, start, length, ends)
             if found is not None:
-                yield _fault(f"{group}{names.STEP}", f"{found}: rows are not in order of step", consequence)
+                yield _fault(
+                    f"{group}{names.STEP}", f"{found}: rows are not in order of step", consequence
+                )
         start += length
 
 
@@ -79,14 +98,18 @@ def _wrong_step(store: Gradients, start: int, length: int, ends: np.ndarray) -> 
     return None
 
 
-def _check_samples(store: Gradients, n_rows: int, n_samples: int, consequence: str) -> Iterator[Fault]:
+def _check_samples(
+    store: Gradients, n_rows: int, n_samples: int, consequence: str
+) -> Iterator[Fault]:
     for low in range(0, n_rows, _ROWS):
         found = store.samples(slice(low, low + _ROWS))
         outside = np.flatnonzero((found < 0) | (found >= n_samples))
         if outside.size:
             row = low + int(outside[0])
             part = int(np.searchsorted(ends_of(store.rows.part_rows), row, side="right"))
-            what = f"row {row} is of sample {found[outside[0]]}, and samples are 0 to {n_samples - 1}"
+            what = (
+                f"row {row} is of sample {found[outside[0]]}, and samples are 0 to {n_samples - 1}"
+            )
             yield _fault(f"{_group(store, part)}{names.SAMPLE}", what, consequence)
             return
 

@@ -3,16 +3,16 @@
 from hydra_pipe.errors import RunError, StoreError
 from hydra_pipe.progress import Task
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import CHUNKS
-from hydra_pipe.store.run.discarding import discard
-from hydra_pipe.store.files import remove, tree_bytes
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.files import remove, tree_bytes
+from hydra_pipe.store.integrity.verify import check_hypergradients
+from hydra_pipe.store.run.discarding import discard
+from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
 from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
 from hydra_pipe.store.run.stage_runner import alone
 from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE, StageId
-from hydra_pipe.store.integrity.verify import check_hypergradients
+from hydra_pipe.store.zarr.arrays import CHUNKS
 
 
 def prune_rows(run: RunDirectory, task: Task, *, discard_unfinished: bool = False) -> int:
@@ -50,7 +50,11 @@ def _unfinished(run: RunDirectory) -> list[StageId]:
     begun = [stage for stage in _keeping(run) if run.stages[stage].state != "complete"]
     methods = {stage.name for stage in begun}
     for stage, entry in run.stages.items():
-        if stage.kind is REDUCE and entry.state != "complete" and ResultName.parse(stage.name).method in methods:
+        if (
+            stage.kind is REDUCE
+            and entry.state != "complete"
+            and ResultName.parse(stage.name).method in methods
+        ):
             begun.append(stage)
     return begun
 
@@ -63,13 +67,17 @@ def _check_finished(run: RunDirectory) -> None:
         except RunError as error:
             if not run.complete(KEEP):
                 raise
-            raise RunError(f"{error}, or give it up with hydra-pipe prune {run.path} --discard-unfinished") from error
+            raise RunError(
+                f"{error}, or give it up with hydra-pipe prune {run.path} --discard-unfinished"
+            ) from error
 
 
 def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     recording = run.require_recording()
     if not _keeping(run):
-        raise RunError(f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first")
+        raise RunError(
+            f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first"
+        )
     unfinished = _unfinished(run) if discard_unfinished and run.complete(KEEP) else []
     if not unfinished:
         _check_finished(run)

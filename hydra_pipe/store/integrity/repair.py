@@ -9,16 +9,24 @@ from collections.abc import Iterator, Sequence
 from hydra_pipe.errors import HydraError, StoreError, printable
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.run.footprints import digest, footprints
 from hydra_pipe.store.data.coordinates import coordinates_of, write_coordinates
-from hydra_pipe.store.integrity.faults import Fault
-from hydra_pipe.store.files import files_below, is_partial, is_remote, location, move, remove, replace_file
-from hydra_pipe.store.run.locks import one_writer
-from hydra_pipe.store.run.permission import check_writable
 from hydra_pipe.store.data.relevance import write_group
-from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
-from hydra_pipe.store.run.stages import DIRECTORIES, KEEP, KINDS, RECORD, StageId, kept_with
+from hydra_pipe.store.files import (
+    files_below,
+    is_partial,
+    is_remote,
+    location,
+    move,
+    remove,
+    replace_file,
+)
+from hydra_pipe.store.integrity.faults import Fault
 from hydra_pipe.store.integrity.verify import check_path
+from hydra_pipe.store.run.footprints import digest, footprints
+from hydra_pipe.store.run.locks import one_writer
+from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
+from hydra_pipe.store.run.permission import check_writable
+from hydra_pipe.store.run.stages import DIRECTORIES, KEEP, KINDS, RECORD, StageId, kept_with
 
 # The method whose hypergradients are sums of rows.
 _SUMMED = "hydra"
@@ -49,7 +57,9 @@ def repair_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]
             if copy is None:
                 return faults
             copy.save(*copy.stages)
-            progress.say(printable(f"{names.MANIFEST}: {faults[0].found}: written again from its copy"))
+            progress.say(
+                printable(f"{names.MANIFEST}: {faults[0].found}: written again from its copy")
+            )
             faults = check_path(path, progress)
         for fault in faults:
             progress.say(printable(f"{fault.where}: {fault.what}"))
@@ -67,7 +77,12 @@ def _refuse_links(run: RunDirectory) -> None:
     Raises:
         StoreError: a directory of the run is a link.
     """
-    for where in (*DIRECTORIES, names.CHECKPOINTS, names.SET_ASIDE, *(stage.area for stage in run.stages)):
+    for where in (
+        *DIRECTORIES,
+        names.CHECKPOINTS,
+        names.SET_ASIDE,
+        *(stage.area for stage in run.stages),
+    ):
         if not is_remote(run.path) and (run.path / where).is_symlink():
             raise StoreError(
                 f"{run.path / where} is a link, and what it leads to is not repaired: put what it leads to in its place"
@@ -92,7 +107,11 @@ def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
             write_group(run.path / names.RELEVANCE, run.run_id)
             write_coordinates(run.path / names.RELEVANCE, coordinates_of(run))
             yield f"{fault.where}: written again"
-    damaged = {fault.stage: fault for fault in reversed(faults) if fault.kind == "damaged" and fault.stage is not None}
+    damaged = {
+        fault.stage: fault
+        for fault in reversed(faults)
+        if fault.kind == "damaged" and fault.stage is not None
+    }
     for fault in faults:
         if fault.kind == "unlisted" and fault.stage is not None and fault.stage not in damaged:
             if _listed_again(run, fault.stage):
@@ -132,7 +151,9 @@ def _listed_again(run: RunDirectory, stage: StageId) -> bool:
     return True
 
 
-def _set_back(run: RunDirectory, damaged: dict[StageId, Fault], faults: Sequence[Fault]) -> Iterator[str]:
+def _set_back(
+    run: RunDirectory, damaged: dict[StageId, Fault], faults: Sequence[Fault]
+) -> Iterator[str]:
     """Forget the stages `damaged`, each with its first fault, and the stages made from them."""
     lost = [stage for stage in damaged if stage.kind is KEEP]
     pruned = bool(run.stages[RECORD].facts.get(PRUNED))
@@ -169,7 +190,11 @@ def _after_keeping(run: RunDirectory, stage: StageId, damaged: dict[StageId, Fau
     if stage.name != _SUMMED:
         return ""
     results = kept_with(stage, run.stages).results
-    return "".join(f", then {run.command(result)}" for result in results if result in run.stages and result not in damaged)
+    return "".join(
+        f", then {run.command(result)}"
+        for result in results
+        if result in run.stages and result not in damaged
+    )
 
 
 def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]) -> None:
@@ -177,7 +202,11 @@ def _set_recording_back(run: RunDirectory, fault: Fault, faults: Sequence[Fault]
 
     Damaged files are moved out of the way, so that no checkpoint can resume with them.
     """
-    wrong = {entry.where: None for entry in faults if (entry.stage, entry.kind) == (RECORD, "damaged") and "/" in entry.where}
+    wrong = {
+        entry.where: None
+        for entry in faults
+        if (entry.stage, entry.kind) == (RECORD, "damaged") and "/" in entry.where
+    }
     if fault.kind == "unlisted":  # some file was exchanged, and nothing tells which
         wrong = {names.GRADIENTS: None}
     run.end(RECORD, "failed", error=f"{fault.where} {fault.found}")

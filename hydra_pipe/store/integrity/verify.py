@@ -11,22 +11,33 @@ from hydra_pipe.errors import ManifestError, RunError, StoreError, shown
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.zarr.arrays import METADATA
-from hydra_pipe.store.run.footprints import Footprints
-from hydra_pipe.store.integrity.compare import Comparison
+from hydra_pipe.store.data.clean_result import KEEP_FILE, read_proposal
 from hydra_pipe.store.data.coordinates import coordinates_of, wrong_coordinates
-from hydra_pipe.store.integrity.faults import Fault
-from hydra_pipe.store.files import files_below, is_partial, sha256_of
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import open_kept
-from hydra_pipe.store.run.listing import Listed, coordinate_names, footprints_or_fault, members_of
 from hydra_pipe.store.data.probes import Probe
-from hydra_pipe.store.data.clean_result import KEEP_FILE, read_proposal
 from hydra_pipe.store.data.rankings import opened_table
 from hydra_pipe.store.data.relevance import columns_of, group_is_whole, open_array, open_relevance
-from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
+from hydra_pipe.store.files import files_below, is_partial, sha256_of
+from hydra_pipe.store.integrity.compare import Comparison
 from hydra_pipe.store.integrity.consistency import check_rows
-from hydra_pipe.store.run.stages import CLEAN, DIRECTORIES, EXPORT, KEEP, PROBE, RECORD, REDUCE, Stage, StageId, StageKind
+from hydra_pipe.store.integrity.faults import Fault
+from hydra_pipe.store.run.footprints import Footprints
+from hydra_pipe.store.run.listing import Listed, coordinate_names, footprints_or_fault, members_of
+from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
+from hydra_pipe.store.run.stages import (
+    CLEAN,
+    DIRECTORIES,
+    EXPORT,
+    KEEP,
+    PROBE,
+    RECORD,
+    REDUCE,
+    Stage,
+    StageId,
+    StageKind,
+)
+from hydra_pipe.store.zarr.arrays import METADATA
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -42,7 +53,11 @@ def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
         copy = RunDirectory.from_copy(path)
         if copy is None and isinstance(error, RunError):
             raise
-        more = "" if copy is None else "nothing of the run can be used without it: hydra-pipe verify --repair has a copy"
+        more = (
+            ""
+            if copy is None
+            else "nothing of the run can be used without it: hydra-pipe verify --repair has a copy"
+        )
         return [Fault(names.MANIFEST, str(error), more, kind="manifest")]
     with progress.task("verify", total_bytes(run), "bytes") as task:
         return list(check_run(run, task))
@@ -88,7 +103,9 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     """Yield a fault for everything in hydra-pipe's own directories that belongs to no stage."""
     known = {stage.checksums_file for stage in run.stages}
     known |= {f"{names.CHECKSUMS}/{names.MANIFEST}", f"{names.RELEVANCE}/{METADATA}"}
-    areas = {stage.area for stage in run.stages} | {f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)}
+    areas = {stage.area for stage in run.stages} | {
+        f"{names.RELEVANCE}/{name}" for name in coordinate_names(run)
+    }
     strays: set[str] = set()
     for directory in DIRECTORIES:
         for file in files_below(run.path / directory):
@@ -111,7 +128,9 @@ def check_stage(run: RunDirectory, stage: StageId, task: Task) -> Iterator[Fault
     if lost is not None:
         yield lost
     told: set[str] = set()
-    for fault in Comparison(run.path, stage, consequence, listed, _pruned(run, stage), task).faults():
+    for fault in Comparison(
+        run.path, stage, consequence, listed, _pruned(run, stage), task
+    ).faults():
         if fault.kind == "damaged":
             told.add(fault.where)
         yield fault
@@ -134,7 +153,11 @@ def _footprints_of(run: RunDirectory, stage: StageId) -> tuple[Footprints | None
         return found, None
     advice = f"hydra-pipe verify {run.path} --repair writes it again where it can"
     return None, Fault(
-        where, found, f"swapped and exchanged files of {stage} cannot be told: {advice}", kind="unlisted", stage=stage
+        where,
+        found,
+        f"swapped and exchanged files of {stage} cannot be told: {advice}",
+        kind="unlisted",
+        stage=stage,
     )
 
 
@@ -143,7 +166,10 @@ def _pruned(run: RunDirectory, stage: StageId) -> frozenset[str]:
     if stage != RECORD or not run.stages[RECORD].facts.get(PRUNED):
         return frozenset()
     try:
-        return frozenset(f"{names.GRADIENTS}/{name}" for name in Gradients(run.path / names.GRADIENTS).pruned_arrays())
+        return frozenset(
+            f"{names.GRADIENTS}/{name}"
+            for name in Gradients(run.path / names.GRADIENTS).pruned_arrays()
+        )
     except StoreError:
         return frozenset()  # another check tells the fault, and the pruned arrays with it
 
@@ -181,7 +207,9 @@ class _Checked:
 
     def fault(self, found: str, below: str = "") -> Fault:
         """Return a fault of the stage's area, or of something `below` it."""
-        return Fault(f"{self.stage.area}/{below}".rstrip("/"), found, self.consequence, stage=self.stage)
+        return Fault(
+            f"{self.stage.area}/{below}".rstrip("/"), found, self.consequence, stage=self.stage
+        )
 
 
 def _no_check(checked: _Checked) -> Iterator[Fault]:
@@ -202,7 +230,9 @@ def _check_final(run: RunDirectory) -> Iterator[Fault]:
     where = f"{names.CHECKPOINTS}/{names.FINAL_CHECKPOINT}"
     file = run.path / where
     if not file.is_file() or sha256_of(file) != expected:
-        found = "is missing or changed: the parameters that the test gradients were taken at are lost"
+        found = (
+            "is missing or changed: the parameters that the test gradients were taken at are lost"
+        )
         yield Fault(where, found, "record the run again with --overwrite", stage=RECORD)
 
 
@@ -227,7 +257,9 @@ def _recording_of(run: RunDirectory) -> Gradients | None:
 def _check_probe(checked: _Checked) -> Iterator[Fault]:
     gradients = _recording_of(checked.run)
     if gradients is not None:
-        Probe(checked.path, gradients, checked.members).check(checked.entry.count("n_tests", least=1))
+        Probe(checked.path, gradients, checked.members).check(
+            checked.entry.count("n_tests", least=1)
+        )
     return iter(())
 
 
@@ -237,7 +269,9 @@ def _check_kept_shapes(checked: _Checked) -> Iterator[Fault]:
         return
     store = open_kept(checked.path, gradients)
     found = dict(store.arrays())
-    for name, shape in store.expected_shapes(gradients, checked.run.stages[RECORD].count("n_samples")).items():
+    for name, shape in store.expected_shapes(
+        gradients, checked.run.stages[RECORD].count("n_samples")
+    ).items():
         if name not in found:
             yield checked.fault("is missing", name)
         elif found[name].shape != shape:
@@ -300,9 +334,15 @@ def total_bytes(run: RunDirectory) -> int:
             pruned = gradients.pruned_arrays() if run.stages[RECORD].facts.get(PRUNED) else []
             total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
             for method in run.complete(KEEP):
-                total += sum(array.n_bytes for _, array in open_kept(run.path / KEEP.of(method).area, gradients).arrays())
+                total += sum(
+                    array.n_bytes
+                    for _, array in open_kept(run.path / KEEP.of(method).area, gradients).arrays()
+                )
             for name in run.of_kind(PROBE):
-                total += sum(array.n_bytes for _, array in Probe(run.path / PROBE.of(name).area, gradients).arrays())
+                total += sum(
+                    array.n_bytes
+                    for _, array in Probe(run.path / PROBE.of(name).area, gradients).arrays()
+                )
         for method in run.of_kind(REDUCE):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

@@ -23,8 +23,15 @@ def recording(run: Path, settings: _Settings) -> str:
 def reducing(run: Path, name: str, settings: _Settings) -> str:
     """Return the command that computes the relevance called `name`."""
     result = ResultName.parse(name)
-    options = {"--tests": settings.get(names.TESTS), "--upto": settings.get(names.UPTO), "--rank": result.rank}
-    options |= {"--test": result.test, "--method": None if result.method == DEFAULT_METHOD else result.method}
+    options = {
+        "--tests": settings.get(names.TESTS),
+        "--upto": settings.get(names.UPTO),
+        "--rank": result.rank,
+    }
+    options |= {
+        "--test": result.test,
+        "--method": None if result.method == DEFAULT_METHOD else result.method,
+    }
     return _command("reduce", str(run), *_GROUPED[result.by], **options)
 
 
@@ -52,11 +59,13 @@ def reporting(run: Path, name: str, settings: _Settings) -> str:
     return _command("report", str(run), **{"--method": name}, **options)
 
 
-def evaluating(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
+def eval_mode(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
     """Return the command of one kind of evaluation. `recorded`: settings of the recording."""
     options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
     options["--left-out"] = settings.get("left_out")
-    return _command("evaluate", _pipeline(recorded), str(run), kind, *_assignments(recorded), **options)
+    return _command(
+        "evaluate", _pipeline(recorded), str(run), kind, *_assignments(recorded), **options
+    )
 
 
 def _pipeline(settings: _Settings) -> str:
@@ -64,10 +73,16 @@ def _pipeline(settings: _Settings) -> str:
 
 
 def _assignments(settings: _Settings) -> list[str]:
-    own = {name.removeprefix("set "): value for name, value in settings.items() if name.startswith("set ")}
+    own = {
+        name.removeprefix("set "): value
+        for name, value in settings.items()
+        if name.startswith("set ")
+    }
     return [word for name, value in own.items() for word in ("--set", f"{name}={value}")]
 
 
 def _command(*words: str, **options: object) -> str:
-    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    given = [
+        word for name, value in options.items() if value is not None for word in (name, str(value))
+    ]
     return shlex.join(["hydra-pipe", *words, *given])

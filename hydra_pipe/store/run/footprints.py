@@ -21,11 +21,18 @@ import google_crc32c
 import numpy as np
 
 from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array, read_metadata
-from hydra_pipe.store.zarr.codec import RottenError, Shape, ShardCodec
-from hydra_pipe.store.files import files_below, is_remote, read_file, remove_partials_of, replace_file, sync
+from hydra_pipe.store.files import (
+    files_below,
+    is_remote,
+    read_file,
+    remove_partials_of,
+    replace_file,
+    sync,
+)
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import Holds, StageId
+from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array, read_metadata
+from hydra_pipe.store.zarr.codec import RottenError, Shape, ShardCodec
 
 _CRC_DIGITS, _DIGITS = 8, 20
 # In place of the checksum, for an array's file in an object store: there each small read
@@ -52,19 +59,28 @@ class Footprints:
     def content(self) -> bytes:
         """Return the content of the footprints' file. Equal footprints give equal bytes."""
         joined = {name: "".join(found) for name, found in self.arrays.items()}
-        return json.dumps({"arrays": joined, "files": self.files}, indent=1, sort_keys=True).encode() + b"\n"
+        return (
+            json.dumps({"arrays": joined, "files": self.files}, indent=1, sort_keys=True).encode()
+            + b"\n"
+        )
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
         """Parse the result of `content`. Raises: ValueError: the bytes are something else."""
         try:
             data = json.loads(content)
-            return cls({name: _taken_apart(found) for name, found in data["arrays"].items()}, dict(data["files"]))._checked()
+            return cls(
+                {name: _taken_apart(found) for name, found in data["arrays"].items()},
+                dict(data["files"]),
+            )._checked()
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(shown(error)) from error
 
     def _checked(self) -> Self:
-        for found in (*self.files.values(), *(one for of_array in self.arrays.values() for one in of_array)):
+        for found in (
+            *self.files.values(),
+            *(one for of_array in self.arrays.values() for one in of_array),
+        ):
             if not isinstance(found, str) or not _FORM.fullmatch(found):
                 raise ValueError(f"a footprint {shown(found)}")
         return self
@@ -129,10 +145,14 @@ def footprints(root: Path, stage: StageId, written: Path | None = None) -> Footp
     area = stage.area
     directory = root / area if written is None else written
     if written is None and not stage.kind.has_arrays:
-        return Footprints({}, {name: of_file(root / name) for name in sorted(files_of(root, stage))})
+        return Footprints(
+            {}, {name: of_file(root / name) for name in sorted(files_of(root, stage))}
+        )
     there = files_below(directory)
     if not stage.kind.has_arrays:
-        return Footprints({}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)})
+        return Footprints(
+            {}, {f"{area}/{name}": of_file(directory / name) for name in sorted(there)}
+        )
     arrays, files = {}, {}
     for name in sorted(there):
         below, _, last = name.rpartition("/")
@@ -153,12 +173,16 @@ def _required(array: Array, at: Shape, n_bytes: int | None) -> str:
             raise FileNotFoundError("it is not there")
         return of_array_file(array, at, n_bytes)
     except (OSError, RottenError) as error:
-        raise StoreError(f"{array.file_path(at)} is missing or damaged ({shown(error)}): run the same command again") from error
+        raise StoreError(
+            f"{array.file_path(at)} is missing or damaged ({shown(error)}): run the same command again"
+        ) from error
 
 
 def places(array: Array) -> Iterator[Shape]:
     """Return the places in the grid of all files that the array's shape calls for, in order."""
-    return product(*(range(-(-n // size)) for n, size in zip(array.shape, file_shape(array), strict=True)))
+    return product(
+        *(range(-(-n // size)) for n, size in zip(array.shape, file_shape(array), strict=True))
+    )
 
 
 def n_places(array: Array) -> int:
@@ -201,12 +225,21 @@ def of_array_file(array: Array, at: Shape, n_bytes: int) -> str:
         if isinstance(array.codec, ShardCodec):
             index_bytes = prod(array.codec.grid) * 16 + _CHECKSUM_BYTES
             index = array.codec.index(
-                np.frombuffer(read(max(0, n_bytes - index_bytes), min(index_bytes, n_bytes)), np.uint8), n_bytes
+                np.frombuffer(
+                    read(max(0, n_bytes - index_bytes), min(index_bytes, n_bytes)), np.uint8
+                ),
+                n_bytes,
             )
-            ends = [int(start) + int(size) for start, size in index.reshape(-1, 2) if int(start) != _ABSENT]
+            ends = [
+                int(start) + int(size)
+                for start, size in index.reshape(-1, 2)
+                if int(start) != _ABSENT
+            ]
         if not all(_CHECKSUM_BYTES <= end <= n_bytes for end in ends):
             raise RottenError(f"a chunk is not within its file of {n_bytes} bytes")
-        return _crc(b"".join(read(end - _CHECKSUM_BYTES, _CHECKSUM_BYTES) for end in ends)) + _size(n_bytes)
+        return _crc(b"".join(read(end - _CHECKSUM_BYTES, _CHECKSUM_BYTES) for end in ends)) + _size(
+            n_bytes
+        )
 
 
 def of_file(path: Path) -> str:
@@ -232,7 +265,9 @@ def _size(n_bytes: int) -> str:
 def fits(written: str, found: str) -> bool:
     """Tell whether a file with footprint `found` is the file that was written."""
     crc, size = written[:_CRC_DIGITS], written[_CRC_DIGITS:]
-    return found[_CRC_DIGITS:] == size and (crc == _NOT_TAKEN or found[:_CRC_DIGITS] in (crc, _NOT_TAKEN))
+    return found[_CRC_DIGITS:] == size and (
+        crc == _NOT_TAKEN or found[:_CRC_DIGITS] in (crc, _NOT_TAKEN)
+    )
 
 
 def bytes_of(footprint: str) -> int:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array
-from hydra_pipe.store.run.footprints import Footprints, digest, name_of, places
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.json_parsing import MOST_JSON_BYTES
+from hydra_pipe.store.run.footprints import Footprints, digest, name_of, places
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import CHECKSUMS, DIRECTORIES, REDUCE, StageId
+from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array
 
 # Function that tells by its name in the store whether a group or an array belongs there.
 Listed = Callable[[str], bool]
@@ -30,7 +30,11 @@ def footprints_or_fault(run: RunDirectory, stage: StageId) -> Footprints | str:
     try:
         content = read_file(run.path / stage.checksums_file, MOST_JSON_BYTES)
         same = digest(content) == run.stages[stage].facts.get(CHECKSUMS)
-        return Footprints.parse(content) if same else f"is not what was written: {names.MANIFEST} has another SHA-256"
+        return (
+            Footprints.parse(content)
+            if same
+            else f"is not what was written: {names.MANIFEST} has another SHA-256"
+        )
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError) as error:
@@ -65,7 +69,11 @@ def members_of(stage: StageId, footprints: Footprints) -> Listed:
         footprints: footprints of the stage.
     """
     start, end = f"{stage.area}/", f"/{METADATA}"
-    own = frozenset(name.removeprefix(start).removesuffix(end) for name in footprints.files if name.endswith(end))
+    own = frozenset(
+        name.removeprefix(start).removesuffix(end)
+        for name in footprints.files
+        if name.endswith(end)
+    )
     return own.__contains__
 
 

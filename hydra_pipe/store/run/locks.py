@@ -78,7 +78,12 @@ class _Held:
 
     def description(self) -> bytes:
         """Return the file's content, which describes the holder."""
-        found = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self.token}
+        found = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "token": self.token,
+        }
         return json.dumps(found).encode()
 
 
@@ -146,7 +151,9 @@ class Lock:
         self._path, self._stage = self._held.path, stage
         self.lost = False
         if take_over:
-            for own in [holder() for held, holder in list(_HELD.items()) if held.path == self._path]:
+            for own in [
+                holder() for held, holder in list(_HELD.items()) if held.path == self._path
+            ]:
                 if own is not None:
                     own.release()
                     own.lost = True
@@ -205,14 +212,20 @@ class Lock:
         holder = self._holder()
         if holder.get("token") != self._held.token:
             raise self._refusal(holder)
-        self._held.renewing = threading.Thread(target=self._held.renew, name="hydra-pipe lease", daemon=True)
+        self._held.renewing = threading.Thread(
+            target=self._held.renew, name="hydra-pipe lease", daemon=True
+        )
         self._held.renewing.start()
 
     def _holder(self) -> dict[str, Any]:
         """Return the content of the lock's file, or {} if it is missing or makes no sense."""
         try:
             found = json.loads(read_file(self._path, _MOST_BYTES))
-            ours = {"pid": int(found["pid"]), "host": str(found["host"]), "time": float(found["time"])}
+            ours = {
+                "pid": int(found["pid"]),
+                "host": str(found["host"]),
+                "time": float(found["time"]),
+            }
             return ours | {"token": str(found["token"])}
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return {}
@@ -222,7 +235,9 @@ class Lock:
         if (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
             who = "this very process"
         run = self._path.parent.parent
-        return RunError(f"{run} is being written by {who} ({self._stage}): wait for it or stop it, or use another directory")
+        return RunError(
+            f"{run} is being written by {who} ({self._stage}): wait for it or stop it, or use another directory"
+        )
 
 
 def _is_alive(pid: int | None) -> bool:

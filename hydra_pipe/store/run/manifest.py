@@ -11,19 +11,28 @@ from typing import Any, Self, get_args
 
 from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, printable, shown
 from hydra_pipe.store import names
-from hydra_pipe.store.files import is_partial_of, is_web, location, read_file, remove, remove_partials_of, replace_file, sync
-from hydra_pipe.store.run.locks import brief_lock
+from hydra_pipe.store.files import (
+    is_partial_of,
+    is_web,
+    location,
+    read_file,
+    remove,
+    remove_partials_of,
+    replace_file,
+    sync,
+)
 from hydra_pipe.store.json_parsing import is_count, read_json
+from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.stages import (
     CHECKSUMS,
     OWNED,
     RECORD,
     Holds,
     Settings,
-    Source,
     Stage,
     StageId,
     StageKind,
+    StageSource,
     State,
 )
 
@@ -66,7 +75,9 @@ class RunDirectory:
         if is_web(root):
             _check_web(root)
         if not root.exists():
-            raise RunError(f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}")
+            raise RunError(
+                f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}"
+            )
         if not manifest.is_file():
             is_lost = cls.from_copy(root) is not None
             advice = f", but a copy of it: run hydra-pipe verify {root} --repair" if is_lost else ""
@@ -90,8 +101,13 @@ class RunDirectory:
             # A recording that was killed during its first manifest leaves a part of the manifest,
             # and the manifest's copy.
             ours = (names.LOCKS, names.CHECKSUMS)
-            if any(entry.name not in ours and not is_partial_of(names.MANIFEST, entry.name) for entry in root.iterdir()):
-                raise RunError(f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory")
+            if any(
+                entry.name not in ours and not is_partial_of(names.MANIFEST, entry.name)
+                for entry in root.iterdir()
+            ):
+                raise RunError(
+                    f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory"
+                )
             return None
         return cls.open(root)
 
@@ -114,7 +130,9 @@ class RunDirectory:
         try:
             data = read_json(manifest)
             if not isinstance(data, dict) or data.get("format") != names.FORMAT:
-                raise RunError(f"{manifest} is not a manifest of hydra-pipe: {root} holds something else")
+                raise RunError(
+                    f"{manifest} is not a manifest of hydra-pipe: {root} holds something else"
+                )
             version = data["format_version"]
             if not is_count(version, 1):
                 raise ValueError(f"format version {shown(version)}")
@@ -125,12 +143,23 @@ class RunDirectory:
                 )
             if not isinstance(data["run_id"], str):
                 raise TypeError(f"run id {shown(data['run_id'])}")
-            stages = [(words, StageId.parse(words), _stage(words, entry)) for words, entry in data["stages"].items()]
+            stages = [
+                (words, StageId.parse(words), _stage(words, entry))
+                for words, entry in data["stages"].items()
+            ]
             known = {which: stage for _, which, stage in stages if which is not None}
             unknown = {words: stage for words, which, stage in stages if which is None}
-            return cls(root, data["run_id"], known, {k: str(v) for k, v in data["versions"].items()}, unknown)
+            return cls(
+                root,
+                data["run_id"],
+                known,
+                {k: str(v) for k, v in data["versions"].items()},
+                unknown,
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ManifestError(f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere") from error
+            raise ManifestError(
+                f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere"
+            ) from error
 
     def has_work(self, which: StageId, settings: Settings) -> bool:
         """Tell whether stage `which` has work to do with `settings`. Writes nothing.
@@ -153,7 +182,9 @@ class RunDirectory:
     def _compare(self, which: StageId, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*new, *old]):
             if old.get(key) != new.get(key):
-                was, now = (f"{printable(key)}={shown(settings.get(key))}" for settings in (old, new))
+                was, now = (
+                    f"{printable(key)}={shown(settings.get(key))}" for settings in (old, new)
+                )
                 raise RunError(
                     f"{self.path}: {which} was run with {was}, now {now}: "
                     f"use another run directory, or --overwrite to discard what is there"
@@ -186,7 +217,11 @@ class RunDirectory:
 
     def complete(self, kind: StageKind) -> list[str]:
         """Return the names of the complete stages of one kind."""
-        return [which.name for which, stage in self.stages.items() if which.kind is kind and stage.state == "complete"]
+        return [
+            which.name
+            for which, stage in self.stages.items()
+            if which.kind is kind and stage.state == "complete"
+        ]
 
     def checksums(self, which: StageId) -> Any:
         """Return the SHA-256 of the footprints of stage `which`, from the manifest.
@@ -198,9 +233,12 @@ class RunDirectory:
 
     def origin(self, which: StageId) -> dict[str, Any]:
         """Return the facts that name the sources of stage `which`, as the sources are now."""
-        return {source.fact: self.checksums(source.stage) for source in which.sources(self.stages[which])}
+        return {
+            source.fact: self.checksums(source.stage)
+            for source in which.sources(self.stages[which])
+        }
 
-    def stale(self, which: StageId) -> list[Source]:
+    def stale(self, which: StageId) -> list[StageSource]:
         """Return the sources of stage `which` that have changed since the stage used them."""
         entry = self.stages[which]
         if names.UPTO in entry.settings:
@@ -208,7 +246,11 @@ class RunDirectory:
             # stage is forgotten.
             return []
         found = [(source, self.checksums(source.stage)) for source in which.sources(entry)]
-        return [source for source, now in found if now is not None and entry.facts.get(source.fact) != now]
+        return [
+            source
+            for source, now in found
+            if now is not None and entry.facts.get(source.fact) != now
+        ]
 
     def command(self, which: StageId) -> str:
         """Return the command that makes stage `which` again, with its settings."""
@@ -231,7 +273,11 @@ class RunDirectory:
         stage = self.stages.get(which)
         if stage is None or stage.state != "complete":
             why = "has not been run" if stage is None else f"is not finished (state: {stage.state})"
-            detail = f", {printable(str(stage.facts['error']))}" if stage is not None and "error" in stage.facts else ""
+            detail = (
+                f", {printable(str(stage.facts['error']))}"
+                if stage is not None and "error" in stage.facts
+                else ""
+            )
             raise RunError(f"{self.path}: {which} {why}{detail}: run {command} first")
         return stage
 
@@ -272,13 +318,18 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with brief_lock(self.path):
             there = self._on_disk()
-            stages = {**there._unknown} | {str(name): stage for name, stage in self._merged(there.stages).items()}
+            stages = {**there._unknown} | {
+                str(name): stage for name, stage in self._merged(there.stages).items()
+            }
             data = {
                 "format": names.FORMAT,
                 "format_version": names.FORMAT_VERSION,
                 "run_id": self.run_id,
                 "versions": self.versions,
-                "stages": {name: {"state": s.state, "settings": s.settings, "facts": s.facts} for name, s in stages.items()},
+                "stages": {
+                    name: {"state": s.state, "settings": s.settings, "facts": s.facts}
+                    for name, s in stages.items()
+                },
             }
             content = [json.dumps(data, indent=2).encode(), b"\n"]
             for file in (self.path / names.CHECKSUMS / names.MANIFEST, self.path / names.MANIFEST):
@@ -293,12 +344,20 @@ class RunDirectory:
             found = RunDirectory.open(self.path)
         except HydraError:
             found = self  # no manifest yet, or a damaged one: this object has the best there is
-        return found if found.run_id == self.run_id else RunDirectory(self.path, self.run_id, {}, {})
+        return (
+            found if found.run_id == self.run_id else RunDirectory(self.path, self.run_id, {}, {})
+        )
 
     def _merged(self, on_disk: dict[StageId, Stage]) -> dict[StageId, Stage]:
         """Return `on_disk` with this object's changes, in the order in which stages first began."""
-        merged = on_disk | {name: stage for name, stage in self.stages.items() if name in self._changed}
-        return {name: stage for name, stage in merged.items() if name in self.stages or name not in self._changed}
+        merged = on_disk | {
+            name: stage for name, stage in self.stages.items() if name in self._changed
+        }
+        return {
+            name: stage
+            for name, stage in merged.items()
+            if name in self.stages or name not in self._changed
+        }
 
     def refresh(self) -> None:
         """Read the manifest again, for another process may have ended a stage.
@@ -331,9 +390,13 @@ def _check_web(root: Path) -> None:
     try:
         read_file(root / names.MANIFEST)
     except FileNotFoundError as error:
-        raise RunError(f"there is no run at {root}: the web server has no {names.MANIFEST} there") from error
+        raise RunError(
+            f"there is no run at {root}: the web server has no {names.MANIFEST} there"
+        ) from error
     except Exception as error:
-        raise RunError(f"{root} cannot be read ({shown(error)}): check the address, and that the web server runs") from error
+        raise RunError(
+            f"{root} cannot be read ({shown(error)}): check the address, and that the web server runs"
+        ) from error
     listed: set[str] = set()
     with suppress(Exception):  # the server may answer anything in place of a listing
         listed = {entry.name for entry in root.iterdir()}
@@ -358,4 +421,6 @@ def _versions() -> dict[str, str]:
     import platform
 
     packages = ("hydra-pipe", "torch", "numpy", "zarr", "numcodecs", "dask", "pyarrow")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }

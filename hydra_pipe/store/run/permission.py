@@ -47,6 +47,8 @@ def check_writable(run: Path, *places: str) -> None:
 
 def _check(directory: Path) -> None:
     # The effective user opens files, so the effective user's rights are checked.
-    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not os.access(
+        directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
         number = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), os.fspath(directory))  # EACCES: PermissionError

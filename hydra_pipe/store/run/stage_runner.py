@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra_pipe.progress import Progress
-from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.files import replaced_directory
+from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.run.locks import one_writer
-from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.permission import check_stages
 from hydra_pipe.store.run.stages import CHECKSUMS, Settings, StageId
 
 
@@ -35,7 +35,9 @@ def alone(run: RunDirectory, *stages: StageId) -> Iterator[None]:
 
 
 @contextmanager
-def taken_up(run: RunDirectory, *stages: StageId, has_work: Callable[[], bool], progress: Progress) -> Iterator[bool]:
+def taken_up(
+    run: RunDirectory, *stages: StageId, has_work: Callable[[], bool], progress: Progress
+) -> Iterator[bool]:
     """Take up `stages` of `run` if they have work to do, and yield whether they have.
 
     Args:

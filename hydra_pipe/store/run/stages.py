@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.store.run.manifest import commands
 from hydra_pipe.store import names
 from hydra_pipe.store.json_parsing import is_count, is_plain
+from hydra_pipe.store.run.manifest import commands
 from hydra_pipe.store.run.results import DEFAULT_METHOD, GROUPINGS, ResultName
 
 State = Literal["running", "failed", "complete"]
@@ -74,7 +74,9 @@ class Stage:
 
 
 def _strange(name: str, value: Any) -> StoreError:
-    return StoreError(f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again with --overwrite")
+    return StoreError(
+        f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again with --overwrite"
+    )
 
 
 class Holds(Enum):
@@ -112,7 +114,7 @@ class StageKind:
     area: Callable[[str], str]
     command: "Callable[[StageId, Path, Stages], str]"
     made_from: "StageKind | None"
-    also: "Callable[[StageId, Stage], Iterator[Source]]" = lambda stage, entry: iter(())
+    also: "Callable[[StageId, Stage], Iterator[StageSource]]" = lambda stage, entry: iter(())
     beside: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def __repr__(self) -> str:
@@ -176,7 +178,11 @@ class StageId:
     @property
     def results(self) -> "tuple[StageId, ...]":
         """Stages that are made from this stage's relevance, and go when it goes."""
-        return tuple(kind.of(self.name) for kind in KINDS if kind.made_from is self.kind) if self.kind is REDUCE else ()
+        return (
+            tuple(kind.of(self.name) for kind in KINDS if kind.made_from is self.kind)
+            if self.kind is REDUCE
+            else ()
+        )
 
     def command(self, run: Path, stages: "Stages") -> str:
         """Return the command that makes this stage again, with its settings.
@@ -191,11 +197,11 @@ class StageId:
         """Return the meaning of damage to this stage, and advice. Arguments: as for `command`."""
         return self.kind.damaged.format(again=self.command(run, stages))
 
-    def sources(self, entry: Stage) -> "Iterator[Source]":
+    def sources(self, entry: Stage) -> "Iterator[StageSource]":
         """Yield the stages that this one was made from. `entry`: this stage in the manifest."""
         source = self.kind.made_from
         if source is not None:
-            yield Source.of(RECORD if source is RECORD.kind else source.of(self.name))
+            yield StageSource.of(RECORD if source is RECORD.kind else source.of(self.name))
             yield from self.kind.also(self, entry)
 
 
@@ -203,7 +209,7 @@ Stages = Mapping[StageId, Stage]
 
 
 @dataclass(frozen=True)
-class Source:
+class StageSource:
     """Another stage that a result was made from.
 
     Args:
@@ -235,7 +241,7 @@ def _recording(stage: StageId, run: Path, stages: Stages) -> str:
 
 
 def _evaluating(stage: StageId, run: Path, stages: Stages) -> str:
-    return commands.evaluating(run, stage.name, _settings(stages, stage), _settings(stages, RECORD))
+    return commands.eval_mode(run, stage.name, _settings(stages, stage), _settings(stages, RECORD))
 
 
 def _keeping(stage: StageId, run: Path, stages: Stages) -> str:
@@ -251,16 +257,16 @@ def kept_with(stage: StageId, stages: Stages) -> StageId:
     return next((made for made in stages if made in able), able[0])
 
 
-def _probe_of(stage: StageId, entry: Stage) -> Iterator[Source]:
+def _probe_of(stage: StageId, entry: Stage) -> Iterator[StageSource]:
     probe = ResultName.parse(stage.name).test
     if probe is not None:
-        yield Source.of(PROBE.of(probe))
+        yield StageSource.of(PROBE.of(probe))
 
 
-def _own_relevance(stage: StageId, entry: Stage) -> Iterator[Source]:
+def _own_relevance(stage: StageId, entry: Stage) -> Iterator[StageSource]:
     if OF_SELF in entry.facts:
         own = REDUCE.of(ResultName.parse(stage.name).itself)
-        yield Source(own, OF_SELF, "relevance of samples for themselves")
+        yield StageSource(own, OF_SELF, "relevance of samples for themselves")
 
 
 RECORD: Final = StageKind(
@@ -325,7 +331,9 @@ REPORT: Final = StageKind(
     noun="report",
     damaged="the report cannot be trusted: write it again with {again} --overwrite",
     holds=Holds.FILE,
-    area=lambda result: names.REPORT if result == DEFAULT_METHOD else names.REPORT.replace(".", f"-{result}."),
+    area=lambda result: (
+        names.REPORT if result == DEFAULT_METHOD else names.REPORT.replace(".", f"-{result}.")
+    ),
     command=_by(commands.reporting),
     made_from=REDUCE,
 )

@@ -5,8 +5,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array, write_metadata
 from hydra_pipe.store.files import remove, sync
+from hydra_pipe.store.zarr.arrays import CHUNKS, METADATA, Array, write_metadata
 
 
 class Appender:
@@ -35,7 +35,9 @@ class Appender:
         """
         for start in range(0, len(rows), self.file_rows):
             row = first + start
-            self._array.write_file(self._place(row), rows[start : start + self.file_rows], safely=row < self._counted)
+            self._array.write_file(
+                self._place(row), rows[start : start + self.file_rows], safely=row < self._counted
+            )
         self._set_length(first + len(rows))
 
     @property
@@ -48,7 +50,9 @@ class Appender:
 
         A later file that replaces one of these rows is made safe before it takes its place.
         """
-        for first in range(self._counted // self.file_rows * self.file_rows, self._n_rows, self.file_rows):
+        for first in range(
+            self._counted // self.file_rows * self.file_rows, self._n_rows, self.file_rows
+        ):
             file = self._array.file_path(self._place(first))
             sync(file)
             sync(file.parent)

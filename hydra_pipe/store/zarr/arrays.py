@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.store.files import files_below, is_partial, read_file, replace_file
+from hydra_pipe.store.json_parsing import is_count, read_json
 from hydra_pipe.store.zarr.codec import (
     COMPRESSOR,
     LEVEL,
     MOST_CHUNK_BYTES,
     MOST_RATIO,
-    Bytes,
     ChunkCodec,
     RottenError,
     Shape,
     ShardCodec,
     StoredFile,
 )
-from hydra_pipe.store.files import files_below, is_partial, read_file, replace_file
-from hydra_pipe.store.json_parsing import is_count, read_json
+from hydra_pipe.types import U8
 
 METADATA = "zarr.json"
 CHUNKS = "c"
@@ -40,7 +40,10 @@ ROTTEN = (RottenError, OSError)
 # Errors that parsing raises on metadata which this project does not write.
 _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # Other dtypes may be pointers (object), or have elements of any number of bytes.
-_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64", "int8", "int64", "uint8")}
+_DTYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("float16", "float32", "float64", "int8", "int64", "uint8")
+}
 # Room for a window up to this size is made without a check. For a larger one the array's
 # files are looked at first: can they hold so much?
 _FREE_BYTES, _FREE_FILES = 32 * 2**20, 1024
@@ -60,7 +63,9 @@ class Group:
             every member that exists belongs.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any], listed: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self, path: Path, attributes: dict[str, Any], listed: Callable[[str], bool] | None = None
+    ) -> None:
         self.path = path
         self.attributes = attributes
         self._listed = listed
@@ -69,11 +74,15 @@ class Group:
     def create(cls, path: Path, attributes: Mapping[str, Any] | None = None) -> Self:
         """Create a group, or give an existing group new attributes."""
         group = cls(path, dict(attributes or {}))
-        write_metadata(path, {"attributes": group.attributes, "zarr_format": 3, "node_type": "group"})
+        write_metadata(
+            path, {"attributes": group.attributes, "zarr_format": 3, "node_type": "group"}
+        )
         return group
 
     @classmethod
-    def open(cls, path: Path, consequence: str, listed: Callable[[str], bool] | None = None) -> Self:
+    def open(
+        cls, path: Path, consequence: str, listed: Callable[[str], bool] | None = None
+    ) -> Self:
         """Open the group at `path`.
 
         Args:
@@ -93,7 +102,9 @@ class Group:
                 raise ValueError(f"a {shown(metadata['node_type'])}, not a group")
             return cls(path, _attributes(metadata), listed)
         except (*_MALFORMED, OSError) as error:
-            raise StoreError(f"the metadata of {path} is damaged ({shown(error)}): {consequence}") from error
+            raise StoreError(
+                f"the metadata of {path} is damaged ({shown(error)}): {consequence}"
+            ) from error
 
     def group(self, name: str) -> "Group | None":
         """Return sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
@@ -145,19 +156,27 @@ class Group:
                 yield path.name
             # A link may lead back here, and the walk would never end.
             elif path.is_symlink() or not levels:
-                raise StoreError(f"{path} is a link to a group, or more than {_MOST_LEVELS} groups deep")
+                raise StoreError(
+                    f"{path} is a link to a group, or more than {_MOST_LEVELS} groups deep"
+                )
             else:
                 below = Group(path, {}, self._below(path.name))
                 yield from (f"{path.name}/{name}" for name in below._array_names(levels - 1))
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.path.iterdir(), key=lambda path: path.name):
-            if not is_partial(path.name) and self._counts(path.name) and (path / METADATA).is_file():
+            if (
+                not is_partial(path.name)
+                and self._counts(path.name)
+                and (path / METADATA).is_file()
+            ):
                 try:
                     metadata = read_metadata(path)
                     yield path, {"node_type": metadata["node_type"]}
                 except (*_MALFORMED, OSError) as error:
-                    raise StoreError(f"the metadata of {path} is damaged ({shown(error)})") from error
+                    raise StoreError(
+                        f"the metadata of {path} is damaged ({shown(error)})"
+                    ) from error
 
 
 class Array:
@@ -187,8 +206,12 @@ class Array:
             self.chunks = _sizes(codecs[0]["configuration"]["chunk_shape"])
             codecs = codecs[0]["configuration"]["codecs"]
         if [codec["name"] for codec in codecs] != ["bytes", "blosc", "crc32c"]:
-            raise ValueError(f"codecs {', '.join(codec['name'] for codec in codecs)}, not bytes, blosc, crc32c")
-        if not len(self.shape) == len(self._file_shape) == len(self.chunks) or len(self.shape) not in (1, 2):
+            raise ValueError(
+                f"codecs {', '.join(codec['name'] for codec in codecs)}, not bytes, blosc, crc32c"
+            )
+        if not len(self.shape) == len(self._file_shape) == len(self.chunks) or len(
+            self.shape
+        ) not in (1, 2):
             raise ValueError(f"{len(self.shape)} dimensions in chunks of {len(self.chunks)}")
         if any(n > _MOST_WIDTH for n in self.shape[1:]):
             raise ValueError(f"rows of {self.shape[1:]} values")
@@ -196,10 +219,17 @@ class Array:
             raise ValueError(f"chunks of {self.chunks} are larger than {MOST_CHUNK_BYTES} bytes")
         if any(n % chunk for n, chunk in zip(self._file_shape, self.chunks, strict=True)):
             raise ValueError(f"chunks of {self.chunks} do not fill shards of {self._file_shape}")
-        chunk = ChunkCodec(self.chunks, self.dtype, unwritten(self.dtype), codecs[1]["configuration"]["shuffle"] == "shuffle")
+        chunk = ChunkCodec(
+            self.chunks,
+            self.dtype,
+            unwritten(self.dtype),
+            codecs[1]["configuration"]["shuffle"] == "shuffle",
+        )
         self.codec: ChunkCodec | ShardCodec = chunk
         if self.shards is not None:
-            self.codec = ShardCodec(chunk, tuple(n // c for n, c in zip(self.shards, self.chunks, strict=True)))
+            self.codec = ShardCodec(
+                chunk, tuple(n // c for n, c in zip(self.shards, self.chunks, strict=True))
+            )
         self._held_against_files = False
 
     @classmethod
@@ -254,12 +284,19 @@ class Array:
             "shuffle": "shuffle" if shuffle else "noshuffle",
             "blocksize": 0,
         }
-        codecs: list[dict[str, Any]] = [{"name": "bytes"} | endian, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
+        codecs: list[dict[str, Any]] = [
+            {"name": "bytes"} | endian,
+            {"name": "blosc", "configuration": blosc},
+            {"name": "crc32c"},
+        ]
         if shards is not None:
             sharding = {
                 "chunk_shape": list(chunks),
                 "codecs": codecs,
-                "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                "index_codecs": [
+                    {"name": "bytes", "configuration": {"endian": "little"}},
+                    {"name": "crc32c"},
+                ],
                 "index_location": "end",
             }
             codecs = [{"name": "sharding_indexed", "configuration": sharding}]
@@ -267,7 +304,10 @@ class Array:
         metadata = {
             "shape": list(shape),
             "data_type": kind.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shards or chunks)}},
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(shards or chunks)},
+            },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": "NaN" if kind.kind == "f" else int(fill),
             "codecs": codecs,
@@ -297,13 +337,17 @@ class Array:
 
     def stored_like(self, other: "Array") -> bool:
         """Tell whether the files of the two arrays have the same shape, chunks and dtype."""
-        return (self._file_shape, self.chunks, self.dtype) == (other._file_shape, other.chunks, other.dtype)
+        return (self._file_shape, self.chunks, self.dtype) == (
+            other._file_shape,
+            other.chunks,
+            other.dtype,
+        )
 
     def file_path(self, at: Shape) -> Path:
         """Return the path of the file at place `at` of the grid."""
         return self.path.joinpath(CHUNKS, *map(str, at))
 
-    def fetch(self, at: Shape) -> Bytes:
+    def fetch(self, at: Shape) -> U8:
         """Return the bytes of a file, read-only. Raises: OSError."""
         return np.frombuffer(read_file(self.file_path(at), self.codec.most_bytes), np.uint8)
 
@@ -320,10 +364,18 @@ class Array:
             RottenError, OSError: the bytes are damaged or missing, as in `ROTTEN`.
         """
         whole = [
-            w.indices(n)[:2] for w, n in zip((*window, *(slice(None),) * (len(self.shape) - len(window))), self.shape, strict=True)
+            w.indices(n)[:2]
+            for w, n in zip(
+                (*window, *(slice(None),) * (len(self.shape) - len(window))),
+                self.shape,
+                strict=True,
+            )
         ]
         sizes = [max(0, high - low) for low, high in whole]
-        places = [range(low // n, -(-high // n)) for (low, high), n in zip(whole, self._file_shape, strict=True)]
+        places = [
+            range(low // n, -(-high // n))
+            for (low, high), n in zip(whole, self._file_shape, strict=True)
+        ]
         if 0 not in sizes:
             self._check_room(prod(sizes) * self.dtype.itemsize, prod(map(len, places)))
         out = np.empty(sizes, self.dtype, order="F" if transposed else "C")
@@ -379,7 +431,9 @@ class Array:
         found = {}
         for name, n_bytes in files_below(self.path / CHUNKS).items():
             at = tuple(int(part) for part in name.split("/") if part.isdecimal())
-            inside = len(at) == len(self.shape) and all(i * n < s for i, n, s in zip(at, self._file_shape, self.shape, strict=True))
+            inside = len(at) == len(self.shape) and all(
+                i * n < s for i, n, s in zip(at, self._file_shape, self.shape, strict=True)
+            )
             if inside and "/".join(map(str, at)) == name:
                 found[at] = n_bytes
         return found

@@ -17,7 +17,8 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
+from hydra_pipe.types import U8
+
 Shape = tuple[int, ...]
 
 COMPRESSOR, LEVEL = "lz4", 5
@@ -31,7 +32,7 @@ MOST_RATIO = 255
 
 
 class RottenError(ValueError):
-    """Bytes that differ from the bytes that were written."""
+    """U8 that differ from the bytes that were written."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,18 @@ class ChunkCodec:
         encoded: bytes = blosc.compress(values, COMPRESSOR.encode(), LEVEL, mode, 0)
         return [encoded, checksum(encoded)]
 
-    def decode(self, data: Bytes, out: NDArray[Any]) -> None:
+    def decode(self, data: U8, out: NDArray[Any]) -> None:
         """Decode one chunk with its checksum into `out`, contiguous, of a chunk's shape.
 
         Raises:
             RottenError: the chunk is damaged.
         """
         body = verified(data)
-        sizes = np.frombuffer(body[4:_BLOSC_HEADER_BYTES].tobytes(), "<u4") if len(body) >= _BLOSC_HEADER_BYTES else (0, 0, 0)
+        sizes = (
+            np.frombuffer(body[4:_BLOSC_HEADER_BYTES].tobytes(), "<u4")
+            if len(body) >= _BLOSC_HEADER_BYTES
+            else (0, 0, 0)
+        )
         if int(sizes[0]) != self.n_bytes or int(sizes[2]) != len(body):
             raise RottenError(f"a chunk of {self.n_bytes} bytes says it has {int(sizes[0])}")
         if int(body[2]) >> 5 != _BLOSC_FORMAT_LZ4:
@@ -117,7 +122,9 @@ class ShardCodec:
         pieces: list[bytes] = []
         end = 0
         for at in np.ndindex(*self.grid):
-            window = values[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, self.chunk.shape, strict=True))]
+            window = values[
+                tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, self.chunk.shape, strict=True))
+            ]
             if window.size:
                 encoded = self.chunk.encode(window)
                 size = sum(map(len, encoded))
@@ -127,7 +134,7 @@ class ShardCodec:
         table = index.tobytes()
         return [*pieces, table, checksum(table)]
 
-    def index(self, content: Bytes, file_bytes: int | None = None) -> NDArray[np.uint64]:
+    def index(self, content: U8, file_bytes: int | None = None) -> NDArray[np.uint64]:
         """Return the offset and the size of each chunk, shape (*grid, 2).
 
         Args:
@@ -161,15 +168,22 @@ class StoredFile:
         RottenError: the shard's index is damaged.
     """
 
-    def __init__(self, content: Bytes, codec: "ChunkCodec | ShardCodec") -> None:
+    def __init__(self, content: U8, codec: "ChunkCodec | ShardCodec") -> None:
         self._content = content
         if isinstance(codec, ShardCodec):
             self._chunk, self._index = codec.chunk, codec.index(content)
         else:
             self._chunk = codec
-            self._index = np.array([0, len(content)], np.uint64).reshape(*(1 for _ in codec.shape), 2)
+            self._index = np.array([0, len(content)], np.uint64).reshape(
+                *(1 for _ in codec.shape), 2
+            )
 
-    def read(self, window: tuple[slice, ...], out: NDArray[Any], scratch: list[NDArray[Any]] | None = None) -> None:
+    def read(
+        self,
+        window: tuple[slice, ...],
+        out: NDArray[Any],
+        scratch: list[NDArray[Any]] | None = None,
+    ) -> None:
         """Decode a window into `out`.
 
         Args:
@@ -198,7 +212,7 @@ class StoredFile:
             self._chunk.decode(content, scratch[0])
             target[...] = scratch[0][tuple(inside)]
 
-    def _bytes(self, at: Shape) -> Bytes:
+    def _bytes(self, at: Shape) -> U8:
         offset, size = map(int, self._index[at])
         if offset == _ABSENT:
             raise RottenError(f"chunk {at} was never written")
@@ -211,7 +225,9 @@ class StoredFile:
 
 def _chunks_of(window: tuple[slice, ...], shape: Shape) -> Iterator[Shape]:
     """Return the grid places of the chunks that overlap `window`."""
-    return product(*(range(w.start // n, -(-w.stop // n)) for w, n in zip(window, shape, strict=True)))
+    return product(
+        *(range(w.start // n, -(-w.stop // n)) for w, n in zip(window, shape, strict=True))
+    )
 
 
 def checksum(data: bytes) -> bytes:
@@ -219,7 +235,7 @@ def checksum(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
-def verified(data: Bytes) -> Bytes:
+def verified(data: U8) -> U8:
     """Return `data` without the checksum at its end. Raises: RottenError: it does not fit."""
     body, stored = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:].tobytes()
     if len(data) < _CHECKSUM_BYTES or checksum(body) != stored:  # type: ignore[arg-type] # any read-only buffer is welcome

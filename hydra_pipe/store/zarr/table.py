@@ -82,7 +82,9 @@ class BackgroundWriter:
                 with self.stalls.waiting():
                     self._changed.wait_for(self._has_place)
             if not self._looks:
-                self._thread = threading.Thread(target=self._run, name="hydra-pipe writer", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, name="hydra-pipe writer", daemon=True
+                )
                 self._thread.start()
                 self._looks = True
             # Only after the start, which may be interrupted: every job in the queue needs a thread.
@@ -127,7 +129,7 @@ class BackgroundWriter:
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """One array of a table.
 
     Args:
@@ -167,14 +169,19 @@ class TableWriter:
     def __init__(
         self,
         group: Group,
-        columns: Sequence[Column],
+        columns: Sequence[TableColumn],
         dimension: str,
         shard_rows: int,
         writer: BackgroundWriter,
         n_rows: int | None = None,
         allocate: Allocate = np.zeros,
     ) -> None:
-        arrays = {c.name: _create(group, c, dimension, shard_rows) if n_rows is None else group.array(c.name) for c in columns}
+        arrays = {
+            c.name: _create(group, c, dimension, shard_rows)
+            if n_rows is None
+            else group.array(c.name)
+            for c in columns
+        }
         self._arrays = {name: Appender(array) for name, array in arrays.items()}
         self._dtypes = {c.name: c.dtype for c in columns}
         # Existing arrays keep the shards that they have.
@@ -228,7 +235,10 @@ class TableWriter:
         while done < n:
             take = min(n - done, self._shard_rows - self._filled)
             rows = slice(self._filled, self._filled + take)
-            yield slice(done, done + take), {name: buffer[rows] for name, buffer in self._current.items()}
+            yield (
+                slice(done, done + take),
+                {name: buffer[rows] for name, buffer in self._current.items()},
+            )
             done += take
             self._filled += take
             if self._filled == self._shard_rows:
@@ -276,7 +286,12 @@ class TableWriter:
         Rows of an unfinished shard stay in the buffer too. The shard is written again when it is
         full.
         """
-        buffers, count, first, awaited = self._current, self._filled, self._flushed, list(self._awaited)
+        buffers, count, first, awaited = (
+            self._current,
+            self._filled,
+            self._flushed,
+            list(self._awaited),
+        )
 
         def job() -> None:
             for ready in awaited:
@@ -308,7 +323,7 @@ class TableWriter:
                 self._writer.check()  # a writer that has failed never returns a buffer
 
 
-def _create(group: Group, column: Column, dimension: str, shard_rows: int) -> Array:
+def _create(group: Group, column: TableColumn, dimension: str, shard_rows: int) -> Array:
     chunk_rows = column.chunk_rows or shard_rows
     if column.width is None:
         chunks: tuple[int, ...] = (chunk_rows,)
@@ -332,6 +347,6 @@ def _create(group: Group, column: Column, dimension: str, shard_rows: int) -> Ar
     )
 
 
-def _buffer(column: Column, shard_rows: int, allocate: Allocate) -> NDArray[Any]:
+def _buffer(column: TableColumn, shard_rows: int, allocate: Allocate) -> NDArray[Any]:
     shape = (shard_rows,) if column.width is None else (shard_rows, column.width[0])
     return allocate(shape, column.dtype)
