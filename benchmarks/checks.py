@@ -2,8 +2,8 @@
 
     python benchmarks/checks.py [--steps 600] [--pairs 5]
 
-Processor seconds a step, of an MLP, LeNet-5 and a small GPT. Without the checks no probe is sent, no loss is looked
-at, and no target is held against a label. What hooks cost is in both.
+Processor seconds a step, of an MLP, LeNet-5 and a small GPT. Without the checks no probe is sent,
+no loss is looked at, and no target is held against a label. What hooks cost is in both.
 """
 
 import argparse
@@ -119,7 +119,8 @@ def main() -> None:
             with_checks.append(seconds(make, batch, asked.steps, checks=True))
             ratios.append(with_checks[-1] / without)
         print(
-            f"{make.__name__}: {np.median(with_checks) * 1e3:.2f} ms a step with checks; with / without: median "
+            f"{make.__name__}: {np.median(with_checks) * 1e3:.2f} ms a step with checks; with / "
+            "without: median "
             f"{np.median(ratios):.4f}, "
             f"{min(ratios):.4f} to {max(ratios):.4f}",
             flush=True,

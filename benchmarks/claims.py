@@ -1,13 +1,14 @@
-"""The claims of the HYDRA paper (AAAI 2021), checked by commands that anybody can type, and printed as Markdown tables.
+"""The claims of the HYDRA paper (AAAI 2021), checked by commands that anybody can type, and printed
+as Markdown tables.
 
     python benchmarks/claims.py DATA SCRATCH [--parts noise,hessian] [--cells NAME,NAME]
 
-DATA is the directory that has mnist, fashion-mnist and cifar10 in it. Runs are kept in SCRATCH, and what is done there is not done
-again.
+DATA is the directory that has mnist, fashion-mnist and cifar10 in it. Runs are kept in SCRATCH, and
+what is done there is not done again.
 
-noise: wrong labels, flipped or those that people gave, found by the mean relevance over the test samples. hessian: `hydra` against
-`hydra-exact` after each epoch, for the test samples 0 to 9, with `hydra-fisher` and `influence` beside. The commands go to standard
-error.
+noise: wrong labels, flipped or those that people gave, found by the mean relevance over the test
+samples. hessian: `hydra` against `hydra-exact` after each epoch, for the test samples 0 to 9, with
+`hydra-fisher` and `influence` beside. The commands go to standard error.
 """
 
 import argparse
@@ -128,7 +129,8 @@ def noise(run: Run) -> None:
         f"; accuracy {run.facts()['test_accuracy']:.3f}" if "test_accuracy" in run.facts() else ""
     )
     print(
-        f"\n{run.cell.title}: {wrong} of {run.cell.settings['n_train']} labels are wrong{accuracy}\n"
+        f"\n{run.cell.title}: {wrong} of {run.cell.settings['n_train']} labels are "
+        f"wrong{accuracy}\n"
     )
     columns = {
         "roc_auc": "ROC-AUC",
@@ -150,7 +152,8 @@ def hessian(run: Run) -> None:
             run.reduce(method, "--tests", TESTS, *upto)
     rows = run.evaluate("approximation")
     print(
-        f"\n{run.cell.title}, {run.cell.settings['n_train']} samples, test samples {TESTS}, {batches} steps an epoch\n"
+        f"\n{run.cell.title}, {run.cell.settings['n_train']} samples, test samples {TESTS}, "
+        f"{batches} steps an epoch\n"
     )
     _table(rows, APART)
 

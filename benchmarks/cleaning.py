@@ -1,10 +1,12 @@
-"""Which statistic finds wrong labels, and where to cut: what `clean` does, beside what else was tried, as Markdown tables.
+"""Which statistic finds wrong labels, and where to cut: what `clean` does, beside what else was
+tried, as Markdown tables.
 
     python benchmarks/cleaning.py DATA SCRATCH [--cells NAME,NAME]
 
-DATA is the directory that has mnist, fashion-mnist and cifar10 in it. Runs are kept in SCRATCH, and what is done there is not done
-again. Statistics: ROC-AUC, and precision among as many as are wrong. Cuts: how many are proposed, precision and recall. By `hydra`.
-The accuracy without what is proposed is `hydra-pipe clean RUN --retrain`, on the same runs.
+DATA is the directory that has mnist, fashion-mnist and cifar10 in it. Runs are kept in SCRATCH, and
+what is done there is not done again. Statistics: ROC-AUC, and precision among as many as are wrong.
+Cuts: how many are proposed, precision and recall. By `hydra`. The accuracy without what is proposed
+is `hydra-pipe clean RUN --retrain`, on the same runs.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def z_score(below: float) -> Callable[[F64], Bools]:
 
 
 def mirrored(most_false: float) -> Callable[[F64], Bools]:
-    """As many of the lowest as there may be with this share of all of them accounted for by the mirrored upper half."""
+    """As many of the lowest as there may be with this share of all of them accounted for by the
+    mirrored upper half.
+    """
 
     def cut(scores: F64) -> Bools:
         ordered, null = np.sort(scores), np.sort(-scores)
@@ -64,7 +68,9 @@ def local(scores: F64) -> Bools:
 
 
 def mixture(scores: F64) -> Bools:
-    """Two normal distributions by expectation maximisation; those that the lower one is likelier for."""
+    """Two normal distributions by expectation maximisation; those that the lower one is likelier
+    for.
+    """
     x = scores.clip(-50, 50)
     mean, deviation, share = np.array([0.0, -3.0]), np.array([1.0, 3.0]), np.array([0.9, 0.1])
     for _ in range(200):

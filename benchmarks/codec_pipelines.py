@@ -1,11 +1,13 @@
-"""Reading and writing the shards of a run: by this package, and by zarr with each of its pipelines, in turn.
+"""Reading and writing the shards of a run: by this package, and by zarr with each of its pipelines,
+in turn.
 
     python benchmarks/codec_pipelines.py RUN [RUN ...]
 
 Every shard of `gradient` is read and decoded into memory, then encoded and written to a scratch
 array of the same layout. Rounds alternate; the median of five is given, in milliseconds a shard of
 the clock and of processor time, and over the time of this package. Reads of damaged
-values that raise no error are named. No torch is needed, so that an environment with another zarr will do.
+values that raise no error are named. No torch is needed, so that an environment with another zarr
+will do.
 """
 
 import shutil
@@ -95,7 +97,8 @@ def compare(run: Path) -> None:
     size = array.file_rows
     n_shards = array.shape[0] // size  # whole ones
     print(
-        f"{run}: {array.shape[0]:,} rows x {array.shape[1]:,} {array.dtype}, {n_shards} shards of {size:,} rows"
+        f"{run}: {array.shape[0]:,} rows x {array.shape[1]:,} {array.dtype}, {n_shards} shards "
+        f"of {size:,} rows"
     )
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -129,7 +132,8 @@ def compare(run: Path) -> None:
         for label in sides:
             clock, cpu = (statistics.median(pair[i] for pair in found[label, what]) for i in (0, 1))
             print(
-                f"  {what:5s} {label:14s} clock {clock / n_shards * 1e3:7.1f} ms ({clock / base[0]:4.2f})"
+                f"  {what:5s} {label:14s} clock {clock / n_shards * 1e3:7.1f} ms "
+                f"({clock / base[0]:4.2f})"
                 f"  processor {cpu / n_shards * 1e3:7.1f} ms ({cpu / base[1]:4.2f})"
             )
 

@@ -2,8 +2,8 @@
 
     python benchmarks/codecs.py RUN [RUN ...]
 
-RUN is a recorded run. Its rows are copied to scratch arrays, a shard at a time, through the zarrs pipeline, each codec in turn,
-several rounds; medians are printed.
+RUN is a recorded run. Its rows are copied to scratch arrays, a shard at a time, through the zarrs
+pipeline, each codec in turn, several rounds; medians are printed.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def main() -> None:
         chosen = sorted({i * (n_shards - 1) // 4 for i in range(5)})
         values = np.concatenate([source[i * shard_rows : (i + 1) * shard_rows] for i in chosen])
         print(
-            f"{Path(run).name}: {values.shape[0]} of {source.shape[0]} rows, {values.shape[1]} features, {values.dtype}"
+            f"{Path(run).name}: {values.shape[0]} of {source.shape[0]} rows, {values.shape[1]} "
+            f"features, {values.dtype}"
         )
         results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CODECS}
         for _ in range(given.rounds):
@@ -77,7 +78,10 @@ def main() -> None:
                 results[name].append(measure(values, source.chunks, source.shards, codecs))
         for name, rounds in results.items():
             write, read, size = (statistics.median(r[i] for r in rounds) for i in range(3))
-            rates = f"write {values.nbytes / write / 1e9:5.2f} GB/s  read {values.nbytes / read / 1e9:5.2f} GB/s"
+            rates = (
+                f"write {values.nbytes / write / 1e9:5.2f} GB/s  read "
+                f"{values.nbytes / read / 1e9:5.2f} GB/s"
+            )
             print(f"  {name:28s} {rates}  size {size:.3f}")
 
 

@@ -1,25 +1,32 @@
-"""What killed and failing commands leave: each is run again until it is done, and held against uninterrupted runs.
+"""What killed and failing commands leave: each is run again until it is done, and held against
+uninterrupted runs.
 
-    python benchmarks/crash.py [--kills 300] [--seed 0] [--faults] [--every 1] [--only NAME,NAME] [--tiny] [--scratch DIRECTORY]
+    python benchmarks/crash.py [--kills 300] [--seed 0] [--faults] [--every 1] [--only NAME,NAME]
+    [--tiny] [--scratch DIRECTORY]
 
-Data are real: `pipelines/digits.py`, 1,400 samples of which a tenth are mislabelled, one epoch, 397 test samples; a checkpoint
-every 10 steps. Prints, for each command, how often it was struck, how many bytes differ in what it leaves (weights:
-checkpoints/final.pt; rows: gradients.zarr; relevance: relevance.zarr and hypergradients; rankings: every Parquet file;
-evaluation: all of it; other: the manifest, but for its clock and the id of the run, probes, proposals, reports, and files that
-should not be there), how many faults `verify` finds in that, and how many commands failed that should not, or said it badly.
-Exits 1 if any of these is not 0.
+Data are real: `pipelines/digits.py`, 1,400 samples of which a tenth are mislabelled, one epoch, 397
+test samples; a checkpoint every 10 steps. Prints, for each command, how often it was struck, how
+many bytes differ in what it leaves (weights:
+checkpoints/final.pt; rows: gradients.zarr; relevance: relevance.zarr and hypergradients; rankings:
+every Parquet file;
+evaluation: all of it; other: the manifest, but for its clock and the id of the run, probes,
+proposals, reports, and files that should not be there), how many faults `verify` finds in that, and
+how many commands failed that should not, or said it badly. Exits 1 if any of these is not 0.
 
-Linux with glibc and cc. Each command is a process of its own, forked from one that has loaded the packages already, so that what is
-struck is the work and not an import. State of long work is kept after each step of it, in place of each minute.
+Linux with glibc and cc. Each command is a process of its own, forked from one that has loaded the
+packages already, so that what is struck is the work and not an import. State of long work is kept
+after each step of it, in place of each minute.
 
-kills    SIGKILL at an instant drawn evenly over the time that the command takes; one time in three the command that follows is
-         killed too, and so on; then it is run to its end. All commands in turn. Instants after the end of a command are drawn
-         again, and do not count
---faults every call of each command that changes a file is struck in turn, by the library of tests/crash: SIGKILL before it, after
-         it, half-way through a write; no space once, and from then on; input/output error; half a write that says so. What of these
-         a call meets goes round, and begins at --seed: seven runs with seeds 0 to 6 do all. --every 20 takes each 20th
+kills    SIGKILL at an instant drawn evenly over the time that the command takes; one time in three
+         the command that follows is killed too, and so on; then it is run to its end. All commands
+         in turn. Instants after the end of a command are drawn again, and do not count
+--faults every call of each command that changes a file is struck in turn, by the library of
+         tests/crash: SIGKILL before it, after it, half-way through a write; no space once, and from
+         then on; input/output error; half a write that says so. What of these a call meets goes
+         round, and begins at --seed: seven runs with seeds 0 to 6 do all. --every 20: each 20th
 --only   these commands, such as fisher,loo
---tiny   those of tests/crash, on its run of 26 samples in small files: many more of them in the same time
+--tiny   those of tests/crash, on its run of 26 samples in small files: many more in the same
+         time
 """
 
 import argparse
@@ -168,7 +175,9 @@ class Bench:
         return run
 
     def uninterrupted(self) -> None:
-        """The commands and those before them, run to their end, the second time timed: the first loads modules."""
+        """The commands and those before them, run to their end, the second time timed: the first
+        loads modules.
+        """
         needed = {name for struck in self.names for name in (struck, *self.table[struck][2])}
         for name in (name for name in self.table if name in needed):
             for _ in range(2):

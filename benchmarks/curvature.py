@@ -1,15 +1,20 @@
-"""Which form of a step's curvature lets a backward sweep predict trainings on random halves of the data.
+"""Which form of a step's curvature lets a backward sweep predict trainings on random halves of the
+data.
 
-    python benchmarks/curvature.py DATA [--runs ABCD] [--seeds 0,1,2] [--convention kept]    # benchmarks/requirements.txt
+    python benchmarks/curvature.py DATA [--runs ABCD] [--seeds 0,1,2] [--convention kept]
 
-Fashion-MNIST, 600 training samples of which 60 are mislabelled, 40 test samples, pixels standardised, MLP 784-48-32-10 with ReLU,
-batch 64, weight decay 5e-4. Linear datamodelling score: Spearman, over 100 trainings on random halves, of the sum of R over the
-samples kept with minus the test loss; mean over tests, and over seeds (samples, first weights, order and halves). A batch's loss
-is the mean over the samples kept in it (`kept`), or the sum over them divided by the size of the whole batch (`zero`).
+Needs benchmarks/requirements.txt.
 
-The sweep is that of `hydra-fisher`, but carries no vectors of parameters: an adjoint lives in the span of the rows and of h, and
-its products with the rows of all steps are enough. Rows of a layer are outer products, so that their Gram matrix is cheap. Needs
-7 GB for run C.
+Fashion-MNIST, 600 training samples of which 60 are mislabelled, 40 test samples, pixels
+standardised, MLP 784-48-32-10 with ReLU, batch 64, weight decay 5e-4. Linear datamodelling score:
+Spearman, over 100 trainings on random halves, of the sum of R over the samples kept with minus the
+test loss; mean over tests, and over seeds (samples, first weights, order and halves). A batch's
+loss is the mean over the samples kept in it (`kept`), or the sum over them divided by the size of
+the whole batch (`zero`).
+
+The sweep is that of `hydra-fisher`, but carries no vectors of parameters: an adjoint lives in the
+span of the rows and of h, and its products with the rows of all steps are enough. Rows of a layer
+are outer products, so that their Gram matrix is cheap. Needs 7 GB for run C.
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""What each method costs, in plain trainings: `hydra-exact` for one test sample, for groups, for all; the forward form.
+"""What each method costs, in plain trainings: `hydra-exact` for one test sample, for groups, for
+all; the forward form.
 
     python benchmarks/exact.py DATA [--samples 2000] [--epochs 2] [--tests 200]
 
-Digits: the momentum run of benchmarks/truth.py (400 samples, 200 steps, 1,810 parameters, float64). The paper's forward form
-carries a vector of parameters for each of the 400 training samples; its relevance is compared with that of `hydra-exact`.
-Fashion-MNIST: LeNet-5, 61,706 parameters. Everything is a call of `hydra_pipe.reduce` in this process, after one that is not
-counted where it is short; plain training is `hydra_pipe.train` without a recorder, measured before and after.
+Digits: the momentum run of benchmarks/truth.py (400 samples, 200 steps, 1,810 parameters, float64).
+The paper's forward form carries a vector of parameters for each of the 400 training samples; its
+relevance is compared with that of `hydra-exact`. Fashion-MNIST: LeNet-5, 61,706 parameters.
+Everything is a call of `hydra_pipe.reduce` in this process, after one that is not counted where it
+is short; plain training is `hydra_pipe.train` without a recorder, measured before and after.
 """
 
 import argparse
@@ -49,7 +51,11 @@ def measured(build: Callable[[], Pipeline], run: str, columns: dict[str, dict[st
     for title, options in columns.items():
         found[title] = seconds(
             lambda: hydra_pipe.reduce(
-                run, method="hydra-exact", pipeline=build(), overwrite=True, **options
+                run,
+                method="hydra-exact",
+                pipeline=build(),
+                overwrite=True,
+                **options,  # noqa: B023
             )
         )
     plain = min(before, *(seconds(lambda: hydra_pipe.train(build())) for _ in range(2)))
@@ -59,7 +65,7 @@ def measured(build: Callable[[], Pipeline], run: str, columns: dict[str, dict[st
 
 
 def forward(build: Callable[[], Pipeline], run: str) -> None:
-    """The paper's form with Hessian-vector products, of every training sample, on the digits run."""
+    """The paper's form, with Hessian-vector products of every sample, on the digits run."""
     pipeline = build()
     model, inputs, targets = pipeline.model, *pipeline.train.tensors
     parameters = list(model.parameters())
@@ -122,7 +128,8 @@ def main() -> None:
     source = load_pipeline(str(ROOT / "pipelines/fashion_mnist.py"), settings)
     with tempfile.TemporaryDirectory() as run:
         print(
-            f"\nFashion-MNIST, LeNet-5, {given.samples:,} samples, {given.epochs} epochs, {given.tests} test samples."
+            f"\nFashion-MNIST, LeNet-5, {given.samples:,} samples, {given.epochs} epochs, "
+            f"{given.tests} test samples."
         )
         measured(source.build, run, exact)
 

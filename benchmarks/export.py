@@ -1,11 +1,13 @@
 """What `export --full` takes on a large made-up relevance, and what questions to its tables take.
 
-    python benchmarks/export.py SCRATCH [--samples 50000] [--tests 2000] [--rounds 3] [--memory 4GiB] [--json FILE]
-    python benchmarks/export.py SCRATCH --choices      # row groups, encodings and compression of matrix/, side by side
+    python benchmarks/export.py SCRATCH [--samples 50000] [--tests 2000] [--rounds 3] [--memory
+    4GiB] [--json FILE]
+    python benchmarks/export.py SCRATCH --choices  # row groups, encodings, compression of matrix/
 
-The run (SCRATCH/SAMPLESxTESTS, made once) is a finished recording of one row a sample with labels of ten classes, and a relevance
-array whose values have heavy tails, as those of real runs have. The export runs in a process of its own, whose peak memory the
-kernel tells. Questions are asked of DuckDB and Polars, warm, in a process each with two threads; the median of `--rounds`.
+The run (SCRATCH/SAMPLESxTESTS, made once) is a finished recording of one row a sample with labels
+of ten classes, and a relevance array whose values have heavy tails, as those of real runs have. The
+export runs in a process of its own, whose peak memory the kernel tells. Questions are asked of
+DuckDB and Polars, warm, in a process each with two threads; the median of `--rounds`.
 
 top       the ten most harmful samples of one test
 mean      mean relevance of every training sample over all tests
@@ -156,13 +158,15 @@ def duckdb_questions(files: str, n_tests: int) -> dict[str, Callable[[], Any]]:
     middle = n_tests // 2
     return {
         "top": lambda: duckdb.sql(
-            f"SELECT train_id, relevance FROM '{files}' WHERE test_id = {middle} ORDER BY relevance, train_id LIMIT 10"
+            f"SELECT train_id, relevance FROM '{files}' WHERE test_id = {middle} ORDER BY "
+            "relevance, train_id LIMIT 10"
         ).fetchall(),
         "mean": lambda: duckdb.sql(
             f"SELECT train_id, avg(relevance) FROM '{files}' GROUP BY train_id"
         ).fetchnumpy(),
         "tail": lambda: duckdb.sql(
-            f"SELECT test_id, train_id, relevance FROM '{files}' WHERE test_id IN ({tests}) AND relevance > 8e-3"
+            f"SELECT test_id, train_id, relevance FROM '{files}' WHERE test_id IN ({tests}) AND "
+            "relevance > 8e-3"
         ).fetchnumpy(),
     }
 
@@ -191,7 +195,7 @@ def asked(tool: str, files: str, n_tests: str, rounds: int) -> dict[str, Times]:
 
 
 def timed(work: Callable[[], object]) -> Times:
-    """Seconds on the clock, and of processors, which other work on the machine leaves nearly alone."""
+    """Seconds on the clock, and of processors. Other work hardly moves the latter."""
     start, used = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - used
@@ -234,11 +238,13 @@ def measured(
     n_bytes = sum(part.stat().st_size for part in parts)
     pairs = n_samples * n_tests
     print(
-        f"export --full of {pairs:,} pairs: {seconds:.1f} s, {cpu:.1f} s of processors, peak {format_bytes(peak)}"
+        f"export --full of {pairs:,} pairs: {seconds:.1f} s, {cpu:.1f} s of processors, peak "
+        f"{format_bytes(peak)}"
     )
     groups = sum(pq.read_metadata(part).num_row_groups for part in parts)
     print(
-        f"matrix: {format_bytes(n_bytes)}, {n_bytes / pairs:.2f} bytes a pair, {len(parts)} files, {groups} row groups"
+        f"matrix: {format_bytes(n_bytes)}, {n_bytes / pairs:.2f} bytes a pair, {len(parts)} "
+        f"files, {groups} row groups"
     )
     found = questions(str(tables / "matrix" / "*.parquet"), n_tests, rounds)
     for tool, times in found.items():
@@ -288,7 +294,9 @@ CHOICES: dict[str, tuple[int, dict[str, Any]]] = {
 def choices(
     relevance: np.ndarray, scratch: Path, rounds: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same pairs written with each of `CHOICES`: rate, size, questions. `relevance` has shape (test, sample)."""
+    """The same pairs written with each of `CHOICES`: rate, size, questions. `relevance` has shape
+    (test, sample).
+    """
     n_tests, n_samples = relevance.shape
     file = scratch / "choice.parquet"
     schema = pa.schema(
@@ -323,7 +331,8 @@ def choices(
         )
         rate = relevance.size / cpu / 1e6
         print(
-            f"{name}: {rate:.0f} million pairs a processor second, {size:.2f} bytes a pair, ms of processors: {times}",
+            f"{name}: {rate:.0f} million pairs a processor second, {size:.2f} bytes a pair, ms "
+            f"of processors: {times}",
             flush=True,
         )
         yield name, {"seconds": seconds, "cpu": cpu, "bytes_a_pair": size, "questions": found}

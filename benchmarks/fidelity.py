@@ -1,10 +1,12 @@
-"""What is lost by storing fewer bytes: rank correlation of `hydra` relevance with the exact float32 one, against bytes a row.
+"""What is lost by storing fewer bytes: rank correlation of `hydra` relevance with the exact float32
+one, against bytes a row.
 
     python benchmarks/fidelity.py DATA [--runs lenet,gpt] [--plot FILE.svg] [--json FILE]
 
-LeNet-5 on Fashion-MNIST (SGD with momentum) and the character GPT (AdamW), each trained anew for every encoding and dtype: the same
-seed, and that the final weights are the same is checked. Spearman over the training samples, mean over the test samples. Bytes a
-row are those on disk, compressed, of rows and scales. Needs 4 GB in the temporary directory. Prints a Markdown table.
+LeNet-5 on Fashion-MNIST (SGD with momentum) and the character GPT (AdamW), each trained anew for
+every encoding and dtype: the same seed, and that the final weights are the same is checked.
+Spearman over the training samples, mean over the test samples. Bytes a row are those on disk,
+compressed, of rows and scales. Needs 4 GB in the temporary directory. Prints a Markdown table.
 """
 
 import os
@@ -106,7 +108,8 @@ def measure(build: Callable[[Path], Pipeline], data: Path) -> list[Point]:
             truth, weights = relevance, final
         elif final != weights:
             raise SystemExit(
-                f"training with encoding {encoding} and dtype {dtype} ended in other weights: nothing can be compared"
+                f"training with encoding {encoding} and dtype {dtype} ended in other weights: "
+                "nothing can be compared"
             )
         recording = info["recording"]
         exact = all(block["exact"] for block in recording["blocks"])

@@ -1,4 +1,4 @@
-"""The plot of benchmarks/fidelity.py: bytes a row, on a logarithmic axis, against rank correlation."""
+"""The plot of benchmarks/fidelity.py: rank correlation over bytes a row (logarithmic)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,7 +124,9 @@ def draw_panel(axes: Any, title: str, points: Sequence[Any]) -> None:
 
 
 def label_points(axes: Any, points: Sequence[Any]) -> None:
-    """The dims: of the better encoding at each on the left of its int8 point, of the other on the right of its float16 one."""
+    """The dims: of the better encoding at each on the left of its int8 point, of the other on the
+    right of its float16 one.
+    """
     for dim in sorted({point.dim for point in points if point.dim}):
         best = max((p for p in points if p.dim == dim), key=lambda p: p.spearman).encoding
         for point in points:

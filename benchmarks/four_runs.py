@@ -1,11 +1,14 @@
-"""Four runs on Fashion-MNIST, from smooth to rough: what each method predicts of training on half of the data; which to trust.
+"""Four runs on Fashion-MNIST, from smooth to rough: what each method predicts of training on half
+of the data; which to trust.
 
     python benchmarks/four_runs.py DATA [--runs ABCD] [--seeds 0,1,2] [--retrainings 100]
 
-The runs of benchmarks/curvature.py (600 samples of which 60 are mislabelled, 40 tests, MLP 784-48-32-10 with ReLU, batch 64,
-weight decay 5e-4; A: lr 0.01, momentum 0.9, 8 epochs; B: 0.05, none, 12; C: 0.01, 0.9, 30; D: 0.05, 0.9, 8), recorded, reduced
-by every method and evaluated by the package: `evaluate lds` (100 retrainings on random halves) and `evaluate smoothness`. Mean
-over the seeds, which are of the samples, the first weights and the order; the intervals are those of the seeds' means.
+The runs of benchmarks/curvature.py (600 samples of which 60 are mislabelled, 40 tests, MLP
+784-48-32-10 with ReLU, batch 64, weight decay 5e-4; A: lr 0.01, momentum 0.9, 8 epochs; B: 0.05,
+none, 12; C: 0.01, 0.9, 30; D: 0.05, 0.9, 8), recorded, reduced by every method and evaluated by the
+package: `evaluate lds` (100 retrainings on random halves) and `evaluate smoothness`. Mean over the
+seeds, which are of the samples, the first weights and the order; the intervals are those of the
+seeds' means.
 """
 
 import argparse

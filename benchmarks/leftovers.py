@@ -1,11 +1,14 @@
-"""What many interrupted and resumed recordings, reductions and exports leave in one process, beside what ten leave.
+"""What many interrupted and resumed recordings, reductions and exports leave in one process, beside
+what ten leave.
 
     python benchmarks/leftovers.py [ROUNDS]
 
-ROUNDS: 200 if absent. Each is struck at random points, by an exception, by KeyboardInterrupt where the work is done, or by SIGINT:
-in what shows progress, between blocks, in the writers and readers; then it is done to its end. The garbage collector is off, and
-the last tracebacks are kept, as a notebook keeps them. Prints what there is after each ten rounds (threads, processes, files,
-locks, hooks, calls at exit), and at the end what was struck. Exits 1 if there is more of anything than after the first ten.
+ROUNDS: 200 if absent. Each is struck at random points, by an exception, by KeyboardInterrupt where
+the work is done, or by SIGINT:
+in what shows progress, between blocks, in the writers and readers; then it is done to its end. The
+garbage collector is off, and the last tracebacks are kept, as a notebook keeps them. Prints what
+there is after each ten rounds (threads, processes, files, locks, hooks, calls at exit), and at the
+end what was struck. Exits 1 if there is more of anything than after the first ten.
 """
 
 import faulthandler

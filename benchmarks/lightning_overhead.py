@@ -1,11 +1,14 @@
 """What recording under lightning.Trainer costs, beside the same training without the callback.
 
-    python benchmarks/lightning_overhead.py DATA [--optimizers sgd,adamw] [--n 6400] [--epochs 2] [--pairs 5]
+    python benchmarks/lightning_overhead.py DATA [--optimizers sgd,adamw] [--n 6400] [--epochs 2]
+    [--pairs 5]
 
-DATA is the directory of the shared data sets. LeNet-5 on the first pictures of Fashion-MNIST, 64 a batch, one thread, in one
-process: the two sides of a pair run one after the other, the first of them in turn, from the same start. Seconds are the
-processor's in `trainer.fit()`, with everything: 20 test gradients, and what is written in the background. The ratio is the median
-over the pairs. "same weights": training was left as it was.
+DATA is the directory of the shared data sets. LeNet-5 on the first pictures of Fashion-MNIST, 64 a
+batch, one thread, in one
+process: the two sides of a pair run one after the other, the first of them in turn, from the same
+start. Seconds are the processor's in `trainer.fit()`, with everything: 20 test gradients, and what
+is written in the background. The ratio is the median over the pairs. "same weights": training was
+left as it was.
 """
 
 import argparse
@@ -93,7 +96,8 @@ def main() -> None:
         str(FASHION_MNIST), {"data": given.data / "fashion-mnist", "n_train": given.n, "n_test": 20}
     )
     print(
-        "| optimizer | recorded over plain (least to most) | processor seconds | bytes a row | same weights |"
+        "| optimizer | recorded over plain (least to most) | processor seconds | bytes a row | "
+        "same weights |"
     )
     print("|---|---|---|---|---|")
     for optimizer in given.optimizers.split(","):
@@ -120,7 +124,8 @@ def main() -> None:
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         bytes_a_row = n_bytes / (given.n * given.epochs)
         print(
-            f"| {optimizer} | {spread} | {plain:.1f} -> {recorded:.1f} | {bytes_a_row:,.0f} | {'yes' if same else 'no'} |",
+            f"| {optimizer} | {spread} | {plain:.1f} -> {recorded:.1f} | {bytes_a_row:,.0f} | "
+            f"{'yes' if same else 'no'} |",
             flush=True,
         )
 

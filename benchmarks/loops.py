@@ -1,4 +1,6 @@
-"""The training loops that the benchmarks time: four models, plain, recorded by hydra-pipe, or recorded by dattri-llm."""
+"""The training loops that the benchmarks time: four models, plain, recorded by hydra-pipe, or
+recorded by dattri-llm.
+"""
 
 import contextlib
 import json
@@ -145,7 +147,7 @@ class Plain:
 
 
 class Hydra(Plain):
-    """Recorded by hydra-pipe, as it is by default: lossless where that fits 4,096 columns, float16."""
+    """Recorded by hydra-pipe as by default: lossless where 4,096 columns allow it, float16."""
 
     def __init__(self, pipeline: Pipeline, store: Path) -> None:
         self.store = store
@@ -160,7 +162,9 @@ class Hydra(Plain):
 
 
 class Dattri(Plain):
-    """Recorded by dattri-llm: `HookManager(...).collect()` with `OffloadCallback`, each step written when it is done."""
+    """Recorded by dattri-llm: `HookManager(...).collect()` with `OffloadCallback`, each step
+    written when it is done.
+    """
 
     asynchronous = False
 
@@ -216,7 +220,7 @@ def batches_of(pipeline: Pipeline) -> Batches:
 
 
 def run_loop(pipeline: Pipeline, side: type[Plain], store: Path, passes: int) -> Timed:
-    """Train `pipeline.model` for some passes over its data and keep what `side` records in `store`."""
+    """Train `pipeline.model` for some passes and keep what `side` records in `store`."""
     model, optimizer, batches, size = (
         pipeline.model,
         pipeline.optimizer,
@@ -250,7 +254,9 @@ def run_loop(pipeline: Pipeline, side: type[Plain], store: Path, passes: int) ->
 
 
 def run_side(workload: Workload, data: Path, name: str, scratch: Path, passes: int) -> Timed:
-    """One run of a side from the same start; its store is deleted again, before the kernel writes all of it to the disk."""
+    """One run of a side from the same start; its store is deleted again, before the kernel writes
+    all of it to the disk.
+    """
     torch.manual_seed(0)
     pipeline = workload.build(data)
     store = scratch / "store"
@@ -263,7 +269,9 @@ def run_side(workload: Workload, data: Path, name: str, scratch: Path, passes: i
 
 
 def left_out(pipeline: Pipeline, layers: Sequence[str]) -> str:
-    """What is trained in modules that are not among `layers`: modules by type and parameters. Empty: nothing."""
+    """What is trained in modules that are not among `layers`: modules by type and parameters.
+    Empty: nothing.
+    """
     owners = [
         (n, m)
         for n, m in pipeline.model.named_modules()

@@ -1,4 +1,5 @@
-"""Seconds, peak memory and bytes of each stage of the main job on Fashion-MNIST, beside plain training in the same run.
+"""Seconds, peak memory and bytes of each stage of the main job on Fashion-MNIST, beside plain
+training in the same run.
 
     python benchmarks/main_job.py DATA [--n-train 20000] [--n-test 500]
 
@@ -28,7 +29,9 @@ print(time.monotonic() - start)
 
 
 def run(command: list[str]) -> tuple[float, int, str]:
-    """Seconds, peak resident bytes and standard output of a command, from the operating system's own accounting."""
+    """Seconds, peak resident bytes and standard output of a command, from the operating system's
+    own accounting.
+    """
     start = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -66,7 +69,8 @@ def main() -> None:
         print(f"plain training      {', '.join(f'{s:.1f}' for s in plain)} s")
         print(f"recorded training   {', '.join(f'{s:.1f}' for s in recorded)} s")
         print(
-            f"ratio, pair by pair {', '.join(f'{b / a:.2f}' for a, b in zip(plain, recorded, strict=True))}"
+            "ratio, pair by pair "
+            f"{', '.join(f'{b / a:.2f}' for a, b in zip(plain, recorded, strict=True))}"
         )
         print(f"test accuracy       {facts['test_accuracy']:.4f}")
         print(f"stage record        {seconds:6.1f} s  peak {peak / 2**20:6.0f} MiB")
@@ -79,7 +83,8 @@ def main() -> None:
         recording = info["recording"]
         full = recording["rows"] * recording["parameters"] * 2
         print(
-            f"bytes stored / (rows x parameters x 2 bytes): 1/{full / info['bytes']['gradients.zarr']:.1f}"
+            "bytes stored / (rows x parameters x 2 bytes): "
+            f"1/{full / info['bytes']['gradients.zarr']:.1f}"
         )
 
 

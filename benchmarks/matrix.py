@@ -1,10 +1,12 @@
-"""What the matrix of hypergradients costs: keeping it, beside one sweep of all test samples, and an answer from it.
+"""What the matrix of hypergradients costs: keeping it, beside one sweep of all test samples, and an
+answer from it.
 
     python benchmarks/matrix.py DATA [--dim 1024] [--samples 5000] [--tests 200]
 
-DATA has Fashion-MNIST. Two runs: digits (pipelines/digits.py, exact) and LeNet-5 (pipelines/fashion_mnist.py, projected to --dim
-columns). Each line is a call of `hydra_pipe.reduce` in this process: seconds by the clock, and processor seconds of all threads,
-which others on the machine change less. `off`: the largest difference from the sweep, over the sweep's largest value.
+DATA has Fashion-MNIST. Two runs: digits (pipelines/digits.py, exact) and LeNet-5
+(pipelines/fashion_mnist.py, projected to --dim columns). Each line is a call of `hydra_pipe.reduce`
+in this process: seconds by the clock, and processor seconds of all threads, which others on the
+machine change less. `off`: the largest difference from the sweep, over the sweep's largest value.
 """
 
 import argparse
@@ -34,9 +36,8 @@ def timed(title: str, run: str, **options: object) -> None:
 
 def measure(run: str, tests: int) -> None:
     of_some = f"0-{tests - 1}"
-    hydra_pipe.reduce(
-        run, method=FISHER, tests="0"
-    )  # what is loaded at the first call is not counted
+    # what is loaded at the first call is not counted
+    hydra_pipe.reduce(run, method=FISHER, tests="0")
     print("\n| | seconds | processor seconds |\n| --- | --- | --- |")
     timed(f"sweep, {tests} tests", run, tests=of_some)
     swept = np.asarray(hydra_pipe.open_run(run).relevance(FISHER))

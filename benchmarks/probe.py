@@ -2,11 +2,12 @@
 
     python benchmarks/probe.py DATA RUN
 
-RUN is recorded first: LeNet-5 on Fashion-MNIST, 5,000 samples of which 500 are mislabelled, 5 epochs. The question: pictures of
-the test file that the run has not tested, and that its model gets wrong. Each command is a process of its own, as a user starts
-it. Of each: seconds from its start to its end, seconds of a processor, which other work on the machine changes less, and what it
-says that its own work took; the rest is starting Python and torch, and reading the data. Then the same from kept hypergradients,
-with the rows deleted.
+RUN is recorded first: LeNet-5 on Fashion-MNIST, 5,000 samples of which 500 are mislabelled, 5
+epochs. The question: pictures of the test file that the run has not tested, and that its model gets
+wrong. Each command is a process of its own, as a user starts it. Of each: seconds from its start to
+its end, seconds of a processor, which other work on the machine changes less, and what it says that
+its own work took; the rest is starting Python and torch, and reading the data. Then the same from
+kept hypergradients, with the rows deleted.
 """
 
 import argparse
@@ -33,7 +34,8 @@ TOP = 10
 
 
 def wrong(data: Path, run: Path, n: int = 20) -> TensorDataset:
-    """The first `n` pictures after those that the run has tested that its model takes for something else.
+    """The first `n` pictures after those that the run has tested that its model takes for something
+    else.
 
     Args:
         data: directory of the IDX files.
@@ -114,7 +116,9 @@ def main() -> None:
 
 
 def found_in(run: Path, data: Path) -> str:
-    """Of the most harmful samples of each wrong prediction: how many are mislabelled, and how many are labelled as it came out."""
+    """Of the most harmful samples of each wrong prediction: how many are mislabelled, and how many
+    are labelled as it came out.
+    """
     truth = load(data, "train", N_TRAIN).tensors[1]
     labels = flip(truth, NOISE, 0)
     mislabelled = (labels != truth).numpy()
@@ -128,13 +132,15 @@ def found_in(run: Path, data: Path) -> str:
     ]
     lines.append("| method | mislabelled | labelled as predicted |\n| --- | --- | --- |")
     lines.append(
-        f"| chance | {mislabelled.mean():.2f} | {np.mean([(labels.numpy() == p).mean() for p in predicted]):.2f} |"
+        f"| chance | {mislabelled.mean():.2f} | "
+        f"{np.mean([(labels.numpy() == p).mean() for p in predicted]):.2f} |"
     )
     for method in METHODS:
         relevance = np.asarray(hydra_pipe.open_run(run).relevance(f"{method}-of-wrong"))
         worst = np.argsort(relevance, axis=0)[:TOP]
         lines.append(
-            f"| {method} | {mislabelled[worst].mean():.2f} | {(labels.numpy()[worst] == predicted).mean():.2f} |"
+            f"| {method} | {mislabelled[worst].mean():.2f} | "
+            f"{(labels.numpy()[worst] == predicted).mean():.2f} |"
         )
     return "\n".join(lines)
 

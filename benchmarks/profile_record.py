@@ -1,11 +1,13 @@
-"""Where the time of a recorded step goes, by model: an instrumented run, beside plain training in the same run.
+"""Where the time of a recorded step goes, by model: an instrumented run, beside plain training in
+the same run.
 
     python benchmarks/profile_record.py DATA [--runs mlp,lenet,resnet,gpt] [--passes N]
 
-Every stage is timed by a wrapper around one of the package's methods, set from here; time in a stage called from another counts for
-the inner one only. "training itself" is what is left: forward, backward and the optimiser, slower than alone because of caches and
-of the writer beside it. The writer's line is processor time of its own thread, which overlaps with the rest. The wrappers cost some
-microseconds a call. A name that is gone from the package is an error: mend STAGES.
+Every stage is timed by a wrapper around one of the package's methods, set from here; time in a
+stage called from another counts for the inner one only. "training itself" is what is left: forward,
+backward and the optimiser, slower than alone because of caches and of the writer beside it. The
+writer's line is processor time of its own thread, which overlaps with the rest. The wrappers cost
+some microseconds a call. A name that is gone from the package is an error: mend STAGES.
 """
 
 import os
@@ -115,7 +117,8 @@ def instrumented() -> Iterator[Clock]:
             original = vars(owner).get(name)
             if not callable(original):
                 raise SystemExit(
-                    f"{owner.__module__}.{owner.__name__} has no method {name} any more: mend {Path(__file__).name}"
+                    f"{owner.__module__}.{owner.__name__} has no method {name} any more: mend "
+                    f"{Path(__file__).name}"
                 )
             setattr(owner, name, wrap(original))
             undo.callback(setattr, owner, name, original)
@@ -138,7 +141,10 @@ def profile(workload: Workload, data: Path, passes: int) -> None:
             timed = run_side(workload, data, HYDRA, scratch, passes)
     rest = timed.seconds - sum(clock.seconds.values())
     added = timed.seconds - plain.seconds
-    both = f"{plain.step_ms:.2f} ms a step without, {recorded.step_ms:.2f} with, {timed.step_ms:.2f} instrumented"
+    both = (
+        f"{plain.step_ms:.2f} ms a step without, {recorded.step_ms:.2f} with, "
+        f"{timed.step_ms:.2f} instrumented"
+    )
     print(f"\n{workload.title}: {both}\n")
     print(
         "| stage | ms a step | of what recording adds | calls a step |\n| --- | --- | --- | --- |"
@@ -151,14 +157,17 @@ def profile(workload: Workload, data: Path, passes: int) -> None:
         )
     slower = rest - plain.seconds
     print(
-        f"| training itself, beyond {plain.step_ms:.2f} | {slower / timed.steps * 1e3:.3f} | {slower / added:.0%} | |"
+        f"| training itself, beyond {plain.step_ms:.2f} | {slower / timed.steps * 1e3:.3f} | "
+        f"{slower / added:.0%} | |"
     )
     stalled = timed.facts["stalled_seconds"] / timed.steps * 1e3
     print(
-        f"| writer thread, processor time beside it | {clock.writer_seconds / timed.steps * 1e3:.3f} | | |"
+        "| writer thread, processor time beside it | "
+        f"{clock.writer_seconds / timed.steps * 1e3:.3f} | | |"
     )
     print(
-        f"| waiting for the writer, within the above | {stalled:.3f} | | {timed.facts['stalls'] / timed.steps:.2f} |"
+        f"| waiting for the writer, within the above | {stalled:.3f} | | "
+        f"{timed.facts['stalls'] / timed.steps:.2f} |"
     )
 
 

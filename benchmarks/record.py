@@ -1,15 +1,18 @@
-"""What recording costs: training with it over training without, and beside dattri-llm on the same loops, in one run.
+"""What recording costs: training with it over training without, and beside dattri-llm on the same
+loops, in one run.
 
     python benchmarks/record.py DATA [--runs mlp,lenet,resnet,gpt] [--pairs 5] [--json FILE]
 
-DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). The sides of a round run one after the other, in an
-order drawn at random, from the same start; ratios are of the same round, their median and range. Everything is written to disk;
-the loop is a plain one, batches are made beforehand. Peak memory is that of a process for each figure, 1 and 10 times the steps.
-dattri-llm (benchmarks/requirements.txt) is left out where it is not installed, and where it cannot record a model, which is said.
-dattri-llm stores raw float32 factors, under AdamW too; what its method for AdamW needs beside them is not counted.
+DATA is the directory of the shared data sets (fashion-mnist, cifar10, text). The sides of a round
+run one after the other, in an order drawn at random, from the same start; ratios are of the same
+round, their median and range. Everything is written to disk; the loop is a plain one, batches are
+made beforehand. Peak memory is that of a process for each figure, 1 and 10 times the steps.
+dattri-llm (benchmarks/requirements.txt) is left out where it is not installed, and where it cannot
+record a model, which is said. dattri-llm stores raw float32 factors, under AdamW too; what its
+method for AdamW needs beside them is not counted.
 
-"marginal" is a step without the first one and without what comes after the last; "added" is what a step takes more than in plain
-training of the same round, with everything.
+"marginal" is a step without the first one and without what comes after the last; "added" is what a
+step takes more than in plain training of the same round, with everything.
 """
 
 import os
@@ -46,14 +49,15 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from loops import WORKLOADS, run_side
 workload = WORKLOADS[sys.argv[3]]
-run_side(workload, Path(sys.argv[2]), sys.argv[4], Path(sys.argv[5]), int(sys.argv[6]) * workload.passes)
+passes = int(sys.argv[6]) * workload.passes
+run_side(workload, Path(sys.argv[2]), sys.argv[4], Path(sys.argv[5]), passes)
 # not ru_maxrss, which a process inherits from the one that started it
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
 def peak_bytes(data: Path, name: str, side: str, times: int) -> int:
-    """Peak resident memory of a process that does nothing but train so, `times` the usual passes."""
+    """Peak resident memory of a process that only trains so, `times` the usual passes."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [str(Path(__file__).parent), str(data), name, side, scratch, str(times)]
         command = [sys.executable, "-c", PEAK, *arguments]
@@ -64,7 +68,9 @@ def peak_bytes(data: Path, name: str, side: str, times: int) -> int:
 
 
 def sides_of(workload: Workload, data: Path, scratch: Path) -> tuple[list[str], list[str]]:
-    """The sides that can record this model, each tried once to warm it up, and what is to be said of the others."""
+    """The sides that can record this model, each tried once to warm it up, and what is to be said
+    of the others.
+    """
     sides, notes = [], []
     for name in (PLAIN, HYDRA, *(PEERS if peer_version() else ())):
         try:
@@ -73,7 +79,8 @@ def sides_of(workload: Workload, data: Path, scratch: Path) -> tuple[list[str], 
             if name not in PEERS:
                 raise
             notes.append(
-                f"{name} cannot record it: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                f"{name} cannot record it: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}"
             )
             continue
         sides.append(name)
@@ -172,12 +179,14 @@ def show(found: dict[str, Any]) -> None:
             f"  {HYDRA} over {peer}: time {told(ratio)}, bytes {ours['bytes_over_peers'][peer]:.4f}"
         )
     print(
-        f"  queue stalls of each recording: {ours['stalls']}, {', '.join(f'{s:.2f}' for s in ours['stalled_seconds'])} s"
+        f"  queue stalls of each recording: {ours['stalls']}, "
+        f"{', '.join(f'{s:.2f}' for s in ours['stalled_seconds'])} s"
     )
     for side, peaks in found.get("peak_bytes", {}).items():
         grown = peaks["10x"] - peaks["1x"]
         print(
-            f"  peak memory, {side}: {peaks['1x'] / 2**20:.0f} MiB; 10 times the steps {peaks['10x'] / 2**20:.0f} MiB "
+            f"  peak memory, {side}: {peaks['1x'] / 2**20:.0f} MiB; 10 times the steps "
+            f"{peaks['10x'] / 2**20:.0f} MiB "
             f"({grown / 2**20:+.0f} MiB)"
         )
 

@@ -1,16 +1,21 @@
-"""What `reduce` takes: beside reading and decoding alone, beside NumPy, by workers, tests, rows, features and memory.
+"""What `reduce` takes: beside reading and decoding alone, beside NumPy, by workers, tests, rows,
+features and memory.
 
-    python benchmarks/reduce.py DATA SCRATCH [--parts speed,numpy,memory,growth] [--times 18] [--rounds 3] [--json FILE]
+    python benchmarks/reduce.py DATA SCRATCH [--parts speed,numpy,memory,growth] [--times 18]
+    [--rounds 3] [--json FILE]
 
-Rows are real: LeNet-5 on all of Fashion-MNIST, two epochs of 60,000 (made in SCRATCH once), and the same steps `--times` over,
-which are 10 GB on disk with 18. All sides of a comparison alternate in one run, in an order drawn at random, and the median of the
-rounds' ratios is given. "cold": the operating system's cache of the store is dropped before each. Times are without the start of
-Python.
+Rows are real: LeNet-5 on all of Fashion-MNIST, two epochs of 60,000 (made in SCRATCH once), and the
+same steps `--times` over, which are 10 GB on disk with 18. All sides of a comparison alternate in
+one run, in an order drawn at random, and the median of the rounds' ratios is given. "cold": the
+operating system's cache of the store is dropped before each. Times are without the start of Python.
 
-speed    wall time over that of decoding the same store with as many threads and dropping it; share of the machine's own float32
-         matrix product, measured in the same round, by operations done and by those of scoring every row; two workers over one
-numpy    the same relevance by the obvious NumPy script: memory-mapped float16 rows, a product for each batch, np.add.at
-memory   peak memory of a process of its own, over --memory, for 512 MiB to 4 GiB, on the long store, 64 tests
+speed    wall time over that of decoding the same store with as many threads and dropping it;
+         share of the machine's own float32 matrix product, measured in the same round, by
+         operations done and by those of scoring every row; two workers over one
+numpy    the same relevance by the obvious NumPy script: memory-mapped float16 rows, a product for
+         each batch, np.add.at
+memory   peak memory of a process of its own, over --memory, for 512 MiB to 4 GiB, on the long
+         store, 64 tests
 growth   time with more rows, tests and features, and the exponent
 """
 
@@ -127,7 +132,9 @@ def matrix_rate() -> float:
 
 
 def by_numpy(rows: Path, run: Path, n_tests: int) -> np.ndarray:
-    """The obvious script: whole batches of float16 rows in memory order, products, np.add.at. BLAS with all threads."""
+    """The obvious script: whole batches of float16 rows in memory order, products, np.add.at. BLAS
+    with all threads.
+    """
     store = Gradients(run / "gradients.zarr")
     gradient = np.load(rows, mmap_mode="r")
     n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
@@ -159,7 +166,8 @@ def rounds(sides: dict[str, Callable[[], float]], count: int) -> dict[str, list[
     for _ in range(count + 1):
         for name in random.sample(list(sides), len(sides)):
             found[name].append(sides[name]())
-    # the first round has had the system find memory that it had not yet given to anyone, which takes longer than the work here
+    # the first round has had the system find memory that it had not yet given to anyone, which
+    # takes longer than the work here
     return {name: seconds[1:] for name, seconds in found.items()}
 
 
@@ -173,7 +181,8 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
         n_bytes = tree_bytes(run / "gradients.zarr")
         decoded = store.rows.n_rows * store.layout.n_features * store.rows.dtype.itemsize
         print(
-            f"{name}: {store.rows.n_rows:,} rows, {n_bytes / 1e9:.2f} GB on disk, {decoded / 1e9:.2f} GB decoded"
+            f"{name}: {store.rows.n_rows:,} rows, {n_bytes / 1e9:.2f} GB on disk, "
+            f"{decoded / 1e9:.2f} GB decoded"
         )
 
         def side(work: Callable[[], object], run: Path = run, cold: bool = cold) -> float:
@@ -192,7 +201,8 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
         for label, seconds in found.items():
             if label != "decode":
                 print(
-                    f"  {label}: {statistics.median(seconds):.2f} s, {ratio(seconds, found['decode']):.2f} times that"
+                    f"  {label}: {statistics.median(seconds):.2f} s, "
+                    f"{ratio(seconds, found['decode']):.2f} times that"
                 )
         yield name, found
     for run in (short, long):
@@ -207,8 +217,10 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
         )
         nominal = statistics.median(scored / s / r for s, r in zip(seconds, rates, strict=True))
         print(
-            f"2,000 tests, {store.rows.n_rows:,} rows ({plans[0]['order']}): {statistics.median(seconds):.2f} s; matrix product "
-            f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; share by operations done {share:.2f}, by those of scoring {nominal:.2f}"
+            f"2,000 tests, {store.rows.n_rows:,} rows ({plans[0]['order']}): "
+            f"{statistics.median(seconds):.2f} s; matrix product "
+            f"{statistics.median(rates) / 1e9:.0f} GFLOP/s; share by operations done "
+            f"{share:.2f}, by those of scoring {nominal:.2f}"
         )
         yield (
             f"2000 tests, {store.rows.n_rows} rows",
@@ -223,7 +235,8 @@ def speed(short: Path, long: Path, count: int) -> Iterator[tuple[str, Any]]:
             count,
         )
         print(
-            f"{n} tests: {WORKERS} workers {ratio(found['one'], found['two']):.2f} times as fast as one"
+            f"{n} tests: {WORKERS} workers {ratio(found['one'], found['two']):.2f} times as fast "
+            "as one"
         )
         yield f"workers, {n} tests", found
 
@@ -257,7 +270,8 @@ def numpy_script(short: Path, count: int) -> Iterator[tuple[str, Any]]:
         script, own = (statistics.median(found[side]) for side in ("numpy", "ours"))
         print(
             f"{n} tests: the NumPy script {script:.2f} s, hydra-pipe {own:.2f} s, "
-            f"{ratio(found['numpy'], found['ours']):.2f} times as fast; they differ by {difference:.1e} of the norm"
+            f"{ratio(found['numpy'], found['ours']):.2f} times as fast; they differ by "
+            f"{difference:.1e} of the norm"
         )
         yield f"numpy, {n} tests", found
     rows.unlink()
@@ -278,8 +292,10 @@ def memory(run: Path) -> Iterator[tuple[str, Any]]:
             time.perf_counter() - start,
         )
         print(
-            f"--memory {mib} MiB, a store of {n_bytes / mib / 2**20:.1f} times that: peak {peak / 2**20:.0f} MiB, {over:.2f} of "
-            f"it; planned {planned:.0f} MiB, {plan['order']}, {plan['passes']} passes, {seconds:.0f} s"
+            f"--memory {mib} MiB, a store of {n_bytes / mib / 2**20:.1f} times that: peak "
+            f"{peak / 2**20:.0f} MiB, {over:.2f} of "
+            f"it; planned {planned:.0f} MiB, {plan['order']}, {plan['passes']} passes, "
+            f"{seconds:.0f} s"
         )
         yield f"memory {mib}", {"peak": peak, "over": over, "plan": plan}
 
@@ -291,7 +307,8 @@ def growth(data: Path, scratch: Path, short: Path, count: int) -> Iterator[tuple
         least, most = min(points), max(points)
         exponent = math.log(seconds[most] / seconds[least]) / math.log(most / least)
         print(
-            f"{what}: {', '.join(f'x{n} {s:.2f} s' for n, s in seconds.items())}; exponent {exponent:.2f}"
+            f"{what}: {', '.join(f'x{n} {s:.2f} s' for n, s in seconds.items())}; exponent "
+            f"{exponent:.2f}"
         )
         return what, seconds
 

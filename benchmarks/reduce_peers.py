@@ -1,12 +1,14 @@
-"""From a finished recording to the relevance matrix: `hydra-pipe reduce` beside dattri-llm on its own store, in one run.
+"""From a finished recording to the relevance matrix: `hydra-pipe reduce` beside dattri-llm on its
+own store, in one run.
 
     python benchmarks/reduce_peers.py DATA [--runs mlp,lenet] [--pairs 3] [--json FILE]
 
-Fashion-MNIST, 5,000 samples and 5 epochs (25,000 rows), 200 test samples. Both record the same training, then each is a process
-of its own in every round, in an order drawn at random: Python's start, reading, and the 5,000 x 200 matrix on disk. dattri-llm's
-way is `TracInAttributor.attribute_from_cache` and `agnostic_matrix`; the seconds of these calls alone, its imports left out, are
-given beside it. The training is SGD with neither momentum nor decay, where relevance is the learning rate times their score: the
-two matrices are compared.
+Fashion-MNIST, 5,000 samples and 5 epochs (25,000 rows), 200 test samples. Both record the same
+training, then each is a process of its own in every round, in an order drawn at random: Python's
+start, reading, and the 5,000 x 200 matrix on disk. dattri-llm's way is
+`TracInAttributor.attribute_from_cache` and `agnostic_matrix`; the seconds of these calls alone, its
+imports left out, are given beside it. The training is SGD with neither momentum nor decay, where
+relevance is the learning rate times their score: the two matrices are compared.
 """
 
 import os
@@ -117,7 +119,8 @@ def difference(ours: Path, theirs: Path, n_train: int) -> float:
     matrix = RATE * np.load(theirs)
     if len(matrix) != n_train:
         raise SystemExit(
-            f"dattri-llm scored {len(matrix)} samples of {n_train}: it takes samples with the same content for one"
+            f"dattri-llm scored {len(matrix)} samples of {n_train}: it takes samples with the "
+            "same content for one"
         )
     # theirs are in the order in which samples were first met, which is that of the data here
     relevance = np.asarray(hydra_pipe.open_run(ours).relevance())
@@ -163,18 +166,21 @@ def show(name: str, found: dict[str, Any]) -> None:
     for side, seconds in found["seconds"].items():
         times = ", ".join(f"{s:.2f}" for s in seconds)
         print(
-            f"  {side:12s} {statistics.median(seconds):6.2f} s ({times}), store {found['bytes'][side] / 1e6:,.0f} MB"
+            f"  {side:12s} {statistics.median(seconds):6.2f} s ({times}), store "
+            f"{found['bytes'][side] / 1e6:,.0f} MB"
         )
     if "difference" in found:
         ours, theirs = found["seconds"][HYDRA], found["seconds"][PEER]
         inner = found["inner_seconds"]
         print(
-            f"  {PEER}, its calls alone: {statistics.median(inner):.2f} s ({', '.join(f'{s:.2f}' for s in inner)})"
+            f"  {PEER}, its calls alone: {statistics.median(inner):.2f} s "
+            f"({', '.join(f'{s:.2f}' for s in inner)})"
         )
         whole = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
         alone = statistics.median(a / b for a, b in zip(ours, inner, strict=True))
         print(
-            f"  {HYDRA} (whole process) over {PEER}: {whole:.2f} of its process, {alone:.2f} of its calls alone"
+            f"  {HYDRA} (whole process) over {PEER}: {whole:.2f} of its process, {alone:.2f} of "
+            "its calls alone"
         )
         print(f"  the two matrices differ by {found['difference']:.1e} of their norm")
 

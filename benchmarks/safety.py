@@ -1,9 +1,11 @@
-"""What it costs that nothing is lost: checkpoints, checksums and footprints, on Fashion-MNIST with LeNet-5.
+"""What it costs that nothing is lost: checkpoints, checksums and footprints, on Fashion-MNIST with
+LeNet-5.
 
     python benchmarks/safety.py DATA [--n-train 20000] [--epochs 12]
 
-DATA is the directory with Fashion-MNIST's four gzipped files. One recording with checkpoints as they are taken by default; then, of
-its rows, every shard encoded and decoded with and without its checksums, in turn, medians of the rounds; then verify.
+DATA is the directory with Fashion-MNIST's four gzipped files. One recording with checkpoints as
+they are taken by default; then, of its rows, every shard encoded and decoded with and without its
+checksums, in turn, medians of the rounds; then verify.
 """
 
 import argparse
@@ -74,7 +76,8 @@ def main() -> None:
             facts[f"{name}_seconds"] for name in ("checkpoint", "train", "stalled")
         )
         print(
-            f"recording {training:.1f} s, of which checkpoints {took:.2f} s, {took / training:.2%}; stalled {stalled:.2f} s"
+            f"recording {training:.1f} s, of which checkpoints {took:.2f} s, "
+            f"{took / training:.2%}; stalled {stalled:.2f} s"
         )
         array = Array.open(run / "gradients.zarr" / "gradient")
         n_files = min(8, -(-array.shape[0] // array.file_rows))
@@ -92,7 +95,8 @@ def main() -> None:
                 for checked in (True, False)
             )
             print(
-                f"{what} {n_files} shards: {with_:.3f} s with checksums, {without:.3f} s without, {with_ / without:.3f}"
+                f"{what} {n_files} shards: {with_:.3f} s with checksums, {without:.3f} s "
+                f"without, {with_ / without:.3f}"
             )
         start = time.perf_counter()
         footprints(run, "record")
@@ -101,7 +105,8 @@ def main() -> None:
         faults = hydra_pipe.verify(run)
         n_bytes = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
         print(
-            f"verify: {time.perf_counter() - start:.2f} s for {n_bytes / 1e6:.0f} MB, {len(faults)} faults"
+            f"verify: {time.perf_counter() - start:.2f} s for {n_bytes / 1e6:.0f} MB, "
+            f"{len(faults)} faults"
         )
 
 

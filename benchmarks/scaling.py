@@ -1,10 +1,12 @@
 """What reductions of any size would take, by the planner alone: nothing is read or computed.
 
-    python benchmarks/scaling.py [--samples 1000000] [--epochs 100] [--features 4096] [--tests 10000] [--disk 1.0]
+    python benchmarks/scaling.py [--samples 1000000] [--epochs 100] [--features 4096] [--tests
+    10000] [--disk 1.0]
 
-For machines of several sizes: the order of work, passes over the store, bytes, operations, and hours. Time is the larger of what
-the planner's costs (`plan.costs.COSTS`, measured on one core of the machine in RESULTS.md) come to and of what reading takes at
-`--disk` GB a second, for each machine. `docs/scaling.md` has the table and what it means.
+For machines of several sizes: the order of work, passes over the store, bytes, operations, and
+hours. Time is the larger of what the planner's costs (`plan.costs.COSTS`, measured on one core of
+the machine in RESULTS.md) come to and of what reading takes at `--disk` GB a second, for each
+machine. `docs/scaling.md` has the table and what it means.
 """
 
 import argparse
@@ -85,9 +87,12 @@ def main() -> None:
     given = parser.parse_args()
     rows = given.samples * given.epochs
     print(
-        f"{given.samples:,} samples x {given.epochs} epochs = {rows:,} rows of {given.features:,} features, {given.tests:,} test "
-        f"samples: {format_bytes(rows * given.features * 2)} as float16, {format_bytes(rows * given.features)} as int8; relevance "
-        f"{format_bytes(given.samples * given.tests * 4)}; kept hypergradients {format_bytes(given.samples * given.features * 4)}"
+        f"{given.samples:,} samples x {given.epochs} epochs = {rows:,} rows of "
+        f"{given.features:,} features, {given.tests:,} test "
+        f"samples: {format_bytes(rows * given.features * 2)} as float16, "
+        f"{format_bytes(rows * given.features)} as int8; relevance "
+        f"{format_bytes(given.samples * given.tests * 4)}; kept hypergradients "
+        f"{format_bytes(given.samples * given.features * 4)}"
     )
     for what, item_bytes, folding in (
         ("projected or dense, float16", 2, given.features),
@@ -95,9 +100,8 @@ def main() -> None:
         ("factored, float16", 2, 0),
     ):
         print(
-            f"\n{what}\n| machines | order | passes | read | between processes | operations | peak | time |\n| --- "
-            + "| --- " * 7
-            + "|"
+            f"\n{what}\n| machines | order | passes | read | between processes | operations | "
+            "peak | time |\n| --- " + "| --- " * 7 + "|"
         )
         for machines in MACHINES:
             try:
@@ -111,8 +115,10 @@ def main() -> None:
             bound = "disk" if reading > computing else "processors"
             print(
                 f"| {machines.title} | {plan.order}, {workers} | {plan.passes} | "
-                f"{format_bytes(plan.read_bytes)} | {format_bytes(plan.moved_bytes)} | {plan.operations:.1e} | "
-                f"{format_bytes(plan.peak_bytes)} | {format_seconds(max(computing, reading))} ({bound}) |"
+                f"{format_bytes(plan.read_bytes)} | {format_bytes(plan.moved_bytes)} | "
+                f"{plan.operations:.1e} | "
+                f"{format_bytes(plan.peak_bytes)} | {format_seconds(max(computing, reading))} "
+                f"({bound}) |"
             )
 
 

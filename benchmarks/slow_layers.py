@@ -2,8 +2,8 @@
 
     python benchmarks/slow_layers.py
 
-Processor seconds of a step on one core, float32, batches of 32, SGD, the default encoding. docs/what-can-be-recorded.md
-has the numbers.
+Processor seconds of a step on one core, float32, batches of 32, SGD, the default encoding.
+docs/what-can-be-recorded.md has the numbers.
 """
 
 import statistics

@@ -1,4 +1,6 @@
-"""Longer recordings from a real one: its steps again and again, as many epochs more, in a store of its own."""
+"""Longer recordings from a real one: its steps again and again, as many epochs more, in a store of
+its own.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from hydra_pipe.store.run.stages import RECORD
 
 
 def stretch(source: Path, target: Path, times: int) -> None:
-    """A run with the rows and the steps of `source` `times` over, and its test gradients and labels."""
+    """A run with the rows and the steps of `source` `times` over, and its test gradients and
+    labels.
+    """
     old = RunDirectory.open(source)
     store = Gradients(source / names.GRADIENTS)
     run = RunDirectory.create(target)

@@ -1,12 +1,16 @@
-"""What recording under transformers.Trainer costs, beside plain training, bergson's callback and dattri-llm, on the same run.
+"""What recording under transformers.Trainer costs, beside plain training, bergson's callback and
+dattri-llm, on the same run.
 
     python benchmarks/trainer.py DATA [--models gpt2,bert] [--n 400] [--pairs 3] [--float32]
         [--bergson PYTHON] [--dattri-llm PYTHON]
 
-DATA is the directory of the shared data sets; sentences of SST-2, a vocabulary of their 4,000 commonest words. One epoch of AdamW,
-8 sentences a batch, 4 batches a step, bfloat16 autocast, clipping, a cosine with warm-up. Each side is a process of its own, plain
-first in each pair, one thread; seconds are the processor's in `trainer.train()`, the ratio is the median over the pairs. Peers run
-in an interpreter that has them (benchmarks/peers/requirements) and transformers. "same weights": training was left as it was.
+DATA is the directory of the shared data sets; sentences of SST-2, a vocabulary of their 4,000
+commonest words. One epoch of AdamW, 8 sentences a batch, 4 batches a step, bfloat16 autocast,
+clipping, a cosine with warm-up. Each side is a process of its own, plain first in each pair, one
+thread; seconds are the processor's in `trainer.train()`, the ratio is the median over the pairs.
+Peers run in an interpreter that has them (benchmarks/peers/requirements) and transformers. "same
+weights":
+training was left as it was.
 """
 
 import argparse
@@ -274,7 +278,8 @@ def main() -> None:
                 else "no"
             )
             print(
-                f"| {kind} | {side} | {ratio:.2f} | {seconds} | {recorded['bytes_a_sample']:,.0f} | {same} |",
+                f"| {kind} | {side} | {ratio:.2f} | {seconds} | "
+                f"{recorded['bytes_a_sample']:,.0f} | {same} |",
                 flush=True,
             )
 

@@ -1,13 +1,17 @@
-"""Relevance against the truth on small runs: the exact hypergradient, and leaving each sample out and training again.
+"""Relevance against the truth on small runs: the exact hypergradient, and leaving each sample out
+and training again.
 
-    python benchmarks/truth.py [--saturation 0.1,0.3,1] [--damping 0.1,1,10] [--runs "SGD, 20 epochs"]
+    python benchmarks/truth.py [--saturation 0.1,0.3,1] [--damping 0.1,1,10] [--runs "SGD, 20
+    epochs"]
 
-scikit-learn's 8x8 digits, 400 samples of which 40 are mislabelled, 100 test samples, an MLP 64-24-10 with tanh in float64, batch
-40. Exact: full autograd through every step, of SGD with momentum or AdamW, second moment included. Left out: 400 trainings in which
-a sample has weight zero in its batches, all at once (torch.func). For each method Spearman's rank correlation with both, mean over
-the tests, with an interval of 95 % by drawing tests anew; the ratio of its norm to the exact one's; how well it finds mislabelled
-samples (ROC-AUC of the mean relevance over tests, of `self` its own). `tracin` is taken with the test gradients of every epoch,
-and with the last ones alone.
+scikit-learn's 8x8 digits, 400 samples of which 40 are mislabelled, 100 test samples, an MLP
+64-24-10 with tanh in float64, batch
+40. Exact: full autograd through every step, of SGD with momentum or AdamW, second moment included.
+Left out: 400 trainings in which a sample has weight zero in its batches, all at once (torch.func).
+For each method Spearman's rank correlation with both, mean over the tests, with an interval of 95 %
+by drawing tests anew; the ratio of its norm to the exact one's; how well it finds mislabelled
+samples (ROC-AUC of the mean relevance over tests, of `self` its own). `tracin` is taken with the
+test gradients of every epoch, and with the last ones alone.
 """
 
 import argparse
@@ -88,7 +92,9 @@ def updated(
     state: tuple[Values, Values, Values],
     gradients: Values,
 ) -> Values:
-    """Parameters after step `t`, from 1, given (parameters, first, second); the last two are changed."""
+    """Parameters after step `t`, from 1, given (parameters, first, second); the last two are
+    changed.
+    """
     parameters, first, second = state
     found = {}
     for name, p in parameters.items():
@@ -234,7 +240,7 @@ def main() -> None:
             correlations = " | ".join(interval(spearmans(found, t)) for t in (exact, truth))  # noqa: B023
             took = "" if seconds is None else f"{seconds:.2f}"
             print(
-                f"| {name}: {method} | {correlations} | {ratio:.2f} | {auc:.3f} | {took} |",
+                f"| {name}: {method} | {correlations} | {ratio:.2f} | {auc:.3f} | {took} |",  # noqa: B023
                 flush=True,
             )
 

@@ -1,28 +1,36 @@
-"""Models as other people write them: recorded with the right rows, refused, or wrong. Over 60 models of timm, 50 of transformers.
+"""Models as other people write them: recorded with the right rows, refused, or wrong. Over 60
+models of timm, 50 of transformers.
 
-    python benchmarks/zoo.py [--library timm,transformers] [--only REGEX] [--optimizers sgd,adamw] [--precisions fp32,bf16]
+    python benchmarks/zoo.py [--library timm,transformers] [--only REGEX] [--optimizers sgd,adamw]
+    [--precisions fp32,bf16]
         [--norms train] [--jsonl FILE] [--limit 240] [--memory 6] [--list]
 
 Needs, beside hydra-pipe[transformers]:
 
     pip install -c constraints.txt timm --no-deps
 
-torchvision, which timm imports and does not use here, is put in place by an empty package where it is missing. Nothing is
-downloaded: small variants with random weights, from `timm.create_model(pretrained=False)` and from configurations.
+torchvision, which timm imports and does not use here, is put in place by an empty package where it
+is missing. Nothing is
+downloaded: small variants with random weights, from `timm.create_model(pretrained=False)` and from
+configurations.
 
-Each case is a process of its own with a limit of seconds and of memory (GiB). It trains two steps of a batch of four plain, and two
-recorded, from one seed: weights and buffers must be equal bit for bit. With dropout and drop path wherever a model takes them.
-Then each row of the first step is held against the gradient of its own loss term: one backward pass from that term in a pass over
-the whole batch with the same random state, without hydra-pipe (`tests/rows.py`). Where batch normalisation takes the
-statistics of the batch, a row may also be the sample's share at the module's output. `--norms train,eval` also sets batch
-normalisation to eval mode. Then test gradients of two samples, which are batch-of-one gradients in eval mode.
+Each case is a process of its own with a limit of seconds and of memory (GiB). It trains two steps
+of a batch of four plain, and two recorded, from one seed: weights and buffers must be equal bit for
+bit. With dropout and drop path wherever a model takes them. Then each row of the first step is held
+against the gradient of its own loss term: one backward pass from that term in a pass over the whole
+batch with the same random state, without hydra-pipe (`tests/rows.py`). Where batch normalisation
+takes the statistics of the batch, a row may also be the sample's share at the module's output.
+`--norms train,eval` also sets batch normalisation to eval mode. Then test gradients of two samples,
+which are batch-of-one gradients in eval mode.
 
-Verdicts: right; refused (a HydraError, its first line); wrong (a row differs); share (with batch normalisation: the rows sum to the
-gradient, and are neither of the two); changed (other weights); crash (any other exception); slow (past the limits); unfit (does not
-train plainly either). With --jsonl FILE each case is a line there, and a case that has a line is not run again: delete lines to
-run their cases anew.
+Verdicts: right; refused (a HydraError, its first line); wrong (a row differs); share (with batch
+normalisation: the rows sum to the
+gradient, and are neither of the two); changed (other weights); crash (any other exception); slow
+(past the limits); unfit (does not train plainly either). With --jsonl FILE each case is a line
+there, and a case that has a line is not run again: delete lines to run their cases anew.
 
-Before training, parameters that begin at zero or close to it are drawn, so that all rows have something in them.
+Before training, parameters that begin at zero or close to it are drawn, so that all rows have
+something in them.
 
     python benchmarks/zoo.py --only 'vit|bert' --jsonl /tmp/zoo.jsonl
     python benchmarks/zoo.py --jsonl /tmp/zoo.jsonl --summary   # the table only
@@ -238,7 +246,8 @@ TIMM: dict[str, dict[str, Any]] = {
     "repvit_m0_9": {"size": 64},
 }
 
-# Model of transformers: its head, and what its configuration is given. What all take stands in `_TINY`.
+# Model of transformers: its head, and what its configuration is given. What all take stands in
+# `_TINY`.
 _TINY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -859,7 +868,9 @@ def transformers_subject(name: str) -> Subject:
 
 
 def _enliven(model: Any) -> None:
-    """Give each parameter a value at which gradients flow: where heads or scales begin at zero, most rows would be zero."""
+    """Give each parameter a value at which gradients flow: where heads or scales begin at zero,
+    most rows would be zero.
+    """
     import torch
 
     with torch.no_grad():
@@ -1087,7 +1098,7 @@ def _where(error: BaseException) -> str:
 
 
 def in_a_process(case: list[str], limit: float, memory: float) -> dict[str, Any]:
-    """`run_case` in a process of its own, forked from this one, which has imported what takes long."""
+    """`run_case` in a process forked from this one, which has imported what takes long."""
     receiver, sender = FORK.Pipe(duplex=False)
     start = time.perf_counter()
     process = FORK.Process(target=_send_case, args=(case, int(memory * 2**30), sender))
@@ -1159,7 +1170,8 @@ def summarise(lines: list[dict[str, Any]]) -> None:
         )
         if ratios:
             print(
-                f"\nsecond step, recorded over plain: median {ratios[len(ratios) // 2]}, from {ratios[0]} to {ratios[-1]}"
+                f"\nsecond step, recorded over plain: median {ratios[len(ratios) // 2]}, from "
+                f"{ratios[0]} to {ratios[-1]}"
             )
         offs = [x["off"] for x in own if x["verdict"] == "right"]
         if offs:

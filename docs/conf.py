@@ -1,4 +1,4 @@
-"""The documentation as a site: `make docs` builds it, and so do the tests, with warnings as errors."""
+"""The documentation as a site: `make docs` and the tests build it, with warnings as errors."""
 
 from pathlib import Path
 
@@ -27,8 +27,9 @@ _REFERENCE = Path(__file__).parent / "reference"
 INTEGRATIONS = ("transformers", "lightning")
 _PYTHON_HEAD = """# Python
 
-What hydra-pipe offers to Python is in the package `hydra_pipe` itself, but for the callbacks of [trainers](../trainers.md), which
-are at the end of this page. Other names deeper in it may change at any time.
+What hydra-pipe offers to Python is in the package `hydra_pipe` itself. The callbacks of
+[trainers](../trainers.md) are at the end of this page. Names deeper in the
+package may change at any time.
 
 ```python
 import hydra_pipe
@@ -46,7 +47,10 @@ def _directive(name: str) -> str:
 def _callback(package: str) -> str:
     """A trainer's callback; its methods are the trainer's to call."""
     module = f"hydra_pipe.integrations.{package}"
-    return f"## HydraCallback of {package}\n\n```{{eval-rst}}\n.. autoclass:: {module}.HydraCallback\n```\n"
+    return (
+        f"## HydraCallback of {package}\n\n```{{eval-rst}}\n.. autoclass:: "
+        f"{module}.HydraCallback\n```\n"
+    )
 
 
 def _write_reference() -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError(
-        "hydra-pipe runs on Linux and macOS: the locks of a run need a POSIX system. On Windows use the Windows Subsystem for Linux"
+        "hydra-pipe runs on Linux and macOS: the locks of a run need a POSIX system. On Windows "
+        "use the Windows Subsystem for Linux"
     )
 
 if TYPE_CHECKING:

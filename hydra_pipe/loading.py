@@ -182,7 +182,8 @@ def load_dataset(
     path, function = _split_spec(spec)
     if not function:
         raise UsageError(
-            f"{spec} names no function: write {path}:NAME, of one that returns a dataset of (input, target)"
+            f"{spec} names no function: write {path}:NAME, of one that returns a dataset of "
+            "(input, target)"
         )
     return DatasetFunction(*_found(path, function, assignments, "file"))
 
@@ -214,7 +215,8 @@ def pipeline_of(
             if name in settings and settings[name] != value:
                 what, was, now = _difference(name, settings[name], value)
                 raise RunError(
-                    f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it is another one"
+                    f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it "
+                    "is another one"
                 )
         return built
 
@@ -240,7 +242,8 @@ def with_probe(
     spec = settings.get(DATASET)
     if given is None and not isinstance(spec, str):
         raise RunError(
-            f"{path}: probe {name} is of a dataset that was given as an object, and hydra-exact needs its samples: give it again, "
+            f"{path}: probe {name} is of a dataset that was given as an object, and hydra-exact "
+            "needs its samples: give it again, "
             f"as hydra_pipe.reduce(run, method='hydra-exact', test='{name}', dataset=...)"
         )
 
@@ -256,7 +259,8 @@ def with_probe(
             dataset_batches(dataset, "probe", pipeline.seed, pipeline.batch_size)
         ) != settings.get(SAMPLES):
             raise RunError(
-                f"{path}: the samples of probe {name} are others than those that it was taken of: give these, or take it again "
+                f"{path}: the samples of probe {name} are others than those that it was taken "
+                "of: give these, or take it again "
                 f"with hydra-pipe probe --overwrite"
             )
         return replace(pipeline, test=dataset, test_labels=None)
@@ -318,7 +322,8 @@ def _refuse_stranger(run: Path, spec: str) -> None:
     else:
         return
     raise RunError(
-        f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with --pipeline if it is yours"
+        f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with "
+        "--pipeline if it is yours"
     )
 
 

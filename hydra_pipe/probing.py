@@ -152,7 +152,8 @@ def probe(
             subject = _subject(directory, gradients, counts.checkpoint, pipeline, model, loss)
             _take(directory, gradients, name, subject, asked, progress)
             progress.say(
-                f"took the gradients of {asked.n_samples:,} samples in {format_seconds(time.monotonic() - start)}"
+                f"took the gradients of {asked.n_samples:,} samples in "
+                f"{format_seconds(time.monotonic() - start)}"
             )
     return is_needed
 
@@ -248,7 +249,8 @@ def _subject(
     """
     if model is None:
         advice = (
-            "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., loss=...), or pipeline=... where "
+            "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., "
+            "loss=...), or pipeline=... where "
             "that was recorded"
         )
         load, sha256 = (
@@ -257,7 +259,8 @@ def _subject(
         )
         if sha256 is None:
             raise RunError(
-                f"{directory.path} was recorded by a loop of one's own, which keeps its parameters itself: {advice}"
+                f"{directory.path} was recorded by a loop of one's own, which keeps its "
+                f"parameters itself: {advice}"
             )
         built = load()
         model, loss = built.model, built.loss
@@ -277,7 +280,8 @@ def _subject(
                 else f"one of shape {tuple(parameter.shape)}"
             )
             raise RunError(
-                f"{directory.path} has recorded parameter {block.name} {block.shape}, the model has {has}: give the run's own"
+                f"{directory.path} has recorded parameter {block.name} {block.shape}, the model "
+                f"has {has}: give the run's own"
             )
         trained[parameter] = (block.name, block.group)
     return _Subject(model, loss, trained, _root(directory, gradients, step, list(trained)))
@@ -296,7 +300,8 @@ def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping
         if shapes[0] != shapes[1]:
             was, has = ("none" if shape is None else f"shape {shape}" for shape in shapes)
             raise RunError(
-                f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it is another one"
+                f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it "
+                "is another one"
             )
 
 
@@ -310,7 +315,8 @@ def _check_state(
     """
     if not recorded:
         raise RunError(
-            f"{directory.path} does not say which parameters its test gradients were taken at: {_AGAIN}"
+            f"{directory.path} does not say which parameters its test gradients were taken at: "
+            f"{_AGAIN}"
         )
     for name in dict.fromkeys([*recorded, *now]):
         if recorded.get(name) != now.get(name):
@@ -322,7 +328,8 @@ def _check_state(
                 else "has other values"
             )
             raise RunError(
-                f"{directory.path}: {name} is not as it was after {step} steps, when the test gradients were taken: the model "
+                f"{directory.path}: {name} is not as it was after {step} steps, when the test "
+                "gradients were taken: the model "
                 f"{how}: load the parameters of that moment"
             )
 
@@ -335,7 +342,8 @@ def _root(
     found = gradients.preconditioner(step)
     if found is None:
         raise RunError(
-            f"{directory.path} does not have the optimizer's preconditioner as it was after {step} steps, without which no test "
+            f"{directory.path} does not have the optimizer's preconditioner as it was after "
+            f"{step} steps, without which no test "
             f"gradient can be taken: {_AGAIN}"
         )
     roots = [

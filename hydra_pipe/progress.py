@@ -79,7 +79,8 @@ class _LineTask(Task):
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else 0.0
         _tell(
-            f"{self._description}: {_amount(self._done, self._unit)} of {_amount(self._total, self._unit)}, "
+            f"{self._description}: {_amount(self._done, self._unit)} of "
+            f"{_amount(self._total, self._unit)}, "
             f"{_amount(rate, self._unit)}/s, {format_seconds(left)} left"
         )
 
@@ -87,7 +88,8 @@ class _LineTask(Task):
         seconds = time.monotonic() - self._start
         rate = self._done / seconds if seconds else 0.0
         _tell(
-            f"{self._description}: {_amount(self._done, self._unit)} in {format_seconds(seconds)}, {_amount(rate, self._unit)}/s"
+            f"{self._description}: {_amount(self._done, self._unit)} in "
+            f"{format_seconds(seconds)}, {_amount(rate, self._unit)}/s"
         )
 
 
@@ -124,7 +126,10 @@ def _bar_task(description: str, total: int, unit: str) -> Iterator[Task]:
                         return
                     self._shown = now
                     rate = self._done / max(now - self._start, 1e-9)
-                    amounts = f"{_amount(self._done, unit)} of {_amount(total, unit)}, {_amount(rate, unit)}/s"
+                    amounts = (
+                        f"{_amount(self._done, unit)} of {_amount(total, unit)}, "
+                        f"{_amount(rate, unit)}/s"
+                    )
                     bars.update(identifier, completed=self._done, amounts=amounts)
 
         yield BarTask()

@@ -176,7 +176,8 @@ class Run:
             if labels is not None:
                 if len(labels) != sizes[which]:
                     raise StoreError(
-                        f"{array.path} has {sizes[which]} x {which}, and there are {len(labels)} labels"
+                        f"{array.path} has {sizes[which]} x {which}, and there are {len(labels)} "
+                        "labels"
                     )
                 coordinates[f"{which}_label"] = (which, labels)
         return xarray.DataArray(

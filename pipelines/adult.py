@@ -92,9 +92,8 @@ def pipeline(
         read(data / "adult.test.csv.gz", n_test),
     )
     values = [sorted({row[column] for row in train}) for column in CATEGORIES]
-    codes = [
-        {value: code + 1 for code, value in enumerate(names)} for names in values
-    ]  # 0: not seen in training
+    # 0: not seen in training
+    codes = [{value: code + 1 for code, value in enumerate(names)} for names in values]
     numbers = torch.tensor([[float(row[column]) for column in NUMBERS] for row in train])
     mean, spread = numbers.mean(0), numbers.std(0).clamp_min(1e-6)
 

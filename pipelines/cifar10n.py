@@ -1,4 +1,4 @@
-"""CIFAR-10 with the labels that people really gave (CIFAR-10N), and a small ResNet with BatchNorm."""
+"""CIFAR-10 with labels that people gave (CIFAR-10N), and a small ResNet with BatchNorm."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Block(nn.Module):
-    """Two convolutions of 3x3 pixels with a shortcut (He et al., "Deep Residual Learning", 2016)."""
+    """Two 3x3 convolutions with a shortcut (He et al., "Deep Residual Learning", 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +67,8 @@ def pipeline(
 
     Args:
         data: directory of cifar10_subset_12k.npz.
-        labels: "clean", or what people gave: "aggre" (majority of three), "worse" (the worst of three).
+        labels: "clean", or what people gave: "aggre" (majority of three), "worse" (the worst of
+            three).
         n_train: training pictures, the first of the file.
         n_test: test pictures, spread over the ten classes.
         epochs: passes over the training pictures.
@@ -82,9 +83,8 @@ def pipeline(
             pixels(file["x_train"][:n_train]),
             torch.from_numpy(file[name][:n_train].astype(np.int64)),
         )
-        chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(
-            int
-        )  # the file is in order of class
+        # the file is in order of class
+        chosen = np.linspace(0, len(file["y_test"]) - 1, n_test).astype(int)
         classes = file["class_names"].tolist()
         truth = file["y_train"][:n_train].tolist()
         test = TensorDataset(

@@ -1,4 +1,6 @@
-"""Handwritten digits, 8x8 pixels, as they ship with scikit-learn: an MLP, and labels made wrong on purpose."""
+"""Handwritten digits, 8x8 pixels, as they ship with scikit-learn: an MLP, and labels made wrong on
+purpose.
+"""
 
 import sys
 
@@ -15,7 +17,9 @@ N_TEST = 397
 
 
 def load(noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images (1797, 64) in [0, 1], labels with a fraction `noise` of the training ones changed, and the true labels."""
+    """Images (1797, 64) in [0, 1], labels with a fraction `noise` of the training ones changed, and
+    the true labels.
+    """
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     images = torch.tensor(digits.data[order] / 16, dtype=torch.float32)
@@ -56,7 +60,9 @@ def pipeline(epochs: int = 20, lr: float = 0.05, noise: float = 0.0, seed: int =
 
 
 def show(run: str) -> None:
-    """Print the most harmful training samples of a finished run beside the truth, which only this file knows."""
+    """Print the most harmful training samples of a finished run beside the truth, which only this
+    file knows.
+    """
     import pyarrow.parquet as pq
 
     found = open_run(run)
@@ -66,7 +72,8 @@ def show(run: str) -> None:
     ranking = pq.read_table(table).sort_by("rank").to_pydict()
     wrong = (labels != truth)[: len(ranking["train_id"])]
     print(
-        "The most harmful training samples (relevance: units of the test loss, summed over all test samples):\n"
+        "The most harmful training samples (relevance: units of the test loss, summed over all "
+        "test samples):\n"
     )
     print("rank  train_id  label  true label   relevance")
     for rank, sample, relevance in zip(
@@ -74,7 +81,8 @@ def show(run: str) -> None:
     ):
         mark = "  <- mislabelled" if wrong[sample] else ""
         print(
-            f"{rank:4d}  {sample:8d}  {labels[sample]:5d}  {truth[sample]:10d}  {relevance:10.2f}{mark}"
+            f"{rank:4d}  {sample:8d}  {labels[sample]:5d}  {truth[sample]:10d}  "
+            f"{relevance:10.2f}{mark}"
         )
     lowest = ranking["train_id"][:50]
     hits, chance = int(wrong[lowest].sum()), 50 * float(wrong.float().mean())

@@ -51,7 +51,9 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load(data: Path, part: str, count: int) -> TensorDataset:
-    """The first `count` pictures of `part` ("train" or "t10k"), shape (count, 1, 28, 28) in [0, 1], and their labels."""
+    """The first `count` pictures of `part` ("train" or "t10k"), shape (count, 1, 28, 28) in [0, 1],
+    and their labels.
+    """
     images = read_idx(data / f"{part}-images-idx3-ubyte.gz")[:count]
     labels = read_idx(data / f"{part}-labels-idx1-ubyte.gz")[:count]
     return TensorDataset(

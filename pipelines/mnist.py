@@ -1,4 +1,6 @@
-"""MNIST digits, 28x28: an MLP without loss of information, or LeNet-5, and labels flipped on purpose."""
+"""MNIST digits, 28x28: an MLP without loss of information, or LeNet-5, and labels flipped on
+purpose.
+"""
 
 from pathlib import Path
 from typing import Literal

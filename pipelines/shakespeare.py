@@ -75,7 +75,8 @@ def pipeline(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Pipeline:
-    """The next character, from passages of `context` characters; the loss of a passage is the mean over its characters.
+    """The next character, from passages of `context` characters; the loss of a passage is the mean
+    over its characters.
 
     Args:
         data: directory of tinyshakespeare.txt.

@@ -13,18 +13,24 @@ from support.slow import SLOW
 
 import hydra_pipe
 
-# a shell ignores it in what runs in the background, and then so do the commands that tests start to interrupt them
+# a shell ignores it in what runs in the background, and then so do the commands that tests start to
+# interrupt them
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files that `make quick` leaves out are not even imported: the trainers alone take ten seconds."""
+    """Files that `make quick` leaves out are not even imported: the trainers alone take ten
+    seconds.
+    """
     return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest. One process runs a whole file, so that what its tests share is made once."""
+    """Begin with the files that take longest.
+
+    One process runs a whole file, so that what its tests share is made once.
+    """
     places = {name: place for place, name in enumerate(SLOW)}
     for item in items:
         if item.path.stem in places:
@@ -34,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def unflushed() -> Iterator[None]:
-    """Nothing that these processes write has to outlive a power cut. `tests/crash` watches flushes, in processes of its own."""
+    """Nothing that these processes write has to outlive a power cut.
+
+    `tests/crash` watches flushes, in processes of its own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
@@ -42,7 +51,8 @@ def unflushed() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A recorded run of `conv_pipeline`, once for each set of options; tests copy it before they change it.
+    """A recorded run of `conv_pipeline`, once for each set of options; tests copy it before they
+    change it.
 
     All processes of pytest-xdist share what one of them has made.
     """

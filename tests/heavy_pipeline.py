@@ -1,4 +1,6 @@
-"""A training that takes memory: 200,000 parameters, and a data set of 150 MiB, of which some samples are used."""
+"""A training that takes memory: 200,000 parameters, and a data set of 150 MiB, of which some
+samples are used.
+"""
 
 import torch
 from support.pipelines import cross_entropy

@@ -1,6 +1,9 @@
-"""Reads damaged copies of a run, with little memory to spare. A process of its own: `python hostile_reader.py RUN WHICH N`.
+"""Reads damaged copies of a run, with little memory to spare.
 
-`WHICH` is "random" for N random changes to one JSON file at a time, "crafted" for files that lie in agreement, or "both".
+A process of its own: `python hostile_reader.py RUN WHICH N`.
+
+`WHICH` is "random" for N random changes to one JSON file at a time, "crafted" for files that lie in
+agreement, or "both".
 """
 
 import copy
@@ -26,8 +29,9 @@ from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.zarr import arrays
 
 SPARE_BYTES = 200 * 2**20
-# Processor seconds, which other processes change little. A call takes a hundredth of a second, a page up to one: so a call may
-# also take as many times what it takes on a run that is not damaged. A call that waits is ended by a signal.
+# Processor seconds, which other processes change little. A call takes a hundredth of a second, a
+# page up to one: so a call may also take as many times what it takes on a run that is not damaged.
+# A call that waits is ended by a signal.
 MOST_SECONDS, MOST_TIMES, MOST_WAITING = 1.0, 3, 60
 BUDGET = {"scheduler": "synchronous", "memory": "400MiB"}
 REDUCTIONS: list[dict[str, Any]] = [
@@ -163,7 +167,8 @@ class Run:
             ]
         self._files = {file: file.read_bytes() for file in self._all()}
         self._stats = {file: _stat(file) for file in self._files}
-        # the least processor seconds of each call before anything is damaged; the first ones load modules
+        # the least processor seconds of each call before anything is damaged; the first ones load
+        # modules
         self._usual: dict[str, float] = {}
 
     def _all(self) -> Iterator[Path]:
@@ -183,7 +188,10 @@ class Run:
                 self._stats[file] = _stat(file)
 
     def use(self, reduction: dict[str, Any], also: str, what: Any) -> None:
-        """Everything that reads a run, or one of `ALSO`. Raises: whatever is not an error of ours in one line, and soon."""
+        """Everything that reads a run, or one of `ALSO`.
+
+        Raises: whatever is not an error of ours in one line, and soon.
+        """
         by = {"label": "hydra-by-label", "mean": "hydra-mean"}.get(reduction.get("by"), "hydra")
         calls: dict[str, Callable[[], Any]] = {
             "info": lambda: hydra_pipe.open_run(self.path).info(),
@@ -207,10 +215,8 @@ class Run:
         if name == "reduce":
             options |= BUDGET
         if name == "probe":
-            from support.pipelines import (
-                conv_pipeline,
-                images,
-            )  # torch takes memory, which is not to spare
+            # torch takes memory, which is not to spare
+            from support.pipelines import conv_pipeline, images
 
             options = {
                 "dataset": images(3, 5),

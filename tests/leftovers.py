@@ -1,4 +1,5 @@
-"""Recordings, reductions and exports that are interrupted anywhere and then finished, round after round; and what stays behind.
+"""Recordings, reductions and exports that are interrupted anywhere and then finished, round after
+round; and what stays behind.
 
 `benchmarks/leftovers.py` runs many rounds, `test_leftovers.py` a few.
 """
@@ -28,7 +29,7 @@ from hydra_pipe.errors import HydraError
 from hydra_pipe.plan import chunking as geometry
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import sharing
-from hydra_pipe.store.run.manifest import locks
+from hydra_pipe.store.run import locks
 from hydra_pipe.store.zarr.appender import Appender
 from hydra_pipe.store.zarr.codec import StoredFile
 
@@ -40,7 +41,8 @@ def _raised(error: type[BaseException]) -> Callable[[], None]:
     return strike
 
 
-# how work is struck: in the thread that does it, or, as by Ctrl-C, in the main thread wherever that is
+# how work is struck: in the thread that does it, or, as by Ctrl-C, in the main thread wherever that
+# is
 STRIKES: dict[str, Callable[[], None]] = {
     "exception": _raised(RuntimeError),
     "interrupt": _raised(KeyboardInterrupt),
@@ -183,7 +185,9 @@ class Rounds:
         self._train(run, Blow(0, _raised(RuntimeError)))
 
     def _train(self, run: Path, blow: Blow) -> None:
-        """A loop of one's own, by `step` or by `track`, which calls `blow` everywhere in a step, between steps, and among tests."""
+        """A loop of one's own, by `step` or by `track`, which calls `blow` everywhere in a step,
+        between steps, and among tests.
+        """
         pipeline, tracked = self._pipeline(), self._random.random() < 0.5
         model, optimizer = pipeline.model, pipeline.optimizer
         recorder = hydra_pipe.Recorder(model, optimizer, run, len(pipeline.train), overwrite=True)
@@ -256,7 +260,9 @@ class Rounds:
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """A block in which files hold few rows: so there are several, and threads that read and write them."""
+    """A block in which files hold few rows: so there are several, and threads that read and write
+    them.
+    """
     before, geometry.MAX_SHARD_ROWS = geometry.MAX_SHARD_ROWS, 16
     try:
         yield
@@ -276,7 +282,9 @@ def uncollected() -> Iterator[None]:
 
 
 def standing(models: list[tuple[nn.Module, torch.optim.Optimizer]]) -> dict[str, Any]:
-    """What there is in this process: threads, processes, files, locks, hooks of `models` and of torch, handlers of signals."""
+    """What there is in this process: threads, processes, files, locks, hooks of `models` and of
+    torch, handlers of signals.
+    """
     return {
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "processes": sorted(_children()),

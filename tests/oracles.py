@@ -1,4 +1,4 @@
-"""Slow twins: plain float64 loops that are obviously right, against which everything fast is held."""
+"""Slow twins: plain float64 loops, obviously right, against which everything fast is held."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -101,7 +101,9 @@ def record_by_loop(
 def hessian_free_relevance(
     steps: Sequence[RecordedStep], test_gradients: Sequence[dict[str, Tensor]], n_samples: int
 ) -> np.ndarray:
-    """The sweep of docs/architecture.md with zero curvature, on whole vectors, one test sample and one parameter at a time."""
+    """The sweep of docs/architecture.md with zero curvature, on whole vectors, one test sample and
+    one parameter at a time.
+    """
     relevance = np.zeros((n_samples, len(test_gradients)))
     for j, test in enumerate(test_gradients):
         for name, gradient in test.items():
@@ -130,7 +132,8 @@ def hessian_free_relevance(
     return relevance
 
 
-# (step, perturbations (sample, parameter)) -> the mean batch loss's curvature at that step times each, the same shape
+# (step, perturbations (sample, parameter)) -> the mean batch loss's curvature at that step times
+# each, the same shape
 Curvature = Callable[[int, Tensor], Tensor]
 
 
@@ -140,7 +143,8 @@ def forward_relevance(
     n_samples: int,
     curvature: Curvature,
 ) -> np.ndarray:
-    """HYDRA's own form (AAAI 2021): d theta_t / d w_i of every training sample, carried forward through SGD. N products a step.
+    """HYDRA's own form (AAAI 2021): d theta_t / d w_i of every training sample, carried forward
+    through SGD. N products a step.
 
     Args:
         steps: of the run, whose clipping's derivative is left out.
@@ -181,7 +185,9 @@ def forward_relevance(
 def tracin(
     steps: Sequence[RecordedStep], tests: dict[int, Sequence[dict[str, Tensor]]], n_samples: int
 ) -> np.ndarray:
-    """Sum over steps of eta <c r, h>, h from the test gradients that are nearest to the step, of two as near the later ones."""
+    """Sum over steps of eta <c r, h>, h from the test gradients that are nearest to the step, of
+    two as near the later ones.
+    """
     relevance = np.zeros((n_samples, len(next(iter(tests.values())))))
     for t, step in enumerate(steps):
         nearest = max(tests, key=lambda s: (-abs(s - t), s))
@@ -207,7 +213,9 @@ def self_relevance(steps: Sequence[RecordedStep], n_samples: int) -> np.ndarray:
 
 
 def last_gradients(steps: Sequence[RecordedStep]) -> tuple[dict[int, np.ndarray], dict[int, float]]:
-    """Of each sample its gradient c |B| r, all parameters in one, when it was last used; and rho / c."""
+    """Of each sample its gradient c |B| r, all parameters in one, when it was last used; and rho /
+    c.
+    """
     gradients, weights = {}, {}
     for step in steps:
         for i, row, rho in zip(step.samples, step.rows, step.curvature, strict=True):
@@ -238,7 +246,9 @@ def in_one(gradient: dict[str, Tensor]) -> np.ndarray:
 def influence(
     gradients: np.ndarray, weights: np.ndarray, tests: np.ndarray, damping: np.ndarray
 ) -> np.ndarray:
-    """1/N G (F + Lambda)^-1 H.T with the Fisher as a matrix, for G (sample, feature), H (test, feature), Lambda (feature,)."""
+    """1/N G (F + Lambda)^-1 H.T with the Fisher as a matrix, for G (sample, feature), H (test,
+    feature), Lambda (feature,).
+    """
     fisher = (gradients.T * weights) @ gradients / len(gradients)
     return gradients @ np.linalg.inv(fisher + np.diag(damping)) @ tests.T / len(gradients)
 
@@ -251,7 +261,9 @@ def in_float64(model: nn.Module) -> nn.Module:
 def rows_in_context(
     model: nn.Module, losses: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> dict[str, Tensor]:
-    """Each sample's gradient, by a backward pass from its loss alone through a pass over the whole batch; shape (batch, numel)."""
+    """Each sample's gradient, by a backward pass from its loss alone through a pass over the whole
+    batch; shape (batch, numel).
+    """
     names, parameters = zip(
         *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
     )

@@ -1,6 +1,7 @@
 """Rows of a recording beside the gradients that they should be, taken without hydra-pipe.
 
-Used by `tests/recording/random_models.py` and `benchmarks/zoo.py`. Only the store's own format is read (docs/format.md).
+Used by `tests/recording/random_models.py` and `benchmarks/zoo.py`. Only the store's own format is
+read (docs/format.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +17,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 # one sample's gradient of each parameter, flattened, by the parameter's name
 Row = Mapping[str, Tensor]
 
-# A difference is measured against the larger of the row and this share of the sample's gradient of all parameters together:
-# a gradient that is zero in exact arithmetic has a row of rounding error.
+# A difference is measured against the larger of the row and this share of the sample's gradient of
+# all parameters together: a gradient that is zero in exact arithmetic has a row of rounding error.
 FLOOR = 3e-3
 # The same, and the largest difference, in bfloat16.
 HALF_FLOOR, HALF_TOLERANCE = 0.1, 0.25
 
 
 def stored_rows(run: Path | str, step: int = 0) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
-    """Samples and rows of one step of a run with encoding="exact", dtype="float32". Empty where the step was not written."""
+    """Samples and rows of one step of a run with encoding="exact", dtype="float32".
+
+    Empty where the step was not written.
+    """
     group = zarr.open_group(Path(run) / "gradients.zarr", mode="r")
     blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
     places = np.flatnonzero(np.asarray(group["step"][:]) == step)
@@ -54,7 +58,10 @@ def _row(
 def without_preconditioner(
     rows: Sequence[Row], gradients: Row, eps: float
 ) -> list[dict[str, Tensor]]:
-    """Rows of AdamW's first step, D^(1/2) r, as r. D = 1 / (|g| + eps) for the gradient g that the optimiser used."""
+    """Rows of AdamW's first step, D^(1/2) r, as r.
+
+    D = 1 / (|g| + eps) for the gradient g that the optimiser used.
+    """
     roots = {name: (gradient.flatten().abs() + eps).sqrt() for name, gradient in gradients.items()}
     return [
         {name: value * roots[name] if name in roots else value for name, value in row.items()}
@@ -101,12 +108,14 @@ def couples(model: nn.Module) -> bool:
 def shares_of_outputs(
     model: nn.Module, losses: Callable[[], Tensor], n: int
 ) -> list[dict[str, Tensor]]:
-    """Each sample's share of the gradient of `losses().sum()`, for models in which samples meet (batch normalisation).
+    """Each sample's share of the gradient of `losses().sum()`, for models in which samples meet
+    (batch normalisation).
 
-    A share goes through the sample's own part of the output of the module that owns the parameter: the module is run once more on
-    its inputs, over the whole batch and with its own random state, and a backward pass taken from that part of the gradient there.
-    The first dimension of an output is the sample, or the sample and positions. A parameter used elsewhere has shares
-    that do not sum to its gradient.
+    A share goes through the sample's own part of the output of the module that owns the parameter:
+    the module is run once more on its inputs, over the whole batch and with its own random state,
+    and a backward pass taken from that part of the gradient there. The first dimension of an output
+    is the sample, or the sample and positions. A parameter used elsewhere has shares that do not
+    sum to its gradient.
     """
     calls = []
     owned = {}
@@ -192,7 +201,9 @@ def shares_of_outputs(
 def differences(
     rows: Sequence[Row], truth: Sequence[Row], floor: float = FLOOR
 ) -> dict[str, float]:
-    """For each parameter the largest difference between a row and what it should be, relative (see `FLOOR`)."""
+    """For each parameter the largest difference between a row and what it should be, relative (see
+    `FLOOR`).
+    """
     worst: dict[str, float] = {}
     wholes = [
         float(torch.stack([wanted[name].norm() for name in row]).norm())
@@ -209,7 +220,9 @@ def differences(
 
 
 def stored_tests(run: Path | str) -> list[dict[str, Tensor]]:
-    """Gradients of the test samples that were taken last, of a run with encoding="exact", dtype="float32"."""
+    """Gradients of the test samples that were taken last, of a run with encoding="exact",
+    dtype="float32".
+    """
     group = zarr.open_group(Path(run) / "gradients.zarr", mode="r")
     blocks = dict(group.attrs)["hydra_pipe_blocks"]["blocks"]
     last = group[f"test/{max(group['test'].group_keys())}"]

@@ -1,4 +1,6 @@
-"""Packages that hydra-pipe does not depend on: where one is missing, the message has the extra to install."""
+"""Packages that hydra-pipe does not depend on: where one is missing, the message has the extra to
+install.
+"""
 
 import sys
 from pathlib import Path

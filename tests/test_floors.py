@@ -1,4 +1,6 @@
-"""Imports point down only (docs/architecture.md, "Floors") and go round in no circle, deferred ones included."""
+"""Imports point down only (docs/architecture.md, "Floors") and go round in no circle, deferred ones
+included.
+"""
 
 import ast
 import subprocess
@@ -190,7 +192,8 @@ def test_a_circle_of_imports_is_named(
 def test_reduction_export_and_command_line_need_no_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "import hydra_pipe.reduction.run, hydra_pipe.exporting.run, hydra_pipe.cleaning.run, hydra_pipe.reporting.run\n"
+        "import hydra_pipe.reduction.run, hydra_pipe.exporting.run, hydra_pipe.cleaning.run, "
+        "hydra_pipe.reporting.run\n"
         "import hydra_pipe.view, hydra_pipe.cli.app"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

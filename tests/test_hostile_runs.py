@@ -1,4 +1,6 @@
-"""A run may come from a stranger: whatever stands in it, reading it ends soon, in a result or in an error of ours."""
+"""A run may come from a stranger: whatever stands in it, reading it ends soon, in a result or in an
+error of ours.
+"""
 
 import json
 import os
@@ -31,7 +33,9 @@ KINDS = ["rows", "kept"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> dict[str, Path]:
-    """One run with its rows, and one with hypergradients and without rows; both reduced and exported."""
+    """One run with its rows, and one with hypergradients and without rows; both reduced and
+    exported.
+    """
     made = {}
     for kind in KINDS:
         made[kind] = run = shutil.copytree(
@@ -46,7 +50,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> di
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> Path:
-    """A run with a probe and what was made of it, a matrix of hypergradients, a proposal and a report."""
+    """A run with a probe and what was made of it, a matrix of hypergradients, a proposal and a
+    report.
+    """
     run = shutil.copytree(
         recorded(encoding="exact", dtype="float32"), tmp_path_factory.mktemp("probed") / "run"
     )
@@ -65,7 +71,10 @@ def run(finished: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def read_by_another_process(run: Path, which: str, n: int) -> None:
-    """With memory that is limited, which holds for a whole process. No torch: nothing that reads needs it."""
+    """With memory that is limited, which holds for a whole process.
+
+    No torch: nothing that reads needs it.
+    """
     script = Path(__file__).with_name("hostile_reader.py")
     done = subprocess.run(
         [sys.executable, script, run, which, str(n)],
@@ -308,8 +317,14 @@ def test_half_of_a_pair_is_no_text(run: Path) -> None:
 
 
 def test_nothing_that_is_read_is_executed() -> None:
-    """No unpickling in any form, and no evaluation of text. Python files that the user names are run, by `loading`."""
-    forbidden = r"\bimport pickle|\bpickle\.|np\.load\b|allow_pickle|\bmarshal\b|\bshelve\b|(?<![.\w])(?:eval|exec)\(|\byaml\b"
+    """No unpickling in any form, and no evaluation of text.
+
+    Python files that the user names are run, by `loading`.
+    """
+    forbidden = (
+        r"\bimport pickle|\bpickle\.|np\.load\b|allow_pickle|\bmarshal\b|\bshelve\b"
+        r"|(?<![.\w])(?:eval|exec)\(|\byaml\b"
+    )
     for file in (ROOT / "hydra_pipe").rglob("*.py"):
         text = file.read_text()
         assert not re.search(forbidden, text), file

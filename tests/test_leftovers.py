@@ -1,4 +1,6 @@
-"""Whatever owns threads, processes, files, locks or hooks is closed by its user, and never by the garbage collector."""
+"""Whatever owns threads, processes, files, locks or hooks is closed by its user, and never by the
+garbage collector.
+"""
 
 import ast
 import gc
@@ -50,7 +52,9 @@ def test_a_few_interrupted_rounds_leave_what_one_leaves(tmp_path: Path) -> None:
 
 
 def left_behind(source: str) -> list[str]:
-    """Generators in `source` that the collector would have to close, and names of what runs when it comes."""
+    """Generators in `source` that the collector would have to close, and names of what runs when it
+    comes.
+    """
     found, tree = [], ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and not any(
@@ -211,13 +215,14 @@ def test_a_stream_ends_what_it_began_at_its_end(run: Path, name: str) -> None:
         assert of_ours() == []
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in STREAMS if "batches" not in name]
-)  # torch's own processes torch ends
+# torch's own processes torch ends
+@pytest.mark.parametrize("name", [name for name in STREAMS if "batches" not in name])
 def test_of_a_stream_that_is_left_in_the_middle_the_collector_takes_the_memory_alone(
     run: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an interrupted loop leaves it in the cycle of a traceback: the collector may come inside of threading's own locks."""
+    """As an interrupted loop leaves it in the cycle of a traceback: the collector may come inside
+    of threading's own locks.
+    """
     gc.collect()
     stream = STREAMS[name](Gradients(run / "gradients.zarr"))
     next(stream)
@@ -265,7 +270,9 @@ def test_an_interrupted_loop_leaves_no_thread(
 
 
 def test_a_reduction_that_was_interrupted_gives_nothing_to_a_later_one(tmp_path: Path) -> None:
-    """Its traceback, which a notebook keeps, still has the test gradients of the run that was there."""
+    """Its traceback, which a notebook keeps, still has the test gradients of the run that was
+    there.
+    """
     path = tmp_path / "run"
     hydra_pipe.record(conv_pipeline(), path)
 

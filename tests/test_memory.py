@@ -1,4 +1,6 @@
-"""Reduction never holds the store in memory: the process stays within the plan's bound, and the plan within the budget."""
+"""Reduction never holds the store in memory: the process stays within the plan's bound, and the
+plan within the budget.
+"""
 
 import json
 import subprocess
@@ -39,7 +41,10 @@ def made_up(
     checkpoints: int = 1,
     n_random: int | None = None,
 ) -> Path:
-    """A finished recording. Columns from `n_random` on are zeros, which take no room on the disk."""
+    """A finished recording.
+
+    Columns from `n_random` on are zeros, which take no room on the disk.
+    """
     run = RunDirectory.create(path)
     run.begin(RECORD, {"n_samples": n_samples})
     layout = Layout((Block("w", (width,), 0, "dense", (0, width)),), width, 0)
@@ -151,7 +156,9 @@ def test_other_methods_stay_within_what_their_plans_say(
 
 
 def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:
-    """The plans count it once more beside what a sweep carries: as it is written, and as it is read."""
+    """The plans count it once more beside what a sweep carries: as it is written, and as it is
+    read.
+    """
     arrays = {
         name: np.full((4, 2**18), value, np.float32) for name, value in (("a", 1.0), ("v", 2.0))
     }

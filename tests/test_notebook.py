@@ -295,7 +295,7 @@ def test_a_table_that_is_not_what_was_exported_is_refused(run: Path) -> None:
     pd.read_parquet(file, partitioning=None).head(3).to_parquet(file)
     with pytest.raises(
         StoreError,
-        match=r"samples\.parquet is not what was exported .*: write it again with hydra-pipe export",
+        match=r"samples\.parquet is not what was exported .*: write it again with hydra-pipe ex",
     ):
         hydra_pipe.open_run(run).samples()
     file.write_bytes(b"PAR1")
@@ -406,7 +406,8 @@ def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
 def test_an_open_run_and_its_summary_need_no_optional_package(reduced: Path) -> None:
     program = (
         "import sys\n"
-        "for name in ('torch', 'pandas', 'xarray', 'matplotlib', 'zarr', 'dask'): sys.modules[name] = None\n"
+        "for name in ('torch', 'pandas', 'xarray', 'matplotlib', 'zarr', 'dask'): "
+        "sys.modules[name] = None\n"
         "import hydra_pipe\n"
         f"run = hydra_pipe.open_run({str(reduced)!r})\n"
         "run._repr_html_(), repr(run), run.relevance()"
@@ -472,9 +473,8 @@ def test_the_tutorial_runs_and_shows_what_is_kept_in_it(
         "MPLCONFIGDIR",
     ):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
-    monkeypatch.setenv(
-        "PYTHONPATH", str(ROOT)
-    )  # the kernel is another process, in another directory
+    # the kernel is another process, in another directory
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept = nbformat.read(TUTORIAL, as_version=4)
     nbformat.validate(kept)

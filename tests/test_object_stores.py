@@ -1,4 +1,6 @@
-"""Runs in an object store, through the S3 protocol on this machine and in memory: the same bytes as on a local disk."""
+"""Runs in an object store, through the S3 protocol on this machine and in memory: the same bytes as
+on a local disk.
+"""
 
 import json
 import os
@@ -60,7 +62,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{name}" if kind == "s3" else f"memory://{name}"
 
 
-# a run is some hundred requests, of some milliseconds each: what S3 itself does not change is tested in memory
+# a run is some hundred requests, of some milliseconds each: what S3 itself does not change is
+# tested in memory
 in_memory = pytest.mark.parametrize("root", ["memory"], indirect=True)
 in_s3 = pytest.mark.parametrize("root", ["s3"], indirect=True)
 both = pytest.mark.parametrize("root", ["s3", "memory"], indirect=True)
@@ -86,7 +89,9 @@ def made() -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture
 def run(root: str, made: dict[str, dict[str, bytes]]) -> str:
-    """A run that all stages have made in a store of that kind: the first test's is made, the others' are copies of its files."""
+    """A run that all stages have made in a store of that kind: the first test's is made, the
+    others' are copies of its files.
+    """
     run, kind = f"{root}/run", root.partition(":")[0]
     if kind not in made:
         all_stages(run)
@@ -98,7 +103,9 @@ def run(root: str, made: dict[str, dict[str, bytes]]) -> str:
 
 
 def contents(run: str | Path) -> dict[str, bytes]:
-    """Every file of a run but the manifest and checksums, whose seconds and run id differ; and metadata without the run id."""
+    """Every file of a run but the manifest and checksums, whose seconds and run id differ; and
+    metadata without the run id.
+    """
     if isinstance(run, Path):
         found = {str(f.relative_to(run)): f.read_bytes() for f in run.rglob("*") if f.is_file()}
     else:

@@ -1,4 +1,6 @@
-"""A path means one thing, whoever reads it: this package, pyarrow, fsspec, the command line or Python."""
+"""A path means one thing, whoever reads it: this package, pyarrow, fsspec, the command line or
+Python.
+"""
 
 import os
 from collections.abc import Callable
@@ -25,8 +27,9 @@ def pipeline(data: Path = Path("x")):
     model = torch.nn.Linear(3, 2)
     torch.manual_seed(1)
     sets = [torch.utils.data.TensorDataset(torch.randn(n, 3), torch.arange(n) % 2) for n in (12, 4)]
-    loss = lambda output, target: torch.nn.functional.cross_entropy(output, target, reduction="none")
-    return Pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss=loss, train=sets[0], test=sets[1],
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Pipeline(model=model, optimizer=optimizer, loss=loss, train=sets[0], test=sets[1],
                     batch_size=4, epochs=1)
 """
 

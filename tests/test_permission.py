@@ -1,4 +1,6 @@
-"""Permission to write is tried first: where a stage has none, what was there is as it was, and the directory is named."""
+"""Permission to write is tried first: where a stage has none, what was there is as it was, and the
+directory is named.
+"""
 
 import hashlib
 import os
@@ -143,7 +145,8 @@ def test_the_message_names_the_directory(run: Path) -> None:
     assert result.exit_code == 1
     told = result.stderr.strip().splitlines()[-1]
     assert told.startswith(
-        f"hydra-pipe: {run}/relevance.zarr: Permission denied: no permission: name a run directory elsewhere"
+        f"hydra-pipe: {run}/relevance.zarr: Permission denied: no permission: name a run "
+        "directory elsewhere"
     )
 
 

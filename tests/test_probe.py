@@ -49,9 +49,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "grad-cos": {},
     "influence": {},
 }
-# Batches of other sizes are summed in another order, so that columns differ by float32's rounding, some 1e-7 of a gradient's norm,
-# which a curvature sweep, a linear system and differences of nearly equal numbers make larger. Float16 rows: test gradients are
-# rounded to 11 bits, where such a difference may tip a value to its neighbour, 1e-3 of it.
+# Batches of other sizes are summed in another order, so that columns differ by float32's rounding,
+# some 1e-7 of a gradient's norm, which a curvature sweep, a linear system and differences of nearly
+# equal numbers make larger. Float16 rows: test gradients are rounded to 11 bits, where such a
+# difference may tip a value to its neighbour, 1e-3 of it.
 TOLERANCE = {"float32": 1e-5, "float16": 3e-3}
 
 
@@ -73,7 +74,9 @@ CASES: dict[str, tuple[Callable[..., Pipeline], dict[str, Any]]] = {
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Path]:
-    """A case, a run that has met all test samples, and one that has met the first of them and was probed with the others."""
+    """A case, a run that has met all test samples, and one that has met the first of them and was
+    probed with the others.
+    """
     build, options = CASES[request.param]
     whole, probed = (tmp_path_factory.mktemp("runs") / name for name in ("whole", "probed"))
     hydra_pipe.record(build(test=ALL), whole, **options)
@@ -140,7 +143,8 @@ def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(
     assert hydra_pipe.verify(pruned) == []
 
 
-# ---------------------------------------------------------------------------------------------------- loops of one's own
+# ------------------------------------------------------------------------------------------
+# loops of one's own
 
 
 def recorded_loop(
@@ -202,7 +206,10 @@ def test_a_model_that_is_not_the_runs_is_refused_by_name(tmp_path: Path) -> None
 
     with pytest.raises(
         RunError,
-        match=r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., loss=...\)",
+        match=(
+            r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., "
+            r"loss=...\)"
+        ),
     ):
         hydra_pipe.probe(tmp_path / "run", ALL, name="late")
     with pytest.raises(
@@ -231,7 +238,9 @@ def test_only_the_last_preconditioner_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_preconditioner_past_the_state_that_is_gone_on_from_is_removed(tmp_path: Path) -> None:
-    """Of a recording that took test gradients, and was killed, and goes on from a state before them."""
+    """Of a recording that took test gradients, and was killed, and goes on from a state before
+    them.
+    """
     model = mlp_pipeline().model
     batches = list(DataLoader(images(40, 1), 8))
 
@@ -261,7 +270,8 @@ def test_a_preconditioner_past_the_state_that_is_gone_on_from_is_removed(tmp_pat
     assert hydra_pipe.verify(tmp_path / "run") == []
 
 
-# ---------------------------------------------------------------------------------------------------- what a probe is made of
+# ------------------------------------------------------------------------------------------
+# what a probe is made of
 
 
 @pytest.fixture
@@ -369,7 +379,10 @@ def test_a_changed_pipeline_is_refused_by_name(run: Path) -> None:
     )
     with pytest.raises(
         RunError,
-        match=r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, 64\]: it is another one",
+        match=(
+            r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, "
+            r"64\]: it is another one"
+        ),
     ):
         hydra_pipe.probe(run, changed(), name="late", pipeline=pipeline)
 
@@ -399,7 +412,10 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
         hydra_pipe.record(adamw_pipeline(), tmp_path / "adam")
     with pytest.raises(
         RunError,
-        match=r"does not have the optimizer's preconditioner as it was after 10 steps.*record the run again",
+        match=(
+            r"does not have the optimizer's preconditioner as it was after 10 steps.*record the "
+            r"run again"
+        ),
     ):
         hydra_pipe.probe(tmp_path / "adam", changed(), name="late", pipeline=adamw_pipeline())
     with monkeypatch.context() as patch:
@@ -407,7 +423,7 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
     with pytest.raises(
         RunError,
-        match="does not say which parameters its test gradients were taken at: record the run again",
+        match="does not say which parameters its test gradients were taken at: record the run",
     ):
         probe(tmp_path / "sgd", changed())
 
@@ -543,7 +559,8 @@ def test_means_by_label_need_labels(run: Path) -> None:
         hydra_pipe.reduce(run, test="soft", by="label")
 
 
-# ---------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------
+# damage
 
 
 def files_of(run: Path) -> Iterator[Path]:
@@ -594,7 +611,8 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
         hydra_pipe.reduce(run, test="late", overwrite=True)
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------
+# the command
 
 
 MISTAKES = """

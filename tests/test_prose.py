@@ -48,7 +48,8 @@ def test_docstrings_begin_with_what_they_are_about(file: Path) -> None:
         ("Of a step: its rows.", ["Of a step: its rows."]),
         ("Whether there are rows.", ["Whether there are rows."]),
         (
-            "Read rows.\n\n    Args:\n        rows: rows to read.\n        n: of them.\n\n    Returns:\n        n: of what",
+            "Read rows.\n\n    Args:\n        rows: rows to read.\n        n: of them.\n\n    "
+            "Returns:\n        n: of what",
             ["n: of them."],
         ),
     ],

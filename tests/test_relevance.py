@@ -76,7 +76,9 @@ def test_smaller_dtypes_lose_only_their_rounding(tmp_path: Path, dtype: str, lim
 
 
 def test_int8_needs_no_random_rounding(tmp_path: Path) -> None:
-    """Rounding to nearest is not unbiased: what is small in its row is lost each time. On real rows that shrinks no relevance."""
+    """Rounding to nearest is not unbiased: what is small in its row is lost each time. On real rows
+    that shrinks no relevance.
+    """
     hydra_pipe.record(
         conv_pipeline(epochs=10), tmp_path / "run", encoding="projected", dim=2000, dtype="float32"
     )

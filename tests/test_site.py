@@ -1,4 +1,6 @@
-"""The documentation builds as a site without a warning, nothing is missing from its reference, and its code runs as it stands."""
+"""The documentation builds as a site without a warning, nothing is missing from its reference, and
+its code runs as it stands.
+"""
 
 import re
 import shlex
@@ -18,7 +20,8 @@ from hydra_pipe.recording import optimizers
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests of their own
+# pages whose Python runs from top to bottom; parquet.md, notebook.md and tutorial.ipynb have tests
+# of their own
 MIGRATING = ("bergson", "captum", "dattri", "dattri-llm", "kronfluence", "logix", "trak")
 EXECUTED = (
     "own-loop.md",

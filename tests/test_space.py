@@ -100,7 +100,8 @@ def test_what_may_not_fit_is_said_before_it_is_written(tmp_path: Path) -> None:
         ]
     for result in told:
         assert re.search(
-            r"at most .* to write, and only 100 B free: it may not fit; on a full disk the command stops",
+            r"at most .* to write, and only 100 B free: it may not fit; on a full disk the "
+            r"command stops",
             result.stderr,
         )
 

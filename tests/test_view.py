@@ -161,9 +161,8 @@ def test_info_says_what_is_recorded_and_how_exactly(finished: Path) -> None:
     assert recording["parameters"] == sum(p.numel() for p in conv_pipeline().model.parameters())
     assert {b["name"]: b["encoding"] for b in recording["blocks"]}["5.weight"] == "factored"
     assert all(b["exact"] for b in recording["blocks"])
-    shown = " ".join(
-        CliRunner().invoke(app, ["info", str(finished)]).stdout.split()
-    )  # wherever the terminal breaks its lines
+    # wherever the terminal breaks its lines
+    shown = " ".join(CliRunner().invoke(app, ["info", str(finished)]).stdout.split())
     for text in (
         "5.weight",
         "12x64",

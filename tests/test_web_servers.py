@@ -1,4 +1,6 @@
-"""A run on a web server is read as one on a disk is; it is not written, and what cannot be read there is told in a sentence."""
+"""A run on a web server is read as one on a disk is; it is not written, and what cannot be read
+there is told in a sentence.
+"""
 
 import functools
 import http.server
@@ -87,7 +89,8 @@ def test_what_writes_is_refused_on_a_web_server(made: Path, command: tuple[str, 
     with served(made.parent) as root:
         told = call(command[0], f"{root}/run", *command[1:], code=1)
     assert told.splitlines()[-1].endswith(
-        "is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy the run to a disk, or name an object "
+        "is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy "
+        "the run to a disk, or name an object "
         "store such as s3://bucket/run"
     )
 

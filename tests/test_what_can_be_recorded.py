@@ -1,4 +1,6 @@
-"""Each line of docs/what-can-be-recorded.md: recorded rows are the samples' gradients, and a refusal has the page's words."""
+"""Each line of docs/what-can-be-recorded.md: recorded rows are the samples' gradients, and a
+refusal has the page's words.
+"""
 
 import logging
 import re
@@ -101,7 +103,8 @@ def recorded(
     tolerance: float = 1e-4,
     **options: Any,
 ) -> None:
-    """Record `loop`; the rows of its first step are the gradients of `losses` in one pass over the whole batch.
+    """Record `loop`; the rows of its first step are the gradients of `losses` in one pass over the
+    whole batch.
 
     Args:
         run: directory of the run.
@@ -109,7 +112,8 @@ def recorded(
         losses: see `Losses`.
         loop: see `Loop`; None: one step on the sum of `losses`.
         optimizer: of the model.
-        shares: whether a row is the part of the gradient that goes through the sample's own part of a module's output.
+        shares: whether a row is the part of the gradient that goes through the sample's own part of
+            a module's output.
         tolerance: see `rows.differences`.
         options: of the recorder.
     """
@@ -870,9 +874,8 @@ def scaled(run: Path) -> None:
                 optimizer.zero_grad()
         assert (recorder.n_steps, recorder.n_skipped) == (1, 1)
 
-    recorded(
-        run, losses=lambda m: of_means(m) * 512, loop=loop
-    )  # what the rows are before they are scaled down
+    # what the rows are before they are scaled down
+    recorded(run, losses=lambda m: of_means(m) * 512, loop=loop)
 
 
 def autocast(run: Path) -> None:
@@ -1147,12 +1150,12 @@ def test_every_line_of_the_page_has_a_case_and_every_case_a_line() -> None:
     assert lines().keys() == CASES.keys()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning"
-)  # what torch says of its own old ways,
+# what torch says of its own old ways,
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+# and to its compiler
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute:UserWarning", "ignore:FSDP is switching:UserWarning"
-)  # and to its compiler
+)
 @pytest.mark.parametrize(("name", "happens"), lines().items(), ids=lines())
 def test_what_the_page_says_is_so(
     name: str, happens: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -1,16 +1,21 @@
-"""hydra-pipe beside other libraries: what attribution costs and how well it predicts, on one training, for everyone to run again.
+"""hydra-pipe beside other libraries: what attribution costs and how well it predicts, on one
+training, for everyone to run again.
 
-    python benchmarks/peers/run.py DATA WORK [--subjects fashion,digits,gpt] [--peers captum,trak] [--only ekfac,tracin]
+    python benchmarks/peers/run.py DATA WORK [--subjects fashion,digits,gpt] [--peers captum,trak]
+    [--only ekfac,tracin]
 
-DATA is the directory of the shared data sets (fashion-mnist, text). WORK keeps environments, inputs and results: a later call goes
-on with them, and computes only what is not there; delete a directory of it to have that again. Each peer gets an environment of
-its own from requirements/PEER.txt under constraints.txt, each method a process of its own, one after the other, one thread each;
-hydra-pipe runs in the interpreter that runs this.
+DATA is the directory of the shared data sets (fashion-mnist, text). WORK keeps environments, inputs
+and results: a later call goes on with them, and computes only what is not there; delete a directory
+of it to have that again. Each peer gets an environment of its own from requirements/PEER.txt under
+constraints.txt, each method a process of its own, one after the other, one thread each; hydra-pipe
+runs in the interpreter that runs this.
 
-Subjects: `fashion`, an MLP on 5,000 x 200 pictures, and `gpt`, a small GPT on 500 x 50 passages, are held against 100 trainings on
-random halves (linear datamodelling score; the loss of a batch is the mean over the samples kept). `digits`, an MLP on 400 x 100
-8x8 digits, against training again without each sample in turn, in float64 (leave-one-out), which takes seconds there, and on
-`fashion` would be drowned by chance. Both are Spearman's correlation over trainings or samples, mean over the tests.
+Subjects: `fashion`, an MLP on 5,000 x 200 pictures, and `gpt`, a small GPT on 500 x 50 passages,
+are held against 100 trainings on random halves (linear datamodelling score; the loss of a batch is
+the mean over the samples kept). `digits`, an MLP on 400 x 100 8x8 digits, against training again
+without each sample in turn, in float64 (leave-one-out), which takes seconds there, and on `fashion`
+would be drowned by chance. Both are Spearman's correlation over trainings or samples, mean over the
+tests.
 
 Tables are written to WORK/results.md, everything to WORK/results.json.
 """
@@ -61,7 +66,8 @@ class Environment:
 
     Args:
         options: of pip install.
-        removed: packages that it asks for and that, as the index has them, do not load beside torch for the CPU.
+        removed: packages that it asks for and that, as the index has them, do not load beside torch
+            for the CPU.
     """
 
     options: tuple[str, ...] = ()
@@ -83,7 +89,10 @@ DIGITS = truth.RUNS["SGD 0.05, momentum, 20 epochs"]
 
 
 def fashion(data: Path) -> Pipeline:
-    """An MLP on 5,000 pictures, 5 epochs of SGD with momentum and a cosine schedule. 400 tests: 200, and 200 later."""
+    """An MLP on 5,000 pictures, 5 epochs of SGD with momentum and a cosine schedule.
+
+    400 tests: 200, and 200 later.
+    """
     pipeline = fashion_mnist.pipeline(data / "fashion-mnist", n_train=5000, n_test=400, epochs=5)
     torch.manual_seed(0)
     pipeline.model = MODELS["fashion"]()
@@ -100,7 +109,10 @@ def fashion(data: Path) -> Pipeline:
 
 
 def gpt(data: Path) -> Pipeline:
-    """A GPT of 2 layers of width 64 on 500 passages of 32 characters, 5 epochs of AdamW. 100 tests: 50, and 50 later."""
+    """A GPT of 2 layers of width 64 on 500 passages of 32 characters, 5 epochs of AdamW.
+
+    100 tests: 50, and 50 later.
+    """
     given = {
         "n_train": 500,
         "n_test": 100,
@@ -116,7 +128,10 @@ def gpt(data: Path) -> Pipeline:
 
 
 def digits(data: Path) -> Pipeline:
-    """That of benchmarks/truth.py, in float32 and from the same parameters. 200 tests: 100, and 100 later."""
+    """That of benchmarks/truth.py, in float32 and from the same parameters.
+
+    200 tests: 100, and 100 later.
+    """
     pipeline = truth.make(*DIGITS, n_test=2 * truth.M)
     for set_of in (pipeline.train, pipeline.test):
         inputs, targets = set_of.tensors
@@ -242,7 +257,9 @@ def correlations(relevance: NDArray[np.floating], of: Path) -> NDArray[np.float6
 
 
 def run(command: Sequence[str], log: Path, limit: float, cwd: Path = ROOT) -> str:
-    """Output of a command; what it says on the way goes to `log`. Raises: Failed: it fails, or is not done after `limit` s."""
+    """Output of a command; what it says on the way goes to `log`. Raises: Failed: it fails, or is
+    not done after `limit` s.
+    """
     with open(log, "w") as said:
         try:
             done = subprocess.run(
@@ -413,7 +430,9 @@ def costs(found: Found) -> list[str]:
 
 
 def table(found: dict[str, list[Found]]) -> str:
-    """A line for each method, best first; costs are those of the first subject. Then what failed, and why."""
+    """A line for each method, best first; costs are those of the first subject. Then what failed,
+    and why.
+    """
     first, *others = found
     heads = [
         f"{name}, {'LDS' if SUBJECTS[name].truth == 'halves' else 'leave-one-out'}"
@@ -478,7 +497,8 @@ def main() -> None:
     unknown += [peer for peer in given.peers if peer not in (OURS, *PEERS)]
     if unknown:
         raise SystemExit(
-            f"unknown: {', '.join(unknown)}; subjects are {', '.join(SUBJECTS)}, peers {', '.join((OURS, *PEERS))}"
+            f"unknown: {', '.join(unknown)}; subjects are {', '.join(SUBJECTS)}, peers "
+            f"{', '.join((OURS, *PEERS))}"
         )
     torch.set_num_threads(1)
     work = given.work.resolve()

@@ -1,12 +1,16 @@
-"""What every peer is given, what is asked of it, and how that is measured. Needs torch and NumPy, not hydra-pipe.
+"""What every peer is given, what is asked of it, and how that is measured.
 
-A script of a peer calls `main` with its methods. `run.py` then calls it, in the peer's own interpreter, as
+Needs torch and NumPy, not hydra-pipe.
 
-    PYTHON with_PEER.py                                  # prints the names and titles of its methods
+A script of a peer calls `main` with its methods. `run.py` then calls it, in the peer's own
+interpreter, as
+
+    PYTHON with_PEER.py                                  # prints its methods
     PYTHON with_PEER.py SUBJECT METHOD INPUTS.npz OUT    # runs one method
 
-INPUTS.npz has data, parameters, the order of the training samples and the optimiser's settings. OUT gets `scores.npz`, shape
-(train, test), positive for helpful, and `facts.json`: seconds on the clock and of the processor for each part, bytes, peak memory.
+INPUTS.npz has data, parameters, the order of the training samples and the optimiser's settings. OUT
+gets `scores.npz`, shape (train, test), positive for helpful, and `facts.json`: seconds on the clock
+and of the processor for each part, bytes, peak memory.
 """
 
 import contextlib
@@ -49,9 +53,8 @@ def small() -> nn.Module:
 
 def gpt() -> nn.Module:
     """2 layers of width 64 on 32 characters, of pipelines/shakespeare.py."""
-    if (
-        util.find_spec("hydra_pipe") is None
-    ):  # the pipeline names it, and this interpreter needs but the model
+    # the pipeline names it, and this interpreter needs but the model
+    if util.find_spec("hydra_pipe") is None:
         sys.modules["hydra_pipe"] = types.SimpleNamespace(Pipeline=None)  # type: ignore[assignment]
     sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
     import shakespeare
@@ -130,7 +133,9 @@ class Inputs:
 
     @property
     def lengthening(self) -> float:
-        """What momentum multiplies a step by, in the long run: for methods that know of plain SGD only."""
+        """What momentum multiplies a step by, in the long run: for methods that know of plain SGD
+        only.
+        """
         return 1 / (1 - float(self.settings["options"].get("momentum", 0)))
 
     def batches(self, data: TensorDataset, size: int) -> DataLoader[Any]:
@@ -143,7 +148,10 @@ class Inputs:
         return kind(model.parameters(), lr=self.rates[0], **self.settings["options"])
 
     def train_again(self, hooks: "Hooks") -> None:
-        """The same training from the start, in `self.model`. Raises: RuntimeError: it comes to other parameters."""
+        """The same training from the start, in `self.model`.
+
+        Raises: RuntimeError: it comes to other parameters.
+        """
         self.model.load_state_dict(self.start)
         self.model.train()
         x, y = self.train.tensors
@@ -205,7 +213,10 @@ class Method:
         """Whatever can be done after training and before a test sample is known."""
 
     def score(self, tests: TensorDataset) -> Tensor:
-        """Shape (train, test), positive for helpful. Called once for `given.test`, then for `given.later`. Raises: NotOffered."""
+        """Shape (train, test), positive for helpful.
+
+        Called once for `given.test`, then for `given.later`. Raises: NotOffered.
+        """
         raise NotImplementedError
 
 
@@ -224,7 +235,9 @@ class Offer:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, list[float]], part: str) -> Iterator[None]:
-    """Adds to `seconds` what passes on the clock, and in the processor, for this process and those it waits for."""
+    """Adds to `seconds` what passes on the clock, and in the processor, for this process and those
+    it waits for.
+    """
 
     def now() -> list[float]:
         return [time.perf_counter(), sum(os.times()[:4])]
@@ -235,7 +248,9 @@ def timed(seconds: dict[str, list[float]], part: str) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """Most memory that was resident; not ru_maxrss, which a process inherits from the one that started it."""
+    """Most memory that was resident; not ru_maxrss, which a process inherits from the one that
+    started it.
+    """
     with open("/proc/self/status") as file:
         return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) * 1024
 
@@ -248,7 +263,9 @@ def disk_bytes(path: Path) -> int:
 def measure(
     method: Method, facts: dict[str, Any], keep: Callable[[dict[str, np.ndarray]], None]
 ) -> None:
-    """Runs it, fills `facts`, and calls `keep` with the scores there are, after the first tests and after the later ones."""
+    """Runs it, fills `facts`, and calls `keep` with the scores there are, after the first tests and
+    after the later ones.
+    """
     given, seconds = method.given, facts.setdefault("seconds", {})
     if method.hooks is not None:
         given.train_again(Hooks())  # which warms torch up

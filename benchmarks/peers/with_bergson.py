@@ -1,8 +1,9 @@
 """bergson: its `ekfac` and `trackstar` pipelines, as its command line runs them, on the CPU.
 
-It takes causal language models of transformers and rows of token ids. The subject is wrapped as one, which changes nothing of what
-is computed: a picture is the token of its number and that of its label, the model looks the picture up and predicts the label; a
-passage is its characters and the one that comes last.
+It takes causal language models of transformers and rows of token ids. The subject is wrapped as
+one, which changes nothing of what is computed: a picture is the token of its number and that of its
+label, the model looks the picture up and predicts the label; a passage is its characters and the
+one that comes last.
 """
 
 from pathlib import Path
@@ -211,7 +212,9 @@ class Track(Bergson):
 
 
 class Source(Bergson):
-    """`bergson approxunrolling`, whose parts that are done before the tests are known it has in one with the others."""
+    """`bergson approxunrolling`, whose parts that are done before the tests are known it has in one
+    with the others.
+    """
 
     def score(self, tests: TensorDataset) -> Tensor:
         given = self.given
@@ -220,7 +223,8 @@ class Source(Bergson):
         options = given.settings["options"]
         if "momentum" not in options:
             raise RuntimeError(
-                "of AdamW it needs the optimiser's state at each checkpoint, which the subject does not keep"
+                "of AdamW it needs the optimiser's state at each checkpoint, which the subject "
+                "does not keep"
             )
         segments = len(given.states)
         unrolling = ApproxUnrollingConfig(

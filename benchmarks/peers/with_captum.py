@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from captum.influence import TracInCP, TracInCPFast
-from captum.influence._core.arnoldi_influence_function import (
-    ArnoldiInfluenceFunction,
-)  # which the package does not export
+
+# which the package does not export
+from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 from subject import Inputs, Method, Offer, losses, main
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -36,7 +36,8 @@ class Captum(Method):
             model.load_state_dict(torch.load(path))
             return rates[Path(path).name]
 
-        # per-sample gradients of a batch at once, as its documentation recommends where layers allow: linear and convolutional
+        # per-sample gradients of a batch at once, as its documentation recommends where layers
+        # allow, and so of the layers that are linear and convolutional
         trained = {
             type(m) for m in given.model.modules() if any(True for _ in m.parameters(recurse=False))
         }

@@ -1,4 +1,6 @@
-"""dattri: attributors of `dattri.algorithm` on an `AttributionTask`; DVEmb, which records while training."""
+"""dattri: attributors of `dattri.algorithm` on an `AttributionTask`; DVEmb, which records while
+training.
+"""
 
 import contextlib
 from pathlib import Path
@@ -58,7 +60,8 @@ class Tracin(Method):
 class Influence(Method):
     """Args:
     kind: end of the class's name.
-    size: of the batches; None: all samples at once, whose loss then is that of the whole training set.
+    size: of the batches; None: all samples at once, whose loss then is that of the whole training
+    set.
     tests: at once; None: all.
     options: of the class.
     """

@@ -1,4 +1,6 @@
-"""dattri-llm: `HookManager(...).collect()` around training, `attribute_from_cache` on what it has stored."""
+"""dattri-llm: `HookManager(...).collect()` around training, `attribute_from_cache` on what it has
+stored.
+"""
 
 import contextlib
 from pathlib import Path
@@ -21,7 +23,9 @@ from torch.utils.data import TensorDataset
 
 
 class Recorded(Hooks):
-    """What is trained within `collect()`, one record a step; with the moments of Adam where they are asked for."""
+    """What is trained within `collect()`, one record a step; with the moments of Adam where they
+    are asked for.
+    """
 
     def __init__(self, given: Inputs, store: Path, *, moments: bool) -> None:
         self._given, self._store, self._with_moments = given, store, moments
@@ -123,8 +127,12 @@ class Attributor(Method):
         return self._by_sample(matrix, tests)
 
     def _by_sample(self, matrix: Tensor, tests: TensorDataset) -> Tensor:
-        """Rows in the order of the samples. It takes samples with the same content for one, and adds up what they score."""
-        # rows are in the order in which samples were first met, and these two walk from the last step to the first
+        """Rows in the order of the samples.
+
+        It takes samples with the same content for one, and adds up what they score.
+        """
+        # rows are in the order in which samples were first met, and these two walk from the last
+        # step to the first
         steps = (
             reversed(self.given.order)
             if self._kind in ("DVEmb", "AdamWInfluence")

@@ -1,4 +1,6 @@
-"""hydra-pipe: a `Recorder` in the same loop as the peers have, `reduce`, and `probe` for tests that come later."""
+"""hydra-pipe: a `Recorder` in the same loop as the peers have, `reduce`, and `probe` for tests that
+come later.
+"""
 
 import contextlib
 import warnings
@@ -12,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import hydra_pipe
-import hydra_pipe.reduction.run  # `reduce` imports it when it is called; the imports of the peers are not counted either
+
+# `reduce` imports it when it is called; the imports of the peers are not counted either
+import hydra_pipe.reduction.run
 from hydra_pipe import Pipeline, Recorder
 from hydra_pipe.errors import RecordWarning
 
@@ -36,9 +40,8 @@ class Recorded(Hooks):
             yield
 
     def record_test(self) -> None:
-        with (
-            warnings.catch_warnings()
-        ):  # the runner loads the trained weights anew, which are the same
+        # the runner loads the trained weights anew, which are the same
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", RecordWarning)
             self._record_test()
 
@@ -46,7 +49,9 @@ class Recorded(Hooks):
         self.recorder.record_test(self._given.batches(self._given.test, 50), losses)
 
     def end(self) -> None:
-        """The recorder stays open until the test gradients are taken, which are no part of training."""
+        """The recorder stays open until the test gradients are taken, which are no part of
+        training.
+        """
 
 
 class Reduced(Method):
@@ -66,9 +71,8 @@ class Reduced(Method):
             self.hooks.recorder.close()
             hydra_pipe.reduce(self._run, method=self._method)
         elif self._method == "tracin":
-            raise NotOffered(
-                "not offered"
-            )  # a probe has no test gradients that were taken on the way
+            # a probe has no test gradients that were taken on the way
+            raise NotOffered("not offered")
         else:
             hydra_pipe.probe(self._run, tests, name="later", model=self.given.model, loss=losses)
             hydra_pipe.reduce(self._run, method=self._method, test="later")

@@ -1,4 +1,6 @@
-"""LogIX (package logix-ai): `LogIXScheduler` over the training samples, then `compute_influence_all`."""
+"""LogIX (package logix-ai): `LogIXScheduler` over the training samples, then
+`compute_influence_all`.
+"""
 
 import os
 from collections.abc import Sequence
@@ -51,7 +53,8 @@ class Logged(Method):
         self._logix.setup({"grad": [Log]})
         self._logix.eval()
         (x, y), n_train = tests.tensors, len(self.given.train)
-        # all at once: each call of EK-FAC adds the damping to the eigenvalues that it keeps, once more
+        # all at once: each call of EK-FAC adds the damping to the eigenvalues that it keeps, once
+        # more
         self._log(x, y, [f"test {row}" for row in range(len(x))])
         found = self._logix.compute_influence_all(
             self._logix.get_log(), self._logix.build_log_dataloader(), damping=self._damping

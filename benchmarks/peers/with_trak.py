@@ -1,4 +1,6 @@
-"""TRAK (package traker): `featurize`, `finalize_features`, `score`, `finalize_scores`, with the projector that it has for a CPU."""
+"""TRAK (package traker): `featurize`, `finalize_features`, `score`, `finalize_scores`, with the
+projector that it has for a CPU.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from trak.modelout_functions import AbstractModelOutput
 
 
 class Passage(AbstractModelOutput):  # type: ignore[misc] # no stubs
-    """Margin of a passage's mean log-probability; of pictures "image_classification" is what the package has."""
+    """Margin of a passage's mean log-probability; of pictures "image_classification" is what the
+    package has.
+    """
 
     def __init__(self) -> None:
         """There is nothing to keep; the base class has it abstract."""

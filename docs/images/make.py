@@ -28,7 +28,9 @@ def demo_report(run: Path) -> Path:
 
 
 def picture(page: Page, first: str, last: str) -> Image.Image:
-    """The page from the top of element `first` to the bottom of element `last`, as CSS selectors name them."""
+    """The page from the top of element `first` to the bottom of element `last`, as CSS selectors
+    name them.
+    """
     top, bottom = page.locator(first).first.bounding_box(), page.locator(last).first.bounding_box()
     if top is None or bottom is None:
         raise LookupError(f"the report page has no {first} or no {last}")

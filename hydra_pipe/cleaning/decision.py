@@ -61,7 +61,8 @@ class Cut:
         n = self.lowest if self.lowest is not None else int((own < self.below(own)).sum())
         if n >= len(scores):
             raise UsageError(
-                f"--lowest {n}: there are {len(scores)} training samples, and some must stay: give fewer"
+                f"--lowest {n}: there are {len(scores)} training samples, and some must stay: "
+                "give fewer"
             )
         return order[:n]
 
@@ -125,8 +126,14 @@ def reasons(
     for sample, label in zip(ids, suggested, strict=True):
         side = "below" if scores[sample] < 0 else "above"
         others = "all samples" if labels is None else f"the samples labelled {labels[sample]}"
-        text = f"{what} {sums[sample]:.4g}: {abs(scores[sample]):.1f} robust standard deviations {side} the median of {others}"
+        text = (
+            f"{what} {sums[sample]:.4g}: {abs(scores[sample]):.1f} robust standard deviations "
+            f"{side} the median of {others}"
+        )
         if label is not None:
-            text += f"; of the other classes it harms tests of {label} most, at least {CLEAR:g} times as much as the next"
+            text += (
+                f"; of the other classes it harms tests of {label} most, at least {CLEAR:g} "
+                "times as much as the next"
+            )
         found.append(text)
     return found

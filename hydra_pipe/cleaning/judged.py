@@ -23,7 +23,8 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     asked = "unless --lowest or --threshold asks for them"
     if n_tests < FEWEST_TESTS:
         return np.ones(n_samples, bool), [
-            f"there is one test sample: which training samples serve it says little of which labels are wrong, and none is "
+            "there is one test sample: which training samples serve it says little of which "
+            "labels are wrong, and none is "
             f"proposed {asked}; record with more test samples"
         ]
     of_tests = found.tested.labels(found.gradients)
@@ -37,6 +38,7 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     listed = ", ".join(map(str, lacking[:_LISTED])) + (" ..." if len(lacking) > _LISTED else "")
     n = int(of_lacking.sum())
     return of_lacking, [
-        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing is told, and none is proposed "
+        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing "
+        "is told, and none is proposed "
         f"{asked}; record test samples of every label"
     ]

@@ -40,7 +40,10 @@ ALL, PROPOSED, RANDOM, WRONG = (
     "without the wrong labels",
 )
 _SEED = 0x636C65
-_ADVICE = "--retrain trains again, and needs that. Give it as hydra_pipe.clean(run, retrain=True, pipeline=...), newly built"
+_ADVICE = (
+    "--retrain trains again, and needs that. Give it as hydra_pipe.clean(run, retrain=True, "
+    "pipeline=...), newly built"
+)
 Row = dict[str, Any]
 
 
@@ -103,7 +106,8 @@ def folds_of(
         folds = [Fold(half, ids[~half]), Fold(~half, ids[half])]
         return (
             folds,
-            "each half of the tests measures what the relevance to the other half has left out, by the same rule",
+            "each half of the tests measures what the relevance to the other half has left out, "
+            "by the same rule",
         )
     others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
     if len(others):
@@ -112,10 +116,12 @@ def folds_of(
         ], f"measured on the {len(others):,} tests that the relevance is not of"
     if columns.by is None:
         return [Fold(everything, np.arange(n_tests))], (
-            "NOT independent: there is one test sample, which has also chosen what is left out: what is gained tells nothing"
+            "NOT independent: there is one test sample, which has also chosen what is left out: "
+            "what is gained tells nothing"
         )
     return [Fold(everything, np.arange(n_tests))], (
-        "NOT independent: a mean over the tests cannot be split, so that these tests have also chosen what is left out, and what "
+        "NOT independent: a mean over the tests cannot be split, so that these tests have also "
+        "chosen what is left out, and what "
         "is gained is too good; reduce without --mean or --by to measure it on tests that have not"
     )
 
@@ -215,8 +221,10 @@ def _known_in_words(known: dict[str, Any]) -> list[str]:
     if known["precision"] is None or known["recall"] is None:
         return [f"by the pipeline's true labels {known['wrong']:,} labels are wrong"]
     return [
-        f"by the pipeline's true labels {known['found']:,} of the proposed are wrong: precision {known['precision']:.3f} (by "
-        f"chance {known['by_chance']:.3f}), recall {known['recall']:.3f} of {known['wrong']:,}; of {known['suggested']:,} "
+        f"by the pipeline's true labels {known['found']:,} of the proposed are wrong: precision "
+        f"{known['precision']:.3f} (by "
+        f"chance {known['by_chance']:.3f}), recall {known['recall']:.3f} of {known['wrong']:,}; "
+        f"of {known['suggested']:,} "
         f"suggested labels {known['suggested_right']:,} are right"
     ]
 
@@ -250,7 +258,8 @@ def _says(
     n_tests = sum(len(fold.tests) for fold in folds)
     says = [
         f"{how}; left_out: mean over the {len(folds)} halves" if len(folds) > 1 else how,
-        f"{n_tests:,} tests, {seeds} {'seeds' if seeds > 1 else 'seed'}; intervals of 95 % by drawing seeds and tests anew, 2,000 "
+        f"{n_tests:,} tests, {seeds} {'seeds' if seeds > 1 else 'seed'}; intervals of 95 % by "
+        "drawing seeds and tests anew, 2,000 "
         f"times; changes are against all samples, test by test",
     ]
     if seeds == 1:
@@ -263,6 +272,7 @@ def _says(
     elif not np.isnan(change).any():
         low, high = crossed_interval(change)
         says.append(
-            f"accuracy without the proposed, less that without as many at random: {change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+            "accuracy without the proposed, less that without as many at random: "
+            f"{change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
         )
     return says

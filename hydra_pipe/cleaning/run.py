@@ -175,7 +175,8 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
         )
     if retrain and ResultName.parse(method).test is not None:
         raise UsageError(
-            f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: leave it out"
+            f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: "
+            "leave it out"
         )
     if not retrain and (seeds is not None or pipeline is not None):
         raise UsageError(
@@ -294,9 +295,11 @@ def proposed(directory: RunDirectory, method: str, cut: Cut, progress: Progress)
     else:
         asked = f"those below {below:.3g}{' (fitted)' if cut.threshold is None else ''}"
     says = [
-        f"{len(ids):,} of {len(sums):,} training samples are proposed: {asked} by {what} ({method}), in robust standard deviations "
+        f"{len(ids):,} of {len(sums):,} training samples are proposed: {asked} by {what} "
+        f"({method}), in robust standard deviations "
         f"from the median of {held}",
-        f"{sum(given):,} to relabel (one other class is harmed {CLEAR:g} times as much as any), {len(ids) - sum(given):,} to drop, "
+        f"{sum(given):,} to relabel (one other class is harmed {CLEAR:g} times as much as any), "
+        f"{len(ids) - sum(given):,} to drop, "
         f"or to look at",
         *caveats,
     ]
@@ -323,7 +326,8 @@ def check_finite(sums: NDArray[np.float64], method: str) -> None:
     strange = int((~np.isfinite(sums)).sum())
     if strange:
         raise NonFiniteError(
-            f"relevance {method} of {strange:,} of {sums.shape[-1]:,} training samples is infinite or not a number: nothing can be "
+            f"relevance {method} of {strange:,} of {sums.shape[-1]:,} training samples is "
+            "infinite or not a number: nothing can be "
             f"told from it, choose another method"
         )
 

@@ -18,7 +18,8 @@ SHOWN = 10
 
 app = typer.Typer(
     name="hydra-pipe",
-    help="Which training samples made a prediction: record a PyTorch run, reduce it out of core, rank its data.\n\n"
+    help="Which training samples made a prediction: record a PyTorch run, reduce it out of core, "
+    "rank its data.\n\n"
     "Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1",
     no_args_is_help=True,
     add_completion=False,
@@ -57,14 +58,16 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="float16|int8|float32",
-        help="of the rows; if not given: float16, or int8 with twice --dim columns where auto would lose more with --dim",
+        help="of the rows; if not given: float16, or int8 with twice --dim columns where auto "
+        "would lose more with --dim",
     ),
 ]
 CheckpointEvery = Annotated[
     str | None,
     typer.Option(
         metavar="STEPS|TIME",
-        help="between checkpoints, such as 500 or 10min; if not given: a minute, or 40 times as long as one takes",
+        help="between checkpoints, such as 500 or 10min; if not given: a minute, or 40 times as "
+        "long as one takes",
     ),
 ]
 TestEvery = Annotated[
@@ -78,14 +81,17 @@ Upto = Annotated[
     int | None,
     typer.Option(
         metavar="STEP",
-        help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record --test-every)",
+        help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record "
+        "--test-every)",
     ),
 ]
 Method = Annotated[
     str,
     typer.Option(
-        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, trained again; tracin, grad-dot, "
-        "grad-cos or influence, to compare; self, of training samples for themselves (docs/methods.md)"
+        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, "
+        "trained again; tracin, grad-dot, "
+        "grad-cos or influence, to compare; self, of training samples for themselves "
+        "(docs/methods.md)"
     ),
 ]
 Rank = Annotated[
@@ -149,8 +155,10 @@ Keep = Annotated[
     bool,
     typer.Option(
         "--keep-hypergradients",
-        help="hydra, hydra-fisher: also keep what answers other test samples later, by one product and without the rows: sums of "
-        "rows by sample, or a sweep of every feature or sample, which costs that of as many tests (see --dry-run)",
+        help="hydra, hydra-fisher: also keep what answers other test samples later, by one "
+        "product and without the rows: sums of "
+        "rows by sample, or a sweep of every feature or sample, which costs that of as many "
+        "tests (see --dry-run)",
     ),
 ]
 DryRun = Annotated[
@@ -163,7 +171,8 @@ Scheduler = Annotated[
     str,
     typer.Option(
         metavar="threads|processes|ADDRESS",
-        help="threads or processes, one for each core of this machine; or a Dask scheduler elsewhere, such as tcp://host:8786 "
+        help="threads or processes, one for each core of this machine; or a Dask scheduler "
+        "elsewhere, such as tcp://host:8786 "
         "(docs/cluster.md)",
     ),
 ]
@@ -189,7 +198,8 @@ Repair = Annotated[
     bool,
     typer.Option(
         "--repair",
-        help="set the run back to its last good state: keep what is whole, say what must be computed again",
+        help="set the run back to its last good state: keep what is whole, say what must be "
+        "computed again",
     ),
 ]
 Kind = Annotated[
@@ -225,7 +235,8 @@ LeftOut = Annotated[
     str | None,
     typer.Option(
         metavar="SHARES",
-        help="noise: of the number of wrong labels, how many to train without; 0: none; if not given: 0.5,1,2",
+        help="noise: of the number of wrong labels, how many to train without; 0: none; if not "
+        "given: 0.5,1,2",
     ),
 ]
 Lowest = Annotated[int | None, typer.Option(metavar="K", help="propose so many")]
@@ -233,14 +244,16 @@ Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="propose what scores below X, in robust standard deviations from the samples with the same label; if neither: fitted",
+        help="propose what scores below X, in robust standard deviations from the samples with "
+        "the same label; if neither: fitted",
     ),
 ]
 Retrain = Annotated[
     bool,
     typer.Option(
         "--retrain",
-        help="train again with all samples, without the proposed and without as many at random: accuracy and loss",
+        help="train again with all samples, without the proposed and without as many at random: "
+        "accuracy and loss",
     ),
 ]
 CleanSeeds = Annotated[
@@ -261,7 +274,8 @@ DiscardUnfinished = Annotated[
     bool,
     typer.Option(
         "--discard-unfinished",
-        help="where keeping some hypergradients was interrupted, and others are kept: discard the former",
+        help="where keeping some hypergradients was interrupted, and others are kept: discard "
+        "the former",
     ),
 ]
 Overwrite = Annotated[
@@ -346,7 +360,8 @@ def reduce(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Reduce a recording, out of core, to the relevance of each training sample for each test sample.
+    """Reduce a recording, out of core, to the relevance of each training sample for each test
+    sample.
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
@@ -376,7 +391,10 @@ def reduce(
     which = "" if str(result) == DEFAULT_METHOD else f" --method {result}"
     if result.is_of_itself:
         whose = ResultName(DEFAULT_METHOD, upto=upto)
-        which = f" --method {whose}, or of another method: the column self_relevance of its samples.parquet"
+        which = (
+            f" --method {whose}, or of another method: the column self_relevance of its "
+            "samples.parquet"
+        )
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
 
@@ -431,7 +449,8 @@ def report(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a reduced run: predictions, the training samples that made them, and those to check first.
+    """Write one HTML page about a reduced run: predictions, the training samples that made them,
+    and those to check first.
 
     Samples are drawn by the pipeline that was recorded, which is built again.
 
@@ -469,7 +488,8 @@ def clean(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Propose training samples to relabel or drop, by their relevance, and see what training without them comes to.
+    """Propose training samples to relabel or drop, by their relevance, and see what training
+    without them comes to.
 
     Killed or interrupted, the same command goes on with the retrainings that are not done yet.
 
@@ -497,7 +517,8 @@ def clean(
     )
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and summary.json: {place}")
     print(
-        f"to train on the rest: torch.utils.data.Subset(train, [int(i) for i in open('{place}/keep.txt')])"
+        "to train on the rest: torch.utils.data.Subset(train, [int(i) for i in "
+        f"open('{place}/keep.txt')])"
     )
 
 
@@ -552,7 +573,8 @@ def probe(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Take the test gradients of new inputs on a finished run: reduce, export and report --test NAME then answer for these.
+    """Take the test gradients of new inputs on a finished run: reduce, export and report --test
+    NAME then answer for these.
 
     Example: hydra-pipe probe runs/digits mistakes.py:wrong --name wrong --set day=monday
     """
@@ -586,7 +608,8 @@ def evaluate(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Hold relevance against the truth: train again without some of the samples, and see how well it was predicted.
+    """Hold relevance against the truth: train again without some of the samples, and see how well
+    it was predicted.
 
     Killed or interrupted, the same command goes on with the retrainings that are not done yet.
 
@@ -639,7 +662,9 @@ def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
 @app.command()
 @explained
 def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Debug = False) -> None:
-    """Read everything in a run and find what is not as it was written. Exit code 1 if anything is off.
+    """Read everything in a run and find what is not as it was written.
+
+    Exit code 1 if anything is off.
 
     Example: hydra-pipe verify runs/digits --repair
     """
@@ -671,9 +696,11 @@ def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Deb
 def prune(
     run: RunPath, discard_unfinished: DiscardUnfinished = False, debug: Debug = False
 ) -> None:
-    """Delete the recorded rows of a run that keeps its hypergradients, once these have been read and checked.
+    """Delete the recorded rows of a run that keeps its hypergradients, once these have been read
+    and checked.
 
-    Test samples are still answered by the methods whose hypergradients are kept, and by hydra-exact. Other methods need the rows.
+    Test samples are still answered by the methods whose hypergradients are kept, and by
+    hydra-exact. Other methods need the rows.
 
     Example: hydra-pipe prune runs/digits, after hydra-pipe reduce runs/digits --keep-hypergradients
     """

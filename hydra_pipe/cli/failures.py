@@ -14,7 +14,10 @@ from hydra_pipe.errors import HydraError, RecordWarning, UserCodeError, printabl
 _ADVICE = {
     errno.ENOSPC: "make room on the disk and run the same command again",
     errno.EDQUOT: "make room in your quota and run the same command again",
-    errno.EIO: "the disk, or the way to it, is faulty: mend it, or name a run directory elsewhere, and run the same command again",
+    errno.EIO: (
+        "the disk, or the way to it, is faulty: mend it, or name a run directory elsewhere, and "
+        "run the same command again"
+    ),
     errno.EROFS: "the file system is read-only: name a run directory elsewhere",
     errno.EACCES: "no permission: name a run directory elsewhere, or change its permissions",
     errno.EPERM: "no permission: name a run directory elsewhere, or change its permissions",
@@ -77,7 +80,8 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return (
             1,
-            "out of memory: lower --memory, or record fewer columns with --encoding projected --dim N",
+            "out of memory: lower --memory, or record fewer columns with --encoding projected "
+            "--dim N",
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
@@ -86,16 +90,19 @@ def _told(error: BaseException) -> tuple[int, str]:
     if type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
         return (
             1,
-            f"the object store cannot be used ({_one_line(error)}): check the URL, and the credentials in the environment",
+            f"the object store cannot be used ({_one_line(error)}): check the URL, and the "
+            "credentials in the environment",
         )
     if isinstance(error, OSError):  # from a package that gives no errno
         return (
             1,
-            f"{_one_line(error)}: see to the disk or the connection, and run the same command again",
+            f"{_one_line(error)}: see to the disk or the connection, and run the same command "
+            "again",
         )
     return (
         1,
-        f"{type(error).__name__}: {_one_line(error)}: this is a defect of hydra-pipe, please report what --debug prints",
+        f"{type(error).__name__}: {_one_line(error)}: this is a defect of hydra-pipe, please "
+        "report what --debug prints",
     )
 
 

@@ -30,7 +30,8 @@ def show_info(info: dict[str, Any]) -> None:
         print(f"encoding: {_encodings(recording['blocks'])}")
     total = sum(info["bytes"].values())
     print(
-        f"on disk: {format_bytes(total)}: {', '.join(f'{name} {format_bytes(n)}' for name, n in info['bytes'].items())}"
+        f"on disk: {format_bytes(total)}: "
+        f"{', '.join(f'{name} {format_bytes(n)}' for name, n in info['bytes'].items())}"
     )
     settings = info["stages"].get("record", {}).get("settings", {})
     print(f"settings: {settings_line(settings)}")

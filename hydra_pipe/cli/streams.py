@@ -59,7 +59,8 @@ def _flush() -> None:
             if not isinstance(error, BrokenPipeError):
                 with suppress(OSError):
                     print(
-                        f"hydra-pipe: the output cannot be written ({error.strerror}); what was done is kept",
+                        f"hydra-pipe: the output cannot be written ({error.strerror}); what was "
+                        "done is kept",
                         file=sys.stderr,
                     )
                 sys.exit(1)

@@ -98,7 +98,8 @@ class Approximation(Evaluator):
             row["wrong_signs"] = float((found * truth < 0).mean())
             rows.append(row | with_interval("spearman", spearmans(found, truth)))
         says = [
-            f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: over samples, {INTERVAL}"
+            f"against {EXACT} after as many steps; wrong_signs: share of all pairs; spearman: "
+            f"over samples, {INTERVAL}"
         ]
         says += [f"more to compare: run {command}" for command in missing(subject)]
         return Result(rows, {"n_tests": subject.n_tests}, says, _plot(rows))

@@ -90,7 +90,8 @@ class DatamodelScore(Evaluator):
         finite = np.isfinite(losses).all(axis=1)
         if finite.sum() < _FEWEST:
             raise NonFiniteError(
-                f"{(~finite).sum()} of {retrainings} retrainings diverged: nothing can be told of a training as unstable as this"
+                f"{(~finite).sum()} of {retrainings} retrainings diverged: nothing can be told "
+                "of a training as unstable as this"
             )
         kept = weights(0, retrainings)[finite].astype(np.float64)
         rows: list[Row] = []
@@ -99,7 +100,8 @@ class DatamodelScore(Evaluator):
             rows.append({"method": name} | with_interval("lds", per_test))
         rows.sort(key=lambda row: -row["lds"])
         says = [
-            f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean over those kept), {INTERVAL}",
+            f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean "
+            f"over those kept), {INTERVAL}",
             *_diverged(finite),
         ]
         summary = {

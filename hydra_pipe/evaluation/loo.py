@@ -40,7 +40,8 @@ class LeaveOneOut(Evaluator):
             spans = parse_selection(options.samples, subject.n_samples, "--samples")
         elif subject.n_samples > MOST_LEFT_OUT:
             progress.say(
-                f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; --samples chooses others"
+                f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; "
+                "--samples chooses others"
             )
         return {"samples": write_selection(spans)}
 
@@ -70,18 +71,21 @@ class LeaveOneOut(Evaluator):
         truth = losses[1:] - losses[0]
         rows = compared(relevance, ids, truth)
         says = [
-            f"spearman: of relevance and the change of the loss, over {len(ids)} samples left out one at a time, {INTERVAL}",
+            f"spearman: of relevance and the change of the loss, over {len(ids)} samples left "
+            f"out one at a time, {INTERVAL}",
             "norm: of relevance over that of the change; 1 is right",
         ]
         finite = np.isfinite(truth).all(axis=1)
         if finite.sum() < FEWEST:
             says.append(
-                f"Spearman's correlation over {finite.sum()} samples tells nothing, and is left out: "
+                f"Spearman's correlation over {finite.sum()} samples tells nothing, and is left "
+                "out: "
                 f"leave out {FEWEST} or more, by --samples"
             )
         if not rows:
             says = [
-                f"there is no relevance to compare with: hydra-pipe reduce {subject.run.path} --method hydra-fisher computes one"
+                f"there is no relevance to compare with: hydra-pipe reduce {subject.run.path} "
+                "--method hydra-fisher computes one"
             ]
         if not finite.all():
             says.append(f"{(~finite).sum()} retrainings diverged, and are not compared")

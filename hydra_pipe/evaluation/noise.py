@@ -54,7 +54,8 @@ def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
     wrong = np.asarray(subject.sample_labels() != subject.true_labels(), bool)
     if wrong.all() or not wrong.any():
         raise PipelineError(
-            f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be some of either kind"
+            f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be "
+            "some of either kind"
         )
     return wrong
 
@@ -79,7 +80,8 @@ def parse_left_out(given: str | None) -> tuple[float, ...]:
         return ()
     if not all(0.0 < share < math.inf for share in shares):
         raise UsageError(
-            f"--left-out {shown(given)}: give shares of the number of wrong labels, such as 0.5,1,2, or 0 for none"
+            f"--left-out {shown(given)}: give shares of the number of wrong labels, such as "
+            "0.5,1,2, or 0 for none"
         )
     return tuple(shares)
 
@@ -168,8 +170,10 @@ class WrongLabels(Evaluator):
         rows = [_row(order, wrong) | _without(own, sizes) for order, own in by_order]
         rows = sorted(rows[:n], key=lambda row: -row["roc_auc"]) + rows[n:]
         says += [
-            f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of a ranking: without_K",
-            f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than {n_wrong} to leave out",
+            f"accuracy with all samples {hits[0]:.3f}, and trained again without the first K of "
+            "a ranking: without_K",
+            f"random: mean of {RANDOM_DRAWS} draws; the wrong ones: there are no more than "
+            f"{n_wrong} to leave out",
         ]
         summary: dict[str, Any] = {"wrong": n_wrong, "accuracy": _plain(hits[0])}
         return Result(rows, summary, says, _plot(rows, sizes, float(hits[0])))

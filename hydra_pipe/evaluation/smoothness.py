@@ -96,7 +96,8 @@ class Smoothness(Evaluator):
         says = [
             f"agreement: Spearman over {DIRECTIONS} halves of the change at this step with that of "
             f"leaving the half out, {INTERVAL}",
-            f"lds to expect: {expected:.2f} of hydra-exact, {found.ceiling:.2f} at most of any method (ceiling)",
+            f"lds to expect: {expected:.2f} of hydra-exact, {found.ceiling:.2f} at most of any "
+            "method (ceiling)",
             found.verdict,
         ]
         return Result(found.rows, summary, says, _plot(found.rows))
@@ -119,14 +120,20 @@ class Measured:
     @property
     def verdict(self) -> str:
         if self.agreement >= EXACT_AGREEMENT:
-            return "trust exact: what a small change of the weights does tells what leaving out half of the data does"
+            return (
+                "trust exact: what a small change of the weights does tells what leaving out "
+                "half of the data does"
+            )
         if self.ceiling >= FISHER_CEILING:
             return (
-                "trust fisher: the derivative tells little of what leaving out half of the data does, but that is nearly a sum "
-                "over samples: hydra-fisher, whose curvature is smoother, predicts it better than hydra-exact"
+                "trust fisher: the derivative tells little of what leaving out half of the data "
+                "does, but that is nearly a sum "
+                "over samples: hydra-fisher, whose curvature is smoother, predicts it better "
+                "than hydra-exact"
             )
         return (
-            "trust neither: what leaving out half of the data does is no sum over samples: train more smoothly (a lower learning "
+            "trust neither: what leaving out half of the data does is no sum over samples: train "
+            "more smoothly (a lower learning "
             "rate or momentum, fewer epochs), or use rankings to find wrong labels only"
         )
 

@@ -128,7 +128,8 @@ def check_ranks(method: str) -> None:
     """
     if ResultName.parse(method).is_of_itself:
         raise UsageError(
-            f"--method {method} ranks nothing: it is the column self_relevance of other methods' samples.parquet"
+            f"--method {method} ranks nothing: it is the column self_relevance of other methods' "
+            "samples.parquet"
         )
 
 

@@ -120,10 +120,9 @@ def totals_of(directory: RunDirectory, source: ExportSource, progress: Progress)
     """
     method = source.method
     if _exported(directory, method):
-        known = source.train_labels is not None and source.test_labels is not None
-        pairs = (
-            len(np.unique(source.train_labels)) * len(np.unique(source.test_labels)) if known else 0
-        )  # type: ignore[arg-type]
+        pairs = 0
+        if source.train_labels is not None and source.test_labels is not None:
+            pairs = len(np.unique(source.train_labels)) * len(np.unique(source.test_labels))
         samples = rankings.samples_schema(source.train_type, source.meta)
         classes = rankings.classes_schema(source.train_type, source.test_type, source.meta)
         return Totals(

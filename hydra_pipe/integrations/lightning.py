@@ -45,8 +45,8 @@ _ONE_LOADER = "give the trainer one torch DataLoader over a map-style dataset"
 class HydraCallback(Callback):
     """Records the training of a `lightning.Trainer`::
 
-        trainer = Trainer(max_epochs=5, callbacks=[HydraCallback("runs/mine", test_dataset, test_loss)])
-        trainer.fit(module, train_loader)
+        trainer = Trainer(max_epochs=5, callbacks=[HydraCallback("runs/mine", test_dataset,
+        test_loss)]) trainer.fit(module, train_loader)
 
     Then run `hydra-pipe reduce runs/mine`. Training is not changed: the weights are those without
     the callback, bit for bit. A sample's id is its index in the dataset of the train dataloader.
@@ -103,7 +103,8 @@ class HydraCallback(Callback):
     ) -> None:
         if (test_dataset is None) != (test_loss is None):
             raise UsageError(
-                "give HydraCallback a test_dataset and a test_loss, or none of them, and test gradients by probe later"
+                "give HydraCallback a test_dataset and a test_loss, or none of them, and test "
+                "gradients by probe later"
             )
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
@@ -255,7 +256,8 @@ class _TrainBatches:
         loaders = tree_leaves(self._trainer.train_dataloader)
         if self._newest is None or len(loaders) != 1:
             raise UsageError(
-                f"the trainer has {len(loaders)} train dataloaders, whose samples have no one number: {_ONE_LOADER}"
+                f"the trainer has {len(loaders)} train dataloaders, whose samples have no one "
+                f"number: {_ONE_LOADER}"
             )
         return self._newest
 
@@ -312,7 +314,8 @@ class _Session:
                 else loaded[_WITHOUT]
             )
             raise RecordError(
-                f"the training goes on at step {self._trainer.global_step}, from a checkpoint that was made {made}: train from the "
+                f"the training goes on at step {self._trainer.global_step}, from a checkpoint "
+                f"that was made {made}: train from the "
                 f"beginning, or from another checkpoint"
             )
         self.recorder.load_state_dict(loaded[_STATE])
@@ -368,7 +371,8 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
     """
     if not isinstance(trainer, Trainer):
         raise UsageError(
-            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of lightning.pytorch, and not of the "
+            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of "
+            "lightning.pytorch, and not of the "
             f"package pytorch_lightning"
         )
     strategy = trainer.strategy
@@ -376,33 +380,40 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
         strategy, DeepSpeedStrategy
     ):
         raise UsageError(
-            f"{type(strategy).__name__} hides the samples' gradients, and is not recorded: train on one device, or with "
+            f"{type(strategy).__name__} hides the samples' gradients, and is not recorded: train "
+            "on one device, or with "
             f'strategy="ddp"'
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise UsageError(
-            'gradient_clip_algorithm="value" changes each element of the gradient by itself, so that no share of it is a '
+            'gradient_clip_algorithm="value" changes each element of the gradient by itself, so '
+            "that no share of it is a "
             'sample\'s: clip by "norm"'
         )
     if not module.automatic_optimization:
         raise UsageError(
-            f"{type(module).__name__} has automatic_optimization=False, so that its steps are its own, with one optimizer or "
-            f"several: optimize automatically, or record with hydra_pipe.Recorder in its training_step"
+            f"{type(module).__name__} has automatic_optimization=False, so that its steps are "
+            "its own, with one optimizer or "
+            "several: optimize automatically, or record with hydra_pipe.Recorder in its "
+            "training_step"
         )
     if module._compiler_ctx is not None or any(
         isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
         for part in module.modules()
     ):
         raise UsageError(
-            f"{type(module).__name__} is compiled, which hides the samples' gradients: train it as it is"
+            f"{type(module).__name__} is compiled, which hides the samples' gradients: train it "
+            "as it is"
         )
     if tested and type(module).forward is LightningModule.forward:
         raise UsageError(
-            f"{type(module).__name__} has no forward, with which the test samples would be predicted: define forward(self, inputs)"
+            f"{type(module).__name__} has no forward, with which the test samples would be "
+            "predicted: define forward(self, inputs)"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise UsageError(
-            f"{type(module).__name__}.training_step takes the dataloader's iterator, and draws batches itself: let it take a batch"
+            f"{type(module).__name__}.training_step takes the dataloader's iterator, and draws "
+            "batches itself: let it take a batch"
         )
 
 

@@ -68,7 +68,8 @@ def checked_batch(batch: Any) -> MutableMapping[str, Any]:
     """Return `batch`, which must be a mapping. Raises: DataError."""
     if not isinstance(batch, MutableMapping):
         raise DataError(
-            f"the data collator returned {type(batch).__name__}, and its samples cannot be told: return a mapping of what the "
+            f"the data collator returned {type(batch).__name__}, and its samples cannot be told: "
+            "return a mapping of what the "
             f"model is called with"
         )
     return batch
@@ -95,7 +96,8 @@ def named_batches(loader: DataLoader[Any]) -> Any:
         return dataset.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise RecordError(
-            f"{type(dataset).__name__} is an iterable dataset, whose samples have no numbers: train on a map-style dataset"
+            f"{type(dataset).__name__} is an iterable dataset, whose samples have no numbers: "
+            "train on a map-style dataset"
         )
     own.__dict__["dataset"] = NamedDataset(dataset)  # DataLoader forbids setting the attribute
     own.collate_fn = NamingCollator(own.collate_fn)

@@ -28,11 +28,13 @@ def refuse_training_arguments(args: Any) -> None:
         ),
         (
             "padding_free",
-            "puts the batch's samples into one sequence, whose gradient cannot be split between them",
+            "puts the batch's samples into one sequence, whose gradient cannot be split between "
+            "them",
         ),
         (
             "use_liger_kernel",
-            "takes the loss from the weight of the head without calling the head, where no hook sees it",
+            "takes the loss from the weight of the head without calling the head, where no hook "
+            "sees it",
         ),
     ):
         if getattr(args, option, False):
@@ -43,19 +45,23 @@ def refuse_training_arguments(args: Any) -> None:
     }
     if sharded := [n for n, size in sizes.items() if isinstance(size, int) and size > 1]:
         raise UsageError(
-            f"parallelism_config has {sharded[0]}={sizes[sharded[0]]}, which shards the model: {TRAIN_UNSHARDED}"
+            f"parallelism_config has {sharded[0]}={sizes[sharded[0]]}, which shards the model: "
+            f"{TRAIN_UNSHARDED}"
         )
     kind = next((t for t in type(args).__mro__ if t.__module__.partition(".")[0] == "trl"), None)
     if kind is None:
         return
     if kind.__name__ not in ("SFTConfig", "PRMConfig"):
         raise UsageError(
-            f"the trainer of {kind.__name__} puts its batches together itself (pairs, generated texts, a reference model), and "
-            f"their samples cannot be told: write the loop with hydra_pipe.Recorder, a pair being one sample"
+            f"the trainer of {kind.__name__} puts its batches together itself (pairs, generated "
+            "texts, a reference model), and "
+            "their samples cannot be told: write the loop with hydra_pipe.Recorder, a pair "
+            "being one sample"
         )
     if hasattr(args, "loss_type") and args.loss_type in (None, "chunked_nll"):
         raise UsageError(
-            f"loss_type={args.loss_type!r} of {kind.__name__} takes the loss from the weight of the head in chunks, without "
+            f"loss_type={args.loss_type!r} of {kind.__name__} takes the loss from the weight of "
+            "the head in chunks, without "
             f'calling the head, where no hook sees it: give SFTConfig(..., loss_type="nll")'
         )
 
@@ -71,7 +77,9 @@ def unnamed_pass(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """
     given = ", ".join(f"{name}=" for name in inputs) or "unnamed arguments only"
     return (
-        f"the trainer called {type(model).__name__} with {given}, without the ids of its samples, which the batch holds: let "
-        f"compute_loss call model(**inputs) with the whole batch (take labels out of a copy first if need be), and name a batch of "
+        f"the trainer called {type(model).__name__} with {given}, without the ids of its "
+        "samples, which the batch holds: let "
+        "compute_loss call model(**inputs) with the whole batch (take labels out of a copy "
+        "first if need be), and name a batch of "
         f"its own making by callback.recorder.next_batch(ids)"
     )

@@ -55,8 +55,8 @@ _LABELS = ("labels", "label", "label_ids")
 class HydraCallback(TrainerCallback, ExportableState):
     """Records the training of a `transformers.Trainer`::
 
-        trainer = Trainer(model, args, train_dataset=train, callbacks=[HydraCallback("runs/sst2", test_dataset)])
-        trainer.train()
+        trainer = Trainer(model, args, train_dataset=train, callbacks=[HydraCallback("runs/sst2",
+        test_dataset)]) trainer.train()
 
     Then run `hydra-pipe reduce runs/sst2`. Training is not changed: the weights are those without
     the callback, bit for bit. A sample's id is its index in the training set. Each optimizer step
@@ -109,7 +109,8 @@ class HydraCallback(TrainerCallback, ExportableState):
         if run is None:
             # To restore callbacks, the trainer constructs them anew without their arguments.
             raise UsageError(
-                "HydraCallback needs a run; leave restore_callback_states_from_checkpoint at False: it goes on "
+                "HydraCallback needs a run; leave restore_callback_states_from_checkpoint at "
+                "False: it goes on "
                 "from the trainer's checkpoint without"
             )
         if test_dataset is not None and not len(test_dataset):
@@ -298,7 +299,8 @@ class _Session:
         found = kept.get(_ATTRIBUTES, {}).get(_STATE) if isinstance(kept, Mapping) else None
         if found is None:
             raise RecordError(
-                f"the checkpoint of step {state.global_step} was made without {name}, so that the steps before it were not "
+                f"the checkpoint of step {state.global_step} was made without {name}, so that "
+                "the steps before it were not "
                 f"recorded: train from the beginning, or from a checkpoint that was made with it"
             )
         self.recorder.load_state_dict(found)
@@ -315,8 +317,10 @@ class _Session:
         if self._kept is None or self._kept[0] != self.recorder.n_steps:
             if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise RecordError(
-                    "a checkpoint is made that was not announced when the step ended, and the other processes have not put the "
-                    "recording down: give HydraCallback after the callbacks that ask for checkpoints"
+                    "a checkpoint is made that was not announced when the step ended, and the "
+                    "other processes have not put the "
+                    "recording down: give HydraCallback after the callbacks that ask for "
+                    "checkpoints"
                 )
             self.keep()
         assert self._kept is not None
@@ -390,13 +394,15 @@ class _Session:
             labels = [batch[name] for name in names if batch[name] is not None]
             if not labels:
                 raise DataError(
-                    f"test sample {i} has no labels, by which its loss would be taken: it has {', '.join(batch)}"
+                    f"test sample {i} has no labels, by which its loss would be taken: it has "
+                    f"{', '.join(batch)}"
                 )
             if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
                 refused = [name for name in names if name not in takes]
                 if refused and loss is None:
                     raise DataError(
-                        f"{type(model).__name__}.forward takes no {refused[0]}, and returns no loss: give HydraCallback(..., "
+                        f"{type(model).__name__}.forward takes no {refused[0]}, and returns no "
+                        "loss: give HydraCallback(..., "
                         f"test_loss=...), (output, labels) -> one loss per sample"
                     )
                 batch = {name: values for name, values in batch.items() if name not in refused}
@@ -469,7 +475,8 @@ def _models_own(output: Any, _: Any) -> Tensor:
     )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise DataError(
-            "the model returns no loss: give HydraCallback(..., test_loss=...), (output, labels) -> one loss per sample"
+            "the model returns no loss: give HydraCallback(..., test_loss=...), (output, labels) "
+            "-> one loss per sample"
         )
     return loss.reshape(1)
 
@@ -485,7 +492,8 @@ def _refuse_what_cannot_be(args: TrainingArguments) -> None:
     for option, is_set in refused.items():
         if is_set:
             raise UsageError(
-                f"{option} hides the samples' gradients, and is not recorded: train without it, or on several GPUs by torchrun"
+                f"{option} hides the samples' gradients, and is not recorded: train without it, "
+                "or on several GPUs by torchrun"
             )
 
 

@@ -184,7 +184,8 @@ def curvature_weights(
         losses = loss(leaf, target)
         if losses.shape != (len(output),):
             raise PipelineError(
-                f"the loss has shape {tuple(losses.shape)} for a batch of {len(output)}: it must be one for each sample"
+                f"the loss has shape {tuple(losses.shape)} for a batch of {len(output)}: it must "
+                "be one for each sample"
             )
         (own,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
     squares = own.detach().double().pow(2).flatten(1).sum(1)

@@ -34,9 +34,8 @@ class Balance:
     imbalance: F64
 
 
-@np.errstate(
-    invalid="ignore", over="ignore"
-)  # a value that is not finite is over any limit: no more warning is needed
+# a value that is not finite is over any limit: no more warning is needed
+@np.errstate(invalid="ignore", over="ignore")
 def balance(
     sums: F64,
     grads: F64,

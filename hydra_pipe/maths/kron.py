@@ -68,7 +68,8 @@ class Kron:
             1 <= k_out <= outputs and 1 <= k_in <= inputs
         ):
             raise ValueError(
-                f"{name} of shape {tuple(shape)} cannot be projected from {outputs} x {inputs} to {k_out} x {k_in}"
+                f"{name} of shape {tuple(shape)} cannot be projected from {outputs} x {inputs} "
+                f"to {k_out} x {k_in}"
             )
         self.n_columns = k_out * k_in
         self._sides = sides

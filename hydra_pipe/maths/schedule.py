@@ -95,7 +95,8 @@ def _series_weights(schedule: Schedule, series: int) -> list[float]:
             continue
         d = -eta * a
         if mu == 0.0:
-            g = d  # a step without momentum neither reads nor writes the buffer: v passes through it
+            # a step without momentum neither reads nor writes the buffer: v passes through it
+            g = d
         else:
             gain = 1.0 if started else 1.0 - tau
             v = v + (mu * d if nesterov else d)

@@ -51,7 +51,8 @@ class Plots:
         source = self._results.source(method)
         if source.train_labels is None or source.test_labels is None:
             raise RunError(
-                f"{self._results.path} has no labels for method {method}: give the pipeline sample_labels and test_labels, or a "
+                f"{self._results.path} has no labels for method {method}: give the pipeline "
+                "sample_labels and test_labels, or a "
                 f"Recorder labels"
             )
         classes = self._results.totals(method, progress or Progress()).classes

@@ -90,7 +90,8 @@ class Results:
         methods = self.methods()
         if method not in methods:
             raise RunError(
-                f"{self._directory.path} has no relevance of method {method} (it has {', '.join(methods) or 'none'}): run "
+                f"{self._directory.path} has no relevance of method {method} (it has "
+                f"{', '.join(methods) or 'none'}): run "
                 f"hydra-pipe reduce {self._directory.path} --method {method} first"
             )
 

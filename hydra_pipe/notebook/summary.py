@@ -26,7 +26,8 @@ def rows_line(recording: dict[str, Any]) -> str:
     """Describe the recorded rows, from `Run.info()["recording"]`."""
     ranks = f", recorded by {recording['ranks']} processes" if recording["ranks"] > 1 else ""
     return (
-        f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) for "
+        f"{recording['rows']:,} rows of {recording['features']:,} columns ({recording['dtype']}) "
+        "for "
         f"{recording['parameters']:,} parameters, {recording['steps']:,} steps{ranks}"
     )
 
@@ -70,7 +71,8 @@ def plain(run: RunDirectory, methods: list[str]) -> str:
 def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
     """Return the summary, with every word of the run escaped."""
     lines = [
-        f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run {_text(run.run_id)}</span></div>"
+        f"<div><b>{_text(str(run.path))}</b> <span style='{_DIM}'>run "
+        f"{_text(run.run_id)}</span></div>"
     ]
     if recording is not None:
         lines.append(
@@ -83,7 +85,8 @@ def html(run: RunDirectory, recording: dict[str, Any] | None) -> str:
             for head in ("stage", "state", "size", "took")
         )
         lines.append(
-            f"<table style='border-collapse:collapse;margin:6px 0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>"
+            "<table style='border-collapse:collapse;margin:6px "
+            f"0;{_INHERITED}'><tr>{heads}</tr>{rows}</table>"
         )
     if RECORD in run.stages:
         lines.append(
@@ -104,14 +107,20 @@ def html_of_failure(run: RunDirectory, error: HydraError) -> str:
 
 
 def _boxed(lines: list[str]) -> str:
-    return f"<div style='border-left:3px solid #8888;padding:2px 0 2px 10px;line-height:1.5'>{''.join(lines)}</div>"
+    return (
+        "<div style='border-left:3px solid #8888;padding:2px 0 2px "
+        f"10px;line-height:1.5'>{''.join(lines)}</div>"
+    )
 
 
 def _counted(run: RunDirectory) -> str:
     stage = run.stages[RECORD]
     if stage.state != "complete":
         return ""
-    return f"{stage.count('n_samples'):,} training samples, {stage.count('n_tests'):,} test samples<br>"
+    return (
+        f"{stage.count('n_samples'):,} training samples, {stage.count('n_tests'):,} test "
+        "samples<br>"
+    )
 
 
 def _exactness(recording: dict[str, Any]) -> str:

@@ -30,7 +30,8 @@ def embedding_rule(
     assert isinstance(module, nn.Embedding)
     if module.scale_grad_by_freq or module.sparse:
         raise LayerError(
-            "an Embedding with scale_grad_by_freq or sparse=True cannot be recorded: make it without"
+            "an Embedding with scale_grad_by_freq or sparse=True cannot be recorded: make it "
+            "without"
         )
     (tokens,) = args or kwargs.values()
     batch = len(tokens)

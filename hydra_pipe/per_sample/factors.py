@@ -224,7 +224,10 @@ def bounds_of(value: Contribution) -> Tensor:
 
 
 def projected(value: Contribution, kron: Kron) -> Tensor:
-    """Project the rows by `kron`, without writing out what are sums of products. Shape (B, k_out * k_in)."""
+    """Project the rows by `kron`, without writing out what are sums of products.
+
+    Shape (B, k_out * k_in).
+    """
     if isinstance(value, Factors) and value.given_right is not None:
         return kron.of_products(value.left, value.right_times)
     return kron(rows_of(value))

@@ -261,11 +261,8 @@ def _layer_norm_rule(call: NodeCall) -> dict[int, ByInput]:
 def _lstm_rule(call: NodeCall) -> dict[int, ByInput]:
     """Apply the rule of one LSTM layer in one direction: see `hydra_pipe.per_sample.lstm`."""
     node = call.node
-    places = (
-        SampleOrder(1),
-        SampleOrder(0),
-        SampleOrder(0),
-    )  # outputs, last hidden state, last cell state
+    # outputs, last hidden state, last cell state
+    places = (SampleOrder(1), SampleOrder(0), SampleOrder(0))
     usual = all(o is None or o == place for o, place in zip(call.orders, places, strict=False))
     if node._saved_mode != _LSTM or not usual or node._saved_input.shape[1] != call.batch:
         return {}

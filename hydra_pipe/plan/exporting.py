@@ -105,8 +105,10 @@ def plan_export(given: ExportInput) -> ExportPlan:
     while (peak := _peak_bytes(given, slab, width, group)) > given.memory_bytes:
         if width == group:
             raise BudgetError(
-                f"exporting {given.n_samples:,} samples x {given.n_tests:,} tests, {given.top:,} ranked a side, needs "
-                f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
+                f"exporting {given.n_samples:,} samples x {given.n_tests:,} tests, {given.top:,} "
+                "ranked a side, needs "
+                f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise "
+                f"--memory to {suggested(peak)}"
             )
         # A block may have fewer columns than a chunk of the array. Then the chunk is read again for
         # its other columns.

@@ -65,7 +65,8 @@ def plan_answers(what: AnswerInput, done: int = 0) -> FromMatrixPlan:
             return _plan(what, width, workers, done)
     peak = answer_peak_bytes(what, 1, 1)
     raise BudgetError(
-        f"answering one column from hypergradients of {what.width:,} features needs {format_bytes(peak)}, --memory is "
+        f"answering one column from hypergradients of {what.width:,} features needs "
+        f"{format_bytes(peak)}, --memory is "
         f"{format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
     )
 

@@ -212,7 +212,8 @@ def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
     for first, last in sorted(owned):
         if first != end:
             raise ValueError(
-                f"columns {min(first, end)} to {max(first, end)} are of {'no block' if first > end else 'two blocks'}"
+                f"columns {min(first, end)} to {max(first, end)} are of "
+                f"{'no block' if first > end else 'two blocks'}"
             )
         end = last
     if end != n_features:
@@ -305,7 +306,8 @@ def choose_layout(
         sketched = [w for w in biases if widths[w] != _by_name(w, parameters).exact_width]
         if not sketched:
             break
-        for weight in sketched:  # such a bias has no factor to share: it needs columns of its own, out of the same budget
+        # such a bias has no factor to share: it needs columns of its own, out of the same budget
+        for weight in sketched:
             del biases[weight]
 
     placed: dict[str, Block] = {}

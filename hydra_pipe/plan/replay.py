@@ -115,8 +115,10 @@ def plan_replay(what: ReplayInput) -> ReplayPlan:
     if most_columns < 1:
         peak = fixed + each
         raise BudgetError(
-            f"hydra-exact of one column, {what.n_steps:,} steps of {what.parameter_bytes // 2**10:,} KiB of parameters, needs "
-            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
+            f"hydra-exact of one column, {what.n_steps:,} steps of "
+            f"{what.parameter_bytes // 2**10:,} KiB of parameters, needs "
+            f"{format_bytes(peak)}, --memory is {format_bytes(given.memory_bytes)}: raise "
+            f"--memory to {suggested(peak)}"
         )
     passes = -(-given.n_columns // most_columns)
     while (width := min(even_width(given.n_columns, passes), given.n_columns)) > most_columns:

@@ -27,8 +27,10 @@ def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes:
     least = base_bytes + n_samples * (SAMPLE_BYTES + PAIR_BYTES)
     if least > memory_bytes:
         raise BudgetError(
-            f"a report on {n_samples:,} training samples needs {format_bytes(least)}, {format_bytes(base_bytes)} of them for the "
-            f"program and the pipeline's data, the budget is {format_bytes(memory_bytes)}: raise --memory to {suggested(least)}"
+            f"a report on {n_samples:,} training samples needs {format_bytes(least)}, "
+            f"{format_bytes(base_bytes)} of them for the "
+            f"program and the pipeline's data, the budget is {format_bytes(memory_bytes)}: raise "
+            f"--memory to {suggested(least)}"
         )
     room = memory_bytes - base_bytes - n_samples * SAMPLE_BYTES
     return max(1, min(n_columns, room // (n_samples * PAIR_BYTES), BLOCK_BYTES // (n_samples * 4)))

@@ -59,7 +59,8 @@ def parse_chunks(text: str) -> tuple[int, int] | None:
         x and rows.isdecimal() and features.isdecimal() and int(rows) > 0 and int(features) > 0
     ):
         raise UsageError(
-            f"--chunks {text} is not ROWSxFEATURES: write two positive numbers such as 2048x4096, or auto"
+            f"--chunks {text} is not ROWSxFEATURES: write two positive numbers such as "
+            "2048x4096, or auto"
         )
     return int(rows), int(features)
 
@@ -175,7 +176,8 @@ def plan_sums(
     if least <= given.memory_bytes:
         advice = f"lower --chunks to {smallest.rows}x{smallest.features} or {advice}"
     raise BudgetError(
-        f"decoding {candidates[-1].rows}x{candidates[-1].features} (rows x features) at once with one worker needs "
+        f"decoding {candidates[-1].rows}x{candidates[-1].features} (rows x features) at once "
+        "with one worker needs "
         f"{format_bytes(needed)}, --memory is {format_bytes(given.memory_bytes)}: {advice}"
     )
 

@@ -91,7 +91,8 @@ def plan_sweep(what: SweepInput, done: int = 0) -> SweepPlan:
         return _plan(what, width, workers, done)
     peak = sweep_peak_bytes(what, 1, 1)
     raise BudgetError(
-        f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, --memory is "
+        f"a sweep of one column over {what.width:,} features needs {format_bytes(peak)}, "
+        "--memory is "
         f"{format_bytes(given.memory_bytes)}: raise --memory to {suggested(peak)}"
     )
 

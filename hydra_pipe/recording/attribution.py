@@ -203,7 +203,8 @@ class Attribution:
         plan = self._plans[key]
         if plan.slow and walk.is_checkpointed:
             raise LayerError(
-                f"{self._names[min(plan.slow)]} is used inside of reentrant checkpointing, by a module without a layer "
+                f"{self._names[min(plan.slow)]} is used inside of reentrant checkpointing, by a "
+                "module without a layer "
                 f"rule: its gradient "
                 f"cannot be split by sample there. Checkpoint with use_reentrant=False"
             )
@@ -333,7 +334,8 @@ class Attribution:
 
 def _mixes(name: str) -> LayerError:
     return LayerError(
-        f"the output of one sample alone depends on other rows of {name}: the model mixes the samples of a batch "
+        f"the output of one sample alone depends on other rows of {name}: the model mixes the "
+        "samples of a batch "
         f"there, and no row is a "
         f"sample's own. Leave the mixing out while recording, or freeze {name}"
     )

@@ -84,9 +84,11 @@ def check_order(samples: Sequence[Any], batch: Any) -> None:
             if order == list(range(n)):
                 return
             raise RecordError(
-                f"the collate function gives the batch in another order than its samples were drawn in: row 0 is sample "
+                "the collate function gives the batch in another order than its samples were "
+                "drawn in: row 0 is sample "
                 f"number {order[0]} "
-                f"of those drawn. Let it keep the order, or put the ids into the batch and name them by recorder.step(ids)"
+                "of those drawn. Let it keep the order, or put the ids into the batch and name "
+                "them by recorder.step(ids)"
             )
 
 
@@ -154,9 +156,11 @@ def _refuse_arrangement(weights: Tensor, ids: NDArray[np.int64]) -> None:
     other = int(torch.where(torch.arange(len(weights)) == row, -1.0, weights[row]).argmax())
     share = float(weights[row, other])
     raise RecordError(
-        f"what the model is given in place of sample {ids[row]} is {share:.0%} sample {ids[other]}: the batch is "
+        f"what the model is given in place of sample {ids[row]} is {share:.0%} sample "
+        f"{ids[other]}: the batch is "
         + ("permuted" if share > 0.99 else "mixed (mixup, cutmix)")
-        + " between the loader and the model. Tell the recorder by recorder.mixed(order, weight), or name the "
+        + " between the loader and the model. Tell the recorder by recorder.mixed(order, "
+        "weight), or name the "
         "samples in their order by "
         "recorder.step(ids)"
     )

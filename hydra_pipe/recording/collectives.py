@@ -1,7 +1,7 @@
 """The processes that train one model, and all that they tell each other.
 
-They are several with DistributedDataParallel, or one. Every method of `Collectives` is collective: all
-ranks call it at the same point. Otherwise they wait for each other until the process group's
+They are several with DistributedDataParallel, or one. Every method of `Collectives` is collective:
+all ranks call it at the same point. Otherwise they wait for each other until the process group's
 timeout. `SingleProcess` has the same methods, and waits for nobody.
 """
 
@@ -136,7 +136,8 @@ class Collectives:
                 if other.get(name) != value:
                     theirs = other.get(name)
                     raise UsageError(
-                        f"{name} is {value!r} on rank 0, {theirs!r} on rank {rank}: give Recorder the same on every rank"
+                        f"{name} is {value!r} on rank 0, {theirs!r} on rank {rank}: give "
+                        "Recorder the same on every rank"
                     )
 
     def raise_together(self, error: Exception | None) -> None:
@@ -199,8 +200,10 @@ def processes_of(model: nn.Module, group: distributed.ProcessGroup | None = None
     else:
         raise RecordError(
             sharding(model)
-            or f"{n_processes()} processes train together and the model is {type(model).__name__}: wrap it in "
-            f"torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give process_group if another "
+            or f"{n_processes()} processes train together and the model is "
+            f"{type(model).__name__}: wrap it in "
+            "torch.nn.parallel.DistributedDataParallel before it is given to Recorder, or give "
+            "process_group if another "
             f"wraps it; other ways of training in parallel are not recorded"
         )
     return ranks if ranks.size > 1 else SingleProcess()

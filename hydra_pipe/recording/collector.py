@@ -272,7 +272,8 @@ class Collector:
             now = (parameter.name, parameter.shape, parameter.group) if parameter else None
             if was != now:
                 raise RunError(
-                    f"the recording has {_in_words(was)} where the optimizer now has {_in_words(now)}: build the model and the "
+                    f"the recording has {_in_words(was)} where the optimizer now has "
+                    f"{_in_words(now)}: build the model and the "
                     f"optimizer as they were, or record from the beginning"
                 )
         self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype

@@ -290,11 +290,14 @@ class LossCoupling:
                 )
                 if not tied and not self._allows_mixing:
                     raise LayerError(
-                        f"{when} the model was called twice with {one.count} samples, and nothing shows that they are the same "
+                        f"{when} the model was called twice with {one.count} samples, and "
+                        "nothing shows that they are the same "
                         f"ones (a "
-                        f"second batch, such as unlabelled or generated samples, has samples of its own): name those of both "
+                        "second batch, such as unlabelled or generated samples, has samples of "
+                        "its own): name those of both "
                         f"calls, one "
-                        f"after the other, as in recorder.step(torch.cat([ids, ids_of_the_second_call]))"
+                        "after the other, as in recorder.step(torch.cat([ids, "
+                        "ids_of_the_second_call]))"
                     )
                 self._is_known = True
 
@@ -326,11 +329,14 @@ class LossCoupling:
         }
         if found.mixes is not None and not self._allows_mixing:
             raise LayerError(
-                "the loss of one sample depends on the outputs of others (in-batch negatives, or another contrastive or "
+                "the loss of one sample depends on the outputs of others (in-batch negatives, or "
+                "another contrastive or "
                 "batch-wide loss): "
-                "no row would be a sample's own. Take a loss that is a sum over samples, or give Recorder(..., "
+                "no row would be a sample's own. Take a loss that is a sum over samples, or give "
+                "Recorder(..., "
                 "allow_mixed_loss=True): "
-                "a row is then the share of the batch's gradient that goes through the sample's own outputs"
+                "a row is then the share of the batch's gradient that goes through the sample's "
+                "own outputs"
             )
 
 

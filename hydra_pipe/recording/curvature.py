@@ -174,10 +174,8 @@ class CurvatureWatch:
                 else:
                     left.append(one)
             if known.any():
-                self._links = (
-                    link,
-                    *(other for other in LINKS if other != link),
-                )  # the likeliest first
+                # the likeliest first
+                self._links = (link, *(other for other in LINKS if other != link))
         return left
 
     def _check_targets(self, one: _Pass) -> None:

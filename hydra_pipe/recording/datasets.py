@@ -62,7 +62,8 @@ def size_of(values: Any) -> int:
     first = next((x for x in tree_leaves(values) if isinstance(x, Tensor) and x.dim() > 0), None)
     if first is None:
         raise DataError(
-            f"the targets of a batch are a {type(values).__name__}: give a tensor, one target for each sample"
+            f"the targets of a batch are a {type(values).__name__}: give a tensor, one target "
+            "for each sample"
         )
     return len(first)
 
@@ -82,12 +83,14 @@ def pair_of(item: Any, what: str) -> tuple[Any, Any]:
         name = next((name for name in _TARGETS if item.get(name) is not None), None)
         if name is None:
             raise DataError(
-                f"{what} yields a mapping of {', '.join(map(str, item))}: it must hold its targets as {_TARGETS[0]!r}"
+                f"{what} yields a mapping of {', '.join(map(str, item))}: it must hold its "
+                f"targets as {_TARGETS[0]!r}"
             )
         return {key: value for key, value in item.items() if key != name}, item[name]
     if not isinstance(item, tuple | list) or len(item) < 2:
         raise DataError(
-            f"{what} yields {type(item).__name__}: it must yield pairs (input, target), or mappings with labels"
+            f"{what} yields {type(item).__name__}: it must yield pairs (input, target), or "
+            "mappings with labels"
         )
     return item[0], item[1]
 
@@ -162,7 +165,8 @@ def given_batches(given: Any, seed: int, batch_size: int = BATCH) -> Iterator[tu
         return
     if not isinstance(given, Iterable):
         raise DataError(
-            f"the test samples are a {type(given).__name__}: give a dataset, a loader, or an iterable of batches"
+            f"the test samples are a {type(given).__name__}: give a dataset, a loader, or an "
+            "iterable of batches"
         )
     for batch in given:
         yield pair_of(batch, "the iterable of test batches")
@@ -272,7 +276,8 @@ class Batches:
         # a worker of the loader compares its own batches; this process compares all batches
         if self._shapes not in (None, shapes):
             raise DataError(
-                f"the {self._name} dataset yields an (input, target) of shapes {shapes} after {self._shapes}: "
+                f"the {self._name} dataset yields an (input, target) of shapes {shapes} after "
+                f"{self._shapes}: "
                 f"pad or crop its samples to one shape"
             )
         self._shapes = shapes
@@ -287,7 +292,8 @@ def _as_tensors(value: Any, name: str) -> Any:
         return tuple(_as_tensors(part, name) for part in value)
     if not isinstance(value, (Tensor, np.ndarray, list, tuple, *_NUMBERS)):
         raise DataError(
-            f"the {name} dataset yields a pair with a {type(value).__name__}: inputs and targets must be tensors, arrays or numbers"
+            f"the {name} dataset yields a pair with a {type(value).__name__}: inputs and targets "
+            "must be tensors, arrays or numbers"
         )
     return torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
 

@@ -196,7 +196,8 @@ class RowEncoder:
                 a is not b for a, b in zip(pieces[part][0], own, strict=True)
             ):
                 raise LayerError(
-                    f"{encoding.block.name} no longer has the output gradient of the weight whose columns it shares: "
+                    f"{encoding.block.name} no longer has the output gradient of the weight "
+                    "whose columns it shares: "
                     f"record with --encoding projected"
                 )
             if input_part:

@@ -342,8 +342,10 @@ class Factored(BlockEncoding):
         factors = outer_products(given)
         if not factors:
             raise LayerError(
-                f"{self.block.name} was recorded as factored because a sample met it once in the first step; now it "
-                f"is used {len(given)} times or at several positions: record with --encoding projected"
+                f"{self.block.name} was recorded as factored because a sample met it once in the "
+                "first step; now it "
+                f"is used {len(given)} times or at several positions: record with --encoding "
+                "projected"
             )
         return factors
 

@@ -120,7 +120,8 @@ def _certain(
             else "use the optimizer's weight_decay instead of it, or "
         )
         yield (
-            f"What is missed has the direction of an {evidence.penalty} penalty on {name} in the loss, which is of no sample: "
+            f"What is missed has the direction of an {evidence.penalty} penalty on {name} in the "
+            "loss, which is of no sample: "
             f"{instead}leave it out."
         )
         return
@@ -129,28 +130,36 @@ def _certain(
         return
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         yield (
-            f"{name} is in a {type(module).__name__}, which is never called: keep it as an attribute of the module whose forward "
+            f"{name} is in a {type(module).__name__}, which is never called: keep it as an "
+            "attribute of the module whose forward "
             f"uses it, or freeze it."
         )
         return
     if not evidence.has_rows and (_is_functional_graph(module) or _is_functional_graph(model)):
-        yield "The model is a graph of torch.export or torch.fx, which calls functions, not modules: train what it was made of."
+        yield (
+            "The model is a graph of torch.export or torch.fx, which calls functions, not "
+            "modules: train what it was made of."
+        )
         return
     if not evidence.has_rows and (compiled := compiled_before(model)) is not None:
         yield (
-            f"{compiled} runs as code that torch.compile made before the Recorder was, which calls no hook: make the Recorder "
+            f"{compiled} runs as code that torch.compile made before the Recorder was, which "
+            "calls no hook: make the Recorder "
             f"before the first call, or call torch._dynamo.reset() just before Recorder(...)."
         )
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         yield (
-            f"A hook on {name} itself (Tensor.register_hook or register_post_accumulate_grad_hook) changes its gradient after "
-            f"hydra-pipe has seen it: change the loss or the module's output instead, or freeze the parameter."
+            f"A hook on {name} itself (Tensor.register_hook or "
+            "register_post_accumulate_grad_hook) changes its gradient after "
+            "hydra-pipe has seen it: change the loss or the module's output instead, or freeze "
+            "the parameter."
         )
     if (
         evidence.training and optimizer is not None and len(optimizer._optimizer_step_pre_hooks) > 1
     ):  # one of the hooks is the recorder's
         yield (
-            "Another hook of the optimizer (register_step_pre_hook) may change gradients just before the step: change the loss "
+            "Another hook of the optimizer (register_step_pre_hook) may change gradients just "
+            "before the step: change the loss "
             "instead, or take the hook away."
         )
 
@@ -170,38 +179,58 @@ def _possible(
         and evidence.passes > evidence.batches
     ):
         yield (
-            f"the model was called {evidence.passes} times for {evidence.batches} batches: put passes whose gradients the loop "
-            f"throws away (FGSM, SAM, Grad-CAM, another network's loss) into `with recorder.paused():`"
+            f"the model was called {evidence.passes} times for {evidence.batches} batches: put "
+            "passes whose gradients the loop "
+            "throws away (FGSM, SAM, Grad-CAM, another network's loss) into `with "
+            "recorder.paused():`"
         )
     if evidence.training and (largest := _clipped_at(model)) is not None:
         yield (
-            f"the largest elements of the gradient are all of magnitude {largest:.6g}, as clip_grad_value_ leaves them, and then "
+            f"the largest elements of the gradient are all of magnitude {largest:.6g}, as "
+            "clip_grad_value_ leaves them, and then "
             f"no share of it is a sample's: use clip_grad_norm_"
         )
     if evidence.has_rows:
         yield (
-            f"{own} is used by a function too, beside {where}, as in F.linear(x, module.{own}): call the module instead"
+            f"{own} is used by a function too, beside {where}, as in F.linear(x, module.{own}): "
+            "call the module instead"
             + (f" (it is also {' and '.join(others)}: call that module)" if others else "")
         )
         if evidence.training:
-            yield "the gradient of an earlier step is still there: call optimizer.zero_grad() in each step"
-        yield "the loss has a term of the weights alone (a penalty): use the optimizer's weight_decay instead"
+            yield (
+                "the gradient of an earlier step is still there: call optimizer.zero_grad() in "
+                "each step"
+            )
+        yield (
+            "the loss has a term of the weights alone (a penalty): use the optimizer's "
+            "weight_decay instead"
+        )
         if not evidence.training:
             return
         if evidence.passes is None:
             yield (
-                "a pass whose gradient the loop throws away, or that is not the batch's (FGSM, SAM, a GAN's other half), left its "
+                "a pass whose gradient the loop throws away, or that is not the batch's (FGSM, "
+                "SAM, a GAN's other half), left its "
                 "share there or took it: put it into `with recorder.paused():`"
             )
-        yield "the loop changed .grad by hand (noise, a mask, a mean over processes): change the loss instead"
+        yield (
+            "the loop changed .grad by hand (noise, a mask, a mean over processes): change the "
+            "loss instead"
+        )
         if evidence.half:
-            yield "half precision rounded the gradient away: unscale it before clipping, or train in bfloat16"
+            yield (
+                "half precision rounded the gradient away: unscale it before clipping, or train "
+                "in bfloat16"
+            )
         return
     if parameter.is_cuda:
-        yield "the loop replays a CUDA graph (torch.cuda.graph), which calls no hooks: train without"
+        yield (
+            "the loop replays a CUDA graph (torch.cuda.graph), which calls no hooks: train without"
+        )
     if anything_compiled():
         yield (
-            "the loop calls it within a function that torch.compile made: call torch._dynamo.reset() just before Recorder(...), or "
+            "the loop calls it within a function that torch.compile made: call "
+            "torch._dynamo.reset() just before Recorder(...), or "
             "train without torch.compile"
         )
     heads = (
@@ -210,12 +239,16 @@ def _possible(
         else ""
     )
     yield (
-        f"{where} was not called, and its {own} is used by a function, as in F.linear(x, module.{own}) or a fused or chunked "
+        f"{where} was not called, and its {own} is used by a function, as in F.linear(x, "
+        f"module.{own}) or a fused or chunked "
         f"cross-entropy: call the module{heads}"
         + (f"; it is also {' and '.join(others)}" if others else "")
     )
     if evidence.training:
-        yield "its gradient was left by an earlier step or pass that was not recorded: call optimizer.zero_grad() before the step"
+        yield (
+            "its gradient was left by an earlier step or pass that was not recorded: call "
+            "optimizer.zero_grad() before the step"
+        )
 
 
 def reparametrization(model: nn.Module, name: str) -> str | None:
@@ -254,8 +287,10 @@ def _parametrized(model: nn.Module, path: str, module: nn.Module) -> str | None:
         or "a parametrization"
     )
     return (
-        f"{tensor} of {target or 'the model'} is parametrized ({kinds}): what is trained is not the weight that its module uses. "
-        f"Take it away before training by torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}), or freeze it."
+        f"{tensor} of {target or 'the model'} is parametrized ({kinds}): what is trained is not "
+        "the weight that its module uses. "
+        "Take it away before training by "
+        f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}), or freeze it."
     )
 
 
@@ -276,12 +311,14 @@ def _computed_before(path: str, module: nn.Module, own: str) -> str | None:
             continue
         if isinstance(hook, BasePruningMethod):
             return (
-                f"{stem} of {path or 'the model'} is pruned ({kind.__name__}), times a mask: make that permanent before training "
+                f"{stem} of {path or 'the model'} is pruned ({kind.__name__}), times a mask: "
+                "make that permanent before training "
                 f"by torch.nn.utils.prune.remove(module, {stem!r}), or freeze {own}."
             )
         what = "weight_norm" if kind.__name__ == "WeightNorm" else "spectral_norm"
         return (
-            f"{stem} of {path or 'the model'} is computed from {own} by {what}: take it away before training by "
+            f"{stem} of {path or 'the model'} is computed from {own} by {what}: take it away "
+            "before training by "
             f"torch.nn.utils.remove_{what}(module, {stem!r}), or freeze it."
         )
     return None

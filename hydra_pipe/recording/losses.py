@@ -28,7 +28,8 @@ def per_sample_losses(loss: Any, output: Any, target: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.dim() != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise PipelineError(
-            f"the loss has shape {shape} for a batch of {batch}: return one loss per sample, shape ({batch},)"
+            f"the loss has shape {shape} for a batch of {batch}: return one loss per sample, "
+            f"shape ({batch},)"
         )
     # A scalar hides the losses of the samples, and whether it is a mean or a sum. For one sample
     # the scalar is the sample's loss in both cases.

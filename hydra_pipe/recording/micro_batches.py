@@ -78,11 +78,13 @@ class MicroBatch:
         weights = np.asarray(weight.cpu() if isinstance(weight, Tensor) else weight, np.float64)
         if places.shape != (batch,) or not np.array_equal(np.sort(places), np.arange(batch)):
             raise RecordError(
-                f"the order of recorder.mixed() is no permutation of the {batch} samples of the batch"
+                f"the order of recorder.mixed() is no permutation of the {batch} samples of the "
+                "batch"
             )
         if weights.shape not in ((), (batch,)) or not ((weights >= 0) & (weights <= 1)).all():
             raise RecordError(
-                "the weights of recorder.mixed() are to be one number between 0 and 1, or one for each sample"
+                "the weights of recorder.mixed() are to be one number between 0 and 1, or one "
+                "for each sample"
             )
         self.partners = self.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
@@ -136,16 +138,22 @@ class Mixture:
 
 
 def check_covered(micro_batches: Sequence[MicroBatch], when: str) -> None:
-    """Refuse passes that did not take exactly the samples of `micro-batches`. Raises: RecordError."""
+    """Refuse passes that did not take exactly the samples of `micro-batches`.
+
+    Raises: RecordError.
+    """
     for micro_batch in micro_batches:
         if micro_batch.n_covered == len(micro_batch.samples):
             continue
         if micro_batch.tracked:
             raise RecordError(
-                f"the passes {when} took {micro - batch.n_covered} samples of a batch of {len(micro - batch.samples)} that the tracked "
-                f"loader handed over: let each of its samples go through the model once, or name them with recorder.step(ids)"
+                f"the passes {when} took {micro_batch.n_covered} samples of a batch of "
+                f"{len(micro_batch.samples)} that the tracked "
+                "loader handed over: let each of its samples go through the model once, or name "
+                "them with recorder.step(ids)"
             )
         raise RecordError(
-            f"the passes {when} took {micro - batch.n_covered} samples, sample_ids names {len(micro - batch.samples)}: give the ids of "
+            f"the passes {when} took {micro_batch.n_covered} samples, sample_ids names "
+            f"{len(micro_batch.samples)}: give the ids of "
             f"every sample of the step, in the order in which they go through the model"
         )

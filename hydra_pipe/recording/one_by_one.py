@@ -60,9 +60,11 @@ def _slow_rows(
             )
         except RuntimeError as error:
             raise LayerError(
-                f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the outputs of the model that "
+                f"a parameter of shape {tuple(trained[0].shape)} cannot be split by sample: the "
+                "outputs of the model that "
                 f"the loss "
-                f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or let the model return one of them"
+                f"uses depend on each other ({str(error).splitlines()[0][:80]}). Freeze it, or "
+                "let the model return one of them"
             ) from error
         for of_block, parameter, gradient in zip(rows, trained, found, strict=True):
             of_block.append(

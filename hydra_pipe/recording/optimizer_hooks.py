@@ -85,7 +85,8 @@ class OptimizerHooks:
             n_calls += 1
             if n_calls > 1:
                 error = RecordError(
-                    f"{type(self._optimizer).__name__} called the closure of step {self._listener.n_steps} twice, and "
+                    f"{type(self._optimizer).__name__} called the closure of step "
+                    f"{self._listener.n_steps} twice, and "
                     f"its update is of several gradients: use an optimizer that takes one"
                 )
                 self._listener.fail(error)

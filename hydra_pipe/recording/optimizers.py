@@ -20,8 +20,8 @@ class OptimizerRule:
     A subclass and `register_optimizer_rule` teach a new rule. The sweep (docs/architecture.md)
     is exact for an update of the form
 
-        v = mu v + (1 - tau) G,   theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v,
-        G = gradient + weight_decay theta
+        v = mu v + (1 - tau) G,   G = gradient + weight_decay theta,
+        theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v
 
     with P = 1, or with an elementwise, positive P, taken as it was at the step.
     """
@@ -86,7 +86,8 @@ class AdamRule(OptimizerRule):
     def check(self, group: Group, index: int) -> None:
         if group.get("amsgrad"):
             raise OptimizerError(
-                f"parameter group {index} has amsgrad=True, whose update is not handled: use amsgrad=False"
+                f"parameter group {index} has amsgrad=True, whose update is not handled: use "
+                "amsgrad=False"
             )
 
     def settings(self, group: Group) -> dict[str, float]:
@@ -161,7 +162,8 @@ def register_optimizer_rule(
     """
     if optimizer_type in _RULES:
         raise OptimizerError(
-            f"{optimizer_type.__name__} has the rule {type(_RULES[optimizer_type]).__name__} already; {type(rule).__name__} "
+            f"{optimizer_type.__name__} has the rule {type(_RULES[optimizer_type]).__name__} "
+            f"already; {type(rule).__name__} "
             f"cannot be registered beside it"
         )
     _RULES[optimizer_type] = rule
@@ -185,7 +187,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
         else _kind_in_words(optimizer)
     )
     raise OptimizerError(
-        f"{_path_of(kind)} is not handled{what and f': it is {what}'}. hydra-pipe knows the update rules of {known}: use one of "
+        f"{_path_of(kind)} is not handled{what and f': it is {what}'}. hydra-pipe knows the "
+        f"update rules of {known}: use one of "
         f"them, or teach it yours with hydra_pipe.register_optimizer_rule"
     )
 
@@ -217,14 +220,26 @@ def _path_of(kind: type) -> str:
 def _kind_in_words(optimizer: Any) -> str:
     """Describe an optimizer without a rule, beside its name; empty if nothing is known."""
     if isinstance(optimizer, (list, tuple, dict)):
-        return "several optimizers or none; give one of all parameters, in groups where their settings differ"
+        return (
+            "several optimizers or none; give one of all parameters, in groups where their "
+            "settings differ"
+        )
     home = type(optimizer).__module__.partition(".")[0]
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        return "sharded over processes, of which each updates a part; wrap the model in DistributedDataParallel, not the optimizer"
+        return (
+            "sharded over processes, of which each updates a part; wrap the model in "
+            "DistributedDataParallel, not the optimizer"
+        )
     if home == "deepspeed":
-        return "DeepSpeed's, which holds gradients in shards; train without it, with DistributedDataParallel"
+        return (
+            "DeepSpeed's, which holds gradients in shards; train without it, with "
+            "DistributedDataParallel"
+        )
     if home in _NAMESAKES:
-        return f'of {home}, whose state hydra-pipe does not read; in transformers\' trainer set optim="adamw_torch"'
+        return (
+            f"of {home}, whose state hydra-pipe does not read; in transformers' trainer set "
+            'optim="adamw_torch"'
+        )
     held = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer"))
     inner = next((o for o in held if isinstance(o, torch.optim.Optimizer)), None)
     if inner is not None:
@@ -272,7 +287,8 @@ def check_optimizer(
     for index, group in enumerate(optimizer.param_groups):
         if group.get("maximize"):
             raise OptimizerError(
-                f"parameter group {index} has maximize=True: minimise the negative of the loss instead"
+                f"parameter group {index} has maximize=True: minimise the negative of the loss "
+                "instead"
             )
         rule.check(group, index)
         for parameter in group["params"]:
@@ -281,18 +297,22 @@ def check_optimizer(
     strangers = [p for p in groups if p not in named]
     if strangers:
         raise OptimizerError(
-            f"the optimizer holds {len(strangers)} parameters that are not the model's, the first of shape "
-            f"{tuple(strangers[0].shape)} in parameter group {groups[strangers[0]]}: build it from model.parameters() of the "
+            f"the optimizer holds {len(strangers)} parameters that are not the model's, the "
+            "first of shape "
+            f"{tuple(strangers[0].shape)} in parameter group {groups[strangers[0]]}: build it "
+            "from model.parameters() of the "
             f"model given here"
         )
     trained = {p: (name, groups[p]) for p, name in named.items() if p in groups and p.requires_grad}
     if not trained:
         raise OptimizerError(
-            "there is no trainable parameter: the optimizer holds none of the model's with requires_grad=True"
+            "there is no trainable parameter: the optimizer holds none of the model's with "
+            "requires_grad=True"
         )
     for parameter, (name, _) in trained.items():
         if parameter.is_complex() or parameter.is_sparse:
             raise OptimizerError(
-                f"parameter {name} is {parameter.dtype}, {parameter.layout}: only dense real ones are handled, freeze it"
+                f"parameter {name} is {parameter.dtype}, {parameter.layout}: only dense real "
+                "ones are handled, freeze it"
             )
     return trained

@@ -248,7 +248,8 @@ def _where(call: Call, batch: int) -> tuple[int, int, bool] | None:
 def _unclear(call: Call) -> LayerError:
     kind = type(call.watched.module).__name__
     return LayerError(
-        f"{call.watched.name} ({kind}) has an output of shape {call.shape} in a batch of {call.of_pass.count}: its "
+        f"{call.watched.name} ({kind}) has an output of shape {call.shape} in a batch of "
+        f"{call.of_pass.count}: its "
         f"first dimension must be "
         f"the sample, or its gradient cannot be split by sample"
     )

@@ -148,7 +148,8 @@ class Recorder:
                 run, all_settings, overwrite=overwrite
             ):
                 raise RunError(
-                    f"{run} is recorded already: use another directory, or overwrite=True to discard it"
+                    f"{run} is recorded already: use another directory, or overwrite=True to "
+                    "discard it"
                 )
         #: further entries for the manifest
         self.facts: dict[str, str | int | float | None] = {}
@@ -330,7 +331,8 @@ class Recorder:
             micro_batch = self._collector.micro_batch
             if micro_batch is None:
                 raise RecordError(
-                    "recorder.mixed() before a batch was named: call it inside of recorder.step(), or after the batch was drawn"
+                    "recorder.mixed() before a batch was named: call it inside of "
+                    "recorder.step(), or after the batch was drawn"
                 )
             micro_batch.mix(order, weight)
 
@@ -436,7 +438,8 @@ class Recorder:
 
         Everything recorded so far is then safe on the disk::
 
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": recorder.state_dict()}, ...)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "recorder": recorder.state_dict()}, ...)
 
         Test gradients that are taken after the state count as discarded when the state is loaded:
         take them before. With several ranks, all ranks call this, all get the same state, and all
@@ -498,7 +501,8 @@ class Recorder:
                 or any(p.live for p in self._collector.micro_batches)
             ):
                 raise RecordError(
-                    f"load_state_dict() in step {self.n_steps}: load the state before the first step"
+                    f"load_state_dict() in step {self.n_steps}: load the state before the first "
+                    "step"
                 )
             wanted = RecorderState.from_dict(state)
         self._processes.require_same(wanted.to_dict())
@@ -557,8 +561,10 @@ class Recorder:
         self.facts["test_weights"] = f"changed after step {self.n_steps - 1}" if changed else None
         if changed:
             warnings.warn(
-                f"the parameters were written to since the last recorded step, {self.n_steps - 1} (those of the best epoch, an "
-                f"average, or a change by hand): {which}, and the relevance of training samples leaves the change out",
+                "the parameters were written to since the last recorded step, "
+                f"{self.n_steps - 1} (those of the best epoch, an "
+                f"average, or a change by hand): {which}, and the relevance of training samples "
+                "leaves the change out",
                 RecordWarning,
                 stacklevel=3,
             )

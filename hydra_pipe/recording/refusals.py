@@ -47,13 +47,16 @@ def refuse(model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Train
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise LayerError(
-            f"the trained parameters are on several devices ({places}): put the whole model on one, such as by "
+            f"the trained parameters are on several devices ({places}): put the whole model on "
+            "one, such as by "
             f'device_map={{"": 0}} in place of "auto", or freeze what is elsewhere'
         )
     if (compiled := compiled_before(model)) is not None:
         raise LayerError(
-            f"{compiled} was compiled by torch.compile and called before the Recorder was made, and compiled code calls no hooks "
-            f"that come later: make the Recorder before the first call, or call torch._dynamo.reset() just before Recorder(...)"
+            f"{compiled} was compiled by torch.compile and called before the Recorder was made, "
+            "and compiled code calls no hooks "
+            "that come later: make the Recorder before the first call, or call "
+            "torch._dynamo.reset() just before Recorder(...)"
         )
 
 
@@ -65,11 +68,17 @@ def sharding(model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         kind = _kind_of_shards(module)
         if kind is not None:
-            return f"{path or 'the model'} is sharded by {kind}, so that no process has its whole gradients: {TRAIN_UNSHARDED}"
+            return (
+                f"{path or 'the model'} is sharded by {kind}, so that no process has its whole "
+                f"gradients: {TRAIN_UNSHARDED}"
+            )
     for name, parameter in model.named_parameters():
         kind = _shards_of(parameter)
         if kind is not None and parameter.requires_grad:
-            return f"parameter {name} is sharded by {kind}, so that no process has its whole gradient: {TRAIN_UNSHARDED}"
+            return (
+                f"parameter {name} is sharded by {kind}, so that no process has its whole "
+                f"gradient: {TRAIN_UNSHARDED}"
+            )
     return None
 
 
@@ -111,15 +120,20 @@ def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
         if not _holds(module, parameters):
             return None
         how = "torch.jit.trace" if is_a(module, "TopLevelTracedModule") else "torch.jit.script"
-        return f"is made by {how}, and its parts call no hooks: train the module that it was made of, and convert it afterwards"
+        return (
+            f"is made by {how}, and its parts call no hooks: train the module that it was made "
+            "of, and convert it afterwards"
+        )
     if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
         return (
-            f"copies the model to {len(module.device_ids)} GPUs at each pass, and the copies call no hooks: use one GPU, or one "
+            f"copies the model to {len(module.device_ids)} GPUs at each pass, and the copies "
+            "call no hooks: use one GPU, or one "
             f"process for each with torch.nn.parallel.DistributedDataParallel"
         )
     if isinstance(module, nn.SyncBatchNorm) and _holds(module, parameters):
         return (
-            "takes its statistics over the batches of all processes, whose samples it mixes: build the model with BatchNorm "
+            "takes its statistics over the batches of all processes, whose samples it mixes: "
+            "build the model with BatchNorm "
             "instead, or freeze it"
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _holds(module, parameters):
@@ -127,15 +141,18 @@ def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
             ("sparse", "so that its gradient is a sparse tensor"),
             (
                 "scale_grad_by_freq",
-                "so that one sample's share of its gradient depends on the other samples of the batch",
+                "so that one sample's share of its gradient depends on the other samples of the "
+                "batch",
             ),
         ):
             if getattr(module, option):
                 return f"has {option}=True, {why}: make it with {option}=False, or freeze it"
     if is_graphed(module, parameters):
         return (
-            "runs as a CUDA graph, which calls hooks while it is captured and never again: train without "
-            "make_graphed_callables and without mode='reduce-overhead' or 'max-autotune' of torch.compile"
+            "runs as a CUDA graph, which calls hooks while it is captured and never again: train "
+            "without "
+            "make_graphed_callables and without mode='reduce-overhead' or 'max-autotune' of "
+            "torch.compile"
         )
     return None
 
@@ -143,33 +160,46 @@ def _reason_of(module: nn.Module, parameters: Trained) -> str | None:
 def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
     if is_lazy(parameter):
         return (
-            "has no shape yet (a lazy module): call the model once on a batch, then make the optimizer and the Recorder, in this "
+            "has no shape yet (a lazy module): call the model once on a batch, then make the "
+            "optimizer and the Recorder, in this "
             "order"
         )
     if parameter.device.type == "meta":
         return (
-            "is on the meta device and has no values (init_empty_weights, or a device_map that offloads): load the model onto a "
+            "is on the meta device and has no values (init_empty_weights, or a device_map that "
+            "offloads): load the model onto a "
             "device as a whole"
         )
     if parameter.numel() == 0:
         return "has no elements: freeze it, or leave it out of the optimizer"
     if parameter.dtype not in _DTYPES:
-        return f"is {parameter.dtype}: train it in float32 or bfloat16, quantise afterwards, or freeze it"
+        return (
+            f"is {parameter.dtype}: train it in float32 or bfloat16, quantise afterwards, or "
+            "freeze it"
+        )
     kind = type(parameter)
     # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values
     # that it shows.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(
         ("bitsandbytes", "torchao")
     ):
-        return f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, or freeze it and train adapters"
+        return (
+            f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, "
+            "or freeze it and train adapters"
+        )
     if parameter.device.type == "cpu" and _is_shared(parameter):
         return (
-            "is in memory shared with other processes (share_memory(), or an argument of torch.multiprocessing), which may change "
-            "it between two steps: train copy.deepcopy(model), whose parameters are this process's own, and load its state_dict "
+            "is in memory shared with other processes (share_memory(), or an argument of "
+            "torch.multiprocessing), which may change "
+            "it between two steps: train copy.deepcopy(model), whose parameters are this "
+            "process's own, and load its state_dict "
             "where others want it"
         )
     if getattr(parameter, "_in_backward_optimizers", None):
-        return "is updated within the backward pass (optimizer in backward): call optimizer.step() after it"
+        return (
+            "is updated within the backward pass (optimizer in backward): call optimizer.step() "
+            "after it"
+        )
     return None
 
 

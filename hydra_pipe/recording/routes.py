@@ -68,9 +68,11 @@ class RouteCall:
             order = self.route.orders[place] if place < len(self.route.orders) else None
             if gradient is not None and (order is None or not order.fits(gradient, self.batch)):
                 raise LayerError(
-                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} keeps its samples elsewhere than "
+                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} "
+                    "keeps its samples elsewhere than "
                     f"in the "
-                    f"first step ({node.name()}): freeze the parameters behind it, or use a batch of one"
+                    f"first step ({node.name()}): freeze the parameters behind it, or use a "
+                    "batch of one"
                 )
             orders.append(None if gradient is None else order)
         below = node.next_functions
@@ -85,7 +87,8 @@ class RouteCall:
                 found += self._through_chain(below[slot], at_inputs[slot], shapes[slot], blocks)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise LayerError(
-                f"the gradient of {node.name()} cannot be split by sample ({str(error).splitlines()[0][:200]}): freeze the "
+                f"the gradient of {node.name()} cannot be split by sample "
+                f"({str(error).splitlines()[0][:200]}): freeze the "
                 f"parameters "
                 f"behind it, or use a batch of one"
             ) from error

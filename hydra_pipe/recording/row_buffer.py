@@ -1,8 +1,8 @@
 """A buffer for the rows of several steps, which are checked, quantised and stored together.
 
 One step of a small model is a few hundred small tensors. Treated one by one, their fixed cost
-equals the cost of training itself. A row buffer takes the tensors in one copy. The rest of the work is
-done on many steps at once.
+equals the cost of training itself. A row buffer takes the tensors in one copy. The rest of the work
+is done on many steps at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,8 @@ from hydra_pipe.recording.transfer import Transfer
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.table import TableWriter
 
-# Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the row buffer
-# stays in the cache.
+# Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the
+# row buffer stays in the cache.
 SLAB_BYTES = 8 * 2**20
 # An error in a step is reported at most this many steps later.
 SLAB_STEPS = 16
@@ -142,8 +142,8 @@ class RowBuffer:
 
     Args:
         encoder: encoder that gives the rows their columns.
-        parameters: parameters of the blocks. The row buffer has their device, and their dtype or float32
-            if that is wider.
+        parameters: parameters of the blocks. The row buffer has their device, and their dtype or
+            float32 if that is wider.
         batch: rows of a step; a larger step makes more room.
         scalar: ratio of the whole gradient to the sum of the rows, if known. None: it is found for
             each step.
@@ -220,7 +220,7 @@ class RowBuffer:
         return self._entries[-1].rows.stop if self._entries else 0
 
     def fits(self, batch: int) -> bool:
-        """Tell whether `batch` more rows may be added before a flush; true for an empty row buffer."""
+        """Tell whether `batch` more rows may be added before a flush; true if it is empty."""
         return not self._entries or (
             len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room
         )
@@ -391,7 +391,8 @@ class RowBuffer:
         bad = numbers[~rows.all(axis=1)]
         shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         return NonFiniteError(
-            f"the gradient of {block.name} is not finite {entry.when} for samples {shown}: lower the learning rate or clip; the "
+            f"the gradient of {block.name} is not finite {entry.when} for samples {shown}: lower "
+            "the learning rate or clip; the "
             f"steps before it are recorded and readable"
         )
 
@@ -441,15 +442,20 @@ class RowBuffer:
         name = self._encoder.layout.blocks[worst].name
         if not np.isfinite(missed[self._encoder.check_columns[worst]]).all():
             return GradientMismatchError(
-                f"the gradient of {name} is not finite {entry.when}, and each sample's share is: the sum overflowed, as in half "
+                f"the gradient of {name} is not finite {entry.when}, and each sample's share is: "
+                "the sum overflowed, as in half "
                 f"precision: use torch.amp.GradScaler, lower its init_scale, or train in bfloat16"
             )
         if not np.isfinite(imbalance[worst]):
             return GradientMismatchError(
-                f"the books of {name} cannot be checked {entry.when}: norms of its rows are not finite, as in half precision: call "
+                f"the books of {name} cannot be checked {entry.when}: norms of its rows are not "
+                "finite, as in half precision: call "
                 f"backward() outside of autocast, lower the learning rate, or clip"
             )
-        said = f"the books do not balance {entry.when}: the recorded rows of {name} miss {imbalance[worst]:.2%} of its gradient"
+        said = (
+            f"the books do not balance {entry.when}: the recorded rows of {name} miss "
+            f"{imbalance[worst]:.2%} of its gradient"
+        )
         if self._explain is None:
             return GradientMismatchError(said)
         off = np.flatnonzero(~(imbalance <= entry.limit)).tolist()

@@ -89,12 +89,14 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
         ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise RecordError(
-            f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each sample of the batch"
+            f"sample_ids has shape {ids.shape} and dtype {ids.dtype}: give one integer for each "
+            "sample of the batch"
         )
     outside = ids[(ids < 0) | (ids >= n_samples)]
     if outside.size:
         raise RecordError(
-            f"sample id {outside[0]} is not among the {n_samples} training samples: ids run from 0 to {n_samples - 1}"
+            f"sample id {outside[0]} is not among the {n_samples} training samples: ids run from "
+            f"0 to {n_samples - 1}"
         )
     return ids.astype(np.int64)
 
@@ -130,7 +132,8 @@ def checked_labels(
         values = values.astype(np.int64)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
         raise DataError(
-            f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or string for each sample"
+            f"{name} has shape {values.shape} and dtype {values.dtype}: give one integer or "
+            "string for each sample"
         )
     if count is not None and len(values) != count:
         raise DataError(f"{name} has {len(values)} entries for {count} {samples}")

@@ -66,11 +66,13 @@ class RecorderState:
             version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}
         ):
             raise RecordError(
-                "this is not what recorder.state_dict() gave: keep its value in the checkpoint as it is"
+                "this is not what recorder.state_dict() gave: keep its value in the checkpoint "
+                "as it is"
             )
         if version != STATE_VERSION:
             raise RecordError(
-                f"the state is of version {version}, this hydra-pipe reads {STATE_VERSION}: upgrade hydra-pipe"
+                f"the state is of version {version}, this hydra-pipe reads {STATE_VERSION}: "
+                "upgrade hydra-pipe"
             )
         return cls(**{name: state[name] for name in wanted})
 
@@ -103,7 +105,8 @@ def open_to_go_on(
     directory = RunDirectory.open(path)
     if directory.run_id != state.run_id:
         raise RunError(
-            f"{path} holds run {directory.run_id}, the state is of run {state.run_id}: it was recorded again since, or this is "
+            f"{path} holds run {directory.run_id}, the state is of run {state.run_id}: it was "
+            "recorded again since, or this is "
             f"another directory; give the right one, or start again without the state"
         )
     if not directory.has_work(RECORD, settings):
@@ -115,11 +118,13 @@ def open_to_go_on(
         )
     if store.n_ranks != len(state.part_rows):
         raise RunError(
-            f"{path} was recorded by {store.n_ranks} processes, the state counts {len(state.part_rows)}: load another"
+            f"{path} was recorded by {store.n_ranks} processes, the state counts "
+            f"{len(state.part_rows)}: load another"
         )
     if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
         raise RunError(
-            f"{path} was recorded with {store.n_groups} parameter groups, rows {_kind(store.preconditioned)}; the optimizer has "
+            f"{path} was recorded with {store.n_groups} parameter groups, rows "
+            f"{_kind(store.preconditioned)}; the optimizer has "
             f"{n_groups}, rows {_kind(preconditioned)}: build the optimizer as it was"
         )
     store.check_kept(state.kept)

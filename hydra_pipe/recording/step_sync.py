@@ -28,7 +28,7 @@ _RECORDED, _NOT_TAKEN, _OVERFLOWED, _FAILED, _NONE = 0.0, 1.0, 2.0, 3.0, 4.0
 _SCALAR_TOLERANCE = 1e-6
 
 
-class StepSync:
+class ManyProcesses:
     """Steps since the last meeting of the ranks, and the error that this rank holds.
 
     Args:
@@ -201,7 +201,8 @@ class StepSync:
             elif _RECORDED in kinds:
                 idle = int((of_step != _RECORDED).argmax())
                 return n_good, RecordError(
-                    f"rank {idle} left out optimizer.step() at step {step}, others did not: all must do the same"
+                    f"rank {idle} left out optimizer.step() at step {step}, others did not: all "
+                    "must do the same"
                 )
             elif _OVERFLOWED in kinds:
                 self.n_skipped += 1
@@ -238,9 +239,8 @@ class StepSync:
         table = json.dumps(
             [{k: v for k, v in values.items() if k != names.N_ROWS} for _, values in pending]
         )
-        digest = float(
-            int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big")
-        )  # 48 bits, which a float holds
+        # 48 bits, which a float holds
+        digest = float(int.from_bytes(hashlib.sha256(table.encode()).digest()[:6], "big"))
         scalars, imbalance = checked.books.scalar, checked.books.imbalance.max(axis=1)
         padded = [*_padded(scalars.tolist(), 0.0), *_padded(imbalance.tolist(), 0.0)]
         found = self._ranks.gather([float(len(scalars)), digest, *padded])
@@ -259,8 +259,10 @@ class StepSync:
         if unlike.size:
             rank, step = unlike[unlike[:, 1].argmin()]
             raise RecordError(
-                f"at step {self._n_recorded + step} the gradient in use is {of_ranks[rank, step]:.6g} times the mean over the "
-                f"ranks on rank {rank} and {of_ranks[0, step]:.6g} times on rank 0: clip and scale it alike on all ranks"
+                f"at step {self._n_recorded + step} the gradient in use is "
+                f"{of_ranks[rank, step]:.6g} times the mean over the "
+                f"ranks on rank {rank} and {of_ranks[0, step]:.6g} times on rank 0: clip and "
+                "scale it alike on all ranks"
             )
         error: HydraError | None = None
         if n_good < len(pending):
@@ -273,12 +275,12 @@ class StepSync:
         return of_ranks[0], worst[:, None], error
 
 
-StepSync = OneProcess | StepSync
+StepSync = OneProcess | ManyProcesses
 
 
 def steps_of(processes: Processes) -> StepSync:
     """Return the agreement of `processes` on their steps."""
-    return StepSync(processes) if isinstance(processes, Collectives) else OneProcess()
+    return ManyProcesses(processes) if isinstance(processes, Collectives) else OneProcess()
 
 
 def _padded(values: list[float], filler: float) -> list[float]:
@@ -290,8 +292,10 @@ def _unlike_layouts(first: dict[str, Any], other: dict[str, Any], rank: int) -> 
     nothing: dict[str, Any] = {}
     mine, theirs = next(((a, b) for a, b in pairs if a != b), (nothing, nothing))
     return (
-        f"{mine.get('name')} is recorded as {mine.get('encoding')} in columns {mine.get('columns')} on rank 0 and as "
-        f"{theirs.get('encoding')} in {theirs.get('columns')} on rank {rank}: the ranks must have the same model and "
+        f"{mine.get('name')} is recorded as {mine.get('encoding')} in columns "
+        f"{mine.get('columns')} on rank 0 and as "
+        f"{theirs.get('encoding')} in {theirs.get('columns')} on rank {rank}: the ranks must "
+        "have the same model and "
         f"use it in the same way in the first step, by calling its modules"
     )
 
@@ -302,7 +306,8 @@ def _unlike_settings(tables: list[list[dict[str, Any]]], first_step: int) -> str
             for name, value in mine.items():
                 if theirs[name] != value:
                     return (
-                        f"{name} is {value} on rank 0 and {theirs[name]} on rank {rank} at step {first_step + step}: the "
+                        f"{name} is {value} on rank 0 and {theirs[name]} on rank {rank} at step "
+                        f"{first_step + step}: the "
                         f"optimizers of all ranks must have the same settings at every step"
                     )
     return "the optimizers of the ranks differ"

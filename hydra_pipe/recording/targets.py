@@ -69,14 +69,17 @@ class TargetCheck:
         if self._agreed or is_permuted or is_strange:
             first = int(np.flatnonzero(~agree)[0])
             raise RecordError(
-                f"the batch is not in the order of its ids: its target number {first} is {targets[first]}, and the label of sample "
+                f"the batch is not in the order of its ids: its target number {first} is "
+                f"{targets[first]}, and the label of sample "
                 f"{ids[first]} is {labels[first]}"
                 + (
-                    " (the batch holds the labels of its ids in another order: does a collate function sort?)"
+                    " (the batch holds the labels of its ids in another order: does a collate "
+                    "function sort?)"
                     if is_permuted
                     else ""
                 )
-                + ". Give the ids in the order of the batch; if sample_labels are not the targets, give them by "
+                + ". Give the ids in the order of the batch; if sample_labels are not the "
+                "targets, give them by "
                 "recorder.label_samples() after the last step"
             )
         self._labels = None  # the labels are not the targets: nothing can be checked

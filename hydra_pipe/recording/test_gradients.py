@@ -109,8 +109,10 @@ def _zeros(output: Any, targets: Any) -> Tensor:
 def say_without_tests(error: BaseException, path: Path) -> None:
     """Warn that a recording is complete without test gradients, because of `error`."""
     warnings.warn(
-        f"the test gradients of {path} were not taken: {error}. The training is recorded, and complete without them: mend the "
-        f"test samples or their loss, and take them by hydra-pipe probe {path} FILE:FUNCTION --name NAME, or hydra_pipe.probe(...)",
+        f"the test gradients of {path} were not taken: {error}. The training is recorded, and "
+        "complete without them: mend the "
+        f"test samples or their loss, and take them by hydra-pipe probe {path} FILE:FUNCTION "
+        "--name NAME, or hydra_pipe.probe(...)",
         RecordWarning,
         stacklevel=2,
     )

@@ -100,8 +100,10 @@ class WatchedLoader:
         """
         if not drawn or len(drawn) > self._ahead + 1:
             raise RecordError(
-                f"{self._name} gave one batch when its sampler had drawn {len(drawn or ())}, where a DataLoader draws at most "
-                f"{self._ahead} ahead: its batches cannot be paired with their samples; {self._instead}"
+                f"{self._name} gave one batch when its sampler had drawn {len(drawn or ())}, "
+                "where a DataLoader draws at most "
+                f"{self._ahead} ahead: its batches cannot be paired with their samples; "
+                f"{self._instead}"
             )
         return checked_ids(drawn.popleft(), self.n_samples)
 
@@ -248,20 +250,24 @@ def _checked(loader: Any, n_samples: int | None, instead: str) -> int:
     """Return the loader's number of samples, after all checks."""
     if not isinstance(loader, DataLoader):
         raise UsageError(
-            f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: {instead}"
+            f"only a torch.utils.data.DataLoader can be tracked, not a {type(loader).__name__}: "
+            f"{instead}"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise RecordError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no numbers: {instead}"
+            f"{type(loader.dataset).__name__} is an IterableDataset, whose samples have no "
+            f"numbers: {instead}"
         )
     # torch before 2.6 has no in_order, and always keeps the order
     if not getattr(loader, "in_order", True):
         raise RecordError(
-            f"the loader has in_order=False, so that batches come in another order than drawn: {instead}"
+            "the loader has in_order=False, so that batches come in another order than drawn: "
+            f"{instead}"
         )
     if loader._iterator is not None:
         raise RecordError(
-            "the loader's persistent workers are running already: track it before it is first iterated"
+            "the loader's persistent workers are running already: track it before it is first "
+            "iterated"
         )
     try:
         length = len(loader.dataset)  # type: ignore[arg-type]
@@ -271,7 +277,8 @@ def _checked(loader: Any, n_samples: int | None, instead: str) -> int:
         ) from error
     if n_samples is not None and length != n_samples:
         raise DataError(
-            f"the loader's dataset has {length} samples, the recorder's n_samples is {n_samples}: give Recorder "
+            f"the loader's dataset has {length} samples, the recorder's n_samples is "
+            f"{n_samples}: give Recorder "
             f"n_samples={length}, or track the loader of the training set"
         )
     return length

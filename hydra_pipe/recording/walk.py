@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 _CHECKPOINT = "CheckpointFunctionBackward"
 
-# Nodes that may take samples to other places: always, along the first dimension, or by an index of it.
+# Nodes that may take samples to other places: always, along the first dimension, or by an index of
+# it.
 _ROUTING = ("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0", "PutBackward0")
 _ROUTING_BY_DIM = (
     *("IndexSelectBackward0", "IndexAddBackward0", "IndexCopyBackward0", "GatherBackward0"),

@@ -54,7 +54,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
     check_meant(method, *_given(options))
     if method.solvers is None and options.scheduler not in ("threads", "synchronous"):
         raise UsageError(
-            f"--scheduler {options.scheduler}: {method.name} trains again, in this process: leave it out"
+            f"--scheduler {options.scheduler}: {method.name} trains again, in this process: "
+            "leave it out"
         )
     if options.rank is not None:
         _check_rank(options)
@@ -77,7 +78,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
     last = last_rows(gradients, counts.n_samples) if method.rows.last else None
     if last is not None and not last.size:
         raise RunError(
-            f"{directory.path}: no step has rows: there is nothing that --method {options.method} can be computed from"
+            f"{directory.path}: no step has rows: there is nothing that --method "
+            f"{options.method} can be computed from"
         )
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = ResultColumns((), ITSELF, (ITSELF,)), None
@@ -125,12 +127,14 @@ def _check_rank(options: Options) -> None:
 def _check_test(options: Options, method: Method) -> None:
     if method.on_the_way:
         raise UsageError(
-            f"--test {options.test}: {method.name} takes test gradients on the way, and a probe has those at the end of training "
+            f"--test {options.test}: {method.name} takes test gradients on the way, and a probe "
+            "has those at the end of training "
             f"only: choose another method, such as grad-dot"
         )
     if options.upto is not None:
         raise UsageError(
-            f"--test {options.test} and --upto: choose one: a probe's gradients were taken at the end of training, not after "
+            f"--test {options.test} and --upto: choose one: a probe's gradients were taken at "
+            "the end of training, not after "
             f"{options.upto} steps"
         )
 
@@ -145,11 +149,13 @@ def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> 
     if method.name not in kept and method.solvers is not None:
         able = ", ".join(kept) or "none"
         raise RunError(
-            f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are answered without them"
+            f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are "
+            "answered without them"
         )
     if options.keep_hypergradients:
         raise RunError(
-            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: leave out --keep-hypergradients"
+            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: "
+            "leave out --keep-hypergradients"
         )
 
 
@@ -164,8 +170,10 @@ def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
         n_tests = gradients.test_rows(step).n_rows
         if n_tests != counts.n_tests:
             raise UsageError(
-                f"{gradients.path} has {n_tests} test gradients after {step} steps and {counts.n_tests} after {counts.checkpoint}: "
-                f"--method tracin takes each test sample's at all of them: choose another method, or record with the same tests"
+                f"{gradients.path} has {n_tests} test gradients after {step} steps and "
+                f"{counts.n_tests} after {counts.checkpoint}: "
+                "--method tracin takes each test sample's at all of them: choose another "
+                "method, or record with the same tests"
             )
     return tuple(steps)
 
@@ -183,7 +191,8 @@ def _grouped(
         if tested.probe is not None:
             path, how = tested.probe, "give them to hydra_pipe.probe(..., labels=...)"
         raise UsageError(
-            f"--by label: {path} has no labels of test samples: take the mean of all with --mean, or {how}"
+            f"--by label: {path} has no labels of test samples: take the mean of all with "
+            f"--mean, or {how}"
         )
     unique, groups = np.unique(labels, return_inverse=True)
     return ResultColumns(columns.tests, by, tuple(unique.tolist())), groups.astype(np.int64)

@@ -85,7 +85,10 @@ _METHODS = (
         RowUse(self_weights),
         of_tests=False,
         refuses=_NO_TRAINING | _EACH_ROW_ONCE | _NO_TESTS,
-        sign="positive: its own steps have lowered the training sample's loss, all the more the larger its gradients were",
+        sign=(
+            "positive: its own steps have lowered the training sample's loss, all the more the "
+            "larger its gradients were"
+        ),
         unit="training loss",
     ),
 )

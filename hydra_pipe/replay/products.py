@@ -166,5 +166,6 @@ def _twice_differentiable() -> Iterator[None]:
 
 def _cannot(why: str) -> PipelineError:
     return PipelineError(
-        f"the model cannot be differentiated twice, which hydra-exact needs ({why}): use --method hydra-fisher"
+        f"the model cannot be differentiated twice, which hydra-exact needs ({why}): use "
+        "--method hydra-fisher"
     )

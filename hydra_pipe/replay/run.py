@@ -14,7 +14,10 @@ from hydra_pipe.training.pipeline import Pipeline
 
 # Method that answers for the part of the test gradients outside the `--rank` directions.
 APPROXIMATION = "hydra-fisher"
-_ADVICE = "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, method='hydra-exact', pipeline=...), newly built"
+_ADVICE = (
+    "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, "
+    "method='hydra-exact', pipeline=...), newly built"
+)
 
 
 def reduce_exact(
@@ -46,7 +49,8 @@ def reduce_exact(
         approximate = _approximate(request)
         if reduce_request(approximate, progress=progress):
             progress.say(
-                f"{approximate.name} is there: it answers for what {options.rank} directions leave over"
+                f"{approximate.name} is there: it answers for what {options.rank} directions "
+                "leave over"
             )
     return solve([_solver(request, pipeline, dataset)], overwrite=overwrite, progress=progress)
 

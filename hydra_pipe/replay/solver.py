@@ -133,10 +133,18 @@ class Replay(ResultSolver[ReplayPlan]):
         of = "groups of test samples" if given.grouped else "test gradients"
         n, width = whole.carried[-1][1], whole.carried[0][1]
         return {
-            "steps": f"{self._n_steps:,}, trained {plan.levels} times in each pass, {plan.most_states:,} states kept a level",
-            "columns": f"{n:,} {of}, {width:,} in each pass, {plan.at_once:,} through a step's graph at once",
+            "steps": (
+                f"{self._n_steps:,}, trained {plan.levels} times in each pass, "
+                f"{plan.most_states:,} states kept a level"
+            ),
+            "columns": (
+                f"{n:,} {of}, {width:,} in each pass, {plan.at_once:,} through a step's graph at "
+                "once"
+            ),
             "passes": f"{plan.passes:,}",
-            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}",
+            "peak memory": (
+                f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            ),
             "time": f"about {format_seconds(plan.picoseconds / 1e12)}, as a first step took",
         }
 
@@ -238,8 +246,10 @@ class Replay(ResultSolver[ReplayPlan]):
         self._off = max(self._off, difference)
         if not difference <= _LOSS_RELATIVE * abs(then) + _LOSS_ABSOLUTE:
             raise RunError(
-                f"{self.request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} when it was recorded: training does "
-                f"not come out the same. Is the pipeline's file, or its data, another one? Is the Pipeline newly built?"
+                f"{self.request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} "
+                "when it was recorded: training does "
+                "not come out the same. Is the pipeline's file, or its data, another one? Is "
+                "the Pipeline newly built?"
             )
 
 
@@ -322,7 +332,8 @@ class LowRankReplay(Replay):
         found = super()._plan(replace(what, recording=few))
         if len(found.carried) > 1:
             raise BudgetError(
-                f"--rank {self._rank}: not all directions fit {format_bytes(given.memory_bytes)} at once: raise --memory, "
+                f"--rank {self._rank}: not all directions fit {format_bytes(given.memory_bytes)} "
+                "at once: raise --memory, "
                 f"or lower the rank to {found.carried[0][1]}"
             )
         peak_bytes, written_bytes = found.peak_bytes + beside, given.n_samples * given.n_columns * 4

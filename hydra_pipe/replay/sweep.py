@@ -160,12 +160,14 @@ def moving(pipeline: Pipeline) -> list[nn.Parameter]:
     if type(pipeline.optimizer) not in _KNOWN:
         known = ", ".join(kind.__name__ for kind in _KNOWN)
         raise OptimizerError(
-            f"hydra-exact differentiates {known}, not {type(pipeline.optimizer).__name__}: use --method hydra-fisher"
+            f"hydra-exact differentiates {known}, not {type(pipeline.optimizer).__name__}: use "
+            "--method hydra-fisher"
         )
     found = [p for p in pipeline.model.parameters() if p.requires_grad]
     if half := [p.dtype for p in found if p.dtype not in (torch.float32, torch.float64)]:
         raise PipelineError(
-            f"the model has parameters of {half[0]}: hydra-exact needs float32 or float64 to go back through training"
+            f"the model has parameters of {half[0]}: hydra-exact needs float32 or float64 to go "
+            "back through training"
         )
     return found
 

@@ -69,7 +69,8 @@ class Gathering:
         train_labels = gradients.labels(names.TRAIN_LABELS)
         if train_labels is not None and len(train_labels) != source.counts.n_samples:
             raise StoreError(
-                f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} training samples"
+                f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} "
+                "training samples"
             )
         test_labels = source.labels_of_columns()
         losses = self._losses()
@@ -161,7 +162,8 @@ class Gathering:
         source = self._source
         if not source.final:
             self._missing.append(
-                f"Predictions are not shown: the parameters after {source.upto:,} steps were not kept."
+                f"Predictions are not shown: the parameters after {source.upto:,} steps were not "
+                "kept."
             )
             return None
         try:
@@ -176,7 +178,8 @@ class Gathering:
         )
         if not apart <= _SAME_LOSSES:
             self._missing.append(
-                f"The test losses are now {apart:.0%} apart from those that were recorded: the pipeline's data or code have "
+                f"The test losses are now {apart:.0%} apart from those that were recorded: the "
+                "pipeline's data or code have "
                 f"changed since, and pictures and predictions may be of other samples."
             )
         return found
@@ -205,8 +208,14 @@ class Gathering:
 
     def _how_chosen(self, n: int, predictions: "Predictions | None") -> str:
         source = self._source
-        of = f"{n:,} of {source.columns.n_columns:,} {'groups' if source.grouped else 'test samples'}"
-        bars = f"Bars show the {self._top} training samples that help and harm each most, on one scale within it."
+        of = (
+            f"{n:,} of {source.columns.n_columns:,} "
+            f"{'groups' if source.grouped else 'test samples'}"
+        )
+        bars = (
+            f"Bars show the {self._top} training samples that help and harm each most, on one "
+            "scale within it."
+        )
         if source.grouped:
             return f"All {n:,} groups of test samples, each with the mean of its relevance. {bars}"
         if self._tests is not None:
@@ -214,7 +223,10 @@ class Gathering:
         if n == source.columns.n_columns:
             return f"All {n:,} test samples. {bars}"
         if predictions is not None and predictions.are_classes:
-            return f"{of}: those predicted wrongly with the highest loss, then others, of high loss and of any. {bars}"
+            return (
+                f"{of}: those predicted wrongly with the highest loss, then others, of high loss "
+                f"and of any. {bars}"
+            )
         return f"{of}: those of the highest loss, and some of any. {bars}"
 
     def _findings(

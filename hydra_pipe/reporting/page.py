@@ -70,15 +70,18 @@ def page_of(content: Content, most_bytes: int = MOST_BYTES) -> Page:
     left_out = []
     if len(shown) < len(content.columns):
         left_out.append(
-            f"{len(content.columns) - len(shown):,} of {len(content.columns):,} {content.columns_are}"
+            f"{len(content.columns) - len(shown):,} of {len(content.columns):,} "
+            f"{content.columns_are}"
         )
     if len(harmful) < len(content.suspects):
         left_out.append(
-            f"{len(content.suspects) - len(harmful):,} of the {len(content.suspects):,} most harmful training samples"
+            f"{len(content.suspects) - len(harmful):,} of the {len(content.suspects):,} most "
+            "harmful training samples"
         )
     if left_out:
         missing.append(
-            f"To keep the page below {MOST_BYTES / 1e6:.0f} MB it leaves out {' and '.join(left_out)}."
+            f"To keep the page below {MOST_BYTES / 1e6:.0f} MB it leaves out "
+            f"{' and '.join(left_out)}."
         )
     html = _page(
         fixed, shown, harmful, ([] if content.grouped else cards.names, suspects.names), missing
@@ -214,7 +217,10 @@ def _fixed(content: Content) -> dict[str, Any]:
         "csv": _csv(content.suspects),
         "csv_name": f"most-harmful-{content.result}.csv",
         "classes": None if content.classes is None else _classes(content.classes),
-        "no_classes": f"Labels of the training samples or of the {content.columns_are} are not known: there is no class by class.",
+        "no_classes": (
+            f"Labels of the training samples or of the {content.columns_are} are not known: "
+            "there is no class by class."
+        ),
         "distribution": _distribution(content.distribution),
         "loss": _loss(content.losses, content.test_losses),
         "evaluations": [
@@ -361,7 +367,10 @@ def _distribution(distribution: Distribution) -> dict[str, Any]:
     words = (
         f"Of {n:,} pairs {distribution.helpful / n:.1%} help, {distribution.harmful / n:.1%} harm"
         + (f", {distribution.zeros / n:.1%} are 0" if distribution.zeros else "")
-        + ". Each bar is of pairs whose relevance is within a factor of two; bars too small to be seen are left out at both ends."
+        + (
+            ". Each bar is of pairs whose relevance is within a factor of two; bars too small to "
+            "be seen are left out at both ends."
+        )
     )
     some = distribution.helpful + distribution.harmful > 0
     # numbers only, so not escaped
@@ -379,7 +388,8 @@ def _loss(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> dict[s
         return {"words": f"The training loop did not tell its loss; {at_end}.", "svg": None}
     tenth = max(1, len(known) // 10)
     words = (
-        f"Mean training loss {known[:tenth].mean():.3g} over the first tenth of {len(losses):,} steps, "
+        f"Mean training loss {known[:tenth].mean():.3g} over the first tenth of {len(losses):,} "
+        "steps, "
         f"{known[-tenth:].mean():.3g} over the last; {at_end}."
     )
     return {"words": words, "svg": Markup(loss_chart(losses, tests))}
@@ -395,13 +405,17 @@ def _recorded(recording: Mapping[str, Any]) -> dict[str, Any]:
     exact = sum(block["exact"] for block in blocks)
     parameters = int(recording["parameters"])
     words = (
-        f"{recording['rows']:,} gradients, one for each training sample at each of {recording['steps']:,} steps, of "
+        f"{recording['rows']:,} gradients, one for each training sample at each of "
+        f"{recording['steps']:,} steps, of "
         f"{parameters:,} parameters in {recording['features']:,} columns of {recording['dtype']}: "
         f"{recording['bytes']} on disk. "
         + (
             "All parameters were recorded exactly, but for the rounding of that type."
             if exact == len(blocks)
-            else f"{exact} of {len(blocks)} parameters were recorded exactly, the others by random projection."
+            else (
+                f"{exact} of {len(blocks)} parameters were recorded exactly, the others by "
+                "random projection."
+            )
         )
     )
     return {"words": words, "blocks": blocks}

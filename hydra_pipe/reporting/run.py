@@ -82,13 +82,15 @@ def report_run(
         raise UsageError("give a pipeline, which has its samples, or samples, not both")
     if ResultName.parse(method).is_of_itself:
         raise UsageError(
-            f"--method {method} is of no test samples, and no report: export puts it into samples.parquet"
+            f"--method {method} is of no test samples, and no report: export puts it into "
+            "samples.parquet"
         )
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"a report needs Jinja2, Matplotlib and Pillow, and there is no {missing[0]}: pip install 'hydra-pipe[report]'"
+            f"a report needs Jinja2, Matplotlib and Pillow, and there is no {missing[0]}: pip "
+            "install 'hydra-pipe[report]'"
         )
     directory = RunDirectory.open(run)
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")

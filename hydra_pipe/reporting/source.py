@@ -78,7 +78,8 @@ class ReportSource(ReducedRun):
             lacking = np.setdiff1d(np.arange(first, last), there)
             if len(lacking):
                 raise UsageError(
-                    f"--tests {tests}: {self.result} has no relevance for test sample {lacking[0]}, it was reduced for "
+                    f"--tests {tests}: {self.result} has no relevance for test sample "
+                    f"{lacking[0]}, it was reduced for "
                     f"{write_selection(self.columns.tests)}"
                 )
         return write_selection(spans)

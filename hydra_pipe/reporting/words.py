@@ -11,19 +11,28 @@ from hydra_pipe.store.json_parsing import is_count
 LITTLE_CURVATURE, MUCH_IMBALANCE = 0.5, 1e-3
 
 METHODS = {
-    "hydra": "adds up what each training step did to the test loss, and leaves out how later steps changed it (no curvature). "
-    "It ranks mislabelled samples well. As a prediction of leaving a sample out it is poor on long runs and on runs with "
+    "hydra": "adds up what each training step did to the test loss, and leaves out how later "
+    "steps changed it (no curvature). "
+    "It ranks mislabelled samples well. As a prediction of leaving a sample out it is poor on "
+    "long runs and on runs with "
     "momentum, where its values come out many times too large: use its order.",
-    "hydra-fisher": "goes back through training with the curvature that the recorded gradients show (the empirical Fisher, bounded "
-    "where a step was too large for it). It is an approximation, usually the best that needs no second training.",
-    "hydra-exact": "trains again and differentiates the training itself. It is exact for a small change of a sample's weight; "
+    "hydra-fisher": "goes back through training with the curvature that the recorded gradients "
+    "show (the empirical Fisher, bounded "
+    "where a step was too large for it). It is an approximation, usually the best that needs no "
+    "second training.",
+    "hydra-exact": "trains again and differentiates the training itself. It is exact for a small "
+    "change of a sample's weight; "
     "where training is not smooth, that says little of leaving many samples out.",
-    "tracin": "adds up what the steps have lowered the test loss by, to first order. What was learnt early counts in full, though "
+    "tracin": "adds up what the steps have lowered the test loss by, to first order. What was "
+    "learnt early counts in full, though "
     "later steps may have undone it.",
-    "grad-dot": "multiplies the last gradient of a training sample with that of the test sample. Only its order means anything: "
+    "grad-dot": "multiplies the last gradient of a training sample with that of the test sample. "
+    "Only its order means anything: "
     "large gradients, of mislabelled and odd samples, come first everywhere.",
-    "grad-cos": "is the cosine between the last gradient of a training sample and that of the test sample: of directions only.",
-    "influence": "assumes that training has ended in an optimum and asks how that moves (influence functions, with the empirical "
+    "grad-cos": "is the cosine between the last gradient of a training sample and that of the "
+    "test sample: of directions only.",
+    "influence": "assumes that training has ended in an optimum and asks how that moves "
+    "(influence functions, with the empirical "
     "Fisher of the last gradients). How training got there is left out.",
 }
 
@@ -62,42 +71,52 @@ def warnings(what: Circumstances) -> list[str]:
     found: list[str] = []
     if what.strange:
         found.append(
-            f"{what.strange:,} values of the relevance are infinite or not a number: do not rely on this result."
+            f"{what.strange:,} values of the relevance are infinite or not a number: do not rely "
+            "on this result."
         )
     imbalance = _number(what.record.get("worst_imbalance"))
     if imbalance is not None and imbalance > MUCH_IMBALANCE:
         found.append(
-            f"The books do not balance well: at the worst step {_percent(imbalance)} of a parameter's gradient is in no sample's "
+            f"The books do not balance well: at the worst step {_percent(imbalance)} of a "
+            "parameter's gradient is in no sample's "
             f"record. Something, such as half precision, was rounded, or was not recorded."
         )
     left = _number(what.reduce.get("curvature_left"))
     if left is not None and left < LITTLE_CURVATURE:
         found.append(
-            f"Saturation has left {_percent(left)} of the curvature: the training steps were large against it, and the result "
-            f"leans on how it was bounded. A run with a lower learning rate, or hydra-exact, tells more."
+            f"Saturation has left {_percent(left)} of the curvature: the training steps were "
+            "large against it, and the result "
+            "leans on how it was bounded. A run with a lower learning rate, or hydra-exact, "
+            "tells more."
         )
     if what.projected:
         found.append(
-            f"{what.projected} of {what.n_blocks} parameters were recorded by random projection: each value is an unbiased "
-            f"estimate with noise in it, which hides small relevance first and costs methods with curvature most."
+            f"{what.projected} of {what.n_blocks} parameters were recorded by random projection: "
+            "each value is an unbiased "
+            "estimate with noise in it, which hides small relevance first and costs methods "
+            "with curvature most."
         )
     curved = what.record.get("n_curved_rows")
     if what.method in ("hydra-fisher", "influence") and is_count(curved) and curved < what.n_rows:
         found.append(
-            f"Of {what.n_rows - curved:,} of {what.n_rows:,} recorded gradients the curvature of the loss is not known: they count "
+            f"Of {what.n_rows - curved:,} of {what.n_rows:,} recorded gradients the curvature of "
+            "the loss is not known: they count "
             f"as if their Fisher were it. Tell the recorder the loss (Recorder.set_loss)."
         )
     if what.upto is not None:
         found.append(
-            f"This is the relevance of the first {what.upto:,} steps, as if training had ended there."
+            f"This is the relevance of the first {what.upto:,} steps, as if training had ended "
+            "there."
         )
     if what.rank is not None:
         found.append(
-            f"Only {what.rank:,} directions of the test gradients were replayed: hydra-fisher answers for the rest."
+            f"Only {what.rank:,} directions of the test gradients were replayed: hydra-fisher "
+            "answers for the rest."
         )
     if what.unvisited:
         found.append(
-            f"{what.unvisited:,} of {what.n_samples:,} training samples were in no recorded step: their relevance is 0, which says "
+            f"{what.unvisited:,} of {what.n_samples:,} training samples were in no recorded "
+            "step: their relevance is 0, which says "
             f"nothing about them."
         )
     return found
@@ -109,7 +128,8 @@ def sign_in_words(unit: str) -> str:
         "about so much is added to the test loss" if unit == "test loss" else f"in units of {unit}"
     )
     return (
-        f"A positive value means helpful: without the training sample the test loss would be higher ({more}). A negative value "
+        "A positive value means helpful: without the training sample the test loss would be "
+        f"higher ({more}). A negative value "
         f"means harmful: without it the test loss would be lower."
     )
 

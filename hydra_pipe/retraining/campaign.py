@@ -149,15 +149,18 @@ def _done(
     room = budget - resident_bytes()
     if room < retrainer.model_bytes:
         raise BudgetError(
-            f"a model takes {format_bytes(retrainer.model_bytes)} beside the {format_bytes(budget - room)} that this process has, "
-            f"the budget is {format_bytes(budget)}: raise --memory to {format_bytes(1.2 * (budget - room + retrainer.model_bytes))}"
+            f"a model takes {format_bytes(retrainer.model_bytes)} beside the "
+            f"{format_bytes(budget - room)} that this process has, "
+            f"the budget is {format_bytes(budget)}: raise --memory to "
+            f"{format_bytes(1.2 * (budget - room + retrainer.model_bytes))}"
         )
     # A power of two, so that another call that finds a little more or less room cuts the same
     # stacks. The call then finds these pieces.
     stacks = job.stacks(min(MOST_MODELS, 2 ** int(log2(room // retrainer.model_bytes))))
     n = len(job.seeds) * job.n
     progress.say(
-        f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one alone takes {format_seconds(seconds)}, "
+        f"{n:,} retrainings of {retrainer.n_steps:,} steps, {stacks[0][1]} at a time; one alone "
+        f"takes {format_seconds(seconds)}, "
         f"all of them {format_seconds(n * seconds)} at most"
     )
     starts: dict[int, Values] = {

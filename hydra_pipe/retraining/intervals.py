@@ -7,8 +7,14 @@ from numpy.typing import NDArray
 
 from hydra_pipe.maths.rank_statistics import bootstrap_interval
 
-INTERVAL = "mean over test samples; interval of 95 % by drawing as many test samples anew, 2,000 times (not the retrainings)"
-ONE_TEST = "there is one test sample, or one mean of them: nothing tells how others would come out, and no interval is given"
+INTERVAL = (
+    "mean over test samples; interval of 95 % by drawing as many test samples anew, 2,000 times "
+    "(not the retrainings)"
+)
+ONE_TEST = (
+    "there is one test sample, or one mean of them: nothing tells how others would come out, and "
+    "no interval is given"
+)
 
 
 def with_interval(name: str, per_test: NDArray[np.float64]) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Models:
                 self.stacked = False
                 reason = str(error).strip().splitlines()[0]
                 self._progress.say(
-                    f"the models are trained one after the other, which takes longer: torch.vmap cannot stack them ({reason})"
+                    "the models are trained one after the other, which takes longer: torch.vmap "
+                    f"cannot stack them ({reason})"
                 )
         with user_code("the model or the loss raised in a retraining"):
             return self._one_by_one(parameters, buffers, inputs, targets)

@@ -56,7 +56,8 @@ class Retrainer:
     ) -> None:
         if pipeline.optimizer.state:
             raise PipelineError(
-                "the pipeline was trained already: build it anew, its model must be as it was before training"
+                "the pipeline was trained already: build it anew, its model must be as it was "
+                "before training"
             )
         self._pipeline, self._mean_over = pipeline, mean_over
         self.models = Models(pipeline, progress)

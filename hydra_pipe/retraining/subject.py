@@ -112,11 +112,13 @@ class Subject:
         truth, labels = self.pipeline.true_labels, self.sample_labels()
         if truth is None:
             raise PipelineError(
-                "the pipeline has no true_labels, one for each training sample: return Pipeline(..., true_labels=...)"
+                "the pipeline has no true_labels, one for each training sample: return "
+                "Pipeline(..., true_labels=...)"
             )
         if labels is None:
             raise PipelineError(
-                f"{self.run.path} has no labels of its samples: record it with Pipeline(..., sample_labels=...)"
+                f"{self.run.path} has no labels of its samples: record it with Pipeline(..., "
+                "sample_labels=...)"
             )
         true = (
             np.array([str(label) for label in truth])
@@ -125,7 +127,8 @@ class Subject:
         )
         if labels.dtype != object and true.dtype.kind not in "iu":
             raise PipelineError(
-                f"true_labels are {true.dtype}, the recorded labels are integers: give the same kind for both"
+                f"true_labels are {true.dtype}, the recorded labels are integers: give the same "
+                "kind for both"
             )
         return true
 
@@ -141,7 +144,8 @@ class Subject:
         """
         if not self.has_seeds():
             raise UsageError(
-                "--seeds above 1 needs a pipeline function with a setting `seed`, from which the initial weights come"
+                "--seeds above 1 needs a pipeline function with a setting `seed`, from which the "
+                "initial weights come"
             )
 
     def with_seed(self, seed: int) -> Values:
@@ -181,13 +185,18 @@ class Subject:
         )
         if strict and not apart <= SIMILAR:
             raise PipelineError(
-                f"trained again with all samples the pipeline comes to other test losses than {self.run.path} has ({apart:.1%} "
-                f"apart): its code, its data or its seed have changed, or it was trained already: give the one that was recorded"
+                "trained again with all samples the pipeline comes to other test losses than "
+                f"{self.run.path} has ({apart:.1%} "
+                "apart): its code, its data or its seed have changed, or it was trained "
+                "already: give the one that was recorded"
             )
         if apart > SAME:
             progress.say(
-                f"trained again with all samples the test losses are {apart:.2%} apart from the recorded ones: another machine or "
-                f"version of torch rounds differently{'' if apart <= SIMILAR else ', which grows in a rough training'}, or the "
+                f"trained again with all samples the test losses are {apart:.2%} apart from the "
+                "recorded ones: another machine or "
+                "version of torch rounds "
+                f"differently{'' if apart <= SIMILAR else ', which grows in a rough training'}, "
+                "or the "
                 f"pipeline has changed since"
             )
 
@@ -230,7 +239,8 @@ class Subject:
                 needed = reducing(self.run, replace(result, by=by, test=None))
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
-                    f"{self.run.path} has no relevance {shown(name)} for each of the {self.n_tests} test samples ({has}): run "
+                    f"{self.run.path} has no relevance {shown(name)} for each of the "
+                    f"{self.n_tests} test samples ({has}): run "
                     f"{needed} first"
                 )
         return {name: whole[name] for name in wanted}
@@ -247,7 +257,8 @@ class Subject:
         if not found:
             needed = ResultName("hydra-fisher", MEAN if means else None)
             raise RunError(
-                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: run "
+                f"{self.run.path} has no relevance for each of the {self.n_tests} test samples: "
+                "run "
                 f"{reducing(self.run, needed)} first (and other methods that you want to compare)"
             )
         return found
@@ -318,7 +329,8 @@ def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) 
     """
     if "optimizer" not in old:
         raise RunError(
-            f"{run.path} was recorded in a loop of your own, which cannot be trained again from here: record a pipeline"
+            f"{run.path} was recorded in a loop of your own, which cannot be trained again from "
+            "here: record a pipeline"
         )
     # A Pipeline that was given built has no settings of a function, whatever function built it.
     both_of_file = all(any(key.startswith(_SET) for key in settings) for settings in (old, new))
@@ -328,5 +340,6 @@ def _compare(run: RunDirectory, old: Mapping[str, Any], new: Mapping[str, Any]) 
         if old.get(key) != new.get(key):
             was, now = (f"{key}={shown(settings.get(key))}" for settings in (old, new))
             raise RunError(
-                f"{run.path} was recorded with {was}, the pipeline now has {now}: give the pipeline and the settings of the run"
+                f"{run.path} was recorded with {was}, the pipeline now has {now}: give the "
+                "pipeline and the settings of the run"
             )

@@ -36,7 +36,8 @@ def room_for(n_bytes: int, path: Path) -> str:
     if n_bytes <= free:
         return f"{most}, {format_bytes(free)} free"
     return (
-        f"{most}, and only {format_bytes(free)} free: it may not fit; on a full disk the command stops; run again, it goes on "
+        f"{most}, and only {format_bytes(free)} free: it may not fit; on a full disk the command "
+        "stops; run again, it goes on "
         f"once there is room"
     )
 

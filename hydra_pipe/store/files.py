@@ -84,7 +84,8 @@ def local_path(text: str, what: str) -> Path:
     if not text.strip() or "\0" in text:
         fault = "holds a null character" if text.strip() else "is empty"
         raise UsageError(
-            f"{what} {fault}: name a file or directory, or a URL such as s3://bucket/run where a run may be one"
+            f"{what} {fault}: name a file or directory, or a URL such as s3://bucket/run where a "
+            "run may be one"
         )
     path = Path(text)
     if text.startswith("~"):
@@ -114,7 +115,8 @@ def _refuse_slashes(text: str) -> None:
     if protocol in known_implementations or protocol in _LOCAL:
         meant = f"{protocol}://{'/' if protocol in _LOCAL else ''}{rest}"
         raise UsageError(
-            f"{text}: did you mean {meant}? (pathlib takes a slash away: give text; for a directory, write ./{text})"
+            f"{text}: did you mean {meant}? (pathlib takes a slash away: give text; for a "
+            f"directory, write ./{text})"
         )
 
 
@@ -136,7 +138,8 @@ def refuse_read_only(path: Path) -> None:
     """Refuse a place that nobody can write to. Raises: RunError."""
     if is_web(path):
         raise RunError(
-            f"{path} is on a web server, which can be read only (info, verify, hydra_pipe.open_run): copy the run to a disk, or "
+            f"{path} is on a web server, which can be read only (info, verify, "
+            "hydra_pipe.open_run): copy the run to a disk, or "
             f"name an object store such as s3://bucket/run"
         )
 

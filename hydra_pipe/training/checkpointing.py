@@ -64,7 +64,8 @@ class Interval:
 
     Args:
         steps: least number of steps between two checkpoints; None: `seconds` decides.
-        seconds: least seconds between two checkpoints; None: the default, see store/data/save_interval.py.
+        seconds: least seconds between two checkpoints; None: the default, see
+            store/data/save_interval.py.
     """
 
     steps: int | None = None
@@ -84,7 +85,8 @@ class Interval:
         seconds = parse_seconds(text)
         if seconds is None:
             raise UsageError(
-                f"--checkpoint-every {text}: give a number of steps, such as 500, or a time, such as 30s, 10min or 2h"
+                f"--checkpoint-every {text}: give a number of steps, such as 500, or a time, "
+                "such as 30s, 10min or 2h"
             )
         return cls(seconds=seconds)
 
@@ -256,7 +258,8 @@ class Checkpoints:
         except StoreError as error:
             self._usable = False
             self._progress.say(
-                f"no checkpoints are taken, and an interrupted run starts again: the state of the model, the optimizer or the "
+                "no checkpoints are taken, and an interrupted run starts again: the state of "
+                "the model, the optimizer or the "
                 f"scheduler is {error}"
             )
             return

@@ -99,7 +99,8 @@ class Pipeline:
         )
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise PipelineError(
-                "the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one that counts steps"
+                "the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one "
+                "that counts steps"
             )
         for name, labels, dataset in (
             ("sample_labels", self.sample_labels, self.train),
@@ -125,7 +126,8 @@ def check_dataset(what: str, dataset: Any) -> None:
     """Refuse a dataset that is not map-style, and an empty one. Raises: PipelineError."""
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise PipelineError(
-            f"{what} is {type(dataset).__name__} {dataset!r:.60}: it must be a map-style dataset with __getitem__ and __len__"
+            f"{what} is {type(dataset).__name__} {dataset!r:.60}: it must be a map-style dataset "
+            "with __getitem__ and __len__"
         )
     if len(dataset) == 0:
         raise PipelineError(f"{what} is empty: give it at least one (input, target)")

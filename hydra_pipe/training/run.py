@@ -68,7 +68,8 @@ class RecordOptions:
         interval = Interval.parse(checkpoint_every)
         if n_processes() > 1:
             raise PipelineError(
-                f"a pipeline is trained by one process, not by {n_processes()}: start one, or use Recorder in a loop of your own"
+                f"a pipeline is trained by one process, not by {n_processes()}: start one, or "
+                "use Recorder in a loop of your own"
             )
         return cls(
             cast("EncodingChoice", encoding),

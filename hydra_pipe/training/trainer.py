@@ -67,7 +67,8 @@ class Midway:
         of_epoch = -(-len(pipeline.train) // pipeline.batch_size)
         if text is not None and pipeline.test is None:
             raise UsageError(
-                f"--test-every {text}: the pipeline has no test set: give it one, or leave out --test-every"
+                f"--test-every {text}: the pipeline has no test set: give it one, or leave out "
+                "--test-every"
             )
         if text is not None and text != "epoch" and not (text.isdecimal() and int(text) > 0):
             raise UsageError(f"--test-every {text}: give epoch, or a number of steps, such as 500")
@@ -339,7 +340,8 @@ def take_step(
     if not np.isfinite(note.loss):
         bad = ids[~torch.isfinite(losses).cpu().numpy()]
         raise NonFiniteError(
-            f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower the learning rate, or set "
+            f"the loss is {note.loss} at {where}, samples {', '.join(map(str, bad[:5]))}: lower "
+            "the learning rate, or set "
             f"max_grad_norm; the steps before it are recorded and readable"
         )
     if recorder is not None and isinstance(output, Tensor) and isinstance(targets, Tensor):
@@ -370,7 +372,8 @@ def _losses(
     if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise PipelineError(
-            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss per sample, "
+            f"the loss returned shape {shape} for a batch of {len(ids)}: it must return one loss "
+            "per sample, "
             f"shape ({len(ids)},), such as cross_entropy(output, target, reduction='none')"
         )
     return output, losses

@@ -1,8 +1,10 @@
-"""Make the archive: tiny runs in the format of today, with every stage there is, and what others must read in them.
+"""Make the archive: tiny runs in the format of today, with every stage there is, and what others
+must read in them.
 
     python tests/archive/make_archive.py tests/archive/v1
 
-An archive is made once for a version of the format, and never again: the test reads what an older hydra-pipe has written.
+An archive is made once for a version of the format, and never again: the test reads what an older
+hydra-pipe has written.
 """
 
 import json
@@ -67,7 +69,9 @@ def main(target: Path) -> None:
 
 @contextmanager
 def unplotted() -> Iterator[None]:
-    """Without Matplotlib: the plots of evaluations would be larger than all else, and a report needs it."""
+    """Without Matplotlib: the plots of evaluations would be larger than all else, and a report
+    needs it.
+    """
     with mock.patch.dict(sys.modules, {"matplotlib": None}):
         yield
 

@@ -1,4 +1,6 @@
-"""The training of the archived runs: ten samples, two with a wrong label, and three tests. It must never change."""
+"""The training of the archived runs: ten samples, two with a wrong label, and three tests. It must
+never change.
+"""
 
 import torch
 from torch import nn
@@ -12,7 +14,9 @@ WRONG = (2, 7)
 
 
 def samples(n: int, first: int) -> TensorDataset:
-    """Images whose brightness tells their label, with noise that is a formula: no generator of any library's version."""
+    """Images whose brightness tells their label, with noise that is a formula: no generator of any
+    library's version.
+    """
     numbers = torch.arange(first, first + n)
     labels = numbers % 3
     noise = torch.remainder(torch.arange(n * 36).reshape(n, 1, 6, 6) * 37 + first * 11, 101) / 101

@@ -18,7 +18,9 @@ VERSIONS = sorted(archive.name for archive in HERE.glob("v*"))
 def archive(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A copy, beside which the pipeline is as it was when the runs were recorded; it is the working directory."""
+    """A copy, beside which the pipeline is as it was when the runs were recorded; it is the working
+    directory.
+    """
     copy = Path(shutil.copytree(HERE / request.param, tmp_path / "archive"))
     shutil.copy(HERE / "pipeline.py", copy)
     monkeypatch.chdir(copy)

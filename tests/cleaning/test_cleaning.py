@@ -411,9 +411,8 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
     assert len(counted) == 2
 
 
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning"
-)  # the line to copy leaves it to Python to close its file
+# the line to copy leaves it to Python to close its file
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_command_prints_a_table_where_the_files_are_and_how_to_use_them(run: Path) -> None:
     result = CliRunner().invoke(
         app, ["clean", str(run), "--lowest", "12", "--retrain", "--seeds", "1"]

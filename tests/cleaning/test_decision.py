@@ -15,7 +15,9 @@ values_of = st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=60).ma
 def mixture(
     seed: int, n: int, wrong: int, shift: float = -8.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums of three labels, each with its own centre and spread, `wrong` of them `shift` spreads lower; and which these are."""
+    """Sums of three labels, each with its own centre and spread, `wrong` of them `shift` spreads
+    lower; and which these are.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
     spread, centre = np.array([0.1, 1.0, 50.0])[labels], np.array([5.0, -2.0, 300.0])[labels]
@@ -61,7 +63,8 @@ def test_the_fitted_threshold_is_near_where_the_odd_ones_are_as_dense_as_the_bul
     odd = np.arange(n) < round(share * n)
     values = np.where(odd, centre, 0.0) + rng.normal(size=n)
     proposed = values < tail_threshold(values)
-    # up to there, all that is proposed: less than every second one is of the bulk, but for the luck of so many draws
+    # up to there, all that is proposed: less than every second one is of the bulk, but for the luck
+    # of so many draws
     assert proposed.sum() == 0 or odd[proposed].mean() > 1 - MOST_FALSE - 2.5 / np.sqrt(
         proposed.sum()
     )
@@ -169,10 +172,11 @@ def test_reasons_have_the_numbers() -> None:
         sums, scores, np.array([0, 2]), labels, ["dog", None], "relevance summed over 9 tests"
     )
     assert one == (
-        "relevance summed over 9 tests -4: 6.0 robust standard deviations below the median of the samples labelled cat; "
+        "relevance summed over 9 tests -4: 6.0 robust standard deviations below the median of "
+        "the samples labelled cat; "
         "of the other classes it harms tests of dog most, at least 2 times as much as the next"
     )
-    assert (
-        other
-        == "relevance summed over 9 tests -2.5: 3.2 robust standard deviations below the median of the samples labelled dog"
+    assert other == (
+        "relevance summed over 9 tests -2.5: 3.2 robust standard deviations below the median "
+        "of the samples labelled dog"
     )

@@ -27,9 +27,14 @@ def pipeline(tests: int = 1, first: int = 0, words: bool = False):
     loss = lambda output, target: nn.functional.cross_entropy(output, target, reduction="none")
     names = {}
     if words:
-        names = {"sample_labels": [f"class {int(v)}" for v in y[:120]], "test_labels": [f"class {int(v)}" for v in y[own]]}
-    return Pipeline(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loss=loss,
-                    train=TensorDataset(x[:120], y[:120]), test=TensorDataset(x[own], y[own]), batch_size=20, epochs=2, **names)
+        names = {
+            "sample_labels": [f"class {int(v)}" for v in y[:120]],
+            "test_labels": [f"class {int(v)}" for v in y[own]],
+        }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train, test = TensorDataset(x[:120], y[:120]), TensorDataset(x[own], y[own])
+    return Pipeline(model=model, optimizer=optimizer, loss=loss, train=train, test=test,
+                    batch_size=20, epochs=2, **names)
 """
 
 
@@ -72,7 +77,8 @@ def test_labels_without_tests_are_not_proposed_and_are_named(
     assert lacking not in found.drop.column("label").to_pylist()
     (told,) = [line for line in found.summary["says"] if "no test sample has" in line]
     assert told.startswith(
-        f"no test sample has the label {lacking}: of the {int((labels == lacking).sum())} training samples"
+        f"no test sample has the label {lacking}: of the {int((labels == lacking).sum())} "
+        "training samples"
     )
     assert (
         lacking

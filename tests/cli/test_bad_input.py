@@ -1,4 +1,6 @@
-"""What bad input gets: one line that names the thing, a way out, the right exit code, nothing written or what was there kept."""
+"""What bad input gets: one line that names the thing, a way out, the right exit code, nothing
+written or what was there kept.
+"""
 
 import hashlib
 import json
@@ -85,7 +87,8 @@ RECORD = [
     (
         f"{BAD}:scalar_loss",
         [],
-        r"loss returned shape \(\) for a batch of 4: it must return one loss per sample, shape \(4,\)",
+        r"loss returned shape \(\) for a batch of 4: it must return one loss per sample, shape "
+        r"\(4,\)",
         1,
     ),
     (f"{BAD}:loss_of_another_shape", [], r"loss returned shape \(4, 3\) for a batch of 4", 1),
@@ -227,7 +230,8 @@ KEEPS = [
     (["reduce", "RUN", "--method", "magic"], r"--method magic is unknown: choose one of hydra", 2),
     (
         ["reduce", "RUN", "--scheduler", "tcp"],
-        r"--scheduler tcp is unknown: choose one of threads, processes, synchronous, or the address",
+        r"--scheduler tcp is unknown: choose one of threads, processes, synchronous, or the "
+        r"address",
         2,
     ),
     (["reduce", "RUN", "--overwrite", "--chunks", "big"], r"--chunks big is not ROWSxFEATURES", 2),

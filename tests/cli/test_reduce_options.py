@@ -96,10 +96,11 @@ def test_what_is_advised_makes_the_same_result_again(
 
 
 def test_every_method_is_in_the_help_and_in_the_documents() -> None:
+    # lines end at hyphens
     text, helped = (
         (ROOT / "docs/methods.md").read_text(),
         re.sub(r"\s+", "", call("reduce", "--help")),
-    )  # lines end at hyphens
+    )
     for method in METHODS:
         assert f"`{method}`" in text
         assert method in helped

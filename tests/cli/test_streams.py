@@ -1,4 +1,6 @@
-"""The command line does its work whatever its standard streams are: of another encoding, closed, full, or no longer read."""
+"""The command line does its work whatever its standard streams are: of another encoding, closed,
+full, or no longer read.
+"""
 
 import importlib.metadata
 import os

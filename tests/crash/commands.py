@@ -1,8 +1,10 @@
-"""Runs hydra-pipe's commands one after the other, each in a process of its own that is forked from here: so torch is loaded once.
+"""Runs hydra-pipe's commands one after the other, each in a process of its own that is forked from
+here: so torch is loaded once.
 
-Used as a program: its arguments are pairs of pipes. It reads jobs from the first of a pair, one a line in JSON, and writes the exit
-code of each to the second (negative: the signal that ended it). With the argument "small" files, chunks and passes are so small
-that a tiny run has several of each. The state of long work is kept all the time.
+Used as a program: its arguments are pairs of pipes. It reads jobs from the first of a pair, one a
+line in JSON, and writes the exit code of each to the second (negative: the signal that ended it).
+With the argument "small" files, chunks and passes are so small that a tiny run has several of each.
+The state of long work is kept all the time.
 """
 
 import atexit
@@ -46,7 +48,9 @@ TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
 
 def make_small() -> None:
-    """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four models are trained together."""
+    """Shards of 16 rows, lines of 4 steps, chunks of 8 samples; every second step is written; four
+    models are trained together.
+    """
     from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import chunking as geometry
     from hydra_pipe.recording import row_buffer as buffer
@@ -93,7 +97,9 @@ def plan_in(order: str) -> None:
 
 
 def plan_narrow() -> None:
-    """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows; training is gone through thrice."""
+    """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows;
+    training is gone through thrice.
+    """
     from hydra_pipe.plan.from_matrix import plan_answers
     from hydra_pipe.plan.hypergradient_matrix import plan_matrix
     from hydra_pipe.plan.influence import plan_solve
@@ -178,7 +184,9 @@ def load(modules: list[str]) -> None:
 
 
 def serve(channels: list[tuple[int, int]], *, small: bool) -> None:
-    """Answer jobs on each channel, a pair of pipes to read jobs from and to write codes to, by a fork of this process."""
+    """Answer jobs on each channel, a pair of pipes to read jobs from and to write codes to, by a
+    fork of this process.
+    """
     import torch
 
     for module in LOADED:

@@ -18,7 +18,8 @@ import shim
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# of the manifest: what is of the clock and of the disk, and not of the result; and checksums of files that have the run's id
+# of the manifest: what is of the clock and of the disk, and not of the result; and checksums of
+# files that have the run's id
 _PARTICULAR = (
     "seconds",
     "train_seconds",
@@ -46,7 +47,9 @@ class Ended:
     calls: list[shim.Call]
 
     def fault(self) -> str | None:
-        """What is wrong with how it failed: it must say in one line of its own, the last, what is the matter and what to do."""
+        """What is wrong with how it failed: it must say in one line of its own, the last, what is
+        the matter and what to do.
+        """
         told = [line for line in self.errors.splitlines() if line.startswith("hydra-pipe: ")]
         if self.code != 1:
             return f"exit code {self.code}"
@@ -67,7 +70,8 @@ class Ended:
 
 @contextmanager
 def commands_for(threads: int, *, small: bool) -> Iterator[list["Commands"]]:
-    """Servers of commands for as many threads: forked from one process, which imports once what all of them need.
+    """Servers of commands for as many threads: forked from one process, which imports once what all
+    of them need.
 
     Args:
         threads: number of servers.
@@ -132,8 +136,9 @@ class Commands:
 
         Args:
             run: directory whose files are looked at.
-            arguments: of the command, with "RUN" for the run. They name it relative to the directory that it is in, so that
-                what is said of it is the same for all runs that are called alike.
+            arguments: of the command, with "RUN" for the run. They name it relative to the
+                directory that it is in, so that what is said of it is the same for all runs that
+                are called alike.
             order: of a reduction, or "narrow"; None: as it plans itself.
             seconds: after which it is killed; None: it is not.
             struck: see `shim.environment`.
@@ -186,10 +191,8 @@ def _manifest(content: bytes) -> bytes:
     for stage in manifest["stages"].values():
         for name in _PARTICULAR:
             stage["facts"].pop(name, None)
-        for name in (
-            "peak_bytes",
-            "picoseconds",
-        ):  # the one counts what Python takes, the other how long a step took
+        # the one counts what Python takes, the other how long a step took
+        for name in ("peak_bytes", "picoseconds"):
             stage["facts"].get("plan", {}).pop(name, None)
     return json.dumps(manifest, indent=1).encode()
 
@@ -203,7 +206,9 @@ def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> dict[str
 
 
 def differing_bytes(found: bytes | None, expected: bytes | None) -> int:
-    """Bytes that differ; those that only one has count, and a file that only one has counts at least as one."""
+    """Bytes that differ; those that only one has count, and a file that only one has counts at
+    least as one.
+    """
     if found is None or expected is None:
         return max(1, len(found or expected or b""))
     return abs(len(found) - len(expected)) + (
@@ -217,7 +222,9 @@ def leftovers(run: Path) -> list[str]:
 
 
 def kind_of(call: shim.Call, run: Path) -> str:
-    """A call's name, and that of the file without what is particular to it: calls of one kind do the same."""
+    """A call's name, and that of the file without what is particular to it: calls of one kind do
+    the same.
+    """
     path = (call.to or call.path).removeprefix(os.path.realpath(run)).removeprefix("/")
     path = re.sub(r"\.\d+-[0-9a-f]+\.partial", ".partial", path)
     path = re.sub(r"(?<=/c)(/\d+)+", "/N", path)
@@ -236,12 +243,14 @@ def area_of(call: shim.Call, run: Path) -> str:
 
 
 def unsafe_names(calls: Sequence[shim.Call], run: Path) -> list[str]:
-    """Files below a run that a power cut after `calls` could take, or take something of; those being written left out."""
+    """Files below a run that a power cut after `calls` could take, or take something of; those
+    being written left out.
+    """
     content: set[str] = set()  # written, and not flushed
     entries: set[str] = set()  # made or moved there, and their directory not flushed
-    made: set[str] = (
-        set()
-    )  # directories, which are made but once: after that making them fails, which the log does not tell
+    # directories, which are made but once: after that making them fails, which the log does not
+    # tell
+    made: set[str] = set()
     for call in calls:
         if call.name in ("open", "write", "writev", "pwrite", "ftruncate"):
             content.add(call.path)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# SIGKILL before the call, after it, or when half of it is written; half is written and said to be; the error
+# SIGKILL before the call, after it, or when half of it is written; half is written and said to be;
+# the error
 DEEDS = ("kill", "kill-after", "short-kill", "short", "enospc", "eio")
 
 
@@ -27,7 +28,8 @@ class Call:
 
     Args:
         number: from 1.
-        name: "open", "write", "writev", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink", "mkdir" or "rmdir".
+        name: "open", "write", "writev", "pwrite", "fsync", "fdatasync", "ftruncate", "rename",
+            "unlink", "mkdir" or "rmdir".
         path: that it is about, in full.
         to: what it renames that to, else empty.
     """
@@ -47,7 +49,7 @@ def why_not() -> str | None:
 
 @cache
 def library() -> Path:
-    """The built library, in a temporary directory that this process leaves to the system to clean."""
+    """The built library, in a temporary directory that the system is left to clean."""
     built = Path(tempfile.mkdtemp(prefix="hydra-pipe-shim-")) / "shim.so"
     source = Path(__file__).with_name("shim.c")
     subprocess.run(
@@ -60,7 +62,9 @@ def library() -> Path:
 def environment(
     root: Path, *, at: int = 0, do: str = "", stay: bool = False, log: Path | None = None
 ) -> dict[str, str]:
-    """Variables for a process whose calls below `root` are counted; with `LD_PRELOAD`, see `preloaded`."""
+    """Variables for a process whose calls below `root` are counted; with `LD_PRELOAD`, see
+    `preloaded`.
+    """
     assert do in ("", *DEEDS)
     found = {"HYDRA_PIPE_SHIM_ROOT": os.path.realpath(root)}
     if at:

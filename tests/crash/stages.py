@@ -1,4 +1,6 @@
-"""The commands that are struck, on a tiny run: arguments, how a reduction is planned (see `commands.py`), and what comes before."""
+"""The commands that are struck, on a tiny run: arguments, how a reduction is planned (see
+`commands.py`), and what comes before.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A command that is killed, or whose disk fails, at a call that changes a file: the same command ends with the same bytes."""
+"""A command that is killed, or whose disk fails, at a call that changes a file: the same command
+ends with the same bytes.
+"""
 
 import random
 import shutil
@@ -41,9 +43,10 @@ class Stage:
         before: what was there before it; not there where there was nothing.
         seconds: it took.
         calls: all of them.
-        areas: of these, those of each area of the run and name of a call; but for locks, and for the directory that they were
-            in, of which benchmarks/crash.py strikes all: they are the last calls, and two threads that make a directory may do it
-            in one call more or less, so that a number may be past the end.
+        areas: of these, those of each area of the run and name of a call; but for locks, and for
+            the directory that they were in, of which benchmarks/crash.py strikes all: they are the
+            last calls, and two threads that make a directory may do it in one call more or less, so
+            that a number may be past the end.
     """
 
     name: str
@@ -216,9 +219,8 @@ def test_whatever_a_command_meets_it_ends_with_the_same_bytes(
         return f"{wrong}: {ended.errors}" if not is_killed and (wrong := ended.fault()) else None
 
     each(stage, two_commands, tmp_path, stage.drawn(), strike)
-    assert (
-        KILLED in codes
-    )  # not always twice: two threads may take a call more or less: the last of them may not be there
+    # not always twice: two threads may take a call more or less: the last of them may not be there
+    assert KILLED in codes
 
 
 @pytest.mark.parametrize("name", ["fisher", "exact", "rank", "lds"])
@@ -242,7 +244,7 @@ def test_a_command_that_is_killed_at_some_moment_ends_with_the_same_bytes(
 def test_what_the_manifest_claims_was_safe_on_the_disk_before(
     name: str, whole: Callable[[str], Stage]
 ) -> None:
-    """A power cut takes what was not flushed: no manifest may count on that. Pruning only deletes."""
+    """A power cut takes what was not flushed: no manifest counts on it. Pruning only deletes."""
     stage = whole(name)
     renamed = [call for call in stage.calls if call.to.endswith("/run/run.json")]
     assert len(renamed) > 1 or name == "prune"
@@ -253,7 +255,9 @@ def test_what_the_manifest_claims_was_safe_on_the_disk_before(
 def test_a_shim_strikes_the_call_that_it_is_told_to(
     two_commands: list[Commands], whole: Callable[[str], Stage], tmp_path: Path
 ) -> None:
-    """So the tests above can fail: a short write is told as one, and half of it is there after the kill."""
+    """So the tests above can fail: a short write is told as one, and half of it is there after the
+    kill.
+    """
     stage = whole("export")
     call = next(call for call in stage.calls if call.name == "write" and "run.json" in call.path)
     run = shutil.copytree(stage.before, tmp_path / "run")

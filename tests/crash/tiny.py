@@ -1,4 +1,6 @@
-"""A training of two epochs on 26 samples, of which three labels are wrong: convolutions, a Linear that is factored, and norms."""
+"""A training of two epochs on 26 samples, of which three labels are wrong: convolutions, a Linear
+that is factored, and norms.
+"""
 
 from support.pipelines import conv_pipeline, images
 from torch.utils.data import TensorDataset

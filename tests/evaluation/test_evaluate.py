@@ -113,7 +113,8 @@ def test_loo_is_what_leaving_out_one_sample_does(case: tuple[str, Path]) -> None
     losses = Retrainer(net(), Progress()).train(weights, Task())[:, LOSS]
     np.testing.assert_allclose(truth[3], losses[1] - losses[0], rtol=1e-3, atol=1e-6)
     by_method = {row["method"]: row for row in found.rows}
-    # 4 samples order little, but the size of what a sample does is right within the method's own error
+    # 4 samples order little, but the size of what a sample does is right within the method's own
+    # error
     assert 0.5 < by_method["hydra-fisher"]["norm"] < 2.0
     assert not hydra_pipe.evaluate(*case, "loo", samples="17,0-2").is_new
     assert hydra_pipe.verify(case[1]) == []
@@ -415,7 +416,10 @@ def test_other_settings_are_refused_unless_overwritten(case: tuple[str, Path]) -
     (case[1] / "evaluation" / "lds" / "table.parquet").write_bytes(b"")
     faults = hydra_pipe.verify(case[1])
     assert [fault.where for fault in faults] == ["evaluation/lds/table.parquet"]
-    command = f"hydra-pipe evaluate {case[0]}:pipeline {case[1]} lds --set lr=0.1 --set seed=0 --retrainings 11 --seeds 1"
+    command = (
+        f"hydra-pipe evaluate {case[0]}:pipeline {case[1]} lds --set lr=0.1 --set seed=0 "
+        "--retrainings 11 --seeds 1"
+    )
     assert command in faults[0].consequence
     assert hydra_pipe.verify(case[1], repair=True) == []
     assert hydra_pipe.evaluate(*case, "lds", retrainings=10).is_new

@@ -120,7 +120,10 @@ def test_tables_say_what_the_matrix_says(exported: Path) -> None:
 
 def test_duckdb_polars_and_pandas_answer_the_same(exported: Path) -> None:
     files = f"{exported}/rankings/*/part-*.parquet"
-    query = f"SELECT train_id, relevance FROM '{files}' WHERE method = 'hydra' AND test_id = 3 AND side = 'harmful' ORDER BY rank"
+    query = (
+        f"SELECT train_id, relevance FROM '{files}' WHERE method = 'hydra' AND test_id = 3 AND "
+        "side = 'harmful' ORDER BY rank"
+    )
     duck = duckdb.sql(query).fetchall()
     frame = (
         pl.scan_parquet(files, hive_partitioning=True)
@@ -354,6 +357,5 @@ def test_a_budget_that_is_too_small_is_refused_and_leaves_the_old_tables(exporte
         hydra_pipe.export(exported, top=4, full=True, memory="100MiB", overwrite=True)
     assert {f: f.read_bytes() for f in tables(exported).rglob("*.parquet")} == before
     assert hydra_pipe.verify(exported) == []
-    assert not hydra_pipe.export(
-        exported, top=4, full=True, memory="1GiB"
-    )  # no setting that the tables depend on
+    # no setting that the tables depend on
+    assert not hydra_pipe.export(exported, top=4, full=True, memory="1GiB")

@@ -1,4 +1,4 @@
-"""An export stays within the bound that its plan says, whatever of the relevance fits the budget."""
+"""An export stays within its plan's bound, whatever of the relevance fits the budget."""
 
 import subprocess
 import sys

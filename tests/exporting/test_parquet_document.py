@@ -41,13 +41,17 @@ Rows = list[tuple[Any, ...]]
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that paths begin in: one for all, for Spark keeps to that in which it was started."""
+    """The directory that paths begin in: one for all, for Spark keeps to that in which it was
+    started.
+    """
     return tmp_path_factory.mktemp("parquet")
 
 
 @pytest.fixture(scope="module", params=["integers", "names"])
 def exported(request: pytest.FixtureRequest, where: Path) -> Iterator[Path]:
-    """Where `runs/mine` is: two methods, row groups of four test samples, and labels of either kind."""
+    """Where `runs/mine` is: two methods, row groups of four test samples, and labels of either
+    kind.
+    """
     words = {}
     if request.param == "names":
         pipeline = mlp_pipeline()
@@ -76,17 +80,21 @@ def exported(request: pytest.FixtureRequest, where: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The session that the document's `getOrCreate` gets: one thread, and as little of everything as will do."""
+    """The session that the document's `getOrCreate` gets: one thread, and as little of everything
+    as will do.
+    """
     if importlib.util.find_spec("pyspark") is None:
         pytest.skip("pyspark is not installed: pip install 'hydra-pipe[spark]'")
     if shutil.which("java") is None:
         pytest.skip(
-            "Spark needs Java, and there is no java: install a JRE, such as Debian's default-jre-headless"
+            "Spark needs Java, and there is no java: install a JRE, such as Debian's "
+            "default-jre-headless"
         )
     from pyspark.sql import SparkSession
 
     small = {
-        # Java compiles what it runs once as quickly as it can, and Spark does not write Java for each query
+        # Java compiles what it runs once as quickly as it can, and Spark does not write Java for
+        # each query
         "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto",
         "spark.sql.codegen.wholeStage": "false",
         "spark.sql.codegen.factoryMode": "NO_CODEGEN",

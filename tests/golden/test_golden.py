@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All texts, made in a process of its own: plans count the memory that their process has taken."""
+    """All texts, made in an own process: plans count the memory that a process has taken."""
     directory = tmp_path_factory.mktemp("golden")
     subprocess.run(
         [sys.executable, HERE / "texts.py", directory],

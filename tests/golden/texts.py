@@ -1,4 +1,5 @@
-"""What commands print, kept as text so that a change of it is seen: every `--help`, and every plan of the archived runs.
+"""What commands print, kept as text so that a change of it is seen: every `--help`, and every plan
+of the archived runs.
 
     python tests/golden/texts.py tests/golden
 
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from hydra_pipe.cli.app import app
 
 TESTS = Path(__file__).parents[1]
-# arguments of `reduce --dry-run`; hydra-exact is the last: it loads torch, whose memory other plans would count
+# arguments of `reduce --dry-run`; hydra-exact is the last: it loads torch, whose memory other plans
+# would count
 PLANS = """
 whole
 whole --keep-hypergradients --overwrite

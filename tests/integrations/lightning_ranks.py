@@ -1,8 +1,10 @@
-"""One of the two processes that test_lightning.py starts: `lightning.Trainer` trains on both, by strategy="ddp".
+"""One of the two processes that test_lightning.py starts: `lightning.Trainer` trains on both, by
+strategy="ddp".
 
     python lightning_ranks.py DIRECTORY
 
-trains without the callback, with it, and with it again, stopped and resumed; puts the weights of each into DIRECTORY/RANK.pt.
+trains without the callback, with it, and with it again, stopped and resumed; puts the weights of
+each into DIRECTORY/RANK.pt.
 """
 
 import os

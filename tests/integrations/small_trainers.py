@@ -58,7 +58,8 @@ def language_model(vocabulary: int = VOCABULARY) -> nn.Module:
         vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=2, n_head=2, **special
     )
     model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # or the trainer counts the first token of each text, which nothing predicts, too
+    # or the trainer counts the first token of each text, which nothing predicts, too
+    model.loss_type = "ForCausalLM"
     return model
 
 
@@ -77,7 +78,9 @@ def classifier(vocabulary: int = VOCABULARY) -> nn.Module:
 
 
 def arguments(out: Path, **others: Any) -> TrainingArguments:
-    """Accumulation 4, bfloat16, clipping, a cosine with warm-up, and a checkpoint every three steps."""
+    """Accumulation 4, bfloat16, clipping, a cosine with warm-up, and a checkpoint every three
+    steps.
+    """
     options: dict[str, Any] = {
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 4,
@@ -146,7 +149,9 @@ class Words:
 def sst2(
     data: Path, n: int, n_tests: int, *, causal: bool, vocabulary: int
 ) -> tuple[list[Sample], list[Sample], Words]:
-    """Sentences of SST-2, their own words or their sentiment for labels; some for training and some to test."""
+    """Sentences of SST-2, their own words or their sentiment for labels; some for training and some
+    to test.
+    """
 
     def read(name: str, most: int) -> list[tuple[str, int]]:
         lines = (data / "text" / name).read_text(encoding="utf-8").splitlines()[1 : most + 1]

@@ -1,4 +1,6 @@
-"""Recording under `lightning.Trainer`: nothing changes in training, and the run is that of a plain loop."""
+"""Recording under `lightning.Trainer`: nothing changes in training, and the run is that of a plain
+loop.
+"""
 
 import copy
 import json
@@ -52,12 +54,12 @@ from hydra_pipe.loading import load_pipeline
 from hydra_pipe.store import names
 
 pytestmark = [
+    # in Lightning
     pytest.mark.filterwarnings(
         "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"
-    ),  # in Lightning
-    pytest.mark.filterwarnings(
-        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-    ),  # in torch's compiler
+    ),
+    # in torch's compiler
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers"),
 ]
@@ -66,7 +68,7 @@ Clip = Callable[[Iterator[nn.Parameter]], object]
 
 
 class Witness(pl.Callback):
-    """Notes the random state in which each batch begins, and the batches that the module is given."""
+    """Notes the random state at the beginning of each batch, and the module's batches."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -91,7 +93,9 @@ def steps_in(
 def plain_recording(
     run: Path, module: Net, of: Path, states: list[Tensor], accumulate: int, clip: Clip, bf16: bool
 ) -> None:
-    """The training that `of` recorded, in a loop that names its samples, from the random states that its batches began with."""
+    """The training that `of` recorded, in a loop that names its samples, from the random states
+    that its batches began with.
+    """
     made: Any = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     recorder = Recorder(
@@ -203,9 +207,8 @@ def test_workers_validation_and_reloaded_loaders_do_not_disturb(tmp_path: Path) 
             return loader(num_workers=2, persistent_workers=True)
 
         def configure_optimizers(self) -> Any:
-            assert (
-                self.trainer.estimated_stepping_batches == 21
-            )  # makes the trainer draw from its loader before it has begun
+            # makes the trainer draw from its loader before it has begun
+            assert self.trainer.estimated_stepping_batches == 21
             return super().configure_optimizers()
 
     options = {
@@ -286,9 +289,8 @@ def test_a_training_that_was_killed_goes_on_from_the_trainers_checkpoint(tmp_pat
     whole = run("whole")
     with pytest.raises(StoppedError):
         run("run", Killer(12))
-    resumed = run(
-        "run", resume=tmp_path / "run-out" / "step=9.ckpt"
-    )  # the third batch of the second epoch
+    # the third batch of the second epoch
+    resumed = run("run", resume=tmp_path / "run-out" / "step=9.ckpt")
     assert_same_weights(whole, resumed)
     assert_same_arrays(tmp_path / "whole", tmp_path / "run")
     assert len(arrays(tmp_path / "run")[names.SAMPLE]) == 3 * 26
@@ -303,7 +305,7 @@ def test_two_processes_record_one_run_and_go_on_with_it(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 )
-def test_where_lightning_begins_a_new_order_in_mid_epoch_the_rows_are_of_the_batches_that_it_trains_on(
+def test_rows_are_of_the_trained_batches_where_lightning_begins_a_new_order_in_mid_epoch(
     tmp_path: Path,
 ) -> None:
     def run(witness: Witness, *others: pl.Callback, resume: Path | None = None) -> Any:

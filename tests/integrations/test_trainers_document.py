@@ -1,4 +1,6 @@
-"""The code of docs/trainers.md runs as it stands there, on as many processes as it says; prepared loaders name their samples."""
+"""The code of docs/trainers.md runs as it stands there, on as many processes as it says; prepared
+loaders name their samples.
+"""
 
 import os
 import re
@@ -49,9 +51,8 @@ def test_sentences_are_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(block, "trainers.md", "exec"), {})
     assert len(arrays(tmp_path / "runs" / "bert")[names.SAMPLE]) == 2 * 96
     page = (tmp_path / "runs" / "bert" / "report-hydra-fisher.html").read_text()
-    assert (
-        len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8
-    )  # the texts of the test samples
+    # the texts of the test samples
+    assert len(re.findall(r"(?:(?:a|dull|film|,|moving|one|and|not|too|long) ){5}", page)) > 8
 
 
 @pytest.mark.parametrize(("script", "steps"), [("accelerated.py", 15), ("distributed.py", 30)])

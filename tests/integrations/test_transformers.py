@@ -1,4 +1,6 @@
-"""Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a plain loop."""
+"""Recording under `transformers.Trainer`: nothing changes in training, and the run is that of a
+plain loop.
+"""
 
 import html
 import json
@@ -44,12 +46,10 @@ from hydra_pipe.integrations.transformers import HydraCallback
 from hydra_pipe.store import names
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-    ),  # in peft
-    pytest.mark.filterwarnings(
-        "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-    ),  # in torch's compiler
+    # in peft
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # in torch's compiler
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -77,7 +77,9 @@ def plain_recording(
     of: Path,
     states: list[torch.Tensor],
 ) -> None:
-    """The training that `of` recorded, in a loop that names its samples, from the random states that its steps began with."""
+    """The training that `of` recorded, in a loop that names its samples, from the random states
+    that its steps began with.
+    """
     made = trainer(out, model, train)
     args, optimizer = made.args, made.create_optimizer()
     steps = steps_of(of)
@@ -420,7 +422,9 @@ def test_sentences_of_sst2(tmp_path: Path, shared_data: Path, kind: str) -> None
 
 
 class Padded(nn.Module):
-    """A classifier whose forward takes no labels and returns a tuple, or with labels the loss before its scores."""
+    """A classifier whose forward takes no labels and returns a tuple, or with labels the loss
+    before its scores.
+    """
 
     def __init__(self, *, takes_labels: bool) -> None:
         super().__init__()

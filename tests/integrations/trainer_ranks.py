@@ -1,8 +1,10 @@
-"""One of the two processes that test_transformers.py starts as torchrun does: the trainer trains a classifier on both.
+"""One of the two processes that test_transformers.py starts as torchrun does: the trainer trains a
+classifier on both.
 
     python trainer_ranks.py DIRECTORY
 
-trains without the callback, with it, and with it again, stopped and resumed; puts the weights of each into DIRECTORY/RANK.pt.
+trains without the callback, with it, and with it again, stopped and resumed; puts the weights of
+each into DIRECTORY/RANK.pt.
 """
 
 import os

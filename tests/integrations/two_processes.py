@@ -1,4 +1,6 @@
-"""Two processes that train together, as a launcher starts them, and what both kinds of trainer have to leave behind."""
+"""Two processes that train together, as a launcher starts them, and what both kinds of trainer have
+to leave behind.
+"""
 
 import os
 import socket
@@ -22,7 +24,8 @@ HERE = Path(__file__).parent
 def rows_of_two(
     script: str, directory: Path, of_rank: Mapping[str, str], **of_both: str
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Start `script`, which trains without the callback ("plain"), with it ("whole"), and with it, stopped and resumed ("run").
+    """Start `script`, which trains without the callback ("plain"), with it ("whole"), and with it,
+    stopped and resumed ("run").
 
     Args:
         script: of this directory; it puts the weights of each training into `directory`/RANK.pt.

@@ -245,7 +245,8 @@ def test_the_best_explanation_lays_what_is_missing_to_the_block_that_misses_it(
         step.rows.append(step.rows[0].clone())
     block = data.draw(st.integers(0, len(step.rows) - 1))
     actual = [scalar * g for g in summed_otherwise(step)]
-    # a weight that is used twice and seen once: in line with the rows, so that a least-squares scalar would hide it
+    # a weight that is used twice and seen once: in line with the rows, so that a least-squares
+    # scalar would hide it
     actual[block] = actual[block] * data.draw(st.sampled_from([1.5, 2.0, 0.5]))
     limit = np.full(len(step.rows), LIMIT)
     books = best_explained(step.expected, actual, step.magnitude, limit)

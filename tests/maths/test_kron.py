@@ -1,4 +1,6 @@
-"""The two-sided projection: what it is a function of, that factors and rows agree, and what it does to inner products."""
+"""The two-sided projection: what it is a function of, that factors and rows agree, and what it does
+to inner products.
+"""
 
 import numpy as np
 import pytest
@@ -78,9 +80,8 @@ def test_the_patches_of_a_convolution_are_projected_without_being_written_out(
         (factors,) = rule_for(module)(module, (inputs,), {}, grad_output, ["weight"]).values()
     assert isinstance(factors, Factors)
     found, norms = projected(factors, kron), factors.norms()
-    assert kron.n_columns % sides[1] == 0 or "right" not in vars(
-        factors
-    )  # written out where that side is the identity only
+    # written out where that side is the identity only
+    assert kron.n_columns % sides[1] == 0 or "right" not in vars(factors)
     torch.testing.assert_close(found, kron(factors.rows()), rtol=1e-10, atol=1e-10)
     assert bool((norms >= factors.rows().norm(dim=1) * (1 - 1e-12)).all())
 
@@ -121,10 +122,11 @@ def test_rows_are_left_as_they_were() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rows_keep_their_dtype(dtype: torch.dtype) -> None:
+    # scaled by 1/2: exact in all
     kron, rows = (
         Kron(0, "w", (3, 4), 2, 2, (3, 4)),
         torch.arange(24.0, dtype=dtype).reshape(2, 12),
-    )  # scaled by 1/2: exact in all
+    )
     found = kron(rows)
     assert found.dtype == dtype
     assert found.tolist() == kron(rows.double()).tolist()
@@ -157,7 +159,8 @@ def test_what_cannot_be_projected_is_named(k_out: int, k_in: int, sides: tuple[i
 
 
 def test_the_projection_is_the_one_that_stores_were_written_with() -> None:
-    # Computed once. If this fails, rows on disk and test gradients taken from now on no longer match.
+    # Computed once. If this fails, rows on disk and test gradients taken from now on no longer
+    # match.
     rows = torch.arange(1.0, 25.0).square().repeat(2, 1) * torch.tensor([[1.0], [2.0]])
     expected = {
         (2, 2): [[15.0, -157.0, -24.0, -456.0], [30.0, -314.0, -48.0, -912.0]],
@@ -174,7 +177,8 @@ def variance(x: Tensor, y: Tensor, k_out: int, k_in: int) -> float:
     v_out = (outer**2).sum() + (outer * outer.T).sum() - 2 * (dots.sum(1) ** 2).sum()
     v_in = (inner**2).sum() + (inner * inner.T).sum() - 2 * (dots.sum(0) ** 2).sum()
     v_both = (
-        (x**2).sum() * (y**2).sum() + dots.sum() ** 2 + (outer**2).sum() + (inner**2).sum() + 4 * (dots**2).sum()
+        (x**2).sum() * (y**2).sum() + dots.sum() ** 2
+        + (outer**2).sum() + (inner**2).sum() + 4 * (dots**2).sum()
         - 2 * (of_rows + dots.sum(1) ** 2).sum() - 2 * (of_columns + dots.sum(0) ** 2).sum()
     )  # fmt: skip
     outputs, inputs = x.shape
@@ -183,7 +187,9 @@ def variance(x: Tensor, y: Tensor, k_out: int, k_in: int) -> float:
 
 
 def pairs(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Matrices X and Y, shape (pair, O, I): random, nearly alike, outer products, sparse, dominated by a few elements."""
+    """Matrices X and Y, shape (pair, O, I): random, nearly alike, outer products, sparse, dominated
+    by a few elements.
+    """
     x, y = random(2, outputs, inputs, seed=5)
     few = torch.arange(inputs) < 2
     large = (1.0 + torch.arange(outputs))[:, None] ** 2
@@ -239,7 +245,9 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(
 
 
 def test_the_variance_is_that_of_all_sign_matrices() -> None:
-    """Every S and T there is, each as likely: no sampling error, so the formula is held to rounding."""
+    """Every S and T there is, each as likely: no sampling error, so the formula is held to
+    rounding.
+    """
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
     x, y = random(2, 3, 3, seed=2)
     sides = signs.reshape(-1, 2, 3) / 2**0.5

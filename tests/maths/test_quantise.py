@@ -16,7 +16,9 @@ SPREADS = st.sampled_from([0.0, 4.0, 20.0, 40.0])
 
 
 def rows_of(magnitudes: list[float], spread: float, seed: int, width: int = 33) -> Tensor:
-    """One row for each magnitude: its largest element 2^magnitude, the others down to 2^-spread of that."""
+    """One row for each magnitude: its largest element 2^magnitude, the others down to 2^-spread of
+    that.
+    """
     generator = np.random.default_rng(seed)
     shape = (len(magnitudes), width)
     below = spread * generator.random(shape)

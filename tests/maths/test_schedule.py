@@ -1,4 +1,6 @@
-"""Step weights against the sweep written out on vectors, against autograd, and against torch.optim.SGD itself."""
+"""Step weights against the sweep written out on vectors, against autograd, and against
+torch.optim.SGD itself.
+"""
 
 from dataclasses import fields, replace
 
@@ -16,7 +18,9 @@ ALL = settings(max_examples=100, deadline=None)
 
 
 def schedule_of(n_steps: int, n_series: int = 1, **values: object) -> Schedule:
-    """Plain SGD with learning rate 0.1, but for `values`: numbers, or arrays of shape (step,) or (step, series)."""
+    """Plain SGD with learning rate 0.1, but for `values`: numbers, or arrays of shape (step,) or
+    (step, series).
+    """
     plain: dict[str, object] = {
         "learning_rate": 0.1,
         "momentum": 0.0,
@@ -40,7 +44,9 @@ def schedule_of(n_steps: int, n_series: int = 1, **values: object) -> Schedule:
 
 @st.composite
 def schedules(draw: st.DrawFn, real: bool = False, n_series: int = 1) -> Schedule:
-    """Any schedule; with `real` one that PyTorch can have: the buffer starts where there is none and momentum is not 0."""
+    """Any schedule; with `real` one that PyTorch can have: the buffer starts where there is none
+    and momentum is not 0.
+    """
     n_steps = draw(st.integers(1, 12))
 
     def numbers(*choices: float, low: float, high: float) -> np.ndarray:
@@ -126,7 +132,9 @@ def test_step_weights_times_the_test_gradient_are_the_sweep_on_vectors(schedule:
 
 
 def unrolled(schedule: Schedule, added: Tensor, gradients: Tensor) -> Tensor:
-    """The last parameter of torch.optim.SGD's documented rule, with `added[t]` on top of `gradients[t]`."""
+    """The last parameter of torch.optim.SGD's documented rule, with `added[t]` on top of
+    `gradients[t]`.
+    """
     parameter = torch.tensor(0.7, dtype=torch.float64)
     buffer: Tensor | None = None
     for t in range(len(gradients)):
@@ -176,7 +184,8 @@ def test_step_weights_are_what_torch_optim_sgd_does_with_an_added_gradient(
     schedule: Schedule,
 ) -> None:
     n_steps = len(schedule.learning_rate)
-    # parameter s meets an added gradient of 1 at step s; the last one meets none. The update is linear in the gradients.
+    # parameter s meets an added gradient of 1 at step s; the last one meets none. The update is
+    # linear in the gradients.
     parameter = torch.nn.Parameter(torch.full((n_steps + 1,), 0.7, dtype=torch.float64))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     for t in range(n_steps):

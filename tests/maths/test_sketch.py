@@ -57,7 +57,8 @@ def test_equal_shapes_of_other_types_give_the_same_sketch() -> None:
 
 
 def test_the_sketch_is_the_one_that_stores_were_written_with() -> None:
-    # Computed once. If this fails, rows on disk and test gradients taken from now on no longer match.
+    # Computed once. If this fails, rows on disk and test gradients taken from now on no longer
+    # match.
     rows = torch.arange(1.0, 24.0).repeat(2, 1) * torch.tensor([[1.0], [2.0]])
     found = Sketch(3, "layers.0.weight", (23,), 5)(rows)
     assert found.tolist() == [[-1.0, 28.0, 16.0, 18.0, -1.0], [-2.0, 56.0, 32.0, 36.0, -2.0]]
@@ -161,7 +162,9 @@ def test_coordinates_of_long_rows_meet_no_more_often_than_by_chance(n: int, k: i
 
 
 def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors x and y, shape (pair, n): random, nearly alike, sparse, and dominated by a few elements."""
+    """Vectors x and y, shape (pair, n): random, nearly alike, sparse, and dominated by a few
+    elements.
+    """
     x, y = np.random.default_rng(5).normal(size=(2, n))
     few = np.arange(n) < 3
     large = (1.0 + np.arange(n)) ** 2

@@ -33,7 +33,9 @@ def written_out(contributions: Mapping[str, Contribution]) -> Rows:
 
 
 class Called(nn.Module):
-    """Calls `inner` with the columns of one input matrix, so that the slow twin can feed modules of any signature."""
+    """Calls `inner` with the columns of one input matrix, so that the slow twin can feed modules of
+    any signature.
+    """
 
     def __init__(self, inner: nn.Module, widths: list[int], keywords: list[str]) -> None:
         super().__init__()
@@ -249,7 +251,9 @@ def test_conv2d_takes_output_gradients_that_are_not_contiguous(groups: int) -> N
 
 
 class Scaled(nn.Module):
-    """A parameter of its own, a child with others, and an order of arithmetic that no registered rule knows."""
+    """A parameter of its own, a child with others, and an order of arithmetic that no registered
+    rule knows.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -473,7 +477,9 @@ def test_norms_by_channel(kind: str, dims: int) -> None:
 def test_shares_of_a_batch_norm_in_training_sum_to_the_gradient_and_belong_to_their_sample(
     dims: int,
 ) -> None:
-    """What goes through a sample's own normalised activations, with the statistics of the whole batch."""
+    """What goes through a sample's own normalised activations, with the statistics of the whole
+    batch.
+    """
     module = getattr(nn, f"BatchNorm{max(dims, 1)}d")(3).double()
     nn.init.normal_(module.weight)
     inputs, grad_output = random(5, 3, *[2] * dims), random(5, 3, *[2] * dims, seed=1)

@@ -1,4 +1,6 @@
-"""Rules of nodes of the autograd graph against their slow twin: the node's own backward, one sample at a time."""
+"""Rules of nodes of the autograd graph against their slow twin: the node's own backward, one sample
+at a time.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -27,9 +29,8 @@ def parameter(*shape: int) -> nn.Parameter:
 
 def lstm(**options: object) -> Output:
     torch.manual_seed(0)
-    output, (hidden, cell) = nn.LSTM(8, 6, **options)(
-        random(7, BATCH, 8).float()
-    )  # oneDNN has no other dtype
+    # oneDNN has no other dtype
+    output, (hidden, cell) = nn.LSTM(8, 6, **options)(random(7, BATCH, 8).float())
     return output, hidden, cell
 
 

@@ -1,4 +1,6 @@
-"""Products with the patches of a convolution: what is multiplied in bands is what would come of all patches written out."""
+"""Products with the patches of a convolution: what is multiplied in bands is what would come of all
+patches written out.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Plans of exports: within the budget, every pair once, and tables that do not depend on the budget."""
+"""Plans of exports: within the budget, every pair once, and tables that do not depend on the
+budget.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""Plans of a matrix of hypergradients, and of answers from one: within the budget, every column once, the cheaper way."""
+"""Plans of a matrix of hypergradients, and of answers from one: within the budget, every column
+once, the cheaper way.
+"""
 
 from dataclasses import replace
 
@@ -43,7 +45,10 @@ def test_answers_that_do_not_fit_say_what_to_do() -> None:
     given = replace(input_of().recording, memory_bytes=BASE_BYTES)
     with pytest.raises(
         BudgetError,
-        match=r"answering one column from hypergradients of 44,426 features needs .* raise --memory to",
+        match=(
+            r"answering one column from hypergradients of 44,426 features needs .* raise "
+            r"--memory to"
+        ),
     ):
         plan_answers(AnswerInput(given, 44_426))
 

@@ -1,4 +1,6 @@
-"""Which columns hold which parameter: properties over models of any make, and two models that everybody knows."""
+"""Which columns hold which parameter: properties over models of any make, and two models that
+everybody knows.
+"""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ EVERY = settings(max_examples=100, deadline=None)
 def linear(
     name: str, inputs: int, outputs: int, bias: bool = True, group: int = 0
 ) -> list[Parameter]:
-    """A Linear that sees one position a sample, as the recorder describes it after the first step."""
+    """A Linear with one position a sample, as the recorder describes it after the first step."""
     weight = Parameter(f"{name}.weight", (outputs, inputs), group, factors=(outputs, inputs))
     return [weight] + (
         [Parameter(f"{name}.bias", (outputs,), group, bias_of=weight.name)] if bias else []
@@ -157,9 +159,8 @@ def test_the_budget_is_kept(model: list[Parameter], choice: EncodingChoice, spar
 @given(models(), SPARE_COLUMNS)
 def test_projected_spends_the_budget_to_the_last_column(model: list[Parameter], spare: int) -> None:
     layout = layout_of(model, "projected", spare)
-    sketched = sum(
-        block.encoding == "sketch" for block in layout.blocks
-    )  # each may do with a column less
+    # each may do with a column less
+    sketched = sum(block.encoding == "sketch" for block in layout.blocks)
     assert 0 <= min(len(model) + spare, sum(p.numel for p in model)) - layout.n_features <= sketched
 
 
@@ -214,7 +215,8 @@ def test_auto_sketches_no_block_to_less_than_its_share_of_what_exact_ones_must_l
     sketched = sum(b.numel**0.5 for b in blocks if not b.exact) / sum(b.numel**0.5 for b in blocks)
     for block, share in zip(blocks, shares_by_root_of_size(model, spare), strict=True):
         if not block.exact:
-            # a column for rounding, one for longer runs, and one for each of the others that would have had none
+            # a column for rounding, one for longer runs, and one for each of the others that would
+            # have had none
             assert block.columns[1] - block.columns[0] >= int(share * sketched) - 2 - len(model)
 
 

@@ -1,4 +1,6 @@
-"""Plans of replays: within the budget, every column once, in whole chunks; more levels only where states are large."""
+"""Plans of replays: within the budget, every column once, in whole chunks; more levels only where
+states are large.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +99,10 @@ def test_states_of_a_long_run_of_a_large_model_take_more_levels() -> None:
 def test_where_not_one_column_fits_both_numbers_are_told() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"hydra-exact of one column, 395 steps .* needs .*, --memory is 200 MiB: raise --memory to",
+        match=(
+            r"hydra-exact of one column, 395 steps .* needs .*, --memory is 200 MiB: raise "
+            r"--memory to"
+        ),
     ):
         plan_replay(input_of(200))
     advised = int(str(_refused(input_of(200))).rsplit(" ", 1)[1].removesuffix("MiB"))

@@ -36,7 +36,10 @@ def test_what_is_read_at_once_fits_and_no_more_would(
 def test_too_small_a_budget_is_refused_with_both_numbers_and_one_that_is_enough() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"1,000,000 training samples needs 334 MiB.*budget is 200 MiB: raise --memory to 334MiB",
+        match=(
+            r"1,000,000 training samples needs 334 MiB.*budget is 200 MiB: raise --memory to "
+            r"334MiB"
+        ),
     ):
         block_columns(10**6, 10, 200 * MIB, 200 * MIB)
     assert block_columns(10**6, 10, 200 * MIB, 334 * MIB) == 1

@@ -1,4 +1,4 @@
-"""Plans of any reduction: within the budget, complete, aligned, and refused with advice that works."""
+"""Plans of any reduction: within the budget, complete, aligned; refusals whose advice works."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,9 @@ Chunks = tuple[int, int] | None
 
 
 def given_of(**changes: int) -> SumInput:
-    """LeNet-5 on 60,000 samples for 10 epochs, 1,000 test samples, 4 GiB, 2 workers; but for `changes`."""
+    """LeNet-5 on 60,000 samples for 10 epochs, 1,000 test samples, 4 GiB, 2 workers; but for
+    `changes`.
+    """
     geometry = store_geometry(3390, 2)
     return replace(
         SumInput(

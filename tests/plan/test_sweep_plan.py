@@ -1,4 +1,6 @@
-"""Plans of sweeps: within the budget, every column once, in whole chunks, and not slower with more memory."""
+"""Plans of sweeps: within the budget, every column once, in whole chunks, and not slower with more
+memory.
+"""
 
 from dataclasses import replace
 

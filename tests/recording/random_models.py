@@ -1,24 +1,31 @@
 """Random small models and loops, recorded: the rows are right, or the recorder refuses.
 
-    PYTHONPATH=. python tests/recording/random_models.py --cases 3000 --first 0 [--jobs 2] [--only BLOCK] [--jsonl FILE] [--quiet]
-    PYTHONPATH=. python tests/recording/random_models.py --seed 17 [--shrink]      # one case, with its traceback
+    PYTHONPATH=. python tests/recording/random_models.py --cases 3000 --first 0 [--jobs 2] [--only
+    BLOCK] [--jsonl FILE] [--quiet]
+    PYTHONPATH=. python tests/recording/random_models.py --seed 17 [--shrink]
 
-A case is made from its seed alone: a stem, up to four blocks of `BLOCKS`, a head, and a loop. It trains three times: plain; with
-the slow twin; and recorded. The twin takes from each pass the gradient of each sample's own loss term, by a backward pass of its
-own, in the pass over the whole batch and so with the training's random numbers. What comes of it:
+A case is made from its seed alone: a stem, up to four blocks of `BLOCKS`, a head, and a loop. It
+trains three times: plain; with the slow twin; and recorded. The twin takes from each pass the
+gradient of each sample's own loss term, by a backward pass of its own, in the pass over the whole
+batch and so with the training's random numbers. What comes of it:
 
-    right      every row of every step is what the twin found, and so is every test gradient (in eval mode)
+    right      every row of every step is what the twin found, and so is every test gradient (in
+               eval mode)
     refused    a HydraError, and every row that was written before it is right
-    late       a HydraError after the training, as where test gradients are taken; the rows that were written are right
-    share      with batch normalisation, a row that is neither of its loss term nor the share at the module's output; sums are right
+    late       a HydraError after the training, as where test gradients are taken; the rows that
+               were written are right
+    share      with batch normalisation, a row that is neither of its loss term nor the share at
+               the module's output; sums are right
     wrong      a row or a test gradient differs, or rows are of other samples
-    scaled     all rows of a step are one number times what they should be, which the step's gradient_scale makes up for
+    scaled     all rows of a step are one number times what they should be, which the step's
+               gradient_scale makes up for
     changed    weights or buffers are not those of plain training, bit for bit
     crash      any other exception
     unfit      the case itself does not train: a mistake in this file
 
-The script prints seeds of what is wrong, changed or crashes, with the smallest case that still does, and how many are refused by
-block, by part of the loop and by reason. Cases with a block of `MIXING` should be refused and do not count as refusals.
+The script prints seeds of what is wrong, changed or crashes, with the smallest case that still
+does, and how many are refused by block, by part of the loop and by reason. Cases with a block of
+`MIXING` should be refused and do not count as refusals.
 """
 
 import argparse
@@ -69,13 +76,15 @@ BAD = ("wrong", "scaled", "changed", "crash", "unfit")
 # The twin takes gradients by autograd.grad, which reentrant checkpointing does not know.
 _recomputing = True
 
-# ---------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------
+# blocks
 #
-# A block takes (sample, position, WIDTH) and gives it. It is made of the number of positions and of the batch.
+# A block takes (sample, position, WIDTH) and gives it. It is made of the number of positions and of
+# the batch.
 
 BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {}
-# The sample is not where the books look for it, or samples meet. These do not come together with batch normalisation in training
-# mode, whose shares are told by their place.
+# The sample is not where the books look for it, or samples meet. These do not come together with
+# batch normalisation in training mode, whose shares are told by their place.
 MOVING: set[str] = set()
 # These mix samples for good: they are to be refused.
 MIXING: set[str] = set()
@@ -851,7 +860,8 @@ def _(t: int, n: int) -> nn.Module:
     return Block(lambda m, x: m.f(0.7 * x + 0.3 * x.flip(0)), f=linear())
 
 
-# ---------------------------------------------------------------------------------------------------- cases
+# ------------------------------------------------------------------------------------------
+# cases
 
 STEMS = ("floats", "floats through a linear", "tokens", "images")
 HEADS = (
@@ -1413,7 +1423,8 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
                 if max(differences(fitting, wanted, floor).values()) <= tolerance:
                     return Outcome("scaled", f"step {step}: all rows times {factor:.3f}", worst_off)
                 return Outcome("wrong", why, worst_off)
-            # shares that are neither: those of a parameter whose owner has batch normalisation inside
+            # shares that are neither: those of a parameter whose owner has batch normalisation
+            # inside
             size = sum(float(row[at].norm()) for row in wanted)
             missing = float((sum(row[at] for row in rows) - sum(row[at] for row in wanted)).norm())
             if missing > tolerance * max(size, 1e-6):
@@ -1471,7 +1482,8 @@ def shrunk(case: Case, verdict: str) -> Case:
     return case
 
 
-# ---------------------------------------------------------------------------------------------------- script
+# ------------------------------------------------------------------------------------------
+# script
 
 
 def outcome_of(seed: int, only: str = "") -> tuple[Case, Outcome]:
@@ -1594,7 +1606,8 @@ def main() -> None:
         for case, outcome in found:
             if outcome.verdict in BAD:
                 bad.setdefault(
-                    f"{outcome.verdict} {_kind_of(outcome.why)} {len(bad) if outcome.verdict == 'wrong' else ''}",
+                    f"{outcome.verdict} {_kind_of(outcome.why)} "
+                    f"{len(bad) if outcome.verdict == 'wrong' else ''}",
                     (case, outcome),
                 )
         chosen = list(bad.values())[: asked.smallest]

@@ -57,9 +57,9 @@ TRACKED = {
     "three batches": Tracked(ADAMW, 3, options=()),
     "dtype left open": Tracked(SGD, 3, options=(("dim", 60),)),
 }
-# Groups of batches, counted over all epochs: of which the loop throws the gradients away; in which that rank's loss of the last
-# batch is infinite, so that the scaler leaves the step out; in which the loss of the first batch of rank 1 is zero; in which
-# test gradients are taken.
+# Groups of batches, counted over all epochs: of which the loop throws the gradients away; in which
+# that rank's loss of the last batch is infinite, so that the scaler leaves the step out; in which
+# the loss of the first batch of rank 1 is zero; in which test gradients are taken.
 CLEARED, OVERFLOWED, ZERO, TESTED = (2, 6), {(0, 1), (5, 0), (7, 0), (8, 1)}, (3, 6, 7), (5, 11, 12)
 EPOCHS = 14
 
@@ -138,7 +138,9 @@ def train_tracked(case: Tracked, form: str, run: Path | None) -> tuple[nn.Module
 
 
 def record_tracked(name: str, directory: Path) -> object:
-    """Whether the weights are those of a run that is not recorded, and what was counted; the runs are for the test."""
+    """Whether the weights are those of a run that is not recorded, and what was counted; the runs
+    are for the test.
+    """
     plain, _ = train_tracked(TRACKED[name], "plain", None)
     counts = {}
     for form in ("named", "tracked"):
@@ -160,7 +162,9 @@ def tracked_loop(
     sampler: Callable[[], object] = lambda: [*range(24)],
     dataset: Callable[[], object] = lambda: TRAIN,
 ) -> object:
-    """Record `body(rank, step, model, optimizer, inputs, targets)`, or what it does with the iterator of the batches."""
+    """Record `body(rank, step, model, optimizer, inputs, targets)`, or what it does with the
+    iterator of the batches.
+    """
     rank = distributed.get_rank()
     model = DistributedDataParallel(Switched())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -221,7 +225,9 @@ def unlike_dtypes(directory: Path) -> object:
 
 
 def states_of_skipped_steps(directory: Path) -> object:
-    """States where only one rank has seen why a step is left out, where batches wait, and where only one rank's are not finite."""
+    """States where only one rank has seen why a step is left out, where batches wait, and where
+    only one rank's are not finite.
+    """
     rank = distributed.get_rank()
     model = DistributedDataParallel(mlp())
     optimizer = SGD(model.parameters())

@@ -1,4 +1,6 @@
-"""What the processes do that test_ranks.py starts: train small models under DistributedDataParallel, with gloo."""
+"""What the processes do that test_ranks.py starts: train small models under
+DistributedDataParallel, with gloo.
+"""
 
 import copy
 import json
@@ -36,11 +38,12 @@ class Case:
     """A training run, as two ranks do it and as one process does.
 
     Args:
-        split: samples of each rank in a step; every third step the other way round, so that rank 0 needs more room than its first
-            batch shows.
+        split: samples of each rank in a step; every third step the other way round, so that rank 0
+            needs more room than its first batch shows.
         optimizer: built over the parameters.
         clip: gradient norm, or None.
-        passes: that a step's samples go through the model in; all but the last without synchronisation.
+        passes: that a step's samples go through the model in; all but the last without
+            synchronisation.
         options: of the recorder.
     """
 
@@ -116,7 +119,10 @@ def train(case: Case, run: Path | None) -> nn.Module:
 
 
 def record_case(name: str, directory: Path) -> object:
-    """Whether the recorded run ends in the very weights of one that is not recorded. Of some a copy is probed, by one rank."""
+    """Whether the recorded run ends in the very weights of one that is not recorded.
+
+    Of some a copy is probed, by one rank.
+    """
     plain, model = (train(CASES[name], run) for run in (None, directory / name))
     if name in PROBED and distributed.get_rank() == 0:
         probed = shutil.copytree(directory / name, directory / f"{name}, probed")
@@ -164,7 +170,9 @@ def loop(
     for step in range(steps):
         with recorder.step(ids(step)):
             body(rank, step, model, optimizer, X[ids(0)], Y[ids(0)])
-        optimizer.zero_grad()  # not inside: gradients that are cleared there are those of a step that is left out on purpose
+        # not inside: gradients that are cleared there are those of a step that is left out on
+        # purpose
+        optimizer.zero_grad()
     recorder.close()
     return {"n_steps": recorder.n_steps, "n_skipped": recorder.n_skipped}
 
@@ -252,7 +260,9 @@ def pipeline(directory: Path) -> object:
 
 
 class Optional(Switched):
-    """Leaves its second half out of every other step of rank 1, and has a parameter that is never used."""
+    """Leaves its second half out of every other step of rank 1, and has a parameter that is never
+    used.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +389,8 @@ GROUPS: dict[str, dict[str, Callable[[Path], object]]] = {
 def run_group(
     group: str, functions: Mapping[str, Callable[[Path], object]], rank: int, directory: Path
 ) -> None:
-    """Be one of the ranks: call every function, in order, and write what each returned or raised to DIRECTORY/RANK.json.
+    """Be one of the ranks: call every function, in order, and write what each returned or raised to
+    DIRECTORY/RANK.json.
 
     What is printed goes to DIRECTORY/RANK.log.
     """

@@ -1,4 +1,6 @@
-"""Adam and AdamW: the symmetrically preconditioned recursion, against float64 loops that know nothing of the code."""
+"""Adam and AdamW: the symmetrically preconditioned recursion, against float64 loops that know
+nothing of the code.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,9 @@ def adam_pipeline(kind: type[torch.optim.Optimizer], **changes: object) -> Pipel
 
 
 def adam_oracle(pipeline: Pipeline) -> np.ndarray:
-    """Relevance of a new pipeline: its training repeated by the formulas of Adam, rows and sweep on whole float64 vectors."""
+    """Relevance of a new pipeline: its training repeated by the formulas of Adam, rows and sweep on
+    whole float64 vectors.
+    """
     model = in_float64(pipeline.model)
     names = [name for name, _ in model.named_parameters()]
     old = dict(zip(pipeline.model.parameters(), names, strict=True))

@@ -1,4 +1,6 @@
-"""Adapters of peft, and models of transformers that fold their batch: rows are each sample's own gradient."""
+"""Adapters of peft, and models of transformers that fold their batch: rows are each sample's own
+gradient.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -74,9 +76,8 @@ def made(name: str) -> Called:
         warnings.simplefilter("ignore")  # of peft
         model = Called(MODELS[name]())
     for parameter in model.parameters():
-        if (
-            parameter.requires_grad and not parameter.any()
-        ):  # adapters begin at zero, where half of their rows are
+        # adapters begin at zero, where half of their rows are
+        if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return model.train()
 

@@ -1,4 +1,6 @@
-"""Parameters that no layer rule splits, and modules that keep their samples elsewhere: rows come from the graph, and are right."""
+"""Parameters that no layer rule splits, and modules that keep their samples elsewhere: rows come
+from the graph, and are right.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""rho of every row against the Hessian of each sample's loss in the model's output, float64, one sample at a time."""
+"""rho of every row against the Hessian of each sample's loss in the model's output, float64, one
+sample at a time.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -111,7 +113,9 @@ def record(
     tell: bool,
     n_steps: int = 3,
 ) -> np.ndarray:
-    """What is stored, and beside it what the oracle says of the outputs that the model gave, shape (2, row)."""
+    """What is stored, and beside it what the oracle says of the outputs that the model gave, shape
+    (2, row).
+    """
     inputs, targets = images(24, 1).tensors
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     recorder = Recorder(model, optimizer, run, n_samples=24)

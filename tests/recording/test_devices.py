@@ -1,4 +1,6 @@
-"""What meets in one operation is on one device: held on the meta device, which needs no accelerator."""
+"""What meets in one operation is on one device: held on the meta device, which needs no
+accelerator.
+"""
 
 from collections.abc import Mapping
 from typing import Any

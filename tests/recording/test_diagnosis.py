@@ -1,4 +1,6 @@
-"""What cannot be recorded is named before training, and a block that is off the books with its cause."""
+"""What cannot be recorded is named before training, and a block that is off the books with its
+cause.
+"""
 
 import re
 import sys
@@ -118,9 +120,8 @@ def shared() -> nn.Module:
 
 def in_backward() -> nn.Module:
     model = mlp()
-    from torch.distributed.optim import (
-        _apply_optimizer_in_backward,
-    )  # which warns when it is imported
+    # which warns when it is imported
+    from torch.distributed.optim import _apply_optimizer_in_backward
 
     _apply_optimizer_in_backward(torch.optim.SGD, model[2].parameters(), {"lr": 0.1})
     return model
@@ -485,7 +486,8 @@ def zero_redundancy(model: nn.Module) -> Any:
         ),
         (
             lambda m: Namesake(m.parameters()),
-            r'bitsandbytes\.optim\.adamw\.AdamW is not handled: it is of bitsandbytes.*"adamw_torch"',
+            r"bitsandbytes\.optim\.adamw\.AdamW is not handled: it is of "
+            r'bitsandbytes.*"adamw_torch"',
         ),
         (
             lambda m: Lookahead(sgd(m)),
@@ -566,7 +568,8 @@ def hidden(function: Callable[..., Any], name: str) -> nn.Module:
         (
             parametrizations.spectral_norm,
             "2.parametrizations.weight.original",
-            r"weight of 2 is parametrized \(SpectralNorm\).*remove_parametrizations\(module, 'weight'\)",
+            r"weight of 2 is parametrized \(SpectralNorm\).*remove_parametrizations\(module, "
+            r"'weight'\)",
         ),
         (
             parametrizations.weight_norm,
@@ -694,7 +697,8 @@ def test_a_graph_of_functions_is_recorded(tmp_path: Path) -> None:
         ("head too", r"is used by a function too, beside 2 \(Linear\)"),
         (
             "clipped",
-            r"cause: \(1\) the largest elements of the gradient are all of magnitude 0\.01, as clip_grad_value_ leaves them",
+            r"cause: \(1\) the largest elements of the gradient are all of magnitude 0\.01, as "
+            r"clip_grad_value_ leaves them",
         ),
         ("by hand", r"the loop changed \.grad by hand"),
         ("not cleared", r"earlier step is still there: call optimizer\.zero_grad\(\)"),
@@ -769,7 +773,10 @@ def test_a_gradient_that_overflowed_where_no_share_did_is_told_as_such(tmp_path:
 
     with pytest.raises(
         GradientMismatchError,
-        match=r"gradient of 2\.weight is not finite at step 0, and each sample's share is.*GradScaler",
+        match=(
+            r"gradient of 2\.weight is not finite at step 0, and each sample's share "
+            r"is.*GradScaler"
+        ),
     ):
         train(tmp_path / "run", model, before_step=overflow)
 
@@ -805,7 +812,8 @@ def trl(kind: str, **options: Any) -> Any:
     [
         (
             arguments(use_liger_kernel=True),
-            r"use_liger_kernel=True takes the loss from the weight of the head.*use_liger_kernel=False",
+            r"use_liger_kernel=True takes the loss from the weight of the "
+            r"head.*use_liger_kernel=False",
         ),
         (
             arguments(parallelism_config=SimpleNamespace(tp_size=2)),

@@ -1,4 +1,6 @@
-"""On a CUDA device: the same rows as on the processor, training unchanged, nothing read before it is there."""
+"""On a CUDA device: the same rows as on the processor, training unchanged, nothing read before it
+is there.
+"""
 
 from pathlib import Path
 
@@ -37,9 +39,8 @@ def on_gpu(pipeline: Pipeline) -> Pipeline:
 def test_rows_are_those_of_the_processor(
     tmp_path: Path, build, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        geometry, "MAX_SHARD_ROWS", 16
-    )  # several shards, so that buffers are used again
+    # several shards, so that buffers are used again
+    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 16)
     hydra_pipe.record(build(), tmp_path / "cpu", encoding="exact", dtype=dtype)
     hydra_pipe.record(on_gpu(build()), tmp_path / "gpu", encoding="exact", dtype=dtype)
     rows, others = decoded(tmp_path / "cpu"), decoded(tmp_path / "gpu")

@@ -1,4 +1,6 @@
-"""From `Recorder(...)` to `close()`: slips at the end, traces of test gradients, pauses, interrupts, copies."""
+"""From `Recorder(...)` to `close()`: slips at the end, traces of test gradients, pauses,
+interrupts, copies.
+"""
 
 import copy
 import io
@@ -195,7 +197,7 @@ class TestSlips:
             if name == "without":
                 with pytest.raises(
                     RunError,
-                    match=r"without test gradients: take some .* by hydra-pipe probe .* --test NAME",
+                    match=r"without test gradients: take some .* by hydra-pipe probe .* --probe",
                 ):
                     hydra_pipe.reduce(tmp_path / name)
                 assert hydra_pipe.reduce(tmp_path / name, method="self")
@@ -297,7 +299,7 @@ class TestWith:
     def test_an_exception_marks_the_recording_as_failed(self, tmp_path: Path) -> None:
         model = net()
         optimizer = sgd(model)
-        with (
+        with (  # noqa: PT012
             pytest.raises(ZeroDivisionError),
             Recorder(model, optimizer, tmp_path / "run", 12) as recorder,
         ):
@@ -313,7 +315,7 @@ class TestWith:
     def test_a_slip_in_record_test_leaves_it_complete(self, tmp_path: Path) -> None:
         model = net()
         optimizer = sgd(model)
-        with (
+        with (  # noqa: PT012
             pytest.raises(UserCodeError),
             Recorder(model, optimizer, tmp_path / "run", 12) as recorder,
         ):
@@ -783,7 +785,7 @@ class TestPaused:
         model = net()
         optimizer = sgd(model)
         recorder = Recorder(model, optimizer, tmp_path / "run", 12, **EXACT)
-        with (
+        with (  # noqa: PT012
             pytest.raises(GradientMismatchError, match=r"with recorder.paused\(\)"),
             recorder.step(range(12)),
         ):
@@ -821,7 +823,9 @@ def wrapped(loader: Any) -> Iterator[Any]:
 
 
 class TestInterrupts:
-    """After an exception nothing stays hooked or collecting, and the model trains on without the recorder."""
+    """After an exception nothing stays hooked or collecting, and the model trains on without the
+    recorder.
+    """
 
     def interrupted(
         self, run: Path, where: str, error: type[BaseException], wrap: Callable[[Any], Any]
@@ -924,9 +928,8 @@ class TestInterrupts:
             take_step(model, optimizer)
             recorder.next_batch(range(12))
             F.cross_entropy(model(X), Y).backward()
-        monkeypatch.setattr(
-            "sys.last_value", KeyboardInterrupt(), raising=False
-        )  # as a notebook does
+        # as a notebook does
+        monkeypatch.setattr("sys.last_value", KeyboardInterrupt(), raising=False)
         take_step(model, optimizer)
         assert not hooks_of(model)
         assert recorder.n_steps == 1
@@ -1027,13 +1030,18 @@ def test_the_command_says_in_one_line_that_test_gradients_are_missing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("late.py").write_text(
-        "import torch\nfrom torch.nn.functional import cross_entropy\nfrom hydra_pipe import Pipeline\n\n\n"
-        "class Late(list):\n    def __getitem__(self, i):\n        if i == 5:\n            raise OSError('gone')\n"
+        "import torch\nfrom torch.nn.functional import cross_entropy\nfrom hydra_pipe import "
+        "Pipeline\n\n\n"
+        "class Late(list):\n    def __getitem__(self, i):\n        if i == 5:\n            raise "
+        "OSError('gone')\n"
         "        return super().__getitem__(i)\n\n\n"
-        "def pipeline():\n    data = Late((torch.randn(4), i % 2) for i in range(6))\n    model = torch.nn.Linear(4, 2)\n"
-        "    def loss(output, target):\n        return cross_entropy(output, target, reduction='none')\n"
+        "def pipeline():\n    data = Late((torch.randn(4), i % 2) for i in range(6))\n    model "
+        "= torch.nn.Linear(4, 2)\n"
+        "    def loss(output, target):\n        return cross_entropy(output, target, "
+        "reduction='none')\n"
         "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
-        "    return Pipeline(model, optimizer, loss, list(data)[:5], data, batch_size=4, epochs=1)\n"
+        "    return Pipeline(model, optimizer, loss, list(data)[:5], data, batch_size=4, "
+        "epochs=1)\n"
     )
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:  # noqa: PT012 - both are one act
         warnings.simplefilter("always")

@@ -1,4 +1,6 @@
-"""Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in between."""
+"""Loops as users write them: accumulation, mixed precision, gradient scaling, evaluation in
+between.
+"""
 
 import gc
 import warnings
@@ -150,9 +152,8 @@ def test_a_gradient_scaler_scales_the_step_and_what_it_skips_is_counted(tmp_path
         norm = np.sqrt(
             sum(((block[first : first + N].sum(0) * scale) ** 2).sum() for block in rows.values())
         )
-        assert norm == pytest.approx(
-            0.01, rel=1e-3
-        )  # scaled up by 1024 or 512, scaled down, clipped
+        # scaled up by 1024 or 512, scaled down, clipped
+        assert norm == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("tracked", [False, True])
@@ -201,7 +202,9 @@ def test_rows_are_shares_of_whatever_loss_is_taken(tmp_path: Path, reduction: st
 
 
 class MeanOverPositions(nn.Module):
-    """Sums over many positions: the gradient of a weight overflows in half precision where no output's gradient does."""
+    """Sums over many positions: the gradient of a weight overflows in half precision where no
+    output's gradient does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,9 +359,8 @@ def test_autocast_accumulation_clipping_and_a_skipped_step_together_balance(
             recorder.close()
         return model
 
-    with (
-        warnings.catch_warnings()
-    ):  # the schedule counts the step that the scaler left out, and torch warns of it
+    # the schedule counts the step that the scaler left out, and torch warns of it
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         recorded, plain = train(tmp_path / "run"), train(None)
     for a, b in zip(recorded.parameters(), plain.parameters(), strict=True):

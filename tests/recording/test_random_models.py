@@ -1,4 +1,6 @@
-"""A hundred random models and loops: rows that are right, or a refusal. Thousands: `python tests/recording/random_models.py`."""
+"""A hundred random models and loops: rows that are right, or a refusal. Thousands: `python
+tests/recording/random_models.py`.
+"""
 
 import numpy as np
 import pytest

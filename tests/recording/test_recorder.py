@@ -1,4 +1,6 @@
-"""The recorder on real training: nothing is changed, everything is accounted for, loops that go wrong are told."""
+"""The recorder on real training: nothing is changed, everything is accounted for, loops that go
+wrong are told.
+"""
 
 import json
 import time
@@ -37,7 +39,9 @@ from hydra_pipe.store.zarr.appender import Appender
 
 
 class Mixed(nn.Module):
-    """Modules that meet a sample once, twice or at several positions, a shared weight, a frozen one, one that is not used."""
+    """Modules that meet a sample once, twice or at several positions, a shared weight, a frozen
+    one, one that is not used.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -499,10 +503,8 @@ def test_the_manifest_says_what_was_recorded(tmp_path: Path) -> None:
         "n_tests": 9,
     }
     assert record["facts"]["worst_imbalance"] < 1e-6
-    assert (record["facts"]["stalls"], record["facts"]["stalled_seconds"]) == (
-        0,
-        0.0,
-    )  # nothing filled a buffer
+    # nothing filled a buffer
+    assert (record["facts"]["stalls"], record["facts"]["stalled_seconds"]) == (0, 0.0)
 
 
 def test_the_manifest_says_how_often_training_waited_for_a_slow_disk(
@@ -585,7 +587,9 @@ def test_gradients_that_cancel_do_not_unbalance_the_books(tmp_path: Path) -> Non
 
 
 def test_a_gradient_that_nearly_vanishes_is_not_taken_for_a_clipped_one(tmp_path: Path) -> None:
-    """Full batches to the optimum: what the rows sum to is rounding, and so is any scalar fitted to it."""
+    """Full batches to the optimum: what the rows sum to is rounding, and so is any scalar fitted to
+    it.
+    """
     model = nn.Linear(64, 4)
     pipeline = mlp_pipeline(
         model=nn.Sequential(nn.Flatten(), model),

@@ -1,4 +1,6 @@
-"""Every layer rule in every encoding, from losses of both reductions to rows on disk, against batch-of-one gradients."""
+"""Every layer rule in every encoding, from losses of both reductions to rows on disk, against
+batch-of-one gradients.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +121,9 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
 def assert_rows_are_those_of_the_oracle(
     case: Case, choice: str, run: Path, batch: int = BATCH
 ) -> None:
-    """Record one step of each reduction, and compare what is on disk with gradients taken in float64 before each."""
+    """Record one step of each reduction, and compare what is on disk with gradients taken in
+    float64 before each.
+    """
     torch.manual_seed(0)
     shape = (len(REDUCTIONS), batch, *case.shape)
     inputs = torch.randint(0, 5, shape) if case.tokens else torch.randn(shape)
@@ -164,7 +168,9 @@ def assert_rows_are_those_of_the_oracle(
 def true_rows(
     model: Classifier, inputs: Tensor, targets: Tensor, reduction: str, *, shares: bool
 ) -> dict[str, Tensor]:
-    """Each sample's share of the batch gradient, shape (B, numel); where only the sum is known, all of it in the first row."""
+    """Each sample's share of the batch gradient, shape (B, numel); where only the sum is known, all
+    of it in the first row.
+    """
     model = in_float64(model)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     parameters = dict(model.named_parameters())
@@ -182,7 +188,9 @@ def true_rows(
 
 
 def decoded(store: Gradients, index: int, rows: slice) -> np.ndarray:
-    """What docs/format.md makes of the columns of a block: (row, numel), or (row, k) where it is projected."""
+    """What docs/format.md makes of the columns of a block: (row, numel), or (row, k) where it is
+    projected.
+    """
     block = store.layout.blocks[index]
     values = store.rows.features(rows, slice(*block.columns)).astype(np.float64)
     if block.inputs is not None:

@@ -66,7 +66,9 @@ class Attending(nn.Module):
 
 
 class Split(nn.Module):
-    """Owns parameters, takes a dictionary beside its input, and gives tensors in a nested structure, of which one is not used."""
+    """Owns parameters, takes a dictionary beside its input, and gives tensors in a nested
+    structure, of which one is not used.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""`Recorder.state_dict`: a recording that was killed and goes on is that of an uninterrupted run, byte for byte."""
+"""`Recorder.state_dict`: a recording that was killed and goes on is that of an uninterrupted run,
+byte for byte.
+"""
 
 import json
 import os
@@ -64,7 +66,10 @@ def train(
     wait: bool = False,
     tests_at: tuple[int, ...] = (5, 6, 8),
 ) -> None:
-    """A loop with checkpoints, as a user writes it. It dies at `kill_at`, after everything is on the disk if it is to `wait`."""
+    """A loop with checkpoints, as a user writes it.
+
+    It dies at `kill_at`, after everything is on the disk if it is to `wait`.
+    """
     model = conv_net()
     optim = BUILDERS[optimizer](model)
     recorder = Recorder(
@@ -242,9 +247,8 @@ def test_skipped_steps_are_counted_on(tmp_path: Path) -> None:
         (cross_entropy(model(x), y).mean() * (1.0 if clear else float("inf"))).backward()
         if clear:
             optimizer.zero_grad()
-        assert (
-            recorder.state_dict()["n_steps"] == 0
-        )  # the gradients are cleared, or cannot be used: nothing waits
+        # the gradients are cleared, or cannot be used: nothing waits
+        assert recorder.state_dict()["n_steps"] == 0
         optimizer.zero_grad()
     state = recorder.state_dict()
     assert state["n_skipped"] == 3
@@ -393,7 +397,10 @@ class TestWhatCannotGoOn:
         )
         with pytest.raises(
             RunError,
-            match=r"has 2\.weight \(4, 3, 3, 3\) in group 0 where the optimizer now has 2\.weight \(4, 108\)",
+            match=(
+                r"has 2\.weight \(4, 3, 3, 3\) in group 0 where the optimizer now has 2\.weight "
+                r"\(4, 108\)"
+            ),
         ):
             recorder.load_state_dict(state)
 

@@ -79,7 +79,9 @@ def groups_of(loader: Iterator, size: int) -> Iterator[list]:
 def named_loop(
     recorder: Recorder | None, model, optimizer, loader, accumulate: int, epochs: int
 ) -> None:
-    """The slow twin: every step collects its batches first and names their samples; None: not recorded at all."""
+    """The slow twin: every step collects its batches first and names their samples; None: not
+    recorded at all.
+    """
     for _ in range(epochs):
         for batches in groups_of(loader, accumulate):
 
@@ -160,9 +162,8 @@ def test_rows_and_weights_are_those_of_a_loop_that_names_its_samples(
 
     plain, tracked = run("plain"), run("tracked")
     assert_same_weights(plain, tracked)
-    if (
-        accumulate == 1
-    ):  # the twin reads a group of batches ahead, between which the model draws random numbers
+    # the twin reads a group of batches ahead, between which the model draws random numbers
+    if accumulate == 1:
         assert_same_weights(run("named"), tracked)
         assert_same_arrays(tmp_path / "named", tmp_path / "tracked")
 

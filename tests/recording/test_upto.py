@@ -1,4 +1,6 @@
-"""The first steps of a recording: while it goes on, after it was interrupted, and when it is complete."""
+"""The first steps of a recording: while it goes on, after it was interrupted, and when it is
+complete.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -188,9 +190,8 @@ def test_damaged_counts_of_what_is_safe_are_told(tmp_path: Path, damage: dict[st
     directory = RunDirectory.open(run)
     directory.stages[RECORD].facts["committed"] |= damage
     directory.save(RECORD)
-    if (
-        "n_steps" in damage and damage["n_steps"] == 10**15
-    ):  # there are no more, and these are as they were
+    # there are no more, and these are as they were
+    if "n_steps" in damage and damage["n_steps"] == 10**15:
         hydra_pipe.reduce(run, upto=STEPS)
         return
     with pytest.raises(HydraError) as told:

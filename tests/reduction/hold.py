@@ -1,4 +1,6 @@
-"""Preloaded by the workers of test_schedulers.py: the first to come to a point that is named in a directory waits there."""
+"""Preloaded by the workers of test_schedulers.py: the first to come to a point that is named in a
+directory waits there.
+"""
 
 import os
 import time
@@ -12,7 +14,7 @@ HOLD = Path(os.environ["HYDRA_PIPE_TEST_HOLD"])
 
 
 def wait_at(point: str) -> None:
-    """Wait as long as the file `point` is there, if no one has before: `point.pid` says who does."""
+    """Wait while the file `point` is there, if no one has before: `point.pid` says who does."""
     if not (HOLD / point).exists():
         return
     try:
@@ -27,7 +29,7 @@ def wait_at(point: str) -> None:
 
 
 def held(name: str, where: str) -> None:
-    """Let the function `name` of the reduction wait at the point `name`, before it runs or after."""
+    """Let the reduction's function `name` wait at the point `name`, before it runs or after."""
     real: Callable[..., Any] = getattr(sums, name)
 
     def waiting(*args: Any) -> Any:
@@ -41,7 +43,8 @@ def held(name: str, where: str) -> None:
     setattr(sums, name, waiting)
 
 
-# in the middle of a run of rows, of adding up (something has been added, the total has not been handed on), and of writing
+# in the middle of a run of rows, of adding up (something has been added, the total has not been
+# handed on), and of writing
 held("_add_scores", "after")
 held("_add", "after")
 held("write_relevance", "before")

@@ -118,7 +118,9 @@ def with_order(patch: pytest.MonkeyPatch, order: str) -> None:
 def test_sums_over_thousands_of_visits_keep_float32s_precision(
     tmp_path: Path, order: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """120,000 rows of 40 samples, 3,000 each. Rounding of each addition is at most 2^-24 of the sum: 3,000 of them at worst 1.8e-4
+    """120,000 rows of 40 samples, 3,000 each.
+
+    Rounding of each addition is at most 2^-24 of the sum: 3,000 of them at worst 1.8e-4
     of it, and as they are independent some 60 times less."""
     generator = np.random.default_rng(1)
     run = made_up(

@@ -1,6 +1,8 @@
-"""The texts of `reduce --dry-run`, and what a reduction says and counts, for every method on one tiny run.
+"""The texts of `reduce --dry-run`, and what a reduction says and counts, for every method on one
+tiny run.
 
-The texts are in `dry_run.txt`. After an intended change, `python tests/reduction/test_dry_run.py` writes the file anew.
+The texts are in `dry_run.txt`. After an intended change, `python tests/reduction/test_dry_run.py`
+writes the file anew.
 """
 
 import re
@@ -28,7 +30,8 @@ from hydra_pipe.store.files import remove
 
 TEXTS = Path(__file__).with_name("dry_run.txt")
 _KEPT = ({"keep_hypergradients": True}, {})
-# what is asked one after the other of a copy of the run; an option `keep_hypergradients` is carried out as well
+# what is asked one after the other of a copy of the run; an option `keep_hypergradients` is carried
+# out as well
 SEQUENCES: dict[str, tuple[dict[str, Any], ...]] = {
     **{method: ({"method": method},) for method in METHODS},
     "hydra, kept": _KEPT,
@@ -45,7 +48,9 @@ SEQUENCES: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def normal(text: str) -> str:
-    """`text` without what depends on the machine: disks, directories, and how long a first step took."""
+    """`text` without what depends on the machine: disks, directories, and how long a first step
+    took.
+    """
     text = re.sub(r"[\d.]+ [KMGT]?i?B (are )?free( at \S+)?", "FREE", text)
     return re.sub(r"about [^,]*, as a first step took", "about TIME, as a first step took", text)
 

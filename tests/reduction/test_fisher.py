@@ -1,4 +1,6 @@
-"""Method `hydra-fisher` against a float64 loop over whole gradients: encodings, optimisers, processes, divisions of the work."""
+"""Method `hydra-fisher` against a float64 loop over whole gradients: encodings, optimisers,
+processes, divisions of the work.
+"""
 
 import dataclasses
 import shutil
@@ -41,7 +43,9 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole(stored: np.ndarray, scale: np.ndarray, store: Gradients) -> np.ndarray:
-    """What rows say, every block multiplied out, float64, (row, all columns of all blocks), as docs/format.md has it."""
+    """What rows say, every block multiplied out, float64, (row, all columns of all blocks), as
+    docs/format.md has it.
+    """
     found = []
     for number, block in enumerate(store.layout.blocks):
         own = stored[:, slice(*block.columns)].astype(np.float64) * scale[:, number, None]
@@ -59,7 +63,9 @@ def by_loop(run: Path, forms: tuple[Form, ...] = FORMS, floor: bool = True) -> n
 
 
 def by_loop_of(run: Path, form: Form, floor: bool) -> np.ndarray:
-    """DESIGN's sweep, step by step, on whole vectors in float64; C as a matrix, saturated by the inverse of one as large."""
+    """DESIGN's sweep, step by step, on whole vectors in float64; C as a matrix, saturated by the
+    inverse of one as large.
+    """
     store = hydra_pipe.open_run(run).gradients
     everything = slice(None)
     rows = whole(store.rows.features(everything, everything), store.rows.scales(everything), store)
@@ -169,9 +175,8 @@ def test_the_sweep_is_that_of_a_float64_loop(tmp_path: Path, name: str) -> None:
     expected = by_loop(tmp_path / "run")
     assert relative_error(relevance(tmp_path / "run"), expected) < 1e-4
     hydra_pipe.reduce(tmp_path / "run")
-    assert (
-        relative_error(relevance(tmp_path / "run", "hydra"), expected) > 0.01
-    )  # curvature counts here
+    # curvature counts here
+    assert relative_error(relevance(tmp_path / "run", "hydra"), expected) > 0.01
     assert hydra_pipe.verify(tmp_path / "run") == []
 
 
@@ -187,8 +192,9 @@ def test_the_sweep_works_in_the_columns_that_were_recorded(
 
 
 def made_up(path: Path, n_ranks: int, curvature: float = 1.0, tested: Sequence[int] = ()) -> Path:
-    """A recording of random rows: two groups of AdamW's kind, a factored block with a bias, some curvature unknown, steps of
-    other lengths, of which a process may have none, and that are longer than a file."""
+    """A recording of random rows: two groups of AdamW's kind, a factored block with a bias, some
+    curvature unknown, steps of other lengths, of which a process may have none, and that are longer
+    than a file."""
     generator = np.random.default_rng(1)
     layout = Layout(
         (

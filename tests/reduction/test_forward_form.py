@@ -1,4 +1,6 @@
-"""Method `hydra-fisher` against the paper's forward form, which carries every sample's perturbation through training."""
+"""Method `hydra-fisher` against the paper's forward form, which carries every sample's perturbation
+through training.
+"""
 
 from pathlib import Path
 

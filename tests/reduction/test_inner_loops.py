@@ -64,7 +64,9 @@ def test_a_weight_that_is_not_a_number_shows() -> None:
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[Weighted], np.ndarray]:
-    """A window of stored rows that is part of a wider array, runs of columns with strided weights or none, and exact values."""
+    """A window of stored rows that is part of a wider array, runs of columns with strided weights
+    or none, and exact values.
+    """
     n, before, after = draw(st.integers(0, 11)), draw(st.integers(0, 3)), draw(st.integers(0, 3))
     widths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
     dtype = draw(st.sampled_from(["float16", "int8", "float32"]))

@@ -160,7 +160,9 @@ def test_an_interrupted_keeping_goes_on_and_is_not_taken_for_complete(
 
 
 def test_what_is_kept_anew_is_not_gone_on_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted keeping, then another that removes what the first had kept, then the first again."""
+    """An interrupted keeping, then another that removes what the first had kept, then the first
+    again.
+    """
     monkeypatch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 8)
     monkeypatch.setattr("hydra_pipe.reduction.solvers.sums.SAMPLE_MULTIPLE", 8)
     monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)

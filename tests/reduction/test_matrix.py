@@ -1,4 +1,6 @@
-"""The matrix of hypergradients that a sweep keeps: it answers as the sweep does, without the rows; nothing else is taken for it."""
+"""The matrix of hypergradients that a sweep keeps: it answers as the sweep does, without the rows;
+nothing else is taken for it.
+"""
 
 import json
 import shutil
@@ -37,7 +39,9 @@ KEPT = "hypergradients/hydra-fisher.zarr"
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that lie across files of rows; several files of the matrix, and several shares of the samples."""
+    """Steps that lie across files of rows; several files of the matrix, and several shares of the
+    samples.
+    """
     monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
     monkeypatch.setattr(matrix_plan, "MOST_SAMPLES", 8)
     monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
@@ -96,9 +100,8 @@ def test_the_matrix_answers_as_the_sweep_without_the_rows(
     assert keep(run)
     assert not keep(run)
     assert orders(run)["keep hydra-fisher"] == order
-    assert (
-        orders(run)["reduce hydra-fisher"] == "backward"
-    )  # it was there, and need not be computed again
+    # it was there, and need not be computed again
+    assert orders(run)["reduce hydra-fisher"] == "backward"
     assert hydra_pipe.verify(run) == []
     assert hydra_pipe.prune(run) > 0
     assert hydra_pipe.reduce(run, method="hydra-fisher", overwrite=True)
@@ -138,7 +141,9 @@ def test_of_several_processes_groups_and_labels(
 
 
 def test_any_zarr_reader_answers_from_the_matrix_by_its_directory_of_features(run: Path) -> None:
-    """As docs/format.md has it: the gradient of each block, flattened, at the features that the directory says."""
+    """As docs/format.md has it: the gradient of each block, flattened, at the features that the
+    directory says.
+    """
     keep(run)
     group = zarr.open_group(run / KEPT, mode="r")
     assert (group.attrs["hydra_pipe"], group.attrs["method"]) == (
@@ -210,7 +215,10 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     }
     with pytest.raises(
         RunError,
-        match=r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients first",
+        match=(
+            r"keep hydra-fisher is not finished .*run hydra-pipe reduce .* --keep-hypergradients "
+            r"first"
+        ),
     ):
         hydra_pipe.prune(run)
     real, again = sweep._step, []
@@ -269,8 +277,10 @@ def test_what_the_disk_or_the_budget_has_no_room_for_is_refused_before_anything_
     ):
         with pytest.raises(
             BudgetError,
-            match=r"keeping 20 samples x 29 features x 4 bytes = 2.27 KiB, and .* needs .* on the disk, 1.95 KiB are free at .*: "
-            r"make room, leave out --keep-hypergradients, or record with --encoding projected and a lower --dim",
+            match=r"keeping 20 samples x 29 features x 4 bytes = 2.27 KiB, and .* needs .* on "
+            r"the disk, 1.95 KiB are free at .*: "
+            r"make room, leave out --keep-hypergradients, or record with --encoding projected "
+            r"and a lower --dim",
         ):
             attempt(run)
     assert (run / "run.json").read_bytes() == before
@@ -320,7 +330,8 @@ def change(file: Path, how: Callable[[dict], object]) -> None:
         (lambda a: a.update(run_id="another"), "is of another recording"),
         (
             lambda a: a.update(method="hydra"),
-            "has 'hypergradient matrix' of method 'hydra', not hypergradient matrix of hydra-fisher",
+            "has 'hypergradient matrix' of method 'hydra', not hypergradient matrix of "
+            "hydra-fisher",
         ),
         (
             lambda a: a.update(hydra_pipe="hypergradients"),
@@ -426,7 +437,8 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
     hydra_pipe.reduce(run, keep_hypergradients=True)
     with pytest.raises(
         RunError,
-        match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* --discard-unfinished",
+        match=r"keep hydra-fisher is not finished .* or give it up with .* prune .* "
+        r"--discard-unfinished",
     ):
         hydra_pipe.prune(run)
     assert CliRunner().invoke(app, ["prune", str(run), "--discard-unfinished"]).exit_code == 0

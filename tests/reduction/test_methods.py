@@ -1,4 +1,6 @@
-"""Methods tracin, grad-dot, grad-cos, influence and self against plain float64 loops; how they go on, divide work and refuse."""
+"""Methods tracin, grad-dot, grad-cos, influence and self against plain float64 loops; how they go
+on, divide work and refuse.
+"""
 
 import dataclasses
 import shutil
@@ -44,7 +46,9 @@ def relevance(run: Path, method: str) -> np.ndarray:
 
 
 def by_training(pipeline: Pipeline) -> dict[str, np.ndarray]:
-    """What each method is of a pipeline, from batch-of-one gradients in float64, with test gradients after every epoch."""
+    """What each method is of a pipeline, from batch-of-one gradients in float64, with test
+    gradients after every epoch.
+    """
     model = oracles.in_float64(pipeline.model)
     named = dict(zip(pipeline.model.parameters(), model.parameters(), strict=True))
     groups = [
@@ -94,7 +98,9 @@ def by_training(pipeline: Pipeline) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """Convolutions, a factored Linear, norms; clipped, a rate of its own in each step and group, a short batch."""
+    """Convolutions, a factored Linear, norms; clipped, a rate of its own in each step and group, a
+    short batch.
+    """
     path = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "MAX_SHARD_ROWS", 12)
@@ -186,7 +192,9 @@ def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Random rows of two processes, samples twice in a step, curvature that is not known, a tie between test checkpoints."""
+    """Random rows of two processes, samples twice in a step, curvature that is not known, a tie
+    between test checkpoints.
+    """
     return made_up(tmp_path / "run", 2, tested=(0, 4))
 
 
@@ -385,7 +393,9 @@ def test_what_means_nothing_to_a_method_is_refused(run: Path) -> None:
     for method in NEW:
         with pytest.raises(
             RunError,
-            match="its gradients were pruned: only hydra, and hydra-exact, are answered without them",
+            match=(
+                "its gradients were pruned: only hydra, and hydra-exact, are answered without them"
+            ),
         ):
             hydra_pipe.reduce(run, method=method)
 
@@ -394,7 +404,10 @@ def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_written(run: P
     before = (run / "run.json").read_bytes()
     with pytest.raises(
         BudgetError,
-        match=r"a matrix of (\d+) x \1 samples needs .* until it is solved, --memory is 100 MiB: raise --memory to \d+MiB",
+        match=(
+            r"a matrix of (\d+) x \1 samples needs .* until it is solved, --memory is 100 MiB: "
+            r"raise --memory to \d+MiB"
+        ),
     ):
         hydra_pipe.reduce(run, method="influence", memory="100MiB")
     assert (run / "run.json").read_bytes() == before
@@ -432,9 +445,8 @@ def test_tracin_refuses_test_gradients_of_other_test_samples(
 
 
 def test_the_unit_is_said_wherever_relevance_is(run: Path) -> None:
-    for method in (
-        name for name, found in METHODS.items() if found.solvers is not None
-    ):  # which needs the pipeline
+    # which needs the pipeline
+    for method in (name for name, found in METHODS.items() if found.solvers is not None):
         hydra_pipe.reduce(run, method=method)
         attributes = dict(hydra_pipe.open_run(run).relevance_array(method).attrs)
         assert (attributes["method"], attributes["unit"], attributes["sign"]) == (

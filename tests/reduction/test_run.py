@@ -1,4 +1,6 @@
-"""A reduction as a user asks for it: both orders of work, some test samples, means of them, and going on after an interruption."""
+"""A reduction as a user asks for it: both orders of work, some test samples, means of them, and
+going on after an interruption.
+"""
 
 import dataclasses
 import shutil
@@ -108,7 +110,8 @@ def test_some_test_samples_are_those_columns(
         query = f"select distinct test_id from '{rankings / tables}' order by 1"
         assert [row[0] for row in duckdb.sql(query).fetchall()] == ids
     best = duckdb.sql(
-        f"select train_id from '{rankings}/part-*.parquet' where test_id = {ids[-1]} and rank = 1 and side = 'helpful'"
+        f"select train_id from '{rankings}/part-*.parquet' where test_id = {ids[-1]} and rank = "
+        "1 and side = 'helpful'"
     )
     assert best.fetchall() == [(int(whole[:, ids[-1]].argmax()),)]
 
@@ -132,7 +135,10 @@ def test_means_are_means_of_columns(
     assert relative_error(relevance(run, "hydra-mean")[:, 0], whole[:, ids].mean(axis=1)) < 1e-5
     assert hydra_pipe.verify(run) == []
     hydra_pipe.export(run, method="hydra-by-label", top=3)
-    query = f"select distinct test_id, test_label from '{run}/rankings/method=hydra-by-label/part-*.parquet' order by 1"
+    query = (
+        "select distinct test_id, test_label from "
+        f"'{run}/rankings/method=hydra-by-label/part-*.parquet' order by 1"
+    )
     assert duckdb.sql(query).fetchall() == list(enumerate(sorted(set(labels))))
 
 
@@ -210,7 +216,8 @@ def test_the_same_call_goes_on_after_the_passes_that_are_done(
         if after
         else {}
     )
-    # score first: test samples in twos, in chunks of all samples (of eight where there are such); fold first: a chunk a pass
+    # score first: test samples in twos, in chunks of all samples (of eight where there are such);
+    # fold first: a chunk a pass
     assert len(written) == after
     assert hydra_pipe.reduce(run)
     assert relative_error(relevance(run), whole) < 1e-6
@@ -254,7 +261,9 @@ def test_what_was_begun_from_rows_is_begun_anew_from_what_was_kept_meanwhile(
 def test_what_goes_on_counts_with_the_memory_that_the_first_process_took(
     run: Path, more: int, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process takes a little more or less each time: at the edge of a budget the work must not be divided otherwise for that."""
+    """A process takes a little more or less each time: at the edge of a budget the work must not be
+    divided otherwise for that.
+    """
     planned(monkeypatch, order="score first", test_blocks=TWOS)
     bases: list[int] = []
     plan = CommonSolver._planned

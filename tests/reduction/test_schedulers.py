@@ -1,4 +1,6 @@
-"""The same relevance whatever computes it: threads, processes, workers of a Dask scheduler; also where one of them is killed."""
+"""The same relevance whatever computes it: threads, processes, workers of a Dask scheduler; also
+where one of them is killed.
+"""
 
 import dataclasses
 import json
@@ -79,9 +81,8 @@ class Cluster:
             "scheduler", "--port", "0", "--scheduler-file", str(directory / "scheduler.json")
         )
         file = directory / "scheduler.json"
-        until(
-            lambda: file.exists() and file.read_text().rstrip().endswith("}")
-        )  # it appears before it is written
+        # it appears before it is written
+        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))
         self.address: str = json.loads(file.read_text())["address"]
 
     def _start(self, *arguments: str) -> None:
@@ -111,7 +112,9 @@ class Cluster:
             client.wait_for_workers(2, timeout=PATIENCE)
 
     def stop(self) -> None:
-        """At once: asked to end, Dask takes seconds. Nannies before their workers, which they would start again."""
+        """At once: asked to end, Dask takes seconds. Nannies before their workers, which they would
+        start again.
+        """
         for process in reversed(self._started):
             for part in (process, *psutil.Process(process.pid).children(recursive=True)):
                 with suppress(psutil.NoSuchProcess):
@@ -157,14 +160,18 @@ class Counted(Progress):
 
 
 def workers_left() -> list[psutil.Process]:
-    """Processes that this one has started, but for the cluster above, and for multiprocessing's own, which stays until the end."""
+    """Processes that this one has started, but for the cluster above, and for multiprocessing's
+    own, which stays until the end.
+    """
     return [
         child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())
     ]
 
 
 def in_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    """Have the plan take one order, by two workers, in several passes, and the few samples in several chunks and shares."""
+    """Have the plan take one order, by two workers, in several passes, and the few samples in
+    several chunks and shares.
+    """
     original = sums_module.plan_sums
 
     def asked(*args):
@@ -230,7 +237,9 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     order: str,
     point: str,
 ) -> None:
-    """In the middle of its rows, of adding up, of writing: whatever it did is done again, from what is as it was."""
+    """In the middle of its rows, of adding up, of writing: whatever it did is done again, from what
+    is as it was.
+    """
     in_order(monkeypatch, order)
     two_workers.wait_for_workers()
     for left in two_workers.hold.glob(f"{point}*"):
@@ -361,7 +370,9 @@ def test_a_scheduler_that_is_none_is_told(recording: Path, monkeypatch: pytest.M
 
 
 class Impostor:
-    """Listens at an address, and is no scheduler: it says `first` at once, or `answer` to whoever asks, or nothing."""
+    """Listens at an address, and is no scheduler: it says `first` at once, or `answer` to whoever
+    asks, or nothing.
+    """
 
     def __init__(self, first: bytes = b"", answer: bytes = b"", *, closes: bool = False) -> None:
         self._first, self._answer, self._closes = first, answer, closes
@@ -455,7 +466,8 @@ def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
             assert time.monotonic() - start < 3
             assert process.returncode == 130
             assert told.splitlines() == [
-                "hydra-pipe: interrupted: what is finished is kept, run the same command again to go on"
+                "hydra-pipe: interrupted: what is finished is kept, run the same command again "
+                "to go on"
             ]
         finally:
             process.kill()
@@ -468,9 +480,9 @@ def test_a_scheduler_without_workers_is_told(
     try:
         monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1.0)
         told = refused(recording, alone.address)
-        assert (
-            told
-            == f"the scheduler at {alone.address} has no workers: start some with dask worker {alone.address}"
+        assert told == (
+            f"the scheduler at {alone.address} has no workers: start some with dask worker "
+            f"{alone.address}"
         )
     finally:
         alone.stop()
@@ -508,15 +520,19 @@ def test_workers_that_cannot_do_it_are_told(
         patch.setattr(Path, "absolute", lambda path: Path("/nowhere") / path.name)
         told = refused(recording, two_workers.address)
         assert re.match(
-            r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be on a file system",
+            r"worker tcp://127.0.0.1:\d+ does not see /nowhere/gradients.zarr: the run must be "
+            r"on a file system",
             told,
         )
 
 
 def test_threads_need_no_distributed() -> None:
-    """It takes most of a second to import; Dask itself does it where a scheduler is named and not given."""
+    """It takes most of a second to import; Dask itself does it where a scheduler is named and not
+    given.
+    """
     code = (
-        "import sys; from dask.delayed import delayed; from hydra_pipe.reduction.executors import executor_of; "
+        "import sys; from dask.delayed import delayed; from hydra_pipe.reduction.executors "
+        "import executor_of; "
         "executor_of('threads').compute(delayed(int)(3)); sys.exit('distributed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

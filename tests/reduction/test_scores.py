@@ -102,7 +102,9 @@ class Case:
         return np.ascontiguousarray(self.rows.values[:, first:last])
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted inner products of the gradients written out, and the sum of the magnitudes of their terms."""
+        """Weighted inner products of the gradients written out, and the sum of the magnitudes of
+        their terms.
+        """
         alpha = self.weight.astype(np.float64) / self.rows.scale
         result = np.zeros((len(self.weight), len(self.tests.values)))
         size = np.zeros_like(result)

@@ -1,4 +1,6 @@
-"""Method `hydra-exact` against finite differences of real training, the paper's forward form, and itself under other divisions."""
+"""Method `hydra-exact` against finite differences of real training, the paper's forward form, and
+itself under other divisions.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunErr
 from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
 from hydra_pipe.store.data import save_interval as pace
-from hydra_pipe.store.run.manifest import RunDirectory, stage_runner
+from hydra_pipe.store.run import stage_runner
+from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import REDUCE
 from hydra_pipe.training.batches import epoch_order
@@ -60,7 +63,9 @@ def small(
 
 
 def losses_of(pipeline: Pipeline, weight: Tensor) -> np.ndarray:
-    """Train for real, with a weight for each training sample, by a loop that shares nothing with the package but the order."""
+    """Train for real, with a weight for each training sample, by a loop that shares nothing with
+    the package but the order.
+    """
     torch.manual_seed(pipeline.seed)
     inputs, targets = pipeline.train.tensors
     for epoch in range(pipeline.epochs):
@@ -99,7 +104,8 @@ def sgd(**options: Any) -> Optimizer:
 
 
 def adam(kind: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
-    # eps of the gradients' own size: that of a usual run makes its first steps signs, which have no derivative worth a difference
+    # eps of the gradients' own size: that of a usual run makes its first steps signs, which have no
+    # derivative worth a difference
     return lambda model: kind(model.parameters(), **({"lr": 0.02, "eps": 1e-3} | options))  # type: ignore[call-arg]
 
 
@@ -212,7 +218,8 @@ def test_relevance_is_that_of_the_papers_forward_form(tmp_path: Path) -> None:
                     for n, piece, p in zip(names, pieces, model.parameters(), strict=True)
                 }
                 return cross_entropy(
-                    torch.func.functional_call(model, own, (inputs[ids],)), targets[ids]
+                    torch.func.functional_call(model, own, (inputs[ids],)),
+                    targets[ids],  # noqa: B023
                 ).mean()
 
             hessians.append(torch.autograd.functional.hessian(loss, values))
@@ -334,7 +341,9 @@ def test_what_passes_found_is_told_where_only_the_end_is_left(
 def test_a_rank_goes_on_with_the_directions_that_it_began_with(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Singular vectors have no sign of their own: another machine, or number of threads, may find the other one."""
+    """Singular vectors have no sign of their own: another machine, or number of threads, may find
+    the other one.
+    """
     monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))), rank=3)
@@ -380,7 +389,8 @@ def test_of_the_first_steps_is_a_shorter_training(tmp_path: Path) -> None:
     sweep_all = exact(conv_pipeline, tmp_path / "run")
     assert relative_error(found, sweep_all) > 0.1
     assert hydra_pipe.verify(tmp_path / "run") == []
-    # an epoch has four steps: a training of five by a loop of its own, with the third sample's weight changed a little
+    # an epoch has four steps: a training of five by a loop of its own, with the third sample's
+    # weight changed a little
     losses = []
     for weight in (0.999, 1.001):
         pipeline = conv_pipeline()

@@ -569,7 +569,9 @@ def test_fewer_labels_than_samples_are_told(run: Path) -> None:
 def test_a_run_that_is_interrupted_while_it_is_cleared_is_cleared_of_its_reports_the_next_time(
     run: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file of a report is known by its stage only, unlike what is in a directory of hydra-pipe's own."""
+    """The file of a report is known by its stage only, unlike what is in a directory of
+    hydra-pipe's own.
+    """
     hydra_pipe.reduce(run, by="mean")
     hydra_pipe.report(run, method="hydra-mean")
 

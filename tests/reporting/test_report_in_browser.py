@@ -1,4 +1,6 @@
-"""Reports as people meet them: in a browser, by mouse and by keyboard, on a desk and on a phone, in the light and in the dark."""
+"""Reports as people meet them: in a browser, by mouse and by keyboard, on a desk and on a phone, in
+the light and in the dark.
+"""
 
 import csv
 import shutil
@@ -52,7 +54,10 @@ def browser() -> Iterator[Any]:
 def opened(
     browser: Any, file: Path, viewport: dict[str, int], scheme: str = "light"
 ) -> Iterator[Any]:
-    """The page, from the disk. Afterwards nothing may have been said on the console, or asked of anyone."""
+    """The page, from the disk.
+
+    Afterwards nothing may have been said on the console, or asked of anyone.
+    """
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
     page = context.new_page()
     said: list[str] = []
@@ -155,7 +160,9 @@ def check_download(page: Any, run: Path, tmp_path: Path) -> None:
 
 
 def check_keyboard(page: Any) -> None:
-    """From the top by the tabulator alone: the link that skips, then every control of the first list."""
+    """From the top by the tabulator alone: the link that skips, then every control of the first
+    list.
+    """
     page.reload()  # otherwise the tabulator goes on from what was clicked last
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
@@ -165,7 +172,8 @@ def check_keyboard(page: Any) -> None:
         page.keyboard.press("Tab")
         met.add(
             page.evaluate(
-                "document.activeElement.name || document.activeElement.type || document.activeElement.tagName"
+                "document.activeElement.name || document.activeElement.type || "
+                "document.activeElement.tagName"
             )
         )
     assert {"search", "sort", "reset"} <= met

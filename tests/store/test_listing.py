@@ -1,4 +1,6 @@
-"""Files of an older run, left by a copy that deletes nothing, are nobody's: results are of what the manifest lists."""
+"""Files of an older run, left by a copy that deletes nothing, are nobody's: results are of what the
+manifest lists.
+"""
 
 import json
 import shutil
@@ -36,7 +38,9 @@ class Said(Progress):
 def looped(
     run: Path, *, seed: int = 0, labels: bool = False, adam: bool = False, on_the_way: bool = False
 ) -> None:
-    """A run of a loop of one's own; its test gradients are taken at the end, and on the way where that is asked for."""
+    """A run of a loop of one's own; its test gradients are taken at the end, and on the way where
+    that is asked for.
+    """
     torch.manual_seed(seed)
     inputs, targets = torch.randn(N + N_TESTS, 5), torch.randn(N + N_TESTS, 2)
     model = nn.Linear(5, 2)
@@ -143,7 +147,9 @@ def results(run: Path) -> dict[str, object]:
 def made(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], tuple[Path, dict[str, object]]]:
-    """For a pair: a copy of the old run with the new one copied over it, and what stages make of the new one alone."""
+    """For a pair: a copy of the old run with the new one copied over it, and what stages make of
+    the new one alone.
+    """
     kept: dict[str, tuple[Path, dict[str, object]]] = {}
 
     def make(name: str) -> tuple[Path, dict[str, object]]:

@@ -18,8 +18,9 @@ import pytest
 from hydra_pipe.errors import RunError
 from hydra_pipe.store import names
 from hydra_pipe.store.files import location
+from hydra_pipe.store.run import locks
 from hydra_pipe.store.run.locks import LEASE_SECONDS, Lock, one_writer
-from hydra_pipe.store.run.manifest import RunDirectory, locks
+from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, RECORD, REDUCE
 
 # where the system has locks, and where it has none
@@ -128,10 +129,8 @@ def test_a_lock_of_this_process_may_be_taken_over_and_is_lost_to_the_first(run: 
     [
         ({"host": "another", "pid": 1, "time": 0.0}, False),
         ({"host": "another", "pid": 1, "time": -LEASE_SECONDS - 1}, True),
-        (
-            {"host": socket.gethostname(), "pid": 2**22 + 1, "time": 0.0},
-            True,
-        ),  # beyond the largest process id of Linux
+        # beyond the largest process id of Linux
+        ({"host": socket.gethostname(), "pid": 2**22 + 1, "time": 0.0}, True),
         ({"host": socket.gethostname(), "pid": os.getppid(), "time": 0.0}, False),
     ],
     ids=["alive elsewhere", "not heard of for long", "dead here", "alive here"],

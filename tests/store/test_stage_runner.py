@@ -1,4 +1,6 @@
-"""The frame that every stage is worked on in: who may, what the manifest says meanwhile, and what is left where work fails."""
+"""The frame that every stage is worked on in: who may, what the manifest says meanwhile, and what
+is left where work fails.
+"""
 
 import json
 from pathlib import Path
@@ -93,10 +95,11 @@ def test_what_a_stage_had_found_goes_when_it_is_complete(run: RunDirectory) -> N
     run.stages[STAGE].facts["answered"] = {"done": 3}
     with pytest.raises(ValueError, match="no"), completing(run, STAGE):
         raise ValueError("no")
+    # by which it is gone on with
     assert on_disk(run)["facts"] == {
         "answered": {"done": 3},
         "error": "no",
-    }  # by which it is gone on with
+    }
     with completing(run, STAGE) as work, work.replaced() as partial:
         (partial / "table").write_text("ranks")
     assert set(on_disk(run)["facts"]) == {"seconds", "checksums", "of_reduce"}

@@ -1,4 +1,6 @@
-"""The table of kinds of stage, held against docs/format.md and against what a run with all of them has on the disk."""
+"""The table of kinds of stage, held against docs/format.md and against what a run with all of them
+has on the disk.
+"""
 
 import json
 import re
@@ -40,7 +42,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.word)
 def test_footprints_are_listed_as_the_format_says(run: Path, kind: StageKind) -> None:
-    """`arrays` has the files of each array, `files` each other file: told by the `zarr.json` that are there, not by the table."""
+    """`arrays` has the files of each array, `files` each other file: told by the `zarr.json` that
+    are there, not by the table.
+    """
     stages = [stage for stage in RunDirectory.open(run).stages if stage.kind is kind]
     assert stages
     for stage in stages:

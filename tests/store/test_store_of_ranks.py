@@ -1,4 +1,6 @@
-"""A store of several processes reads as one run: the same rows written in one part and in three, of several shards each."""
+"""A store of several processes reads as one run: the same rows written in one part and in three, of
+several shards each.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -156,7 +158,9 @@ def test_relevance_is_independent_of_the_parts(
 
 
 def orders_of(plan: SumPlan) -> Iterator[SumPlan]:
-    """The same work in both orders, with whole rows and windows of them, in one pass and in several."""
+    """The same work in both orders, with whole rows and windows of them, in one pass and in
+    several.
+    """
     for rows, features in ((SHARD_ROWS, 21), (SHARD_ROWS // 2, 9)):
         reading = Reading(rows, features)
         for tests in (((0, 4),), ((0, 2), (2, 4))):

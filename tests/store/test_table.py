@@ -175,7 +175,9 @@ def test_a_slow_disk_holds_the_training_back_instead_of_filling_memory(tmp_path:
 
 
 class Clock:
-    """Lets the writer go on as soon as somebody begins to wait for it, and says that the wait took 7 seconds."""
+    """Lets the writer go on as soon as somebody begins to wait for it, and says that the wait took
+    7 seconds.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.writer_may_go_on = threading.Event()
@@ -220,10 +222,8 @@ def test_waits_for_an_empty_buffer_are_counted(
         for rows, views in table.reserve(2):
             views["narrow"][:] = np.arange(2)[rows] + first
         counts.append(writer.stalls.count)
-    assert (counts, writer.stalls.seconds) == (
-        [0, 1],
-        7.0,
-    )  # the second shard fills the last buffer, with a place in the queue
+    # the second shard fills the last buffer, with a place in the queue
+    assert (counts, writer.stalls.seconds) == ([0, 1], 7.0)
     writer.close()
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "narrow", mode="r")[:], np.arange(4))
 

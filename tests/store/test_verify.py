@@ -1,4 +1,6 @@
-"""`verify` finds every kind of damage and invents none; `verify --repair` leaves a run that is in order, and says how to go on."""
+"""`verify` finds every kind of damage and invents none; `verify --repair` leaves a run that is in
+order, and says how to go on.
+"""
 
 import json
 import re
@@ -58,7 +60,10 @@ class Lines(Progress):
 
 @contextmanager
 def files_small() -> Iterator[None]:
-    """Several files of every kind of array, and several chunks in each of the rows'. Not while others make runs that are shared."""
+    """Several files of every kind of array, and several chunks in each of the rows'.
+
+    Not while others make runs that are shared.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "MAX_SHARD_ROWS", 16)
         patch.setattr(geometry, "CHUNK_BYTES", 4096)
@@ -77,7 +82,9 @@ def small_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a run of all stages, `run`, and one of another recording of the same shapes, `other`."""
+    """A directory with a run of all stages, `run`, and one of another recording of the same shapes,
+    `other`.
+    """
     directory = tmp_path_factory.mktemp("verify")
     (directory / "pipe.py").write_text(PIPELINE)
     for name, seed in (("run", 0), ("other", 1)):
@@ -199,8 +206,14 @@ REDUCE_AGAIN = (
 BY_LABEL_AGAIN = (
     r"compute it again with hydra-pipe reduce \S+run --by label --tests 0-5 --overwrite"
 )
-EXPORT_AGAIN = r"the rankings cannot be trusted: write them again with hydra-pipe export \S+run --full --method hydra --top 3"
-KEEP_AGAIN = r"no test samples can be answered .* keep it again with hydra-pipe reduce \S+run --keep-hypergradients --overwrite"
+EXPORT_AGAIN = (
+    r"the rankings cannot be trusted: write them again with hydra-pipe export \S+run --full "
+    r"--method hydra --top 3"
+)
+KEEP_AGAIN = (
+    r"no test samples can be answered .* keep it again with hydra-pipe reduce \S+run "
+    r"--keep-hypergradients --overwrite"
+)
 AGAIN = {RECORD: RECORD_AGAIN, KEEP: KEEP_AGAIN, REDUCE: REDUCE_AGAIN, EXPORT: EXPORT_AGAIN}
 OLDER = "is not what was written"
 

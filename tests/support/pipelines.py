@@ -7,9 +7,8 @@ from torch.utils.data import TensorDataset
 
 from hydra_pipe import Pipeline
 
-torch.set_num_threads(
-    1
-)  # several processes run tests on the same cores, and start others, which build these pipelines too
+# several processes run tests on the same cores, and start others, which build these pipelines too
+torch.set_num_threads(1)
 
 
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -41,7 +40,9 @@ def conv_net(seed: int = 0) -> nn.Sequential:
 def conv_pipeline(
     epochs: int = 3, n_train: int = 26, n_test: int = 7, seed: int = 0, **changes: object
 ) -> Pipeline:
-    """A conv net with everything SGD has: two parameter groups, Nesterov, weight decay, cosine, clipping, a short batch."""
+    """A conv net with everything SGD has: two parameter groups, Nesterov, weight decay, cosine,
+    clipping, a short batch.
+    """
     model = conv_net(seed)
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]

@@ -16,10 +16,14 @@ from hydra_pipe.training import trainer
 
 
 def forked(target: Callable[..., object], *args: object, **options: object) -> BaseProcess:
-    """Start another process for `target`. It has imported what this one has: torch alone takes seconds, its optimisers more."""
+    """Start another process for `target`.
+
+    It has imported what this one has: torch alone takes seconds, its optimisers more.
+    """
     process = multiprocessing.get_context("fork").Process(target=target, args=args, kwargs=options)
     with warnings.catch_warnings():
-        # said since Python 3.12 where there are other threads: none of them holds what the target needs
+        # said since Python 3.12 where there are other threads: none of them holds what the target
+        # needs
         warnings.filterwarnings(
             "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
         )

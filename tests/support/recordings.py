@@ -49,20 +49,22 @@ def steps_of(run: Path) -> list[np.ndarray[Any, Any]]:
 
 
 def decoded(run: Path, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-    """Every block's gradients, written out: (row, numel), from what is on disk and docs/format.md alone."""
+    """Every block's gradients, written out: (row, numel), from what is on disk and docs/format.md
+    alone.
+    """
     store = zarr.open_group(run / "gradients.zarr", mode="r")
     return decoded_group(store, store, rows)
 
 
 def decoded_tests(run: Path) -> dict[str, np.ndarray]:
-    """Every block's test gradients, written out: (test, numel). They were taken at one checkpoint."""
+    """Every block's test gradients, written out: (test, numel), all of one checkpoint."""
     store = zarr.open_group(run / "gradients.zarr", mode="r")
     (checkpoint,) = store["test"].group_keys()
     return decoded_group(store, store[f"test/{checkpoint}"], slice(None))
 
 
 def decoded_group(store: zarr.Group, group: zarr.Group, rows: slice) -> dict[str, np.ndarray]:
-    """Every block's gradients in some rows of `group`, which has the arrays `gradient` and `scale`."""
+    """Every block's gradients in some rows of `group`, with arrays `gradient` and `scale`."""
     values, scale = (
         group["gradient"][rows].astype(np.float64),
         group["scale"][rows].astype(np.float64),
@@ -90,7 +92,9 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def stages(run: Path) -> dict[str, object]:
-    """The stages of the manifest, without facts about the disk, and without digests of files that have the run's id."""
+    """The stages of the manifest, without facts about the disk, and without digests of files that
+    have the run's id.
+    """
     found = json.loads((run / "run.json").read_text())["stages"]
     for fact in ("stalls", "stalled_seconds", "checksums"):
         found["record"]["facts"].pop(fact, None)

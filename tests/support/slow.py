@@ -1,7 +1,8 @@
 """Files of tests that take long."""
 
-# They take other processes, a browser, a cluster, a site, trainers or many seconds; the longest is first. They are begun before
-# all others, or one of them would be waited for alone; and `make quick` leaves them out.
+# They take other processes, a browser, a cluster, a site, trainers or many seconds; the longest is
+# first. They are begun before all others, or one of them would be waited for alone; and `make
+# quick` leaves them out.
 SLOW = (
     "test_crash",
     "test_report_in_browser",

@@ -8,7 +8,9 @@ from hydra_pipe.store.data import gradients_writer as writing
 
 
 def make_files_small(put: Callable[[object, str, object], None]) -> None:
-    """A shard of rows ends every second step of 8 rows, one of steps every fourth, and every second step is written."""
+    """A shard of rows ends every second step of 8 rows, one of steps every fourth, and every second
+    step is written.
+    """
     put(geometry, "MAX_SHARD_ROWS", 16)
     put(writing, "STEP_SHARD_ROWS", 4)
     put(buffer, "SLAB_STEPS", 2)

@@ -1,4 +1,6 @@
-"""A pipeline's recording that was killed, at any step and as often as one likes, and goes on: the same bytes."""
+"""A pipeline's recording that was killed, at any step and as often as one likes, and goes on: the
+same bytes.
+"""
 
 import json
 import os
@@ -220,7 +222,9 @@ def pipeline():
 
 
 def started(run: Path, errors: Path) -> BaseProcess:
-    """The command that records, in a process of its own, which says in the file `errors` what it says."""
+    """The command that records, in a process of its own, which says in the file `errors` what it
+    says.
+    """
     long = run.with_name("long.py")
     long.write_text(LONG)
     return forked(_command, ["record", str(long), str(run)], errors)
@@ -259,7 +263,9 @@ def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(
 
 @pytest.fixture
 def _heard() -> Iterator[None]:
-    """Both signals have Python's own handlers: a shell that has put the tests into the background has SIGINT ignored."""
+    """Both signals have Python's own handlers: a shell that has put the tests into the background
+    has SIGINT ignored.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

@@ -24,12 +24,15 @@ def executor_of(text: str) -> Scheduler:
         return InProcess(None)
     if text.lower().startswith(("http://", "https://")):
         raise UsageError(
-            f"--scheduler {text} is a web address, such as that of a scheduler's dashboard: give the address that "
-            f"workers connect to, which `dask scheduler` prints as it starts, such as tcp://host:8786"
+            f"--scheduler {text} is a web address, such as that of a scheduler's dashboard: give "
+            "the address that "
+            "workers connect to, which `dask scheduler` prints as it starts, such as "
+            "tcp://host:8786"
         )
     if text != "processes" and not _ADDRESS.fullmatch(text):
         raise UsageError(
-            f"--scheduler {text} is unknown: choose one of threads, processes, synchronous, or the address of a Dask "
+            f"--scheduler {text} is unknown: choose one of threads, processes, synchronous, or "
+            "the address of a Dask "
             f"scheduler, such as tcp://host:8786"
         )
     # distributed takes most of a second to import

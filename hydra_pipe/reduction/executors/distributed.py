@@ -85,7 +85,8 @@ class _Cluster(Scheduler):
             self._end_pass()
         except KilledWorker as error:
             raise ClusterError(
-                f"workers of {self._where} died one after the other at the same task ({_task_name(error)}), the last was "
+                f"workers of {self._where} died one after the other at the same task "
+                f"({_task_name(error)}), the last was "
                 f"{error.last_worker.address}: lower --memory, or look into its log"
             ) from error
         except CancelledError as error:
@@ -109,7 +110,8 @@ class _Cluster(Scheduler):
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_SECONDS:
                 raise ClusterError(
-                    f"{self._where} has had no worker for {PATIENCE_SECONDS:.0f} s: start some, and run the same command again"
+                    f"{self._where} has had no worker for {PATIENCE_SECONDS:.0f} s: start some, "
+                    "and run the same command again"
                 )
 
     def _has_workers(self) -> bool:
@@ -236,7 +238,8 @@ class ClusterAt(_Cluster):
 
     def _unanswered(self, error: BaseException) -> ClusterError:
         return ClusterError(
-            f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s ({_last_line(error)}): check that "
+            f"{self._where} does not answer within {CONNECT_SECONDS:.0f} s "
+            f"({_last_line(error)}): check that "
             f"`dask scheduler` runs there, host and port, and that no firewall is between"
         )
 
@@ -251,21 +254,25 @@ class ClusterAt(_Cluster):
                 if version != here[name]:
                     has = f"has {name} {version}" if version else f"has no {name}"
                     raise ClusterError(
-                        f"{self._where}: {who} {has}, here it is {here[name]}: install the same there as here, and start it again"
+                        f"{self._where}: {who} {has}, here it is {here[name]}: install the same "
+                        "there as here, and start it again"
                     )
 
     def start(self, store: Path, run_id: str, peak_bytes: int) -> None:
         for address, fault in self._client.run(_fault_of_store, store.absolute(), run_id).items():
             if fault is not None:
                 raise ClusterError(
-                    f"worker {address} {fault}: the run must be on a file system that all machines share, at the same path"
+                    f"worker {address} {fault}: the run must be on a file system that all "
+                    "machines share, at the same path"
                 )
         for address, told in self._told.items():
             limit = told["memory_limit"]
             if limit and limit * _PAUSE < peak_bytes:
                 raise ClusterError(
-                    f"worker {address} has a memory limit of {format_bytes(limit)}, of which Dask leaves {_PAUSE:.0%}, and may "
-                    f"need {format_bytes(peak_bytes)}: lower --memory to {int(limit * _PAUSE) // 2**20}MiB, or start it "
+                    f"worker {address} has a memory limit of {format_bytes(limit)}, of which "
+                    f"Dask leaves {_PAUSE:.0%}, and may "
+                    f"need {format_bytes(peak_bytes)}: lower --memory to "
+                    f"{int(limit * _PAUSE) // 2**20}MiB, or start it "
                     f"with a larger --memory-limit"
                 )
 

@@ -124,8 +124,10 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
             free += tree_bytes(self.request.kept)  # removed before the new matrix is created
         if needed > free:
             raise BudgetError(
-                f"keeping {self._size(plan)}, and {format_bytes(states)} on the way, needs {format_bytes(needed)} on the disk, "
-                f"{format_bytes(free)} are free at {self.directory.path}: make room, leave out --keep-hypergradients, or record "
+                f"keeping {self._size(plan)}, and {format_bytes(states)} on the way, needs "
+                f"{format_bytes(needed)} on the disk, "
+                f"{format_bytes(free)} are free at {self.directory.path}: make room, leave out "
+                "--keep-hypergradients, or record "
                 f"with --encoding projected and a lower --dim, which is the number of features"
             )
 
@@ -177,8 +179,10 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         """See `Solver`."""
         plan = course.whole
         return (
-            f"keeping {self._size(plan)}: {plan.order}, {plan.passes:,} pass{'es' if plan.passes > 1 else ''} of "
-            f"{plan.workers} workers, {plan.width:,} {plan.noun} each, at most {format_bytes(plan.peak_bytes)} of memory, "
+            f"keeping {self._size(plan)}: {plan.order}, {plan.passes:,} "
+            f"pass{'es' if plan.passes > 1 else ''} of "
+            f"{plan.workers} workers, {plan.width:,} {plan.noun} each, at most "
+            f"{format_bytes(plan.peak_bytes)} of memory, "
             f"about {_lasting(plan)}"
         )
 
@@ -194,18 +198,25 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         return {
             "hypergradients": f"{n_samples:,} samples x {width:,} features",
             "order": f"{plan.order}, with {plan.n_columns:,} {plan.noun} as columns",
-            "passes": f"{plan.passes:,}, of {plan.width:,} {plan.noun} for each of {plan.workers} workers",
+            "passes": (
+                f"{plan.passes:,}, of {plan.width:,} {plan.noun} for each of {plan.workers} workers"
+            ),
             "read": f"{format_bytes(plan.read_bytes)} decoded",
             "written": f"{self._size(plan)}: {room_for(plan.written_bytes, self.directory.path)}",
             "operations": f"{plan.operations:,} of matrix products",
-            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            "peak memory": (
+                f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            )
             + (" in each process" if given.processes else ""),
             "time": f"about {_lasting(plan)} where benchmarks/RESULTS.md was measured",
         }
 
     def _size(self, plan: MatrixPlan) -> str:
         n_samples, width = self._shape
-        return f"{n_samples:,} samples x {width:,} features x 4 bytes = {format_bytes(plan.written_bytes)}"
+        return (
+            f"{n_samples:,} samples x {width:,} features x 4 bytes = "
+            f"{format_bytes(plan.written_bytes)}"
+        )
 
 
 def _lasting(plan: MatrixPlan) -> str:

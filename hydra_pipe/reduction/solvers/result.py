@@ -150,8 +150,10 @@ class ReadingSolver(ResultSolver[R]):
         given, plan = course.given, course.plan
         return (
             f"{self.amount(given)}, {given.n_tests:,} test samples: {plan.order}, {plan.passes} "
-            f"pass{'es' if plan.passes > 1 else ''} of {plan.workers} workers, {plan.reading.rows}x{plan.reading.features} "
-            f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most {format_bytes(plan.peak_bytes)} of memory"
+            f"pass{'es' if plan.passes > 1 else ''} of {plan.workers} workers, "
+            f"{plan.reading.rows}x{plan.reading.features} "
+            f"decoded at once, {format_bytes(plan.read_bytes)} to decode, at most "
+            f"{format_bytes(plan.peak_bytes)} of memory"
             + (
                 f" in each process, {format_bytes(plan.moved_bytes)} between them"
                 if given.processes
@@ -166,7 +168,10 @@ class ReadingSolver(ResultSolver[R]):
     def sizes(self, given: ReductionInput) -> dict[str, str]:
         """Describe the values that are read and their number: a name and a value for each line."""
         return {
-            "rows x features": f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be folded)"
+            "rows x features": (
+                f"{given.n_read:,} x {given.n_features:,} ({given.n_folding:,} of these can be "
+                "folded)"
+            )
         }
 
     def describe(self, course: Course[R]) -> dict[str, str]:
@@ -182,8 +187,15 @@ class ReadingSolver(ResultSolver[R]):
             "read": f"{format_bytes(plan.read_bytes)} decoded",
             "written": room_for(plan.written_bytes, self.directory.path),
             "between workers": f"at most {format_bytes(plan.moved_bytes)}",
-            "operations": f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded",
-            "peak memory": f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            "operations": (
+                f"{plan.operations:,} of matrix products, {plan.folded_values:,} values folded"
+            ),
+            "peak memory": (
+                f"at most {format_bytes(plan.peak_bytes)}, of {format_bytes(given.memory_bytes)}"
+            )
             + (" in each process" if given.processes else ""),
-            "time": f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where benchmarks/RESULTS.md was measured",
+            "time": (
+                f"about {format_seconds(plan.lasting_picoseconds / 1e12)} where "
+                "benchmarks/RESULTS.md was measured"
+            ),
         }

@@ -127,7 +127,8 @@ class WeightedSums(ReadingSolver[SumPlan]):
         method = self.request.method
         if method.on_the_way and len(self.request.checkpoints) == 1:
             progress.say(
-                f"{method.name} takes the test gradients at the end for all steps; TracIn's own are those on the way: "
+                f"{method.name} takes the test gradients at the end for all steps; TracIn's own "
+                "are those on the way: "
                 "record with --test-every epoch"
             )
 

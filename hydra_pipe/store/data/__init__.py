@@ -1,1 +1,3 @@
-"""The data of each stage: rows, test gradients, hypergradients, relevance, tables of clean and evaluate."""
+"""The data of each stage: rows, test gradients, hypergradients, relevance, tables of clean and
+evaluate.
+"""

@@ -60,7 +60,8 @@ def load_final(directory: Path, sha256: object) -> dict[str, Any]:
         ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise StoreError(
-            f"{path} is not what was written at the end of training: record the run again with --overwrite"
+            f"{path} is not what was written at the end of training: record the run again with "
+            "--overwrite"
         )
     return unpacked(content)
 

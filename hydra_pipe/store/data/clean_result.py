@@ -101,7 +101,8 @@ def read_proposal(
         or (np.diff(keep) < 0).any()
     ):
         raise ValueError(
-            f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, in order"
+            f"{KEEP_FILE} and {DROP_FILE} do not hold each of {n_samples} training samples once, "
+            "in order"
         )
     summary = read_json(directory / names.SUMMARY)
     says = summary.get("says") if isinstance(summary, dict) else None

@@ -140,7 +140,8 @@ class Gradients:
             found.append(group)
         if not found or len(found) != n_ranks:
             raise StoreError(
-                f"{self.path} has the rows of {len(found)} processes, {shown(n_ranks)} recorded: {ROWS_UNREADABLE}"
+                f"{self.path} has the rows of {len(found)} processes, {shown(n_ranks)} recorded: "
+                f"{ROWS_UNREADABLE}"
             )
         return found
 
@@ -165,13 +166,15 @@ class Gradients:
             array = self._root.array(name)
             if array.shape[0] < count:
                 raise StoreError(
-                    f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: {NO_GOING_ON}"
+                    f"{self.path}/{name} has {array.shape[0]} rows, the state counts {count}: "
+                    f"{NO_GOING_ON}"
                 )
             if n := array.missing_files():
                 raise StoreError(f"{self.path}/{name} lacks {n} chunk files: {NO_GOING_ON}")
         if lost := set(kept.tests) - set(self.test_steps()):
             raise StoreError(
-                f"{self.path} lacks the test gradients of step {min(lost)}, which the state counts: {NO_GOING_ON}"
+                f"{self.path} lacks the test gradients of step {min(lost)}, which the state "
+                f"counts: {NO_GOING_ON}"
             )
 
     def samples(self, rows: slice) -> NDArray[np.int64]:
@@ -223,7 +226,8 @@ class Gradients:
             > 1
         ):
             raise StoreError(
-                f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: {ROWS_UNREADABLE}"
+                f"{self.path}/{names.STEPS} has tables of {sorted(lengths)} steps: "
+                f"{ROWS_UNREADABLE}"
             )
         first, counts = (
             np.stack([read_array(array, self._steps) for array in of_parts], axis=1)
@@ -315,7 +319,8 @@ class Gradients:
         found = group.group_names() if group is not None else []
         if strange := [name for name in found if not (name.isascii() and name.isdecimal())]:
             raise StoreError(
-                f"{self.path}/{names.TEST} has {shown(strange[0])}, which is no number of steps: {ROWS_UNREADABLE}"
+                f"{self.path}/{names.TEST} has {shown(strange[0])}, which is no number of steps: "
+                f"{ROWS_UNREADABLE}"
             )
         return sorted(map(int, found))
 
@@ -362,7 +367,8 @@ class Gradients:
         ends = np.cumsum([block.numel for block in self.layout.blocks])
         if array.shape != (ends[-1],):
             raise StoreError(
-                f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: {ROWS_UNREADABLE}"
+                f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: "
+                f"{ROWS_UNREADABLE}"
             )
         return np.split(read_array(array), ends[:-1])
 
@@ -370,7 +376,8 @@ class Gradients:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
         if group is None:
             raise StoreError(
-                f"{self.path} has no test gradients of step {step}: it has those of {self.test_steps()}"
+                f"{self.path} has no test gradients of step {step}: it has those of "
+                f"{self.test_steps()}"
             )
         return group
 

@@ -340,7 +340,8 @@ def _open_shared(path: Path, run_id: str) -> Group:
         root = None
     if root is None or root.attributes.get(names.RUN_ID) != run_id:
         raise StoreError(
-            f"{path} is not the store that rank 0 has made: give every rank the same run directory, on a file system that all share"
+            f"{path} is not the store that rank 0 has made: give every rank the same run "
+            "directory, on a file system that all share"
         )
     return root
 

@@ -154,7 +154,10 @@ class Hypergradients(HypergradientStore):
 
 
 class HypergradientMatrix(HypergradientStore):
-    """Result of a sweep for each feature. Arguments and errors are those of `HypergradientStore`."""
+    """Result of a sweep for each feature.
+
+    Arguments and errors are those of `HypergradientStore`.
+    """
 
     kind = "hypergradient matrix"
 
@@ -192,7 +195,10 @@ class HypergradientMatrix(HypergradientStore):
 
 
 def open_kept(path: Path, gradients: Gradients) -> HypergradientStore:
-    """Open the hypergradients at `path`, of either kind. Arguments and errors: as for `HypergradientStore`."""
+    """Open the hypergradients at `path`, of either kind.
+
+    Arguments and errors: as for `HypergradientStore`.
+    """
     kind = Group.open(path, HYPERGRADIENTS_UNREADABLE).attributes.get(names.KIND)
     opened = HypergradientMatrix if kind == HypergradientMatrix.kind else Hypergradients
     return opened(path, gradients)

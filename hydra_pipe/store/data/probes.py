@@ -38,7 +38,8 @@ def check_name(name: str) -> None:
     """Refuse a name that no probe can have. Raises: UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit first"
+            f"--name {shown(name)}: give up to 50 letters, digits and _, and a letter or a digit "
+            "first"
         )
 
 

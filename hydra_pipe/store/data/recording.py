@@ -83,7 +83,8 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     found = None if recording is None else committed(recording)
     if recording is None or found is None:
         raise RunError(
-            f"{run.path}: no step is committed yet: wait for the first checkpoint or test gradients, of hydra-pipe record "
+            f"{run.path}: no step is committed yet: wait for the first checkpoint or test "
+            "gradients, of hydra-pipe record "
             f"--test-every epoch, or of recorder.record_test() on the way in a loop of your own"
         )
     if recording.facts.get(PRUNED):
@@ -102,7 +103,8 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
         raise UsageError(
-            f"--upto {step}: test gradients were taken {there}: choose one, or record with --test-every"
+            f"--upto {step}: test gradients were taken {there}: choose one, or record with "
+            "--test-every"
         )
     _, counts = whole.rows_of_steps()
     if (counts < 0).any():
@@ -125,7 +127,8 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
         there_are = lengths.get(name, -1)
         if there_are < n or (name in test and there_are != n):
             raise StoreError(
-                f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: {ROWS_UNREADABLE}"
+                f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: "
+                f"{ROWS_UNREADABLE}"
             )
     for name, array in gradients.arrays():
         if (name in wanted or name in test) and (fault := array.shortfall()) is not None:

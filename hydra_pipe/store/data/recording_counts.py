@@ -39,8 +39,10 @@ class Counts:
         """
         if not self.n_tests:
             raise RunError(
-                f"{path} was recorded without test gradients: take some of the final parameters, by hydra-pipe probe {path} "
-                f"FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --test NAME; any that were taken on the way "
+                f"{path} was recorded without test gradients: take some of the final parameters, "
+                f"by hydra-pipe probe {path} "
+                "FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --test NAME; "
+                "any that were taken on the way "
                 f"answer --upto STEP"
             )
 
@@ -57,7 +59,8 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
     steps = gradients.test_steps()
     if not steps:
         raise StoreError(
-            f"{gradients.path} has no test gradients, and does not say at which parameters any could be taken: record again, with "
+            f"{gradients.path} has no test gradients, and does not say at which parameters any "
+            "could be taken: record again, with "
             f"recorder.record_test(...) before recorder.close()"
         )
     counts = {
@@ -80,7 +83,8 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
             n != counts[_LABELS_OF[which]] and counts[_LABELS_OF[which]]
         ):
             raise StoreError(
-                f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: {ROWS_UNREADABLE}"
+                f"{names.MANIFEST} is damaged: it counts {n} labels {shown(which)}: "
+                f"{ROWS_UNREADABLE}"
             )
         _compare(gradients, f"{names.LABELS}/{which}", lengths, n)
     missing = gradients.missing(pruned=bool(recording.facts.get(PRUNED)))

@@ -65,7 +65,10 @@ class ReducedRun:
         n_tests = columns.tests[-1][1] if columns.tests else 0
         fault = relevance.shortfall()
         if relevance.shape[0] != counts.n_samples or n_tests > n_known or 0 in relevance.shape:
-            fault = f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x {n_known} were recorded"
+            fault = (
+                f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x "
+                f"{n_known} were recorded"
+            )
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
         return cls(upto, gradients, counts, relevance, columns, tested)

@@ -78,7 +78,8 @@ class ResultColumns:
             return np.array(self.names, object if named else np.int64)
         if test_labels is not None and self.tests[-1][1] > len(test_labels):
             raise StoreError(
-                f"there are columns of test samples up to {self.tests[-1][1] - 1}, and {len(test_labels)} labels"
+                f"there are columns of test samples up to {self.tests[-1][1] - 1}, and "
+                f"{len(test_labels)} labels"
             )
         return None if test_labels is None else test_labels[self.test_ids]
 
@@ -184,7 +185,8 @@ def columns_of(array: Array) -> ResultColumns:
             isinstance(found[name], str) for name in _IN_WORDS
         ):
             raise ValueError(
-                f"means by {shown(by)} of method {shown(found[names.METHOD])} in {shown(found[names.UNIT])}"
+                f"means by {shown(by)} of method {shown(found[names.METHOD])} in "
+                f"{shown(found[names.UNIT])}"
             )
         columns = ResultColumns(tests, by, _group_names(found[names.LABEL_NAMES]) if by else ())
         if columns.n_columns != array.shape[1]:

@@ -90,7 +90,8 @@ class Rows:
             check_kind(scale, ("float32",), n_blocks, consequence)
             if not gradient.files_hold_rows or not gradient.stored_like(self._first):
                 raise StoreError(
-                    f"{gradient.path} has files in which rows are cut, or unlike those of others: {consequence}"
+                    f"{gradient.path} has files in which rows are cut, or unlike those of "
+                    f"others: {consequence}"
                 )
         there = tuple(array.shape[0] for array in self._gradients)
         self.part_rows = there if part_rows is None else part_rows
@@ -98,7 +99,8 @@ class Rows:
             n > has for n, has in zip(self.part_rows, there, strict=True)
         ):
             raise StoreError(
-                f"{self._first.path} and what is beside it have {there} rows, not {self.part_rows}: {consequence}"
+                f"{self._first.path} and what is beside it have {there} rows, not "
+                f"{self.part_rows}: {consequence}"
             )
 
     @property
@@ -252,7 +254,8 @@ def check_kind(
     """
     if array.dtype.name not in dtypes or array.shape[1:] != (() if width is None else (width,)):
         raise StoreError(
-            f"{array.path} has {array.dtype.name} values of shape {array.shape}, not {' or '.join(dtypes)} "
+            f"{array.path} has {array.dtype.name} values of shape {array.shape}, not "
+            f"{' or '.join(dtypes)} "
             f"{'one' if width is None else width} a row: {consequence}"
         )
 
@@ -261,7 +264,8 @@ def check_within(values: NDArray[np.int64], n: int, what: str) -> None:
     """Refuse ids outside 0 to `n` - 1. Raises: StoreError."""
     if values.size and not 0 <= values.min() <= values.max() < n:
         raise StoreError(
-            f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: {ROWS_UNREADABLE}"
+            f"{what} are {values.min()} to {values.max()}, not within 0 to {n - 1}: "
+            f"{ROWS_UNREADABLE}"
         )
 
 

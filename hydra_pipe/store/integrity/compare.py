@@ -85,7 +85,8 @@ class Comparison:
             if not is_partial(name):
                 yield Fault(
                     name,
-                    "does not belong here: hydra-pipe has written nothing of this name, and other readers may take it for data",
+                    "does not belong here: hydra-pipe has written nothing of this name, and "
+                    "other readers may take it for data",
                     f"move it elsewhere, or let hydra-pipe verify {self._root} --repair do so",
                     kind="extra",
                     stage=self._stage,
@@ -177,7 +178,8 @@ class Comparison:
         else:
             yield self._fault(
                 name,
-                f"lacks {len(missing):,} of its {n_places(array):,} files, the first of them {missing[0][0]}",
+                f"lacks {len(missing):,} of its {n_places(array):,} files, the first of them "
+                f"{missing[0][0]}",
             )
 
     def _wrong_with(self, array: Array, at: Shape, n_bytes: int, written: str | None) -> str | None:
@@ -205,7 +207,10 @@ class Comparison:
         if other is not None:
             return f"holds what was written as {other}"
         if bytes_of(written) != bytes_of(found):
-            return f"is not what was written: it has {bytes_of(found):,} bytes, {bytes_of(written):,} were written"
+            return (
+                f"is not what was written: it has {bytes_of(found):,} bytes, "
+                f"{bytes_of(written):,} were written"
+            )
         return "is not what was written, but an older file, or one of another run"
 
     def _names(self) -> dict[str, str]:

@@ -71,7 +71,10 @@ def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fa
             )
         elif (astray := np.flatnonzero(first[:, part] != begins)).size:
             step = int(astray[0])
-            what = f"step {step} begins at row {first[step, part] - start}, those before it end at {begins[step] - start}"
+            what = (
+                f"step {step} begins at row {first[step, part] - start}, those before it end at "
+                f"{begins[step] - start}"
+            )
             yield _fault(f"{group}{names.STEPS}/{names.FIRST_ROW}", what, consequence)
         else:
             found = _wrong_step(store, start, length, ends)

@@ -76,7 +76,8 @@ def _prune(run: RunDirectory, task: Task, discard_unfinished: bool) -> int:
     recording = run.require_recording()
     if not _keeping(run):
         raise RunError(
-            f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} --keep-hypergradients first"
+            f"{run.path} keeps no hypergradients: run hydra-pipe reduce {run.path} "
+            "--keep-hypergradients first"
         )
     unfinished = _unfinished(run) if discard_unfinished and run.complete(KEEP) else []
     if not unfinished:

@@ -85,7 +85,8 @@ def _refuse_links(run: RunDirectory) -> None:
     ):
         if not is_remote(run.path) and (run.path / where).is_symlink():
             raise StoreError(
-                f"{run.path / where} is a link, and what it leads to is not repaired: put what it leads to in its place"
+                f"{run.path / where} is a link, and what it leads to is not repaired: put what "
+                "it leads to in its place"
             )
 
 

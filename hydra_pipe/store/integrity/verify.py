@@ -86,14 +86,16 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     if run.of_kind(REDUCE) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
             f"{names.RELEVANCE}/{METADATA}",
-            "is missing or not what was written: what is in it is not found, or taken for another run's",
+            "is missing or not what was written: what is in it is not found, or taken for "
+            "another run's",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
     for coordinate in wrong_coordinates(run.path / names.RELEVANCE, coordinates_of(run)):
         yield Fault(
             f"{names.RELEVANCE}/{coordinate}",
-            "does not say what the samples, test samples or means are: xarray shows wrong coordinates",
+            "does not say what the samples, test samples or means are: xarray shows wrong "
+            "coordinates",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
@@ -115,7 +117,8 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     for where in sorted(strays):
         yield Fault(
             where,
-            "belongs to no stage of the run: it may be of another recording, and is no result of this one",
+            "belongs to no stage of the run: it may be of another recording, and is no result of "
+            "this one",
             f"move it elsewhere, or let hydra-pipe verify {run.path} --repair do so",
             kind="extra",
         )

@@ -1,1 +1,3 @@
-"""A run directory and its stages: the manifest, locks, footprints of files, and the runner of stages."""
+"""A run directory and its stages: the manifest, locks, footprints of files, and the runner of
+stages.
+"""

@@ -174,7 +174,8 @@ def _required(array: Array, at: Shape, n_bytes: int | None) -> str:
         return of_array_file(array, at, n_bytes)
     except (OSError, RottenError) as error:
         raise StoreError(
-            f"{array.file_path(at)} is missing or damaged ({shown(error)}): run the same command again"
+            f"{array.file_path(at)} is missing or damaged ({shown(error)}): run the same command "
+            "again"
         ) from error
 
 

@@ -236,7 +236,8 @@ class Lock:
             who = "this very process"
         run = self._path.parent.parent
         return RunError(
-            f"{run} is being written by {who} ({self._stage}): wait for it or stop it, or use another directory"
+            f"{run} is being written by {who} ({self._stage}): wait for it or stop it, or use "
+            "another directory"
         )
 
 

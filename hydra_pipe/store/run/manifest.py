@@ -106,7 +106,8 @@ class RunDirectory:
                 for entry in root.iterdir()
             ):
                 raise RunError(
-                    f"{root} holds files but is not a run of hydra-pipe: name a new or an empty directory"
+                    f"{root} holds files but is not a run of hydra-pipe: name a new or an empty "
+                    "directory"
                 )
             return None
         return cls.open(root)
@@ -138,7 +139,8 @@ class RunDirectory:
                 raise ValueError(f"format version {shown(version)}")
             if version > names.FORMAT_VERSION:
                 raise StoreError(
-                    f"{root} was written in format version {version}, this hydra-pipe reads up to {names.FORMAT_VERSION}: "
+                    f"{root} was written in format version {version}, this hydra-pipe reads up "
+                    f"to {names.FORMAT_VERSION}: "
                     f"upgrade hydra-pipe"
                 )
             if not isinstance(data["run_id"], str):
@@ -158,7 +160,8 @@ class RunDirectory:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(
-                f"{manifest} is damaged ({shown(error)}): restore it, or record the run again elsewhere"
+                f"{manifest} is damaged ({shown(error)}): restore it, or record the run again "
+                "elsewhere"
             ) from error
 
     def has_work(self, which: StageId, settings: Settings) -> bool:
@@ -294,12 +297,15 @@ class RunDirectory:
             return self.require(RECORD, f"hydra-pipe record PIPELINE {self.path}")
         if stage.state == "running":
             raise RunError(
-                f"the recording of {self.path} was never closed: call recorder.close() after the training, or train in a block "
-                f"`with Recorder(...) as recorder:`; if its process has ended, run the training again"
+                f"the recording of {self.path} was never closed: call recorder.close() after the "
+                "training, or train in a block "
+                "`with Recorder(...) as recorder:`; if its process has ended, run the training "
+                "again"
             )
         detail = f", {printable(str(stage.facts['error']))}" if "error" in stage.facts else ""
         raise RunError(
-            f"{self.path}: record is not finished (state: {stage.state}){detail}: run the training again, or go on from a state of "
+            f"{self.path}: record is not finished (state: {stage.state}){detail}: run the "
+            "training again, or go on from a state of "
             f"the recorder"
         )
 
@@ -395,14 +401,16 @@ def _check_web(root: Path) -> None:
         ) from error
     except Exception as error:
         raise RunError(
-            f"{root} cannot be read ({shown(error)}): check the address, and that the web server runs"
+            f"{root} cannot be read ({shown(error)}): check the address, and that the web server "
+            "runs"
         ) from error
     listed: set[str] = set()
     with suppress(Exception):  # the server may answer anything in place of a listing
         listed = {entry.name for entry in root.iterdir()}
     if names.MANIFEST not in listed:
         raise RunError(
-            f"the web server of {root} does not list its directories, and a run is read by its listings: have the server list them "
+            f"the web server of {root} does not list its directories, and a run is read by its "
+            "listings: have the server list them "
             f"(python -m http.server does, nginx with autoindex), or copy the run to a disk"
         )
 

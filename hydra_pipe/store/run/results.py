@@ -87,6 +87,7 @@ def result_of(method: str, test: str | None) -> str:
         return method
     if result.test is not None:
         raise UsageError(
-            f"--method {method} --test {test}: that result is of probe {result.test}: name one probe"
+            f"--method {method} --test {test}: that result is of probe {result.test}: name one "
+            "probe"
         )
     return str(replace(result, test=test))

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.json_parsing import is_count, is_plain
-from hydra_pipe.store.run.manifest import commands
+from hydra_pipe.store.run import commands
 from hydra_pipe.store.run.results import DEFAULT_METHOD, GROUPINGS, ResultName
 
 State = Literal["running", "failed", "complete"]
@@ -75,7 +75,8 @@ class Stage:
 
 def _strange(name: str, value: Any) -> StoreError:
     return StoreError(
-        f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again with --overwrite"
+        f"{names.MANIFEST} is damaged: it says {name} is {shown(value)}: record the run again "
+        "with --overwrite"
     )
 
 
@@ -272,7 +273,9 @@ def _own_relevance(stage: StageId, entry: Stage) -> Iterator[StageSource]:
 RECORD: Final = StageKind(
     word="record",
     noun="recording",
-    damaged="no relevance can be computed from this recording: record the run again with --overwrite",
+    damaged=(
+        "no relevance can be computed from this recording: record the run again with --overwrite"
+    ),
     holds=Holds.GROUP,
     area=lambda name: names.GRADIENTS,
     command=_recording,
@@ -281,7 +284,9 @@ RECORD: Final = StageKind(
 KEEP: Final = StageKind(
     word="keep",
     noun="hypergradients",
-    damaged="no test samples can be answered from what was kept: keep it again with {again} --overwrite",
+    damaged=(
+        "no test samples can be answered from what was kept: keep it again with {again} --overwrite"
+    ),
     holds=Holds.GROUP,
     area=lambda method: f"{names.HYPERGRADIENTS}/{method}.zarr",
     command=_keeping,

@@ -1,1 +1,3 @@
-"""Zarr v3 as this project writes and reads it: codec, arrays, shards. The package of this name is elsewhere."""
+"""Zarr v3 as this project writes and reads it: codec, arrays, shards. The package of this name is
+elsewhere.
+"""
