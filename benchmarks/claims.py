@@ -147,9 +147,9 @@ def hessian(run: Run) -> None:
     run.record()
     batches = -(-run.cell.settings["n_train"] // 64)
     epochs = run.cell.settings["epochs"]
-    for upto in [["--upto", epoch * batches] for epoch in range(1, epochs)] + [[]]:
+    for up_to_step in [["--up-to-step", epoch * batches] for epoch in range(1, epochs)] + [[]]:
         for method in (*COMPARED, EXACT):
-            run.reduce(method, "--tests", TESTS, *upto)
+            run.reduce(method, "--tests", TESTS, *up_to_step)
     rows = run.evaluate("approximation")
     print(
         f"\n{run.cell.title}, {run.cell.settings['n_train']} samples, test samples {TESTS}, "

@@ -99,7 +99,7 @@ def main() -> None:
         for method in METHODS if name == "wrong" else METHODS[:-1]:
             stage, words = (
                 f"reduce {method}-of-{name}",
-                ("reduce", run, "--method", method, "--test", name),
+                ("reduce", run, "--method", method, "--probe", name),
             )
             measured(f"{method} of {n}", run, stage, *words)
     measured(
@@ -108,7 +108,7 @@ def main() -> None:
     before = found_in(run, data)
     command("prune", run)
     for name, n in (("wrong", 20), ("more", 200)):
-        words = ("reduce", run, "--test", name, "--overwrite")
+        words = ("reduce", run, "--probe", name, "--overwrite")
         measured(f"hydra of {n}, from what was kept", run, f"reduce hydra-of-{name}", *words)
     print(before)
     sizes = hydra_pipe.open_run(run).info()["bytes"]

@@ -49,7 +49,7 @@ def record(
             Default: a minute, or more if checkpoints take long, so that they take at most 2.5 %
             of the time.
         test_every: "epoch", or steps, such as "500", between further test gradients. With these,
-            `reduce(..., upto=STEP)` answers for the first steps, even while training goes on.
+            `reduce(..., up_to_step=STEP)` answers for the first steps, even while training goes on.
         overwrite: discard an existing recording, and everything computed from it.
         progress: place to show progress. Default: nowhere.
 
@@ -82,9 +82,9 @@ def reduce(
     tests: str | None = None,
     by: str | None = None,
     keep_hypergradients: bool = False,
-    upto: int | None = None,
+    up_to_step: int | None = None,
     rank: int | None = None,
-    test: str | None = None,
+    probe: str | None = None,
     pipeline: "str | Pipeline | None" = None,
     dataset: Any = None,
     overwrite: bool = False,
@@ -113,12 +113,13 @@ def reduce(
             answers other test samples without the rows, which `prune` may then delete. "hydra"
             keeps weighted sums of rows by sample. "hydra-fisher" keeps the matrix (sample,
             feature) from a sweep of every feature, at the cost of as many test samples.
-        upto: number of steps to cover, after which test gradients were taken (`record
+        up_to_step: number of steps to cover, after which test gradients were taken (`record
             --test-every`), as if training had ended there. A recording that is still running, or
             was interrupted, serves too. A result of its own: "hydra-upto-120".
         rank: for "hydra-exact": number of directions of the test gradients to replay.
             "hydra-fisher" answers for the rest. A result of its own: "hydra-exact-rank-20".
-        test: name of a probe (`probe`), whose samples replace the run's own test samples. A
+        probe: name of a probe (`hydra_pipe.probe`), whose samples replace the run's own test
+            samples. A
             result of its own: "hydra-of-wrong".
         pipeline: for "hydra-exact": "path/to/file.py:function" if the file has moved, or a newly
             built Pipeline if such an object was recorded.
@@ -152,9 +153,9 @@ def reduce(
         tests=tests,
         by=by,
         keep_hypergradients=keep_hypergradients,
-        upto=upto,
+        up_to_step=up_to_step,
         rank=rank,
-        test=test,
+        probe=probe,
     )
     progress = progress or Progress()
     if _trains(options.method, pipeline, dataset):

@@ -244,7 +244,7 @@ def with_probe(
         raise RunError(
             f"{path}: probe {name} is of a dataset that was given as an object, and hydra-exact "
             "needs its samples: give it again, "
-            f"as hydra_pipe.reduce(run, method='hydra-exact', test='{name}', dataset=...)"
+            f"as hydra_pipe.reduce(run, method='hydra-exact', probe='{name}', dataset=...)"
         )
 
     def probed() -> Pipeline:

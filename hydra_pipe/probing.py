@@ -99,7 +99,7 @@ def probe(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Take the test gradients of new inputs on a finished run, for `reduce(..., test=name)`.
+    """Take the test gradients of new inputs on a finished run, for `reduce(..., probe=name)`.
 
     The gradients are taken at the run's final parameters, with its encodings and seeds. They
     equal the gradients that the inputs would have as test samples of the run.

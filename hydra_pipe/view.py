@@ -129,7 +129,7 @@ class Run:
 
     def _test_labels(self, result: str) -> NDArray[Any] | None:
         """Return the labels of a result's test samples, or None if unknown."""
-        name = ResultName.parse(result).test
+        name = ResultName.parse(result).probe
         if name is None:
             return self.gradients.labels(names.TEST_LABELS)
         return open_probe(self._results.directory(), self.gradients, name).labels()

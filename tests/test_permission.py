@@ -44,7 +44,7 @@ def everything(run: Path) -> None:
     hydra_pipe.clean(run, lowest=2)
     hydra_pipe.report(run)
     hydra_pipe.probe(run, mlp_like(), name="some")
-    hydra_pipe.reduce(run, test="some")
+    hydra_pipe.reduce(run, probe="some")
 
 
 def mlp_like() -> object:

@@ -103,7 +103,7 @@ def test_a_probe_of_test_samples_is_what_they_are_in_the_run(
         hydra_pipe.reduce(run, method=method, **options, **more)
 
     own(whole, N_TEST, tests=f"{FIRST}-{N_TEST - 1}")
-    own(probed, FIRST, test="late", **({"dataset": HELD_BACK} if method == "hydra-exact" else {}))
+    own(probed, FIRST, probe="late", **({"dataset": HELD_BACK} if method == "hydra-exact" else {}))
     found, expected = relevance(probed, result_of(name, "late")), relevance(whole, name)
     assert np.abs(expected).max() > 0
     assert relative_error(found, expected) < TOLERANCE[recording["dtype"]]
@@ -130,7 +130,7 @@ def test_kept_hypergradients_answer_a_probe_when_the_rows_are_gone(
     hydra_pipe.probe(
         pruned, HELD_BACK, name="again", pipeline=build(test=Subset(ALL, range(FIRST)))
     )
-    hydra_pipe.reduce(pruned, test="again")
+    hydra_pipe.reduce(pruned, probe="again")
     assert (
         RunDirectory.open(pruned).stages[REDUCE.of("hydra-of-again")].facts["plan"]["order"]
         == "from hypergradients"
@@ -432,29 +432,29 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     probe(run, changed())
     for options, match in (
         ({"method": "tracin"}, "tracin takes test gradients on the way"),
-        ({"upto": 5}, "--test late and --upto: choose one"),
-        ({"method": "self"}, "--test is for methods of test samples"),
+        ({"upto": 5}, "--probe late and --up-to-step: choose one"),
+        ({"method": "self"}, "--probe is for methods of test samples"),
         ({"tests": "0-3"}, "3"),
         ({"dataset": changed()}, "dataset is for --method hydra-exact"),
     ):
         with pytest.raises(UsageError, match=match):
-            hydra_pipe.reduce(run, test="late", **options)
+            hydra_pipe.reduce(run, probe="late", **options)
     with pytest.raises(
         RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"
     ):
-        hydra_pipe.reduce(run, test="other")
+        hydra_pipe.reduce(run, probe="other")
     with pytest.raises(UsageError, match="that result is of probe late"):
-        hydra_pipe.export(run, method="hydra-of-late", test="other")
+        hydra_pipe.export(run, method="hydra-of-late", probe="other")
     with pytest.raises(
         RunError,
-        match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --test late first",
+        match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --probe late first",
     ):
-        hydra_pipe.export(run, test="late")
+        hydra_pipe.export(run, probe="late")
     with pytest.raises(RunError, match="given as an object, and hydra-exact needs its samples"):
-        hydra_pipe.reduce(run, method="hydra-exact", test="late", pipeline=mlp_pipeline())
+        hydra_pipe.reduce(run, method="hydra-exact", probe="late", pipeline=mlp_pipeline())
     with pytest.raises(RunError, match="the samples of probe late are others"):
         hydra_pipe.reduce(
-            run, method="hydra-exact", test="late", pipeline=mlp_pipeline(), dataset=images(3, 6)
+            run, method="hydra-exact", probe="late", pipeline=mlp_pipeline(), dataset=images(3, 6)
         )
 
 
@@ -463,9 +463,9 @@ def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was
 ) -> None:
     assert probe(run, changed())
     assert not probe(run, changed())
-    hydra_pipe.reduce(run, test="late")
-    hydra_pipe.reduce(run, test="late", by="mean", method="grad-dot")
-    hydra_pipe.export(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.reduce(run, probe="late", by="mean", method="grad-dot")
+    hydra_pipe.export(run, probe="late")
     hydra_pipe.reduce(run)
     with pytest.raises(
         RunError, match=r"probe late was run with samples=.*, now samples=.*--overwrite"
@@ -482,7 +482,7 @@ def test_other_samples_under_the_same_name_need_overwriting_which_drops_what_was
     assert left == {"hydra", "sample", "sample_label", "test", "test_label"}
     assert not list((run / "rankings").iterdir())
     assert hydra_pipe.verify(run) == []
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
     assert relevance(run, "hydra-of-late").shape == (40, 4)
 
 
@@ -493,7 +493,7 @@ def test_a_failed_probe_is_no_result_and_recording_anew_drops_probes(run: Path) 
     with pytest.raises(
         RunError, match=r"probe late is not finished .state: failed., the loss of probe sample 1"
     ):
-        hydra_pipe.reduce(run, test="late")
+        hydra_pipe.reduce(run, probe="late")
     hydra_pipe.record(mlp_pipeline(), run, overwrite=True)
     assert not (run / "probes").exists()
     assert hydra_pipe.verify(run) == []
@@ -516,7 +516,7 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
 ) -> None:
     probe(run, changed())
     expected = stored(run)
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -538,11 +538,11 @@ def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_
 
 def test_named_labels_are_those_of_the_ranking(run: Path) -> None:
     probe(run, changed(), labels=["cat", "dog", "cat"])
-    hydra_pipe.reduce(run, test="late", by="label")
+    hydra_pipe.reduce(run, probe="late", by="label")
     assert hydra_pipe.open_run(run).relevance(
         "hydra-of-late-by-label"
     ).test_group_label.values.tolist() == ["cat", "dog"]
-    hydra_pipe.export(run, method="hydra-by-label", test="late", top=2)
+    hydra_pipe.export(run, method="hydra-by-label", probe="late", top=2)
     table = pq.read_table(run / "rankings/method=hydra-of-late-by-label/part-00000.parquet")
     assert set(table["test_label"].to_pylist()) == {"cat", "dog"}
 
@@ -556,7 +556,7 @@ def test_means_by_label_need_labels(run: Path) -> None:
         UsageError,
         match=r"soft\.zarr has no labels of test samples: .*hydra_pipe.probe\(..., labels=...\)",
     ):
-        hydra_pipe.reduce(run, test="soft", by="label")
+        hydra_pipe.reduce(run, probe="soft", by="label")
 
 
 # ------------------------------------------------------------------------------------------
@@ -569,7 +569,7 @@ def files_of(run: Path) -> Iterator[Path]:
 
 def test_damage_of_a_probe_is_found_and_repaired(run: Path, tmp_path: Path) -> None:
     probe(run, changed())
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
     n_files = len(list(files_of(run)))
     assert n_files == 9
     for number in range(n_files):
@@ -593,7 +593,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
     run: Path, tmp_path: Path
 ) -> None:
     probe(run, changed())
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
     stage = RunDirectory.open(run)
     stage.stages[REDUCE.of("hydra-of-late")].facts["of_probe"] = "0" * 64
     stage.save(REDUCE.of("hydra-of-late"))
@@ -608,7 +608,7 @@ def test_a_probe_of_another_recording_and_a_result_of_another_probe_are_told(
         StoreError,
         match=r"is no probe of this recording: .* take it again with hydra-pipe probe --overwrite",
     ):
-        hydra_pipe.reduce(run, test="late", overwrite=True)
+        hydra_pipe.reduce(run, probe="late", overwrite=True)
 
 
 # ------------------------------------------------------------------------------------------
@@ -641,18 +641,18 @@ def test_the_command_answers_for_new_inputs_end_to_end(
     Path("mistakes.py").write_text(MISTAKES)
     call("record", "digits.py", "run", "--set", "epochs=2")
     taking = ("probe", "run", "mistakes.py:wrong", "--name", "wrong", "--set", "n=5")
-    assert "probe wrong taken; next: hydra-pipe reduce run --test wrong" in call(*taking)
+    assert "probe wrong taken; next: hydra-pipe reduce run --probe wrong" in call(*taking)
     assert "nothing to do" in call(*taking)
     assert "probe wrong was run with set n=5, now set n=4" in call(*taking[:-1], "n=4", code=1)
     assert "no setting 'm'" in call(*taking[:-1], "m=4", code=2)
     assert "samples x tests  1,400 x 5" in re.sub(
-        " +", " ", call("reduce", "run", "--test", "wrong", "--dry-run")
+        " +", " ", call("reduce", "run", "--probe", "wrong", "--dry-run")
     ).replace("tests ", "tests  ")
     assert "next: hydra-pipe export run --method hydra-of-wrong\n" in call(
-        "reduce", "run", "--test", "wrong"
+        "reduce", "run", "--probe", "wrong"
     )
     assert "rankings: run/rankings/method=hydra-of-wrong\n" in call(
-        "export", "run", "--test", "wrong", "--top", "7", "--full"
+        "export", "run", "--probe", "wrong", "--top", "7", "--full"
     )
     table = pq.read_table("run/rankings/method=hydra-of-wrong/part-00000.parquet")
     assert sorted(set(table["test_id"].to_pylist())) == [0, 1, 2, 3, 4]
@@ -666,7 +666,7 @@ def test_the_command_answers_for_new_inputs_end_to_end(
     labels = hydra_pipe.open_run("run").gradients.labels("test")
     assert table["test_label"].to_pylist()[0] == labels[392]
     # trains again, with the samples of the file
-    call("reduce", "run", "--test", "wrong", "--method", "hydra-exact", "--mean")
+    call("reduce", "run", "--probe", "wrong", "--method", "hydra-exact", "--mean")
     assert "probe wrong" in call("info", "run")
     assert "healthy" in call("verify", "run")
     # what is said to be run again is what was run
@@ -678,7 +678,7 @@ def test_the_command_answers_for_new_inputs_end_to_end(
     ):
         assert "nothing to do" in call(*directory.command(stage).split()[1:])
     assert "tracin takes test gradients on the way" in call(
-        "reduce", "run", "--test", "wrong", "--method", "tracin", code=2
+        "reduce", "run", "--probe", "wrong", "--method", "tracin", code=2
     )
 
 
@@ -686,7 +686,7 @@ def test_evaluations_leave_probes_out(run: Path) -> None:
     from hydra_pipe.retraining.subject import Subject
 
     probe(run, images(9, 2))
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
     hydra_pipe.reduce(run)
     assert list(Subject.open(mlp_pipeline(), RunDirectory.open(run), None).relevance(None)) == [
         "hydra"
@@ -701,8 +701,8 @@ def test_results_of_a_probe_that_is_taken_again_all_go_though_the_first_call_was
     hydra_pipe.record(mlp_pipeline(), run)
     again = {"name": "late", "pipeline": mlp_pipeline(), "overwrite": True}
     hydra_pipe.probe(run, HELD_BACK, **again)
-    hydra_pipe.reduce(run, test="late")
-    hydra_pipe.export(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
+    hydra_pipe.export(run, probe="late")
 
     with monkeypatch.context() as patch:
         patch.setattr("hydra_pipe.store.run.discarding.remove", killed_after(after))

@@ -77,7 +77,7 @@ def test_xarray_opens_all_results_at_once_with_coordinates(run: Path) -> None:
     hydra_pipe.reduce(run, method="tracin", tests="2,4-5")
     hydra_pipe.reduce(run, method="self")
     hydra_pipe.probe(run, conv_pipeline(n_test=4).test, name="late", pipeline=conv_pipeline())
-    hydra_pipe.reduce(run, test="late")
+    hydra_pipe.reduce(run, probe="late")
     dataset = xarray.open_zarr(run / "relevance.zarr", consolidated=False)
     train, test = (
         data.tensors[1].numpy() for data in (conv_pipeline().train, conv_pipeline().test)

@@ -75,7 +75,7 @@ class Reduced(Method):
             raise NotOffered("not offered")
         else:
             hydra_pipe.probe(self._run, tests, name="later", model=self.given.model, loss=losses)
-            hydra_pipe.reduce(self._run, method=self._method, test="later")
+            hydra_pipe.reduce(self._run, method=self._method, probe="later")
             name += "-of-later"
         return torch.tensor(np.asarray(hydra_pipe.open_run(self._run).relevance(name)))
 

@@ -173,7 +173,7 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
         raise UsageError(
             f"--method {method} is of no test samples: choose the relevance of another method"
         )
-    if retrain and ResultName.parse(method).test is not None:
+    if retrain and ResultName.parse(method).probe is not None:
         raise UsageError(
             f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: "
             "leave it out"

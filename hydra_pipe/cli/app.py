@@ -74,10 +74,10 @@ TestEvery = Annotated[
     str | None,
     typer.Option(
         metavar="epoch|STEPS",
-        help="also take test gradients on the way, for reduce --upto and --method tracin",
+        help="also take test gradients on the way, for reduce --up-to-step and --method tracin",
     ),
 ]
-Upto = Annotated[
+UpToStep = Annotated[
     int | None,
     typer.Option(
         metavar="STEP",
@@ -127,10 +127,10 @@ OfFunction = Annotated[
 ProbeName = Annotated[
     str, typer.Option("--name", metavar="NAME", help="of the probe: letters, digits and _")
 ]
-Test = Annotated[
+Probe = Annotated[
     str | None,
     typer.Option(
-        "--test",
+        "--probe",
         metavar="NAME",
         help="the samples of this probe (hydra-pipe probe), in place of the run's test samples",
     ),
@@ -352,9 +352,9 @@ def reduce(
     by: By = None,
     mean: Mean = False,
     keep_hypergradients: Keep = False,
-    upto: Upto = None,
+    up_to_step: UpToStep = None,
     rank: Rank = None,
-    test: Test = None,
+    probe: Probe = None,
     pipeline: OfPipeline = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -378,19 +378,19 @@ def reduce(
         "tests": tests,
         "by": grouping,
         "keep_hypergradients": keep_hypergradients,
-        "upto": upto,
+        "up_to_step": up_to_step,
         "rank": rank,
-        "test": test,
+        "probe": probe,
         "pipeline": pipeline,
     }
     if dry_run:
         print(api.plan(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
-    result = ResultName(method, grouping, upto, rank, test)
+    result = ResultName(method, grouping, up_to_step, rank, probe)
     which = "" if str(result) == DEFAULT_METHOD else f" --method {result}"
     if result.is_of_itself:
-        whose = ResultName(DEFAULT_METHOD, upto=upto)
+        whose = ResultName(DEFAULT_METHOD, up_to_step=up_to_step)
         which = (
             f" --method {whose}, or of another method: the column self_relevance of its "
             "samples.parquet"
@@ -403,7 +403,7 @@ def reduce(
 def export(
     run: RunPath,
     method: Method = "hydra",
-    test: Test = None,
+    probe: Probe = None,
     top: Top = 100,
     full: Full = False,
     memory: Memory = "4GiB",
@@ -421,7 +421,7 @@ def export(
     done = export_run(
         run,
         method=method,
-        test=test,
+        probe=probe,
         top=top,
         full=full,
         memory=memory,
@@ -432,7 +432,7 @@ def export(
         done,
         run,
         "exported",
-        f"rankings: {run.rstrip('/')}/{EXPORT.of(result_of(method, test)).area}",
+        f"rankings: {run.rstrip('/')}/{EXPORT.of(result_of(method, probe)).area}",
     )
 
 
@@ -441,7 +441,7 @@ def export(
 def report(
     run: RunPath,
     method: Method = "hydra",
-    test: Test = None,
+    probe: Probe = None,
     tests: ShownTests = None,
     top: Shown = 5,
     memory: Memory = "4GiB",
@@ -463,7 +463,7 @@ def report(
     done = report_run(
         run,
         method=method,
-        test=test,
+        probe=probe,
         tests=tests,
         top=top,
         memory=memory,
@@ -471,7 +471,9 @@ def report(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result_of(method, test)).area}")
+    _say(
+        done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result_of(method, probe)).area}"
+    )
 
 
 @app.command()
@@ -573,7 +575,7 @@ def probe(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Take the test gradients of new inputs on a finished run: reduce, export and report --test
+    """Take the test gradients of new inputs on a finished run: reduce, export and report --probe
     NAME then answer for these.
 
     Example: hydra-pipe probe runs/digits mistakes.py:wrong --name wrong --set day=monday
@@ -589,7 +591,7 @@ def probe(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(done, run, f"probe {name} taken", f"next: hydra-pipe reduce {run} --test {name}")
+    _say(done, run, f"probe {name} taken", f"next: hydra-pipe reduce {run} --probe {name}")
 
 
 @app.command()

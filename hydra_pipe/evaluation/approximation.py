@@ -123,7 +123,12 @@ def pairs_of(subject: Subject) -> list[Pair]:
         columns = _shared(own.columns, truth.columns)
         if len(columns[0]):
             found.append(
-                Pair(subject.n_steps if result.upto is None else result.upto, own, truth, columns)
+                Pair(
+                    subject.n_steps if result.up_to_step is None else result.up_to_step,
+                    own,
+                    truth,
+                    columns,
+                )
             )
     if not found:
         raise RunError(

@@ -32,7 +32,7 @@ def export_run(
     run: str | os.PathLike[str],
     *,
     method: str = "hydra",
-    test: str | None = None,
+    probe: str | None = None,
     top: int = 100,
     full: bool = False,
     memory: str = "4GiB",
@@ -47,7 +47,7 @@ def export_run(
     Args:
         run: directory of the run.
         method: method of the relevance.
-        test: name of the probe whose samples are ranked for. None: the run's own test samples.
+        probe: name of the probe whose samples are ranked for. None: the run's own test samples.
         top: training samples a side ("helpful", "harmful") for each test sample.
         full: also write every pair.
         memory: budget for the whole process, such as "4GiB". The tables do not depend on it.
@@ -63,7 +63,7 @@ def export_run(
         BudgetError: the budget is too small.
         UsageError: `top` is not positive, `memory` is no size, or `method` has nothing to rank.
     """
-    method, memory_bytes = result_of(method, test), parse_bytes(memory)
+    method, memory_bytes = result_of(method, probe), parse_bytes(memory)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     check_ranks(method)

@@ -111,7 +111,14 @@ def open_source(directory: RunDirectory, method: str) -> ExportSource:
         method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id
     )
     return ExportSource(
-        *(found.upto, found.gradients, found.counts, found.relevance, found.columns, found.tested),
+        *(
+            found.up_to_step,
+            found.gradients,
+            found.counts,
+            found.relevance,
+            found.columns,
+            found.tested,
+        ),
         method=method,
         own=_own_relevance(directory, method, found.counts.n_samples),
         meta=meta,

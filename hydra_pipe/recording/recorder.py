@@ -516,7 +516,8 @@ class Recorder:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
         Call this after training, and during training as often as wanted. While the run goes on,
-        `hydra-pipe reduce --upto STEP` answers for the steps after which it was called. All rows so
+        `hydra-pipe reduce --up-to-step STEP` answers for the steps after which it was called. All
+        rows so
         far are safe on the disk afterwards. For later probes, digests of the parameters and buffers
         are kept, and Adam's preconditioner of the last call.
 

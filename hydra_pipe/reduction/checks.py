@@ -31,7 +31,7 @@ _MEANT_FOR = {
     "--by": "methods of test samples",
     "--mean": "methods of test samples",
     "--rank": "--method hydra-exact",
-    "--test": "methods of test samples",
+    "--probe": "methods of test samples",
     "--pipeline": "--method hydra-exact",
     "dataset": "--method hydra-exact",
 }
@@ -59,20 +59,20 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
         )
     if options.rank is not None:
         _check_rank(options)
-    if options.test is not None:
+    if options.probe is not None:
         _check_test(options, method)
-    if options.upto is not None and options.keep_hypergradients:
+    if options.up_to_step is not None and options.keep_hypergradients:
         raise UsageError(
-            "--upto and --keep-hypergradients: choose one: what is kept is of all steps"
+            "--up-to-step and --keep-hypergradients: choose one: what is kept is of all steps"
         )
     directory = RunDirectory.open(run)
-    gradients, counts = open_recording(directory, options.upto)
-    if method.of_tests and options.test is None:
+    gradients, counts = open_recording(directory, options.up_to_step)
+    if method.of_tests and options.probe is None:
         counts.require_tests(directory.path)
     if directory.stages[RECORD].facts.get(PRUNED):
         _check_pruned(directory, options, method)
     tested, n_tests = tested_by(
-        directory, gradients, counts.checkpoint, counts.n_tests, options.test
+        directory, gradients, counts.checkpoint, counts.n_tests, options.probe
     )
     checkpoints = _checkpoints(gradients, counts) if method.on_the_way else (counts.checkpoint,)
     last = last_rows(gradients, counts.n_samples) if method.rows.last else None
@@ -113,8 +113,8 @@ def _given(options: Options) -> Iterator[str]:
         yield {BY_LABEL: "--by", MEAN: "--mean"}[options.by]
     if options.rank is not None:
         yield "--rank"
-    if options.test is not None:
-        yield "--test"
+    if options.probe is not None:
+        yield "--probe"
 
 
 def _check_rank(options: Options) -> None:
@@ -127,15 +127,16 @@ def _check_rank(options: Options) -> None:
 def _check_test(options: Options, method: Method) -> None:
     if method.on_the_way:
         raise UsageError(
-            f"--test {options.test}: {method.name} takes test gradients on the way, and a probe "
+            f"--probe {options.probe}: {method.name} takes test gradients on the way, and a probe "
             "has those at the end of training "
             f"only: choose another method, such as grad-dot"
         )
-    if options.upto is not None:
+    if options.up_to_step is not None:
         raise UsageError(
-            f"--test {options.test} and --upto: choose one: a probe's gradients were taken at "
+            f"--probe {options.probe} and --up-to-step: choose one: a probe's gradients were "
+            "taken at "
             "the end of training, not after "
-            f"{options.upto} steps"
+            f"{options.up_to_step} steps"
         )
 
 

@@ -29,7 +29,7 @@ _NO_TRAINING = {"--pipeline": "needs none", "dataset": "needs none", "--rank": "
 _WHOLE_FILES = {"--chunks": "reads whole files, step by step"}
 _EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row once"}
 _NO_TESTS = dict.fromkeys(
-    ("--tests", "--by", "--mean", "--test"), "is of each training sample for itself"
+    ("--tests", "--by", "--mean", "--probe"), "is of each training sample for itself"
 )
 
 _METHODS = (

@@ -31,9 +31,9 @@ class Options:
     tests: str | None = None
     by: str | None = None
     keep_hypergradients: bool = False
-    upto: int | None = None
+    up_to_step: int | None = None
     rank: int | None = None
-    test: str | None = None
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class ReductionRequest:
     def name(self) -> str:
         """Name of the result."""
         options = self.options
-        return str(ResultName(options.method, options.by, options.upto, options.rank, options.test))
+        return str(
+            ResultName(options.method, options.by, options.up_to_step, options.rank, options.probe)
+        )
 
     @property
     def stage(self) -> StageId:
@@ -114,7 +116,7 @@ class ReductionRequest:
             if self.options.tests is None
             else {"tests": self.columns.to_attributes()[names.TESTS]}
         )
-        first = {} if self.options.upto is None else {names.UPTO: self.options.upto}
+        first = {} if self.options.up_to_step is None else {names.UPTO: self.options.up_to_step}
         tested = {"checkpoint": self.tested.step} if self.method.of_tests else {}
         return tested | selected | first
 
@@ -131,10 +133,10 @@ class ReductionRequest:
     @property
     def has_kept(self) -> bool:
         """True if kept hypergradients answer the request."""
-        # kept hypergradients count all steps, so they cannot answer --upto
+        # kept hypergradients count all steps, so they cannot answer --up-to-step
         if (
             self.options.keep_hypergradients
-            or self.options.upto is not None
+            or self.options.up_to_step is not None
             or self.method.check_kept is None
         ):
             return False

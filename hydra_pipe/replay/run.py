@@ -64,8 +64,8 @@ def plan_exact(
 
 def _solver(request: ReductionRequest, pipeline: "str | Pipeline | None", dataset: Any) -> Replay:
     load = pipeline_of(request.directory, pipeline, _ADVICE)
-    if request.options.test is not None:
-        load = with_probe(request.directory, load, request.options.test, dataset)
+    if request.options.probe is not None:
+        load = with_probe(request.directory, load, request.options.probe, dataset)
     if request.options.rank is None:
         return Replay(request, load)
     return LowRankReplay(request, load, request.options.rank, _approximate(request).name)

@@ -162,7 +162,8 @@ class Gathering:
         source = self._source
         if not source.final:
             self._missing.append(
-                f"Predictions are not shown: the parameters after {source.upto:,} steps were not "
+                f"Predictions are not shown: the parameters after {source.up_to_step:,} steps "
+                "were not "
                 "kept."
             )
             return None
@@ -360,7 +361,7 @@ class Gathering:
             Circumstances(
                 method=parts.method,
                 rank=parts.rank,
-                upto=source.upto,
+                up_to_step=source.up_to_step,
                 record=stages[RECORD].facts,
                 reduce=stages[REDUCE.of(source.result)].facts,
                 n_samples=source.counts.n_samples,

@@ -32,7 +32,7 @@ def report_run(
     run: str | os.PathLike[str],
     *,
     method: str = "hydra",
-    test: str | None = None,
+    probe: str | None = None,
     tests: str | None = None,
     top: int = 5,
     memory: str = "4GiB",
@@ -53,7 +53,7 @@ def report_run(
     Args:
         run: directory of the run.
         method: name of the result to report on.
-        test: name of a probe, whose samples replace the run's own test samples.
+        probe: name of a probe, whose samples replace the run's own test samples.
         tests: test samples to show, such as "0-99,150". Default: those that tell most, wrongly
             predicted or of high loss.
         top: number of training samples on each side ("helpful", "harmful") of each test sample.
@@ -75,7 +75,7 @@ def report_run(
         UsageError: `top` or `tests` has an impossible value, both a pipeline and samples are
             given, or a package is missing. The message says what to install.
     """
-    method = result_of(method, test)
+    method = result_of(method, probe)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     if pipeline is not None and samples is not None:

@@ -34,7 +34,7 @@ class ReportSource(ReducedRun):
         """
         found = ReducedRun.open(directory, name)
         agreeing = (
-            found.upto,
+            found.up_to_step,
             found.gradients,
             found.counts,
             found.relevance,
@@ -46,7 +46,7 @@ class ReportSource(ReducedRun):
     @property
     def probe(self) -> str | None:
         """Name of the probe with the columns' samples, or None for the run's own test samples."""
-        return ResultName.parse(self.result).test
+        return ResultName.parse(self.result).probe
 
     @property
     def n_tests(self) -> int:
@@ -87,7 +87,9 @@ class ReportSource(ReducedRun):
     @property
     def final(self) -> bool:
         """True if the result is for the parameters at the end of training."""
-        return self.upto is None or self.upto == self.directory.stages[RECORD].facts.get("n_steps")
+        return self.up_to_step is None or self.up_to_step == self.directory.stages[
+            RECORD
+        ].facts.get("n_steps")
 
 
 def evaluations_of(directory: RunDirectory) -> dict[str, Any]:

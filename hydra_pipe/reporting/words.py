@@ -44,7 +44,7 @@ class Circumstances:
     Args:
         method: method of the result, without suffixes.
         rank: number of replayed directions, for `hydra-exact --rank`. None means all.
-        upto: number of steps that the result covers, for `--upto`. None means all.
+        up_to_step: number of steps that the result covers, for `--up-to-step`. None means all.
         record, reduce: facts of the two stages.
         n_samples: number of training samples.
         n_rows: number of recorded rows.
@@ -55,7 +55,7 @@ class Circumstances:
 
     method: str
     rank: int | None
-    upto: int | None
+    up_to_step: int | None
     record: Mapping[str, Any]
     reduce: Mapping[str, Any]
     n_samples: int
@@ -103,9 +103,10 @@ def warnings(what: Circumstances) -> list[str]:
             "the loss is not known: they count "
             f"as if their Fisher were it. Tell the recorder the loss (Recorder.set_loss)."
         )
-    if what.upto is not None:
+    if what.up_to_step is not None:
         found.append(
-            f"This is the relevance of the first {what.upto:,} steps, as if training had ended "
+            f"This is the relevance of the first {what.up_to_step:,} steps, as if training had "
+            "ended "
             "there."
         )
     if what.rank is not None:

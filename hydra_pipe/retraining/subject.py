@@ -207,7 +207,7 @@ class Subject:
             StoreError: a result is damaged.
         """
         # Probes have no losses to compare with.
-        there = [name for name in self.run.complete(REDUCE) if ResultName.parse(name).test is None]
+        there = [name for name in self.run.complete(REDUCE) if ResultName.parse(name).probe is None]
         return {name: Relevance.of(self.run, name) for name in there}
 
     def relevance(self, chosen: str | None, *, means: bool = False) -> "dict[str, Relevance]":
@@ -236,7 +236,7 @@ class Subject:
             if name not in whole:
                 result = ResultName.parse(name)
                 by = MEAN if means and result.by == MEAN else None
-                needed = reducing(self.run, replace(result, by=by, test=None))
+                needed = reducing(self.run, replace(result, by=by, probe=None))
                 has = f"it has {', '.join(whole)}" if whole else "it has none"
                 raise RunError(
                     f"{self.run.path} has no relevance {shown(name)} for each of the "
@@ -313,7 +313,7 @@ class Relevance:
 
 def reducing(run: RunDirectory, result: ResultName, tests: str | None = None) -> str:
     """Return the command that computes `result` for the test samples `tests`; None means all."""
-    options = {"--upto": result.upto, "--rank": result.rank, "--tests": tests}
+    options = {"--up-to-step": result.up_to_step, "--rank": result.rank, "--tests": tests}
     words = ["hydra-pipe reduce", str(run.path), "--method", result.method]
     words += [f"{option} {value}" for option, value in options.items() if value is not None]
     return " ".join(

@@ -32,10 +32,10 @@ reduce whole --keep-hypergradients
 reduce whole --method hydra-fisher
 reduce whole --method tracin
 reduce whole --method self
-reduce whole --test new
+reduce whole --probe new
 reduce whole --by label
 export whole --full --top 3
-export whole --test new
+export whole --probe new
 clean whole --lowest 2 --retrain --seeds 2
 evaluate pipeline.py whole loo --samples 0-3
 evaluate pipeline.py whole lds --retrainings 10

@@ -57,7 +57,7 @@ def test_what_was_reduced_is_reduced_again_to_the_same_relevance(whole: Path, me
 def test_an_archived_run_is_worked_on(whole: Path) -> None:
     """Every stage has something to do beside what was done, and finds it in order."""
     assert hydra_pipe.probe(whole, "pipeline.py:new_samples", name="again")
-    assert hydra_pipe.reduce(whole, test="again")
+    assert hydra_pipe.reduce(whole, probe="again")
     assert hydra_pipe.reduce(whole, method="influence")
     assert hydra_pipe.export(whole, method="influence")
     assert hydra_pipe.clean(whole, method="influence", lowest=2).is_new

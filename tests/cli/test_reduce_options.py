@@ -112,8 +112,8 @@ def test_every_method_is_in_the_help_and_in_the_documents() -> None:
 @pytest.mark.parametrize("rank", [None, 20])
 @pytest.mark.parametrize("test", [None, "wrong", "mean", "by_label", "2"])
 def test_a_name_of_a_result_is_taken_apart_as_it_was_made(
-    method: str, by: str | None, upto: int | None, rank: int | None, test: str | None
+    method: str, by: str | None, up_to_step: int | None, rank: int | None, test: str | None
 ) -> None:
-    result = ResultName(method, by, upto, rank, test)
+    result = ResultName(method, by, up_to_step, rank, test)
     assert ResultName.parse(str(result)) == result
-    assert result_of(str(ResultName(method, by, upto, rank)), test) == str(result)
+    assert result_of(str(ResultName(method, by, up_to_step, rank)), test) == str(result)

@@ -42,7 +42,11 @@ LATER: Stages = {
     ),
     "smoothness": (["evaluate", PIPELINE, "RUN", "smoothness"], None, ["tested"]),
     "probe": (PROBE, None, ["record"]),
-    "reduce of a probe": (["reduce", "RUN", "--test", "wrong"], "score first", ["record", "probe"]),
+    "reduce of a probe": (
+        ["reduce", "RUN", "--probe", "wrong"],
+        "score first",
+        ["record", "probe"],
+    ),
     "probe anew": ([*PROBE, "--overwrite"], None, ["record", "probe", "reduce of a probe"]),
     "keep": (
         ["reduce", "RUN", "--method", "hydra-fisher", "--keep-hypergradients"],

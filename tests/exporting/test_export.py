@@ -250,11 +250,11 @@ def test_tables_with_another_self_relevance_are_stale(exported: Path) -> None:
 def test_results_of_the_first_steps_have_the_self_relevance_of_these(tmp_path: Path) -> None:
     run = tmp_path / "run"
     hydra_pipe.record(conv_pipeline(), run, test_every="epoch")
-    hydra_pipe.reduce(run, upto=4)
+    hydra_pipe.reduce(run, up_to_step=4)
     hydra_pipe.reduce(run, method="self")
     hydra_pipe.export(run, method="hydra-upto-4")
     assert np.isnan(self_relevance(run, "hydra-upto-4")).all()
-    hydra_pipe.reduce(run, method="self", upto=4)
+    hydra_pipe.reduce(run, method="self", up_to_step=4)
     hydra_pipe.export(run, method="hydra-upto-4")
     expected = np.asarray(hydra_pipe.open_run(run).relevance("self-upto-4"))[:, 0]
     assert np.array_equal(self_relevance(run, "hydra-upto-4"), expected)

@@ -24,8 +24,8 @@ PLANS = """
 whole
 whole --keep-hypergradients --overwrite
 whole --mean --tests 0-1 --chunks 4x51
-whole --test new
-whole --upto 3
+whole --probe new
+whole --up-to-step 3
 whole --method hydra-fisher
 whole --method hydra-fisher --keep-hypergradients
 whole --method tracin --by label

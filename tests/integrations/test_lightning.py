@@ -575,7 +575,7 @@ def test_batches_may_be_mappings_and_a_test_set_is_optional(
     assert hydra_pipe.verify(tmp_path / "run") == []
     if tests is None:
         hydra_pipe.probe(tmp_path / "run", TESTS, name="late", model=module, loss=cross_entropy)
-        assert hydra_pipe.reduce(tmp_path / "run", test="late")
+        assert hydra_pipe.reduce(tmp_path / "run", probe="late")
     else:
         assert hydra_pipe.reduce(tmp_path / "run")
 

@@ -524,7 +524,7 @@ def test_a_test_set_is_optional(tmp_path: Path) -> None:
         return nn.functional.cross_entropy(output.logits, labels, reduction="none")
 
     hydra_pipe.probe(tmp_path / "run", tests, name="late", model=model, loss=loss)
-    assert hydra_pipe.reduce(tmp_path / "run", test="late")
+    assert hydra_pipe.reduce(tmp_path / "run", probe="late")
 
 
 SLIPS: list[tuple[str, Any, str]] = [

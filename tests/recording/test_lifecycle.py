@@ -224,11 +224,11 @@ class TestSlips:
             take_step(model, optimizer)
         recorder.close()
         assert hydra_pipe.verify(tmp_path / "run") == []
-        with pytest.raises(RunError, match=r"without test gradients: .* answer --upto STEP"):
+        with pytest.raises(RunError, match=r"without test gradients: .* answer --up-to-step STEP"):
             hydra_pipe.reduce(tmp_path / "run")
-        assert hydra_pipe.reduce(tmp_path / "run", upto=2)
+        assert hydra_pipe.reduce(tmp_path / "run", up_to_step=2)
         with pytest.raises(UsageError, match="taken after 2 steps"):
-            hydra_pipe.reduce(tmp_path / "run", upto=3)
+            hydra_pipe.reduce(tmp_path / "run", up_to_step=3)
 
     def test_labels_that_close_cannot_write_can_be_given_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -482,8 +482,8 @@ class TestPipelines:
         hydra_pipe.record(pipeline, tmp_path / "run")
         assert hydra_pipe.verify(tmp_path / "run") == []
         hydra_pipe.probe(tmp_path / "run", tests, name="late", pipeline=pipeline)
-        assert hydra_pipe.reduce(tmp_path / "run", test="late")
-        assert hydra_pipe.export(tmp_path / "run", test="late")
+        assert hydra_pipe.reduce(tmp_path / "run", probe="late")
+        assert hydra_pipe.export(tmp_path / "run", probe="late")
         with pytest.raises(UsageError, match="the pipeline has no test set"):
             hydra_pipe.record(pipeline, tmp_path / "other", test_every="epoch")
 

@@ -443,7 +443,7 @@ def test_a_sweep_of_the_first_steps_is_that_of_a_training_that_ends_there(tmp_pa
         pipeline = conv_pipeline(epochs=epochs)
         pipeline.scheduler = None
         hydra_pipe.record(pipeline, tmp_path / name, test_every=every)
-    hydra_pipe.reduce(tmp_path / "long", method="hydra-fisher", upto=4)
+    hydra_pipe.reduce(tmp_path / "long", method="hydra-fisher", up_to_step=4)
     hydra_pipe.reduce(tmp_path / "short", method="hydra-fisher")
     assert np.array_equal(
         relevance(tmp_path / "long", "hydra-fisher-upto-4"), relevance(tmp_path / "short")

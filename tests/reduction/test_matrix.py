@@ -454,5 +454,5 @@ def test_what_was_kept_in_part_is_given_up_when_that_is_asked_for(
 def test_the_first_steps_are_not_answered_from_a_matrix_of_all(tmp_path: Path) -> None:
     run = made_up(tmp_path / "run", 1, tested=(4,))
     keep(run)
-    hydra_pipe.reduce(run, method="hydra-fisher", upto=4)
+    hydra_pipe.reduce(run, method="hydra-fisher", up_to_step=4)
     assert orders(run)["reduce hydra-fisher-upto-4"] == "backward"

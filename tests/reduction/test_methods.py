@@ -120,7 +120,7 @@ def test_a_method_is_that_of_batch_of_one_gradients(
     assert hydra_pipe.verify(run) == []
 
 
-def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
+def by_store(run: Path, up_to_step: int | None = None) -> dict[str, np.ndarray]:
     """Each method from what is stored, multiplied out, row by row in float64."""
     store = hydra_pipe.open_run(run).gradients
     everything = slice(None)
@@ -131,7 +131,7 @@ def by_store(run: Path, upto: int | None = None) -> dict[str, np.ndarray]:
         store.curvature(everything),
     )
     n_samples = RunDirectory.open(run).stages[RECORD].count("n_samples")
-    n_steps = store.n_steps if upto is None else upto
+    n_steps = store.n_steps if up_to_step is None else up_to_step
     part = np.repeat(np.arange(store.n_ranks), store.rows.part_rows)
     widths = [
         b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks
@@ -240,8 +240,8 @@ def test_the_first_steps_are_those_of_a_training_that_ends_there(
     tmp_path: Path, trained: tuple[Path, object]
 ) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
-    for method, expected in by_store(run, upto=8).items():
-        hydra_pipe.reduce(run, method=method, upto=8)
+    for method, expected in by_store(run, up_to_step=8).items():
+        hydra_pipe.reduce(run, method=method, up_to_step=8)
         assert relative_error(relevance(run, f"{method}-upto-8"), expected) < 1e-4, method
 
 

@@ -220,7 +220,7 @@ def test_a_probe_is_answered_by_processes_as_in_this_one(
     hydra_pipe.probe("run", images(7, 3), name="late", pipeline=conv_pipeline())
     found = {}
     for scheduler in ("threads", "processes"):
-        assert hydra_pipe.reduce("run", test="late", scheduler=scheduler, overwrite=True)
+        assert hydra_pipe.reduce("run", probe="late", scheduler=scheduler, overwrite=True)
         found[scheduler] = np.asarray(hydra_pipe.open_run("run").relevance("hydra-of-late"))
     assert np.abs(found["threads"]).max() > 0
     assert relative_error(found["processes"], found["threads"]) < 1e-6

@@ -218,7 +218,7 @@ def test_relevance_is_that_of_the_papers_forward_form(tmp_path: Path) -> None:
                     for n, piece, p in zip(names, pieces, model.parameters(), strict=True)
                 }
                 return cross_entropy(
-                    torch.func.functional_call(model, own, (inputs[ids],)),
+                    torch.func.functional_call(model, own, (inputs[ids],)),  # noqa: B023
                     targets[ids],  # noqa: B023
                 ).mean()
 
@@ -385,7 +385,7 @@ def test_means_and_selections_are_those_of_the_columns(run: Path) -> None:
 
 def test_of_the_first_steps_is_a_shorter_training(tmp_path: Path) -> None:
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", test_every="5")
-    found = exact(conv_pipeline, tmp_path / "run", upto=5)
+    found = exact(conv_pipeline, tmp_path / "run", up_to_step=5)
     sweep_all = exact(conv_pipeline, tmp_path / "run")
     assert relative_error(found, sweep_all) > 0.1
     assert hydra_pipe.verify(tmp_path / "run") == []

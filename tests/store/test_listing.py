@@ -198,9 +198,9 @@ def test_a_healthy_run_with_every_stage_has_nothing_that_is_not_listed(tmp_path:
     run = tmp_path / "run"
     everything(run)
     hydra_pipe.clean(run, lowest=2)
-    hydra_pipe.reduce(run, test="some")
+    hydra_pipe.reduce(run, probe="some")
     said = Said()
-    hydra_pipe.export(run, test="some", progress=said)
+    hydra_pipe.export(run, probe="some", progress=said)
     assert unlisted(RunDirectory.open(run)) == []
     assert not any("not read" in line for line in said.lines)
 
@@ -212,8 +212,8 @@ def test_labels_of_an_older_probe_are_not_those_of_one_without(tmp_path: Path) -
         probe(run, labels=labels)
     shutil.copytree(new, old, dirs_exist_ok=True)
     for run in (old, new):
-        hydra_pipe.reduce(run, test="some")
-        hydra_pipe.export(run, test="some")
+        hydra_pipe.reduce(run, probe="some")
+        hydra_pipe.export(run, probe="some")
     tables = [
         pq.ParquetFile(run / "rankings/method=hydra-of-some/part-00000.parquet").read().to_pylist()
         for run in (old, new)
@@ -255,7 +255,7 @@ def test_an_interrupted_recording_reads_no_labels_or_tests_but_its_own(tmp_path:
     recorder.state_dict()
     shutil.copytree(new, old, dirs_exist_ok=True)
     recorder.close()
-    hydra_pipe.reduce(old, upto=2)
+    hydra_pipe.reduce(old, up_to_step=2)
     found = hydra_pipe.open_run(old)
     assert set(found.relevance("hydra-upto-2").coords) == {"sample", "test"}
     assert found.info()["recording"]["test_checkpoints"] == [2]

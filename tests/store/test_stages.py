@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hydra_pipe.record(TINY, path, encoding="exact")
     hydra_pipe.reduce(path, keep_hypergradients=True)
     hydra_pipe.probe(path, f"{TINY}:mistakes", name="wrong")
-    hydra_pipe.reduce(path, test="wrong", method="grad-dot")
+    hydra_pipe.reduce(path, probe="wrong", method="grad-dot")
     hydra_pipe.export(path, full=True, top=5)
     hydra_pipe.clean(path, lowest=4)
     hydra_pipe.report(path)

@@ -88,7 +88,7 @@ class ResultSolver(CommonSolver[P]):
         own = committed(directory.stages[RECORD])
         n_tests = 0 if own is None else own.n_tests
         is_whole = (
-            request.options.test is None
+            request.options.probe is None
             and request.columns.by is None
             and request.columns.tests == ((0, n_tests),)
         )

@@ -216,7 +216,7 @@ def write_probe_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArr
 
 def results_of(run: RunDirectory, name: str) -> list[StageId]:
     """Return the stages that hold results for probe `name`."""
-    return [stage for stage in run.stages if ResultName.parse(stage.name).test == name]
+    return [stage for stage in run.stages if ResultName.parse(stage.name).probe == name]
 
 
 def drop_results(run: RunDirectory, name: str) -> None:

@@ -1,4 +1,7 @@
-"""The first steps of a recording, for `reduce --upto`. The recording may continue meanwhile."""
+"""The first steps of a recording, for `reduce --up-to-step`.
+
+The recording may continue meanwhile.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +43,14 @@ class Committed:
         return place != names.LABELS or not member or self.labels is None or member in self.labels
 
 
-def open_recording(run: RunDirectory, upto: int | None) -> tuple[Gradients, Counts]:
-    """Return the complete recording, or the recording as it was after `upto` steps.
+def open_recording(run: RunDirectory, up_to_step: int | None) -> tuple[Gradients, Counts]:
+    """Return the complete recording, or the recording as it was after `up_to_step` steps.
 
     Raises:
-        RunError, UsageError, StoreError: the errors of `open_upto`.
+        RunError, UsageError, StoreError: the errors of `open_first_steps`.
     """
-    if upto is not None:
-        return open_upto(run, upto)
+    if up_to_step is not None:
+        return open_first_steps(run, up_to_step)
     recording = run.require_recording()
     gradients = open_gradients(run)
     return gradients, checked_counts(gradients, recording)
@@ -68,7 +71,7 @@ def open_gradients(run: RunDirectory, prefix: Prefix | None = None) -> Gradients
     return Gradients(run.path / names.GRADIENTS, prefix, own)
 
 
-def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
+def open_first_steps(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     """Return the recording as it was after `step` steps, with the test gradients of that time.
 
     Reads metadata and the tables of the steps.
@@ -89,7 +92,8 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
         )
     if recording.facts.get(PRUNED):
         raise RunError(
-            f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out --upto"
+            f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out "
+            "--up-to-step"
         )
     whole = open_gradients(run, found.prefix)
     tests = [
@@ -103,7 +107,7 @@ def open_upto(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
         raise UsageError(
-            f"--upto {step}: test gradients were taken {there}: choose one, or record with "
+            f"--up-to-step {step}: test gradients were taken {there}: choose one, or record with "
             "--test-every"
         )
     _, counts = whole.rows_of_steps()
@@ -180,8 +184,8 @@ def forget_upto(run: RunDirectory, n_steps: int) -> None:
     The steps after `n_steps` are recorded anew.
     """
     for which, stage in list(run.stages.items()):
-        upto = stage.settings.get(names.UPTO)
-        if which.kind is REDUCE and is_count(upto) and upto > n_steps:
+        up_to_step = stage.settings.get(names.UPTO)
+        if which.kind is REDUCE and is_count(up_to_step) and up_to_step > n_steps:
             gone = (which, *which.results)
             run.forget(*gone)
             for place in (place for one in gone for place in one.places):

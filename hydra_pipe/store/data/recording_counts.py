@@ -41,9 +41,9 @@ class Counts:
             raise RunError(
                 f"{path} was recorded without test gradients: take some of the final parameters, "
                 f"by hydra-pipe probe {path} "
-                "FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --test NAME; "
+                "FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --probe NAME; "
                 "any that were taken on the way "
-                f"answer --upto STEP"
+                f"answer --up-to-step STEP"
             )
 
 

@@ -33,14 +33,14 @@ class ReducedRun:
     """The result of a complete reduction.
 
     Args:
-        upto: number of the first steps that the result is of. None: all steps.
+        up_to_step: number of the first steps that the result is of. None: all steps.
         gradients, counts: the recording, or its first steps.
         relevance: the array. All its files exist.
         columns: meaning of the array's columns.
         tested: test samples of the columns.
     """
 
-    upto: int | None
+    up_to_step: int | None
     gradients: Gradients
     counts: Counts
     relevance: Array
@@ -55,10 +55,12 @@ class ReducedRun:
             StoreError: the result is damaged, or of another recording.
         """
         reduction = directory.stages[REDUCE.of(name)]
-        upto = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
-        gradients, counts = open_recording(directory, upto)
+        up_to_step = (
+            reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
+        )
+        gradients, counts = open_recording(directory, up_to_step)
         tested, n_known = tested_by(
-            directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).test
+            directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).probe
         )
         relevance = open_relevance(directory.path / names.RELEVANCE, name)
         columns = columns_of(relevance)
@@ -71,7 +73,7 @@ class ReducedRun:
             )
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-        return cls(upto, gradients, counts, relevance, columns, tested)
+        return cls(up_to_step, gradients, counts, relevance, columns, tested)
 
     def labels_of_columns(self) -> NDArray[Any] | None:
         """Return the labels of the columns, shape (column,). None where they are unknown.

@@ -25,11 +25,11 @@ def reducing(run: Path, name: str, settings: _Settings) -> str:
     result = ResultName.parse(name)
     options = {
         "--tests": settings.get(names.TESTS),
-        "--upto": settings.get(names.UPTO),
+        "--up-to-step": settings.get(names.UPTO),
         "--rank": result.rank,
     }
     options |= {
-        "--test": result.test,
+        "--probe": result.probe,
         "--method": None if result.method == DEFAULT_METHOD else result.method,
     }
     return _command("reduce", str(run), *_GROUPED[result.by], **options)

@@ -30,21 +30,21 @@ class ResultName:
     Args:
         method: method of the relevance.
         by: grouping of the test samples. None: each has a column.
-        upto: number of the first steps that count. None: all count.
+        up_to_step: number of the first steps that count. None: all count.
         rank: number of directions that were replayed. None: all were.
-        test: name of the probe. None: the recording's own test samples.
+        probe: name of the probe. None: the recording's own test samples.
     """
 
     method: str
     by: str | None = None
-    upto: int | None = None
+    up_to_step: int | None = None
     rank: int | None = None
-    test: str | None = None
+    probe: str | None = None
 
     def __str__(self) -> str:
         name = self.method if self.rank is None else f"{self.method}{_RANK}{self.rank}"
-        name = name if self.upto is None else f"{name}{_UPTO}{self.upto}"
-        name = name if self.test is None else f"{name}{_OF}{self.test}"
+        name = name if self.up_to_step is None else f"{name}{_UPTO}{self.up_to_step}"
+        name = name if self.probe is None else f"{name}{_OF}{self.probe}"
         return name if self.by is None else name + _SUFFIXES[self.by]
 
     @classmethod
@@ -56,9 +56,9 @@ class ResultName:
         grouped = probed.removeprefix(test) if of else name
         by = next((by for by, suffix in _SUFFIXES.items() if grouped.endswith(suffix)), None)
         name = name if by is None or of else name.removesuffix(_SUFFIXES[by])
-        name, _, upto = name.partition(_UPTO)
+        name, _, up_to_step = name.partition(_UPTO)
         method, _, rank = name.partition(_RANK)
-        numbers = [int(n) if n.isdecimal() else None for n in (upto, rank)]
+        numbers = [int(n) if n.isdecimal() else None for n in (up_to_step, rank)]
         return cls(method, by, numbers[0], numbers[1], test if of else None)
 
     @property
@@ -69,25 +69,25 @@ class ResultName:
     @property
     def itself(self) -> "ResultName":
         """Name of the relevance of training samples for themselves over the same steps."""
-        return ResultName(ITSELF, upto=self.upto)
+        return ResultName(ITSELF, up_to_step=self.up_to_step)
 
 
-def result_of(method: str, test: str | None) -> str:
-    """Return the result that `--method METHOD --test NAME` means.
+def result_of(method: str, probe: str | None) -> str:
+    """Return the result that `--method METHOD --probe NAME` means.
 
     Args:
         method: method, or name of a result such as "hydra-mean".
-        test: name of the probe. None: the one in `method`, if there is one.
+        probe: name of the probe. None: the one in `method`, if there is one.
 
     Raises:
         UsageError: `method` is a result for another probe.
     """
     result = ResultName.parse(method)
-    if test is None or result.test == test:
+    if probe is None or result.probe == probe:
         return method
-    if result.test is not None:
+    if result.probe is not None:
         raise UsageError(
-            f"--method {method} --test {test}: that result is of probe {result.test}: name one "
+            f"--method {method} --probe {probe}: that result is of probe {result.probe}: name one "
             "probe"
         )
-    return str(replace(result, test=test))
+    return str(replace(result, probe=probe))

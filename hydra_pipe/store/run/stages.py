@@ -259,7 +259,7 @@ def kept_with(stage: StageId, stages: Stages) -> StageId:
 
 
 def _probe_of(stage: StageId, entry: Stage) -> Iterator[StageSource]:
-    probe = ResultName.parse(stage.name).test
+    probe = ResultName.parse(stage.name).probe
     if probe is not None:
         yield StageSource.of(PROBE.of(probe))
 
