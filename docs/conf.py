@@ -27,9 +27,9 @@ _REFERENCE = Path(__file__).parent / "reference"
 INTEGRATIONS = ("transformers", "lightning")
 _PYTHON_HEAD = """# Python
 
-What hydra-pipe offers to Python is in the package `hydra_pipe` itself. The callbacks of
-[trainers](../trainers.md) are at the end of this page. Names deeper in the
-package may change at any time.
+What hydra-pipe offers to Python is in the package `hydra_pipe` itself and in
+`hydra_pipe.errors`. The callbacks of [trainers](../trainers.md) and the errors are at the end
+of this page. Other names may change at any time.
 
 ```python
 import hydra_pipe
@@ -53,6 +53,17 @@ def _callback(package: str) -> str:
     )
 
 
+_ERRORS = """## Errors
+
+Every error is a `HydraError`. [Errors](../errors.md) has what to do about each.
+
+```{eval-rst}
+.. automodule:: hydra_pipe.errors
+   :members:
+```
+"""
+
+
 def _write_reference() -> None:
     _REFERENCE.mkdir(exist_ok=True)
     command = typer.main.get_command(app)
@@ -62,7 +73,7 @@ def _write_reference() -> None:
             obj=command, ctx=context, name="hydra-pipe", title="Commands"
         ),
         "python.md": _PYTHON_HEAD
-        + "\n".join([*map(_directive, hydra_pipe.__all__), *map(_callback, INTEGRATIONS)]),
+        + "\n".join([*map(_directive, hydra_pipe.__all__), *map(_callback, INTEGRATIONS), _ERRORS]),
     }
     for name, text in pages.items():
         page = _REFERENCE / name

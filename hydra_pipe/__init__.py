@@ -13,33 +13,47 @@ if sys.platform == "win32":
     )
 
 if TYPE_CHECKING:
-    from hydra_pipe.api import prune, record, reduce, verify
+    from hydra_pipe.api import plan_reduction, prune, record, reduce, verify
+    from hydra_pipe.cleaning.run import Cleaning
     from hydra_pipe.cleaning.run import clean_run as clean
     from hydra_pipe.errors import HydraError
+    from hydra_pipe.evaluation.run import Evaluation
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.per_sample.registry import register_layer_rule
     from hydra_pipe.probing import probe
     from hydra_pipe.recording.optimizers import OptimizerRule, register_optimizer_rule
+    from hydra_pipe.recording.pending import StepNote
     from hydra_pipe.recording.recorder import Recorder
+    from hydra_pipe.recording.tracking import TrackedLoader
+    from hydra_pipe.reduction.run import ReductionPlan
     from hydra_pipe.reporting.run import report_run as report
     from hydra_pipe.reporting.shown import ShownSamples
+    from hydra_pipe.store.integrity.faults import Fault
     from hydra_pipe.training.pipeline import Pipeline
-    from hydra_pipe.training.trainer import train
+    from hydra_pipe.training.trainer import Trained, train
     from hydra_pipe.view import Run, open_run
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cleaning",
+    "Evaluation",
+    "Fault",
     "HydraError",
     "OptimizerRule",
     "Pipeline",
     "Recorder",
+    "ReductionPlan",
     "Run",
     "ShownSamples",
+    "StepNote",
+    "TrackedLoader",
+    "Trained",
     "clean",
     "evaluate",
     "export",
     "open_run",
+    "plan_reduction",
     "probe",
     "prune",
     "record",
@@ -53,15 +67,24 @@ __all__ = [
 
 # Map from a public name to its module, and to its name there.
 _HOMES = {
+    "Cleaning": ("hydra_pipe.cleaning.run", "Cleaning"),
+    "Evaluation": ("hydra_pipe.evaluation.run", "Evaluation"),
+    "Fault": ("hydra_pipe.store.integrity.faults", "Fault"),
     "HydraError": ("hydra_pipe.errors", "HydraError"),
+    "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
     "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
+    "ReductionPlan": ("hydra_pipe.reduction.run", "ReductionPlan"),
     "Run": ("hydra_pipe.view", "Run"),
     "ShownSamples": ("hydra_pipe.reporting.shown", "ShownSamples"),
+    "StepNote": ("hydra_pipe.recording.pending", "StepNote"),
+    "TrackedLoader": ("hydra_pipe.recording.tracking", "TrackedLoader"),
+    "Trained": ("hydra_pipe.training.trainer", "Trained"),
     "clean": ("hydra_pipe.cleaning.run", "clean_run"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),
+    "plan_reduction": ("hydra_pipe.api", "plan_reduction"),
     "probe": ("hydra_pipe.probing", "probe"),
     "prune": ("hydra_pipe.api", "prune"),
     "record": ("hydra_pipe.api", "record"),
@@ -69,7 +92,6 @@ _HOMES = {
     "register_layer_rule": ("hydra_pipe.per_sample.registry", "register_layer_rule"),
     "register_optimizer_rule": ("hydra_pipe.recording.optimizers", "register_optimizer_rule"),
     "report": ("hydra_pipe.reporting.run", "report_run"),
-    "OptimizerRule": ("hydra_pipe.recording.optimizers", "OptimizerRule"),
     "train": ("hydra_pipe.training.trainer", "train"),
     "verify": ("hydra_pipe.api", "verify"),
 }

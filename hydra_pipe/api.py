@@ -9,6 +9,7 @@ from hydra_pipe.store.files import location
 from hydra_pipe.store.run.manifest import RunDirectory
 
 if TYPE_CHECKING:
+    from hydra_pipe.reduction.run import ReductionPlan
     from hydra_pipe.store.integrity.faults import Fault
     from hydra_pipe.training.pipeline import Pipeline
 
@@ -165,17 +166,26 @@ def reduce(
     return reduce_request(requested(run, options), overwrite=overwrite, progress=progress)
 
 
-def plan(
+def plan_reduction(
     run: PathLike,
     *,
     method: str = "hydra",
     pipeline: "str | Pipeline | None" = None,
     dataset: Any = None,
     **options: Any,
-) -> str:
-    """Return the plan of `reduce` for these arguments, in lines for people.
+) -> "ReductionPlan":
+    """Plan a reduction without carrying it out: `reduce --dry-run` in Python.
 
     Reads metadata only. For "hydra-exact" it builds the pipeline and tries a step.
+
+    Args:
+        run: directory of the run.
+        method, pipeline, dataset: same as in `reduce`.
+        options: the other options of `reduce`, except `overwrite` and `progress`.
+
+    Returns:
+        The plan. `plan.peak_bytes`, `plan.read_bytes` and `plan.passes` are numbers, and
+        `print(plan)` gives lines for people.
 
     Raises:
         HydraError: any error of `reduce`.

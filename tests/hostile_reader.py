@@ -50,15 +50,15 @@ FIRST = "nothing"
 PROBE = "late"
 # What is called of a run that was probed, each with the options of one reduction.
 OF_PROBED: list[dict[str, Any]] = [
-    {"call": "reduce", "test": PROBE, "overwrite": True},
-    {"call": "reduce", "test": PROBE, "method": "hydra-fisher", "overwrite": True},
-    {"call": "reduce", "test": PROBE, "by": "label"},
+    {"call": "reduce", "probe": PROBE, "overwrite": True},
+    {"call": "reduce", "probe": PROBE, "method": "hydra-fisher", "overwrite": True},
+    {"call": "reduce", "probe": PROBE, "by": "label"},
     {"call": "reduce", "method": "hydra-fisher", "keep_hypergradients": True},
-    {"call": "export", "test": PROBE, "overwrite": True},
+    {"call": "export", "probe": PROBE, "overwrite": True},
     {"call": "clean"},
     {"call": "clean", "lowest": 3, "overwrite": True},
     {"call": "report", "overwrite": True},
-    {"call": "report", "test": PROBE, "top": 2},
+    {"call": "report", "probe": PROBE, "top": 2},
     {"call": "probe"},
     {"call": "prune"},
 ]

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import sharing
 from hydra_pipe.store.run import locks
@@ -263,11 +263,11 @@ def small_files() -> Iterator[None]:
     """A block in which files hold few rows: so there are several, and threads that read and write
     them.
     """
-    before, geometry.MAX_SHARD_ROWS = geometry.MAX_SHARD_ROWS, 16
+    before, chunking.MAX_SHARD_ROWS = chunking.MAX_SHARD_ROWS, 16
     try:
         yield
     finally:
-        geometry.MAX_SHARD_ROWS = before
+        chunking.MAX_SHARD_ROWS = before
 
 
 @contextmanager

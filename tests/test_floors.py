@@ -5,7 +5,7 @@ included.
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hydra_pipe"
 # Lowest first. Modules on one floor may import each other, except where they are set apart below.
 FLOORS = [
-    {"errors", "units", "progress", "streams"},
+    {"errors", "types", "units", "progress", "streams"},
     {"maths"},
     {"per_sample"},
     {"plan"},
@@ -31,6 +31,8 @@ FLOORS = [
     {"__main__"},
 ]
 APART = {"recording", "reduction", "exporting"}
+# Rooms of the store, lowest first; modules outside of them are the ground.
+ROOMS = ["zarr", "run", "data", "integrity"]
 RANK = {name: rank for rank, floor in enumerate(FLOORS) for name in floor}
 
 
@@ -151,6 +153,27 @@ def circles(sources: Mapping[str, str]) -> set[tuple[str, ...]]:
         for name in sources
         if name in ways[name]
     }
+
+
+def room(parts: Sequence[str]) -> int:
+    """Height of a module of the store, from the parts of its name below `hydra_pipe.store`."""
+    return ROOMS.index(parts[0]) + 1 if parts and parts[0] in ROOMS else 0
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted((PACKAGE / "store").rglob("*.py")),
+    ids=lambda file: str(file.relative_to(PACKAGE / "store")),
+)
+def test_imports_within_the_store_point_down(file: Path) -> None:
+    own = room(file.relative_to(PACKAGE / "store").parts)
+    stores = {
+        ".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for f in (PACKAGE / "store").rglob("*.py")
+    }
+    imported = modules_imported(file.read_text(), stores)
+    assert not [name for name in sorted(imported) if room(name.split(".")[2:]) > own]
+    assert file.parent == PACKAGE / "store" or own, "a room of the store that ROOMS does not have"
 
 
 def test_imports_go_round_in_no_circle() -> None:

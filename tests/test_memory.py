@@ -111,7 +111,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 PEAK = """
 import json, sys
 from hydra_pipe.api import reduce
-from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.data import save_interval
 pace.KEEP_SECONDS = 0.5
 reduce(sys.argv[1], **json.loads(sys.argv[2]))
 # not ru_maxrss, which a process inherits from the one that started it

@@ -182,7 +182,7 @@ def test_a_loop_of_ones_own_is_probed_with_its_model_and_loss(
     hydra_pipe.probe(
         tmp_path / "run", HELD_BACK, name="late", model=model, loss=nn.CrossEntropyLoss()
     )
-    for run, options in (("whole", {"tests": f"{FIRST}-{N_TEST - 1}"}), ("run", {"test": "late"})):
+    for run, options in (("whole", {"tests": f"{FIRST}-{N_TEST - 1}"}), ("run", {"probe": "late"})):
         hydra_pipe.reduce(tmp_path / run, **options)
     assert (
         relative_error(relevance(tmp_path / "run", "hydra-of-late"), relevance(tmp_path / "whole"))
@@ -432,7 +432,7 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     probe(run, changed())
     for options, match in (
         ({"method": "tracin"}, "tracin takes test gradients on the way"),
-        ({"upto": 5}, "--probe late and --up-to-step: choose one"),
+        ({"up_to_step": 5}, "--probe late and --up-to-step: choose one"),
         ({"method": "self"}, "--probe is for methods of test samples"),
         ({"tests": "0-3"}, "3"),
         ({"dataset": changed()}, "dataset is for --method hydra-exact"),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import disk_space as space
+from hydra_pipe.store import disk_space
 from hydra_pipe.store.data.checkpoints import save_checkpoint
 from hydra_pipe.store.files import tree_bytes
 from hydra_pipe.units import parse_bytes
@@ -42,7 +42,7 @@ def promised(lines: list[str]) -> int:
 def only_free(n_bytes: int):
     """A disk that has no more than that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space, "free_bytes", lambda path: n_bytes)
+        patch.setattr(disk_space, "free_bytes", lambda path: n_bytes)
         yield
 
 
@@ -108,10 +108,10 @@ def test_what_may_not_fit_is_said_before_it_is_written(tmp_path: Path) -> None:
 
 def test_free_bytes_are_those_of_the_file_system_that_a_run_is_to_be_on(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
-    assert space.free_bytes(tmp_path / "is" / "not" / "there") == pytest.approx(
+    assert disk_space.free_bytes(tmp_path / "is" / "not" / "there") == pytest.approx(
         found.f_bavail * found.f_frsize, rel=0.1
     )
     from upath import UPath
 
-    assert space.free_bytes(UPath("memory://run")) is None
-    assert space.room_for(5 * 2**30, UPath("memory://run")) == "at most 5 GiB to write"
+    assert disk_space.free_bytes(UPath("memory://run")) is None
+    assert disk_space.room_for(5 * 2**30, UPath("memory://run")) == "at most 5 GiB to write"

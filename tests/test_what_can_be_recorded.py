@@ -26,7 +26,7 @@ from hydra_pipe import Recorder
 from hydra_pipe.errors import HydraError, RecordWarning
 from hydra_pipe.integrations.refusals import refuse_training_arguments
 from hydra_pipe.per_sample import registry
-from hydra_pipe.recording import collectives as ranks
+from hydra_pipe.recording import collectives
 
 PAGE = Path(__file__).parents[1] / "docs" / "what-can-be-recorded.md"
 # samples, positions of each, features, classes
@@ -1083,7 +1083,7 @@ def on_two_gpus() -> nn.Module:
 
 def unwrapped(run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "n_processes", lambda: 2)
+        patch.setattr(collectives, "n_processes", lambda: 2)
         refused_model(mlp)(run)
 
 

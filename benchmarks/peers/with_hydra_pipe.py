@@ -109,7 +109,7 @@ class Exact(Method):
         name, options = "hydra-exact-rank-20", {}
         if tests is self.given.later:
             hydra_pipe.probe(self._run, tests, name="later", pipeline=self._pipeline())
-            name, options = f"{name}-of-later", {"test": "later", "dataset": tests}
+            name, options = f"{name}-of-later", {"probe": "later", "dataset": tests}
         hydra_pipe.reduce(
             self._run, method="hydra-exact", rank=20, pipeline=self._pipeline(), **options
         )

@@ -384,7 +384,7 @@ def reduce(
         "pipeline": pipeline,
     }
     if dry_run:
-        print(api.plan(run, **options))
+        print(api.plan_reduction(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
     result = ResultName(method, grouping, up_to_step, rank, probe)

@@ -294,6 +294,6 @@ static int loaded(PyObject *module) {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, loaded}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_loops", .m_doc = "The inner loops of a reduction.", .m_methods = methods, .m_slots = slots};
+    PyModuleDef_HEAD_INIT, .m_name = "_kernels", .m_doc = "The inner loops of a reduction.", .m_methods = methods, .m_slots = slots};
 
-PyMODINIT_FUNC PyInit__loops(void) { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModuleDef_Init(&definition); }

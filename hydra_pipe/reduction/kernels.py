@@ -1,7 +1,7 @@
 """The inner loops over stored rows: decode, weigh, multiply with test gradients, sum by sample.
 
 Stored values become float32, times a weight for each row and run of columns. The compiled loops
-(`_loops.c`) read each value once and use it while it is in a register. Without them NumPy does
+(`_kernels.c`) read each value once and use it while it is in a register. Without them NumPy does
 the same, in as few passes over memory as it allows.
 """
 
@@ -18,9 +18,9 @@ from hydra_pipe.types import F32
 compiled: ModuleType | None
 WHY_NOT: str
 try:
-    from hydra_pipe.reduction import _kernels as _loops
+    from hydra_pipe.reduction import _kernels
 
-    compiled, WHY_NOT = _loops, ""
+    compiled, WHY_NOT = _kernels, ""
 except ImportError as error:
     compiled, WHY_NOT = (
         None,

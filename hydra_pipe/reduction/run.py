@@ -1,9 +1,10 @@
 """A whole reduction: plan, compute pass by pass, write. An interrupted reduction is resumed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hydra_pipe.plan.records import Answered, Found
+from hydra_pipe.plan.records import Answered, Found, Plan
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.executors.base import Scheduler
 from hydra_pipe.reduction.request import ReductionRequest
@@ -23,9 +24,50 @@ def reduce_request(
     return solve(solvers_of(request), overwrite=overwrite, progress=progress)
 
 
-def plan_request(request: ReductionRequest) -> str:
-    """Describe the work of `reduce_request`, in lines. Reads metadata only. Raises: BudgetError."""
-    return described(solvers_of(request))
+@dataclass(frozen=True)
+class ReductionPlan:
+    """The plan of a reduction: what `reduce` would do. `print(plan)` gives the lines of --dry-run.
+
+    Args:
+        plans: plan of each part of the work, in order. Most reductions have one part.
+        text: the plan in lines for people.
+    """
+
+    plans: tuple[Plan, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def peak_bytes(self) -> int:
+        """Upper bound of the memory of the process, in bytes; of each process, if several work."""
+        return max(plan.peak_bytes for plan in self.plans)
+
+    @property
+    def read_bytes(self) -> int:
+        """Decoded bytes that go through the workers, over all passes."""
+        return sum(plan.read_bytes for plan in self.plans)
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the results in bytes, before compression."""
+        return sum(plan.written_bytes for plan in self.plans)
+
+    @property
+    def passes(self) -> int:
+        """Number of times that the store is read."""
+        return sum(plan.passes for plan in self.plans)
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks in the Dask graphs."""
+        return sum(plan.tasks for plan in self.plans)
+
+
+def plan_request(request: ReductionRequest) -> ReductionPlan:
+    """Plan the work of `reduce_request`. Reads metadata only. Raises: BudgetError."""
+    return planned(solvers_of(request))
 
 
 def solvers_of(request: ReductionRequest) -> Sequence[Solver]:
@@ -47,18 +89,18 @@ def solve(
     return worked
 
 
-def described(solvers: Sequence[Solver]) -> str:
-    """Describe the work of solvers, in lines.
+def planned(solvers: Sequence[Solver]) -> ReductionPlan:
+    """Plan the work of solvers.
 
     Raises:
         BudgetError: the work does not fit into the memory.
         HydraError: a solver trains again, and its pipeline cannot be loaded.
     """
     with solvers[0].scheduler as using:
-        parts = [
-            _aligned(solver.describe(solver.course(using.workers, None))) for solver in solvers
-        ]
-    return "\n\nThen, from these:\n".join(parts)
+        courses = [solver.course(using.workers, None) for solver in solvers]
+    parts = [_aligned(s.describe(course)) for s, course in zip(solvers, courses, strict=True)]
+    plans = tuple(course.plan for course in courses)
+    return ReductionPlan(plans, "\n\nThen, from these:\n".join(parts))
 
 
 def _aligned(lines: dict[str, str]) -> str:

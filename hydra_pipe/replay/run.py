@@ -8,7 +8,7 @@ from hydra_pipe.loading import pipeline_of, with_probe
 from hydra_pipe.progress import Progress
 from hydra_pipe.reduction.checks import requested
 from hydra_pipe.reduction.request import Options, ReductionRequest
-from hydra_pipe.reduction.run import described, reduce_request, solve
+from hydra_pipe.reduction.run import ReductionPlan, planned, reduce_request, solve
 from hydra_pipe.replay.solver import LowRankReplay, Replay
 from hydra_pipe.training.pipeline import Pipeline
 
@@ -57,9 +57,9 @@ def reduce_exact(
 
 def plan_exact(
     run: str | os.PathLike[str], options: Options, pipeline: "str | Pipeline | None", dataset: Any
-) -> str:
-    """Describe the work of `reduce_exact`, in lines. Builds the pipeline, and tries a step."""
-    return described([_solver(requested(run, options), pipeline, dataset)])
+) -> ReductionPlan:
+    """Plan the work of `reduce_exact`. Builds the pipeline, and tries a step."""
+    return planned([_solver(requested(run, options), pipeline, dataset)])
 
 
 def _solver(request: ReductionRequest, pipeline: "str | Pipeline | None", dataset: Any) -> Replay:

@@ -52,16 +52,15 @@ def make_small() -> None:
     models are trained together.
     """
     from hydra_pipe.evaluation import smoothness
-    from hydra_pipe.plan import chunking as geometry
+    from hydra_pipe.plan import chunking
     from hydra_pipe.recording import row_buffer as buffer
     from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
-    from hydra_pipe.store.data import gradients_writer as writing
-    from hydra_pipe.store.data import hypergradients, relevance
+    from hydra_pipe.store.data import gradients_writer, hypergradients, relevance
 
     for module, name, value in (
-        (geometry, "MAX_SHARD_ROWS", 16),
-        (writing, "STEP_SHARD_ROWS", 4),
+        (chunking, "MAX_SHARD_ROWS", 16),
+        (gradients_writer, "STEP_SHARD_ROWS", 4),
         (buffer, "SLAB_STEPS", 2),
         (relevance, "CHUNK_SAMPLES", 8),
         (sums, "SAMPLE_MULTIPLE", 8),
@@ -139,9 +138,9 @@ def plan_narrow() -> None:
 
 def keep_always() -> None:
     """Keep the state of long work after every step of it."""
-    from hydra_pipe.store.data import save_interval as pace
+    from hydra_pipe.store.data import save_interval
 
-    pace.KEEP_SECONDS = pace.TIMES_ITS_COST = 0.0
+    save_interval.KEEP_SECONDS = save_interval.TIMES_ITS_COST = 0.0
 
 
 def perform(job: dict[str, Any]) -> NoReturn:

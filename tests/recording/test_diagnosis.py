@@ -29,7 +29,7 @@ from hydra_pipe.errors import (
     UsageError,
 )
 from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
-from hydra_pipe.recording import collectives as ranks
+from hydra_pipe.recording import collectives
 from hydra_pipe.recording import row_buffer as buffer
 from hydra_pipe.recording.explanations import Evidence, explain, penalty_of
 from hydra_pipe.recording.refusals import refuse
@@ -440,7 +440,7 @@ def test_a_sharded_model_is_named_in_one_process_too(
 def test_a_sharded_model_of_several_processes_is_not_asked_to_be_wrapped(
     group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ranks, "n_processes", lambda: 2)
+    monkeypatch.setattr(collectives, "n_processes", lambda: 2)
     model = fsdp(mlp())
     with pytest.raises(RecordError, match="sharded by FullyShardedDataParallel"):
         Recorder(model, sgd(model), tmp_path / "run", n_samples=N)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hydra_pipe
 from hydra_pipe import Pipeline, Recorder
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_processor(
     tmp_path: Path, build, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # several shards, so that buffers are used again
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 16)
+    monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 16)
     hydra_pipe.record(build(), tmp_path / "cpu", encoding="exact", dtype=dtype)
     hydra_pipe.record(on_gpu(build()), tmp_path / "gpu", encoding="exact", dtype=dtype)
     rows, others = decoded(tmp_path / "cpu"), decoded(tmp_path / "gpu")

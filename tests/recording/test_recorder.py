@@ -31,7 +31,7 @@ from hydra_pipe.errors import (
     RunError,
     UsageError,
 )
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.recording import optimizers
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.names import TEST_LABELS, TRAIN_LABELS
@@ -517,7 +517,7 @@ def test_the_manifest_says_how_often_training_waited_for_a_slow_disk(
         write(appender, first, rows)
 
     monkeypatch.setattr(Appender, "write", write_slowly)
-    monkeypatch.setattr(geometry, "SHARD_BYTES", 1)  # a file for each row
+    monkeypatch.setattr(chunking, "SHARD_BYTES", 1)  # a file for each row
     hydra_pipe.record(mlp_pipeline(epochs=1), tmp_path / "run")
     facts = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]["facts"]
     assert facts["stalls"] > 20  # 40 rows, of which two fit the buffers and two the queue

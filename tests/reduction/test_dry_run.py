@@ -22,7 +22,7 @@ from support.pipelines import conv_pipeline
 
 import hydra_pipe
 from hydra_pipe import api
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.methods import METHODS
@@ -40,7 +40,7 @@ SEQUENCES: dict[str, tuple[dict[str, Any], ...]] = {
     "hydra, means": ({"by": "label", "tests": "0-4"}, {"by": "mean", "chunks": "4x100"}),
     "hydra-fisher, means": ({"method": "hydra-fisher", "by": "label"},),
     "influence, means": ({"method": "influence", "by": "mean"},),
-    "tracin, the first steps": ({"method": "tracin", "upto": 4},),
+    "tracin, the first steps": ({"method": "tracin", "up_to_step": 4},),
     "hydra, one thread": ({"scheduler": "synchronous"},),
     "hydra, processes": ({"scheduler": "processes"},),
     "hydra-fisher, processes": ({"method": "hydra-fisher", "scheduler": "processes"},),
@@ -95,7 +95,7 @@ def texts(run: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
             pipeline = (
                 {"pipeline": conv_pipeline()} if options.get("method") == "hydra-exact" else {}
             )
-            parts = [api.plan(copy, **options, **pipeline)]
+            parts = [str(api.plan_reduction(copy, **options, **pipeline))]
             if options.get("scheduler") != "processes":
                 lines = Lines()
                 pipeline = {"pipeline": conv_pipeline()} if pipeline else {}
@@ -108,7 +108,7 @@ def texts(run: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
 def recording(path: Path) -> Path:
     """A run in several shards, so that there is work for two workers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "MAX_SHARD_ROWS", 16)
+        patch.setattr(chunking, "MAX_SHARD_ROWS", 16)
         hydra_pipe.record(conv_pipeline(), path, encoding="exact", dtype="float32", test_every="4")
     return path
 

@@ -21,14 +21,14 @@ import hydra_pipe
 from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, RunError, UsageError
 from hydra_pipe.maths.fisher import FORMS, Form
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.reduction.solvers import sweep
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.sweep import Sweep
 from hydra_pipe.store import names
-from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.data import save_interval
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.store.run.footprints import seal
@@ -39,7 +39,7 @@ from hydra_pipe.store.run.stages import RECORD, REDUCE
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that steps begin and end within files, and lie across two."""
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
+    monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 12)
 
 
 def whole(stored: np.ndarray, scale: np.ndarray, store: Gradients) -> np.ndarray:
@@ -356,8 +356,8 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(
 ) -> None:
     other = shutil.copytree(run, run.with_name("other"))
     in_blocks(monkeypatch, 4, 1)
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(save_interval, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(save_interval, "TIMES_ITS_COST", 0.0)
     hydra_pipe.reduce(other, method="hydra-fisher")
     with interrupted_after(after):
         hydra_pipe.reduce(run, method="hydra-fisher")
@@ -388,8 +388,8 @@ def test_a_sweep_goes_on_in_its_middle_to_the_same_bytes(
 def test_a_damaged_state_is_not_gone_on_with(
     run: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(save_interval, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(save_interval, "TIMES_ITS_COST", 0.0)
     expected = by_loop(run)
     with pytest.MonkeyPatch.context() as stop:
         stop.setattr(

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_pipe.reduction import kernels as loops
+from hydra_pipe.reduction import kernels
 from hydra_pipe.reduction.kernels import FEW_TESTS, Weighted, Workspace, add_products, decode, fold
 
 EVERY_FLOAT16 = np.arange(65536, dtype=np.uint16).view(np.float16)
 FINITE = EVERY_FLOAT16[np.isfinite(EVERY_FLOAT16)]
 EVERY = settings(max_examples=100, deadline=None)
 COMPILED = pytest.param(
-    loops.compiled,
+    kernels.compiled,
     id="compiled",
     marks=pytest.mark.skipif(
-        loops.compiled is None, reason="needs a C compiler at installation, and x86-64 with AVX2"
+        kernels.compiled is None, reason="needs a C compiler at installation, and x86-64 with AVX2"
     ),
 )
 only_compiled = pytest.mark.parametrize("form", [COMPILED], indirect=True)
@@ -26,7 +26,7 @@ only_compiled = pytest.mark.parametrize("form", [COMPILED], indirect=True)
 
 @pytest.fixture(params=[COMPILED, pytest.param(None, id="NumPy")], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
-    monkeypatch.setattr(loops, "compiled", request.param)
+    monkeypatch.setattr(kernels, "compiled", request.param)
     found: ModuleType | None = request.param
     return found
 

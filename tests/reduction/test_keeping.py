@@ -11,7 +11,7 @@ from support.compare import relative_error
 
 import hydra_pipe
 from hydra_pipe.errors import HydraError, RunError, StoreError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.plan.layout import Block, Layout, factored_part
 from hydra_pipe.plan.records import Answered
 from hydra_pipe.plan.sums import SumInput, SumPlan
@@ -76,7 +76,7 @@ def test_more_than_one_file_and_chunk_are_kept_whole(
     """Rows in shards of eight, sums in files of four."""
     from support.pipelines import conv_pipeline
 
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 8)
+    monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 8)
     monkeypatch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 4)
     hydra_pipe.record(conv_pipeline(), tmp_path / "small", encoding="exact", dtype="float32")
     hydra_pipe.reduce(tmp_path / "small", keep_hypergradients=True)

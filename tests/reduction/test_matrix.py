@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 import hydra_pipe
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import BudgetError, RunError, StoreError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.plan import hypergradient_matrix as matrix_plan
 from hydra_pipe.reduction.solvers import hypergradient_matrix, sweep
-from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.data import save_interval
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import KEEP, RECORD, REDUCE
 from hydra_pipe.store.zarr.arrays import Array
@@ -42,7 +42,7 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that lie across files of rows; several files of the matrix, and several shares of the
     samples.
     """
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
+    monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 12)
     monkeypatch.setattr(matrix_plan, "MOST_SAMPLES", 8)
     monkeypatch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
     for module in ("plan.from_matrix", "reduction.solvers.from_matrix"):
@@ -205,8 +205,8 @@ def test_keeping_goes_on_in_its_middle_to_the_same_bytes(
     go(monkeypatch, order)
     other = shutil.copytree(run, run.with_name("other"))
     in_blocks(monkeypatch, 8, 1)
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(save_interval, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(save_interval, "TIMES_ITS_COST", 0.0)
     keep(other)
     with interrupted_after(after):
         keep(run)
@@ -273,7 +273,7 @@ def test_what_the_disk_or_the_budget_has_no_room_for_is_refused_before_anything_
     monkeypatch.setattr(hypergradient_matrix, "free_bytes", lambda _: 2000)
     for attempt in (
         keep,
-        lambda run: hydra_pipe.api.plan(run, method="hydra-fisher", keep_hypergradients=True),
+        lambda run: hydra_pipe.plan_reduction(run, method="hydra-fisher", keep_hypergradients=True),
     ):
         with pytest.raises(
             BudgetError,

@@ -18,7 +18,7 @@ from test_fisher import adamw, made_up, whole
 import hydra_pipe
 from hydra_pipe import Pipeline, api
 from hydra_pipe.errors import BudgetError, RunError, UsageError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.plan import influence as influence_plan
 from hydra_pipe.plan.influence import SolveInput
 from hydra_pipe.plan.records import Answered, ReductionInput
@@ -38,7 +38,7 @@ NEW = ("tracin", "grad-dot", "grad-cos", "influence", "self")
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the last rows of samples are in several files, and some files have none."""
-    monkeypatch.setattr(geometry, "MAX_SHARD_ROWS", 12)
+    monkeypatch.setattr(chunking, "MAX_SHARD_ROWS", 12)
 
 
 def relevance(run: Path, method: str) -> np.ndarray:
@@ -103,7 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, n
     """
     path = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "MAX_SHARD_ROWS", 12)
+        patch.setattr(chunking, "MAX_SHARD_ROWS", 12)
         hydra_pipe.record(
             conv_pipeline(), path, encoding="exact", dtype="float32", test_every="epoch"
         )
@@ -336,7 +336,7 @@ def test_files_without_a_last_row_are_not_read(
 ) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     (run / "gradients.zarr/gradient/c/0/0").write_bytes(b"damaged")
-    plan = api.plan(run, method=method)
+    plan = str(api.plan_reduction(run, method=method))
     assert plan.startswith("rows x features  30 x 258 ")  # of 78 rows
     hydra_pipe.reduce(run, method=method)
     assert relative_error(relevance(run, method), relevance_of(trained[0], tmp_path, method)) == 0

@@ -30,7 +30,7 @@ from test_relevance import oracle_relevance, read_relevance
 
 import hydra_pipe
 from hydra_pipe.errors import ClusterError, UsageError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reduction import executors
 from hydra_pipe.reduction.executors import distributed
@@ -53,9 +53,9 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording in several shards, so that two workers have work."""
     path = tmp_path_factory.mktemp("schedulers") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "CHUNK_FEATURES", 100)
-        patch.setattr(geometry, "SHARD_BYTES", 16 * 400 * 4)
-        patch.setattr(geometry, "CHUNK_BYTES", 4 * 100 * 4)
+        patch.setattr(chunking, "CHUNK_FEATURES", 100)
+        patch.setattr(chunking, "SHARD_BYTES", 16 * 400 * 4)
+        patch.setattr(chunking, "CHUNK_BYTES", 4 * 100 * 4)
         hydra_pipe.record(conv_pipeline(), path, encoding="auto", dim=100_000, dtype="float32")
     return path
 

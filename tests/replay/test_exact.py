@@ -22,7 +22,7 @@ from hydra_pipe import Pipeline
 from hydra_pipe.errors import BudgetError, OptimizerError, PipelineError, RunError, UsageError
 from hydra_pipe.replay import products, solver
 from hydra_pipe.replay.lowrank import Basis
-from hydra_pipe.store.data import save_interval as pace
+from hydra_pipe.store.data import save_interval
 from hydra_pipe.store.run import stage_runner
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import ResultName
@@ -275,8 +275,8 @@ def test_it_goes_on_in_its_middle_to_the_same_bytes(
     run: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(monkeypatch, columns=((0, 4), (4, 7)), most_states=3, levels=3)
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(save_interval, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(save_interval, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))))
     real, taken = solver.ExactSweep.step, []
 
@@ -344,8 +344,8 @@ def test_a_rank_goes_on_with_the_directions_that_it_began_with(
     """Singular vectors have no sign of their own: another machine, or number of threads, may find
     the other one.
     """
-    monkeypatch.setattr(pace, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "TIMES_ITS_COST", 0.0)
+    monkeypatch.setattr(save_interval, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(save_interval, "TIMES_ITS_COST", 0.0)
     expected = exact(conv_pipeline, Path(shutil.copytree(run, run.with_name("other"))), rank=3)
     step, basis_of, taken = solver.ExactSweep.step, solver.basis_of, []
 

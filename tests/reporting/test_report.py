@@ -470,7 +470,7 @@ def test_what_weakens_a_result_is_said() -> None:
     calm = {
         "method": "hydra",
         "rank": None,
-        "upto": None,
+        "up_to_step": None,
         "record": {},
         "reduce": {},
         "n_samples": 9,
@@ -483,7 +483,7 @@ def test_what_weakens_a_result_is_said() -> None:
         ({"reduce": {"curvature_left": 0.2}}, "left 20% of the curvature"),
         ({"projected": 3}, "3 of 4 parameters were recorded by random projection"),
         ({"method": "influence", "record": {"n_curved_rows": 4}}, "Of 5 of 9 recorded gradients"),
-        ({"upto": 120}, "first 120 steps"),
+        ({"up_to_step": 120}, "first 120 steps"),
         ({"rank": 20}, "Only 20 directions"),
         ({"unvisited": 2}, "2 of 9 training samples were in no recorded step"),
         ({"strange": 1}, "not a number"),

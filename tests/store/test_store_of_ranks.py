@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.plan.layout import Block, Layout
 from hydra_pipe.plan.records import Reading
 from hydra_pipe.plan.sums import SumInput, SumPlan, plan_sums
@@ -49,8 +49,8 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     """Paths of the store of one process, and of that of three, with shards of 8 rows."""
     for module, name in ((relevance_module, "CHUNK_SAMPLES"), (sums, "SAMPLE_MULTIPLE")):
         monkeypatch.setattr(module, name, 8)
-    monkeypatch.setattr(geometry, "SHARD_BYTES", SHARD_ROWS * 21 * 4)
-    monkeypatch.setattr(geometry, "CHUNK_BYTES", SHARD_ROWS // 2 * 21 * 4)
+    monkeypatch.setattr(chunking, "SHARD_BYTES", SHARD_ROWS * 21 * 4)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", SHARD_ROWS // 2 * 21 * 4)
     generator = np.random.default_rng(0)
     one = writer_of(tmp_path / "one", 0, 1)
     three = [writer_of(tmp_path / "three", rank, 3) for rank in range(3)]

@@ -21,7 +21,7 @@ import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, RunError, StoreError
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.run.footprints import seal
 from hydra_pipe.store.run.locks import one_writer
@@ -65,8 +65,8 @@ def files_small() -> Iterator[None]:
     Not while others make runs that are shared.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "MAX_SHARD_ROWS", 16)
-        patch.setattr(geometry, "CHUNK_BYTES", 4096)
+        patch.setattr(chunking, "MAX_SHARD_ROWS", 16)
+        patch.setattr(chunking, "CHUNK_BYTES", 4096)
         patch.setattr("hydra_pipe.store.data.gradients_writer.STEP_SHARD_ROWS", 4)
         patch.setattr("hydra_pipe.store.data.relevance.CHUNK_SAMPLES", 8)
         patch.setattr("hydra_pipe.store.data.hypergradients.MOST_FILE_ROWS", 8)

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from hydra_pipe.plan import chunking as geometry
+from hydra_pipe.plan import chunking
 from hydra_pipe.recording import row_buffer as buffer
-from hydra_pipe.store.data import gradients_writer as writing
+from hydra_pipe.store.data import gradients_writer
 
 
 def make_files_small(put: Callable[[object, str, object], None]) -> None:
     """A shard of rows ends every second step of 8 rows, one of steps every fourth, and every second
     step is written.
     """
-    put(geometry, "MAX_SHARD_ROWS", 16)
-    put(writing, "STEP_SHARD_ROWS", 4)
+    put(chunking, "MAX_SHARD_ROWS", 16)
+    put(gradients_writer, "STEP_SHARD_ROWS", 4)
     put(buffer, "SLAB_STEPS", 2)

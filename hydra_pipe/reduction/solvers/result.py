@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from hydra_pipe.plan.records import Answered, Plan, ReadingPlan, ReductionInput
 from hydra_pipe.progress import Progress
-from hydra_pipe.reduction import kernels as loops
+from hydra_pipe.reduction import kernels
 from hydra_pipe.reduction.resume import marked
 from hydra_pipe.reduction.solvers.base import Course
 from hydra_pipe.reduction.solvers.common import CommonSolver
@@ -132,9 +132,9 @@ class ResultSolver(CommonSolver[P]):
         """See `Solver`."""
         if course.after is not None:
             progress.say(f"going on after {course.after.done:,} {self.noun_of(course.plan)}")
-        if loops.compiled is None:
+        if kernels.compiled is None:
             progress.say(
-                f"the inner loops are not compiled, and take twice as long: {loops.WHY_NOT}"
+                f"the inner loops are not compiled, and take twice as long: {kernels.WHY_NOT}"
             )
 
     def noun_of(self, plan: P) -> str:
