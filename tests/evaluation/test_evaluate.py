@@ -91,8 +91,8 @@ def put(run: Path, name: str, values: np.ndarray, columns: ResultColumns | None 
         run / "relevance.zarr", name, words, len(values), columns, 64, directory.run_id
     )
     write_relevance(array, 0, 0, values.astype(np.float32))
-    up_to_step = {"up_to_step": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
-    directory.begin(REDUCE.of(name), up_to_step)
+    setting = {"upto": int(name.partition("-upto-")[2])} if "-upto-" in name else {}
+    directory.begin(REDUCE.of(name), setting)
     directory.end(REDUCE.of(name), "complete", checksums=str(values.sum()))
 
 
