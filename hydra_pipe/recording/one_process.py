@@ -64,7 +64,7 @@ class OneProcess:
         """Check the steps that wait.
 
         Args:
-            row buffer: rows of the waiting steps; None if there are none.
+            buffer: rows of the waiting steps; None if there are none.
             pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:

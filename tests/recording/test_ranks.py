@@ -305,17 +305,20 @@ TOLD = [
     ),
     (
         "penalty at once",
-        r"BooksError: the books do not balance at step 0: the recorded rows of first\.weight miss",
+        r"GradientMismatchError: the books do not balance at step 0: the recorded rows of "
+        r"first\.weight miss",
         None,
     ),
     (
         "penalty, projected",
-        r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss",
+        r"GradientMismatchError: the books do not balance at step 0: the recorded rows of "
+        r"first\.\w+ miss",
         None,
     ),
     (
         "penalty later",
-        r"BooksError: the books do not balance at step 4: the recorded rows of first\.\w+ miss",
+        r"GradientMismatchError: the books do not balance at step 4: the recorded rows of "
+        r"first\.\w+ miss",
         4,
     ),
     (
