@@ -53,7 +53,7 @@ def make_small() -> None:
     """
     from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import chunking
-    from hydra_pipe.recording import row_buffer as buffer
+    from hydra_pipe.recording import row_buffer
     from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
     from hydra_pipe.store.data import gradients_writer, hypergradients, relevance

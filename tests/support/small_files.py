@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from hydra_pipe.plan import chunking
-from hydra_pipe.recording import row_buffer as buffer
+from hydra_pipe.recording import row_buffer
 from hydra_pipe.store.data import gradients_writer
 
 
