@@ -61,7 +61,7 @@ def make_small() -> None:
     for module, name, value in (
         (chunking, "MAX_SHARD_ROWS", 16),
         (gradients_writer, "STEP_SHARD_ROWS", 4),
-        (buffer, "BUFFER_STEPS", 2),
+        (row_buffer, "BUFFER_STEPS", 2),
         (relevance, "CHUNK_SAMPLES", 8),
         (sums, "SAMPLE_MULTIPLE", 8),
         (hypergradients, "MOST_FILE_ROWS", 8),

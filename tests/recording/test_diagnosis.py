@@ -788,8 +788,8 @@ def test_products_of_fewer_bits_have_a_wider_limit(precision: str, limit: float)
     was = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        assert buffer.imbalance_limit(torch.float32) == limit
-        assert buffer.imbalance_limit(torch.float64) == 1e-6
+        assert row_buffer.imbalance_limit(torch.float32) == limit
+        assert row_buffer.imbalance_limit(torch.float64) == 1e-6
     finally:
         torch.set_float32_matmul_precision(was)
 

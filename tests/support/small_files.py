@@ -13,4 +13,4 @@ def make_files_small(put: Callable[[object, str, object], None]) -> None:
     """
     put(chunking, "MAX_SHARD_ROWS", 16)
     put(gradients_writer, "STEP_SHARD_ROWS", 4)
-    put(buffer, "BUFFER_STEPS", 2)
+    put(row_buffer, "BUFFER_STEPS", 2)
