@@ -29,8 +29,7 @@ from hydra_pipe.errors import (
     UsageError,
 )
 from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
-from hydra_pipe.recording import collectives
-from hydra_pipe.recording import row_buffer
+from hydra_pipe.recording import collectives, row_buffer
 from hydra_pipe.recording.explanations import Evidence, explain, penalty_of
 from hydra_pipe.recording.refusals import refuse
 
