@@ -30,8 +30,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from hydra_pipe.errors import PipelineError
+from hydra_pipe.types import F32, F64
 
 # Softmax over the last or the second dimension, or a sigmoid for each output.
 Link = Literal["softmax", "softmax, classes second", "sigmoid"]
@@ -44,6 +46,8 @@ EXACT_COORDINATES = 256
 # Largest relative difference between a gradient and its closed form. Large logits are rounded
 # by as much.
 _TOLERANCE = 1e-4
+# Smallest probability of a target: the loss of a smaller one has no float64.
+_SMALLEST = 1e-300
 # Largest difference between the gradient and the gradient of the loss taken again, relative to
 # the largest gradient at a sample's output.
 _ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -70,14 +74,17 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
         link: map from output to p.
 
     Returns:
-        tr H, |p - y|^2, (p - y) . g, |g|^2 and T, shape (B, 5), float64. Positions without a
-        gradient (padding that the loss ignores) do not count.
+        tr H, |p - y|^2, (p - y) . g, |g|^2, T, the loss, and one more than the number of the
+        target class, shape (B, 7), float64. Positions without a gradient (padding that the loss
+        ignores) do not count. The last is 0 where there is no target class.
     """
     batch = len(output)
     if link == "sigmoid":
         gradient = gradient.double()
         p = torch.sigmoid(output.double())
         residual = p - (gradient < 0).double()
+        # -log p of a target 1, and -log(1 - p) of a target 0
+        loss = softplus(torch.where(gradient < 0, -output.double(), output.double()))
         terms = torch.stack(
             [
                 p * (1 - p),
@@ -85,9 +92,11 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
                 residual * gradient,
                 gradient * gradient,
                 torch.ones_like(p),
+                loss,
+                torch.zeros_like(p),
             ]
         )
-        return torch.where(gradient != 0, terms, 0.0).reshape(5, batch, -1).sum(2).T
+        return torch.where(gradient != 0, terms, 0.0).reshape(7, batch, -1).sum(2).T
     # Shape (position, class). The large arrays are used in products only: one pass each.
     classes = output.shape[_classes(link)]
     gradient = gradient.movedim(_classes(link), -1).reshape(-1, classes)
@@ -100,11 +109,26 @@ def cross_entropy_statistics(output: Tensor, gradient: Tensor, link: Link) -> Te
     square, product = _dot(p, p), _dot(p, gradient)
     # sum p (1 - p) = 1 - |p|^2; |p - y|^2 = |p|^2 - 2 p_y + 1
     one = torch.ones_like(g_y)
-    terms = torch.stack(
-        [1 - square, square - 2 * p_y + 1, product - g_y, _dot(gradient, gradient), one]
-    )
+    loss, number = -p_y.clamp_min(_SMALLEST).log(), target[:, 0].double() + 1
+    residual, norm = square - 2 * p_y + 1, _dot(gradient, gradient)
+    terms = torch.stack([1 - square, residual, product - g_y, norm, one, loss, number])
     terms = torch.where(g_y != 0, terms, 0.0)
-    return (terms if terms.shape[1] == batch else terms.reshape(5, batch, -1).sum(2)).T
+    return (terms if terms.shape[1] == batch else terms.reshape(7, batch, -1).sum(2)).T
+
+
+def losses_and_targets(statistics: F64) -> tuple[F32, NDArray[np.int32]]:
+    """Return the loss and the target class of each sample.
+
+    Args:
+        statistics: results of `cross_entropy_statistics`, shape (B, 7).
+
+    Returns:
+        The mean of the losses of a sample's positions, shape (B,), 0 for a sample without a
+        gradient. And the target class, shape (B,), -1 for a sample with several positions or none.
+    """
+    positions, losses, numbers = statistics.T[4:]
+    targets = np.where(positions == 1, numbers - 1, -1)
+    return _as_float32(losses / np.maximum(positions, 1.0)), targets.astype(np.int32)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -133,7 +157,7 @@ def cross_entropy_weights(
         loss). It is False for a pass of one sample too, which cannot show such factors.
     """
     starts = np.cumsum(sizes) - sizes
-    trace, residual, product, square, positions = statistics.T
+    trace, residual, product, square, positions = statistics.T[:5]
     with np.errstate(invalid="ignore", divide="ignore"):
         factors = np.add.reduceat(product, starts) / np.add.reduceat(residual, starts)
         factor = np.repeat(factors, sizes)
@@ -152,8 +176,8 @@ def cross_entropy_weights(
 
 def curvature_weights(
     loss: Loss, output: Tensor, target: Tensor, gradient: Tensor, batch: int
-) -> NDArray[np.float32]:
-    """Return rho of the samples of one backward pass, for any loss.
+) -> tuple[F32, F32]:
+    """Return rho and the losses of the samples of one backward pass, for any loss.
 
     Squared error has a closed form. Other losses are differentiated. The trace is exact up to
     `EXACT_COORDINATES` outputs a sample. Beyond, it is Hutchinson's unbiased estimate, which is
@@ -169,7 +193,8 @@ def curvature_weights(
 
     Returns:
         rho, shape (B,), for rows that are gradients of that pass. It is not-a-number if `gradient`
-        is not a gradient of this loss, or if autograd has no second derivative of the loss.
+        is not a gradient of this loss, or if autograd has no second derivative of the loss. And
+        the losses, shape (B,), not-a-number if `gradient` is not a gradient of this loss.
 
     Raises:
         PipelineError: the loss does not return one value for each sample.
@@ -191,17 +216,19 @@ def curvature_weights(
     squares = own.detach().double().pow(2).flatten(1).sum(1)
     factor = (own.detach().double() * gradient.double()).sum() / squares.sum()
     left = (gradient.double() - factor * own.detach().double()).pow(2).flatten(1).sum(1).sqrt()
+    unknown = np.full(len(output), np.nan, np.float32)
     if not bool((left <= factor * _ROUNDING[gradient.dtype] * squares.sqrt().max()).all()):
-        return np.full(len(output), np.nan, np.float32)
+        return unknown, unknown
+    of_samples = losses.detach().float().cpu().numpy()
     trace = _squared_error_trace(output, target, own.detach())
     positions = _positions(output, target) if trace is None else output.numel() // len(output)
     if trace is None:
         try:
             trace = _trace(own, leaf)
         except RuntimeError:  # torch has no derivative
-            return np.full(len(output), np.nan, np.float32)
+            return unknown, of_samples
     rho = torch.where(squares > 0, trace / (positions * batch * factor * squares), 0.0)
-    return _as_float32(rho.cpu().numpy())
+    return _as_float32(rho.cpu().numpy()), of_samples
 
 
 def _positions(output: Tensor, target: Tensor) -> int:

@@ -44,12 +44,30 @@ class SeenOutput:
             `output` later.
         gradient: gradient that arrived at `output`.
         first: place in the step of the first sample of `output`.
+        last_input: input of the last recorded module of the pass, detached, shape (B, d), if the
+            module's output has the shape of `output`. None: it is not known.
     """
 
     output: Tensor
     version: int
     gradient: Tensor
     first: int
+    last_input: Tensor | None = None
+
+
+def placed_once(passes: Sequence[SeenOutput], batch: int) -> list[SeenOutput]:
+    """Return the passes whose samples are met in no other pass of the step.
+
+    Args:
+        passes: passes of a step.
+        batch: number of samples of the step.
+    """
+    spans = [(seen.first, seen.first + len(seen.output)) for seen in passes]
+    return [
+        seen
+        for seen, (first, end) in zip(passes, spans, strict=True)
+        if end <= batch and sum(a < end and first < b for a, b in spans) == 1
+    ]
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +164,8 @@ class Capture:
         self._model = model
         self.half_precision = False
         self.outputs: list[SeenOutput] = []
+        # shape of the output of the last module that was called, and its input
+        self._last_called: tuple[torch.Size, Tensor] | None = None
         self._pass = Pass(0, 0)
         # calls whose inputs are kept, and the backward passes whose ends release the inputs
         self._calls: list[Call] = []
@@ -202,6 +222,7 @@ class Capture:
         for call in self._calls:
             call.release()
         self._calls = []
+        self._last_called = None
         self.coupling.release()
         self._forget_containers()
 
@@ -387,14 +408,26 @@ class Capture:
             self._inner.is_used = False
         self._inner = None if is_whole else watch
         value, version = predicted.detach(), predicted._version
+        last_input = self._input_of(predicted)
 
         def on_gradient(gradient: Tensor) -> None:
             if self._sink is sink and watch.is_used and self._destination(None) is not False:
+                output = value.to(gradient.dtype)
                 self.outputs.append(
-                    SeenOutput(value.to(gradient.dtype), version, gradient.detach(), first)
+                    SeenOutput(output, version, gradient.detach(), first, last_input)
                 )
 
         watch_gradient(output, predicted, on_gradient)
+
+    def _input_of(self, predicted: Tensor) -> Tensor | None:
+        """Return the input of the last module that was called, if its output is `predicted`.
+
+        The model may have changed the output without changing its shape, such as by a softmax.
+        """
+        if predicted.dim() != 2 or self._last_called is None:
+            return None
+        shape, given = self._last_called
+        return given if shape == predicted.shape else None
 
     def _forward(
         self,
@@ -409,6 +442,8 @@ class Capture:
         if not isinstance(output, Tensor):
             self._attribution.leave_to_graph(watched.owned.values())
             return
+        if output.dim() == 2 and args and isinstance(args[0], Tensor) and args[0].dim() == 2:
+            self._last_called = output.shape, args[0].detach()
         wanted = watched.wanted(self._attribution.by_graph)
         if not wanted or not output.requires_grad or not output.numel():
             return

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from hydra_pipe.maths.curvature import (
     cross_entropy_weights,
     curvature_weights,
     fits,
+    losses_and_targets,
 )
-from hydra_pipe.recording.capture import SeenOutput
+from hydra_pipe.recording.capture import SeenOutput, placed_once
 from hydra_pipe.recording.targets import TargetCheck
+from hydra_pipe.types import F32
 
 # Outputs and gradients of several steps wait, since small tensors cost less together. They wait for
 # at most this many bytes, or until the rows are written.
@@ -35,7 +38,8 @@ class _Pass:
             `output` later.
         gradient: gradient that arrived at `output`.
         batch: number of samples in the whole step.
-        out: array to fill with the weights of the pass, shape (B,).
+        out: arrays to fill with the weights, the losses and the targets of the pass, each of shape
+            (B,).
         samples: ids of the samples, shape (B,).
         told: loss function and targets, if the loop named them; None otherwise.
     """
@@ -44,13 +48,37 @@ class _Pass:
     version: int
     gradient: Tensor
     batch: int
-    out: NDArray[np.float32]
+    out: "LossColumns"
     samples: NDArray[np.int64]
     told: tuple[Loss, Tensor] | None
 
     @property
     def eps(self) -> float:
         return torch.finfo(self.output.dtype).eps
+
+
+@dataclass(frozen=True, slots=True)
+class LossColumns:
+    """What the loss tells of the rows of a step.
+
+    Args:
+        curvature: rho, shape (row,), float32; NaN where it is unknown.
+        losses: loss of the row's sample, shape (row,), float32; NaN where it is unknown.
+        targets: target class of the row's sample, shape (row,), int32; -1 where it is unknown.
+    """
+
+    curvature: F32
+    losses: F32
+    targets: NDArray[np.int32]
+
+    @classmethod
+    def unknown(cls, n_rows: int) -> Self:
+        """Return columns of unknown values."""
+        nothing = np.full((2, n_rows), np.nan, np.float32)
+        return cls(nothing[0], nothing[1], np.full(n_rows, -1, np.int32))
+
+    def __getitem__(self, rows: slice) -> "LossColumns":
+        return LossColumns(self.curvature[rows], self.losses[rows], self.targets[rows])
 
 
 class CurvatureWatch:
@@ -82,7 +110,7 @@ class CurvatureWatch:
         passes: Sequence[SeenOutput],
         samples: NDArray[np.int64],
         shares: NDArray[np.int64] | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> LossColumns:
         """Take the passes of a step that is about to be recorded.
 
         Args:
@@ -91,37 +119,33 @@ class CurvatureWatch:
             shares: place of the row of each share, shape (shares,); None if rows are not shared.
 
         Returns:
-            rho of each sample and of each share, shape (batch + shares,), float32. `finish` fills
-            it in. An unknown value is NaN.
+            Columns of the rows of the step's samples, then of the shares. `finish` fills the
+            columns in. Of shared rows only the curvature is known.
         """
         batch = len(samples)
-        column = np.full(batch + (0 if shares is None else len(shares)), np.nan, np.float32)
+        columns = LossColumns.unknown(batch + (0 if shares is None else len(shares)))
+        found = columns
         if shares is not None:
-            self._shared.append((column, batch, shares))
-        ends = [seen.first + seen.output.shape[0] for seen in passes]
-        for seen, end in zip(passes, ends, strict=True):
-            # a sample that was seen twice in a step has two terms, without a common curvature
-            meeting = (
-                sum(o.first < end and seen.first < e for o, e in zip(passes, ends, strict=True))
-                if len(passes) > 1
-                else 1
+            self._shared.append((columns.curvature, batch, shares))
+            # a mixed input has two targets, and its loss is no sample's
+            found = LossColumns(
+                columns.curvature, np.empty_like(columns.losses), np.empty_like(columns.targets)
             )
-            if meeting == 1 and end <= batch:
-                told = next(
-                    ((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()),
-                    None,
-                )
-                out = column[seen.first : end]
-                own = samples[seen.first : end] if shares is None else samples[:0]
-                self._waiting.append(
-                    _Pass(seen.output, seen.version, seen.gradient, batch, out, own, told)
-                )
-                # a view keeps the whole storage of its base in memory
-                self._waiting_bytes += seen.output.untyped_storage().nbytes()
+        for seen in placed_once(passes, batch):
+            rows = slice(seen.first, seen.first + len(seen.output))
+            told = next(
+                ((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None
+            )
+            own = samples[rows] if shares is None else samples[:0]
+            self._waiting.append(
+                _Pass(seen.output, seen.version, seen.gradient, batch, found[rows], own, told)
+            )
+            # a view keeps the whole storage of its base in memory
+            self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
         if self._waiting_bytes > _WAITING_BYTES:
             self.finish()
-        return column
+        return columns
 
     def finish(self) -> None:
         """Fill in the columns that `observe` has returned so far.
@@ -139,7 +163,7 @@ class CurvatureWatch:
                 loss, target = one.told
                 # forked: a loss may draw from the generator that the training uses
                 with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
-                    one.out[:] = curvature_weights(
+                    one.out.curvature[:], one.out.losses[:] = curvature_weights(
                         loss, one.output, target, one.gradient, one.batch
                     )
         for column, batch, shares in self._shared:
@@ -161,14 +185,18 @@ class CurvatureWatch:
                 torch.cat([p.gradient for p in group]),
             )
             statistics = cross_entropy_statistics(outputs, gradients, link).cpu().numpy()
-            sizes = np.array([len(p.out) for p in group])
+            sizes = np.array([len(p.output) for p in group])
             batches = np.array([p.batch for p in group])
             weights, known = cross_entropy_weights(statistics, sizes, batches, group[0].eps)
-            for one, of_pass, is_known in zip(
-                group, np.split(weights, np.cumsum(sizes)[:-1]), known, strict=True
-            ):
+            ends = np.cumsum(sizes)[:-1]
+            columns = (weights, *losses_and_targets(statistics))
+            of_passes = [
+                LossColumns(*of) for of in zip(*(np.split(c, ends) for c in columns), strict=True)
+            ]
+            for one, found, is_known in zip(group, of_passes, known, strict=True):
                 if is_known:
-                    one.out[:] = of_pass
+                    one.out.curvature[:], one.out.losses[:] = found.curvature, found.losses
+                    one.out.targets[:] = found.targets
                     if link == "softmax" and self._targets.is_on and len(one.samples):
                         self._check_targets(one)
                 else:

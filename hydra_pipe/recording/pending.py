@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.dynamics import DynamicsWatch
 from hydra_pipe.recording.micro_batches import Mixture
 from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.recording_stage import RecordingStage
 from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.recording.step_sync import StepSync
 from hydra_pipe.store import names
+from hydra_pipe.store.data.dynamics import DynamicsShape
+from hydra_pipe.types import F32
 
 
 @dataclass
@@ -24,10 +27,16 @@ class StepNote:
     """A note on the present step, which the loop may fill in.
 
     Args:
-        loss: mean loss of the batch, kept in the step table; nan if the loop does not set it.
+        loss: mean loss of the batch, kept in the step table. nan: the mean of the samples' losses,
+            if they are known.
     """
 
     loss: float = nan
+
+
+def _mean_loss(note: StepNote, losses: F32) -> float:
+    """Return the mean loss of a step: what the loop set, or else the mean of the rows' losses."""
+    return float(losses.mean(dtype=np.float64)) if isnan(note.loss) else note.loss
 
 
 class PendingSteps:
@@ -36,7 +45,8 @@ class PendingSteps:
     Args:
         collector: collector of the rows.
         updates: reader of the optimiser's updates.
-        curvature: source of the rows' curvature weights.
+        curvature: source of the rows' curvature weights and losses.
+        dynamics: source of the rows' logits and last inputs.
         sync: agreement with other processes on the steps.
         output: destination of the steps.
     """
@@ -46,16 +56,17 @@ class PendingSteps:
         collector: Collector,
         updates: OptimizerReader,
         curvature: CurvatureWatch,
+        dynamics: DynamicsWatch,
         sync: StepSync,
         output: RecordingStage,
     ) -> None:
         self._collector, self._updates, self._curvature = collector, updates, curvature
-        self._sync, self._output = sync, output
+        self._sync, self._output, self._dynamics = sync, output, dynamics
         #: steps taken, including the steps before a resume
         self.n_steps = 0
         # rows of the waiting steps, and the other values of their lines in the step tables
         self._buffer: RowBuffer | None = None
-        self._lines: list[tuple[StepNote, dict[str, Any]]] = []
+        self._lines: list[tuple[StepNote, F32, dict[str, Any]]] = []
 
     def resume(self, n_steps: int) -> None:
         """Resume after `n_steps` steps that are written."""
@@ -79,7 +90,10 @@ class PendingSteps:
         """
         gradients = self._updates.gradients(self.n_steps)
         shares = None if mixture is None else mixture.places
-        curvature = self._curvature.observe(self._collector.outputs, samples, shares)
+        outputs = self._collector.outputs
+        of_loss = self._curvature.observe(outputs, samples, shares)
+        n_rows = len(of_loss.losses)
+        seen = self._dynamics.observe(outputs, n_rows, mixed=mixture is not None)
         if mixture is not None:
             samples = np.concatenate([samples, mixture.partners])
         if (
@@ -91,11 +105,15 @@ class PendingSteps:
         columns = {
             names.SAMPLE: samples,
             names.STEP: np.full(len(samples), self.n_steps),
-            names.CURVATURE: curvature,
+            names.CURVATURE: of_loss.curvature,
+            names.LOSS: of_loss.losses,
+            names.TARGET: of_loss.targets,
+            **seen,
         }
         when = f"at step {self.n_steps}"
         self._buffer = self._collector.add_to(self._buffer, gradients, columns, when, at_step=True)
-        self._lines.append((note, self._updates.settings(gradients) | {names.N_ROWS: len(samples)}))
+        settings = self._updates.settings(gradients) | {names.N_ROWS: len(samples)}
+        self._lines.append((note, of_loss.losses, settings))
         self.n_steps += 1
         if self._sync.flushes_at_will and self._output.writer is None:
             self.flush()
@@ -111,13 +129,16 @@ class PendingSteps:
         """
         # first: it may call the user's loss, which may raise; the steps are good all the same
         self._curvature.finish()
-        lines = [(note.loss, values) for note, values in self._lines]
+        self._dynamics.finish()
+        lines = [(_mean_loss(note, losses), values) for note, losses, values in self._lines]
         self._lines = []
         with torch.no_grad():
             checked, agreed, error = self._sync.synchronize(self._buffer, lines)
             if self._buffer is not None and checked is not None and checked.entries:
                 assert self._collector.dtype is not None  # it was chosen with the layout
-                writer = self._output.open(self._buffer.layout, self._collector.dtype)
+                shape = self._dynamics.shape or DynamicsShape()
+                writer = self._output.open(self._buffer.layout, self._collector.dtype, shape)
+                self._dynamics.shape = writer.dynamics
                 with self._sync.holding():
                     self._output.write(writer, self._buffer, checked, agreed)
         if error is not None:
@@ -129,6 +150,7 @@ class PendingSteps:
         # finish() calls.
         with suppress(Exception):
             self._curvature.finish()
+            self._dynamics.finish()
         if self._sync.flushes_at_will:
             with suppress(Exception):
                 self.flush()

@@ -26,6 +26,7 @@ from hydra_pipe.recording.capture import Watching
 from hydra_pipe.recording.collectives import processes_of, unwrapped
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.dynamics import DynamicsWatch
 from hydra_pipe.recording.loop import Between, Loop
 from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.optimizers import check_optimizer, innermost, rule_of
@@ -174,8 +175,14 @@ class Recorder:
         )
         self._targets = TargetCheck(self._sample_labels)
         self._curvature = CurvatureWatch(self._targets)
+        self._dynamics = DynamicsWatch(seed)
         self._pending = PendingSteps(
-            self._collector, updates, self._curvature, self._sync, self._output
+            self._collector,
+            updates,
+            self._curvature,
+            self._dynamics,
+            self._sync,
+            self._output,
         )
         self._tests = TestGradients(
             self._model, parameters, self._collector, self._output, self._processes, seed

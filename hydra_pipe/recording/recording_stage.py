@@ -18,6 +18,7 @@ from hydra_pipe.recording.one_process import Pending
 from hydra_pipe.recording.row_buffer import Checked, RowBuffer
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
+from hydra_pipe.store.data.dynamics import DynamicsShape
 from hydra_pipe.store.data.gradients import Gradients, ResumePoint
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.store.data.recording import forget_upto
@@ -71,8 +72,13 @@ class RecordingStage:
         found: list[int] = self._processes.gather([count])[:, 0].astype(int).tolist()
         return found
 
-    def open(self, layout: Layout, dtype: Dtype) -> GradientsWriter:
+    def open(self, layout: Layout, dtype: Dtype, dynamics: DynamicsShape) -> GradientsWriter:
         """Return the store, made anew at the first call. Collective.
+
+        Args:
+            layout: block directory.
+            dtype: dtype of the rows.
+            dynamics: sizes of the dynamics of a row. The sizes of rank 0 count.
 
         Raises:
             UsageError: the ranks chose different dtypes.
@@ -81,6 +87,8 @@ class RecordingStage:
         if self.writer is not None:
             return self.writer
         self._processes.require_same({"dtype": dtype})  # each rank chose its dtype alone
+        sizes = self._processes.gather_text(json.dumps(dynamics.to_json()))[0]
+        dynamics = DynamicsShape.from_json(json.loads(sizes))
         with self._processes.together():
             if self._processes.is_first:
                 self._lock = Lock(self.path, RECORD, take_over=True)
@@ -92,15 +100,20 @@ class RecordingStage:
                 self._directory = directory = RunDirectory.create(self.path)
                 directory.begin(RECORD, self._settings)
                 self._run_id = directory.run_id
-                self.writer = self._part_of_store(layout, dtype, directory.run_id)
+                self.writer = self._part_of_store(layout, dtype, dynamics, directory.run_id)
         self._run_id = self._processes.gather_text(self._run_id or "")[0]
         with self._processes.together():
-            self.writer = self.writer or self._part_of_store(layout, dtype, self._run_id)
+            self.writer = self.writer or self._part_of_store(layout, dtype, dynamics, self._run_id)
         assert self.writer is not None
         return self.writer
 
     def _part_of_store(
-        self, layout: Layout, dtype: Dtype, run_id: str, kept: ResumePoint | None = None
+        self,
+        layout: Layout,
+        dtype: Dtype,
+        dynamics: DynamicsShape,
+        run_id: str,
+        kept: ResumePoint | None = None,
     ) -> GradientsWriter:
         return GradientsWriter(
             self.path / names.GRADIENTS,
@@ -108,6 +121,7 @@ class RecordingStage:
             dtype,
             self._n_groups,
             run_id,
+            dynamics=dynamics,
             preconditioned=self._preconditioned,
             rank=self._processes.rank,
             n_ranks=self._processes.size,
@@ -240,7 +254,9 @@ class RecordingStage:
                     forget_upto(directory, wanted.n_steps)
                     self._directory = directory
             with self._processes.together():
-                self.writer = self._part_of_store(store.layout, dtype, wanted.run_id, wanted.kept)
+                self.writer = self._part_of_store(
+                    store.layout, dtype, store.dynamics_shape, wanted.run_id, wanted.kept
+                )
                 if self._processes.is_first:
                     self._commit(wanted)
             self._run_id = wanted.run_id

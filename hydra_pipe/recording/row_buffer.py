@@ -51,6 +51,9 @@ IMBALANCE_LIMIT = {
 # gradients are then rounded differently.
 _FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
 
+# Columns of a table of rows that the buffer itself fills.
+_OWN = (names.GRADIENT, names.SCALE)
+
 
 def imbalance_limit(dtype: torch.dtype) -> float:
     """Return the limit for gradients of `dtype`, at the loop's precision of matrix products."""
@@ -366,8 +369,11 @@ class RowBuffer:
         for rows, views in table.reserve(n_rows):
             self._transfer(features[rows], views[names.GRADIENT], table.wait_for)
             views[names.SCALE][:] = of_blocks[rows]
-            for name, values in further.items():
-                views[name][:] = values[rows]
+            for name, view in views.items():
+                if name in further:
+                    view[:] = further[name][rows]
+                elif name not in _OWN:  # another rank has seen what this rank has not
+                    view[:] = -1 if view.dtype == np.int32 else np.nan
 
     def _largest(self, n_rows: int) -> Tensor:
         """Return the largest magnitude in each row of each part, shape (row, part)."""

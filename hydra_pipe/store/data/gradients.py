@@ -17,6 +17,7 @@ from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
+from hydra_pipe.store.data.dynamics import DynamicsShape
 from hydra_pipe.store.data.rows import (
     ROWS_UNREADABLE,
     Rows,
@@ -27,6 +28,7 @@ from hydra_pipe.store.data.rows import (
 )
 from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
+from hydra_pipe.store.zarr.table import TableColumn
 
 NO_GOING_ON = "load an earlier state, or record the run again"
 
@@ -47,6 +49,8 @@ STEP_COLUMNS = {names.GRADIENT_SCALE: "float64", names.LOSS: "float64", names.IM
 ROWS_OF_STEP = {names.FIRST_ROW: "int64", names.N_ROWS: "int64"}
 # Arrays of rows.
 ROW_COLUMNS = (names.GRADIENT, names.SCALE, names.SAMPLE, names.STEP, names.CURVATURE)
+# Arrays of rows that a recording may have.
+DYNAMICS_COLUMNS = (names.LOSS, names.TARGET, names.LOGITS, names.TOP_CLASSES, names.LAST_INPUT)
 
 _GROUP_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in GROUP_COLUMNS.items()}
 _BLOCK_TABLES = {f"{names.STEPS}/{name}": dtype for name, dtype in BLOCK_COLUMNS.items()}
@@ -120,6 +124,10 @@ class Gradients:
         if not isinstance(layout, dict):
             raise StoreError(f"{path} has no block directory: {ROWS_UNREADABLE}")
         self.layout = Layout.from_json(layout)
+        try:
+            self.dynamics_shape = DynamicsShape.from_json(self._root.attributes.get(names.DYNAMICS))
+        except ValueError as error:
+            raise StoreError(f"{path} has {error}: {ROWS_UNREADABLE}") from error
         self._columns: dict[str, Array] = {}
         self._names: list[str] | None = None
         self._parts = self._groups_of_parts()
@@ -144,6 +152,10 @@ class Gradients:
                 f"{ROWS_UNREADABLE}"
             )
         return found
+
+    @property
+    def _dynamics(self) -> dict[str, TableColumn]:
+        return {column.name: column for column in self.dynamics_shape.columns}
 
     @property
     def n_ranks(self) -> int:
@@ -192,6 +204,18 @@ class Gradients:
             StoreError: damaged.
         """
         return self._row_column(names.CURVATURE, rows)
+
+    def row_dynamics(self, name: str, rows: slice) -> NDArray[Any]:
+        """Return an array of the dynamics for each row in `rows`.
+
+        Args:
+            name: name of a column of `dynamics_shape`.
+            rows: the rows.
+
+        Raises:
+            StoreError: damaged.
+        """
+        return self._row_column(name, rows)
 
     def step_table(self, name: str) -> NDArray[Any]:
         """Return one table of the steps, whole: (step,), (step, group) or (step, block).
@@ -249,6 +273,10 @@ class Gradients:
             array = group.array(name)
             if name in _DTYPES:
                 check_kind(array, (_DTYPES[name],), self._width(name, array))
+            elif (column := self._dynamics.get(name)) is not None:
+                check_kind(
+                    array, (column.dtype,), None if column.width is None else column.width[0]
+                )
             self._columns[key] = array
         return array
 
@@ -414,7 +442,8 @@ class Gradients:
         """
         found = dict(self.arrays())
         for part in range(self.n_ranks):
-            for name in (*ROW_COLUMNS[2:], *(f"{names.STEPS}/{name}" for name in ROWS_OF_STEP)):
+            of_rows = (*ROW_COLUMNS[2:], *self._dynamics)
+            for name in (*of_rows, *(f"{names.STEPS}/{name}" for name in ROWS_OF_STEP)):
                 self._array(name, part)
         for which in (names.TRAIN_LABELS, names.TEST_LABELS):
             if (labels := found.get(f"{names.LABELS}/{which}")) is not None:
@@ -427,7 +456,7 @@ class Gradients:
         expected: dict[str, int] = {}
         for rank, n_rows in enumerate(part_rows):
             part = "" if len(part_rows) == 1 else f"{names.rank_name(rank)}/"
-            expected |= {f"{part}{name}": n_rows for name in ROW_COLUMNS}
+            expected |= {f"{part}{name}": n_rows for name in (*ROW_COLUMNS, *self._dynamics)}
             expected |= {f"{part}{names.STEPS}/{name}": n_steps for name in ROWS_OF_STEP}
         expected |= {
             f"{names.STEPS}/{name}": n_steps

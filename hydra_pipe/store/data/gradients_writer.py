@@ -11,8 +11,10 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.chunking import Geometry, store_geometry
 from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
+from hydra_pipe.store.data.dynamics import DynamicsShape
 from hydra_pipe.store.data.gradients import (
     BLOCK_COLUMNS,
+    DYNAMICS_COLUMNS,
     GROUP_COLUMNS,
     ROW_COLUMNS,
     ROWS_OF_STEP,
@@ -46,6 +48,7 @@ class GradientsWriter:
         dtype: dtype of the rows: float16, int8 or float32.
         n_groups: number of parameter groups of the optimiser.
         run_id: id of the run, for the attributes.
+        dynamics: sizes of the dynamics of a row.
         preconditioned: True if rows and test gradients are times the root of the optimiser's
             preconditioner.
         rank, n_ranks: number of this process, and number of processes that record together.
@@ -66,6 +69,7 @@ class GradientsWriter:
         n_groups: int,
         run_id: str,
         *,
+        dynamics: DynamicsShape,
         preconditioned: bool = False,
         rank: int = 0,
         n_ranks: int = 1,
@@ -73,11 +77,13 @@ class GradientsWriter:
         allocate: Allocate = np.zeros,
     ) -> None:
         self.layout, self.dtype, self._n_groups = layout, dtype, n_groups
+        self.dynamics = dynamics
         if rank == 0 and kept is None:
             attributes = {
                 names.RUN_ID: run_id,
                 names.LAYOUT: layout.to_json(),
                 names.PRECONDITIONED: preconditioned,
+                names.DYNAMICS: dynamics.to_json(),
             }
             self._root = _create(path, attributes, n_ranks)
         else:
@@ -97,6 +103,7 @@ class GradientsWriter:
                 TableColumn(names.SAMPLE, "int64"),
                 TableColumn(names.STEP, "int64"),
                 TableColumn(names.CURVATURE, "float32"),
+                *dynamics.columns,
             ],
             names.ROW_DIM,
             geometry.shard_rows,
@@ -136,7 +143,8 @@ class GradientsWriter:
             n_tests: number of further test gradients.
         """
         beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
-        row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside
+        seen = sum(map(_bytes_of, self.dynamics.columns))
+        row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside + seen
         test_bytes = self.layout.n_features * np.dtype(test_dtype(self.dtype)).itemsize + beside
         n_preconditioned = (
             sum(block.numel for block in self.layout.blocks)
@@ -147,9 +155,7 @@ class GradientsWriter:
             *_shared_step_columns(self._n_groups, len(self.layout.blocks)),
             *(TableColumn(*c) for c in ROWS_OF_STEP.items()),
         ]
-        step_bytes = sum(
-            np.dtype(c.dtype).itemsize * (1 if c.width is None else c.width[0]) for c in columns
-        )
+        step_bytes = sum(map(_bytes_of, columns))
         values_bytes = (
             n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_preconditioned * 4
         )
@@ -287,6 +293,11 @@ class GradientsWriter:
             self._taking = None
 
 
+def _bytes_of(column: TableColumn) -> int:
+    """Return the bytes of one row of a column."""
+    return np.dtype(column.dtype).itemsize * (1 if column.width is None else column.width[0])
+
+
 def test_dtype(dtype: str) -> str:
     """Return the dtype of test gradients beside rows of `dtype`."""
     return "float32" if dtype == "float32" else "float16"
@@ -352,7 +363,7 @@ def _remove_past(path: Path, kept: ResumePoint) -> None:
     Test gradients and labels that are not kept are removed, a preconditioner of such test
     gradients, and rows of another run.
     """
-    for name in (names.RANK,) if len(kept.part_rows) == 1 else ROW_COLUMNS:
+    for name in (names.RANK,) if len(kept.part_rows) == 1 else (*ROW_COLUMNS, *DYNAMICS_COLUMNS):
         remove(path / name)
     for part, wanted in (
         (names.TEST, set(map(names.checkpoint_name, kept.tests))),

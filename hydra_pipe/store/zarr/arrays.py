@@ -42,7 +42,7 @@ _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 # Other dtypes may be pointers (object), or have elements of any number of bytes.
 _DTYPES = {
     name: np.dtype(name).newbyteorder("<")
-    for name in ("float16", "float32", "float64", "int8", "int64", "uint8")
+    for name in ("float16", "float32", "float64", "int8", "int32", "int64", "uint8")
 }
 # Room for a window up to this size is made without a check. For a larger one the array's
 # files are looked at first: can they hold so much?
