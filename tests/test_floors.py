@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "types", "units", "progress", "streams"},
     {"maths"},
     {"per_sample"},
-    {"plan"},
+    {"plan", "labels"},
     {"store"},
     {"recording", "reduction", "exporting"},
     {"training"},
@@ -216,7 +216,7 @@ def test_reduction_export_and_command_line_need_no_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "import hydra_pipe.reduction.run, hydra_pipe.exporting.run, hydra_pipe.cleaning.run, "
-        "hydra_pipe.reporting.run\n"
+        "hydra_pipe.reporting.run, hydra_pipe.labels\n"
         "import hydra_pipe.view, hydra_pipe.cli.app"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

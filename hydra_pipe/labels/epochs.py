@@ -1,0 +1,173 @@
+"""Statistics of each sample's visits, and which epochs to listen to.
+
+An epoch is worth listening to if the network has learnt, and has not yet memorised wrong labels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hydra_pipe.labels.dynamics import Dynamics, visited
+from hydra_pipe.types import F64, I64, Bools
+
+# Share of the trusted samples that the network predicts right when it has learnt.
+_LEARNT = 0.95
+
+
+@dataclass(frozen=True)
+class Visits:
+    """One number for each visit. A visit that did not happen is not a number.
+
+    Attributes:
+        loss: cross-entropy of the given label, shape (epoch, sample).
+        margin: logit of the given label less the largest other one, shape (epoch, sample).
+        error: length of the difference between probabilities and the given label (EL2N), shape
+            (epoch, sample).
+        hit: 1 if the given label is predicted, else 0, shape (epoch, sample).
+    """
+
+    loss: F64
+    margin: F64
+    error: F64
+    hit: F64
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One number for each sample, from all its visits. Not a number without a visit.
+
+    Attributes:
+        mean_loss: mean of the losses, shape (sample,).
+        last_loss: loss at the last visit, shape (sample,).
+        mean_margin: mean of the margins (area under the margin, AUM), shape (sample,).
+        mean_error: mean of EL2N, shape (sample,).
+        variability: standard deviation of the label's probability, shape (sample,).
+        wrong_epochs: number of visits at which another class was predicted, shape (sample,).
+        first_learnt: first epoch that predicted the label, or -1, int64, shape (sample,).
+    """
+
+    mean_loss: F64
+    last_loss: F64
+    mean_margin: F64
+    mean_error: F64
+    variability: F64
+    wrong_epochs: F64
+    first_learnt: I64
+
+
+def visits_of(dynamics: Dynamics) -> Visits:
+    """Return loss, margin, EL2N and hit of each visit."""
+    shape = (dynamics.n_epochs, len(dynamics.labels))
+    loss, margin, error, hit = (np.full(shape, np.nan) for _ in range(4))
+    rows = np.arange(shape[1])
+    for epoch in range(shape[0]):
+        log_p = dynamics.centred(epoch)
+        own = log_p[rows, dynamics.labels]
+        p = np.exp(log_p)
+        loss[epoch] = -own
+        squared = (p**2).sum(axis=1) - p[rows, dynamics.labels] ** 2
+        error[epoch] = np.sqrt(squared + (1 - p[rows, dynamics.labels]) ** 2)
+        log_p[rows, dynamics.labels] = -np.inf
+        margin[epoch] = own - log_p.max(axis=1)
+        hit[epoch] = np.where(visited(p), margin[epoch] > 0, np.nan)
+    return Visits(loss, margin, error, hit)
+
+
+def mean_over_visits(values: F64, weights: F64 | None = None) -> F64:
+    """Return each sample's weighted mean over the visits that happened.
+
+    A sample whose visits have no weight has their plain mean.
+
+    Args:
+        values: one number for each visit, shape (epoch, sample).
+        weights: weight of each epoch, shape (epoch,). None: all alike.
+
+    Returns:
+        Shape (sample,). Not a number without a visit.
+    """
+    happened = np.isfinite(values)
+    filled = np.where(happened, values, 0.0)
+    w = np.ones(len(values)) if weights is None else weights
+    total = w @ happened
+    count = happened.sum(axis=0)
+    plain = np.divide(filled.sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
+    found: F64 = np.divide(w @ filled, total, out=plain, where=total > 0)
+    return found
+
+
+def statistics_of(visits: Visits) -> Statistics:
+    """Return what is known of each sample from its visits."""
+    happened = np.isfinite(visits.loss)
+    probability = np.exp(-visits.loss)
+    mean_p = mean_over_visits(probability)
+    spread = mean_over_visits((probability - mean_p) ** 2)
+    last = len(visits.loss) - 1 - happened[::-1].argmax(axis=0)
+    hits = visits.hit == 1
+    wrong = np.where(happened.any(axis=0), (visits.hit == 0).sum(axis=0), np.nan)
+    return Statistics(
+        mean_loss=mean_over_visits(visits.loss),
+        last_loss=np.take_along_axis(visits.loss, last[None], axis=0)[0],
+        mean_margin=mean_over_visits(visits.margin),
+        mean_error=mean_over_visits(visits.error),
+        variability=np.sqrt(spread),
+        wrong_epochs=wrong,
+        first_learnt=np.where(hits.any(axis=0), hits.argmax(axis=0), -1),
+    )
+
+
+@dataclass(frozen=True)
+class EpochWeights:
+    """Weight of each epoch.
+
+    Attributes:
+        learnt: share of the trusted samples predicted right, above chance, in [0, 1], shape
+            (epoch,).
+        memorised: share of the samples that were predicted wrong when the network had learnt, and
+            are predicted right by now, shape (epoch,).
+        weight: weight of each epoch, sum 1, shape (epoch,).
+    """
+
+    learnt: F64
+    memorised: F64
+    weight: F64
+
+
+def epoch_weights(visits: Visits, n_classes: int) -> EpochWeights:
+    """Weigh epochs by what the network has learnt and has not yet memorised.
+
+    The trusted samples are the half with the lowest mean loss; then, once more, the half with the
+    lowest weighted mean loss.
+
+        learnt_e = max(0, (share of trusted samples hit at e - 1/K) / (1 - 1/K))
+        e* = the first epoch with that share of at least 0.95, else the one with the largest
+        memorised_e = share hit at e of the samples missed at e* - 1 and e*; 0 up to e*
+        weight_e ~ learnt_e^2 (1 - memorised_e)^2
+
+    Args:
+        visits: shape (epoch, sample).
+        n_classes: number of classes.
+    """
+    found = _weights(visits, mean_over_visits(visits.loss), n_classes)
+    return _weights(visits, mean_over_visits(visits.loss, found.weight), n_classes)
+
+
+def _weights(visits: Visits, loss: F64, n_classes: int) -> EpochWeights:
+    trusted = loss <= np.nanmedian(loss) if np.isfinite(loss).any() else np.ones(len(loss), bool)
+    share = _shares(visits.hit, trusted)
+    learnt = np.maximum(0.0, (share - 1 / n_classes) / max(1 - 1 / n_classes, 1e-9))
+    enough = share >= _LEARNT
+    turn = int(enough.argmax()) if enough.any() else int(share.argmax())
+    missed = (visits.hit[max(turn - 1, 0) : turn + 1] == 0).all(axis=0)
+    memorised = _shares(visits.hit, missed)
+    memorised[: turn + 1] = 0.0
+    weight = learnt**2 * (1 - memorised) ** 2
+    if weight.sum() <= 0:
+        weight = np.ones(len(weight))
+    return EpochWeights(learnt, memorised, weight / weight.sum())
+
+
+def _shares(hit: F64, chosen: Bools) -> F64:
+    """Share of the chosen samples hit at each epoch; 0 without a visit. Shape (epoch,)."""
+    own = hit[:, chosen]
+    happened = np.isfinite(own).sum(axis=1)
+    return np.asarray(np.nansum(own, axis=1) / np.maximum(happened, 1))

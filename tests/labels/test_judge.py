@@ -1,0 +1,134 @@
+"""The verdict on made-up trainings whose wrong labels are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.dynamics import made, permuted, renamed
+
+from hydra_pipe.errors import DataError
+from hydra_pipe.labels import Dynamics, TopLogits, Verdict, judge
+from hydra_pipe.maths.rank_statistics import roc_auc
+
+
+def f1(verdict: Verdict, wrong: np.ndarray) -> float:
+    hits = wrong[verdict.proposed].sum()
+    return float(2 * hits / (verdict.n_proposed + wrong.sum()))
+
+
+@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (4, 0), (4, 1), (10, 0)])
+def test_wrong_labels_are_found_and_put_right(classes: int, seed: int) -> None:
+    dynamics, truth = made(n=120 * classes, classes=classes, seed=seed)
+    wrong = dynamics.labels != truth
+    verdict = judge(dynamics)
+    assert roc_auc(verdict.score, wrong) > 0.95
+    assert f1(verdict, wrong) > 0.8
+    assert (verdict.suggested == truth)[wrong].mean() > 0.85
+
+
+def test_few_labels_are_proposed_where_none_is_wrong() -> None:
+    dynamics, _ = made(n=600, noise=0.0)
+    assert judge(dynamics).n_proposed <= 0.04 * 600
+
+
+def test_fewer_labels_are_proposed_with_caution() -> None:
+    dynamics, _ = made()
+    verdict = judge(dynamics)
+    assert 0 < verdict.n_cautious <= verdict.n_proposed
+
+
+def test_samples_in_another_order_get_the_same_verdict() -> None:
+    dynamics, _ = made()
+    order = np.random.default_rng(1).permutation(len(dynamics.labels))
+    one, other = judge(dynamics), judge(permuted(dynamics, order))
+    assert np.allclose(other.score, one.score[order], atol=1e-3)
+    assert (other.suggested == one.suggested[order]).mean() > 0.99
+    assert abs(other.n_proposed - one.n_proposed) <= 1
+
+
+def test_other_names_of_the_classes_give_the_same_verdict() -> None:
+    dynamics, _ = made()
+    names = np.array([2, 0, 3, 1])
+    one, other = judge(dynamics), judge(renamed(dynamics, names))
+    assert np.allclose(other.score, one.score, atol=1e-3)
+    assert (other.suggested == names[one.suggested]).mean() > 0.99
+
+
+def test_a_constant_added_to_the_logits_changes_nothing() -> None:
+    dynamics, _ = made()
+    assert isinstance(dynamics.logits, np.ndarray)
+    more = dynamics.logits + np.linspace(-5, 5, len(dynamics.labels))[:, None].astype(np.float32)
+    assert np.allclose(
+        judge(replace(dynamics, logits=more)).score, judge(dynamics).score, atol=1e-2
+    )
+
+
+def test_without_inputs_the_predictions_judge_alone_and_the_verdict_says_so() -> None:
+    dynamics, truth = made()
+    verdict = judge(replace(dynamics, inputs=None))
+    assert roc_auc(verdict.score, dynamics.labels != truth) > 0.9
+    assert verdict.evidence.ridge is None
+    assert verdict.evidence.votes is None
+    assert any("inputs of the last layer were not recorded" in w for w in verdict.warnings)
+
+
+def test_a_sample_without_a_visit_is_judged_by_its_label_alone() -> None:
+    dynamics, _ = made()
+    assert isinstance(dynamics.logits, np.ndarray)
+    assert dynamics.inputs is not None
+    logits, inputs = dynamics.logits.copy(), dynamics.inputs.copy()
+    logits[:, 5], inputs[:, 5] = np.nan, np.nan
+    logits[2, 9], inputs[2, 9] = np.nan, np.nan
+    verdict = judge(replace(dynamics, logits=logits, inputs=inputs))
+    assert np.isfinite(verdict.score).all()
+    assert 5 not in verdict.proposed
+    whole = judge(dynamics)
+    assert np.corrcoef(np.delete(verdict.score, 5), np.delete(whole.score, 5))[0, 1] > 0.99
+
+
+def test_one_epoch_is_enough_for_a_verdict() -> None:
+    dynamics, truth = made()
+    assert dynamics.inputs is not None
+    last = Dynamics(dynamics.labels, np.asarray(dynamics.logits)[3:4], dynamics.inputs[3:4])
+    assert roc_auc(judge(last).score, dynamics.labels != truth) > 0.9
+
+
+def test_nothing_is_proposed_if_all_labels_are_the_same() -> None:
+    dynamics, _ = made(n=60, noise=0.0)
+    verdict = judge(replace(dynamics, labels=np.zeros(60, np.int64)))
+    assert np.isfinite(verdict.score).all()
+    assert verdict.n_proposed == 0
+    assert any("all labels are the same" in w for w in verdict.warnings)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(DataError, match="1 class: there is no other class to suggest"):
+        judge(Dynamics(np.zeros(4, np.int64), np.zeros((2, 4, 1))))
+
+
+def test_kept_logits_of_many_classes_find_wrong_labels_too() -> None:
+    dynamics, truth = made(n=700, classes=70, noise=0.1)
+    z = np.asarray(dynamics.logits, np.float64)
+    classes = np.argsort(-z, axis=2)[:, :, :8]
+    own = np.take_along_axis(z, dynamics.labels[None, :, None], 2)[:, :, 0]
+    largest = np.take_along_axis(z, classes, 2)
+    log_sum = np.log(np.exp(z).sum(axis=2))
+    verdict = judge(replace(dynamics, logits=TopLogits(own, largest, classes, log_sum, 70)))
+    assert roc_auc(verdict.score, dynamics.labels != truth) > 0.9
+
+
+def test_a_network_that_has_hardly_learnt_is_warned_of() -> None:
+    dynamics, _ = made(epochs=1)
+    assert any("hardly learnt" in w for w in judge(dynamics).warnings)
+
+
+def test_two_unbalanced_classes_are_warned_of() -> None:
+    dynamics, _ = made(classes=2, noise=0.0)
+    rare = np.flatnonzero(dynamics.labels == 1)[60:]
+    kept = np.setdiff1d(np.arange(len(dynamics.labels)), rare)
+    assert any("two classes" in w for w in judge(permuted(dynamics, kept)).warnings)
+    assert not any("two classes" in w for w in judge(dynamics).warnings)
+
+
+def test_many_samples_that_agree_bring_no_warning() -> None:
+    assert judge(made()[0]).warnings == ()

@@ -1,0 +1,119 @@
+"""Predictions, ridge and votes, against fits without the sample and against brute force."""
+
+import numpy as np
+import pytest
+
+from hydra_pipe.labels import views
+from hydra_pipe.labels.dynamics import Dynamics
+from hydra_pipe.labels.views import (
+    PENALTIES,
+    chosen_voters,
+    heaviest,
+    predictions,
+    ridge,
+    ridge_and_votes,
+    votes,
+)
+from hydra_pipe.types import F64, I64
+
+
+def clouds(n: int = 40, features: int = 5, classes: int = 3) -> tuple[np.ndarray, I64]:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, n)
+    centres = rng.normal(0, 1, (classes, features))
+    return (centres[labels] + rng.normal(0, 1, (n, features))).astype(np.float32), labels
+
+
+def refitted(inputs: np.ndarray, labels: I64, classes: int, penalty: float) -> F64:
+    """Ridge by solving the normal equations again without each sample."""
+    x = inputs.astype(float)
+    x = np.column_stack([(x - x.mean(axis=0)) / x.std(axis=0), np.ones(len(x))])
+    y = np.eye(classes)[labels]
+    rows = []
+    for i in range(len(x)):
+        a, b = np.delete(x, i, axis=0), np.delete(y, i, axis=0)
+        rows.append(x[i] @ np.linalg.solve(a.T @ a + penalty * np.eye(x.shape[1]), a.T @ b))
+    return np.array(rows)
+
+
+def test_ridge_predicts_each_sample_from_a_fit_without_it() -> None:
+    inputs, labels = clouds()
+    fits = [refitted(inputs, labels, 3, penalty) for penalty in PENALTIES]
+    errors = [((fit - np.eye(3)[labels]) ** 2).sum() for fit in fits]
+    assert np.allclose(ridge(inputs, labels, 3), fits[int(np.argmin(errors))], atol=1e-6)
+
+
+def test_a_feature_that_never_changes_has_no_part_in_the_ridge() -> None:
+    inputs, labels = clouds()
+    more = np.column_stack([inputs, np.full(len(inputs), 7.0, np.float32)])
+    assert np.allclose(ridge(more, labels, 3), ridge(inputs, labels, 3), atol=1e-9)
+
+
+def voted(inputs: np.ndarray, labels: I64, classes: int, voters: I64, k: int) -> F64:
+    """Votes by a sort of all similarities."""
+    found = np.zeros((len(inputs), classes))
+    for i, a in enumerate(inputs.astype(float)):
+        similar = [
+            (a @ b / np.linalg.norm(a) / np.linalg.norm(b), labels[j])
+            for j, b in zip(voters, inputs[voters].astype(float), strict=True)
+            if j != i
+        ]
+        for cosine, label in sorted(similar, reverse=True)[:k]:
+            found[i, label] += max(cosine, 0)
+    return found / found.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_votes_are_those_of_a_full_sort(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "_BLOCK", block)
+    monkeypatch.setattr(views, "NEIGHBOURS", 7)
+    inputs, labels = clouds()
+    for voters in (np.arange(40), np.arange(0, 40, 3)):
+        found = votes(inputs, labels, 3, voters)
+        assert np.allclose(found, voted(inputs, labels, 3, voters, 7), atol=1e-5)
+
+
+def test_a_sample_does_not_vote_on_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "NEIGHBOURS", 1)
+    inputs = np.array([[1, 0], [1, 0.01], [0, 1], [0.01, 1]], np.float32)
+    found = votes(inputs, np.array([0, 1, 2, 2]), 3, np.arange(4))
+    assert found.argmax(axis=1).tolist() == [1, 0, 2, 2]
+
+
+def test_no_more_samples_vote_than_are_allowed() -> None:
+    assert (chosen_voters(views.MOST_VOTERS) == np.arange(views.MOST_VOTERS)).all()
+    voters = chosen_voters(3 * views.MOST_VOTERS)
+    assert len(np.unique(voters)) == views.MOST_VOTERS
+    assert (np.diff(voters) > 0).all()
+
+
+def test_predictions_are_the_weighted_mean_of_the_visits_that_happened() -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1, (3, 5, 4))
+    p = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    logits[1, 2], logits[:, 3] = np.nan, np.nan
+    weights = np.array([0.2, 0.5, 0.3])
+    found = predictions(Dynamics(np.zeros(5, np.int64), logits), weights)
+    assert np.allclose(found[0], weights @ p[:, 0])
+    assert np.allclose(found[2], (0.2 * p[0, 2] + 0.3 * p[2, 2]) / 0.5)
+    assert np.allclose(found[3], 1 / 4)
+
+
+def test_the_heaviest_epochs_come_in_order_of_time() -> None:
+    assert heaviest(np.array([0.1, 0.0, 0.5, 0.4]), 2).tolist() == [2, 3]
+    assert heaviest(np.array([0.1, 0.0, 0.5, 0.4]), 9).tolist() == [0, 2, 3]
+
+
+def test_a_sample_without_inputs_has_even_chances() -> None:
+    inputs, labels = clouds()
+    inputs = np.stack([inputs, inputs])
+    inputs[:, 4] = np.nan
+    found = ridge_and_votes(Dynamics(labels, np.zeros((2, 40, 3)), inputs), np.array([0.5, 0.5]))
+    assert found is not None
+    for view in found:
+        assert np.allclose(view[4], 1 / 3)
+        assert np.isfinite(view).all()
+
+
+def test_without_inputs_there_is_neither_ridge_nor_vote() -> None:
+    assert ridge_and_votes(Dynamics(np.array([0, 1]), np.zeros((1, 2, 2))), np.ones(1)) is None
