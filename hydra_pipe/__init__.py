@@ -14,7 +14,7 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from hydra_pipe.api import plan_reduction, prune, record, reduce, verify
-    from hydra_pipe.cleaning.run import Cleaning
+    from hydra_pipe.cleaning.proposal import Cleaning
     from hydra_pipe.cleaning.run import clean_run as clean
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import Evaluation
@@ -67,7 +67,7 @@ __all__ = [
 
 # Map from a public name to its module, and to its name there.
 _HOMES = {
-    "Cleaning": ("hydra_pipe.cleaning.run", "Cleaning"),
+    "Cleaning": ("hydra_pipe.cleaning.proposal", "Cleaning"),
     "Evaluation": ("hydra_pipe.evaluation.run", "Evaluation"),
     "Fault": ("hydra_pipe.store.integrity.faults", "Fault"),
     "HydraError": ("hydra_pipe.errors", "HydraError"),

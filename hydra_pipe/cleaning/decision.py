@@ -24,6 +24,7 @@ class Cut:
         lowest: number of samples to propose. None means all that score below the threshold.
         threshold: score below which samples are proposed. None means a fitted one, see
             `tail_threshold`.
+        cautious: True to propose only samples whose label is likelier wrong than right.
 
     Raises:
         UsageError: both are given, or a value is not possible.
@@ -31,10 +32,14 @@ class Cut:
 
     lowest: int | None = None
     threshold: float | None = None
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         if self.lowest is not None and self.threshold is not None:
             raise UsageError("--lowest and --threshold: choose one of them")
+        if self.cautious and not self.is_fitted:
+            given = "--lowest" if self.lowest is not None else "--threshold"
+            raise UsageError(f"--cautious and {given}: choose one of them")
         if self.lowest is not None and self.lowest < 1:
             raise UsageError(f"--lowest {self.lowest}: give 1 or more")
         if self.threshold is not None and not -np.inf < self.threshold < 0:

@@ -28,6 +28,7 @@ from hydra_pipe.store.data.evaluations import Retrained
 from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.store.run.stages import RECORD
 from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.types import I64
@@ -158,12 +159,13 @@ def compared(
     Raises:
         HydraError: any error of `retrain`.
     """
-    found = ReducedRun.open(subject.run, method)
     labels = subject.sample_labels()
-    folds, how = folds_of(found.columns, subject.n_tests, found.labels_of_columns())
-    sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
-    judged = ~unjudged(found, labels)[0] if cut.is_fitted else None
-    proposed = [cut.of(scores_of(own, labels), judged) for own in sums]
+    if method == DYNAMICS:
+        tests = np.arange(subject.n_tests)
+        folds, how = [Fold(np.ones(0, bool), tests)], "measured on all tests: none has chosen"
+        proposed = [drop.column("train_id").to_numpy()]
+    else:
+        folds, how, proposed = _by_halves(subject, method, cut, labels, progress)
     rng = np.random.default_rng(_SEED)
     at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
     nobody: I64 = np.empty(0, np.int64)
@@ -195,6 +197,17 @@ def compared(
     }
     rows = [_row(name, sets[name], values, measured[ALL]) for name, values in measured.items()]
     return rows, summary | {"says": [*says, *_says(how, seeds, folds, measured)]}
+
+
+def _by_halves(
+    subject: Subject, method: str, cut: Cut, labels: NDArray[Any] | None, progress: Progress
+) -> tuple[list[Fold], str, list[I64]]:
+    """Return the folds, words on them, and what each fold's own tests propose by relevance."""
+    found = ReducedRun.open(subject.run, method)
+    folds, how = folds_of(found.columns, subject.n_tests, found.labels_of_columns())
+    sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
+    judged = ~unjudged(found, labels)[0] if cut.is_fitted else None
+    return folds, how, [cut.of(scores_of(own, labels), judged) for own in sums]
 
 
 def _held_against(truth: NDArray[Any], wrong: I64, drop: pa.Table) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from hydra_pipe import api
 from hydra_pipe.cli.failures import explained
 from hydra_pipe.cli.options import (
     By,
+    Cautious,
     CheckpointEvery,
     Chunks,
+    CleanMethod,
     CleanPipeline,
     CleanSeeds,
     DatasetSpec,
@@ -270,8 +272,9 @@ def report(
 @explained
 def clean(
     run: RunPath,
-    method: Method = "hydra",
+    method: CleanMethod = "dynamics",
     lowest: Lowest = None,
+    cautious: Cautious = False,
     threshold: Threshold = None,
     retrain: Retrain = False,
     seeds: CleanSeeds = None,
@@ -280,8 +283,10 @@ def clean(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Propose training samples to relabel or drop, by their relevance, and see what training
-    without them comes to.
+    """Propose training samples to relabel or drop, and see what training without them comes to.
+
+    Labels are judged by what the network thought of each sample while it trained. No test samples
+    and no reduce are needed. With --method, the relevance of a reduction judges.
 
     Killed or interrupted, the same command goes on with the retrainings that are not done yet.
 
@@ -296,6 +301,7 @@ def clean(
         method=method,
         lowest=lowest,
         threshold=threshold,
+        cautious=cautious,
         retrain=retrain,
         seeds=seeds,
         pipeline=pipeline,
@@ -307,7 +313,7 @@ def clean(
     show_cleaning(
         found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary
     )
-    _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and summary.json: {place}")
+    _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and relabel.parquet: {place}")
     print(
         "to train on the rest: torch.utils.data.Subset(train, [int(i) for i in "
         f"open('{place}/keep.txt')])"

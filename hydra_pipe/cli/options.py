@@ -216,6 +216,16 @@ LeftOut = Annotated[
         "given: 0.5,1,2",
     ),
 ]
+CleanMethod = Annotated[
+    str,
+    typer.Option(
+        metavar="METHOD",
+        help="dynamics; or a result of reduce whose relevance judges, such as hydra",
+    ),
+]
+Cautious = Annotated[
+    bool, typer.Option("--cautious", help="only labels that are likelier wrong than right")
+]
 Lowest = Annotated[int | None, typer.Option(metavar="K", help="propose so many")]
 Threshold = Annotated[
     float | None,

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ from hydra_pipe.store.json_parsing import read_json
 
 KEEP_FILE: Final = "keep.txt"
 DROP_FILE: Final = "drop.parquet"
+RELABEL_FILE: Final = "relabel.parquet"
 RETRAINING_FILE: Final = "retraining.parquet"
 RELABEL, DROP = "relabel", "drop"
 # Key of the summary: the result of training without the proposed samples.
@@ -49,12 +51,43 @@ def drop_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
     )
 
 
+def dynamics_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+    """Return the schema of `drop.parquet` of a proposal by dynamics.
+
+    Arguments: as of `drop_schema`.
+    """
+    return pa.schema(
+        [
+            pa.field("train_id", pa.int64(), nullable=False),
+            pa.field("label", labels),
+            pa.field("score", pa.float64(), nullable=False),
+            pa.field("suggested_label", labels),
+            pa.field("confidence", pa.float64(), nullable=False),
+            pa.field("suggested_confidence", pa.float64(), nullable=False),
+            pa.field("mean_loss", pa.float64(), nullable=False),
+            pa.field("action", pa.string(), nullable=False),
+            pa.field("reason", pa.string(), nullable=False),
+        ],
+        metadata=meta,
+    )
+
+
+def relabel_table(drop: pa.Table) -> pa.Table:
+    """Return `relabel.parquet`: the samples of `drop.parquet` that have a suggested label."""
+    chosen = drop.filter(pc.equal(drop.column("action"), RELABEL))
+    wanted = ["train_id", "label", "suggested_label", "score", "reason"]
+    return chosen.select(wanted).rename_columns(
+        ["train_id", "given", "suggested", "score", "evidence"]
+    )
+
+
 def write_proposal(
     directory: Path, keep: NDArray[np.int64], drop: pa.Table, summary: dict[str, Any]
 ) -> None:
-    """Write the three files into a new directory."""
+    """Write the files into a new directory."""
     np.savetxt(directory / KEEP_FILE, keep, fmt="%d")
     _write_table(directory / DROP_FILE, drop)
+    _write_table(directory / RELABEL_FILE, relabel_table(drop))
     (directory / names.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 

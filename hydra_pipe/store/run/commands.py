@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_pipe.store import names
-from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, MEAN, ResultName
+from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, DYNAMICS, MEAN, ResultName
 
 # Setting of a probe: FILE:FUNCTION of its dataset, or null.
 DATASET = "dataset"
@@ -50,7 +50,9 @@ def exporting(run: Path, name: str, settings: _Settings) -> str:
 def cleaning(run: Path, name: str, settings: _Settings) -> str:
     """Return the command that proposes samples to relabel or drop, by the relevance `name`."""
     cut = {f"--{key}": settings.get(key) for key in ("lowest", "threshold")}
-    return _command("clean", str(run), **{"--method": name}, **cut)
+    cautious = ["--cautious"] if settings.get("cautious") else []
+    method = None if name == DYNAMICS else name
+    return _command("clean", str(run), *cautious, **{"--method": method}, **cut)
 
 
 def reporting(run: Path, name: str, settings: _Settings) -> str:
@@ -59,7 +61,7 @@ def reporting(run: Path, name: str, settings: _Settings) -> str:
     return _command("report", str(run), **{"--method": name}, **options)
 
 
-def eval_mode(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
+def evaluating(run: Path, kind: str, settings: _Settings, recorded: _Settings) -> str:
     """Return the command of one kind of evaluation. `recorded`: settings of the recording."""
     options = {f"--{name}": settings.get(name) for name in ("samples", "retrainings", "seeds")}
     options["--left-out"] = settings.get("left_out")

@@ -11,6 +11,8 @@ GROUPINGS = (BY_LABEL, MEAN)
 # The method of each training sample's relevance for itself: one column, without test samples.
 ITSELF = "self"
 DEFAULT_METHOD: Final = "hydra"
+# Name of a proposal of labels by the dynamics of the training, which is no result of reduce.
+DYNAMICS: Final = "dynamics"
 _SUFFIXES = {BY_LABEL: "-by-label", MEAN: "-mean"}
 # Parts of a name after the method: before the number of steps, the number of directions and
 # the name of the probe.

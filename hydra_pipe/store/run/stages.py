@@ -13,7 +13,7 @@ from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.store import names
 from hydra_pipe.store.json_parsing import is_count, is_plain
 from hydra_pipe.store.run import commands
-from hydra_pipe.store.run.results import DEFAULT_METHOD, GROUPINGS, ResultName
+from hydra_pipe.store.run.results import DEFAULT_METHOD, DYNAMICS, GROUPINGS, ResultName
 
 State = Literal["running", "failed", "complete"]
 Settings = dict[str, Any]
@@ -106,6 +106,8 @@ class StageKind:
         also: function that yields the other stages that a result was made from.
         beside: function from a stage's name to the other paths that go when a stage is
             discarded, relative to the run.
+        of_recording: function that tells by its name whether a stage is made from the recording
+            itself, in place of `made_from`.
     """
 
     word: str
@@ -117,6 +119,7 @@ class StageKind:
     made_from: "StageKind | None"
     also: "Callable[[StageId, Stage], Iterator[StageSource]]" = lambda stage, entry: iter(())
     beside: Callable[[str], tuple[str, ...]] = lambda name: ()
+    of_recording: Callable[[str], bool] = lambda name: False
 
     def __repr__(self) -> str:
         return f"StageKind({self.word})"
@@ -200,7 +203,7 @@ class StageId:
 
     def sources(self, entry: Stage) -> "Iterator[StageSource]":
         """Yield the stages that this one was made from. `entry`: this stage in the manifest."""
-        source = self.kind.made_from
+        source = RECORD.kind if self.kind.of_recording(self.name) else self.kind.made_from
         if source is not None:
             yield StageSource.of(RECORD if source is RECORD.kind else source.of(self.name))
             yield from self.kind.also(self, entry)
@@ -242,7 +245,7 @@ def _recording(stage: StageId, run: Path, stages: Stages) -> str:
 
 
 def _evaluating(stage: StageId, run: Path, stages: Stages) -> str:
-    return commands.eval_mode(run, stage.name, _settings(stages, stage), _settings(stages, RECORD))
+    return commands.evaluating(run, stage.name, _settings(stages, stage), _settings(stages, RECORD))
 
 
 def _keeping(stage: StageId, run: Path, stages: Stages) -> str:
@@ -330,6 +333,7 @@ CLEAN: Final = StageKind(
     area=lambda result: f"{names.CLEANING}/{names.METHOD}={result}",
     command=_by(commands.cleaning),
     made_from=REDUCE,
+    of_recording=lambda name: name == DYNAMICS,
 )
 REPORT: Final = StageKind(
     word="report",
