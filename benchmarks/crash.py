@@ -86,7 +86,11 @@ DIGITS: stages.Stages = {
     "noise": ([*EVALUATE, "noise"], None, ["record", "reduce"]),
     "smoothness": ([*EVALUATE, "smoothness"], None, ["record"]),
     "report": (["report", "RUN"], None, ["record", "reduce"]),
-    "clean": (["clean", "RUN", "--retrain", "--seeds", "1"], None, ["record", "reduce"]),
+    "clean": (
+        ["clean", "RUN", "--method", "hydra", "--retrain", "--seeds", "1"],
+        None,
+        ["record", "reduce"],
+    ),
 }
 DEEDS = ("kill", "enospc", "short-kill", "eio", "kill-after", "short", "enospc for good")
 PARTS = {

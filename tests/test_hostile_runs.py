@@ -60,7 +60,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory, recorded: Recorded) -> Path
     hydra_pipe.reduce(run, method="hydra-fisher", keep_hypergradients=True)
     hydra_pipe.probe(run, images(3, 5), name="late", pipeline=conv_pipeline())
     hydra_pipe.reduce(run, probe="late")
-    hydra_pipe.clean(run)
+    hydra_pipe.clean(run, method="hydra")
     hydra_pipe.report(run)
     return run
 

@@ -53,7 +53,7 @@ def call(*arguments: str, code: int = 0) -> str:
 
 def every_stage(run: str) -> None:
     call("run", "pipe.py", run, "--full")
-    call("clean", run, "--lowest", "2")
+    call("clean", run, "--method", "hydra", "--lowest", "2")
     call("report", run)
     assert "healthy" in call("verify", run)
     call("info", run)

@@ -41,7 +41,7 @@ def everything(run: Path) -> None:
     hydra_pipe.reduce(run)
     hydra_pipe.reduce(run, by="mean", keep_hypergradients=True)
     hydra_pipe.export(run)
-    hydra_pipe.clean(run, lowest=2)
+    hydra_pipe.clean(run, lowest=2, method="hydra")
     hydra_pipe.report(run)
     hydra_pipe.probe(run, mlp_like(), name="some")
     hydra_pipe.reduce(run, probe="some")
@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
         ("rankings", "rankings/method=hydra", "checksums"),
     ),
     "clean": (
-        lambda run: hydra_pipe.clean(run, overwrite=True),
+        lambda run: hydra_pipe.clean(run, overwrite=True, method="hydra"),
         ("cleaning", "cleaning/method=hydra"),
     ),
     "report": (lambda run: hydra_pipe.report(run, overwrite=True), (".", "checksums")),

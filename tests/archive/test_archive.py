@@ -74,7 +74,7 @@ def test_nothing_of_an_archived_run_is_done_again(whole: Path) -> None:
     assert not hydra_pipe.reduce(whole, keep_hypergradients=True)
     assert not hydra_pipe.reduce(whole, by="label")
     assert not hydra_pipe.export(whole, top=3, full=True)
-    assert not hydra_pipe.clean(whole, lowest=2, retrain=True, seeds=2).is_new
+    assert not hydra_pipe.clean(whole, lowest=2, retrain=True, seeds=2, method="hydra").is_new
     assert not hydra_pipe.evaluate("pipeline.py", whole, "loo", samples="0-3").is_new
     assert not hydra_pipe.report(whole, tests="0-1", top=2)
 

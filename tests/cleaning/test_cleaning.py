@@ -89,7 +89,7 @@ def test_on_digits_most_of_the_proposed_are_wrong_and_most_suggestions_right(
     run, spec = tmp_path / "run", str(ROOT / "pipelines" / "digits.py")
     hydra_pipe.record(spec, run, settings={"noise": 0.2, "epochs": 8})
     hydra_pipe.reduce(run)
-    found = hydra_pipe.clean(run)
+    found = hydra_pipe.clean(run, method="hydra")
     sys.path.insert(0, str(ROOT / "pipelines"))
     from digits import load
 
@@ -111,7 +111,7 @@ def test_keep_and_drop_are_all_samples_once_and_the_table_says_what_the_ranking_
     run: Path,
 ) -> None:
     hydra_pipe.export(run)
-    found = hydra_pipe.clean(run, lowest=9)
+    found = hydra_pipe.clean(run, lowest=9, method="hydra")
     assert found.is_new
     keep = [int(line) for line in (place(run) / "keep.txt").read_text().splitlines()]
     table = pq.read_table(place(run) / "drop.parquet")
@@ -159,20 +159,20 @@ def test_sums_and_means_are_those_of_the_matrix(run: Path, monkeypatch: pytest.M
 
 
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(run: Path) -> None:
-    hydra_pipe.clean(run, lowest=5)
+    hydra_pipe.clean(run, lowest=5, method="hydra")
     before = files_of(run)
-    again = hydra_pipe.clean(run, lowest=5)
+    again = hydra_pipe.clean(run, lowest=5, method="hydra")
     assert not again.is_new
     assert again.drop.num_rows == 5
     assert files_of(run) == before
     with pytest.raises(RunError, match="lowest=5"):
-        hydra_pipe.clean(run, lowest=6)
-    assert hydra_pipe.clean(run, lowest=6, overwrite=True).drop.num_rows == 6
+        hydra_pipe.clean(run, lowest=6, method="hydra")
+    assert hydra_pipe.clean(run, lowest=6, overwrite=True, method="hydra").drop.num_rows == 6
     assert hydra_pipe.verify(run) == []
 
 
 def test_a_relevance_that_is_computed_again_takes_its_proposal_with_it(run: Path) -> None:
-    hydra_pipe.clean(run)
+    hydra_pipe.clean(run, method="hydra")
     hydra_pipe.reduce(run, overwrite=True)
     assert not place(run).exists()
     assert CLEAN.of("hydra") not in RunDirectory.open(run).stages
@@ -180,21 +180,21 @@ def test_a_relevance_that_is_computed_again_takes_its_proposal_with_it(run: Path
 
 
 def test_damage_is_found_and_repaired_and_the_same_command_makes_it_again(run: Path) -> None:
-    hydra_pipe.clean(run)
+    hydra_pipe.clean(run, method="hydra")
     good = files_of(place(run))
     (place(run) / "keep.txt").write_bytes(good["keep.txt"].replace(b"\n", b"\n\n", 1))
     (fault,) = hydra_pipe.verify(run)
     assert fault.where == "cleaning/method=hydra/keep.txt"
     assert "hydra-pipe clean" in fault.consequence
     assert hydra_pipe.verify(run, repair=True) == []
-    assert hydra_pipe.clean(run).is_new
+    assert hydra_pipe.clean(run, method="hydra").is_new
     assert files_of(place(run)) == good
 
 
 def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written(run: Path) -> None:
     from hydra_pipe.store.run.footprints import seal
 
-    hydra_pipe.clean(run, lowest=3)
+    hydra_pipe.clean(run, lowest=3, method="hydra")
     keep = place(run) / "keep.txt"
     lines = keep.read_text().splitlines()
     directory = RunDirectory.open(run)
@@ -225,7 +225,7 @@ def test_a_proposal_that_does_not_add_up_is_told_though_its_files_are_as_written
 def test_a_failure_leaves_the_old_proposal_whole(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hydra_pipe.clean(run, lowest=5)
+    hydra_pipe.clean(run, lowest=5, method="hydra")
     before = files_of(place(run))
 
     def full(*_: object) -> None:
@@ -234,10 +234,10 @@ def test_a_failure_leaves_the_old_proposal_whole(
     with monkeypatch.context() as patched:
         patched.setattr("hydra_pipe.store.data.clean_result.pq.write_table", full)
         with pytest.raises(OSError, match="No space"):
-            hydra_pipe.clean(run, lowest=6, overwrite=True)
+            hydra_pipe.clean(run, lowest=6, overwrite=True, method="hydra")
     assert files_of(place(run)) == before
     assert RunDirectory.open(run).stages[CLEAN.of("hydra")].state == "failed"
-    assert hydra_pipe.clean(run, lowest=6).is_new
+    assert hydra_pipe.clean(run, lowest=6, method="hydra").is_new
 
 
 def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
@@ -245,7 +245,7 @@ def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
 ) -> None:
     hydra_pipe.reduce(run, by="mean")
     found = hydra_pipe.clean(run, method="hydra-mean", lowest=7)
-    every = hydra_pipe.clean(run, lowest=7)
+    every = hydra_pipe.clean(run, lowest=7, method="hydra")
     assert found.drop["train_id"].to_pylist() == every.drop["train_id"].to_pylist(), (
         "a mean orders as the sum does"
     )
@@ -266,7 +266,7 @@ def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
     pipeline.loss = lambda output, target: (output[:, 0] - target) ** 2
     hydra_pipe.record(pipeline, unlabelled)
     hydra_pipe.reduce(unlabelled)
-    drop = hydra_pipe.clean(unlabelled, lowest=3).drop
+    drop = hydra_pipe.clean(unlabelled, lowest=3, method="hydra").drop
     assert drop["label"].null_count == drop["suggested_label"].null_count == 3
     assert "all samples" in drop["reason"][0].as_py()
 
@@ -290,7 +290,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 ) -> None:
     before = files_of(run)
     with pytest.raises(error, match=message):
-        hydra_pipe.clean(run, **options)
+        hydra_pipe.clean(run, **({"method": "hydra"} | options))
     if "lowest" not in options:  # found out once scores are there, when the stage has begun
         assert files_of(run) == before
     assert not place(run).exists()
@@ -323,7 +323,7 @@ def test_halves_share_no_test_and_are_alike_in_labels() -> None:
 
 def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(run: Path) -> None:
     """One seed, one fold, by hand."""
-    found = hydra_pipe.clean(run, lowest=12, retrain=True, seeds=1)
+    found = hydra_pipe.clean(run, lowest=12, retrain=True, seeds=1, method="hydra")
     relevance = np.asarray(hydra_pipe.open_run(run).relevance())
     labels = small().train.tensors[1].numpy()
     folds, _ = folds_of(ResultColumns(((0, TESTS),)), TESTS, small().test.tensors[1].numpy())
@@ -361,7 +361,11 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = hydra_pipe.clean(
-        Path(shutil.copytree(run, run.parent / "whole")), retrain=True, seeds=2, lowest=6
+        Path(shutil.copytree(run, run.parent / "whole")),
+        retrain=True,
+        seeds=2,
+        lowest=6,
+        method="hydra",
     )
     train = Retrainer.train
     trained: list[int] = []
@@ -375,7 +379,7 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
     with monkeypatch.context() as patched:
         patched.setattr(campaign.Retrainer, "train", killed)
         with pytest.raises(KeyboardInterrupt):
-            hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6)
+            hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6, method="hydra")
     assert len(list((place(run) / "retrained").iterdir())) == 1
     assert (place(run) / "keep.txt").exists(), "the proposal is there before anything is trained"
     counted: list[int] = []
@@ -385,11 +389,11 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
         return train(self, weights, task, **more)
 
     monkeypatch.setattr(campaign.Retrainer, "train", counting)
-    again = hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6)
+    again = hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6, method="hydra")
     assert len(counted) == 2, "the check, and the second seed"
     assert again.retraining == whole.retraining
-    assert not hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6).is_new
-    assert hydra_pipe.clean(run, lowest=6).retraining == whole.retraining, (
+    assert not hydra_pipe.clean(run, retrain=True, seeds=2, lowest=6, method="hydra").is_new
+    assert hydra_pipe.clean(run, lowest=6, method="hydra").retraining == whole.retraining, (
         "without --retrain what is there is shown"
     )
     assert len(counted) == 2
@@ -399,7 +403,7 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_command_prints_a_table_where_the_files_are_and_how_to_use_them(run: Path) -> None:
     result = CliRunner().invoke(
-        app, ["clean", str(run), "--lowest", "12", "--retrain", "--seeds", "1"]
+        app, ["clean", str(run), "--method", "hydra", "--lowest", "12", "--retrain", "--seeds", "1"]
     )
     assert result.exit_code == 0, result.output
     assert "and 2 more" in result.stdout
@@ -414,6 +418,6 @@ def test_a_run_of_a_pipeline_object_needs_that_object(
     run = Path(shutil.copytree(recorded(), tmp_path / "run"))
     hydra_pipe.reduce(run)
     with pytest.raises(RunError, match="pipeline="):
-        hydra_pipe.clean(run, retrain=True)
-    found = hydra_pipe.clean(run, lowest=3, retrain=True, pipeline=conv_pipeline())
+        hydra_pipe.clean(run, retrain=True, method="hydra")
+    found = hydra_pipe.clean(run, lowest=3, retrain=True, pipeline=conv_pipeline(), method="hydra")
     assert found.summary["retraining"]["seeds"] == 1, "an object has no other initial weights"

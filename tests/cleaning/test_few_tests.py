@@ -53,10 +53,10 @@ def recorded(file: str, run: Path, **settings: object) -> Path:
 
 def test_one_test_sample_proposes_nothing_and_says_so(file: str, tmp_path: Path) -> None:
     run = recorded(file, tmp_path / "run")
-    found = hydra_pipe.clean(run)
+    found = hydra_pipe.clean(run, method="hydra")
     assert found.drop.num_rows == 0
     assert any("there is one test sample" in line for line in found.summary["says"])
-    asked = hydra_pipe.clean(run, lowest=5, overwrite=True)
+    asked = hydra_pipe.clean(run, lowest=5, overwrite=True, method="hydra")
     assert asked.drop.num_rows == 5
     assert any("there is one test sample" in line for line in asked.summary["says"])
     hydra_pipe.reduce(run, by="mean")
@@ -73,7 +73,7 @@ def test_labels_without_tests_are_not_proposed_and_are_named(
     run = recorded(file, tmp_path / "run", tests=20, first=1, words=words)
     labels = hydra_pipe.open_run(run).gradients.labels("train")
     lacking = "class 0" if words else 0
-    found = hydra_pipe.clean(run)
+    found = hydra_pipe.clean(run, method="hydra")
     assert lacking not in found.drop.column("label").to_pylist()
     (told,) = [line for line in found.summary["says"] if "no test sample has" in line]
     assert told.startswith(
@@ -82,11 +82,15 @@ def test_labels_without_tests_are_not_proposed_and_are_named(
     )
     assert (
         lacking
-        in hydra_pipe.clean(run, lowest=100, overwrite=True).drop.column("label").to_pylist()
+        in hydra_pipe.clean(run, lowest=100, overwrite=True, method="hydra")
+        .drop.column("label")
+        .to_pylist()
     )
     assert not [
         line
-        for line in hydra_pipe.clean(recorded(file, tmp_path / "all", tests=20)).summary["says"]
+        for line in hydra_pipe.clean(
+            recorded(file, tmp_path / "all", tests=20), method="hydra"
+        ).summary["says"]
         if "no test" in line
     ]
 
@@ -128,8 +132,8 @@ def test_a_rank_correlation_over_one_or_two_samples_is_left_out(file: str, tmp_p
 
 def test_retraining_with_one_test_sample_says_what_it_is_worth(file: str, tmp_path: Path) -> None:
     run = recorded(file, tmp_path / "run")
-    found = hydra_pipe.clean(run, lowest=5, retrain=True, seeds=1)
+    found = hydra_pipe.clean(run, lowest=5, retrain=True, seeds=1, method="hydra")
     assert any("there is one test sample" in line for line in found.summary["retraining"]["says"])
-    shown = CliRunner().invoke(app, ["clean", str(run), "--lowest", "5"])
+    shown = CliRunner().invoke(app, ["clean", str(run), "--method", "hydra", "--lowest", "5"])
     assert shown.exit_code == 0
     assert "nan" not in shown.stdout

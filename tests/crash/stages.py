@@ -55,7 +55,7 @@ LATER: Stages = {
     ),
     "report": (["report", "RUN"], None, ["record", "reduce, score first"]),
     "clean": (
-        ["clean", "RUN", "--lowest", "4", "--retrain"],
+        ["clean", "RUN", "--method", "hydra", "--lowest", "4", "--retrain"],
         None,
         ["record", "reduce, score first"],
     ),

@@ -442,7 +442,7 @@ def test_a_pipeline_that_a_stranger_names_is_not_run(run: Path, tmp_path: Path) 
         with pytest.raises(RunError, match=f"{why} and is not run unasked"):
             pipeline_of(RunDirectory.open(run), None, "")
         with pytest.raises(RunError, match=f"{why} and is not run unasked"):
-            hydra_pipe.clean(run, lowest=3, retrain=True)
+            hydra_pipe.clean(run, lowest=3, retrain=True, method="hydra")
         hydra_pipe.report(run, overwrite=True)
         assert why in text_of(run)
     assert victim.exists()

@@ -138,7 +138,7 @@ def results(run: Path) -> dict[str, object]:
     hydra_pipe.export(run, full=True)
     for file in sorted((run / "rankings/method=hydra").rglob("*.parquet")):
         found[str(file.relative_to(run))] = pq.ParquetFile(file).read().to_pylist()
-    found["clean"] = hydra_pipe.clean(run, lowest=3).drop.to_pylist()
+    found["clean"] = hydra_pipe.clean(run, lowest=3, method="hydra").drop.to_pylist()
     found["recording"] = hydra_pipe.open_run(run).info()["recording"]
     return found
 
@@ -197,7 +197,7 @@ def test_each_stage_says_before_it_works_which_files_are_not_of_the_run(
 def test_a_healthy_run_with_every_stage_has_nothing_that_is_not_listed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     everything(run)
-    hydra_pipe.clean(run, lowest=2)
+    hydra_pipe.clean(run, lowest=2, method="hydra")
     hydra_pipe.reduce(run, probe="some")
     said = Said()
     hydra_pipe.export(run, probe="some", progress=said)
@@ -295,10 +295,10 @@ def test_a_table_of_retrainings_of_an_earlier_proposal_is_not_this_ones(tmp_path
     run = tmp_path / "run"
     trained(run, 2)
     hydra_pipe.reduce(run)
-    assert hydra_pipe.clean(run, lowest=2).retraining == []
+    assert hydra_pipe.clean(run, lowest=2, method="hydra").retraining == []
     place = run / "cleaning/method=hydra"
     shutil.copy(place / "drop.parquet", place / "retraining.parquet")
-    assert hydra_pipe.clean(run, lowest=2).retraining == []
+    assert hydra_pipe.clean(run, lowest=2, method="hydra").retraining == []
 
 
 def test_a_recording_that_goes_on_lists_nothing_of_an_older_one(tmp_path: Path) -> None:

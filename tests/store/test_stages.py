@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hydra_pipe.probe(path, f"{TINY}:mistakes", name="wrong")
     hydra_pipe.reduce(path, probe="wrong", method="grad-dot")
     hydra_pipe.export(path, full=True, top=5)
-    hydra_pipe.clean(path, lowest=4)
+    hydra_pipe.clean(path, lowest=4, method="hydra")
     hydra_pipe.report(path)
     hydra_pipe.evaluate(TINY, path, "smoothness")
     return path
