@@ -207,7 +207,7 @@ def test_a_model_that_is_not_the_runs_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(
         RunError,
         match=(
-            r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., "
+            r"loop of your own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., "
             r"loss=...\)"
         ),
     ):
@@ -341,7 +341,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
         DataError,
         "probe_labels has 1 entries for 3 probe samples",
     ),
-    "settings": (changed(), {"settings": ["a=1"]}, UsageError, "settings go with a function"),
+    "settings": (changed(), {"settings": ["a=1"]}, UsageError, "settings are for a function"),
     "name": (
         changed(),
         {"name": "a-b"},
@@ -355,7 +355,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
         changed(),
         {"loss": cross_entropy},
         UsageError,
-        "give a pipeline, or a model and its loss",
+        "give either a pipeline, or a model and its loss",
     ),
 }
 
@@ -381,7 +381,7 @@ def test_a_changed_pipeline_is_refused_by_name(run: Path) -> None:
         RunError,
         match=(
             r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, "
-            r"64\]: it is another one"
+            r"64\]: give the pipeline of the recording"
         ),
     ):
         hydra_pipe.probe(run, changed(), name="late", pipeline=pipeline)
@@ -450,7 +450,10 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
         match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --probe late first",
     ):
         hydra_pipe.export(run, probe="late")
-    with pytest.raises(RunError, match="given as an object, and hydra-exact needs its samples"):
+    with pytest.raises(
+        RunError,
+        match=r"hydra-exact needs the samples of probe .*, whose dataset was given as an object",
+    ):
         hydra_pipe.reduce(run, method="hydra-exact", probe="late", pipeline=mlp_pipeline())
     with pytest.raises(RunError, match="the samples of probe late are others"):
         hydra_pipe.reduce(

@@ -170,13 +170,11 @@ def _check(method: str, retrain: bool, seeds: int | None, pipeline: object) -> N
         UsageError: an option needs another one, or a value is not possible.
     """
     if ResultName.parse(method).is_of_itself:
-        raise UsageError(
-            f"--method {method} is of no test samples: choose the relevance of another method"
-        )
+        raise UsageError(f"--method {method} has no test samples: choose another method")
     if retrain and ResultName.parse(method).probe is not None:
         raise UsageError(
-            f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: "
-            "leave it out"
+            f"--retrain measures accuracy on the run's own tests, and {method} is relevance for a "
+            "probe: leave out --retrain"
         )
     if not retrain and (seeds is not None or pipeline is not None):
         raise UsageError(
@@ -327,8 +325,7 @@ def check_finite(sums: NDArray[np.float64], method: str) -> None:
     if strange:
         raise NonFiniteError(
             f"relevance {method} of {strange:,} of {sums.shape[-1]:,} training samples is "
-            "infinite or not a number: nothing can be "
-            f"told from it, choose another method"
+            "infinite or not a number, so clean cannot use it: choose another method"
         )
 
 

@@ -78,9 +78,8 @@ class LeaveOneOut(Evaluator):
         finite = np.isfinite(truth).all(axis=1)
         if finite.sum() < FEWEST:
             says.append(
-                f"Spearman's correlation over {finite.sum()} samples tells nothing, and is left "
-                "out: "
-                f"leave out {FEWEST} or more, by --samples"
+                f"{finite.sum()} samples are too few for Spearman's correlation, which is left "
+                f"out: leave out {FEWEST} or more, by --samples"
             )
         if not rows:
             says = [

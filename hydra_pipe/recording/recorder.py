@@ -331,7 +331,7 @@ class Recorder:
             micro_batch = self._collector.micro_batch
             if micro_batch is None:
                 raise RecordError(
-                    "recorder.mixed() before a batch was named: call it inside of "
+                    "recorder.mixed() comes before a batch is named: call it inside of "
                     "recorder.step(), or after the batch was drawn"
                 )
             micro_batch.mix(order, weight)
@@ -401,7 +401,7 @@ class Recorder:
             RecordError: no step was recorded yet. The first recorded step shows the size of a row.
         """
         if self._output.writer is None:
-            raise RecordError("most_bytes comes after the first recorded step")
+            raise RecordError("most_bytes is known after the first recorded step: call it then")
         return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
 
     def set_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
@@ -546,7 +546,7 @@ class Recorder:
             RecordWarning: the parameters are not those that the last recorded step left.
         """
         if not self.is_closed and self.n_steps == 0:
-            raise RecordError("record_test comes after the first recorded step and before close()")
+            raise RecordError("call record_test after the first recorded step and before close()")
         self._loop.check_open()
         self._loop.come_back(to_train=False)
         with self._failing():

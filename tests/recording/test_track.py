@@ -580,7 +580,7 @@ class TestLoopsThatGoWrong:
             cross_entropy(model(x), y).mean().backward()
             optimizer.step()
         next(batches)
-        with pytest.raises(RecordError, match=f"at step {int(later)} a next batch came before"):
+        with pytest.raises(RecordError, match=f"at step {int(later)} the next batch came before"):
             next(batches)
 
     def test_step_and_track_in_one(self, tmp_path: Path) -> None:
@@ -598,7 +598,8 @@ class TestLoopsThatGoWrong:
         _, _, recorder, loader = self.start(tmp_path)
         with (
             pytest.raises(
-                RecordError, match=r"a batch named by a loader .* inside of recorder\.step\(\)"
+                RecordError,
+                match=r"a loader or next_batch\(\) names a batch inside of recorder\.step\(\)",
             ),
             recorder.step([1]),
         ):

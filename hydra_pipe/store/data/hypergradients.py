@@ -352,7 +352,7 @@ def _parts(root: Group, n_ranks: int) -> Sequence[Group]:
     found = [root.group(_part_name(rank, n_ranks)) for rank in range(n_ranks)]
     present = [group for group in found if group is not None]
     if len(present) != n_ranks:
-        raise StoreError(f"{root.path} lacks what is factored: {HYPERGRADIENTS_UNREADABLE}")
+        raise StoreError(f"{root.path} lacks the factored blocks: {HYPERGRADIENTS_UNREADABLE}")
     return present
 
 

@@ -419,7 +419,7 @@ class Array:
             return f"lacks {self._n_files - len(present)} chunk files"
         n_bytes = sum(present.values())
         if self.n_bytes > MOST_RATIO * n_bytes:
-            return f"says it has {self.n_bytes} bytes, which cannot come of files of {n_bytes}"
+            return f"says it has {self.n_bytes} bytes, which cannot come from files of {n_bytes}"
         return None
 
     @property
