@@ -127,7 +127,8 @@ def probe(
             the run.
         StoreError: the recording is damaged.
         UsageError: arguments do not go together, or have impossible values.
-        PipelineError, UserCodeError, DataError, NonFiniteError, BooksError, LayerError: the same
+        PipelineError, UserCodeError, DataError, NonFiniteError, GradientMismatchError, LayerError:
+        the same
             errors as in recording.
     """
     check_name(name)

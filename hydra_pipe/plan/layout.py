@@ -294,56 +294,66 @@ def choose_layout(
             f"--dim {dim} is less than one column for each of the {len(parameters)} parameters: "
             f"raise it to {len(parameters)} or more"
         )
-    factored = choice != "projected"
-    biases = {
-        p.bias_of: p
-        for p in parameters
-        if factored and p.bias_of and _prefers_factors(_by_name(p.bias_of, parameters))
-    }
-    while True:
-        shared = {bias.name for bias in biases.values()}
-        widths = _widths([p for p in parameters if p.name not in shared], choice, dim)
-        sketched = [w for w in biases if widths[w] != _by_name(w, parameters).exact_width]
-        if not sketched:
-            break
-        # such a bias has no factor to share: it needs columns of its own, out of the same budget
-        for weight in sketched:
-            del biases[weight]
-
+    biases, widths = _shared_columns(parameters, choice, dim)
+    shared = {bias.name for bias in biases.values()}
     placed: dict[str, Block] = {}
     first = 0
     for parameter in parameters:
         if parameter.name in shared:
             continue
-        width = widths[parameter.name]
-        name, shape, group = parameter.name, parameter.shape, parameter.group
-        if factored and _prefers_factors(parameter) and width == parameter.exact_width:
-            assert parameter.factors is not None
-            middle = first + parameter.factors[0]
-            placed[name] = Block(
-                name, shape, group, "factored", (first, middle), (middle, first + width)
+        block = _placed(parameter, first, widths[parameter.name], choice)
+        placed[block.name] = block
+        if (bias := biases.get(block.name)) is not None:
+            placed[bias.name] = Block(
+                bias.name, bias.shape, bias.group, block.encoding, block.columns
             )
-            if name in biases:
-                bias = biases[name]
-                placed[bias.name] = Block(
-                    bias.name, bias.shape, bias.group, "factored", (first, middle)
-                )
-        elif width == parameter.numel:
-            placed[name] = Block(name, shape, group, "dense", (first, first + width))
-        elif parameter.sides is not None and parameter.numel > LARGEST_WRITTEN_OUT:
-            pair = choose_sides(*parameter.sides, width)
-            width = pair[0] * pair[1]
-            placed[name] = Block(
-                name, shape, group, "kron", (first, first + width), kron=(*parameter.sides, *pair)
-            )
-        else:
-            # Longer runs are worth a column.
-            width -= width > 1 and run_length(parameter.numel, width - 1) > run_length(
-                parameter.numel, width
-            )
-            placed[name] = Block(name, shape, group, "sketch", (first, first + width))
-        first += width
+        first = (block.inputs or block.columns)[1]
     return Layout(tuple(placed[p.name] for p in parameters), first, seed)
+
+
+def _shared_columns(
+    parameters: Sequence[Parameter], choice: EncodingChoice, dim: int
+) -> tuple[dict[str, Parameter], dict[str, int]]:
+    """Return the biases that share the factor of their weight, and the widths of all others.
+
+    Returns:
+        Bias by the name of its weight, and columns by the name of the parameter.
+    """
+    biases = {
+        p.bias_of: p
+        for p in parameters
+        if choice != "projected" and p.bias_of and _prefers_factors(_by_name(p.bias_of, parameters))
+    }
+    while True:
+        shared = {bias.name for bias in biases.values()}
+        widths = _widths([p for p in parameters if p.name not in shared], choice, dim)
+        projected = [w for w in biases if widths[w] != _by_name(w, parameters).exact_width]
+        if not projected:
+            return biases, widths
+        # the bias of a projected weight has no factor to share: it takes columns of the same budget
+        for weight in projected:
+            del biases[weight]
+
+
+def _placed(parameter: Parameter, first: int, width: int, choice: EncodingChoice) -> Block:
+    """Return the block of a parameter that gets `width` columns or fewer, from column `first`."""
+    name, shape, group = parameter.name, parameter.shape, parameter.group
+    factored = choice != "projected" and _prefers_factors(parameter)
+    if factored and width == parameter.exact_width:
+        assert parameter.factors is not None
+        middle = first + parameter.factors[0]
+        return Block(name, shape, group, "factored", (first, middle), (middle, first + width))
+    if width == parameter.numel:
+        return Block(name, shape, group, "dense", (first, first + width))
+    if parameter.sides is not None and parameter.numel > LARGEST_WRITTEN_OUT:
+        k_out, k_in = choose_sides(*parameter.sides, width)
+        columns = (first, first + k_out * k_in)
+        return Block(name, shape, group, "kron", columns, kron=(*parameter.sides, k_out, k_in))
+    # one column less makes the runs of the sketch longer
+    shorter = width > 1 and run_length(parameter.numel, width - 1) > run_length(
+        parameter.numel, width
+    )
+    return Block(name, shape, group, "sketch", (first, first + width - shorter))
 
 
 def choose_sides(outputs: int, inputs: int, columns: int) -> tuple[int, int]:

@@ -182,7 +182,7 @@ class Capture:
                 )
 
     def watch(self, micro_batch: MicroBatch, sink: Sink) -> None:
-        """Send the contributions of passes over `micro-batch` to `sink` from now on.
+        """Send the contributions of passes over `micro_batch` to `sink` from now on.
 
         A micro-batch whose first place is 0 begins a step.
         """

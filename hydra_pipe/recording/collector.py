@@ -219,10 +219,10 @@ class Collector:
         *,
         at_step: bool,
     ) -> RowBuffer:
-        """Put the rows of the contributions into `row buffer`, or into a new row buffer.
+        """Put the rows of the contributions into `buffer`, or into a new row buffer.
 
         Args:
-            row buffer: row buffer with room for the rows; None for a new row buffer.
+            buffer: row buffer with room for the rows; None for a new row buffer.
             gradients: whole gradient of each block; None for a block without a gradient.
             columns: further columns of each row, each of shape (batch,).
             when: the moment, in words such as "at step 3".
@@ -473,7 +473,7 @@ class Collector:
 
 
 def _places(micro_batches: Sequence[MicroBatch]) -> Callable[[int], int] | None:
-    """Return a map from a place among all collected micro-batches to a place among `micro-batches`.
+    """Return a map from a place among all collected micro-batches to a place among `micro_batches`.
 
     Returns:
         None if no micro-batch was dropped, so that all places stay.

@@ -402,7 +402,7 @@ class Loop:
 
         Raises:
             RecordError: no batch was named for the step, or its passes did not cover the batch.
-            BooksError: the rows do not sum to the gradient in use.
+            GradientMismatchError: the rows do not sum to the gradient in use.
             NonFiniteError: a gradient is infinite or not a number.
             LayerError: a factored block no longer has one position a sample, or two passes over the
                 same places may be of different samples.

@@ -138,7 +138,7 @@ class Mixture:
 
 
 def check_covered(micro_batches: Sequence[MicroBatch], when: str) -> None:
-    """Refuse passes that did not take exactly the samples of `micro-batches`.
+    """Refuse passes that did not take exactly the samples of `micro_batches`.
 
     Raises: RecordError.
     """

@@ -16,7 +16,7 @@ Pending = tuple[float, dict[str, Any]]
 
 
 class OneProcess:
-    """The counterpart of `JointSteps` for one process, which has nobody to agree with."""
+    """The counterpart of `ManyProcesses` for one process, which has nobody to agree with."""
 
     #: whether this process may check and write steps at any time
     flushes_at_will = True
@@ -64,7 +64,7 @@ class OneProcess:
         """Check the steps that wait.
 
         Args:
-            row buffer: rows of the waiting steps; None if there are none.
+            buffer: rows of the waiting steps; None if there are none.
             pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:

@@ -104,7 +104,8 @@ class PendingSteps:
         """Check and write the waiting steps. Collective.
 
         Raises:
-            NonFiniteError, BooksError, RecordError: the first step that cannot be recorded.
+            NonFiniteError, GradientMismatchError, RecordError: the first step that cannot be
+            recorded.
             RunError: the run is recorded by a later recorder.
             StoreError: writing failed.
         """
@@ -125,7 +126,7 @@ class PendingSteps:
     def save(self) -> None:
         """Write the good steps after an error, if this process may flush alone. Never raise."""
         # Report the first error only. The disk may fail here too, and so may the user's loss, which
-        # settle() calls.
+        # finish() calls.
         with suppress(Exception):
             self._curvature.finish()
         if self._sync.flushes_at_will:

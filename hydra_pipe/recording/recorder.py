@@ -235,7 +235,7 @@ class Recorder:
         Raises:
             RecordError: no optimizer.step() within the block, or ids that are not those of the
                 batch.
-            BooksError: the rows do not sum to the gradient in use.
+            GradientMismatchError: the rows do not sum to the gradient in use.
             NonFiniteError: a gradient is infinite or not a number.
             StoreError: writing failed.
         """
@@ -451,7 +451,7 @@ class Recorder:
         Raises:
             RecordError: in the middle of a step, or of batches that are accumulated; or the
                 recorder is closed.
-            NonFiniteError, BooksError: one of the last steps cannot be recorded.
+            NonFiniteError, GradientMismatchError: one of the last steps cannot be recorded.
             StoreError: writing failed.
         """
         self._loop.check_open()
@@ -539,7 +539,7 @@ class Recorder:
         Raises:
             RecordError: before the first step, or nothing to test.
             DataError: not test samples, or not one label for each.
-            NonFiniteError, BooksError, LayerError: the reasons known from training.
+            NonFiniteError, GradientMismatchError, LayerError: the reasons known from training.
             UserCodeError: the model or the loss raised.
 
         Warns:

@@ -30,12 +30,12 @@ from hydra_pipe.store.zarr.table import TableWriter
 
 # Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the
 # row buffer stays in the cache.
-SLAB_BYTES = 8 * 2**20
+BUFFER_BYTES = 8 * 2**20
 # An error in a step is reported at most this many steps later.
-SLAB_STEPS = 16
+BUFFER_STEPS = 16
 # Most places of a batch with cached views. Batches of one size, with a shorter one at the end of
 # each epoch, have fewer.
-_MOST_VIEWS = 4 * SLAB_STEPS
+_MOST_VIEWS = 4 * BUFFER_STEPS
 
 # Smallest difference between rows and gradient that rounding cannot explain, relative to the summed
 # norms of the rows.
@@ -179,15 +179,15 @@ class RowBuffer:
 
         The number depends on no earlier step.
         """
-        wanted = SLAB_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
-        return max(batch, min(wanted // batch, SLAB_STEPS) * batch)
+        wanted = BUFFER_BYTES // (self._encoder.layout.n_features * self._dtype.itemsize)
+        return max(batch, min(wanted // batch, BUFFER_STEPS) * batch)
 
     def _make_room(self) -> None:
         self.features = self._empty(self._room, self._encoder.layout.n_features)
         width = self._encoder.check_columns[-1].stop
         # projections of the whole gradients; and sums of the rows before preconditioning
-        self._actual = self._empty(SLAB_STEPS, width)
-        self._expected = self._empty(SLAB_STEPS if self._encoder.preconditioned else 0, width)
+        self._actual = self._empty(BUFFER_STEPS, width)
+        self._expected = self._empty(BUFFER_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
         self._actual_views = [
             [row[columns] for columns in self._encoder.check_columns] for row in self._actual
@@ -213,7 +213,7 @@ class RowBuffer:
 
     def capacity(self, batch: int) -> int:
         """Return the number of steps of `batch` rows that the row buffer has room for."""
-        return min(SLAB_STEPS, self._room_for(batch) // batch)
+        return min(BUFFER_STEPS, self._room_for(batch) // batch)
 
     @property
     def _filled(self) -> int:
@@ -222,7 +222,7 @@ class RowBuffer:
     def fits(self, batch: int) -> bool:
         """Tell whether `batch` more rows may be added before a flush; true if it is empty."""
         return not self._entries or (
-            len(self._entries) < SLAB_STEPS and self._filled + batch <= self._room
+            len(self._entries) < BUFFER_STEPS and self._filled + batch <= self._room
         )
 
     def add(

@@ -18,7 +18,7 @@ from hydra_pipe.errors import HydraError, RecordError
 from hydra_pipe.maths.gradient_check import Balance
 from hydra_pipe.recording.collectives import Collectives, Processes
 from hydra_pipe.recording.one_process import OneProcess, Pending, without_step
-from hydra_pipe.recording.row_buffer import SLAB_STEPS, Checked, RowBuffer
+from hydra_pipe.recording.row_buffer import BUFFER_STEPS, Checked, RowBuffer
 from hydra_pipe.store import names
 from hydra_pipe.types import F64
 
@@ -116,7 +116,7 @@ class ManyProcesses:
         """Agree on the waiting steps. All ranks call this together.
 
         Args:
-            row buffer: rows of the waiting steps; None if there are none.
+            buffer: rows of the waiting steps; None if there are none.
             pending: loss of each step, and the other values of its line in the step tables.
 
         Returns:
@@ -178,7 +178,7 @@ class ManyProcesses:
                 f"the ranks have taken different numbers of steps ({steps}): give each rank as "
                 "many batches"
             )
-        return found[:, 1 : SLAB_STEPS + 2], found[:, SLAB_STEPS + 2 :].max(axis=0).tolist()
+        return found[:, 1 : BUFFER_STEPS + 2], found[:, BUFFER_STEPS + 2 :].max(axis=0).tolist()
 
     def _judge(self, of_ranks: F64) -> tuple[int, HydraError | None]:
         """Count the steps that every rank recorded, before the first step that some rank did not.
@@ -254,7 +254,7 @@ class ManyProcesses:
         n_good = int(found[:, 0].min())
         of_ranks, worst = (
             found[:, 2 : n_good + 2],
-            found[:, SLAB_STEPS + 2 : SLAB_STEPS + n_good + 2].max(axis=0),
+            found[:, BUFFER_STEPS + 2 : BUFFER_STEPS + n_good + 2].max(axis=0),
         )
         unlike = np.argwhere(~np.isclose(of_ranks, of_ranks[0], rtol=_SCALAR_TOLERANCE, atol=0.0))
         if unlike.size:
@@ -285,7 +285,7 @@ def steps_of(processes: Processes) -> StepSync:
 
 
 def _padded(values: list[float], filler: float) -> list[float]:
-    return values + [filler] * (SLAB_STEPS - len(values))
+    return values + [filler] * (BUFFER_STEPS - len(values))
 
 
 def _unlike_layouts(first: dict[str, Any], other: dict[str, Any], rank: int) -> str:

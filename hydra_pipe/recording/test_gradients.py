@@ -155,7 +155,7 @@ def record_test_gradients(
     Raises:
         RecordError: nothing to test.
         DataError: not one label for each.
-        NonFiniteError, BooksError, LayerError: the reasons known from training.
+        NonFiniteError, GradientMismatchError, LayerError: the reasons known from training.
         UserCodeError: the model or the loss raised.
     """
     if labels is not None:

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support import ROOT
-from support.pipelines import conv_pipeline, images, mlp_pipeline
+from support.mislabelled import TESTS, N, small
+from support.pipelines import conv_pipeline, mlp_pipeline
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 import hydra_pipe
-from hydra_pipe import Pipeline
 from hydra_pipe.cleaning.evidence import means_by, sums_over
 from hydra_pipe.cleaning.retraining import ALL, PROPOSED, RANDOM, WRONG, folds_of
 from hydra_pipe.cli.app import app
@@ -33,27 +33,11 @@ from hydra_pipe.store.data.relevance import (
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import CLEAN, REDUCE
 
-N, TESTS = 60, 24
-
-
-def small(seed: int = 0) -> Pipeline:
-    """12 of 60 labels are wrong."""
-    train = images(N, 1)
-    labels = train.tensors[1].clone()
-    labels[:12] = (labels[:12] + 1) % 4
-    return mlp_pipeline(
-        seed=seed,
-        train=TensorDataset(train.tensors[0], labels),
-        test=images(TESTS, 2),
-        true_labels=train.tensors[1].tolist(),
-    )
-
-
 FILE = f"""
 import sys
-sys.path[:0] = {[str(ROOT / "tests"), str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(ROOT / "tests")]!r}
 from hydra_pipe import Pipeline
-from test_cleaning import small
+from support.mislabelled import small
 
 def pipeline(seed: int = 0) -> Pipeline:
     return small(seed)

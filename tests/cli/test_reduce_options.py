@@ -108,7 +108,7 @@ def test_every_method_is_in_the_help_and_in_the_documents() -> None:
 
 @pytest.mark.parametrize("method", ["hydra", "grad-cos", "up-to-date"])
 @pytest.mark.parametrize("by", [None, "label", "mean"])
-@pytest.mark.parametrize("upto", [None, 12])
+@pytest.mark.parametrize("up_to_step", [None, 12])
 @pytest.mark.parametrize("rank", [None, 20])
 @pytest.mark.parametrize("test", [None, "wrong", "mean", "by_label", "2"])
 def test_a_name_of_a_result_is_taken_apart_as_it_was_made(

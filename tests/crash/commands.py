@@ -53,7 +53,7 @@ def make_small() -> None:
     """
     from hydra_pipe.evaluation import smoothness
     from hydra_pipe.plan import chunking
-    from hydra_pipe.recording import row_buffer as buffer
+    from hydra_pipe.recording import row_buffer
     from hydra_pipe.reduction.solvers import sums
     from hydra_pipe.retraining import campaign
     from hydra_pipe.store.data import gradients_writer, hypergradients, relevance
@@ -61,7 +61,7 @@ def make_small() -> None:
     for module, name, value in (
         (chunking, "MAX_SHARD_ROWS", 16),
         (gradients_writer, "STEP_SHARD_ROWS", 4),
-        (buffer, "SLAB_STEPS", 2),
+        (row_buffer, "BUFFER_STEPS", 2),
         (relevance, "CHUNK_SAMPLES", 8),
         (sums, "SAMPLE_MULTIPLE", 8),
         (hypergradients, "MOST_FILE_ROWS", 8),

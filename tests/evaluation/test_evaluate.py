@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support import ROOT
-from support.pipelines import cross_entropy, images
+from support.pipelines import cross_entropy
 from support.processes import forked
-from torch import nn
+from support.smooth import TESTS, N, net
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
@@ -32,35 +32,14 @@ from hydra_pipe.store.data.relevance import ResultColumns, create_relevance, wri
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EVALUATE, REDUCE
 
-N, TESTS = 60, 12
 FILE = """
 import sys
 sys.path[:0] = {tests!r}
-from test_evaluate import net
+from support.smooth import net
 
 def pipeline(lr: float = 0.1, seed: int = 0):
     return net(lr, seed)
 """
-
-
-def net(lr: float = 0.1, seed: int = 0) -> Pipeline:
-    """48 of 60 labels are right. Smooth: tanh, no momentum, few steps."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 4))
-    train = images(N, 1)
-    labels = train.tensors[1].clone()
-    labels[:12] = (labels[:12] + 1) % 4
-    return Pipeline(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=lr, weight_decay=1e-3),
-        loss=cross_entropy,
-        train=TensorDataset(train.tensors[0], labels),
-        test=images(TESTS, 2),
-        batch_size=15,
-        epochs=5,
-        seed=seed,
-        true_labels=train.tensors[1].tolist(),
-    )
 
 
 @pytest.fixture(scope="module")

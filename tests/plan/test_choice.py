@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layout import CHOICES, EVERY, LENET5, MLP, SPARE_COLUMNS, models, other
+from layouts import CHOICES, EVERY, LENET5, MLP, SPARE_COLUMNS, models, other
 
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.quantise import part_scale, scale_in_place

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
-from test_sweep_plan import EVERY, MIB, input_of, inputs
+from sweep_inputs import EVERY, MIB, input_of, inputs
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.chunking import MOST_CHUNK, MOST_FEATURES, MOST_SAMPLES, chunk_columns

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sums_plan import given_of
+from sums_inputs import given_of
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.influence import SolveInput, plan_solve, solving_peak_bytes

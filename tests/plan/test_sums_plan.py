@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from sums_inputs import given_of
 
 from hydra_pipe.errors import BudgetError, UsageError
 from hydra_pipe.plan.chunking import store_geometry
@@ -26,34 +27,6 @@ from hydra_pipe.units import format_bytes, parse_bytes
 EVERY = settings(max_examples=100, deadline=None)
 MIB = 2**20
 Chunks = tuple[int, int] | None
-
-
-def given_of(**changes: int) -> SumInput:
-    """LeNet-5 on 60,000 samples for 10 epochs, 1,000 test samples, 4 GiB, 2 workers; but for
-    `changes`.
-    """
-    geometry = store_geometry(3390, 2)
-    return replace(
-        SumInput(
-            n_rows=600_000,
-            n_features=3390,
-            n_folding=2572,
-            n_samples=60_000,
-            n_tests=1000,
-            n_columns=1000,
-            n_steps=9380,
-            n_blocks=10,
-            n_groups=1,
-            item_bytes=2,
-            test_item_bytes=2,
-            shard_rows=geometry.shard_rows,
-            chunk_rows=geometry.chunk_rows,
-            chunk_features=geometry.chunk_features,
-            memory_bytes=4 * 2**30,
-            workers=2,
-        ),
-        **changes,
-    )
 
 
 @st.composite

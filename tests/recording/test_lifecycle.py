@@ -209,7 +209,7 @@ class TestSlips:
                     loss=cross_entropy,
                 )
                 assert hydra_pipe.verify(tmp_path / name) == []
-            hydra_pipe.reduce(tmp_path / name, test=None if name == "with" else "late")
+            hydra_pipe.reduce(tmp_path / name, probe=None if name == "with" else "late")
             result = "hydra" if name == "with" else "hydra-of-late"
             arrays[name] = zarr.open_array(tmp_path / name / "relevance.zarr" / result, mode="r")[:]
         np.testing.assert_array_equal(arrays["with"], arrays["without"])

@@ -245,7 +245,7 @@ def test_a_probe_of_a_run_of_two_ranks_is_what_its_own_tests_are(
     run = spawn("runs")[0] / f"{name}, probed"
     own, probed = (
         [
-            hydra_pipe.reduce(run, method=method, test=test),
+            hydra_pipe.reduce(run, method=method, probe=test),
             np.asarray(hydra_pipe.open_run(run).relevance(result)),
         ][1]
         for test, result in ((None, method), ("again", f"{method}-of-again"))
@@ -305,17 +305,20 @@ TOLD = [
     ),
     (
         "penalty at once",
-        r"BooksError: the books do not balance at step 0: the recorded rows of first\.weight miss",
+        r"GradientMismatchError: the books do not balance at step 0: the recorded rows of "
+        r"first\.weight miss",
         None,
     ),
     (
         "penalty, projected",
-        r"BooksError: the books do not balance at step 0: the recorded rows of first\.\w+ miss",
+        r"GradientMismatchError: the books do not balance at step 0: the recorded rows of "
+        r"first\.\w+ miss",
         None,
     ),
     (
         "penalty later",
-        r"BooksError: the books do not balance at step 4: the recorded rows of first\.\w+ miss",
+        r"GradientMismatchError: the books do not balance at step 4: the recorded rows of "
+        r"first\.\w+ miss",
         4,
     ),
     (

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.errors import GradientMismatchError, HydraError, RecordError, RunError, StoreError
-from hydra_pipe.recording import row_buffer as buffer
+from hydra_pipe.recording import row_buffer
 from hydra_pipe.store.data import gradients
 
 N_SAMPLES, BATCH, EPOCHS, EVERY = 22, 8, 7, 3
@@ -209,9 +209,11 @@ def test_which_steps_are_checked_together_does_not_depend_on_batches_before_the_
 ) -> None:
     """Or sums over them might be rounded otherwise."""
     together: list[int] = []
-    check = buffer.Slab.check
+    check = row_buffer.RowBuffer.check
     monkeypatch.setattr(
-        buffer.Slab, "check", lambda s, *ids: together.append(len(s._entries)) or check(s, *ids)
+        row_buffer.RowBuffer,
+        "check",
+        lambda s, *ids: together.append(len(s._entries)) or check(s, *ids),
     )
 
     def steps(

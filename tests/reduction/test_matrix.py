@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from support.compare import relative_error
-from support.pipelines import conv_pipeline
-from test_fisher import (
+from made_up import (
     InterruptedHereError,
     adamw,
     by_loop,
@@ -21,6 +19,8 @@ from test_fisher import (
     made_up,
     relevance,
 )
+from support.compare import relative_error
+from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
 import hydra_pipe

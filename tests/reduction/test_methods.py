@@ -11,9 +11,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from made_up import adamw, made_up, whole
 from support.compare import relative_error
 from support.pipelines import conv_pipeline, mlp_pipeline
-from test_fisher import adamw, made_up, whole
 
 import hydra_pipe
 from hydra_pipe import Pipeline, api

@@ -26,7 +26,7 @@ from distributed import Client
 from support import ROOT
 from support.compare import relative_error
 from support.pipelines import conv_pipeline, images
-from test_relevance import oracle_relevance, read_relevance
+from support.truth import oracle_relevance, read_relevance
 
 import hydra_pipe
 from hydra_pipe.errors import ClusterError, UsageError

@@ -149,7 +149,7 @@ def exact(build: Callable[[], Pipeline], run: Path, **options: Any) -> np.ndarra
         hydra_pipe.record(build(), run)
     hydra_pipe.reduce(run, method="hydra-exact", pipeline=build(), **options)
     name = str(
-        ResultName("hydra-exact", options.get("by"), options.get("upto"), options.get("rank"))
+        ResultName("hydra-exact", options.get("by"), options.get("up_to_step"), options.get("rank"))
     )
     return np.asarray(hydra_pipe.open_run(run).relevance(name))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from hydra_pipe.plan import chunking
-from hydra_pipe.recording import row_buffer as buffer
+from hydra_pipe.recording import row_buffer
 from hydra_pipe.store.data import gradients_writer
 
 
@@ -13,4 +13,4 @@ def make_files_small(put: Callable[[object, str, object], None]) -> None:
     """
     put(chunking, "MAX_SHARD_ROWS", 16)
     put(gradients_writer, "STEP_SHARD_ROWS", 4)
-    put(buffer, "SLAB_STEPS", 2)
+    put(row_buffer, "BUFFER_STEPS", 2)

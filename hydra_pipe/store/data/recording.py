@@ -96,14 +96,7 @@ def open_first_steps(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
             "leave out --up-to-step"
         )
     whole = open_gradients(run, found.prefix)
-    tests = [
-        s
-        for s in whole.test_steps()
-        if s <= found.prefix.n_steps and (found.tests is None or s in found.tests)
-    ]
-    if found.tests is None and not found.n_tests:
-        # Without test gradients at the end, the group there has only digests of the parameters.
-        tests = [s for s in tests if s < found.prefix.n_steps]
+    tests = _steps_with_tests(whole, found)
     if step not in tests:
         there = f"after {_listed(tests)} steps" if tests else "after no step so far"
         raise UsageError(
@@ -117,27 +110,57 @@ def open_first_steps(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
         )
     part_rows = tuple(int(n) for n in counts[:step].sum(axis=0))
     gradients = open_gradients(run, Prefix(step, part_rows))
+    n_tests = _check_first_steps(gradients, step, part_rows, found.n_tests)
+    return gradients, Counts(recording.count("n_samples", least=1), n_tests, step)
+
+
+def _steps_with_tests(whole: Gradients, found: Committed) -> list[int]:
+    """Return the committed steps after which test gradients were taken."""
+    tests = [
+        step
+        for step in whole.test_steps()
+        if step <= found.prefix.n_steps and (found.tests is None or step in found.tests)
+    ]
+    if found.tests is None and not found.n_tests:
+        # Without test gradients at the end, the group there has only digests of the parameters.
+        return [step for step in tests if step < found.prefix.n_steps]
+    return tests
+
+
+def _check_first_steps(
+    gradients: Gradients, step: int, part_rows: tuple[int, ...], n_tests: int
+) -> int:
+    """Check that the arrays hold `step` steps and the test gradients after them.
+
+    Args:
+        gradients: the recording, cut after `step` steps.
+        part_rows: rows of these steps, by part.
+        n_tests: number of test samples of the recording. 0: as many as the test gradients have.
+
+    Returns:
+        The number of test samples.
+
+    Raises:
+        StoreError: an array is missing or too short.
+    """
+    path = str(gradients.path)
     lengths = gradients.lengths(step)
     wanted = gradients.expected_rows(part_rows, step, 0)
-    test = {
-        f"{names.TEST}/{names.checkpoint_name(step)}/{name}"
-        for name in (names.GRADIENT, names.SCALE, names.LOSS)
-    }
+    checkpoint = f"{names.TEST}/{names.checkpoint_name(step)}"
+    test = {f"{checkpoint}/{name}" for name in (names.GRADIENT, names.SCALE, names.LOSS)}
     # A complete recording counts the test gradients of its end, and may have none there.
-    n_tests = found.n_tests or lengths.get(
-        f"{names.TEST}/{names.checkpoint_name(step)}/{names.LOSS}", 0
-    )
+    n_tests = n_tests or lengths.get(f"{checkpoint}/{names.LOSS}", 0)
     for name, n in (wanted | dict.fromkeys(test, n_tests)).items():
         there_are = lengths.get(name, -1)
         if there_are < n or (name in test and there_are != n):
             raise StoreError(
-                f"{whole.path}/{name} is missing or has too few rows, {n} were recorded: "
+                f"{path}/{name} is missing or has too few rows, {n} were recorded: "
                 f"{ROWS_UNREADABLE}"
             )
     for name, array in gradients.arrays():
         if (name in wanted or name in test) and (fault := array.shortfall()) is not None:
-            raise StoreError(f"{whole.path}: {name} {fault}: {ROWS_UNREADABLE}")
-    return gradients, Counts(recording.count("n_samples", least=1), n_tests, step)
+            raise StoreError(f"{path}: {name} {fault}: {ROWS_UNREADABLE}")
+    return n_tests
 
 
 def _listed(steps: list[int]) -> str:

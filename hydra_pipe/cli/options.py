@@ -1,0 +1,284 @@
+"""Arguments and options of the commands, each written once."""
+
+from typing import Annotated
+
+import typer
+
+PipelineSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="PIPELINE",
+        help="path/to/file.py or path/to/file.py:function, which returns a Pipeline",
+    ),
+]
+RunPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="directory of the run, or its URL in an object store, such as s3://bucket/run",
+    ),
+]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="a setting of the pipeline function; may be repeated"
+    ),
+]
+Encoding = Annotated[
+    str,
+    typer.Option(
+        help="auto: lossless where it fits --dim; exact: lossless; projected: --dim columns in all"
+    ),
+]
+Dim = Annotated[int, typer.Option(help="budget in columns for auto and projected")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float16|int8|float32",
+        help="data type of the rows; default: float16, or int8 with twice --dim columns if auto "
+        "loses less that way",
+    ),
+]
+CheckpointEvery = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STEPS|TIME",
+        help="steps or time between checkpoints, such as 500 or 10min; default: a minute, or 40 "
+        "times as long as one takes",
+    ),
+]
+TestEvery = Annotated[
+    str | None,
+    typer.Option(
+        metavar="epoch|STEPS",
+        help="also take test gradients on the way, for reduce --up-to-step and --method tracin",
+    ),
+]
+UpToStep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP",
+        help="relevance of the first steps only, named hydra-upto-STEP; also of an unfinished "
+        "recording (record --test-every)",
+    ),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="how to compute relevance: hydra; hydra-fisher, with curvature; hydra-exact, trained "
+        "again; tracin, grad-dot, grad-cos or influence, for comparison; self, of training "
+        "samples for themselves (docs/methods.md)"
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K",
+        help=(
+            "replay only K directions of the test gradients by hydra-exact, and leave the rest to "
+            "hydra-fisher"
+        ),
+    ),
+]
+OfPipeline = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline",
+        metavar="PIPELINE",
+        help="new path of the pipeline's file if it has moved, for hydra-exact",
+    ),
+]
+MovedPipeline = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline", metavar="PIPELINE", help="new path of the pipeline's file if it has moved"
+    ),
+]
+DatasetSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE.py:FUNCTION",
+        help="a function that returns a map-style dataset of (input, target)",
+    ),
+]
+OfFunction = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="a setting of the function; may be repeated"),
+]
+ProbeName = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="name of the probe: letters, digits and _")
+]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        "--probe",
+        metavar="NAME",
+        help=(
+            "answer for the samples of this probe (hydra-pipe probe) in place of the run's test "
+            "samples"
+        ),
+    ),
+]
+Chunks = Annotated[
+    str,
+    typer.Option(
+        metavar="ROWSxFEATURES|auto", help="rows and features that a worker reads at once"
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="memory budget of the whole process, or of each worker process, such as 4GiB"
+    ),
+]
+Tests = Annotated[
+    str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")
+]
+By = Annotated[
+    str | None,
+    typer.Option(
+        metavar="label",
+        help="compute the mean over the test samples of each label, named hydra-by-label",
+    ),
+]
+Mean = Annotated[
+    bool, typer.Option("--mean", help="compute the mean over all test samples, named hydra-mean")
+]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep-hypergradients",
+        help="hydra, hydra-fisher: also keep hypergradients, which answer other test samples "
+        "later by one product, without the rows; --dry-run says what they cost",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="print the plan (passes, tasks, bytes, operations, memory) and do nothing"
+    ),
+]
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        metavar="threads|processes|ADDRESS",
+        help="threads or processes, one for each core of this machine; or the address of a Dask "
+        "scheduler, such as tcp://host:8786 (docs/cluster.md)",
+    ),
+]
+Top = Annotated[
+    int,
+    typer.Option(
+        help="number of training samples on each side (helpful, harmful) of each test sample"
+    ),
+]
+ShownTests = Annotated[
+    str | None,
+    typer.Option(
+        "--tests",
+        metavar="SELECTION",
+        help="test samples to show, such as 0-99,150; default: those that tell most",
+    ),
+]
+Shown = Annotated[
+    int,
+    typer.Option(
+        "--top",
+        help="number of training samples to show on each side (helpful, harmful) of each test "
+        "sample",
+    ),
+]
+Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
+Repair = Annotated[
+    bool,
+    typer.Option(
+        "--repair",
+        help="set the run back to its last good state: keep whole results, and name the commands "
+        "that must run again",
+    ),
+]
+Kind = Annotated[
+    str,
+    typer.Argument(
+        metavar="KIND", help="loo, lds, noise, smoothness or approximation (docs/evaluating.md)"
+    ),
+]
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SELECTION",
+        help="loo: training samples to leave out, such as 0-99,150; default: the first 1,000",
+    ),
+]
+Retrainings = Annotated[
+    int | None, typer.Option(help="lds: number of random halves to train on; default: 100")
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        help="lds: number of initial weights and orders to train each half from; default: 1"
+    ),
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help=(
+            "loo, lds, noise: methods to score, such as hydra,hydra-fisher; default: all that were "
+            "reduced"
+        ),
+    ),
+]
+LeftOut = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARES",
+        help="noise: shares of the number of wrong labels to train without; 0: none; default: "
+        "0.5,1,2",
+    ),
+]
+Lowest = Annotated[int | None, typer.Option(metavar="K", help="number of samples to propose")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="propose samples that score below X, in robust standard deviations from the samples "
+        "with the same label; default: fitted, unless --lowest is given",
+    ),
+]
+Retrain = Annotated[
+    bool,
+    typer.Option(
+        "--retrain",
+        help="train again with all samples, without the proposed and without as many at random, "
+        "and compare accuracy and loss",
+    ),
+]
+CleanSeeds = Annotated[
+    int | None,
+    typer.Option(
+        "--seeds",
+        metavar="N",
+        help="for --retrain: number of initial weights and orders of each training; default: 3",
+    ),
+]
+CleanPipeline = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline",
+        metavar="PIPELINE",
+        help="new path of the pipeline's file if it has moved, for --retrain",
+    ),
+]
+DiscardUnfinished = Annotated[
+    bool,
+    typer.Option(
+        "--discard-unfinished",
+        help="give up hypergradients whose keeping was interrupted, if others are kept",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="discard the results of an earlier call of this stage")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of a failure")]
+Json = Annotated[bool, typer.Option("print JSON, for programs", help="for programs")]
