@@ -281,4 +281,4 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="discard the results of an earlier call of this stage")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of a failure")]
-Json = Annotated[bool, typer.Option("print JSON, for programs", help="for programs")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]

@@ -560,6 +560,6 @@ def test_ranks_that_load_unlike_states_are_told(spawn) -> None:
     for of_rank in spawn("resumed", "killed")[1]:
         assert re.match(r"UsageError: \w+ is .* on rank 0, .* on rank 1", of_rank["unlike states"])
         assert re.match(
-            r"RecordError: rank 1: this is not what recorder\.state_dict\(\) gave",
+            r"RecordError: rank 1: this is no value of recorder\.state_dict\(\)",
             of_rank["bad state"],
         )

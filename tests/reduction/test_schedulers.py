@@ -405,7 +405,7 @@ class Impostor:
 
 
 IMPOSTORS = {
-    "silent": (Impostor, {}, "is not a Dask scheduler, what listens there does not talk as one"),
+    "silent": (Impostor, {}, "is not a Dask scheduler, the program there answers in another way"),
     "web server": (
         Impostor,
         {"answer": b"HTTP/1.0 200 OK\r\n\r\n"},
