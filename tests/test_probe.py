@@ -512,7 +512,7 @@ def stored(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "where",
-    ["probing.record_test_gradients", "probing.write_probe_labels", "store.stage_runner.seal"],
+    ["probing.record_test_gradients", "probing.write_probe_labels", "store.run.stage_runner.seal"],
 )
 def test_a_probe_that_was_stopped_leaves_nothing_half_written_and_ends_with_the_same_bytes(
     run: Path, where: str, monkeypatch: pytest.MonkeyPatch
