@@ -697,7 +697,7 @@ def test_a_graph_of_functions_is_recorded(tmp_path: Path) -> None:
         (
             "clipped",
             r"cause: \(1\) the largest elements of the gradient are all of magnitude 0\.01, as "
-            r"clip_grad_value_ leaves them",
+            r"after clip_grad_value_",
         ),
         ("by hand", r"the loop changed \.grad by hand"),
         ("not cleared", r"earlier step is still there: call optimizer\.zero_grad\(\)"),

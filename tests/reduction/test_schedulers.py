@@ -466,8 +466,8 @@ def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
             assert time.monotonic() - start < 3
             assert process.returncode == 130
             assert told.splitlines() == [
-                "hydra-pipe: interrupted: what is finished is kept, run the same command again "
-                "to go on"
+                "hydra-pipe: interrupted: finished work is kept; run the same command again "
+                "to resume"
             ]
         finally:
             process.kill()

@@ -493,7 +493,9 @@ def test_another_training_is_refused_at_its_first_step(run: Path) -> None:
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=trained)
     with pytest.raises(
         RunError,
-        match="was recorded with epochs 3, and the pipeline has 2: give the pipeline of the recording",
+        match=(
+            "was recorded with epochs 3, and the pipeline has 2: give the pipeline of the recording"
+        ),
     ):
         hydra_pipe.reduce(run, method="hydra-exact", pipeline=conv_pipeline(epochs=2))
 
