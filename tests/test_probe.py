@@ -443,7 +443,7 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
         RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"
     ):
         hydra_pipe.reduce(run, probe="other")
-    with pytest.raises(UsageError, match="that result is of probe late"):
+    with pytest.raises(UsageError, match="this result is for probe late"):
         hydra_pipe.export(run, method="hydra-of-late", probe="other")
     with pytest.raises(
         RunError,

@@ -368,9 +368,8 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
     """
     if not isinstance(trainer, Trainer):
         raise UsageError(
-            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of "
-            "lightning.pytorch, and not of the "
-            f"package pytorch_lightning"
+            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take the "
+            "trainer of lightning.pytorch, not of the package pytorch_lightning"
         )
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(

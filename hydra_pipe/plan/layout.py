@@ -212,12 +212,12 @@ def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
     for first, last in sorted(owned):
         if first != end:
             raise ValueError(
-                f"columns {min(first, end)} to {max(first, end)} are of "
+                f"columns {min(first, end)} to {max(first, end)} belong to "
                 f"{'no block' if first > end else 'two blocks'}"
             )
         end = last
     if end != n_features:
-        raise ValueError(f"columns {end} to {n_features} are of no block")
+        raise ValueError(f"columns {end} to {n_features} belong to no block")
 
 
 def _whole(value: Any, least: int | None) -> int:

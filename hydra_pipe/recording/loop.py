@@ -184,7 +184,7 @@ class Loop:
         """
         if self.is_closed:
             failure = self.state.failure if isinstance(self.state, Closed) else None
-            why = "" if failure is None else f", for its recording has failed ({failure})"
+            why = "" if failure is None else f", because its recording has failed ({failure})"
             raise RecordError(f"this recorder is closed{why}: make a new one for another run")
 
     @contextmanager

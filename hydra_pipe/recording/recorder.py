@@ -552,7 +552,7 @@ class Recorder:
         with self._failing():
             self._pending.flush()
         self._pending.begin_anew()  # as in `state_dict`: a state taken here must leave no trace
-        self._say_whether_weights_changed("the test gradients are of these")
+        self._say_whether_weights_changed("the test gradients were taken at these parameters")
         with self._loop.testing():
             self._tests.take(self.n_steps, tests, loss, labels)
             self._put_down()
@@ -562,10 +562,9 @@ class Recorder:
         self.facts["test_weights"] = f"changed after step {self.n_steps - 1}" if changed else None
         if changed:
             warnings.warn(
-                "the parameters were written to since the last recorded step, "
-                f"{self.n_steps - 1} (those of the best epoch, an "
-                f"average, or a change by hand): {which}, and the relevance of training samples "
-                "leaves the change out",
+                f"the parameters were written to since the last recorded step, {self.n_steps - 1} "
+                f"(the best epoch, an average, or a change by hand): {which}, and the relevance "
+                "of training samples leaves the change out",
                 RecordWarning,
                 stacklevel=3,
             )
@@ -595,7 +594,7 @@ class Recorder:
         with self._failing():
             self._pending.flush()
         if self._output.writer is not None and self.n_steps not in self._output.tests:
-            self._say_whether_weights_changed("probes will be of these")
+            self._say_whether_weights_changed("probes will be taken at these parameters")
         try:
             self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
         except BaseException as error:

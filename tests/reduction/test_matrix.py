@@ -327,7 +327,7 @@ def change(file: Path, how: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda a: a.update(run_id="another"), "is of another recording"),
+        (lambda a: a.update(run_id="another"), "belongs to another recording"),
         (
             lambda a: a.update(method="hydra"),
             "has 'hypergradient matrix' of method 'hydra', not hypergradient matrix of "

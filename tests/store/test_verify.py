@@ -376,7 +376,7 @@ DAMAGE: dict[str, Case] = {
     "recording of another run": Case(
         lambda run, other: from_other(run, other, RECORD, ROWS, "checkpoints"),
         ROWS,
-        "is of run [0-9a-f]+, run.json of [0-9a-f]+",
+        "belongs to run [0-9a-f]+, run.json to run [0-9a-f]+",
         RECORD_AGAIN,
         (RECORD, *COMPUTED),
     ),

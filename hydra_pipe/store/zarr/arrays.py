@@ -139,7 +139,9 @@ class Group:
             StoreError: the array is missing or damaged.
         """
         if not self._counts(name):
-            raise StoreError(f"{self.path / name} is of another run: the manifest does not list it")
+            raise StoreError(
+                f"{self.path / name} belongs to another run: the manifest does not list it"
+            )
         return Array.open(self.path / name)
 
     def array_names(self) -> list[str]:
