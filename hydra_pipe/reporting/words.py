@@ -29,8 +29,8 @@ METHODS = {
     "grad-dot": "multiplies the last gradient of a training sample with the gradient of the test "
     "sample. Only its order means anything: large gradients, of mislabelled and odd samples, come "
     "first everywhere.",
-    "grad-cos": "is the cosine between the last gradient of a training sample and the gradient of the "
-    "test sample: only directions count.",
+    "grad-cos": "is the cosine between the last gradient of a training sample and the gradient of "
+    "the test sample: only directions count.",
     "influence": "assumes that training has ended in an optimum and asks how that moves "
     "(influence functions, with the empirical "
     "Fisher of the last gradients). How training got there is left out.",
