@@ -423,7 +423,7 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
     with pytest.raises(
         RunError,
-        match="does not say which parameters its test gradients were taken at: record the run",
+        match="does not say at which parameters its test gradients were taken: record the run",
     ):
         probe(tmp_path / "sgd", changed())
 
@@ -433,7 +433,7 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     for options, match in (
         ({"method": "tracin"}, "tracin needs test gradients on the way"),
         ({"up_to_step": 5}, "--probe late and --up-to-step: choose one"),
-        ({"method": "self"}, "--probe is for methods of test samples"),
+        ({"method": "self"}, "--probe is for methods with test samples"),
         ({"tests": "0-3"}, "3"),
         ({"dataset": changed()}, "dataset is for --method hydra-exact"),
     ):

@@ -855,7 +855,7 @@ def test_options_of_trainers_that_hide_nothing_are_let_through(tmp_path: Path) -
 
 def test_a_pass_without_the_ids_of_its_batch_is_described() -> None:
     found = unnamed_pass(mlp(), {"input_ids": X, "attention_mask": X})
-    assert "called Sequential with input_ids=, attention_mask=, without the ids" in found
+    assert "called Sequential with input_ids=, attention_mask=, without the sample ids" in found
     assert "next_batch" in found
 
 
