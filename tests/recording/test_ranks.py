@@ -370,7 +370,7 @@ TOLD = [
         r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3",
         2,
     ),
-    ("drawn ahead", r"RecordError: rank 1: at step 2 a next batch came before", 2),
+    ("drawn ahead", r"RecordError: rank 1: at step 2 the next batch came before", 2),
     (
         "tracked and named",
         r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the "

@@ -376,7 +376,10 @@ def test_what_means_nothing_to_a_method_is_refused(run: Path) -> None:
     ):
         with pytest.raises(
             UsageError,
-            match=f"{message} is for methods of test samples: self is of each training sample",
+            match=(
+                f"{message} is for methods with test samples: self has one value for each "
+                "training sample"
+            ),
         ):
             hydra_pipe.reduce(run, method="self", **options)
     with pytest.raises(UsageError, match="--chunks is for --method hydra"):

@@ -438,7 +438,7 @@ def test_the_address_of_a_worker_and_of_a_dashboard_are_told(
     assert "is not a Dask scheduler, a worker listens there" in refused(recording, worker)
     with pytest.raises(
         UsageError,
-        match=r"http://127\.0\.0\.1:8787 is a web address, such as that of a scheduler's dashboard",
+        match=r"http://127\.0\.0\.1:8787 is a web address, such as a scheduler's dashboard",
     ):
         hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787")
 
