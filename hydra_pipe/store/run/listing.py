@@ -55,7 +55,7 @@ def listed(run: RunDirectory, stage: StageId) -> Listed | None:
     found = footprints_or_fault(run, stage)
     if isinstance(found, str):
         raise StoreError(
-            f"{run.path / stage.checksums_file} {found}, and without it the files of {stage} "
+            f"{run.path / stage.checksums_file} {found}: without it the files of {stage} "
             f"cannot be told from those of an older run: run hydra-pipe verify {run.path} "
             "--repair, which writes it again if it can"
         )
