@@ -158,7 +158,7 @@ def built_pipeline(
     if isinstance(pipeline, Pipeline):
         if assignments:
             raise PipelineError(
-                "settings go with a pipeline file: a Pipeline has been built already"
+                "settings are for a pipeline file, and a Pipeline was given: leave the settings out"
             )
         return pipeline, {"pipeline": None}
     source = load_pipeline(pipeline, assignments)
@@ -182,7 +182,7 @@ def load_dataset(
     path, function = _split_spec(spec)
     if not function:
         raise UsageError(
-            f"{spec} names no function: write {path}:NAME, of one that returns a dataset of "
+            f"{spec} names no function: write {path}:NAME, a function that returns a dataset of "
             "(input, target)"
         )
     return DatasetFunction(*_found(path, function, assignments, "file"))
@@ -215,8 +215,8 @@ def pipeline_of(
             if name in settings and settings[name] != value:
                 what, was, now = _difference(name, settings[name], value)
                 raise RunError(
-                    f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: it "
-                    "is another one"
+                    f"{run.path} was recorded with {what} {was}, and the pipeline has {now}: give "
+                    "the pipeline of the recording"
                 )
         return built
 
@@ -242,9 +242,9 @@ def with_probe(
     spec = settings.get(DATASET)
     if given is None and not isinstance(spec, str):
         raise RunError(
-            f"{path}: probe {name} is of a dataset that was given as an object, and hydra-exact "
-            "needs its samples: give it again, "
-            f"as hydra_pipe.reduce(run, method='hydra-exact', probe='{name}', dataset=...)"
+            f"{path}: hydra-exact needs the samples of probe {name}, whose dataset was given as "
+            "an object: give it again, as hydra_pipe.reduce(run, method='hydra-exact', "
+            f"probe='{name}', dataset=...)"
         )
 
     def probed() -> Pipeline:
@@ -259,9 +259,8 @@ def with_probe(
             dataset_batches(dataset, "probe", pipeline.seed, pipeline.batch_size)
         ) != settings.get(SAMPLES):
             raise RunError(
-                f"{path}: the samples of probe {name} are others than those that it was taken "
-                "of: give these, or take it again "
-                f"with hydra-pipe probe --overwrite"
+                f"{path}: the samples of probe {name} are not the ones that it was taken of: give "
+                "those, or take it again with hydra-pipe probe --overwrite"
             )
         return replace(pipeline, test=dataset, test_labels=None)
 
@@ -281,7 +280,7 @@ def recorded_spec(run: RunDirectory, given: str | Pipeline | None, advice: str) 
     spec = run.stages[RECORD].settings.get("pipeline")
     if not isinstance(spec, str):
         raise RunError(
-            f"{run.path} was recorded by a loop of one's own, or from a Pipeline object: {advice}"
+            f"{run.path} was recorded in a loop of your own, or from a Pipeline object: {advice}"
         )
     _refuse_stranger(run.path, spec)
     return spec
@@ -322,8 +321,8 @@ def _refuse_stranger(run: Path, spec: str) -> None:
     else:
         return
     raise RunError(
-        f"{run} names the pipeline {spec}, which {why} and is not run unasked: give it with "
-        "--pipeline if it is yours"
+        f"{run} names the pipeline {spec}, which {why}. hydra-pipe does not run such a file "
+        "unasked: give it with --pipeline if it is yours"
     )
 
 
@@ -387,7 +386,7 @@ def _settings(what: str, build: Any, assignments: Mapping[str, Any] | list[str])
         hints = get_type_hints(build)
     except NameError as error:
         raise PipelineError(
-            f"{what}: an annotation cannot be resolved ({error}): import what it names"
+            f"{what}: an annotation cannot be resolved ({error}): import the name"
         ) from error
     settings = {
         name: p.default

@@ -133,9 +133,7 @@ def probe(
     """
     check_name(name)
     if (model is None) != (loss is None) or (model is not None and pipeline is not None):
-        raise UsageError(
-            "give a pipeline, or a model and its loss: both of these, and not beside a pipeline"
-        )
+        raise UsageError("give either a pipeline, or a model and its loss")
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, None)
@@ -197,7 +195,9 @@ def _asked(
         own = {DATASET: source.spec} | source.recorded_settings
         dataset = source.build()
     elif settings:
-        raise UsageError("settings go with a function FILE:NAME: a dataset has been made already")
+        raise UsageError(
+            "settings are for a function FILE:NAME, and a dataset was given: leave the settings out"
+        )
     if is_dataset(dataset) or not isinstance(dataset, Iterable):
         check_dataset("the dataset", dataset)
         n_samples = len(dataset)
@@ -251,8 +251,7 @@ def _subject(
     if model is None:
         advice = (
             "a probe needs the model. Give hydra_pipe.probe(run, dataset, name=..., model=..., "
-            "loss=...), or pipeline=... where "
-            "that was recorded"
+            "loss=...), or pipeline=... if a pipeline was recorded"
         )
         load, sha256 = (
             pipeline_of(directory, pipeline, advice),
@@ -260,8 +259,8 @@ def _subject(
         )
         if sha256 is None:
             raise RunError(
-                f"{directory.path} was recorded by a loop of one's own, which keeps its "
-                f"parameters itself: {advice}"
+                f"{directory.path} was recorded in a loop of your own, which keeps its parameters "
+                f"itself: {advice}"
             )
         built = load()
         model, loss = built.model, built.loss
@@ -282,7 +281,7 @@ def _subject(
             )
             raise RunError(
                 f"{directory.path} has recorded parameter {block.name} {block.shape}, the model "
-                f"has {has}: give the run's own"
+                f"has {has}: give the model of the run"
             )
         trained[parameter] = (block.name, block.group)
     return _Subject(model, loss, trained, _root(directory, gradients, step, list(trained)))
@@ -301,8 +300,8 @@ def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping
         if shapes[0] != shapes[1]:
             was, has = ("none" if shape is None else f"shape {shape}" for shape in shapes)
             raise RunError(
-                f"{directory.path} was recorded with {name}: {was}, and the model has {has}: it "
-                "is another one"
+                f"{directory.path} was recorded with {name}: {was}, and the model has {has}: give "
+                "the model of the run"
             )
 
 
@@ -316,7 +315,7 @@ def _check_state(
     """
     if not recorded:
         raise RunError(
-            f"{directory.path} does not say which parameters its test gradients were taken at: "
+            f"{directory.path} does not say at which parameters its test gradients were taken: "
             f"{_AGAIN}"
         )
     for name in dict.fromkeys([*recorded, *now]):
@@ -343,9 +342,8 @@ def _root(
     found = gradients.preconditioner(step)
     if found is None:
         raise RunError(
-            f"{directory.path} does not have the optimizer's preconditioner as it was after "
-            f"{step} steps, without which no test "
-            f"gradient can be taken: {_AGAIN}"
+            f"{directory.path} does not have the optimizer's preconditioner of step {step}, and "
+            f"test gradients need it: {_AGAIN}"
         )
     roots = [
         torch.from_numpy(root).to(p).reshape(p.shape)

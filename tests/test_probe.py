@@ -207,7 +207,7 @@ def test_a_model_that_is_not_the_runs_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(
         RunError,
         match=(
-            r"loop of one's own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., "
+            r"loop of your own.*Give hydra_pipe.probe\(run, dataset, name=..., model=..., "
             r"loss=...\)"
         ),
     ):
@@ -341,7 +341,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
         DataError,
         "probe_labels has 1 entries for 3 probe samples",
     ),
-    "settings": (changed(), {"settings": ["a=1"]}, UsageError, "settings go with a function"),
+    "settings": (changed(), {"settings": ["a=1"]}, UsageError, "settings are for a function"),
     "name": (
         changed(),
         {"name": "a-b"},
@@ -355,7 +355,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[HydraError], str]] = {
         changed(),
         {"loss": cross_entropy},
         UsageError,
-        "give a pipeline, or a model and its loss",
+        "give either a pipeline, or a model and its loss",
     ),
 }
 
@@ -381,7 +381,7 @@ def test_a_changed_pipeline_is_refused_by_name(run: Path) -> None:
         RunError,
         match=(
             r"was recorded with parameters 1\.weight \[16, 64\], and the pipeline has \[20, "
-            r"64\]: it is another one"
+            r"64\]: give the pipeline of the recording"
         ),
     ):
         hydra_pipe.probe(run, changed(), name="late", pipeline=pipeline)
@@ -413,7 +413,7 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
     with pytest.raises(
         RunError,
         match=(
-            r"does not have the optimizer's preconditioner as it was after 10 steps.*record the "
+            r"does not have the optimizer's preconditioner of step 10.*record the "
             r"run again"
         ),
     ):
@@ -423,7 +423,7 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
         hydra_pipe.record(mlp_pipeline(), tmp_path / "sgd")
     with pytest.raises(
         RunError,
-        match="does not say which parameters its test gradients were taken at: record the run",
+        match="does not say at which parameters its test gradients were taken: record the run",
     ):
         probe(tmp_path / "sgd", changed())
 
@@ -431,9 +431,9 @@ def test_a_run_without_what_a_probe_needs_says_to_record_it_again(
 def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
     probe(run, changed())
     for options, match in (
-        ({"method": "tracin"}, "tracin takes test gradients on the way"),
+        ({"method": "tracin"}, "tracin needs test gradients on the way"),
         ({"up_to_step": 5}, "--probe late and --up-to-step: choose one"),
-        ({"method": "self"}, "--probe is for methods of test samples"),
+        ({"method": "self"}, "--probe is for methods with test samples"),
         ({"tests": "0-3"}, "3"),
         ({"dataset": changed()}, "dataset is for --method hydra-exact"),
     ):
@@ -443,16 +443,19 @@ def test_methods_that_a_probe_cannot_answer_say_why(run: Path) -> None:
         RunError, match=r"probe other has not been run: run hydra-pipe probe .* --name other first"
     ):
         hydra_pipe.reduce(run, probe="other")
-    with pytest.raises(UsageError, match="that result is of probe late"):
+    with pytest.raises(UsageError, match="this result is for probe late"):
         hydra_pipe.export(run, method="hydra-of-late", probe="other")
     with pytest.raises(
         RunError,
         match=r"reduce hydra-of-late has not been run: run hydra-pipe reduce .* --probe late first",
     ):
         hydra_pipe.export(run, probe="late")
-    with pytest.raises(RunError, match="given as an object, and hydra-exact needs its samples"):
+    with pytest.raises(
+        RunError,
+        match=r"hydra-exact needs the samples of probe .*, whose dataset was given as an object",
+    ):
         hydra_pipe.reduce(run, method="hydra-exact", probe="late", pipeline=mlp_pipeline())
-    with pytest.raises(RunError, match="the samples of probe late are others"):
+    with pytest.raises(RunError, match="the samples of probe late are not the ones"):
         hydra_pipe.reduce(
             run, method="hydra-exact", probe="late", pipeline=mlp_pipeline(), dataset=images(3, 6)
         )
@@ -677,7 +680,7 @@ def test_the_command_answers_for_new_inputs_end_to_end(
         EXPORT.of("hydra-of-wrong"),
     ):
         assert "nothing to do" in call(*directory.command(stage).split()[1:])
-    assert "tracin takes test gradients on the way" in call(
+    assert "tracin needs test gradients on the way" in call(
         "reduce", "run", "--probe", "wrong", "--method", "tracin", code=2
     )
 

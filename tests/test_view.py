@@ -205,7 +205,7 @@ def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(
     for name, _ in model.named_parameters():
         assert f"\n{name} " in shown
     assert shown.splitlines()[-1] == f"next: hydra-pipe reduce {deep}"
-    assert "encoding: 6 factored; without loss but that of the dtype" in shown
+    assert "encoding: 6 factored; lossless except for the dtype" in shown
     assert f"on disk: {format_bytes(tree_bytes(deep))}" in shown
     done = CliRunner().invoke(app, ["info", str(run)]).stdout
     manifest = json.loads((run / "run.json").read_text())

@@ -107,8 +107,7 @@ def check_finite(sums: NDArray[np.float64], method: str) -> None:
     if strange:
         raise NonFiniteError(
             f"relevance {method} of {strange:,} of {sums.shape[-1]:,} training samples is "
-            "infinite or not a number: nothing can be "
-            f"told from it, choose another method"
+            "infinite or not a number, so clean cannot use it: choose another method"
         )
 
 

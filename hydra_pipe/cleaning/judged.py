@@ -23,9 +23,8 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     asked = "unless --lowest or --threshold asks for them"
     if n_tests < FEWEST_TESTS:
         return np.ones(n_samples, bool), [
-            "there is one test sample: which training samples serve it says little of which "
-            "labels are wrong, and none is "
-            f"proposed {asked}; record with more test samples"
+            "there is only one test sample. Relevance to one sample says little about wrong "
+            f"labels, so no sample is proposed {asked}; record with more test samples"
         ]
     of_tests = found.tested.labels(found.gradients)
     if labels is None or of_tests is None or (labels.dtype == object) != (of_tests.dtype == object):
@@ -38,7 +37,7 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     listed = ", ".join(map(str, lacking[:_LISTED])) + (" ..." if len(lacking) > _LISTED else "")
     n = int(of_lacking.sum())
     return of_lacking, [
-        f"no test sample has the label {listed}: of the {n:,} training samples with it nothing "
-        "is told, and none is proposed "
-        f"{asked}; record test samples of every label"
+        f"no test sample has the label {listed}, so nothing is known of the {n:,} training "
+        f"samples with such a label. None of them is proposed {asked}; record test samples of "
+        "every label"
     ]

@@ -42,8 +42,8 @@ ALL, PROPOSED, RANDOM, WRONG = (
 )
 _SEED = 0x636C65
 _ADVICE = (
-    "--retrain trains again, and needs that. Give it as hydra_pipe.clean(run, retrain=True, "
-    "pipeline=...), newly built"
+    "--retrain trains the pipeline again. Build the pipeline anew, and give it as "
+    "hydra_pipe.clean(run, retrain=True, pipeline=...)"
 )
 Row = dict[str, Any]
 
@@ -107,23 +107,23 @@ def folds_of(
         folds = [Fold(half, ids[~half]), Fold(~half, ids[half])]
         return (
             folds,
-            "each half of the tests measures what the relevance to the other half has left out, "
-            "by the same rule",
+            "the relevance to one half of the tests chooses, by the same rule, and the other "
+            "half measures; then the other way round",
         )
     others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
     if len(others):
         return [
             Fold(everything, others)
-        ], f"measured on the {len(others):,} tests that the relevance is not of"
+        ], f"measured on the {len(others):,} tests that the relevance does not cover"
     if columns.by is None:
         return [Fold(everything, np.arange(n_tests))], (
-            "NOT independent: there is one test sample, which has also chosen what is left out: "
-            "what is gained tells nothing"
+            "NOT independent: there is one test sample, and it has also chosen the proposals, so "
+            "the gain says nothing"
         )
     return [Fold(everything, np.arange(n_tests))], (
-        "NOT independent: a mean over the tests cannot be split, so that these tests have also "
-        "chosen what is left out, and what "
-        "is gained is too good; reduce without --mean or --by to measure it on tests that have not"
+        "NOT independent: a mean over the tests cannot be split, so these tests have also chosen "
+        "the proposals, and the measured gain is too good; reduce without --mean or --by to "
+        "measure it on other tests"
     )
 
 
@@ -277,7 +277,7 @@ def _says(
     ]
     if seeds == 1:
         says.append(
-            "with one seed intervals do not tell how another training would come out: --seeds 3"
+            "with one seed intervals do not show how another training would come out: add --seeds 3"
         )
     change = measured[PROPOSED][:, HIT] - measured[RANDOM][:, HIT]
     if n_tests < 2:

@@ -163,13 +163,11 @@ def _check(method: str, cut: Cut, retrain: bool, seeds: int | None, pipeline: ob
             f"--cautious is for labels judged by dynamics: leave out --method {method}"
         )
     if ResultName.parse(method).is_of_itself:
-        raise UsageError(
-            f"--method {method} is of no test samples: choose the relevance of another method"
-        )
+        raise UsageError(f"--method {method} has no test samples: choose another method")
     if retrain and ResultName.parse(method).probe is not None:
         raise UsageError(
-            f"--retrain tells the accuracy on the run's own tests, and {method} is of a probe: "
-            "leave it out"
+            f"--retrain measures accuracy on the run's own tests, and {method} is relevance for a "
+            "probe: leave out --retrain"
         )
     if not retrain and (seeds is not None or pipeline is not None):
         raise UsageError(

@@ -113,7 +113,8 @@ def record(
 ) -> None:
     """Train a pipeline and record every step's per-sample gradients.
 
-    Interrupted or killed, the same command goes on from its last checkpoint, to the same bytes.
+    After an interrupt or a kill, the same command resumes from the last checkpoint, to the same
+    bytes.
 
     Example: hydra-pipe record pipelines/digits.py runs/digits --set noise=0.1 --set epochs=30
     """
@@ -184,8 +185,8 @@ def reduce(
     if result.is_of_itself:
         whose = ResultName(DEFAULT_METHOD, up_to_step=up_to_step)
         which = (
-            f" --method {whose}, or of another method: the column self_relevance of its "
-            "samples.parquet"
+            f" --method {whose}, or another method: its samples.parquet gets the column "
+            "self_relevance"
         )
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
 
@@ -244,7 +245,7 @@ def report(
     """Write one HTML page about a reduced run: predictions, the training samples that made them,
     and those to check first.
 
-    Samples are drawn by the pipeline that was recorded, which is built again.
+    The pipeline of the recording is built again, to draw samples.
 
     Example: hydra-pipe report runs/digits --tests 0-19
     """
@@ -288,7 +289,7 @@ def clean(
     Labels are judged by what the network thought of each sample while it trained. No test samples
     and no reduce are needed. With --method, the relevance of a reduction judges.
 
-    Killed or interrupted, the same command goes on with the retrainings that are not done yet.
+    After an interrupt or a kill, the same command resumes with the retrainings that are left.
 
     Example: hydra-pipe clean runs/digits --lowest 100 --retrain
     """
@@ -340,7 +341,7 @@ def run_all(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """record, reduce and export, one after the other; what is done already is not done again.
+    """Record, reduce and export, one after the other. Finished stages are not run again.
 
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
@@ -371,8 +372,8 @@ def probe(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Take the test gradients of new inputs on a finished run: reduce, export and report --probe
-    NAME then answer for these.
+    """Take the test gradients of new inputs on a finished run. reduce, export and report --probe
+    NAME then answer for these inputs.
 
     Example: hydra-pipe probe runs/digits mistakes.py:wrong --name wrong --set day=monday
     """
@@ -406,10 +407,10 @@ def evaluate(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Hold relevance against the truth: train again without some of the samples, and see how well
-    it was predicted.
+    """Compare relevance with the truth: train again without some of the samples, and score the
+    predictions.
 
-    Killed or interrupted, the same command goes on with the retrainings that are not done yet.
+    After an interrupt or a kill, the same command resumes with the retrainings that are left.
 
     Example: hydra-pipe evaluate pipelines/digits.py runs/digits lds --set noise=0.1
     """
@@ -460,9 +461,9 @@ def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
 @app.command()
 @explained
 def verify(run: RunPath, repair: Repair = False, json_: Json = False, debug: Debug = False) -> None:
-    """Read everything in a run and find what is not as it was written.
+    """Read everything in a run and report each difference from what was written.
 
-    Exit code 1 if anything is off.
+    The exit code is 1 if there is any difference.
 
     Example: hydra-pipe verify runs/digits --repair
     """

@@ -76,7 +76,7 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, HydraError):
         return error.exit_code, _one_line(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted: what is finished is kept, run the same command again to go on"
+        return 130, "interrupted: finished work is kept; run the same command again to resume"
     if isinstance(error, MemoryError):
         return (
             1,
@@ -85,7 +85,7 @@ def _told(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
+        advice = _ADVICE.get(error.errno, "fix this, and run the same command again")
         return 1, printable(f"{where}{error.strerror}: {advice}")
     if type(error).__module__.partition(".")[0] in _STORE_CLIENTS:
         return (
@@ -96,8 +96,7 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError):  # from a package that gives no errno
         return (
             1,
-            f"{_one_line(error)}: see to the disk or the connection, and run the same command "
-            "again",
+            f"{_one_line(error)}: check the disk or the connection, and run the same command again",
         )
     return (
         1,

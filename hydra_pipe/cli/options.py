@@ -35,16 +35,16 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="float16|int8|float32",
-        help="of the rows; if not given: float16, or int8 with twice --dim columns where auto "
-        "would lose more with --dim",
+        help="data type of the rows; default: float16, or int8 with twice --dim columns if auto "
+        "loses less that way",
     ),
 ]
 CheckpointEvery = Annotated[
     str | None,
     typer.Option(
         metavar="STEPS|TIME",
-        help="between checkpoints, such as 500 or 10min; if not given: a minute, or 40 times as "
-        "long as one takes",
+        help="steps or time between checkpoints, such as 500 or 10min; default: a minute, or 40 "
+        "times as long as one takes",
     ),
 ]
 TestEvery = Annotated[
@@ -58,24 +58,26 @@ UpToStep = Annotated[
     int | None,
     typer.Option(
         metavar="STEP",
-        help="only the first steps, as hydra-upto-STEP; of a recording that goes on too (record "
-        "--test-every)",
+        help="relevance of the first steps only, named hydra-upto-STEP; also of an unfinished "
+        "recording (record --test-every)",
     ),
 ]
 Method = Annotated[
     str,
     typer.Option(
-        help="how relevance is computed: hydra; hydra-fisher, with curvature; hydra-exact, "
-        "trained again; tracin, grad-dot, "
-        "grad-cos or influence, to compare; self, of training samples for themselves "
-        "(docs/methods.md)"
+        help="how to compute relevance: hydra; hydra-fisher, with curvature; hydra-exact, trained "
+        "again; tracin, grad-dot, grad-cos or influence, for comparison; self, of training "
+        "samples for themselves (docs/methods.md)"
     ),
 ]
 Rank = Annotated[
     int | None,
     typer.Option(
         metavar="K",
-        help="hydra-exact of K directions of the test gradients only, the rest by hydra-fisher",
+        help=(
+            "replay only K directions of the test gradients by hydra-exact, and leave the rest to "
+            "hydra-fisher"
+        ),
     ),
 ]
 OfPipeline = Annotated[
@@ -83,12 +85,14 @@ OfPipeline = Annotated[
     typer.Option(
         "--pipeline",
         metavar="PIPELINE",
-        help="for hydra-exact, where the pipeline's file has moved",
+        help="new path of the pipeline's file if it has moved, for hydra-exact",
     ),
 ]
 MovedPipeline = Annotated[
     str | None,
-    typer.Option("--pipeline", metavar="PIPELINE", help="where the pipeline's file has moved"),
+    typer.Option(
+        "--pipeline", metavar="PIPELINE", help="new path of the pipeline's file if it has moved"
+    ),
 ]
 DatasetSpec = Annotated[
     str,
@@ -102,21 +106,30 @@ OfFunction = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="a setting of the function; may be repeated"),
 ]
 ProbeName = Annotated[
-    str, typer.Option("--name", metavar="NAME", help="of the probe: letters, digits and _")
+    str, typer.Option("--name", metavar="NAME", help="name of the probe: letters, digits and _")
 ]
 Probe = Annotated[
     str | None,
     typer.Option(
         "--probe",
         metavar="NAME",
-        help="the samples of this probe (hydra-pipe probe), in place of the run's test samples",
+        help=(
+            "answer for the samples of this probe (hydra-pipe probe) in place of the run's test "
+            "samples"
+        ),
     ),
 ]
 Chunks = Annotated[
-    str, typer.Option(metavar="ROWSxFEATURES|auto", help="what a worker reads at once")
+    str,
+    typer.Option(
+        metavar="ROWSxFEATURES|auto", help="rows and features that a worker reads at once"
+    ),
 ]
 Memory = Annotated[
-    str, typer.Option(help="budget for the whole process, or for each worker process, such as 4GiB")
+    str,
+    typer.Option(
+        help="memory budget of the whole process, or of each worker process, such as 4GiB"
+    ),
 ]
 Tests = Annotated[
     str | None, typer.Option(metavar="SELECTION", help="only these test samples, such as 0-99,150")
@@ -124,18 +137,19 @@ Tests = Annotated[
 By = Annotated[
     str | None,
     typer.Option(
-        metavar="label", help="mean over the test samples of each label, as hydra-by-label"
+        metavar="label",
+        help="compute the mean over the test samples of each label, named hydra-by-label",
     ),
 ]
-Mean = Annotated[bool, typer.Option("--mean", help="mean over all test samples, as hydra-mean")]
+Mean = Annotated[
+    bool, typer.Option("--mean", help="compute the mean over all test samples, named hydra-mean")
+]
 Keep = Annotated[
     bool,
     typer.Option(
         "--keep-hypergradients",
-        help="hydra, hydra-fisher: also keep what answers other test samples later, by one "
-        "product and without the rows: sums of "
-        "rows by sample, or a sweep of every feature or sample, which costs that of as many "
-        "tests (see --dry-run)",
+        help="hydra, hydra-fisher: also keep hypergradients, which answer other test samples "
+        "later by one product, without the rows; --dry-run says what they cost",
     ),
 ]
 DryRun = Annotated[
@@ -148,26 +162,30 @@ Scheduler = Annotated[
     str,
     typer.Option(
         metavar="threads|processes|ADDRESS",
-        help="threads or processes, one for each core of this machine; or a Dask scheduler "
-        "elsewhere, such as tcp://host:8786 "
-        "(docs/cluster.md)",
+        help="threads or processes, one for each core of this machine; or the address of a Dask "
+        "scheduler, such as tcp://host:8786 (docs/cluster.md)",
     ),
 ]
 Top = Annotated[
-    int, typer.Option(help="training samples a side (helpful, harmful) for each test sample")
+    int,
+    typer.Option(
+        help="number of training samples on each side (helpful, harmful) of each test sample"
+    ),
 ]
 ShownTests = Annotated[
     str | None,
     typer.Option(
         "--tests",
         metavar="SELECTION",
-        help="show these test samples, such as 0-99,150; else those that tell most",
+        help="test samples to show, such as 0-99,150; default: those that tell most",
     ),
 ]
 Shown = Annotated[
     int,
     typer.Option(
-        "--top", help="training samples a side (helpful, harmful) to show for each test sample"
+        "--top",
+        help="number of training samples to show on each side (helpful, harmful) of each test "
+        "sample",
     ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="also write every pair, to matrix/")]
@@ -175,8 +193,8 @@ Repair = Annotated[
     bool,
     typer.Option(
         "--repair",
-        help="set the run back to its last good state: keep what is whole, say what must be "
-        "computed again",
+        help="set the run back to its last good state: keep whole results, and name the commands "
+        "that must run again",
     ),
 ]
 Kind = Annotated[
@@ -189,31 +207,34 @@ Samples = Annotated[
     str | None,
     typer.Option(
         metavar="SELECTION",
-        help="loo: leave out these training samples, such as 0-99,150; else the first 1,000",
+        help="loo: training samples to leave out, such as 0-99,150; default: the first 1,000",
     ),
 ]
 Retrainings = Annotated[
-    int | None, typer.Option(help="lds: on how many random halves to train; if not given: 100")
+    int | None, typer.Option(help="lds: number of random halves to train on; default: 100")
 ]
 Seeds = Annotated[
     int | None,
     typer.Option(
-        help="lds: initial weights and orders that each half is trained from; if not given: 1"
+        help="lds: number of initial weights and orders to train each half from; default: 1"
     ),
 ]
 Methods = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="loo, lds, noise: only these, such as hydra,hydra-fisher; else all that were reduced",
+        help=(
+            "loo, lds, noise: methods to score, such as hydra,hydra-fisher; default: all that were "
+            "reduced"
+        ),
     ),
 ]
 LeftOut = Annotated[
     str | None,
     typer.Option(
         metavar="SHARES",
-        help="noise: of the number of wrong labels, how many to train without; 0: none; if not "
-        "given: 0.5,1,2",
+        help="noise: shares of the number of wrong labels to train without; 0: none; default: "
+        "0.5,1,2",
     ),
 ]
 CleanMethod = Annotated[
@@ -226,21 +247,21 @@ CleanMethod = Annotated[
 Cautious = Annotated[
     bool, typer.Option("--cautious", help="only labels that are likelier wrong than right")
 ]
-Lowest = Annotated[int | None, typer.Option(metavar="K", help="propose so many")]
+Lowest = Annotated[int | None, typer.Option(metavar="K", help="number of samples to propose")]
 Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="propose what scores below X, in robust standard deviations from the samples with "
-        "the same label; if neither: fitted",
+        help="propose samples that score below X, in robust standard deviations from the samples "
+        "with the same label; default: fitted, unless --lowest is given",
     ),
 ]
 Retrain = Annotated[
     bool,
     typer.Option(
         "--retrain",
-        help="train again with all samples, without the proposed and without as many at random: "
-        "accuracy and loss",
+        help="train again with all samples, without the proposed and without as many at random, "
+        "and compare accuracy and loss",
     ),
 ]
 CleanSeeds = Annotated[
@@ -248,25 +269,26 @@ CleanSeeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="N",
-        help="for --retrain: initial weights and orders of each; if not given: 3",
+        help="for --retrain: number of initial weights and orders of each training; default: 3",
     ),
 ]
 CleanPipeline = Annotated[
     str | None,
     typer.Option(
-        "--pipeline", metavar="PIPELINE", help="for --retrain, where the pipeline's file has moved"
+        "--pipeline",
+        metavar="PIPELINE",
+        help="new path of the pipeline's file if it has moved, for --retrain",
     ),
 ]
 DiscardUnfinished = Annotated[
     bool,
     typer.Option(
         "--discard-unfinished",
-        help="where keeping some hypergradients was interrupted, and others are kept: discard "
-        "the former",
+        help="give up hypergradients whose keeping was interrupted, if others are kept",
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="discard what an earlier call of this stage left")
+    bool, typer.Option("--overwrite", help="discard the results of an earlier call of this stage")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="on failure show the whole traceback")]
-Json = Annotated[bool, typer.Option("--json", help="for programs")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of a failure")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]

@@ -71,7 +71,7 @@ def _encodings(blocks: list[dict[str, Any]]) -> str:
     exact = (
         f"{projected} of {len(blocks)} blocks projected"
         if projected
-        else "without loss but that of the dtype"
+        else "lossless except for the dtype"
     )
     return f"{', '.join(f'{n:,} {name}' for name, n in counts.items())}; {exact}"
 

@@ -114,7 +114,7 @@ def pairs_of(subject: Subject) -> list[Pair]:
     there, run = _by_result(subject), subject.run
     if not any(result.method == EXACT for result in there):
         needed = reducing(run, ResultName(EXACT))
-        raise RunError(f"{run.path} has no {EXACT} to hold others against: run {needed} first")
+        raise RunError(f"{run.path} has no {EXACT} to compare others with: run {needed} first")
     found = []
     for result, own in there.items():
         truth = there.get(replace(result, method=EXACT))
@@ -132,7 +132,8 @@ def pairs_of(subject: Subject) -> list[Pair]:
             )
     if not found:
         raise RunError(
-            f"{run.path} has only {EXACT}, and nothing to compare: run {missing(subject)[0]} first"
+            f"{run.path} has only {EXACT}, and nothing to compare it with: run "
+            f"{missing(subject)[0]} first"
         )
 
     def place(pair: Pair) -> tuple[int, int, int]:

@@ -90,8 +90,8 @@ class DatamodelScore(Evaluator):
         finite = np.isfinite(losses).all(axis=1)
         if finite.sum() < _FEWEST:
             raise NonFiniteError(
-                f"{(~finite).sum()} of {retrainings} retrainings diverged: nothing can be told "
-                "of a training as unstable as this"
+                f"{(~finite).sum()} of {retrainings} retrainings diverged: this training is too "
+                "unstable to score"
             )
         kept = weights(0, retrainings)[finite].astype(np.float64)
         rows: list[Row] = []

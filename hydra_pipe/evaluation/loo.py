@@ -71,16 +71,15 @@ class LeaveOneOut(Evaluator):
         truth = losses[1:] - losses[0]
         rows = compared(relevance, ids, truth)
         says = [
-            f"spearman: of relevance and the change of the loss, over {len(ids)} samples left "
-            f"out one at a time, {INTERVAL}",
-            "norm: of relevance over that of the change; 1 is right",
+            f"spearman: correlation of relevance with the change of the loss, over {len(ids)} "
+            f"samples left out one at a time, {INTERVAL}",
+            "norm: norm of relevance over the norm of the change; 1 is right",
         ]
         finite = np.isfinite(truth).all(axis=1)
         if finite.sum() < FEWEST:
             says.append(
-                f"Spearman's correlation over {finite.sum()} samples tells nothing, and is left "
-                "out: "
-                f"leave out {FEWEST} or more, by --samples"
+                f"{finite.sum()} samples are too few for Spearman's correlation, which is left "
+                f"out: leave out {FEWEST} or more, by --samples"
             )
         if not rows:
             says = [

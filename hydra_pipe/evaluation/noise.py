@@ -54,8 +54,8 @@ def wrong_labels(subject: Subject) -> NDArray[np.bool_]:
     wrong = np.asarray(subject.sample_labels() != subject.true_labels(), bool)
     if wrong.all() or not wrong.any():
         raise PipelineError(
-            f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: there must be "
-            "some of either kind"
+            f"by true_labels {int(wrong.sum())} of {len(wrong)} labels are wrong: some must be "
+            "wrong, and some right"
         )
     return wrong
 

@@ -178,6 +178,9 @@ def _write(
     if result.plot is not None:
         picture = drawn(result.plot, f"{stage}, run {run.run_id[:8]}")
         if picture is None:
-            progress.say("no plot was drawn: it needs matplotlib, pip install 'hydra-pipe[plots]'")
+            progress.say(
+                "no plot was drawn, because matplotlib is not installed: pip install "
+                "'hydra-pipe[plots]'"
+            )
         else:
             write_file(place / names.PLOT, picture)

@@ -94,9 +94,9 @@ class Smoothness(Evaluator):
         summary = {"verdict": found.verdict, "ceiling": found.ceiling, "directions": DIRECTIONS}
         expected = min(found.agreement, found.ceiling)
         says = [
-            f"agreement: Spearman over {DIRECTIONS} halves of the change at this step with that of "
-            f"leaving the half out, {INTERVAL}",
-            f"lds to expect: {expected:.2f} of hydra-exact, {found.ceiling:.2f} at most of any "
+            f"agreement: Spearman over {DIRECTIONS} halves, of the change at this step and the "
+            f"change of leaving the half out, {INTERVAL}",
+            f"expected lds: {expected:.2f} for hydra-exact, {found.ceiling:.2f} at most for any "
             "method (ceiling)",
             found.verdict,
         ]
@@ -121,20 +121,19 @@ class Measured:
     def verdict(self) -> str:
         if self.agreement >= EXACT_AGREEMENT:
             return (
-                "trust exact: what a small change of the weights does tells what leaving out "
-                "half of the data does"
+                "trust exact: the effect of a small change of the weights predicts the effect of "
+                "leaving out half of the data"
             )
         if self.ceiling >= FISHER_CEILING:
             return (
-                "trust fisher: the derivative tells little of what leaving out half of the data "
-                "does, but that is nearly a sum "
-                "over samples: hydra-fisher, whose curvature is smoother, predicts it better "
-                "than hydra-exact"
+                "trust fisher: the derivative says little about leaving out half of the data, "
+                "but the effect is nearly a sum over samples. hydra-fisher, whose curvature is "
+                "smoother, predicts it better than hydra-exact"
             )
         return (
-            "trust neither: what leaving out half of the data does is no sum over samples: train "
-            "more smoothly (a lower learning "
-            "rate or momentum, fewer epochs), or use rankings to find wrong labels only"
+            "trust neither: the effect of leaving out half of the data is no sum over samples. "
+            "Train more smoothly (a lower learning rate or momentum, fewer epochs), or use "
+            "rankings to find wrong labels only"
         )
 
 

@@ -135,8 +135,8 @@ def check_ranks(method: str) -> None:
     """
     if ResultName.parse(method).is_of_itself:
         raise UsageError(
-            f"--method {method} ranks nothing: it is the column self_relevance of other methods' "
-            "samples.parquet"
+            f"--method {method} ranks nothing: its values are the column self_relevance of other "
+            "methods' samples.parquet"
         )
 
 
@@ -161,6 +161,7 @@ def _own_relevance(
     array = open_relevance(directory.path / names.RELEVANCE, str(ResultName.parse(method).itself))
     if array.shape != (n_samples, 1) or columns_of(array).by != ITSELF:
         raise StoreError(
-            f"{array.path} is not of {n_samples} samples for themselves: {RELEVANCE_UNREADABLE}"
+            f"{array.path} has not one value for each of {n_samples} samples: "
+            f"{RELEVANCE_UNREADABLE}"
         )
     return read_relevance(array, slice(None))[:, 0]

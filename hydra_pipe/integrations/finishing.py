@@ -38,9 +38,8 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
         if recorder.is_closed:
             raise
         _warn(
-            f"the recording of {recorder.path} was not closed: {error}. All of it is there: mend "
-            "this, and call "
-            f"callback.recorder.close()"
+            f"the recording of {recorder.path} was not closed: {error}. No row is lost: mend "
+            "this, and call callback.recorder.close()"
         )
     # after the recording is closed: a warning filter may turn this warning into an error
     if slip is not None:

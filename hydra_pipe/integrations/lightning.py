@@ -103,8 +103,8 @@ class HydraCallback(Callback):
     ) -> None:
         if (test_dataset is None) != (test_loss is None):
             raise UsageError(
-                "give HydraCallback a test_dataset and a test_loss, or none of them, and test "
-                "gradients by probe later"
+                "give HydraCallback both a test_dataset and a test_loss, or none of them and "
+                "take test gradients by probe later"
             )
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
@@ -141,7 +141,7 @@ class HydraCallback(Callback):
         """
         if stage != "fit":
             return
-        self._leave(RecordError("the trainer began anew before its training had ended"))
+        self._leave(RecordError("the trainer began another training before the last one had ended"))
         _refuse_what_cannot_be(trainer, pl_module, tested=self._test_dataset is not None)
         self._batches, self._loaded = _TrainBatches(trainer), None
 
@@ -256,8 +256,8 @@ class _TrainBatches:
         loaders = tree_leaves(self._trainer.train_dataloader)
         if self._newest is None or len(loaders) != 1:
             raise UsageError(
-                f"the trainer has {len(loaders)} train dataloaders, whose samples have no one "
-                f"number: {_ONE_LOADER}"
+                f"the trainer has {len(loaders)} train dataloaders, so a sample has no number of "
+                f"its own: {_ONE_LOADER}"
             )
         return self._newest
 
@@ -314,9 +314,8 @@ class _Session:
                 else loaded[_WITHOUT]
             )
             raise RecordError(
-                f"the training goes on at step {self._trainer.global_step}, from a checkpoint "
-                f"that was made {made}: train from the "
-                f"beginning, or from another checkpoint"
+                f"the training resumes at step {self._trainer.global_step}, from a checkpoint "
+                f"that was made {made}: train from the beginning, or from another checkpoint"
             )
         self.recorder.load_state_dict(loaded[_STATE])
 
@@ -341,9 +340,7 @@ class _Session:
         if self._over is not None:
             return self._kept or {_WITHOUT: self._over}
         if self._begun_at == self._trainer.global_step:
-            return {
-                _WITHOUT: "between batches whose gradients are accumulated, which it does not hold"
-            }
+            return {_WITHOUT: "between accumulated batches, whose gradients it does not hold"}
         return {_STATE: self.recorder.state_dict()}
 
     def finish(self, tests: Tests | None, loss: TestLoss | None, labels: Labels | None) -> None:
@@ -371,9 +368,8 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
     """
     if not isinstance(trainer, Trainer):
         raise UsageError(
-            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take that of "
-            "lightning.pytorch, and not of the "
-            f"package pytorch_lightning"
+            f"the trainer is {type(trainer).__module__}.{type(trainer).__name__}: take the "
+            "trainer of lightning.pytorch, not of the package pytorch_lightning"
         )
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(
@@ -386,15 +382,13 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise UsageError(
-            'gradient_clip_algorithm="value" changes each element of the gradient by itself, so '
-            "that no share of it is a "
-            'sample\'s: clip by "norm"'
+            'gradient_clip_algorithm="value" changes each element of the gradient by itself, '
+            'and the result cannot be split by sample: clip by "norm"'
         )
     if not module.automatic_optimization:
         raise UsageError(
-            f"{type(module).__name__} has automatic_optimization=False, so that its steps are "
-            "its own, with one optimizer or "
-            "several: optimize automatically, or record with hydra_pipe.Recorder in its "
+            f"{type(module).__name__} has automatic_optimization=False, so it takes its own "
+            "steps: optimize automatically, or record with hydra_pipe.Recorder in its "
             "training_step"
         )
     if module._compiler_ctx is not None or any(
@@ -407,8 +401,8 @@ def _refuse_what_cannot_be(trainer: Trainer, module: LightningModule, *, tested:
         )
     if tested and type(module).forward is LightningModule.forward:
         raise UsageError(
-            f"{type(module).__name__} has no forward, with which the test samples would be "
-            "predicted: define forward(self, inputs)"
+            f"{type(module).__name__} has no forward to predict the test samples with: define "
+            "forward(self, inputs)"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise UsageError(

@@ -68,9 +68,8 @@ def checked_batch(batch: Any) -> MutableMapping[str, Any]:
     """Return `batch`, which must be a mapping. Raises: DataError."""
     if not isinstance(batch, MutableMapping):
         raise DataError(
-            f"the data collator returned {type(batch).__name__}, and its samples cannot be told: "
-            "return a mapping of what the "
-            f"model is called with"
+            f"the data collator returned {type(batch).__name__}, which does not show its samples: "
+            "return a mapping of the model's arguments"
         )
     return batch
 

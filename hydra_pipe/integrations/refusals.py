@@ -54,9 +54,8 @@ def refuse_training_arguments(args: Any) -> None:
     if kind.__name__ not in ("SFTConfig", "PRMConfig"):
         raise UsageError(
             f"the trainer of {kind.__name__} puts its batches together itself (pairs, generated "
-            "texts, a reference model), and "
-            "their samples cannot be told: write the loop with hydra_pipe.Recorder, a pair "
-            "being one sample"
+            "texts, a reference model), so their samples are unknown: write the loop with "
+            "hydra_pipe.Recorder, a pair being one sample"
         )
     if hasattr(args, "loss_type") and args.loss_type in (None, "chunked_nll"):
         raise UsageError(
@@ -77,9 +76,8 @@ def unnamed_pass(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """
     given = ", ".join(f"{name}=" for name in inputs) or "unnamed arguments only"
     return (
-        f"the trainer called {type(model).__name__} with {given}, without the ids of its "
-        "samples, which the batch holds: let "
-        "compute_loss call model(**inputs) with the whole batch (take labels out of a copy "
-        "first if need be), and name a batch of "
-        f"its own making by callback.recorder.next_batch(ids)"
+        f"the trainer called {type(model).__name__} with {given}, without the sample ids that the "
+        "batch holds: let compute_loss call model(**inputs) with the whole batch (take labels "
+        "out of a copy first if need be). If it makes a batch of its own, name the batch by "
+        "callback.recorder.next_batch(ids)"
     )

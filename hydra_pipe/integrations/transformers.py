@@ -109,9 +109,8 @@ class HydraCallback(TrainerCallback, ExportableState):
         if run is None:
             # To restore callbacks, the trainer constructs them anew without their arguments.
             raise UsageError(
-                "HydraCallback needs a run; leave restore_callback_states_from_checkpoint at "
-                "False: it goes on "
-                "from the trainer's checkpoint without"
+                "HydraCallback needs a run. Leave restore_callback_states_from_checkpoint at "
+                "False: the callback resumes from the trainer's checkpoint without it"
             )
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
@@ -157,7 +156,9 @@ class HydraCallback(TrainerCallback, ExportableState):
         if self._session is not None:
             # The session is of a training that was given up, such as for lack of memory for its
             # batches.
-            self.leave(RecordError("the trainer began anew before its training had ended"))
+            self.leave(
+                RecordError("the trainer began another training before the last one had ended")
+            )
         _refuse_what_cannot_be(args)
         refuse_training_arguments(args)
         model, loader = objects["model"], objects["train_dataloader"]
@@ -317,10 +318,9 @@ class _Session:
         if self._kept is None or self._kept[0] != self.recorder.n_steps:
             if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise RecordError(
-                    "a checkpoint is made that was not announced when the step ended, and the "
-                    "other processes have not put the "
-                    "recording down: give HydraCallback after the callbacks that ask for "
-                    "checkpoints"
+                    "a checkpoint was not announced when the step ended, so the other processes "
+                    "have not saved the recording's state: give HydraCallback after the "
+                    "callbacks that ask for checkpoints"
                 )
             self.keep()
         assert self._kept is not None
@@ -394,7 +394,7 @@ class _Session:
             labels = [batch[name] for name in names if batch[name] is not None]
             if not labels:
                 raise DataError(
-                    f"test sample {i} has no labels, by which its loss would be taken: it has "
+                    f"test sample {i} has no labels, which its loss needs: it has "
                     f"{', '.join(batch)}"
                 )
             if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):

@@ -110,10 +110,9 @@ def plan_solve(what: SolveInput) -> InfluencePlan:
     )
     kind = "features" if what.by_features else "samples"
     raise BudgetError(
-        f"a matrix of {what.size:,} x {what.size:,} {kind} needs {format_bytes(least)} until it "
-        "is solved, --memory is "
-        f"{format_bytes(given.memory_bytes)}: raise --memory to {suggested(least)}, or use "
-        "--method hydra-fisher"
+        f"a matrix of {what.size:,} x {what.size:,} {kind} needs {format_bytes(least)} while it "
+        f"is solved, --memory is {format_bytes(given.memory_bytes)}: raise --memory to "
+        f"{suggested(least)}, or use --method hydra-fisher"
     )
 
 

@@ -206,18 +206,18 @@ def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
         block.columns for block in blocks if block.inputs is not None
     }.issuperset(biases):
         raise ValueError(
-            "a factored bias has columns that are not those of a weight, or of two biases"
+            "the columns of a factored bias are no weight's, or two biases have the same"
         )
     end = 0
     for first, last in sorted(owned):
         if first != end:
             raise ValueError(
-                f"columns {min(first, end)} to {max(first, end)} are of "
+                f"columns {min(first, end)} to {max(first, end)} belong to "
                 f"{'no block' if first > end else 'two blocks'}"
             )
         end = last
     if end != n_features:
-        raise ValueError(f"columns {end} to {n_features} are of no block")
+        raise ValueError(f"columns {end} to {n_features} belong to no block")
 
 
 def _whole(value: Any, least: int | None) -> int:
@@ -231,7 +231,7 @@ def _whole(value: Any, least: int | None) -> int:
         or isinstance(value, bool)
         or not (-_LARGEST if least is None else least) <= value <= _LARGEST
     ):
-        raise ValueError(f"{shown(value)} is no size or index")
+        raise ValueError(f"{shown(value)} is not a size or an index")
     return value
 
 

@@ -514,11 +514,9 @@ class Capture:
             return  # the module was left to the graph after its forward pass
         if call.is_recomputed and self._passes_open > 1:
             raise LayerError(
-                f"{call.watched.name} is recomputed by reentrant checkpointing after "
-                f"{self._passes_open} passes, and which "
-                f"of them it is "
-                "of cannot be known: call backward() after each pass, or checkpoint with "
-                "use_reentrant=False"
+                f"reentrant checkpointing recomputes {call.watched.name} after "
+                f"{self._passes_open} passes, and it cannot be known for which of them: call "
+                "backward() after each pass, or checkpoint with use_reentrant=False"
             )
         # A rule may run the module, or parts of it, again. Such a pass is not the training's.
         self._sink = None

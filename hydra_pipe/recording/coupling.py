@@ -290,14 +290,11 @@ class LossCoupling:
                 )
                 if not tied and not self._allows_mixing:
                     raise LayerError(
-                        f"{when} the model was called twice with {one.count} samples, and "
-                        "nothing shows that they are the same "
-                        f"ones (a "
-                        "second batch, such as unlabelled or generated samples, has samples of "
-                        "its own): name those of both "
-                        f"calls, one "
-                        "after the other, as in recorder.step(torch.cat([ids, "
-                        "ids_of_the_second_call]))"
+                        f"{when} the model was called twice with {one.count} samples, and nothing "
+                        "shows that both calls have the same samples (a second batch, such as "
+                        "unlabelled or generated samples, has samples of its own): name the "
+                        "samples of both calls, one after the other, as in "
+                        "recorder.step(torch.cat([ids, ids_of_the_second_call]))"
                     )
                 self._is_known = True
 

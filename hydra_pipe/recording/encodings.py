@@ -343,9 +343,8 @@ class Factored(BlockEncoding):
         if not factors:
             raise LayerError(
                 f"{self.block.name} was recorded as factored because a sample met it once in the "
-                "first step; now it "
-                f"is used {len(given)} times or at several positions: record with --encoding "
-                "projected"
+                f"first step. Now it is used {len(given)} times or at several positions: record "
+                "with --encoding projected"
             )
         return factors
 

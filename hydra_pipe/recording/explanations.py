@@ -120,9 +120,8 @@ def _certain(
             else "use the optimizer's weight_decay instead of it, or "
         )
         yield (
-            f"What is missed has the direction of an {evidence.penalty} penalty on {name} in the "
-            "loss, which is of no sample: "
-            f"{instead}leave it out."
+            f"The missing part has the direction of an {evidence.penalty} penalty on {name} in "
+            f"the loss, which belongs to no sample: {instead}leave it out."
         )
         return
     if (found := reparametrization(model, name)) is not None:
@@ -138,7 +137,7 @@ def _certain(
     if not evidence.has_rows and (_is_functional_graph(module) or _is_functional_graph(model)):
         yield (
             "The model is a graph of torch.export or torch.fx, which calls functions, not "
-            "modules: train what it was made of."
+            "modules: train the module that it was made of."
         )
         return
     if not evidence.has_rows and (compiled := compiled_before(model)) is not None:
@@ -186,9 +185,8 @@ def _possible(
         )
     if evidence.training and (largest := _clipped_at(model)) is not None:
         yield (
-            f"the largest elements of the gradient are all of magnitude {largest:.6g}, as "
-            "clip_grad_value_ leaves them, and then "
-            f"no share of it is a sample's: use clip_grad_norm_"
+            f"the largest elements of the gradient are all of magnitude {largest:.6g}, as after "
+            "clip_grad_value_, and such a gradient cannot be split by sample: use clip_grad_norm_"
         )
     if evidence.has_rows:
         yield (
@@ -209,9 +207,9 @@ def _possible(
             return
         if evidence.passes is None:
             yield (
-                "a pass whose gradient the loop throws away, or that is not the batch's (FGSM, "
-                "SAM, a GAN's other half), left its "
-                "share there or took it: put it into `with recorder.paused():`"
+                "a pass whose gradient the loop throws away, or a pass over another batch (FGSM, "
+                "SAM, a GAN's other half), added its share to the gradient or removed it: put it "
+                "into `with recorder.paused():`"
             )
         yield (
             "the loop changed .grad by hand (noise, a mask, a mean over processes): change the "
@@ -287,9 +285,8 @@ def _parametrized(model: nn.Module, path: str, module: nn.Module) -> str | None:
         or "a parametrization"
     )
     return (
-        f"{tensor} of {target or 'the model'} is parametrized ({kinds}): what is trained is not "
-        "the weight that its module uses. "
-        "Take it away before training by "
+        f"{tensor} of {target or 'the model'} is parametrized ({kinds}): the trained parameter is "
+        "not the weight that its module uses. Remove the parametrization before training by "
         f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}), or freeze it."
     )
 
@@ -311,15 +308,14 @@ def _computed_before(path: str, module: nn.Module, own: str) -> str | None:
             continue
         if isinstance(hook, BasePruningMethod):
             return (
-                f"{stem} of {path or 'the model'} is pruned ({kind.__name__}), times a mask: "
-                "make that permanent before training "
-                f"by torch.nn.utils.prune.remove(module, {stem!r}), or freeze {own}."
+                f"{stem} of {path or 'the model'} is pruned ({kind.__name__}): it is multiplied "
+                "by a mask. Make the mask permanent before training by "
+                f"torch.nn.utils.prune.remove(module, {stem!r}), or freeze {own}."
             )
         what = "weight_norm" if kind.__name__ == "WeightNorm" else "spectral_norm"
         return (
-            f"{stem} of {path or 'the model'} is computed from {own} by {what}: take it away "
-            "before training by "
-            f"torch.nn.utils.remove_{what}(module, {stem!r}), or freeze it."
+            f"{stem} of {path or 'the model'} is computed from {own} by {what}: remove this "
+            f"before training by torch.nn.utils.remove_{what}(module, {stem!r}), or freeze it."
         )
     return None
 

@@ -184,7 +184,7 @@ class Loop:
         """
         if self.is_closed:
             failure = self.state.failure if isinstance(self.state, Closed) else None
-            why = "" if failure is None else f", for its recording has failed ({failure})"
+            why = "" if failure is None else f", because its recording has failed ({failure})"
             raise RecordError(f"this recorder is closed{why}: make a new one for another run")
 
     @contextmanager
@@ -206,8 +206,8 @@ class Loop:
         self.check_open()
         if self._n_paused:
             raise RecordError(
-                "recorder.step() inside of recorder.paused(): its passes would be missing; let "
-                "the pause be within the step"
+                "recorder.step() is inside of recorder.paused(), and its passes would be "
+                "missing: pause within the step instead"
             )
         self.come_back(to_train=True)
         self._uncaught = last_uncaught()
@@ -216,9 +216,9 @@ class Loop:
             with self._sync.holding():
                 if any(micro_batch.tracked for micro_batch in self._collector.micro_batches):
                     raise RecordError(
-                        f"recorder.step() in step {self.n_steps}, which has begun with a batch "
-                        "of the tracked loader: leave out "
-                        f"recorder.step(), or iterate the loader itself"
+                        f"recorder.step() is in step {self.n_steps}, which a batch of the tracked "
+                        "loader has begun: leave out recorder.step(), or iterate the loader that "
+                        "was given to track()"
                     )
                 self._collector.watch(checked_ids(sample_ids, self._n_samples))
             yield state.note
@@ -283,16 +283,16 @@ class Loop:
         self._uncaught = last_uncaught()
         if not isinstance(self.state, Between):
             raise RecordError(
-                "a batch named by a loader or by next_batch() inside of recorder.step(): use one "
-                "of them, not both"
+                "a loader or next_batch() names a batch inside of recorder.step(): use one of "
+                "them, not both"
             )
         self.state.slip = None
         # a loop that resumes within an epoch draws the batches that it has done, and skips them
         if before is not None and not before.met and self._resumed_at != self.n_steps:
             raise RecordError(
-                f"at step {self.n_steps} a next batch came before the model had met the last "
-                "one: a loop that draws ahead, or "
-                f"leaves batches out, has to name its samples with recorder.step(ids)"
+                f"at step {self.n_steps} the next batch came before the model had met the last "
+                "one: if the loop draws ahead, or leaves batches out, name its samples with "
+                "recorder.step(ids)"
             )
         return self._collector.watch(samples, tracked=True)
 
@@ -346,9 +346,8 @@ class Loop:
             return
         if to_train and self.weights_changed():
             raise RecordError(
-                f"an exception has ended the loop at step {self.n_steps}, and the model was "
-                "trained on, or changed, without the "
-                f"recorder: close() it, or make a new one"
+                f"an exception ended the loop at step {self.n_steps}, and the model was trained "
+                "or changed since, without the recorder: close() the recorder, or make a new one"
             )
         self.state = Between()
         self._collector.attach()
@@ -388,9 +387,8 @@ class Loop:
         """
         if self._n_paused:
             error = RecordError(
-                f"optimizer.step() at step {self.n_steps} inside of recorder.paused(): its "
-                "gradients would be missing; leave the "
-                f"block first, or close() the recorder"
+                f"optimizer.step() at step {self.n_steps} is inside of recorder.paused(), and its "
+                "gradients would be missing: leave the block first, or close() the recorder"
             )
             self.fail(error)
             raise error
@@ -433,13 +431,12 @@ class Loop:
         micro_batches = self._collector.micro_batches
         if not micro_batches:
             raise RecordError(
-                f"optimizer.step() at step {self.n_steps} after no batch that a loader or "
-                "next_batch() named: draw, or name, "
-                f"a batch for each step, or close() the recorder first"
+                f"optimizer.step() at step {self.n_steps} has no batch from a loader or "
+                "next_batch(): draw, or name, a batch for each step, or close() the recorder "
+                "first"
                 if self._names_batches
-                else "optimizer.step() outside of recorder.step(): its gradients would be "
-                "missing; put it inside, or close() the "
-                "recorder first"
+                else "optimizer.step() is outside of recorder.step(), and its gradients would be "
+                "missing: put it inside, or close() the recorder first"
             )
         samples = np.concatenate([micro_batch.samples for micro_batch in micro_batches])
         self._pending.add(samples, Mixture.of(micro_batches), self._note)

@@ -79,12 +79,12 @@ class MicroBatch:
         if places.shape != (batch,) or not np.array_equal(np.sort(places), np.arange(batch)):
             raise RecordError(
                 f"the order of recorder.mixed() is no permutation of the {batch} samples of the "
-                "batch"
+                "batch: name each of its places once"
             )
         if weights.shape not in ((), (batch,)) or not ((weights >= 0) & (weights <= 1)).all():
             raise RecordError(
-                "the weights of recorder.mixed() are to be one number between 0 and 1, or one "
-                "for each sample"
+                "the weights of recorder.mixed() must be one number between 0 and 1, or one for "
+                "each sample"
             )
         self.partners = self.samples[places], np.broadcast_to(weights, (batch,)).copy()
 
@@ -147,10 +147,9 @@ def check_covered(micro_batches: Sequence[MicroBatch], when: str) -> None:
             continue
         if micro_batch.tracked:
             raise RecordError(
-                f"the passes {when} took {micro_batch.n_covered} samples of a batch of "
-                f"{len(micro_batch.samples)} that the tracked "
-                "loader handed over: let each of its samples go through the model once, or name "
-                "them with recorder.step(ids)"
+                f"the tracked loader gave a batch of {len(micro_batch.samples)} samples, and the "
+                f"passes {when} took {micro_batch.n_covered}: let each of its samples go through "
+                "the model once, or name them with recorder.step(ids)"
             )
         raise RecordError(
             f"the passes {when} took {micro_batch.n_covered} samples, sample_ids names "

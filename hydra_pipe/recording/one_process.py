@@ -81,6 +81,5 @@ def without_step(step: int) -> RecordError:
     """Return the error for a step that ended without `optimizer.step()`."""
     return RecordError(
         f"step {step} ended without optimizer.step(): put it inside the with block of "
-        "recorder.step(), or call zero_grad() there "
-        f"where the loop leaves the step out"
+        "recorder.step(). If the loop leaves the step out, call zero_grad() there"
     )

@@ -86,8 +86,8 @@ class OptimizerHooks:
             if n_calls > 1:
                 error = RecordError(
                     f"{type(self._optimizer).__name__} called the closure of step "
-                    f"{self._listener.n_steps} twice, and "
-                    f"its update is of several gradients: use an optimizer that takes one"
+                    f"{self._listener.n_steps} twice, so its update uses several gradients: use "
+                    "an optimizer that takes one"
                 )
                 self._listener.fail(error)
                 raise error

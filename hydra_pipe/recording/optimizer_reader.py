@@ -42,17 +42,16 @@ class OptimizerReader:
         """
         if len(self._optimizer.param_groups) != self._n_groups:
             raise RecordError(
-                f"the optimizer has got a new parameter group at step {step}: record again from "
+                f"the optimizer has a new parameter group at step {step}: begin another recording "
                 "there"
             )
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in self._ids and parameter.grad is not None:
                     raise RecordError(
-                        f"a parameter of shape {tuple(parameter.shape)} has begun to train at "
-                        f"step {step}: it was "
-                        "frozen, or not in the optimizer, when recording started; record again "
-                        "from there"
+                        f"a parameter of shape {tuple(parameter.shape)} began to train at step "
+                        f"{step}: it was frozen, or not in the optimizer, when recording started. "
+                        "Begin another recording there"
                     )
         gradients = [p.grad for p, _ in self._trained]
         if all(g is None for g in gradients):

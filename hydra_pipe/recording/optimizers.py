@@ -306,7 +306,7 @@ def check_optimizer(
     trained = {p: (name, groups[p]) for p, name in named.items() if p in groups and p.requires_grad}
     if not trained:
         raise OptimizerError(
-            "there is no trainable parameter: the optimizer holds none of the model's with "
+            "there is no trainable parameter: the optimizer holds no parameter of the model with "
             "requires_grad=True"
         )
     for parameter, (name, _) in trained.items():

@@ -338,7 +338,7 @@ class Recorder:
             micro_batch = self._collector.micro_batch
             if micro_batch is None:
                 raise RecordError(
-                    "recorder.mixed() before a batch was named: call it inside of "
+                    "recorder.mixed() comes before a batch is named: call it inside of "
                     "recorder.step(), or after the batch was drawn"
                 )
             micro_batch.mix(order, weight)
@@ -408,7 +408,7 @@ class Recorder:
             RecordError: no step was recorded yet. The first recorded step shows the size of a row.
         """
         if self._output.writer is None:
-            raise RecordError("most_bytes comes after the first recorded step")
+            raise RecordError("most_bytes is known after the first recorded step: call it then")
         return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
 
     def set_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
@@ -553,13 +553,13 @@ class Recorder:
             RecordWarning: the parameters are not those that the last recorded step left.
         """
         if not self.is_closed and self.n_steps == 0:
-            raise RecordError("record_test comes after the first recorded step and before close()")
+            raise RecordError("call record_test after the first recorded step and before close()")
         self._loop.check_open()
         self._loop.come_back(to_train=False)
         with self._failing():
             self._pending.flush()
         self._pending.begin_anew()  # as in `state_dict`: a state taken here must leave no trace
-        self._say_whether_weights_changed("the test gradients are of these")
+        self._say_whether_weights_changed("the test gradients were taken at these parameters")
         with self._loop.testing():
             self._tests.take(self.n_steps, tests, loss, labels)
             self._put_down()
@@ -569,10 +569,9 @@ class Recorder:
         self.facts["test_weights"] = f"changed after step {self.n_steps - 1}" if changed else None
         if changed:
             warnings.warn(
-                "the parameters were written to since the last recorded step, "
-                f"{self.n_steps - 1} (those of the best epoch, an "
-                f"average, or a change by hand): {which}, and the relevance of training samples "
-                "leaves the change out",
+                f"the parameters were written to since the last recorded step, {self.n_steps - 1} "
+                f"(the best epoch, an average, or a change by hand): {which}, and the relevance "
+                "of training samples leaves the change out",
                 RecordWarning,
                 stacklevel=3,
             )
@@ -602,7 +601,7 @@ class Recorder:
         with self._failing():
             self._pending.flush()
         if self._output.writer is not None and self.n_steps not in self._output.tests:
-            self._say_whether_weights_changed("probes will be of these")
+            self._say_whether_weights_changed("probes will be taken at these parameters")
         try:
             self._output.complete(self._end, self.n_steps, self.n_skipped, self.facts)
         except BaseException as error:

@@ -68,11 +68,9 @@ class RouteCall:
             order = self.route.orders[place] if place < len(self.route.orders) else None
             if gradient is not None and (order is None or not order.fits(gradient, self.batch)):
                 raise LayerError(
-                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} "
-                    "keeps its samples elsewhere than "
-                    f"in the "
-                    f"first step ({node.name()}): freeze the parameters behind it, or use a "
-                    "batch of one"
+                    f"a gradient of shape {tuple(gradient.shape)} in a batch of {self.batch} has "
+                    f"its samples in another dimension than in the first step ({node.name()}): "
+                    "freeze the parameters behind it, or use a batch of one"
                 )
             orders.append(None if gradient is None else order)
         below = node.next_functions

@@ -136,5 +136,7 @@ def checked_labels(
             "string for each sample"
         )
     if count is not None and len(values) != count:
-        raise DataError(f"{name} has {len(values)} entries for {count} {samples}")
+        raise DataError(
+            f"{name} has {len(values)} entries for {count} {samples}: give one for each"
+        )
     return values

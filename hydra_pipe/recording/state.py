@@ -66,7 +66,7 @@ class RecorderState:
             version == STATE_VERSION and set(state) != {"hydra_pipe_state", *wanted}
         ):
             raise RecordError(
-                "this is not what recorder.state_dict() gave: keep its value in the checkpoint "
+                "this is no value of recorder.state_dict(): put that value into the checkpoint "
                 "as it is"
             )
         if version != STATE_VERSION:
@@ -105,12 +105,12 @@ def open_to_go_on(
     directory = RunDirectory.open(path)
     if directory.run_id != state.run_id:
         raise RunError(
-            f"{path} holds run {directory.run_id}, the state is of run {state.run_id}: it was "
-            "recorded again since, or this is "
-            f"another directory; give the right one, or start again without the state"
+            f"{path} holds run {directory.run_id}, the state is of run {state.run_id}: the "
+            "directory was recorded again since, or is another one. Give the right one, or start "
+            "again without the state"
         )
     if not directory.has_work(RECORD, settings):
-        raise RunError(f"{path} is recorded completely: there is nothing to go on with")
+        raise RunError(f"{path} is recorded completely: there is nothing to resume")
     store = Gradients(directory.path / names.GRADIENTS)
     if store.run_id != state.run_id or digest(store.layout) != state.layout:
         raise RunError(
@@ -119,7 +119,7 @@ def open_to_go_on(
     if store.n_ranks != len(state.part_rows):
         raise RunError(
             f"{path} was recorded by {store.n_ranks} processes, the state counts "
-            f"{len(state.part_rows)}: load another"
+            f"{len(state.part_rows)}: load the state of this run"
         )
     if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
         raise RunError(

@@ -175,7 +175,8 @@ class ManyProcesses:
         if len(set(found[:, 0])) > 1:
             steps = ", ".join(f"{int(n)} on rank {rank}" for rank, n in enumerate(found[:, 0]))
             raise RecordError(
-                f"the ranks have taken unlike numbers of steps ({steps}): give each as many batches"
+                f"the ranks have taken different numbers of steps ({steps}): give each rank as "
+                "many batches"
             )
         return found[:, 1 : BUFFER_STEPS + 2], found[:, BUFFER_STEPS + 2 :].max(axis=0).tolist()
 
@@ -202,7 +203,7 @@ class ManyProcesses:
                 idle = int((of_step != _RECORDED).argmax())
                 return n_good, RecordError(
                     f"rank {idle} left out optimizer.step() at step {step}, others did not: all "
-                    "must do the same"
+                    "ranks must do the same"
                 )
             elif _OVERFLOWED in kinds:
                 self.n_skipped += 1

@@ -27,11 +27,11 @@ from hydra_pipe.units import parse_bytes
 _MEANT_FOR = {
     "--keep-hypergradients": "--method hydra and hydra-fisher",
     "--chunks": "--method hydra",
-    "--tests": "methods of test samples",
-    "--by": "methods of test samples",
-    "--mean": "methods of test samples",
+    "--tests": "methods with test samples",
+    "--by": "methods with test samples",
+    "--mean": "methods with test samples",
     "--rank": "--method hydra-exact",
-    "--probe": "methods of test samples",
+    "--probe": "methods with test samples",
     "--pipeline": "--method hydra-exact",
     "dataset": "--method hydra-exact",
 }
@@ -63,7 +63,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
         _check_test(options, method)
     if options.up_to_step is not None and options.keep_hypergradients:
         raise UsageError(
-            "--up-to-step and --keep-hypergradients: choose one: what is kept is of all steps"
+            "--up-to-step and --keep-hypergradients: choose one, because hypergradients are kept "
+            "for all steps"
         )
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, options.up_to_step)
@@ -78,8 +79,8 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
     last = last_rows(gradients, counts.n_samples) if method.rows.last else None
     if last is not None and not last.size:
         raise RunError(
-            f"{directory.path}: no step has rows: there is nothing that --method "
-            f"{options.method} can be computed from"
+            f"{directory.path}: no step has rows, so --method {options.method} has nothing to "
+            "compute from"
         )
     spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
     columns, groups = ResultColumns((), ITSELF, (ITSELF,)), None
@@ -127,9 +128,8 @@ def _check_rank(options: Options) -> None:
 def _check_test(options: Options, method: Method) -> None:
     if method.on_the_way:
         raise UsageError(
-            f"--probe {options.probe}: {method.name} takes test gradients on the way, and a probe "
-            "has those at the end of training "
-            f"only: choose another method, such as grad-dot"
+            f"--probe {options.probe}: {method.name} needs test gradients on the way, and a probe "
+            "has those at the end of training only: choose another method, such as grad-dot"
         )
     if options.up_to_step is not None:
         raise UsageError(
@@ -150,13 +150,13 @@ def _check_pruned(directory: RunDirectory, options: Options, method: Method) -> 
     if method.name not in kept and method.solvers is not None:
         able = ", ".join(kept) or "none"
         raise RunError(
-            f"{directory.path}: its gradients were pruned: only {able}, and hydra-exact, are "
-            "answered without them"
+            f"{directory.path}: its gradients were pruned: only {able} and hydra-exact work "
+            "without them"
         )
     if options.keep_hypergradients:
         raise RunError(
-            f"{directory.path}: its gradients were pruned, and its hypergradients are kept: "
-            "leave out --keep-hypergradients"
+            f"{directory.path}: its gradients were pruned, and its hypergradients are kept "
+            "already: leave out --keep-hypergradients"
         )
 
 
@@ -172,9 +172,9 @@ def _checkpoints(gradients: Gradients, counts: Counts) -> tuple[int, ...]:
         if n_tests != counts.n_tests:
             raise UsageError(
                 f"{gradients.path} has {n_tests} test gradients after {step} steps and "
-                f"{counts.n_tests} after {counts.checkpoint}: "
-                "--method tracin takes each test sample's at all of them: choose another "
-                "method, or record with the same tests"
+                f"{counts.n_tests} after {counts.checkpoint}: --method tracin needs the same test "
+                "samples at each of these steps: choose another method, or record with the same "
+                "tests"
             )
     return tuple(steps)
 

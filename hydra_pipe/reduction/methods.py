@@ -27,9 +27,10 @@ def _one(
 
 _NO_TRAINING = {"--pipeline": "needs none", "dataset": "needs none", "--rank": "does not need it"}
 _WHOLE_FILES = {"--chunks": "reads whole files, step by step"}
-_EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row once"}
+_EACH_ROW_ONCE = {"--keep-hypergradients": "reads each row only once"}
 _NO_TESTS = dict.fromkeys(
-    ("--tests", "--by", "--mean", "--probe"), "is of each training sample for itself"
+    ("--tests", "--by", "--mean", "--probe"),
+    "has one value for each training sample, and no test samples",
 )
 
 _METHODS = (
@@ -46,7 +47,7 @@ _METHODS = (
         None,
         RowUse(hydra_weights),
         refuses={
-            "--keep-hypergradients": "has none that do not depend on the tests",
+            "--keep-hypergradients": "has none that hold for other test samples",
             "--chunks": "reads no rows",
         },
     ),
@@ -77,7 +78,7 @@ _METHODS = (
         RowUse(gradient_weights, last=True),
         refuses=_NO_TRAINING
         | _EACH_ROW_ONCE
-        | {"--chunks": "divides what it reads by what its matrix leaves"},
+        | {"--chunks": "chooses by the memory beside its matrix"},
     ),
     Method(
         "self",

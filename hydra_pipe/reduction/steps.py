@@ -141,7 +141,7 @@ def _steps(
     part_ends = ends_of(store.rows.part_rows)
     if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
         raise StoreError(
-            f"{store.path}: its steps have other rows than there are: {ROWS_UNREADABLE}"
+            f"{store.path}: its steps count other rows than there are: {ROWS_UNREADABLE}"
         )
     ends = np.cumsum(counts, axis=0)
     parts = [

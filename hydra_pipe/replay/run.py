@@ -15,8 +15,8 @@ from hydra_pipe.training.pipeline import Pipeline
 # Method that answers for the part of the test gradients outside the `--rank` directions.
 APPROXIMATION = "hydra-fisher"
 _ADVICE = (
-    "hydra-exact trains again, and needs that. Give it as hydra_pipe.reduce(run, "
-    "method='hydra-exact', pipeline=...), newly built"
+    "hydra-exact trains the pipeline again. Build the pipeline anew, and give it as "
+    "hydra_pipe.reduce(run, method='hydra-exact', pipeline=...)"
 )
 
 
@@ -49,8 +49,8 @@ def reduce_exact(
         approximate = _approximate(request)
         if reduce_request(approximate, progress=progress):
             progress.say(
-                f"{approximate.name} is there: it answers for what {options.rank} directions "
-                "leave over"
+                f"{approximate.name} is there, and answers for the rest beside {options.rank} "
+                "directions"
             )
     return solve([_solver(request, pipeline, dataset)], overwrite=overwrite, progress=progress)
 

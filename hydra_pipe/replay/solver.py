@@ -246,10 +246,9 @@ class Replay(ResultSolver[ReplayPlan]):
         self._off = max(self._off, difference)
         if not difference <= _LOSS_RELATIVE * abs(then) + _LOSS_ABSOLUTE:
             raise RunError(
-                f"{self.request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} "
-                "when it was recorded: training does "
-                "not come out the same. Is the pipeline's file, or its data, another one? Is "
-                "the Pipeline newly built?"
+                f"{self.request.directory.path}: {what} is {now:.6g} now, and was {then:.6g} when "
+                "it was recorded: training does not come out the same. Check that the pipeline's "
+                "file and its data are unchanged, and that a Pipeline object is newly built"
             )
 
 

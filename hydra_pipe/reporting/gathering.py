@@ -180,8 +180,8 @@ class Gathering:
         if not apart <= _SAME_LOSSES:
             self._missing.append(
                 f"The test losses are now {apart:.0%} apart from those that were recorded: the "
-                "pipeline's data or code have "
-                f"changed since, and pictures and predictions may be of other samples."
+                "pipeline's data or code have changed since, so pictures and predictions may "
+                "show other samples."
             )
         return found
 

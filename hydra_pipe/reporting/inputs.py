@@ -26,7 +26,7 @@ from hydra_pipe.store.run.stages import RECORD
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline
 
-_ADVICE = "give it as hydra_pipe.report(run, pipeline=...), newly built"
+_ADVICE = "build the pipeline anew, and give it as hydra_pipe.report(run, pipeline=...)"
 
 
 def draw_shown(

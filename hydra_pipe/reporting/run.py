@@ -79,18 +79,18 @@ def report_run(
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     if pipeline is not None and samples is not None:
-        raise UsageError("give a pipeline, which has its samples, or samples, not both")
+        raise UsageError("give a pipeline or samples, not both: a pipeline has samples of its own")
     if ResultName.parse(method).is_of_itself:
         raise UsageError(
-            f"--method {method} is of no test samples, and no report: export puts it into "
-            "samples.parquet"
+            f"--method {method} has no test samples, so there is no report about it: export puts "
+            "it into samples.parquet"
         )
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"a report needs Jinja2, Matplotlib and Pillow, and there is no {missing[0]}: pip "
-            "install 'hydra-pipe[report]'"
+            f"a report needs Jinja2, Matplotlib and Pillow, and {missing[0]} is not installed: "
+            "pip install 'hydra-pipe[report]'"
         )
     directory = RunDirectory.open(run)
     directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")

@@ -70,7 +70,7 @@ class ReportSource(ReducedRun):
             return None
         if self.grouped:
             raise UsageError(
-                f"--tests {tests}: {self.result} is of means over test samples: leave it out"
+                f"--tests {tests}: {self.result} has means over test samples: leave it out"
             )
         spans = parse_selection(tests, self.n_tests)
         there = self.columns.test_ids

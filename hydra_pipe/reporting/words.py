@@ -26,11 +26,11 @@ METHODS = {
     "tracin": "adds up what the steps have lowered the test loss by, to first order. What was "
     "learnt early counts in full, though "
     "later steps may have undone it.",
-    "grad-dot": "multiplies the last gradient of a training sample with that of the test sample. "
-    "Only its order means anything: "
-    "large gradients, of mislabelled and odd samples, come first everywhere.",
-    "grad-cos": "is the cosine between the last gradient of a training sample and that of the "
-    "test sample: of directions only.",
+    "grad-dot": "multiplies the last gradient of a training sample with the gradient of the test "
+    "sample. Only its order means anything: large gradients, of mislabelled and odd samples, come "
+    "first everywhere.",
+    "grad-cos": "is the cosine between the last gradient of a training sample and the gradient of "
+    "the test sample: only directions count.",
     "influence": "assumes that training has ended in an optimum and asks how that moves "
     "(influence functions, with the empirical "
     "Fisher of the last gradients). How training got there is left out.",

@@ -12,7 +12,7 @@ INTERVAL = (
     "(not the retrainings)"
 )
 ONE_TEST = (
-    "there is one test sample, or one mean of them: nothing tells how others would come out, and "
+    "there is only one test sample, or one mean: it does not show how others would come out, so "
     "no interval is given"
 )
 

@@ -76,7 +76,8 @@ class Subject:
         if isinstance(pipeline, Pipeline):
             if settings:
                 raise PipelineError(
-                    "settings go with a pipeline file: a Pipeline has been built already"
+                    "settings are for a pipeline file, and a Pipeline was given: leave the "
+                    "settings out"
                 )
             source, built = None, pipeline
             own: dict[str, Any] = {}
@@ -186,9 +187,8 @@ class Subject:
         if strict and not apart <= SIMILAR:
             raise PipelineError(
                 "trained again with all samples the pipeline comes to other test losses than "
-                f"{self.run.path} has ({apart:.1%} "
-                "apart): its code, its data or its seed have changed, or it was trained "
-                "already: give the one that was recorded"
+                f"{self.run.path} has ({apart:.1%} apart): its code, data or seed have changed, "
+                "or it was trained already. Give the pipeline that was recorded"
             )
         if apart > SAME:
             progress.say(

@@ -37,8 +37,7 @@ def room_for(n_bytes: int, path: Path) -> str:
         return f"{most}, {format_bytes(free)} free"
     return (
         f"{most}, and only {format_bytes(free)} free: it may not fit; on a full disk the command "
-        "stops; run again, it goes on "
-        f"once there is room"
+        "stops; run it again once there is room, and it resumes"
     )
 
 

@@ -157,7 +157,7 @@ class Checkpoints:
                 continue
             remove_checkpoints(self._directory, after=checkpoint.step)
             self.step = checkpoint.step
-            self._progress.say(f"going on after step {checkpoint.step:,} (epoch {place.epoch + 1})")
+            self._progress.say(f"resuming after step {checkpoint.step:,} (epoch {place.epoch + 1})")
             return place
         return None
 
@@ -226,7 +226,7 @@ class Checkpoints:
     def _interrupted(self, when: str) -> InterruptedRunError:
         assert self._stop.number is not None
         where = (
-            f"to go on after step {self.step:,}"
+            f"to resume after step {self.step:,}"
             if self.step
             else "to start again, there is no checkpoint"
         )

@@ -173,7 +173,7 @@ def _record(
         recorder.fail(error)
         if checkpoints.step and not isinstance(error, InterruptedRunError):
             progress.say(
-                f"a checkpoint is kept: the same command goes on after step {checkpoints.step:,}"
+                f"a checkpoint is kept: the same command resumes after step {checkpoints.step:,}"
             )
         raise
     remove_checkpoints(directory)  # nothing is left to resume

@@ -493,7 +493,7 @@ def test_the_trainer_of_another_package_is_refused(tmp_path: Path) -> None:
         pass
 
     with pytest.raises(
-        UsageError, match=r"the trainer is .*\.Trainer: take that of lightning\.pytorch"
+        UsageError, match=r"the trainer is .*\.Trainer: take the trainer of lightning\.pytorch"
     ):
         HydraCallback(tmp_path / "run", TESTS, cross_entropy).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
 

@@ -313,7 +313,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], type[HydraError], str]] = [
         "restored",
         lambda run: HydraCallback(),
         UsageError,
-        "leave restore_callback_states_from_checkpoint at False",
+        "Leave restore_callback_states_from_checkpoint at False",
     ),
     (
         "stream",

@@ -697,7 +697,7 @@ def test_a_graph_of_functions_is_recorded(tmp_path: Path) -> None:
         (
             "clipped",
             r"cause: \(1\) the largest elements of the gradient are all of magnitude 0\.01, as "
-            r"clip_grad_value_ leaves them",
+            r"after clip_grad_value_",
         ),
         ("by hand", r"the loop changed \.grad by hand"),
         ("not cleared", r"earlier step is still there: call optimizer\.zero_grad\(\)"),
@@ -855,7 +855,7 @@ def test_options_of_trainers_that_hide_nothing_are_let_through(tmp_path: Path) -
 
 def test_a_pass_without_the_ids_of_its_batch_is_described() -> None:
     found = unnamed_pass(mlp(), {"input_ids": X, "attention_mask": X})
-    assert "called Sequential with input_ids=, attention_mask=, without the ids" in found
+    assert "called Sequential with input_ids=, attention_mask=, without the sample ids" in found
     assert "next_batch" in found
 
 

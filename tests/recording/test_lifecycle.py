@@ -891,7 +891,7 @@ class TestInterrupts:
             tmp_path / "run", "after", KeyboardInterrupt, lambda loader: loader
         )
         take_step(model, optimizer)
-        with pytest.raises(RecordError, match="trained on, or changed, without the recorder"):
+        with pytest.raises(RecordError, match="trained or changed since, without the recorder"):
             next(iter(loader))
 
     def test_a_loop_that_is_left_by_break_goes_on(self, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_step_whose_gradients_the_loop_clears_is_skipped_and_one_that_it_forge
             if clear:
                 optimizer.zero_grad()
 
-    said = r"ended without optimizer\.step\(\): put it inside.*or call zero_grad\(\) there"
+    said = r"ended without optimizer\.step\(\): put it inside.*call zero_grad\(\) there"
     with pytest.raises(RecordError, match=said):
         forgotten(recorder, clear=False)
     with pytest.raises(RecordError, match=said):  # by a loop that takes no step at all

@@ -367,14 +367,14 @@ TOLD = [
     ("tracked ids", r"RecordError: rank 1: sample id -1 is not among the 24 training samples", 2),
     (
         "tracked in part",
-        r"RecordError: rank 1: the passes at step 2 took 2 samples of a batch of 3",
+        r"RecordError: rank 1: the tracked loader gave a batch of 3 samples, and the passes at "
+        r"step 2 took 2",
         2,
     ),
-    ("drawn ahead", r"RecordError: rank 1: at step 2 a next batch came before", 2),
+    ("drawn ahead", r"RecordError: rank 1: at step 2 the next batch came before", 2),
     (
         "tracked and named",
-        r"RecordError: rank 1: recorder\.step\(\) in step 2, which has begun with a batch of the "
-        r"tracked",
+        r"RecordError: rank 1: recorder\.step\(\) is in step 2, which a batch of the tracked",
         2,
     ),
     (
@@ -560,6 +560,6 @@ def test_ranks_that_load_unlike_states_are_told(spawn) -> None:
     for of_rank in spawn("resumed", "killed")[1]:
         assert re.match(r"UsageError: \w+ is .* on rank 0, .* on rank 1", of_rank["unlike states"])
         assert re.match(
-            r"RecordError: rank 1: this is not what recorder\.state_dict\(\) gave",
+            r"RecordError: rank 1: this is no value of recorder\.state_dict\(\)",
             of_rank["bad state"],
         )

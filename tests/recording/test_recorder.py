@@ -443,7 +443,7 @@ class TestLoopsThatGoWrong:
             self.right(pipeline.model, pipeline.optimizer, x, y)
         pipeline.model[3].requires_grad_(True)
         with (
-            pytest.raises(RecordError, match="has begun to train at step 1"),
+            pytest.raises(RecordError, match="began to train at step 1"),
             recorder.step(range(8)),
         ):
             self.right(pipeline.model, pipeline.optimizer, x, y)

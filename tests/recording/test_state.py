@@ -318,7 +318,7 @@ class TestWhatCannotGoOn:
     def test_something_else(self, tmp_path: Path) -> None:
         recorder, _, _ = started(tmp_path / "run", 0)
         for other in ({}, [1], {"hydra_pipe_state": 1, "n_steps": 3}):
-            with pytest.raises(RecordError, match="this is not what"):
+            with pytest.raises(RecordError, match="this is no value of"):
                 recorder.load_state_dict(other)
         with pytest.raises(RecordError, match="the state is of version 2, this hydra-pipe reads 1"):
             recorder.load_state_dict({"hydra_pipe_state": 2})
@@ -361,14 +361,14 @@ class TestWhatCannotGoOn:
             tmp_path / "other",
             state,
             RunError,
-            f"the state is of run {state['run_id']}: it was recorded again",
+            f"the state is of run {state['run_id']}: the directory was recorded again",
         )
 
     @pytest.mark.parametrize("overwrite", [True, False])
     def test_a_run_that_was_begun_again(self, tmp_path: Path, overwrite: bool) -> None:
         state = started(tmp_path / "run")[0].state_dict()
         started(tmp_path / "run", overwrite=overwrite)[0].state_dict()
-        self.refused(tmp_path / "run", state, RunError, "it was recorded again since")
+        self.refused(tmp_path / "run", state, RunError, "was recorded again since")
 
     def test_a_complete_run(self, tmp_path: Path) -> None:
         recorder, _, _ = started(tmp_path / "run")

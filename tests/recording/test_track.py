@@ -556,7 +556,7 @@ class TestLoopsThatGoWrong:
         cross_entropy(model(x), y).mean().backward()
         optimizer.step()
         with pytest.raises(
-            RecordError, match=r"optimizer\.step\(\) at step 1 after no batch that a loader"
+            RecordError, match=r"optimizer\.step\(\) at step 1 has no batch from a loader"
         ):
             optimizer.step()
 
@@ -566,7 +566,7 @@ class TestLoopsThatGoWrong:
         cross_entropy(model(x[:5]), y[:5]).mean().backward()
         with pytest.raises(
             RecordError,
-            match="the passes at step 0 took 5 samples of a batch of 8 that the tracked loader",
+            match="the tracked loader gave a batch of 8 samples, and the passes at step 0 took 5",
         ):
             optimizer.step()
         assert not (tmp_path / "run").exists()
@@ -580,7 +580,7 @@ class TestLoopsThatGoWrong:
             cross_entropy(model(x), y).mean().backward()
             optimizer.step()
         next(batches)
-        with pytest.raises(RecordError, match=f"at step {int(later)} a next batch came before"):
+        with pytest.raises(RecordError, match=f"at step {int(later)} the next batch came before"):
             next(batches)
 
     def test_step_and_track_in_one(self, tmp_path: Path) -> None:
@@ -588,7 +588,11 @@ class TestLoopsThatGoWrong:
         _, _, ids = next(iter(loader))
         with (
             pytest.raises(
-                RecordError, match=r"recorder\.step\(\) in step 0, which has begun with a batch"
+                RecordError,
+                match=(
+                    r"recorder\.step\(\) is in step 0, which a batch of the tracked loader has "
+                    r"begun"
+                ),
             ),
             recorder.step(ids),
         ):
@@ -598,7 +602,8 @@ class TestLoopsThatGoWrong:
         _, _, recorder, loader = self.start(tmp_path)
         with (
             pytest.raises(
-                RecordError, match=r"a batch named by a loader .* inside of recorder\.step\(\)"
+                RecordError,
+                match=r"a loader or next_batch\(\) names a batch inside of recorder\.step\(\)",
             ),
             recorder.step([1]),
         ):

@@ -165,7 +165,10 @@ def test_what_cannot_be_of_the_first_steps_is_refused(tmp_path: Path) -> None:
     hydra_pipe.prune(run)
     with pytest.raises(
         RunError,
-        match="its rows were pruned, and what is kept is of all steps: leave out --up-to-step",
+        match=(
+            "its rows were pruned, and its hypergradients are kept for all steps: leave out "
+            "--up-to-step"
+        ),
     ):
         hydra_pipe.reduce(run, up_to_step=5)
 

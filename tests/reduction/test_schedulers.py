@@ -405,7 +405,7 @@ class Impostor:
 
 
 IMPOSTORS = {
-    "silent": (Impostor, {}, "is not a Dask scheduler, what listens there does not talk as one"),
+    "silent": (Impostor, {}, "is not a Dask scheduler, the program there answers in another way"),
     "web server": (
         Impostor,
         {"answer": b"HTTP/1.0 200 OK\r\n\r\n"},
@@ -438,7 +438,7 @@ def test_the_address_of_a_worker_and_of_a_dashboard_are_told(
     assert "is not a Dask scheduler, a worker listens there" in refused(recording, worker)
     with pytest.raises(
         UsageError,
-        match=r"http://127\.0\.0\.1:8787 is a web address, such as that of a scheduler's dashboard",
+        match=r"http://127\.0\.0\.1:8787 is a web address, such as a scheduler's dashboard",
     ):
         hydra_pipe.reduce(recording, scheduler="http://127.0.0.1:8787")
 
@@ -466,8 +466,8 @@ def test_ctrl_c_ends_the_wait_for_a_scheduler_at_once(recording: Path) -> None:
             assert time.monotonic() - start < 3
             assert process.returncode == 130
             assert told.splitlines() == [
-                "hydra-pipe: interrupted: what is finished is kept, run the same command again "
-                "to go on"
+                "hydra-pipe: interrupted: finished work is kept; run the same command again "
+                "to resume"
             ]
         finally:
             process.kill()

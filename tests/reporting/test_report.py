@@ -297,7 +297,7 @@ def test_the_chosen_tests_are_shown_and_others_are_refused(run: Path) -> None:
         hydra_pipe.report(run, tests="7", overwrite=True)
     with pytest.raises(UsageError, match="give 1 or more"):
         hydra_pipe.report(run, top=0)
-    with pytest.raises(UsageError, match="is of no test samples"):
+    with pytest.raises(UsageError, match="has no test samples"):
         hydra_pipe.report(run, method="self")
 
 
@@ -309,7 +309,7 @@ def test_means_have_a_page_of_their_own(run: Path) -> None:
     assert "Groups of test samples" in text_of(run, "report-hydra-by-label.html")
     assert "all test samples" in text_of(run, "report-hydra-mean.html")
     assert hydra_pipe.verify(run) == []
-    with pytest.raises(UsageError, match="is of means over test samples"):
+    with pytest.raises(UsageError, match="has means over test samples"):
         hydra_pipe.report(run, method="hydra-mean", tests="0", overwrite=True)
 
 
@@ -439,9 +439,9 @@ def test_a_pipeline_that_a_stranger_names_is_not_run(run: Path, tmp_path: Path) 
         directory = RunDirectory.open(run)
         directory.stages[RECORD].settings |= {"pipeline": spec, "set path": str(victim)}
         directory.save(RECORD)
-        with pytest.raises(RunError, match=f"{why} and is not run unasked"):
+        with pytest.raises(RunError, match=f"{why}. hydra-pipe does not run such a file unasked"):
             pipeline_of(RunDirectory.open(run), None, "")
-        with pytest.raises(RunError, match=f"{why} and is not run unasked"):
+        with pytest.raises(RunError, match=f"{why}. hydra-pipe does not run such a file unasked"):
             hydra_pipe.clean(run, lowest=3, retrain=True, method="hydra")
         hydra_pipe.report(run, overwrite=True)
         assert why in text_of(run)

@@ -185,7 +185,7 @@ def test_each_stage_says_before_it_works_which_files_are_not_of_the_run(
         said = Said()
         stage(run, progress=said)
         assert said.lines[0].startswith(
-            "not read, for run.json does not list them: gradients.zarr/"
+            "not read, because run.json does not list them: gradients.zarr/"
         ), stage
         assert strays[0] in said.lines[0]
         assert "verify" in said.lines[0]

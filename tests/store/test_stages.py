@@ -73,32 +73,25 @@ def test_names_of_stages_are_those_of_the_format() -> None:
     }
 
 
+def stages_of_the_format() -> list[tuple[StageId, str, str]]:
+    """Stage, file of footprints and area of each line of the table."""
+    lines = re.findall(r"^\| `([^`]+)` \| `(checksums/[^`]+)` \| (.*?) \|$", FORMAT, re.MULTILINE)
+    return [(StageId.parse(words), footprints, area) for words, footprints, area in lines]
+
+
 def test_areas_are_those_of_the_format() -> None:
-    paragraph = FORMAT[FORMAT.index("The area of a stage is") :].split("\n\n")[0]
-    areas = {
-        StageId.parse(words): area
-        for area, words in re.findall(r"`([^`]+)` \(`([^`]+)`\)", paragraph)
-    }
-    assert set(KINDS) - {stage.kind for stage in areas} == {REPORT}
-    assert {stage: stage.area for stage in areas} == areas
-    assert "`report METHOD` it is one file, `report.html` or `report-METHOD.html`" in paragraph
-    assert [REPORT.of(name).area for name in ("hydra", "METHOD")] == [
-        "report.html",
-        "report-METHOD.html",
-    ]
+    areas = {stage: area for stage, _, area in stages_of_the_format()}
+    assert {stage.kind for stage in areas} == {*KINDS}
+    assert areas.pop(REPORT.of("METHOD")) == (
+        f"`{REPORT.of('METHOD').area}`; for the result `hydra`: `{REPORT.of('hydra').area}`"
+    )
+    assert areas == {stage: f"`{stage.area}`" for stage in areas}
 
 
 def test_footprints_are_in_the_files_of_the_format() -> None:
-    paragraph = FORMAT[FORMAT.index("`STAGE` is the stage's name with hyphens for spaces") :].split(
-        "."
-    )[0]
-    expected = {
-        f"checksums/{found}.json" for found in re.findall(r"`([a-z]+(?:-[A-Z]+)?)`", paragraph)
-    }
-    assert {
-        re.sub("-x", "", (RECORD if kind is RECORD.kind else kind.of("x")).checksums_file)
-        for kind in KINDS
-    } == {re.sub("-[A-Z]+", "", found) for found in expected}
+    assert [footprints for _, footprints, _ in stages_of_the_format()] == [
+        stage.checksums_file for stage, _, _ in stages_of_the_format()
+    ]
 
 
 def test_what_a_result_was_made_from_are_the_facts_of_the_format(run: Path) -> None:

@@ -271,7 +271,7 @@ def of_stray(path: str, where: str | None = None, found: str = "does not belong 
 
 
 def of_lost_list(stage: str) -> Case:
-    consequence = f"swapped and exchanged files of {stage} cannot be told"
+    consequence = f"swapped and exchanged files of {stage} cannot be found"
     return Case(
         lambda run, _: (run / checksums_file(stage)).unlink(),
         checksums_file(stage),
@@ -376,7 +376,7 @@ DAMAGE: dict[str, Case] = {
     "recording of another run": Case(
         lambda run, other: from_other(run, other, RECORD, ROWS, "checkpoints"),
         ROWS,
-        "is of run [0-9a-f]+, run.json of [0-9a-f]+",
+        "belongs to run [0-9a-f]+, run.json to run [0-9a-f]+",
         RECORD_AGAIN,
         (RECORD, *COMPUTED),
     ),
@@ -515,7 +515,7 @@ DAMAGE: dict[str, Case] = {
         lambda run, _: flip(run / "checksums/record.json"),
         "checksums/record.json",
         "has another SHA-256",
-        "cannot be told",
+        "cannot be found",
     ),
     "checksums and rows of another run": Case(
         lambda run, other: [
@@ -524,14 +524,14 @@ DAMAGE: dict[str, Case] = {
         ],
         "checksums/record.json",
         "has another SHA-256",
-        "cannot be told",
+        "cannot be found",
         (RECORD,),
     ),
     "no checksums in the manifest": Case(
         lambda run, _: edit(run, lambda stages: stages[EXPORT]["facts"].pop("checksums")),
         checksums_file(EXPORT),
         "has another SHA-256",
-        "cannot be told",
+        "cannot be found",
         (EXPORT,),
     ),
     "checksums lost, relevance flipped": Case(
@@ -632,7 +632,7 @@ def test_damage_is_found_with_file_and_consequence_and_repaired(
 
     said = Lines()
     assert hydra_pipe.verify(run, said, repair=True) == [], said.lines
-    done = [line for line in said.lines if ": set back, for " in line]
+    done = [line for line in said.lines if ": set back, because " in line]
     assert sorted(line.split(":")[0] for line in done) == sorted(case.back), said.lines
     recording_back = RECORD in case.back
     assert unfinished(run) == (
@@ -832,7 +832,7 @@ def test_files_that_a_link_leads_to_are_neither_moved_nor_removed(
     (elsewhere / "thesis.txt").write_text("mine")
     (run / place).symlink_to(elsewhere, target_is_directory=True)
     before = contents_of(elsewhere)
-    with pytest.raises(StoreError, match="is a link, and what it leads to is not repaired"):
+    with pytest.raises(StoreError, match="is a link, and files behind a link are not repaired"):
         hydra_pipe.verify(run, repair=True)
     assert contents_of(elsewhere) == before
 
@@ -851,7 +851,8 @@ def test_the_command_line_repairs_and_exits_with_0(run: Path) -> None:
     repaired = CliRunner().invoke(app, ["verify", str(run), "--repair"])
     assert (repaired.exit_code, repaired.stdout) == (0, f"{run}: in order\n")
     assert re.search(
-        r"export hydra: set back, for \S+samples.parquet .*: run hydra-pipe export", repaired.stderr
+        r"export hydra: set back, because \S+samples.parquet .*: run hydra-pipe export",
+        repaired.stderr,
     )
     assert (run / "set-aside/gradients.zarr/notes.txt").read_text() == "mine"
     again = CliRunner().invoke(app, ["verify", str(run), "--json"])

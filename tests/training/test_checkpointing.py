@@ -161,7 +161,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, d
     said = Said()
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", progress=said)
     assert said.lines[0].startswith("passed over: ")
-    assert said.lines[1] == f"going on after step {before.step} (epoch {before.step // 4 + 1})"
+    assert said.lines[1] == f"resuming after step {before.step} (epoch {before.step // 4 + 1})"
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -176,7 +176,7 @@ def test_overwriting_does_not_go_on(tmp_path: Path) -> None:
     record_and_die(7, conv_pipeline, tmp_path / "run", checkpoint_every="2")
     said = Said()
     hydra_pipe.record(conv_pipeline(), tmp_path / "run", overwrite=True, progress=said)
-    assert not any("going on" in line for line in said.lines)
+    assert not any("resuming after" in line for line in said.lines)
 
 
 class Unkept(nn.Linear):
@@ -248,12 +248,12 @@ def test_a_signal_ends_it_with_a_checkpoint_and_says_how_to_go_on(
     assert process.exitcode == code
     said = errors.read_text()
     assert f"hydra-pipe: stopped by {number.name} after step" in said
-    assert "run the same command again to go on after step" in said
+    assert "run the same command again to resume after step" in said
     assert "Traceback" not in said
     (checkpoint,) = checkpoints_in(run / "checkpoints")
     assert json.loads((run / "run.json").read_text())["stages"]["record"]["state"] == "failed"
     again = started(run, errors)
-    heard = re.compile(r"^going on after step ([\d,]+) \(epoch", flags=re.MULTILINE)
+    heard = re.compile(r"^resuming after step ([\d,]+) \(epoch", flags=re.MULTILINE)
     wait_until(again, errors, lambda: heard.search(errors.read_text()) is not None)
     again.kill()
     again.join()

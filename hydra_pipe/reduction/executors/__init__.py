@@ -24,10 +24,9 @@ def executor_of(text: str) -> Scheduler:
         return InProcess(None)
     if text.lower().startswith(("http://", "https://")):
         raise UsageError(
-            f"--scheduler {text} is a web address, such as that of a scheduler's dashboard: give "
-            "the address that "
-            "workers connect to, which `dask scheduler` prints as it starts, such as "
-            "tcp://host:8786"
+            f"--scheduler {text} is a web address, such as a scheduler's dashboard: give the "
+            "address that workers connect to, which `dask scheduler` prints as it starts, such "
+            "as tcp://host:8786"
         )
     if text != "processes" and not _ADDRESS.fullmatch(text):
         raise UsageError(

@@ -225,7 +225,7 @@ class ClusterAt(_Cluster):
         if kind == "Scheduler":
             return
         found = (
-            "what listens there does not talk as one"
+            "the program there answers in another way"
             if kind is None
             else f"a {kind.lower()} listens there"
         )
@@ -233,7 +233,7 @@ class ClusterAt(_Cluster):
             "give the address that `dask scheduler` prints as it starts, such as tcp://host:8786"
         )
         if kind == "web server":
-            advice = f"if it is the dashboard of one, {advice}"
+            advice = f"if it is a scheduler's dashboard, {advice}"
         raise ClusterError(f"{self._address} is not a Dask scheduler, {found}: {advice}")
 
     def _unanswered(self, error: BaseException) -> ClusterError:

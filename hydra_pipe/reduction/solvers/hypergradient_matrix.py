@@ -173,7 +173,7 @@ class HypergradientMatrix(CommonSolver[MatrixPlan]):
         """See `Solver`."""
         plan = course.plan
         if course.after is not None:
-            progress.say(f"going on after {course.after.done:,} of {plan.n_columns:,} {plan.noun}")
+            progress.say(f"resuming after {course.after.done:,} of {plan.n_columns:,} {plan.noun}")
 
     def summary(self, course: Course[MatrixPlan]) -> str:
         """See `Solver`."""

@@ -131,7 +131,7 @@ class ResultSolver(CommonSolver[P]):
     def say_before(self, course: Course[P], progress: Progress) -> None:
         """See `Solver`."""
         if course.after is not None:
-            progress.say(f"going on after {course.after.done:,} {self.noun_of(course.plan)}")
+            progress.say(f"resuming after {course.after.done:,} {self.noun_of(course.plan)}")
         if kernels.compiled is None:
             progress.say(
                 f"the inner loops are not compiled, and take twice as long: {kernels.WHY_NOT}"

@@ -127,9 +127,8 @@ class WeightedSums(ReadingSolver[SumPlan]):
         method = self.request.method
         if method.on_the_way and len(self.request.checkpoints) == 1:
             progress.say(
-                f"{method.name} takes the test gradients at the end for all steps; TracIn's own "
-                "are those on the way: "
-                "record with --test-every epoch"
+                f"{method.name} uses the test gradients at the end for all steps; TracIn itself "
+                "needs test gradients on the way: record with --test-every epoch"
             )
 
     def noun_of(self, plan: SumPlan) -> str:

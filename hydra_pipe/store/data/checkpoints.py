@@ -112,7 +112,9 @@ class Checkpoint:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read ({error})") from error
         if _digest(content) != self.digest:
-            raise StoreError(f"{self.path} is damaged: its content is not what its name says")
+            raise StoreError(
+                f"{self.path} is damaged: its content does not have the digest of its name"
+            )
         return unpacked(content)
 
 

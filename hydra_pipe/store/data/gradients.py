@@ -404,8 +404,7 @@ class Gradients:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")
         if group is None:
             raise StoreError(
-                f"{self.path} has no test gradients of step {step}: it has those of "
-                f"{self.test_steps()}"
+                f"{self.path} has no test gradients of step {step}, only of {self.test_steps()}"
             )
         return group
 

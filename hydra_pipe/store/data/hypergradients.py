@@ -57,7 +57,7 @@ class HypergradientStore(ABC):
         self._root = Group.open(path, HYPERGRADIENTS_UNREADABLE)
         found = self._root.attributes
         if found.get(names.RUN_ID) != gradients.run_id:
-            raise StoreError(f"{path} is of another recording: {HYPERGRADIENTS_UNREADABLE}")
+            raise StoreError(f"{path} belongs to another recording: {HYPERGRADIENTS_UNREADABLE}")
         if found.get(names.METHOD) != path.stem or found.get(names.KIND) != self.kind:
             what = f"{shown(found.get(names.KIND))} of method {shown(found.get(names.METHOD))}"
             raise StoreError(
@@ -352,7 +352,7 @@ def _parts(root: Group, n_ranks: int) -> Sequence[Group]:
     found = [root.group(_part_name(rank, n_ranks)) for rank in range(n_ranks)]
     present = [group for group in found if group is not None]
     if len(present) != n_ranks:
-        raise StoreError(f"{root.path} lacks what is factored: {HYPERGRADIENTS_UNREADABLE}")
+        raise StoreError(f"{root.path} lacks the factored blocks: {HYPERGRADIENTS_UNREADABLE}")
     return present
 
 

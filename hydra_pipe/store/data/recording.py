@@ -87,13 +87,13 @@ def open_first_steps(run: RunDirectory, step: int) -> tuple[Gradients, Counts]:
     if recording is None or found is None:
         raise RunError(
             f"{run.path}: no step is committed yet: wait for the first checkpoint or test "
-            "gradients, of hydra-pipe record "
-            f"--test-every epoch, or of recorder.record_test() on the way in a loop of your own"
+            "gradients (hydra-pipe record --test-every epoch, or recorder.record_test() on the "
+            "way in a loop of your own)"
         )
     if recording.facts.get(PRUNED):
         raise RunError(
-            f"{run.path}: its rows were pruned, and what is kept is of all steps: leave out "
-            "--up-to-step"
+            f"{run.path}: its rows were pruned, and its hypergradients are kept for all steps: "
+            "leave out --up-to-step"
         )
     whole = open_gradients(run, found.prefix)
     tests = _steps_with_tests(whole, found)

@@ -39,11 +39,10 @@ class Counts:
         """
         if not self.n_tests:
             raise RunError(
-                f"{path} was recorded without test gradients: take some of the final parameters, "
-                f"by hydra-pipe probe {path} "
-                "FILE:FUNCTION --name NAME or hydra_pipe.probe(...), then reduce --probe NAME; "
-                "any that were taken on the way "
-                f"answer --up-to-step STEP"
+                f"{path} was recorded without test gradients: take some at the final parameters, "
+                f"by hydra-pipe probe {path} FILE:FUNCTION --name NAME or hydra_pipe.probe(...), "
+                "then reduce --probe NAME. Test gradients that were taken on the way answer "
+                "--up-to-step STEP"
             )
 
 
@@ -59,9 +58,8 @@ def checked_counts(gradients: Gradients, recording: Stage) -> Counts:
     steps = gradients.test_steps()
     if not steps:
         raise StoreError(
-            f"{gradients.path} has no test gradients, and does not say at which parameters any "
-            "could be taken: record again, with "
-            f"recorder.record_test(...) before recorder.close()"
+            f"{gradients.path} has no test gradients, and does not say at which parameters they "
+            "could be taken: record again, with recorder.record_test(...) before recorder.close()"
         )
     counts = {
         name: recording.count(name, least=name != "n_tests")

@@ -68,7 +68,7 @@ class ReducedRun:
         fault = relevance.shortfall()
         if relevance.shape[0] != counts.n_samples or n_tests > n_known or 0 in relevance.shape:
             fault = (
-                f"is of {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x "
+                f"has {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x "
                 f"{n_known} were recorded"
             )
         if fault is not None:

@@ -90,8 +90,8 @@ class Rows:
             check_kind(scale, ("float32",), n_blocks, consequence)
             if not gradient.files_hold_rows or not gradient.stored_like(self._first):
                 raise StoreError(
-                    f"{gradient.path} has files in which rows are cut, or unlike those of "
-                    f"others: {consequence}"
+                    f"{gradient.path} has files in which rows are cut, or differ from rows of "
+                    f"other files: {consequence}"
                 )
         there = tuple(array.shape[0] for array in self._gradients)
         self.part_rows = there if part_rows is None else part_rows

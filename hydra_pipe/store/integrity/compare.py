@@ -152,7 +152,7 @@ class Comparison:
         n_files, n_there = n_places(array), len(own) if written is None else len(written)
         if n_files != n_there if written is not None else n_files > n_there:
             yield self._fault(
-                name, f"calls for {n_files:,} files, and {n_there:,} were written or are there"
+                name, f"needs {n_files:,} files, and {n_there:,} were written or are there"
             )
             for file in own:
                 self._left.pop(file, None)

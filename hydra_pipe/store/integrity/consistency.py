@@ -28,7 +28,7 @@ def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterato
     if store.run_id != run.run_id:
         yield Fault(
             names.GRADIENTS,
-            f"is of run {store.run_id}, {names.MANIFEST} of {run.run_id}",
+            f"belongs to run {store.run_id}, {names.MANIFEST} to run {run.run_id}",
             consequence,
             stage=RECORD,
         )

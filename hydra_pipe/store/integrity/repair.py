@@ -85,8 +85,8 @@ def _refuse_links(run: RunDirectory) -> None:
     ):
         if not is_remote(run.path) and (run.path / where).is_symlink():
             raise StoreError(
-                f"{run.path / where} is a link, and what it leads to is not repaired: put what "
-                "it leads to in its place"
+                f"{run.path / where} is a link, and files behind a link are not repaired: put the "
+                "files in its place"
             )
 
 
@@ -116,7 +116,7 @@ def _repair(run: RunDirectory, faults: Sequence[Fault]) -> Iterator[str]:
     for fault in faults:
         if fault.kind == "unlisted" and fault.stage is not None and fault.stage not in damaged:
             if _listed_again(run, fault.stage):
-                yield f"{fault.where}: written again, for every file is as it was written"
+                yield f"{fault.where}: written again, because every file is as it was written"
             else:
                 damaged[fault.stage] = fault
     yield from _set_back(run, damaged, faults)
@@ -179,7 +179,7 @@ def _set_back(
             run.forget(stage)
             for place in stage.places:
                 remove(run.path / place)
-        yield f"{stage}: set back, for {fault.where} {fault.found}: {advice[stage]}"
+        yield f"{stage}: set back, because {fault.where} {fault.found}: {advice[stage]}"
 
 
 def _after_keeping(run: RunDirectory, stage: StageId, damaged: dict[StageId, Fault]) -> str:

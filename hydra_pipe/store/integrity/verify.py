@@ -72,7 +72,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     if RunDirectory.from_copy(run.path) is None:
         yield Fault(
             f"{names.CHECKSUMS}/{names.MANIFEST}",
-            f"is missing or damaged: should {names.MANIFEST} be lost, so is the run",
+            f"is missing or damaged: if {names.MANIFEST} is lost too, the run is lost",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="copy",
         )
@@ -86,8 +86,8 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
     if run.of_kind(REDUCE) and not group_is_whole(run.path / names.RELEVANCE, run.run_id):
         yield Fault(
             f"{names.RELEVANCE}/{METADATA}",
-            "is missing or not what was written: what is in it is not found, or taken for "
-            "another run's",
+            "is missing or not what was written: readers do not find what is in it, or take it "
+            "for another run's",
             f"hydra-pipe verify {run.path} --repair writes it again",
             kind="group",
         )
@@ -117,8 +117,8 @@ def _check_strays(run: RunDirectory) -> Iterator[Fault]:
     for where in sorted(strays):
         yield Fault(
             where,
-            "belongs to no stage of the run: it may be of another recording, and is no result of "
-            "this one",
+            "belongs to no stage of the run: it may belong to another recording, and is no "
+            "result of this one",
             f"move it elsewhere, or let hydra-pipe verify {run.path} --repair do so",
             kind="extra",
         )
@@ -158,7 +158,7 @@ def _footprints_of(run: RunDirectory, stage: StageId) -> tuple[Footprints | None
     return None, Fault(
         where,
         found,
-        f"swapped and exchanged files of {stage} cannot be told: {advice}",
+        f"swapped and exchanged files of {stage} cannot be found: {advice}",
         kind="unlisted",
         stage=stage,
     )

@@ -55,9 +55,9 @@ def listed(run: RunDirectory, stage: StageId) -> Listed | None:
     found = footprints_or_fault(run, stage)
     if isinstance(found, str):
         raise StoreError(
-            f"{run.path / stage.checksums_file} {found}: nothing else tells the files of {stage} "
-            "from those of an older "
-            f"run: run hydra-pipe verify {run.path} --repair, which writes it again where it can"
+            f"{run.path / stage.checksums_file} {found}: without it the files of {stage} "
+            f"cannot be told from those of an older run: run hydra-pipe verify {run.path} "
+            "--repair, which writes it again if it can"
         )
     return members_of(stage, found)
 
@@ -132,8 +132,8 @@ def say_unlisted(run: RunDirectory, progress: Progress) -> None:
     if found:
         more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
         progress.say(
-            f"not read, for {names.MANIFEST} does not list them: "
-            f"{', '.join(found[:_NAMED])}{more}. An older run, or a copy that "
-            "deletes nothing (rsync without --delete), has left them: hydra-pipe verify "
-            f"{run.path} --repair moves them away"
+            f"not read, because {names.MANIFEST} does not list them: "
+            f"{', '.join(found[:_NAMED])}{more}. An older run, or a copy that deletes nothing "
+            f"(rsync without --delete), has left them: hydra-pipe verify {run.path} --repair "
+            "moves them away"
         )

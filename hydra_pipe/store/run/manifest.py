@@ -305,8 +305,7 @@ class RunDirectory:
         detail = f", {printable(str(stage.facts['error']))}" if "error" in stage.facts else ""
         raise RunError(
             f"{self.path}: record is not finished (state: {stage.state}){detail}: run the "
-            "training again, or go on from a state of "
-            f"the recorder"
+            "training again, or resume from a state of the recorder"
         )
 
     def save(self, *changed: StageId) -> None:

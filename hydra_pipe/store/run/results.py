@@ -89,7 +89,7 @@ def result_of(method: str, probe: str | None) -> str:
         return method
     if result.probe is not None:
         raise UsageError(
-            f"--method {method} --probe {probe}: that result is of probe {result.probe}: name one "
-            "probe"
+            f"--method {method} --probe {probe}: this result is for probe {result.probe}: name "
+            "one probe"
         )
     return str(replace(result, probe=probe))

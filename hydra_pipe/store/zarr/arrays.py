@@ -139,7 +139,9 @@ class Group:
             StoreError: the array is missing or damaged.
         """
         if not self._counts(name):
-            raise StoreError(f"{self.path / name} is of another run: the manifest does not list it")
+            raise StoreError(
+                f"{self.path / name} belongs to another run: the manifest does not list it"
+            )
         return Array.open(self.path / name)
 
     def array_names(self) -> list[str]:
@@ -419,7 +421,7 @@ class Array:
             return f"lacks {self._n_files - len(present)} chunk files"
         n_bytes = sum(present.values())
         if self.n_bytes > MOST_RATIO * n_bytes:
-            return f"says it has {self.n_bytes} bytes, which cannot come of files of {n_bytes}"
+            return f"says it has {self.n_bytes} bytes, which cannot come from files of {n_bytes}"
         return None
 
     @property

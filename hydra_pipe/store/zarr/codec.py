@@ -219,7 +219,7 @@ class StoredFile:
         if offset + size > len(self._content):
             raise RottenError(f"chunk {at} is not within its file")
         if self._chunk.n_bytes > MOST_RATIO * size:
-            raise RottenError(f"chunk {at} of {self._chunk.n_bytes} bytes cannot come of {size}")
+            raise RottenError(f"chunk {at} of {self._chunk.n_bytes} bytes cannot come from {size}")
         return self._content[offset : offset + size]
 
 
