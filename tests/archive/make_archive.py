@@ -36,7 +36,8 @@ reduce whole --probe new
 reduce whole --by label
 export whole --full --top 3
 export whole --probe new
-clean whole --lowest 2 --retrain --seeds 2
+clean whole --method hydra --lowest 2 --retrain --seeds 2
+clean whole --lowest 3
 evaluate pipeline.py whole loo --samples 0-3
 evaluate pipeline.py whole lds --retrainings 10
 evaluate pipeline.py whole noise --left-out 1

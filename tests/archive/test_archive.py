@@ -61,6 +61,7 @@ def test_an_archived_run_is_worked_on(whole: Path) -> None:
     assert hydra_pipe.reduce(whole, method="influence")
     assert hydra_pipe.export(whole, method="influence")
     assert hydra_pipe.clean(whole, method="influence", lowest=2).is_new
+    assert hydra_pipe.clean(whole, cautious=True, overwrite=True).is_new
     assert hydra_pipe.evaluate("pipeline.py", whole, "noise", left_out="0", overwrite=True).is_new
     assert hydra_pipe.report(whole, method="influence", tests="0", top=1)
     assert hydra_pipe.verify(whole) == []
@@ -75,6 +76,7 @@ def test_nothing_of_an_archived_run_is_done_again(whole: Path) -> None:
     assert not hydra_pipe.reduce(whole, by="label")
     assert not hydra_pipe.export(whole, top=3, full=True)
     assert not hydra_pipe.clean(whole, lowest=2, retrain=True, seeds=2, method="hydra").is_new
+    assert not hydra_pipe.clean(whole, lowest=3).is_new
     assert not hydra_pipe.evaluate("pipeline.py", whole, "loo", samples="0-3").is_new
     assert not hydra_pipe.report(whole, tests="0-1", top=2)
 
