@@ -59,7 +59,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class LossColumns:
-    """What the loss tells of the rows of a step.
+    """Curvature, loss and target of each row of a step, as the loss shows them.
 
     Args:
         curvature: rho, shape (row,), float32; NaN where it is unknown.
