@@ -157,6 +157,6 @@ def test_a_newcomer_can_follow_word_for_word(
     for name in (
         "report-hydra-fisher.html",
         "report-hydra-of-shifted.html",
-        "cleaning/method=hydra-fisher/keep.txt",
+        "cleaning/method=dynamics/keep.txt",
     ):
         assert (tmp_path / "runs" / "digits" / name).exists()
