@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import HydraError, StoreError
-from hydra_pipe.notebook.frames import samples_frame, top_frame
+from hydra_pipe.notebook.frames import dynamics_frame, samples_frame, top_frame
 from hydra_pipe.notebook.plots import Plots
 from hydra_pipe.notebook.results import Results
 from hydra_pipe.notebook.summary import html, html_of_failure, next_commands, plain
@@ -244,6 +244,24 @@ class Run:
             ExtraError: pandas is not installed.
         """
         return samples_frame(self._results, method, progress or Progress())
+
+    def dynamics(self) -> "pandas.DataFrame":
+        """Return what the network thought of each sample at each of its steps.
+
+        Returns:
+            A row for each sample and step, in the order of the steps of a process: `train_id`,
+            `step`, `loss` (not a number where it is not known) and `target` (class that the loss
+            compared with, -1 where it is not known). For a classifier of whole samples also
+            `predicted` (class with the largest logit, -1 where logits are not known), and
+            `confidence` and `label_confidence`, the chances of the predicted class and of the
+            target.
+
+        Raises:
+            RunError: there is no complete recording.
+            StoreError: damaged.
+            ExtraError: pandas is not installed.
+        """
+        return dynamics_frame(self.gradients)
 
     def info(self) -> dict[str, Any]:
         """Return the facts of the run: sizes, encodings, progress of every stage, settings.

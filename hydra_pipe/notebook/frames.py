@@ -14,6 +14,7 @@ from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.gradients import Gradients
 
 if TYPE_CHECKING:
     import pandas
@@ -54,6 +55,35 @@ def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.
     imported("pandas", "a data frame")
     source = results.source(method)
     return _framed(results.totals(method, progress).samples, source)
+
+
+def dynamics_frame(gradients: Gradients) -> "pandas.DataFrame":
+    """Return the data frame of `Run.dynamics`."""
+    pandas = imported("pandas", "a data frame")
+    rows, shape = slice(0, gradients.rows.n_rows), gradients.dynamics_shape
+    target = gradients.row_dynamics(names.TARGET, rows)
+    columns: dict[str, NDArray[Any]] = {
+        "train_id": gradients.samples(rows),
+        "step": gradients.step_of_rows(rows),
+        "loss": gradients.row_dynamics(names.LOSS, rows),
+        "target": target,
+    }
+    if shape.n_outputs > 1:
+        logits = gradients.row_dynamics(names.LOGITS, rows).astype(np.float32)
+        if shape.keeps_all:
+            log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            own = np.take_along_axis(log_p, np.maximum(target, 0)[:, None], 1)[:, 0]
+            predicted, largest = log_p.argmax(axis=1), log_p.max(axis=1)
+        else:
+            own, largest = logits[:, 0] - logits[:, 1], logits[:, 2] - logits[:, 1]
+            predicted = gradients.row_dynamics(names.TOP_CLASSES, rows)[:, 0]
+        unknown = np.isnan(logits).any(axis=1)
+        columns |= {
+            "predicted": np.where(unknown, -1, predicted).astype(np.int32),
+            "confidence": np.exp(largest),
+            "label_confidence": np.where(target < 0, np.nan, np.exp(own)).astype(np.float32),
+        }
+    return pandas.DataFrame(columns)
 
 
 def attributes_of(source: ExportSource) -> dict[str, str]:

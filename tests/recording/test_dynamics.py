@@ -220,3 +220,18 @@ def test_the_projection_keeps_inner_products_on_average() -> None:
     theory = float((x @ x) * (y @ y) + expected**2 - 2 * (x**2 * y**2).sum()) / 32
     assert abs(found.mean() - expected) < 4 * np.sqrt(theory / len(found))
     assert found.var() == pytest.approx(theory, rel=0.15)
+
+
+@pytest.mark.parametrize("n_classes", [5, 70])
+def test_the_data_frame_has_each_visit(tmp_path: Path, n_classes: int) -> None:
+    _, expected = trained(tmp_path / "run", 16, n_classes)
+    frame = hydra_pipe.open_run(tmp_path / "run").dynamics()
+    p = np.exp(expected["logits"]) / np.exp(expected["logits"]).sum(axis=1, keepdims=True)
+    assert (frame["train_id"] == np.concatenate(batches())).all()
+    assert (frame["step"] == np.repeat(np.arange(len(batches())), BATCH)).all()
+    assert (frame["predicted"] == p.argmax(axis=1)).all()
+    assert (frame["target"] == expected["target"]).all()
+    np.testing.assert_allclose(frame["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(frame["confidence"], p.max(axis=1), rtol=1e-2)
+    own = p[np.arange(len(p)), expected["target"]]
+    np.testing.assert_allclose(frame["label_confidence"], own, rtol=1e-2)
