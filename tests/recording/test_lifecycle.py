@@ -806,7 +806,7 @@ class TestPaused:
             take_step(model, optimizer)
         recorder = Recorder(model, optimizer, tmp_path / "other", 12)
         with (
-            pytest.raises(RecordError, match=r"recorder.step\(\) inside of"),
+            pytest.raises(RecordError, match=r"recorder.step\(\) is inside of"),
             recorder.paused(),
             recorder.step(range(12)),
         ):

@@ -360,7 +360,9 @@ class TestLoopsThatGoWrong:
     def test_a_step_outside(self, tmp_path: Path) -> None:
         pipeline = mlp_pipeline()
         Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", n_samples=40)
-        with pytest.raises(RecordError, match=r"optimizer\.step\(\) outside of recorder\.step\(\)"):
+        with pytest.raises(
+            RecordError, match=r"optimizer\.step\(\) is outside of recorder\.step\(\)"
+        ):
             self.right(pipeline.model, pipeline.optimizer, *(t[:8] for t in pipeline.train.tensors))
 
     def test_a_closure_that_is_called_twice(

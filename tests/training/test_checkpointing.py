@@ -310,7 +310,7 @@ def test_a_signal_among_the_test_gradients_keeps_the_training(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "test_batches", interrupted)
         with pytest.raises(
-            InterruptedRunError, match=r"while taking test gradients: .* go on after step 10"
+            InterruptedRunError, match=r"while taking test gradients: .* resume after step 10"
         ) as raised:
             hydra_pipe.record(conv_pipeline(), tmp_path / "run", checkpoint_every="9")
     assert raised.value.exit_code == 143
