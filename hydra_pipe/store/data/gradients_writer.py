@@ -48,7 +48,7 @@ class GradientsWriter:
         dtype: dtype of the rows: float16, int8 or float32.
         n_groups: number of parameter groups of the optimiser.
         run_id: id of the run, for the attributes.
-        dynamics: sizes of the dynamics of a row.
+        dynamics: sizes of the dynamics of a row. Default: no logits and no inputs.
         preconditioned: True if rows and test gradients are times the root of the optimiser's
             preconditioner.
         rank, n_ranks: number of this process, and number of processes that record together.
@@ -69,7 +69,7 @@ class GradientsWriter:
         n_groups: int,
         run_id: str,
         *,
-        dynamics: DynamicsShape,
+        dynamics: DynamicsShape = DynamicsShape(),  # noqa: B008 - a value
         preconditioned: bool = False,
         rank: int = 0,
         n_ranks: int = 1,
