@@ -8,6 +8,8 @@ from support.dynamics import made, permuted, renamed
 
 from hydra_pipe.errors import DataError
 from hydra_pipe.labels import Dynamics, TopLogits, Verdict, judge
+from hydra_pipe.labels.transition import fit, halfway, log_odds
+from hydra_pipe.labels.views import heaviest, ridge_side_by_side, votes_over
 from hydra_pipe.maths.rank_statistics import roc_auc
 
 
@@ -24,6 +26,46 @@ def test_wrong_labels_are_found_and_put_right(classes: int, seed: int) -> None:
     assert roc_auc(verdict.score, wrong) > 0.95
     assert f1(verdict, wrong) > 0.75
     assert (verdict.suggested == truth)[wrong].mean() > 0.85
+
+
+def test_the_score_is_that_of_all_views_and_the_chance_falls_with_it() -> None:
+    dynamics, _ = made()
+    verdict = judge(dynamics)
+    seen = verdict.evidence
+    assert seen.ridge is not None
+    assert seen.votes is not None
+    mean = np.log((seen.predictions + seen.ridge + seen.votes) / 3)
+    score, suggested = log_odds(halfway(seen.model), mean, dynamics.labels)
+    assert np.allclose(verdict.score, score)
+    assert (verdict.suggested == suggested).all()
+    assert (np.diff(verdict.score[verdict.order]) <= 0).all()
+    assert (np.diff(verdict.chance[verdict.order]) <= 0).all()
+    assert verdict.precision == pytest.approx(verdict.chance[verdict.proposed].mean())
+
+
+def test_the_noise_and_the_chances_are_those_of_the_epochs_that_have_memorised_least() -> None:
+    dynamics, _ = made()
+    verdict = judge(dynamics)
+    few = heaviest(verdict.evidence.weights.unmemorised, 2)
+    (votes,) = votes_over(dynamics, [few])
+    log_q = np.log((ridge_side_by_side(dynamics, few) + votes) / 2)
+    model = fit(log_q, dynamics.labels)
+    assert np.allclose(verdict.evidence.model.transition, model.transition)
+    score, _ = log_odds(model, log_q, dynamics.labels)
+    assert np.allclose(np.sort(verdict.chance), np.sort(1 / (1 + np.exp(-score))))
+    assert verdict.n_wrong.value == pytest.approx(verdict.chance.sum())
+
+
+def test_wrong_labels_are_counted_before_the_network_knows_them() -> None:
+    dynamics, truth = made(epochs=12)
+    assert dynamics.inputs is not None
+    inputs = dynamics.inputs.copy()
+    inputs[4:, :, :4] += 3 * np.eye(4, dtype=np.float16)[dynamics.labels]
+    verdict = judge(replace(dynamics, inputs=inputs))
+    n_wrong = int((dynamics.labels != truth).sum())
+    assert verdict.evidence.weights.memorised[-1] > 0.5
+    assert verdict.n_wrong.value == pytest.approx(n_wrong, rel=0.25)
+    assert verdict.n_wrong.low <= n_wrong <= verdict.n_wrong.high
 
 
 def test_few_labels_are_proposed_where_none_is_wrong() -> None:

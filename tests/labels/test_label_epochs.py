@@ -78,15 +78,16 @@ def visits(hit: list[list[int]]) -> Visits:
 
 
 def test_epochs_weigh_by_what_is_learnt_and_not_yet_memorised() -> None:
-    # samples 0 and 1 are trusted; 2 and 3 are missed at the turn, and one of them is memorised
+    # samples 0 and 1 are trusted; 2 and 3 are missed at the turn, and one of them is memorised;
+    # hits before the turn are no memory
     found = epoch_weights(
-        visits([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]), n_classes=4
+        visits([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]), n_classes=4
     )
-    assert found.learnt == pytest.approx([1 / 3, 1, 1, 1])
-    assert found.memorised == pytest.approx([0, 0, 1 / 2, 1])
-    raw = np.array([1 / 9, 1, 1 / 4, 0])
+    assert found.learnt == pytest.approx([1 / 3, 1 / 3, 1, 1, 1])
+    assert found.memorised == pytest.approx([0, 0, 0, 1 / 2, 1])
+    raw = np.array([1 / 9, 1 / 9, 1, 1 / 4, 0])
     assert found.weight == pytest.approx(raw / raw.sum())
-    raw = np.array([1 / 3**8, 1, 1 / 2**16, 0])
+    raw = np.array([1 / 3**8, 1 / 3**8, 1, 1 / 2**16, 0])
     assert found.unmemorised == pytest.approx(raw / raw.sum())
 
 
