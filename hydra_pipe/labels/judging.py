@@ -6,7 +6,7 @@ import numpy as np
 
 from hydra_pipe.errors import DataError
 from hydra_pipe.labels.cut import Estimate, cautious_cut, number_wrong, recommended_cut
-from hydra_pipe.labels.dynamics import Dynamics
+from hydra_pipe.labels.dynamics import Dynamics, TopLogits
 from hydra_pipe.labels.epochs import (
     EpochWeights,
     Statistics,
@@ -34,7 +34,7 @@ class Evidence:
 
     Attributes:
         predictions: P, shape (sample, class).
-        ridge: R, shape (sample, class). None without inputs of the last layer.
+        ridge: R, shape (sample, class). None without inputs of the last layer and with few logits.
         votes: V, as R.
         weights: epochs that the views listened to.
         statistics: numbers of each sample's visits.
@@ -148,7 +148,7 @@ def judge(dynamics: Dynamics) -> Verdict:
 def _views_of(dynamics: Dynamics, weights: EpochWeights) -> tuple[_Views, F64]:
     """Views that order the labels; logarithms of the chances that the noise is fitted to."""
     p = predictions(dynamics, weights.weight)
-    if dynamics.inputs is None:
+    if dynamics.inputs is None and isinstance(dynamics.logits, TopLogits):
         alone = np.log(predictions(dynamics, weights.unmemorised))
         return _Views(p, None, None, np.log(p)), alone
     many = heaviest(weights.weight, _ORDERING)
@@ -163,8 +163,10 @@ def _warnings(dynamics: Dynamics, weights: EpochWeights) -> list[str]:
     found = []
     if dynamics.inputs is None:
         found.append(
-            "inputs of the last layer were not recorded: only the network's own predictions "
-            "are used"
+            "inputs of the last layer were not recorded: the logits stand in for them"
+            if isinstance(dynamics.logits, np.ndarray)
+            else "neither inputs of the last layer nor all logits were recorded: only the "
+            "network's own predictions are used"
         )
     learnt = float(weights.weight @ weights.learnt)
     if learnt < _HARDLY_LEARNT:

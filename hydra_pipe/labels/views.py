@@ -5,14 +5,14 @@
   several epochs stand side by side.
 - V, votes: the labels of the nearest samples in the last layer's inputs.
 
-R and V do not see the sample's own label.
+R and V do not see the sample's own label. Without inputs of the last layer, they take the logits.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import Dynamics, visited
+from hydra_pipe.labels.dynamics import Dynamics, TopLogits, visited
 from hydra_pipe.types import F32, F64, I64
 
 NEIGHBOURS = 30
@@ -162,16 +162,15 @@ def ridge_side_by_side(dynamics: Dynamics, weights: F64) -> F64:
     An epoch that did not visit a sample says the mean of its inputs about it.
 
     Args:
-        dynamics: visits, with inputs.
+        dynamics: visits, with inputs or with all logits.
         weights: weight of each epoch, shape (epoch,). Epochs with a weight are taken.
 
     Returns:
         Shape (sample, class). Rows of samples without inputs are even.
     """
-    assert dynamics.inputs is not None
-    epochs = np.flatnonzero(weights).tolist()
-    filled = [_filled(_inputs(dynamics, epoch)) for epoch in epochs]
-    known = np.asarray(np.isfinite(dynamics.inputs[epochs]).all(axis=2).any(axis=0))
+    stacked = [_inputs(dynamics, epoch) for epoch in np.flatnonzero(weights).tolist()]
+    filled = [_filled(inputs) for inputs in stacked]
+    known = np.any([np.isfinite(inputs[:, 0]) for inputs in stacked], axis=0)
     found = np.full((len(dynamics.labels), dynamics.n_classes), 1 / dynamics.n_classes)
     if known.sum() > 1:
         joined = np.concatenate(filled, axis=1)[known]
@@ -191,7 +190,7 @@ def votes_over(dynamics: Dynamics, weightings: Sequence[F64]) -> list[F64]:
     """Return V: votes averaged over epochs, for each way to weigh the epochs.
 
     Args:
-        dynamics: visits, with inputs.
+        dynamics: visits, with inputs or with all logits.
         weightings: weights of the epochs, each of shape (epoch,). Neighbours are looked for once
             in each epoch that one of them gives a weight.
 
@@ -210,7 +209,13 @@ def votes_over(dynamics: Dynamics, weightings: Sequence[F64]) -> list[F64]:
 
 
 def _inputs(dynamics: Dynamics, epoch: int) -> F32:
-    """Inputs of one epoch, shape (sample, feature)."""
-    assert dynamics.inputs is not None
-    found: F32 = dynamics.inputs[epoch].astype(np.float32)
+    """Inputs of one epoch, or else centred logits, shape (sample, feature)."""
+    found: F32
+    if dynamics.inputs is not None:
+        found = dynamics.inputs[epoch].astype(np.float32)
+        return found
+    assert not isinstance(dynamics.logits, TopLogits)
+    found = dynamics.logits[epoch].astype(np.float32)
+    found[~np.isfinite(found).all(axis=1)] = np.nan
+    found -= found.mean(axis=1, keepdims=True)
     return found

@@ -105,13 +105,23 @@ def test_a_constant_added_to_the_logits_changes_nothing() -> None:
     )
 
 
-def test_without_inputs_the_predictions_judge_alone_and_the_verdict_says_so() -> None:
+def test_without_inputs_the_logits_stand_in_and_the_verdict_says_so() -> None:
     dynamics, truth = made()
     verdict = judge(replace(dynamics, inputs=None))
     assert roc_auc(verdict.score, dynamics.labels != truth) > 0.9
+    logits = np.asarray(dynamics.logits)
+    centred = logits - logits.mean(axis=2, keepdims=True)
+    assert np.allclose(verdict.score, judge(replace(dynamics, inputs=centred)).score, atol=1e-6)
+    assert any("the logits stand in" in w for w in verdict.warnings)
+
+
+def test_with_few_logits_and_no_inputs_the_predictions_judge_alone() -> None:
+    dynamics, truth = made()
+    verdict = judge(replace(dynamics, logits=kept_of(dynamics, 2), inputs=None))
+    assert roc_auc(verdict.score, dynamics.labels != truth) > 0.9
     assert verdict.evidence.ridge is None
     assert verdict.evidence.votes is None
-    assert any("inputs of the last layer were not recorded" in w for w in verdict.warnings)
+    assert any("only the network's own predictions" in w for w in verdict.warnings)
 
 
 def test_a_sample_without_a_visit_is_judged_by_its_label_alone() -> None:
@@ -148,14 +158,18 @@ def test_one_class_is_refused() -> None:
         judge(Dynamics(np.zeros(4, np.int64), np.zeros((2, 4, 1))))
 
 
-def test_kept_logits_of_many_classes_find_wrong_labels_too() -> None:
-    dynamics, truth = made(n=700, classes=70, noise=0.1)
+def kept_of(dynamics: Dynamics, count: int) -> TopLogits:
+    """The given label's logit, the `count` largest ones and the sum of all."""
     z = np.asarray(dynamics.logits, np.float64)
-    classes = np.argsort(-z, axis=2)[:, :, :8]
+    classes = np.argsort(-z, axis=2)[:, :, :count]
     own = np.take_along_axis(z, dynamics.labels[None, :, None], 2)[:, :, 0]
     largest = np.take_along_axis(z, classes, 2)
-    log_sum = np.log(np.exp(z).sum(axis=2))
-    verdict = judge(replace(dynamics, logits=TopLogits(own, largest, classes, log_sum, 70)))
+    return TopLogits(own, largest, classes, np.log(np.exp(z).sum(axis=2)), z.shape[2])
+
+
+def test_kept_logits_of_many_classes_find_wrong_labels_too() -> None:
+    dynamics, truth = made(n=700, classes=70, noise=0.1)
+    verdict = judge(replace(dynamics, logits=kept_of(dynamics, 8)))
     assert roc_auc(verdict.score, dynamics.labels != truth) > 0.9
 
 
