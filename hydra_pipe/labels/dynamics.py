@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydra_pipe.errors import DataError
-from hydra_pipe.types import F32, F64, I64, Bools, Floating
+from hydra_pipe.types import F64, I64, Bools, Floating
 
 # A logit further from the largest one than this has no probability in float32.
 _DEEPEST = -80.0
@@ -125,9 +125,3 @@ def _spread(top: TopLogits, labels: I64, epoch: int) -> F64:
 def visited(log_probabilities: F64) -> Bools:
     """Return the flag of each sample that was visited, shape (sample,)."""
     return np.isfinite(log_probabilities[:, 0])
-
-
-def float32_inputs(inputs: Floating, epoch: int) -> F32:
-    """Return the inputs of one epoch, shape (sample, feature)."""
-    found: F32 = inputs[epoch].astype(np.float32)
-    return found

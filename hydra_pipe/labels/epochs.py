@@ -124,12 +124,14 @@ class EpochWeights:
             (epoch,).
         memorised: share of the samples that were predicted wrong when the network had learnt, and
             are predicted right by now, shape (epoch,).
-        weight: weight of each epoch, sum 1, shape (epoch,).
+        weight: weight of each epoch in the order of the labels, sum 1, shape (epoch,).
+        unmemorised: weight of each epoch in the fit of the noise, sum 1, shape (epoch,).
     """
 
     learnt: F64
     memorised: F64
     weight: F64
+    unmemorised: F64
 
 
 def epoch_weights(visits: Visits, n_classes: int) -> EpochWeights:
@@ -142,6 +144,10 @@ def epoch_weights(visits: Visits, n_classes: int) -> EpochWeights:
         e* = the first epoch with that share of at least 0.95, else the one with the largest
         memorised_e = share hit at e of the samples missed at e* - 1 and e*; 0 up to e*
         weight_e ~ learnt_e^2 (1 - memorised_e)^2
+        unmemorised_e ~ learnt_e^8 (1 - memorised_e)^16
+
+    The order of the labels gains from many epochs. Their noise is underestimated by epochs that
+    know wrong labels already, and overestimated by epochs that know little: few epochs tell it.
 
     Args:
         visits: shape (epoch, sample).
@@ -160,10 +166,15 @@ def _weights(visits: Visits, loss: F64, n_classes: int) -> EpochWeights:
     missed = (visits.hit[max(turn - 1, 0) : turn + 1] == 0).all(axis=0)
     memorised = _shares(visits.hit, missed)
     memorised[: turn + 1] = 0.0
-    weight = learnt**2 * (1 - memorised) ** 2
-    if weight.sum() <= 0:
-        weight = np.ones(len(weight))
-    return EpochWeights(learnt, memorised, weight / weight.sum())
+    weight = _shared(learnt**2 * (1 - memorised) ** 2)
+    unmemorised = _shared(learnt**8 * (1 - memorised) ** 16)
+    return EpochWeights(learnt, memorised, weight, unmemorised)
+
+
+def _shared(weights: F64) -> F64:
+    """Weights that sum to 1; even ones if all are 0."""
+    total = weights.sum()
+    return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))
 
 
 def _shares(hit: F64, chosen: Bools) -> F64:

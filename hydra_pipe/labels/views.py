@@ -1,33 +1,29 @@
 """Three opinions on the label of each sample, as chances of the classes.
 
 - P, predictions: what the network itself predicted at the visits.
-- R, ridge: what a linear fit on the last layer's inputs predicts from all other samples.
+- R, ridge: what a linear fit on the last layer's inputs predicts from all other samples. Inputs of
+  several epochs stand side by side.
 - V, votes: the labels of the nearest samples in the last layer's inputs.
 
-R and V do not see the sample's own label.
+R and V do not see the sample's own label. Without inputs of the last layer, they take the logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import Dynamics, float32_inputs, visited
+from hydra_pipe.labels.dynamics import Dynamics, TopLogits, visited
 from hydra_pipe.types import F32, F64, I64
 
 NEIGHBOURS = 30
-PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 # Samples that vote, at most. Drawn ones do as well as all: 2,000 of 3,000 to 8,000 samples cost
-# 0.001 of the area under the ROC curve. An index would be one more dependency for as much.
+# 0.001 of the area under the ROC curve. An index of neighbours would be one more dependency.
 MOST_VOTERS = 10_000
-# Epochs whose neighbours are looked for: the heaviest ones.
-MOST_VOTED = 5
-# Epochs that R is fitted in: the heaviest ones.
-MOST_FITTED = 20
 # Least chance of a class.
 _FLOOR = 1e-4
 # Similarities that are held at once.
 _BLOCK = 1 << 22
-View = Callable[[F32, I64, int], F64]
 
 
 def normalised(chances: F64) -> F64:
@@ -152,44 +148,74 @@ def chosen_voters(n: int) -> I64:
     return np.sort(np.random.default_rng(0).choice(n, MOST_VOTERS, replace=False))
 
 
-def heaviest(weights: F64, most: int) -> I64:
-    """Return the heaviest epochs with a weight, at most `most`, in order of time."""
-    order = np.argsort(-weights, kind="stable")[:most]
-    return np.sort(order[weights[order] > 0])
+def heaviest(weights: F64, most: int) -> F64:
+    """Return the weights of the heaviest epochs, at most `most`, and 0 for the others."""
+    kept = np.argsort(-weights, kind="stable")[:most]
+    found = np.zeros(len(weights))
+    found[kept] = weights[kept]
+    return found
 
 
-def ridge_and_votes(dynamics: Dynamics, weights: F64) -> tuple[F64, F64] | None:
-    """Return R and V, each averaged over the heaviest epochs.
+def ridge_side_by_side(dynamics: Dynamics, weights: F64) -> F64:
+    """Return R: leave-one-out predictions from the inputs of several epochs side by side.
+
+    An epoch that did not visit a sample says the mean of its inputs about it.
 
     Args:
-        dynamics: visits.
-        weights: weight of each epoch, shape (epoch,).
+        dynamics: visits, with inputs or with all logits.
+        weights: weight of each epoch, shape (epoch,). Epochs with a weight are taken.
 
     Returns:
-        R and V, each of shape (sample, class). None without inputs.
+        Shape (sample, class). Rows of samples without inputs are even.
     """
-    if dynamics.inputs is None:
-        return None
-    return (
-        _averaged(dynamics, weights, MOST_FITTED, ridge),
-        _averaged(dynamics, weights, MOST_VOTED, _poll),
-    )
+    stacked = [_inputs(dynamics, epoch) for epoch in np.flatnonzero(weights).tolist()]
+    filled = [_filled(inputs) for inputs in stacked]
+    known = np.any([np.isfinite(inputs[:, 0]) for inputs in stacked], axis=0)
+    found = np.full((len(dynamics.labels), dynamics.n_classes), 1 / dynamics.n_classes)
+    if known.sum() > 1:
+        joined = np.concatenate(filled, axis=1)[known]
+        found[known] = ridge(joined, dynamics.labels[known], dynamics.n_classes)
+    return normalised(found)
 
 
-def _poll(inputs: F32, labels: I64, n_classes: int) -> F64:
-    return votes(inputs, labels, n_classes, chosen_voters(len(labels)))
+def _filled(inputs: F32) -> F32:
+    """Inputs with the mean in place of those of samples that were not visited."""
+    there = np.isfinite(inputs).all(axis=1, keepdims=True)
+    count = max(int(there.sum()), 1)
+    mean = np.where(there, inputs, 0).sum(axis=0, dtype=np.float64) / count
+    return np.where(there, inputs, mean.astype(np.float32))
 
 
-def _averaged(dynamics: Dynamics, weights: F64, most: int, view: View) -> F64:
-    assert dynamics.inputs is not None
+def votes_over(dynamics: Dynamics, weightings: Sequence[F64]) -> list[F64]:
+    """Return V: votes averaged over epochs, for each way to weigh the epochs.
+
+    Args:
+        dynamics: visits, with inputs or with all logits.
+        weightings: weights of the epochs, each of shape (epoch,). Neighbours are looked for once
+            in each epoch that one of them gives a weight.
+
+    Returns:
+        For each way, shape (sample, class). Rows of samples without inputs are even.
+    """
     n, k = len(dynamics.labels), dynamics.n_classes
-    total, weight = np.zeros((n, k)), np.zeros((n, 1))
-    for epoch in heaviest(weights, most):
-        inputs = float32_inputs(dynamics.inputs, int(epoch))
-        there = np.asarray(np.isfinite(inputs).all(axis=1))
-        if there.sum() < 2:
-            continue
-        total[there] += weights[epoch] * view(inputs[there], dynamics.labels[there], k)
-        weight[there] += weights[epoch]
-    even = np.full((n, k), 1 / k)
-    return normalised(np.divide(total, weight, out=even, where=weight > 0))
+    totals = [np.zeros((n, k)) for _ in weightings]
+    for epoch in np.flatnonzero(np.any(weightings, axis=0)).tolist():
+        inputs = _inputs(dynamics, epoch)
+        there = np.flatnonzero(np.isfinite(inputs).all(axis=1))
+        own = votes(inputs[there], dynamics.labels[there], k, chosen_voters(len(there)))
+        for total, weights in zip(totals, weightings, strict=True):
+            total[there] += weights[epoch] * own
+    return [normalised(_rows(total)) for total in totals]
+
+
+def _inputs(dynamics: Dynamics, epoch: int) -> F32:
+    """Inputs of one epoch, or else centred logits, shape (sample, feature)."""
+    found: F32
+    if dynamics.inputs is not None:
+        found = dynamics.inputs[epoch].astype(np.float32)
+        return found
+    assert not isinstance(dynamics.logits, TopLogits)
+    found = dynamics.logits[epoch].astype(np.float32)
+    found[~np.isfinite(found).all(axis=1)] = np.nan
+    found -= found.mean(axis=1, keepdims=True)
+    return found

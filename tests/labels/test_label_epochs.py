@@ -78,19 +78,23 @@ def visits(hit: list[list[int]]) -> Visits:
 
 
 def test_epochs_weigh_by_what_is_learnt_and_not_yet_memorised() -> None:
-    # samples 0 and 1 are trusted; 2 and 3 are missed at the turn, and one of them is memorised
+    # samples 0 and 1 are trusted; 2 and 3 are missed at the turn, and one of them is memorised;
+    # hits before the turn are no memory
     found = epoch_weights(
-        visits([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]), n_classes=4
+        visits([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]), n_classes=4
     )
-    assert found.learnt == pytest.approx([1 / 3, 1, 1, 1])
-    assert found.memorised == pytest.approx([0, 0, 1 / 2, 1])
-    raw = np.array([1 / 9, 1, 1 / 4, 0])
+    assert found.learnt == pytest.approx([1 / 3, 1 / 3, 1, 1, 1])
+    assert found.memorised == pytest.approx([0, 0, 0, 1 / 2, 1])
+    raw = np.array([1 / 9, 1 / 9, 1, 1 / 4, 0])
     assert found.weight == pytest.approx(raw / raw.sum())
+    raw = np.array([1 / 3**8, 1 / 3**8, 1, 1 / 2**16, 0])
+    assert found.unmemorised == pytest.approx(raw / raw.sum())
 
 
 def test_epochs_that_have_learnt_nothing_count_alike() -> None:
     found = epoch_weights(visits([[0, 0], [0, 0]]), n_classes=2)
     assert found.weight.tolist() == [0.5, 0.5]
+    assert found.unmemorised.tolist() == [0.5, 0.5]
 
 
 def test_kept_logits_give_the_loss_and_margin_of_all_logits() -> None:

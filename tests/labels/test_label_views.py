@@ -11,8 +11,9 @@ from hydra_pipe.labels.views import (
     heaviest,
     predictions,
     ridge,
-    ridge_and_votes,
+    ridge_side_by_side,
     votes,
+    votes_over,
 )
 from hydra_pipe.types import F64, I64
 
@@ -99,21 +100,55 @@ def test_predictions_are_the_weighted_mean_of_the_visits_that_happened() -> None
     assert np.allclose(found[3], 1 / 4)
 
 
-def test_the_heaviest_epochs_come_in_order_of_time() -> None:
-    assert heaviest(np.array([0.1, 0.0, 0.5, 0.4]), 2).tolist() == [2, 3]
-    assert heaviest(np.array([0.1, 0.0, 0.5, 0.4]), 9).tolist() == [0, 2, 3]
+def test_the_heaviest_epochs_keep_their_weights_and_others_have_none() -> None:
+    weights = np.array([0.1, 0.0, 0.5, 0.4])
+    assert heaviest(weights, 2).tolist() == [0.0, 0.0, 0.5, 0.4]
+    assert heaviest(weights, 9).tolist() == weights.tolist()
+
+
+def test_inputs_of_chosen_epochs_stand_side_by_side() -> None:
+    inputs, labels = clouds()
+    other = np.random.default_rng(4).normal(0, 1, inputs.shape).astype(np.float32)
+    dynamics = Dynamics(labels, np.zeros((3, 40, 3)), np.stack([inputs, 9 * other, other]))
+    found = ridge_side_by_side(dynamics, np.array([0.3, 0.0, 0.7]))
+    expected = views.normalised(ridge(np.column_stack([inputs, other]), labels, 3))
+    assert np.allclose(found, expected)
+
+
+def test_an_epoch_without_a_visit_says_the_mean_of_its_inputs() -> None:
+    inputs, labels = clouds()
+    with_gap, filled = np.stack([inputs, inputs + 1]), np.stack([inputs, inputs + 1])
+    with_gap[1, 4] = np.nan
+    filled[1, 4] = np.delete(inputs + 1, 4, axis=0).mean(axis=0)
+    weights = np.array([0.5, 0.5])
+    a, b = (
+        ridge_side_by_side(Dynamics(labels, np.zeros((2, 40, 3)), x), weights)
+        for x in (with_gap, filled)
+    )
+    assert np.allclose(a, b, atol=1e-6)
+
+
+def test_votes_are_averaged_over_the_epochs_that_visited_a_sample() -> None:
+    inputs, labels = clouds()
+    stacked = np.stack([inputs, inputs[::-1], inputs**2])
+    stacked[1, 4] = np.nan
+    dynamics = Dynamics(labels, np.zeros((3, 40, 3)), stacked)
+    weights = np.array([0.25, 0.75, 0.0])
+    there = np.delete(np.arange(40), 4)
+    one = votes(stacked[0], labels, 3, np.arange(40))
+    two = votes(stacked[1, there], labels[there], 3, np.arange(39))
+    (found, of_first) = votes_over(dynamics, [weights, np.array([1.0, 0.0, 0.0])])
+    assert np.allclose(found[there], views.normalised(0.25 * one[there] + 0.75 * two))
+    assert np.allclose(found[4], views.normalised(one[4:5])[0])
+    assert np.allclose(of_first, views.normalised(one))
 
 
 def test_a_sample_without_inputs_has_even_chances() -> None:
     inputs, labels = clouds()
     inputs = np.stack([inputs, inputs])
     inputs[:, 4] = np.nan
-    found = ridge_and_votes(Dynamics(labels, np.zeros((2, 40, 3)), inputs), np.array([0.5, 0.5]))
-    assert found is not None
-    for view in found:
+    dynamics = Dynamics(labels, np.zeros((2, 40, 3)), inputs)
+    weights = np.array([0.5, 0.5])
+    for view in (ridge_side_by_side(dynamics, weights), *votes_over(dynamics, [weights])):
         assert np.allclose(view[4], 1 / 3)
         assert np.isfinite(view).all()
-
-
-def test_without_inputs_there_is_neither_ridge_nor_vote() -> None:
-    assert ridge_and_votes(Dynamics(np.array([0, 1]), np.zeros((1, 2, 2))), np.ones(1)) is None

@@ -11,6 +11,7 @@ from hydra_pipe.labels.transition import (
     em_round,
     first_model,
     fit,
+    halfway,
     joint_chances,
     log_odds,
     true_chances,
@@ -141,6 +142,14 @@ def test_odds_and_suggestion_are_those_of_the_joint_chances() -> None:
         others = {k: joint[i, k] for k in range(3) if k != y}
         assert score[i] == pytest.approx(log(sum(others.values()) / joint[i, y]))
         assert suggested[i] == max(others, key=others.__getitem__)
+
+
+def test_halfway_lies_between_a_model_and_the_first_one() -> None:
+    _, _, model = case()
+    found = halfway(model)
+    assert found.power == pytest.approx((model.power + 2) / 2)
+    assert np.allclose(found.bias, model.bias / 2)
+    assert (found.transition == model.transition).all()
 
 
 def test_more_samples_than_the_fit_takes_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
