@@ -49,6 +49,7 @@ def proposed_by_dynamics(directory: RunDirectory, cut: Cut, progress: Progress) 
         "n_samples": n_samples,
         "n_proposed": len(chosen),
         RELABEL: len(chosen),
+        "n_wrong": [verdict.n_wrong.value, verdict.n_wrong.low, verdict.n_wrong.high],
         "says": _says(dynamics, verdict, chosen, classes, n_samples, cut),
     }
     keep = np.setdiff1d(np.arange(n_samples), ids[chosen])
@@ -103,6 +104,7 @@ def _table(
             pa.array(ids[chosen]),
             rankings.label_column(classes, given, kind),
             pa.array(verdict.score[chosen]),
+            pa.array(verdict.chance[chosen]),
             rankings.label_column(classes, suggested, kind),
             pa.array(p[chosen, given]),
             pa.array(p[chosen, suggested]),
@@ -145,17 +147,25 @@ def _says(
     n_samples: int,
     cut: Cut,
 ) -> list[str]:
+    n_wrong = verdict.n_wrong
+    says = [
+        f"about {n_wrong.value:,.0f} of {n_samples:,} labels look wrong ({n_wrong.low:,.0f} to "
+        f"{n_wrong.high:,.0f}), by what the network thought of each sample while it trained"
+    ]
     how = (
         f"the {cut.lowest:,} most suspicious"
         if cut.lowest is not None
         else "those that are likelier wrong than right"
         if cut.cautious
-        else "as many as give the best balance of finds and false alarms"
+        else "the best balance of finds and false alarms"
     )
-    says = [
-        f"{len(chosen):,} of {n_samples:,} labels look wrong: {how}, by what the network thought "
-        "of each sample while it trained"
-    ]
+    if len(chosen):
+        expected = float(verdict.chance[chosen].mean())
+        says.append(
+            f"{len(chosen):,} proposed ({how}), of which some {expected:.0%} are expected to be wrong"
+        )
+    else:
+        says.append("none is proposed: --lowest K shows the most suspicious")
     pairs = Counter(
         (dynamics.labels[sample], verdict.suggested[sample]) for sample in chosen.tolist()
     )

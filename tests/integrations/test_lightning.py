@@ -351,7 +351,7 @@ def test_a_checkpoint_between_accumulated_batches_is_no_place_to_go_on_from(tmp_
     assert_same_weights(fit(Net(), accumulate_grad_batches=2, train=GoingOn()), whole)
     with pytest.raises(
         RecordError,
-        match=r"goes on at step 1, .* made between batches whose gradients are accumulated",
+        match=r"resumes at step 1, .* made between accumulated batches",
     ):
         run("run", resume=tmp_path / "0-2.ckpt")
     with pytest.raises(RunError, match="is recorded already"):
@@ -383,7 +383,7 @@ def test_a_checkpoint_without_a_recording_is_refused(tmp_path: Path) -> None:
     made = trainer(max_epochs=1)
     made.fit(Net(), loader(), DataLoader(TESTS, 5))
     made.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(RecordError, match=r"goes on at step 7, .* made without HydraCallback"):
+    with pytest.raises(RecordError, match=r"resumes at step 7, .* made without HydraCallback"):
         fit(
             Net(),
             HydraCallback(tmp_path / "run", TESTS, cross_entropy),

@@ -409,7 +409,7 @@ IMPOSTORS = {
     "web server": (
         Impostor,
         {"answer": b"HTTP/1.0 200 OK\r\n\r\n"},
-        "a web server listens there: if it is the dashboard of one",
+        "a web server listens there: if it is a scheduler's dashboard",
     ),
     "talks otherwise": (Impostor, {"first": b"SSH-2.0-OpenSSH_9.6\r\n"}, "tcp://127.0.0.1:"),
     "hangs up": (Impostor, {"closes": True}, "tcp://127.0.0.1:"),

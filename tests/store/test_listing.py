@@ -5,6 +5,7 @@ manifest lists.
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,8 @@ def test_each_stage_says_before_it_works_which_files_are_not_of_the_run(
     run = Path(shutil.copytree(made(pair)[0], tmp_path / "run"))
     strays = unlisted(RunDirectory.open(run))
     assert strays
-    for stage in (hydra_pipe.reduce, hydra_pipe.export, hydra_pipe.clean):
+    by_relevance = partial(hydra_pipe.clean, method="hydra")
+    for stage in (hydra_pipe.reduce, hydra_pipe.export, by_relevance):
         said = Said()
         stage(run, progress=said)
         assert said.lines[0].startswith(

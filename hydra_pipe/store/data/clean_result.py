@@ -61,6 +61,7 @@ def dynamics_schema(labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
             pa.field("train_id", pa.int64(), nullable=False),
             pa.field("label", labels),
             pa.field("score", pa.float64(), nullable=False),
+            pa.field("chance", pa.float64(), nullable=False),
             pa.field("suggested_label", labels),
             pa.field("confidence", pa.float64(), nullable=False),
             pa.field("suggested_confidence", pa.float64(), nullable=False),
