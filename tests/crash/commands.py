@@ -38,7 +38,7 @@ LOADED = (
 )
 LOADED += (
     "retraining.campaign",
-    "store.verify",
+    "store.integrity.verify",
     "probing",
     "cleaning.retraining",
     "reporting.page",
