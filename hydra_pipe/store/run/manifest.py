@@ -13,6 +13,7 @@ from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, p
 from hydra_pipe.store import names
 from hydra_pipe.store.files import (
     is_partial_of,
+    is_remote,
     is_web,
     location,
     read_file,
@@ -74,6 +75,8 @@ class RunDirectory:
         manifest = root / names.MANIFEST
         if is_web(root):
             _check_web(root)
+        if (found := cls._remote_or_none(root)) is not None:
+            return found
         if not root.exists():
             raise RunError(
                 f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}"
@@ -93,6 +96,8 @@ class RunDirectory:
             StoreError: the errors of `open`.
         """
         root = location(path)
+        if (found := cls._remote_or_none(root)) is not None:
+            return found
         if not root.exists():
             return None
         if not root.is_dir():
@@ -111,6 +116,19 @@ class RunDirectory:
                 )
             return None
         return cls.open(root)
+
+    @classmethod
+    def _remote_or_none(cls, root: Path) -> Self | None:
+        """Read the run at `root` if it is in an object store and has a manifest, in one request.
+
+        Raises:
+            RunError, StoreError: the errors of `open`.
+        """
+        if not is_remote(root):
+            return None
+        with suppress(FileNotFoundError):
+            return cls._parse(root, root / names.MANIFEST)
+        return None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
