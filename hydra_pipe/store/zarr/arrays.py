@@ -6,7 +6,6 @@ dimension or two. A file of an array is one chunk or one shard; `store/zarr/code
 writes the bytes.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from hydra_pipe.errors import StoreError, shown
 from hydra_pipe.store.files import files_below, is_partial, is_remote, read_file, replace_file
 from hydra_pipe.store.json_parsing import is_count, read_json
+from hydra_pipe.store.json_writing import json_bytes
 from hydra_pipe.store.zarr.codec import (
     COMPRESSOR,
     LEVEL,
@@ -533,7 +533,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def write_metadata(path: Path, metadata: Mapping[str, Any], *, safely: bool = False) -> None:
     """Write `metadata` to the `zarr.json` of the group or array at `path`, in one step."""
-    replace_file(path / METADATA, [json.dumps(metadata, indent=2).encode()], safely=safely)
+    replace_file(path / METADATA, [json_bytes(metadata)], safely=safely)
 
 
 def unwritten(dtype: np.dtype[Any]) -> Any:
