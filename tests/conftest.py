@@ -1,9 +1,12 @@
 """Order of the tests, and fixtures that many of them use."""
 
 import fcntl
+import gc
 import hashlib
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +19,22 @@ import hydra_pipe
 # a shell ignores it in what runs in the background, and then so do the commands that tests start to
 # interrupt them
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A disk in memory, where the machine has one with room: a run is some hundred small files, each of
+# which is renamed into its place, and a disk waits for that.
+IN_MEMORY = Path("/dev/shm")
+IN_MEMORY_BYTES = 4 * 2**30
+
+
+def take_memory_for_temporary_files() -> None:
+    """Let these processes and theirs make temporary files in memory, if the user names no place."""
+    if "TMPDIR" in os.environ or not os.access(IN_MEMORY, os.W_OK):
+        return
+    if shutil.disk_usage(IN_MEMORY).free > IN_MEMORY_BYTES:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(IN_MEMORY)
+
+
+take_memory_for_temporary_files()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -36,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem in places:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of garbage away from what was imported: it is walked through no more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session", autouse=True)

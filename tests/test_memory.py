@@ -112,7 +112,7 @@ PEAK = """
 import json, sys
 from hydra_pipe.api import reduce
 from hydra_pipe.store.data import save_interval
-pace.KEEP_SECONDS = 0.5
+save_interval.KEEP_SECONDS = 0.5
 reduce(sys.argv[1], **json.loads(sys.argv[2]))
 # not ru_maxrss, which a process inherits from the one that started it
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

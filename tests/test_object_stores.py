@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,6 +196,32 @@ def test_other_files_are_told_by_their_sizes_and_repaired(run: str) -> None:
     assert hydra_pipe.reduce(run)
     assert hydra_pipe.export(run, top=3)
     assert hydra_pipe.verify(run) == []
+
+
+@in_memory
+def test_a_check_of_a_run_reads_no_file_again_and_again(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading is a request: one for what metadata say, and one for their checksum."""
+    read: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    fs = type(fsspec.filesystem("memory"))
+
+    def counting(name: str, count: Counter[str]) -> None:
+        original = getattr(fs, name)
+
+        def counted(self: object, path: str, *args: object, **more: object) -> object:
+            count[path] += path.endswith("zarr.json")
+            return original(self, path, *args, **more)
+
+        monkeypatch.setattr(fs, name, counted)
+
+    counting("cat_file", read)
+    counting("info", asked)
+    assert hydra_pipe.verify(run) == []
+    assert read["/" + run.removeprefix("memory://") + "/gradients.zarr/zarr.json"] == 2
+    assert max(read.values()) == 2
+    assert sum(asked.values()) == 0
 
 
 @in_memory

@@ -6,16 +6,25 @@ The workers already use every core, so more BLAS threads would only compete with
 import functools
 import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LOCK = threading.Lock()
 _running = 0
-_limits: threadpool_limits | None = None
+_limits: Any = None
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """Return the BLAS libraries of this process, of which NumPy has loaded its own.
+
+    To look for them takes as long as a short task: every loaded library is looked at.
+    """
+    return ThreadpoolController().select(user_api="blas")
 
 
 def single_threaded_blas(task: Callable[P, R]) -> Callable[P, R]:
@@ -40,7 +49,7 @@ def _begin() -> None:
     global _running, _limits
     with _LOCK:
         if not _running:
-            _limits = threadpool_limits(1, user_api="blas")
+            _limits = _blas().limit(limits=1)
         _running += 1
 
 

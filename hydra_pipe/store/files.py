@@ -26,6 +26,8 @@ from hydra_pipe.errors import RunError, StoreError, UsageError
 PARTIAL = ".partial"
 # Protocol -> the extra of this package that installs what fsspec needs for it.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+# In an object store a file that may be as large as this is read in parallel.
+_LARGE_BYTES = 2**30
 # Protocols of web servers, which can only be read.
 _WEB = ("http", "https")
 # Protocols of this machine's own files.
@@ -145,19 +147,24 @@ def refuse_read_only(path: Path) -> None:
 
 
 def read_file(path: Path, most_bytes: int | None = None) -> bytes:
-    """Read a whole file, in one request.
+    """Read a whole file, in one request where the file is not large.
 
     Args:
         path: path of the file.
         most_bytes: largest size that the file may have. It is compared with the size on a
-            local disk, and ignored in an object store.
+            local disk. In an object store a file that may be large is read in parallel.
 
     Raises:
         OSError: the file cannot be read, is larger, or is not a regular file. A pipe would
             block for ever, and a device has no end.
     """
     if is_remote(path):
-        content: bytes = _fs(path).cat_file(_name(path))
+        fs = _fs(path)
+        options: dict[str, int] = {}
+        # s3fs asks for the size first where it may read in parallel.
+        if getattr(fs, "max_concurrency", 1) > 1 and (most_bytes or _LARGE_BYTES) < _LARGE_BYTES:
+            options = {"max_concurrency": 1}
+        content: bytes = fs.cat_file(_name(path), **options)
         return content
     with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())

@@ -37,7 +37,7 @@ from hydra_pipe.store.run.stages import (
     StageId,
     StageKind,
 )
-from hydra_pipe.store.zarr.arrays import METADATA
+from hydra_pipe.store.zarr.arrays import METADATA, read_once
 
 
 def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
@@ -59,7 +59,7 @@ def check_path(path: str | os.PathLike[str], progress: Progress) -> list[Fault]:
             else "nothing of the run can be used without it: hydra-pipe verify --repair has a copy"
         )
         return [Fault(names.MANIFEST, str(error), more, kind="manifest")]
-    with progress.task("verify", total_bytes(run), "bytes") as task:
+    with read_once(), progress.task("verify", total_bytes(run), "bytes") as task:
         return list(check_run(run, task))
 
 

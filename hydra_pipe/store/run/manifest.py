@@ -1,10 +1,10 @@
 """A run directory and its manifest: the stages, their settings and their progress."""
 
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, get_args
@@ -13,6 +13,7 @@ from hydra_pipe.errors import HydraError, ManifestError, RunError, StoreError, p
 from hydra_pipe.store import names
 from hydra_pipe.store.files import (
     is_partial_of,
+    is_remote,
     is_web,
     location,
     read_file,
@@ -22,6 +23,7 @@ from hydra_pipe.store.files import (
     sync,
 )
 from hydra_pipe.store.json_parsing import is_count, read_json
+from hydra_pipe.store.json_writing import json_bytes
 from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.stages import (
     CHECKSUMS,
@@ -74,6 +76,8 @@ class RunDirectory:
         manifest = root / names.MANIFEST
         if is_web(root):
             _check_web(root)
+        if (found := cls._remote_or_none(root)) is not None:
+            return found
         if not root.exists():
             raise RunError(
                 f"there is no run at {root}: record one with hydra-pipe record PIPELINE {root}"
@@ -93,6 +97,8 @@ class RunDirectory:
             StoreError: the errors of `open`.
         """
         root = location(path)
+        if (found := cls._remote_or_none(root)) is not None:
+            return found
         if not root.exists():
             return None
         if not root.is_dir():
@@ -113,9 +119,22 @@ class RunDirectory:
         return cls.open(root)
 
     @classmethod
+    def _remote_or_none(cls, root: Path) -> Self | None:
+        """Read the run at `root` if it is in an object store and has a manifest, in one request.
+
+        Raises:
+            RunError, StoreError: the errors of `open`.
+        """
+        if not is_remote(root):
+            return None
+        with suppress(FileNotFoundError):
+            return cls._parse(root, root / names.MANIFEST)
+        return None
+
+    @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
         """Return a new run. Nothing is written before its first stage begins."""
-        return cls(location(path), uuid.uuid4().hex, {}, _versions())
+        return cls(location(path), uuid.uuid4().hex, {}, dict(_versions()))
 
     @classmethod
     def from_copy(cls, path: str | os.PathLike[str]) -> Self | None:
@@ -336,7 +355,7 @@ class RunDirectory:
                     for name, s in stages.items()
                 },
             }
-            content = [json.dumps(data, indent=2).encode(), b"\n"]
+            content = [json_bytes(data), b"\n"]
             for file in (self.path / names.CHECKSUMS / names.MANIFEST, self.path / names.MANIFEST):
                 remove_partials_of(file)
                 replace_file(file, content)
@@ -423,7 +442,9 @@ def _stage(words: str, entry: Mapping[str, Any]) -> Stage:
     return Stage(state, settings, facts)
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages that write a run. They are read once."""
     import importlib.metadata  # takes as long as NumPy to import, and only a new run needs it
     import platform
 

@@ -6,20 +6,21 @@ dimension or two. A file of an array is one chunk or one shard; `store/zarr/code
 writes the bytes.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.store.files import files_below, is_partial, read_file, replace_file
+from hydra_pipe.store.files import files_below, is_partial, is_remote, read_file, replace_file
 from hydra_pipe.store.json_parsing import is_count, read_json
+from hydra_pipe.store.json_writing import json_bytes
 from hydra_pipe.store.zarr.codec import (
     COMPRESSOR,
     LEVEL,
@@ -50,6 +51,8 @@ _FREE_BYTES, _FREE_FILES = 32 * 2**20, 1024
 # The deepest nesting of groups in a store, and the most values in a row.
 _MOST_LEVELS = 8
 _MOST_WIDTH = 2**40
+# Metadata and listings that were read in a block of `read_once`, by kind and path.
+_known: ContextVar[dict[tuple[str, str], Any] | None] = ContextVar("known", default=None)
 
 
 class Group:
@@ -94,23 +97,34 @@ class Group:
             StoreError: the group is missing, or its metadata is damaged. The message adds
                 `consequence`.
         """
-        if not path.is_dir():
-            raise StoreError(f"{path} is missing: {consequence}")
         try:
-            metadata = read_metadata(path)
-            if metadata["node_type"] != "group":
-                raise ValueError(f"a {shown(metadata['node_type'])}, not a group")
-            return cls(path, _attributes(metadata), listed)
+            return cls._of(path, read_metadata(path), listed)
         except (*_MALFORMED, OSError) as error:
+            if isinstance(error, OSError) and not path.is_dir():
+                raise StoreError(f"{path} is missing: {consequence}") from error
             raise StoreError(
                 f"the metadata of {path} is damaged ({shown(error)}): {consequence}"
             ) from error
 
     def group(self, name: str) -> "Group | None":
         """Return sub-group `name`, or None. Raises: StoreError: its metadata is damaged."""
-        if not self._counts(name) or not (self.path / name / METADATA).is_file():
-            return None
-        return Group.open(self.path / name, "the store is not readable", self._below(name))
+        path = self.path / name
+        try:
+            metadata = _metadata_or_none(path) if self._counts(name) else None
+            return None if metadata is None else Group._of(path, metadata, self._below(name))
+        except (*_MALFORMED, OSError) as error:
+            raise StoreError(
+                f"the metadata of {path} is damaged ({shown(error)}): the store is not readable"
+            ) from error
+
+    @classmethod
+    def _of(
+        cls, path: Path, metadata: dict[str, Any], listed: Callable[[str], bool] | None
+    ) -> Self:
+        """Return the group at `path`. Raises: one of `_MALFORMED`: it is no group."""
+        if metadata["node_type"] != "group":
+            raise ValueError(f"a {shown(metadata['node_type'])}, not a group")
+        return cls(path, _attributes(metadata), listed)
 
     def has(self, name: str) -> bool:
         """Tell whether a member called `name` exists, whole or damaged."""
@@ -166,19 +180,15 @@ class Group:
                 yield from (f"{path.name}/{name}" for name in below._array_names(levels - 1))
 
     def _members(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name):
-            if (
-                not is_partial(path.name)
-                and self._counts(path.name)
-                and (path / METADATA).is_file()
-            ):
-                try:
-                    metadata = read_metadata(path)
+        for path in _once("entries", self.path, _entries):
+            if path.name == METADATA or is_partial(path.name) or not self._counts(path.name):
+                continue
+            try:
+                metadata = _metadata_or_none(path)
+                if metadata is not None:
                     yield path, {"node_type": metadata["node_type"]}
-                except (*_MALFORMED, OSError) as error:
-                    raise StoreError(
-                        f"the metadata of {path} is damaged ({shown(error)})"
-                    ) from error
+            except (*_MALFORMED, OSError) as error:
+                raise StoreError(f"the metadata of {path} is damaged ({shown(error)})") from error
 
 
 class Array:
@@ -462,12 +472,61 @@ def damage_named(what: object, consequence: str) -> Iterator[None]:
         raise StoreError(f"{what} cannot be read ({shown(error)}): {consequence}") from error
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Read each `zarr.json`, and list each group, at most once in the block.
+
+    Nobody may change a store in the block. In an object store each reading is a request.
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _once(kind: str, path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return `read(path)`, within `read_once` the result that is known."""
+    known = _known.get()
+    if known is None:
+        return read(path)
+    key = (kind, str(path))
+    if key not in known:
+        known[key] = read(path)
+    return known[key]
+
+
+def _entries(path: Path) -> list[Path]:
+    """Return everything in the directory `path`, by name."""
+    return sorted(path.iterdir(), key=lambda entry: entry.name)
+
+
+def _metadata_or_none(path: Path) -> dict[str, Any] | None:
+    """Return the `zarr.json` at `path`. None if there is none.
+
+    An object store is asked once: it answers whether the file is there with the file.
+
+    Raises:
+        ValueError, KeyError, OSError: the errors of `read_metadata`.
+    """
+    if not is_remote(path) and not (path / METADATA).is_file():
+        return None
+    try:
+        return read_metadata(path)
+    except FileNotFoundError:
+        return None
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the `zarr.json` of the group or array at `path`.
 
     Raises:
         ValueError, KeyError, OSError: the file is missing, or not Zarr v3.
     """
+    return cast(dict[str, Any], _once("metadata", path, _read_metadata))
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
     metadata = read_json(path / METADATA)
     if not isinstance(metadata, dict) or metadata["zarr_format"] != 3:
         raise ValueError("not Zarr v3")
@@ -476,7 +535,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def write_metadata(path: Path, metadata: Mapping[str, Any], *, safely: bool = False) -> None:
     """Write `metadata` to the `zarr.json` of the group or array at `path`, in one step."""
-    replace_file(path / METADATA, [json.dumps(metadata, indent=2).encode()], safely=safely)
+    replace_file(path / METADATA, [json_bytes(metadata)], safely=safely)
 
 
 def unwritten(dtype: np.dtype[Any]) -> Any:
