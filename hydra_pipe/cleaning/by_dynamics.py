@@ -162,7 +162,7 @@ def _says(
     if len(chosen):
         expected = float(verdict.chance[chosen].mean())
         says.append(
-            f"{len(chosen):,} proposed ({how}), of which some {expected:.0%} are expected to be wrong"
+            f"{len(chosen):,} proposed ({how}), some {expected:.0%} of them expected to be wrong"
         )
     else:
         says.append("none is proposed: --lowest K shows the most suspicious")
