@@ -372,11 +372,11 @@ def test_overwrite_leaves_files_of_the_user_alone(run: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
-    """A file system of 320 KiB. Only root can make one, which CI is."""
+    """A file system of 512 KiB. Only root can make one, which CI is."""
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(disk)],
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)],
         capture_output=True,
         check=False,
     )
@@ -391,7 +391,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on_after_room_is_made(
 ) -> None:
     run = small_disk / "run"
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(264 * 1024))
+    ballast.write_bytes(bytes(456 * 1024))
     arguments = ("record", BAD, run, "--set", "epochs=40")
     assert_told(call(*arguments), r"No space left on device.*make room", 1)
     ballast.unlink()
