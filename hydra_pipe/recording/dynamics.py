@@ -9,6 +9,7 @@ Symbols: B samples in a pass, K outputs of a sample, d numbers of the last layer
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from hydra_pipe.recording.capture import SeenOutput, placed_once
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import LAST_INPUTS, TOP, DynamicsShape
+from hydra_pipe.store.zarr.table import TableColumn
 
 _LARGEST = float(torch.finfo(torch.float16).max)
 # Outputs and inputs of at most this many bytes wait.
@@ -84,9 +86,7 @@ class DynamicsWatch:
         if self.shape is None and passes:
             self.shape = _shape_of(passes[0])
         shape = self.shape or DynamicsShape()
-        columns = {c.name: _unknown(c.dtype, batch, c.width) for c in shape.columns}
-        # the loss and the target are found with the curvature
-        del columns[names.LOSS], columns[names.TARGET]
+        columns = {c.name: _unknown(c.dtype, batch, c.width) for c in _columns_of(shape)}
         for seen in alone:
             if columns and _shape_of(seen).n_outputs == shape.n_outputs:
                 rows = slice(seen.first, seen.first + len(seen.output))
@@ -143,6 +143,12 @@ def _shape_of(seen: SeenOutput) -> DynamicsShape:
         return DynamicsShape()
     n_inputs = 0 if seen.last_input is None else min(LAST_INPUTS, seen.last_input.shape[1])
     return DynamicsShape(seen.output.shape[1], n_inputs)
+
+
+@lru_cache
+def _columns_of(shape: DynamicsShape) -> list[TableColumn]:
+    """Return the columns of a shape, but for the loss and the target: the curvature finds these."""
+    return [c for c in shape.columns if c.name not in (names.LOSS, names.TARGET)]
 
 
 def _unknown(dtype: str, batch: int, width: tuple[int, str] | None) -> NDArray[np.generic]:
