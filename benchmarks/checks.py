@@ -1,9 +1,12 @@
 """What it costs to know whose a gradient is: recording with and without its checks, in turn.
 
     python benchmarks/checks.py [--steps 600] [--pairs 5]
+    python benchmarks/checks.py --shares [--steps 600]
 
 Processor seconds a step, of an MLP, LeNet-5 and a small GPT. Without the checks no probe is sent,
-no loss is looked at, and no target is held against a label. What hooks cost is in both.
+no loss is looked at, and no target is held against a label. What hooks cost is in both. With
+`--shares`: the processor time within the functions of the checks, over the time of all steps of one
+training; noise of the machine is in both alike.
 """
 
 import argparse
@@ -11,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -22,6 +27,7 @@ from torch.nn import functional as F
 from hydra_pipe import Recorder
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.coupling import LossCoupling
+from hydra_pipe.recording.targets import TargetCheck
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 
@@ -100,14 +106,54 @@ def seconds(make: Callable[[], Made], batch: int, steps: int, *, checks: bool) -
     return spent / steps
 
 
+CHECKS = (
+    (Attribution, "end"),
+    (LossCoupling, "add"),
+    (LossCoupling, "_look"),
+    (LossCoupling, "after_backward"),
+    (LossCoupling, "check_repeats"),
+    (TargetCheck, "check"),
+)
+
+
+def share(make: Callable[[], Made], batch: int, steps: int) -> float:
+    """Processor time within the functions of the checks, over that of all steps."""
+    spent, depth = [0.0], [0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            begun = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:  # a check may call another one
+                    spent[0] += time.process_time() - begun
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in CHECKS:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        of_step = seconds(make, batch, steps, checks=True)
+    return spent[0] / (of_step * steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--shares", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.shares:
+        for make, batch in ((mlp, 64), (lenet, 64), (gpt, 16)):
+            found = [share(make, batch, asked.steps) for _ in range(3)]
+            print(f"{make.__name__}: {min(found):.2%} to {max(found):.2%} of the time", flush=True)
+        return
     for make, batch in ((mlp, 64), (lenet, 64), (gpt, 16)):
         ratios, with_checks = [], []
         for _ in range(asked.pairs):
