@@ -7,17 +7,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hydra_pipe.cleaning.decision import Cut
+from hydra_pipe.cleaning.decision import Cut, check_some_stay
 from hydra_pipe.cleaning.proposal import Cleaning
 from hydra_pipe.cleaning.visits import dynamics_of
-from hydra_pipe.errors import UsageError
 from hydra_pipe.labels.dynamics import Dynamics
 from hydra_pipe.labels.judging import Verdict, judge
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.clean_result import RELABEL, dynamics_schema
-from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.types import I64
@@ -32,8 +31,8 @@ def proposed_by_dynamics(directory: RunDirectory, cut: Cut, progress: Progress) 
         StoreError: the recording is damaged.
         UsageError: `cut` would propose all samples.
     """
-    gradients = Gradients(directory.path / names.GRADIENTS)
-    n_samples = directory.require_recording().count("n_samples", least=1)
+    gradients, counts = open_recording(directory, None)
+    n_samples = counts.n_samples
     ids, dynamics = dynamics_of(gradients)
     with progress.task("judge labels", 1, "run") as task:
         verdict = judge(dynamics)
@@ -60,10 +59,7 @@ def _chosen(verdict: Verdict, cut: Cut, n_samples: int) -> I64:
     """Return places of the proposed samples among the judged ones, the most suspicious first."""
     n = verdict.n_cautious if cut.cautious else verdict.n_proposed
     n = n if cut.lowest is None else cut.lowest
-    if n >= n_samples:
-        raise UsageError(
-            f"--lowest {n}: there are {n_samples} training samples, and some must stay: give fewer"
-        )
+    check_some_stay(n, n_samples)
     return verdict.order[:n]
 
 

@@ -64,11 +64,7 @@ class Cut:
         own = scores[candidates]
         order = candidates[np.argsort(own, kind="stable")]
         n = self.lowest if self.lowest is not None else int((own < self.below(own)).sum())
-        if n >= len(scores):
-            raise UsageError(
-                f"--lowest {n}: there are {len(scores)} training samples, and some must stay: "
-                "give fewer"
-            )
+        check_some_stay(n, len(scores))
         return order[:n]
 
     def below(self, scores: F64) -> float:
@@ -76,6 +72,15 @@ class Cut:
         if self.threshold is not None:
             return self.threshold
         return tail_threshold(scores) if len(scores) else -np.inf
+
+
+def check_some_stay(n_proposed: int, n_samples: int) -> None:
+    """Refuse to propose all training samples. Raises: UsageError."""
+    if n_proposed >= n_samples:
+        raise UsageError(
+            f"--lowest {n_proposed}: there are {n_samples} training samples, and some must stay: "
+            "give fewer"
+        )
 
 
 def scores_of(sums: F64, labels: NDArray[Any] | None) -> F64:

@@ -1,4 +1,4 @@
-"""A whole proposal: training samples to relabel or drop, by existing relevance, and its files."""
+"""A whole proposal: training samples to relabel or drop, and its files."""
 
 import os
 from collections.abc import Iterator
@@ -33,9 +33,6 @@ from hydra_pipe.units import parse_bytes
 if TYPE_CHECKING:
     from hydra_pipe.training.pipeline import Pipeline
 
-# Number of initial weights and orders for each set, if the user gives none and the pipeline has
-# a seed.
-DEFAULT_SEEDS = 3
 # Fact of the stage: number of seeds of the stored retrainings.
 _SEEDS = "seeds"
 _Row = dict[str, Any]

@@ -28,13 +28,14 @@ With I = 1 it is the formula of `hydra_pipe.maths.sketch` with q = 1. Outer prod
 the bound. For as many columns a sketch is more exact (2/k against about 4/sqrt(k)), but needs X.
 """
 
-import hashlib
 from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hydra_pipe.maths.sketch import philox_of
 
 
 class Kron:
@@ -127,9 +128,7 @@ def _signs(key: str, k: int, size: int) -> Tensor | None:
     """
     if k == size:
         return None
-    digest = hashlib.sha256(key.encode()).digest()
-    # Raw Philox words are part of NumPy's compatibility promise. Numbers of Generator are not.
-    words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(k * size)
+    words = philox_of(key).random_raw(k * size)
     return torch.from_numpy(np.where(words >> np.uint64(63), 1.0, -1.0).astype(np.float32)).reshape(
         k, size
     )

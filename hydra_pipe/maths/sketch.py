@@ -27,6 +27,22 @@ from hydra_pipe.maths.sketch_runs import run_length
 _SCRATCH = Scratch()
 
 
+def philox_of(text: str) -> np.random.Philox:
+    """Return the generator that is a function of `text` alone, on any machine.
+
+    Raw Philox words are part of NumPy's compatibility promise. Numbers of Generator are not.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
+
+
+def random_signs(philox: np.random.Philox, n: int) -> Tensor:
+    """Return n random signs, the next bits of `philox`, shape (n,), int8. A bit of 1 is -1."""
+    words = philox.random_raw(-(-n // 64)).astype("<u8")
+    negative = np.unpackbits(words.view(np.uint8), count=n, bitorder="little").view(np.int8)
+    return torch.from_numpy(negative).mul_(-2).add_(1)
+
+
 class Sketch:
     """A projection R^n -> R^k that is a function of (seed, block name, shape, k) alone.
 
@@ -42,18 +58,14 @@ class Sketch:
 
     def __init__(self, seed: int, name: str, shape: tuple[int, ...], n_columns: int) -> None:
         numel = math.prod(map(int, shape))
-        digest = hashlib.sha256(f"{seed}\n{name}\n{tuple(map(int, shape))}".encode()).digest()
         self.n_columns = n_columns
         self._shape = tuple(map(int, shape))
         self._run = run_length(numel, n_columns)
-        # Raw Philox words are part of NumPy's compatibility promise. Numbers of Generator are not.
-        philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
+        philox = philox_of(f"{seed}\n{name}\n{tuple(map(int, shape))}")
         order = np.argsort(philox.random_raw(numel // self._run), kind="stable")
         self._order = torch.from_numpy(order.astype(np.int32 if numel < 2**31 else np.int64))
-        words = philox.random_raw(-(-numel // 64)).astype("<u8")
-        negative = np.unpackbits(words.view(np.uint8), count=numel, bitorder="little").view(np.int8)
         # Signs in the block's own order, and in the sketch's order once it is needed.
-        self._sign = torch.from_numpy(negative).mul_(-2).add_(1)
+        self._sign = random_signs(philox, numel)
         self._sign_in_order: Tensor | None = None
         self._first_columns: Tensor | None = None
         self._gathers: dict[tuple[int, ...], Tensor] = {}

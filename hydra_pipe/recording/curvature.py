@@ -209,11 +209,9 @@ class CurvatureWatch:
     def _check_targets(self, one: _Pass) -> None:
         """Check the targets of a pass whose loss is cross-entropy with classes.
 
-        The only negative element of a sample's gradient is at its target.
+        A loss of zero shows no target.
         """
         if one.gradient.dim() == 2:
-            least, targets = one.gradient.min(1)
-            seen = (least < 0).cpu().numpy()  # a loss of zero shows no target
-            self._targets.check(
-                one.samples[seen], targets.cpu().numpy()[seen], one.gradient.shape[1]
-            )
+            targets = one.out.targets.astype(np.int64)
+            seen = targets >= 0
+            self._targets.check(one.samples[seen], targets[seen], one.gradient.shape[1])

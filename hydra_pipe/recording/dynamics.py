@@ -6,8 +6,7 @@ converted together.
 Symbols: B samples in a pass, K outputs of a sample, d numbers of the last layer's input.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hydra_pipe.maths.sketch import philox_of, random_signs
 from hydra_pipe.recording.capture import SeenOutput, placed_once
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import LAST_INPUTS, TOP, DynamicsShape
@@ -38,13 +38,9 @@ def projection(seed: int, n_inputs: int) -> Tensor:
         seed: seed of the run.
         n_inputs: d, more than 32.
     """
-    digest = hashlib.sha256(f"{seed}\n{names.LAST_INPUT}\n{n_inputs}".encode()).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
-    numel = n_inputs * LAST_INPUTS
-    words = philox.random_raw(-(-numel // 64)).astype("<u8")
-    negative = np.unpackbits(words.view(np.uint8), count=numel, bitorder="little")
-    signs = 1.0 - 2.0 * negative.astype(np.float32)
-    return torch.from_numpy(signs.reshape(n_inputs, LAST_INPUTS) / np.float32(LAST_INPUTS**0.5))
+    philox = philox_of(f"{seed}\n{names.LAST_INPUT}\n{n_inputs}")
+    signs = random_signs(philox, n_inputs * LAST_INPUTS).float()
+    return signs.view(n_inputs, LAST_INPUTS).div(LAST_INPUTS**0.5)
 
 
 @dataclass(slots=True)
@@ -166,10 +162,12 @@ def _form(values: Tensor | None) -> tuple[object, ...]:
     return values.dtype, values.device, values.shape[1:]
 
 
-def _groups(waiting: Sequence[_Waiting], key: object) -> list[list[_Waiting]]:
+def _groups(
+    waiting: Sequence[_Waiting], key: Callable[[SeenOutput], object]
+) -> list[list[_Waiting]]:
     found: dict[object, list[_Waiting]] = {}
     for one in waiting:
-        found.setdefault(key(one.seen), []).append(one)  # type: ignore[operator]
+        found.setdefault(key(one.seen), []).append(one)
     return list(found.values())
 
 

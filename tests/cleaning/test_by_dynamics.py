@@ -1,5 +1,6 @@
 """Labels judged by the dynamics of a recording, without reduce and without tests."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ NAMES = np.array(["ant", "bee", "cat"])
 
 
 def made(
-    path: Path, *, labels: str = "numbers", changing: bool = False, unseen: int = 0
+    path: Path,
+    *,
+    labels: str = "numbers",
+    changing: bool = False,
+    unseen: int = 0,
+    tests: bool = False,
 ) -> np.ndarray:
     """A recorded training on three clusters; returns the ids of the wrong labels."""
     rng = np.random.default_rng(0)
@@ -46,6 +52,8 @@ def made(
                     target = (y[ids] + int(changing and epoch == 5)) % K
                     F.cross_entropy(model(x[ids]), target).backward()
                     optimizer.step()
+        if tests:
+            recorder.record_test([(x[:4], y[:4])], F.cross_entropy)
         if named is not None:
             recorder.label_samples([*named, *[named[0]] * unseen])
     return np.sort(wrong)
@@ -155,3 +163,20 @@ def test_visits_are_counted_for_each_sample_in_the_order_of_steps() -> None:
     visit, most = visits_of_rows(samples, steps)
     assert visit.tolist() == [0, 0, 1, 0, 1, 2]
     assert most == 3
+
+
+def test_a_pruned_run_is_judged_as_it_was(tmp_path: Path) -> None:
+    made(tmp_path / "run", tests=True)
+    before = hydra_pipe.clean(tmp_path / "run").drop
+    hydra_pipe.reduce(tmp_path / "run", keep_hypergradients=True)
+    hydra_pipe.prune(tmp_path / "run")
+    assert hydra_pipe.clean(tmp_path / "run", overwrite=True).drop.equals(before)
+
+
+def test_files_that_the_manifest_does_not_list_are_not_judged(tmp_path: Path) -> None:
+    """Labels that a copy has left of an older run are not this run's."""
+    made(tmp_path / "old", labels="names")
+    made(tmp_path / "run", labels="none")
+    left = "gradients.zarr/labels"
+    shutil.copytree(tmp_path / "old" / left, tmp_path / "run" / left)
+    assert set(hydra_pipe.clean(tmp_path / "run").drop.column("label").to_pylist()) <= {0, 1, 2}
