@@ -46,7 +46,7 @@ def means_by(
         array: relevance, shape (sample, column).
         samples: ids of the samples.
         groups: index of each column's group, shape (column,).
-        n_groups: number of groups, each with at least one column.
+        n_groups: number of groups. The mean of a group without columns is 0.
 
     Returns:
         The means, shape (len(samples), group).
@@ -57,7 +57,8 @@ def means_by(
     found = np.zeros((n_groups, len(samples)))
     for columns, block in _blocks(array):
         np.add.at(found, groups[columns], block[samples].T.astype(np.float64))
-    means: F64 = (found / np.bincount(groups, minlength=n_groups)[:, None]).T
+    counts = np.maximum(np.bincount(groups, minlength=n_groups), 1)
+    means: F64 = (found / counts[:, None]).T
     return means
 
 

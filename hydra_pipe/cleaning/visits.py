@@ -1,5 +1,6 @@
 """Visits of all samples: the rows of a recording, put in order by sample and by visit."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,24 @@ from hydra_pipe.types import I64
 
 # Most visits of a sample that are looked at. Of more visits, as many are drawn evenly.
 MOST_VISITS = 64
+
+
+def relabelled(dynamics: Dynamics, labels: I64) -> Dynamics:
+    """Return the same visits, to be judged with other labels than the samples were trained with.
+
+    Where only some logits are kept, the logit of another label is known if it is one of these.
+
+    Args:
+        dynamics: visits.
+        labels: labels to judge, shape (sample,).
+    """
+    if not isinstance(dynamics.logits, TopLogits):
+        return replace(dynamics, labels=labels)
+    top = dynamics.logits
+    at = top.classes == labels[:, None]
+    kept = np.where(at.any(axis=2), (top.largest * at).sum(axis=2), np.nan).astype(top.own.dtype)
+    own = np.where(labels == dynamics.labels, top.own, kept)
+    return replace(dynamics, labels=labels, logits=replace(top, own=own))
 
 
 def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:

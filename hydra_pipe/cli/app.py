@@ -18,6 +18,7 @@ from hydra_pipe.cli.options import (
     CleanSeeds,
     DatasetSpec,
     Debug,
+    DecisionsFile,
     Dim,
     DiscardUnfinished,
     DryRun,
@@ -44,6 +45,7 @@ from hydra_pipe.cli.options import (
     Repair,
     Retrain,
     Retrainings,
+    Rounds,
     RunPath,
     Samples,
     Scheduler,
@@ -55,6 +57,7 @@ from hydra_pipe.cli.options import (
     Tests,
     Threshold,
     Top,
+    Undecided,
     UpToStep,
 )
 from hydra_pipe.cli.streams import settled_streams
@@ -277,6 +280,9 @@ def clean(
     lowest: Lowest = None,
     cautious: Cautious = False,
     threshold: Threshold = None,
+    rounds: Rounds = None,
+    decisions: DecisionsFile = None,
+    undecided: Undecided = None,
     retrain: Retrain = False,
     seeds: CleanSeeds = None,
     pipeline: CleanPipeline = None,
@@ -284,14 +290,16 @@ def clean(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Propose training samples to relabel or drop, and see what training without them comes to.
+    """Propose training samples to relabel or drop, and see what each of these comes to.
 
     Labels are judged by what the network thought of each sample while it trained. No test samples
     and no reduce are needed. With --method, the relevance of a reduction judges.
 
-    After an interrupt or a kill, the same command resumes with the retrainings that are left.
+    After an interrupt or a kill, the same command resumes with the trainings that are left.
 
-    Example: hydra-pipe clean runs/digits --lowest 100 --retrain
+    Example: hydra-pipe clean runs/digits --retrain --seeds 3
+
+    Example: hydra-pipe clean runs/digits --decisions decisions.csv
     """
     from hydra_pipe.cleaning.run import clean_run
     from hydra_pipe.cli.show import show_cleaning
@@ -303,6 +311,9 @@ def clean(
         lowest=lowest,
         threshold=threshold,
         cautious=cautious,
+        rounds=rounds,
+        decisions=decisions,
+        undecided=undecided,
         retrain=retrain,
         seeds=seeds,
         pipeline=pipeline,
@@ -315,10 +326,7 @@ def clean(
         found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary
     )
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and relabel.parquet: {place}")
-    print(
-        "to train on the rest: torch.utils.data.Subset(train, [int(i) for i in "
-        f"open('{place}/keep.txt')])"
-    )
+    print(f"to train on the cleaned labels: hydra_pipe.cleaned(train, {run.rstrip('/')!r})")
 
 
 @app.command(name="run")

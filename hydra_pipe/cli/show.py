@@ -12,6 +12,9 @@ from hydra_pipe.units import format_bytes, format_seconds
 _LONGEST_SECONDS = 1e12
 # Widest column whose cells are filled up.
 _WIDEST = 80
+# Columns of a proposal and of its retrainings that the files have and the terminal does not show.
+_UNSHOWN = ("reason", "given_class", "suggested_class", "decided")
+_LESS = ("loss_over_random",)
 # Most commands to print as next ones.
 _MOST_COMMANDS = 3
 
@@ -110,14 +113,19 @@ def show_cleaning(
         summary: summary of the proposal.
     """
     show_evaluation(
-        [{name: value for name, value in row.items() if name != "reason"} for row in first], []
+        [{name: value for name, value in row.items() if name not in _UNSHOWN} for row in first], []
     )
     if n_proposed > len(first):
         print(f"... and {n_proposed - len(first):,} more, each with its reason")
     for text in summary["says"]:
         print(printable(text))
+    for text in summary.get("decisions", {}).get("says", []):
+        print(printable(text))
     if "retraining" in summary:
-        show_evaluation(retraining, summary["retraining"]["says"])
+        show_evaluation(
+            [{name: row[name] for name in row if not name.startswith(_LESS)} for row in retraining],
+            summary["retraining"]["says"],
+        )
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

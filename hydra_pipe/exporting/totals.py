@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.exporting.dynamics import columns_of, statistics_over
 from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
 from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
@@ -76,6 +77,7 @@ class Adding:
         source, sums = self._source, self._sums
         schema = rankings.samples_schema(source.train_type, source.meta)
         ranks, visits = rank_harmful(sums), source.visits(progress)
+        dynamics = statistics_over(source.gradients, source.n_samples, progress)
         for first in range(0, len(sums), GROUP_ROWS):
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
             columns = [
@@ -88,6 +90,7 @@ class Adding:
                 if source.own is None
                 else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
+                *columns_of(dynamics, rows),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
 

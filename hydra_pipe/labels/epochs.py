@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import Dynamics, visited
+from hydra_pipe.labels.dynamics import DEEPEST, Dynamics, TopLogits
 from hydra_pipe.types import F64, I64, Bools
 
 # Share of the trusted samples that the network predicts right when it has learnt.
@@ -59,18 +59,44 @@ def visits_of(dynamics: Dynamics) -> Visits:
     """Return loss, margin, EL2N and hit of each visit."""
     shape = (dynamics.n_epochs, len(dynamics.labels))
     loss, margin, error, hit = (np.full(shape, np.nan) for _ in range(4))
-    rows = np.arange(shape[1])
     for epoch in range(shape[0]):
-        log_p = dynamics.centred(epoch)
-        own = log_p[rows, dynamics.labels]
-        p = np.exp(log_p)
-        loss[epoch] = -own
-        squared = (p**2).sum(axis=1) - p[rows, dynamics.labels] ** 2
-        error[epoch] = np.sqrt(squared + (1 - p[rows, dynamics.labels]) ** 2)
-        log_p[rows, dynamics.labels] = -np.inf
-        margin[epoch] = own - log_p.max(axis=1)
-        hit[epoch] = np.where(visited(p), margin[epoch] > 0, np.nan)
+        if isinstance(dynamics.logits, TopLogits):
+            found = _of_kept(dynamics.logits, dynamics.labels, epoch)
+        else:
+            found = _of_all(dynamics.centred(epoch), dynamics.labels)
+        loss[epoch], margin[epoch], error[epoch] = found
+        hit[epoch] = np.where(np.isfinite(margin[epoch]), margin[epoch] > 0, np.nan)
     return Visits(loss, margin, error, hit)
+
+
+def _of_all(log_p: F64, labels: I64) -> tuple[F64, F64, F64]:
+    """Return loss, margin and EL2N from the log-probabilities of all classes."""
+    rows = np.arange(len(labels))
+    own = log_p[rows, labels]
+    p = np.exp(log_p)
+    squared = (p**2).sum(axis=1) - p[rows, labels] ** 2
+    error = np.sqrt(squared + (1 - p[rows, labels]) ** 2)
+    log_p[rows, labels] = -np.inf
+    return -own, own - log_p.max(axis=1), error
+
+
+def _of_kept(top: TopLogits, labels: I64, epoch: int) -> tuple[F64, F64, F64]:
+    """Return the same from the logits that are kept. The other classes share the rest evenly."""
+    total = top.log_sum[epoch].astype(np.float64)
+    others = top.largest[epoch] - total[:, None]
+    others[top.classes[epoch] == labels[:, None]] = -np.inf
+    own = top.own[epoch] - total
+    is_kept = ~np.isnan(own)
+    mass = np.exp(np.where(is_kept, own, -np.inf)) + np.exp(others).sum(axis=1)
+    n_left = top.n_classes - np.isfinite(others).sum(axis=1) - is_kept
+    share = np.maximum(np.maximum(1 - mass, 0) / np.maximum(n_left, 1), np.exp(DEEPEST))
+    scale = np.log(mass + share * n_left)
+    log_share = np.log(share) - scale
+    own, others = np.where(is_kept, own - scale, log_share), others - scale[:, None]
+    n_rest = n_left - ~is_kept
+    squared = np.exp(2 * others).sum(axis=1) + n_rest * np.exp(2 * log_share)
+    largest = np.maximum(others.max(axis=1), np.where(n_rest > 0, log_share, -np.inf))
+    return -own, own - largest, np.sqrt(squared + (1 - np.exp(own)) ** 2)
 
 
 def mean_over_visits(values: F64, weights: F64 | None = None) -> F64:

@@ -14,7 +14,7 @@ from hydra_pipe.labels.epochs import (
     statistics_of,
     visits_of,
 )
-from hydra_pipe.labels.transition import Model, fit, halfway, log_odds
+from hydra_pipe.labels.transition import Model, fit, halfway, log_odds, shares_of_suggested
 from hydra_pipe.labels.views import heaviest, predictions, ridge_side_by_side, votes_over
 from hydra_pipe.types import F64, I64
 
@@ -58,6 +58,7 @@ class Verdict:
             suspicious.
         suggested: the likeliest class other than the given label, int64, shape (sample,).
         chance: estimated chance that the label is wrong, shape (sample,). It falls along `order`.
+        suggested_chance: estimated chance that the suggested class is right, shape (sample,).
         order: samples by falling score, int64, shape (sample,).
         n_proposed: how many of `order` are proposed by the recommended cut.
         n_cautious: how many are likelier wrong than right.
@@ -70,6 +71,7 @@ class Verdict:
     score: F64
     suggested: I64
     chance: F64
+    suggested_chance: F64
     order: I64
     n_proposed: int
     n_cautious: int
@@ -133,6 +135,7 @@ def judge(dynamics: Dynamics) -> Verdict:
         score=score,
         suggested=suggested,
         chance=chance,
+        suggested_chance=chance * shares_of_suggested(halfway(model), views.log_mean, labels),
         order=order,
         n_proposed=n_proposed,
         n_cautious=cautious_cut(falling),

@@ -23,8 +23,8 @@ BLOCK_BYTES = 64 * 2**20
 # One block is ranked and written while the next block is read.
 _BLOCKS = 2
 # Bytes of a sample: its sum, its rank, the memory of sorting, visits, class and relevance for
-# itself. Bytes of a cell of the table of classes.
-_SAMPLE_BYTES, _CELL_BYTES = 56, 80
+# itself, and totals of its dynamics. Bytes of a cell of the table of classes.
+_SAMPLE_BYTES, _CELL_BYTES = 192, 80
 # Bytes of a ranked pair while it is found, sorted, and put into a table. Bytes of a row of
 # matrix/ that is encoded.
 _RANKED_BYTES, _PAIR_BYTES = 120, 48
