@@ -1,12 +1,13 @@
 """What treated training sets came to: rows of a table, and which of the treatments help."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.rank_statistics import crossed_interval
+from hydra_pipe.maths.rank_statistics import crossed_intervals
 from hydra_pipe.retraining.intervals import ONE_TEST
 from hydra_pipe.retraining.retrainer import HIT, LOSS
 from hydra_pipe.types import F64
@@ -64,27 +65,55 @@ class Measured:
 
 def rows_of(measured: Measured) -> list[Row]:
     """Return the rows of `retraining.parquet`."""
-    rows = []
+    rows: list[Row] = []
+    series: list[tuple[Row, str, F64 | None]] = []
     for name, values in measured.values.items():
         row: Row = {"trained on": name, "changed": measured.changed[name]}
+        rows.append(row)
         control = measured.controls.get(name)
         for what, index in ((ACCURACY, HIT), (LOSSES, LOSS)):
-            own = values[:, index]
+            own, given = values[:, index], measured.values[measured.given][:, index]
             beside = None if control is None else own - measured.values[control][:, index]
-            row |= _with_interval(what, own)
-            row |= _with_interval(f"{what}_change", own - measured.values[measured.given][:, index])
-            row |= _with_interval(f"{what}_over_random", beside)
-        rows.append(row)
+            series += [
+                (row, what, own),
+                (row, f"{what}_change", own - given),
+                (row, f"{what}_over_random", beside),
+            ]
+    # Accuracy is unknown if outputs or targets are not classes; losses are not finite if a
+    # training diverged.
+    known = [None if v is None or not np.isfinite(v).all() else v for _, _, v in series]
+    found = iter(intervals_of([values for values in known if values is not None]))
+    for (row, name, _), values in zip(series, known, strict=True):
+        one = None if values is None else next(found)
+        row |= {
+            name: None if one is None else one.mean,
+            f"{name}_low": None if one is None else one.low,
+            f"{name}_high": None if one is None else one.high,
+        }
     return rows
 
 
-def _with_interval(name: str, values: F64 | None) -> Row:
-    # Accuracy is unknown if outputs or targets are not classes; losses are not finite if a
-    # training diverged.
-    if values is None or not np.isfinite(values).all():
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = crossed_interval(values) if values.shape[1] > 1 else (np.nan, np.nan)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval of 95 %. The bounds are not a number if there is one test."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def intervals_of(series: Sequence[F64]) -> list[Interval]:
+    """Return the mean and interval of each series, shape (seed, test)."""
+    if not len(series):
+        return []
+    stacked = np.stack(list(series))
+    bounds = (
+        crossed_intervals(stacked) if stacked.shape[2] > 1 else np.full((len(stacked), 2), np.nan)
+    )
+    return [
+        Interval(float(own.mean()), float(low), float(high))
+        for own, (low, high) in zip(stacked, bounds, strict=True)
+    ]
 
 
 def says_of(measured: Measured) -> list[str]:
@@ -109,44 +138,45 @@ def says_of(measured: Measured) -> list[str]:
 
 def _which_helps(measured: Measured, what: str) -> list[str]:
     """Return which treatments are better than training as given, and than as many at random."""
-    over_given = {how: measured.gain(what, how, measured.given) for how in measured.controls}
-    over_random = {how: measured.gain(what, how, by) for how, by in measured.controls.items()}
-    ordered = sorted(over_given, key=lambda how: -float(over_given[how].mean()))
-    helping = [
-        how
-        for how in ordered
-        if crossed_interval(over_given[how])[0] > 0 and crossed_interval(over_random[how])[0] > 0
-    ]
-    harming = [how for how in ordered if crossed_interval(over_given[how])[1] < 0]
+    hows = list(measured.controls)
+    gains = [measured.gain(what, how, measured.given) for how in hows]
+    chosen = _chosen_by_halves(gains)
+    found = intervals_of(
+        [*gains, *(measured.gain(what, how, measured.controls[how]) for how in hows), chosen]
+    )
+    over_given = dict(zip(hows, found, strict=False))
+    over_random = dict(zip(hows, found[len(hows) :], strict=False))
+    ordered = sorted(hows, key=lambda how: -over_given[how].mean)
+    helping = [how for how in ordered if min(over_given[how].low, over_random[how].low) > 0]
+    harming = [how for how in ordered if over_given[how].high < 0]
 
     def told(hows: list[str]) -> str:
         return ", ".join(f"{how} {_in_words(over_given[how], what)}" for how in hows)
 
+    best, others = (helping or ordered)[0], helping[1:]
+    beside = f"{_in_words(over_random[best], what)} against as many at random"
     if helping:
-        best, others = helping[0], helping[1:]
         text = (
             f"{what}: {best} helps most, {_in_words(over_given[best], what)} against training as "
-            f"given and {_in_words(over_random[best], what)} against as many at random"
-            f"{f'; also {told(others)}' if others else ''}"
+            f"given and {beside}{f'; also {told(others)}' if others else ''}"
         )
     else:
         text = (
-            f"{what}: no treatment is shown to help; the most is {told(ordered[:1])} against "
-            f"training as given, {_in_words(over_random[ordered[0]], what)} against as many at "
-            "random"
+            f"{what}: no treatment is shown to help; the most is {told([best])} against training "
+            f"as given, {beside}"
         )
     if harming:
         text += f"; worse than training as given: {told(harming)}"
-    says = [text]
-    if len(ordered) > 1 and measured.n_tests >= _FEWEST_TO_HALVE:
-        says.append(
-            f"{what}: the best by one half of the tests, measured on the other half, gains "
-            f"{_in_words(_chosen_by_halves(over_given), what)}"
-        )
-    return says
+    if len(hows) == 1 or measured.n_tests < _FEWEST_TO_HALVE:
+        return [text]
+    by_halves = (
+        f"{what}: the best by one half of the tests, measured on the other half, gains "
+        f"{_in_words(found[-1], what)}"
+    )
+    return [text, by_halves]
 
 
-def _chosen_by_halves(gains: dict[str, F64]) -> F64:
+def _chosen_by_halves(gains: Sequence[F64]) -> F64:
     """Return the gains of the treatment that is best on one half, on the other half.
 
     The best of several treatments looks better than it is on the tests that have chosen it.
@@ -157,7 +187,7 @@ def _chosen_by_halves(gains: dict[str, F64]) -> F64:
     Returns:
         Shape (seed, test).
     """
-    stacked = np.stack(list(gains.values()))
+    stacked = np.stack(gains)
     half = np.zeros(stacked.shape[2], bool)
     half[np.random.default_rng(_SEED).permutation(len(half))[::2]] = True
     found: F64 = np.empty(stacked.shape[1:])
@@ -167,10 +197,9 @@ def _chosen_by_halves(gains: dict[str, F64]) -> F64:
     return found
 
 
-def _in_words(gain: F64, what: str) -> str:
+def _in_words(gain: Interval, what: str) -> str:
     """Return a mean gain with its interval. A loss falls where it gains."""
-    low, high = crossed_interval(gain)
-    mean = float(gain.mean())
+    mean, low, high = gain.mean, gain.low, gain.high
     if what == LOSSES:
         mean, low, high = -mean, -high, -low
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"

@@ -6,6 +6,7 @@ are as narrow as can be, because only the dynamics are read.
 
 import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,18 @@ _ADVICE = (
 _OF_RUN, _LABELS = "cleaned run", "cleaned labels"
 
 
+def loader(directory: RunDirectory, pipeline: "str | Pipeline | None") -> Callable[[], Pipeline]:
+    """Return a function that builds the untrained pipeline of a run.
+
+    Raises:
+        RunError: the pipeline is not known, or may not be run unasked.
+    """
+    return pipeline_of(directory, pipeline, _ADVICE)
+
+
 def further_rounds(
     directory: RunDirectory,
-    pipeline: "str | Pipeline | None",
+    built: Pipeline,
     seen: Seen,
     first: Cleaning,
     cut: Cut,
@@ -51,7 +61,7 @@ def further_rounds(
 
     Args:
         directory: run that was judged first.
-        pipeline: file of the pipeline if it has moved, or a newly built Pipeline.
+        built: untrained pipeline of the run, which stays untrained.
         seen: visits of the run.
         first: proposal of the first round.
         cut: rule of the proposals.
@@ -62,10 +72,9 @@ def further_rounds(
         The proposal of the last round. Its summary has all rounds.
 
     Raises:
-        RunError: the pipeline is not known, or the place of a round holds something else.
+        RunError: the place of a round holds something else.
         HydraError: any error of a recording.
     """
-    built = pipeline_of(directory, pipeline, _ADVICE)()
     truth = None if built.true_labels is None else np.asarray(built.true_labels)
     found = first
     told = [_told(first, seen, truth)]

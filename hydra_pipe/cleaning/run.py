@@ -1,7 +1,7 @@
 """A whole proposal: training samples to relabel or drop, and its files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -110,6 +110,7 @@ def clean_run(
     )
     request.check(pipeline)
     parse_bytes(memory)
+    given = None if decisions is None else Decisions.read(decisions, undecided or UNDECIDED[0])
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     if method == DYNAMICS:
@@ -123,7 +124,9 @@ def clean_run(
         subject, seeds = opened(directory, pipeline, seeds)
     with alone(directory, CLEAN.of(method)):
         stage = _Proposal(directory, request, overwrite=overwrite)
-        found = stage.decided(stage.proposed(pipeline, progress))
+        found = stage.proposed(pipeline, progress)
+        if given is not None and not given.are_of(found):
+            found = stage.decided(found, given)
         if subject is not None and stage.seeds != seeds:
             found = stage.retrained(subject, found, seeds or 1, memory, progress)
     return found
@@ -228,37 +231,36 @@ class _Proposal:
         if found is not None:
             return found
         say_unlisted(self._directory, progress)
+        load = None
+        if self._rounds > 1:
+            from hydra_pipe.cleaning.rounds import loader  # torch takes seconds to import
+
+            load = loader(self._directory, pipeline)
         with self._running() as work:
-            found = self._new(pipeline, progress)
+            found = self._new(load, progress)
             found.summary[_SETTINGS] = self._settings
             _write(work, found, carry=not self._overwrite)
         return found
 
-    def _new(self, pipeline: "str | Pipeline | None", progress: Progress) -> Cleaning:
+    def _new(self, load: "Callable[[], Pipeline] | None", progress: Progress) -> Cleaning:
         if self._request.method != DYNAMICS:
             return proposed_by_relevance(self._directory, self._request.method, self._cut, progress)
         seen = Seen.of(self._directory)
         found = proposed_by_dynamics(seen, self._cut, progress)
-        if self._rounds > 1:
-            from hydra_pipe.cleaning.rounds import further_rounds  # torch takes seconds to import
+        if load is None:
+            return found
+        from hydra_pipe.cleaning.rounds import further_rounds
 
-            found = further_rounds(
-                self._directory, pipeline, seen, found, self._cut, self._rounds, progress
-            )
-        return found
+        return further_rounds(
+            self._directory, load(), seen, found, self._cut, self._rounds, progress
+        )
 
-    def decided(self, found: Cleaning) -> Cleaning:
-        """Return the proposal with the decisions of the request, which are stored.
+    def decided(self, found: Cleaning, decisions: Decisions) -> Cleaning:
+        """Return the proposal with decisions, which are stored.
 
         Raises:
             UsageError: a decision is not possible.
         """
-        file = self._request.decisions
-        if file is None:
-            return found
-        decisions = Decisions.read(file, self._request.undecided or UNDECIDED[0])
-        if decisions.are_of(found):
-            return found
         new = decided(found, decisions)
         with self._running() as work:
             _write(work, new, carry=True)

@@ -326,7 +326,8 @@ def clean(
         found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary
     )
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and relabel.parquet: {place}")
-    print(f"to train on the cleaned labels: hydra_pipe.cleaned(train, {run.rstrip('/')!r})")
+    of_method = "" if method == "dynamics" else f", method={method!r}"
+    print(f"to train on the rest: hydra_pipe.cleaned(train, {run.rstrip('/')!r}{of_method})")
 
 
 @app.command(name="run")
