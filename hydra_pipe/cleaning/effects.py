@@ -83,8 +83,8 @@ def rows_of(measured: Measured) -> list[Row]:
     # training diverged.
     known = [None if v is None or not np.isfinite(v).all() else v for _, _, v in series]
     found = iter(intervals_of([values for values in known if values is not None]))
-    for (row, name, _), values in zip(series, known, strict=True):
-        one = None if values is None else next(found)
+    for (row, name, _), is_known in zip(series, known, strict=True):
+        one = None if is_known is None else next(found)
         row |= {
             name: None if one is None else one.mean,
             f"{name}_low": None if one is None else one.low,

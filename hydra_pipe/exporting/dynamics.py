@@ -1,23 +1,25 @@
 """Columns of `samples.parquet` on what the network thought of each sample while it trained."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 
 from hydra_pipe.labels.dynamics import Dynamics, TopLogits
 from hydra_pipe.labels.epochs import Statistics, Visits, visits_of
 from hydra_pipe.labels.totals import VisitTotals
-from hydra_pipe.progress import Progress
+from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import MOST_OUTPUTS
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.types import I64
+from hydra_pipe.types import I64, Bools, Floating
 
 # Numbers of the logits that are read at once.
-_BLOCK = 2**20
+_BLOCK = 2**18
 
 
-def statistics_over(gradients: Gradients, n_samples: int, progress: Progress) -> Statistics:
-    """Return the statistics of each sample's visits, read block by block.
+def statistics_over(gradients: Gradients, samples: slice, progress: Progress) -> Statistics:
+    """Return the statistics of the visits of some samples. The rows are read block by block.
 
     The class of a row is the one that the loss compared with, or else the sample's integer label.
     Where the outputs of a sample are not classes, only the recorded losses count.
@@ -25,54 +27,65 @@ def statistics_over(gradients: Gradients, n_samples: int, progress: Progress) ->
     Raises:
         StoreError: the recording is damaged.
     """
-    totals, n_rows = VisitTotals(n_samples), gradients.rows.n_rows
+    totals, n_rows = VisitTotals(samples.stop - samples.start), gradients.rows.n_rows
     recorded = gradients.labels(names.TRAIN_LABELS)
     labels = recorded if recorded is not None and recorded.dtype.kind in "iu" else None
     height = _BLOCK // max(1, min(gradients.dynamics_shape.n_outputs, MOST_OUTPUTS))
     with progress.task("dynamics", 2 * n_rows, "rows") as task:
-        for first in range(0, n_rows, height):
-            rows = slice(first, min(first + height, n_rows))
-            samples = gradients.samples(rows)
-            visits = _visits(gradients, rows, samples, labels)
-            totals.add(samples, gradients.step_of_rows(rows), visits)
-            task.advance(len(samples))
-        for first in range(0, n_rows, _BLOCK):
-            rows = slice(first, min(first + _BLOCK, n_rows))
-            samples = gradients.samples(rows)
-            totals.add_order(samples, gradients.step_of_rows(rows))
-            task.advance(len(samples))
+        for rows, ids, own in _blocks(gradients, height, samples, task):
+            visits = _visits(gradients, rows, own, ids, labels)
+            totals.add(ids - samples.start, gradients.step_of_rows(rows)[own], visits)
+        for rows, ids, own in _blocks(gradients, _BLOCK, samples, task):
+            totals.add_order(ids - samples.start, gradients.step_of_rows(rows)[own])
     return totals.statistics()
 
 
-def _visits(gradients: Gradients, rows: slice, samples: I64, labels: I64 | None) -> Visits:
-    """Return the numbers of some rows, shape (1, row). Not a number where they are not known."""
+def _blocks(
+    gradients: Gradients, height: int, samples: slice, task: Task
+) -> Iterator[tuple[slice, I64, Bools]]:
+    """Yield blocks of rows, with the samples of the rows that count and the mask of these rows."""
+    for first in range(0, gradients.rows.n_rows, height):
+        rows = slice(first, min(first + height, gradients.rows.n_rows))
+        ids = gradients.samples(rows)
+        own = (ids >= samples.start) & (ids < samples.stop)
+        if own.any():
+            yield rows, ids[own], own
+        task.advance(len(ids))
+
+
+def _visits(
+    gradients: Gradients, rows: slice, own: Bools, samples: I64, labels: I64 | None
+) -> Visits:
+    """Return the numbers of some rows, shape (1, row). Not a number where they are not known.
+
+    Args:
+        gradients: the recording.
+        rows: rows of a block.
+        own: mask of the rows that count, shape (row of the block,).
+        samples: samples of these rows, shape (row,).
+        labels: integer labels of all samples, or None.
+    """
     shape, n_rows = gradients.dynamics_shape, len(samples)
     if shape.n_outputs < 2:
-        loss = gradients.row_dynamics(names.LOSS, rows).astype(np.float64)[None]
+        loss = gradients.row_dynamics(names.LOSS, rows)[own].astype(np.float64)[None]
         unknown = np.full((1, n_rows), np.nan)
         return Visits(loss, unknown, unknown, unknown)
-    targets = gradients.row_dynamics(names.TARGET, rows).astype(np.int64)
+    targets = gradients.row_dynamics(names.TARGET, rows)[own].astype(np.int64)
     if labels is not None:
         targets = np.where(targets >= 0, targets, labels[samples])
     known = (targets >= 0) & (targets < shape.n_outputs)
-    logits = gradients.row_dynamics(names.LOGITS, rows)[known]
     found = Visits(*(np.full((1, n_rows), np.nan) for _ in range(4)))
     if not known.any():
         return found
+    z: Floating = gradients.row_dynamics(names.LOGITS, rows)[own][known][None]
     if shape.keeps_all:
-        own = visits_of(Dynamics(targets[known], logits[None]))
+        seen = visits_of(Dynamics(targets[known], z))
     else:
-        classes = gradients.row_dynamics(names.TOP_CLASSES, rows)[known].astype(np.int64)
-        top = TopLogits(
-            logits[None, :, 0],
-            logits[None, :, 2:],
-            classes[None],
-            logits[None, :, 1],
-            shape.n_outputs,
-        )
-        own = visits_of(Dynamics(targets[known], top))
+        classes = gradients.row_dynamics(names.TOP_CLASSES, rows)[own][known].astype(np.int64)
+        top = TopLogits(z[..., 0], z[..., 2:], classes[None], z[..., 1], shape.n_outputs)
+        seen = visits_of(Dynamics(targets[known], top))
     for name in ("loss", "margin", "error", "hit"):
-        getattr(found, name)[0, known] = getattr(own, name)[0]
+        getattr(found, name)[0, known] = getattr(seen, name)[0]
     return found
 
 

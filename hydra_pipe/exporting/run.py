@@ -189,7 +189,7 @@ class _Export:
         with rankings.table_writer(
             target / rankings.SAMPLES, rankings.samples_schema(source.train_type, source.meta)
         ) as writer:
-            for table in adding.samples(progress):
+            for table in adding.samples(plan.dynamics_samples, progress):
                 writer.write_table(table)
         classes = adding.classes()
         with rankings.table_writer(target / rankings.CLASSES, classes.schema) as writer:

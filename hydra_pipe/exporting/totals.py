@@ -21,6 +21,9 @@ from hydra_pipe.store.data import rankings
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF
 
+# Samples whose dynamics are added up at once if there is no budget: 600 MB.
+_AT_ONCE = 2**22
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -68,8 +71,12 @@ class Adding:
         if self._classes is not None:
             self._classes.add(block, first_test, first_sample)
 
-    def samples(self, progress: Progress) -> Iterator[pa.Table]:
+    def samples(self, at_once: int, progress: Progress) -> Iterator[pa.Table]:
         """Yield `Totals.samples`, a few rows after the other. All blocks must be counted before.
+
+        Args:
+            at_once: number of samples whose dynamics are added up at once, a power of two.
+            progress: place to show progress.
 
         Raises:
             StoreError: the recording is damaged.
@@ -77,9 +84,11 @@ class Adding:
         source, sums = self._source, self._sums
         schema = rankings.samples_schema(source.train_type, source.meta)
         ranks, visits = rank_harmful(sums), source.visits(progress)
-        dynamics = statistics_over(source.gradients, source.n_samples, progress)
         for first in range(0, len(sums), GROUP_ROWS):
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
+            if first % at_once == 0:
+                counted = slice(first, min(first + at_once, len(sums)))
+                dynamics = statistics_over(source.gradients, counted, progress)
             columns = [
                 pa.array(np.arange(rows.start, rows.stop)),
                 rankings.label_column(source.train_labels, rows, source.train_type),
@@ -90,7 +99,7 @@ class Adding:
                 if source.own is None
                 else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
-                *columns_of(dynamics, rows),
+                *columns_of(dynamics, slice(rows.start - counted.start, rows.stop - counted.start)),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
 
@@ -141,7 +150,7 @@ def totals_of(directory: RunDirectory, source: ExportSource, progress: Progress)
         for block, tests, samples in source.blocks(spans, pool):
             adding.add(block, tests.start, samples.start)
             task.advance(block.size)
-    return Totals(pa.concat_tables(adding.samples(progress)), adding.classes())
+    return Totals(pa.concat_tables(adding.samples(_AT_ONCE, progress)), adding.classes())
 
 
 def _exported(directory: RunDirectory, method: str) -> bool:
