@@ -12,6 +12,12 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.types import I64
 
+# Meaning of few outputs of a sample.
+_NO_CLASSES = {
+    0: "a sample has several outputs, such as tokens or pixels, or none that is known",
+    1: "a sample has one output: a regression, or one logit for two classes (train with two "
+    "outputs instead)",
+}
 # Most visits of a sample that are looked at. Of more visits, as many are drawn evenly.
 MOST_VISITS = 64
 
@@ -54,8 +60,8 @@ def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
     shape = gradients.dynamics_shape
     if shape.n_outputs < 2:
         raise RunError(
-            f"{gradients.path} has no logits of two classes or more, as a classifier of whole "
-            "samples has: reduce, and give --method hydra to judge by relevance"
+            f"{gradients.path}: {_NO_CLASSES[shape.n_outputs]}, so the dynamics cannot judge "
+            "labels: reduce, and give --method hydra to judge by relevance"
         )
     rows = slice(0, gradients.rows.n_rows)
     ids, samples = np.unique(gradients.samples(rows), return_inverse=True)
@@ -117,7 +123,9 @@ def _labels(gradients: Gradients, ids: I64, samples: I64, rows: slice) -> I64:
     unknown = ids[(labels < 0) | (labels >= n_classes)]
     if len(unknown):
         raise DataError(
-            f"the label of sample {unknown[0]} is not known as a number below {n_classes}: "
-            "give sample_labels to the Recorder, or --method hydra after hydra-pipe reduce"
+            f"the label of sample {unknown[0]} is not known as a number below {n_classes}: if "
+            "each sample has one class, give sample_labels to the Recorder; if samples have "
+            "several (multi-label) or targets are soft, dynamics cannot judge them: give --method "
+            "hydra after hydra-pipe reduce"
         )
     return labels

@@ -26,6 +26,8 @@ _HARDLY_LEARNT = 0.5
 _RARE = 1 / 3
 # Fewer samples for each class say little.
 _FEW = 20
+# A class with fewer samples, or with less than this share of an even one, is hardly compared.
+_SCARCE, _UNEVEN = 10, 0.1
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,18 @@ def _warnings(dynamics: Dynamics, weights: EpochWeights) -> list[str]:
         found.append(
             f"two classes, and the rarer one has {counts.min()} of {counts.sum()} samples: wrong "
             f"labels of one kind are hard to tell from samples that are hard to learn"
+        )
+    there = counts[counts > 0]
+    scarce = int((there < _SCARCE).sum())
+    if scarce:
+        found.append(
+            f"{scarce:,} of {len(there):,} classes have fewer than {_SCARCE} samples (the rarest "
+            f"{there.min()}): there is little to compare their labels with"
+        )
+    elif dynamics.n_classes > 2 and there.min() < _UNEVEN * counts.sum() / len(there):
+        found.append(
+            f"classes are unbalanced: the rarest has {there.min():,} of {counts.sum():,} samples, "
+            "and its labels look wrong sooner than those of the others"
         )
     if len(dynamics.labels) < _FEW * dynamics.n_classes:
         found.append(

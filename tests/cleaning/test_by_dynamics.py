@@ -139,14 +139,51 @@ def test_what_cannot_be_is_refused(
         hydra_pipe.clean(tmp_path / "run", **options)
 
 
-def test_a_run_without_logits_says_how_labels_can_be_judged(tmp_path: Path) -> None:
+def regression(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return (output[:, 0] - x[:, 0]).pow(2).mean()
+
+
+def tokens(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output.view(8, 3, 4).transpose(1, 2), (x[:, :3] > 0).long())
+
+
+def several_labels(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(output, (x[:, :3] > 0).float())
+
+
+def soft_labels(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output, x[:, :3].softmax(1))
+
+
+class Tokens(nn.Linear):
+    """A model with outputs at three positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).view(len(x), 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "error", "named"),
+    [
+        (nn.Linear(4, 1), regression, RunError, "one output: a regression"),
+        (Tokens(4, 12), tokens, RunError, "several outputs, such as tokens"),
+        (nn.Linear(4, 3), several_labels, DataError, "several .multi-label. or targets are soft"),
+        (nn.Linear(4, 3), soft_labels, DataError, "several .multi-label. or targets are soft"),
+    ],
+)
+def test_what_has_not_one_class_a_sample_is_refused_by_name(
+    tmp_path: Path, model: nn.Module, loss: Any, error: type[HydraError], named: str
+) -> None:
     torch.manual_seed(0)
-    model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Recorder(model, optimizer, tmp_path / "run", 8) as recorder, recorder.step(range(8)):
-        model(torch.randn(8, 4)).pow(2).mean().backward()
-        optimizer.step()
-    with pytest.raises(RunError, match="--method hydra to judge by relevance"):
+    x = torch.randn(8, 4)
+    with Recorder(model, optimizer, tmp_path / "run", 8) as recorder:
+        for _ in range(2):
+            with recorder.step(range(8)):
+                optimizer.zero_grad()
+                loss(x, model(x)).backward()
+                optimizer.step()
+    with pytest.raises(error, match=f"{named}.*--method hydra"):
         hydra_pipe.clean(tmp_path / "run")
 
 
