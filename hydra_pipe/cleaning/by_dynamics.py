@@ -116,6 +116,7 @@ def _table(seen: Seen, verdict: Verdict, chosen: I64) -> pa.Table:
             pa.array([RELABEL] * len(chosen) + [KEEP] * n_kept, pa.string()),
             pa.array(reasons, pa.string()),
             pa.array(np.zeros(len(order), bool)),
+            pa.nulls(len(order), pa.list_(pa.int64())),
         ],
         schema=dynamics_schema(kind, rankings.metadata(DYNAMICS, _SIGN, _UNIT, seen.run_id)),
     )

@@ -131,6 +131,7 @@ def _table(found: ReducedRun, run_id: str, judged: _Judged, classes: Classes | N
             pa.array([*actions, *[KEEP] * len(others)], pa.string()),
             pa.array([*why, *kept], pa.string()),
             pa.array(np.zeros(len(order), bool)),
+            pa.nulls(len(order), pa.list_(pa.int64())),
         ],
         schema=relevance_schema(
             kind,

@@ -12,11 +12,13 @@ from hydra_pipe.cleaning.by_dynamics import Seen, proposed_by_dynamics
 from hydra_pipe.cleaning.by_relevance import proposed_by_relevance
 from hydra_pipe.cleaning.decision import Cut
 from hydra_pipe.cleaning.decisions import UNDECIDED, Decisions, decided
+from hydra_pipe.cleaning.hurts import hurting, with_hurts
 from hydra_pipe.cleaning.proposal import Cleaning
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data.clean_result import (
+    HURTS,
     RETRAINING,
     carry_retrained,
     read_proposal,
@@ -126,7 +128,9 @@ def clean_run(
         stage = _Proposal(directory, request, overwrite=overwrite)
         found = stage.proposed(pipeline, progress)
         if given is not None and not given.are_of(found):
-            found = stage.decided(found, given)
+            found = stage.written(decided(found, given), progress)
+        elif not stage.is_told(found):
+            found = stage.written(found, progress)
         if subject is not None and stage.seeds != seeds:
             found = stage.retrained(subject, found, seeds or 1, memory, progress)
     return found
@@ -239,6 +243,8 @@ class _Proposal:
         with self._running() as work:
             found = self._new(load, progress)
             found.summary[_SETTINGS] = self._settings
+            source = hurting(self._directory, self._request.method)
+            found = with_hurts(self._directory, found, source, progress)
             _write(work, found, carry=not self._overwrite)
         return found
 
@@ -255,16 +261,29 @@ class _Proposal:
             self._directory, load(), seen, found, self._cut, self._rounds, progress
         )
 
-    def decided(self, found: Cleaning, decisions: Decisions) -> Cleaning:
-        """Return the proposal with decisions, which are stored.
+    def is_told(self, found: Cleaning) -> bool:
+        """Tell whether a proposal names the tests that are hurt by the present relevance."""
+        told = found.summary.get(HURTS)
+        present = hurting(self._directory, self._request.method)
+        return (
+            HURTS in found.summary
+            and (None if told is None else {name: told[name] for name in ("method", "checksums")})
+            == present
+        )
+
+    def written(self, found: Cleaning, progress: Progress) -> Cleaning:
+        """Write a proposal, with the tests that it hurts, and return it. Retrainings stay.
 
         Raises:
-            UsageError: a decision is not possible.
+            StoreError: the relevance is damaged.
         """
-        new = decided(found, decisions)
+        source = hurting(self._directory, self._request.method)
+        found = with_hurts(self._directory, found, source, progress)
+        seeds = self.seeds if found.retraining else None
         with self._running() as work:
-            _write(work, new, carry=True)
-        return new
+            _write(work, found, carry=True)
+            work.facts |= {} if seeds is None else {_SEEDS: seeds}
+        return found
 
     def retrained(
         self, subject: "Subject", found: Cleaning, seeds: int, memory: str, progress: Progress

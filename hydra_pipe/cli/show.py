@@ -119,8 +119,9 @@ def show_cleaning(
         print(f"... and {n_proposed - len(first):,} more, each with its reason")
     for text in summary["says"]:
         print(printable(text))
-    for text in summary.get("decisions", {}).get("says", []):
-        print(printable(text))
+    for part in ("hurts", "decisions"):
+        for text in (summary.get(part) or {}).get("says", []):
+            print(printable(text))
     if "retraining" in summary:
         show_evaluation(
             [{name: row[name] for name in row if not name.startswith(_LESS)} for row in retraining],

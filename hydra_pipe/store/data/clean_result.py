@@ -26,6 +26,8 @@ RETRAINING_FILE: Final = "retraining.parquet"
 KEEP, RELABEL, DROP = "keep", "relabel", "drop"
 # Key of the summary: the result of training without the proposed samples.
 RETRAINING: Final = "retraining"
+# Column of the tables, and key of the summary: the tests that a sample hurts most.
+HURTS: Final = "hurts"
 # Key of the summary: the decisions of a person.
 DECISIONS: Final = "decisions"
 # The most bytes of a line: 18 digits of an id, and the line's end.
@@ -82,6 +84,7 @@ _LAST = [
     pa.field("action", pa.string(), nullable=False),
     pa.field("reason", pa.string()),
     pa.field("decided", pa.bool_(), nullable=False),
+    pa.field(HURTS, pa.list_(pa.int64())),
 ]
 
 
