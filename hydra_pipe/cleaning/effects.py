@@ -1,4 +1,4 @@
-"""What treated training sets came to: rows of a table, and which of the treatments help."""
+"""Results of training on treated training sets: a table, and which of the treatments help."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

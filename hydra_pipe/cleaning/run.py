@@ -129,7 +129,7 @@ def clean_run(
         found = stage.proposed(pipeline, progress)
         if given is not None and not given.are_of(found):
             found = stage.written(decided(found, given), progress)
-        elif not stage.is_told(found):
+        elif not stage.is_up_to_date(found):
             found = stage.written(found, progress)
         if subject is not None and stage.seeds != seeds:
             found = stage.retrained(subject, found, seeds or 1, memory, progress)
@@ -261,15 +261,13 @@ class _Proposal:
             self._directory, load(), seen, found, self._cut, self._rounds, progress
         )
 
-    def is_told(self, found: Cleaning) -> bool:
-        """Tell whether a proposal names the tests that are hurt by the present relevance."""
-        told = found.summary.get(HURTS)
-        present = hurting(self._directory, self._request.method)
-        return (
-            HURTS in found.summary
-            and (None if told is None else {name: told[name] for name in ("method", "checksums")})
-            == present
-        )
+    def is_up_to_date(self, found: Cleaning) -> bool:
+        """Tell whether the stage is complete, and tests are hurt by the present relevance."""
+        if HURTS not in found.summary or self._directory.stages[self.stage].state != "complete":
+            return False
+        told = found.summary[HURTS]
+        own = None if told is None else {name: told[name] for name in ("method", "checksums")}
+        return own == hurting(self._directory, self._request.method)
 
     def written(self, found: Cleaning, progress: Progress) -> Cleaning:
         """Write a proposal, with the tests that it hurts, and return it. Retrainings stay.
@@ -279,7 +277,7 @@ class _Proposal:
         """
         source = hurting(self._directory, self._request.method)
         found = with_hurts(self._directory, found, source, progress)
-        seeds = self.seeds if found.retraining else None
+        seeds = found.summary.get(RETRAINING, {}).get("seeds")
         with self._running() as work:
             _write(work, found, carry=True)
             work.facts |= {} if seeds is None else {_SEEDS: seeds}

@@ -152,6 +152,8 @@ def test_retraining_measures_the_decisions_and_an_interrupt_keeps_them(
         patched.setattr(campaign.Retrainer, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             hydra_pipe.clean(run, lowest=8, retrain=True, seeds=1)
+    assert hydra_pipe.clean(run, lowest=8).drop.equals(decided.drop)
+    assert len(hydra_pipe.cleaned(small().train, run)) == N - 1
     found = hydra_pipe.clean(run, lowest=8, retrain=True, seeds=1)
     assert found.drop.equals(decided.drop)
     names = [row["trained on"] for row in found.retraining]
