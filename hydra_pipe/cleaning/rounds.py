@@ -88,10 +88,6 @@ def further_rounds(
         before, found = found, proposed_by_dynamics(own, cut, progress)
         told.append(_told(found, seen, truth))
         says.append(f"round {number}: {_in_words(told[-1])}; {_changes(before, found)}")
-    says.append(
-        "a further round trains on what the one before has changed, and so confirms it: it finds "
-        "more, and takes little back"
-    )
     found.summary["says"][:0] = says
     return replace(found, summary=found.summary | {names.ROUNDS: told})
 
@@ -164,14 +160,15 @@ def _told(found: Cleaning, seen: Seen, truth: Any) -> dict[str, Any]:
     """Return the numbers of a round."""
     ids = found.drop.column("train_id").to_numpy()
     told = {"n_proposed": len(ids), "n_wrong": found.summary["n_wrong"]}
-    if truth is None or seen.classes.labels.dtype.kind not in "iu":
+    if truth is None:
         return told
-    wrong = seen.classes.given != truth
+    names_of, true = seen.classes.labels.astype(str), truth.astype(str)
+    wrong = names_of[seen.classes.given] != true
     hits = int(wrong[ids].sum())
     new = found.drop.column("suggested_class").to_numpy()
     told["precision"] = hits / len(ids) if len(ids) else None
     told["recall"] = hits / int(wrong.sum()) if wrong.any() else None
-    told["suggested_right"] = int((new == truth[ids]).sum())
+    told["suggested_right"] = int((names_of[new] == true[ids]).sum())
     return told
 
 

@@ -290,7 +290,7 @@ def clean(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Propose training samples to relabel or drop, and see what each of these comes to.
+    """Propose training samples to relabel or drop, and measure what helps.
 
     Labels are judged by what the network thought of each sample while it trained. No test samples
     and no reduce are needed. With --method, the relevance of a reduction judges.

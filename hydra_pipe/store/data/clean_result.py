@@ -155,7 +155,7 @@ def read_proposal(
     keep = np.array([int(line) for line in lines], np.int64)
     drop, ids = _with_ids(directory / DROP_FILE)
     judged, judged_ids = _with_ids(directory / JUDGED_FILE)
-    if not drop.schema.equals(judged.schema) or not np.isin(ids, judged_ids).all():
+    if not np.isin(ids, judged_ids).all():
         raise ValueError(f"{JUDGED_FILE} does not have the samples of {DROP_FILE}")
     # A manifest may claim any number of samples. It is compared with the files before memory
     # is asked for.
@@ -186,10 +186,14 @@ def _with_ids(path: Path) -> tuple[pa.Table, NDArray[np.int64]]:
         OSError, ValueError, pyarrow.ArrowException: the table is missing or damaged.
     """
     table = opened_table(path).read()
-    at = table.schema.get_field_index("train_id")
-    if at < 0 or table.schema.field(at).type != pa.int64() or table.column(at).null_count:
-        raise ValueError(f"{path.name} has no ids")
-    return table, table.column(at).to_numpy()
+    known = [
+        schema(labels, {})
+        for schema in (dynamics_schema, relevance_schema)
+        for labels in (pa.int64(), pa.string())
+    ]
+    if not any(table.schema.equals(schema) for schema in known):
+        raise ValueError(f"{path.name} has other columns")
+    return table, table.column("train_id").to_numpy()
 
 
 def carry_retrained(directory: Path, target: Path) -> None:
