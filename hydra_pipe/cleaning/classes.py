@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.rows import check_within
 from hydra_pipe.types import I64
 
+# Most classes of a run. Larger integers are taken for something else.
+MOST_CLASSES = 2**20
 # Rows that are read at once.
 _ROWS = 2**20
 
@@ -43,19 +46,22 @@ def trained_classes(gradients: Gradients, n_samples: int) -> Classes | None:
     """
     given: I64 = np.full(n_samples, -1, np.int64)
     for first in range(0, gradients.rows.n_rows, _ROWS):
-        rows = slice(first, first + _ROWS)
+        rows = slice(first, min(first + _ROWS, gradients.rows.n_rows))
         targets = gradients.row_dynamics(names.TARGET, rows).astype(np.int64)
-        known = targets >= 0
-        given[gradients.samples(rows)[known]] = targets[known]
+        samples, known = gradients.samples(rows), targets >= 0
+        check_within(samples, n_samples, f"samples of {gradients.path}")
+        given[samples[known]] = targets[known]
     recorded = gradients.labels(names.TRAIN_LABELS)
     known = given >= 0
     if recorded is not None and recorded.dtype.kind in "iu":
         if (recorded[known] != given[known]).any():
             return None  # labels are not the targets, such as coarser classes
         given = np.where(known, given, recorded)
-    if given.max(initial=-1) < 0 or given.min() < -1:
+    n_outputs = gradients.dynamics_shape.n_outputs
+    most = n_outputs if n_outputs > 1 else MOST_CLASSES
+    if not 0 <= given.max(initial=-1) < min(most, MOST_CLASSES) or given.min() < -1:
         return None
-    n_classes = max(gradients.dynamics_shape.n_outputs, int(given.max()) + 1)
+    n_classes = max(min(n_outputs, MOST_CLASSES), int(given.max()) + 1)
     return Classes(given, labels_of(recorded, given, n_classes))
 
 

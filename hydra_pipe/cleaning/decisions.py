@@ -120,8 +120,8 @@ def decided(found: Cleaning, decisions: Decisions) -> Cleaning:
         UsageError: a decision is on a sample that was not judged, or names a class that the run
             does not have; or all samples would be dropped.
     """
-    judged, n_samples = found.judged, found.summary["n_samples"]
-    classes = found.summary["classes"]
+    judged, n_samples = found.judged, len(found.keep) + found.drop.num_rows
+    classes = found.summary.get("classes")
     _check(decisions, judged, n_samples, classes)
     keep, drop = divided(_with_decisions(judged, decisions, classes), n_samples)
     if drop.column("action").to_pylist().count(DROP) == n_samples:

@@ -266,7 +266,7 @@ class _Proposal:
         if HURTS not in found.summary or self._directory.stages[self.stage].state != "complete":
             return False
         told = found.summary[HURTS]
-        own = None if told is None else {name: told[name] for name in ("method", "checksums")}
+        own = None if told is None else {name: told.get(name) for name in ("method", "checksums")}
         return own == hurting(self._directory, self._request.method)
 
     def written(self, found: Cleaning, progress: Progress) -> Cleaning:
@@ -277,7 +277,7 @@ class _Proposal:
         """
         source = hurting(self._directory, self._request.method)
         found = with_hurts(self._directory, found, source, progress)
-        seeds = found.summary.get(RETRAINING, {}).get("seeds")
+        seeds = (found.summary.get(RETRAINING) or {}).get("seeds")
         with self._running() as work:
             _write(work, found, carry=True)
             work.facts |= {} if seeds is None else {_SEEDS: seeds}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.cleaning.classes import MOST_CLASSES
 from hydra_pipe.errors import DataError, RunError
 from hydra_pipe.labels.dynamics import Dynamics, TopLogits
 from hydra_pipe.store import names
@@ -62,6 +63,11 @@ def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
         raise RunError(
             f"{gradients.path}: {_NO_CLASSES[shape.n_outputs]}, so the dynamics cannot judge "
             "labels: reduce, and give --method hydra to judge by relevance"
+        )
+    if shape.n_outputs > MOST_CLASSES:
+        raise RunError(
+            f"{gradients.path} has {shape.n_outputs:,} classes, and labels of at most "
+            f"{MOST_CLASSES:,} can be judged: reduce, and give --method hydra to judge by relevance"
         )
     rows = slice(0, gradients.rows.n_rows)
     ids, samples = np.unique(gradients.samples(rows), return_inverse=True)

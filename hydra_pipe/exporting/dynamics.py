@@ -18,8 +18,8 @@ from hydra_pipe.types import I64, Bools, Floating
 _BLOCK = 2**18
 
 
-def statistics_over(gradients: Gradients, samples: slice, progress: Progress) -> Statistics:
-    """Return the statistics of the visits of some samples. The rows are read block by block.
+def totals_over(gradients: Gradients, samples: slice, progress: Progress) -> VisitTotals:
+    """Add up the statistics of the visits of some samples. The rows are read block by block.
 
     The class of a row is the one that the loss compared with, or else the sample's integer label.
     Where the outputs of a sample are not classes, only the recorded losses count.
@@ -37,7 +37,7 @@ def statistics_over(gradients: Gradients, samples: slice, progress: Progress) ->
             totals.add(ids - samples.start, gradients.step_of_rows(rows)[own], visits)
         for rows, ids, own in _blocks(gradients, _BLOCK, samples, task):
             totals.add_order(ids - samples.start, gradients.step_of_rows(rows)[own])
-    return totals.statistics()
+    return totals
 
 
 def _blocks(
@@ -89,7 +89,7 @@ def _visits(
     return found
 
 
-def columns_of(statistics: Statistics, rows: slice) -> list[pa.Array]:
+def columns_of(statistics: Statistics) -> list[pa.Array]:
     """Return the columns of some samples, in the order of the schema."""
     floats = (
         statistics.mean_loss,
@@ -98,11 +98,10 @@ def columns_of(statistics: Statistics, rows: slice) -> list[pa.Array]:
         statistics.mean_error,
         statistics.variability,
     )
-    found = [pa.array(values[rows].astype(np.float32), from_pandas=True) for values in floats]
-    wrong, first = statistics.wrong_epochs[rows], statistics.first_learnt[rows]
+    wrong, first = statistics.wrong_epochs, statistics.first_learnt
     unknown = np.isnan(wrong)
     return [
-        *found,
+        *(pa.array(values.astype(np.float32), from_pandas=True) for values in floats),
         pa.array(np.where(unknown, 0, wrong).astype(np.int32), mask=unknown),
         pa.array((first + 1).astype(np.int32), mask=first < 0),
     ]

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, shown
-from hydra_pipe.exporting.dynamics import columns_of, statistics_over
+from hydra_pipe.exporting.dynamics import columns_of, totals_over
 from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
 from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
@@ -88,7 +88,8 @@ class Adding:
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
             if first % at_once == 0:
                 counted = slice(first, min(first + at_once, len(sums)))
-                dynamics = statistics_over(source.gradients, counted, progress)
+                dynamics = totals_over(source.gradients, counted, progress)
+            own = slice(rows.start - counted.start, rows.stop - counted.start)
             columns = [
                 pa.array(np.arange(rows.start, rows.stop)),
                 rankings.label_column(source.train_labels, rows, source.train_type),
@@ -99,7 +100,7 @@ class Adding:
                 if source.own is None
                 else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
-                *columns_of(dynamics, slice(rows.start - counted.start, rows.stop - counted.start)),
+                *columns_of(dynamics.statistics(own)),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
 

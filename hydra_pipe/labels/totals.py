@@ -1,6 +1,7 @@
 """Statistics of each sample's visits, added up from rows in any order."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_pipe.labels.epochs import Statistics, Visits
 from hydra_pipe.types import F64, I64
@@ -16,13 +17,13 @@ class VisitTotals:
     """
 
     def __init__(self, n_samples: int) -> None:
-        self._count = np.zeros(n_samples, np.int64)
+        self._count = np.zeros(n_samples, np.int32)
         self._sums = {name: np.zeros(n_samples) for name in ("loss", "margin", "error", "p", "p2")}
-        self._wrong = np.zeros(n_samples, np.int64)
+        self._wrong = np.zeros(n_samples, np.int32)
         self._last_step = np.full(n_samples, -1, np.int64)
-        self._last_loss = np.full(n_samples, np.nan)
+        self._last_loss = np.full(n_samples, np.nan, np.float32)
         self._first_hit = np.full(n_samples, _NEVER, np.int64)
-        self._before = np.zeros(n_samples, np.int64)
+        self._before = np.zeros(n_samples, np.int32)
 
     def add(self, samples: I64, steps: I64, visits: Visits) -> None:
         """Count rows.
@@ -34,7 +35,8 @@ class VisitTotals:
         """
         known = np.isfinite(visits.loss[0])
         samples, steps, loss = samples[known], steps[known], visits.loss[0][known]
-        hit, p = visits.hit[0][known], np.exp(-loss)
+        hit = visits.hit[0][known]
+        p = np.exp(-np.where(np.isfinite(hit), loss, np.inf))  # a loss without classes may be < 0
         np.add.at(self._count, samples, 1)
         own = (loss, visits.margin[0][known], visits.error[0][known], p, p**2)
         for total, values in zip(self._sums.values(), own, strict=True):
@@ -53,23 +55,23 @@ class VisitTotals:
         """
         np.add.at(self._before, samples[steps < self._first_hit[samples]], 1)
 
-    def statistics(self) -> Statistics:
-        """Return the statistics, as `statistics_of` does for visits in memory."""
-        seen = self._count > 0
-        means = {name: _over(total, self._count) for name, total in self._sums.items()}
+    def statistics(self, samples: slice) -> Statistics:
+        """Return the statistics of some samples, as `statistics_of` does for visits in memory."""
+        count, first = self._count[samples], self._first_hit[samples]
+        means = {name: _over(total[samples], count) for name, total in self._sums.items()}
         variance = np.maximum(means["p2"] - means["p"] ** 2, 0)
-        learnt = self._first_hit < _NEVER
+        is_known = np.isfinite(means["margin"])
         return Statistics(
             mean_loss=means["loss"],
-            last_loss=self._last_loss,
+            last_loss=self._last_loss[samples].astype(np.float64),
             mean_margin=means["margin"],
             mean_error=means["error"],
-            variability=np.sqrt(variance),
-            wrong_epochs=np.where(seen & np.isfinite(means["margin"]), self._wrong, np.nan),
-            first_learnt=np.where(learnt, self._before, -1),
+            variability=np.where(is_known, np.sqrt(variance), np.nan),
+            wrong_epochs=np.where(is_known, self._wrong[samples], np.nan),
+            first_learnt=np.where(first < _NEVER, self._before[samples], -1).astype(np.int64),
         )
 
 
-def _over(total: F64, count: I64) -> F64:
+def _over(total: F64, count: NDArray[np.int32]) -> F64:
     found: F64 = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
     return found

@@ -28,7 +28,7 @@ _SAMPLE_BYTES, _CELL_BYTES = 56, 80
 # Bytes of a sample's dynamics while they are added up, and of the rows that are read for them. No
 # block of the relevance is held by then. So many samples at once, at least and at most; the rows
 # are read once for each so many.
-_DYNAMICS_BYTES, _ROWS_BYTES = 136, 32 * 2**20
+_DYNAMICS_BYTES, _ROWS_BYTES = 80, 32 * 2**20
 _LEAST_DYNAMICS, MOST_DYNAMICS = 2**18, 2**24
 # Bytes of a ranked pair while it is found, sorted, and put into a table. Bytes of a row of
 # matrix/ that is encoded.

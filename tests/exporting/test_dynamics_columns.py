@@ -90,7 +90,7 @@ def test_a_regression_has_losses_and_no_classes(tmp_path: Path) -> None:
         epochs=2,
     )
     found = columns(exported(pipeline, tmp_path / "run"))
-    for name in ("mean_margin", "mean_el2n", "visits_wrong", "first_learnt"):
+    for name in ("mean_margin", "mean_el2n", "variability", "visits_wrong", "first_learnt"):
         assert found[name].mask.all()
     losses = hydra_pipe.open_run(tmp_path / "run").dynamics().groupby("train_id")["loss"]
     if losses.first().notna().all():

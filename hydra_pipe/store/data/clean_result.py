@@ -170,13 +170,37 @@ def read_proposal(
             "in order"
         )
     summary = read_json(directory / names.SUMMARY)
-    says = summary.get("says") if isinstance(summary, dict) else None
-    if not isinstance(says, list) or not all(isinstance(line, str) for line in says):
+    parts = [] if not isinstance(summary, dict) else [summary.get(name) for name in _PARTS]
+    if not _says(summary) or not all(part is None or _says(part) for part in parts):
         raise ValueError(f"{names.SUMMARY} is no summary of a proposal")
+    _check_classes(summary.get("classes"), drop, judged)
     rows = []
     if RETRAINING in summary:  # else the table may be an earlier proposal's, left by a copy
         rows = opened_table(directory / RETRAINING_FILE).read().to_pylist()
     return keep, drop, judged, rows, summary
+
+
+# Parts of the summary that have lines for a person of their own.
+_PARTS = (RETRAINING, DECISIONS, HURTS)
+
+
+def _says(found: Any) -> bool:
+    """Tell whether a part of a summary is an object with lines for a person."""
+    says = found.get("says") if isinstance(found, dict) else None
+    return isinstance(says, list) and all(isinstance(line, str) for line in says)
+
+
+def _check_classes(labels: Any, *tables: pa.Table) -> None:
+    """Refuse classes that have no label. Raises: ValueError."""
+    if labels is None:
+        labels = []
+    elif not isinstance(labels, list) or not all(type(label) in (int, str) for label in labels):
+        raise ValueError(f"{names.SUMMARY} has no labels of classes")
+    for table in tables:
+        for name in ("given_class", "suggested_class"):
+            numbers = table.column(name).drop_null().to_numpy()
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(labels):
+                raise ValueError(f"{name} has classes beside those of {names.SUMMARY}")
 
 
 def _with_ids(path: Path) -> tuple[pa.Table, NDArray[np.int64]]:
