@@ -48,7 +48,7 @@ def proposed_by_relevance(
         else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
     )
     n_relabelled = sum(label is not None for label in suggested)
-    classes = trained_classes(found.gradients, len(sums))
+    classes = trained_classes(found.gradients, len(sums), progress)
     table = _table(
         found, directory.run_id, _Judged(method, sums, scores, ids, suggested, what), classes
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.rows import check_within
@@ -36,7 +37,7 @@ class Classes:
         return int(found[0]) if len(found) == 1 else None
 
 
-def trained_classes(gradients: Gradients, n_samples: int) -> Classes | None:
+def trained_classes(gradients: Gradients, n_samples: int, progress: Progress) -> Classes | None:
     """Return the classes of a recording, or None if its targets are not known as classes.
 
     Integer labels count as classes where the recording does not know the targets.
@@ -45,12 +46,15 @@ def trained_classes(gradients: Gradients, n_samples: int) -> Classes | None:
         StoreError: damaged.
     """
     given: I64 = np.full(n_samples, -1, np.int64)
-    for first in range(0, gradients.rows.n_rows, _ROWS):
-        rows = slice(first, min(first + _ROWS, gradients.rows.n_rows))
-        targets = gradients.row_dynamics(names.TARGET, rows).astype(np.int64)
-        samples, known = gradients.samples(rows), targets >= 0
-        check_within(samples, n_samples, f"samples of {gradients.path}")
-        given[samples[known]] = targets[known]
+    n_rows = gradients.rows.n_rows
+    with progress.task("classes", n_rows, "rows") as task:
+        for first in range(0, n_rows, _ROWS):
+            rows = slice(first, min(first + _ROWS, n_rows))
+            targets = gradients.row_dynamics(names.TARGET, rows).astype(np.int64)
+            samples, known = gradients.samples(rows), targets >= 0
+            check_within(samples, n_samples, f"samples of {gradients.path}")
+            given[samples[known]] = targets[known]
+            task.advance(len(samples))
     recorded = gradients.labels(names.TRAIN_LABELS)
     known = given >= 0
     if recorded is not None and recorded.dtype.kind in "iu":

@@ -122,7 +122,7 @@ def compared(
     Raises:
         HydraError: any error of `retrain`.
     """
-    classes = trained_classes(subject.gradients, subject.n_samples)
+    classes = trained_classes(subject.gradients, subject.n_samples, progress)
     folds = _folds(subject, found, options, classes, progress)
     says: list[str] = []
     hows = _hows(subject, found, folds, classes, says)
