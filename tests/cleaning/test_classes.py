@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clusters import NAMES, made
 from support.mislabelled import small
-from test_by_dynamics import NAMES, made
 
 import hydra_pipe
 from hydra_pipe.cleaning.classes import labels_of, trained_classes

@@ -134,7 +134,7 @@ def test_relevance_has_no_weights(run: Path) -> None:
 
 
 def test_targets_may_be_names(tmp_path: Path) -> None:
-    from test_by_dynamics import NAMES, made
+    from clusters import NAMES, made
 
     wrong = made(tmp_path / "run", labels="names")
     drop = hydra_pipe.clean(tmp_path / "run", lowest=3).drop.to_pylist()
