@@ -188,9 +188,8 @@ class RowBuffer:
     def _make_room(self) -> None:
         self.features = self._empty(self._room, self._encoder.layout.n_features)
         width = self._encoder.check_columns[-1].stop
-        # projections of the whole gradients; and sums of the rows before preconditioning
+        # projections of the whole gradients
         self._actual = self._empty(BUFFER_STEPS, width)
-        self._expected = self._empty(BUFFER_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
         self._actual_views = [
             [row[columns] for columns in self._encoder.check_columns] for row in self._actual
@@ -266,10 +265,6 @@ class RowBuffer:
             self._share_out(own, rows.stop, mixture)
         step = len(self._entries)
         self._encoder.project_for_check(gradients, self._actual_views[step], contributions)
-        if self._encoder.preconditioned:
-            for index, where in enumerate(self._encoder.check_columns):
-                parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
-                self._expected[step, where] = torch.stack(parts).sum(0) if parts else 0
         present = np.zeros(len(gradients), bool)
         present[list(contributions)] = True
         norms = {}
@@ -411,11 +406,7 @@ class RowBuffer:
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
         features = self.features[:n_rows]
         sizes = [entry.rows.stop - entry.rows.start for entry in entries]
-        expected = (
-            self._expected[:n_steps]
-            if self._encoder.preconditioned
-            else self._encoder.sums(features, sizes)
-        )
+        expected = self._encoder.sums(features, sizes)
         starts = np.array([columns.start for columns in self._encoder.check_columns])
         present = np.stack([entry.present for entry in entries])
         sums = expected.double().cpu().numpy()
