@@ -19,7 +19,7 @@ the others. It is known at the elements, so rows are stored without it. Rows of 
 have few large elements: there a sketch is nearer (benchmarks/RESULTS.md).
 """
 
-from math import sqrt
+import math
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from hydra_pipe.maths.sketch import philox_of
 from hydra_pipe.types import I64
+
+# The most elements of factors that are taken at once.
+_MOST_TAKEN = 2**22
 
 
 class Grids:
@@ -53,28 +56,46 @@ class Grids:
             )
         self.sides, self._grid = sides, grid
         philox = philox_of(f"{seed}\n{name}\n{tuple(sides)}\n{tuple(grid)}")
-        # shape (element of a grid, grid): each is a run of memory that is worked on at once
-        self._outputs, self._inputs = (
-            torch.from_numpy(_distinct(philox, n_grids, size, of)).T.contiguous()
+        outputs, inputs = (
+            torch.from_numpy(_distinct(philox, n_grids, size, of))
             for size, of in zip(grid, sides, strict=True)
         )
-        elements = self._outputs[:, None] * sides[1] + self._inputs[None]
         # in the order of the columns: grid, output, input
-        self._elements = elements.permute(2, 0, 1).flatten()
-        self._scale = sqrt(sides[0] * sides[1] / n_columns)
+        self._elements = (outputs[:, :, None] * sides[1] + inputs[:, None]).flatten()
+        self._outputs, self._inputs = outputs.flatten(), inputs.flatten()
+        self._scale = math.sqrt(sides[0] * sides[1] / n_columns)
 
     @property
     def elements(self) -> Tensor:
         """Number of each column's element in the flattened block, shape (k,), int64."""
         return self._elements
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Project rows of shape (B, n) to (B, k), in their dtype, on their device."""
+    def __call__(self, rows: Tensor, elements: Tensor | None = None) -> Tensor:
+        """Project rows of shape (B, n) to (B, k), in their dtype, on their device.
+
+        Args:
+            rows: rows to project, shape (B, n).
+            elements: place of each column's element in the rows, from `elements_in`. None: rows
+                are in the block's own order.
+        """
         self._to(rows.device)
-        return rows.index_select(1, self._elements).mul_(self._scale)
+        own = self._elements if elements is None else elements
+        return rows.index_select(1, own).mul_(self._scale)
+
+    def elements_in(self, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+        """Return the place of each column's element in rows with another order of dimensions.
+
+        Args:
+            shape: shape of the block.
+            order: order of the block's dimensions in the rows.
+        """
+        places = torch.empty(math.prod(shape), dtype=torch.int64)
+        own = torch.arange(len(places)).view(shape).permute(order).flatten()
+        places[own] = torch.arange(len(places))
+        return places[self._elements.cpu()].to(self._elements.device)
 
     def of_factors(self, left: Tensor, right: Tensor) -> Tensor:
-        """Project sum_p outer(left[:, p], right[:, p]).
+        """Project sum_p outer(left[:, p], right[:, p]), a few samples at a time.
 
         Args:
             left: shape (B, P, O).
@@ -84,10 +105,24 @@ class Grids:
             Shape (B, k), in the dtype of `left`.
         """
         self._to(left.device)
-        lefts = [left.index_select(2, outputs) for outputs in self._outputs]
-        rights = [right.index_select(2, inputs) for inputs in self._inputs]
-        products = [torch.einsum("bpm,bpm->bm", own, other) for own in lefts for other in rights]
-        return torch.stack(products, 2).flatten(1).mul_(self._scale)
+        (batch, n_positions, _), k = left.shape, len(self._elements)
+        taken = n_positions * (len(self._outputs) + len(self._inputs))
+        at_once = max(1, _MOST_TAKEN // taken)
+        found = left.new_empty(batch, k)
+        for low in range(0, batch, at_once):
+            own = slice(low, low + at_once)
+            # positions last: a grid's products are then of neighbours in memory
+            outputs, inputs = (
+                values[own].transpose(1, 2).contiguous().index_select(1, numbers)
+                for values, numbers in ((left, self._outputs), (right, self._inputs))
+            )
+            n_out, n_in = self._grid
+            torch.bmm(
+                outputs.view(-1, n_out, n_positions),
+                inputs.view(-1, n_in, n_positions).transpose(1, 2),
+                out=found[own].view(-1, n_out, n_in),
+            )
+        return found.mul_(self._scale)
 
     def _to(self, device: torch.device) -> None:
         if self._elements.device != device:

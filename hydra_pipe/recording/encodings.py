@@ -184,31 +184,26 @@ class Sketched(BlockEncoding):
         return self._sketch.lines(torch.unique(torch.cat(numbers)))
 
 
-class CoordinatesOfGrids(BlockEncoding):
+class GridsOfElements(BlockEncoding):
     """Encoding whose columns are elements of the row, in grids (`hydra_pipe.maths.grids`)."""
 
     def __init__(self, block: Block, seed: int) -> None:
         super().__init__(block, seed)
         assert block.grids is not None
-        outputs, inputs, *grid = block.grids
+        outputs, inputs, n_out, n_in = block.grids
         self._grids = Grids(
             seed,
             block.name,
             (outputs, inputs),
-            (grid[0], grid[1]),
+            (n_out, n_in),
             self._columns.stop - self._columns.start,
         )
+        # places of the elements in rows with another order of dimensions
+        self._in_order: dict[tuple[int, ...], Tensor] = {}
 
     def reduce(self, given: Given) -> Reduced:
         """See the base class."""
-        value = given.value
-        if isinstance(value, Factors) and isinstance(value.given_right, Tensor):
-            columns = self._grids.of_factors(value.left, value.given_right)
-        elif isinstance(value, Factors) and value.given_right is not None:
-            columns = joined([self._grids(rows) for rows in value.pieces()])
-        else:
-            columns = self._grids(rows_of(value))
-        return Reduced(columns, given.first, bounds_of(value).sum())
+        return Reduced(self._project(given.value), given.first, bounds_of(given.value).sum())
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -217,6 +212,21 @@ class CoordinatesOfGrids(BlockEncoding):
     def root(self, root: Tensor) -> Tensor:
         """See the base class."""
         return root.flatten()[self._grids.elements.to(root.device)]
+
+    def _project(self, value: Contribution) -> Tensor:
+        if not isinstance(value, Factors) or value.given_right is None:
+            return self._grids(rows_of(value))
+        if not isinstance(value.given_right, Tensor):
+            elements = None if value.order is None else self._elements_in(value.order)
+            return joined([self._grids(rows, elements) for rows in value.pieces()])
+        if (value.left.shape[2], value.n_inputs) == self._grids.sides:
+            return self._grids.of_factors(value.left, value.given_right)
+        return self._grids(rows_of(value))
+
+    def _elements_in(self, order: tuple[int, ...]) -> Tensor:
+        if order not in self._in_order:
+            self._in_order[order] = self._grids.elements_in(self.block.shape, order)
+        return self._in_order[order]
 
 
 class KronProjected(BlockEncoding):
@@ -317,7 +327,7 @@ class Factored(BlockEncoding):
 ENCODINGS: dict[Encoding, type[BlockEncoding]] = {
     "dense": Dense,
     "factored": Factored,
-    "grids": CoordinatesOfGrids,
+    "grids": GridsOfElements,
     "kron": KronProjected,
     "sketch": Sketched,
 }
