@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.per_sample.registry import rule_for
+from hydra_pipe.recording.addresses import storage_of
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
@@ -638,5 +639,5 @@ def _detached(value: Any) -> Any:
 
 
 def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:
-    storage = output.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in others)
+    storage = storage_of(output)
+    return any(isinstance(x, Tensor) and storage_of(x) == storage for x in others)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.recording.addresses import address_of
 from hydra_pipe.recording.places import Origin, Pass
 
 # Larger outputs (the logits of a language model) would take several times their memory again.
@@ -202,7 +203,7 @@ def same_inputs(one: Pass, other: Pass) -> bool:
     ours = [x for reference in one.inputs if (x := reference()) is not None]
     theirs = [x for reference in other.inputs if (x := reference()) is not None]
     return any(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
+        address_of(a) == address_of(b) and a.shape == b.shape and a.numel() > 0
         for a in ours
         for b in theirs
     )

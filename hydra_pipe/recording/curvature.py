@@ -19,6 +19,7 @@ from hydra_pipe.maths.curvature import (
     fits,
     losses_and_targets,
 )
+from hydra_pipe.recording.addresses import address_of
 from hydra_pipe.recording.capture import SeenOutput, placed_once
 from hydra_pipe.recording.targets import TargetCheck
 from hydra_pipe.types import F32
@@ -134,7 +135,7 @@ class CurvatureWatch:
         for seen in placed_once(passes, batch):
             rows = slice(seen.first, seen.first + len(seen.output))
             told = next(
-                ((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None
+                ((f, y) for f, o, y in self._told if address_of(o) == address_of(seen.output)), None
             )
             own = samples[rows] if shares is None else samples[:0]
             self._waiting.append(
