@@ -164,6 +164,8 @@ class Capture:
         self._micro_batch = MicroBatch(np.empty(0, np.int64))
         self._model = model
         self.half_precision = False
+        #: called when a backward pass has added its gradients to `.grad`
+        self.on_backward_end: Callable[[], None] = _do_nothing
         self.outputs: list[SeenOutput] = []
         # shape of the output of the last module that was called, and its input
         self._last_called: tuple[torch.Size, Tensor] | None = None
@@ -600,6 +602,7 @@ class Capture:
         if not self._releasing:
             self._passes_open = 0
             self.coupling.after_backward()
+            self.on_backward_end()
         for call in self._calls:
             if call.task == task:
                 call.release()

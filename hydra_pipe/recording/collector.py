@@ -3,6 +3,7 @@
 The hooks' contributions are kept until the optimiser acts. Then they are checked and encoded.
 """
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -79,6 +80,8 @@ class Collector:
         # id of the backward pass of the last contribution, and number of dropped steps
         self._backward = -1
         self.n_dropped = 0
+        # a gradient after the last backward pass, and its version counter
+        self._noted: tuple[weakref.ref[Tensor], int] | None = None
         # whether all contributions so far are of gradients that the loop has asked for itself;
         # these need not be the gradients of the step
         self._only_asked = True
@@ -183,6 +186,7 @@ class Collector:
         """Hook the model, at the beginning and after `detach`."""
         blocks = {p: i for i, p in enumerate(self.parameters)}
         self._capture = Capture(self._model, blocks, self._block_names, self._watching)
+        self._capture.on_backward_end = self._note_gradient
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -374,8 +378,21 @@ class Collector:
                 )
         self._held = {}
 
+    def _note_gradient(self) -> None:
+        """Note a gradient, to see later without its values that the loop has not touched it."""
+        gradient = next((p.grad for p in self._smallest_first if p.grad is not None), None)
+        self._noted = None if gradient is None else (weakref.ref(gradient), gradient._version)
+
     def _gradients_dropped(self) -> bool:
         """Tell whether the loop has cleared or replaced the `.grad` of the contributions."""
+        if self._noted is not None:
+            gradient, version = self._noted[0](), self._noted[1]
+            if (
+                gradient is not None
+                and gradient._version == version
+                and any(p.grad is gradient for p in self._smallest_first)
+            ):
+                return False
         gradients = [p.grad for p in self._smallest_first if p.grad is not None]
         if any(bool(gradient.any()) for gradient in gradients):
             return False
