@@ -57,6 +57,7 @@ from hydra_pipe.cli.options import (
     Top,
     UpToStep,
 )
+from hydra_pipe.cli.rewind import rewind
 from hydra_pipe.cli.streams import settled_streams
 from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
@@ -439,6 +440,9 @@ def evaluate(
         "evaluated",
         f"table and summary: {run.rstrip('/')}/{EVALUATE.of(kind).area}",
     )
+
+
+app.command()(rewind)
 
 
 @app.command()

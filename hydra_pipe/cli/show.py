@@ -35,7 +35,7 @@ def show_info(info: dict[str, Any]) -> None:
     )
     settings = info["stages"].get("record", {}).get("settings", {})
     print(f"settings: {settings_line(settings)}")
-    _print_table(
+    print_table(
         ["stage", "state", "what it found"],
         [
             [printable(name), stage["state"], _facts(stage["facts"])]
@@ -55,7 +55,7 @@ def show_info(info: dict[str, Any]) -> None:
                     "yes" if block["exact"] else "no: projected",
                 ]
             )
-        _print_table(
+        print_table(
             ["block", "shape", "group", "encoding", "columns", "bytes a row", "exact"], rows
         )
     for command in info["next"][:_MOST_COMMANDS]:
@@ -76,7 +76,8 @@ def _encodings(blocks: list[dict[str, Any]]) -> str:
     return f"{', '.join(f'{n:,} {name}' for name, n in counts.items())}; {exact}"
 
 
-def _print_table(heads: list[str], rows: list[list[str]]) -> None:
+def print_table(heads: list[str], rows: list[list[str]]) -> None:
+    """Print a table with a line of heads. Columns are as wide as their cells."""
     # A longer cell is shown whole, and the others are not padded to its width: a stranger's run
     # may have a name of any length.
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(heads, *rows, strict=True)]
@@ -90,7 +91,7 @@ def show_evaluation(rows: list[dict[str, Any]], says: list[str]) -> None:
     """Print the table of an evaluation, each interval as one column, and its lines for a person."""
     if rows:
         columns = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
-        _print_table(columns, [[_cell(row, name) for name in columns] for row in rows])
+        print_table(columns, [[_cell(row, name) for name in columns] for row in rows])
     for text in says:
         print(printable(text))
 
