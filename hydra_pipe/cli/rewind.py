@@ -30,8 +30,8 @@ _SAMPLES = {
     "predicted": ("predicted", "s"),
     "loss": ("loss", ".3g"),
     "loss_share": ("of loss", ".1%"),
-    "gradient_norm": ("|gradient|", ".3g"),
-    "gradient_share": ("of gradient", ".1%"),
+    "gradient_norm": ("|grad|", ".3g"),
+    "gradient_share": ("of grad", ".1%"),
     "tests_change": ("tests", "+.2g"),
     "spikes": ("spikes", "d"),
 }

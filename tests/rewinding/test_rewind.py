@@ -226,7 +226,7 @@ def test_the_command_names_the_next_command(spiked: Path, tmp_path: Path) -> Non
     lines = done.stdout.splitlines()
     assert lines[0].endswith("8 samples, learning rate 0.1")
     assert "a spike (score" in lines[1]
-    heads = "sample label predicted loss of loss |gradient| of gradient tests spikes"
+    heads = "sample label predicted loss of loss |grad| of grad tests spikes"
     assert lines[2].split() == heads.split()
     assert {int(line.split()[0]) for line in lines[3 : 3 + BATCH]} == set(WRONG)
     assert "tests that the step harmed most:" in lines
