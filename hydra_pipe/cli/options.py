@@ -280,6 +280,7 @@ CleanPipeline = Annotated[
         help="new path of the pipeline's file if it has moved, for --retrain",
     ),
 ]
+Blocks = Annotated[bool, typer.Option("--blocks", help="also show the encoding of each parameter")]
 Step = Annotated[int | None, typer.Option("--step", metavar="N", help="step to look at, from 0")]
 FindSpikes = Annotated[
     bool, typer.Option("--spikes", help="find the steps whose loss stands out from those before")

@@ -83,4 +83,4 @@ def write_picture(
         content = io.BytesIO()
         no_date = {"Date": None} if kind == "svg" else {}
         figure.savefig(content, format=kind, dpi=150, metadata=no_date)
-    replace_file(local_path(path, "the picture"), [content.getvalue()])
+    replace_file(local_path(os.fspath(path), "the picture"), [content.getvalue()])

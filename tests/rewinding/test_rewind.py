@@ -215,7 +215,9 @@ def test_the_command_names_the_next_command(spiked: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["step", "loss", "expected", "score", "samples", "repeated"]
-    assert all(len(line) <= 80 for line in lines if not line.startswith(("8 samples", "next", "pic")))
+    assert all(
+        len(line) <= 80 for line in lines if not line.startswith(("8 samples", "next", "pic"))
+    )
     (following,) = [line for line in lines if line.startswith("next: ")]
     picture = (tmp_path / "loss.svg").read_text()
     assert picture.startswith("<?xml")
