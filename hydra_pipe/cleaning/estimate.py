@@ -1,4 +1,4 @@
-"""How many labels look wrong, in one line at the end of a recording."""
+"""The number of labels that look wrong, in one line at the end of a recording."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What `info` prints for a person: one screen of 80 columns and 24 lines."""
+"""Output of `info` for a person: one screen of 80 columns and 24 lines."""
 
 import textwrap
 from collections import Counter
