@@ -98,10 +98,11 @@ def test_a_sample_does_not_vote_on_itself(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.argmax(axis=1).tolist() == [1, 0, 2, 2]
 
 
-def test_no_more_samples_vote_than_are_allowed() -> None:
-    assert (chosen_voters(views.MOST_VOTERS) == np.arange(views.MOST_VOTERS)).all()
-    voters = chosen_voters(3 * views.MOST_VOTERS)
-    assert len(np.unique(voters)) == views.MOST_VOTERS
+@pytest.mark.parametrize(("classes", "most"), [(2, 10_000), (200, 20_000), (1000, 30_000)])
+def test_no_more_samples_vote_than_are_allowed(classes: int, most: int) -> None:
+    assert (chosen_voters(most, classes) == np.arange(most)).all()
+    voters = chosen_voters(3 * most, classes)
+    assert len(np.unique(voters)) == most
     assert (np.diff(voters) > 0).all()
 
 
