@@ -16,6 +16,7 @@ from hydra_pipe.reduction.column_groups import DenseSegment, Segment, segments_o
 from hydra_pipe.reduction.norms import SquaredNorms
 from hydra_pipe.reduction.row_sums import Folder, places_of
 from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
+from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.store.data.rows import Rows
 from hydra_pipe.types import F32, F64
 
@@ -106,12 +107,15 @@ class RowProducts:
         for total, block in zip(found, blocks, strict=True):
             total += scorer(block.read, block.weight).sum(axis=1, dtype=np.float64)
 
-    def with_tests(self, blocks: Sequence[RowBlock], tests: Rows) -> tuple[F64, F64]:
+    def with_tests(
+        self, blocks: Sequence[RowBlock], tests: Rows, preconditioner: Preconditioner | None
+    ) -> tuple[F64, F64]:
         """Return the products of weighted rows with test gradients, summed both ways.
 
         Args:
             blocks: rows.
             tests: test gradients.
+            preconditioner: D^(1/2) of the optimiser, which multiplies both sides. None: none.
 
         Returns:
             <r_i, sum_j h_j>, shape (row,); <sum_i r_i, h_j>, shape (test,), both float64.
@@ -123,7 +127,7 @@ class RowProducts:
         for low in range(0, tests.n_rows, height):
             own = slice(low, min(low + height, tests.n_rows))
             stored = tests.features(own, slice(0, n_features))
-            held = decode_tests(stored, tests.scales(own), self._segments)
+            held = decode_tests(stored, tests.scales(own), self._segments, preconditioner)
             scorer = Scorer(held, self._segments, n_features, n_features)
             for total, block in zip(of_rows, blocks, strict=True):
                 products = scorer(block.read, block.weight)

@@ -137,7 +137,7 @@ def _tests(recording: SoFar, held: StepRows, step: int) -> _Tests | None:
     taken = np.array(recording.tests, np.int64)
     at = int(taken[checkpoint_of_steps(taken, np.array([step]))[0]])
     of_rows, of_tests = RowProducts(store.layout).with_tests(
-        held.weighed(tracin_weights(store)), store.test_rows(at)
+        held.weighed(tracin_weights(store)), store.test_rows(at), store.preconditioner(at)
     )
     return _Tests(at, -of_tests, -of_rows / len(of_tests))
 

@@ -39,8 +39,13 @@ def whole(blocks: dict[str, np.ndarray], weights: np.ndarray | None = None) -> n
     )
 
 
-def by_loop(run: Path, step: int, checkpoint: int) -> dict[str, np.ndarray]:
-    """What a step is made of, from what is on disk and docs/format.md alone."""
+def by_loop(
+    run: Path, step: int, checkpoint: int, d: np.ndarray | float = 1.0
+) -> dict[str, np.ndarray]:
+    """What a step is made of, from what is on disk and docs/format.md alone.
+
+    `d` multiplies the test gradients: the preconditioner of Adam.
+    """
     found = arrays(run)
     mine = np.flatnonzero(found["step"] == step)
     rows = decoded(run, slice(int(mine[0]), int(mine[-1]) + 1))
@@ -52,7 +57,7 @@ def by_loop(run: Path, step: int, checkpoint: int) -> dict[str, np.ndarray]:
     total = parts.sum(axis=0)
     rate = found["steps/learning_rate"][step][groups] * found["steps/step_factor"][step] * updated
     moved = whole(rows, c * rate)
-    tests = whole(decoded_group(store, store[f"test/{checkpoint:010d}"], slice(None)))
+    tests = d * whole(decoded_group(store, store[f"test/{checkpoint:010d}"], slice(None)))
     return {
         "train_id": found["sample"][mine],
         "loss": found["loss"][mine],
@@ -132,13 +137,26 @@ def test_labels_predictions_and_shares_are_those_of_the_recording(
     np.testing.assert_allclose(table["loss_share"], own["loss"] / own["loss"].sum(), rtol=1e-6)
 
 
-def test_under_adam_a_share_is_said_to_be_of_the_update(tmp_path: Path) -> None:
+def test_under_adam_shares_are_of_the_gradient_and_the_change_has_the_preconditioner(
+    tmp_path: Path,
+) -> None:
     pipeline = mlp_pipeline()
     pipeline.optimizer = torch.optim.Adam(pipeline.model.parameters(), lr=0.01)
     hydra_pipe.record(pipeline, tmp_path / "run", test_every="epoch")
-    found = hydra_pipe.open_run(tmp_path / "run").rewind(7)
-    np.testing.assert_allclose(found.samples.to_pandas()["gradient_share"].sum(), 1)
+    run = hydra_pipe.open_run(tmp_path / "run")
+    found = run.rewind(7)
+    expected = by_loop(tmp_path / "run", 7, found.summary["tests_step"])
+    table = found.samples.to_pandas().set_index("train_id").loc[expected["train_id"]]
+    np.testing.assert_allclose(table["gradient_share"], expected["share"], atol=1e-5)
     assert any("preconditioner" in line for line in found.summary["says"])
+    gradients = run.gradients
+    root = gradients.preconditioner(found.summary["tests_step"])
+    assert root is not None
+    blocks = root.rank_one(gradients.layout).of_blocks(gradients.layout)
+    tests = by_loop(tmp_path / "run", 7, found.summary["tests_step"], np.concatenate(blocks) ** 2)
+    change = found.tests.to_pandas().sort_values("test_id")["change"]
+    scale = np.abs(tests["change"]).max()
+    np.testing.assert_allclose(change, tests["change"], atol=1e-4 * scale)
 
 
 def train(run: Path, epochs: int = 8) -> None:
