@@ -10,7 +10,6 @@ import pytest
 import torch
 import xarray
 import zarr
-from support import ROOT
 from support.pipelines import conv_pipeline
 from typer.testing import CliRunner
 
@@ -218,31 +217,40 @@ def test_info_shows_a_person_what_comes_next_whole_names_and_no_checksums(
     )
 
 
-@pytest.mark.parametrize("run", ["whole", "pruned"])
-def test_info_fits_a_screen(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns and 24 lines, one of which is the prompt's; `whole` has 18 stages."""
-    monkeypatch.chdir(ROOT)
-    shown = CliRunner().invoke(app, ["info", f"tests/archive/v1/{run}"]).stdout.splitlines()
-    assert len(shown) <= 23
-    assert max(map(len, shown)) <= 80
-    stages = json.loads((ROOT / f"tests/archive/v1/{run}/run.json").read_text())["stages"]
-    left_out = [int(line.split()[1]) for line in shown if line.endswith("more stages: --json")]
-    assert sum(line.split("  ")[0] in stages for line in shown) == len(stages) - sum(left_out)
-
-
-def test_info_shows_what_is_unfinished_before_what_is_complete(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(ROOT / "tests/archive/v1/whole", run)
+@pytest.fixture
+def crowded(run: Path) -> Path:
+    """A run whose manifest has 18 stages more, the last but one of them failed."""
     manifest = json.loads((run / "run.json").read_text())
-    stages = manifest["stages"]
-    stages["reduce hydra"] = {"state": "failed", "settings": {}, "facts": {"error": "x" * 500}}
+    methods = ("tracin", "grad-dot", "grad-cos", "influence", "hydra-mean", "hydra-of-new")
+    for kind, facts in (
+        ("reduce", {"seconds": 12.5, "n_samples": 26}),
+        ("export", {"seconds": 0.1}),
+        ("report", {"n_bytes": 60_066, "left_out": [], "no_samples": None}),
+    ):
+        for method in methods:
+            stage = {"state": "complete", "settings": {"top": 5}, "facts": facts}
+            manifest["stages"][f"{kind} {method}"] = stage
+    failed = {"state": "failed", "settings": {}, "facts": {"error": "x" * 500}}
+    manifest["stages"]["report hydra-mean"] = failed
     (run / "run.json").write_text(json.dumps(manifest))
-    shown = CliRunner().invoke(app, ["info", str(run)]).stdout.splitlines()
-    (failed,) = [line for line in shown if line.startswith("reduce hydra ")]
+    return run
+
+
+def test_info_fits_a_screen(crowded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns and 24 lines, one of which is the prompt's."""
+    monkeypatch.chdir(crowded.parent)
+    shown = CliRunner().invoke(app, ["info", "run"]).stdout.splitlines()
+    assert 18 <= len(shown) <= 23
+    assert max(map(len, shown)) <= 80
+    stages = json.loads((crowded / "run.json").read_text())["stages"]
+    (left_out,) = [int(line.split()[1]) for line in shown if line.endswith("more stages: --json")]
+    named = [line.split("  ")[0] for line in shown if line.split("  ")[0] in stages]
+    assert len(named) == len(stages) - left_out
+    assert "record" in named
+    assert "report hydra-of-new" in named
+    (failed,) = [line for line in shown if line.startswith("report hydra-mean ")]
     assert failed.split()[2] == "failed"
-    assert len(failed) == 80
     assert failed.endswith("xxx...")
-    assert len(shown) <= 23
 
 
 def test_the_final_checkpoint_is_the_trained_model(finished: Path) -> None:
