@@ -163,6 +163,11 @@ class TableColumn:
     chunk_width: int | None = None
     shuffle: bool = True
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return np.dtype(self.dtype).itemsize * (1 if self.width is None else self.width[0])
+
 
 class TableWriter:
     """Writer that appends rows to arrays with a common first dimension.
