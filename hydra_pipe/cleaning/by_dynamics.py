@@ -110,8 +110,8 @@ def _table(seen: Seen, verdict: Verdict, chosen: I64) -> pa.Table:
             rankings.label_column(classes, suggested, kind),
             pa.array(suggested),
             pa.array(verdict.suggested_chance[order]),
-            pa.array(p[order, given]),
-            pa.array(p[order, suggested]),
+            pa.array(p.given[order]),
+            pa.array(p.suggested[order]),
             pa.array(verdict.evidence.statistics.mean_loss[order]),
             pa.array([RELABEL] * len(chosen) + [KEEP] * n_kept, pa.string()),
             pa.array(reasons, pa.string()),
@@ -128,18 +128,18 @@ _UNIT = "log-odds"
 
 def _reasons(dynamics: Dynamics, verdict: Verdict, chosen: I64, classes: NDArray[Any]) -> list[str]:
     evidence, found = verdict.evidence, []
+    p, r, v = evidence.predictions, evidence.ridge, evidence.votes
     for sample in chosen.tolist():
         given, suggested = dynamics.labels[sample], verdict.suggested[sample]
-        p = evidence.predictions[sample]
         text = (
-            f"while it learnt, the network gave {classes[given]} {p[given]:.0%} and "
-            f"{classes[suggested]} {p[suggested]:.0%}"
+            f"while it learnt, the network gave {classes[given]} {p.given[sample]:.0%} and "
+            f"{classes[suggested]} {p.suggested[sample]:.0%}"
         )
-        if evidence.ridge is not None and evidence.votes is not None:
-            r, v = evidence.ridge[sample], evidence.votes[sample]
+        if r is not None and v is not None:
             text += (
-                f"; a linear fit to the others gives {classes[suggested]} {r[suggested]:.0%}, and "
-                f"{v[suggested]:.0%} of its neighbours are {classes[suggested]}"
+                f"; a linear fit to the others gives {classes[suggested]} "
+                f"{r.suggested[sample]:.0%}, and {v.suggested[sample]:.0%} of its neighbours are "
+                f"{classes[suggested]}"
             )
         found.append(text)
     return found

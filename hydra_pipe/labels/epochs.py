@@ -4,10 +4,11 @@ An epoch is worth listening to if the network has learnt, and has not yet memori
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import DEEPEST, Dynamics, TopLogits
+from hydra_pipe.labels.dynamics import DEEPEST, Dynamics, TopLogits, blocks_of
 from hydra_pipe.types import F64, I64, Bools
 
 # Share of the trusted samples that the network predicts right when it has learnt.
@@ -58,14 +59,17 @@ class Statistics:
 def visits_of(dynamics: Dynamics) -> Visits:
     """Return loss, margin, EL2N and hit of each visit."""
     shape = (dynamics.n_epochs, len(dynamics.labels))
-    loss, margin, error, hit = (np.full(shape, np.nan) for _ in range(4))
-    for epoch in range(shape[0]):
-        if isinstance(dynamics.logits, TopLogits):
-            found = _of_kept(dynamics.logits, dynamics.labels, epoch)
+    loss, margin, error = (np.full(shape, np.nan) for _ in range(3))
+    top = dynamics.logits if isinstance(dynamics.logits, TopLogits) else None
+    n_numbers = dynamics.n_classes if top is None else top.largest.shape[2]
+    for epoch, samples in product(range(shape[0]), blocks_of(shape[1], n_numbers)):
+        labels = dynamics.labels[samples]
+        if top is None:
+            found = _of_all(dynamics.centred(epoch, samples), labels)
         else:
-            found = _of_all(dynamics.centred(epoch), dynamics.labels)
-        loss[epoch], margin[epoch], error[epoch] = found
-        hit[epoch] = np.where(np.isfinite(margin[epoch]), margin[epoch] > 0, np.nan)
+            found = _of_kept(top, labels, epoch, samples)
+        loss[epoch, samples], margin[epoch, samples], error[epoch, samples] = found
+    hit = np.where(np.isfinite(margin), margin > 0, np.nan)
     return Visits(loss, margin, error, hit)
 
 
@@ -80,12 +84,12 @@ def _of_all(log_p: F64, labels: I64) -> tuple[F64, F64, F64]:
     return -own, own - log_p.max(axis=1), error
 
 
-def _of_kept(top: TopLogits, labels: I64, epoch: int) -> tuple[F64, F64, F64]:
+def _of_kept(top: TopLogits, labels: I64, epoch: int, samples: slice) -> tuple[F64, F64, F64]:
     """Return the same from the logits that are kept. The other classes share the rest evenly."""
-    total = top.log_sum[epoch].astype(np.float64)
-    others = top.largest[epoch] - total[:, None]
-    others[top.classes[epoch] == labels[:, None]] = -np.inf
-    own = top.own[epoch] - total
+    total = top.log_sum[epoch, samples].astype(np.float64)
+    others = top.largest[epoch, samples] - total[:, None]
+    others[top.classes[epoch, samples] == labels[:, None]] = -np.inf
+    own = top.own[epoch, samples] - total
     is_kept = ~np.isnan(own)
     mass = np.exp(np.where(is_kept, own, -np.inf)) + np.exp(others).sum(axis=1)
     n_left = top.n_classes - np.isfinite(others).sum(axis=1) - is_kept
