@@ -15,7 +15,8 @@ from hydra_pipe.labels.judging import Verdict, judge
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.clean_result import RELABEL, dynamics_schema
+from hydra_pipe.store.data.clean_result import RELABEL, WARNINGS, dynamics_schema
+from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
@@ -32,16 +33,33 @@ def proposed_by_dynamics(directory: RunDirectory, cut: Cut, progress: Progress) 
         UsageError: `cut` would propose all samples.
     """
     gradients, counts = open_recording(directory, None)
-    n_samples = counts.n_samples
-    ids, dynamics = dynamics_of(gradients)
+    return proposed_from(gradients, *dynamics_of(gradients), counts.n_samples, cut, progress)
+
+
+def proposed_from(
+    gradients: Gradients, ids: I64, dynamics: Dynamics, n_samples: int, cut: Cut, progress: Progress
+) -> Cleaning:
+    """Return the proposal from dynamics that were read before.
+
+    Args:
+        gradients: the recording.
+        ids: ids of the samples that were visited, shape (judged,).
+        dynamics: dynamics of these samples.
+        n_samples: number of all training samples.
+        cut: rule for how many to propose.
+        progress: place to show progress.
+
+    Raises:
+        UsageError: `cut` would propose all samples.
+    """
     with progress.task("judge labels", 1, "run") as task:
         verdict = judge(dynamics)
         task.advance(1)
     chosen = _chosen(verdict, cut, n_samples)
     classes = class_labels(gradients.labels(names.TRAIN_LABELS), ids, dynamics)
-    drop = _table(directory.run_id, ids, dynamics, verdict, chosen, classes)
+    drop = _table(gradients.run_id, ids, dynamics, verdict, chosen, classes)
     summary = {
-        "run_id": directory.run_id,
+        "run_id": gradients.run_id,
         "method": DYNAMICS,
         "lowest": cut.lowest,
         "cautious": cut.cautious,
@@ -49,6 +67,7 @@ def proposed_by_dynamics(directory: RunDirectory, cut: Cut, progress: Progress) 
         "n_proposed": len(chosen),
         RELABEL: len(chosen),
         "n_wrong": [verdict.n_wrong.value, verdict.n_wrong.low, verdict.n_wrong.high],
+        WARNINGS: list(verdict.warnings),
         "says": _says(dynamics, verdict, chosen, classes, n_samples, cut),
     }
     keep = np.setdiff1d(np.arange(n_samples), ids[chosen])

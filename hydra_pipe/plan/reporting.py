@@ -1,4 +1,4 @@
-"""Size of the piece of relevance that a report reads at once. Integers only."""
+"""Sizes of what a report reads at once. Integers only."""
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
@@ -11,6 +11,9 @@ PAIR_BYTES = 4 + 4 + 4 + 8
 # Bytes of a training sample: its sum, visits, label and class, and the memory of ranking one
 # column.
 SAMPLE_BYTES = 120
+# Bytes of a row of the dynamics: its sample, step and visit, several times. Bytes of a number of
+# it, as read and in order of sample. Bytes of a class of a sample: a dozen arrays of float64.
+ROW_BYTES, NUMBER_BYTES, CLASS_BYTES = 64, 8, 96
 
 
 def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> int:
@@ -34,3 +37,16 @@ def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes:
         )
     room = memory_bytes - base_bytes - n_samples * SAMPLE_BYTES
     return max(1, min(n_columns, room // (n_samples * PAIR_BYTES), BLOCK_BYTES // (n_samples * 4)))
+
+
+def judging_bytes(n_samples: int, n_visits: int, n_classes: int, n_numbers: int) -> int:
+    """Return the bytes that the judgement of labels needs at most.
+
+    Args:
+        n_samples: number of training samples.
+        n_visits: number of visits of a sample.
+        n_classes: number of classes.
+        n_numbers: number of numbers of the dynamics at a visit.
+    """
+    a_visit = ROW_BYTES + NUMBER_BYTES * n_numbers
+    return n_samples * (n_visits * a_visit + CLASS_BYTES * n_classes)

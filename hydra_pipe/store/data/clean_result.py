@@ -24,6 +24,8 @@ RETRAINING_FILE: Final = "retraining.parquet"
 RELABEL, DROP = "relabel", "drop"
 # Key of the summary: the result of training without the proposed samples.
 RETRAINING: Final = "retraining"
+# Key of the summary: reasons not to trust the proposal, one sentence each.
+WARNINGS: Final = "warnings"
 # The most bytes of a line: 18 digits of an id, and the line's end.
 _LINE_BYTES = 19
 _ID = re.compile(r"[0-9]{1,18}")
