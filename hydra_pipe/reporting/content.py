@@ -93,7 +93,7 @@ class LabelPart:
 
 @dataclass(frozen=True)
 class RelevancePart:
-    """What the relevance tells beside the rankings of test samples.
+    """Facts of the relevance beside the rankings of test samples.
 
     Args:
         unit: unit of a value, as in the store.
@@ -106,6 +106,14 @@ class RelevancePart:
     suspects: Sequence[Suspect]
     classes: Classes | None
     distribution: Distribution
+
+
+@dataclass(frozen=True)
+class NoRelevance:
+    """A page without relevance: its meaning in words, and the command that leads to relevance."""
+
+    words: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class Content:
         tiles: pairs of a figure and its meaning.
         warnings: cautions for the reader.
         missing: parts that the page lacks, with the reasons.
-        relevance: what the relevance tells. Without relevance, what would add it, in words.
+        relevance: facts of the relevance, or the way to it.
         losses: loss of each step, shape (step,).
         test_losses: pairs of a step and the mean test loss after it.
         evaluations: pairs of a kind of evaluation and its lines for a person.
@@ -158,7 +166,7 @@ class Content:
     tiles: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     missing: Sequence[str]
-    relevance: RelevancePart | str
+    relevance: RelevancePart | NoRelevance
     losses: NDArray[np.float64]
     test_losses: list[tuple[int, float]]
     evaluations: Sequence[tuple[str, list[str]]]

@@ -22,6 +22,10 @@ MOST_PAIRS = 12
 _SIZE = 128
 # Numbers of an input that are looked at: a fixed random choice of them.
 _MOST_NUMBERS = 4096
+# Rows of fewer columns are the same or not: a cosine of few numbers says little.
+_FEWEST_COLUMNS = 8
+# Greatest ratio of the lengths of two vectors that are nearly the same.
+_LENGTHS = 1.25
 # Columns of a row that stray further, in standard deviations, count as this far.
 _FURTHEST = 3.0
 _WORD = re.compile(r"\w+")
@@ -94,15 +98,18 @@ class Contents:
             self._words.append((place, np.array(words, np.int64)))
         elif array is not None and array.ndim == 1 and array.dtype.kind in "iu":
             self._words.append((place, array.astype(np.int64) % _N_WORDS))
-        elif array is not None and array.ndim and array.size:
+        elif array is not None and array.ndim and array.size >= _FEWEST_COLUMNS:
             key = (array.shape, array.ndim == 1 and array.size <= _SIZE)
             self._numbers.setdefault(key, []).append((place, _short(array, *key)))
 
-    def vectors(self) -> F32:
-        """Return a unit vector of each input, shape (input, number), the same for same inputs.
+    def vectors(self) -> tuple[F32, F32]:
+        """Return a unit vector of each input, and its length before, the same for same inputs.
 
         Pixels are centred by their means over all inputs, columns of rows are standardised, and
         words count less the more inputs have them. Other inputs have random vectors.
+
+        Returns:
+            Shapes (input, number) and (input,).
         """
         found = np.zeros((len(self._digests), _SIZE + 1), np.float32)
         for (_, is_row), own in self._numbers.items():
@@ -123,11 +130,13 @@ class Contents:
             if place not in counted:
                 seed = int.from_bytes(self._digests[place][:8], "little")
                 found[place, :_SIZE] = np.random.default_rng(seed).standard_normal(_SIZE)
-        norms = np.linalg.norm(found, axis=1, keepdims=True)
+        lengths = np.linalg.norm(found, axis=1)
         # Inputs without a direction are like each other, and like nothing else.
-        found[norms[:, 0] <= 1e-6 * max(norms.max(initial=0.0), 1e-30), _SIZE] = 1.0
-        found /= np.linalg.norm(found, axis=1, keepdims=True)
-        return found
+        is_none = lengths <= 1e-6 * max(float(lengths.max(initial=0.0)), 1e-30)
+        found[is_none] = 0.0
+        found[is_none, _SIZE] = lengths[is_none] = 1.0
+        found /= lengths[:, None]
+        return found, lengths
 
     def digests(self) -> I64:
         """Return a number for each input, the same for inputs of the same content."""
@@ -147,7 +156,7 @@ def duplicates(
         labels: label of each of them as text, shape (train + test,). None: unknown. An empty
             text is an unknown label.
     """
-    vectors, digests = contents.vectors(), contents.digests()
+    (vectors, lengths), digests = contents.vectors(), contents.digests()
     n_train, n = len(train), len(train) + len(test)
     ids = np.concatenate([train, test])
     kept: list[Pair] = []
@@ -157,6 +166,9 @@ def duplicates(
         rows = np.arange(start, min(start + height, n_train))
         cosines = vectors[rows] @ vectors.T
         first, second = np.nonzero((cosines > NEARLY) & (np.arange(n)[None, :] > rows[:, None]))
+        ratios = lengths[rows[first]] / lengths[second]
+        close = (ratios < _LENGTHS) & (ratios > 1 / _LENGTHS)
+        first, second = first[close], second[close]
         cosine = cosines[first, second]
         first = rows[first]
         exact = digests[first] == digests[second]

@@ -97,7 +97,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pass over the relevance is to find, beside sums.
+    """Wishes of a pass over the relevance, beside sums.
 
     Args:
         columns: columns to rank training samples for.

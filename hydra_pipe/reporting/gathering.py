@@ -14,7 +14,14 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.alike import alike_inputs
 from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
 from hydra_pipe.reporting.columns import OF_TESTS, Naming, confusions_of, shown_columns
-from hydra_pipe.reporting.content import Content, Hurt, LabelPart, RelevancePart, Suspect
+from hydra_pipe.reporting.content import (
+    Content,
+    Hurt,
+    LabelPart,
+    NoRelevance,
+    RelevancePart,
+    Suspect,
+)
 from hydra_pipe.reporting.counting import Confusion, class_counts
 from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.facts import (
@@ -339,7 +346,7 @@ class Gathering:
 
     def _relevance_part(
         self, found: Findings | None, suspects: I64, visits: I64
-    ) -> RelevancePart | str:
+    ) -> RelevancePart | NoRelevance:
         source = self._source
         if found is None or source.relevance is None:
             return without_relevance(source.directory)

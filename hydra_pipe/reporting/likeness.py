@@ -1,4 +1,4 @@
-"""What two inputs have in common, for a person: words of texts, columns of rows."""
+"""Common traits of two inputs, for a person: words of texts, columns of rows."""
 
 import re
 from collections import Counter

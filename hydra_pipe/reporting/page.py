@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hydra_pipe.reporting.content import Content, LabelPart, RelevancePart, Suspect
+from hydra_pipe.reporting.content import Content, LabelPart, NoRelevance, RelevancePart, Suspect
 from hydra_pipe.reporting.drawing import Cells, Text, clean
 from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.pieces import (
@@ -224,8 +224,8 @@ def _labels(content: Content) -> dict[str, Any]:
 def _relevance(content: Content) -> dict[str, Any]:
     """Return the values of the parts about relevance."""
     part = content.relevance
-    if not isinstance(part, RelevancePart):
-        return {"is_there": False, "reason": clean(part)}
+    if isinstance(part, NoRelevance):
+        return {"is_there": False, "words": clean(part.words), "command": clean(part.command)}
     drawn = {
         type(content.train_drawn[suspect.id])
         for suspect in part.suspects

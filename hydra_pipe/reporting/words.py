@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.reporting.content import NoRelevance
 from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.labels import JudgedLabels
 from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import REDUCE
+from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
+from hydra_pipe.store.run.stages import REDUCE, REPORT
 
 # Thresholds of warnings: less curvature left by saturation than this, or more imbalance than
 # this.
@@ -20,6 +21,8 @@ LITTLE_CURVATURE, MUCH_IMBALANCE = 0.5, 1e-3
 # Share of the test samples predicted right, above that of one class for all: below it, little
 # has been learnt.
 LITTLE_LEARNT = 0.25
+# Share of the labels that look wrong from which their most frequent confusion is named.
+FREQUENT = 0.1
 
 _NUMBERS = (
     *("none", "one", "two", "three", "four", "five", "six"),
@@ -156,17 +159,18 @@ def hardly_learnt(right: NDArray[np.float64], targets: Sequence[Any]) -> list[st
     ]
 
 
-def without_relevance(run: RunDirectory) -> str:
-    """Return what a page without relevance lacks, and the command that adds it."""
+def without_relevance(run: RunDirectory) -> NoRelevance:
+    """Return what a page without relevance lacks, and the command that leads to it."""
     reduced = [name for name in run.complete(REDUCE) if not ResultName.parse(name).is_of_itself]
     if reduced:
-        return (
-            "Which training samples made a prediction is on the page of a result: "
-            f"hydra-pipe report {run.path} --method {reduced[0]}"
+        return NoRelevance(
+            "Which training samples made a prediction is on the page of a result",
+            run.command(REPORT.of(reduced[0])),
         )
-    return (
-        "Which training samples made a prediction, and which tests a wrong label hurts, is not "
-        f"known yet. hydra-pipe reduce {run.path}, then report, adds it."
+    return NoRelevance(
+        "Which training samples made a prediction, and which tests a wrong label hurts, is on "
+        "the page that report writes after",
+        run.command(REDUCE.of(DEFAULT_METHOD)),
     )
 
 
@@ -188,8 +192,9 @@ def labels_title(judged: JudgedLabels, n_first: int) -> str:
     often = ""
     if judged.most_often is not None:
         given, suggested, n = judged.most_often
-        how = "most of them" if 2 * n > len(judged.proposed) else "most often"
-        often = f", {how} {judged.classes[suggested]} taken for {judged.classes[given]}"
+        if n > FREQUENT * len(judged.proposed):
+            how = "most of them" if 2 * n > len(judged.proposed) else "most often"
+            often = f", {how} {judged.classes[suggested]} taken for {judged.classes[given]}"
     n_shown = min(n_first, len(judged.doubts))
     here = "here is one" if n_shown == 1 else f"here are {number(n_shown)}"
     look = "label looks" if judged.n_samples == 1 else "labels look"
