@@ -47,14 +47,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         report = demo_report(Path(scratch) / "digits")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        # The search fields appear with JavaScript only, and show nothing in a picture.
+        # Fields and buttons appear with JavaScript only, and show nothing in a picture.
         context = browser.new_context(
             viewport={"width": WIDTH, "height": 800}, java_script_enabled=False
         )
         page = context.new_page()
         page.goto(report.as_uri())
         pictures = {
-            "harmful": picture(page, "#harmful h2", "#harmful ol > :nth-child(12)"),
+            "labels": picture(page, "#labels h2", "#labels ol > :nth-child(12)"),
             "prediction": picture(page, "#tests h2", "#tests article"),
         }
         browser.close()

@@ -1,6 +1,6 @@
 """The pipeline behind a run: views of its samples, and its predictions. This file needs torch."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import load_final
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD
+from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline
 
@@ -32,13 +33,13 @@ _ADVICE = "build the pipeline anew, and give it as hydra_pipe.report(run, pipeli
 class Shown(Protocol):
     """Samples that a page can draw."""
 
-    def values(
-        self, which: str, ids: NDArray[np.int64], task: Task
-    ) -> Generator[tuple[int, Any], None, None]:
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
         """Yield the samples `ids`, ascending, of "train" or "test", each with its id.
 
+        The caller closes the stream.
+
         Raises:
-            HydraError: the dataset raised.
+            HydraError: during iteration, if the dataset raised.
         """
         ...
 
@@ -86,16 +87,18 @@ class GivenSamples:
         with user_code(f"the {which} dataset has no length"):
             return len(self._dataset(which))
 
-    def values(
-        self, which: str, ids: NDArray[np.int64], task: Task
-    ) -> Generator[tuple[int, Any], None, None]:
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
         """See `Shown`."""
         dataset = self._dataset(which)
-        for sample in ids.tolist():
-            with user_code(f"the dataset raised at {which} sample {sample}"):
-                value = dataset[sample]
-            yield sample, value
-            task.advance(1)
+
+        def each() -> Iterator[tuple[int, Any]]:
+            for sample in ids.tolist():
+                with user_code(f"the dataset raised at {which} sample {sample}"):
+                    value = dataset[sample]
+                yield sample, value
+                task.advance(1)
+
+        return Stream(each(), lambda: None)
 
     def drawn(self, value: Any, what: str) -> Drawn:
         """See `Shown`."""
@@ -243,15 +246,17 @@ class Inputs:
         """See `Shown`."""
         return len(self.pipeline.train if which == "train" else self.pipeline.test)
 
-    def values(
-        self, which: str, ids: NDArray[np.int64], task: Task
-    ) -> Generator[tuple[int, Any], None, None]:
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
         """See `Shown`."""
         order = batches_of(ids, self.pipeline.batch_size)
-        with closing(Samples(self.pipeline, which).batches(order)) as batches:
+        batches = Samples(self.pipeline, which).batches(order)
+
+        def each() -> Iterator[tuple[int, Any]]:
             for batch, inputs, _ in batches:
                 yield from zip(batch.tolist(), inputs, strict=True)
                 task.advance(len(batch))
+
+        return Stream(each(), batches.close)
 
     def drawn(self, value: Any, what: str) -> Drawn:
         """See `Shown`."""

@@ -175,6 +175,6 @@ def _has_work(
     facts = directory.stages[stage].facts
     return (
         facts.get(_EVALUATIONS) != evaluations_of(directory)
-        or facts.get(_CLEANING) != cleaning_of(directory)
+        or (_CLEANING in facts and facts[_CLEANING] != cleaning_of(directory))
         or (given is not None and facts.get(_NO_SAMPLES) is not None)
     )

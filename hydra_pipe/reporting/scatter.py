@@ -13,7 +13,7 @@ MOST_POINTS, MOST_DOUBTED = 2000, 1000
 # Last visits whose features are averaged.
 _LAST_VISITS = 3
 # Share of the points at each end of an axis that are moved to its border.
-_OUTLYING = 0.002
+_OUTLYING = 0.01
 
 
 @dataclass(frozen=True)
