@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PIPELINE = HERE.parents[1] / "pipelines" / "digits.py"
 WIDTH = 1000  # CSS pixels
 MARGIN = 12  # CSS pixels above and below what is shown
+COLOURS = 64  # of a picture: more are not seen
 
 
 def demo_report(run: Path) -> Path:
@@ -54,12 +55,13 @@ def main() -> None:
         page = context.new_page()
         page.goto(report.as_uri())
         pictures = {
-            "labels": picture(page, "#labels h2", "#labels ol > :nth-child(12)"),
+            "labels": picture(page, "#labels h2", "#labels ol > :nth-child(6)"),
             "prediction": picture(page, "#tests h2", "#tests article"),
         }
         browser.close()
     for name, image in pictures.items():
-        image.save(HERE / f"{name}.webp", lossless=True, method=6)
+        few = image.quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
+        few.save(HERE / f"{name}.webp", lossless=True, method=6)
 
 
 if __name__ == "__main__":
