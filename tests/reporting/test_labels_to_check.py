@@ -313,3 +313,32 @@ def test_relabel_parquet_has_the_classes_of_the_page(run: Path) -> None:
     assert [(row["train_id"], row["suggested"]) for row in table] == [
         (sample, NAMES[k]) for sample, k in Doubts(run).found
     ]
+
+
+def test_a_loop_of_ones_own_without_tests_has_its_labels_checked(tmp_path: Path) -> None:
+    pipeline = clusters()
+    x, y = pipeline.train.tensors
+    with hydra_pipe.Recorder(pipeline.model, pipeline.optimizer, tmp_path / "run", N) as recorder:
+        for epoch in range(4):
+            order = np.random.default_rng(epoch).permutation(N)
+            for ids in np.split(order, 8):
+                with recorder.step(ids):
+                    pipeline.optimizer.zero_grad()
+                    torch.nn.functional.cross_entropy(pipeline.model(x[ids]), y[ids]).backward()
+                    pipeline.optimizer.step()
+    shown = hydra_pipe.ShownSamples(x, x[:0])
+    assert hydra_pipe.report(tmp_path / "run", samples=shown)
+    page = Doubts(tmp_path / "run")
+    assert page.parts == [*("labels", "summary", "confusion", "map", "alike", "charts", "recorded")]
+    assert len(page.found) > 5
+    assert 'class="pair"' in page.html
+
+
+def test_groups_of_tests_that_a_label_hurts_are_linked(run: Path) -> None:
+    hydra_pipe.reduce(run, by="label")
+    hydra_pipe.report(run, method="hydra-by-label")
+    html = Doubts(run, "report-hydra-by-label.html").html
+    links = re.findall(r'<p class="hurts">[^\n]*?href="#([\w-]+)"', html)
+    assert links
+    for link in links:
+        assert f'id="{link}"' in html

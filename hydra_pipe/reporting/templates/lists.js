@@ -59,7 +59,7 @@ for (const list of document.querySelectorAll("[data-list]")) {
 
 // Links between samples: from a training sample to the tests that it touches, and to a test that is not shown yet.
 document.addEventListener("click", (event) => {
-  const link = event.target.closest("a[data-find], a[href^='#test-']");
+  const link = event.target.closest("a[data-find], a[href^='#test-'], a[href^='#group-']");
   if (!link) return;
   const form = document.querySelector("#tests form.controls");
   if (link.dataset.find && form) {
