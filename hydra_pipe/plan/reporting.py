@@ -14,6 +14,8 @@ SAMPLE_BYTES = 120
 # Bytes of a row of the dynamics: its sample, step and visit, several times. Bytes of a number of
 # it, as read and in order of sample. Bytes of a class of a sample: a dozen arrays of float64.
 ROW_BYTES, NUMBER_BYTES, CLASS_BYTES = 64, 8, 96
+# Bytes of the similarities of samples that are held at once, and of their order.
+VOTES_BYTES = 128 * 2**20
 
 
 def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> int:
@@ -49,4 +51,4 @@ def judging_bytes(n_samples: int, n_visits: int, n_classes: int, n_numbers: int)
         n_numbers: number of numbers of the dynamics at a visit.
     """
     a_visit = ROW_BYTES + NUMBER_BYTES * n_numbers
-    return n_samples * (n_visits * a_visit + CLASS_BYTES * n_classes)
+    return VOTES_BYTES + n_samples * (n_visits * a_visit + CLASS_BYTES * n_classes)

@@ -28,6 +28,8 @@ _FEWEST_COLUMNS = 8
 _LENGTHS = 1.25
 # Columns of a row that stray further, in standard deviations, count as this far.
 _FURTHEST = 3.0
+# Names of the tokens and of the targets in samples that are mappings.
+_TOKENS, _TARGETS = "input_ids", ("label", "labels")
 _WORD = re.compile(r"\w+")
 _N_WORDS = 1 << 14
 _BLOCK = 1 << 22
@@ -86,8 +88,11 @@ class Contents:
         return len(self._digests)
 
     def add(self, value: Any) -> None:
-        """Add an input: a text, an array, a tensor, or a mapping or sequence of these."""
-        place = len(self._digests)
+        """Add a sample: a text, an array, a tensor, or a mapping or sequence of these.
+
+        Of a pair of input and target only the input counts.
+        """
+        place, value = len(self._digests), _input(value)
         content = _bytes(value)
         # An input of which nothing is known is like itself only.
         parts = content if content is not None else [f"input {place}".encode()]
@@ -193,6 +198,16 @@ def duplicates(
         ]
     kept.sort(key=lambda pair: (not pair.differ, not pair.is_exact, -pair.cosine))
     return Duplicates(kept[:MOST_PAIRS], n_pairs, n_differ, n_across, n_train, len(test))
+
+
+def _input(sample: Any) -> Any:
+    """Return the input of a sample, without its target, if it has one."""
+    if isinstance(sample, Mapping):
+        if _TOKENS not in sample:
+            return {name: value for name, value in sample.items() if name not in _TARGETS}
+        tokens = sample[_TOKENS]
+        return np.asarray(tokens) if isinstance(tokens, list) else tokens
+    return sample[0] if isinstance(sample, tuple) and sample else sample
 
 
 def _bytes(value: Any) -> list[bytes] | None:

@@ -78,6 +78,15 @@ def test_inputs_without_content_are_like_each_other_and_unknown_ones_like_nothin
     assert found_in([]).n_pairs == 0
 
 
+def test_targets_beside_the_inputs_do_not_count() -> None:
+    row, other = torch.arange(9.0), torch.ones(9)
+    assert found_in([(row, 0), (row.clone(), 1), (other, 0)]).pairs[0].is_exact
+    texts = [{"text": "a b", "label": 0}, {"text": "a b", "label": 1}, {"text": "a c", "label": 1}]
+    assert [(pair.one, pair.other) for pair in found_in(texts).pairs] == [(0, 1)]
+    tokens = [{"input_ids": [5, 8, 13], "labels": n, "attention_mask": [1] * 3} for n in range(2)]
+    assert found_in([*tokens, {"input_ids": [5, 8, 14], "labels": 0}]).pairs[0].is_exact
+
+
 def test_rows_are_alike_in_direction_and_in_length() -> None:
     rng = np.random.default_rng(0)
     rows = [*rng.normal(size=(50, 12))]
