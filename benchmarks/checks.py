@@ -1,7 +1,7 @@
 """What it costs to know whose a gradient is: recording with and without its checks, in turn.
 
     python benchmarks/checks.py [--steps 600] [--pairs 5]
-    python benchmarks/checks.py --shares [--steps 600]
+    python benchmarks/checks.py --shares [--steps 2000]
 
 Processor seconds a step, of an MLP, LeNet-5 and a small GPT. Without the checks no probe is sent,
 no loss is looked at, and no target is held against a label. What hooks cost is in both. With

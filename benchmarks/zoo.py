@@ -71,7 +71,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 BATCH, STEPS, CLASSES, VOCABULARY, LENGTH = 4, 2, 5, 60, 10
 # Of a row: what rounding explains at most.
 TOLERANCE = 2e-3
-ADAM_EPS = 1e-8
 FORK = multiprocessing.get_context("fork")
 VERDICTS = ("right", "refused", "wrong", "share", "changed", "crash", "slow", "unfit")
 
@@ -897,7 +896,6 @@ def run_case(
         gradients_of_losses,
         shares_of_outputs,
         stored_rows,
-        without_preconditioner,
     )
 
     from hydra_pipe import Recorder
@@ -929,7 +927,7 @@ def run_case(
     def optimizer() -> torch.optim.Optimizer:
         if optimizer_name == "sgd":
             return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=ADAM_EPS)
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def losses(part: slice) -> Any:
         with casting():
@@ -1001,14 +999,12 @@ def run_case(
                 "verdict": "changed",
                 "why": f"{len(moved)} tensors, such as {moved[0]}",
             }
-        facts |= _tested(recorder, subject, model, run, chosen)
+        facts |= _tested(recorder, subject, model, run)
         if facts["test"] != "right":
             recorder.close()  # which writes the rows
         samples, rows = stored_rows(run)
         if list(samples) != list(range(BATCH)):
             return facts | {"verdict": "wrong", "why": f"samples {list(samples)} in the first step"}
-        if optimizer_name == "adamw":
-            rows = without_preconditioner(rows, used, ADAM_EPS)
         model.load_state_dict(first)
         torch.manual_seed(1)
         terms = losses(parts[0]) / BATCH
@@ -1046,9 +1042,7 @@ def run_case(
         return facts | {"verdict": "wrong", "why": why}
 
 
-def _tested(
-    recorder: Any, subject: Subject, model: Any, run: Path, optimizer: Any
-) -> dict[str, Any]:
+def _tested(recorder: Any, subject: Subject, model: Any, run: Path) -> dict[str, Any]:
     """Test gradients of two samples: right, refused, wrong or crash."""
     import torch
     from rows import differences, gradients_of_losses, stored_tests
@@ -1076,11 +1070,6 @@ def _tested(
     except Exception as error:  # noqa: BLE001
         return {"test": "crash", "test_why": _line(error)}
     tests = stored_tests(run)
-    for k, p in trained.items() if isinstance(optimizer, torch.optim.AdamW) else ():
-        if state := optimizer.state.get(p):
-            moment = state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))
-            root = (moment.sqrt() + ADAM_EPS).sqrt().flatten()
-            tests = [row | {k: row[k] * root} for row in tests]
     worst = differences(tests, truth)
     at = max(worst, key=lambda k: worst[k])
     if worst[at] <= TOLERANCE:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import nn
 
 from hydra_pipe.errors import RunError, UsageError
@@ -17,7 +16,7 @@ from hydra_pipe.loading import load_dataset, pipeline_of
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.collectives import unwrapped
-from hydra_pipe.recording.collector import Collector, Root
+from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
 from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.settings import Labels, json_settings
@@ -226,13 +225,11 @@ class _Subject:
         model: model with the final parameters.
         loss: loss of the model.
         trained: name and group of each recorded parameter, in the order of the blocks.
-        root: root of the preconditioner at the end, or None if there is none.
     """
 
     model: nn.Module
     loss: Any
     trained: dict[nn.Parameter, tuple[str, int]]
-    root: Root | None
 
 
 def _subject(
@@ -284,7 +281,7 @@ def _subject(
                 f"has {has}: give the model of the run"
             )
         trained[parameter] = (block.name, block.group)
-    return _Subject(model, loss, trained, _root(directory, gradients, step, list(trained)))
+    return _Subject(model, loss, trained)
 
 
 def _check_names(directory: RunDirectory, now: Mapping[str, Any], final: Mapping[str, Any]) -> None:
@@ -334,28 +331,6 @@ def _check_state(
             )
 
 
-def _root(
-    directory: RunDirectory, gradients: Gradients, step: int, parameters: list[nn.Parameter]
-) -> Root | None:
-    if not gradients.preconditioned:
-        return None
-    found = gradients.preconditioner(step)
-    if found is None:
-        raise RunError(
-            f"{directory.path} does not have the optimizer's preconditioner of step {step}, and "
-            f"test gradients need it: {_AGAIN}"
-        )
-    roots = [
-        torch.from_numpy(root).to(p).reshape(p.shape)
-        for root, p in zip(found, parameters, strict=True)
-    ]
-
-    def root(index: int, _: torch.Tensor | None, lines: torch.Tensor | None) -> torch.Tensor:
-        return roots[index] if lines is None else roots[index][lines]
-
-    return root
-
-
 def _take(
     directory: RunDirectory,
     gradients: Gradients,
@@ -401,7 +376,7 @@ def _collecting(subject: _Subject, gradients: Gradients, dtype: Dtype) -> Iterat
     frozen = [parameter for parameter in subject.trained if not parameter.requires_grad]
     layout = gradients.layout
     collector = Collector(
-        subject.model, subject.root, subject.trained, "auto", layout.n_features, layout.seed, dtype
+        subject.model, subject.trained, "auto", layout.n_features, layout.seed, dtype
     )
     try:
         collector.resume(layout, dtype)

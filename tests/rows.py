@@ -55,20 +55,6 @@ def _row(
     return row
 
 
-def without_preconditioner(
-    rows: Sequence[Row], gradients: Row, eps: float
-) -> list[dict[str, Tensor]]:
-    """Rows of AdamW's first step, D^(1/2) r, as r.
-
-    D = 1 / (|g| + eps) for the gradient g that the optimiser used.
-    """
-    roots = {name: (gradient.flatten().abs() + eps).sqrt() for name, gradient in gradients.items()}
-    return [
-        {name: value * roots[name] if name in roots else value for name, value in row.items()}
-        for row in rows
-    ]
-
-
 def gradients_of_losses(
     losses: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Tensor]]:

@@ -79,23 +79,11 @@ class Sketch:
             self._sign_in_order = self._in_order(self._sign[None])
         return self._sign_in_order
 
-    def signs(self, weight: Tensor) -> Tensor:
-        """Return the signs of the coordinates times `weight`, in the sketch's order, on its device.
-
-        Args:
-            weight: factor of each coordinate, n elements.
-        """
-        self._to(weight.device)
-        return self._in_order(weight.reshape(1, -1)).mul_(self._signs_in_order())
-
-    def __call__(
-        self, rows: Tensor, signs: Tensor | None = None, order: tuple[int, ...] | None = None
-    ) -> Tensor:
+    def __call__(self, rows: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
         """Project rows of shape (B, n) to (B, k), in their dtype, on their device.
 
         Args:
             rows: rows to project, shape (B, n).
-            signs: signs in the sketch's order to use instead of its own, from `signs`.
             order: order of the block's dimensions in the rows. None: the block's own order.
         """
         self._to(rows.device)
@@ -107,7 +95,7 @@ class Sketch:
             )
         else:
             torch.index_select(rows, 1, self._gather(order), out=mixed.view(len(rows), -1))
-        mixed = mixed.flatten(1).mul_(self._signs_in_order() if signs is None else signs)
+        mixed = mixed.flatten(1).mul_(self._signs_in_order())
         k = self.n_columns
         whole = mixed.shape[1] // k * k
         sums = mixed[:, :whole].reshape(len(mixed), -1, k).sum(1)

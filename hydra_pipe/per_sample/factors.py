@@ -121,7 +121,7 @@ class Factors:
         return (
             right.pieces_of_products(row_bytes)
             if isinstance(right, Patches)
-            else pieces(len(self.left), row_bytes)
+            else pieces(self.left, row_bytes)
         )
 
     def _multiplied(self, samples: slice) -> Tensor:

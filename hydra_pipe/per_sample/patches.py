@@ -20,8 +20,9 @@ ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 # Least number of columns of a fast product. With so many columns, one product is taken for each
 # step along the kernel's first dimension.
 _ENOUGH_COLUMNS = 32
-# Bytes of rows or patches that are written out at once. They stay in the cache until used.
-_PIECE_BYTES = 2 * 2**20
+# Bytes of rows or patches that are written out at once. On a processor they stay in the cache
+# until used. An accelerator has no use for small pieces: each is a launch of its own.
+_PIECE_BYTES, _DEVICE_PIECE_BYTES = 2 * 2**20, 256 * 2**20
 _SCRATCH = Scratch()
 
 
@@ -68,7 +69,7 @@ class Patches:
 
     def pieces(self) -> Iterator[slice]:
         """Yield slices of samples whose patches are written out at once."""
-        return pieces(len(self.pixels), self.sample_bytes)
+        return pieces(self.pixels, self.sample_bytes)
 
     def pieces_of_products(self, row_bytes: int) -> Iterator[slice]:
         """Yield slices of samples for one call of `multiply` each.
@@ -77,11 +78,11 @@ class Patches:
             row_bytes: bytes of the product of one sample.
         """
         if not self._in_bands:
-            return pieces(len(self.pixels), max(row_bytes, self.sample_bytes))
+            return pieces(self.pixels, max(row_bytes, self.sample_bytes))
         _, turns, length = self._lines
         per_step = self.n_pixels // self.conv.kernel_size[0]
         size = per_step * len(turns) * length * math.prod(self.positions[1:])
-        return pieces(len(self.pixels), max(row_bytes, size * self.pixels.element_size()))
+        return pieces(self.pixels, max(row_bytes, size * self.pixels.element_size()))
 
     def written_out(self, samples: slice) -> Tensor:
         """Return the patches of some samples, good until other patches are asked for."""
@@ -250,14 +251,16 @@ class Patches:
         return norms(pixels.flatten(2)).mul_(math.prod(self.conv.kernel_size) ** 0.5)
 
 
-def pieces(n_samples: int, sample_bytes: int) -> Iterator[slice]:
-    """Yield slices of samples to work on at once.
+def pieces(samples: Tensor, sample_bytes: int) -> Iterator[slice]:
+    """Return slices of samples to work on at once, by the device of the samples.
 
     Args:
-        n_samples: number of samples.
-        sample_bytes: bytes that one sample takes.
+        samples: values of the samples, shape (B, ...).
+        sample_bytes: bytes that the work takes for one sample.
     """
-    at_once = max(1, _PIECE_BYTES // max(1, sample_bytes))
+    n_samples = len(samples)
+    piece_bytes = _PIECE_BYTES if samples.device.type == "cpu" else _DEVICE_PIECE_BYTES
+    at_once = max(1, piece_bytes // max(1, sample_bytes))
     return (slice(first, min(first + at_once, n_samples)) for first in range(0, n_samples, at_once))
 
 

@@ -24,6 +24,8 @@ def choose_recording(
     dim: int,
     seed: int,
     dtype: "Dtype | None" = None,
+    *,
+    preconditioned: bool = False,
 ) -> "tuple[Layout, Dtype]":
     """Return a layout and the dtype of its rows. The dtype is chosen here if the user left it open.
 
@@ -33,16 +35,20 @@ def choose_recording(
     float16 stays where it holds every block without loss.
 
     Args:
-        parameters, choice, dim, seed: the arguments of `choose_layout`.
+        parameters, choice, dim, seed, preconditioned: the arguments of `choose_layout`.
         dtype: dtype that the user wants. None: float16, unless `auto` finds int8 better.
 
     Raises:
         BudgetError: there are fewer columns than parameters to hold.
     """
-    layout = choose_layout(parameters, choice, dim, seed)
+    layout = choose_layout(parameters, choice, dim, seed, preconditioned=preconditioned)
     if dtype is not None:
         return layout, dtype
-    wider = choose_layout(parameters, choice, 2 * dim, seed) if choice == "auto" else layout
+    wider = (
+        choose_layout(parameters, choice, 2 * dim, seed, preconditioned=preconditioned)
+        if choice == "auto"
+        else layout
+    )
     return (
         (wider, "int8")
         if expected_variance(wider, "int8") < expected_variance(layout, "float16")

@@ -8,13 +8,17 @@ from typing import Any, Literal, get_args
 from hydra_pipe.errors import BudgetError, StoreError, shown
 from hydra_pipe.maths.sketch_runs import run_length
 
-Encoding = Literal["dense", "factored", "kron", "sketch"]
+Encoding = Literal["dense", "factored", "grids", "kron", "sketch"]
 EncodingChoice = Literal["auto", "exact", "projected"]
 ENCODING_CHOICES: tuple[EncodingChoice, ...] = get_args(EncodingChoice)
 
 # A row of more elements is too large to be written out for every sample of a batch before the
 # projection.
 LARGEST_WRITTEN_OUT = 2**20
+
+# Outputs, and inputs, of a grid of coordinates where the sides allow it. Smaller grids are a little
+# nearer, larger ones need less work (benchmarks/RESULTS.md).
+GRID_SIDE = 4
 
 ColumnRange = tuple[int, int]  # first and one past the last
 _LARGEST = 2**63 - 1
@@ -29,12 +33,14 @@ class Block:
         shape: shape of the parameter.
         group: index of its parameter group in the optimiser.
         encoding: encoding of the rows (docs/format.md).
-        columns: columns of the row itself (dense, kron, sketch), or of the output-gradient factor
-            (factored).
+        columns: columns of the row itself (dense, grids, kron, sketch), or of the output-gradient
+            factor (factored).
         inputs: columns of the input factor of a factored weight. None for a factored bias: its
             input is 1, and its `columns` are those of its weight. None for the other encodings.
         kron: (O, I, k_out, k_in) of a block in the encoding kron: the size of each side before and
             after projection. None for the others.
+        grids: (O, I, g_o, g_i) of a block in the encoding grids: the size of each side, of the
+            block and of a grid. None for the others.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Block:
     columns: ColumnRange
     inputs: ColumnRange | None = None
     kron: tuple[int, int, int, int] | None = None
+    grids: tuple[int, int, int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -59,9 +66,10 @@ class Block:
         """Bound on the variance of the projected <x, y>, over |x|^2 |y|^2.
 
         It is 0 for exact encodings. The formulas are in `hydra_pipe.maths.sketch` and
-        `hydra_pipe.maths.kron`.
+        `hydra_pipe.maths.kron`. Grids have no such bound: they count as a sketch, to which they
+        are equal for rows with a preconditioner (`hydra_pipe.maths.grids`).
         """
-        if self.encoding == "sketch":
+        if self.encoding in ("sketch", "grids"):
             return 2 * 1.02 / (self.columns[1] - self.columns[0])
         return _kron_error(*self.kron) - 1.0 if self.kron else 0.0
 
@@ -81,13 +89,18 @@ class Layout:
     seed: int
 
     @property
-    def whole_width(self) -> int:
-        """Number of features with factored blocks multiplied out."""
-        return sum(
+    def widths(self) -> list[int]:
+        """Number of features of each block with factored blocks multiplied out."""
+        return [
             (block.columns[1] - block.columns[0])
             * (1 if block.inputs is None else block.inputs[1] - block.inputs[0])
             for block in self.blocks
-        )
+        ]
+
+    @property
+    def whole_width(self) -> int:
+        """Number of features with factored blocks multiplied out."""
+        return sum(self.widths)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -165,25 +178,29 @@ def _block_from_json(data: Mapping[str, Any], n_features: int) -> Block:
         encoding=encoding,
         columns=columns("columns"),
         inputs=columns("inputs") if data["inputs"] is not None else None,
-        kron=_sides(data),
+        kron=_sides(data, "kron"),
+        grids=_sides(data, "grids"),
     )
     numel = 1
     for n in block.shape:  # not `numel`: a product of many large numbers takes forever
         numel = _whole(numel * n, 1)
-    if (block.kron is None) == (encoding == "kron") or (
-        block.inputs is not None and encoding != "factored"
+    if (
+        (block.kron is None) == (encoding == "kron")
+        or (block.grids is None) == (encoding == "grids")
+        or (block.inputs is not None and encoding != "factored")
     ):
         raise ValueError(
-            f"block {name} is {encoding}, with inputs {data['inputs']} and kron {data['kron']}"
+            f"block {name} is {encoding}, with inputs {data['inputs']}, kron {data['kron']} and "
+            f"grids {data['grids']}"
         )
     return block
 
 
-def _sides(data: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
-    if data["kron"] is None:
+def _sides(data: Mapping[str, Any], key: str) -> tuple[int, int, int, int] | None:
+    if data[key] is None:
         return None
-    outputs, inputs, k_out, k_in = (_whole(n, 1) for n in data["kron"])
-    return outputs, inputs, k_out, k_in
+    outputs, inputs, of_outputs, of_inputs = (_whole(n, 1) for n in data[key])
+    return outputs, inputs, of_outputs, of_inputs
 
 
 def _check_columns(blocks: Sequence[Block], n_features: int) -> None:
@@ -246,6 +263,7 @@ class Parameter:
         factors: (outputs, inputs) if each sample's gradient is one outer product, else None.
         sides: (outputs, inputs) if each sample's gradient is a sum of outer products, over one
             position or many, else None.
+        is_table: True if a sample's gradient has few lines, those of its tokens.
         bias_of: name of the weight whose output factor is this parameter's gradient, else None.
     """
 
@@ -255,6 +273,7 @@ class Parameter:
     factors: tuple[int, int] | None = None
     bias_of: str | None = None
     sides: tuple[int, int] | None = None
+    is_table: bool = False
 
     @property
     def numel(self) -> int:
@@ -267,7 +286,12 @@ class Parameter:
 
 
 def choose_layout(
-    parameters: Sequence[Parameter], choice: EncodingChoice, dim: int, seed: int
+    parameters: Sequence[Parameter],
+    choice: EncodingChoice,
+    dim: int,
+    seed: int,
+    *,
+    preconditioned: bool = False,
 ) -> Layout:
     """Give every parameter an encoding and columns.
 
@@ -278,13 +302,16 @@ def choose_layout(
     the other parameters to their shares.
 
     A sketch projects a block more exactly than `kron` for as many columns, but needs the whole
-    row. So `kron` projects the sums of outer products that are too large to be written out.
+    row. So `kron` projects the sums of outer products that are too large to be written out. Under
+    a preconditioner, grids of coordinates take the place of both, because they know its elements.
+    Grids of a table of tokens would miss most lines that a sample has, so a sketch projects it.
 
     Args:
         parameters: parameters in the order of the model.
         choice: "auto", "exact" or "projected".
         dim: budget in columns, not used by `exact`.
         seed: seed of the random projections.
+        preconditioned: True if rows will be multiplied by an elementwise preconditioner.
 
     Raises:
         BudgetError: there are fewer columns than parameters to hold.
@@ -301,7 +328,9 @@ def choose_layout(
     for parameter in parameters:
         if parameter.name in shared:
             continue
-        block = _placed(parameter, first, widths[parameter.name], choice)
+        block = _placed(
+            parameter, first, widths[parameter.name], choice, preconditioned=preconditioned
+        )
         placed[block.name] = block
         if (bias := biases.get(block.name)) is not None:
             placed[bias.name] = Block(
@@ -335,7 +364,9 @@ def _shared_columns(
             del biases[weight]
 
 
-def _placed(parameter: Parameter, first: int, width: int, choice: EncodingChoice) -> Block:
+def _placed(
+    parameter: Parameter, first: int, width: int, choice: EncodingChoice, *, preconditioned: bool
+) -> Block:
     """Return the block of a parameter that gets `width` columns or fewer, from column `first`."""
     name, shape, group = parameter.name, parameter.shape, parameter.group
     factored = choice != "projected" and _prefers_factors(parameter)
@@ -345,6 +376,13 @@ def _placed(parameter: Parameter, first: int, width: int, choice: EncodingChoice
         return Block(name, shape, group, "factored", (first, middle), (middle, first + width))
     if width == parameter.numel:
         return Block(name, shape, group, "dense", (first, first + width))
+    if preconditioned and not parameter.is_table:
+        outputs, inputs = parameter.sides or (parameter.numel, 1)
+        grid = min(GRID_SIDE, outputs, width), min(GRID_SIDE, inputs, max(1, width // GRID_SIDE))
+        width -= width % (grid[0] * grid[1])
+        return Block(
+            name, shape, group, "grids", (first, first + width), grids=(outputs, inputs, *grid)
+        )
     if parameter.sides is not None and parameter.numel > LARGEST_WRITTEN_OUT:
         k_out, k_in = choose_sides(*parameter.sides, width)
         columns = (first, first + k_out * k_in)

@@ -40,6 +40,7 @@ class SweepInput:
         n_values: number of values of each column of the result.
         order: order of the steps.
         most_chunk: most columns of a chunk of the result.
+        preconditioned: True if rows are multiplied by D^(1/2).
     """
 
     recording: ReductionInput
@@ -48,6 +49,7 @@ class SweepInput:
     n_values: int
     order: str = "backward"
     most_chunk: int = MOST_CHUNK
+    preconditioned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
     # Test gradients as stored and multiplied out. Means of groups need all test gradients.
     tests = given.n_tests if given.grouped else columns
     start = tests * (given.n_features * given.test_item_bytes + what.width * 4 + given.n_blocks * 4)
+    start += 3 * 4 * what.width if what.preconditioned else 0  # as read, by block, and in order
     carried = _STATES * len(FORMS) * columns * what.width * 4 + _TILE_BYTES
     # Sums, the values to write, and their bytes.
     sums = what.n_values * columns * 4 * 3

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("hydra_pipe")
 
-# Number of the pass of a mode that is probed again, as is each later pass of twice the number.
+# Number of the pass of a mode that is probed again, as is each later pass of four times the number.
+# A probe costs about a step, so that probes of a run of 1,000 steps cost some 0.3 % of it.
 _FIRST_AGAIN = 64
 # In a batch of at most _SMALL samples a random order may be the original one by chance. So the
 # first _AT_FIRST passes of such batches are probed.
@@ -143,19 +144,16 @@ class Attribution:
 
     def _is_due(self, of_pass: Pass) -> int:
         """Count the pass. Return its number in its mode if a probe is due, else 0."""
-        mode = self._model.training, of_pass.count == 1
+        count = of_pass.count
+        mode = self._model.training, count == 1
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
-        if any(
-            w.is_known and w.is_single != (total == of_pass.count)
-            for w, total in of_pass.seen.items()
-        ):
-            return 1  # a module is called with other parts of the batch than before
-        again = (
-            number & (number - 1) == 0
-            if number >= _FIRST_AGAIN
-            else number <= _AT_FIRST and of_pass.count <= _SMALL
-        )
-        return number if number == 1 or again else 0
+        for watched, total in of_pass.seen.items():
+            if watched.is_known and watched.is_single != (total == count):
+                return 1  # a module is called with other parts of the batch than before
+        if number == 1 or (number <= _AT_FIRST and count <= _SMALL):
+            return number
+        is_power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
+        return number if number >= _FIRST_AGAIN and is_power_of_four else 0
 
     def _attribute(self, graph: PassGraph, *, is_first: bool) -> None:
         """Find where each module keeps its samples, and compare the rows with torch's gradients."""

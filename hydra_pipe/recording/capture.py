@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.per_sample.registry import rule_for
+from hydra_pipe.recording.addresses import storage_of
 from hydra_pipe.recording.attribution import Attribution
 from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
@@ -163,6 +164,8 @@ class Capture:
         self._micro_batch = MicroBatch(np.empty(0, np.int64))
         self._model = model
         self.half_precision = False
+        #: called when a backward pass has added its gradients to `.grad`
+        self.on_backward_end: Callable[[], None] = _do_nothing
         self.outputs: list[SeenOutput] = []
         # shape of the output of the last module that was called, and its input
         self._last_called: tuple[torch.Size, Tensor] | None = None
@@ -599,6 +602,7 @@ class Capture:
         if not self._releasing:
             self._passes_open = 0
             self.coupling.after_backward()
+            self.on_backward_end()
         for call in self._calls:
             if call.task == task:
                 call.release()
@@ -638,5 +642,5 @@ def _detached(value: Any) -> Any:
 
 
 def _shares_memory(output: Tensor, others: Iterable[Any]) -> bool:
-    storage = output.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in others)
+    storage = storage_of(output)
+    return any(isinstance(x, Tensor) and storage_of(x) == storage for x in others)

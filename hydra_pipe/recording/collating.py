@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.collate import default_collate, default_convert
 
 from hydra_pipe.errors import RecordError
+from hydra_pipe.recording.addresses import address_of
 
 # Values of a long sample that are compared.
 _MOST_VALUES = 64
@@ -105,7 +106,7 @@ def check_arrangement(given: Tensor, batch: Tensor, ids: NDArray[np.int64]) -> N
             not told.
     """
     n = len(batch)
-    if n < 2 or given.data_ptr() == batch.data_ptr() or torch.equal(given, batch.to(given)):
+    if n < 2 or address_of(given) == address_of(batch) or torch.equal(given, batch.to(given)):
         return
     # one channel only: each channel of a picture is normalised by itself
     ours, theirs = (

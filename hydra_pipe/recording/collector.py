@@ -3,6 +3,7 @@
 The hooks' contributions are kept until the optimiser acts. Then they are checked and encoded.
 """
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,11 +29,6 @@ from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.micro_batches import MicroBatch, Mixture, check_covered
 from hydra_pipe.recording.row_buffer import RowBuffer
 
-# Arguments: number of a block; the gradient that the optimiser is about to use, or None; sorted
-# lines of the block, or None. Result: root of the preconditioner for the update with this gradient.
-# Without a gradient, the root as it stands now. Without lines, the root of the whole block.
-Root = Callable[[int, Tensor | None, Tensor | None], Tensor]
-
 # Contributions of one parameter that are reduced together.
 _MOST_HELD = 64
 
@@ -42,19 +38,18 @@ class Collector:
 
     Args:
         model: the watched model.
-        root: function that gives the root of the preconditioner, which multiplies the rows; None if
-            rows are not preconditioned.
         trained: name and parameter group of every recorded parameter, in the order of the blocks.
         choice, dim, seed, dtype: settings for the choice of the layout. The layout is chosen from
             the contributions of the first step.
         optimizer: the optimiser that will use the gradients, for messages.
         watching: settings for watching the model.
+        preconditioned: True if rows will be multiplied by an elementwise preconditioner when they
+            are reduced.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        root: Root | None,
         trained: Mapping[nn.Parameter, tuple[str, int]],
         choice: EncodingChoice,
         dim: int,
@@ -62,15 +57,18 @@ class Collector:
         dtype: Dtype | None,
         optimizer: torch.optim.Optimizer | None = None,
         watching: Watching = Watching(),  # noqa: B008 - a value
+        *,
+        preconditioned: bool = False,
     ) -> None:
         self.parameters = list(trained)
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self.encoder: RowEncoder | None = None
-        self._model, self._root, self._optimizer = model, root, optimizer
+        self._model, self._optimizer = model, optimizer
         self._described = [
             Parameter(name, tuple(p.shape), group) for p, (name, group) in trained.items()
         ]
         self._choice, self._dim, self._seed = choice, dim, seed
+        self._preconditioned = preconditioned
         #: dtype of the stored rows; None until it is chosen
         self.dtype = dtype
         self._waiting: dict[int, list[Given]] = {}
@@ -82,6 +80,8 @@ class Collector:
         # id of the backward pass of the last contribution, and number of dropped steps
         self._backward = -1
         self.n_dropped = 0
+        # a gradient after the last backward pass, and its version counter
+        self._noted: tuple[weakref.ref[Tensor], int] | None = None
         # whether all contributions so far are of gradients that the loop has asked for itself;
         # these need not be the gradients of the step
         self._only_asked = True
@@ -186,6 +186,7 @@ class Collector:
         """Hook the model, at the beginning and after `detach`."""
         blocks = {p: i for i, p in enumerate(self.parameters)}
         self._capture = Capture(self._model, blocks, self._block_names, self._watching)
+        self._capture.on_backward_end = self._note_gradient
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -198,17 +199,6 @@ class Collector:
         seen = [o for o in self._capture.outputs if any(p.holds(o.first) for p in micro_batches)]
         place = _places(micro_batches)
         return seen if place is None else [replace(o, first=place(o.first)) for o in seen]
-
-    def roots(self) -> list[NDArray[Any]] | None:
-        """Return the present root of each block's preconditioner, flattened, float32.
-
-        Returns:
-            None if rows are not preconditioned.
-        """
-        if self._root is None:
-            return None
-        found = [self._root(index, None, None) for index in range(len(self.parameters))]
-        return [root.detach().flatten().float().cpu().numpy() for root in found]
 
     def add_to(
         self,
@@ -247,7 +237,7 @@ class Collector:
                 encoder, self.parameters, batch, None if at_step else 1.0, why
             )
             self._reduce_held()
-            self._reduce_waiting(encoder, gradients if at_step else None)
+            self._reduce_waiting(encoder)
             self._move_up(micro_batches)
             mixture = Mixture.of(micro_batches)
             buffer.add(
@@ -276,7 +266,7 @@ class Collector:
                     f"{_in_words(now)}: build the model and the "
                     f"optimizer as they were, or record from the beginning"
                 )
-        self.encoder, self.dtype = RowEncoder(layout, preconditioned=self._root is not None), dtype
+        self.encoder, self.dtype = RowEncoder(layout), dtype
 
     def left_out(self, *, begun: bool) -> bool:
         """Tell whether the loop, or a gradient scaler, left the present step out on purpose.
@@ -340,19 +330,17 @@ class Collector:
             self._drop(but=micro_batch)
         if backward != self._backward:
             self._reduce_held()
-            if (
-                self.encoder is None
-                and self._root is None
-                and any(p.seen for p in self._micro_batches if p is not micro_batch)
+            if self.encoder is None and any(
+                p.seen for p in self._micro_batches if p is not micro_batch
             ):
                 with torch.no_grad():
                     self.encoder = self._choose_encoding()
-                    self._reduce_waiting(self.encoder, None)
+                    self._reduce_waiting(self.encoder)
         micro_batch.seen = True
         self._backward = backward
         # Contributions of the first batch are not reduced yet: the layout is chosen from all of its
-        # passes. And a preconditioner is known only when the step's gradient is complete.
-        encoder = None if self._root is not None else self.encoder
+        # passes.
+        encoder = self.encoder
         for index, contribution in contributions.items():
             given = Given(contribution, first)
             if encoder is None:
@@ -390,8 +378,21 @@ class Collector:
                 )
         self._held = {}
 
+    def _note_gradient(self) -> None:
+        """Note a gradient, to see later without its values that the loop has not touched it."""
+        gradient = next((p.grad for p in self._smallest_first if p.grad is not None), None)
+        self._noted = None if gradient is None else (weakref.ref(gradient), gradient._version)
+
     def _gradients_dropped(self) -> bool:
         """Tell whether the loop has cleared or replaced the `.grad` of the contributions."""
+        if self._noted is not None:
+            gradient, version = self._noted[0](), self._noted[1]
+            if (
+                gradient is not None
+                and gradient._version == version
+                and any(p.grad is gradient for p in self._smallest_first)
+            ):
+                return False
         gradients = [p.grad for p in self._smallest_first if p.grad is not None]
         if any(bool(gradient.any()) for gradient in gradients):
             return False
@@ -420,31 +421,13 @@ class Collector:
                 for index, given in self._reduced.items()
             }
 
-    def _reduce_waiting(
-        self, encoder: RowEncoder, gradients: Sequence[Tensor | None] | None
-    ) -> None:
-        """Reduce the waiting contributions.
-
-        Args:
-            encoder: encoder of the rows.
-            gradients: gradients of the blocks that the optimiser is about to use, for the
-                preconditioner of the step; None for the preconditioner as it stands now.
-        """
+    def _reduce_waiting(self, encoder: RowEncoder) -> None:
+        """Reduce the contributions that have waited for the encoder."""
         while self._waiting:
             # one block at a time, so that memory holds whole rows of one block only
             index, given = self._waiting.popitem()
-            gradient = gradients[index] if gradients is not None else None
-            lines = None
-            if self._root is not None and encoder.encodings[index].takes_lines(given):
-                lines = torch.unique(
-                    torch.cat(
-                        [g.value.tokens.flatten() for g in given if isinstance(g.value, TokenRows)]
-                    )
-                )
-            root = self._root(index, gradient, lines) if self._root is not None else None
             self._reduced[index] = [
-                encoder.encodings[index].reduce(g, root, lines)
-                for g in self._grouped(encoder, index, given)
+                encoder.encodings[index].reduce(g) for g in self._grouped(encoder, index, given)
             ]
 
     @staticmethod
@@ -462,14 +445,16 @@ class Collector:
         ]
 
     def _choose_encoding(self) -> RowEncoder:
-        # elementwise preconditioning leaves no outer product, so nothing to factor
-        described = (
-            self._described if self._root is not None else describe(self._waiting, self._described)
-        )
+        described = describe(self._waiting, self._described)
         layout, self.dtype = choose_recording(
-            described, self._choice, self._dim, self._seed, self.dtype
+            described,
+            self._choice,
+            self._dim,
+            self._seed,
+            self.dtype,
+            preconditioned=self._preconditioned,
         )
-        return RowEncoder(layout, preconditioned=self._root is not None)
+        return RowEncoder(layout)
 
 
 def _places(micro_batches: Sequence[MicroBatch]) -> Callable[[int], int] | None:

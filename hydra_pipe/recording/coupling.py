@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.recording.addresses import address_of
 from hydra_pipe.recording.places import Origin, Pass
 
 # Larger outputs (the logits of a language model) would take several times their memory again.
@@ -202,7 +203,7 @@ def same_inputs(one: Pass, other: Pass) -> bool:
     ours = [x for reference in one.inputs if (x := reference()) is not None]
     theirs = [x for reference in other.inputs if (x := reference()) is not None]
     return any(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
+        address_of(a) == address_of(b) and a.shape == b.shape and a.numel() > 0
         for a in ours
         for b in theirs
     )
@@ -246,9 +247,13 @@ class LossCoupling:
             origins: outputs of the pass.
             is_due: True if the loss of the pass is to be looked at.
         """
-        repeats = any(p.first == of_pass.first and p.count == of_pass.count for p in self._passes)
-        self._passes.append(of_pass)
-        self._outputs += [(origin, of_pass) for origin in origins[:1]]
+        passes = self._passes
+        repeats = bool(passes) and any(
+            p.first == of_pass.first and p.count == of_pass.count for p in passes
+        )
+        passes.append(of_pass)
+        if origins:
+            self._outputs.append((origins[0], of_pass))
         if self._looks and (is_due or (repeats and not self._is_known)):
             self.watch.begin()
 
@@ -276,9 +281,9 @@ class LossCoupling:
         Raises:
             LayerError: nothing shows that two passes are of the same samples.
         """
-        counted = [p for p in self._passes if p.has_gradient]
-        if self._is_known or len(counted) < 2:
+        if self._is_known or len(self._passes) < 2:
             return
+        counted = [p for p in self._passes if p.has_gradient]
         for number, one in enumerate(counted):
             for other in counted[number + 1 :]:
                 if (one.first, one.count) != (other.first, other.count):

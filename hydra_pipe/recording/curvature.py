@@ -19,9 +19,11 @@ from hydra_pipe.maths.curvature import (
     fits,
     losses_and_targets,
 )
+from hydra_pipe.recording.addresses import address_of
 from hydra_pipe.recording.capture import SeenOutput, placed_once
 from hydra_pipe.recording.targets import TargetCheck
-from hydra_pipe.types import F32
+from hydra_pipe.recording.transfer import to_host
+from hydra_pipe.types import F32, F64
 
 # Outputs and gradients of several steps wait, since small tensors cost less together. They wait for
 # at most this many bytes, or until the rows are written.
@@ -33,28 +35,66 @@ class _Pass:
     """One backward pass.
 
     Args:
-        output: output of the model, detached.
+        output: output of the model, detached; None once it was released.
         version: version counter of `output` when the model returned it. The loop may change
             `output` later.
-        gradient: gradient that arrived at `output`.
+        gradient: gradient that arrived at `output`; None once it was released.
+        n_classes: number of classes of an output of one row a sample, else 0.
         batch: number of samples in the whole step.
         out: arrays to fill with the weights, the losses and the targets of the pass, each of shape
             (B,).
         samples: ids of the samples, shape (B,).
         told: loss function and targets, if the loop named them; None otherwise.
+        tried: link whose cross-entropy it was compared with; None: it was compared with none.
     """
 
-    output: Tensor
+    output: Tensor | None
     version: int
-    gradient: Tensor
+    gradient: Tensor | None
+    n_classes: int
     batch: int
     out: "LossColumns"
     samples: NDArray[np.int64]
     told: tuple[Loss, Tensor] | None
+    tried: Link | None = None
 
     @property
-    def eps(self) -> float:
-        return torch.finfo(self.output.dtype).eps
+    def n_rows(self) -> int:
+        """B."""
+        return len(self.out.losses)
+
+
+class _Group:
+    """Passes of outputs of one form, and statistics of their rows on the device.
+
+    Args:
+        passes: the passes, with their outputs and gradients.
+        link: link of the cross-entropy that they are compared with.
+    """
+
+    def __init__(self, passes: Sequence[_Pass], link: Link) -> None:
+        self.passes, self.link = passes, link
+        outputs = [p.output for p in passes if p.output is not None]
+        gradients = [p.gradient for p in passes if p.gradient is not None]
+        self.eps = torch.finfo(outputs[0].dtype).eps
+        self.statistics = cross_entropy_statistics(torch.cat(outputs), torch.cat(gradients), link)
+        for one in passes:
+            one.tried = link
+
+    def release(self) -> None:
+        """Drop the outputs. Passes of another loss then have no curvature."""
+        for one in self.passes:
+            one.output = one.gradient = None
+
+
+def _fitting(passes: Sequence[_Pass], link: Link) -> list[list[_Pass]]:
+    """Return the passes that may end in `link` and were not compared with it, by their form."""
+    groups: dict[tuple[object, ...], list[_Pass]] = {}
+    for one in passes:
+        if one.output is not None and one.tried != link and fits(link, one.output):
+            form = (one.output.dtype, one.output.device, *one.output.shape[1:])
+            groups.setdefault(form, []).append(one)
+    return list(groups.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +139,11 @@ class CurvatureWatch:
         self._links: tuple[Link, ...] = LINKS
         self._waiting: list[_Pass] = []
         self._waiting_bytes = 0
+        # passes whose statistics are taken, and passes that the likeliest link does not fit
+        self._groups: list[_Group] = []
+        self._others: list[_Pass] = []
+        # True if the last losses were those of the likeliest link
+        self._is_sure = False
         self._told: list[tuple[Loss, Tensor, Tensor]] = []
 
     def tell(self, loss: Loss, output: Tensor, target: Tensor) -> None:
@@ -119,7 +164,7 @@ class CurvatureWatch:
             shares: place of the row of each share, shape (shares,); None if rows are not shared.
 
         Returns:
-            Columns of the rows of the step's samples, then of the shares. `finish` fills the
+            Columns of the rows of the step's samples, then of the shares. `fill` fills the
             columns in. Of shared rows only the curvature is known.
         """
         batch = len(samples)
@@ -134,84 +179,136 @@ class CurvatureWatch:
         for seen in placed_once(passes, batch):
             rows = slice(seen.first, seen.first + len(seen.output))
             told = next(
-                ((f, y) for f, o, y in self._told if o.data_ptr() == seen.output.data_ptr()), None
+                ((f, y) for f, o, y in self._told if address_of(o) == address_of(seen.output)), None
             )
             own = samples[rows] if shares is None else samples[:0]
             self._waiting.append(
-                _Pass(seen.output, seen.version, seen.gradient, batch, found[rows], own, told)
+                _Pass(
+                    seen.output,
+                    seen.version,
+                    seen.gradient,
+                    seen.output.shape[1] if seen.output.dim() == 2 else 0,
+                    batch,
+                    found[rows],
+                    own,
+                    told,
+                )
             )
             # a view keeps the whole storage of its base in memory
             self._waiting_bytes += seen.output.untyped_storage().nbytes()
         self._told = []
         if self._waiting_bytes > _WAITING_BYTES:
-            self.finish()
+            self._shrink()
         return columns
 
-    def finish(self) -> None:
+    def take(self) -> list[Tensor]:
+        """Return the values that `fill` needs on the host, on their devices."""
+        self._look()
+        return [group.statistics for group in self._groups]
+
+    def fill(self, values: Sequence[F64]) -> None:
         """Fill in the columns that `observe` has returned so far.
+
+        Args:
+            values: values of the last `take`.
 
         Raises:
             RecordError: the targets belong to other samples than the ids say.
         """
-        # the loop may have overwritten an output since then
-        waiting, self._waiting = [p for p in self._waiting if p.output._version == p.version], []
-        self._waiting_bytes = 0
+        groups, self._groups = self._groups, []
+        others, self._others = self._others, []
+        for group, statistics in zip(groups, values, strict=True):
+            others += self._unlike(group, statistics)
+        # of another loss: the host waits for the device once more
         for link in self._links:
-            waiting = self._by_gradient(waiting, link)
-        for one in waiting:
-            if one.told is not None:
-                loss, target = one.told
-                # forked: a loss may draw from the generator that the training uses
-                with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
-                    one.out.curvature[:], one.out.losses[:] = curvature_weights(
-                        loss, one.output, target, one.gradient, one.batch
-                    )
+            fitting = _fitting(others, link)
+            fits_link = {id(one) for passes in fitting for one in passes}
+            others = [one for one in others if id(one) not in fits_link]
+            for passes in fitting:
+                group = _Group(passes, link)
+                others += self._unlike(group, group.statistics.cpu().numpy())
+        for one in others:
+            self._by_loss(one)
         for column, batch, shares in self._shared:
             column[batch:] = column[shares]
         self._shared = []
 
-    def _by_gradient(self, passes: Sequence[_Pass], link: Link) -> list[_Pass]:
-        """Fill in the weights of passes with cross-entropy of `link`. Return the other passes."""
+    def finish(self) -> None:
+        """Fill in the columns that `observe` has returned so far, and wait for the device.
+
+        Raises:
+            RecordError: the targets belong to other samples than the ids say.
+        """
+        self.fill(to_host(self.take()))
+
+    def _look(self) -> None:
+        """Take the statistics of the waiting passes, by the likeliest link."""
+        # the loop may have overwritten an output since then
+        waiting = [
+            one
+            for one in self._waiting
+            if one.output is not None and one.output._version == one.version
+        ]
+        self._waiting, self._waiting_bytes = [], 0
+        self._groups += [
+            _Group(passes, self._links[0]) for passes in _fitting(waiting, self._links[0])
+        ]
+        self._others += [one for one in waiting if one.tried is None]
+
+    def _shrink(self) -> None:
+        """Release the waiting outputs, without a wait for the device if their loss is known."""
+        on_host = all(p.output is None or p.output.device.type == "cpu" for p in self._waiting)
+        is_named = any(p.told is not None for p in self._waiting)
+        self._look()
+        if on_host or is_named or self._others or not self._is_sure:
+            self.finish()
+            return
+        for group in self._groups:
+            group.release()
+
+    def _unlike(self, group: _Group, statistics: F64) -> list[_Pass]:
+        """Fill in the passes of a group whose loss is that of its link. Return the others."""
+        passes = group.passes
+        sizes = np.array([p.n_rows for p in passes])
+        batches = np.array([p.batch for p in passes])
+        weights, known = cross_entropy_weights(statistics, sizes, batches, group.eps)
+        ends = np.cumsum(sizes)[:-1]
+        columns = (weights, *losses_and_targets(statistics))
+        of_passes = [
+            LossColumns(*of) for of in zip(*(np.split(c, ends) for c in columns), strict=True)
+        ]
         left: list[_Pass] = []
-        groups: dict[tuple[object, ...], list[_Pass]] = {}
-        for one in passes:
-            if fits(link, one.output):
-                groups.setdefault((one.output.dtype, *one.output.shape[1:]), []).append(one)
+        for one, found, is_known in zip(passes, of_passes, known, strict=True):
+            if is_known:
+                one.out.curvature[:], one.out.losses[:] = found.curvature, found.losses
+                one.out.targets[:] = found.targets
+                if group.link == "softmax" and self._targets.is_on and len(one.samples):
+                    self._check_targets(one)
             else:
                 left.append(one)
-        for group in groups.values():
-            outputs, gradients = (
-                torch.cat([p.output for p in group]),
-                torch.cat([p.gradient for p in group]),
-            )
-            statistics = cross_entropy_statistics(outputs, gradients, link).cpu().numpy()
-            sizes = np.array([len(p.output) for p in group])
-            batches = np.array([p.batch for p in group])
-            weights, known = cross_entropy_weights(statistics, sizes, batches, group[0].eps)
-            ends = np.cumsum(sizes)[:-1]
-            columns = (weights, *losses_and_targets(statistics))
-            of_passes = [
-                LossColumns(*of) for of in zip(*(np.split(c, ends) for c in columns), strict=True)
-            ]
-            for one, found, is_known in zip(group, of_passes, known, strict=True):
-                if is_known:
-                    one.out.curvature[:], one.out.losses[:] = found.curvature, found.losses
-                    one.out.targets[:] = found.targets
-                    if link == "softmax" and self._targets.is_on and len(one.samples):
-                        self._check_targets(one)
-                else:
-                    left.append(one)
-            if known.any():
-                # the likeliest first
-                self._links = (link, *(other for other in LINKS if other != link))
+        if known.any():
+            # the likeliest first
+            self._links = (group.link, *(other for other in LINKS if other != group.link))
+        self._is_sure = bool(known.all())
         return left
+
+    def _by_loss(self, one: _Pass) -> None:
+        """Fill in a pass whose loss the loop has named."""
+        if one.told is None or one.output is None or one.gradient is None:
+            return
+        loss, target = one.told
+        # forked: a loss may draw from the generator that the training uses
+        with torch.random.fork_rng([one.output.device] if one.output.is_cuda else []):
+            one.out.curvature[:], one.out.losses[:] = curvature_weights(
+                loss, one.output, target, one.gradient, one.batch
+            )
 
     def _check_targets(self, one: _Pass) -> None:
         """Check the targets of a pass whose loss is cross-entropy with classes.
 
         A loss of zero shows no target.
         """
-        if one.gradient.dim() == 2:
+        if one.n_classes:
             targets = one.out.targets.astype(np.int64)
             seen = targets >= 0
-            self._targets.check(one.samples[seen], targets[seen], one.gradient.shape[1])
+            self._targets.check(one.samples[seen], targets[seen], one.n_classes)

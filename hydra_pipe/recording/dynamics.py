@@ -65,6 +65,8 @@ class DynamicsWatch:
         self._projections: dict[tuple[int, torch.device], Tensor] = {}
         self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
+        # converted values on their device, and the arrays that they go to
+        self._converted: list[tuple[Tensor, list[NDArray[np.generic]]]] = []
 
     def observe(self, passes: Sequence[SeenOutput], batch: int, *, mixed: bool) -> Columns:
         """Take the passes of a step that is about to be recorded.
@@ -75,7 +77,7 @@ class DynamicsWatch:
             mixed: True if rows are shared: no output is of one sample alone.
 
         Returns:
-            An array for each column of the shape, of `batch` rows. `finish` fills the arrays in.
+            An array for each column of the shape, of `batch` rows. `fill` fills the arrays in.
             Unknown values are NaN, and class -1.
         """
         alone = [] if mixed else placed_once(passes, batch)
@@ -90,11 +92,29 @@ class DynamicsWatch:
                 self._waiting.append(_Waiting(seen, own))
                 self._waiting_bytes += _nbytes(seen.output) + _nbytes(seen.last_input)
         if self._waiting_bytes > _WAITING_BYTES:
-            self.finish()
+            self._convert()
         return columns
 
-    def finish(self) -> None:
-        """Fill in the arrays that `observe` has returned so far."""
+    def take(self) -> list[Tensor]:
+        """Return the values that `fill` needs on the host, on their devices."""
+        self._convert()
+        return [values for values, _ in self._converted]
+
+    def fill(self, values: Sequence[NDArray[np.generic]]) -> None:
+        """Fill in the arrays that `observe` has returned so far.
+
+        Args:
+            values: values of the last `take`.
+        """
+        converted, self._converted = self._converted, []
+        for found, (_, outs) in zip(values, converted, strict=True):
+            first = 0
+            for out in outs:
+                out[:] = found[first : first + len(out)]
+                first += len(out)
+
+    def _convert(self) -> None:
+        """Convert the waiting outputs and inputs, on their devices."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         # the loop may have overwritten an output since then
         waiting = [w for w in waiting if w.seen.output._version == w.seen.version]
@@ -108,15 +128,15 @@ class DynamicsWatch:
         assert self.shape is not None
         outputs = torch.cat([w.seen.output for w in group])
         if self.shape.keeps_all:
-            _fill(group, names.LOGITS, _as_float16(outputs))
+            self._note(group, names.LOGITS, _as_float16(outputs))
             return
         gradients = torch.cat([w.seen.gradient for w in group])
         least, target = gradients.min(1, keepdim=True)
         label = torch.where(least < 0, outputs.gather(1, target), torch.nan)
         top, classes = outputs.topk(TOP, dim=1)
         total = outputs.float().logsumexp(1, keepdim=True).to(outputs.dtype)
-        _fill(group, names.LOGITS, _as_float16(torch.cat([label, total, top], 1)))
-        _fill(group, names.TOP_CLASSES, classes.int())
+        self._note(group, names.LOGITS, _as_float16(torch.cat([label, total, top], 1)))
+        self._note(group, names.TOP_CLASSES, classes.int())
 
     def _keep_inputs(self, group: Sequence[_Waiting]) -> None:
         assert self.shape is not None
@@ -125,7 +145,10 @@ class DynamicsWatch:
         if inputs.shape[1] > LAST_INPUTS:
             inputs = inputs @ self._projection(inputs)
         if inputs.shape[1] == self.shape.n_inputs:
-            _fill(group, names.LAST_INPUT, _as_float16(inputs))
+            self._note(group, names.LAST_INPUT, _as_float16(inputs))
+
+    def _note(self, group: Sequence[_Waiting], name: str, values: Tensor) -> None:
+        self._converted.append((values, [one.columns[name] for one in group]))
 
     def _projection(self, inputs: Tensor) -> Tensor:
         key = (inputs.shape[1], inputs.device)
@@ -173,12 +196,3 @@ def _groups(
 
 def _as_float16(values: Tensor) -> Tensor:
     return values.float().clamp(-_LARGEST, _LARGEST).half()
-
-
-def _fill(group: Sequence[_Waiting], name: str, values: Tensor) -> None:
-    found = values.cpu().numpy()
-    first = 0
-    for one in group:
-        out = one.columns[name]
-        out[:] = found[first : first + len(out)]
-        first += len(out)

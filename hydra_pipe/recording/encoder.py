@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
-from hydra_pipe.per_sample.factors import Contribution, Factors
+from hydra_pipe.maths.adam import rank_one
+from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows
 from hydra_pipe.plan.layout import Layout, Parameter
 from hydra_pipe.recording.encodings import ENCODINGS, Factored, Given, Reduced, outer_products
+from hydra_pipe.store.data.preconditioner import Preconditioner
 
 # largest number of positions of a contribution that may be put side by side with others
 _FEW_POSITIONS = 4
@@ -30,7 +32,8 @@ def describe(
         parameters: parameters of the blocks, without structure.
 
     Returns:
-        The parameters. `factors`, `sides` and `bias_of` are set if the contributions show them.
+        The parameters. `factors`, `sides`, `is_table` and `bias_of` are set if the contributions
+        show them.
     """
     weights: dict[tuple[int, ...], str] = {}  # output factors -> name of the weight that has them
     described = []
@@ -43,6 +46,8 @@ def describe(
         sides = {_sides(g.value) for g in contributions.get(index, ())}
         if len(sides) == 1:
             parameter = replace(parameter, sides=sides.pop())
+        if any(isinstance(g.value, TokenRows) for g in contributions.get(index, ())):
+            parameter = replace(parameter, is_table=True)
         described.append(parameter)
     for index, parameter in enumerate(described):
         factors = outer_products(contributions.get(index, ()))
@@ -106,17 +111,12 @@ class RowEncoder:
 
     Args:
         layout: the block directory.
-        preconditioned: True if `reduce` of the encodings gets the root of a preconditioner.
     """
 
-    def __init__(self, layout: Layout, *, preconditioned: bool = False) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.preconditioned = preconditioned
         #: encoding of each block
-        self.encodings = [
-            ENCODINGS[b.encoding](b, layout.seed, preconditioned=preconditioned)
-            for b in layout.blocks
-        ]
+        self.encodings = [ENCODINGS[b.encoding](b, layout.seed) for b in layout.blocks]
         self.part_columns, self.parts_of_block = _parts(layout)
         of_factors = {
             part
@@ -228,6 +228,39 @@ class RowEncoder:
             for columns, of_factors in zip(self.part_columns, self._of_factors, strict=True)
         ]
 
+    def preconditioner(self, roots: Sequence[Tensor]) -> Preconditioner:
+        """Return D^(1/2) in the columns of the rows.
+
+        Args:
+            roots: D^(1/2) of each block, of the block's shape.
+        """
+        columns = np.ones(self.layout.n_features, np.float32)
+        biases = np.ones(len(roots), np.float32)
+        elements: list[NDArray[np.float32]] = []
+        shared = {
+            block.columns: index
+            for index, block in enumerate(self.layout.blocks)
+            if block.encoding == "factored" and block.inputs is None
+        }
+        for block, encoding, root in zip(self.layout.blocks, self.encodings, roots, strict=True):
+            in_columns = encoding.root(root)
+            elements.append(_floats(in_columns))
+            if block.inputs is None:
+                if not encoding.is_factored:
+                    columns[slice(*block.columns)] = elements[-1]
+                continue
+            matrix = root.reshape(block.columns[1] - block.columns[0], -1)
+            bias = shared.get(block.columns)
+            if bias is not None:
+                matrix = torch.cat([matrix, roots[bias].reshape(-1, 1)], 1)
+            outputs, inputs = map(_floats, rank_one(matrix))
+            n_inputs = block.inputs[1] - block.inputs[0]
+            columns[slice(*block.columns)] = outputs
+            columns[slice(*block.inputs)] = inputs[:n_inputs]
+            if bias is not None:
+                biases[bias] = inputs[n_inputs]
+        return Preconditioner(columns, biases, np.concatenate(elements))
+
     def products(self, of_parts: NDArray[Any]) -> NDArray[Any]:
         """Return the product over the parts of each block.
 
@@ -243,7 +276,7 @@ class RowEncoder:
         return of_blocks
 
     def sums(self, features: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Sum the rows of each step, for blocks that are not preconditioned.
+        """Sum the rows of each step.
 
         Args:
             features: rows in their columns, shape (row, feature). The steps follow each other.
@@ -262,6 +295,11 @@ class RowEncoder:
                 encoding.sum_rows(rows, out[:, where])
             step, row = step + n_steps, row + n_steps * size
         return sums
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = values.detach().flatten().float().cpu().numpy()
+    return found
 
 
 def _parts(layout: Layout) -> tuple[list[slice], list[list[int]]]:

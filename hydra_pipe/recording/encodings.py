@@ -1,20 +1,20 @@
 """Encodings of a block, one class each: columns of rows, and both sides of the gradient's check.
 
 The check compares the sum of a step's rows with the gradient that the optimiser uses. The encoding
-chooses the form of both sides. If rows are stored as they are, the sides are compared as columns.
-If rows are preconditioned or factored, both sides are multiplied by a random vector u, the *probe*
-(`hydra_pipe.maths.gradient_check`).
+chooses the form of both sides. The sides are compared as columns. If rows are factored, both sides
+are multiplied by a random vector u, the *probe* (`hydra_pipe.maths.gradient_check`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from hydra_pipe.errors import LayerError
+from hydra_pipe.maths.adam import scalar_root
+from hydra_pipe.maths.grids import Grids
 from hydra_pipe.maths.kron import Kron
 from hydra_pipe.maths.sketch import Sketch, SketchedLines
 from hydra_pipe.per_sample.factors import (
@@ -49,13 +49,10 @@ class Reduced(Given):
     Args:
         norm: upper bound of the summed norms of the rows and of their terms, a scalar; None if the
             rows give it.
-        expected: sum of the rows before preconditioning, in the form of the check; None if the rows
-            are not preconditioned.
         lines: numbers of the lines of a table that may be nonzero; None if any line may be.
     """
 
     norm: Tensor | None = None
-    expected: Tensor | None = None
     lines: Tensor | None = None
 
 
@@ -65,46 +62,26 @@ class BlockEncoding(ABC):
     Args:
         block: entry of the block directory.
         seed: seed of the run's random projections.
-        preconditioned: True if rows are multiplied by the root of a preconditioner.
     """
 
     #: True if the columns are factors of the rows
     is_factored = False
 
-    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
-        self.block, self._preconditioned = block, preconditioned
-        self._columns = slice(*block.columns)
-        self._probe = (
-            _probe(seed, prod(block.shape[1:])) if preconditioned and len(block.shape) > 1 else None
-        )
+    def __init__(self, block: Block, seed: int) -> None:
+        self.block, self._columns = block, slice(*block.columns)
 
     @property
     def check_width(self) -> int:
         """Number of values on each side of the check."""
-        if not self._preconditioned:
-            return self._columns.stop - self._columns.start
-        return self.block.numel if self._probe is None else self.block.shape[0]
-
-    def takes_lines(self, given: Sequence[Given]) -> bool:
-        """Tell whether `reduce` looks only at the lines of a table that the contributions use."""
-        return False
+        return self._columns.stop - self._columns.start
 
     @abstractmethod
-    def reduce(
-        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
-    ) -> Reduced:
-        """Return the contribution in the block's columns, times `root` if it is given.
-
-        Args:
-            given: the contribution.
-            root: root of the preconditioner, of the block's shape or of `lines` only; None if rows
-                are not preconditioned.
-            lines: sorted numbers of the lines in `root`; None if `root` has all lines.
-        """
+    def reduce(self, given: Given) -> Reduced:
+        """Return the contribution in the block's columns."""
 
     @abstractmethod
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
-        """Return the gradient in the columns of its rows, if rows are stored as they are.
+        """Return the gradient in the columns of its rows.
 
         Args:
             gradient: whole gradient of the block.
@@ -114,26 +91,26 @@ class BlockEncoding(ABC):
             The columns, one dimension.
         """
 
+    def root(self, root: Tensor) -> Tensor:
+        """Return the root of a preconditioner at the features of the rows.
+
+        Features are columns; those of a factored weight are its elements. A projection that mixes
+        the elements gets one number for all, the one nearest to the root.
+
+        Args:
+            root: D^(1/2), of the block's shape.
+        """
+        width = self._columns.stop - self._columns.start
+        return root.new_full((width,), scalar_root(root), dtype=torch.float32)
+
     def write_gradient(
         self, gradient: Tensor, given: Sequence[Reduced], out: Tensor
     ) -> Tensor | None:
         """Write the gradient's side of the check to `out`, or return it for the caller to copy."""
-        if self._probe is None:
-            return (
-                gradient.reshape(-1)
-                if self._preconditioned
-                else self.project_gradient(gradient, given)
-            )
-        matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
-        torch.mv(
-            matrix if matrix.dtype == out.dtype else matrix.to(out.dtype),
-            self._probe_like(out),
-            out=out,
-        )
-        return None
+        return self.project_gradient(gradient, given)
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
-        """Write the rows' side of the check to `out`, if rows are stored as they are.
+        """Write the rows' side of the check to `out`.
 
         Args:
             rows: rows of some steps in their columns, shape (step, sample, feature).
@@ -141,112 +118,45 @@ class BlockEncoding(ABC):
         """
         torch.sum(rows[:, :, self._columns], 1, out=out)
 
-    def _reduce_rows(
-        self,
-        given: Given,
-        root: Tensor | None,
-        pieces: Iterable[Tensor],
-        project: Callable[[Tensor], Tensor],
-    ) -> Reduced:
-        """Reduce a contribution by way of written-out rows, a few samples at a time.
-
-        Args:
-            given: the contribution.
-            root: root of the preconditioner; None if rows are not preconditioned.
-            pieces: rows of a few samples each, in the order of the samples.
-            project: function that turns rows into columns.
-        """
-        norm = _known_norm(given.value)
-        columns, norms, sums = [], [], []
-        factors = self._factors_of_sum(given.value) if root is not None else None
-        for rows in pieces:
-            columns.append(project(rows))
-            if root is not None and norm is None:
-                norms.append(torch.linalg.vector_norm(rows, dim=1).sum())
-            if root is not None and factors is None:
-                sums.append(self._sum_for_check(rows))
-        in_columns = columns[0] if len(columns) == 1 else torch.cat(columns)
-        if root is None:
-            return Reduced(in_columns, given.first, norm)
-        expected = _sum(sums) if factors is None else self._sum_of_factors(factors)
-        return Reduced(in_columns, given.first, _sum(norms) if norms else norm, expected)
-
-    def _factors_of_sum(self, value: Contribution) -> Factors | None:
-        """Return factors whose sum times the probe needs no rows; None if rows must be summed."""
-        if self._probe is None or not isinstance(value, Factors) or value.given_right is None:
-            return None
-        return value if value.left.shape[-1] == self.block.shape[0] else None
-
-    def _sum_of_factors(self, factors: Factors) -> Tensor:
-        """Return sum_bp l_bp (r_bp . u), the sum of the rows times the probe u."""
-        return (
-            factors.left.flatten(0, 1).T
-            @ factors.right_times(self._probe_like(factors.left)[None]).flatten()
-        )
-
-    def _sum_for_check(self, rows: Tensor) -> Tensor:
-        total = rows.sum(0)
-        return (
-            total
-            if self._probe is None
-            else total.reshape(self.block.shape[0], -1) @ self._probe_like(rows)
-        )
-
-    def _probe_like(self, like: Tensor) -> Tensor:
-        assert self._probe is not None
-        if self._probe.device != like.device or self._probe.dtype != like.dtype:
-            self._probe = self._probe.to(like)
-        return self._probe
-
 
 class Dense(BlockEncoding):
     """Encoding whose columns are the row itself."""
 
-    def reduce(
-        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
-    ) -> Reduced:
+    def reduce(self, given: Given) -> Reduced:
         """See the base class."""
-        whole = rows_of(given.value)
-        return self._reduce_rows(
-            given, root, (whole,), lambda rows: rows if root is None else rows * root.flatten()
-        )
+        return Reduced(rows_of(given.value), given.first, _known_norm(given.value))
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
         return gradient.reshape(-1)
 
+    def root(self, root: Tensor) -> Tensor:
+        """See the base class."""
+        return root.flatten()
+
 
 class Sketched(BlockEncoding):
     """Encoding whose columns are a balanced count sketch of the row (`hydra_pipe.maths.sketch`)."""
 
-    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
-        super().__init__(block, seed, preconditioned=preconditioned)
+    def __init__(self, block: Block, seed: int) -> None:
+        super().__init__(block, seed)
         self._sketch = Sketch(
             seed, block.name, block.shape, self._columns.stop - self._columns.start
         )
         # last lines of a table: the books come next and need the same lines
         self._last_lines: SketchedLines | None = None
 
-    def takes_lines(self, given: Sequence[Given]) -> bool:
+    def reduce(self, given: Given) -> Reduced:
         """See the base class."""
-        return all(isinstance(g.value, TokenRows) for g in given)
-
-    def reduce(
-        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
-    ) -> Reduced:
-        """See the base class."""
-        if isinstance(given.value, TokenRows):
-            return self._reduce_lines(given.value, given.first, root, lines)
-        signs = None if root is None else self._sketch.signs(root)
         value = given.value
+        if isinstance(value, TokenRows):
+            return self._reduce_lines(value, given.first)
         if isinstance(value, Factors) and value.given_right is not None:
             order = value.order
-            return self._reduce_rows(
-                given, root, value.pieces(), lambda rows: self._sketch(rows, signs, order)
-            )
-        return self._reduce_rows(
-            given, root, (rows_of(value),), lambda rows: self._sketch(rows, signs)
-        )
+            columns = joined([self._sketch(rows, order) for rows in value.pieces()])
+        else:
+            columns = self._sketch(rows_of(value))
+        return Reduced(columns, given.first, _known_norm(value))
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
         """See the base class."""
@@ -254,21 +164,11 @@ class Sketched(BlockEncoding):
         of_lines = None if lines is None else _project_lines(lines, gradient)
         return self._sketch(gradient.reshape(1, -1))[0] if of_lines is None else of_lines
 
-    def _reduce_lines(
-        self, value: TokenRows, first: int, root: Tensor | None, lines: Tensor | None
-    ) -> Reduced:
-        values, width = value.values, value.values.shape[2]
+    def _reduce_lines(self, value: TokenRows, first: int) -> Reduced:
         numbers, at = torch.unique(value.tokens, return_inverse=True)
-        if root is not None:
-            of_lines = numbers if lines is None else torch.searchsorted(lines, numbers)
-            values = values * root.reshape(-1, width)[of_lines][at]
-        sketched = self._sketch.lines(numbers)
-        expected = None
-        if root is None:
-            self._last_lines = sketched
-        else:
-            expected = value.sum_times(self._probe_like(value.values))
-        return Reduced(sketched.project(values, at), first, value.bounds().sum(), expected, numbers)
+        self._last_lines = self._sketch.lines(numbers)
+        columns = self._last_lines.project(value.values, at)
+        return Reduced(columns, first, value.bounds().sum(), numbers)
 
     def _lines_of(self, given: Sequence[Reduced]) -> SketchedLines | None:
         """Return the lines of a table that the contributions use; None if one is not of lines."""
@@ -284,21 +184,61 @@ class Sketched(BlockEncoding):
         return self._sketch.lines(torch.unique(torch.cat(numbers)))
 
 
+class GridsOfElements(BlockEncoding):
+    """Encoding whose columns are elements of the row, in grids (`hydra_pipe.maths.grids`)."""
+
+    def __init__(self, block: Block, seed: int) -> None:
+        super().__init__(block, seed)
+        assert block.grids is not None
+        outputs, inputs, n_out, n_in = block.grids
+        self._grids = Grids(
+            seed,
+            block.name,
+            (outputs, inputs),
+            (n_out, n_in),
+            self._columns.stop - self._columns.start,
+        )
+        # places of the elements in rows with another order of dimensions
+        self._in_order: dict[tuple[int, ...], Tensor] = {}
+
+    def reduce(self, given: Given) -> Reduced:
+        """See the base class."""
+        return Reduced(self._project(given.value), given.first, bounds_of(given.value).sum())
+
+    def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
+        """See the base class."""
+        return self._grids(gradient.reshape(1, -1))[0]
+
+    def root(self, root: Tensor) -> Tensor:
+        """See the base class."""
+        return root.flatten()[self._grids.elements.to(root.device)]
+
+    def _project(self, value: Contribution) -> Tensor:
+        if not isinstance(value, Factors) or value.given_right is None:
+            return self._grids(rows_of(value))
+        if not isinstance(value.given_right, Tensor):
+            elements = None if value.order is None else self._elements_in(value.order)
+            return joined([self._grids(rows, elements) for rows in value.pieces()])
+        if (value.left.shape[2], value.n_inputs) == self._grids.sides:
+            return self._grids.of_factors(value.left, value.given_right)
+        return self._grids(rows_of(value))
+
+    def _elements_in(self, order: tuple[int, ...]) -> Tensor:
+        if order not in self._in_order:
+            self._in_order[order] = self._grids.elements_in(self.block.shape, order)
+        return self._in_order[order]
+
+
 class KronProjected(BlockEncoding):
-    """Encoding whose columns are the row projected on both sides (`hydra_pipe.maths.kron`).
+    """Encoding whose columns are the row projected on both sides (`hydra_pipe.maths.kron`)."""
 
-    Rows of this encoding are never preconditioned.
-    """
-
-    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
-        super().__init__(block, seed, preconditioned=preconditioned)
+    def __init__(self, block: Block, seed: int) -> None:
+        super().__init__(block, seed)
         assert block.kron is not None
         outputs, inputs, k_out, k_in = block.kron
         self._kron = Kron(seed, block.name, block.shape, k_out, k_in, (outputs, inputs))
 
-    def reduce(
-        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
-    ) -> Reduced:
+    def reduce(self, given: Given) -> Reduced:
         """See the base class."""
         return Reduced(
             projected(given.value, self._kron), given.first, bounds_of(given.value).sum()
@@ -312,21 +252,20 @@ class KronProjected(BlockEncoding):
 class Factored(BlockEncoding):
     """Encoding whose columns are the two factors of an outer product.
 
-    Rows of this encoding are never preconditioned. The check does not multiply the factors out: the
-    row of a weight is multiplied by a probe. A bias shares the columns of its weight.
+    The check does not multiply the factors out: the row of a weight is multiplied by a probe. A
+    bias shares the columns of its weight.
     """
 
     is_factored = True
 
-    def __init__(self, block: Block, seed: int, *, preconditioned: bool) -> None:
-        super().__init__(block, seed, preconditioned=preconditioned)
+    def __init__(self, block: Block, seed: int) -> None:
+        super().__init__(block, seed)
+        self._probe: Tensor | None = None
         if block.inputs is not None:
             self._inputs = slice(*block.inputs)
             self._probe = _probe(seed, self._inputs.stop - self._inputs.start)
 
-    def reduce(
-        self, given: Given, root: Tensor | None = None, lines: Tensor | None = None
-    ) -> Reduced:
+    def reduce(self, given: Given) -> Reduced:
         """Return the contribution unchanged."""
         return Reduced(given.value, given.first)
 
@@ -349,22 +288,46 @@ class Factored(BlockEncoding):
         return factors
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
-        """See the base class."""
+        """See the base class. The gradient of a bias is the sum of its columns."""
         return gradient.reshape(-1)
+
+    def root(self, root: Tensor) -> Tensor:
+        """See the base class."""
+        return root.flatten()
+
+    def write_gradient(
+        self, gradient: Tensor, given: Sequence[Reduced], out: Tensor
+    ) -> Tensor | None:
+        """See the base class."""
+        if self._probe is None:
+            return self.project_gradient(gradient, given)
+        matrix = gradient if gradient.dim() == 2 else gradient.reshape(out.shape[0], -1)
+        torch.mv(
+            matrix if matrix.dtype == out.dtype else matrix.to(out.dtype),
+            self._probe_like(out, self._probe),
+            out=out,
+        )
+        return None
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
         """See the base class."""
         if self._probe is None:
             super().sum_rows(rows, out)
         else:
-            weights = rows[:, :, self._inputs] @ self._probe_like(rows)
+            weights = rows[:, :, self._inputs] @ self._probe_like(rows, self._probe)
             out[:] = torch.bmm(weights[:, None], rows[:, :, self._columns])[:, 0]
+
+    def _probe_like(self, like: Tensor, probe: Tensor) -> Tensor:
+        if probe.device != like.device or probe.dtype != like.dtype:
+            self._probe = probe = probe.to(like)
+        return probe
 
 
 #: class of each encoding
 ENCODINGS: dict[Encoding, type[BlockEncoding]] = {
     "dense": Dense,
     "factored": Factored,
+    "grids": GridsOfElements,
     "kron": KronProjected,
     "sketch": Sketched,
 }
@@ -407,9 +370,9 @@ def _project_lines(lines: SketchedLines, gradient: Tensor) -> Tensor | None:
     return lines.project_all(own)
 
 
-def _sum(values: list[Tensor]) -> Tensor:
-    # a single value needs no operation
-    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+def joined(pieces: list[Tensor]) -> Tensor:
+    """Return rows that were made a few samples at a time."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # a single one needs no operation
 
 
 def _probe(seed: int, width: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from hydra_pipe.per_sample.orders import FIRST, SampleOrder, order_of
+from hydra_pipe.recording.addresses import storage_of
 from hydra_pipe.recording.walk import Walk
 
 # Nodes that multiply a parameter with data: the saved operands, each with its number among the
@@ -155,7 +156,7 @@ def mixing_block(
         wanted: numbers of the recorded blocks.
     """
     leads = walk.leading_to(wanted)
-    sizes, places = {x.numel() for x in inputs}, {x.untyped_storage().data_ptr() for x in inputs}
+    sizes, places = {x.numel() for x in inputs}, {storage_of(x) for x in inputs}
     for number in probe.mixed:
         node = walk.nodes[number]
         shape = tuple(node._input_metadata[0].shape)
@@ -171,6 +172,6 @@ def mixing_block(
             data = getattr(node, name, None)
             if slot in given or not isinstance(data, Tensor) or data.dim() < 2:
                 continue
-            if data.numel() in sizes or data.untyped_storage().data_ptr() in places:
+            if data.numel() in sizes or storage_of(data) in places:
                 return min(leads[number])
     return None

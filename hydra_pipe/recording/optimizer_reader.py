@@ -61,33 +61,23 @@ class OptimizerReader:
             )
         return gradients_in_use(self._optimizer, gradients)
 
-    def root(self, index: int, gradient: Tensor | None, lines: Tensor | None = None) -> Tensor:
-        """Return the root of the preconditioner of block `index`.
+    def roots(self) -> list[Tensor] | None:
+        """Return the root of the preconditioner of each block after the latest step.
 
-        With a `gradient`: the preconditioner of the step that is about to use it. Without: the
-        preconditioner of the present state.
-
-        Args:
-            index: number of the block.
-            gradient: gradient of the whole block, or None.
-            lines: lines of the block to return; None: all lines. A preconditioner is elementwise,
-                so no other line matters.
+        Returns:
+            Tensors of the shapes of the parameters; None if the optimiser has no preconditioner.
         """
-        parameter, group = self._trained[index]
-        state: Mapping[str, Any] = self._optimizer.state.get(parameter, _NO_STATE)
-        if lines is not None:
-            shape = parameter.shape
-            of_lines = {
-                k: x[lines] if isinstance(x, Tensor) and x.shape == shape else x
-                for k, x in state.items()
-            }
-            parameter, state = (
-                nn.Parameter(parameter.detach()[lines], requires_grad=False),
-                of_lines,
-            )
-            gradient = None if gradient is None else gradient[lines]
-        found = self._rule.root(parameter, gradient, state, self._optimizer.param_groups[group])
-        return torch.ones_like(parameter) if found is None else found
+        if not self._rule.preconditioned:
+            return None
+        states, groups = self._optimizer.state, self._optimizer.param_groups
+        found = [
+            self._rule.root(parameter, states.get(parameter, _NO_STATE), groups[group])
+            for parameter, group in self._trained
+        ]
+        return [
+            torch.ones_like(parameter) if root is None else root.detach()
+            for root, (parameter, _) in zip(found, self._trained, strict=True)
+        ]
 
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """Return the step's line of the step tables by parameter group and by block.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import OptimizerError
-from hydra_pipe.maths.adam import root_preconditioner, second_moment
+from hydra_pipe.maths.adam import root_preconditioner
 
 # a parameter's entry in `optimizer.state`, and its group in `optimizer.param_groups`
 State = Mapping[str, Any]
@@ -23,10 +23,11 @@ class OptimizerRule:
         v = mu v + (1 - tau) G,   G = gradient + weight_decay theta,
         theta = (1 - decoupled_decay) theta - learning_rate * step_factor * P v
 
-    with P = 1, or with an elementwise, positive P, taken as it was at the step.
+    with P = 1, or with an elementwise P that is not negative. Of P, the recording keeps the one of
+    its end, and of each moment at which test gradients are taken.
     """
 
-    #: True if P is not 1; then rows and test gradients are stored times the root of P.
+    #: True if P is not 1; then the root of P is stored beside the test gradients.
     preconditioned = False
 
     def check(self, group: Group, index: int) -> None:
@@ -48,13 +49,8 @@ class OptimizerRule:
         """Return the further factor of the learning rate at this step."""
         return 1.0
 
-    def root(
-        self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group
-    ) -> Tensor | None:
-        """Return the root of P, with the shape of `parameter`; None if P is 1.
-
-        With a `gradient`: P of the step that is about to use it. Without: P of the present state.
-        """
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        """Return the root of P after the latest step, the shape of `parameter`; None if P is 1."""
         return None
 
 
@@ -76,10 +72,7 @@ class SgdRule(OptimizerRule):
 
 
 class AdamRule(OptimizerRule):
-    """The rule of torch.optim.Adam and AdamW, with coupled or decoupled weight decay.
-
-    Preconditioning is symmetric.
-    """
+    """The rule of torch.optim.Adam and AdamW, with coupled or decoupled weight decay."""
 
     preconditioned = True
 
@@ -109,23 +102,12 @@ class AdamRule(OptimizerRule):
     def step_factor(self, state: State, group: Group) -> float:
         return float(1.0 / (1.0 - float(group["betas"][0]) ** (self._updates(state) + 1)))
 
-    def root(
-        self, parameter: nn.Parameter, gradient: Tensor | None, state: State, group: Group
-    ) -> Tensor | None:
-        beta2, eps, updates = float(group["betas"][1]), float(group["eps"]), self._updates(state)
-        if gradient is None:
-            # A parameter that was never updated has no moment. It has no rows either, so the root
-            # does not matter.
-            moment = state.get("exp_avg_sq")
-            return (
-                root_preconditioner(moment, updates, beta2, eps)
-                if moment is not None
-                else torch.ones_like(parameter)
-            )
-        if group["weight_decay"] and not group.get("decoupled_weight_decay"):
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        moment = second_moment(state.get("exp_avg_sq"), gradient, beta2)
-        return root_preconditioner(moment, updates + 1, beta2, eps)
+    def root(self, parameter: nn.Parameter, state: State, group: Group) -> Tensor | None:
+        moment = state.get("exp_avg_sq")
+        if moment is None:  # never updated, so that it has no rows either
+            return torch.zeros_like(parameter)
+        beta2, eps = float(group["betas"][1]), float(group["eps"])
+        return root_preconditioner(moment, self._updates(state), beta2, eps)
 
     @staticmethod
     def _updates(state: State) -> int:

@@ -17,6 +17,7 @@ from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.recording_stage import RecordingStage
 from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.recording.step_sync import StepSync
+from hydra_pipe.recording.transfer import to_host
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import DynamicsShape
 from hydra_pipe.types import F32
@@ -128,8 +129,7 @@ class PendingSteps:
             StoreError: writing failed.
         """
         # first: it may call the user's loss, which may raise; the steps are good all the same
-        self._curvature.finish()
-        self._dynamics.finish()
+        self._fill_columns()
         lines = [(_mean_loss(note, losses), values) for note, losses, values in self._lines]
         self._lines = []
         with torch.no_grad():
@@ -149,11 +149,22 @@ class PendingSteps:
         # Report the first error only. The disk may fail here too, and so may the user's loss, which
         # finish() calls.
         with suppress(Exception):
-            self._curvature.finish()
-            self._dynamics.finish()
+            self._fill_columns()
         if self._sync.flushes_at_will:
             with suppress(Exception):
                 self.flush()
+
+    def _fill_columns(self) -> None:
+        """Fill in what is known of the rows beside their gradients. The host waits once."""
+        of_loss, of_outputs = self._curvature.take(), self._dynamics.take()
+        buffer = self._buffer if self._lines else None
+        of_rows = [] if buffer is None else buffer.prepare()
+        found = to_host([*of_loss, *of_outputs, *of_rows])
+        n_loss, n_outputs = len(of_loss), len(of_outputs)
+        if buffer is not None:
+            buffer.accept(found[n_loss + n_outputs :])
+        self._dynamics.fill(found[n_loss : n_loss + n_outputs])
+        self._curvature.fill(found[:n_loss])
 
     def begin_anew(self) -> None:
         """Group the steps to come as if no step had come before.

@@ -151,10 +151,11 @@ def origins_of(outputs: Sequence[Tensor], batch: int) -> list[Origin]:
     """Return the outputs that keep the samples apart."""
     found = []
     for output in outputs:
-        dims = [dim for dim in range(output.dim()) if output.shape[dim] == batch]
-        if dims or (output.dim() and output.shape[0] and output.shape[0] % batch == 0):
-            dim = 0 if output.shape[0] % batch == 0 and output.shape[0] else dims[0]
-            found.append(Origin(output, SampleOrder(dim)))
+        shape = output.shape
+        if len(shape) and shape[0] and shape[0] % batch == 0:
+            found.append(Origin(output, FIRST))
+        elif batch in shape:
+            found.append(Origin(output, SampleOrder(shape.index(batch))))
     return found
 
 

@@ -13,6 +13,7 @@ from hydra_pipe.recording.collectives import Processes
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import given_batches
 from hydra_pipe.recording.eval_mode import eval_mode
+from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.recording_stage import RecordingStage
 from hydra_pipe.recording.settings import Labels
 from hydra_pipe.recording.test_gradients import record_test_gradients
@@ -29,6 +30,7 @@ class TestGradients:
         model: the module in training.
         parameters: the recorded parameters.
         collector: collector of their gradients.
+        updates: reader of the optimiser, whose preconditioner is kept beside the test gradients.
         output: destination of the test gradients.
         processes: processes that record together; the first does the work.
         seed: seed of the order in which a dataset's samples are read.
@@ -39,11 +41,13 @@ class TestGradients:
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
         collector: Collector,
+        updates: OptimizerReader,
         output: RecordingStage,
         processes: Processes,
         seed: int,
     ) -> None:
         self._model, self._parameters, self._collector = model, parameters, collector
+        self._updates = updates
         self._output, self._processes, self._seed = output, processes, seed
 
     def take(self, n_steps: int, tests: Any, loss: Any, labels: Labels | None) -> None:
@@ -83,12 +87,12 @@ class TestGradients:
             n_tests, labels, worst = record_test_gradients(
                 self._model, self._collector, table, batches, loss, labels, when
             )
+            self._write_preconditioner()
             writer.flush_test(table)
         except BaseException:
             with suppress(Exception):  # report the first error only
                 writer.drop_test()
             raise
-        self._write_preconditioner(n_steps)
         if labels is not None:
             self._output.write_labels(names.TEST_LABELS, labels)
         return n_tests, worst
@@ -99,14 +103,16 @@ class TestGradients:
         These data are test gradients of no sample, with digests of the parameters, and the
         preconditioner.
         """
-        self._writer.flush_test(self._writer.test_rows(n_steps, state_digests(self._model)))
-        self._write_preconditioner(n_steps)
+        table = self._writer.test_rows(n_steps, state_digests(self._model))
+        self._write_preconditioner()
+        self._writer.flush_test(table)
 
     @property
     def _writer(self) -> GradientsWriter:
         assert self._output.writer is not None  # made at the first step
         return self._output.writer
 
-    def _write_preconditioner(self, n_steps: int) -> None:
-        if (roots := self._collector.roots()) is not None:
-            self._writer.write_preconditioner(n_steps, roots)
+    def _write_preconditioner(self) -> None:
+        roots, encoder = self._updates.roots(), self._collector.encoder
+        if roots is not None and encoder is not None:
+            self._writer.write_preconditioner(encoder.preconditioner(roots))

@@ -163,7 +163,6 @@ class Recorder:
             allocate=buffers_for(parameters[0].device),
         )
         updates = OptimizerReader(optimizer, rule, trained)
-        root = updates.root if rule.preconditioned else None
         watching = Watching(
             self._sync.guarded,
             has_ranks=self._processes.size > 1,
@@ -171,7 +170,15 @@ class Recorder:
             allows_mixing=allow_mixed_loss,
         )
         self._collector = Collector(
-            self._model, root, trained, encoding, dim, seed, dtype, optimizer, watching
+            self._model,
+            trained,
+            encoding,
+            dim,
+            seed,
+            dtype,
+            optimizer,
+            watching,
+            preconditioned=rule.preconditioned,
         )
         self._targets = TargetCheck(self._sample_labels)
         self._curvature = CurvatureWatch(self._targets)
@@ -185,7 +192,7 @@ class Recorder:
             self._output,
         )
         self._tests = TestGradients(
-            self._model, parameters, self._collector, self._output, self._processes, seed
+            self._model, parameters, self._collector, updates, self._output, self._processes, seed
         )
         self._loop = Loop(
             self._model,

@@ -37,7 +37,7 @@ class RecordingStage:
         path: directory of the run.
         settings: settings of the stage.
         n_groups: parameter groups of the optimiser.
-        preconditioned: True if rows are stored times the root of the optimiser's preconditioner.
+        preconditioned: True if the optimiser has a preconditioner, which is stored beside the rows.
         processes: processes that record together.
         allocate: maker of buffers, passed to `GradientsWriter`.
     """

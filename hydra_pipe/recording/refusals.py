@@ -179,10 +179,12 @@ def _reason_of_parameter(parameter: nn.Parameter) -> str | None:
         )
     kind = type(parameter)
     # A plain subclass of Parameter is fine. A tensor with its own dispatch does not hold the values
-    # that it shows.
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__module__.startswith(
-        ("bitsandbytes", "torchao")
-    ):
+    # that it shows, unless it is a device's own, written in Python.
+    dispatches = (
+        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        and parameter.device.type != torch._C._get_privateuse1_backend_name()
+    )
+    if dispatches or kind.__module__.startswith(("bitsandbytes", "torchao")):
         return (
             f"is a {_path_of(kind)}, whose values are kept in another form: train a plain one, "
             "or freeze it and train adapters"

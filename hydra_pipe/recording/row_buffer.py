@@ -8,7 +8,7 @@ is done on many steps at once.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import Reduced
 from hydra_pipe.recording.explanations import Evidence, penalty_of
 from hydra_pipe.recording.micro_batches import Mixture
-from hydra_pipe.recording.transfer import Transfer
+from hydra_pipe.recording.transfer import copy_rows, to_host
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.table import TableWriter
+from hydra_pipe.types import Floating
 
 # Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the
 # row buffer stays in the cache.
@@ -88,6 +89,22 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _OnHost:
+    """The values that a check needs, on the host.
+
+    Args:
+        largest: largest magnitude in each row of each part, shape (row, part).
+        sums, actual: both sides of the gradient's check, shape (step, column).
+        norms: known norms, in the order of the steps and of their blocks; None if there are none.
+    """
+
+    largest: Floating
+    sums: Floating
+    actual: Floating
+    norms: Floating | None = None
+
+
+@dataclass(frozen=True)
 class Finite:
     """The result of `RowBuffer.check_finite`.
 
@@ -99,7 +116,7 @@ class Finite:
     """
 
     entries: Sequence[_Entry]
-    largest: Tensor
+    largest: Floating
     per_part: NDArray[np.float64]
     error: NonFiniteError | None
 
@@ -135,7 +152,7 @@ class Checked:
     """
 
     entries: Sequence[_Entry]
-    largest: Tensor
+    largest: Floating
     books: Balance
     error: NonFiniteError | GradientMismatchError | None
 
@@ -170,10 +187,10 @@ class RowBuffer:
         )
         self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self._device = parameters[0].device
-        self._transfer = Transfer(self._device)
         # views of the columns at each place of a batch, made once
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._entries: list[_Entry] = []
+        self._on_host: _OnHost | None = None
         self._room = self._room_for(batch)
         self._make_room()
 
@@ -188,9 +205,8 @@ class RowBuffer:
     def _make_room(self) -> None:
         self.features = self._empty(self._room, self._encoder.layout.n_features)
         width = self._encoder.check_columns[-1].stop
-        # projections of the whole gradients; and sums of the rows before preconditioning
+        # projections of the whole gradients
         self._actual = self._empty(BUFFER_STEPS, width)
-        self._expected = self._empty(BUFFER_STEPS if self._encoder.preconditioned else 0, width)
         self._views.clear()
         self._actual_views = [
             [row[columns] for columns in self._encoder.check_columns] for row in self._actual
@@ -266,10 +282,6 @@ class RowBuffer:
             self._share_out(own, rows.stop, mixture)
         step = len(self._entries)
         self._encoder.project_for_check(gradients, self._actual_views[step], contributions)
-        if self._encoder.preconditioned:
-            for index, where in enumerate(self._encoder.check_columns):
-                parts = [r.expected for r in contributions.get(index, ()) if r.expected is not None]
-                self._expected[step, where] = torch.stack(parts).sum(0) if parts else 0
         present = np.zeros(len(gradients), bool)
         present[list(contributions)] = True
         norms = {}
@@ -329,13 +341,37 @@ class RowBuffer:
 
     def check_finite(self, ids: str | None = None, first_id: int = 0) -> Finite:
         """Find rows that are not finite: the first half of `check`."""
+        if self._on_host is None:
+            self.accept(to_host(self.prepare()))
+        assert self._on_host is not None
         entries, self._entries = self._entries, []
-        largest = self._largest(entries[-1].rows.stop)
-        per_part = largest.double().cpu().numpy()
+        largest = self._on_host.largest
+        per_part = largest.astype(np.float64)
         finite = np.isfinite(per_part)
         bad = next((k for k, entry in enumerate(entries) if not finite[entry.rows].all()), None)
         error = None if bad is None else self._not_finite(entries[bad], finite, ids, first_id)
         return Finite(entries[:bad], largest, per_part, error)
+
+    def prepare(self) -> list[Tensor]:
+        """Return the values that `check` needs on the host, on the device of the rows.
+
+        Returns:
+            The largest magnitudes, both sides of the gradient's check, and known norms.
+        """
+        entries = self._entries
+        features = self.features[: entries[-1].rows.stop]
+        sizes = [entry.rows.stop - entry.rows.start for entry in entries]
+        norms = [norm for entry in entries for norm in entry.norms.values()]
+        return [
+            self._largest(len(features)),
+            self._encoder.sums(features, sizes),
+            self._actual[: len(entries)],
+            *([torch.stack([norm.to(self._dtype) for norm in norms])] if norms else []),
+        ]
+
+    def accept(self, values: Sequence[NDArray[Any]]) -> None:
+        """Take the values of `prepare` from the host. No step may be added in between."""
+        self._on_host = _OnHost(*values)
 
     def check_gradient(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
         """Check the books of the first `n_steps` steps over all `processes`.
@@ -344,6 +380,7 @@ class RowBuffer:
         are compared with this mean.
         """
         books, error = self._check_gradient(finite.entries[:n_steps], finite.per_part, processes)
+        self._on_host = None
         return Checked(finite.entries[: len(books.scalar)], finite.largest, books, error)
 
     def write(self, checked: Checked, table: TableWriter) -> None:
@@ -353,11 +390,12 @@ class RowBuffer:
         entries, n_rows = checked.entries, checked.entries[-1].rows.stop
         features = self.features[:n_rows]
         dtype = cast("Dtype", table.dtype_of(names.GRADIENT))
-        scales = part_scale(checked.largest[:n_rows], dtype)
+        scales = part_scale(torch.from_numpy(checked.largest[:n_rows]), dtype)
         if dtype != "float32":
+            on_device = scales.to(self._device)
             for part, columns in enumerate(self._encoder.part_columns):
-                scale_in_place(features[:, columns], scales[:, part], dtype)
-        of_blocks = self._encoder.products(scales.cpu().numpy())
+                scale_in_place(features[:, columns], on_device[:, part], dtype)
+        of_blocks = self._encoder.products(scales.numpy())
         present = np.stack([e.present for e in entries])
         # a factored bias without a gradient shares its weight's columns: its scale becomes 0
         if not present.all():
@@ -367,7 +405,7 @@ class RowBuffer:
             for name in entries[0].columns
         }
         for rows, views in table.reserve(n_rows):
-            self._transfer(features[rows], views[names.GRADIENT], table.wait_for)
+            copy_rows(features[rows], views[names.GRADIENT], table.wait_for)
             views[names.SCALE][:] = of_blocks[rows]
             for name, view in views.items():
                 if name in further:
@@ -408,27 +446,21 @@ class RowBuffer:
         """Return the balance of the steps before the first that is off, and its error or None."""
         if not entries:
             return Balance(np.empty(0), np.empty((0, len(self._encoder.layout.blocks)))), None
+        assert self._on_host is not None
         n_rows, n_steps = entries[-1].rows.stop, len(entries)
-        features = self.features[:n_rows]
-        sizes = [entry.rows.stop - entry.rows.start for entry in entries]
-        expected = (
-            self._expected[:n_steps]
-            if self._encoder.preconditioned
-            else self._encoder.sums(features, sizes)
-        )
         starts = np.array([columns.start for columns in self._encoder.check_columns])
         present = np.stack([entry.present for entry in entries])
-        sums = expected.double().cpu().numpy()
+        sums = self._on_host.sums[:n_steps].astype(np.float64)
         # a factored bias without a gradient shares its weight's columns, so its sum is set to 0
         if not present.all():
             sums = sums * np.repeat(
                 present, [c.stop - c.start for c in self._encoder.check_columns], axis=1
             )
-        grads = self._actual[:n_steps].double().cpu().numpy()
+        grads = self._on_host.actual[:n_steps].astype(np.float64)
         magnitude = self._magnitude(entries, per_part[:n_rows]) * present
         sums, magnitude = processes.mean(sums), processes.mean(magnitude)
         limit = np.array([entry.limit for entry in entries])[:, None]
-        eps = torch.finfo(features.dtype).eps
+        eps = torch.finfo(self._dtype).eps
         books = balance(sums, grads, starts, magnitude, eps, self._scalar)
         for step in np.flatnonzero(~(books.imbalance <= limit).all(axis=1)).tolist():
             of_step = (sums[[step]], grads[[step]], starts, magnitude[[step]], eps)
@@ -505,14 +537,12 @@ class RowBuffer:
             products, [entry.rows.start for entry in entries], axis=0
         )
         magnitude *= np.sqrt([block.numel for block in self._encoder.layout.blocks])
-        known = [
-            (step, index, norm)
-            for step, entry in enumerate(entries)
-            for index, norm in entry.norms.items()
-        ]
+        known = [(step, index) for step, entry in enumerate(entries) for index in entry.norms]
         if known:
-            values = torch.stack([norm for *_, norm in known]).double().cpu().numpy()
-            magnitude[[step for step, *_ in known], [index for _, index, _ in known]] = values
+            assert self._on_host is not None
+            assert self._on_host.norms is not None
+            values = self._on_host.norms[: len(known)].astype(np.float64)
+            magnitude[[step for step, _ in known], [index for _, index in known]] = values
         return magnitude
 
 

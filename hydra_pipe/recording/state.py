@@ -123,13 +123,13 @@ def open_to_go_on(
         )
     if (store.n_groups, store.preconditioned) != (n_groups, preconditioned):
         raise RunError(
-            f"{path} was recorded with {store.n_groups} parameter groups, rows "
+            f"{path} was recorded with {store.n_groups} parameter groups, "
             f"{_kind(store.preconditioned)}; the optimizer has "
-            f"{n_groups}, rows {_kind(preconditioned)}: build the optimizer as it was"
+            f"{n_groups}, {_kind(preconditioned)}: build the optimizer as it was"
         )
     store.check_kept(state.kept)
     return directory, store
 
 
 def _kind(preconditioned: bool) -> str:
-    return "preconditioned" if preconditioned else "as they are"
+    return "with a preconditioner" if preconditioned else "without a preconditioner"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hydra_pipe.recording.addresses import address_of
+
 # elements kept of a parameter after each step, and number of parameters with kept elements
 _ELEMENTS, _PARAMETERS = 64, 4
 
@@ -41,7 +43,7 @@ class WeightsNote:
     def take(self) -> None:
         """Note the parameters as they are now."""
         self._counts = [p._version for p in self._counted]
-        addresses = [p.data_ptr() for p in self._counted]
+        addresses = [address_of(p) for p in self._counted]
         if addresses != self._addresses:
             self._addresses = addresses
             self._elements = [_some(p) for p in self._looked_at]
@@ -54,7 +56,7 @@ class WeightsNote:
         if self._counts is None:
             return False
         if self._counts != [p._version for p in self._counted] or self._addresses != [
-            p.data_ptr() for p in self._counted
+            address_of(p) for p in self._counted
         ]:
             return True
         pairs = zip(self._kept, self._elements, strict=True)

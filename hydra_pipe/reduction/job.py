@@ -19,6 +19,7 @@ from hydra_pipe.reduction.scores import ReadWindow, TestBlock, decode_tests
 from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.weights import RowUse, StepWeights, last_rows
 from hydra_pipe.store.data.gradients import Gradients, Prefix
+from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.rows import Piece, check_within
 from hydra_pipe.streams import Stream
@@ -65,6 +66,10 @@ class ReductionJob(Generic[P]):
         """Open the recording anew: an open store cannot travel to other processes."""
         return Gradients(self.gradients, self.prefix)
 
+    def preconditioner(self, store: Gradients) -> Preconditioner | None:
+        """Return D^(1/2) of the moment of the test gradients; None if rows need none."""
+        return store.preconditioner(self.tested.step)
+
     def averages(self) -> F32 | None:
         """Return the matrix that averages test samples into columns, shape (test, group), float32.
 
@@ -103,19 +108,22 @@ def held_last_rows(job: ReductionJob[Any], store: Gradients) -> AbstractContextM
 def load_tests(job: ReductionJob[RowPlan], tests: Span, tested: WhichTests) -> TestBlock:
     store = job.store()
     rows, segments = tested.rows(store), segments_of(store.layout)
+    preconditioner = store.preconditioner(tested.step)
     spans = [slice(*span) for span in cut(job.tests, *tests)]
     stored = np.concatenate(
         [rows.features(span, slice(0, store.layout.n_features)) for span in spans]
     )
     scales = np.concatenate([rows.scales(span) for span in spans])
     if job.rows.cosine:
-        norms = SquaredNorms(segments, store.layout.n_features, job.plan.reading.features)
+        norms = SquaredNorms(
+            segments, store.layout.n_features, job.plan.reading.features, preconditioner
+        )
         at_once = job.plan.reading.rows
         for low in range(0, len(stored), at_once):
             own = slice(low, low + at_once)
             squares = norms(partial(_window, stored[own]), scales[own].astype(np.float64) ** 2)
             scales[own] *= inverse_norms(squares)[:, None]
-    return decode_tests(stored, scales, segments)
+    return decode_tests(stored, scales, segments, preconditioner)
 
 
 def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hydra_pipe.plan.layout import ColumnRange, Layout
 from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, segments_of
 from hydra_pipe.reduction.kernels import Weighted, decode
+from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.types import F32
 
 
@@ -38,9 +39,10 @@ class Expansion:
 
     Args:
         layout: layout of the stored columns.
+        preconditioner: factors D^(1/2) of the features. None: none.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, preconditioner: Preconditioner | None = None) -> None:
         self._dense: list[tuple[ColumnRange, int, int]] = []  # stored columns, block, first feature
         self._products: list[_Product] = []
         # first feature, one past the last, and the block's index, in order
@@ -54,6 +56,10 @@ class Expansion:
                     )
             else:
                 self._add_factored(segment)
+        self._root: F32 | None = None
+        if preconditioner is not None:
+            of_blocks = preconditioner.of_blocks(layout)
+            self._root = np.concatenate([of_blocks[block] for *_, block in self.spans])
 
     def _add_factored(self, segment: FactoredSegment) -> None:
         n_out, n_in = (last - first for first, last in (segment.outputs, segment.inputs))
@@ -99,6 +105,8 @@ class Expansion:
                 # written in place: a separate product would take as much memory again
                 there = target.reshape((len(stored), outputs.shape[1], inputs.shape[1]), copy=False)
                 np.multiply(outputs[:, :, None], inputs[:, None, :], out=there)
+        if self._root is not None:
+            out *= self._root
 
 
 def feature_spans(layout: Layout) -> list[list[object]]:

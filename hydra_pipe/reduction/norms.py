@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hydra_pipe.reduction.column_groups import DenseSegment, FactoredSegment, Segment, overlap
 from hydra_pipe.reduction.kernels import Workspace, decode
 from hydra_pipe.reduction.scores import ReadWindow
+from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.types import F32, F64
 
 
@@ -18,14 +19,22 @@ class SquaredNorms:
         segments: segments of the layout.
         n_features: number of stored columns.
         features_at_once: number of columns to read at a time.
+        preconditioner: factors D^(1/2) of the rows. None: none.
     """
 
-    def __init__(self, segments: Sequence[Segment], n_features: int, features_at_once: int) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        n_features: int,
+        features_at_once: int,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
         self._segments, self._n_features, self._features_at_once = (
             segments,
             n_features,
             features_at_once,
         )
+        self._preconditioner = preconditioner
         self._workspace = Workspace()
 
     def __call__(self, read: ReadWindow, weight: NDArray[np.floating]) -> F64:
@@ -54,6 +63,8 @@ class SquaredNorms:
             stored = read(first, last)
             values = self._workspace.matrix(*stored.shape)
             decode(stored, [(0, last - first, None)], values)
+            if self._preconditioner is not None:
+                values *= self._preconditioner.columns[first:last]
             for segment in self._segments:
                 if isinstance(segment, DenseSegment):
                     for block, columns in segment.blocks:
@@ -64,8 +75,13 @@ class SquaredNorms:
         for segment, (outputs, inputs) in factors.items():
             total += weight[:, segment.weight] * outputs * inputs
             if segment.bias is not None:
-                total += weight[:, segment.bias] * outputs
+                total += weight[:, segment.bias] * outputs * self._factor_of(segment.bias)
         return total
+
+    def _factor_of(self, bias: int) -> float:
+        """Return the square of the factor that a factored bias has beside its columns."""
+        root = 1.0 if self._preconditioner is None else float(self._preconditioner.biases[bias])
+        return root**2
 
 
 def _squares(values: F32, columns: tuple[int, int], first: int, last: int) -> F64:

@@ -16,6 +16,7 @@ from hydra_pipe.reduction.column_groups import (
     overlap,
 )
 from hydra_pipe.reduction.kernels import Weighted, Workspace, add_products, decode
+from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.types import F32
 
 # function that returns the columns [first, last) of the present rows, as stored
@@ -42,18 +43,27 @@ class TestBlock:
         return len(self.values)
 
 
-def decode_tests(stored: NDArray[Any], scale: F32, segments: Sequence[Segment]) -> TestBlock:
+def decode_tests(
+    stored: NDArray[Any],
+    scale: F32,
+    segments: Sequence[Segment],
+    preconditioner: Preconditioner | None = None,
+) -> TestBlock:
     """Decode stored test gradients into a test block.
 
     Args:
         stored: test gradients as stored, shape (test, feature).
         scale: scale of each block in each test gradient, shape (test, block), float32.
         segments: segments of the layout.
+        preconditioner: D^(1/2). Test gradients are multiplied by D, so that rows need no factor.
     """
     values = np.empty(stored.shape, np.float32)
     decode(
         np.ascontiguousarray(stored), weighted_columns(segments, 0, stored.shape[1], scale), values
     )
+    if preconditioner is not None:
+        values *= np.square(preconditioner.columns)
+        scale = scale * np.square(preconditioner.biases)
     return TestBlock(values, scale)
 
 

@@ -329,3 +329,21 @@ def test_a_number_too_large_to_be_one_is_a_store_error() -> None:
 def test_what_is_no_directory_at_all_is_a_store_error(data: Any) -> None:
     with pytest.raises(StoreError, match="block directory is damaged"):
         Layout.from_json(data)
+
+
+def test_a_preconditioner_puts_grids_in_the_place_of_projections_that_hide_elements() -> None:
+    model = [
+        Parameter("wide", (64, 48), 0, sides=(64, 48)),
+        Parameter("table", (500, 8), 0, is_table=True),
+        Parameter("kernel", (40, 30, 3), 0),
+        Parameter("bias", (3,), 0),
+    ]
+    layout = choose_layout(model, "projected", 300, 3, preconditioned=True)
+    assert [b.encoding for b in layout.blocks] == ["grids", "sketch", "grids", "dense"]
+    wide, _, kernel, _ = layout.blocks
+    assert wide.grids == (64, 48, 4, 4)
+    assert kernel.grids == (3600, 1, 4, 1)
+    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    small = choose_layout(model[:1], "projected", 3, 3, preconditioned=True)
+    assert small.blocks[0].grids == (64, 48, 3, 1)
+    assert small.n_features == 3

@@ -69,7 +69,6 @@ from hydra_pipe.errors import HydraError
 
 WIDTH, CLASSES, WORDS, N_STEPS = 6, 3, 9, 2
 TOLERANCE = 2e-3
-ADAM_EPS = 1e-8
 RECORDED = ("right", "share")
 BAD = ("wrong", "scaled", "changed", "crash", "unfit")
 
@@ -1070,7 +1069,6 @@ class Twin:
     trained: Mapping[str, nn.Parameter]
     steps: list[dict[int, dict[str, Tensor]]] = field(default_factory=list)
     shares: list[dict[int, dict[str, Tensor]]] = field(default_factory=list)
-    roots: list[dict[str, Tensor]] = field(default_factory=list)
     present: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -1089,29 +1087,10 @@ class Twin:
     def clear(self) -> None:
         self.present, self.shared = {}, {}
 
-    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def end_step(self) -> None:
         self.steps.append(self.present)
         self.shares.append(self.shared)
-        self.roots.append(self.roots_of(optimizer, at_step=True))
         self.clear()
-
-    def roots_of(self, optimizer: torch.optim.Optimizer, *, at_step: bool) -> dict[str, Tensor]:
-        """Root of AdamW's preconditioner, 1 for other optimisers."""
-        roots = {}
-        for name, p in self.trained.items():
-            root = torch.ones(p.numel())
-            state = optimizer.state.get(p, {})
-            if isinstance(optimizer, torch.optim.AdamW) and (
-                p.grad is not None if at_step else state
-            ):
-                moment = state["exp_avg_sq"].flatten() if state else torch.zeros(p.numel())
-                n = int(state["step"]) if state else 0
-                if at_step:
-                    assert p.grad is not None
-                    moment, n = 0.999 * moment + 0.001 * p.grad.flatten().square(), n + 1
-                root = ((moment / (1 - 0.999**n)).sqrt() + ADAM_EPS).rsqrt()
-            roots[name] = root
-        return roots
 
 
 def _add(into: dict[int, dict[str, Tensor]], ids: Tensor, rows: list[dict[str, Tensor]]) -> None:
@@ -1125,7 +1104,7 @@ def _add(into: dict[int, dict[str, Tensor]], ids: Tensor, rows: list[dict[str, T
 def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if case.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.01, eps=ADAM_EPS)
+        return torch.optim.AdamW(parameters, lr=0.01)
     momentum = 0.9 if case.optimizer == "momentum" else 0.0
     return torch.optim.SGD(parameters, lr=0.05, momentum=momentum, weight_decay=0.01)
 
@@ -1225,7 +1204,7 @@ def train(
         if case.clip:
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if twin is not None:
-            twin.end_step(optimizer)
+            twin.end_step()
         optimizer.step()
         if not case.zero_first:
             zero()
@@ -1363,8 +1342,7 @@ def run(case: Case, *, debug: bool = False) -> Outcome:
         if late is not None:
             return Outcome("late", late)
         truth = _test_gradients(case, copied, test_x, test_y)
-        roots = twin.roots_of(optimizer, at_step=False)
-        tests = [{k: v / roots[k] for k, v in row.items()} for row in stored_tests(path)]
+        tests = stored_tests(path)
         worst = differences(tests, truth)  # which are taken without autocast
         at = max(worst, key=lambda k: worst[k])
         if len(tests) != len(truth) or worst[at] > TOLERANCE:
@@ -1379,9 +1357,7 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
     worst_off, verdict, why = 0.0, "right", ""
     tolerance, floor = case.limits
     zeros = {name: torch.zeros(p.numel()) for name, p in twin.trained.items()}
-    for step, (truth, shares, roots) in enumerate(
-        zip(twin.steps, twin.shares, twin.roots, strict=True)
-    ):
+    for step, (truth, shares) in enumerate(zip(twin.steps, twin.shares, strict=True)):
         samples, stored = stored_rows(path, step)
         if not len(samples):
             if complete:
@@ -1391,7 +1367,7 @@ def _compared(case: Case, path: Path, twin: Twin, *, complete: bool) -> Outcome:
         _add(
             found,
             torch.from_numpy(samples),
-            [{k: v / roots[k] for k, v in row.items()} for row in stored],
+            stored,
         )
         if set(found) < set(truth):
             return Outcome(

@@ -217,7 +217,7 @@ def unlike_dtypes(directory: Path) -> object:
     """Which no two ranks choose of one layout; but then the store would be of two kinds."""
     choose = collector.choose_recording
     if distributed.get_rank() == 1:
-        collector.choose_recording = lambda *args: (choose(*args)[0], "int8")
+        collector.choose_recording = lambda *args, **options: (choose(*args, **options)[0], "int8")
     try:
         return loop(directory, plain, name="unlike dtypes")
     finally:

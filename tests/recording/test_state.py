@@ -413,7 +413,7 @@ class TestWhatCannotGoOn:
             model, BUILDERS["adamw"](model), tmp_path / "run", n_samples=N_SAMPLES, dim=200
         )
         with pytest.raises(
-            RunError, match="rows as they are; the optimizer has 1, rows preconditioned"
+            RunError, match="without a preconditioner; the optimizer has 1, with a preconditioner"
         ):
             recorder.load_state_dict(state)
 

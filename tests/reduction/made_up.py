@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from support.pipelines import mlp_pipeline
 
 import hydra_pipe
@@ -40,6 +41,26 @@ def whole(stored: np.ndarray, scale: np.ndarray, store: Gradients) -> np.ndarray
     return np.concatenate(found, axis=1)
 
 
+def root_of(store: Gradients, step: int, *, factored: bool) -> np.ndarray:
+    """D^(1/2) of the features of `whole`, as docs/format.md has it; 1 where rows have none.
+
+    Elementwise, or where factored blocks stay `factored`, as their columns have it.
+    """
+    if not store.preconditioned:
+        return np.ones(1)
+    group = zarr.open_group(store.path, mode="r")[f"test/{names.checkpoint_name(step)}"]
+    if not factored:
+        return np.asarray(group["root_of_elements"][:], np.float64)
+    columns, biases = (np.asarray(group[f"root_of_{of}"][:]) for of in ("columns", "biases"))
+    found = []
+    for block, bias in zip(store.layout.blocks, biases, strict=True):
+        own = columns[slice(*block.columns)].astype(np.float64) * bias
+        if block.inputs is not None:
+            own = np.outer(own, columns[slice(*block.inputs)].astype(np.float64)).ravel()
+        found.append(own)
+    return np.concatenate(found)
+
+
 def by_loop(run: Path, forms: tuple[Form, ...] = FORMS, floor: bool = True) -> np.ndarray:
     """Mean over the forms, each swept for itself."""
     return np.sum([form.share * by_loop_of(run, form, floor) for form in forms], axis=0)
@@ -55,6 +76,8 @@ def by_loop_of(run: Path, form: Form, floor: bool) -> np.ndarray:
     checkpoint = store.test_steps()[-1]
     tests = store.test_rows(checkpoint)
     a = whole(tests.features(everything, everything), tests.scales(everything), store).T
+    root = root_of(store, checkpoint, factored=False)
+    rows, a = rows * root, a * root[:, None]
     v = np.zeros_like(a)
     widths = [
         b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks

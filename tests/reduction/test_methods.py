@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from made_up import adamw, made_up, whole
+from made_up import adamw, made_up, root_of, whole
 from support.compare import relative_error
 from support.pipelines import conv_pipeline, mlp_pipeline
 
@@ -145,6 +145,7 @@ def by_store(run: Path, up_to_step: int | None = None) -> dict[str, np.ndarray]:
             tests[s] = whole(
                 stored.features(everything, everything), stored.scales(everything), store
             )
+    roots = {s: root_of(store, s, factored=True) for s in tests}
     last, total, alone = {}, np.zeros((n_samples, len(tests[n_steps]))), np.zeros((n_samples, 1))
     table = {
         name: store.step_table(name) for name in (*GROUP_COLUMNS, *BLOCK_COLUMNS, "gradient_scale")
@@ -169,13 +170,16 @@ def by_store(run: Path, up_to_step: int | None = None) -> dict[str, np.ndarray]:
             np.sum(steps == t),
             np.sum((steps == t) & (part == part[k])),
         )
-        total[i] += tests[max(tests, key=lambda s, t=t: (-abs(s - t), s))] @ (eta[t] * c * rows[k])
-        alone[i] += c**2 * n * rows[k] @ (eta[t] * rows[k])
+        at = max(tests, key=lambda s, t=t: (-abs(s - t), s))
+        total[i] += tests[at] @ (eta[t] * c * rows[k] * roots[at] ** 2)
+        alone[i] += c**2 * n * rows[k] @ (eta[t] * rows[k] * roots[n_steps] ** 2)
         if i not in last or t >= last[i][0]:
             weight = 1.0 if np.isnan(rho[k]) else float(rho[k])
             last[i] = t, c * n * rows[k], weight / (c * n / own)
     used = sorted(last)
-    g, h = np.stack([last[i][1] for i in used]), tests[n_steps]
+    g, h = (
+        values * roots[n_steps] for values in (np.stack([last[i][1] for i in used]), tests[n_steps])
+    )
     rho_of = np.array([last[i][2] for i in used])
     cosine = g @ h.T / (np.linalg.norm(g, axis=1)[:, None] * np.linalg.norm(h, axis=1))
     of_used = {

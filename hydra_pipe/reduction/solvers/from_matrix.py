@@ -132,4 +132,9 @@ def _held_columns(
         None if job.groups is None else job.groups.tobytes(),
         columns,
     )
-    return shared(key, lambda: columns_of_tests(store, job, Expansion(store.layout), columns))
+
+    def load() -> F32:
+        expansion = Expansion(store.layout, job.preconditioner(store))
+        return columns_of_tests(store, job, expansion, columns)
+
+    return shared(key, load)

@@ -119,7 +119,7 @@ class _LastRows:
         last: I64,
         count_rows: CountRows,
     ) -> None:
-        self._job, self._count_rows = job, count_rows
+        self.job, self._count_rows = job, count_rows
         self.store, self._weights, self._last = store, weights, last
         schedule, series = self.store.schedules()
         # 1 / Lambda of each block
@@ -137,7 +137,7 @@ class _LastRows:
         The rows are not counted as progress. Close the stream after use.
         """
         run = (int(self._last[first]), int(self._last[last - 1]) + 1)
-        rows = rows_of(self.store, self._job, run, self._weights, self._last)
+        rows = rows_of(self.store, self.job, run, self._weights, self._last)
         return Stream(self._placed(rows, first), rows.close)
 
     def _placed(self, rows: Stream[Held], start: int) -> Iterator[_Piece]:
@@ -208,7 +208,9 @@ def _held_block(rows: _LastRows, low: int, high: int) -> TestBlock:
         for piece in pieces:
             own = slice(piece.places.start - low, piece.places.stop - low)
             stored[own], weight[own] = piece.held.read(0, n_features), piece.held.weight
-    return decode_tests(stored, weight, segments_of(rows.store.layout))
+    return decode_tests(
+        stored, weight, segments_of(rows.store.layout), rows.job.preconditioner(rows.store)
+    )
 
 
 def _answers_by_samples(
@@ -264,9 +266,10 @@ class _Expanded:
     """
 
     def __init__(self, rows: _LastRows) -> None:
-        layout = rows.store.layout
+        layout, found = rows.store.layout, rows.job.preconditioner(rows.store)
         self._n_features, self._workspace = layout.n_features, Workspace()
-        self.expansion = Expansion(layout)
+        # the same D^(1/2) as in the space of samples, so that the plan does not change the answer
+        self.expansion = Expansion(layout, None if found is None else found.rank_one(layout))
         self.width = self.expansion.width
         # square root of Lambda^-1, shape (feature,)
         self.root: F32 = np.empty(self.width, np.float32)

@@ -299,7 +299,7 @@ def _score_run(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: C
         store.layout.n_features,
         job.plan.reading.features,
     )
-    norms = SquaredNorms(segments, n_features, at_once)
+    norms = SquaredNorms(segments, n_features, at_once, job.preconditioner(store))
     n_columns = tests[1] - tests[0] if averages is None else averages.shape[1]
     total: F32 = np.zeros((job.n_samples, n_columns), np.float32)
     scorer, present = None, job.tested
@@ -354,7 +354,10 @@ def _square_run(job: ReductionJob[SumPlan], run: Span, tests: Span, count_rows: 
     """
     store = job.store()
     norms = SquaredNorms(
-        segments_of(store.layout), store.layout.n_features, job.plan.reading.features
+        segments_of(store.layout),
+        store.layout.n_features,
+        job.plan.reading.features,
+        job.preconditioner(store),
     )
     total: F32 = np.zeros((job.n_samples, tests[1] - tests[0]), np.float32)
     with (

@@ -70,7 +70,13 @@ class Sweep(ReadingSolver[SweepPlan]):
 def sweep_input(request: ReductionRequest, given: ReductionInput) -> SweepInput:
     """Return the sizes of a sweep of the columns of a request."""
     most_rows = int(request.gradients.rows_of_steps()[1].sum(axis=1).max(initial=0))
-    return SweepInput(given, request.gradients.layout.whole_width, most_rows, given.n_samples)
+    return SweepInput(
+        given,
+        request.gradients.layout.whole_width,
+        most_rows,
+        given.n_samples,
+        preconditioned=request.gradients.preconditioned,
+    )
 
 
 class Direction(ABC, Generic[R]):
@@ -193,7 +199,7 @@ def sweep_columns(
         The share of the curvature that saturation left, mean over the steps.
     """
     store = job.store()
-    expansion = Expansion(store.layout)
+    expansion = Expansion(store.layout, job.preconditioner(store))
     sweep: Recursion = direction.begin(job, store, expansion, columns)
     _go_on(job, columns, sweep, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)

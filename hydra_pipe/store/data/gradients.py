@@ -18,6 +18,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import DynamicsShape
+from hydra_pipe.store.data.preconditioner import Preconditioner, read_preconditioner
 from hydra_pipe.store.data.rows import (
     ROWS_UNREADABLE,
     Rows,
@@ -338,7 +339,7 @@ class Gradients:
 
     @property
     def preconditioned(self) -> bool:
-        """True if rows and test gradients are times the root of the optimiser's preconditioner."""
+        """True if the optimiser has a preconditioner D: reductions multiply by it."""
         return bool(self._root.attributes.get(names.PRECONDITIONED, False))
 
     def test_steps(self) -> list[int]:
@@ -378,27 +379,17 @@ class Gradients:
             return {}
         return dict(found)
 
-    def preconditioner(self, step: int) -> list[NDArray[np.float32]] | None:
-        """Return D^(1/2) of each block, flattened. The test gradients of `step` are times it.
+    def preconditioner(self, step: int) -> Preconditioner | None:
+        """Return D^(1/2) as it was after `step` steps, when test gradients were taken.
 
-        None if it is not kept.
+        None if the optimiser has no preconditioner.
 
         Raises:
             StoreError: damaged.
         """
-        if not self._root.has(names.PRECONDITIONER):
+        if not self.preconditioned:
             return None
-        array = self._root.array(names.PRECONDITIONER)
-        if array.attributes.get(names.STEP) != step:
-            return None
-        check_kind(array, ("float32",), None)
-        ends = np.cumsum([block.numel for block in self.layout.blocks])
-        if array.shape != (ends[-1],):
-            raise StoreError(
-                f"{array.path} has {array.shape[0]} values, the model {ends[-1]} parameters: "
-                f"{ROWS_UNREADABLE}"
-            )
-        return np.split(read_array(array), ends[:-1])
+        return read_preconditioner(self._test_group(step), self.layout)
 
     def _test_group(self, step: int) -> Group:
         group = self._root.group(f"{names.TEST}/{names.checkpoint_name(step)}")

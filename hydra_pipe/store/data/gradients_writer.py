@@ -21,6 +21,8 @@ from hydra_pipe.store.data.gradients import (
     STEP_COLUMNS,
     ResumePoint,
 )
+from hydra_pipe.store.data.preconditioner import Preconditioner, write_preconditioner
+from hydra_pipe.store.data.rows import ROWS_UNREADABLE
 from hydra_pipe.store.files import PARTIAL, move, remove, sync, sync_tree
 from hydra_pipe.store.zarr.arrays import METADATA, Array, Group
 from hydra_pipe.store.zarr.table import (
@@ -33,8 +35,6 @@ from hydra_pipe.store.zarr.table import (
 )
 
 STEP_SHARD_ROWS = 4096
-# The most parameters in a file of the preconditioner.
-_PARAMETERS_IN_FILE = 2**22
 # Metadata of a store: some thirty files, and the block directory.
 _METADATA_BYTES = 2**20
 
@@ -49,8 +49,8 @@ class GradientsWriter:
         n_groups: number of parameter groups of the optimiser.
         run_id: id of the run, for the attributes.
         dynamics: sizes of the dynamics of a row. Default: no logits and no inputs.
-        preconditioned: True if rows and test gradients are times the root of the optimiser's
-            preconditioner.
+        preconditioned: True if the optimiser has a preconditioner, whose root is beside the test
+            gradients.
         rank, n_ranks: number of this process, and number of processes that record together.
             Rank 0 makes the store. The others open it after that.
         kept: rows, steps, test gradients and labels to resume after. Everything later is
@@ -146,8 +146,8 @@ class GradientsWriter:
         seen = sum(map(_bytes_of, self.dynamics.columns))
         row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside + seen
         test_bytes = self.layout.n_features * np.dtype(test_dtype(self.dtype)).itemsize + beside
-        n_preconditioned = (
-            sum(block.numel for block in self.layout.blocks)
+        n_of_root = (
+            self.layout.whole_width + self.layout.n_features
             if self._root.attributes[names.PRECONDITIONED]
             else 0
         )
@@ -157,7 +157,7 @@ class GradientsWriter:
         ]
         step_bytes = sum(map(_bytes_of, columns))
         values_bytes = (
-            n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_preconditioned * 4
+            n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_of_root * 4
         )
         return values_bytes * 17 // 16 + _METADATA_BYTES
 
@@ -194,27 +194,10 @@ class GradientsWriter:
         self._taking = partial, path
         return test_table(group, self.layout, self.dtype, self._writer)
 
-    def write_preconditioner(self, step: int, roots: Sequence[NDArray[Any]]) -> None:
-        """Write D^(1/2) of each block after `step` steps, and replace an earlier one.
-
-        Later test gradients need it.
-
-        Args:
-            step: number of steps that were taken.
-            roots: D^(1/2) of each block, flattened.
-        """
-        path, values = (
-            self._root.path / names.PRECONDITIONER,
-            np.concatenate(roots).astype(np.float32),
-        )
-        in_file = min(len(values), _PARAMETERS_IN_FILE)
-        remove(path)
-        attributes = {names.STEP: step}
-        array = Array.create(
-            path, values.shape, "float32", (names.PARAMETER_DIM,), (in_file,), attributes=attributes
-        )
-        for number in range(-(-len(values) // in_file)):
-            array.write_file((number,), values[number * in_file : (number + 1) * in_file])
+    def write_preconditioner(self, value: Preconditioner) -> None:
+        """Write D^(1/2) beside the test gradients that are being taken (`test_rows`)."""
+        assert self._taking is not None
+        write_preconditioner(Group.open(self._taking[0], ROWS_UNREADABLE), value)
 
     def write_labels(
         self, which: str, labels: Sequence[int] | Sequence[str] | NDArray[Any]
@@ -244,9 +227,8 @@ class GradientsWriter:
         self._writer.drain()
         try:
             root = self._paths[-1]
-            for part in (
-                (names.TEST, names.LABELS, names.PRECONDITIONER) if self._is_first else ()
-            ):  # other ranks might see files that come and go
+            # other ranks might see files that come and go
+            for part in (names.TEST, names.LABELS) if self._is_first else ():
                 sync_tree(root / part)
             for group in [
                 g for path in self._paths for g in (path / names.STEPS, path) if g.exists()
@@ -360,8 +342,7 @@ def _open_shared(path: Path, run_id: str) -> Group:
 def _remove_past(path: Path, kept: ResumePoint) -> None:
     """Remove what is past `kept`.
 
-    Test gradients and labels that are not kept are removed, a preconditioner of such test
-    gradients, and rows of another run.
+    Test gradients and labels that are not kept are removed, and rows of another run.
     """
     for name in (names.RANK,) if len(kept.part_rows) == 1 else (*ROW_COLUMNS, *DYNAMICS_COLUMNS):
         remove(path / name)
@@ -381,12 +362,6 @@ def _remove_past(path: Path, kept: ResumePoint) -> None:
         )
         for entry in found if wanted else [path / part]:
             remove(entry)
-    preconditioner = path / names.PRECONDITIONER
-    if (
-        preconditioner.exists()
-        and Array.open(preconditioner).attributes.get(names.STEP) not in kept.tests
-    ):
-        remove(preconditioner)
 
 
 def _gradient_columns(layout: Layout, dtype: str, geometry: Geometry) -> list[TableColumn]:
