@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hydra_pipe.reduction.run import ReductionPlan
     from hydra_pipe.reporting.run import report_run as report
     from hydra_pipe.reporting.shown import ShownSamples
+    from hydra_pipe.rewinding.spikes import Spikes
+    from hydra_pipe.rewinding.step import Rewind
     from hydra_pipe.store.integrity.faults import Fault
     from hydra_pipe.training.pipeline import Pipeline
     from hydra_pipe.training.trainer import Trained, train
@@ -44,8 +46,10 @@ __all__ = [
     "Pipeline",
     "Recorder",
     "ReductionPlan",
+    "Rewind",
     "Run",
     "ShownSamples",
+    "Spikes",
     "StepNote",
     "TrackedLoader",
     "Trained",
@@ -75,8 +79,10 @@ _HOMES = {
     "Pipeline": ("hydra_pipe.training.pipeline", "Pipeline"),
     "Recorder": ("hydra_pipe.recording.recorder", "Recorder"),
     "ReductionPlan": ("hydra_pipe.reduction.run", "ReductionPlan"),
+    "Rewind": ("hydra_pipe.rewinding.step", "Rewind"),
     "Run": ("hydra_pipe.view", "Run"),
     "ShownSamples": ("hydra_pipe.reporting.shown", "ShownSamples"),
+    "Spikes": ("hydra_pipe.rewinding.spikes", "Spikes"),
     "StepNote": ("hydra_pipe.recording.pending", "StepNote"),
     "TrackedLoader": ("hydra_pipe.recording.tracking", "TrackedLoader"),
     "Trained": ("hydra_pipe.training.trainer", "Trained"),

@@ -13,6 +13,8 @@ from hydra_pipe.notebook.plots import Plots
 from hydra_pipe.notebook.results import Results
 from hydra_pipe.notebook.summary import html, html_of_failure, next_commands, plain
 from hydra_pipe.progress import Progress
+from hydra_pipe.rewinding.spikes import Spikes, spikes_of
+from hydra_pipe.rewinding.step import Rewind, rewound
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import (
     BLOCK_COLUMNS,
@@ -22,7 +24,7 @@ from hydra_pipe.store.data.gradients import (
     Prefix,
 )
 from hydra_pipe.store.data.probes import open_probe
-from hydra_pipe.store.data.recording import committed
+from hydra_pipe.store.data.recording import committed, open_so_far
 from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
 from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -262,6 +264,38 @@ class Run:
             ExtraError: pandas is not installed.
         """
         return dynamics_frame(self.gradients)
+
+    def rewind(self, step: int) -> Rewind:
+        """Return the samples of one step, their shares of it, and what it did to the tests.
+
+        Reads the rows of the step, the losses of all steps, and the nearest test gradients. A
+        recording that still runs answers for its committed steps.
+
+        Args:
+            step: number of the step, from 0.
+
+        Raises:
+            UsageError: there is no such step.
+            RunError: nothing is recorded yet.
+            StoreError: damaged.
+        """
+        return rewound(open_so_far(self._results.directory()), step)
+
+    def spikes(self, by: str | None = None, *, progress: Progress | None = None) -> Spikes:
+        """Return the steps whose loss stands out, and the samples behind them.
+
+        Args:
+            by: "loss", or "gradient" for the norm of the gradient, which reads all rows. Default:
+                the loss if it is known.
+            progress: place to show progress. Default: nowhere.
+
+        Raises:
+            UsageError: there is no such series.
+            RunError: nothing is recorded yet, or the series is not known.
+            StoreError: damaged.
+        """
+        directory = self._results.directory()
+        return spikes_of(self.path, open_so_far(directory), by, progress or Progress())
 
     def info(self) -> dict[str, Any]:
         """Return the facts of the run: sizes, encodings, progress of every stage, settings.

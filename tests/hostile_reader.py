@@ -42,7 +42,7 @@ REDUCTIONS: list[dict[str, Any]] = [
     {},
 ]
 # One of these beside what is always called: they cost as much as all of the rest.
-ALSO = ["steps", "relevance", "export before", "nothing"]
+ALSO = ["steps", "relevance", "rewind", "export before", "nothing"]
 # what is not damaged: no call fails, and some take long, for they load modules
 HEALTHY = "nothing at all"
 # calls that import what later ones have: they may take as long as they take
@@ -198,6 +198,10 @@ class Run:
             "verify": lambda: hydra_pipe.verify(self.path),
             "steps": lambda: hydra_pipe.open_run(self.path).steps,
             "relevance": lambda: hydra_pipe.open_run(self.path).relevance(),
+            "rewind": lambda: (
+                hydra_pipe.open_run(self.path).rewind(1),
+                hydra_pipe.open_run(self.path).spikes(by="gradient"),
+            ),
             "export before": lambda: hydra_pipe.export(self.path, overwrite=True, full=True, top=3),
             "reduce": lambda: hydra_pipe.reduce(
                 self.path, **BUDGET, overwrite="by" not in reduction, **reduction

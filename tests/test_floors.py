@@ -20,7 +20,7 @@ FLOORS = [
     {"store"},
     {"recording", "reduction", "exporting"},
     {"training"},
-    {"loading", "notebook", "integrations"},
+    {"loading", "notebook", "integrations", "rewinding"},
     {"view"},
     {"replay", "probing"},
     {"retraining"},

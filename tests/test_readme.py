@@ -117,6 +117,7 @@ def test_every_command_and_option_has_help_with_an_example() -> None:
         "probe",
         "clean",
         "evaluate",
+        "rewind",
         "info",
         "verify",
         "prune",

@@ -69,6 +69,8 @@ def test_a_run_on_a_web_server_is_read_as_on_a_disk(made: Path) -> None:
         np.testing.assert_array_equal(there.relevance_array()[:], here.relevance_array()[:])
         assert there.top(3).equals(here.top(3))
         assert there.samples().equals(here.samples())
+        assert there.rewind(3).samples.equals(here.rewind(3).samples)
+        assert there.spikes().table.equals(here.spikes().table)
         assert there.info() | {"path": None} == here.info() | {"path": None}
         assert hydra_pipe.verify(f"{root}/run") == []
         assert "healthy" in call("verify", f"{root}/run", code=0)

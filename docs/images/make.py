@@ -3,7 +3,9 @@
 python docs/images/make.py        # needs the extra dev, and Debian's chromium
 """
 
+import contextlib
 import io
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import hydra_pipe
+from hydra_pipe.rewinding.picture import write_picture
 
 HERE = Path(__file__).parent
 PIPELINE = HERE.parents[1] / "pipelines" / "digits.py"
@@ -26,6 +29,17 @@ def demo_report(run: Path) -> Path:
     hydra_pipe.reduce(run)
     hydra_pipe.report(run)
     return run / "report.html"
+
+
+def spikes() -> Image.Image:
+    """The picture that the page about `rewind` writes, from its own training."""
+    text = (HERE.parent / "rewind.md").read_text()
+    training = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[0]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        exec(compile(training, "rewind.md", "exec"), {})
+        found = hydra_pipe.open_run("runs/mine").spikes()
+        write_picture("spikes.png", found, "runs/mine")
+        return Image.open("spikes.png").convert("RGB")
 
 
 def picture(page: Page, first: str, last: str) -> Image.Image:
@@ -59,6 +73,7 @@ def main() -> None:
             "prediction": picture(page, "#tests h2", "#tests article"),
         }
         browser.close()
+    pictures["spikes"] = spikes()
     for name, image in pictures.items():
         few = image.quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
         few.save(HERE / f"{name}.webp", lossless=True, method=6)

@@ -121,8 +121,8 @@ def _table(
             pa.array(verdict.score[chosen]),
             pa.array(verdict.chance[chosen]),
             rankings.label_column(classes, suggested, kind),
-            pa.array(p[chosen, given]),
-            pa.array(p[chosen, suggested]),
+            pa.array(p.given[chosen]),
+            pa.array(p.suggested[chosen]),
             pa.array(verdict.evidence.statistics.mean_loss[chosen]),
             pa.array([RELABEL] * len(chosen), pa.string()),
             pa.array(_reasons(dynamics, verdict, chosen, classes), pa.string()),
@@ -137,18 +137,18 @@ _UNIT = "log-odds"
 
 def _reasons(dynamics: Dynamics, verdict: Verdict, chosen: I64, classes: NDArray[Any]) -> list[str]:
     evidence, found = verdict.evidence, []
+    p, r, v = evidence.predictions, evidence.ridge, evidence.votes
     for sample in chosen.tolist():
         given, suggested = dynamics.labels[sample], verdict.suggested[sample]
-        p = evidence.predictions[sample]
         text = (
-            f"while it learnt, the network gave {classes[given]} {p[given]:.0%} and "
-            f"{classes[suggested]} {p[suggested]:.0%}"
+            f"while it learnt, the network gave {classes[given]} {p.given[sample]:.0%} and "
+            f"{classes[suggested]} {p.suggested[sample]:.0%}"
         )
-        if evidence.ridge is not None and evidence.votes is not None:
-            r, v = evidence.ridge[sample], evidence.votes[sample]
+        if r is not None and v is not None:
             text += (
-                f"; a linear fit to the others gives {classes[suggested]} {r[suggested]:.0%}, and "
-                f"{v[suggested]:.0%} of its neighbours are {classes[suggested]}"
+                f"; a linear fit to the others gives {classes[suggested]} "
+                f"{r.suggested[sample]:.0%}, and {v.suggested[sample]:.0%} of its neighbours are "
+                f"{classes[suggested]}"
             )
         found.append(text)
     return found

@@ -1,5 +1,6 @@
 """Visits of all samples: the rows of a recording, put in order by sample and by visit."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,16 @@ from hydra_pipe.labels.dynamics import Dynamics, TopLogits
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.types import I64
+from hydra_pipe.units import format_bytes
 
 # Most visits of a sample that are looked at. Of more visits, as many are drawn evenly.
 MOST_VISITS = 64
+# Most bytes of the visits that are looked at, and fewest visits.
+_MOST_BYTES, _FEWEST_VISITS = 4 * 2**30, 4
+# Bytes of the numbers that are made of each visit (`labels/epochs.py`).
+_NUMBERS = 4 * 8
+# Rows that are read at once.
+_ROWS_AT_ONCE = 2**18
 
 
 def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
@@ -42,26 +50,64 @@ def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
     ids, samples = np.unique(gradients.samples(rows), return_inverse=True)
     visit, n_visits = visits_of_rows(samples, gradients.step_of_rows(rows))
     labels = _labels(gradients, ids, samples, rows)
-    chosen = np.unique(np.linspace(0, n_visits - 1, min(n_visits, MOST_VISITS)).round().astype(int))
+    chosen = _chosen_visits(gradients, n_visits, len(ids))
     place = np.full(n_visits, -1)
     place[chosen] = np.arange(len(chosen))
-    counted = np.flatnonzero(place[visit] >= 0)
-    at = place[visit[counted]], samples[counted]
-
-    def placed(name: str) -> NDArray[Any]:
-        values = gradients.row_dynamics(name, rows)
-        empty = -1 if values.dtype.kind == "i" else np.nan
-        found = np.full((len(chosen), len(ids), *values.shape[1:]), empty, values.dtype)
-        found[at] = values[counted]
-        return found
-
+    placed = partial(_placed, gradients, place[visit], samples, (len(chosen), len(ids)))
     inputs = placed(names.LAST_INPUT) if shape.n_inputs else None
     logits = placed(names.LOGITS)
     if shape.keeps_all:
         return ids, Dynamics(labels, logits, inputs)
-    classes = placed(names.TOP_CLASSES).astype(np.int64)
+    classes = placed(names.TOP_CLASSES)
     top = TopLogits(logits[..., 0], logits[..., 2:], classes, logits[..., 1], shape.n_outputs)
     return ids, Dynamics(labels, top, inputs)
+
+
+def _chosen_visits(gradients: Gradients, n_visits: int, n_samples: int) -> I64:
+    """Return the visits that are looked at, drawn evenly: as many as memory has room for.
+
+    Raises:
+        RunError: there is no room for a few visits of each sample.
+    """
+    columns = gradients.dynamics_shape.columns
+    of_visit = n_samples * (_NUMBERS + sum(column.row_bytes for column in columns))
+    room = _MOST_BYTES // of_visit
+    if room < min(n_visits, _FEWEST_VISITS):
+        raise RunError(
+            f"{gradients.path}: {_FEWEST_VISITS} visits of {n_samples:,} samples take "
+            f"{format_bytes(_FEWEST_VISITS * of_visit)}, at most {format_bytes(_MOST_BYTES)} are "
+            "taken: reduce, and give --method hydra to judge by relevance"
+        )
+    count = min(n_visits, MOST_VISITS, room)
+    found: I64 = np.unique(np.linspace(0, n_visits - 1, count).round().astype(np.int64))
+    return found
+
+
+def _placed(
+    gradients: Gradients, place: I64, samples: I64, shape: tuple[int, int], name: str
+) -> NDArray[Any]:
+    """Return a column of the rows by visit and sample, shape (visit, sample, ...).
+
+    Visits that did not happen are not a number, or -1.
+
+    Args:
+        gradients: the recording.
+        place: place of each row's visit among those that are looked at, -1 for others.
+        samples: place of each row's sample.
+        shape: numbers of visits and of samples.
+        name: name of the column.
+    """
+    found: NDArray[Any] | None = None
+    for first in range(0, max(len(place), 1), _ROWS_AT_ONCE):
+        rows = slice(first, min(first + _ROWS_AT_ONCE, len(place)))
+        values = gradients.row_dynamics(name, rows)
+        if found is None:
+            empty = -1 if values.dtype.kind == "i" else np.nan
+            found = np.full((*shape, *values.shape[1:]), empty, values.dtype)
+        counted = place[rows] >= 0
+        found[place[rows][counted], samples[rows][counted]] = values[counted]
+    assert found is not None
+    return found
 
 
 def visits_of_rows(samples: I64, steps: I64) -> tuple[I64, int]:

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from hydra_pipe import api
+from hydra_pipe.cli.endings import say_recorded, say_worst
 from hydra_pipe.cli.failures import explained
 from hydra_pipe.cli.options import (
+    Blocks,
     By,
     Cautious,
     CheckpointEvery,
@@ -58,6 +60,7 @@ from hydra_pipe.cli.options import (
     Top,
     UpToStep,
 )
+from hydra_pipe.cli.rewind import rewind
 from hydra_pipe.cli.streams import settled_streams
 from hydra_pipe.errors import UsageError, printable
 from hydra_pipe.progress import ConsoleProgress
@@ -132,6 +135,8 @@ def record(
         progress=ConsoleProgress(),
     )
     _say(done, run, "recorded", f"next: hydra-pipe reduce {run}")
+    if done:
+        say_recorded(run)
 
 
 @app.command()
@@ -343,6 +348,8 @@ def run_all(
 ) -> None:
     """Record, reduce and export, one after the other. Finished stages are not run again.
 
+    At the end stand the training samples that harm the tests most.
+
     Example: hydra-pipe run pipelines/digits.py runs/digits --set noise=0.1
     """
     record(
@@ -359,6 +366,7 @@ def run_all(
     )
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)
     export(run, method, None, top, full, memory, overwrite, debug=debug)
+    say_worst(run, method)
 
 
 @app.command()
@@ -441,21 +449,24 @@ def evaluate(
     )
 
 
+app.command()(rewind)
+
+
 @app.command()
 @explained
-def info(run: RunPath, json_: Json = False, debug: Debug = False) -> None:
-    """Show what is in a run: sizes, encodings, progress of every stage, settings.
+def info(run: RunPath, blocks: Blocks = False, json_: Json = False, debug: Debug = False) -> None:
+    """Show what is in a run, on one screen: sizes, encodings, progress of every stage, settings.
 
     Example: hydra-pipe info runs/digits --json
     """
-    from hydra_pipe.cli.show import show_info
+    from hydra_pipe.cli.info import show_info
     from hydra_pipe.view import open_run
 
     found = open_run(run).info()
     if json_:
         print(json.dumps(found, indent=2))
     else:
-        show_info(found)
+        show_info(found, blocks=blocks)
 
 
 @app.command()

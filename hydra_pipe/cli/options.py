@@ -288,6 +288,31 @@ CleanPipeline = Annotated[
         help="new path of the pipeline's file if it has moved, for --retrain",
     ),
 ]
+Blocks = Annotated[bool, typer.Option("--blocks", help="also show the encoding of each parameter")]
+Step = Annotated[int | None, typer.Option("--step", metavar="N", help="step to look at, from 0")]
+FindSpikes = Annotated[
+    bool, typer.Option("--spikes", help="find the steps whose loss stands out from those before")
+]
+SpikesBy = Annotated[
+    str | None,
+    typer.Option(
+        "--by",
+        metavar="loss|gradient",
+        help="for --spikes: loss, or gradient for the norm of the gradient, which reads all rows; "
+        "default: loss if it is known",
+    ),
+]
+ShownSamples = Annotated[
+    int, typer.Option("--top", help="number of samples, tests or spikes to print")
+]
+Picture = Annotated[
+    str | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE",
+        help="also draw the loss over the steps, with spikes marked, as .png or .svg",
+    ),
+]
 DiscardUnfinished = Annotated[
     bool,
     typer.Option(

@@ -1,14 +1,22 @@
 """Dynamics of a training: what the network thought of each sample at each visit."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_pipe.errors import DataError
 from hydra_pipe.types import F64, I64, Bools, Floating
 
 # A logit further from the largest one than this has no probability in float32.
 _DEEPEST = -80.0
+# Some samples: a run of them, or their numbers.
+Samples = slice | I64
+_ALL = slice(None)
+# Pairs of sample and class that are held at once.
+CHANCES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -18,14 +26,14 @@ class TopLogits:
     Attributes:
         own: logit of the sample's label, shape (epoch, sample).
         largest: the largest logits, shape (epoch, sample, kept).
-        classes: classes of the largest logits, integers, shape (epoch, sample, kept).
+        classes: classes of the largest logits, integers of any width, shape (epoch, sample, kept).
         log_sum: logarithm of the sum of the exponentials of all logits, shape (epoch, sample).
         n_classes: number of classes.
     """
 
     own: Floating
     largest: Floating
-    classes: I64
+    classes: NDArray[np.integer[Any]]
     log_sum: Floating
     n_classes: int
 
@@ -85,17 +93,21 @@ class Dynamics:
             return self.logits.n_classes
         return int(self.logits.shape[2])
 
-    def centred(self, epoch: int) -> F64:
+    def centred(self, epoch: int, samples: Samples = _ALL) -> F64:
         """Return the logarithm of each class's probability at one epoch.
 
         Where only some logits are kept, the others share what the kept ones leave, evenly.
+
+        Args:
+            epoch: number of the epoch.
+            samples: the samples. Default: all.
 
         Returns:
             Shape (sample, class). Rows without a finite visit are not a number.
         """
         if isinstance(self.logits, TopLogits):
-            return _spread(self.logits, self.labels, epoch)
-        z = self.logits[epoch].astype(np.float64)
+            return _spread(self.logits, self.labels, epoch, samples)
+        z = self.logits[epoch, samples].astype(np.float64)
         z[~np.isfinite(z).all(axis=1)] = np.nan
         z -= z.max(axis=1, keepdims=True)
         z = np.maximum(z, _DEEPEST)
@@ -103,15 +115,13 @@ class Dynamics:
         return found
 
 
-def _spread(top: TopLogits, labels: I64, epoch: int) -> F64:
-    n = len(labels)
-    rows = np.arange(n)
-    total = top.log_sum[epoch].astype(np.float64)
-    known = np.full((n, top.n_classes), np.nan)
-    known[rows, labels] = top.own[epoch] - total
-    np.put_along_axis(
-        known, top.classes[epoch].astype(np.int64), top.largest[epoch] - total[:, None], axis=1
-    )
+def _spread(top: TopLogits, labels: I64, epoch: int, samples: Samples) -> F64:
+    own = labels[samples]
+    total = top.log_sum[epoch, samples].astype(np.float64)
+    known = np.full((len(own), top.n_classes), np.nan)
+    known[np.arange(len(own)), own] = top.own[epoch, samples] - total
+    classes, largest = top.classes[epoch, samples], top.largest[epoch, samples]
+    np.put_along_axis(known, classes.astype(np.int64), largest - total[:, None], axis=1)
     is_kept = ~np.isnan(known)
     left = 1 - np.exp(np.where(is_kept, known, -np.inf)).sum(axis=1)
     share = np.maximum(left, 0) / np.maximum((~is_kept).sum(axis=1), 1)
@@ -120,6 +130,13 @@ def _spread(top: TopLogits, labels: I64, epoch: int) -> F64:
     spread[~np.isfinite(total) | ~is_kept.any(axis=1)] = np.nan
     found: F64 = spread - np.log(np.exp(spread).sum(axis=1, keepdims=True))
     return found
+
+
+def blocks_of(n_samples: int, n_classes: int) -> Iterator[slice]:
+    """Yield blocks of samples whose chances are held together: 16 MiB an array."""
+    height = max(1, CHANCES_AT_ONCE // n_classes)
+    for first in range(0, n_samples, height):
+        yield slice(first, min(first + height, n_samples))
 
 
 def visited(log_probabilities: F64) -> Bools:

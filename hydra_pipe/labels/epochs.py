@@ -4,10 +4,11 @@ An epoch is worth listening to if the network has learnt, and has not yet memori
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import Dynamics, visited
+from hydra_pipe.labels.dynamics import Dynamics, blocks_of, visited
 from hydra_pipe.types import F64, I64, Bools
 
 # Share of the trusted samples that the network predicts right when it has learnt.
@@ -59,17 +60,17 @@ def visits_of(dynamics: Dynamics) -> Visits:
     """Return loss, margin, EL2N and hit of each visit."""
     shape = (dynamics.n_epochs, len(dynamics.labels))
     loss, margin, error, hit = (np.full(shape, np.nan) for _ in range(4))
-    rows = np.arange(shape[1])
-    for epoch in range(shape[0]):
-        log_p = dynamics.centred(epoch)
-        own = log_p[rows, dynamics.labels]
+    for epoch, samples in product(range(shape[0]), blocks_of(shape[1], dynamics.n_classes)):
+        log_p = dynamics.centred(epoch, samples)
+        rows, labels = np.arange(len(log_p)), dynamics.labels[samples]
+        own = log_p[rows, labels]
         p = np.exp(log_p)
-        loss[epoch] = -own
-        squared = (p**2).sum(axis=1) - p[rows, dynamics.labels] ** 2
-        error[epoch] = np.sqrt(squared + (1 - p[rows, dynamics.labels]) ** 2)
-        log_p[rows, dynamics.labels] = -np.inf
-        margin[epoch] = own - log_p.max(axis=1)
-        hit[epoch] = np.where(visited(p), margin[epoch] > 0, np.nan)
+        loss[epoch, samples] = -own
+        squared = (p**2).sum(axis=1) - p[rows, labels] ** 2
+        error[epoch, samples] = np.sqrt(squared + (1 - p[rows, labels]) ** 2)
+        log_p[rows, labels] = -np.inf
+        margin[epoch, samples] = own - log_p.max(axis=1)
+        hit[epoch, samples] = np.where(visited(p), margin[epoch, samples] > 0, np.nan)
     return Visits(loss, margin, error, hit)
 
 

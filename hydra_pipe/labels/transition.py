@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hydra_pipe.labels.dynamics import blocks_of
 from hydra_pipe.types import F64, I64
 
 # Where the fit begins, and where its priors draw it.
@@ -90,39 +91,59 @@ def em_round(model: Model, log_q: F64, labels: I64) -> Model:
         log_q: logarithms of the views' chances, shape (sample, class).
         labels: given labels, shape (sample,).
     """
-    pi = true_chances(model, log_q)
-    responsible = pi * model.transition[:, labels].T
-    responsible /= responsible.sum(axis=1, keepdims=True)
-    transition = _next_transition(responsible, labels)
-    power, bias = _newton(model, log_q, pi, responsible)
-    return Model(power, bias, transition)
+    k = log_q.shape[1]
+    counts, hessian, slope = np.zeros((k, k)), np.zeros((k + 1, k + 1)), np.zeros(k + 1)
+    for samples in blocks_of(len(labels), k):
+        own, given = log_q[samples], labels[samples]
+        pi = true_chances(model, own)
+        responsible = pi * model.transition[:, given].T
+        responsible /= responsible.sum(axis=1, keepdims=True)
+        _add_counts(counts, responsible, given)
+        _add_derivatives(hessian, slope, own, pi, responsible)
+    power, bias = _newton(model, hessian, slope)
+    return Model(power, bias, _next_transition(counts, len(labels)))
 
 
-def _next_transition(responsible: F64, labels: I64) -> F64:
-    n, k = responsible.shape
-    counts = np.stack(
-        [np.bincount(labels, column, minlength=k) for column in responsible.T], axis=0
-    )
+def _add_counts(counts: F64, responsible: F64, labels: I64) -> None:
+    """Add N_kj of some samples to `counts`, in place."""
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
+    counts[:, present] += np.add.reduceat(responsible[order], starts, axis=0).T
+
+
+def _next_transition(counts: F64, n: int) -> F64:
+    k = len(counts)
     noise = float(np.clip(1 - np.trace(counts) / n, _LEAST_NOISE, _MOST_NOISE))
     counts = counts + _WORTH_OF_ROW * k * _even(k, noise)
     found = np.maximum(counts / counts.sum(axis=1, keepdims=True), _FLOOR / (k - 1))
     return np.asarray(found / found.sum(axis=1, keepdims=True))
 
 
-def _newton(model: Model, log_q: F64, pi: F64, responsible: F64) -> tuple[float, F64]:
+def _add_derivatives(hessian: F64, slope: F64, log_q: F64, pi: F64, responsible: F64) -> None:
+    """Add the second derivatives, with the sign turned, and the first ones of some samples."""
     mean = (pi * log_q).sum(axis=1, keepdims=True)
     apart = pi * (log_q - mean)
-    k = pi.shape[1]
-    hessian = np.empty((k + 1, k + 1))
-    hessian[0, 0] = (apart * log_q).sum()
-    hessian[0, 1:] = hessian[1:, 0] = apart.sum(axis=0)
-    hessian[1:, 1:] = np.diag(pi.sum(axis=0)) - pi.T @ pi
+    hessian[0, 0] += (apart * log_q).sum()
+    sums = apart.sum(axis=0)
+    hessian[0, 1:] += sums
+    hessian[1:, 0] += sums
+    hessian[1:, 1:] += np.diag(pi.sum(axis=0)) - pi.T @ pi
     off = responsible - pi
-    slope = np.r_[(off * log_q).sum(), off.sum(axis=0)]
-    slope -= _WORTH * np.r_[model.power - _POWER, model.bias]
-    step = np.linalg.solve(hessian + _WORTH * np.eye(k + 1), slope)
+    slope += np.r_[(off * log_q).sum(), off.sum(axis=0)]
+
+
+def _newton(model: Model, hessian: F64, slope: F64) -> tuple[float, F64]:
+    slope = slope - _WORTH * np.r_[model.power - _POWER, model.bias]
+    step = np.linalg.solve(hessian + _WORTH * np.eye(len(slope)), slope)
     step *= min(1.0, 1.0 / max(float(np.abs(step).max()), 1e-12))
     return max(model.power + float(step[0]), 0.0), model.bias + step[1:]
+
+
+def fitted_samples(n: int) -> I64:
+    """Return the samples among `n` that the model is fitted to. The draw is always the same."""
+    if n <= MOST_FITTED:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(0).choice(n, MOST_FITTED, replace=False))
 
 
 def fit(log_q: F64, labels: I64) -> Model:
@@ -135,9 +156,6 @@ def fit(log_q: F64, labels: I64) -> Model:
     Returns:
         The model after 200 rounds, or when a round changes no parameter by 1e-4.
     """
-    if len(labels) > MOST_FITTED:
-        chosen = np.random.default_rng(0).choice(len(labels), MOST_FITTED, replace=False)
-        log_q, labels = log_q[chosen], labels[chosen]
     model = first_model(log_q.shape[1])
     for _ in range(_ROUNDS):
         before, model = model, em_round(model, log_q, labels)

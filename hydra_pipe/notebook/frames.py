@@ -15,6 +15,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.predictions import read_predictions
 
 if TYPE_CHECKING:
     import pandas
@@ -60,28 +61,19 @@ def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.
 def dynamics_frame(gradients: Gradients) -> "pandas.DataFrame":
     """Return the data frame of `Run.dynamics`."""
     pandas = imported("pandas", "a data frame")
-    rows, shape = slice(0, gradients.rows.n_rows), gradients.dynamics_shape
-    target = gradients.row_dynamics(names.TARGET, rows)
+    rows = slice(0, gradients.rows.n_rows)
     columns: dict[str, NDArray[Any]] = {
         "train_id": gradients.samples(rows),
         "step": gradients.step_of_rows(rows),
         "loss": gradients.row_dynamics(names.LOSS, rows),
-        "target": target,
+        "target": gradients.row_dynamics(names.TARGET, rows),
     }
-    if shape.n_outputs > 1:
-        logits = gradients.row_dynamics(names.LOGITS, rows).astype(np.float32)
-        if shape.keeps_all:
-            log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-            own = np.take_along_axis(log_p, np.maximum(target, 0)[:, None], 1)[:, 0]
-            predicted, largest = log_p.argmax(axis=1), log_p.max(axis=1)
-        else:
-            own, largest = logits[:, 0] - logits[:, 1], logits[:, 2] - logits[:, 1]
-            predicted = gradients.row_dynamics(names.TOP_CLASSES, rows)[:, 0]
-        unknown = np.isnan(logits).any(axis=1)
+    predicted = read_predictions(gradients, rows)
+    if predicted is not None:
         columns |= {
-            "predicted": np.where(unknown, -1, predicted).astype(np.int32),
-            "confidence": np.exp(largest),
-            "label_confidence": np.where(target < 0, np.nan, np.exp(own)).astype(np.float32),
+            "predicted": predicted.classes,
+            "confidence": predicted.confidence,
+            "label_confidence": predicted.label_confidence,
         }
     return pandas.DataFrame(columns)
 

@@ -1,9 +1,12 @@
 """The optimiser's next update, read just before it: the gradients in use and the settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydra_pipe.errors import RecordError
@@ -11,6 +14,24 @@ from hydra_pipe.recording.optimizers import OptimizerRule, gradients_in_use
 from hydra_pipe.store.data.gradients import GROUP_COLUMNS
 
 _NO_STATE: Mapping[str, Any] = {}
+_STEP = "step"
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """Step factors of one step whose counts of updates are on a device.
+
+    Args:
+        factors: the step's factors by block, to be filled in.
+        blocks: blocks to fill in.
+        groups: settings of their parameter groups as they were.
+        counts: number of updates of each block before the step, shape (block,), on the device.
+    """
+
+    factors: list[float]
+    blocks: Sequence[int]
+    groups: Sequence[Mapping[str, Any]]
+    counts: Tensor
 
 
 class OptimizerReader:
@@ -32,6 +53,7 @@ class OptimizerReader:
         self._trained = [(parameter, group) for parameter, (_, group) in trained.items()]
         self._ids = set(map(id, trained))
         self._n_groups = len(optimizer.param_groups)
+        self._deferred: list[_Deferred] = []
 
     def gradients(self, step: int) -> list[Tensor | None]:
         """Return the gradient in use of every recorded parameter; None for one without a gradient.
@@ -82,6 +104,9 @@ class OptimizerReader:
     def settings(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """Return the step's line of the step tables by parameter group and by block.
 
+        A fused or capturable optimiser counts updates on its device. `fill` fills in the step
+        factors of such blocks.
+
         Args:
             gradients: gradients in use; None for a block without one.
         """
@@ -89,12 +114,45 @@ class OptimizerReader:
         of_groups = [self._rule.settings(group) for group in groups]
         rule, states = self._rule, self._optimizer.state
         started, factors = [], []
-        for (parameter, group), gradient in zip(self._trained, gradients, strict=True):
+        on_device: list[tuple[int, int, Tensor]] = []
+        for index, ((parameter, group), gradient) in enumerate(
+            zip(self._trained, gradients, strict=True)
+        ):
             state = states.get(parameter, _NO_STATE)
             started.append(gradient is not None and rule.starts_momentum(state, groups[group]))
-            factors.append(rule.step_factor(state, groups[group]))
+            count = state.get(_STEP)
+            if isinstance(count, Tensor) and count.device.type != "cpu":
+                on_device.append((index, group, count))
+                factors.append(nan)
+            else:
+                factors.append(rule.step_factor(state, groups[group]))
+        if on_device:
+            kept = {group: dict(groups[group], params=()) for _, group, _ in on_device}
+            self._deferred.append(
+                _Deferred(
+                    factors,
+                    [index for index, *_ in on_device],
+                    [kept[group] for _, group, _ in on_device],
+                    torch.stack([count for *_, count in on_device]),
+                )
+            )
         values: dict[str, Any] = {
             name: [of_group[name] for of_group in of_groups] for name in GROUP_COLUMNS
         }
         updated = [gradient is not None for gradient in gradients]
         return values | {"updated": updated, "momentum_started": started, "step_factor": factors}
+
+    def take(self) -> list[Tensor]:
+        """Return the values that `fill` needs on the host, on their devices."""
+        return [one.counts for one in self._deferred]
+
+    def fill(self, values: Sequence[NDArray[Any]]) -> None:
+        """Fill in the step factors that `settings` has left open.
+
+        Args:
+            values: values of the last `take`.
+        """
+        deferred, self._deferred = self._deferred, []
+        for one, counts in zip(deferred, values, strict=True):
+            for block, group, count in zip(one.blocks, one.groups, counts, strict=True):
+                one.factors[block] = self._rule.step_factor({_STEP: float(count)}, group)

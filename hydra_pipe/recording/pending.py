@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from math import isnan, nan
 from typing import Any
 
@@ -157,14 +158,17 @@ class PendingSteps:
     def _fill_columns(self) -> None:
         """Fill in what is known of the rows beside their gradients. The host waits once."""
         of_loss, of_outputs = self._curvature.take(), self._dynamics.take()
+        of_updates = self._updates.take()
         buffer = self._buffer if self._lines else None
         of_rows = [] if buffer is None else buffer.prepare()
-        found = to_host([*of_loss, *of_outputs, *of_rows])
-        n_loss, n_outputs = len(of_loss), len(of_outputs)
+        found = iter(to_host([*of_loss, *of_outputs, *of_updates, *of_rows]))
+        shares = [list(islice(found, len(own))) for own in (of_loss, of_outputs, of_updates)]
         if buffer is not None:
-            buffer.accept(found[n_loss + n_outputs :])
-        self._dynamics.fill(found[n_loss : n_loss + n_outputs])
-        self._curvature.fill(found[:n_loss])
+            buffer.accept(list(found))
+        self._updates.fill(shares[2])
+        self._dynamics.fill(shares[1])
+        # last: it may call the user's loss, which may raise
+        self._curvature.fill(shares[0])
 
     def begin_anew(self) -> None:
         """Group the steps to come as if no step had come before.

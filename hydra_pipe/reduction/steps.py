@@ -137,12 +137,8 @@ def _in_order(store: Gradients, steps: range, direction: int) -> Stream[StepRows
 def _steps(
     store: Gradients, steps: range, direction: int, pool: ThreadPoolExecutor
 ) -> Iterator[StepRows]:
-    _, counts = store.rows_of_steps()
+    counts = counted_rows(store)
     part_ends = ends_of(store.rows.part_rows)
-    if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
-        raise StoreError(
-            f"{store.path}: its steps count other rows than there are: {ROWS_UNREADABLE}"
-        )
     ends = np.cumsum(counts, axis=0)
     parts = [
         _Part(store, first, last, pool, direction)
@@ -156,6 +152,22 @@ def _steps(
             for file, rows in part.rows(int(ends[step, i] - counts[step, i]), int(ends[step, i]))
         ]
         yield _joined(step, pieces) if pieces else _without_rows(step, store)
+
+
+def counted_rows(store: Gradients) -> NDArray[np.int64]:
+    """Return the number of rows of each step, by process, shape (step, rank).
+
+    The rows of a process are in the order of its steps.
+
+    Raises:
+        StoreError: the steps count other rows than there are.
+    """
+    _, counts = store.rows_of_steps()
+    if (counts < 0).any() or tuple(counts.sum(axis=0)) != tuple(store.rows.part_rows):
+        raise StoreError(
+            f"{store.path}: its steps count other rows than there are: {ROWS_UNREADABLE}"
+        )
+    return counts
 
 
 def _without_rows(step: int, store: Gradients) -> StepRows:

@@ -66,6 +66,15 @@ def self_weights(gradients: Gradients) -> StepWeights:
     return StepWeights(rate * _scales(gradients) ** 2 * _batch_sizes(gradients), series)
 
 
+def used_weights(gradients: Gradients) -> StepWeights:
+    """Return c(t), which makes a row the sample's part of the gradient that the step used.
+
+    The weight is 0 where the step did not update the series.
+    """
+    schedule, series = gradients.schedules()
+    return StepWeights(schedule.updated * _scales(gradients), series)
+
+
 def gradient_weights(gradients: Gradients) -> StepWeights:
     """Return c(t) |B_t|, which makes a row the sample's own gradient."""
     _, series = gradients.schedules()

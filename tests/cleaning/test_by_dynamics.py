@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import hydra_pipe
 from hydra_pipe import Recorder
-from hydra_pipe.cleaning.visits import visits_of_rows
+from hydra_pipe.cleaning import visits
+from hydra_pipe.cleaning.visits import dynamics_of, visits_of_rows
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import DataError, HydraError, RunError, UsageError
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -180,3 +181,27 @@ def test_files_that_the_manifest_does_not_list_are_not_judged(tmp_path: Path) ->
     left = "gradients.zarr/labels"
     shutil.copytree(tmp_path / "old" / left, tmp_path / "run" / left)
     assert set(hydra_pipe.clean(tmp_path / "run").drop.column("label").to_pylist()) <= {0, 1, 2}
+
+
+def test_columns_read_in_pieces_and_fewer_visits_are_those_of_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "run")
+    gradients = hydra_pipe.open_run(tmp_path / "run").gradients
+    ids, whole = dynamics_of(gradients)
+    assert whole.n_epochs == 6
+    monkeypatch.setattr(visits, "_ROWS_AT_ONCE", 70)
+    _, pieces = dynamics_of(gradients)
+    assert whole.inputs is not None
+    assert pieces.inputs is not None
+    np.testing.assert_array_equal(pieces.logits, whole.logits)
+    np.testing.assert_array_equal(pieces.inputs, whole.inputs)
+    of_visit = N * (32 + 4 + 4 + 2 * K + 2 * 16)
+    monkeypatch.setattr(visits, "_MOST_BYTES", 5 * of_visit - 1)
+    _, few = dynamics_of(gradients)
+    assert few.n_epochs == 4
+    np.testing.assert_array_equal(few.logits, np.asarray(whole.logits)[[0, 2, 3, 5]])
+    monkeypatch.setattr(visits, "_MOST_BYTES", 4 * of_visit - 1)
+    with pytest.raises(RunError, match=r"4 visits of 300 samples take .* KiB, at most .* KiB are"):
+        dynamics_of(gradients)
+    assert len(ids) == N

@@ -1,15 +1,16 @@
 """The verdict on made-up trainings whose wrong labels are known."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.dynamics import made, permuted, renamed
+from support.dynamics import made, made_of_many, permuted, renamed
 
 from hydra_pipe.errors import DataError
 from hydra_pipe.labels import Dynamics, TopLogits, Verdict, judge
 from hydra_pipe.labels.transition import fit, halfway, log_odds
-from hydra_pipe.labels.views import heaviest, ridge_side_by_side, votes_over
+from hydra_pipe.labels.views import RidgeSideBySide, VotesOver, heaviest, predictions
 from hydra_pipe.maths.rank_statistics import roc_auc
 
 
@@ -32,9 +33,15 @@ def test_the_score_is_that_of_all_views_and_the_chance_falls_with_it() -> None:
     dynamics, _ = made()
     verdict = judge(dynamics)
     seen = verdict.evidence
-    assert seen.ridge is not None
-    assert seen.votes is not None
-    mean = np.log((seen.predictions + seen.ridge + seen.votes) / 3)
+    many = heaviest(seen.weights.weight, 5)
+    p = predictions(dynamics, seen.weights.weight)
+    r, (v,) = RidgeSideBySide(dynamics, many).chances(), VotesOver(dynamics, [many]).chances()
+    mean = np.log((p + r + v) / 3)
+    rows = np.arange(len(p))
+    for view, chances in ((seen.predictions, p), (seen.ridge, r), (seen.votes, v)):
+        assert view is not None
+        assert np.allclose(view.given, chances[rows, dynamics.labels])
+        assert np.allclose(view.suggested, chances[rows, verdict.suggested])
     score, suggested = log_odds(halfway(seen.model), mean, dynamics.labels)
     assert np.allclose(verdict.score, score)
     assert (verdict.suggested == suggested).all()
@@ -47,8 +54,8 @@ def test_the_noise_and_the_chances_are_those_of_the_epochs_that_have_memorised_l
     dynamics, _ = made()
     verdict = judge(dynamics)
     few = heaviest(verdict.evidence.weights.unmemorised, 2)
-    (votes,) = votes_over(dynamics, [few])
-    log_q = np.log((ridge_side_by_side(dynamics, few) + votes) / 2)
+    (votes,) = VotesOver(dynamics, [few]).chances()
+    log_q = np.log((RidgeSideBySide(dynamics, few).chances() + votes) / 2)
     model = fit(log_q, dynamics.labels)
     assert np.allclose(verdict.evidence.model.transition, model.transition)
     score, _ = log_odds(model, log_q, dynamics.labels)
@@ -188,3 +195,51 @@ def test_two_unbalanced_classes_are_warned_of() -> None:
 
 def test_many_samples_that_agree_bring_no_warning() -> None:
     assert judge(made()[0]).warnings == ()
+
+
+def test_blocks_and_drawn_samples_give_about_the_same_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dynamics, _ = made(n=600)
+    whole = judge(dynamics)
+    monkeypatch.setattr("hydra_pipe.labels.dynamics.CHANCES_AT_ONCE", 1000)
+    blocks = judge(dynamics)
+    assert np.allclose(blocks.score, whole.score)
+    assert np.allclose(blocks.chance, whole.chance)
+    monkeypatch.setattr("hydra_pipe.labels.judging._KEPT", 0)
+    assert np.allclose(judge(dynamics).score, whole.score)
+    monkeypatch.setattr("hydra_pipe.labels.transition.MOST_FITTED", 450)
+    drawn = judge(dynamics)
+    assert np.corrcoef(drawn.score, whole.score)[0, 1] > 0.99
+    assert drawn.n_wrong.value == pytest.approx(whole.n_wrong.value, rel=0.1)
+
+
+def test_the_chances_of_all_classes_are_never_held_for_all_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The chances of all classes for all samples would be 16 MB an array; there were a dozen."""
+    n, classes = 4_000, 500
+    dynamics, truth = made_of_many(n, classes, epochs=2)
+    for name, value in (
+        ("dynamics.CHANCES_AT_ONCE", 1 << 17),
+        ("judging._KEPT", 0),
+        ("transition.MOST_FITTED", 1_000),
+        ("transition._ROUNDS", 1),
+        ("views.MOST_VOTERS", 1_000),
+        ("views._BLOCK", 1 << 18),
+    ):
+        monkeypatch.setattr(f"hydra_pipe.labels.{name}", value)
+    tracemalloc.start()
+    verdict = judge(dynamics)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * (n * classes + 5 * classes**2), peak
+    assert roc_auc(verdict.score, dynamics.labels != truth) > 0.99
+
+
+def test_too_many_classes_are_refused_with_the_bytes_that_they_need() -> None:
+    n, classes = 4, 12_000
+    own, kept = np.zeros((1, n)), np.zeros((1, n, 8))
+    top = TopLogits(own, kept, kept.astype(np.int32), own, classes)
+    with pytest.raises(DataError, match=r"12,000 classes.* 5\.36 GiB.* 4 GiB.*--method hydra"):
+        judge(Dynamics(np.zeros(n, np.int64), top))

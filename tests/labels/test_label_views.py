@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
+from hydra_pipe.labels import dynamics as dynamics_module
 from hydra_pipe.labels import views
 from hydra_pipe.labels.dynamics import Dynamics
 from hydra_pipe.labels.views import (
     PENALTIES,
+    Ridge,
+    RidgeSideBySide,
+    Voters,
+    VotesOver,
     chosen_voters,
     heaviest,
     predictions,
-    ridge,
-    ridge_side_by_side,
-    votes,
-    votes_over,
 )
 from hydra_pipe.types import F64, I64
 
@@ -23,6 +24,22 @@ def clouds(n: int = 40, features: int = 5, classes: int = 3) -> tuple[np.ndarray
     labels = rng.integers(0, classes, n)
     centres = rng.normal(0, 1, (classes, features))
     return (centres[labels] + rng.normal(0, 1, (n, features))).astype(np.float32), labels
+
+
+def ridge(inputs: np.ndarray, labels: I64, classes: int) -> F64:
+    return Ridge(inputs, labels, classes).left_out()
+
+
+def votes(inputs: np.ndarray, labels: I64, classes: int, voters: I64) -> F64:
+    return Voters(inputs, labels, classes, voters).votes(inputs, np.arange(len(inputs)))
+
+
+def ridge_side_by_side(dynamics: Dynamics, weights: F64) -> F64:
+    return RidgeSideBySide(dynamics, weights).chances()
+
+
+def votes_over(dynamics: Dynamics, weightings: list[F64]) -> list[F64]:
+    return VotesOver(dynamics, weightings).chances()
 
 
 def refitted(inputs: np.ndarray, labels: I64, classes: int, penalty: float) -> F64:
@@ -81,10 +98,11 @@ def test_a_sample_does_not_vote_on_itself(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.argmax(axis=1).tolist() == [1, 0, 2, 2]
 
 
-def test_no_more_samples_vote_than_are_allowed() -> None:
-    assert (chosen_voters(views.MOST_VOTERS) == np.arange(views.MOST_VOTERS)).all()
-    voters = chosen_voters(3 * views.MOST_VOTERS)
-    assert len(np.unique(voters)) == views.MOST_VOTERS
+@pytest.mark.parametrize(("classes", "most"), [(2, 10_000), (200, 20_000), (1000, 30_000)])
+def test_no_more_samples_vote_than_are_allowed(classes: int, most: int) -> None:
+    assert (chosen_voters(most, classes) == np.arange(most)).all()
+    voters = chosen_voters(3 * most, classes)
+    assert len(np.unique(voters)) == most
     assert (np.diff(voters) > 0).all()
 
 
@@ -152,3 +170,24 @@ def test_a_sample_without_inputs_has_even_chances() -> None:
     for view in (ridge_side_by_side(dynamics, weights), *votes_over(dynamics, [weights])):
         assert np.allclose(view[4], 1 / 3)
         assert np.isfinite(view).all()
+
+
+def test_some_samples_have_the_chances_that_they_have_among_all() -> None:
+    inputs, labels = clouds()
+    stacked = np.stack([inputs, inputs[::-1], inputs**2])
+    stacked[1, 4], stacked[:, 7] = np.nan, np.nan
+    dynamics = Dynamics(labels, np.random.default_rng(0).normal(0, 1, (3, 40, 3)), stacked)
+    weights = np.array([0.25, 0.75, 0.0])
+    ridges, over = RidgeSideBySide(dynamics, weights), VotesOver(dynamics, [weights])
+    for some in (slice(3, 17), np.array([1, 4, 7, 8, 39])):
+        assert np.allclose(ridges.chances(some), ridges.chances()[some])
+        assert np.allclose(over.chances(some)[0], over.chances()[0][some])
+        chosen = predictions(dynamics, weights, some)
+        assert np.allclose(chosen, predictions(dynamics, weights)[some])
+
+
+def test_blocks_of_samples_give_the_same_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, labels = clouds()
+    whole = ridge(inputs, labels, 3)
+    monkeypatch.setattr(dynamics_module, "CHANCES_AT_ONCE", 20)
+    assert np.allclose(ridge(inputs, labels, 3), whole, atol=1e-12)

@@ -5,12 +5,13 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from hydra_pipe.labels import transition
+from hydra_pipe.labels import dynamics, transition
 from hydra_pipe.labels.transition import (
     Model,
     em_round,
     first_model,
     fit,
+    fitted_samples,
     halfway,
     joint_chances,
     log_odds,
@@ -153,11 +154,22 @@ def test_halfway_lies_between_a_model_and_the_first_one() -> None:
 
 
 def test_more_samples_than_the_fit_takes_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = np.array([[0.9, 0.1], [0.1, 0.9]])
-    log_q, _, labels = simulated(3000, made, power=2.0)
-    whole = fit(log_q, labels)
     monkeypatch.setattr(transition, "MOST_FITTED", 1500)
-    assert np.allclose(fit(log_q, labels).transition, whole.transition, atol=0.05)
+    assert (fitted_samples(1500) == np.arange(1500)).all()
+    drawn = fitted_samples(3000)
+    assert len(np.unique(drawn)) == 1500
+    assert (np.diff(drawn) > 0).all()
+    assert 1400 < drawn.mean() < 1600
+
+
+def test_blocks_of_samples_give_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_q, labels, model = case()
+    whole = em_round(model, log_q, labels)
+    monkeypatch.setattr(dynamics, "CHANCES_AT_ONCE", 12)
+    found = em_round(model, log_q, labels)
+    assert found.power == pytest.approx(whole.power)
+    assert np.allclose(found.bias, whole.bias)
+    assert np.allclose(found.transition, whole.transition)
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -34,6 +34,27 @@ def on_gpu(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
+def zeros() -> nn.Module:
+    """A network whose operators are all deterministic there; padding by reflection is not."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3, padding=1)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(64, 12), nn.LayerNorm(12), nn.Linear(12, 4)),
+    )
+
+
+class Text(nn.Module):
+    """Tokens, a recurrent layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cells = nn.Embedding(50, 16), nn.LSTM(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cells(self.table(x))[0].mean(1))
+
+
 @pytest.mark.parametrize("build", [mlp_pipeline, conv_pipeline])
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
 def test_rows_are_those_of_the_processor(
@@ -58,7 +79,10 @@ def test_weights_are_those_of_training_without_recording_bit_for_bit(
 ) -> None:
     torch.use_deterministic_algorithms(True, warn_only=False)
     try:
-        recorded, plain = on_gpu(conv_pipeline()), on_gpu(conv_pipeline())
+        recorded, plain = (on_gpu(conv_pipeline(model=model)) for model in (zeros(), zeros()))
+        for pipeline in (recorded, plain):
+            pipeline.optimizer = torch.optim.SGD(pipeline.model.parameters(), lr=0.1, momentum=0.9)
+            pipeline.scheduler = None
         hydra_pipe.record(recorded, tmp_path / "run", encoding=encoding, dim=64)
         hydra_pipe.train(plain)
     finally:
@@ -88,3 +112,43 @@ def test_float16_autocast_with_a_scaler_balances_its_books(tmp_path: Path) -> No
     facts = hydra_pipe.open_run(tmp_path / "run").info()["stages"]["record"]["facts"]
     assert facts["n_steps"] + facts["n_skipped"] == 20
     assert facts["n_steps"] > 10
+
+
+def test_fused_adamw_accumulates_text_in_bfloat16_and_takes_test_gradients(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Text().cuda()
+    x, y = torch.randint(0, 50, (64, 12)).cuda(), (torch.arange(64) % 4).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=64)
+    for step in range(24):
+        ids = np.arange(step * 16, step * 16 + 16) % 64
+        with recorder.step(ids):
+            for part in (ids[:8], ids[8:]):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = cross_entropy(model(x[part]), y[part]).sum() / 16
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    recorder.record_test([(x[:8], y[:8])], cross_entropy)
+    recorder.close()
+    for method in ("hydra", "hydra-fisher"):
+        hydra_pipe.reduce(tmp_path / "run", method=method)
+    assert hydra_pipe.verify(tmp_path / "run") == []
+
+
+def test_no_step_waits_for_the_device_between_flushes(tmp_path: Path) -> None:
+    model = zeros().cuda()
+    x, y = torch.randn(8, 1, 8, 8).cuda(), (torch.arange(8) % 4).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    recorder = Recorder(model, optimizer, tmp_path / "run", n_samples=8)
+    try:
+        for step in range(12):
+            # probes go through the first step, which is checked at once
+            torch.cuda.set_sync_debug_mode("error" if 2 <= step < 12 else "default")
+            with recorder.step(np.arange(8)):
+                cross_entropy(model(x), y).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    recorder.close()

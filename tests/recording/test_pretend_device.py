@@ -21,6 +21,7 @@ CEILINGS = {
     "norms, AdamW, exact": 165,
     "text, SGD, exact": 105,
     "text, AdamW, accumulated": 250,
+    "MLP, AdamW that counts there": 45,
     "language, AdamW": 165,
 }
 

@@ -1,5 +1,7 @@
 """The background writer and the tables it writes."""
 
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -282,3 +284,14 @@ def test_a_table_without_rows_is_synced_and_goes_on(tmp_path: Path) -> None:
     writer.drain()
     TableWriter(Group.open(tmp_path / "t", ""), COLUMNS, "row", 8, writer, n_rows=0)
     writer.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_the_writer_gives_way_to_the_training() -> None:
+    seen: list[int] = []
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    writer = BackgroundWriter()
+    writer.submit(lambda: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    writer.close()
+    assert seen == [max(before, 10)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -277,7 +277,7 @@ class GradientsWriter:
 
 def _bytes_of(column: TableColumn) -> int:
     """Return the bytes of one row of a column."""
-    return np.dtype(column.dtype).itemsize * (1 if column.width is None else column.width[0])
+    return column.row_bytes
 
 
 def test_dtype(dtype: str) -> str:

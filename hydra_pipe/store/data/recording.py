@@ -56,6 +56,46 @@ def open_recording(run: RunDirectory, up_to_step: int | None) -> tuple[Gradients
     return gradients, checked_counts(gradients, recording)
 
 
+@dataclass(frozen=True)
+class SoFar:
+    """A recording as far as it is safe on the disk, complete or not.
+
+    Args:
+        gradients: the recording. Its rows may be pruned.
+        n_samples: number of training samples.
+        tests: steps after which test gradients were taken, ascending.
+        pruned: True if the gradients of the rows were deleted.
+    """
+
+    gradients: Gradients
+    n_samples: int
+    tests: list[int]
+    pruned: bool
+
+
+def open_so_far(run: RunDirectory) -> SoFar:
+    """Return the recording as far as it is safe on the disk.
+
+    Raises:
+        RunError: no step is committed yet.
+        StoreError: damaged.
+    """
+    recording = run.stages.get(RECORD)
+    if recording is None or recording.state == "complete":
+        gradients, counts = open_recording(run, None)
+        tests = [step for step in gradients.test_steps() if gradients.test_rows(step).n_rows]
+        pruned = bool(run.stages[RECORD].facts.get(PRUNED))
+        return SoFar(gradients, counts.n_samples, tests, pruned)
+    found = committed(recording)
+    if found is None or not found.prefix.n_steps:
+        raise RunError(
+            f"{run.path}: no step is committed yet: wait for the first checkpoint of the recording"
+        )
+    gradients = open_gradients(run, found.prefix)
+    tests = _steps_with_tests(gradients, found)
+    return SoFar(gradients, recording.count("n_samples", least=1), tests, False)
+
+
 def open_gradients(run: RunDirectory, prefix: Prefix | None = None) -> Gradients:
     """Open the rows of `run` and all beside them that its manifest lists.
 

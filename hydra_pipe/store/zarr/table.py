@@ -1,11 +1,13 @@
 """Rows appended to several arrays at once, a whole shard at a time, by a background thread."""
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from hydra_pipe.store.zarr.arrays import Array, Group, damage_named
 
 Buffers = dict[str, NDArray[Any]]
 Allocate = Callable[[tuple[int, ...], str], NDArray[Any]]
+# Niceness of the writing thread.
+_NICENESS = 10
 
 
 @dataclass
@@ -49,6 +53,16 @@ def writing_failed(error: BaseException) -> StoreError:
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return StoreError(f"writing failed ({what}): make room or mend the disk, then record again")
+
+
+def _give_way() -> None:
+    """Let the training's threads run before this one, where threads have priorities of their own.
+
+    The training waits for the writer only if the writer falls far behind.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # a container may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 class BackgroundWriter:
@@ -104,6 +118,7 @@ class BackgroundWriter:
         self.drain()
 
     def _run(self) -> None:
+        _give_way()
         with self._turn:
             while (job := self._next()) is not None:
                 try:
@@ -147,6 +162,11 @@ class TableColumn:
     chunk_rows: int | None = None
     chunk_width: int | None = None
     shuffle: bool = True
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return np.dtype(self.dtype).itemsize * (1 if self.width is None else self.width[0])
 
 
 class TableWriter:

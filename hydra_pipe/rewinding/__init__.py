@@ -1,0 +1,1 @@
+"""A step of a training, looked at again: its samples, its gradient, its effect on the tests."""
