@@ -12,10 +12,12 @@ PAIR_BYTES = 4 + 4 + 4 + 8
 # column.
 SAMPLE_BYTES = 120
 # Bytes of a row of the dynamics: its sample, step and visit, several times. Bytes of a number of
-# it, as read and in order of sample. Bytes of a class of a sample: a dozen arrays of float64.
-ROW_BYTES, NUMBER_BYTES, CLASS_BYTES = 64, 8, 96
-# Bytes of the similarities of samples that are held at once, and of their order.
-VOTES_BYTES = 128 * 2**20
+# it, as read and in order of sample.
+ROW_BYTES, NUMBER_BYTES = 64, 8
+# Bytes of a pair of sample and class, as many pairs as are held, and of a pair of classes.
+CHANCE_BYTES, MOST_CHANCES, CONFUSION_BYTES = 40, 2**23, 40
+# Bytes of the similarities and chances of samples that are held at once, and of their order.
+BLOCKS_BYTES = 192 * 2**20
 
 
 def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> int:
@@ -51,4 +53,5 @@ def judging_bytes(n_samples: int, n_visits: int, n_classes: int, n_numbers: int)
         n_numbers: number of numbers of the dynamics at a visit.
     """
     a_visit = ROW_BYTES + NUMBER_BYTES * n_numbers
-    return VOTES_BYTES + n_samples * (n_visits * a_visit + CLASS_BYTES * n_classes)
+    chances = CHANCE_BYTES * min(n_samples * n_classes, MOST_CHANCES)
+    return BLOCKS_BYTES + n_samples * n_visits * a_visit + chances + CONFUSION_BYTES * n_classes**2

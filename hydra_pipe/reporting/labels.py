@@ -13,7 +13,7 @@ from hydra_pipe.cleaning.by_dynamics import class_labels, proposed_from
 from hydra_pipe.cleaning.decision import Cut
 from hydra_pipe.cleaning.visits import MOST_VISITS, dynamics_of
 from hydra_pipe.errors import BudgetError, RunError
-from hydra_pipe.labels.dynamics import Dynamics, visited
+from hydra_pipe.labels.dynamics import Dynamics, blocks_of, visited
 from hydra_pipe.plan.reporting import judging_bytes
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.scatter import Scatter, scatter
@@ -212,8 +212,12 @@ def _watched(dynamics: Dynamics, rows: I64, given: I64, suggested: I64) -> tuple
     own, others = np.full(shape, np.nan), np.full(shape, np.nan)
     predicted = np.full(len(dynamics.labels), -1)
     for epoch in range(dynamics.n_epochs):
-        log_p = dynamics.centred(epoch)
-        there = visited(log_p)
-        predicted[there] = log_p[there].argmax(axis=1)
-        own[epoch], others[epoch] = np.exp(log_p[rows, given]), np.exp(log_p[rows, suggested])
+        log_p = dynamics.centred(epoch, rows)
+        places = np.arange(len(rows))
+        own[epoch] = np.exp(log_p[places, given])
+        others[epoch] = np.exp(log_p[places, suggested])
+        for block in blocks_of(len(predicted), dynamics.n_classes):
+            log_p = dynamics.centred(epoch, block)
+            there = visited(log_p)
+            predicted[block][there] = log_p[there].argmax(axis=1)
     return own, others, predicted
