@@ -17,7 +17,8 @@ from hydra_pipe.labels.judging import Verdict, judge
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.clean_result import KEEP, RELABEL, dynamics_schema
+from hydra_pipe.store.data.clean_result import KEEP, RELABEL, WARNINGS, dynamics_schema
+from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
@@ -52,11 +53,16 @@ class Seen:
             StoreError: the recording is damaged.
         """
         gradients, counts = open_recording(directory, None)
+        return cls.in_recording(gradients, counts.n_samples)
+
+    @classmethod
+    def in_recording(cls, gradients: Gradients, n_samples: int) -> "Seen":
+        """Read the visits of a recording, or of its first steps. Raises: the errors of `of`."""
         ids, dynamics = dynamics_of(gradients)
-        given: I64 = np.full(counts.n_samples, -1, np.int64)
+        given: I64 = np.full(n_samples, -1, np.int64)
         given[ids] = dynamics.labels
         labels = labels_of(gradients.labels(names.TRAIN_LABELS), given, dynamics.n_classes)
-        return cls(directory.run_id, counts.n_samples, ids, dynamics, Classes(given, labels))
+        return cls(gradients.run_id, n_samples, ids, dynamics, Classes(given, labels))
 
 
 def proposed_by_dynamics(seen: Seen, cut: Cut, progress: Progress) -> Cleaning:
@@ -79,6 +85,7 @@ def proposed_by_dynamics(seen: Seen, cut: Cut, progress: Progress) -> Cleaning:
         RELABEL: len(chosen),
         "n_wrong": [verdict.n_wrong.value, verdict.n_wrong.low, verdict.n_wrong.high],
         "classes": seen.classes.labels.tolist(),
+        WARNINGS: list(verdict.warnings),
         "says": _says(seen, verdict, chosen, cut),
     }
     return as_proposed(_table(seen, verdict, chosen), seen.n_samples, summary)

@@ -45,6 +45,7 @@ from hydra_pipe.cli.options import (
     ProbeName,
     Rank,
     Repair,
+    ReportMethod,
     Retrain,
     Retrainings,
     Rounds,
@@ -241,7 +242,7 @@ def export(
 @explained
 def report(
     run: RunPath,
-    method: Method = "hydra",
+    method: ReportMethod = None,
     probe: Probe = None,
     tests: ShownTests = None,
     top: Shown = 5,
@@ -250,15 +251,15 @@ def report(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a reduced run: predictions, the training samples that made them,
-    and those to check first.
+    """Write one HTML page about a run: labels that look wrong, predictions, and after reduce the
+    training samples that made them.
 
     The pipeline of the recording is built again, to draw samples.
 
     Example: hydra-pipe report runs/digits --tests 0-19
     """
-    from hydra_pipe.reporting.run import report_run
-    from hydra_pipe.store.run.results import result_of
+    from hydra_pipe.reporting.run import report_run, reported
+    from hydra_pipe.store.run.manifest import RunDirectory
     from hydra_pipe.store.run.stages import REPORT
 
     done = report_run(
@@ -272,9 +273,8 @@ def report(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(
-        done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result_of(method, probe)).area}"
-    )
+    result = reported(RunDirectory.open(run), method, probe)
+    _say(done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result).area}")
 
 
 @app.command()

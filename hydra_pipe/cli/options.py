@@ -172,6 +172,14 @@ Top = Annotated[
         help="number of training samples on each side (helpful, harmful) of each test sample"
     ),
 ]
+ReportMethod = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RESULT",
+        help="a result of reduce, such as hydra-fisher; or dynamics, for the recording alone; "
+        "default: hydra if it was reduced, else dynamics",
+    ),
+]
 ShownTests = Annotated[
     str | None,
     typer.Option(

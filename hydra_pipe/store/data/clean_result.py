@@ -30,6 +30,8 @@ RETRAINING: Final = "retraining"
 HURTS: Final = "hurts"
 # Key of the summary: the decisions of a person.
 DECISIONS: Final = "decisions"
+# Key of the summary: reasons not to trust the proposal, one sentence each.
+WARNINGS: Final = "warnings"
 # The most bytes of a line: 18 digits of an id, and the line's end.
 _LINE_BYTES = 19
 _ID = re.compile(r"[0-9]{1,18}")
