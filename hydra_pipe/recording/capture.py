@@ -6,7 +6,7 @@ sample's output alone, check the places.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -27,15 +27,13 @@ from hydra_pipe.recording.micro_batches import MicroBatch
 from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
 from hydra_pipe.recording.module_hooks import Hook, do_nothing
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
-from hydra_pipe.recording.precision import full_precision
+from hydra_pipe.recording.precision import full_precision, without_gradients
 from hydra_pipe.recording.seen_outputs import SeenOutput
 
 # Arguments: the contributions of one call, by index of the parameter's block; the place of their
 # first sample in the step; True if the loop asked for these gradients by torch.autograd.grad, which
 # adds nothing to `.grad`. Result: True if the contributions count.
 Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
-
-_NOTHING = nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -467,33 +465,36 @@ class Capture:
                 f"{self._passes_open} passes, and it cannot be known for which of them: call "
                 "backward() after each pass, or checkpoint with use_reentrant=False"
             )
+        with without_gradients(), full_precision(gradient):  # contributions may be encoded at once
+            for place, contributions in self._rows(call, gradient, wanted, sink):
+                if sink(contributions, place, is_asked):
+                    call.of_pass.has_gradient = True
+
+    def _rows(
+        self, call: Call, gradient: Tensor, wanted: Sequence[str], sink: Sink
+    ) -> list[tuple[int, dict[int, Contribution]]]:
+        """Return the contributions of a call. Raises: LayerError: they cannot be split."""
+        attribution = self._attribution
         # A rule may run the module, or parts of it, again. Such a pass is not the training's.
         self._sink = None
         try:
-            # gradients are on here only if the loop will differentiate this backward pass again
-            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
-                # under autocast outputs are half precision; parameters and their gradients are not
-                if gradient.dtype != call.dtype:
-                    self.half_precision = True
-                if call.inputs is not None:
-                    found = rows_of_call(call, gradient.detach(), wanted)
-                else:  # a second backward pass through a graph that the loop has retained
-                    found = rows_by_node(
-                        call, torch._C._current_autograd_node(), gradient, attribution.parameters
-                    )
+            # under autocast outputs are half precision; parameters and their gradients are not
+            if gradient.dtype != call.dtype:
+                self.half_precision = True
+            if call.inputs is not None:
+                return rows_of_call(call, gradient.detach(), wanted)
+            # a second backward pass through a graph that the loop has retained
+            return rows_by_node(
+                call, torch._C._current_autograd_node(), gradient, attribution.parameters
+            )
         except LayerError:
             if attribution.probe is None:
                 raise
             # the graph may be able to split these parameters
             attribution.probe.failed |= {call.watched.owned[name] for name in wanted}
-            found = []
+            return []
         finally:
             self._sink = sink
-        # contributions may be encoded at once
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
-            for place, contributions in found:
-                if sink(contributions, place, is_asked):
-                    call.of_pass.has_gradient = True
 
     def on_route(
         self,
@@ -523,15 +524,14 @@ class Capture:
             is_asked = destination is None
         elif not self._attribution.probe.wants_rows:
             return
-        self._sink = None
-        try:
-            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+        with without_gradients(), full_precision(gradient):
+            self._sink = None
+            try:
                 if gradient.dtype in (torch.float16, torch.bfloat16):
                     self.half_precision = True
                 found = rows()
-        finally:
-            self._sink = sink
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+            finally:
+                self._sink = sink
             for block, contribution in found:
                 if sink({block: contribution}, of_pass.first, is_asked):
                     of_pass.has_gradient = True
