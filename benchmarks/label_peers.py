@@ -16,7 +16,7 @@ installed beside hydra-pipe, from `peers/requirements`. Cells and trainings are 
   training where it is not one of them. Its paper trains up to the first fall of the learning rate.
 
 A suggestion is the likeliest class other than the given label. Seconds are of the processor, beyond
-the one training. They leave out loading the data.
+the one training: while it runs, and after it. They leave out loading the data.
 """
 
 import argparse
@@ -94,14 +94,14 @@ class Finding:
         suspicion: the higher, the more suspicious, shape (n,).
         proposed: samples proposed without any truth.
         suggested: the likeliest other class, shape (n,). None: no suggestions.
-        to_order, to_propose: seconds of the processor until there is an order, and a set too.
+        during, after: seconds of the processor beyond the one training, in it and after it.
     """
 
     suspicion: F64
     proposed: I64
     suggested: I64 | None
-    to_order: float
-    to_propose: float
+    during: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,12 @@ def by_hydra_pipe(given: Given) -> tuple[Finding, F64]:
         start = time.process_time()
         recorded = fit(given.cell, loaded, labels, given.seed, given.n_classes, watch)
         recorders[0].close()
+        between = time.process_time()
         hydra_pipe.clean(directory)
-        seconds = time.process_time() - start - given.seconds
+        during, after = between - start - given.seconds, time.process_time() - between
     assert np.array_equal(recorded.logits, given.trained.logits)
     verdict = judge(Dynamics(labels, given.trained.logits, given.trained.inputs))
-    finding = Finding(verdict.score, verdict.proposed, verdict.suggested, seconds, seconds)
+    finding = Finding(verdict.score, verdict.proposed, verdict.suggested, during, after)
     return finding, verdict.chance
 
 
@@ -158,11 +159,10 @@ def by_cleanlab(given: Given) -> Finding:
         model = fit(given.cell, part, labels[others], given.seed, given.n_classes).model
         chances[held] = probabilities(model, loaded.train[held])
     suspicion = -get_label_quality_scores(labels, chances)
-    ordered = time.process_time() - start
     proposed = np.flatnonzero(find_label_issues(labels, chances, n_jobs=1))
     seconds = time.process_time() - start
     chances[np.arange(len(labels)), labels] = -1
-    return Finding(suspicion, proposed, chances.argmax(1), ordered, seconds)
+    return Finding(suspicion, proposed, chances.argmax(1), 0, seconds)
 
 
 def aum_of(trained: Trained, labels: I64) -> F64:
@@ -175,8 +175,7 @@ def aum_of(trained: Trained, labels: I64) -> F64:
                 calculator.update(logits[ids], targets[ids], ids.tolist())
         calculator.finalize()
         table = pd.read_csv(Path(directory) / "aum_values.csv")
-    values: F64 = table.set_index("sample_id")["aum"].sort_index().to_numpy()
-    return values
+    return np.asarray(table.set_index("sample_id")["aum"].sort_index())
 
 
 def by_aum(given: Given) -> Finding:
@@ -184,7 +183,7 @@ def by_aum(given: Given) -> Finding:
     n, extra = len(labels), given.n_classes
     start = time.process_time()
     suspicion = -aum_of(given.trained, labels)
-    ordered = time.process_time() - start
+    between = time.process_time()
     size = n // (extra + 1)
     parts = np.random.default_rng(given.seed).permutation(n)[: 2 * size].reshape(2, size)
     below: list[Bools] = []
@@ -196,7 +195,7 @@ def by_aum(given: Given) -> Finding:
         below.append(values <= np.percentile(values[part], 99))
     in_first = np.isin(np.arange(n), parts[0])
     proposed = np.flatnonzero(np.where(in_first, below[1], below[0]))
-    return Finding(suspicion, proposed, None, ordered, time.process_time() - start)
+    return Finding(suspicion, proposed, None, between - start, time.process_time() - between)
 
 
 def figures(finding: Finding, labels: I64, truth: I64) -> Side:
@@ -212,7 +211,7 @@ def figures(finding: Finding, labels: I64, truth: I64) -> Side:
         right = finding.suggested == truth
         hits = finding.proposed[wrong[finding.proposed]]
         columns["suggested right"] = [float(right[hits].mean()), float(right[wrong].mean())]
-    return columns | {"seconds": [finding.to_order, finding.to_propose]}
+    return columns | {"seconds": [finding.during, finding.after]}
 
 
 def measured(name: str, seed: int, data: Path) -> tuple[dict[str, Side], float, F64, Bools]:
@@ -252,7 +251,7 @@ def curve(chance: F64, wrong: Bools) -> tuple[list[float], list[float]]:
 def plot(cells: dict[str, tuple[F64, Bools]], path: Path) -> None:
     """Draw the share of wrong labels over the estimated chance, for each cell and for all."""
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9})
-    figure = Figure(figsize=(4.6, 4.2))
+    figure = Figure(figsize=(4.6, 4.2), layout="tight")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#66727f", linewidth=0.8, linestyle="--")
     for (name, pair), mark in zip(cells.items(), "osv^DXP*<>" * 4, strict=False):
@@ -262,7 +261,6 @@ def plot(cells: dict[str, tuple[F64, Bools]], path: Path) -> None:
     axes.set(xlabel="estimated chance that a label is wrong", ylabel="share that is wrong")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -278,8 +276,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(", ".join(f"{name} {version(name)}" for name in ("cleanlab", "aum", "torch")))
     titles = "cell | by | missed | ROC-AUC | precision / recall / F1 of its set "
-    titles += "| suggested right, of the found / of all wrong | seconds to order / to propose "
-    titles += "| seconds of the training | lines"
+    titles += (
+        "| suggested right, of the found / of all wrong | seconds during / after the training "
+    )
+    titles += "| the training itself | lines"
     print(f"| {titles} |\n" + "| --- " * 9 + "|")
     measured("digits-20", 0, given.data)  # what a first step loads counts for no side
     cells = {}
@@ -288,7 +288,7 @@ def main() -> None:
         for side in LINES:
             several = [columns[side] for columns, *_ in runs]
             mean = {title: np.mean([s[title] for s in several], 0).tolist() for title in several[0]}
-            training = float(np.mean([seconds for _, seconds, *_ in runs]))
+            training = float(np.mean([run[1] for run in runs]))
             print(line(name, side, mean, training), flush=True)
         cells[name] = (np.concatenate([r[2] for r in runs]), np.concatenate([r[3] for r in runs]))
     if given.plot:
