@@ -14,6 +14,7 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from hydra_pipe.api import plan_reduction, prune, record, reduce, verify
+    from hydra_pipe.cleaning.dataset import cleaned
     from hydra_pipe.cleaning.proposal import Cleaning
     from hydra_pipe.cleaning.run import clean_run as clean
     from hydra_pipe.errors import HydraError
@@ -54,6 +55,7 @@ __all__ = [
     "TrackedLoader",
     "Trained",
     "clean",
+    "cleaned",
     "evaluate",
     "export",
     "open_run",
@@ -87,6 +89,7 @@ _HOMES = {
     "TrackedLoader": ("hydra_pipe.recording.tracking", "TrackedLoader"),
     "Trained": ("hydra_pipe.training.trainer", "Trained"),
     "clean": ("hydra_pipe.cleaning.run", "clean_run"),
+    "cleaned": ("hydra_pipe.cleaning.dataset", "cleaned"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),

@@ -236,7 +236,9 @@ class Run:
         Returns:
             The columns of `samples.parquet`, in order of `train_id`: `train_id`, `label`,
             `relevance_sum`, `relevance_mean`, `rank` (1 = most harmful), `self_relevance` (not a
-            number before `reduce --method self`), `visits`. `attrs` has `method`, `sign`, `unit`
+            number before `reduce --method self`), `visits`, and of the sample's visits `mean_loss`,
+            `last_loss`, `mean_margin`, `mean_el2n`, `variability`, `visits_wrong` and
+            `first_learnt` (docs/parquet.md). `attrs` has `method`, `sign`, `unit`
             and `run_id`.
 
         Raises:

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 PIPELINE = HERE.parents[1] / "pipelines" / "digits.py"
 WIDTH = 1000  # CSS pixels
 MARGIN = 12  # CSS pixels above and below what is shown
+COLOURS = 64  # of a picture: more are not seen
 
 
 def demo_report(run: Path) -> Path:
@@ -61,20 +62,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         report = demo_report(Path(scratch) / "digits")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        # The search fields appear with JavaScript only, and show nothing in a picture.
+        # Fields and buttons appear with JavaScript only, and show nothing in a picture.
         context = browser.new_context(
             viewport={"width": WIDTH, "height": 800}, java_script_enabled=False
         )
         page = context.new_page()
         page.goto(report.as_uri())
         pictures = {
-            "harmful": picture(page, "#harmful h2", "#harmful ol > :nth-child(12)"),
+            "labels": picture(page, "#labels h2", "#labels ol > :nth-child(6)"),
             "prediction": picture(page, "#tests h2", "#tests article"),
         }
         browser.close()
     pictures["spikes"] = spikes()
     for name, image in pictures.items():
-        image.save(HERE / f"{name}.webp", lossless=True, method=6)
+        few = image.quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
+        few.save(HERE / f"{name}.webp", lossless=True, method=6)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Cleaning: relevance as proposals of samples to relabel or drop. Only retraining imports torch."""
+"""Cleaning: proposals of samples to relabel or drop, decisions on them, and what they gain."""

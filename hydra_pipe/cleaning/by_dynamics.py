@@ -1,58 +1,94 @@
 """A proposal by the dynamics of the training: labels that the network did not believe."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hydra_pipe.cleaning.classes import Classes, labels_of
 from hydra_pipe.cleaning.decision import Cut, check_some_stay
-from hydra_pipe.cleaning.proposal import Cleaning
+from hydra_pipe.cleaning.proposal import Cleaning, as_proposed
 from hydra_pipe.cleaning.visits import dynamics_of
 from hydra_pipe.labels.dynamics import Dynamics
 from hydra_pipe.labels.judging import Verdict, judge
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.clean_result import RELABEL, dynamics_schema
+from hydra_pipe.store.data.clean_result import KEEP, RELABEL, WARNINGS, dynamics_schema
+from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.types import I64
 
 
-def proposed_by_dynamics(directory: RunDirectory, cut: Cut, progress: Progress) -> Cleaning:
+@dataclass(frozen=True)
+class Seen:
+    """A run whose labels are to be judged.
+
+    Args:
+        run_id: id of the run.
+        n_samples: number of training samples.
+        ids: samples that were visited, ascending, shape (judged,).
+        dynamics: visits of these samples, with the given labels.
+        classes: classes of all samples.
+    """
+
+    run_id: str
+    n_samples: int
+    ids: I64
+    dynamics: Dynamics
+    classes: Classes
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> "Seen":
+        """Read the visits of a run.
+
+        Raises:
+            RunError: the recording has no logits.
+            DataError: a label is not known, or changes.
+            StoreError: the recording is damaged.
+        """
+        gradients, counts = open_recording(directory, None)
+        return cls.in_recording(gradients, counts.n_samples)
+
+    @classmethod
+    def in_recording(cls, gradients: Gradients, n_samples: int) -> "Seen":
+        """Read the visits of a recording, or of its first steps. Raises: the errors of `of`."""
+        ids, dynamics = dynamics_of(gradients)
+        given: I64 = np.full(n_samples, -1, np.int64)
+        given[ids] = dynamics.labels
+        labels = labels_of(gradients.labels(names.TRAIN_LABELS), given, dynamics.n_classes)
+        return cls(gradients.run_id, n_samples, ids, dynamics, Classes(given, labels))
+
+
+def proposed_by_dynamics(seen: Seen, cut: Cut, progress: Progress) -> Cleaning:
     """Return the proposal of samples whose labels the network did not believe. Writes nothing.
 
     Raises:
-        RunError: the recording has no logits.
-        DataError: a label is not known, or changes.
-        StoreError: the recording is damaged.
         UsageError: `cut` would propose all samples.
     """
-    gradients, counts = open_recording(directory, None)
-    n_samples = counts.n_samples
-    ids, dynamics = dynamics_of(gradients)
     with progress.task("judge labels", 1, "run") as task:
-        verdict = judge(dynamics)
+        verdict = judge(seen.dynamics)
         task.advance(1)
-    chosen = _chosen(verdict, cut, n_samples)
-    classes = class_labels(gradients.labels(names.TRAIN_LABELS), ids, dynamics)
-    drop = _table(directory.run_id, ids, dynamics, verdict, chosen, classes)
+    chosen = _chosen(verdict, cut, seen.n_samples)
     summary = {
-        "run_id": directory.run_id,
+        "run_id": seen.run_id,
         "method": DYNAMICS,
         "lowest": cut.lowest,
         "cautious": cut.cautious,
-        "n_samples": n_samples,
+        "n_samples": seen.n_samples,
         "n_proposed": len(chosen),
         RELABEL: len(chosen),
         "n_wrong": [verdict.n_wrong.value, verdict.n_wrong.low, verdict.n_wrong.high],
-        "says": _says(dynamics, verdict, chosen, classes, n_samples, cut),
+        "classes": seen.classes.labels.tolist(),
+        WARNINGS: list(verdict.warnings),
+        "says": _says(seen, verdict, chosen, cut),
     }
-    keep = np.setdiff1d(np.arange(n_samples), ids[chosen])
-    return Cleaning(True, keep, drop, [], summary)
+    return as_proposed(_table(seen, verdict, chosen), seen.n_samples, summary)
 
 
 def _chosen(verdict: Verdict, cut: Cut, n_samples: int) -> I64:
@@ -63,52 +99,33 @@ def _chosen(verdict: Verdict, cut: Cut, n_samples: int) -> I64:
     return verdict.order[:n]
 
 
-def class_labels(recorded: NDArray[Any] | None, ids: I64, dynamics: Dynamics) -> NDArray[Any]:
-    """Return the label of each class of the logits, shape (class,).
-
-    The recorded labels are the labels of classes if each class has a most frequent label of its
-    own. Otherwise classes are called by their numbers.
-
-    Args:
-        recorded: labels of all training samples, or None.
-        ids: ids of the judged samples.
-        dynamics: dynamics of these samples.
-    """
-    numbers = np.arange(dynamics.n_classes)
-    if recorded is None:
-        return numbers
-    found: list[Any] = []
-    for number in numbers:
-        own = Counter(recorded[ids[dynamics.labels == number]].tolist())
-        found.append(own.most_common(1)[0][0] if own else None)
-    known = [label for label in found if label is not None]
-    if len(set(known)) < len(known) or recorded.dtype != object:
-        return numbers
-    unnamed = [str(n) if label is None else label for n, label in zip(numbers, found, strict=True)]
-    return np.array(unnamed, object)
-
-
-def _table(
-    run_id: str, ids: I64, dynamics: Dynamics, verdict: Verdict, chosen: I64, classes: NDArray[Any]
-) -> pa.Table:
-    given, suggested = dynamics.labels[chosen], verdict.suggested[chosen]
+def _table(seen: Seen, verdict: Verdict, chosen: I64) -> pa.Table:
+    """Return the table of all judged samples, the proposed ones first."""
+    classes, order = seen.classes.labels, verdict.order
+    given, suggested = seen.dynamics.labels[order], verdict.suggested[order]
     p = verdict.evidence.predictions
     kind = rankings.label_type(classes)
-    schema = dynamics_schema(kind, rankings.metadata(DYNAMICS, _SIGN, _UNIT, run_id))
+    n_kept = len(order) - len(chosen)
+    reasons = [*_reasons(seen.dynamics, verdict, chosen, classes), *[None] * n_kept]
     return pa.Table.from_arrays(
         [
-            pa.array(ids[chosen]),
+            pa.array(seen.ids[order]),
             rankings.label_column(classes, given, kind),
-            pa.array(verdict.score[chosen]),
-            pa.array(verdict.chance[chosen]),
+            pa.array(given),
+            pa.array(verdict.score[order]),
+            pa.array(verdict.chance[order]),
             rankings.label_column(classes, suggested, kind),
-            pa.array(p.given[chosen]),
-            pa.array(p.suggested[chosen]),
-            pa.array(verdict.evidence.statistics.mean_loss[chosen]),
-            pa.array([RELABEL] * len(chosen), pa.string()),
-            pa.array(_reasons(dynamics, verdict, chosen, classes), pa.string()),
+            pa.array(suggested),
+            pa.array(verdict.suggested_chance[order]),
+            pa.array(p.given[order]),
+            pa.array(p.suggested[order]),
+            pa.array(verdict.evidence.statistics.mean_loss[order]),
+            pa.array([RELABEL] * len(chosen) + [KEEP] * n_kept, pa.string()),
+            pa.array(reasons, pa.string()),
+            pa.array(np.zeros(len(order), bool)),
+            pa.nulls(len(order), pa.list_(pa.int64())),
         ],
-        schema=schema,
+        schema=dynamics_schema(kind, rankings.metadata(DYNAMICS, _SIGN, _UNIT, seen.run_id)),
     )
 
 
@@ -135,18 +152,12 @@ def _reasons(dynamics: Dynamics, verdict: Verdict, chosen: I64, classes: NDArray
     return found
 
 
-def _says(
-    dynamics: Dynamics,
-    verdict: Verdict,
-    chosen: I64,
-    classes: NDArray[Any],
-    n_samples: int,
-    cut: Cut,
-) -> list[str]:
-    n_wrong = verdict.n_wrong
+def _says(seen: Seen, verdict: Verdict, chosen: I64, cut: Cut) -> list[str]:
+    n_wrong, dynamics, classes = verdict.n_wrong, seen.dynamics, seen.classes.labels
     says = [
-        f"about {n_wrong.value:,.0f} of {n_samples:,} labels look wrong ({n_wrong.low:,.0f} to "
-        f"{n_wrong.high:,.0f}), by what the network thought of each sample while it trained"
+        f"about {n_wrong.value:,.0f} of {seen.n_samples:,} labels look wrong "
+        f"({n_wrong.low:,.0f} to {n_wrong.high:,.0f}), by what the network thought of each "
+        "sample while it trained"
     ]
     how = (
         f"the {cut.lowest:,} most suspicious"

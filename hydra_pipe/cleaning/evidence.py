@@ -30,7 +30,7 @@ def sums_over(array: Array, chosen: NDArray[np.bool_], progress: Progress) -> F6
     """
     found = np.zeros((len(chosen), array.shape[0]))
     with progress.task("sum", array.shape[1], "tests") as task:
-        for columns, block in _blocks(array):
+        for columns, block in blocks_of(array):
             for own, mask in zip(found, chosen[:, columns], strict=True):
                 own += block[:, mask].sum(axis=1, dtype=np.float64)
             task.advance(block.shape[1])
@@ -46,7 +46,7 @@ def means_by(
         array: relevance, shape (sample, column).
         samples: ids of the samples.
         groups: index of each column's group, shape (column,).
-        n_groups: number of groups, each with at least one column.
+        n_groups: number of groups. The mean of a group without columns is 0.
 
     Returns:
         The means, shape (len(samples), group).
@@ -55,13 +55,19 @@ def means_by(
         StoreError: the array is damaged.
     """
     found = np.zeros((n_groups, len(samples)))
-    for columns, block in _blocks(array):
+    for columns, block in blocks_of(array):
         np.add.at(found, groups[columns], block[samples].T.astype(np.float64))
-    means: F64 = (found / np.bincount(groups, minlength=n_groups)[:, None]).T
+    counts = np.maximum(np.bincount(groups, minlength=n_groups), 1)
+    means: F64 = (found / counts[:, None]).T
     return means
 
 
-def _blocks(array: Array) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def blocks_of(array: Array) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Yield columns of a relevance array, and their values, shape (sample, column).
+
+    Raises:
+        StoreError: the array is damaged.
+    """
     n_samples, n_columns = array.shape
     chunk = array.chunks[1]
     width = max(chunk, BLOCK_BYTES // (n_samples * 4) // chunk * chunk)

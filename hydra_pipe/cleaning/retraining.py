@@ -1,32 +1,41 @@
-"""The effect of a proposal on accuracy: training without it, without as many others, with all.
+"""The effect of a proposal on accuracy: training as given, and on treated training sets.
 
-A test sample that has helped to choose what is left out flatters the choice. So the tests are
-split. The relevance to one half chooses, by the same rule, and the other half measures. Then the
-halves change places. The result therefore describes the rule, not the very set that is proposed,
-which all tests have chosen.
+Each treatment is held against the same treatment of as many other samples, drawn at random.
+Trainings have equal steps: a sample is left out by weight 0 in the batches of the run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hydra_pipe.cleaning.decision import Cut, scores_of
-from hydra_pipe.cleaning.evidence import sums_over
-from hydra_pipe.cleaning.judged import unjudged
+from hydra_pipe.cleaning.classes import Classes, trained_classes
+from hydra_pipe.cleaning.decision import Cut
+from hydra_pipe.cleaning.effects import Measured, rows_of, says_of
+from hydra_pipe.cleaning.folds import DECIDED_BY_TESTS, FOLDS_OF_ALL, Folds, folds_by_relevance
+from hydra_pipe.cleaning.proposal import Cleaning
+from hydra_pipe.cleaning.treatments import (
+    AS_GIVEN,
+    DECIDED,
+    DROPPED,
+    MIXED,
+    RELABELLED,
+    WEIGHTED,
+    Proposed,
+    Treatment,
+    at_random,
+)
+from hydra_pipe.errors import DataError
 from hydra_pipe.loading import recorded_assignments, recorded_spec
-from hydra_pipe.maths.rank_statistics import crossed_interval
 from hydra_pipe.progress import Progress
+from hydra_pipe.recording.datasets import pair_of
+from hydra_pipe.recording.user_code import user_code
 from hydra_pipe.retraining.campaign import Retraining, retrain
-from hydra_pipe.retraining.intervals import ONE_TEST
-from hydra_pipe.retraining.retrainer import HIT, LOSS
 from hydra_pipe.retraining.subject import Subject
+from hydra_pipe.store.data.clean_result import DECISIONS
 from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.data.reduced_run import ReducedRun
-from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.store.run.stages import RECORD
@@ -34,12 +43,13 @@ from hydra_pipe.training.pipeline import Pipeline
 from hydra_pipe.types import I64
 
 DEFAULT_SEEDS = 3
-ALL, PROPOSED, RANDOM, WRONG = (
-    "all samples",
-    "without the proposed",
-    "without as many at random",
-    "without the wrong labels",
-)
+ALL, WRONG, TRUE = "as given", "without the wrong labels", "true labels"
+RANDOM = {
+    how: f"{how} as many at random" if how != WEIGHTED else "weighted at random"
+    for how in (DROPPED, RELABELLED, MIXED, DECIDED, WEIGHTED)
+}
+# Relabelled samples whose targets are compared with the recorded classes before training.
+_LOOKED_AT = 32
 _SEED = 0x636C65
 _ADVICE = (
     "--retrain trains the pipeline again. Build the pipeline anew, and give it as "
@@ -71,143 +81,238 @@ def opened(
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A split of the test samples: some choose, the others measure.
+class Comparison:
+    """Options of a comparison.
 
     Args:
-        chosen: mask of the relevance columns whose sum chooses, bool (column,).
-        tests: ids of the test samples that measure.
+        method: name of the relevance, or "dynamics".
+        cut: rule of the proposal.
+        seeds: number of seeds to train with.
+        memory: budget of this process, such as "4GiB".
     """
 
-    chosen: NDArray[np.bool_]
-    tests: I64
-
-
-def folds_of(
-    columns: ResultColumns, n_tests: int, labels: NDArray[Any] | None
-) -> tuple[list[Fold], str]:
-    """Return the folds, and words on how independent the measuring tests are of the choice.
-
-    Args:
-        columns: columns of the relevance.
-        n_tests: number of test samples in the recording.
-        labels: labels of the columns, whose shares both halves should have alike. None if
-            unknown.
-    """
-    everything = np.ones(columns.n_columns, bool)
-    if columns.by is None and columns.n_columns > 1:
-        order = np.random.default_rng(_SEED).permutation(columns.n_columns)
-        if labels is not None:
-            order = order[
-                np.argsort(np.unique(labels, return_inverse=True)[1][order], kind="stable")
-            ]
-        half = np.zeros(columns.n_columns, bool)
-        half[order[::2]] = True
-        ids = columns.test_ids
-        folds = [Fold(half, ids[~half]), Fold(~half, ids[half])]
-        return (
-            folds,
-            "the relevance to one half of the tests chooses, by the same rule, and the other "
-            "half measures; then the other way round",
-        )
-    others = np.setdiff1d(np.arange(n_tests), columns.test_ids)
-    if len(others):
-        return [
-            Fold(everything, others)
-        ], f"measured on the {len(others):,} tests that the relevance does not cover"
-    if columns.by is None:
-        return [Fold(everything, np.arange(n_tests))], (
-            "NOT independent: there is one test sample, and it has also chosen the proposals, so "
-            "the gain says nothing"
-        )
-    return [Fold(everything, np.arange(n_tests))], (
-        "NOT independent: a mean over the tests cannot be split, so these tests have also chosen "
-        "the proposals, and the measured gain is too good; reduce without --mean or --by to "
-        "measure it on other tests"
-    )
+    method: str
+    cut: Cut
+    seeds: int
+    memory: str
 
 
 def compared(
     subject: Subject,
-    method: str,
-    cut: Cut,
-    drop: pa.Table,
+    found: Cleaning,
+    options: Comparison,
     directory: Retrained,
     progress: Progress,
-    *,
-    seeds: int,
-    memory: str,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Train with all samples, without the proposed ones, and without as many at random.
+    """Train on the samples as given and on treated ones, each beside as many at random.
 
-    A fourth set leaves out the wrong labels, if they are known. "Without" means weight 0 in the
-    batches of the run, with the mean over the samples that are kept.
+    Initial weights and orders are new: their seeds are not the seed of the run, whose training
+    has chosen the proposal. A pipeline without a setting `seed` has only its own.
 
     Args:
         subject: run and pipeline.
-        method: name of the relevance.
-        cut: rule of the proposal.
-        drop: samples that all tests propose, compared with true labels if the pipeline has them.
+        found: the proposal.
+        options: options of the comparison.
         directory: store of the retrainings.
         progress: place to show progress.
-        seeds: number of seeds to train with.
-        memory: budget of this process, such as "4GiB".
 
     Returns:
-        A row for each set, and a summary.
+        A row for each training set, and a summary.
 
     Raises:
         HydraError: any error of `retrain`.
     """
-    labels = subject.sample_labels()
-    if method == DYNAMICS:
-        tests = np.arange(subject.n_tests)
-        folds, how = [Fold(np.ones(0, bool), tests)], "measured on all tests: none has chosen"
-        proposed = [drop.column("train_id").to_numpy()]
-    else:
-        folds, how, proposed = _by_halves(subject, method, cut, labels, progress)
-    rng = np.random.default_rng(_SEED)
-    at_random = [rng.permutation(subject.n_samples)[: len(ids)] for ids in proposed]
-    nobody: I64 = np.empty(0, np.int64)
-    # For each set, the ids left out in each fold.
-    sets: dict[str, list[I64]] = {ALL: [nobody] * len(folds), PROPOSED: proposed, RANDOM: at_random}
-    summary: dict[str, Any] = {"seeds": seeds, "folds": len(folds)}
-    says = []
+    classes = trained_classes(subject.gradients, subject.n_samples, progress)
+    folds = _folds(subject, found, options, classes, progress)
+    says: list[str] = []
+    hows = _hows(subject, found, folds, classes, says)
+    trainings = _Trainings(subject.n_samples, classes)
+    trainings.add(ALL, [Treatment.of(subject.n_samples)] * len(folds.tests))
+    for how in hows:
+        own = [proposed.treated(how) for proposed in folds.proposed]
+        trainings.add(how, own)
+        trainings.add_random(RANDOM[how], own)
+    summary: dict[str, Any] = {"seeds": options.seeds, "folds": len(folds.tests)}
     if subject.pipeline.true_labels is not None:
-        truth = subject.true_labels()
-        wrong = np.flatnonzero(np.asarray(labels != truth))
-        summary["known"] = known = _held_against(truth, wrong, drop)
+        known = _add_known(subject, found.drop, classes, trainings, len(folds.tests))
+        summary["known"] = known
         says += _known_in_words(known)
-        if 0 < len(wrong) < subject.n_samples:
-            sets[WRONG] = [wrong] * len(folds)
-    distinct = list({ids.tobytes(): ids for own in sets.values() for ids in own}.values())
-    at = {ids.tobytes(): index for index, ids in enumerate(distinct)}
-    own_seed = subject.pipeline.seed
-    job = Retraining.without(distinct, subject.n_samples, tuple(own_seed + s for s in range(seeds)))
-    outcome = retrain(subject, job, directory, memory, progress, strict=False)
-    measured = {
-        name: np.concatenate(
-            [
-                outcome[:, at[ids.tobytes()]][:, :, fold.tests]
-                for ids, fold in zip(own, folds, strict=True)
-            ],
-            axis=2,
-        )
-        for name, own in sets.items()
-    }
-    rows = [_row(name, sets[name], values, measured[ALL]) for name, values in measured.items()]
-    return rows, summary | {"says": [*says, *_says(how, seeds, folds, measured)]}
+    job = trainings.job(_seeds(subject, options.seeds))
+    outcome = retrain(subject, job, directory, options.memory, progress, strict=False)
+    measured = Measured(
+        trainings.by_name(outcome, folds.tests),
+        {name: trainings.n_changed(name) for name in trainings.at},
+        {how: RANDOM[how] for how in hows},
+        ALL,
+    )
+    if len(folds.tests) > 1:
+        says.append(f"{folds.how}; changed: mean over the {len(folds.tests)} halves")
+    else:
+        says.append(folds.how)
+    return rows_of(measured), summary | {"says": [*says, *says_of(measured)]}
 
 
-def _by_halves(
-    subject: Subject, method: str, cut: Cut, labels: NDArray[Any] | None, progress: Progress
-) -> tuple[list[Fold], str, list[I64]]:
-    """Return the folds, words on them, and what each fold's own tests propose by relevance."""
-    found = ReducedRun.open(subject.run, method)
-    folds, how = folds_of(found.columns, subject.n_tests, found.labels_of_columns())
-    sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
-    judged = ~unjudged(found, labels)[0] if cut.is_fitted else None
-    return folds, how, [cut.of(scores_of(own, labels), judged) for own in sums]
+def _seeds(subject: Subject, n_seeds: int) -> tuple[int, ...]:
+    own = subject.pipeline.seed
+    return tuple(own + 1 + s for s in range(n_seeds)) if subject.has_seeds() else (own,)
+
+
+def _folds(
+    subject: Subject,
+    found: Cleaning,
+    options: Comparison,
+    classes: Classes | None,
+    progress: Progress,
+) -> Folds:
+    """Return the splits of the tests, and what is proposed in each."""
+    is_decided = DECISIONS in found.summary
+    if options.method != DYNAMICS and not is_decided:
+        return folds_by_relevance(subject.run, options.method, options.cut, classes, progress)
+    proposed = Proposed.of(found.drop, found.judged, subject.n_samples)
+    how = FOLDS_OF_ALL if options.method == DYNAMICS else DECIDED_BY_TESTS
+    return Folds([np.arange(subject.n_tests)], [proposed], how)
+
+
+def _hows(
+    subject: Subject, found: Cleaning, folds: Folds, classes: Classes | None, says: list[str]
+) -> list[str]:
+    """Return the treatments to compare. `says` is told of those that cannot be compared."""
+    hows = [DROPPED]
+    relabelled = np.concatenate([own.treated(RELABELLED).relabelled for own in folds.proposed])
+    why_not = (
+        "no other label is suggested"
+        if not len(relabelled)
+        else None
+        if classes is None
+        else _other_targets(subject.pipeline, classes, relabelled)
+    )
+    if why_not is None:
+        hows += [RELABELLED, DECIDED if DECISIONS in found.summary else MIXED]
+    else:
+        says.append(f"relabelling is not compared: {why_not}")
+    if all(own.weights is not None for own in folds.proposed):
+        hows.append(WEIGHTED)
+    return hows
+
+
+def _other_targets(pipeline: Pipeline, classes: Classes, relabelled: I64) -> str | None:
+    """Return why other classes cannot replace the pipeline's targets, or None if they can."""
+    for sample in np.unique(relabelled)[:_LOOKED_AT].tolist():
+        with user_code(f"the train dataset raised at sample {sample}"):
+            item = pipeline.train[sample]
+        try:
+            target = np.asarray(pair_of(item, "the train dataset")[1])
+        except (DataError, TypeError, ValueError):
+            return f"the target of sample {sample} is no number"
+        if target.shape != () or target.dtype.kind not in "iu":
+            return f"the target of sample {sample} is not the number of a class"
+        if target != classes.given[sample]:
+            return (
+                f"the target of sample {sample} is {target}, and the recording has the label "
+                f"{classes.given[sample]}"
+            )
+    return None
+
+
+@dataclass
+class _Trainings:
+    """Trainings of each seed: names of rows, and the treated training sets behind them.
+
+    Args:
+        n_samples: number of training samples.
+        classes: classes of the run.
+        at: number of the training of each fold, by the name of the row.
+    """
+
+    n_samples: int
+    classes: Classes | None
+    at: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sets: list[Treatment] = []
+        self._is_random: list[bool] = []
+        self._known: dict[bytes, int] = {}
+
+    def add(self, name: str, treatments: list[Treatment]) -> None:
+        """Add a row: a training set for each fold. Equal sets are trained on once."""
+        self.at[name] = []
+        for treatment in treatments:
+            key = treatment.weights.tobytes() + treatment.classes.tobytes()
+            if key not in self._known:
+                self._known[key] = self._append(treatment, is_random=False)
+            self.at[name].append(self._known[key])
+
+    def add_random(self, name: str, treatments: list[Treatment]) -> None:
+        """Add a row: the same treatments of other samples, which each seed draws anew."""
+        self.at[name] = [self._append(treatment, is_random=True) for treatment in treatments]
+
+    def _append(self, treatment: Treatment, *, is_random: bool) -> int:
+        self._sets.append(treatment)
+        self._is_random.append(is_random)
+        return len(self._sets) - 1
+
+    def n_changed(self, name: str) -> int:
+        """Return how many samples a row changes, as a mean over the folds.
+
+        A weight of 0.3 counts as 0.7 samples.
+        """
+        return round(float(np.mean([self._sets[index].n_changed for index in self.at[name]])))
+
+    def job(self, seeds: tuple[int, ...]) -> Retraining:
+        """Return the retrainings to make."""
+
+        def sets(first: int, end: int) -> list[Treatment]:
+            return [self._of(number) for number in range(first, end)]
+
+        def weights(first: int, end: int) -> NDArray[np.float32]:
+            return np.stack([one.weights for one in sets(first, end)])
+
+        def classes(first: int, end: int) -> NDArray[np.int32] | None:
+            found = np.stack([one.classes for one in sets(first, end)]).astype(np.int32)
+            return found if (found >= 0).any() else None
+
+        return Retraining(len(self._sets), weights, seeds, "weights", classes)
+
+    def _of(self, number: int) -> Treatment:
+        """Return the training set of a retraining, counted over all seeds."""
+        index = number % len(self._sets)
+        if not self._is_random[index]:
+            return self._sets[index]
+        given = None if self.classes is None else self.classes.given
+        return at_random(self._sets[index], given, np.random.default_rng([_SEED, number]))
+
+    def by_name(
+        self, outcome: NDArray[np.float64], tests: list[I64]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return loss and hit of the measuring tests for each row, shape (seed, 2, test)."""
+        return {
+            name: np.concatenate(
+                [outcome[:, at][:, :, own] for at, own in zip(indices, tests, strict=True)],
+                axis=2,
+            )
+            for name, indices in self.at.items()
+        }
+
+
+def _add_known(
+    subject: Subject,
+    drop: pa.Table,
+    classes: Classes | None,
+    trainings: _Trainings,
+    n_folds: int,
+) -> dict[str, Any]:
+    """Compare a proposal with true labels, and add trainings that know them."""
+    labels, truth = subject.sample_labels(), subject.true_labels()
+    wrong = np.flatnonzero(np.asarray(labels != truth))
+    if 0 < len(wrong) < subject.n_samples:
+        without, right = (Treatment.of(subject.n_samples) for _ in range(2))
+        without.weights[wrong] = 0.0
+        trainings.add(WRONG, [without] * n_folds)
+        if classes is not None and _other_targets(subject.pipeline, classes, wrong) is None:
+            numbers = [classes.number_of(label) for label in truth[wrong].tolist()]
+            right.classes[wrong] = [AS_GIVEN if n is None else n for n in numbers]
+            trainings.add(TRUE, [right] * n_folds)
+    return _held_against(truth, wrong, drop)
 
 
 def _held_against(truth: NDArray[Any], wrong: I64, drop: pa.Table) -> dict[str, Any]:
@@ -240,52 +345,3 @@ def _known_in_words(known: dict[str, Any]) -> list[str]:
         f"of {known['suggested']:,} "
         f"suggested labels {known['suggested_right']:,} are right"
     ]
-
-
-def _row(
-    name: str, left_out: Sequence[I64], values: NDArray[np.float64], everything: NDArray[np.float64]
-) -> Row:
-    """Return the table row of one set, from its `values` of shape (seed, 2, test)."""
-    row: Row = {
-        "trained on": name,
-        "left_out": round(float(np.mean([len(ids) for ids in left_out]))),
-    }
-    for what, index in (("accuracy", HIT), ("loss", LOSS)):
-        row |= _with_interval(what, values[:, index])
-        row |= _with_interval(f"{what}_change", values[:, index] - everything[:, index])
-    return row
-
-
-def _with_interval(name: str, values: NDArray[np.float64]) -> Row:
-    # Accuracy is unknown if outputs or targets are not classes; losses are not finite if a
-    # training diverged.
-    if np.isnan(values).any():
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = crossed_interval(values) if values.shape[1] > 1 else (np.nan, np.nan)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
-
-
-def _says(
-    how: str, seeds: int, folds: Sequence[Fold], measured: dict[str, NDArray[np.float64]]
-) -> list[str]:
-    n_tests = sum(len(fold.tests) for fold in folds)
-    says = [
-        f"{how}; left_out: mean over the {len(folds)} halves" if len(folds) > 1 else how,
-        f"{n_tests:,} tests, {seeds} {'seeds' if seeds > 1 else 'seed'}; intervals of 95 % by "
-        "drawing seeds and tests anew, 2,000 "
-        f"times; changes are against all samples, test by test",
-    ]
-    if seeds == 1:
-        says.append(
-            "with one seed intervals do not show how another training would come out: add --seeds 3"
-        )
-    change = measured[PROPOSED][:, HIT] - measured[RANDOM][:, HIT]
-    if n_tests < 2:
-        says.append(ONE_TEST)
-    elif not np.isnan(change).any():
-        low, high = crossed_interval(change)
-        says.append(
-            "accuracy without the proposed, less that without as many at random: "
-            f"{change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
-        )
-    return says

@@ -1,11 +1,13 @@
 """Visits of all samples: the rows of a recording, put in order by sample and by visit."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.cleaning.classes import MOST_CLASSES
 from hydra_pipe.errors import DataError, RunError
 from hydra_pipe.labels.dynamics import Dynamics, TopLogits
 from hydra_pipe.store import names
@@ -13,6 +15,12 @@ from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.types import I64
 from hydra_pipe.units import format_bytes
 
+# Meaning of few outputs of a sample.
+_NO_CLASSES = {
+    0: "a sample has several outputs, such as tokens or pixels, or none that is known",
+    1: "a sample has one output: a regression, or one logit for two classes (train with two "
+    "outputs instead)",
+}
 # Most visits of a sample that are looked at. Of more visits, as many are drawn evenly.
 MOST_VISITS = 64
 # Most bytes of the visits that are looked at, and fewest visits.
@@ -21,6 +29,24 @@ _MOST_BYTES, _FEWEST_VISITS = 4 * 2**30, 4
 _NUMBERS = 4 * 8
 # Rows that are read at once.
 _ROWS_AT_ONCE = 2**18
+
+
+def relabelled(dynamics: Dynamics, labels: I64) -> Dynamics:
+    """Return the same visits, to be judged with other labels than the samples were trained with.
+
+    Where only some logits are kept, the logit of another label is known if it is one of these.
+
+    Args:
+        dynamics: visits.
+        labels: labels to judge, shape (sample,).
+    """
+    if not isinstance(dynamics.logits, TopLogits):
+        return replace(dynamics, labels=labels)
+    top = dynamics.logits
+    at = top.classes == labels[:, None]
+    kept = np.where(at.any(axis=2), (top.largest * at).sum(axis=2), np.nan).astype(top.own.dtype)
+    own = np.where(labels == dynamics.labels, top.own, kept)
+    return replace(dynamics, labels=labels, logits=replace(top, own=own))
 
 
 def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
@@ -43,8 +69,13 @@ def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
     shape = gradients.dynamics_shape
     if shape.n_outputs < 2:
         raise RunError(
-            f"{gradients.path} has no logits of two classes or more, as a classifier of whole "
-            "samples has: reduce, and give --method hydra to judge by relevance"
+            f"{gradients.path}: {_NO_CLASSES[shape.n_outputs]}, so the dynamics cannot judge "
+            "labels: reduce, and give --method hydra to judge by relevance"
+        )
+    if shape.n_outputs > MOST_CLASSES:
+        raise RunError(
+            f"{gradients.path} has {shape.n_outputs:,} classes, and labels of at most "
+            f"{MOST_CLASSES:,} can be judged: reduce, and give --method hydra to judge by relevance"
         )
     rows = slice(0, gradients.rows.n_rows)
     ids, samples = np.unique(gradients.samples(rows), return_inverse=True)
@@ -144,7 +175,9 @@ def _labels(gradients: Gradients, ids: I64, samples: I64, rows: slice) -> I64:
     unknown = ids[(labels < 0) | (labels >= n_classes)]
     if len(unknown):
         raise DataError(
-            f"the label of sample {unknown[0]} is not known as a number below {n_classes}: "
-            "give sample_labels to the Recorder, or --method hydra after hydra-pipe reduce"
+            f"the label of sample {unknown[0]} is not known as a number below {n_classes}: if "
+            "each sample has one class, give sample_labels to the Recorder; if samples have "
+            "several (multi-label) or targets are soft, dynamics cannot judge them: give --method "
+            "hydra after hydra-pipe reduce"
         )
     return labels

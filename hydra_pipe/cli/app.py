@@ -20,6 +20,7 @@ from hydra_pipe.cli.options import (
     CleanSeeds,
     DatasetSpec,
     Debug,
+    DecisionsFile,
     Dim,
     DiscardUnfinished,
     DryRun,
@@ -44,8 +45,10 @@ from hydra_pipe.cli.options import (
     ProbeName,
     Rank,
     Repair,
+    ReportMethod,
     Retrain,
     Retrainings,
+    Rounds,
     RunPath,
     Samples,
     Scheduler,
@@ -57,6 +60,7 @@ from hydra_pipe.cli.options import (
     Tests,
     Threshold,
     Top,
+    Undecided,
     UpToStep,
 )
 from hydra_pipe.cli.rewind import rewind
@@ -238,7 +242,7 @@ def export(
 @explained
 def report(
     run: RunPath,
-    method: Method = "hydra",
+    method: ReportMethod = None,
     probe: Probe = None,
     tests: ShownTests = None,
     top: Shown = 5,
@@ -247,15 +251,15 @@ def report(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a reduced run: predictions, the training samples that made them,
-    and those to check first.
+    """Write one HTML page about a run: labels that look wrong, predictions, and after reduce the
+    training samples that made them.
 
     The pipeline of the recording is built again, to draw samples.
 
     Example: hydra-pipe report runs/digits --tests 0-19
     """
-    from hydra_pipe.reporting.run import report_run
-    from hydra_pipe.store.run.results import result_of
+    from hydra_pipe.reporting.run import report_run, reported
+    from hydra_pipe.store.run.manifest import RunDirectory
     from hydra_pipe.store.run.stages import REPORT
 
     done = report_run(
@@ -269,9 +273,8 @@ def report(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    _say(
-        done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result_of(method, probe)).area}"
-    )
+    result = reported(RunDirectory.open(run), method, probe)
+    _say(done, run, "reported", f"open {run.rstrip('/')}/{REPORT.of(result).area}")
 
 
 @app.command()
@@ -282,6 +285,9 @@ def clean(
     lowest: Lowest = None,
     cautious: Cautious = False,
     threshold: Threshold = None,
+    rounds: Rounds = None,
+    decisions: DecisionsFile = None,
+    undecided: Undecided = None,
     retrain: Retrain = False,
     seeds: CleanSeeds = None,
     pipeline: CleanPipeline = None,
@@ -289,14 +295,16 @@ def clean(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Propose training samples to relabel or drop, and see what training without them comes to.
+    """Propose training samples to relabel or drop, and measure what helps.
 
     Labels are judged by what the network thought of each sample while it trained. No test samples
     and no reduce are needed. With --method, the relevance of a reduction judges.
 
-    After an interrupt or a kill, the same command resumes with the retrainings that are left.
+    After an interrupt or a kill, the same command resumes with the trainings that are left.
 
-    Example: hydra-pipe clean runs/digits --lowest 100 --retrain
+    Example: hydra-pipe clean runs/digits --retrain --seeds 3
+
+    Example: hydra-pipe clean runs/digits --decisions decisions.csv
     """
     from hydra_pipe.cleaning.run import clean_run
     from hydra_pipe.cli.show import show_cleaning
@@ -308,6 +316,9 @@ def clean(
         lowest=lowest,
         threshold=threshold,
         cautious=cautious,
+        rounds=rounds,
+        decisions=decisions,
+        undecided=undecided,
         retrain=retrain,
         seeds=seeds,
         pipeline=pipeline,
@@ -320,10 +331,8 @@ def clean(
         found.drop.slice(0, SHOWN).to_pylist(), found.drop.num_rows, found.retraining, found.summary
     )
     _say(found.is_new, run, "proposed", f"keep.txt, drop.parquet and relabel.parquet: {place}")
-    print(
-        "to train on the rest: torch.utils.data.Subset(train, [int(i) for i in "
-        f"open('{place}/keep.txt')])"
-    )
+    of_method = "" if method == "dynamics" else f", method={method!r}"
+    print(f"to train on the rest: hydra_pipe.cleaned(train, {run.rstrip('/')!r}{of_method})")
 
 
 @app.command(name="run")

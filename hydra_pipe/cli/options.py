@@ -172,6 +172,14 @@ Top = Annotated[
         help="number of training samples on each side (helpful, harmful) of each test sample"
     ),
 ]
+ReportMethod = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RESULT",
+        help="a result of reduce, such as hydra-fisher; or dynamics, for the recording alone; "
+        "default: hydra if it was reduced, else dynamics",
+    ),
+]
 ShownTests = Annotated[
     str | None,
     typer.Option(
@@ -260,8 +268,8 @@ Retrain = Annotated[
     bool,
     typer.Option(
         "--retrain",
-        help="train again with all samples, without the proposed and without as many at random, "
-        "and compare accuracy and loss",
+        help="train again as given, without the proposed samples, with the suggested labels, with "
+        "both, and weighted, each beside as many at random; say which helps",
     ),
 ]
 CleanSeeds = Annotated[
@@ -272,12 +280,36 @@ CleanSeeds = Annotated[
         help="for --retrain: number of initial weights and orders of each training; default: 3",
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="2: train on the cleaned labels, recorded in RUN-round-2, and judge the given labels "
+        "again; default: 1",
+    ),
+]
+DecisionsFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="CSV file of sample,decision,label (keep, relabel or drop; a class for relabel), as "
+        "the page of the report saves; decisions replace proposals",
+    ),
+]
+Undecided = Annotated[
+    str | None,
+    typer.Option(
+        metavar="proposed|keep",
+        help="for --decisions: leave the other proposals as they are, or keep their samples; "
+        "default: proposed",
+    ),
+]
 CleanPipeline = Annotated[
     str | None,
     typer.Option(
         "--pipeline",
         metavar="PIPELINE",
-        help="new path of the pipeline's file if it has moved, for --retrain",
+        help="new path of the pipeline's file if it has moved, for --retrain and --rounds",
     ),
 ]
 Blocks = Annotated[bool, typer.Option("--blocks", help="also show the encoding of each parameter")]

@@ -7,6 +7,9 @@ from hydra_pipe.errors import printable
 
 # Widest column whose cells are filled up.
 _WIDEST = 80
+# Columns of a proposal and of its retrainings that the files have and the terminal does not show.
+_UNSHOWN = ("reason", "given_class", "suggested_class", "decided")
+_LESS = ("loss_over_random",)
 
 
 def print_table(heads: list[str], rows: list[list[str]]) -> None:
@@ -44,14 +47,20 @@ def show_cleaning(
         summary: summary of the proposal.
     """
     show_evaluation(
-        [{name: value for name, value in row.items() if name != "reason"} for row in first], []
+        [{name: value for name, value in row.items() if name not in _UNSHOWN} for row in first], []
     )
     if n_proposed > len(first):
         print(f"... and {n_proposed - len(first):,} more, each with its reason")
     for text in summary["says"]:
         print(printable(text))
+    for part in ("hurts", "decisions"):
+        for text in (summary.get(part) or {}).get("says", []):
+            print(printable(text))
     if "retraining" in summary:
-        show_evaluation(retraining, summary["retraining"]["says"])
+        show_evaluation(
+            [{name: row[name] for name in row if not name.startswith(_LESS)} for row in retraining],
+            summary["retraining"]["says"],
+        )
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -80,7 +80,7 @@ class DatamodelScore(Evaluator):
         n = subject.n_samples
 
         def weights(first: int, end: int) -> NDArray[np.float32]:
-            return np.stack([half(index, n) for index in range(first, end)])
+            return np.stack([half(index % retrainings, n) for index in range(first, end)])
 
         own = subject.pipeline.seed
         job = Retraining(retrainings, weights, tuple(own + s for s in range(seeds)), "weights")

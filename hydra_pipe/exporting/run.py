@@ -25,7 +25,7 @@ from hydra_pipe.store.run.stages import EXPORT, OF_SELF, REDUCE, Settings
 from hydra_pipe.units import parse_bytes, resident_bytes
 
 # Bytes of a row of matrix/, of the rankings and of samples.parquet. A label counts as an integer.
-_PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 52
+_PAIR_BYTES, _RANKED_BYTES, _SAMPLE_BYTES = 20, 41, 80
 
 
 def export_run(
@@ -189,7 +189,7 @@ class _Export:
         with rankings.table_writer(
             target / rankings.SAMPLES, rankings.samples_schema(source.train_type, source.meta)
         ) as writer:
-            for table in adding.samples(progress):
+            for table in adding.samples(plan.dynamics_samples, progress):
                 writer.write_table(table)
         classes = adding.classes()
         with rankings.table_writer(target / rankings.CLASSES, classes.schema) as writer:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, shown
+from hydra_pipe.exporting.dynamics import columns_of, totals_over
 from hydra_pipe.exporting.ranking import ClassMeans, rank_harmful
 from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
@@ -19,6 +20,9 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF
+
+# Samples whose dynamics are added up at once if there is no budget: 600 MB.
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,12 @@ class Adding:
         if self._classes is not None:
             self._classes.add(block, first_test, first_sample)
 
-    def samples(self, progress: Progress) -> Iterator[pa.Table]:
+    def samples(self, at_once: int, progress: Progress) -> Iterator[pa.Table]:
         """Yield `Totals.samples`, a few rows after the other. All blocks must be counted before.
+
+        Args:
+            at_once: number of samples whose dynamics are added up at once, a power of two.
+            progress: place to show progress.
 
         Raises:
             StoreError: the recording is damaged.
@@ -78,6 +86,10 @@ class Adding:
         ranks, visits = rank_harmful(sums), source.visits(progress)
         for first in range(0, len(sums), GROUP_ROWS):
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
+            if first % at_once == 0:
+                counted = slice(first, min(first + at_once, len(sums)))
+                dynamics = totals_over(source.gradients, counted, progress)
+            own = slice(rows.start - counted.start, rows.stop - counted.start)
             columns = [
                 pa.array(np.arange(rows.start, rows.stop)),
                 rankings.label_column(source.train_labels, rows, source.train_type),
@@ -88,6 +100,7 @@ class Adding:
                 if source.own is None
                 else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
+                *columns_of(dynamics.statistics(own)),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
 
@@ -138,7 +151,7 @@ def totals_of(directory: RunDirectory, source: ExportSource, progress: Progress)
         for block, tests, samples in source.blocks(spans, pool):
             adding.add(block, tests.start, samples.start)
             task.advance(block.size)
-    return Totals(pa.concat_tables(adding.samples(progress)), adding.classes())
+    return Totals(pa.concat_tables(adding.samples(_AT_ONCE, progress)), adding.classes())
 
 
 def _exported(directory: RunDirectory, method: str) -> bool:

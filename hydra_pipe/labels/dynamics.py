@@ -11,7 +11,7 @@ from hydra_pipe.errors import DataError
 from hydra_pipe.types import F64, I64, Bools, Floating
 
 # A logit further from the largest one than this has no probability in float32.
-_DEEPEST = -80.0
+DEEPEST = -80.0
 # Some samples: a run of them, or their numbers.
 Samples = slice | I64
 _ALL = slice(None)
@@ -110,7 +110,7 @@ class Dynamics:
         z = self.logits[epoch, samples].astype(np.float64)
         z[~np.isfinite(z).all(axis=1)] = np.nan
         z -= z.max(axis=1, keepdims=True)
-        z = np.maximum(z, _DEEPEST)
+        z = np.maximum(z, DEEPEST)
         found: F64 = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
         return found
 
@@ -125,8 +125,8 @@ def _spread(top: TopLogits, labels: I64, epoch: int, samples: Samples) -> F64:
     is_kept = ~np.isnan(known)
     left = 1 - np.exp(np.where(is_kept, known, -np.inf)).sum(axis=1)
     share = np.maximum(left, 0) / np.maximum((~is_kept).sum(axis=1), 1)
-    rest = np.log(np.maximum(share, np.exp(_DEEPEST)))
-    spread = np.where(is_kept, np.maximum(known, _DEEPEST), rest[:, None])
+    rest = np.log(np.maximum(share, np.exp(DEEPEST)))
+    spread = np.where(is_kept, np.maximum(known, DEEPEST), rest[:, None])
     spread[~np.isfinite(total) | ~is_kept.any(axis=1)] = np.nan
     found: F64 = spread - np.log(np.exp(spread).sum(axis=1, keepdims=True))
     return found

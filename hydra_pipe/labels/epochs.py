@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from hydra_pipe.labels.dynamics import Dynamics, blocks_of, visited
+from hydra_pipe.labels.dynamics import DEEPEST, Dynamics, TopLogits, blocks_of
 from hydra_pipe.types import F64, I64, Bools
 
 # Share of the trusted samples that the network predicts right when it has learnt.
@@ -59,19 +59,48 @@ class Statistics:
 def visits_of(dynamics: Dynamics) -> Visits:
     """Return loss, margin, EL2N and hit of each visit."""
     shape = (dynamics.n_epochs, len(dynamics.labels))
-    loss, margin, error, hit = (np.full(shape, np.nan) for _ in range(4))
-    for epoch, samples in product(range(shape[0]), blocks_of(shape[1], dynamics.n_classes)):
-        log_p = dynamics.centred(epoch, samples)
-        rows, labels = np.arange(len(log_p)), dynamics.labels[samples]
-        own = log_p[rows, labels]
-        p = np.exp(log_p)
-        loss[epoch, samples] = -own
-        squared = (p**2).sum(axis=1) - p[rows, labels] ** 2
-        error[epoch, samples] = np.sqrt(squared + (1 - p[rows, labels]) ** 2)
-        log_p[rows, labels] = -np.inf
-        margin[epoch, samples] = own - log_p.max(axis=1)
-        hit[epoch, samples] = np.where(visited(p), margin[epoch, samples] > 0, np.nan)
+    loss, margin, error = (np.full(shape, np.nan) for _ in range(3))
+    top = dynamics.logits if isinstance(dynamics.logits, TopLogits) else None
+    n_numbers = dynamics.n_classes if top is None else top.largest.shape[2]
+    for epoch, samples in product(range(shape[0]), blocks_of(shape[1], n_numbers)):
+        labels = dynamics.labels[samples]
+        if top is None:
+            found = _of_all(dynamics.centred(epoch, samples), labels)
+        else:
+            found = _of_kept(top, labels, epoch, samples)
+        loss[epoch, samples], margin[epoch, samples], error[epoch, samples] = found
+    hit = np.where(np.isfinite(margin), margin > 0, np.nan)
     return Visits(loss, margin, error, hit)
+
+
+def _of_all(log_p: F64, labels: I64) -> tuple[F64, F64, F64]:
+    """Return loss, margin and EL2N from the log-probabilities of all classes."""
+    rows = np.arange(len(labels))
+    own = log_p[rows, labels]
+    p = np.exp(log_p)
+    squared = (p**2).sum(axis=1) - p[rows, labels] ** 2
+    error = np.sqrt(squared + (1 - p[rows, labels]) ** 2)
+    log_p[rows, labels] = -np.inf
+    return -own, own - log_p.max(axis=1), error
+
+
+def _of_kept(top: TopLogits, labels: I64, epoch: int, samples: slice) -> tuple[F64, F64, F64]:
+    """Return the same from the logits that are kept. The other classes share the rest evenly."""
+    total = top.log_sum[epoch, samples].astype(np.float64)
+    others = top.largest[epoch, samples] - total[:, None]
+    others[top.classes[epoch, samples] == labels[:, None]] = -np.inf
+    own = top.own[epoch, samples] - total
+    is_kept = ~np.isnan(own)
+    mass = np.exp(np.where(is_kept, own, -np.inf)) + np.exp(others).sum(axis=1)
+    n_left = top.n_classes - np.isfinite(others).sum(axis=1) - is_kept
+    share = np.maximum(np.maximum(1 - mass, 0) / np.maximum(n_left, 1), np.exp(DEEPEST))
+    scale = np.log(mass + share * n_left)
+    log_share = np.log(share) - scale
+    own, others = np.where(is_kept, own - scale, log_share), others - scale[:, None]
+    n_rest = n_left - ~is_kept
+    squared = np.exp(2 * others).sum(axis=1) + n_rest * np.exp(2 * log_share)
+    largest = np.maximum(others.max(axis=1), np.where(n_rest > 0, log_share, -np.inf))
+    return -own, own - largest, np.sqrt(squared + (1 - np.exp(own)) ** 2)
 
 
 def mean_over_visits(values: F64, weights: F64 | None = None) -> F64:

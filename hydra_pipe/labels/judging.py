@@ -16,7 +16,14 @@ from hydra_pipe.labels.epochs import (
     statistics_of,
     visits_of,
 )
-from hydra_pipe.labels.transition import Model, fit, fitted_samples, halfway, log_odds
+from hydra_pipe.labels.transition import (
+    Model,
+    fit,
+    fitted_samples,
+    halfway,
+    log_odds,
+    shares_of_suggested,
+)
 from hydra_pipe.labels.views import RidgeSideBySide, VotesOver, heaviest, predictions
 from hydra_pipe.types import F64, I64
 from hydra_pipe.units import format_bytes
@@ -33,6 +40,8 @@ _MOST_BYTES, _MATRICES = 4 * 2**30, 5
 _RARE = 1 / 3
 # Fewer samples for each class say little.
 _FEW = 20
+# A class with fewer samples, or with less than this share of an even one, is hardly compared.
+_SCARCE, _UNEVEN = 10, 0.1
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Verdict:
             suspicious.
         suggested: the likeliest class other than the given label, int64, shape (sample,).
         chance: estimated chance that the label is wrong, shape (sample,). It falls along `order`.
+        suggested_chance: estimated chance that the suggested class is right, shape (sample,).
         order: samples by falling score, int64, shape (sample,).
         n_proposed: how many of `order` are proposed by the recommended cut.
         n_cautious: how many are likelier wrong than right.
@@ -90,6 +100,7 @@ class Verdict:
     score: F64
     suggested: I64
     chance: F64
+    suggested_chance: F64
     order: I64
     n_proposed: int
     n_cautious: int
@@ -182,6 +193,7 @@ class _Judged:
         score: log-odds that order the labels, shape (sample,).
         level: log-odds that say how many are wrong, shape (sample,).
         suggested: likeliest other class, shape (sample,).
+        share: share of the suggested class in the chances of all other classes, shape (sample,).
         chances: chance of the given and of the suggested label by each view, shape (view, 2,
             sample).
     """
@@ -189,17 +201,21 @@ class _Judged:
     score: F64
     level: F64
     suggested: I64
+    share: F64
     chances: F64
 
 
 def _judged(dynamics: Dynamics, views: _Views, model: Model) -> _Judged:
     n = len(dynamics.labels)
-    found = _Judged(np.empty(n), np.empty(n), np.empty(n, np.int64), np.full((3, 2, n), np.nan))
+    found = _Judged(
+        np.empty(n), np.empty(n), np.empty(n, np.int64), np.empty(n), np.full((3, 2, n), np.nan)
+    )
     for block, seen in views.blocks():
         labels = dynamics.labels[block]
         mean = np.log(sum(seen.ordering) / len(seen.ordering))
         score, suggested = log_odds(halfway(model), mean, labels)
         found.score[block], found.suggested[block] = score, suggested
+        found.share[block] = shares_of_suggested(halfway(model), mean, labels)
         found.level[block] = log_odds(model, np.log(seen.fitted), labels)[0]
         rows = np.arange(len(labels))
         for number, view in enumerate(seen.ordering):
@@ -250,6 +266,7 @@ def judge(dynamics: Dynamics) -> Verdict:
         score=judged.score,
         suggested=judged.suggested,
         chance=chance,
+        suggested_chance=chance * judged.share,
         order=order,
         n_proposed=n_proposed,
         n_cautious=cautious_cut(falling),
@@ -303,6 +320,18 @@ def _warnings(dynamics: Dynamics, weights: EpochWeights) -> list[str]:
         found.append(
             f"two classes, and the rarer one has {counts.min()} of {counts.sum()} samples: wrong "
             f"labels of one kind are hard to tell from samples that are hard to learn"
+        )
+    there = counts[counts > 0]
+    scarce = int((there < _SCARCE).sum())
+    if scarce:
+        found.append(
+            f"{scarce:,} of {len(there):,} classes have fewer than {_SCARCE} samples (the rarest "
+            f"{there.min()}): there is little to compare their labels with"
+        )
+    elif dynamics.n_classes > 2 and there.min() < _UNEVEN * counts.sum() / len(there):
+        found.append(
+            f"classes are unbalanced: the rarest has {there.min():,} of {counts.sum():,} samples, "
+            "and its labels look wrong sooner than those of the others"
         )
     if len(dynamics.labels) < _FEW * dynamics.n_classes:
         found.append(

@@ -182,6 +182,20 @@ def halfway(model: Model) -> Model:
     return Model((model.power + _POWER) / 2, model.bias / 2, model.transition)
 
 
+def shares_of_suggested(model: Model, log_q: F64, labels: I64) -> F64:
+    """Return the suggested label's share in the chances of all labels but the given one.
+
+    Arguments: as of `log_odds`, which suggests.
+
+    Returns:
+        max_(k != y) pi_k T_ky / sum_(k != y) pi_k T_ky, shape (sample,).
+    """
+    joint = joint_chances(model, log_q, labels)
+    joint[np.arange(len(labels)), labels] = 0.0
+    found: F64 = joint.max(axis=1) / np.maximum(joint.sum(axis=1), np.finfo(np.float64).tiny)
+    return found
+
+
 def log_odds(model: Model, log_q: F64, labels: I64) -> tuple[F64, I64]:
     """Return how much likelier another class is than the given one, and the likeliest other one.
 

@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAWS = 2000
+# Most draws of test samples that are held at once.
+_DRAWN_AT_ONCE = 2**20
 
 
 def average_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -59,22 +61,33 @@ def bootstrap_interval(per_test: NDArray[np.floating]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def crossed_interval(values: NDArray[np.floating]) -> tuple[float, float]:
+def crossed_intervals(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return bounds that hold 95 % of the means over resampled seeds and resampled test samples.
 
     As many seeds and as many test samples are each drawn with replacement. The draws are always the
-    same.
+    same, and the same for each series.
 
     Args:
-        values: one value for each seed and test sample, shape (seed, test).
+        values: one value for each series, seed and test sample, shape (series, seed, test).
+
+    Returns:
+        Lower and upper bounds, shape (series, 2).
     """
-    n_seeds, n_tests = values.shape
+    n_series, n_seeds, n_tests = values.shape
     rng = np.random.default_rng(0)
-    means = [
-        values[rng.integers(0, n_seeds, n_seeds)]
-        .mean(axis=0)[rng.integers(0, n_tests, n_tests)]
-        .mean()
-        for _ in range(_DRAWS)
-    ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    flat = values.reshape(n_series * n_seeds, n_tests).T.astype(np.float64)
+    height = max(1, _DRAWN_AT_ONCE // n_tests)
+    means = []
+    for first in range(0, _DRAWS, height):
+        n = min(height, _DRAWS - first)
+        seeds, tests = (_counts(rng, n, size) for size in (n_seeds, n_tests))
+        by_seed = (tests @ flat).reshape(n, n_series, n_seeds)
+        means.append(np.einsum("dls,ds->dl", by_seed, seeds) / (n_seeds * n_tests))
+    bounds: NDArray[np.float64] = np.quantile(np.concatenate(means), (0.025, 0.975), axis=0).T
+    return bounds
+
+
+def _counts(rng: np.random.Generator, n: int, size: int) -> NDArray[np.float64]:
+    """Return how often each of `size` things is drawn, in `n` draws of as many. Shape (n, size)."""
+    drawn = rng.integers(0, size, (n, size)) + size * np.arange(n)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * size).reshape(n, size).astype(np.float64)

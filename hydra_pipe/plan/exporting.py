@@ -25,6 +25,11 @@ _BLOCKS = 2
 # Bytes of a sample: its sum, its rank, the memory of sorting, visits, class and relevance for
 # itself. Bytes of a cell of the table of classes.
 _SAMPLE_BYTES, _CELL_BYTES = 56, 80
+# Bytes of a sample's dynamics while they are added up, and of the rows that are read for them. No
+# block of the relevance is held by then. So many samples at once, at least and at most; the rows
+# are read once for each so many.
+_DYNAMICS_BYTES, _ROWS_BYTES = 80, 32 * 2**20
+_LEAST_DYNAMICS, MOST_DYNAMICS = 2**18, 2**24
 # Bytes of a ranked pair while it is found, sorted, and put into a table. Bytes of a row of
 # matrix/ that is encoded.
 _RANKED_BYTES, _PAIR_BYTES = 120, 48
@@ -73,6 +78,7 @@ class ExportPlan:
         group_tests, file_tests: test samples of a row group and of a file of matrix/.
         ranking_group_tests, ranking_file_tests: test samples of a row group and of a file of the
             rankings.
+        dynamics_samples: samples whose dynamics are added up at once.
         peak_bytes: upper bound of the process's memory.
     """
 
@@ -82,6 +88,7 @@ class ExportPlan:
     file_tests: int
     ranking_group_tests: int
     ranking_file_tests: int
+    dynamics_samples: int
     peak_bytes: int
 
     def blocks(self, n_samples: int, n_tests: int) -> Iterator[tuple[slice, slice]]:
@@ -123,6 +130,7 @@ def plan_export(given: ExportInput) -> ExportPlan:
         else 1,
         ranking_group_tests=ranking_group,
         ranking_file_tests=ranking_group * max(1, FILE_ROWS // (ranking_group * given.ranked)),
+        dynamics_samples=_dynamics_samples(given),
         peak_bytes=peak,
     )
 
@@ -185,4 +193,12 @@ def _peak_bytes(given: ExportInput, slab: int, width: int, group: int) -> int:
     ranked = (tests + power_of_two(GROUP_ROWS // given.ranked)) * given.ranked * _RANKED_BYTES
     encoded = min(group, given.n_tests) * slab * _PAIR_BYTES if given.full else 0
     kept = given.n_samples * _SAMPLE_BYTES + given.n_cells * _CELL_BYTES
-    return given.base_bytes + blocks + ranked + encoded + kept
+    dynamics = min(given.n_samples, _dynamics_samples(given)) * _DYNAMICS_BYTES + _ROWS_BYTES
+    return given.base_bytes + kept + max(blocks + ranked + encoded, dynamics)
+
+
+def _dynamics_samples(given: ExportInput) -> int:
+    """Return the samples whose dynamics the budget has room for at once, a power of two."""
+    kept = given.n_samples * _SAMPLE_BYTES + given.n_cells * _CELL_BYTES
+    room = given.memory_bytes - given.base_bytes - kept - _ROWS_BYTES
+    return min(MOST_DYNAMICS, max(_LEAST_DYNAMICS, power_of_two(max(room, 0) // _DYNAMICS_BYTES)))

@@ -1,4 +1,4 @@
-"""Size of the piece of relevance that a report reads at once. Integers only."""
+"""Sizes of what a report reads at once. Integers only."""
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.plan.costs import suggested
@@ -11,6 +11,13 @@ PAIR_BYTES = 4 + 4 + 4 + 8
 # Bytes of a training sample: its sum, visits, label and class, and the memory of ranking one
 # column.
 SAMPLE_BYTES = 120
+# Bytes of a row of the dynamics: its sample, step and visit, several times. Bytes of a number of
+# it, as read and in order of sample.
+ROW_BYTES, NUMBER_BYTES = 64, 8
+# Bytes of a pair of sample and class, as many pairs as are held, and of a pair of classes.
+CHANCE_BYTES, MOST_CHANCES, CONFUSION_BYTES = 40, 2**23, 40
+# Bytes of the similarities and chances of samples that are held at once, and of their order.
+BLOCKS_BYTES = 192 * 2**20
 
 
 def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes: int) -> int:
@@ -34,3 +41,17 @@ def block_columns(n_samples: int, n_columns: int, base_bytes: int, memory_bytes:
         )
     room = memory_bytes - base_bytes - n_samples * SAMPLE_BYTES
     return max(1, min(n_columns, room // (n_samples * PAIR_BYTES), BLOCK_BYTES // (n_samples * 4)))
+
+
+def judging_bytes(n_samples: int, n_visits: int, n_classes: int, n_numbers: int) -> int:
+    """Return the bytes that the judgement of labels needs at most.
+
+    Args:
+        n_samples: number of training samples.
+        n_visits: number of visits of a sample.
+        n_classes: number of classes.
+        n_numbers: number of numbers of the dynamics at a visit.
+    """
+    a_visit = ROW_BYTES + NUMBER_BYTES * n_numbers
+    chances = CHANCE_BYTES * min(n_samples * n_classes, MOST_CHANCES)
+    return BLOCKS_BYTES + n_samples * n_visits * a_visit + chances + CONFUSION_BYTES * n_classes**2

@@ -25,7 +25,9 @@ from hydra_pipe.recording.collating import check_arrangement
 from hydra_pipe.recording.coupling import LossCoupling, references, same_targets
 from hydra_pipe.recording.micro_batches import MicroBatch
 from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
+from hydra_pipe.recording.module_hooks import Hook, do_nothing
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
+from hydra_pipe.recording.seen_outputs import SeenOutput
 
 # Arguments: the contributions of one call, by index of the parameter's block; the place of their
 # first sample in the step; True if the loop asked for these gradients by torch.autograd.grad, which
@@ -35,68 +37,11 @@ Sink = Callable[[Mapping[int, Contribution], int, bool], bool]
 _NOTHING = nullcontext()
 
 
-@dataclass(slots=True)
-class SeenOutput:
-    """Output of the model in one backward pass, and the gradient there.
-
-    Args:
-        output: output of the model, detached.
-        version: version counter of `output` when the model returned it. The loop may change
-            `output` later.
-        gradient: gradient that arrived at `output`.
-        first: place in the step of the first sample of `output`.
-        last_input: input of the last recorded module of the pass, detached, shape (B, d), if the
-            module's output has the shape of `output`. None: it is not known.
-    """
-
-    output: Tensor
-    version: int
-    gradient: Tensor
-    first: int
-    last_input: Tensor | None = None
-
-
-def placed_once(passes: Sequence[SeenOutput], batch: int) -> list[SeenOutput]:
-    """Return the passes whose samples are met in no other pass of the step.
-
-    Args:
-        passes: passes of a step.
-        batch: number of samples of the step.
-    """
-    spans = [(seen.first, seen.first + len(seen.output)) for seen in passes]
-    return [
-        seen
-        for seen, (first, end) in zip(passes, spans, strict=True)
-        if end <= batch and sum(a < end and first < b for a, b in spans) == 1
-    ]
-
-
 @dataclass(slots=True, eq=False)
 class _OutputWatch:
     """Mark of an output: False if it is a part's output and the whole model returned its own."""
 
     is_used: bool = True
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """Do nothing: the hook of a copied or unpickled module."""
-
-
-def _nothing() -> Callable[..., None]:
-    return _do_nothing
-
-
-class _Hook:
-    """A hook that stays with its module. Copies and pickles of the module get an idle hook."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _nothing, ()
 
 
 def _raising(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +110,7 @@ class Capture:
         self._model = model
         self.half_precision = False
         #: called when a backward pass has added its gradients to `.grad`
-        self.on_backward_end: Callable[[], None] = _do_nothing
+        self.on_backward_end: Callable[[], None] = do_nothing
         self.outputs: list[SeenOutput] = []
         # shape of the output of the last module that was called, and its input
         self._last_called: tuple[torch.Size, Tensor] | None = None
@@ -193,7 +138,7 @@ class Capture:
                 # before the hooks of others, which may change the output
                 self._handles.append(
                     module.register_forward_hook(
-                        _Hook(self._guarded(hook)), prepend=True, with_kwargs=True
+                        Hook(self._guarded(hook)), prepend=True, with_kwargs=True
                     )
                 )
         self._inner: _OutputWatch | None = None
@@ -201,7 +146,7 @@ class Capture:
             # a trainer's module may call its network directly, without its own forward
             if part is model or parameters.keys() <= set(part.parameters()):
                 self._handles.append(
-                    part.register_forward_hook(_Hook(partial(self._watch_output, part is model)))
+                    part.register_forward_hook(Hook(partial(self._watch_output, part is model)))
                 )
 
     def watch(self, micro_batch: MicroBatch, sink: Sink) -> None:
@@ -301,8 +246,8 @@ class Capture:
                     partial(self._end_call, module),
                 )
                 self._container_handles[module] = [
-                    module.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
-                    module.register_forward_hook(_Hook(self._guarded(end)), always_call=True),
+                    module.register_forward_pre_hook(Hook(begin), with_kwargs=True),
+                    module.register_forward_hook(Hook(self._guarded(end)), always_call=True),
                 ]
 
     def _begin_call(

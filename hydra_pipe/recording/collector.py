@@ -22,12 +22,13 @@ from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.per_sample.factors import Contribution, Factors, TokenRows, bounds_of, rows_of
 from hydra_pipe.plan.dtype_choice import choose_recording
 from hydra_pipe.plan.layout import EncodingChoice, Layout, Parameter
-from hydra_pipe.recording.capture import Capture, SeenOutput, Watching
+from hydra_pipe.recording.capture import Capture, Watching
 from hydra_pipe.recording.encoder import RowEncoder, describe, key_of_side_by_side, side_by_side
 from hydra_pipe.recording.encodings import Given, Reduced
 from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.micro_batches import MicroBatch, Mixture, check_covered
 from hydra_pipe.recording.row_buffer import RowBuffer
+from hydra_pipe.recording.seen_outputs import SeenOutput
 
 # Contributions of one parameter that are reduced together.
 _MOST_HELD = 64

@@ -20,7 +20,7 @@ from hydra_pipe.maths.curvature import (
     losses_and_targets,
 )
 from hydra_pipe.recording.addresses import address_of
-from hydra_pipe.recording.capture import SeenOutput, placed_once
+from hydra_pipe.recording.seen_outputs import SeenOutput, placed_once
 from hydra_pipe.recording.targets import TargetCheck
 from hydra_pipe.recording.transfer import to_host
 from hydra_pipe.types import F32, F64

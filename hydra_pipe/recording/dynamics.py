@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.maths.sketch import philox_of, random_signs
-from hydra_pipe.recording.capture import SeenOutput, placed_once
+from hydra_pipe.recording.seen_outputs import SeenOutput, placed_once
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import LAST_INPUTS, TOP, DynamicsShape
 from hydra_pipe.store.zarr.table import TableColumn

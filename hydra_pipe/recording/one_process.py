@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hydra_pipe.errors import HydraError, RecordError
-from hydra_pipe.recording.row_buffer import Checked, RowBuffer
+from hydra_pipe.recording.checked_steps import Checked
+from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.store import names
 
 # loss of a step, and the other values of its line in the step tables

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from hydra_pipe.errors import RecordError, RunError
 from hydra_pipe.maths.quantise import Dtype
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.checked_steps import Checked
 from hydra_pipe.recording.collectives import Processes
 from hydra_pipe.recording.one_process import Pending
-from hydra_pipe.recording.row_buffer import Checked, RowBuffer
+from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.recording.state import RecorderState, digest, open_to_go_on
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import DynamicsShape

@@ -6,7 +6,7 @@ is done on many steps at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
 
@@ -19,6 +19,14 @@ from hydra_pipe.errors import GradientMismatchError, NonFiniteError
 from hydra_pipe.maths.gradient_check import Balance, balance, best_explained
 from hydra_pipe.maths.quantise import Dtype, part_scale, scale_in_place
 from hydra_pipe.plan.layout import Layout
+from hydra_pipe.recording.checked_steps import (
+    IMBALANCE_LIMIT,
+    Checked,
+    Entry,
+    Finite,
+    OnHost,
+    imbalance_limit,
+)
 from hydra_pipe.recording.collectives import Processes, SingleProcess
 from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import Reduced
@@ -27,7 +35,6 @@ from hydra_pipe.recording.micro_batches import Mixture
 from hydra_pipe.recording.transfer import copy_rows, to_host
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.table import TableWriter
-from hydra_pipe.types import Floating
 
 # Largest size of a row buffer, unless one batch is larger: the fixed cost becomes small, and the
 # row buffer stays in the cache.
@@ -38,123 +45,8 @@ BUFFER_STEPS = 16
 # each epoch, have fewer.
 _MOST_VIEWS = 4 * BUFFER_STEPS
 
-# Smallest difference between rows and gradient that rounding cannot explain, relative to the summed
-# norms of the rows.
-IMBALANCE_LIMIT = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
-
-# Limits for float32 when the loop lets matrix products have fewer bits: those of TF32
-# (set_float32_matmul_precision("high"), or allow_tf32) or of bfloat16 ("medium"). Rows and
-# gradients are then rounded differently.
-_FLOAT32_LIMIT = {"highest": IMBALANCE_LIMIT[torch.float32], "high": 1e-3, "medium": 1e-2}
-
 # Columns of a table of rows that the buffer itself fills.
 _OWN = (names.GRADIENT, names.SCALE)
-
-
-def imbalance_limit(dtype: torch.dtype) -> float:
-    """Return the limit for gradients of `dtype`, at the loop's precision of matrix products."""
-    if dtype != torch.float32:
-        return IMBALANCE_LIMIT[dtype]
-    try:
-        return _FLOAT32_LIMIT[torch.get_float32_matmul_precision()]
-    except RuntimeError:
-        # set by torch's newer options: some product has fewer bits, and the old getter raises
-        return _FLOAT32_LIMIT["high"]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One step of a row buffer.
-
-    Args:
-        rows: place of the step's rows.
-        columns: further columns of each row, by name, each of shape (batch,).
-        when: moment in words, such as "at step 3".
-        limit: limit for the imbalance of the step's books.
-        present: True for each block that got a gradient, shape (block,).
-        norms: known upper bounds of summed norms, by block.
-    """
-
-    rows: slice
-    columns: Mapping[str, NDArray[np.generic]]
-    when: str
-    limit: float
-    present: NDArray[np.bool_]
-    norms: Mapping[int, Tensor]
-
-
-@dataclass(frozen=True)
-class _OnHost:
-    """The values that a check needs, on the host.
-
-    Args:
-        largest: largest magnitude in each row of each part, shape (row, part).
-        sums, actual: both sides of the gradient's check, shape (step, column).
-        norms: known norms, in the order of the steps and of their blocks; None if there are none.
-    """
-
-    largest: Floating
-    sums: Floating
-    actual: Floating
-    norms: Floating | None = None
-
-
-@dataclass(frozen=True)
-class Finite:
-    """The result of `RowBuffer.check_finite`.
-
-    Args:
-        entries: the steps before the first step with a row that is not finite.
-        largest: largest magnitude in each row of each part, shape (row, part).
-        per_part: values of `largest` as a NumPy array, float64.
-        error: error of the first step with a row that is not finite; None: all rows are finite.
-    """
-
-    entries: Sequence[_Entry]
-    largest: Floating
-    per_part: NDArray[np.float64]
-    error: NonFiniteError | None
-
-    @property
-    def limits(self) -> list[float]:
-        """Limit of the imbalance of each step."""
-        return [entry.limit for entry in self.entries]
-
-    def with_limits(self, limits: Sequence[float]) -> "Finite":
-        """Return the result with the first of `limits` in place of its own."""
-        return replace(
-            self,
-            entries=[
-                replace(e, limit=limit) for e, limit in zip(self.entries, limits, strict=False)
-            ],
-        )
-
-    @property
-    def largest_batch(self) -> int:
-        """Number of rows of the largest step."""
-        return max(len(entry.columns[names.STEP]) for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The result of `RowBuffer.check`.
-
-    Args:
-        entries: the steps before the first step that cannot be recorded.
-        largest: largest magnitude in each row of each part, shape (row, part).
-        books: balance of these steps.
-        error: reason why the next step cannot be recorded; None: all steps can be.
-    """
-
-    entries: Sequence[_Entry]
-    largest: Floating
-    books: Balance
-    error: NonFiniteError | GradientMismatchError | None
 
 
 class RowBuffer:
@@ -189,8 +81,8 @@ class RowBuffer:
         self._device = parameters[0].device
         # views of the columns at each place of a batch, made once
         self._views: dict[tuple[int, int], list[Tensor]] = {}
-        self._entries: list[_Entry] = []
-        self._on_host: _OnHost | None = None
+        self._entries: list[Entry] = []
+        self._on_host: OnHost | None = None
         self._room = self._room_for(batch)
         self._make_room()
 
@@ -299,7 +191,7 @@ class RowBuffer:
             else {gradient.dtype for gradient in gradients if gradient is not None}
         )
         limit = max([imbalance_limit(dtype) for dtype in dtypes])
-        self._entries.append(_Entry(rows, columns, when, limit, present, norms))
+        self._entries.append(Entry(rows, columns, when, limit, present, norms))
 
     def _share_out(self, own: slice, stop: int, mixture: Mixture) -> None:
         """Give other samples their shares of the rows at `own`, and leave the own samples the rest.
@@ -371,7 +263,7 @@ class RowBuffer:
 
     def accept(self, values: Sequence[NDArray[Any]]) -> None:
         """Take the values of `prepare` from the host. No step may be added in between."""
-        self._on_host = _OnHost(*values)
+        self._on_host = OnHost(*values)
 
     def check_gradient(self, finite: Finite, n_steps: int, processes: Processes) -> Checked:
         """Check the books of the first `n_steps` steps over all `processes`.
@@ -420,7 +312,7 @@ class RowBuffer:
         return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
 
     def _not_finite(
-        self, entry: _Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int
+        self, entry: Entry, finite: NDArray[np.bool_], ids: str | None, first_id: int
     ) -> NonFiniteError:
         rows = finite[entry.rows]
         columns = self._encoder.part_columns[int(rows.all(axis=0).argmin())]
@@ -441,7 +333,7 @@ class RowBuffer:
         )
 
     def _check_gradient(
-        self, entries: Sequence[_Entry], per_part: NDArray[np.float64], processes: Processes
+        self, entries: Sequence[Entry], per_part: NDArray[np.float64], processes: Processes
     ) -> tuple[Balance, GradientMismatchError | None]:
         """Return the balance of the steps before the first that is off, and its error or None."""
         if not entries:
@@ -474,7 +366,7 @@ class RowBuffer:
         return books, None
 
     def _off_balance(
-        self, entry: _Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]
+        self, entry: Entry, imbalance: NDArray[np.float64], missed: NDArray[np.float64]
     ) -> GradientMismatchError:
         worst = int(np.argmax(np.nan_to_num(imbalance, nan=np.inf)))
         name = self._encoder.layout.blocks[worst].name
@@ -529,7 +421,7 @@ class RowBuffer:
         return torch.cat([outs[index] for index in wanted]).double().cpu().numpy()
 
     def _magnitude(
-        self, entries: Sequence[_Entry], per_part: NDArray[np.float64]
+        self, entries: Sequence[Entry], per_part: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Return an upper bound of the summed norms of each block's rows, shape (step, block)."""
         products = self._encoder.products(per_part)

@@ -16,9 +16,10 @@ import numpy as np
 
 from hydra_pipe.errors import HydraError, RecordError
 from hydra_pipe.maths.gradient_check import Balance
+from hydra_pipe.recording.checked_steps import Checked
 from hydra_pipe.recording.collectives import Collectives, Processes
 from hydra_pipe.recording.one_process import OneProcess, Pending, without_step
-from hydra_pipe.recording.row_buffer import BUFFER_STEPS, Checked, RowBuffer
+from hydra_pipe.recording.row_buffer import BUFFER_STEPS, RowBuffer
 from hydra_pipe.store import names
 from hydra_pipe.types import F64
 

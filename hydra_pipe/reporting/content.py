@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.reporting.counting import ClassCount, Confusion
 from hydra_pipe.reporting.drawing import Drawn
+from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.findings import Classes, Distribution, Side
+from hydra_pipe.reporting.labels import JudgedLabels
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,11 @@ class TestColumn:
         predicted: prediction in words, or None if unknown.
         right: share of the prediction that is right. None if nothing can be right or wrong.
         is_class: True if the prediction is right or wrong as a whole.
+        confidence: probability of the predicted class, or None if unknown.
         loss: loss at the end, or None if unknown.
         drawn: picture, text or values that show the sample.
-        helpful, harmful: rankings of training samples.
+        sides: rankings of the training samples that help and that harm it. None without
+            relevance.
     """
 
     id: int
@@ -33,10 +38,10 @@ class TestColumn:
     predicted: str | None
     right: float | None
     is_class: bool
+    confidence: float | None
     loss: float | None
     drawn: Drawn | None
-    helpful: Side
-    harmful: Side
+    sides: tuple[Side, Side] | None
 
 
 @dataclass(frozen=True)
@@ -56,26 +61,84 @@ class Suspect:
 
 
 @dataclass(frozen=True)
+class Hurt:
+    """A test sample, or a group of test samples, that a training sample harms.
+
+    Args:
+        id: id of the test sample, or number of the group.
+        label: label, or name of the group. None if unknown.
+    """
+
+    id: int
+    label: Any
+
+
+@dataclass(frozen=True)
+class LabelPart:
+    """Labels that look wrong, and the classes.
+
+    Args:
+        judged: labels, as the network saw them.
+        hurts: test samples that each sample of the queue harms most, by its id. None without
+            relevance.
+        command: command that takes the decisions.
+        classes: numbers of samples by class.
+    """
+
+    judged: JudgedLabels
+    hurts: Mapping[int, Sequence[Hurt]] | None
+    command: str
+    classes: Sequence[ClassCount]
+
+
+@dataclass(frozen=True)
+class RelevancePart:
+    """Facts of the relevance beside the rankings of test samples.
+
+    Args:
+        unit: unit of a value, as in the store.
+        suspects: most harmful training samples, the most harmful first.
+        classes: mean relevance by label, or None if labels are unknown.
+        distribution: distribution of the relevance of all pairs.
+    """
+
+    unit: str
+    suspects: Sequence[Suspect]
+    classes: Classes | None
+    distribution: Distribution
+
+
+@dataclass(frozen=True)
+class NoRelevance:
+    """A page without relevance: its meaning in words, and the command that leads to relevance."""
+
+    words: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Content:
     """Everything that is on the page.
 
     Args:
         name: name of the run.
-        run_id, result, method, unit: values from the store.
+        run_id, result, method: values from the store.
         n_samples: number of training samples.
+        labels: labels that look wrong. A reason, if they were not judged.
+        confusions: pairs of a heading and the numbers of predictions by label.
         columns_are: meaning of the columns, in words.
         grouped: True if columns are groups of test samples.
-        n_columns: number of columns of the relevance.
         columns: columns to show, the most telling first.
         n_chosen: reason for the choice of these columns, in words.
-        suspects: suspects, the most harmful first.
         train_labels: labels of the training samples, shape (sample,). None if unknown.
         train_drawn: picture, text or values of each training sample, by id.
+        test_drawn: the same of test samples.
+        test_labels: labels of the test samples in `duplicates`, by id.
+        duplicates: inputs that are alike. A reason, if they were not compared.
         tiles: pairs of a figure and its meaning.
         warnings: cautions for the reader.
         missing: parts that the page lacks, with the reasons.
-        classes: mean relevance by label, or None if labels are unknown.
-        distribution: distribution of the relevance of all pairs.
+        relevance: facts of the relevance, or the way to it.
         losses: loss of each step, shape (step,).
         test_losses: pairs of a step and the mean test loss after it.
         evaluations: pairs of a kind of evaluation and its lines for a person.
@@ -88,20 +151,22 @@ class Content:
     run_id: str
     result: str
     method: str
-    unit: str
     n_samples: int
+    labels: LabelPart | str
+    confusions: Sequence[tuple[str, Confusion]]
     columns_are: str
     grouped: bool
     columns: Sequence[TestColumn]
     n_chosen: str
-    suspects: Sequence[Suspect]
     train_labels: NDArray[Any] | None
     train_drawn: Mapping[int, Drawn]
+    test_drawn: Mapping[int, Drawn]
+    test_labels: Mapping[int, Any]
+    duplicates: Duplicates | str
     tiles: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     missing: Sequence[str]
-    classes: Classes | None
-    distribution: Distribution
+    relevance: RelevancePart | NoRelevance
     losses: NDArray[np.float64]
     test_losses: list[tuple[int, float]]
     evaluations: Sequence[tuple[str, list[str]]]

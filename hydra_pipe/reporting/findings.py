@@ -14,6 +14,8 @@ from hydra_pipe.store.zarr.arrays import Array
 
 # Most labels on each side of the table of classes: more cannot be read.
 MOST_CLASSES = 24
+# Most columns that a training sample is said to harm.
+MOST_HARMED = 3
 _EXPONENTS, _BIAS, _MANTISSA_BITS = 256, 127, 23
 
 
@@ -94,17 +96,35 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Wishes of a pass over the relevance, beside sums.
+
+    Args:
+        columns: columns to rank training samples for.
+        top: number of training samples on each side of a column.
+        samples: training samples to find the columns of that they harm most.
+    """
+
+    columns: Sequence[int]
+    top: int
+    samples: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class Findings:
     """Findings of a pass over the relevance.
 
     Args:
-        sides: (helpful, harmful) of each requested column, in the order requested.
+        sides: (helpful, harmful) of each wanted column, in their order.
+        harmed: columns that each wanted sample harms most, at most `MOST_HARMED`, the most harmed
+            first.
         sums: sums over all columns, shape (sample,).
         classes: mean relevance by label, or None if labels are unknown.
         distribution: distribution of all pairs.
     """
 
     sides: list[tuple[Side, Side]]
+    harmed: list[list[int]]
     sums: NDArray[np.float64]
     classes: Classes | None
     distribution: Distribution
@@ -112,8 +132,7 @@ class Findings:
 
 def findings(
     relevance: Array,
-    columns: Sequence[int],
-    top: int,
+    wanted: Wanted,
     train_labels: NDArray[Any] | None,
     test_labels: NDArray[Any] | None,
     width: int,
@@ -123,8 +142,7 @@ def findings(
 
     Args:
         relevance: relevance on disk, shape (sample, column).
-        columns: columns to rank training samples for.
-        top: number of training samples on each side.
+        wanted: columns to rank, and samples to look for.
         train_labels: labels of the training samples, shape (sample,).
         test_labels: labels of the columns, shape (column,).
         width: number of columns in memory at once.
@@ -134,7 +152,8 @@ def findings(
         StoreError: the relevance is damaged.
     """
     n_samples, n_columns = relevance.shape
-    wanted = set(columns)
+    ranked, samples = set(wanted.columns), list(wanted.samples)
+    harmed = _Harmed(len(samples))
     sides: dict[int, tuple[Side, Side]] = {}
     sums, distribution = np.zeros(n_samples), Distribution()
     by_class = None
@@ -149,19 +168,49 @@ def findings(
     for first in range(0, n_columns, width):
         block = read_relevance(relevance, slice(first, min(first + width, n_columns)))
         sums += block.sum(axis=1, dtype=np.float64)
+        harmed.add(block[samples], first)
         by_test = np.ascontiguousarray(block.T)
         if by_class is not None:
             by_class.add(by_test, first, 0)
         for number, column in enumerate(by_test, start=first):
             distribution.add(column)
-            if number in wanted:
-                sides[number] = (_side(column, top, 1), _side(column, top, -1))
+            if number in ranked:
+                sides[number] = (_side(column, wanted.top, 1), _side(column, wanted.top, -1))
         task.advance(block.shape[1])
     classes = None
     if by_class is not None:
         # The last row and column may stand for all the other labels.
         classes = Classes(train, test, by_class.means()[: len(train), : len(test)], *n_labels)
-    return Findings([sides[column] for column in columns], sums, classes, distribution)
+    return Findings(
+        [sides[column] for column in wanted.columns], harmed.columns(), sums, classes, distribution
+    )
+
+
+class _Harmed:
+    """The columns that some training samples harm most, from blocks of columns.
+
+    Args:
+        n: number of the training samples.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._values, self._columns = np.zeros((n, 0), np.float32), np.zeros((n, 0), np.int64)
+
+    def add(self, block: NDArray[np.float32], first: int) -> None:
+        """Count a block of the samples' relevance, shape (sample, column), from column `first`."""
+        more = np.broadcast_to(np.arange(first, first + block.shape[1]), block.shape)
+        values = np.concatenate([self._values, block], axis=1)
+        columns = np.concatenate([self._columns, more], axis=1)
+        order = np.argsort(values, axis=1, kind="stable")[:, :MOST_HARMED]
+        self._values = np.take_along_axis(values, order, axis=1)
+        self._columns = np.take_along_axis(columns, order, axis=1)
+
+    def columns(self) -> list[list[int]]:
+        """Return the columns of each sample, the most harmed first."""
+        return [
+            columns[values < 0].tolist()
+            for columns, values in zip(self._columns, self._values, strict=True)
+        ]
 
 
 def _side(column: NDArray[np.float32], top: int, sign: int) -> Side:

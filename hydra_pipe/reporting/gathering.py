@@ -1,8 +1,7 @@
 """Gathering of a page's content. A part that is not available becomes a line with the reason."""
 
-import json
 import os
-from contextlib import suppress
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,24 +11,43 @@ from hydra_pipe.errors import HydraError, StoreError
 from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.plan.reporting import block_columns
 from hydra_pipe.progress import Progress
+from hydra_pipe.reporting.alike import alike_inputs
 from hydra_pipe.reporting.choice import SHOWN_HARMFUL, interesting
-from hydra_pipe.reporting.content import Content, Suspect, TestColumn
-from hydra_pipe.reporting.findings import Findings, findings
+from hydra_pipe.reporting.columns import OF_TESTS, Naming, confusions_of, shown_columns
+from hydra_pipe.reporting.content import (
+    Content,
+    Hurt,
+    LabelPart,
+    NoRelevance,
+    RelevancePart,
+    Suspect,
+)
+from hydra_pipe.reporting.counting import Confusion, class_counts
+from hydra_pipe.reporting.duplicates import Duplicates
+from hydra_pipe.reporting.facts import (
+    losses_of_columns,
+    mean_test_losses,
+    recording_of,
+    settings_of,
+    told,
+)
+from hydra_pipe.reporting.findings import Findings, Wanted, findings
+from hydra_pipe.reporting.labels import JudgedLabels, judged_labels
 from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import ReportSource
-from hydra_pipe.reporting.words import Circumstances, warnings
+from hydra_pipe.reporting.words import Circumstances, hardly_learnt, warnings, without_relevance
 from hydra_pipe.store import names
-from hydra_pipe.store.data.evaluations import read_says
-from hydra_pipe.store.run.results import MEAN, ResultName
+from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import EVALUATE, RECORD, REDUCE
-from hydra_pipe.units import format_bytes, resident_bytes
-from hydra_pipe.view import Run
+from hydra_pipe.types import I64
+from hydra_pipe.units import resident_bytes
 
 if TYPE_CHECKING:
     from hydra_pipe.reporting.drawing import Drawn
-    from hydra_pipe.reporting.inputs import Inputs, Predictions
+    from hydra_pipe.reporting.inputs import Inputs, Predictions, Shown
     from hydra_pipe.training.pipeline import Pipeline
 
+_Labels = NDArray[Any] | None
 # Bytes for the page, its pictures and Matplotlib, beside what is planned.
 _OVERHEAD_BYTES = 128 * 2**20
 # Greatest distance of test losses from the recorded ones, as a share of their norm. Beyond it,
@@ -64,94 +82,93 @@ class Gathering:
 
     def content(self, pipeline: "str | Pipeline | None", samples: ShownSamples | None) -> Content:
         """Return all content. `samples`, if given, are shown instead of the pipeline's."""
-        source, directory = self._source, self._source.directory
-        gradients, columns = source.gradients, source.columns
-        train_labels = gradients.labels(names.TRAIN_LABELS)
-        if train_labels is not None and len(train_labels) != source.counts.n_samples:
-            raise StoreError(
-                f"{gradients.path} has {len(train_labels)} labels of {source.counts.n_samples} "
-                "training samples"
-            )
-        test_labels = source.labels_of_columns()
-        losses = self._losses()
-        inputs = self._inputs(pipeline) if samples is None else None
-        predictions = (
-            None if inputs is None or source.grouped else self._predictions(inputs, losses)
-        )
+        source = self._source
+        train_labels, test_labels = self._train_labels(), source.labels_of_columns()
+        losses = losses_of_columns(source)
+        judged = self._judged()
+        shown, predictions = self._shown(pipeline, samples, losses)
         chosen = self._chosen(losses, predictions)
-        found = self._findings(chosen, train_labels, test_labels)
-        order = np.argsort(found.sums, kind="stable")[:SHOWN_HARMFUL]
-        suspects = order[found.sums[order] < 0]
+        queue = [] if isinstance(judged, str) else [doubt.id for doubt in judged.doubts]
+        found = self._findings(chosen, queue, train_labels, test_labels)
+        suspects = self._suspects(found)
         visits = source.visits(self._progress)
-        train_drawn, test_drawn = self._drawn(samples, inputs, chosen, found, suspects)
-        unit = str(source.relevance.attributes[names.UNIT])
+        alike = self._alike(shown, judged, train_labels)
+        train = [*queue, *suspects.tolist()]
+        train_drawn, test_drawn = self._drawn(shown, train, chosen, found, alike)
+        naming = Naming.of(judged, predictions, test_labels)
+        confusions = confusions_of(judged, predictions, naming)
         return Content(
-            name=os.path.basename(os.path.abspath(str(directory.path))),
-            run_id=directory.run_id,
+            name=os.path.basename(os.path.abspath(str(source.directory.path))),
+            run_id=source.directory.run_id,
             result=source.result,
             method=ResultName.parse(source.result).method,
-            unit=unit,
             n_samples=source.counts.n_samples,
+            labels=self._label_part(judged, found, test_labels, confusions),
+            confusions=list(confusions.items()),
             columns_are="groups of test samples" if source.grouped else "test samples",
             grouped=source.grouped,
-            columns=self._columns(
-                chosen, found, losses, test_labels, test_drawn, inputs, predictions
+            columns=shown_columns(
+                source.columns, chosen, found, losses, naming, predictions, test_drawn
             ),
             n_chosen=self._how_chosen(len(chosen), predictions),
-            suspects=[
-                Suspect(
-                    int(i),
-                    float(found.sums[i]),
-                    float(found.sums[i]) / columns.n_columns,
-                    int(visits[i]),
-                )
-                for i in suspects
-            ],
             train_labels=train_labels,
             train_drawn=train_drawn,
+            test_drawn=test_drawn,
+            test_labels=self._labels_of_tests(alike),
+            duplicates=alike,
             tiles=self._tiles(losses, predictions, found),
-            warnings=self._warnings(visits, found),
+            warnings=self._warnings(visits, found, predictions),
             missing=self._missing,
-            classes=found.classes,
-            distribution=found.distribution,
-            losses=gradients.step_table(names.LOSS),
-            test_losses=self._test_losses(),
-            evaluations=self._told(),
-            evaluate_command=directory.command(EVALUATE.of("smoothness")),
-            recording=self._recording(),
-            settings=self._settings(),
+            relevance=self._relevance_part(found, suspects, visits),
+            losses=source.gradients.step_table(names.LOSS),
+            test_losses=mean_test_losses(source),
+            evaluations=told(source),
+            evaluate_command=source.directory.command(EVALUATE.of("smoothness")),
+            recording=recording_of(source),
+            settings=settings_of(source),
         )
 
-    def _losses(self) -> NDArray[np.float64]:
-        """Return the loss of each column at the end, a mean for a group. Shape (column,)."""
+    def _train_labels(self) -> _Labels:
         source = self._source
-        recorded = source.tested.losses(source.gradients).astype(np.float64)
-        losses: NDArray[np.float64] = recorded[source.columns.test_ids]
-        if not source.grouped:
-            return losses
-        if source.columns.by == MEAN:
-            return np.array([losses.mean()])
-        labels = source.tested.labels(source.gradients)
-        if labels is None:
-            return np.full(source.columns.n_columns, np.nan)
-        own = labels[source.columns.test_ids]
-        return np.array(
-            [
-                losses[own == name].mean() if (own == name).any() else np.nan
-                for name in source.columns.names
-            ]
-        )
+        labels = source.gradients.labels(names.TRAIN_LABELS)
+        if labels is not None and len(labels) != source.counts.n_samples:
+            raise StoreError(
+                f"{source.gradients.path} has {len(labels)} labels of {source.counts.n_samples} "
+                "training samples"
+            )
+        return labels
 
-    def _inputs(self, pipeline: "str | Pipeline | None") -> "Inputs | None":
-        """Return the pipeline of the run, or None after noting why it is not available."""
-        from hydra_pipe.reporting.inputs import Inputs  # torch takes seconds to import
+    def _judged(self) -> JudgedLabels | str:
+        """Return the judged labels, or the reason why they were not judged."""
+        try:
+            return judged_labels(self._source, self._memory_bytes, self._progress)
+        except StoreError:
+            raise
+        except HydraError as error:
+            return str(error)
 
+    def _shown(
+        self,
+        pipeline: "str | Pipeline | None",
+        samples: ShownSamples | None,
+        losses: NDArray[np.float64],
+    ) -> "tuple[Shown | None, Predictions | None]":
+        """Return the samples to draw, and predictions. None after noting why they are missing."""
+        # torch takes seconds to import
+        from hydra_pipe.reporting.inputs import GivenSamples, Inputs
+
+        if samples is not None:
+            return GivenSamples(samples), None
+        source = self._source
         self._progress.say("building the pipeline, to draw its samples")
         try:
-            return Inputs.of_run(self._source.directory, pipeline, self._source.probe)
+            inputs = Inputs.of_run(source.directory, pipeline, source.probe)
         except HydraError as error:
             self._lacks_samples(error)
-            return None
+            return None, None
+        if source.grouped or not source.columns.n_tests:
+            return inputs, None
+        return inputs, self._predictions(inputs, losses)
 
     def _lacks_samples(self, error: HydraError) -> None:
         self.no_samples = str(error)
@@ -185,27 +202,22 @@ class Gathering:
             )
         return found
 
-    def _chosen(
-        self, losses: NDArray[np.float64], predictions: "Predictions | None"
-    ) -> NDArray[np.int64]:
+    def _chosen(self, losses: NDArray[np.float64], predictions: "Predictions | None") -> I64:
         """Return the columns to show, in order."""
         columns = self._source.columns
         wrong = (
             None if predictions is None or not predictions.are_classes else predictions.right == 0.0
         )
         if self._tests is not None:
+            spans = parse_selection(self._tests, self._source.n_tests)
             chosen = np.searchsorted(
-                columns.test_ids, np.concatenate([np.arange(*span) for span in self._spans()])
+                columns.test_ids, np.concatenate([np.arange(*span) for span in spans])
             )
             key = np.where(wrong[chosen], 0, 1) if wrong is not None else np.zeros(len(chosen))
             return chosen[np.lexsort((-losses[chosen], key))]
         if columns.by is not None:
             return np.arange(columns.n_columns)
         return interesting(losses, wrong)
-
-    def _spans(self) -> tuple[tuple[int, int], ...]:
-        assert self._tests is not None
-        return parse_selection(self._tests, self._source.n_tests)
 
     def _how_chosen(self, n: int, predictions: "Predictions | None") -> str:
         source = self._source
@@ -214,124 +226,150 @@ class Gathering:
             f"{'groups' if source.grouped else 'test samples'}"
         )
         bars = (
-            f"Bars show the {self._top} training samples that help and harm each most, on one "
-            "scale within it."
+            ""
+            if source.relevance is None
+            else (
+                f" Bars show the {self._top} training samples that help and harm each most, on one "
+                "scale within it."
+            )
         )
         if source.grouped:
-            return f"All {n:,} groups of test samples, each with the mean of its relevance. {bars}"
+            return f"All {n:,} groups of test samples, each with the mean of its relevance.{bars}"
         if self._tests is not None:
-            return f"{of}, as chosen by --tests {self._tests}. {bars}"
+            return f"{of}, as chosen by --tests {self._tests}.{bars}"
         if n == source.columns.n_columns:
-            return f"All {n:,} test samples. {bars}"
+            return f"All {n:,} test samples.{bars}"
         if predictions is not None and predictions.are_classes:
             return (
                 f"{of}: those predicted wrongly with the highest loss, then others, of high loss "
-                f"and of any. {bars}"
+                f"and of any.{bars}"
             )
-        return f"{of}: those of the highest loss, and some of any. {bars}"
+        return f"{of}: those of the highest loss, and some of any.{bars}"
 
     def _findings(
-        self,
-        chosen: NDArray[np.int64],
-        train_labels: NDArray[Any] | None,
-        test_labels: NDArray[Any] | None,
-    ) -> Findings:
+        self, chosen: I64, queue: list[int], train_labels: _Labels, test_labels: _Labels
+    ) -> Findings | None:
         relevance = self._source.relevance
+        if relevance is None:
+            return None
         base = resident_bytes() + _OVERHEAD_BYTES
         width = block_columns(relevance.shape[0], relevance.shape[1], base, self._memory_bytes)
+        wanted = Wanted(chosen.tolist(), self._top, queue)
         with self._progress.task("read relevance", relevance.shape[1], "tests") as task:
-            return findings(
-                relevance, chosen.tolist(), self._top, train_labels, test_labels, width, task
-            )
+            return findings(relevance, wanted, train_labels, test_labels, width, task)
+
+    def _suspects(self, found: Findings | None) -> I64:
+        """Return the most harmful training samples, the most harmful first."""
+        if found is None:
+            return np.zeros(0, np.int64)
+        order = np.argsort(found.sums, kind="stable")[:SHOWN_HARMFUL]
+        return order[found.sums[order] < 0]
+
+    def _alike(
+        self, shown: "Shown | None", judged: JudgedLabels | str, train_labels: _Labels
+    ) -> Duplicates | str:
+        """Return the inputs that are alike, or the reason why they were not compared."""
+        if shown is None:
+            return "samples are known by id and label only"
+        source = self._source
+        first = np.zeros(0, np.int64) if isinstance(judged, str) else judged.proposed
+        labels = train_labels, source.tested.labels(source.gradients)
+        try:
+            return alike_inputs(shown, first, labels, self._progress)
+        except HydraError as error:
+            return str(error)
+
+    def _labels_of_tests(self, alike: Duplicates | str) -> dict[int, Any]:
+        """Return the labels of the test samples that a training sample is like, by id."""
+        labels = self._source.tested.labels(self._source.gradients)
+        if isinstance(alike, str) or labels is None:
+            return {}
+        tests = [pair.other for pair in alike.pairs if pair.is_test]
+        return {test: labels[test] for test in tests if test < len(labels)}
 
     def _drawn(
         self,
-        samples: ShownSamples | None,
-        inputs: "Inputs | None",
-        chosen: NDArray[np.int64],
-        found: Findings,
-        suspects: NDArray[np.int64],
+        shown: "Shown | None",
+        train: list[int],
+        chosen: I64,
+        found: Findings | None,
+        alike: Duplicates | str,
     ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
         """Return views of the training samples and of the test samples on the page, by id."""
-        if samples is None and inputs is None:
+        if shown is None:
             return {}, {}
-        train = np.unique(
-            np.concatenate([suspects, *(side.ids for both in found.sides for side in both)])
+        from hydra_pipe.reporting.inputs import draw  # torch takes seconds to import
+
+        pairs = [] if isinstance(alike, str) else alike.pairs
+        sides = (
+            [] if found is None else [side.ids.tolist() for both in found.sides for side in both]
         )
-        tests = (
-            np.zeros(0, np.int64)
-            if self._source.grouped
-            else np.sort(self._source.columns.test_ids[chosen])
-        )
-
-        def drawn(which: str, ids: NDArray[np.int64]) -> "dict[int, Drawn]":
-            from hydra_pipe.reporting.inputs import draw_shown  # torch takes seconds to import
-
-            if samples is not None:
-                return draw_shown(samples, which, ids, self._progress)
-            assert inputs is not None
-            return inputs.draw(which, ids, self._progress)
-
+        of_train = {*train, *(i for ids in sides for i in ids), *(pair.one for pair in pairs)}
+        of_train |= {pair.other for pair in pairs if not pair.is_test}
+        of_test = {pair.other for pair in pairs if pair.is_test}
+        if not self._source.grouped:
+            of_test |= set(self._source.columns.test_ids[chosen].tolist())
         try:
-            return drawn("train", train), drawn("test", tests)
+            ids = (np.array(sorted(wanted), np.int64) for wanted in (of_train, of_test))
+            return (
+                draw(shown, "train", next(ids), self._progress),
+                draw(shown, "test", next(ids), self._progress),
+            )
         except HydraError as error:
             self._lacks_samples(error)
             return {}, {}
 
-    def _columns(
+    def _label_part(
         self,
-        chosen: NDArray[np.int64],
-        found: Findings,
-        losses: NDArray[np.float64],
-        labels: NDArray[Any] | None,
-        drawn: "dict[int, Drawn]",
-        inputs: "Inputs | None",
-        predictions: "Predictions | None",
-    ) -> list[TestColumn]:
-        columns = self._source.columns
-        names_of = _class_names(predictions, labels)
-        is_class = predictions is not None and predictions.are_classes
-        shown_columns = []
-        for place, (helpful, harmful) in zip(chosen.tolist(), found.sides, strict=True):
-            test, right = int(columns.ids[place]), None
-            target = predicted = None
-            if predictions is not None and inputs is not None:
-                right = (
-                    None if np.isnan(predictions.right[place]) else float(predictions.right[place])
+        judged: JudgedLabels | str,
+        found: Findings | None,
+        test_labels: _Labels,
+        confusions: dict[str, Confusion],
+    ) -> LabelPart | str:
+        if isinstance(judged, str):
+            return judged
+        columns, hurts = self._source.columns, None
+        if found is not None:
+            hurts = {
+                doubt.id: [
+                    Hurt(int(columns.ids[c]), None if test_labels is None else test_labels[c])
+                    for c in harmed
+                ]
+                for doubt, harmed in zip(judged.doubts, found.harmed, strict=True)
+            }
+        run = str(self._source.directory.path)
+        command = shlex.join(["hydra-pipe", "clean", run, "--decisions", "decisions.csv"])
+        doubted = np.isin(judged.ids, judged.proposed)
+        tests = confusions.get(OF_TESTS)
+        counts = class_counts(judged.labels, doubted, judged.classes, tests)
+        return LabelPart(judged, hurts, command, counts)
+
+    def _relevance_part(
+        self, found: Findings | None, suspects: I64, visits: I64
+    ) -> RelevancePart | NoRelevance:
+        source = self._source
+        if found is None or source.relevance is None:
+            return without_relevance(source.directory)
+        return RelevancePart(
+            str(source.relevance.attributes[names.UNIT]),
+            [
+                Suspect(
+                    int(i),
+                    float(found.sums[i]),
+                    float(found.sums[i]) / source.columns.n_columns,
+                    int(visits[i]),
                 )
-                if predictions.values is not None and predictions.targets is not None:
-                    predicted = _in_words(predictions.values[place], names_of, inputs)
-                    target = (
-                        _in_words(predictions.targets[place], names_of, inputs)
-                        if labels is None
-                        else None
-                    )
-            loss = float(losses[place]) if np.isfinite(losses[place]) else None
-            label = (
-                "all test samples"
-                if columns.by == MEAN
-                else None
-                if labels is None
-                else labels[place]
-            )
-            shown_columns.append(
-                TestColumn(
-                    test,
-                    label,
-                    target,
-                    predicted,
-                    right,
-                    is_class,
-                    loss,
-                    drawn.get(test),
-                    helpful,
-                    harmful,
-                )
-            )
-        return shown_columns
+                for i in suspects
+            ],
+            found.classes,
+            found.distribution,
+        )
 
     def _tiles(
-        self, losses: NDArray[np.float64], predictions: "Predictions | None", found: Findings
+        self,
+        losses: NDArray[np.float64],
+        predictions: "Predictions | None",
+        found: Findings | None,
     ) -> list[tuple[str, str]]:
         """Return pairs of a figure and its meaning."""
         source = self._source
@@ -343,104 +381,34 @@ class Gathering:
         if predictions is not None and not np.isnan(predictions.right).any():
             of = "these" if predictions.are_classes else "their positions"
             tiles.append((f"{predictions.right.mean():.1%}", f"of {of} predicted right"))
-        tiles.append(
-            (
-                f"{np.nanmean(losses):.3g}" if np.isfinite(losses).any() else "unknown",
-                "mean test loss",
-            )
-        )
-        tiles.append(
-            (f"{(found.sums < 0).mean():.1%}", "of the training samples harm more than they help")
-        )
+        known = np.isfinite(losses).any()
+        tiles.append((f"{np.nanmean(losses):.3g}" if known else "unknown", "mean test loss"))
+        if found is not None:
+            harmful = f"{(found.sums < 0).mean():.1%}"
+            tiles.append((harmful, "of the training samples harm more than they help"))
         return tiles
 
-    def _warnings(self, visits: NDArray[np.int64], found: Findings) -> list[str]:
+    def _warnings(
+        self, visits: I64, found: Findings | None, predictions: "Predictions | None"
+    ) -> list[str]:
         source, stages = self._source, self._source.directory.stages
         parts, blocks = ResultName.parse(source.result), source.gradients.layout.blocks
-        return warnings(
+        has_relevance = found is not None
+        told_of_relevance = warnings(
             Circumstances(
                 method=parts.method,
                 rank=parts.rank,
                 up_to_step=source.up_to_step,
                 record=stages[RECORD].facts,
-                reduce=stages[REDUCE.of(source.result)].facts,
+                reduce=stages[REDUCE.of(source.result)].facts if has_relevance else {},
                 n_samples=source.counts.n_samples,
                 n_rows=source.gradients.rows.n_rows,
                 unvisited=int((visits == 0).sum()),
-                projected=sum(not block.exact for block in blocks),
+                projected=sum(not block.exact for block in blocks) if has_relevance else 0,
                 n_blocks=len(blocks),
-                strange=found.distribution.strange,
+                strange=0 if found is None else found.distribution.strange,
             )
         )
-
-    def _test_losses(self) -> list[tuple[int, float]]:
-        """Return pairs of a step with test losses and their mean."""
-        gradients, last = self._source.gradients, self._source.counts.checkpoint
-        steps = [step for step in gradients.test_steps() if step <= last]
-        means = [
-            (step, float(np.mean(gradients.test_losses(step), dtype=np.float64))) for step in steps
-        ]
-        return [(step, mean) for step, mean in means if np.isfinite(mean)]
-
-    def _told(self) -> list[tuple[str, list[str]]]:
-        """Return the lines of each evaluation of the run, by kind.
-
-        An evaluation that cannot be read is left out, because `verify` reports it.
-        """
-        told = []
-        for kind in self._source.directory.complete(EVALUATE):
-            with suppress(OSError, ValueError):
-                told.append((kind, read_says(self._source.directory.path / EVALUATE.of(kind).area)))
-        return told
-
-    def _recording(self) -> dict[str, Any]:
-        info = Run(self._source.directory).info()
-        recording: dict[str, Any] = info["recording"]
-        return recording | {"bytes": format_bytes(info["bytes"].get(names.GRADIENTS, 0))}
-
-    def _settings(self) -> list[tuple[str, str]]:
-        stages = self._source.directory.stages
-        found = [(f"record: {name}", value) for name, value in stages[RECORD].settings.items()]
-        found += [
-            (f"reduce: {name}", value)
-            for name, value in stages[REDUCE.of(self._source.result)].settings.items()
-        ]
-        found += [
-            (f"version of {name}", value) for name, value in self._source.directory.versions.items()
-        ]
-        return [
-            (name, value if isinstance(value, str) else json.dumps(value))
-            for name, value in found
-            if value is not None
-        ]
-
-
-def _class_names(predictions: "Predictions | None", labels: NDArray[Any] | None) -> dict[int, str]:
-    """Return names for the classes that the model predicts.
-
-    A class has the label of the test samples that have the class as target.
-    """
-    if (
-        predictions is None
-        or predictions.targets is None
-        or labels is None
-        or labels.dtype != object
-    ):
-        return {}
-    found: dict[int, set[str]] = {}
-    for target, label in zip(predictions.targets, labels, strict=True):
-        if np.ndim(target) == 0 and np.issubdtype(np.asarray(target).dtype, np.integer):
-            found.setdefault(int(target), set()).add(str(label))
-    return {target: next(iter(called)) for target, called in found.items() if len(called) == 1}
-
-
-def _in_words(value: Any, names_of: dict[int, str], inputs: "Inputs") -> str | None:
-    """Return a prediction or a target as text for a person."""
-    values = np.asarray(value)
-    if values.ndim == 0:
-        return (
-            names_of.get(int(values), str(int(values)))
-            if values.dtype.kind in "iub"
-            else f"{float(values):.4g}"
-        )
-    return inputs.drawn_prediction(value)
+        if predictions is None or not predictions.are_classes or predictions.targets is None:
+            return told_of_relevance
+        return [*hardly_learnt(predictions.right, predictions.targets), *told_of_relevance]

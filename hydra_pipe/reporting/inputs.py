@@ -1,9 +1,9 @@
 """The pipeline behind a run: views of its samples, and its predictions. This file needs torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hydra_pipe.errors import HydraError
 from hydra_pipe.loading import pipeline_of, with_probe
-from hydra_pipe.progress import Progress
+from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import batches_of, called, on_device
 from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.losses import per_sample_losses
@@ -23,30 +23,86 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import load_final
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import RECORD
+from hydra_pipe.streams import Stream
 from hydra_pipe.training.batches import Samples
 from hydra_pipe.training.pipeline import Pipeline
 
 _ADVICE = "build the pipeline anew, and give it as hydra_pipe.report(run, pipeline=...)"
 
 
-def draw_shown(
-    samples: ShownSamples, which: str, ids: NDArray[np.int64], progress: Progress
-) -> dict[int, Drawn]:
-    """Return views of the samples `ids` of "train" or "test".
+class Shown(Protocol):
+    """Samples that a page can draw."""
+
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
+        """Yield the samples `ids`, ascending, of "train" or "test", each with its id.
+
+        The caller closes the stream.
+
+        Raises:
+            HydraError: during iteration, if the dataset raised.
+        """
+        ...
+
+    def drawn(self, value: Any, what: str) -> Drawn:
+        """Return a view of one sample.
+
+        Raises:
+            HydraError: `render` raised, or returned a value that cannot be shown.
+        """
+        ...
+
+    def n_samples(self, which: str) -> int:
+        """Return the number of samples of "train" or "test"."""
+        ...
+
+
+def draw(shown: Shown, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
+    """Return views of the samples `ids`, ascending, of "train" or "test".
 
     Raises:
         HydraError: the dataset or `render` raised, or a sample cannot be shown.
     """
-    dataset = samples.train if which == "train" else samples.test
-    found = {}
-    with progress.task(f"draw {which} samples", len(ids), "samples") as task:
-        for sample in ids.tolist():
-            what = f"{which} sample {sample}"
-            with user_code(f"the dataset raised at {what}"):
-                value = dataset[sample]
-            found[sample] = drawn_by(samples.render, value, what)
-            task.advance(1)
-    return found
+    with (
+        progress.task(f"draw {which} samples", len(ids), "samples") as task,
+        closing(shown.values(which, ids, task)) as values,
+    ):
+        return {sample: shown.drawn(value, f"{which} sample {sample}") for sample, value in values}
+
+
+class GivenSamples:
+    """Samples that a user gives to a report.
+
+    Args:
+        samples: the samples.
+    """
+
+    def __init__(self, samples: ShownSamples) -> None:
+        self._samples = samples
+
+    def _dataset(self, which: str) -> Any:
+        return self._samples.train if which == "train" else self._samples.test
+
+    def n_samples(self, which: str) -> int:
+        """See `Shown`."""
+        with user_code(f"the {which} dataset has no length"):
+            return len(self._dataset(which))
+
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
+        """See `Shown`."""
+        dataset = self._dataset(which)
+
+        def each() -> Iterator[tuple[int, Any]]:
+            for sample in ids.tolist():
+                with user_code(f"the dataset raised at {which} sample {sample}"):
+                    value = dataset[sample]
+                yield sample, value
+                task.advance(1)
+
+        return Stream(each(), lambda: None)
+
+    def drawn(self, value: Any, what: str) -> Drawn:
+        """See `Shown`."""
+        return drawn_by(self._samples.render, value, what)
 
 
 def drawn_by(render: Callable[[Any], Any] | None, value: Any, what: str) -> Drawn:
@@ -72,13 +128,18 @@ class Predictions:
         targets: targets, in the same form.
         right: share of each prediction that is right, from 0 to 1, shape (test,). Not a number
             if nothing can be right or wrong.
+        confidence: probability of each predicted class, shape (test,). Not a number if unknown.
         losses: losses of the samples, shape (test,).
+        drawn: function from a prediction for each position to text, or to None if inputs are no
+            texts.
     """
 
     values: list[Any] | None
     targets: list[Any] | None
     right: NDArray[np.float64]
+    confidence: NDArray[np.float64]
     losses: NDArray[np.float64]
+    drawn: Callable[[Any], str | None]
 
     @property
     def are_classes(self) -> bool:
@@ -138,6 +199,7 @@ class Inputs:
         device = next(pipeline.model.parameters()).device
         found: list[tuple[NDArray[Any], NDArray[Any]] | None] = []
         right: list[NDArray[np.float64]] = []
+        confidence: list[NDArray[np.float64]] = []
         losses: list[NDArray[np.float64]] = []
         # The batches are those of the recording, because a dataset's random draws may depend on
         # them.
@@ -163,6 +225,7 @@ class Inputs:
                     )
                 predicted, share = _predicted(output, to)
                 right.append(share.cpu().double().numpy()[own])
+                confidence.append(_confidence(output, to).cpu().double().numpy()[own])
                 found.append(
                     None
                     if predicted is None
@@ -174,36 +237,32 @@ class Inputs:
             [value for values, _ in both for value in values] if known else None,
             [target for _, targets in both for target in targets] if known else None,
             np.concatenate(right),
+            np.concatenate(confidence),
             np.concatenate(losses),
+            self._drawn_prediction,
         )
 
-    def draw(self, which: str, ids: NDArray[np.int64], progress: Progress) -> dict[int, Drawn]:
-        """Return views of the samples `ids`, ascending, of "train" or "test".
+    def n_samples(self, which: str) -> int:
+        """See `Shown`."""
+        return len(self.pipeline.train if which == "train" else self.pipeline.test)
 
-        Raises:
-            HydraError: the dataset or `render` raised, or a sample cannot be shown.
-        """
-        found = {}
+    def values(self, which: str, ids: NDArray[np.int64], task: Task) -> Stream[tuple[int, Any]]:
+        """See `Shown`."""
         order = batches_of(ids, self.pipeline.batch_size)
-        with (
-            progress.task(f"draw {which} samples", len(ids), "samples") as task,
-            closing(Samples(self.pipeline, which).batches(order)) as batches,
-        ):
+        batches = Samples(self.pipeline, which).batches(order)
+
+        def each() -> Iterator[tuple[int, Any]]:
             for batch, inputs, _ in batches:
-                for sample, value in zip(batch.tolist(), inputs, strict=True):
-                    found[sample] = self.drawn(value, f"{which} sample {sample}")
+                yield from zip(batch.tolist(), inputs, strict=True)
                 task.advance(len(batch))
-        return found
+
+        return Stream(each(), batches.close)
 
     def drawn(self, value: Any, what: str) -> Drawn:
-        """Return a view of one input.
-
-        Raises:
-            HydraError: `render` raised, or returned a value that cannot be shown.
-        """
+        """See `Shown`."""
         return drawn_by(self.pipeline.render, value, what)
 
-    def drawn_prediction(self, value: Any) -> str | None:
+    def _drawn_prediction(self, value: Any) -> str | None:
         """Return a prediction for each position as text, or None if inputs are not texts."""
         try:
             shown = self.drawn(torch.as_tensor(value), "a prediction")
@@ -232,6 +291,29 @@ def _predicted(output: Any, targets: Tensor) -> tuple[Tensor | None, Tensor]:
         return None, unknown
     predicted = output.argmax(class_dimension)
     return predicted, (predicted == targets).reshape(len(targets), -1).double().mean(1)
+
+
+def _confidence(output: Any, targets: Tensor) -> Tensor:
+    """Return the probability of each predicted class, shape (batch,).
+
+    Outputs are logits, or probabilities if they are positive and sum to 1. Not a number if a
+    sample has no single class.
+    """
+    unknown = torch.full((len(targets),), torch.nan)
+    if (
+        not isinstance(output, Tensor)
+        or output.dim() != 2
+        or targets.dim() != 1
+        or targets.is_floating_point()
+        or output.shape[1] < 2
+    ):
+        return unknown
+    output = output.double()
+    sums = output.sum(1)
+    if not ((output >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)):
+        output = output.softmax(1)
+    largest: Tensor = output.max(1).values
+    return largest
 
 
 def _class_dimension(output: Tensor, targets: Tensor) -> int | None:

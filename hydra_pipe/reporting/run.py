@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from hydra_pipe.errors import UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.reporting.shown import ShownSamples
-from hydra_pipe.reporting.source import ReportSource, evaluations_of
+from hydra_pipe.reporting.source import ReportSource, cleaning_of, evaluations_of
 from hydra_pipe.store import names
 from hydra_pipe.store.files import remove_partials_of, replace_file, sync
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName, result_of
+from hydra_pipe.store.run.results import DEFAULT_METHOD, DYNAMICS, ResultName, result_of
 from hydra_pipe.store.run.stage_runner import Work, running, taken_up
 from hydra_pipe.store.run.stages import REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hydra_pipe.reporting.gathering import Gathering
     from hydra_pipe.training.pipeline import Pipeline
 
-# Facts of the stage: checksums of the evaluations on the page, by stage; and why it shows no
-# samples.
-_EVALUATIONS, _NO_SAMPLES = "of_evaluations", "no_samples"
+# Facts of the stage: checksums of the evaluations on the page, by stage; checksums of the
+# proposal of labels; and why the page shows no samples.
+_EVALUATIONS, _CLEANING, _NO_SAMPLES = "of_evaluations", "of_clean", "no_samples"
 # Packages of the extra "report", by the names they are imported with.
 _NEEDED = ("jinja2", "matplotlib", "PIL")
 
@@ -31,7 +31,7 @@ _NEEDED = ("jinja2", "matplotlib", "PIL")
 def report_run(
     run: str | os.PathLike[str],
     *,
-    method: str = "hydra",
+    method: str | None = None,
     probe: str | None = None,
     tests: str | None = None,
     top: int = 5,
@@ -41,18 +41,20 @@ def report_run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
-    """Write a page about a reduced run, as one HTML file that needs nothing else.
+    """Write a page about a run, as one HTML file that needs nothing else.
 
-    The file is `report.html`, or `report-METHOD.html` for a result other than "hydra".
-    docs/report.md describes the page.
+    The page begins with the labels that look wrong. With relevance it also shows which training
+    samples made the predictions. The file is `report.html` for the result "hydra", else
+    `report-METHOD.html`. docs/report.md describes the page.
 
     The pipeline named in the recording is built anew, to draw samples and make predictions. If
     it is not known, or can no longer be built, the page has ids and labels, and says why. If the
-    run was evaluated since, the page is written anew.
+    run was evaluated since, or `clean` has proposed other labels, the page is written anew.
 
     Args:
         run: directory of the run.
-        method: name of the result to report on.
+        method: name of the result to report on, or "dynamics" for the recording alone. Default:
+            "hydra" if it was reduced, else "dynamics".
         probe: name of a probe, whose samples replace the run's own test samples.
         tests: test samples to show, such as "0-99,150". Default: those that tell most, wrongly
             predicted or of high loss.
@@ -69,22 +71,17 @@ def report_run(
         True if there was anything to do, else False.
 
     Raises:
-        RunError: there is no run, or it has no relevance of this method.
+        RunError: there is no run, its recording is not complete, or it has no relevance of this
+            method.
         StoreError: the run is damaged.
         BudgetError: the budget is too small.
         UsageError: `top` or `tests` has an impossible value, both a pipeline and samples are
             given, or a package is missing. The message says what to install.
     """
-    method = result_of(method, probe)
     if top < 1:
         raise UsageError(f"--top {top}: give 1 or more")
     if pipeline is not None and samples is not None:
         raise UsageError("give a pipeline or samples, not both: a pipeline has samples of its own")
-    if ResultName.parse(method).is_of_itself:
-        raise UsageError(
-            f"--method {method} has no test samples, so there is no report about it: export puts "
-            "it into samples.parquet"
-        )
     memory_bytes = parse_bytes(memory)
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -93,7 +90,13 @@ def report_run(
             "pip install 'hydra-pipe[report]'"
         )
     directory = RunDirectory.open(run)
-    directory.require(REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}")
+    method = reported(directory, method, probe)
+    if method == DYNAMICS:
+        directory.require_recording()
+    else:
+        directory.require(
+            REDUCE.of(method), f"hydra-pipe reduce {directory.path} --method {method}"
+        )
     source = ReportSource.open(directory, method)
     selected = source.selected(tests)
     stage, settings = REPORT.of(method), {names.TESTS: selected, "top": top}
@@ -113,6 +116,29 @@ def report_run(
     return is_needed
 
 
+def reported(directory: RunDirectory, method: str | None, probe: str | None) -> str:
+    """Return the result that `--method METHOD --probe NAME` asks a report about.
+
+    Raises:
+        UsageError: there can be no report about it.
+    """
+    if method is None:
+        is_reduced = probe is not None or REDUCE.of(DEFAULT_METHOD) in directory.stages
+        method = DEFAULT_METHOD if is_reduced else DYNAMICS
+    if method == DYNAMICS and probe is not None:
+        raise UsageError(
+            f"--method {method} --probe {probe}: only relevance is about a probe: leave out "
+            "--method"
+        )
+    method = result_of(method, probe)
+    if ResultName.parse(method).is_of_itself:
+        raise UsageError(
+            f"--method {method} has no test samples, so there is no report about it: export puts "
+            "it into samples.parquet"
+        )
+    return method
+
+
 def _write(work: Work, gathering: "Gathering", content: "Content", progress: Progress) -> None:
     """Write the page in its place, and flush it to the disk."""
     from hydra_pipe.reporting.page import page_of
@@ -126,9 +152,11 @@ def _write(work: Work, gathering: "Gathering", content: "Content", progress: Pro
     work.facts |= {
         "n_bytes": len(page.html),
         "n_shown": page.n_columns,
+        "n_labels": page.n_labels,
         "left_out": page.left_out,
         _NO_SAMPLES: gathering.no_samples,
         _EVALUATIONS: evaluations_of(work.run),
+        _CLEANING: cleaning_of(work.run),
     }
 
 
@@ -138,10 +166,15 @@ def _has_work(
     settings: Settings,
     given: "str | Pipeline | ShownSamples | None",
 ) -> bool:
-    """Tell whether the page is missing, or lacks evaluations or samples that are available now."""
+    """Tell whether the page is missing, or lacks what is available now.
+
+    It may lack evaluations, samples, or the labels that `clean` proposes.
+    """
     if directory.has_work(stage, settings):
         return True
     facts = directory.stages[stage].facts
-    return facts.get(_EVALUATIONS) != evaluations_of(directory) or (
-        given is not None and facts.get(_NO_SAMPLES) is not None
+    return (
+        facts.get(_EVALUATIONS) != evaluations_of(directory)
+        or (_CLEANING in facts and facts[_CLEANING] != cleaning_of(directory))
+        or (given is not None and facts.get(_NO_SAMPLES) is not None)
     )

@@ -1,47 +1,73 @@
-"""A result with its recording, as the source of a report."""
+"""A recording with a result, or alone, as the source of a report."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.plan.id_ranges import parse_selection, write_selection
-from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.progress import Progress
+from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.probes import WhichTests
+from hydra_pipe.store.data.recording import open_recording
+from hydra_pipe.store.data.recording_counts import Counts
+from hydra_pipe.store.data.reduced_run import ReducedRun, visit_counts
+from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import EVALUATE, RECORD
+from hydra_pipe.store.run.results import DYNAMICS, ResultName
+from hydra_pipe.store.run.stages import CLEAN, EVALUATE, RECORD
+from hydra_pipe.store.zarr.arrays import Array
 
 
 @dataclass(frozen=True)
-class ReportSource(ReducedRun):
-    """A result, and the recording it belongs to.
+class ReportSource:
+    """A recording, and a result of it.
 
     Args:
         directory: directory of the run.
-        result: name of the result.
+        result: name of the result, or "dynamics" for the recording alone.
+        up_to_step: number of the first steps that the result is of. None: all steps.
+        gradients, counts: the recording, or its first steps.
+        columns: meaning of the relevance's columns. Without relevance: each test sample has one.
+        tested: test samples of the columns.
+        relevance: the relevance, or None for the recording alone.
     """
 
     directory: RunDirectory
     result: str
+    up_to_step: int | None
+    gradients: Gradients
+    counts: Counts
+    columns: ResultColumns
+    tested: WhichTests
+    relevance: Array | None
 
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "ReportSource":
-        """Open the result `name`, whose stage is complete.
+        """Open the result `name`, whose stage is complete, or the recording if it is "dynamics".
 
         Raises:
+            RunError: the recording is not complete.
             StoreError: the result is damaged, or belongs to another recording.
         """
+        if name == DYNAMICS:
+            gradients, counts = open_recording(directory, None)
+            tests = ((0, counts.n_tests),)
+            columns, tested = ResultColumns(tests), WhichTests(counts.checkpoint)
+            return cls(directory, name, None, gradients, counts, columns, tested, None)
         found = ReducedRun.open(directory, name)
-        agreeing = (
+        return cls(
+            directory,
+            name,
             found.up_to_step,
             found.gradients,
             found.counts,
-            found.relevance,
             found.columns,
             found.tested,
+            found.relevance,
         )
-        return cls(*agreeing, directory, name)
 
     @property
     def probe(self) -> str | None:
@@ -51,14 +77,38 @@ class ReportSource(ReducedRun):
     @property
     def n_tests(self) -> int:
         """Number of test samples, including those without a column."""
-        return (
-            self.counts.n_tests if self.probe is None else len(self.tested.losses(self.gradients))
-        )
+        return self.counts.n_tests if self.probe is None else len(self.losses())
 
     @property
     def grouped(self) -> bool:
         """True if columns are means over test samples."""
         return self.columns.by is not None
+
+    def losses(self) -> NDArray[np.float32]:
+        """Return the loss of each test sample, shape (test,). Empty if no test was recorded.
+
+        Raises:
+            StoreError: damaged.
+        """
+        if self.probe is None and not self.counts.n_tests:
+            return np.zeros(0, np.float32)
+        return self.tested.losses(self.gradients)
+
+    def labels_of_columns(self) -> NDArray[Any] | None:
+        """Return the labels of the columns, shape (column,). None where they are unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
+        return self.columns.labels(self.tested.labels(self.gradients))
+
+    def visits(self, progress: Progress) -> NDArray[np.int64]:
+        """Return the number of steps that used each sample, shape (sample,).
+
+        Raises:
+            StoreError: damaged.
+        """
+        return visit_counts(self.gradients, self.counts.n_samples, progress)
 
     def selected(self, tests: str | None) -> str | None:
         """Return the selection `tests` in its one canonical spelling.
@@ -98,3 +148,14 @@ def evaluations_of(directory: RunDirectory) -> dict[str, Any]:
         str(stage): directory.checksums(stage)
         for stage in map(EVALUATE.of, directory.complete(EVALUATE))
     }
+
+
+def cleaning_of(directory: RunDirectory) -> Any:
+    """Return the checksums of the proposal of labels by dynamics, or None if there is none.
+
+    A proposal of an earlier recording does not count.
+    """
+    stage = CLEAN.of(DYNAMICS)
+    if DYNAMICS not in directory.complete(CLEAN) or directory.stale(stage):
+        return None
+    return directory.checksums(stage)

@@ -1,15 +1,33 @@
 """Cautions for a reader of a result, in plain words: docs/methods.md in short."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_pipe.reporting.content import NoRelevance
+from hydra_pipe.reporting.duplicates import Duplicates
+from hydra_pipe.reporting.labels import JudgedLabels
 from hydra_pipe.store.json_parsing import is_count
+from hydra_pipe.store.run.manifest import RunDirectory
+from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
+from hydra_pipe.store.run.stages import REDUCE, REPORT
 
 # Thresholds of warnings: less curvature left by saturation than this, or more imbalance than
 # this.
 LITTLE_CURVATURE, MUCH_IMBALANCE = 0.5, 1e-3
+# Share of the test samples predicted right, above that of one class for all: below it, little
+# has been learnt.
+LITTLE_LEARNT = 0.25
+# Share of the labels that look wrong from which their most frequent confusion is named.
+FREQUENT = 0.1
 
+_NUMBERS = (
+    *("none", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 METHODS = {
     "hydra": "adds up what each training step did to the test loss, and leaves out how later "
     "steps changed it (no curvature). "
@@ -121,6 +139,97 @@ def warnings(what: Circumstances) -> list[str]:
             f"nothing about them."
         )
     return found
+
+
+def hardly_learnt(right: NDArray[np.float64], targets: Sequence[Any]) -> list[str]:
+    """Return a caution if test samples are predicted little better than by one class for all.
+
+    Args:
+        right: 1 for each prediction that is right, else 0, shape (test,).
+        targets: class of each test sample.
+    """
+    _, counts = np.unique(np.array(targets), return_counts=True)
+    base, share = float(counts.max() / counts.sum()), float(right.mean())
+    if base == 1.0 or (share - base) / (1 - base) >= LITTLE_LEARNT:
+        return []
+    return [
+        f"The network has hardly learnt: it predicts {_percent(share)} of the test samples right, "
+        f"and their most frequent class alone would be right for {_percent(base)}. What made a "
+        "prediction says little before the network has learnt: train longer."
+    ]
+
+
+def without_relevance(run: RunDirectory) -> NoRelevance:
+    """Return what a page without relevance lacks, and the command that leads to it."""
+    reduced = [name for name in run.complete(REDUCE) if not ResultName.parse(name).is_of_itself]
+    if reduced:
+        return NoRelevance(
+            "Which training samples made a prediction is on the page of a result",
+            run.command(REPORT.of(reduced[0])),
+        )
+    return NoRelevance(
+        "Which training samples made a prediction, and which tests a wrong label hurts, is on "
+        "the page that report writes after",
+        run.command(REDUCE.of(DEFAULT_METHOD)),
+    )
+
+
+def number(n: int) -> str:
+    """Return a number as people write it: words up to twelve, then digits."""
+    return _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
+
+
+def labels_title(judged: JudgedLabels, n_first: int) -> str:
+    """Return the heading of the labels that look wrong.
+
+    Args:
+        judged: the labels.
+        n_first: number of labels that are shown first.
+    """
+    if not len(judged.proposed):
+        return f"None of {judged.n_samples:,} labels looks wrong enough to check"
+    n_wrong = max(1, round(judged.n_wrong[0]))
+    often = ""
+    if judged.most_often is not None:
+        given, suggested, n = judged.most_often
+        if n > FREQUENT * len(judged.proposed):
+            how = "most of them" if 2 * n > len(judged.proposed) else "most often"
+            often = f", {how} {judged.classes[suggested]} taken for {judged.classes[given]}"
+    n_shown = min(n_first, len(judged.doubts))
+    here = "here is one" if n_shown == 1 else f"here are {number(n_shown)}"
+    look = "label looks" if judged.n_samples == 1 else "labels look"
+    return f"About {n_wrong:,} of {judged.n_samples:,} {look} wrong{often}: {here}"
+
+
+def about_labels(judged: JudgedLabels) -> list[str]:
+    """Return sentences about the labels that look wrong."""
+    _, low, high = judged.n_wrong
+    found = [
+        f"Judged by what the network thought of each sample while it trained. Between {low:,.0f} "
+        f"and {high:,.0f} labels may be wrong; {len(judged.proposed):,} are proposed, the most "
+        "suspicious first."
+    ]
+    if len(judged.proposed) > len(judged.doubts):
+        found.append(
+            f"The page has the first {len(judged.doubts):,}. All are in relabel.parquet, which "
+            "hydra-pipe clean writes."
+        )
+    return found
+
+
+def alike_in_words(found: Duplicates | str) -> str:
+    """Return a sentence about the inputs that are alike, or the reason why there is none."""
+    if isinstance(found, str):
+        return f"Inputs were not compared: {found}"
+    compared = f"{found.n_train:,} training samples and {found.n_test:,} test samples"
+    if not found.n_pairs:
+        return f"No two of {compared} are the same, or nearly."
+    pairs = "pair is" if found.n_pairs == 1 else "pairs are"
+    return (
+        f"{found.n_pairs:,} {pairs} the same, or nearly, among {compared}. The labels differ in "
+        f"{found.n_differ:,} of them, and {found.n_across:,} join a training sample and a test "
+        "sample."
+    )
 
 
 def sign_in_words(unit: str) -> str:

@@ -29,19 +29,24 @@ MOST_MODELS = 64
 class Retraining:
     """Retrainings to be done.
 
+    Retrainings are counted over all seeds: number s n + i is the i-th of the s-th seed.
+
     Args:
         n: number of retrainings for each seed.
         weights: function from (first, end) to the weights of the retrainings in the range, shape
             (end - first, sample), float32.
-        seeds: seeds, each of which all `n` retrainings use. The first is the seed of the run,
-            with the run's initial weights.
+        seeds: seeds, each of which `n` retrainings use. Initial weights are those of the seed.
         mean_over: divisor of the weighted losses, see `Retrainer`.
+        classes: function from (first, end) to the classes that replace targets in these
+            retrainings, shape (end - first, sample), int32, or None if no target is replaced;
+            see `Retrainer.train`. Default: no target is replaced.
     """
 
     n: int
     weights: Callable[[int, int], NDArray[np.float32]]
     seeds: tuple[int, ...]
     mean_over: MeanOver
+    classes: Callable[[int, int], NDArray[np.int32] | None] = lambda first, end: None
 
     @classmethod
     def without(
@@ -69,10 +74,28 @@ class Retraining:
             for a in range(0, self.n, width)
         ]
 
-    def of(self, span: Span) -> tuple[NDArray[np.float32], int]:
-        """Return the weights of a stack, and the index of its seed."""
-        seed, first = divmod(span[0], self.n)
-        return self.weights(first, first + span[1] - span[0]), seed
+    def of(self, span: Span) -> "Stack":
+        """Return the retrainings of a stack."""
+        return Stack(self.weights(*span), self.classes(*span), self.seeds[span[0] // self.n])
+
+    def digest(self, run_id: str, stack: "Stack") -> str:
+        """Return the digest of a stack of retrainings of a run."""
+        return digest_of(run_id, stack.weights, stack.seed, self.mean_over, stack.classes)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Retrainings that are made together.
+
+    Args:
+        weights: weights of the samples, shape (model, sample).
+        classes: classes that replace targets, shape (model, sample). None: no target is replaced.
+        seed: seed of all of them.
+    """
+
+    weights: NDArray[np.float32]
+    classes: NDArray[np.int32] | None
+    seed: int
 
 
 def retrain(
@@ -126,8 +149,7 @@ def _kept(subject: Subject, job: Retraining, directory: Retrained) -> _Done | No
             and span[1] <= len(job.seeds) * job.n
             and span[0] // job.n == (span[1] - 1) // job.n
         ):
-            weights, seed = job.of(span)
-            digest = digest_of(subject.run.run_id, weights, job.seeds[seed], job.mean_over)
+            digest = job.digest(subject.run.run_id, job.of(span))
             values = directory.read(span, digest, subject.n_tests)
             if values is not None:
                 done[span], end = (digest, values), span[1]
@@ -164,16 +186,22 @@ def _done(
         f"all of them {format_seconds(n * seconds)} at most"
     )
     starts: dict[int, Values] = {
-        s: subject.with_seed(seed) for s, seed in enumerate(job.seeds) if s > 0
+        seed: subject.with_seed(seed) for seed in job.seeds if seed != subject.pipeline.seed
     }
     done: _Done = {}
     with progress.task("retrain", n * retrainer.n_steps, "steps") as task:
         for span in stacks:
-            weights, s = job.of(span)
-            digest = digest_of(subject.run.run_id, weights, job.seeds[s], job.mean_over)
+            stack = job.of(span)
+            digest = job.digest(subject.run.run_id, stack)
             values = directory.read(span, digest, subject.n_tests)
             if values is None:
-                values = retrainer.train(weights, task, seed=job.seeds[s], start=starts.get(s))
+                values = retrainer.train(
+                    stack.weights,
+                    task,
+                    classes=stack.classes,
+                    seed=stack.seed,
+                    start=starts.get(stack.seed),
+                )
                 directory.write(span, digest, values)
             else:
                 task.advance((span[1] - span[0]) * retrainer.n_steps)

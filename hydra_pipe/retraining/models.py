@@ -52,7 +52,13 @@ class Models:
         self._pipeline, self._progress, self.stacked = pipeline, progress, stacked
 
     def __call__(
-        self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor
+        self,
+        parameters: Values,
+        buffers: Values,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        own_targets: bool = False,
     ) -> Found:
         """Run the models on a batch.
 
@@ -61,11 +67,15 @@ class Models:
 
         Args:
             parameters, buffers: stacked values by name, shape (model, ...).
-            inputs, targets: the batch, the same for all models.
+            inputs: inputs of the batch, the same for all models.
+            targets: targets of the batch, the same for all models. With `own_targets`: a stack of
+                targets, shape (model, sample).
+            own_targets: True if each model has targets of its own.
 
         Raises:
             UserCodeError: the model or the loss raised.
         """
+        of_targets = 0 if own_targets else None
         if self.stacked:
             before = self._generators()
             try:
@@ -73,7 +83,7 @@ class Models:
                     # The warning is about an operation that torch runs model by model, which the
                     # user cannot change.
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    one = torch.vmap(self._one, in_dims=(0, 0, None, None), randomness="same")
+                    one = torch.vmap(self._one, in_dims=(0, 0, None, of_targets), randomness="same")
                     return Found(*one(parameters, buffers, inputs, targets))
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 self._restore(before)
@@ -84,10 +94,15 @@ class Models:
                     f"cannot stack them ({reason})"
                 )
         with user_code("the model or the loss raised in a retraining"):
-            return self._one_by_one(parameters, buffers, inputs, targets)
+            return self._one_by_one(parameters, buffers, inputs, targets, own_targets)
 
     def _one_by_one(
-        self, parameters: Values, buffers: Values, inputs: Tensor, targets: Tensor
+        self,
+        parameters: Values,
+        buffers: Values,
+        inputs: Tensor,
+        targets: Tensor,
+        own_targets: bool,
     ) -> Found:
         before = self._generators()
         found = []
@@ -97,7 +112,8 @@ class Models:
                 {name: value[index] for name, value in values.items()}
                 for values in (parameters, buffers)
             )
-            found.append(self._one(own, own_buffers, inputs, targets))
+            wanted = targets[index] if own_targets else targets
+            found.append(self._one(own, own_buffers, inputs, wanted))
         losses, hits, after = zip(*found, strict=True)
         return Found(
             torch.stack(losses),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from hydra_pipe.errors import PipelineError
+from hydra_pipe.errors import DataError, PipelineError
 from hydra_pipe.progress import Progress, Task
 from hydra_pipe.recording.datasets import Batch, on_device
 from hydra_pipe.recording.eval_mode import eval_mode
@@ -29,8 +29,10 @@ LOSS, HIT = 0, 1
 # Copies of the parameters for a model in a stack: parameters, gradients, two moments of Adam,
 # and temporary values of an update.
 _PARAMETER_COPIES = 6
-# Bytes for a training sample and model: its weight, as it is made and as a tensor.
-_WEIGHT_BYTES = 8
+# Bytes for a training sample and model: its weight and its class, as they are made and as tensors.
+_SAMPLE_BYTES = 16
+# Class of a sample that keeps its target.
+AS_GIVEN = -1
 # Number that torch.nn.utils.clip_grad_norm_ adds to the norm.
 _CLIP_EPS = 1e-6
 
@@ -80,7 +82,7 @@ class Retrainer:
         return (
             _PARAMETER_COPIES * n_bytes
             + 2 * self._saved_bytes
-            + _WEIGHT_BYTES * len(self._pipeline.train)
+            + _SAMPLE_BYTES * len(self._pipeline.train)
         )
 
     def train(
@@ -88,6 +90,7 @@ class Retrainer:
         weights: NDArray[np.floating],
         task: Task,
         *,
+        classes: NDArray[np.int32] | None = None,
         seed: int | None = None,
         start: Values | None = None,
     ) -> NDArray[np.float64]:
@@ -96,6 +99,8 @@ class Retrainer:
         Args:
             weights: weights of the samples, shape (model, sample).
             task: counter of optimiser steps, summed over models.
+            classes: class that replaces each sample's target, shape (model, sample). `AS_GIVEN`
+                keeps the target. Default: all targets are kept.
             seed: seed of the order and of dropout. Default: the pipeline's own.
             start: parameters and buffers at the beginning. Default: the pipeline's own.
 
@@ -105,10 +110,12 @@ class Retrainer:
 
         Raises:
             UserCodeError: the model, the loss or a dataset raised.
+            DataError: with `classes`: targets are not class numbers.
         """
         pipeline = self._pipeline if seed is None else replace(self._pipeline, seed=seed)
         k = len(weights)
         own = torch.as_tensor(weights, device=self._device)
+        other = None if classes is None else torch.as_tensor(classes, device=self._device)
         parameters, buffers = (
             {
                 name: (start or values)[name].expand(k, *value.shape).clone()
@@ -128,11 +135,13 @@ class Retrainer:
                 with torch.autograd.graph.saved_tensors_hooks(
                     self._count if self._saved_bytes == 0 else _same, _same
                 ):
+                    wanted = on_device(targets, self._device)
                     found = self.models(
                         parameters,
                         buffers,
                         on_device(inputs, self._device),
-                        on_device(targets, self._device),
+                        wanted if other is None else _replaced(wanted, other[:, ids]),
+                        own_targets=other is not None,
                     )
                 self._saved_bytes = self._saved_bytes or 1
                 buffers = found.buffers
@@ -194,6 +203,24 @@ class Retrainer:
                 )
                 pieces.append(torch.stack([found.losses, found.hits], dim=1).double().cpu().numpy())
         return np.concatenate(pieces, axis=2)
+
+
+def _replaced(targets: Any, classes: Tensor) -> Tensor:
+    """Return the targets of each model, shape (model, batch).
+
+    Args:
+        targets: targets of a batch, shape (batch,), integers.
+        classes: classes that replace them, shape (model, batch).
+
+    Raises:
+        DataError: targets are something else.
+    """
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        raise DataError(
+            "the targets of the training samples are not class numbers, one for each sample, so "
+            "no other class can take their place: leave out --retrain, or return class numbers"
+        )
+    return torch.where(classes == AS_GIVEN, targets, classes.to(targets.dtype))
 
 
 def _same(tensor: Tensor) -> Tensor:

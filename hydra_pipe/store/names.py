@@ -99,6 +99,8 @@ TEST_LABEL_DIM: Final = "test_sample"
 SAMPLE_LABEL: Final = "sample_label"
 TEST_LABEL: Final = "test_label"
 
+# Setting of a proposal: number of times that labels are judged.
+ROUNDS: Final = "rounds"
 # Setting of a reduction: number of the first steps that count.
 UPTO: Final = "upto"
 # Facts of a reduction, found by its passes.

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from support import ROOT
 from support.mislabelled import TESTS, N, small
 from support.pipelines import conv_pipeline, mlp_pipeline
@@ -18,7 +17,9 @@ from typer.testing import CliRunner
 
 import hydra_pipe
 from hydra_pipe.cleaning.evidence import means_by, sums_over
-from hydra_pipe.cleaning.retraining import ALL, PROPOSED, RANDOM, WRONG, folds_of
+from hydra_pipe.cleaning.folds import folds_of
+from hydra_pipe.cleaning.retraining import ALL, RANDOM, TRUE, WRONG
+from hydra_pipe.cleaning.treatments import DROPPED, MIXED, RELABELLED
 from hydra_pipe.cli.app import app
 from hydra_pipe.errors import HydraError, NonFiniteError, PipelineError, RunError, UsageError
 from hydra_pipe.progress import Progress, Task
@@ -32,30 +33,6 @@ from hydra_pipe.store.data.relevance import (
 )
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import CLEAN, REDUCE
-
-FILE = f"""
-import sys
-sys.path[:0] = {[str(ROOT / "tests")]!r}
-from hydra_pipe import Pipeline
-from support.mislabelled import small
-
-def pipeline(seed: int = 0) -> Pipeline:
-    return small(seed)
-"""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clean")
-    (directory / "file.py").write_text(FILE)
-    hydra_pipe.record(str(directory / "file.py"), directory / "run")
-    hydra_pipe.reduce(directory / "run")
-    return directory / "run"
-
-
-@pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def place(run: Path, method: str = "hydra") -> Path:
@@ -278,7 +255,9 @@ def test_means_and_unlabelled_samples_are_ranked_without_suggestions(
         ({"method": "self"}, UsageError, "no test samples"),
         ({"lowest": N}, UsageError, "some must stay"),
         ({"seeds": 3}, UsageError, "--seeds is for --retrain"),
-        ({"pipeline": "x.py"}, UsageError, "--pipeline is for --retrain"),
+        ({"pipeline": "x.py"}, UsageError, "--pipeline is for --retrain and --rounds"),
+        ({"rounds": 2}, UsageError, "--rounds is for labels judged by dynamics"),
+        ({"undecided": "keep"}, UsageError, "--undecided is for --decisions"),
         ({"retrain": True, "seeds": 0}, UsageError, "1 or more"),
         ({"retrain": True, "pipeline": mlp_pipeline()}, RunError, "was recorded with"),
         ({"retrain": True, "pipeline": "nowhere.py"}, PipelineError, "nowhere"),
@@ -322,7 +301,7 @@ def test_halves_share_no_test_and_are_alike_in_labels() -> None:
 
 
 def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(run: Path) -> None:
-    """One seed, one fold, by hand."""
+    """One seed, which is not the seed of the run, fold by fold, by hand."""
     found = hydra_pipe.clean(run, lowest=12, retrain=True, seeds=1, method="hydra")
     relevance = np.asarray(hydra_pipe.open_run(run).relevance())
     labels = small().train.tensors[1].numpy()
@@ -338,19 +317,24 @@ def test_accuracy_is_that_of_retrained_models_on_the_half_that_has_not_chosen(ru
                 scores_of(relevance[:, fold.chosen].sum(axis=1, dtype=float), labels)
             ),
         ] = 0.0
-        both = Retrainer(small(), Progress(), "weights").train(weights, Task())[:, HIT][
-            :, fold.tests
-        ]
+        start = {name: p.detach() for name, p in small(1).model.named_parameters()}
+        retrainer = Retrainer(small(), Progress(), "weights")
+        both = retrainer.train(weights, Task(), seed=1, start=start)[:, HIT][:, fold.tests]
         all_hits.append(both[0])
         hits.append(both[1])
     rows = {row["trained on"]: row for row in found.retraining}
-    assert list(rows) == [ALL, PROPOSED, RANDOM, WRONG]
+    compared = [DROPPED, RELABELLED, MIXED]
+    rows_of_treatments = [name for how in compared for name in (how, RANDOM[how])]
+    assert list(rows) == [ALL, *rows_of_treatments, WRONG, TRUE]
     assert rows[ALL]["accuracy"] == pytest.approx(np.concatenate(all_hits).mean())
-    assert rows[PROPOSED]["accuracy"] == pytest.approx(np.concatenate(hits).mean())
+    assert rows[DROPPED]["accuracy"] == pytest.approx(np.concatenate(hits).mean())
     assert rows[ALL]["accuracy_change"] == 0.0
     for row in rows.values():
         for name in ("accuracy", "loss", "accuracy_change", "loss_change"):
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    for how in compared:
+        beside = rows[how]["accuracy"] - rows[RANDOM[how]]["accuracy"]
+        assert rows[how]["accuracy_over_random"] == pytest.approx(beside)
     known = found.summary["retraining"]["known"]
     wrong = np.isin(found.drop["train_id"].to_numpy(), np.arange(12)).sum()
     assert (known["wrong"], known["found"], known["recall"]) == (12, wrong, wrong / 12)
@@ -399,17 +383,16 @@ def test_retraining_goes_on_where_it_was_killed_and_more_seeds_use_what_is_there
     assert len(counted) == 2
 
 
-# the line to copy leaves it to Python to close its file
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_command_prints_a_table_where_the_files_are_and_how_to_use_them(run: Path) -> None:
     result = CliRunner().invoke(
         app, ["clean", str(run), "--method", "hydra", "--lowest", "12", "--retrain", "--seeds", "1"]
     )
     assert result.exit_code == 0, result.output
     assert "and 2 more" in result.stdout
-    assert "without as many at random" in result.stdout
-    hint = next(line for line in result.stdout.splitlines() if "Subset(" in line)
-    assert len(eval(hint.partition(": ")[2], {"torch": torch, "train": torch.arange(N)})) == N - 12
+    assert "drop as many at random" in result.stdout
+    hint = next(line for line in result.stdout.splitlines() if "cleaned(train" in line)
+    wanted = eval(hint.partition(": ")[2], {"hydra_pipe": hydra_pipe, "train": small().train})
+    assert N - 12 <= len(wanted) < N
 
 
 def test_a_run_of_a_pipeline_object_needs_that_object(

@@ -64,6 +64,13 @@ def test_tables_have_the_columns_and_types_of_the_contract(exported: Path) -> No
         "rank": "int32",
         "self_relevance": "float",
         "visits": "int64",
+        "mean_loss": "float",
+        "last_loss": "float",
+        "mean_margin": "float",
+        "mean_el2n": "float",
+        "variability": "float",
+        "visits_wrong": "int32",
+        "first_learnt": "int32",
     }
     assert types("classes.parquet") == {
         "train_label": "int64",

@@ -197,6 +197,20 @@ def test_many_samples_that_agree_bring_no_warning() -> None:
     assert judge(made()[0]).warnings == ()
 
 
+def test_rare_classes_and_unbalanced_ones_are_named() -> None:
+    rng = np.random.default_rng(0)
+
+    def warned(*counts: int) -> str:
+        labels = np.repeat(np.arange(len(counts)), counts)
+        z = np.eye(len(counts))[labels] * 3 + rng.normal(size=(3, len(labels), len(counts)))
+        return " ".join(judge(Dynamics(labels, z.astype(np.float32))).warnings)
+
+    assert "1 of 3 classes have fewer than 10 samples (the rarest 2)" in warned(100, 100, 2)
+    assert "unbalanced: the rarest has 12 of 812 samples" in warned(400, 400, 12)
+    assert "classes" not in warned(100, 100, 80)
+    assert "two classes, and the rarer one has 20 of 120" in warned(100, 20)
+
+
 def test_blocks_and_drawn_samples_give_about_the_same_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import hydra_pipe
 from hydra_pipe import Recorder
 from hydra_pipe.maths.curvature import curvature_weights
-from hydra_pipe.recording.capture import SeenOutput
 from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.seen_outputs import SeenOutput
 from hydra_pipe.recording.targets import TargetCheck
 
 N = 8

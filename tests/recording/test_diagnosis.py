@@ -29,7 +29,7 @@ from hydra_pipe.errors import (
     UsageError,
 )
 from hydra_pipe.integrations.refusals import refuse_training_arguments, unnamed_pass
-from hydra_pipe.recording import collectives, row_buffer
+from hydra_pipe.recording import checked_steps, collectives
 from hydra_pipe.recording.explanations import Evidence, explain, penalty_of
 from hydra_pipe.recording.refusals import refuse
 
@@ -787,8 +787,8 @@ def test_products_of_fewer_bits_have_a_wider_limit(precision: str, limit: float)
     was = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        assert row_buffer.imbalance_limit(torch.float32) == limit
-        assert row_buffer.imbalance_limit(torch.float64) == 1e-6
+        assert checked_steps.imbalance_limit(torch.float32) == limit
+        assert checked_steps.imbalance_limit(torch.float64) == 1e-6
     finally:
         torch.set_float32_matmul_precision(was)
 

@@ -35,8 +35,8 @@ from hydra_pipe.reporting.drawing import (
     rendered,
     visible,
 )
-from hydra_pipe.reporting.findings import findings
-from hydra_pipe.reporting.page import signed
+from hydra_pipe.reporting.findings import MOST_HARMED, Wanted, findings
+from hydra_pipe.reporting.pieces import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
 from hydra_pipe.store.data.relevance import (
@@ -129,7 +129,7 @@ def test_findings_are_those_of_the_whole_matrix_whatever_is_read_at_once(
     place = tmp_path_factory.mktemp("relevance") / "relevance.zarr"
     array = create_relevance(place, "hydra", attributes, 15, ResultColumns(((0, 9),)), 9, "0")
     write_relevance(array, 0, 0, values)
-    found = findings(array, [4, 1], 3, train, test, width, Task())
+    found = findings(array, Wanted([4, 1], 3, [7, 2]), train, test, width, Task())
     np.testing.assert_allclose(
         found.sums, read_relevance(array, slice(None)).sum(axis=1, dtype=np.float64)
     )
@@ -143,6 +143,9 @@ def test_findings_are_those_of_the_whole_matrix_whatever_is_read_at_once(
         assert (helpful.ids.tolist(), harmful.ids.tolist()) == (best, worst)
         assert (helpful.relevance > 0).all()
         assert (harmful.relevance < 0).all()
+    for sample, harmed in zip([7, 2], found.harmed, strict=True):
+        order = sorted(range(9), key=lambda j: (values[sample, j], j))[:MOST_HARMED]
+        assert harmed == [j for j in order if values[sample, j] < 0]
     assert found.classes is not None
     for i, a in enumerate(found.classes.train):
         for j, b in enumerate(found.classes.test):
@@ -171,7 +174,7 @@ def test_the_labels_that_most_samples_have_stand_for_all_where_they_are_many(
         tmp_path / "relevance.zarr", "hydra", attributes, 60, ResultColumns(((0, 1),)), 1, "0"
     )
     write_relevance(array, 0, 0, values)
-    found = findings(array, [], 3, train, np.array([5]), 1, Task()).classes
+    found = findings(array, Wanted([], 3), train, np.array([5]), 1, Task()).classes
     assert found is not None
     assert (len(found.train), found.n_train) == (24, 31)
     assert (found.train[0], found.means[0, 0]) == (0, np.arange(30).mean())

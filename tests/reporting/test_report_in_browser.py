@@ -70,7 +70,7 @@ def opened(
     outside = [
         url
         for url in asked
-        if url.partition("#")[0] != file.as_uri() and not url.startswith("data:")
+        if url.partition("#")[0] != file.as_uri() and not url.startswith(("data:", "about:"))
     ]
     context.close()
     assert said == []
@@ -92,9 +92,25 @@ def shown(page: Any, part: str) -> list[str]:
     )
 
 
+def show_all(page: Any, part: str, first: int) -> None:
+    """The list begins with `first` items, and has more on asking, until all are there."""
+    more = page.locator(f"#{part} [data-more]")
+    n = len(shown(page, part))
+    assert n == min(first, page.locator(f"#{part} [data-item]").count())
+    while more.is_visible():
+        more.click()
+        assert n < len(shown(page, part)) <= n + first
+        n = len(shown(page, part))
+    assert n == page.locator(f"#{part} [data-item]").count()
+
+
 def use_every_control(page: Any) -> None:
-    for part in ("tests", "harmful"):
+    for part, first in (("tests", 6), ("harmful", 12)):
+        if part == "harmful" and not page.locator("#harmful").count():
+            continue
         form = page.locator(f"#{part} form.controls")
+        if form.count():
+            show_all(page, part, first)
         before = shown(page, part)
         if part == "harmful" and not before:  # which `check_download` holds against the tables
             assert page.locator("#harmful .note").is_visible()
@@ -135,8 +151,18 @@ def use_every_control(page: Any) -> None:
         "#tests [data-item]", "all => all.map(e => Number(e.dataset.loss))"
     )
     assert losses == sorted(losses, reverse=True)
-    train = page.locator("#tests li[data-train]").first.get_attribute("data-train")
-    page.locator("#tests [name=search]").fill(f"#{train}")
+    sort.select_option("order")
+    if not page.locator("#tests li[data-train]").count():  # without relevance
+        return
+    link = page.locator("#tests a[data-find]").first
+    train = link.get_attribute("data-find")
+    link.click()
+    touched = {
+        item.get_attribute("data-id")
+        for item in page.locator("#tests .card").all()
+        if item.locator(f"li[data-train='{train}']").count()
+    }
+    assert set(shown(page, "tests")) == touched | ({train} & touched)
     assert page.locator(f"#tests li[data-hit][data-train='{train}']").first.is_visible()
     page.locator("#tests button[type=reset]").click()
 
@@ -159,16 +185,20 @@ def check_download(page: Any, run: Path, tmp_path: Path) -> None:
     assert len(found) == min(60, len(harmful))
 
 
-def check_keyboard(page: Any) -> None:
-    """From the top by the tabulator alone: the link that skips, then every control of the first
-    list.
-    """
-    page.reload()  # otherwise the tabulator goes on from what was clicked last
+def check_keyboard(page: Any, file: Path) -> None:
+    """From the top by the tabulator alone: the link that skips, then what the page begins with."""
+    # A new visit: otherwise the tabulator goes on from what was clicked last.
+    page.goto("about:blank")
+    page.goto(file.as_uri())
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
-    met = set()
-    for _ in range(8):
+    page.keyboard.press("Tab")
+    if page.locator("[data-doubt]").count():
+        assert page.evaluate("document.activeElement.matches('[data-doubt]')")
+        page.locator("#tests [name=search]").focus()
+    met = {page.evaluate("document.activeElement.name")}
+    for _ in range(7):
         page.keyboard.press("Tab")
         met.add(
             page.evaluate(
@@ -181,6 +211,87 @@ def check_keyboard(page: Any) -> None:
     details.locator("summary").first.focus()
     page.keyboard.press("Enter")
     assert details.get_attribute("open") is not None
+
+
+def decisions_of(page: Any, place: Path) -> list[list[str]]:
+    """Rows of the downloaded decisions, below their header."""
+    with page.expect_download() as waiting:
+        page.get_by_role("link", name="Download decisions as CSV").click()
+    assert waiting.value.suggested_filename == "decisions.csv"
+    waiting.value.save_as(place)
+    with open(place, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["sample", "decision", "label"]
+    return rows
+
+
+def check_decisions(page: Any, run: Path, tmp_path: Path) -> None:
+    """Labels are kept, corrected and dropped by keyboard and by mouse, decisions outlive a reload,
+    and `clean` takes them.
+    """
+    items = page.locator("[data-doubt]")
+    ids = items.evaluate_all("all => all.map(e => e.dataset.id)")
+    suggested = items.evaluate_all("all => all.map(e => e.dataset.class)")
+    assert len(ids) > 12
+    assert page.locator("[data-doubt]:visible").count() == 12
+    assert not page.get_by_role("link", name="Download decisions as CSV").is_visible()
+    items.first.focus()
+    for key in ("2", "j", "k", "1", "3", "ArrowUp", "0", "3", "o"):
+        page.keyboard.press(key)
+    # The last key went to the fourth sample's list of other labels.
+    assert page.evaluate("document.activeElement.closest('[data-doubt]').dataset.id") == ids[3]
+    other = next(str(n) for n in range(10) if str(n) != suggested[3])
+    items.nth(3).locator("select").select_option(other)
+    items.nth(4).get_by_role("button", name="Keep").click()
+    items.nth(5).get_by_role("button", name="Drop").click()
+    items.nth(5).get_by_role("button", name="Drop").click()  # taken back
+    expected = [
+        [ids[0], "relabel", suggested[0]],
+        [ids[1], "keep", ""],
+        [ids[2], "drop", ""],
+        [ids[3], "relabel", other],
+        [ids[4], "keep", ""],
+    ]
+    assert decisions_of(page, tmp_path / "decisions.csv") == expected
+    decided = hydra_pipe.clean(run, decisions=tmp_path / "decisions.csv").drop.to_pylist()
+    found = {row["train_id"]: row for row in decided if row["decided"]}
+    assert {i: (row["action"], row["suggested_class"]) for i, row in found.items()} == {
+        int(ids[0]): ("relabel", int(suggested[0])),
+        int(ids[2]): ("drop", found[int(ids[2])]["suggested_class"]),
+        int(ids[3]): ("relabel", int(other)),
+    }
+    page.reload()
+    assert decisions_of(page, tmp_path / "again.csv") == expected
+    assert "5 decided: 2 kept, 2 relabelled, 1 dropped" in page.inner_text("#labels .decided")
+    pressed = page.locator("[data-doubt] [aria-pressed=true]")
+    assert pressed.evaluate_all("all => all.map(e => e.dataset.decision)") == [
+        "relabel",
+        "keep",
+        "drop",
+        "keep",
+    ]
+    items.nth(11).focus()
+    page.keyboard.press("j")  # brings the next ones
+    assert page.locator("[data-doubt]:visible").count() == 24
+    assert page.evaluate("document.activeElement.dataset.id") == ids[12]
+    page.get_by_role("button", name="Forget all").click()
+    assert page.evaluate("localStorage.length") == 0
+    check_looks(page)
+
+
+def check_map(page: Any) -> None:
+    """A point that is tapped, or walked to, shows its sample: those that look wrong first."""
+    plane = page.locator("#map .plane")
+    plane.focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+        assert "looks wrong" in page.inner_text("#map .picked")
+    seen = page.inner_text("#map .picked")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#map .picked") != seen
+    plane.locator("svg").click(position={"x": 5, "y": 5})
+    assert page.inner_text("#map .picked").startswith("Sample #")
+    assert page.locator("#map .here").is_visible()
 
 
 def check_print(page: Any) -> None:
@@ -219,10 +330,16 @@ def test_reports_of_shipped_pipelines(
         check_looks(page)
         use_every_control(page)
         check_download(page, run, tmp_path)
-        check_keyboard(page)
+        check_keyboard(page, file)
+        if pipeline == "digits.py":
+            check_decisions(page, run, tmp_path)
+            check_map(page)
         check_print(page)
     with opened(browser, file, PHONE, "dark") as page:
         check_looks(page)
+        if page.locator("[data-doubt]").count():
+            end = page.locator("#labels").evaluate("e => e.getBoundingClientRect().bottom")
+            assert end <= 6 * PHONE["height"]
 
 
 HOSTILE = [

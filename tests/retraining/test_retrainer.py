@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from hydra_pipe import Pipeline
-from hydra_pipe.errors import PipelineError
+from hydra_pipe.errors import DataError, PipelineError
 from hydra_pipe.progress import Progress, Task
-from hydra_pipe.retraining.retrainer import HIT, LOSS, Retrainer
+from hydra_pipe.retraining.retrainer import AS_GIVEN, HIT, LOSS, Retrainer
 from hydra_pipe.training.batches import Samples, epoch_order
 
 Build = Callable[[], Pipeline]
@@ -132,6 +132,37 @@ def test_each_model_of_a_stack_is_what_torch_trains_alone(build: Build, mean_ove
     )
     assert pipeline.model.training
     np.testing.assert_array_equal(retrainer.train(weights, Task()), found)
+
+
+@pytest.mark.parametrize("build", [sgd, branches])
+def test_classes_replace_the_targets_of_each_model_alone(build: Build) -> None:
+    n = len(build().train)
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 2, (3, n)).astype(np.float32)
+    classes = np.where(rng.random((3, n)) < 0.3, rng.integers(0, 4, (3, n)), AS_GIVEN)
+    classes[1] = AS_GIVEN
+    found = Retrainer(build(), Said(), "weights").train(
+        weights, Task(), classes=classes.astype(np.int32)
+    )
+    for row, own, numbers in zip(found, weights, classes, strict=True):
+        pipeline = build()
+        inputs, targets = pipeline.train.tensors
+        given = torch.where(torch.from_numpy(numbers) < 0, targets, torch.from_numpy(numbers))
+        pipeline.train = TensorDataset(inputs, given)
+        expected = trained_by_torch(pipeline, own, "weights")
+        np.testing.assert_allclose(row[LOSS], expected, rtol=1e-9)
+
+
+def test_targets_that_are_no_classes_are_not_replaced() -> None:
+    pipeline = sgd()
+    inputs, targets = pipeline.train.tensors
+    pipeline.train = TensorDataset(inputs, targets.double())
+    pipeline.loss = lambda output, target: (output[:, 0] - target) ** 2
+    n = len(pipeline.train)
+    with pytest.raises(DataError, match="not class numbers"):
+        Retrainer(pipeline, Progress()).train(
+            np.ones((1, n), np.float32), Task(), classes=np.zeros((1, n), np.int32)
+        )
 
 
 class Augmented(Dataset):  # type: ignore[type-arg]

@@ -24,15 +24,30 @@ N_FOUND = 2  # loss and hit
 _MOST_HEADER_BYTES = 2**16
 
 
-def digest_of(run_id: str, weights: NDArray[np.floating], seed: int, mean_over: str) -> str:
+def digest_of(
+    run_id: str,
+    weights: NDArray[np.floating],
+    seed: int,
+    mean_over: str,
+    classes: NDArray[np.int32] | None = None,
+) -> str:
     """Return a digest, 16 digits, of the run and of what the models of a piece train with.
 
     A piece of results counts only where the same digest is asked for.
+
+    Args:
+        run_id: id of the run.
+        weights: weights of the samples, shape (model, sample).
+        seed: seed of the models.
+        mean_over: divisor of the weighted losses.
+        classes: classes that replace targets, shape (model, sample). None: no target is replaced.
     """
     found = hashlib.sha256(
         f"{run_id} {seed} {mean_over} {weights.shape} {weights.dtype}\n".encode()
     )
     found.update(np.ascontiguousarray(weights).tobytes())
+    if classes is not None:
+        found.update(np.ascontiguousarray(classes).tobytes())
     return found.hexdigest()[:16]
 
 

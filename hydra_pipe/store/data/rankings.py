@@ -84,6 +84,13 @@ def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema
             pa.field("rank", pa.int32(), nullable=False),
             pa.field("self_relevance", pa.float32()),
             pa.field("visits", pa.int64(), nullable=False),
+            pa.field("mean_loss", pa.float32()),
+            pa.field("last_loss", pa.float32()),
+            pa.field("mean_margin", pa.float32()),
+            pa.field("mean_el2n", pa.float32()),
+            pa.field("variability", pa.float32()),
+            pa.field("visits_wrong", pa.int32()),
+            pa.field("first_learnt", pa.int32()),
         ],
         metadata=meta,
     )

@@ -89,12 +89,21 @@ class ReducedRun:
         Raises:
             StoreError: damaged.
         """
-        visits = np.zeros(self.counts.n_samples, np.int64)
-        n_rows = self.gradients.rows.n_rows
-        with progress.task("visits", n_rows, "rows") as task:
-            for first in range(0, n_rows, _VISIT_ROWS):
-                samples = self.gradients.samples(slice(first, first + _VISIT_ROWS))
-                check_within(samples, len(visits), f"samples of {self.gradients.path}")
-                visits += np.bincount(samples, minlength=len(visits))
-                task.advance(len(samples))
-        return visits
+        return visit_counts(self.gradients, self.counts.n_samples, progress)
+
+
+def visit_counts(gradients: Gradients, n_samples: int, progress: Progress) -> NDArray[np.int64]:
+    """Return the number of steps of a recording that used each sample, shape (sample,).
+
+    Raises:
+        StoreError: damaged.
+    """
+    visits = np.zeros(n_samples, np.int64)
+    n_rows = gradients.rows.n_rows
+    with progress.task("visits", n_rows, "rows") as task:
+        for first in range(0, n_rows, _VISIT_ROWS):
+            samples = gradients.samples(slice(first, first + _VISIT_ROWS))
+            check_within(samples, len(visits), f"samples of {gradients.path}")
+            visits += np.bincount(samples, minlength=len(visits))
+            task.advance(len(samples))
+    return visits

@@ -49,7 +49,7 @@ def exporting(run: Path, name: str, settings: _Settings) -> str:
 
 def cleaning(run: Path, name: str, settings: _Settings) -> str:
     """Return the command that proposes samples to relabel or drop, by the relevance `name`."""
-    cut = {f"--{key}": settings.get(key) for key in ("lowest", "threshold")}
+    cut = {f"--{key}": settings.get(key) for key in ("lowest", "threshold", names.ROUNDS)}
     cautious = ["--cautious"] if settings.get("cautious") else []
     method = None if name == DYNAMICS else name
     return _command("clean", str(run), *cautious, **{"--method": method}, **cut)

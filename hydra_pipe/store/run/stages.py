@@ -345,6 +345,7 @@ REPORT: Final = StageKind(
     ),
     command=_by(commands.reporting),
     made_from=REDUCE,
+    of_recording=lambda name: name == DYNAMICS,
 )
 EVALUATE: Final = StageKind(
     word="evaluate",
