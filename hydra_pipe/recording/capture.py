@@ -27,6 +27,7 @@ from hydra_pipe.recording.micro_batches import MicroBatch
 from hydra_pipe.recording.model_outputs import predicted_in, tensors_in, watch_gradient
 from hydra_pipe.recording.module_hooks import Hook, do_nothing
 from hydra_pipe.recording.places import Call, Pass, Watched, rows_by_node, rows_of_call
+from hydra_pipe.recording.precision import full_precision
 from hydra_pipe.recording.seen_outputs import SeenOutput
 
 # Arguments: the contributions of one call, by index of the parameter's block; the place of their
@@ -488,9 +489,11 @@ class Capture:
             found = []
         finally:
             self._sink = sink
-        for place, contributions in found:
-            if sink(contributions, place, is_asked):
-                call.of_pass.has_gradient = True
+        # contributions may be encoded at once
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+            for place, contributions in found:
+                if sink(contributions, place, is_asked):
+                    call.of_pass.has_gradient = True
 
     def on_route(
         self,
@@ -528,9 +531,10 @@ class Capture:
                 found = rows()
         finally:
             self._sink = sink
-        for block, contribution in found:
-            if sink({block: contribution}, of_pass.first, is_asked):
-                of_pass.has_gradient = True
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, full_precision(gradient):
+            for block, contribution in found:
+                if sink({block: contribution}, of_pass.first, is_asked):
+                    of_pass.has_gradient = True
 
     def _release_at_end(self, call: Call) -> None:
         """Release all inputs when the backward pass ends, as autograd releases its own then."""
@@ -552,20 +556,6 @@ class Capture:
             if call.task == task:
                 call.release()
         self._calls = [call for call in self._calls if call.task != task]
-
-
-@contextmanager
-def full_precision(like: Tensor) -> Iterator[None]:
-    """Turn autocast off while the block runs.
-
-    Rows made in half precision would be wrong, and their norms infinite.
-    """
-    kind = like.device.type
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            yield
-    else:
-        yield
 
 
 def _samples_in(tensors: Sequence[Tensor], batch: int) -> int | None:

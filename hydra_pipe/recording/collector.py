@@ -27,6 +27,7 @@ from hydra_pipe.recording.encoder import RowEncoder, describe, key_of_side_by_si
 from hydra_pipe.recording.encodings import Given, Reduced
 from hydra_pipe.recording.explanations import explain
 from hydra_pipe.recording.micro_batches import MicroBatch, Mixture, check_covered
+from hydra_pipe.recording.precision import full_precision
 from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.recording.seen_outputs import SeenOutput
 
@@ -230,7 +231,7 @@ class Collector:
         micro_batches = self.micro_batches
         check_covered(micro_batches, when)
         self._capture.check_passes(when)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.parameters[0]):
             encoder = self.encoder = self.encoder or self._choose_encoding()
             batch = sum(len(p.samples) for p in micro_batches)
             why = partial(explain, self._model, self._optimizer)

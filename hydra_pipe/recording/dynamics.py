@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydra_pipe.maths.sketch import philox_of, random_signs
+from hydra_pipe.recording.precision import full_precision
 from hydra_pipe.recording.seen_outputs import SeenOutput, placed_once
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import LAST_INPUTS, TOP, DynamicsShape
@@ -143,7 +144,8 @@ class DynamicsWatch:
         inputs = torch.cat([w.seen.last_input for w in group if w.seen.last_input is not None])
         inputs = inputs.float()
         if inputs.shape[1] > LAST_INPUTS:
-            inputs = inputs @ self._projection(inputs)
+            with full_precision(inputs):
+                inputs = inputs @ self._projection(inputs)
         if inputs.shape[1] == self.shape.n_inputs:
             self._note(group, names.LAST_INPUT, _as_float16(inputs))
 

@@ -32,6 +32,7 @@ from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import Reduced
 from hydra_pipe.recording.explanations import Evidence, penalty_of
 from hydra_pipe.recording.micro_batches import Mixture
+from hydra_pipe.recording.precision import full_precision
 from hydra_pipe.recording.transfer import copy_rows, to_host
 from hydra_pipe.store import names
 from hydra_pipe.store.zarr.table import TableWriter
@@ -254,12 +255,13 @@ class RowBuffer:
         features = self.features[: entries[-1].rows.stop]
         sizes = [entry.rows.stop - entry.rows.start for entry in entries]
         norms = [norm for entry in entries for norm in entry.norms.values()]
-        return [
-            self._largest(len(features)),
-            self._encoder.sums(features, sizes),
-            self._actual[: len(entries)],
-            *([torch.stack([norm.to(self._dtype) for norm in norms])] if norms else []),
-        ]
+        with full_precision(features):  # a loop may cast where it takes test gradients or closes
+            return [
+                self._largest(len(features)),
+                self._encoder.sums(features, sizes),
+                self._actual[: len(entries)],
+                *([torch.stack([norm.to(self._dtype) for norm in norms])] if norms else []),
+            ]
 
     def accept(self, values: Sequence[NDArray[Any]]) -> None:
         """Take the values of `prepare` from the host. No step may be added in between."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.recordings import arrays
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -235,3 +236,22 @@ def test_the_data_frame_has_each_visit(tmp_path: Path, n_classes: int) -> None:
     np.testing.assert_allclose(frame["confidence"], p.max(axis=1), rtol=1e-2)
     own = p[np.arange(len(p)), expected["target"]]
     np.testing.assert_allclose(frame["label_confidence"], own, rtol=1e-2)
+
+
+def test_steps_that_are_written_under_autocast_are_those_written_outside(tmp_path: Path) -> None:
+    found = {}
+    for name in ("usual", "cast"):
+        model = network(36, 4)  # inputs of the head are projected
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = data(4)
+        recorder = Recorder(model, optimizer, tmp_path / name, n_samples=N)
+        for _ in range(3):
+            with recorder.step(np.arange(N)):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "cast"):
+            recorder.close()
+        found[name] = arrays(tmp_path / name)
+    for name, values in found["usual"].items():
+        np.testing.assert_array_equal(found["cast"][name], values, err_msg=name)
