@@ -2,13 +2,14 @@
 
 A training is plain torch on one thread, without hydra-pipe. Each visit of a sample leaves its
 logits, and 32 fixed random projections of the input of the last layer, in float16. `labels.py`
-judges these files.
+judges these files; `label_peers.py` trains on parts of the samples, and under a recorder.
 """
 
 import gzip
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,28 +274,55 @@ def _cropped(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirror[:, None, None, None], stacked.flip(-1), stacked)
 
 
-def train(cell: Cell, seed: int, data: Path) -> dict[str, NDArray[Any]]:
-    """Train once, and return what was seen.
+@dataclass(frozen=True)
+class Trained:
+    """A network after its training, and what was seen.
 
-    Returns:
-        logits, float16, shape (epoch, n, class), and inputs of the last layer, projected, float16,
-        shape (epoch, n, at most 32), of each visit; labels and truth, int64, shape (n,); accuracy
-        on the test samples, float64, shape ().
+    Attributes:
+        model: the network.
+        logits: of each visit, float16, shape (epoch, n, class).
+        inputs: inputs of the last layer, projected, of each visit, float16, shape (epoch, n, at
+            most 32).
     """
+
+    model: nn.Module
+    logits: NDArray[np.float16]
+    inputs: NDArray[np.float16]
+
+
+# A context for each step, by the ids of its samples.
+Step = Callable[[Tensor], AbstractContextManager[Any]]
+Watch = Callable[[nn.Module, torch.optim.Optimizer], Step]
+
+
+def unwatched(*_: object) -> Step:
+    return lambda _: nullcontext()
+
+
+def prepared(cell: Cell, seed: int, data: Path) -> tuple[Data, I64]:
+    """Seed torch, and return the data, the network at its start, and labels of shape (n,)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 77])
     loaded = DATA[cell.data](data, rng)
-    labels = given_labels(cell, loaded, rng)
-    n, classes = len(labels), int(loaded.truth.max()) + 1
-    head = nn.Linear(loaded.width, classes)
-    parameters = [*loaded.body.parameters(), *head.parameters()]
-    optimizer: torch.optim.Optimizer
-    if cell.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=cell.lr, weight_decay=1e-2)
-    else:
-        momentum, decay = (0.0, 1e-4) if cell.data == "digits" else (0.9, 5e-4)
-        optimizer = torch.optim.SGD(parameters, lr=cell.lr, momentum=momentum, weight_decay=decay)
-    batch = 32 if cell.data == "digits" else BATCH
+    return loaded, given_labels(cell, loaded, rng)
+
+
+def fit(
+    cell: Cell, loaded: Data, labels: I64, seed: int, n_classes: int, watch: Watch = unwatched
+) -> Trained:
+    """Train the network of `loaded` on its samples and these labels.
+
+    Args:
+        cell: how to train.
+        loaded: samples and body. The body is trained in place.
+        labels: shape (n,).
+        seed: seed of the order and of the projections. The head is drawn from torch's own state.
+        n_classes: outputs of the head.
+        watch: called with the network and its optimiser before the first step.
+    """
+    model = nn.Sequential(loaded.body, nn.Linear(loaded.width, n_classes))
+    optimizer = _optimizer(cell, model)
+    n, batch = len(labels), 32 if cell.data == "digits" else BATCH
     steps = cell.epochs * -(-n // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -305,30 +333,57 @@ def train(cell: Cell, seed: int, data: Path) -> dict[str, NDArray[Any]]:
         else torch.randn(loaded.width, N_PROJECTIONS, generator=generator) / loaded.width**0.5
     )
     targets = torch.from_numpy(labels)
-    logits = np.empty((cell.epochs, n, classes), np.float16)
+    logits = np.empty((cell.epochs, n, n_classes), np.float16)
     inputs = np.empty((cell.epochs, n, matrix.shape[1]), np.float16)
+    hidden: list[Tensor] = []
+    model[1].register_forward_pre_hook(lambda _, given: hidden.append(given[0].detach()))
+    step = watch(model, optimizer)
     for epoch in range(cell.epochs):
         for ids in torch.randperm(n, generator=generator).split(batch):
             x = loaded.train[ids]
-            hidden = loaded.body(_cropped(x, generator) if cell.crops else x)
-            output = head(hidden)
-            optimizer.zero_grad()
-            F.cross_entropy(output, targets[ids]).backward()
-            optimizer.step()
+            hidden.clear()
+            with step(ids):
+                output = model(_cropped(x, generator) if cell.crops else x)
+                optimizer.zero_grad()
+                F.cross_entropy(output, targets[ids]).backward()
+                optimizer.step()
             if cell.cosine:
                 schedule.step()
             logits[epoch, ids.numpy()] = output.detach().numpy()
-            inputs[epoch, ids.numpy()] = (hidden.detach() @ matrix).numpy()
-    loaded.body.eval()
+            inputs[epoch, ids.numpy()] = (hidden[-1] @ matrix).numpy()
+    return Trained(model.eval(), logits, inputs)
+
+
+def _optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
+    if cell.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=cell.lr, weight_decay=1e-2)
+    momentum, decay = (0.0, 1e-4) if cell.data == "digits" else (0.9, 5e-4)
+    return torch.optim.SGD(model.parameters(), lr=cell.lr, momentum=momentum, weight_decay=decay)
+
+
+def probabilities(model: nn.Module, samples: Tensor) -> NDArray[np.float64]:
+    """Return the chance of each class for each sample, shape (n, class)."""
     with torch.no_grad():
-        predicted = torch.cat([head(loaded.body(x)).argmax(1) for x in loaded.test.split(500)])
-    accuracy = np.array(float((predicted.numpy() == loaded.tests).mean()))
+        found = torch.cat([model(x).double().softmax(1) for x in samples.split(500)])
+    return np.asarray(found)
+
+
+def train(cell: Cell, seed: int, data: Path) -> dict[str, NDArray[Any]]:
+    """Train once, and return what was seen.
+
+    Returns:
+        logits and inputs as in `Trained`; labels and truth, int64, shape (n,); accuracy on the
+        test samples, float64, shape ().
+    """
+    loaded, labels = prepared(cell, seed, data)
+    trained = fit(cell, loaded, labels, seed, int(loaded.truth.max()) + 1)
+    predicted = probabilities(trained.model, loaded.test).argmax(1)
     return {
-        "logits": logits,
-        "inputs": inputs,
+        "logits": trained.logits,
+        "inputs": trained.inputs,
         "labels": labels,
         "truth": loaded.truth,
-        "accuracy": accuracy,
+        "accuracy": np.array(float((predicted == loaded.tests).mean())),
     }
 
 

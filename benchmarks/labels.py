@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from label_runs import CELLS, CLEAN, kept
@@ -65,19 +65,34 @@ def measured(run: Mapping[str, NDArray[Any]], verdict: Verdict) -> dict[str, lis
     return columns
 
 
+class Tenth(NamedTuple):
+    """Samples whose chance of a wrong label lies from `low` to `high`."""
+
+    low: float
+    high: float
+    n: int
+    chance: float  # mean
+    wrong: float  # share
+
+
+def reliability(chance: F64, wrong: Bools) -> list[Tenth]:
+    """Return each tenth of the chance that has samples."""
+    rows = []
+    for low, high in pairwise(np.linspace(0, 1, 11).tolist()):
+        there = (chance >= low) & ((chance < high) | (high == 1))
+        if there.any():
+            mean, share = float(chance[there].mean()), float(wrong[there].mean())
+            rows.append(Tenth(low, high, int(there.sum()), mean, share))
+    return rows
+
+
 def calibration(runs: list[tuple[F64, Bools]]) -> None:
     """Print the share of wrong labels among samples of each range of the chance, over all runs."""
-    edges = np.linspace(0, 1, 11)
     print("\n| chance | samples | mean chance | wrong |\n| --- | --- | --- | --- |")
     chance = np.concatenate([c for c, _ in runs])
     wrong = np.concatenate([w for _, w in runs])
-    for low, high in pairwise(edges):
-        there = (chance >= low) & ((chance < high) | (high == 1))
-        if there.any():
-            print(
-                f"| {low:.1f} to {high:.1f} | {there.sum()} | {chance[there].mean():.2f} "
-                f"| {wrong[there].mean():.2f} |"
-            )
+    for row in reliability(chance, wrong):
+        print(f"| {row.low:.1f} to {row.high:.1f} | {row.n} | {row.chance:.2f} | {row.wrong:.2f} |")
 
 
 def line(name: str, columns: Mapping[str, list[float]], titles: list[str]) -> str:
