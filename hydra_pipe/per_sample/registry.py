@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.per_sample.conv import conv_rule, conv_transpose_rule
-from hydra_pipe.per_sample.embedding import embedding_rule
+from hydra_pipe.per_sample.embedding import embedding_bag_rule, embedding_rule
 from hydra_pipe.per_sample.factors import Contribution
 from hydra_pipe.per_sample.linear import conv1d_of_transformers_rule, linear_rule
 from hydra_pipe.per_sample.normalization import channel_norm_rule, last_dims_norm_rule
@@ -79,6 +79,7 @@ _BUILT_IN: dict[Rule, tuple[type[nn.Module], ...]] = {
     conv_rule: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     conv_transpose_rule: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     embedding_rule: (nn.Embedding,),
+    embedding_bag_rule: (nn.EmbeddingBag,),
     last_dims_norm_rule: (nn.LayerNorm, nn.RMSNorm),
     channel_norm_rule: (
         nn.GroupNorm,

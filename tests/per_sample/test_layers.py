@@ -1,6 +1,7 @@
 """Layer rules against one backward pass a sample, in float64."""
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import pytest
@@ -497,6 +498,45 @@ def test_shares_of_a_batch_norm_in_training_sum_to_the_gradient_and_belong_to_th
     )
     expected = (normed * grad_output).reshape(5, 3, -1).sum(2)
     torch.testing.assert_close(found["weight"], expected.detach())
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        *product(("sum", "mean"), ("rows", "offsets", "last offset", "empty bag")),
+        ("sum", "weights"),  # torch takes weights in sums only
+    ],
+)
+def test_each_token_of_a_bag_gets_the_bags_gradient(
+    mode: str, padding: int | None, form: str
+) -> None:
+    module = nn.EmbeddingBag(
+        7, 3, mode=mode, padding_idx=padding, include_last_offset=form == "last offset"
+    ).double()
+    flat = torch.tensor([1, 2, 2, 5, 6, 1, 0, 2, 2, 3, 4, 1])
+    ends = {"offsets": [0, 5, 6], "last offset": [0, 5, 6, 12], "empty bag": [0, 5, 5, 9]}.get(form)
+    args: tuple[torch.Tensor, ...] = (flat.reshape(3, 4),)
+    kwargs: dict[str, torch.Tensor] = {}
+    if ends is not None:
+        args = (flat, torch.tensor(ends))
+    elif form == "weights":
+        kwargs = {"per_sample_weights": random(3, 4, seed=2)}
+    output = module(*args, **kwargs)
+    grad_output = random(*output.shape, seed=1)
+    with torch.no_grad():
+        found = written_out(rule_for(module)(module, args, kwargs, grad_output, ["weight"]))
+    for bag, row in enumerate(found["weight"]):
+        (wanted,) = torch.autograd.grad(
+            (output[bag] * grad_output[bag]).sum(), [module.weight], retain_graph=True
+        )
+        torch.testing.assert_close(row.reshape(7, 3), wanted)
+
+
+def test_a_bag_of_maxima_is_left_to_the_graph() -> None:
+    module = nn.EmbeddingBag(7, 3, mode="max")
+    with pytest.raises(LayerError, match="has no rule of its own"):
+        rule_for(module)(module, (torch.zeros(2, 3).long(),), {}, torch.ones(2, 3), ["weight"])
 
 
 @pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}])
