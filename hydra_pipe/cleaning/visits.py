@@ -17,7 +17,8 @@ from hydra_pipe.units import format_bytes
 
 # Meaning of few outputs of a sample.
 _NO_CLASSES = {
-    0: "a sample has several outputs, such as tokens or pixels, or none that is known",
+    0: "a sample has several outputs, such as tokens or pixels, or none that is known (a loop "
+    "must call the model itself, not its parts)",
     1: "a sample has one output: a regression, or one logit for two classes (train with two "
     "outputs instead)",
 }
