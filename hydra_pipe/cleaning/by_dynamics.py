@@ -17,7 +17,7 @@ from hydra_pipe.labels.judging import Verdict, judge
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.clean_result import KEEP, RELABEL, WARNINGS, dynamics_schema
+from hydra_pipe.store.data.clean_result import KEEP, RELABEL, TESTS, WARNINGS, dynamics_schema
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -123,7 +123,7 @@ def _table(seen: Seen, verdict: Verdict, chosen: I64) -> pa.Table:
             pa.array([RELABEL] * len(chosen) + [KEEP] * n_kept, pa.string()),
             pa.array(reasons, pa.string()),
             pa.array(np.zeros(len(order), bool)),
-            pa.nulls(len(order), pa.list_(pa.int64())),
+            pa.nulls(len(order), TESTS),
         ],
         schema=dynamics_schema(kind, rankings.metadata(DYNAMICS, _SIGN, _UNIT, seen.run_id)),
     )

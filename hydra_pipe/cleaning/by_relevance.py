@@ -16,7 +16,7 @@ from hydra_pipe.errors import NonFiniteError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.clean_result import DROP, KEEP, RELABEL, relevance_schema
+from hydra_pipe.store.data.clean_result import DROP, KEEP, RELABEL, TESTS, relevance_schema
 from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import BY_LABEL, MEAN
@@ -131,7 +131,7 @@ def _table(found: ReducedRun, run_id: str, judged: _Judged, classes: Classes | N
             pa.array([*actions, *[KEEP] * len(others)], pa.string()),
             pa.array([*why, *kept], pa.string()),
             pa.array(np.zeros(len(order), bool)),
-            pa.nulls(len(order), pa.list_(pa.int64())),
+            pa.nulls(len(order), TESTS),
         ],
         schema=relevance_schema(
             kind,

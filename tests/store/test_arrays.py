@@ -14,6 +14,7 @@ from zarr.storage import LocalStore
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store.zarr.arrays import ROTTEN, Array, Group
+from hydra_pipe.store.zarr.codec import COMPRESSOR, LEVEL
 
 DTYPES = ["float16", "float32", "float64", "int8", "int64", "uint8"]
 
@@ -70,7 +71,12 @@ def by_zarr(
         overwrite=True,
         config={"write_empty_chunks": True},
         **(
-            {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()]}
+            {
+                "compressors": [
+                    BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="shuffle"),
+                    Crc32cCodec(),
+                ]
+            }
             | more
         ),
     )

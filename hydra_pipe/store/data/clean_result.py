@@ -28,6 +28,9 @@ KEEP, RELABEL, DROP = "keep", "relabel", "drop"
 RETRAINING: Final = "retraining"
 # Column of the tables, and key of the summary: the tests that a sample hurts most.
 HURTS: Final = "hurts"
+# Type of that column. Parquet calls the values "element": a table that is read and written again
+# then has the same bytes.
+TESTS: Final = pa.list_(pa.field("element", pa.int64()))
 # Key of the summary: the decisions of a person.
 DECISIONS: Final = "decisions"
 # Key of the summary: reasons not to trust the proposal, one sentence each.
@@ -86,7 +89,7 @@ _LAST = [
     pa.field("action", pa.string(), nullable=False),
     pa.field("reason", pa.string()),
     pa.field("decided", pa.bool_(), nullable=False),
-    pa.field(HURTS, pa.list_(pa.int64())),
+    pa.field(HURTS, TESTS),
 ]
 
 
