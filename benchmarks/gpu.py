@@ -1,4 +1,4 @@
-"""What a GPU run needs to know, in one command: the tests marked `gpu`, then what recording costs.
+"""The tests marked `gpu`, then the cost of recording on a GPU, in one command.
 
     python benchmarks/gpu.py [--tiny] [--steps 30] [--rounds 3] [--no-tests] [--json FILE]
 
@@ -146,7 +146,7 @@ def cases(*, tiny: bool) -> list[Case]:
 
 @dataclass
 class Found:
-    """What one side took.
+    """Times, memory and calls of one side.
 
     Args:
         step_ms: milliseconds of each step but the first ones.

@@ -88,7 +88,7 @@ Side = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one side makes of the labels.
+    """Order, proposal and suggestions of one side.
 
     Attributes:
         suspicion: the higher, the more suspicious, shape (n,).

@@ -1,4 +1,4 @@
-"""What is said of retrainings: intervals, and which treatment helps."""
+"""Sentences on retrainings: intervals, and which treatment helps."""
 
 import numpy as np
 import pytest

@@ -186,7 +186,7 @@ def check_download(page: Any, run: Path, tmp_path: Path) -> None:
 
 
 def check_keyboard(page: Any, file: Path) -> None:
-    """From the top by the tabulator alone: the link that skips, then what the page begins with."""
+    """The tabulator alone reaches the link that skips, then the controls of the page."""
     # A new visit: otherwise the tabulator goes on from what was clicked last.
     page.goto("about:blank")
     page.goto(file.as_uri())
