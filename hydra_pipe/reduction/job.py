@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +14,7 @@ from hydra_pipe.plan.records import TESTS_AT_ONCE, Plan, RowPlan
 from hydra_pipe.reduction.column_groups import segments_of
 from hydra_pipe.reduction.materialize import Expansion
 from hydra_pipe.reduction.norms import SquaredNorms, inverse_norms
-from hydra_pipe.reduction.scores import ReadWindow, TestBlock, decode_tests
+from hydra_pipe.reduction.scores import ReadWindow, TestBlock, decode_tests, window_of
 from hydra_pipe.reduction.sharing import shared
 from hydra_pipe.reduction.weights import RowUse, StepWeights, last_rows
 from hydra_pipe.store.data.gradients import Gradients, Prefix
@@ -121,13 +120,9 @@ def load_tests(job: ReductionJob[RowPlan], tests: Span, tested: WhichTests) -> T
         at_once = job.plan.reading.rows
         for low in range(0, len(stored), at_once):
             own = slice(low, low + at_once)
-            squares = norms(partial(_window, stored[own]), scales[own].astype(np.float64) ** 2)
+            squares = norms(window_of(stored[own]), scales[own].astype(np.float64) ** 2)
             scales[own] *= inverse_norms(squares)[:, None]
     return decode_tests(stored, scales, segments, preconditioner)
-
-
-def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
-    return stored[:, first:last]
 
 
 def columns_of_tests(

@@ -23,6 +23,11 @@ from hydra_pipe.types import F32
 ReadWindow = Callable[[int, int], NDArray[Any]]
 
 
+def window_of(stored: NDArray[Any]) -> ReadWindow:
+    """Return a function that returns columns of rows in memory, of shape (row, feature)."""
+    return lambda first, last: stored[:, first:last]
+
+
 @dataclass(frozen=True)
 class TestBlock:
     """Test gradients, decoded so that each segment needs one product.

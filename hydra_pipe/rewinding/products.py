@@ -5,7 +5,6 @@ Factored rows are never multiplied out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.reduction.column_groups import DenseSegment, Segment, segments_of
 from hydra_pipe.reduction.norms import SquaredNorms
 from hydra_pipe.reduction.row_sums import Folder, places_of
-from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests
+from hydra_pipe.reduction.scores import ReadWindow, Scorer, TestBlock, decode_tests, window_of
 from hydra_pipe.store.data.preconditioner import Preconditioner
 from hydra_pipe.store.data.rows import Rows
 from hydra_pipe.types import F32, F64
@@ -39,11 +38,7 @@ class RowBlock:
     @property
     def read(self) -> ReadWindow:
         """Function that returns stored columns of the rows, which are loaded once."""
-        return partial(_window, self.load())
-
-
-def _window(stored: NDArray[Any], first: int, last: int) -> NDArray[Any]:
-    return stored[:, first:last]
+        return window_of(self.load())
 
 
 def at_once(layout: Layout) -> int:
