@@ -13,6 +13,7 @@ from hydra_pipe.reduction.steps import counted_rows
 from hydra_pipe.reduction.weights import StepWeights
 from hydra_pipe.rewinding.products import RowBlock, at_once
 from hydra_pipe.store import names
+from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.store.data.rows import check_within
@@ -96,10 +97,21 @@ class StepRows:
         ]
 
 
-def train_labels(recording: SoFar) -> NDArray[Any] | None:
-    """Return the recorded labels of all training samples. None where they are not known."""
+def labels_column(
+    recording: SoFar, ids: NDArray[np.int64], targets: NDArray[np.integer[Any]]
+) -> pa.Array:
+    """Return the label of training samples as a column of a table.
+
+    Args:
+        recording: the recording.
+        ids: the samples, shape (sample,).
+        targets: class that the loss compared each of them with, shape (sample,). It is the label
+            where the recorded labels are not known.
+    """
     labels = recording.gradients.labels(names.TRAIN_LABELS)
-    return labels if labels is not None and len(labels) == recording.n_samples else None
+    if labels is None or len(labels) != recording.n_samples:
+        return class_column(targets)
+    return rankings.label_column(labels, ids, rankings.label_type(labels))
 
 
 def class_column(classes: NDArray[np.integer[Any]]) -> pa.Array:

@@ -18,13 +18,11 @@ from hydra_pipe.reduction.weights import used_weights
 from hydra_pipe.rewinding.products import RowBlock, RowProducts, at_once
 from hydra_pipe.rewinding.rows import (
     StepIndex,
-    class_column,
     joined_column,
+    labels_column,
     samples_of,
-    train_labels,
 )
 from hydra_pipe.store import names
-from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.types import F64, I64
 
@@ -251,20 +249,16 @@ def _repeaters(recording: SoFar, found: Found) -> pa.Table:
         key=lambda entry: (-entry[1], entry[0]),
     )
     ids = np.array([sample for sample, _ in repeated], np.int64)
-    labels = train_labels(recording)
     target_of = {
         int(sample): int(target)
         for own, targets in zip(found.samples, found.targets, strict=True)
         for sample, target in zip(own, targets, strict=True)
     }
     targets = np.array([target_of[int(sample)] for sample in ids], np.int64)
-    kind = rankings.label_type(labels)
     return pa.table(
         {
             "train_id": ids,
-            "label": class_column(targets)
-            if labels is None
-            else rankings.label_column(labels, ids, kind),
+            "label": labels_column(recording, ids, targets),
             "spikes": pa.array([n for _, n in repeated], pa.int32()),
         }
     )

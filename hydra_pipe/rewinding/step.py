@@ -15,8 +15,8 @@ from hydra_pipe.rewinding.rows import (
     StepRows,
     class_column,
     joined_column,
+    labels_column,
     samples_of,
-    train_labels,
 )
 from hydra_pipe.rewinding.spikes import Found, found_by_loss
 from hydra_pipe.rewinding.words import caveats
@@ -152,8 +152,6 @@ def _table(
     spikes: Found | None,
 ) -> pa.Table:
     store, n = recording.gradients, len(ids)
-    labels = train_labels(recording)
-    kind = rankings.label_type(labels)
     targets = joined_column(lambda own: store.row_dynamics(names.TARGET, own), rows)
     predicted = [found.classes for own in rows if (found := read_predictions(store, own))]
     classes = np.concatenate(predicted) if predicted else np.full(n, -1)
@@ -163,9 +161,7 @@ def _table(
     in_spikes = None if counts is None else [counts[int(sample)] for sample in ids]
     columns = {
         "train_id": pa.array(ids),
-        "label": class_column(targets)
-        if labels is None
-        else rankings.label_column(labels, ids, kind),
+        "label": labels_column(recording, ids, targets),
         "predicted": class_column(classes),
         "loss": _known(losses.astype(np.float64)),
         "loss_share": _known(shares.astype(np.float64)),
