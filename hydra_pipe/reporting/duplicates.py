@@ -1,7 +1,6 @@
 """Inputs that are the same, or nearly: digests, short vectors and their cosines."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_pipe.reporting.likeness import WORD
 from hydra_pipe.types import F32, F64, I64
 
 # Training samples and test samples that are compared, at most.
@@ -30,7 +30,6 @@ _LENGTHS = 1.25
 _FURTHEST = 3.0
 # Names of the tokens and of the targets in samples that are mappings.
 _TOKENS, _TARGETS = "input_ids", ("label", "labels")
-_WORD = re.compile(r"\w+")
 _N_WORDS = 1 << 14
 _BLOCK = 1 << 22
 
@@ -99,7 +98,7 @@ class Contents:
         self._digests.append(hashlib.sha256(b"".join(parts)).digest())
         array = _array(value)
         if isinstance(value, str):
-            words = [_number(word) for word in _WORD.findall(value.lower())]
+            words = [_number(word) for word in WORD.findall(value.lower())]
             self._words.append((place, np.array(words, np.int64)))
         elif array is not None and array.ndim == 1 and array.dtype.kind in "iu":
             self._words.append((place, array.astype(np.int64) % _N_WORDS))
