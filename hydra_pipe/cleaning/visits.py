@@ -90,8 +90,7 @@ def dynamics_of(gradients: Gradients) -> tuple[I64, Dynamics]:
     logits = placed(names.LOGITS)
     if shape.keeps_all:
         return ids, Dynamics(labels, logits, inputs)
-    classes = placed(names.TOP_CLASSES)
-    top = TopLogits(logits[..., 0], logits[..., 2:], classes, logits[..., 1], shape.n_outputs)
+    top = TopLogits.of_columns(logits, placed(names.TOP_CLASSES), shape.n_outputs)
     return ids, Dynamics(labels, top, inputs)
 
 

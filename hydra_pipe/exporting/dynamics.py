@@ -82,7 +82,7 @@ def _visits(
         seen = visits_of(Dynamics(targets[known], z))
     else:
         classes = gradients.row_dynamics(names.TOP_CLASSES, rows)[own][known].astype(np.int64)
-        top = TopLogits(z[..., 0], z[..., 2:], classes[None], z[..., 1], shape.n_outputs)
+        top = TopLogits.of_columns(z, classes[None], shape.n_outputs)
         seen = visits_of(Dynamics(targets[known], top))
     for name in ("loss", "margin", "error", "hit"):
         getattr(found, name)[0, known] = getattr(seen, name)[0]

@@ -37,6 +37,19 @@ class TopLogits:
     log_sum: Floating
     n_classes: int
 
+    @classmethod
+    def of_columns(
+        cls, logits: Floating, classes: NDArray[np.integer[Any]], n_classes: int
+    ) -> "TopLogits":
+        """Return the logits that a recording keeps, from its two columns.
+
+        Args:
+            logits: own logit, `log_sum`, then the largest logits, shape (epoch, sample, 2 + kept).
+            classes: classes of the largest logits, shape (epoch, sample, kept).
+            n_classes: number of classes.
+        """
+        return cls(logits[..., 0], logits[..., 2:], classes, logits[..., 1], n_classes)
+
 
 @dataclass(frozen=True)
 class Dynamics:
