@@ -26,7 +26,7 @@ from hydra_pipe.store.run.results import ITSELF, ResultName
 from hydra_pipe.store.run.stages import REDUCE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportSource(ReducedRun):
     """A result and its recording, which agree in their numbers of samples and columns.
 
@@ -111,14 +111,7 @@ def open_source(directory: RunDirectory, method: str) -> ExportSource:
         method, attributes[names.SIGN], attributes[names.UNIT], directory.run_id
     )
     return ExportSource(
-        *(
-            found.up_to_step,
-            found.gradients,
-            found.counts,
-            found.relevance,
-            found.columns,
-            found.tested,
-        ),
+        **vars(found),
         method=method,
         own=_own_relevance(directory, method, found.counts.n_samples),
         meta=meta,

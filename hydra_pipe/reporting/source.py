@@ -8,12 +8,9 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
 from hydra_pipe.plan.id_ranges import parse_selection, write_selection
-from hydra_pipe.progress import Progress
-from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.recording import open_recording
-from hydra_pipe.store.data.recording_counts import Counts
-from hydra_pipe.store.data.reduced_run import ReducedRun, visit_counts
+from hydra_pipe.store.data.reduced_run import RecordingOfColumns, ReducedRun
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS, ResultName
@@ -21,27 +18,18 @@ from hydra_pipe.store.run.stages import CLEAN, EVALUATE, RECORD
 from hydra_pipe.store.zarr.arrays import Array
 
 
-@dataclass(frozen=True)
-class ReportSource:
-    """A recording, and a result of it.
+@dataclass(frozen=True, kw_only=True)
+class ReportSource(RecordingOfColumns):
+    """A recording, and a result of it. Without a result, each test sample has a column.
 
     Args:
         directory: directory of the run.
         result: name of the result, or "dynamics" for the recording alone.
-        up_to_step: number of the first steps that the result is of. None: all steps.
-        gradients, counts: the recording, or its first steps.
-        columns: meaning of the relevance's columns. Without relevance: each test sample has one.
-        tested: test samples of the columns.
         relevance: the relevance, or None for the recording alone.
     """
 
     directory: RunDirectory
     result: str
-    up_to_step: int | None
-    gradients: Gradients
-    counts: Counts
-    columns: ResultColumns
-    tested: WhichTests
     relevance: Array | None
 
     @classmethod
@@ -54,20 +42,17 @@ class ReportSource:
         """
         if name == DYNAMICS:
             gradients, counts = open_recording(directory, None)
-            tests = ((0, counts.n_tests),)
-            columns, tested = ResultColumns(tests), WhichTests(counts.checkpoint)
-            return cls(directory, name, None, gradients, counts, columns, tested, None)
-        found = ReducedRun.open(directory, name)
-        return cls(
-            directory,
-            name,
-            found.up_to_step,
-            found.gradients,
-            found.counts,
-            found.columns,
-            found.tested,
-            found.relevance,
-        )
+            return cls(
+                directory=directory,
+                result=name,
+                up_to_step=None,
+                gradients=gradients,
+                counts=counts,
+                columns=ResultColumns(((0, counts.n_tests),)),
+                tested=WhichTests(counts.checkpoint),
+                relevance=None,
+            )
+        return cls(directory=directory, result=name, **vars(ReducedRun.open(directory, name)))
 
     @property
     def probe(self) -> str | None:
@@ -93,22 +78,6 @@ class ReportSource:
         if self.probe is None and not self.counts.n_tests:
             return np.zeros(0, np.float32)
         return self.tested.losses(self.gradients)
-
-    def labels_of_columns(self) -> NDArray[Any] | None:
-        """Return the labels of the columns, shape (column,). None where they are unknown.
-
-        Raises:
-            StoreError: damaged.
-        """
-        return self.columns.labels(self.tested.labels(self.gradients))
-
-    def visits(self, progress: Progress) -> NDArray[np.int64]:
-        """Return the number of steps that used each sample, shape (sample,).
-
-        Raises:
-            StoreError: damaged.
-        """
-        return visit_counts(self.gradients, self.counts.n_samples, progress)
 
     def selected(self, tests: str | None) -> str | None:
         """Return the selection `tests` in its one canonical spelling.

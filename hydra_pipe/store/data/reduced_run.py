@@ -28,24 +28,57 @@ from hydra_pipe.store.zarr.arrays import Array
 _VISIT_ROWS = 2**20
 
 
-@dataclass(frozen=True)
-class ReducedRun:
-    """The result of a complete reduction.
+@dataclass(frozen=True, kw_only=True)
+class RecordingOfColumns:
+    """A recording, and the samples that the columns of a result stand for.
 
     Args:
         up_to_step: number of the first steps that the result is of. None: all steps.
         gradients, counts: the recording, or its first steps.
-        relevance: the array. All its files exist.
-        columns: meaning of the array's columns.
+        columns: meaning of the result's columns.
         tested: test samples of the columns.
     """
 
     up_to_step: int | None
     gradients: Gradients
     counts: Counts
-    relevance: Array
     columns: ResultColumns
     tested: WhichTests
+
+    def labels_of_columns(self) -> NDArray[Any] | None:
+        """Return the labels of the columns, shape (column,). None where they are unknown.
+
+        Raises:
+            StoreError: damaged.
+        """
+        return self.columns.labels(self.tested.labels(self.gradients))
+
+    def visits(self, progress: Progress) -> NDArray[np.int64]:
+        """Return the number of steps that used each sample, shape (sample,).
+
+        Raises:
+            StoreError: damaged.
+        """
+        visits = np.zeros(self.counts.n_samples, np.int64)
+        n_rows = self.gradients.rows.n_rows
+        with progress.task("visits", n_rows, "rows") as task:
+            for first in range(0, n_rows, _VISIT_ROWS):
+                samples = self.gradients.samples(slice(first, first + _VISIT_ROWS))
+                check_within(samples, len(visits), f"samples of {self.gradients.path}")
+                visits += np.bincount(samples, minlength=len(visits))
+                task.advance(len(samples))
+        return visits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedRun(RecordingOfColumns):
+    """The result of a complete reduction.
+
+    Args:
+        relevance: the array. All its files exist.
+    """
+
+    relevance: Array
 
     @classmethod
     def open(cls, directory: RunDirectory, name: str) -> "ReducedRun":
@@ -73,37 +106,11 @@ class ReducedRun:
             )
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-        return cls(up_to_step, gradients, counts, relevance, columns, tested)
-
-    def labels_of_columns(self) -> NDArray[Any] | None:
-        """Return the labels of the columns, shape (column,). None where they are unknown.
-
-        Raises:
-            StoreError: damaged.
-        """
-        return self.columns.labels(self.tested.labels(self.gradients))
-
-    def visits(self, progress: Progress) -> NDArray[np.int64]:
-        """Return the number of steps that used each sample, shape (sample,).
-
-        Raises:
-            StoreError: damaged.
-        """
-        return visit_counts(self.gradients, self.counts.n_samples, progress)
-
-
-def visit_counts(gradients: Gradients, n_samples: int, progress: Progress) -> NDArray[np.int64]:
-    """Return the number of steps of a recording that used each sample, shape (sample,).
-
-    Raises:
-        StoreError: damaged.
-    """
-    visits = np.zeros(n_samples, np.int64)
-    n_rows = gradients.rows.n_rows
-    with progress.task("visits", n_rows, "rows") as task:
-        for first in range(0, n_rows, _VISIT_ROWS):
-            samples = gradients.samples(slice(first, first + _VISIT_ROWS))
-            check_within(samples, len(visits), f"samples of {gradients.path}")
-            visits += np.bincount(samples, minlength=len(visits))
-            task.advance(len(samples))
-    return visits
+        return cls(
+            up_to_step=up_to_step,
+            gradients=gradients,
+            counts=counts,
+            columns=columns,
+            tested=tested,
+            relevance=relevance,
+        )
