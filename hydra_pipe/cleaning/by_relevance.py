@@ -41,7 +41,7 @@ def proposed_by_relevance(
     beyond, caveats = unjudged(found, labels)
     judged = ~beyond if cut.is_fitted else np.ones(len(sums), bool)
     ids = cut.of(scores, judged)
-    suggested = suggested_labels(found, ids, np.ones(columns.n_columns, bool))
+    suggested = suggested_labels(found, labels, ids, np.ones(columns.n_columns, bool))
     what = (
         "mean relevance"
         if columns.by == MEAN
@@ -50,7 +50,10 @@ def proposed_by_relevance(
     n_relabelled = sum(label is not None for label in suggested)
     classes = trained_classes(found.gradients, len(sums), progress)
     table = _table(
-        found, directory.run_id, _Judged(method, sums, scores, ids, suggested, what), classes
+        found,
+        directory.run_id,
+        _Judged(method, labels, sums, scores, ids, suggested, what),
+        classes,
     )
     held = "all samples" if labels is None else "the samples with the same label"
     below = None if cut.lowest is not None else cut.below(scores[judged])
@@ -88,6 +91,7 @@ class _Judged:
 
     Args:
         method: name of the relevance.
+        labels: label of each sample, shape (sample,). None: unknown.
         sums, scores: summed relevance and score of each sample, shape (sample,).
         ids: proposed samples, the lowest score first.
         suggested: suggested label of each proposed sample, or None.
@@ -95,6 +99,7 @@ class _Judged:
     """
 
     method: str
+    labels: NDArray[Any] | None
     sums: NDArray[np.float64]
     scores: NDArray[np.float64]
     ids: NDArray[np.int64]
@@ -104,7 +109,7 @@ class _Judged:
 
 def _table(found: ReducedRun, run_id: str, judged: _Judged, classes: Classes | None) -> pa.Table:
     """Return the table of all samples, the proposed ones first, then by score."""
-    labels, attributes = found.gradients.labels(names.TRAIN_LABELS), found.relevance.attributes
+    labels, attributes = judged.labels, found.relevance.attributes
     others = np.setdiff1d(np.arange(len(judged.sums)), judged.ids)
     others = others[np.argsort(judged.scores[others], kind="stable")]
     order, kept = np.concatenate([judged.ids, others]), [None] * len(others)
@@ -161,19 +166,23 @@ def _columns_of(by: str | None) -> str:
 
 
 def suggested_labels(
-    found: ReducedRun, ids: NDArray[np.int64], chosen: NDArray[np.bool_]
+    found: ReducedRun,
+    labels: NDArray[Any] | None,
+    ids: NDArray[np.int64],
+    chosen: NDArray[np.bool_],
 ) -> list[Any]:
     """Return the label of the class that each of `ids` harms most, or None if no class is clear.
 
     Args:
         found: the relevance.
+        labels: label of each training sample, shape (sample,). None: unknown.
         ids: training samples.
         chosen: mask of the columns that may tell, shape (column,).
 
     Raises:
         StoreError: the relevance is damaged.
     """
-    labels, of_columns = found.gradients.labels(names.TRAIN_LABELS), found.labels_of_columns()
+    of_columns = found.labels_of_columns()
     if (
         labels is None
         or of_columns is None

@@ -82,7 +82,7 @@ def folds_by_relevance(
         ids = cut.of(scores_of(own, labels), judged)
         suggested = [
             None if label is None or classes is None else classes.number_of(label)
-            for label in suggested_labels(found, ids, fold.chosen)
+            for label in suggested_labels(found, labels, ids, fold.chosen)
         ]
         numbers = np.array([AS_GIVEN if n is None else n for n in suggested], np.int64)
         sure = numbers != AS_GIVEN
