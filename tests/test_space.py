@@ -74,6 +74,28 @@ def test_a_recording_takes_no_more_than_is_said_before_it(
     assert 0 < max(highest, tree_bytes(tmp_path / "run")) <= promised(said.lines)
 
 
+def test_the_root_of_the_preconditioner_is_counted_beside_each_test_gradients(
+    tmp_path: Path,
+) -> None:
+    # the root of a wide layer has many more elements than factored rows have columns
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6000))
+    pipeline, said = (
+        conv_pipeline(
+            epochs=30,
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters()),
+            scheduler=None,
+            n_train=8,
+            n_test=2,
+        ),
+        Said(),
+    )
+    hydra_pipe.record(pipeline, tmp_path / "run", test_every="epoch", progress=said)
+    roots = list((tmp_path / "run" / "gradients.zarr" / "test").glob("*/root_of_elements"))
+    assert len(roots) == 30
+    assert tree_bytes(tmp_path / "run") <= promised(said.lines)
+
+
 def test_what_may_not_fit_is_said_before_it_is_written(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     with only_free(10**6):

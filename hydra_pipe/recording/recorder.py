@@ -403,20 +403,21 @@ class Recorder:
         """The steps after which test gradients were taken."""
         return list(self._output.tests)
 
-    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
+    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int, n_test_steps: int) -> int:
         """Return the most bytes that further rows and test gradients take on the disk.
 
         Args:
             n_rows: number of further rows.
             n_steps: number of the steps that have these rows.
             n_tests: number of further test gradients.
+            n_test_steps: number of steps after which these test gradients are taken.
 
         Raises:
             RecordError: no step was recorded yet. The first recorded step shows the size of a row.
         """
         if self._output.writer is None:
             raise RecordError("most_bytes is known after the first recorded step: call it then")
-        return self._output.writer.most_bytes(n_rows, n_steps, n_tests)
+        return self._output.writer.most_bytes(n_rows, n_steps, n_tests, n_test_steps)
 
     def set_loss(self, loss: Loss, output: Tensor, target: Tensor) -> None:
         """Tell the loss function of this pass, for the curvature weight of its rows.

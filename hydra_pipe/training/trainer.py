@@ -173,12 +173,11 @@ class _Between:
     ) -> None:
         self._pipeline, self._recorder, self._checkpoints = pipeline, recorder, checkpoints
         self._tests, self._progress, self._n_rows = tests or Midway(0, 0), progress, n_rows
-        # rows of test gradients that are still to be taken during training
+        # steps during training after which test gradients are still to be taken, and their rows
         done = recorder.n_steps if recorder is not None else 0
         self._n_tests = 0 if pipeline.test is None else len(pipeline.test)
-        self.n_test_rows = (
-            sum(self._tests.due(step) for step in range(done, self._tests.n_steps)) * self._n_tests
-        )
+        self._n_due = sum(self._tests.due(step) for step in range(done, self._tests.n_steps))
+        self.n_test_rows = self._n_due * self._n_tests
         self._has_said = recorder is None
 
     def steps(self, place: Place, next_batch: int | None, task: Task) -> None:
@@ -201,7 +200,7 @@ class _Between:
         if not self._has_said and self._recorder is not None:
             n_steps = -(-self._n_rows // self._pipeline.batch_size) + self._pipeline.epochs
             n_bytes = self._recorder.most_bytes(
-                self._n_rows, n_steps, self.n_test_rows + self._n_tests
+                self._n_rows, n_steps, self.n_test_rows + self._n_tests, self._n_due + 1
             )
             n_bytes += self._checkpoints.most_bytes() if self._checkpoints is not None else 0
             self._progress.say(

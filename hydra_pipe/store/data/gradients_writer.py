@@ -131,7 +131,7 @@ class GradientsWriter:
         if kept and rank == 0:
             _remove_past(path, kept)
 
-    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int) -> int:
+    def most_bytes(self, n_rows: int, n_steps: int, n_tests: int, n_test_steps: int) -> int:
         """Return the most bytes that further rows, steps and test gradients can take.
 
         The number holds if nothing can be compressed. It includes the chunks' headers, their
@@ -141,13 +141,15 @@ class GradientsWriter:
             n_rows: number of further rows.
             n_steps: number of further steps.
             n_tests: number of further test gradients.
+            n_test_steps: number of steps after which these are taken. The preconditioner's root
+                is beside the test gradients of each.
         """
         beside = 4 * len(self.layout.blocks) + 8 + 8 + 4  # scales; sample, step and curvature
         seen = sum(map(_bytes_of, self.dynamics.columns))
         row_bytes = self.layout.n_features * np.dtype(self.dtype).itemsize + beside + seen
         test_bytes = self.layout.n_features * np.dtype(test_dtype(self.dtype)).itemsize + beside
         n_of_root = (
-            self.layout.whole_width + self.layout.n_features
+            self.layout.whole_width + self.layout.n_features + len(self.layout.blocks)
             if self._root.attributes[names.PRECONDITIONED]
             else 0
         )
@@ -157,7 +159,10 @@ class GradientsWriter:
         ]
         step_bytes = sum(map(_bytes_of, columns))
         values_bytes = (
-            n_rows * row_bytes + n_steps * step_bytes + n_tests * test_bytes + n_of_root * 4
+            n_rows * row_bytes
+            + n_steps * step_bytes
+            + n_tests * test_bytes
+            + n_test_steps * n_of_root * 4
         )
         return values_bytes * 17 // 16 + _METADATA_BYTES
 
