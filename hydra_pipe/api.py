@@ -11,6 +11,7 @@ from hydra_pipe.store.run.manifest import RunDirectory
 if TYPE_CHECKING:
     from hydra_pipe.reduction.run import ReductionPlan
     from hydra_pipe.store.integrity.faults import Fault
+    from hydra_pipe.store.run.results import Rank
     from hydra_pipe.training.pipeline import Pipeline
 
 PathLike = str | os.PathLike[str]
@@ -84,7 +85,7 @@ def reduce(
     by: str | None = None,
     keep_hypergradients: bool = False,
     up_to_step: int | None = None,
-    rank: int | None = None,
+    rank: "Rank | None" = None,
     probe: str | None = None,
     pipeline: "str | Pipeline | None" = None,
     dataset: Any = None,
@@ -117,8 +118,11 @@ def reduce(
         up_to_step: number of steps to cover, after which test gradients were taken (`record
             --test-every`), as if training had ended there. A recording that is still running, or
             was interrupted, serves too. A result of its own: "hydra-upto-120".
-        rank: for "hydra-exact": number of directions of the test gradients to replay.
-            "hydra-fisher" answers for the rest. A result of its own: "hydra-exact-rank-20".
+        rank: for "hydra-fisher": number of columns that the sweep carries, or "full" for all
+            features. Default: 512 to 16,384, more if there are fewer rows; all features if twice
+            as many columns hold them. For "hydra-exact": number of directions of the test
+            gradients to replay. "hydra-fisher" answers for the rest. A result of its own:
+            "hydra-exact-rank-20".
         probe: name of a probe (`hydra_pipe.probe`), whose samples replace the run's own test
             samples. A
             result of its own: "hydra-of-wrong".

@@ -20,7 +20,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
 from hydra_pipe.store.data.sweep_state import load_state, save_state
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.results import Rank, ResultName
 from hydra_pipe.store.run.stages import RECORD, REDUCE
 from hydra_pipe.units import parse_bytes
 
@@ -142,7 +142,6 @@ def test_the_process_stays_within_what_the_plan_says(
 @pytest.mark.parametrize(
     ("name", "method", "memory"),
     [
-        ("larger", "hydra-fisher", "260MiB"),
         ("larger", "tracin", "240MiB"),
         ("larger", "self", "230MiB"),
         ("larger", "influence", "330MiB"),  # by samples
@@ -153,6 +152,16 @@ def test_other_methods_stay_within_what_their_plans_say(
     runs: Callable[[str], Path], name: str, method: str, memory: str
 ) -> None:
     check_peak(runs(name), memory, method=method)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "memory"),
+    [("larger", "full", "260MiB"), ("larger", 64, "400MiB"), ("large", 200, "400MiB")],
+)
+def test_a_sweep_over_all_features_or_in_a_basis_stays_within_what_its_plan_says(
+    runs: Callable[[str], Path], name: str, rank: Rank, memory: str
+) -> None:
+    check_peak(runs(name), memory, method="hydra-fisher", rank=rank)
 
 
 def test_what_a_sweep_has_kept_is_read_once(tmp_path: Path) -> None:

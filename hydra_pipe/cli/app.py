@@ -167,7 +167,7 @@ def reduce(
 
     Example: hydra-pipe reduce runs/digits --memory 2GiB --chunks 2048x4096
     """
-    from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
+    from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName, parse_rank
 
     if mean and by is not None:
         raise UsageError("--mean and --by: choose one of them")
@@ -181,7 +181,7 @@ def reduce(
         "by": grouping,
         "keep_hypergradients": keep_hypergradients,
         "up_to_step": up_to_step,
-        "rank": rank,
+        "rank": None if rank is None else parse_rank(rank),
         "probe": probe,
         "pipeline": pipeline,
     }
@@ -189,7 +189,7 @@ def reduce(
         print(api.plan_reduction(run, **options))
         return
     done = api.reduce(run, **options, overwrite=overwrite, progress=ConsoleProgress())
-    result = ResultName(method, grouping, up_to_step, rank, probe)
+    result = ResultName(method, grouping, up_to_step, options["rank"], probe)
     which = "" if str(result) == DEFAULT_METHOD else f" --method {result}"
     if result.is_of_itself:
         whose = ResultName(DEFAULT_METHOD, up_to_step=up_to_step)

@@ -71,12 +71,13 @@ Method = Annotated[
     ),
 ]
 Rank = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        metavar="K",
+        metavar="K|full",
         help=(
-            "replay only K directions of the test gradients by hydra-exact, and leave the rest to "
-            "hydra-fisher"
+            "hydra-fisher: columns that the sweep carries, or `full` for all features; default: "
+            "512 to 16,384, more where there are fewer rows. hydra-exact: replay K directions of "
+            "the test gradients, and leave the rest to hydra-fisher"
         ),
     ),
 ]

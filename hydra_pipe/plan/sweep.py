@@ -51,6 +51,19 @@ class SweepInput:
     most_chunk: int = MOST_CHUNK
     preconditioned: bool = False
 
+    def beside_bytes(self, columns: int) -> int:
+        """Return the bytes of a worker beside a sweep of so many columns over the features."""
+        return 0
+
+    def beside_operations(self, columns: int, blocks: int) -> int:
+        """Return the operations beside those of a sweep over the features.
+
+        Args:
+            columns: number of columns.
+            blocks: number of blocks of columns: each goes over all rows.
+        """
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan(ColumnPlan, ReadingPlan):
@@ -123,7 +136,7 @@ def _plan(what: SweepInput, width: int, workers: int, done: int) -> SweepPlan:
     values = given.n_rows * what.width
     operations = (
         4 * len(FORMS) * (given.n_columns - done) + 2 * what.most_rows * len(blocks)
-    ) * values
+    ) * values + what.beside_operations(given.n_columns - done, len(blocks))
     read = len(blocks) * given.n_rows * given.n_features * given.item_bytes
     # Each step reads and writes the adjoints once.
     state = 4 * len(FORMS) * given.n_steps * what.width * (given.n_columns - done)
@@ -170,4 +183,5 @@ def sweep_peak_bytes(what: SweepInput, columns: int, workers: int) -> int:
         + 8 * 4 * columns * len(FORMS)
     )
     gram = (6 + len(FORMS)) * what.most_rows**2 * 8
-    return common_bytes(given, 0) + threads * (start + carried + sums + files + step + gram)
+    worker = start + carried + sums + files + step + gram + what.beside_bytes(columns)
+    return common_bytes(given, 0) + threads * worker

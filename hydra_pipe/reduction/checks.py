@@ -19,7 +19,7 @@ from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.recording_counts import Counts
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
-from hydra_pipe.store.run.results import BY_LABEL, GROUPINGS, ITSELF, MEAN
+from hydra_pipe.store.run.results import BY_LABEL, FULL, GROUPINGS, ITSELF, MEAN
 from hydra_pipe.store.run.stages import KEEP, RECORD
 from hydra_pipe.units import parse_bytes
 
@@ -30,7 +30,7 @@ _MEANT_FOR = {
     "--tests": "methods with test samples",
     "--by": "methods with test samples",
     "--mean": "methods with test samples",
-    "--rank": "--method hydra-exact",
+    "--rank": "--method hydra-fisher and hydra-exact",
     "--probe": "methods with test samples",
     "--pipeline": "--method hydra-exact",
     "dataset": "--method hydra-exact",
@@ -58,7 +58,7 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
             "leave it out"
         )
     if options.rank is not None:
-        _check_rank(options)
+        _check_rank(options, method)
     if options.probe is not None:
         _check_test(options, method)
     if options.up_to_step is not None and options.keep_hypergradients:
@@ -118,11 +118,20 @@ def _given(options: Options) -> Iterator[str]:
         yield "--probe"
 
 
-def _check_rank(options: Options) -> None:
+def _check_rank(options: Options, method: Method) -> None:
+    if options.keep_hypergradients:
+        raise UsageError(
+            "--rank and --keep-hypergradients: choose one, because hypergradients are kept in all "
+            "features"
+        )
+    if isinstance(options.rank, int) and options.rank < 1:
+        raise UsageError(f"--rank {options.rank}: give 1 or more")
+    if method.solvers is not None:
+        return
     if options.by is not None:
         raise UsageError(f"--rank: means by {options.by} are few columns already: leave it out")
-    if options.rank is not None and options.rank < 1:
-        raise UsageError(f"--rank {options.rank}: give 1 or more")
+    if options.rank == FULL:
+        raise UsageError(f"--rank full: {method.name} replays all directions: leave it out")
 
 
 def _check_test(options: Options, method: Method) -> None:

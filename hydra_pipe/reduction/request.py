@@ -15,7 +15,7 @@ from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
+from hydra_pipe.store.run.results import Rank, ResultName
 from hydra_pipe.store.run.stages import KEEP, REDUCE, Settings, StageId
 from hydra_pipe.types import I64
 
@@ -32,7 +32,7 @@ class Options:
     by: str | None = None
     keep_hypergradients: bool = False
     up_to_step: int | None = None
-    rank: int | None = None
+    rank: Rank | None = None
     probe: str | None = None
 
 
@@ -133,10 +133,12 @@ class ReductionRequest:
     @property
     def has_kept(self) -> bool:
         """True if kept hypergradients answer the request."""
-        # kept hypergradients count all steps, so they cannot answer --up-to-step
+        # kept hypergradients count all steps and all features, so they cannot answer --up-to-step,
+        # and would not be what --rank K asks for
         if (
             self.options.keep_hypergradients
             or self.options.up_to_step is not None
+            or isinstance(self.options.rank, int)
             or self.method.check_kept is None
         ):
             return False

@@ -66,7 +66,7 @@ def _solver(request: ReductionRequest, pipeline: "str | Pipeline | None", datase
     load = pipeline_of(request.directory, pipeline, _ADVICE)
     if request.options.probe is not None:
         load = with_probe(request.directory, load, request.options.probe, dataset)
-    if request.options.rank is None:
+    if not isinstance(request.options.rank, int):
         return Replay(request, load)
     return LowRankReplay(request, load, request.options.rank, _approximate(request).name)
 

@@ -12,7 +12,7 @@ from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.labels import JudgedLabels
 from hydra_pipe.store.json_parsing import is_count
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import DEFAULT_METHOD, ResultName
+from hydra_pipe.store.run.results import DEFAULT_METHOD, Rank, ResultName
 from hydra_pipe.store.run.stages import REDUCE, REPORT
 
 # Thresholds of warnings: less curvature left by saturation than this, or more imbalance than
@@ -54,6 +54,14 @@ METHODS = {
     "Fisher of the last gradients). How training got there is left out.",
 }
 
+# What a method leaves to others at a rank.
+_OF_RANK = {
+    "hydra-exact": (
+        "Only {:,} directions of the test gradients were replayed: hydra-fisher answers for the "
+        "rest."
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Circumstances:
@@ -61,7 +69,7 @@ class Circumstances:
 
     Args:
         method: method of the result, without suffixes.
-        rank: number of replayed directions, for `hydra-exact --rank`. None means all.
+        rank: value of `--rank`. None means what the method takes without it.
         up_to_step: number of steps that the result covers, for `--up-to-step`. None means all.
         record, reduce: facts of the two stages.
         n_samples: number of training samples.
@@ -72,7 +80,7 @@ class Circumstances:
     """
 
     method: str
-    rank: int | None
+    rank: Rank | None
     up_to_step: int | None
     record: Mapping[str, Any]
     reduce: Mapping[str, Any]
@@ -127,11 +135,8 @@ def warnings(what: Circumstances) -> list[str]:
             "ended "
             "there."
         )
-    if what.rank is not None:
-        found.append(
-            f"Only {what.rank:,} directions of the test gradients were replayed: hydra-fisher "
-            "answers for the rest."
-        )
+    if isinstance(what.rank, int) and what.method in _OF_RANK:
+        found.append(_OF_RANK[what.method].format(what.rank))
     if what.unvisited:
         found.append(
             f"{what.unvisited:,} of {what.n_samples:,} training samples were in no recorded "

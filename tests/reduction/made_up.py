@@ -67,22 +67,47 @@ def by_loop(run: Path, forms: tuple[Form, ...] = FORMS, floor: bool = True) -> n
 
 
 def by_loop_of(run: Path, form: Form, floor: bool) -> np.ndarray:
-    """DESIGN's sweep, step by step, on whole vectors in float64; C as a matrix, saturated by the
-    inverse of one as large.
-    """
+    """The sweep of one form over all features."""
     store = hydra_pipe.open_run(run).gradients
+    rows, tests = rows_and_tests(store)
+    root = root_of(store, store.test_steps()[-1], factored=False)
+    return swept(store, rows * root, (tests * root).T, blocks_of(store), form, floor)
+
+
+def rows_and_tests(store: Gradients) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, and the last test gradients, with every block multiplied out, without D."""
     everything = slice(None)
-    rows = whole(store.rows.features(everything, everything), store.rows.scales(everything), store)
-    checkpoint = store.test_steps()[-1]
-    tests = store.test_rows(checkpoint)
-    a = whole(tests.features(everything, everything), tests.scales(everything), store).T
-    root = root_of(store, checkpoint, factored=False)
-    rows, a = rows * root, a * root[:, None]
-    v = np.zeros_like(a)
+    tests = store.test_rows(store.test_steps()[-1])
+    return tuple(
+        whole(of.features(everything, everything), of.scales(everything), store)
+        for of in (store.rows, tests)
+    )
+
+
+def blocks_of(store: Gradients) -> np.ndarray:
+    """The block of each feature of `whole`."""
     widths = [
         b.columns[1] - b.columns[0] if b.inputs is None else b.numel for b in store.layout.blocks
     ]
-    block = np.repeat(np.arange(len(widths)), widths)
+    return np.repeat(np.arange(len(widths)), widths)
+
+
+def swept(
+    store: Gradients,
+    rows: np.ndarray,
+    a: np.ndarray,
+    block: np.ndarray,
+    form: Form,
+    floor: bool = True,
+) -> np.ndarray:
+    """DESIGN's sweep, step by step, on whole vectors in float64; C as a matrix, saturated by the
+    inverse of one as large.
+
+    Rows of shape (row, coordinate), the adjoints that it begins with, shape (coordinate, column),
+    and the block of each coordinate.
+    """
+    everything = slice(None)
+    v = np.zeros_like(a)
     group = np.array([b.group for b in store.layout.blocks])[block]
     samples, steps, rho = (
         store.samples(everything),

@@ -31,7 +31,7 @@ from hydra_pipe.errors import BudgetError, RunError, UsageError
 from hydra_pipe.maths.fisher import Form
 from hydra_pipe.plan import chunking
 from hydra_pipe.reduction.solvers import sweep
-from hydra_pipe.reduction.sweep import Sweep
+from hydra_pipe.reduction.solvers.sweep import Running
 from hydra_pipe.store.data import save_interval
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import REDUCE
@@ -232,14 +232,15 @@ def test_where_one_task_fails_the_others_end_before_it_is_told(
     in_blocks(monkeypatch, 6, 2)
     real, steps, begun = sweep._step, [], threading.Event()
 
-    def step(swept: Sweep, *arguments: object) -> None:
-        steps.append(swept.sums.shape[1])
-        if swept.sums.shape[1] == 5:  # the second block
+    def step(running: Running, *arguments: object) -> None:
+        n_columns = running.sweep.sums.shape[1]
+        steps.append(n_columns)
+        if n_columns == 5:  # the second block
             assert begun.wait(30)
             raise InterruptedHereError
         begun.set()
         time.sleep(0.2)
-        real(swept, *arguments)
+        real(running, *arguments)
 
     monkeypatch.setattr(sweep, "_step", step)
     with pytest.raises(InterruptedHereError):

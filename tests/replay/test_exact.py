@@ -513,7 +513,7 @@ def test_what_it_cannot_do_is_refused(run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             hydra_pipe.reduce(run, method="hydra-exact", pipeline=conv_pipeline(), **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--rank is for --method hydra-exact"):
+    with pytest.raises(UsageError, match="--rank is for --method hydra-fisher and hydra-exact"):
         hydra_pipe.reduce(run, rank=2)
     with pytest.raises(UsageError, match="--pipeline is for --method hydra-exact"):
         hydra_pipe.reduce(run, pipeline=conv_pipeline())

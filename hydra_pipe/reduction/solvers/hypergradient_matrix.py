@@ -16,6 +16,7 @@ from dask.delayed import Delayed
 
 from hydra_pipe.errors import BudgetError
 from hydra_pipe.maths.fisher import FORMS
+from hydra_pipe.plan.basis_sweep import default_rank
 from hydra_pipe.plan.hypergradient_matrix import ALONG, FEATURES, SAMPLES, MatrixPlan, plan_matrix
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.progress import Progress
@@ -27,14 +28,17 @@ from hydra_pipe.reduction.materialize import Expansion, feature_spans
 from hydra_pipe.reduction.request import ReductionRequest
 from hydra_pipe.reduction.resume import mark, marked
 from hydra_pipe.reduction.solvers.base import Course, Solver
+from hydra_pipe.reduction.solvers.basis_sweep import BasisSweep
 from hydra_pipe.reduction.solvers.common import CommonSolver
 from hydra_pipe.reduction.solvers.from_matrix import FromMatrix
 from hydra_pipe.reduction.solvers.sweep import (
-    Backward,
     Direction,
+    OverFeatures,
+    Running,
     Sweep,
-    course_of,
+    expansion_of,
     graphs,
+    series_spans,
     sweep_input,
 )
 from hydra_pipe.reduction.steps import StepRows, forward
@@ -46,6 +50,7 @@ from hydra_pipe.store.data.sweep_state import remove_states
 from hydra_pipe.store.disk_space import free_bytes, room_for
 from hydra_pipe.store.files import remove_partials, sync_tree, tree_bytes
 from hydra_pipe.store.run.permission import check_stages
+from hydra_pipe.store.run.results import FULL
 from hydra_pipe.store.run.stages import StageId
 from hydra_pipe.store.zarr.arrays import Array
 from hydra_pipe.streams import Stream
@@ -56,15 +61,23 @@ from hydra_pipe.units import format_bytes, format_seconds
 def fisher_solvers(request: ReductionRequest) -> list[Solver]:
     """Return the solvers of `hydra-fisher`.
 
-    They sweep the test gradients, or answer from a kept matrix. With `--keep-hypergradients` they
-    fill the matrix and then answer from it.
+    They sweep the test gradients, in a basis or over all features, or answer from a kept matrix.
+    With `--keep-hypergradients` they fill the matrix and then answer from it.
     """
     if not request.options.keep_hypergradients:
-        return [FromMatrix(request) if request.has_kept else Sweep(request)]
+        return [FromMatrix(request) if request.has_kept else _sweep(request)]
     options = replace(request.options, keep_hypergradients=False)
     # an executor is entered once
     later = replace(request, options=options, scheduler=executor_of(options.scheduler))
     return [HypergradientMatrix(request), FromMatrix(later)]
+
+
+def _sweep(request: ReductionRequest) -> Solver:
+    """Return the sweep over all features, or in a basis if that has fewer columns."""
+    rank, width = request.options.rank, request.gradients.layout.whole_width
+    if rank is None:
+        rank = default_rank(request.gradients.rows.n_rows, width) or FULL
+    return Sweep(request) if rank == FULL or rank >= width else BasisSweep(request, rank)
 
 
 class HypergradientMatrix(CommonSolver[MatrixPlan]):
@@ -223,13 +236,13 @@ def _lasting(plan: MatrixPlan) -> str:
     return format_seconds(plan.lasting_picoseconds / 1e12)
 
 
-class FromFeatures(Backward):
+class FromFeatures(OverFeatures):
     """Backward sweep that begins with unit vectors of features. It fills columns of the matrix."""
 
     def starts(
         self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
     ) -> F32:
-        """See `Backward`."""
+        """See `OverFeatures`."""
         found: F32 = np.zeros((columns[1] - columns[0], expansion.width), np.float32)
         found[np.arange(len(found)), np.arange(*columns)] = 1
         return found
@@ -239,10 +252,13 @@ class FromSamples(Direction[ForwardSweep]):
     """Forward sweep of the changes by each sample's weight. It fills lines of the matrix."""
 
     def begin(
-        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
-    ) -> ForwardSweep:
+        self, job: ReductionJob[Any], store: Gradients, columns: Span
+    ) -> Running[ForwardSweep]:
         """See `Direction`."""
-        return ForwardSweep(columns, expansion.width, *course_of(store, expansion))
+        expansion = expansion_of(job, store)
+        schedule, series = store.schedules()
+        spans = series_spans(expansion.spans, series)
+        return Running(ForwardSweep(columns, expansion.width, schedule, spans), expansion)
 
     def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """See `Direction`."""

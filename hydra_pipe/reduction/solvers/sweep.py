@@ -5,7 +5,7 @@ feeds rows to it, saves its state from time to time, and writes its result.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -14,7 +14,6 @@ import numpy as np
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
-from hydra_pipe.maths.schedule import Schedule
 from hydra_pipe.plan.records import SAMPLE_MULTIPLE, Answered, Found, ReductionInput
 from hydra_pipe.plan.sweep import SweepInput, SweepPlan, plan_sweep
 from hydra_pipe.reduction.blas import single_threaded_blas
@@ -79,13 +78,44 @@ def sweep_input(request: ReductionRequest, given: ReductionInput) -> SweepInput:
     )
 
 
+class Running(Generic[R]):
+    """A sweep in its course, which takes rows with all their features.
+
+    Args:
+        sweep: the sweep.
+        expansion: features of the rows.
+    """
+
+    def __init__(self, sweep: R, expansion: Expansion) -> None:
+        self.sweep, self._expansion = sweep, expansion
+        self._workspace = Workspace()
+
+    def take(self, rows: StepRows, weight: F32, count: F32) -> None:
+        """Take a step.
+
+        Args:
+            rows: rows of the step.
+            weight: scale of each block in each row, times that of the step, shape (row, block).
+            count: n / c of each row, shape (row,). See `Recursion.step`.
+        """
+        out = self._workspace.matrix(len(rows.sample), self._expansion.width)
+        self._expansion.expand(rows.stored, weight, out)
+        self.sweep.step(rows.step, out, count, rows.rho, rows.sample)
+
+    def arrays(self) -> dict[str, F32]:
+        """Return the arrays of the state by name."""
+        return self.sweep.arrays()
+
+    def restore(self, arrays: dict[str, F32]) -> None:
+        """Resume from the arrays that `arrays` returned."""
+        self.sweep.restore(arrays)
+
+
 class Direction(ABC, Generic[R]):
     """Direction of a sweep: its start, its order of steps, and the result that it writes."""
 
     @abstractmethod
-    def begin(
-        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
-    ) -> R:
+    def begin(self, job: ReductionJob[Any], store: Gradients, columns: Span) -> "Running[R]":
         """Return the sweep of some columns, before its first step."""
 
     @abstractmethod
@@ -110,21 +140,7 @@ class Direction(ABC, Generic[R]):
 
 
 class Backward(Direction[BackwardSweep]):
-    """Direction from the last step to the first. The sweep begins with vectors of features."""
-
-    @abstractmethod
-    def starts(
-        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
-    ) -> F32:
-        """Return the vectors that some columns begin with, shape (column, feature), float32."""
-
-    def begin(
-        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
-    ) -> BackwardSweep:
-        """See `Direction`."""
-        return BackwardSweep(
-            self.starts(job, store, expansion, columns), *course_of(store, expansion), job.n_samples
-        )
+    """Direction from the last step to the first."""
 
     def taken(self, rows_of_steps: I64, n_steps: int) -> I64:
         """See `Direction`."""
@@ -142,28 +158,52 @@ class Backward(Direction[BackwardSweep]):
             )
 
 
-class FromTests(Backward):
+class OverFeatures(Backward):
+    """Backward sweep over all features. It begins with vectors of features."""
+
+    @abstractmethod
+    def starts(
+        self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
+    ) -> F32:
+        """Return the vectors that some columns begin with, shape (column, feature), float32."""
+
+    def begin(
+        self, job: ReductionJob[Any], store: Gradients, columns: Span
+    ) -> Running[BackwardSweep]:
+        """See `Direction`."""
+        expansion = expansion_of(job, store)
+        starts = self.starts(job, store, expansion, columns)
+        schedule, series = store.schedules()
+        spans = series_spans(expansion.spans, series)
+        return Running(BackwardSweep(starts, schedule, spans, job.n_samples), expansion)
+
+
+class FromTests(OverFeatures):
     """Backward sweep that begins with test gradients or their means."""
 
     def starts(
         self, job: ReductionJob[Any], store: Gradients, expansion: Expansion, columns: Span
     ) -> F32:
-        """See `Backward`."""
+        """See `OverFeatures`."""
         return columns_of_tests(store, job, expansion, columns)
 
 
-def course_of(store: Gradients, expansion: Expansion) -> tuple[Schedule, list[SeriesSpan]]:
-    """Return the settings of every step, and the spans of features that follow each series."""
-    schedule, series = store.schedules()
-    return schedule, _merged(expansion, series)
+def expansion_of(job: ReductionJob[Any], store: Gradients) -> Expansion:
+    """Return the features of a sweep over all of them."""
+    return Expansion(store.layout, job.preconditioner(store))
 
 
 def graphs(
-    job: ReductionJob[SweepPlan], direction: Direction[Any], count_rows: CountRows
+    job: ReductionJob[SweepPlan], direction: Direction[Any] | Delayed, count_rows: CountRows
 ) -> Iterator[tuple[Span, Delayed]]:
     """Yield the passes in order: the columns that each answers, and its graph.
 
     The graph returns the share of the curvature that saturation left.
+
+    Args:
+        job: description of the reduction.
+        direction: direction of the sweep, or the graph that computes it.
+        count_rows: function that counts rows.
     """
     sweep, mean = delayed(sweep_columns), delayed(_mean)
     blocks, workers = job.plan.columns, job.plan.workers
@@ -199,41 +239,42 @@ def sweep_columns(
         The share of the curvature that saturation left, mean over the steps.
     """
     store = job.store()
-    expansion = Expansion(store.layout, job.preconditioner(store))
-    sweep: Recursion = direction.begin(job, store, expansion, columns)
-    _go_on(job, columns, sweep, store.n_steps)
+    running: Running[Any] = direction.begin(job, store, columns)
+    sweep: Recursion = running.sweep
+    _go_on(job, columns, running, store.n_steps)
     scales = store.step_table(names.GRADIENT_SCALE)
-    workspace, pace, taken = Workspace(), SaveInterval(), sweep.n_steps
+    pace, taken = SaveInterval(), sweep.n_steps
     if taken:
         count_rows(int(direction.taken(store.rows_of_steps()[1].sum(axis=1), taken).sum()))
     with closing(direction.steps(store, taken)) as steps:
         for rows in steps:
             check_within(rows.sample, job.n_samples, f"samples of {store.path}")
-            _step(sweep, expansion, rows, scales[rows.step], workspace)
+            _step(running, rows, scales[rows.step])
             count_rows(len(rows.sample))
             if pace.due:
                 with pace.keeping():
-                    _keep(job, columns, sweep)
+                    _keep(job, columns, running)
     direction.write(Array.open(job.relevance), columns, sweep)
     remove_state(job.relevance, columns)
     return sweep.left / max(1, sweep.n_steps)
 
 
-def _step(
-    sweep: Recursion, expansion: Expansion, rows: StepRows, scale: float, workspace: Workspace
-) -> None:
-    out = workspace.matrix(len(rows.sample), expansion.width)
-    expansion.expand(rows.stored, rows.scale * np.float32(scale), out)
+def _step(running: Running[Any], rows: StepRows, scale: float) -> None:
     # The curvature of the mean loss is the sum of n rho r r.T. The update followed c times the
     # gradient, so in terms of the rows c r the curvature is n rho / c (c r)(c r).T.
     count = rows.count / np.float32(scale) if scale > 0 else np.zeros_like(rows.count)
-    sweep.step(rows.step, out, count, rows.rho, rows.sample)
+    running.take(rows, rows.scale * np.float32(scale), count)
 
 
-def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]:
-    """Join neighbouring features that follow the same series into one span."""
+def series_spans(spans: Sequence[SeriesSpan], series: NDArray[np.int64]) -> list[SeriesSpan]:
+    """Join neighbouring features that follow the same series into one span.
+
+    Args:
+        spans: the first feature of each block, one past its last, and the block.
+        series: series of each block, shape (block,), int64.
+    """
     merged: list[SeriesSpan] = []
-    for first, last, block in expansion.spans:
+    for first, last, block in spans:
         own = int(series[block])
         if merged and merged[-1][2] == own:
             merged[-1] = (merged[-1][0], last, own)
@@ -242,19 +283,21 @@ def _merged(expansion: Expansion, series: NDArray[np.int64]) -> list[SeriesSpan]
     return merged
 
 
-def _keep(job: ReductionJob[Any], columns: Span, sweep: Recursion) -> None:
+def _keep(job: ReductionJob[Any], columns: Span, running: Running[Any]) -> None:
+    sweep = running.sweep
     sweep.finish()
-    save_state(job.relevance, columns, {"taken": sweep.n_steps, "left": sweep.left}, sweep.arrays())
+    state = {"taken": sweep.n_steps, "left": sweep.left}
+    save_state(job.relevance, columns, state, running.arrays())
 
 
-def _go_on(job: ReductionJob[Any], columns: Span, sweep: Recursion, n_steps: int) -> None:
+def _go_on(job: ReductionJob[Any], columns: Span, running: Running[Any], n_steps: int) -> None:
     """Restore the saved state of a sweep, if there is a valid one."""
-    found = load_state(job.relevance, columns, sweep.arrays())
+    found = load_state(job.relevance, columns, running.arrays())
     if found is None:
         return
     state, arrays = found
     taken, left = state.get("taken"), state.get("left")
     if not is_count(taken) or taken > n_steps or not isinstance(left, int | float):
         return
-    sweep.restore(arrays)
-    sweep.n_steps, sweep.left = taken, float(left)
+    running.restore(arrays)
+    running.sweep.n_steps, running.sweep.left = taken, float(left)

@@ -1,8 +1,9 @@
-"""State of a sweep, kept beside the array that the sweep fills, to resume in the middle."""
+"""State and basis of sweeps, kept beside the array that they fill, to resume in the middle."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra_pipe.store.zarr.arrays import METADATA
 from hydra_pipe.types import Floating, Span
 
 _PREFIX = "sweep-"
+_BASIS = f"{_PREFIX}basis"
 _DIGEST_BYTES = 32
 _MOST_HEADER_BYTES = 2**16
 
@@ -32,20 +34,7 @@ def save_state(
         state: numbers.
         arrays: arrays by name, float32 or float64.
     """
-    header = {
-        "of": _made_for(array),
-        "columns": list(columns),
-        "state": dict(state),
-        "arrays": _kinds(arrays),
-    }
-    pieces = [
-        json.dumps(header).encode() + b"\n",
-        *(np.ascontiguousarray(a).tobytes() for a in arrays.values()),
-    ]
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    replace_file(_path(array, columns), [digest.digest(), *pieces])
+    _save(_path(array, columns), {"columns": list(columns), "state": dict(state)}, arrays)
 
 
 def load_state(
@@ -63,28 +52,74 @@ def load_state(
     Returns:
         The numbers, and the arrays by name, as read-only views of the file's bytes.
     """
-    n_bytes = sum(a.nbytes for a in like.values())
+    found = _load(_path(array, columns), sum(a.nbytes for a in like.values()))
+    if found is None:
+        return None
+    header, arrays = found
+    if header.get("columns") != list(columns) or header["arrays"] != _kinds(like):
+        return None
+    state = header.get("state")
+    return (state, arrays) if isinstance(state, dict) else None
+
+
+def save_basis(
+    array: Path, boxes: Sequence[Sequence[Sequence[int]]], arrays: Mapping[str, Floating]
+) -> None:
+    """Write the basis that the sweeps of an array work in, safe on the disk.
+
+    Args:
+        array: directory of the relevance array.
+        boxes: number of directions of each side of each part, by box.
+        arrays: directions by name, float32.
+    """
+    _save(array / _BASIS, {"boxes": boxes}, arrays)
+
+
+def load_basis(array: Path, most_bytes: int) -> tuple[Any, dict[str, Floating]] | None:
+    """Read the basis that `save_basis` wrote: boxes as they were in JSON, and directions by name.
+
+    None where there is no basis, it is damaged, or another run has left it here.
+
+    Args:
+        array: directory of the relevance array.
+        most_bytes: upper bound of the bytes of the directions.
+    """
+    found = _load(array / _BASIS, most_bytes)
+    return None if found is None else (found[0].get("boxes"), found[1])
+
+
+def _save(path: Path, of: Mapping[str, Any], arrays: Mapping[str, Floating]) -> None:
+    header = {"of": _made_for(path.parent), **of, "arrays": _kinds(arrays)}
+    pieces = [
+        json.dumps(header).encode() + b"\n",
+        *(np.ascontiguousarray(a).tobytes() for a in arrays.values()),
+    ]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    replace_file(path, [digest.digest(), *pieces])
+
+
+def _load(path: Path, most_bytes: int) -> tuple[dict[str, Any], dict[str, Floating]] | None:
+    """Return the header and the arrays of a file; None if it is missing, damaged or another's."""
     try:
-        content = memoryview(read_file(_path(array, columns), n_bytes + _MOST_HEADER_BYTES))
+        content = memoryview(read_file(path, most_bytes + _MOST_HEADER_BYTES))
         if hashlib.sha256(content[_DIGEST_BYTES:]).digest() != content[:_DIGEST_BYTES]:
             return None
         line, _, _ = (
             content[_DIGEST_BYTES : _DIGEST_BYTES + _MOST_HEADER_BYTES].tobytes().partition(b"\n")
         )
         header = json.loads(line)
-        if (
-            header["of"] != _made_for(array)
-            or header["columns"] != list(columns)
-            or header["arrays"] != _kinds(like)
-        ):
+        if header["of"] != _made_for(path.parent):
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found, start = {}, _DIGEST_BYTES + len(line) + 1
+        for name, (kind, *shape) in header["arrays"].items():
+            n_bytes = np.dtype(kind).itemsize * prod(shape)
+            values = np.frombuffer(content[start : start + n_bytes], kind)
+            found[name], start = values.reshape(shape), start + n_bytes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    found, start = {}, _DIGEST_BYTES + len(line) + 1
-    for name, a in like.items():
-        found[name] = np.frombuffer(content[start : start + a.nbytes], a.dtype).reshape(a.shape)
-        start += a.nbytes
-    return header["state"], found
+    return header, found
 
 
 def _made_for(array: Path) -> str:

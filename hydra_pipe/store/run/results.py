@@ -1,7 +1,7 @@
 """Names of results: the names of arrays of `relevance.zarr` and of the stages made from them."""
 
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from hydra_pipe.errors import UsageError
 
@@ -11,6 +11,9 @@ GROUPINGS = (BY_LABEL, MEAN)
 # The method of each training sample's relevance for itself: one column, without test samples.
 ITSELF = "self"
 DEFAULT_METHOD: Final = "hydra"
+# Rank that leaves nothing out: a sweep over all features.
+FULL: Final = "full"
+Rank = int | Literal["full"]
 # Name of a proposal of labels by the dynamics of the training, which is no result of reduce.
 DYNAMICS: Final = "dynamics"
 _SUFFIXES = {BY_LABEL: "-by-label", MEAN: "-mean"}
@@ -26,21 +29,23 @@ class ResultName:
     `str` gives the name. The name is "hydra" for one column a test sample. It is
     "hydra-by-label" or "hydra-mean" for means over test samples. Results of the first steps are
     "hydra-upto-120" and "hydra-upto-120-mean". A result of some directions is
-    "hydra-exact-rank-20". Results for the test samples of probe `wrong` are "hydra-of-wrong" and
-    "hydra-of-wrong-mean". A probe's name has no hyphen.
+    "hydra-exact-rank-20", that of a sweep over all features "hydra-fisher-rank-full". Results for
+    the test samples of probe `wrong` are "hydra-of-wrong" and "hydra-of-wrong-mean". A probe's name
+    has no hyphen.
 
     Args:
         method: method of the relevance.
         by: grouping of the test samples. None: each has a column.
         up_to_step: number of the first steps that count. None: all count.
-        rank: number of directions that were replayed. None: all were.
+        rank: number of directions that were replayed, or of columns of the basis of a sweep; or
+            "full". None: what the method takes without `--rank`.
         probe: name of the probe. None: the recording's own test samples.
     """
 
     method: str
     by: str | None = None
     up_to_step: int | None = None
-    rank: int | None = None
+    rank: Rank | None = None
     probe: str | None = None
 
     def __str__(self) -> str:
@@ -60,8 +65,8 @@ class ResultName:
         name = name if by is None or of else name.removesuffix(_SUFFIXES[by])
         name, _, up_to_step = name.partition(_UPTO)
         method, _, rank = name.partition(_RANK)
-        numbers = [int(n) if n.isdecimal() else None for n in (up_to_step, rank)]
-        return cls(method, by, numbers[0], numbers[1], test if of else None)
+        steps, columns = (int(n) if n.isdecimal() else None for n in (up_to_step, rank))
+        return cls(method, by, steps, FULL if rank == FULL else columns, test if of else None)
 
     @property
     def is_of_itself(self) -> bool:
@@ -72,6 +77,15 @@ class ResultName:
     def itself(self) -> "ResultName":
         """Name of the relevance of training samples for themselves over the same steps."""
         return ResultName(ITSELF, up_to_step=self.up_to_step)
+
+
+def parse_rank(text: str) -> Rank:
+    """Parse the value of `--rank`. Raises: UsageError: it is neither a number nor "full"."""
+    if text == FULL:
+        return FULL
+    if text.isdecimal():
+        return int(text)
+    raise UsageError(f"--rank {text}: give a number, such as 512, or full")
 
 
 def result_of(method: str, probe: str | None) -> str:
