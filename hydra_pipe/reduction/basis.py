@@ -10,7 +10,7 @@ norm, so that early rows, which are long, do not decide alone. Rows weigh as muc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, Self
 
@@ -62,12 +62,12 @@ class Basis:
     @property
     def spans(self) -> list[tuple[int, int, int]]:
         """First coordinate of each part in the core, one past its last, and its series."""
-        found, first = [], 0
-        for part, taken in zip(self.parts, self.boxes[0], strict=True):
-            if last := first + prod(taken) * any(taken):
-                found.append((first, last, part.series))
-            first = last
-        return [span for span in found if span[0] < span[1]]
+        sizes = [prod(taken) for taken in self.boxes[0]]
+        return [
+            (end - size, end, part.series)
+            for part, size, end in zip(self.parts, sizes, accumulate(sizes), strict=True)
+            if size
+        ]
 
     @property
     def series_of_shells(self) -> list[int]:
