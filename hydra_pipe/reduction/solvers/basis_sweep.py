@@ -23,6 +23,7 @@ from hydra_pipe.plan.id_ranges import cut
 from hydra_pipe.plan.records import Answered, ReductionInput
 from hydra_pipe.plan.sweep import SweepPlan
 from hydra_pipe.reduction.basis import Basis, Rotated, fitted
+from hydra_pipe.reduction.blas import single_threaded_blas
 from hydra_pipe.reduction.executors.base import CountRows
 from hydra_pipe.reduction.job import ReductionJob
 from hydra_pipe.reduction.kernels import Workspace, add_rows
@@ -163,11 +164,9 @@ class _RunningInBasis(Running[BackwardSweep]):
         self._shells.restore(arrays)
 
 
+@single_threaded_blas
 def find_basis(job: ReductionJob[BasisSweepPlan]) -> InBasis:
-    """Read the basis of a reduction; find and keep it if there is none.
-
-    BLAS keeps all its threads, because this is the only task.
-    """
+    """Read the basis of a reduction; find and keep it if there is none."""
     store = job.store()
     parts = parts_of(store.layout, store.schedules()[1])
     preconditioner = job.preconditioner(store)
