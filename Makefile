@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # of pyproject.toml; with spark too, the recipes of docs/parquet.md are run by Spark
 EXTRAS ?= dev
 PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# Byte code is kept, whatever the environment says: else each process that a test starts compiles the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test quick lint types tests quick-tests docs clean
 

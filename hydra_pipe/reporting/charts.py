@@ -26,6 +26,7 @@ _OF_PAGE = {
 MOST_POINTS = 150
 # Share of the largest bar. Smaller bars at both ends are left out.
 _LEAST_BAR = 1 / 500
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def distribution_chart(distribution: Distribution) -> str:
@@ -52,6 +53,7 @@ def distribution_chart(distribution: Distribution) -> str:
         )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
         axes.set_xlabel("size of relevance |R|")
         axes.set_ylabel("pairs: harmful below, helpful above")
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
@@ -113,6 +115,14 @@ def thinned(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
         if found
         else (np.zeros(0),) * 4
     )
+
+
+def power_of_ten(value: float) -> str:
+    """Return 1e-3 as "10⁻³".
+
+    Matplotlib's own formatter typesets a formula, which takes longer than drawing the bars.
+    """
+    return "10" + str(round(np.log10(value))).translate(_RAISED)
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:

@@ -1,10 +1,10 @@
 """hydra_pipe.cleaned: datasets of several kinds without dropped samples, with new labels."""
 
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -33,17 +33,22 @@ def decided(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-KINDS: dict[str, Any] = {
-    "tensors": small().train,
-    "tuples of numbers": [(np.zeros(2), int(y)) for y in GIVEN],
-    "numpy": [(np.zeros(2), y) for y in GIVEN],
-    "lists": [[0.0, int(y), "more"] for y in GIVEN],
-    "named": [Item(0.0, int(y)) for y in GIVEN],
-    "mappings": [{"input_ids": [1, 2], "labels": int(y)} for y in GIVEN],
-    "Hugging Face": datasets.Dataset.from_dict({"x": list(range(N)), "label": GIVEN.tolist()}),
-    "Hugging Face, tensors": datasets.Dataset.from_dict(
-        {"x": list(range(N)), "label": GIVEN.tolist()}
-    ).with_format("torch"),
+def hugging_face() -> Any:
+    """Import what takes two seconds only in the process that runs these tests."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"x": list(range(N)), "label": GIVEN.tolist()})
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "tensors": lambda: small().train,
+    "tuples of numbers": lambda: [(np.zeros(2), int(y)) for y in GIVEN],
+    "numpy": lambda: [(np.zeros(2), y) for y in GIVEN],
+    "lists": lambda: [[0.0, int(y), "more"] for y in GIVEN],
+    "named": lambda: [Item(0.0, int(y)) for y in GIVEN],
+    "mappings": lambda: [{"input_ids": [1, 2], "labels": int(y)} for y in GIVEN],
+    "Hugging Face": hugging_face,
+    "Hugging Face, tensors": lambda: hugging_face().with_format("torch"),
 }
 
 
@@ -55,7 +60,7 @@ def target_of(item: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_items_are_those_that_stay_with_targets_of_the_same_type(decided: Path, kind: str) -> None:
-    dataset = KINDS[kind]
+    dataset = KINDS[kind]()
     found = hydra_pipe.cleaned(dataset, decided)
     assert found.ids.tolist() == [i for i in range(N) if i not in (3, 8)]
     assert len(found) == N - 2
@@ -107,7 +112,7 @@ def test_weights_come_with_each_item(decided: Path) -> None:
     assert ((found.weights > 0) & (found.weights < 1)).sum() > 5
     _, _, weights = next(iter(DataLoader(found, batch_size=N)))
     np.testing.assert_allclose(weights, found.weights)
-    assert hydra_pipe.cleaned(KINDS["mappings"], decided, how="weighted")[3]["weight"] == 0
+    assert hydra_pipe.cleaned(KINDS["mappings"](), decided, how="weighted")[3]["weight"] == 0
 
 
 def test_another_dataset_is_refused(decided: Path, made: Path) -> None:

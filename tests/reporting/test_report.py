@@ -25,6 +25,7 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.reporting import gathering as gathering_module
 from hydra_pipe.reporting import page as page_module
 from hydra_pipe.reporting import run as run_module
+from hydra_pipe.reporting.charts import distribution_chart, power_of_ten
 from hydra_pipe.reporting.choice import interesting
 from hydra_pipe.reporting.drawing import (
     MOST_CHARACTERS,
@@ -35,7 +36,7 @@ from hydra_pipe.reporting.drawing import (
     rendered,
     visible,
 )
-from hydra_pipe.reporting.findings import MOST_HARMED, Wanted, findings
+from hydra_pipe.reporting.findings import MOST_HARMED, Distribution, Wanted, findings
 from hydra_pipe.reporting.pieces import signed
 from hydra_pipe.reporting.words import Circumstances, warnings
 from hydra_pipe.store import names
@@ -91,6 +92,18 @@ class Cards(HTMLParser):
         if tag == "li" and "data-train" in given:
             self.found[-1][1].append(int(given["data-train"] or ""))
         self.images += tag == "img"
+
+
+def test_sizes_of_relevance_are_marked_by_powers_of_ten() -> None:
+    assert [power_of_ten(value) for value in (1e-12, 0.1, 1.0, 1e30)] == [
+        *("10⁻¹²", "10⁻¹", "10⁰", "10³⁰")
+    ]
+    distribution = Distribution()
+    distribution.add(np.array([3e-5, 2e-4, -3e-3, 2e-2], np.float32))
+    drawn = distribution_chart(distribution)
+    assert [mark for mark in ("10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹") if f">{mark}<" in drawn] == [
+        *("10⁻⁴", "10⁻³", "10⁻²")
+    ]
 
 
 @given(

@@ -19,6 +19,8 @@ SLOW = (
     "test_verify",
     "test_notebook",
     "test_exact",
+    "test_pretend_device",
+    "test_adapters",
     "test_trainers_document",
     "test_track",
     "test_checkpointing",
