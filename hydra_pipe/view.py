@@ -23,6 +23,7 @@ from hydra_pipe.store.data.gradients import (
     Gradients,
     Prefix,
 )
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.probes import open_probe
 from hydra_pipe.store.data.recording import committed, open_so_far
 from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
@@ -95,6 +96,22 @@ class Run:
         return self._results.gradients
 
     @property
+    def sample_keys(self) -> Keys | None:
+        """Keys of the training samples, a sequence that is read as it is asked for.
+
+        None: the samples have no keys.
+
+        Raises:
+            StoreError: the recording is missing or damaged.
+        """
+        return self.gradients.keys(names.TRAIN_KEYS)
+
+    @property
+    def test_keys(self) -> Keys | None:
+        """Keys of the run's own test samples, in the form of `sample_keys`."""
+        return self.gradients.keys(names.TEST_KEYS)
+
+    @property
     def steps(self) -> dict[str, NDArray[Any]]:
         """The per-step tables: shape (step,), (step, group) or (step, block).
 
@@ -129,12 +146,13 @@ class Run:
         self._results.check(method)
         return open_relevance(self.path / names.RELEVANCE, method)
 
-    def _test_labels(self, result: str) -> NDArray[Any] | None:
-        """Return the labels of a result's test samples, or None if unknown."""
+    def _tests_of(self, result: str) -> tuple[NDArray[Any] | None, Keys | None]:
+        """Return labels and keys of a result's test samples, each None if there are none."""
         name = ResultName.parse(result).probe
         if name is None:
-            return self.gradients.labels(names.TEST_LABELS)
-        return open_probe(self._results.directory(), self.gradients, name).labels()
+            return self.gradients.labels(names.TEST_LABELS), self.test_keys
+        probe = open_probe(self._results.directory(), self.gradients, name)
+        return probe.labels(), probe.keys()
 
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
         """Return the whole relevance matrix, in memory, float32, dimensions (sample, test).
@@ -149,9 +167,9 @@ class Run:
 
         Returns:
             An xarray.DataArray if xarray is installed, else a NumPy array. Its coordinates are
-            `sample` and `test`, the ids, and `sample_label` and `test_label` if labels are
-            known. For means they are `test_group` and `test_group_label` instead. Its attributes
-            are `method`, `sign`, `unit` and `run_id`.
+            `sample` and `test`, the ids, `sample_label` and `test_label` if labels are known, and
+            `sample_key` and `test_key` if there are keys. For means they are `test_group` and
+            `test_group_label` instead. Its attributes are `method`, `sign`, `unit` and `run_id`.
 
         Raises:
             RunError: the relevance was not computed.
@@ -171,9 +189,10 @@ class Run:
             dimension: columns.ids,
         }
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
+        test_labels, test_keys = self._tests_of(method)
         for which, labels in (
             (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
-            (dimension, columns.labels(self._test_labels(method))),
+            (dimension, columns.labels(test_labels)),
         ):
             if labels is not None:
                 if len(labels) != sizes[which]:
@@ -182,6 +201,9 @@ class Run:
                         "labels"
                     )
                 coordinates[f"{which}_label"] = (which, labels)
+        for which, keys in ((names.SAMPLE_DIM, self.sample_keys), (dimension, test_keys)):
+            if keys is not None and which in coordinates and columns.by is None:
+                coordinates[f"{which}_key"] = (which, keys.take(coordinates[which]))
         return xarray.DataArray(
             values,
             dims=(names.SAMPLE_DIM, dimension),
@@ -196,22 +218,22 @@ class Run:
         )
 
     def top(
-        self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra"
+        self, test_id: int | str, k: int = 10, side: str = "both", method: str = "hydra"
     ) -> "pandas.DataFrame":
         """Return the training samples that helped or harmed one test sample most.
 
         Reads the column of the test sample, and at most the rest of its chunk.
 
         Args:
-            test_id: id of the test sample, or number of the column for means.
+            test_id: id or key of the test sample, or number of the column for means.
             k: most samples on each side. There are fewer if fewer have the sign.
             side: "helpful", "harmful" or "both".
             method: name of the result.
 
         Returns:
             Columns `rank` (from 1), `train_id`, `label`, `relevance`, like the exported
-            rankings, ties by `train_id`. With both sides, `side` comes before these. `attrs` has
-            `method`, `sign`, `unit`, `run_id` and `test_id`.
+            rankings, ties by `train_id`, and `key` if samples have keys. With both sides, `side`
+            comes before these. `attrs` has `method`, `sign`, `unit`, `run_id` and `test_id`.
 
         Raises:
             UsageError: there is no such test sample, side or number.
@@ -238,8 +260,8 @@ class Run:
             `relevance_sum`, `relevance_mean`, `rank` (1 = most harmful), `self_relevance` (not a
             number before `reduce --method self`), `visits`, and of the sample's visits `mean_loss`,
             `last_loss`, `mean_margin`, `mean_el2n`, `variability`, `visits_wrong` and
-            `first_learnt` (docs/parquet.md). `attrs` has `method`, `sign`, `unit`
-            and `run_id`.
+            `first_learnt` (docs/parquet.md), and `key` if samples have keys. `attrs` has
+            `method`, `sign`, `unit` and `run_id`.
 
         Raises:
             UsageError: the method has no test samples.

@@ -82,7 +82,7 @@ def proposed_by_relevance(
         "classes": None if classes is None else classes.labels.tolist(),
         "says": says,
     }
-    return as_proposed(table, len(sums), summary)
+    return as_proposed(table, found.gradients.keys(names.TRAIN_KEYS), len(sums), summary)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from hydra_pipe.store.data.clean_result import (
     write_retraining,
 )
 from hydra_pipe.store.data.evaluations import Retrained
+from hydra_pipe.store.data.recording import open_gradients
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -79,8 +80,9 @@ def clean_run(
         rounds: number of times to judge. 2: train on the cleaned labels, in RUN-round-2, and
             judge the given labels by that training too. Default: 1. For "dynamics".
         decisions: CSV file with the columns sample, decision (keep, relabel or drop) and label
-            (class number, for relabel), such as the page of the report saves. Decisions replace
-            proposals. Unless another cut is asked for, they apply to the proposal that is there.
+            (class number, for relabel), such as the page of the report saves. The column key may
+            stand in place of sample, where samples have keys. Decisions replace proposals. Unless
+            another cut is asked for, they apply to the proposal that is there.
         undecided: with `decisions`: "proposed" leaves the other proposals as they are, "keep"
             keeps their samples. Default: "proposed".
         retrain: True to also train again as given, without the proposed samples, with the
@@ -112,13 +114,16 @@ def clean_run(
     )
     request.check(pipeline)
     parse_bytes(memory)
-    given = None if decisions is None else Decisions.read(decisions, undecided or UNDECIDED[0])
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     if method == DYNAMICS:
         directory.require_recording()
     else:
         directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
+    given = None
+    if decisions is not None:
+        keys = open_gradients(directory).keys(names.TRAIN_KEYS)
+        given = Decisions.read(decisions, undecided or UNDECIDED[0], keys)
     subject = None
     if retrain:
         from hydra_pipe.cleaning.retraining import opened  # torch takes seconds to import

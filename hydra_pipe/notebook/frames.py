@@ -15,6 +15,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.keys import with_keys
 from hydra_pipe.store.data.predictions import read_predictions
 
 if TYPE_CHECKING:
@@ -24,23 +25,26 @@ SIDES = {"helpful": 1, "harmful": -1}
 BOTH = "both"
 
 
-def top_frame(results: Results, method: str, test_id: int, k: int, side: str) -> "pandas.DataFrame":
+def top_frame(
+    results: Results, method: str, test_id: int | str, k: int, side: str
+) -> "pandas.DataFrame":
     """Return the data frame of `Run.top`."""
     imported("pandas", "a data frame")
     if side not in (*SIDES, BOTH):
         raise UsageError(f"side {side!r}: give helpful, harmful or both")
     if k < 1:
         raise UsageError(f"k = {k}: give 1 or more")
-    source, column = results.source(method), results.column(method, test_id)
+    source, number = results.source(method), results.test_id(method, test_id)
+    column = results.column(method, number)
     chosen = [name for name in SIDES if side in (name, BOTH)]
     tables = [_side_table(source, column, name, k) for name in chosen]
     table = pa.concat_tables(tables if side == BOTH else [tables[0].drop_columns("side")])
-    return _framed(table, source, test_id=int(test_id))
+    return _framed(table, source, test_id=number)
 
 
 def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
     ids = top_samples(column * SIDES[side], k)
-    return pa.table(
+    table = pa.table(
         {
             "side": pa.array([side] * len(ids), pa.string()),
             "rank": pa.array(np.arange(1, len(ids) + 1, dtype=np.int32)),
@@ -49,6 +53,7 @@ def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k:
             "relevance": pa.array(column[ids]),
         }
     )
+    return with_keys(table, source.train_keys, ids)
 
 
 def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.DataFrame":

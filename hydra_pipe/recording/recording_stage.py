@@ -178,6 +178,17 @@ class RecordingStage:
         self.writer.write_labels(which, labels)
         self._n_labels[which] = len(labels)
 
+    def write_keys(self, which: str, keys: Sequence[str]) -> None:
+        """Store keys, see `GradientsWriter.write_keys`. Only rank 0 calls this."""
+        assert self.writer is not None
+        self.writer.write_keys(which, keys)
+        self._n_labels[which] = len(keys)
+
+    @property
+    def has_test_keys(self) -> bool:
+        """True if keys of the test samples are stored."""
+        return names.TEST_KEYS in self._n_labels
+
     def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
         """Put everything on the disk, and return the state of the recording.
 

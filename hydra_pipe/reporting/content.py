@@ -134,6 +134,7 @@ class Content:
         train_drawn: picture, text or values of each training sample, by id.
         test_drawn: the same of test samples.
         test_labels: labels of the test samples in `duplicates`, by id.
+        train_keys, test_keys: keys of the samples on the page, by id. Empty if they have none.
         duplicates: inputs that are alike. A reason, if they were not compared.
         tiles: pairs of a figure and its meaning.
         warnings: cautions for the reader.
@@ -162,6 +163,8 @@ class Content:
     train_drawn: Mapping[int, Drawn]
     test_drawn: Mapping[int, Drawn]
     test_labels: Mapping[int, Any]
+    train_keys: Mapping[int, str]
+    test_keys: Mapping[int, str]
     duplicates: Duplicates | str
     tiles: Sequence[tuple[str, str]]
     warnings: Sequence[str]

@@ -37,6 +37,7 @@ from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import ReportSource
 from hydra_pipe.reporting.words import Circumstances, hardly_learnt, warnings, without_relevance
 from hydra_pipe.store import names
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import EVALUATE, RECORD, REDUCE
 from hydra_pipe.types import I64
@@ -53,6 +54,11 @@ _OVERHEAD_BYTES = 128 * 2**20
 # Greatest distance of test losses from the recorded ones, as a share of their norm. Beyond it,
 # the samples or the model are others.
 _SAME_LOSSES = 0.02
+
+
+def _keys_of(keys: Keys | None, ids: I64) -> dict[int, str]:
+    """Return the keys of samples by id. Empty if they have none."""
+    return {} if keys is None else dict(zip(ids.tolist(), keys.take(ids), strict=True))
 
 
 class Gathering:
@@ -94,7 +100,8 @@ class Gathering:
         visits = source.visits(self._progress)
         alike = self._alike(shown, judged, train_labels)
         train = [*queue, *suspects.tolist()]
-        train_drawn, test_drawn = self._drawn(shown, train, chosen, found, alike)
+        of_train, of_test = self._on_page(train, chosen, found, alike)
+        train_drawn, test_drawn = self._drawn(shown, of_train, of_test)
         naming = Naming.of(judged, predictions, test_labels)
         confusions = confusions_of(judged, predictions, naming)
         return Content(
@@ -115,6 +122,8 @@ class Gathering:
             train_drawn=train_drawn,
             test_drawn=test_drawn,
             test_labels=self._labels_of_tests(alike),
+            train_keys=_keys_of(source.gradients.keys(names.TRAIN_KEYS), of_train),
+            test_keys=_keys_of(source.keys_of_tests(), of_test),
             duplicates=alike,
             tiles=self._tiles(losses, predictions, found),
             warnings=self._warnings(visits, found, predictions),
@@ -287,19 +296,10 @@ class Gathering:
         tests = [pair.other for pair in alike.pairs if pair.is_test]
         return {test: labels[test] for test in tests if test < len(labels)}
 
-    def _drawn(
-        self,
-        shown: "Shown | None",
-        train: list[int],
-        chosen: I64,
-        found: Findings | None,
-        alike: Duplicates | str,
-    ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
-        """Return views of the training samples and of the test samples on the page, by id."""
-        if shown is None:
-            return {}, {}
-        from hydra_pipe.reporting.inputs import draw  # torch takes seconds to import
-
+    def _on_page(
+        self, train: list[int], chosen: I64, found: Findings | None, alike: Duplicates | str
+    ) -> tuple[I64, I64]:
+        """Return the training samples and the test samples on the page, ascending."""
         pairs = [] if isinstance(alike, str) else alike.pairs
         sides = (
             [] if found is None else [side.ids.tolist() for both in found.sides for side in both]
@@ -309,11 +309,20 @@ class Gathering:
         of_test = {pair.other for pair in pairs if pair.is_test}
         if not self._source.grouped:
             of_test |= set(self._source.columns.test_ids[chosen].tolist())
+        return np.array(sorted(of_train), np.int64), np.array(sorted(of_test), np.int64)
+
+    def _drawn(
+        self, shown: "Shown | None", of_train: I64, of_test: I64
+    ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
+        """Return views of training samples and of test samples, by id."""
+        if shown is None:
+            return {}, {}
+        from hydra_pipe.reporting.inputs import draw  # torch takes seconds to import
+
         try:
-            ids = (np.array(sorted(wanted), np.int64) for wanted in (of_train, of_test))
             return (
-                draw(shown, "train", next(ids), self._progress),
-                draw(shown, "test", next(ids), self._progress),
+                draw(shown, "train", of_train, self._progress),
+                draw(shown, "test", of_test, self._progress),
             )
         except HydraError as error:
             self._lacks_samples(error)

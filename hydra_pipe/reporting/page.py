@@ -143,6 +143,7 @@ def _fixed(content: Content) -> dict[str, Any]:
         "n_samples": content.n_samples,
         "parts": _parts(content),
         "first": _FIRST,
+        "has_keys": bool(content.train_keys or content.test_keys),
         "tiles": content.tiles,
         "warnings": content.warnings,
         "columns_are": content.columns_are,

@@ -79,6 +79,7 @@ def doubt_pieces(content: Content, part: LabelPart) -> Iterable[str]:
         hurts = part.hurts.get(doubt.id, []) if part.hurts is not None else None
         item = {
             "id": doubt.id,
+            "key": cleaned(content.train_keys.get(doubt.id)),
             "rank": rank,
             "given": classes[doubt.given],
             "suggested": classes[doubt.suggested],
@@ -138,6 +139,7 @@ def card_pieces(content: Content, labels: LabelNumbers) -> Iterable[str]:
         sides = _sides(content, column, common)
         card = {
             "id": column.id,
+            "key": cleaned(content.test_keys.get(column.id)),
             "kind": "Group" if content.grouped else "Test",
             "order": order,
             "train_ids": [item["id"] for side in sides.values() for item in side],
@@ -169,6 +171,7 @@ def _sides(
         name: [
             {
                 "id": int(sample),
+                "key": cleaned(content.train_keys.get(int(sample))),
                 "label": label_of(content.train_labels, int(sample)),
                 "value": signed(float(value)),
                 "share": abs(float(value)) / largest,
@@ -190,6 +193,7 @@ def suspect_pieces(
         label = label_of(content.train_labels, suspect.id)
         item = {
             "id": suspect.id,
+            "key": cleaned(content.train_keys.get(suspect.id)),
             "rank": rank,
             "label": label,
             "label_number": labels.number(label),
@@ -206,6 +210,7 @@ def pair_pieces(content: Content, pairs: list[Pair]) -> Iterable[str]:
     for pair in pairs:
         one = content.train_drawn.get(pair.one)
         other = (content.test_drawn if pair.is_test else content.train_drawn).get(pair.other)
+        other_keys = content.test_keys if pair.is_test else content.train_keys
         other_label = (
             cleaned(content.test_labels.get(pair.other))
             if pair.is_test
@@ -215,12 +220,14 @@ def pair_pieces(content: Content, pairs: list[Pair]) -> Iterable[str]:
             {
                 "kind": "training",
                 "id": pair.one,
+                "key": cleaned(content.train_keys.get(pair.one)),
                 "label": label_of(content.train_labels, pair.one),
                 "content": shown(one),
             },
             {
                 "kind": "test" if pair.is_test else "training",
                 "id": pair.other,
+                "key": cleaned(other_keys.get(pair.other)),
                 "label": other_label,
                 "content": shown(other),
             },

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.plan.id_ranges import parse_selection, write_selection
+from hydra_pipe.plan.id_ranges import write_selection
+from hydra_pipe.store.data.keys import selected
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.reduced_run import RecordingOfColumns, ReducedRun
@@ -91,7 +92,7 @@ class ReportSource(RecordingOfColumns):
             raise UsageError(
                 f"--tests {tests}: {self.result} has means over test samples: leave it out"
             )
-        spans = parse_selection(tests, self.n_tests)
+        spans = selected(tests, self.n_tests, self.keys_of_tests())
         there = self.columns.test_ids
         for first, last in spans:
             lacking = np.setdiff1d(np.arange(first, last), there)

@@ -59,6 +59,8 @@ IMBALANCE: Final = "imbalance"
 # Arrays of gradients.zarr/labels.
 TRAIN_LABELS: Final = "train"
 TEST_LABELS: Final = "test"
+TRAIN_KEYS: Final = "train_key"
+TEST_KEYS: Final = "test_key"
 
 # Attributes.
 LAYOUT: Final = "hydra_pipe_blocks"
@@ -99,6 +101,9 @@ TEST_LABEL_DIM: Final = "test_sample"
 SAMPLE_LABEL: Final = "sample_label"
 TEST_LABEL: Final = "test_label"
 
+# Settings of a recording: digests of the keys that samples and test samples have.
+SAMPLE_KEYS_GIVEN: Final = "sample_keys"
+TEST_KEYS_GIVEN: Final = "test_keys"
 # Setting of a proposal: number of times that labels are judged.
 ROUNDS: Final = "rounds"
 # Setting of a reduction: number of the first steps that count.
@@ -116,6 +121,11 @@ UNIT_TEXT: Final = "test loss"
 def checkpoint_name(step: int) -> str:
     """Return the group of the test gradients taken after `step` steps."""
     return f"{step:010d}"
+
+
+def key_bytes(which: str) -> str:
+    """Return the second dimension of the array of keys `which`."""
+    return f"{which}_byte"
 
 
 def rank_name(rank: int) -> str:

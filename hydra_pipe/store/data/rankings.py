@@ -17,6 +17,9 @@ SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
 MATRIX: Final = "matrix"
 SCHEMA_VERSION: Final = "1"
+# Columns of keys. They come after all other columns, where samples have keys.
+KEY: Final = "key"
+TEST_KEY, TRAIN_KEY = "test_key", "train_key"
 # Orders of rows. A table is sorted by the first order whose columns it has: by test sample,
 # and helpful samples before harmful ones.
 _ASCENDING, _DESCENDING = "ascending", "descending"
@@ -28,7 +31,16 @@ _ORDERS: Final = (
 )
 # Columns of few values that repeat, and columns of integers that are near each other. All
 # other columns are written plainly.
-_DICTIONARIES: Final = ("test_id", "side", "test_label", "train_label", "label", "visits")
+_DICTIONARIES: Final = (
+    "test_id",
+    "side",
+    "test_label",
+    "train_label",
+    "label",
+    "visits",
+    TEST_KEY,
+    TRAIN_KEY,
+)
 _DELTAS: Final = ("train_id", "rank")
 _TABLE: Final = re.compile(r"(matrix/)?(part-[0-9]{5,9}|samples|classes)\.parquet")
 
@@ -57,8 +69,18 @@ def label_type(labels: NDArray[Any] | None) -> pa.DataType:
     return pa.string() if labels is not None and labels.dtype.kind in "UO" else pa.int64()
 
 
+def key_fields(**has_keys: bool) -> list[pa.Field]:
+    """Return the columns of keys of a table: those names whose samples have keys."""
+    return [pa.field(name, pa.string(), nullable=False) for name, has in has_keys.items() if has]
+
+
 def ranking_schema(
-    test_labels: pa.DataType, train_labels: pa.DataType, meta: dict[str, str]
+    test_labels: pa.DataType,
+    train_labels: pa.DataType,
+    meta: dict[str, str],
+    *,
+    test_keys: bool,
+    train_keys: bool,
 ) -> pa.Schema:
     return pa.schema(
         [
@@ -69,12 +91,13 @@ def ranking_schema(
             pa.field("relevance", pa.float32(), nullable=False),
             pa.field("test_label", test_labels),
             pa.field("train_label", train_labels),
+            *key_fields(test_key=test_keys, train_key=train_keys),
         ],
         metadata=meta,
     )
 
 
-def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+def samples_schema(train_labels: pa.DataType, meta: dict[str, str], *, has_keys: bool) -> pa.Schema:
     return pa.schema(
         [
             pa.field("train_id", pa.int64(), nullable=False),
@@ -91,6 +114,7 @@ def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema
             pa.field("variability", pa.float32()),
             pa.field("visits_wrong", pa.int32()),
             pa.field("first_learnt", pa.int32()),
+            *key_fields(key=has_keys),
         ],
         metadata=meta,
     )

@@ -10,6 +10,7 @@ from hydra_pipe.errors import StoreError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.probes import WhichTests, tested_by
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.recording_counts import Counts
@@ -52,6 +53,14 @@ class RecordingOfColumns:
             StoreError: damaged.
         """
         return self.columns.labels(self.tested.labels(self.gradients))
+
+    def keys_of_tests(self) -> Keys | None:
+        """Return the keys of all test samples. None if they have none, or columns are means.
+
+        Raises:
+            StoreError: damaged.
+        """
+        return None if self.columns.by is not None else self.tested.keys(self.gradients)
 
     def visits(self, progress: Progress) -> NDArray[np.int64]:
         """Return the number of steps that used each sample, shape (sample,).
