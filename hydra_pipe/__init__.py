@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hydra_pipe.cleaning.dataset import cleaned
     from hydra_pipe.cleaning.proposal import Cleaning
     from hydra_pipe.cleaning.run import clean_run as clean
+    from hydra_pipe.combining.run import combine_runs as combine
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import Evaluation
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
@@ -57,6 +58,7 @@ __all__ = [
     "Trained",
     "clean",
     "cleaned",
+    "combine",
     "content_keys",
     "evaluate",
     "export",
@@ -92,6 +94,7 @@ _HOMES = {
     "Trained": ("hydra_pipe.training.trainer", "Trained"),
     "clean": ("hydra_pipe.cleaning.run", "clean_run"),
     "cleaned": ("hydra_pipe.cleaning.dataset", "cleaned"),
+    "combine": ("hydra_pipe.combining.run", "combine_runs"),
     "content_keys": ("hydra_pipe.recording.content_keys", "content_keys"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),

@@ -16,6 +16,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.rewinding.spikes import Spikes, spikes_of
 from hydra_pipe.rewinding.step import Rewind, rewound
 from hydra_pipe.store import names
+from hydra_pipe.store.data.combined import Combined, open_combined
 from hydra_pipe.store.data.gradients import (
     BLOCK_COLUMNS,
     GROUP_COLUMNS,
@@ -24,13 +25,12 @@ from hydra_pipe.store.data.gradients import (
     Prefix,
 )
 from hydra_pipe.store.data.keys import Keys
-from hydra_pipe.store.data.probes import open_probe
 from hydra_pipe.store.data.recording import committed, open_so_far
-from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.data.relevance import open_relevance, read_relevance
 from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import OWNED, RECORD, Holds
+from hydra_pipe.store.run.stages import COMBINE, OWNED, RECORD, Holds
 from hydra_pipe.store.zarr.arrays import Array
 
 if TYPE_CHECKING:
@@ -104,12 +104,35 @@ class Run:
         Raises:
             StoreError: the recording is missing or damaged.
         """
-        return self.gradients.keys(names.TRAIN_KEYS)
+        combined = self._combined()
+        return self.gradients.keys(names.TRAIN_KEYS) if combined is None else combined.keys()
 
     @property
     def test_keys(self) -> Keys | None:
         """Keys of the run's own test samples, in the form of `sample_keys`."""
-        return self.gradients.keys(names.TEST_KEYS)
+        combined = self._combined()
+        return self.gradients.keys(names.TEST_KEYS) if combined is None else combined.test_keys()
+
+    def _combined(self) -> Combined | None:
+        """Return a combination of the run. All of them have the same samples. None: it has none."""
+        directory = self._results.directory()
+        found = directory.complete(COMBINE)
+        return open_combined(directory, found[0]) if found else None
+
+    def combined(self, method: str = "hydra") -> Combined:
+        """Return what combining runs has found beside the mean (docs/combining.md).
+
+        Its arrays are read as they are sliced: `standard_error` and `agreeing` (sample, test).
+        `column_facts()` and `scales()` tell of each test sample.
+
+        Raises:
+            RunError: the run combines no runs, or not by this method.
+            StoreError: damaged.
+        """
+        directory = self._results.directory()
+        stage = COMBINE.of(method)
+        directory.require(stage, directory.command(stage))
+        return open_combined(directory, method)
 
     @property
     def steps(self) -> dict[str, NDArray[Any]]:
@@ -146,14 +169,6 @@ class Run:
         self._results.check(method)
         return open_relevance(self.path / names.RELEVANCE, method)
 
-    def _tests_of(self, result: str) -> tuple[NDArray[Any] | None, Keys | None]:
-        """Return labels and keys of a result's test samples, each None if there are none."""
-        name = ResultName.parse(result).probe
-        if name is None:
-            return self.gradients.labels(names.TEST_LABELS), self.test_keys
-        probe = open_probe(self._results.directory(), self.gradients, name)
-        return probe.labels(), probe.keys()
-
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
         """Return the whole relevance matrix, in memory, float32, dimensions (sample, test).
 
@@ -181,7 +196,8 @@ class Run:
             import xarray
         except ImportError:
             return values
-        columns = columns_of(array)
+        found = ReducedRun.open(self._results.directory(), method)
+        columns = found.columns
         sign, unit = (array.attributes[name] for name in (names.SIGN, names.UNIT))
         dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
         coordinates: dict[str, Any] = {
@@ -189,10 +205,9 @@ class Run:
             dimension: columns.ids,
         }
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
-        test_labels, test_keys = self._tests_of(method)
         for which, labels in (
-            (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
-            (dimension, columns.labels(test_labels)),
+            (names.SAMPLE_DIM, found.samples.labels()),
+            (dimension, found.labels_of_columns()),
         ):
             if labels is not None:
                 if len(labels) != sizes[which]:
@@ -201,8 +216,11 @@ class Run:
                         "labels"
                     )
                 coordinates[f"{which}_label"] = (which, labels)
-        for which, keys in ((names.SAMPLE_DIM, self.sample_keys), (dimension, test_keys)):
-            if keys is not None and which in coordinates and columns.by is None:
+        for which, keys in (
+            (names.SAMPLE_DIM, found.samples.keys()),
+            (dimension, found.keys_of_tests()),
+        ):
+            if keys is not None:
                 coordinates[f"{which}_key"] = (which, keys.take(coordinates[which]))
         return xarray.DataArray(
             values,

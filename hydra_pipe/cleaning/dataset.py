@@ -16,8 +16,8 @@ from hydra_pipe.errors import DataError, RunError, UsageError, shown
 from hydra_pipe.recording.datasets import pair_of
 from hydra_pipe.recording.settings import checked_keys
 from hydra_pipe.store.data.clean_result import read_proposal
-from hydra_pipe.store.data.recording import open_gradients
-from hydra_pipe.store.names import TRAIN_KEYS
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.reduced_run import keys_of
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.store.run.stages import CLEAN
@@ -188,7 +188,9 @@ def cleaned(
             f"{directory.path}: the proposal is damaged ({error}): make it again with "
             f"{directory.command(stage)} --overwrite"
         ) from error
-    places = None if keys is None else _places(directory, dataset, keys, n_samples)
+    places = None
+    if keys is not None:
+        places = _places(keys_of(directory, method), directory, dataset, keys, n_samples)
     if places is None and len(dataset) != n_samples:
         raise DataError(
             f"the dataset has {len(dataset):,} samples, and {directory.path} was trained on "
@@ -209,14 +211,19 @@ def cleaned(
     )
 
 
-def _places(directory: RunDirectory, dataset: Any, keys: Sequence[str], n_samples: int) -> I64:
+def _places(
+    recorded: Keys | None,
+    directory: RunDirectory,
+    dataset: Any,
+    keys: Sequence[str],
+    n_samples: int,
+) -> I64:
     """Return the place of each sample of the run in `dataset`, shape (sample,). -1: none.
 
     Raises:
         RunError: the run has no keys.
         DataError: the keys are not one for each sample of `dataset`, or the run lacks one.
     """
-    recorded = open_gradients(directory).keys(TRAIN_KEYS)
     if recorded is None:
         raise RunError(
             f"{directory.path} was recorded without keys of its samples: leave out keys=, and give "

@@ -26,13 +26,13 @@ from hydra_pipe.store.data.clean_result import (
     write_retraining,
 )
 from hydra_pipe.store.data.evaluations import Retrained
-from hydra_pipe.store.data.recording import open_gradients
+from hydra_pipe.store.data.reduced_run import keys_of
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS, ResultName
 from hydra_pipe.store.run.stage_runner import Work, alone, running
-from hydra_pipe.store.run.stages import CLEAN, RECORD, REDUCE, Settings
+from hydra_pipe.store.run.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def clean_run(
         directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
     given = None
     if decisions is not None:
-        keys = open_gradients(directory).keys(names.TRAIN_KEYS)
+        keys = keys_of(directory, method)
         given = Decisions.read(decisions, undecided or UNDECIDED[0], keys)
     subject = None
     if retrain:
@@ -326,7 +326,7 @@ class _Proposal:
             return None
         if not is_interrupted and directory.stale(stage):
             return None
-        n_samples = directory.stages[RECORD].count("n_samples", least=1)
+        n_samples = directory.n_samples(self.stage.name)
         with suppress(OSError, ValueError, pa.ArrowException):
             found = Cleaning(False, *read_proposal(directory.path / stage.area, n_samples))
             # Retrainings that were interrupted leave the proposal, with the decisions on it.

@@ -18,6 +18,7 @@ from hydra_pipe.cli.options import (
     CleanMethod,
     CleanPipeline,
     CleanSeeds,
+    CombinedMethod,
     DatasetSpec,
     Debug,
     DecisionsFile,
@@ -27,6 +28,7 @@ from hydra_pipe.cli.options import (
     Dtype,
     Encoding,
     Full,
+    Into,
     Json,
     Keep,
     Kind,
@@ -50,6 +52,7 @@ from hydra_pipe.cli.options import (
     Retrainings,
     Rounds,
     RunPath,
+    RunPaths,
     Samples,
     Scheduler,
     Seeds,
@@ -198,6 +201,37 @@ def reduce(
             "self_relevance"
         )
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
+
+
+@app.command()
+@explained
+def combine(
+    runs: RunPaths,
+    into: Into,
+    method: CombinedMethod = "hydra",
+    memory: Memory = "4GiB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Combine the relevance of several runs, such as of several seeds: mean, standard error,
+    and how many runs agree. Samples are matched by their keys, or else by their numbers.
+
+    After an interrupt or a kill, the same command resumes.
+
+    Example: hydra-pipe combine runs/digits/seed-* --into runs/digits/combined
+    """
+    from hydra_pipe.combining.run import combine_runs
+
+    done = combine_runs(
+        runs,
+        into,
+        method=method,
+        memory=memory,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    which = "" if method == "hydra" else f" --method {method}"
+    _say(done, into, f"{len(runs)} runs combined", f"next: hydra-pipe report {into}{which}")
 
 
 @app.command()

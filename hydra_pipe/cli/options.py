@@ -11,6 +11,17 @@ PipelineSpec = Annotated[
         help="path/to/file.py or path/to/file.py:function, which returns a Pipeline",
     ),
 ]
+RunPaths = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="directories of the runs, two or more, or their URLs"),
+]
+Into = Annotated[
+    str, typer.Option("--into", metavar="OUT", help="directory of the combination, of its own")
+]
+CombinedMethod = Annotated[
+    str,
+    typer.Option(metavar="RESULT", help="result of reduce that each run has, such as hydra-fisher"),
+]
 RunPath = Annotated[
     str,
     typer.Argument(

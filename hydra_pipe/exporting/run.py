@@ -17,6 +17,7 @@ from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.combined import spread_columns
 from hydra_pipe.store.data.keys import key_columns
 from hydra_pipe.store.disk_space import say_if_tight
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -211,5 +212,6 @@ class _Export:
                 (self.source.test_keys, self.source.test_ids[ranked.test]),
                 (self.source.train_keys, ranked.train),
             ),
+            *spread_columns(self.source.combined, ranked.train, ranked.test),
         ]
         return pa.Table.from_arrays(columns, schema=schema)

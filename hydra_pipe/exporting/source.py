@@ -85,6 +85,7 @@ class ExportSource(ReducedRun):
             self.meta,
             test_keys=self.test_keys is not None,
             train_keys=self.train_keys is not None,
+            combined=self.combined is not None,
         )
 
     @property
@@ -145,11 +146,11 @@ def open_source(directory: RunDirectory, method: str) -> ExportSource:
     return ExportSource(
         **vars(found),
         method=method,
-        own=_own_relevance(directory, method, found.counts.n_samples),
+        own=_own_relevance(directory, method, found.samples.n_samples),
         meta=meta,
-        train_labels=found.gradients.labels(names.TRAIN_LABELS),
+        train_labels=found.samples.labels(),
         test_labels=found.labels_of_columns(),
-        train_keys=found.gradients.keys(names.TRAIN_KEYS),
+        train_keys=found.samples.keys(),
         test_keys=found.keys_of_tests(),
     )
 

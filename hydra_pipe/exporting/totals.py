@@ -84,12 +84,12 @@ class Adding:
         """
         source, sums = self._source, self._sums
         schema = source.samples_schema
-        ranks, visits = rank_harmful(sums), source.visits(progress)
+        ranks, visits = rank_harmful(sums), source.samples.visits(progress)
         for first in range(0, len(sums), GROUP_ROWS):
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
             if first % at_once == 0:
                 counted = slice(first, min(first + at_once, len(sums)))
-                dynamics = totals_over(source.gradients, counted, progress)
+                dynamics = totals_over(source.samples.gradients, counted, progress)
             own = slice(rows.start - counted.start, rows.stop - counted.start)
             columns = [
                 pa.array(np.arange(rows.start, rows.stop)),

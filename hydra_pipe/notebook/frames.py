@@ -14,6 +14,7 @@ from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.combined import spread_columns
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.keys import with_keys
 from hydra_pipe.store.data.predictions import read_predictions
@@ -37,12 +38,16 @@ def top_frame(
     source, number = results.source(method), results.test_id(method, test_id)
     column = results.column(method, number)
     chosen = [name for name in SIDES if side in (name, BOTH)]
-    tables = [_side_table(source, column, name, k) for name in chosen]
+    place = int(np.searchsorted(source.test_ids, number))
+    tables = [_side_table(source, place, column, name, k) for name in chosen]
     table = pa.concat_tables(tables if side == BOTH else [tables[0].drop_columns("side")])
     return _framed(table, source, test_id=number)
 
 
-def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
+def _side_table(
+    source: ExportSource, place: int, column: NDArray[np.float32], side: str, k: int
+) -> pa.Table:
+    """Return the ranking of a side of the column at `place`, whose values are `column`."""
     ids = top_samples(column * SIDES[side], k)
     table = pa.table(
         {
@@ -53,7 +58,11 @@ def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k:
             "relevance": pa.array(column[ids]),
         }
     )
-    return with_keys(table, source.train_keys, ids)
+    table = with_keys(table, source.train_keys, ids)
+    spread = spread_columns(source.combined, ids, np.full(len(ids), place))
+    for field, values in zip(rankings.SPREAD_FIELDS, spread, strict=False):
+        table = table.append_column(field, values)
+    return table
 
 
 def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.DataFrame":

@@ -14,6 +14,7 @@ from hydra_pipe.reporting.drawing import Cells, Drawn, Picture, Text, clean
 from hydra_pipe.reporting.duplicates import Pair
 from hydra_pipe.reporting.labels import Doubt
 from hydra_pipe.reporting.likeness import WORD, common_words, differing_columns, shared_words
+from hydra_pipe.store.data.combined import PairSpread
 from hydra_pipe.types import F64
 
 _KINDS = {Picture: "picture", Text: "text", Cells: "cells"}
@@ -175,13 +176,23 @@ def _sides(
                 "label": label_of(content.train_labels, int(sample)),
                 "value": signed(float(value)),
                 "share": abs(float(value)) / largest,
+                "spread": None if spread is None else spread_in_words(spread, place),
                 "content": shown(content.train_drawn.get(int(sample))),
             }
             | compared(content.train_drawn.get(int(sample)), column.drawn, common)
-            for sample, value in zip(side.ids, side.relevance, strict=True)
+            for place, (sample, value) in enumerate(zip(side.ids, side.relevance, strict=True))
         ]
-        for name, side in zip(("helpful", "harmful"), column.sides, strict=True)
+        for name, side, spread in zip(
+            ("helpful", "harmful"), column.sides, column.spreads or (None, None), strict=True
+        )
     }
+
+
+def spread_in_words(spread: PairSpread, place: int) -> str:
+    """Return how the runs spread about the value at `place`, and how many agree on its sign."""
+    error, runs = float(spread.standard_error[place]), int(spread.runs[place])
+    agreeing = f"{int(spread.agreeing[place])} of {runs} runs"
+    return agreeing if np.isnan(error) else f"± {error:.2g}, stable in {agreeing}"
 
 
 def suspect_pieces(

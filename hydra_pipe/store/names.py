@@ -17,6 +17,7 @@ LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"
+COMBINED: Final = "combined"
 PROBES: Final = "probes"
 # Files in evaluation/KIND.
 RETRAINED: Final = "retrained"
@@ -51,6 +52,17 @@ LAST_INPUT: Final = "last_input"
 FACTORED: Final = "factored"
 FOLDED: Final = "folded"
 SWEPT: Final = "swept"
+# Arrays of combined/RESULT.zarr.
+ROWS: Final = "rows"
+COLUMNS: Final = "columns"
+STANDARD_ERROR: Final = "standard_error"
+AGREEING: Final = "agreeing"
+ROOT_MEAN_SQUARE: Final = "root_mean_square"
+COSINE: Final = "cosine"
+EFFECTIVE_RUNS: Final = "effective_runs"
+VISITS: Final = "visits"
+TEST_LOSS: Final = "test_loss"
+IN_FIRST: Final = "in_first"
 # Arrays of gradients.zarr/steps.
 FIRST_ROW: Final = "first_row"
 N_ROWS: Final = "n_rows"
@@ -94,6 +106,8 @@ ELEMENT_DIM: Final = "element"
 OUTPUT_DIM: Final = "output"
 TOP_DIM: Final = "top"
 INPUT_DIM: Final = "input"
+RUN_DIM: Final = "run"
+COLUMN_DIM: Final = "column"
 # Dimension of gradients.zarr/labels/test. It is not the array's name, or readers such as
 # xarray would take the labels for an index.
 TEST_LABEL_DIM: Final = "test_sample"
@@ -106,6 +120,8 @@ SAMPLE_KEYS_GIVEN: Final = "sample_keys"
 TEST_KEYS_GIVEN: Final = "test_keys"
 # Setting of a proposal: number of times that labels are judged.
 ROUNDS: Final = "rounds"
+# Setting of a combination: ids of its runs.
+RUNS: Final = "runs"
 # Setting of a reduction: number of the first steps that count.
 UPTO: Final = "upto"
 # Facts of a reduction, found by its passes.

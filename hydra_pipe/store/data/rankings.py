@@ -74,6 +74,15 @@ def key_fields(**has_keys: bool) -> list[pa.Field]:
     return [pa.field(name, pa.string(), nullable=False) for name, has in has_keys.items() if has]
 
 
+# Columns of a result that combines runs: of each pair the standard error of the mean (null of one
+# run), the number of runs whose relevance has the sign of the mean, and the number of runs.
+SPREAD_FIELDS: Final = [
+    pa.field("standard_error", pa.float32()),
+    pa.field("agreeing_runs", pa.int32(), nullable=False),
+    pa.field("runs", pa.int32(), nullable=False),
+]
+
+
 def ranking_schema(
     test_labels: pa.DataType,
     train_labels: pa.DataType,
@@ -81,6 +90,7 @@ def ranking_schema(
     *,
     test_keys: bool,
     train_keys: bool,
+    combined: bool,
 ) -> pa.Schema:
     return pa.schema(
         [
@@ -92,6 +102,7 @@ def ranking_schema(
             pa.field("test_label", test_labels),
             pa.field("train_label", train_labels),
             *key_fields(test_key=test_keys, train_key=train_keys),
+            *(SPREAD_FIELDS if combined else []),
         ],
         metadata=meta,
     )
