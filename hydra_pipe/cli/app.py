@@ -46,6 +46,7 @@ from hydra_pipe.cli.options import (
     Probe,
     ProbeName,
     Rank,
+    RecordSeeds,
     Repair,
     ReportMethod,
     Retrain,
@@ -118,6 +119,7 @@ def record(
     dtype: Dtype = None,
     checkpoint_every: CheckpointEvery = None,
     test_every: TestEvery = None,
+    seeds: RecordSeeds = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -137,9 +139,19 @@ def record(
         dtype=dtype,
         checkpoint_every=checkpoint_every,
         test_every=test_every,
+        seeds=seeds,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
+    if seeds is not None:
+        _say(
+            done,
+            run,
+            f"{seeds} runs recorded",
+            f"next: hydra-pipe reduce each of {run}/seed-*, then hydra-pipe combine {run}/seed-* "
+            f"--into {run}/combined",
+        )
+        return
     _say(done, run, "recorded", f"next: hydra-pipe reduce {run}")
     if done:
         say_recorded(run)
@@ -404,7 +416,7 @@ def run_all(
         dtype,
         checkpoint_every,
         test_every,
-        overwrite,
+        overwrite=overwrite,
         debug=debug,
     )
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)

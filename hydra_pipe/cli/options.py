@@ -65,6 +65,15 @@ TestEvery = Annotated[
         help="also take test gradients on the way, for reduce --up-to-step and --method tracin",
     ),
 ]
+RecordSeeds = Annotated[
+    int | None,
+    typer.Option(
+        "--seeds",
+        metavar="N",
+        help="record N runs, with the settings seed=0 to seed=N-1, in RUN/seed-0 and so on "
+        "(hydra-pipe combine)",
+    ),
+]
 UpToStep = Annotated[
     int | None,
     typer.Option(
