@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hydra_pipe.store.data.clean_result import KEEP
-from hydra_pipe.store.data.keys import Keys, with_keys
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.rankings import with_keys
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def combine(
 
     After an interrupt or a kill, the same command resumes.
 
-    Example: hydra-pipe combine runs/digits/seed-* --into runs/digits/combined
+    Example: hydra-pipe combine runs/fashion/seed-* --into runs/fashion/combined
     """
     from hydra_pipe.combining.run import combine_runs
 

@@ -180,7 +180,7 @@ class _Combination:
 
     def _create(self, sources: Sources, plan: CombiningPlan, progress: Progress) -> None:
         directory, method, own = self.directory, self.method, self.stages[0]
-        contents = sources.contents(progress)
+        contents = sources.contents()
         say_if_tight(plan.written_bytes, directory.path, progress)
         others = [COMBINE.of(name) for name in directory.of_kind(COMBINE)]
         stale = [

@@ -132,13 +132,13 @@ class Sources:
         """True if each test sample has a column."""
         return self.columns.by is None and self.columns.n_columns == self.tests.rows.shape[1]
 
-    def contents(self, progress: Progress) -> Contents:
+    def contents(self) -> Contents:
         """Return all that is known beside the relevance. Raises: StoreError: damaged."""
         visits = np.zeros(self.samples.rows.shape[1], np.int64)
         losses: list[F64] = []
         for one, rows, tests in zip(self.of_runs, self.samples.rows, self.tests.rows, strict=True):
             there = rows >= 0
-            visits[there] += one.reduced.samples.visits(progress)[rows[there]]
+            visits[there] += one.reduced.samples.visits(Progress())[rows[there]]
             own = np.full(len(tests), np.nan)
             own[tests >= 0] = one.reduced.samples.test_losses()[tests[tests >= 0]]
             losses.append(own)

@@ -17,8 +17,7 @@ from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.combined import spread_columns
-from hydra_pipe.store.data.keys import key_columns
+from hydra_pipe.store.data.rankings import key_columns, spread_columns
 from hydra_pipe.store.disk_space import say_if_tight
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import result_of

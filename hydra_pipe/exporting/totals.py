@@ -18,7 +18,7 @@ from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.keys import key_columns
+from hydra_pipe.store.data.rankings import key_columns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF
 

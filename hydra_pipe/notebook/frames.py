@@ -14,10 +14,9 @@ from hydra_pipe.notebook.results import Results
 from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
-from hydra_pipe.store.data.combined import spread_columns
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.keys import with_keys
 from hydra_pipe.store.data.predictions import read_predictions
+from hydra_pipe.store.data.rankings import spread_columns, with_keys
 
 if TYPE_CHECKING:
     import pandas

@@ -83,7 +83,7 @@ def plan_combining(what: CombiningInput) -> CombiningPlan:
             f"--memory to {suggested(least)}"
         )
     width = min(what.n_columns, (what.memory_bytes - kept) // of_column)
-    if width > what.chunk_tests:
+    if what.chunk_tests < width < what.n_columns:
         width -= width % what.chunk_tests
     return CombiningPlan(
         what.n_columns,

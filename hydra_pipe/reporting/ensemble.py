@@ -1,4 +1,4 @@
-"""What a page says of a combination of runs: how much they agree, and where its samples are."""
+"""The words of a page about a combination of runs: their agreement, and cautions."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def tiles_of(combined: Combined) -> list[tuple[str, str]]:
 
 
 def about_combined(combined: Combined) -> list[str]:
-    """Return what a reader of a mean over runs must know, the gravest first."""
+    """Return cautions for a reader of a mean over runs, the gravest first."""
     cosine, scales = combined.column_facts()[COSINE], combined.scales()
     found = []
     known = cosine[np.isfinite(cosine)]

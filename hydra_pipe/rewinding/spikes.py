@@ -23,7 +23,7 @@ from hydra_pipe.rewinding.rows import (
     samples_of,
 )
 from hydra_pipe.store import names
-from hydra_pipe.store.data.keys import with_keys
+from hydra_pipe.store.data.rankings import with_keys
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.types import F64, I64
 

@@ -23,8 +23,8 @@ from hydra_pipe.rewinding.words import caveats
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.keys import with_keys
 from hydra_pipe.store.data.predictions import read_predictions
+from hydra_pipe.store.data.rankings import with_keys
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.types import F64, I64
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
@@ -43,7 +42,7 @@ _KIND = "combined"
 
 @dataclass(frozen=True)
 class PairSpread:
-    """How the values of the runs spread about their mean, for some pairs.
+    """Spread of the runs about their mean, for some pairs.
 
     Attributes:
         standard_error: standard error of the mean, float32 (pair,). Not a number where fewer than
@@ -59,7 +58,7 @@ class PairSpread:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is known of a combination before any relevance is read.
+    """Facts of a combination that are known before any relevance is read.
 
     Args:
         rows: row of each sample in the result of each run, int64 (run, sample). -1: none.
@@ -81,26 +80,6 @@ class Contents:
     test_labels: NDArray[Any] | None
     keys: Sequence[str] | None
     test_keys: Sequence[str] | None
-
-
-def spread_columns(combined: "Combined | None", samples: I64, columns: I64) -> list[pa.Array]:
-    """Return the columns of `rankings.SPREAD_FIELDS` for some pairs. None if no runs are combined.
-
-    Args:
-        combined: the combination. None: the result is of one run.
-        samples, columns: sample and column of each pair, shape (pair,).
-
-    Raises:
-        StoreError: damaged.
-    """
-    if combined is None:
-        return []
-    found = combined.spread_of(samples, columns)
-    return [
-        pa.array(found.standard_error, from_pandas=True),
-        pa.array(found.agreeing.astype(np.int32)),
-        pa.array(found.runs.astype(np.int32)),
-    ]
 
 
 class Combined:

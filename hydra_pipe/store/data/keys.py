@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import DataError, StoreError, UsageError, shown
 from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.store import names
-from hydra_pipe.store.data import rankings
 from hydra_pipe.store.files import remove
 from hydra_pipe.store.zarr.arrays import Array, damage_named
 from hydra_pipe.types import I64, U8, Span
@@ -217,24 +215,6 @@ def digest_of_keys(keys: Iterable[str]) -> str:
     for key in keys:
         found.update(key.encode() + b"\0")
     return found.hexdigest()[:_DIGEST_DIGITS]
-
-
-def key_columns(*of_samples: tuple[Keys | None, I64]) -> list[pa.Array]:
-    """Return columns of keys, one for each pair of keys and ids whose samples have keys."""
-    return [pa.array(keys.take(ids), pa.string()) for keys, ids in of_samples if keys is not None]
-
-
-def with_keys(table: pa.Table, keys: Keys | None, ids: I64) -> pa.Table:
-    """Return a table with the column `key` after all others. As it is if samples have no keys.
-
-    Args:
-        table: table with a row for each sample.
-        keys: keys of all samples. None: they have none.
-        ids: ids of the rows' samples.
-    """
-    for column in key_columns((keys, ids)):
-        table = table.append_column(*rankings.key_fields(key=True), column)
-    return table
 
 
 def selected(

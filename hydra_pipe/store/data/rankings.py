@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hydra_pipe.store.data.combined import Combined
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.files import read_file
+from hydra_pipe.types import I64
 
 PARTS: Final = "part-{:05d}.parquet"
 SAMPLES: Final = "samples.parquet"
@@ -162,6 +165,44 @@ def label_column(
     """Return the labels of the samples `ids`, nulls where labels are unknown."""
     n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
     return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
+
+
+def key_columns(*of_samples: tuple[Keys | None, I64]) -> list[pa.Array]:
+    """Return columns of keys, one for each pair of keys and ids whose samples have keys."""
+    return [pa.array(keys.take(ids), pa.string()) for keys, ids in of_samples if keys is not None]
+
+
+def with_keys(table: pa.Table, keys: Keys | None, ids: I64) -> pa.Table:
+    """Return a table with the column `key` after all others. As it is if samples have no keys.
+
+    Args:
+        table: table with a row for each sample.
+        keys: keys of all samples. None: they have none.
+        ids: ids of the rows' samples.
+    """
+    for column in key_columns((keys, ids)):
+        table = table.append_column(*key_fields(key=True), column)
+    return table
+
+
+def spread_columns(combined: Combined | None, samples: I64, columns: I64) -> list[pa.Array]:
+    """Return the columns of `SPREAD_FIELDS` for some pairs. None if no runs are combined.
+
+    Args:
+        combined: the combination. None: the result is of one run.
+        samples, columns: sample and column of each pair, shape (pair,).
+
+    Raises:
+        StoreError: damaged.
+    """
+    if combined is None:
+        return []
+    found = combined.spread_of(samples, columns)
+    return [
+        pa.array(found.standard_error, from_pandas=True),
+        pa.array(found.agreeing.astype(np.int32)),
+        pa.array(found.runs.astype(np.int32)),
+    ]
 
 
 def opened_table(file: Path) -> pq.ParquetFile:
