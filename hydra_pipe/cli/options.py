@@ -244,7 +244,8 @@ Retrainings = Annotated[
 Seeds = Annotated[
     int | None,
     typer.Option(
-        help="lds: number of initial weights and orders to train each half from; default: 1"
+        help="lds: number of initial weights and orders to train each half from, the run's own and "
+        "others, each with a score; default: 1"
     ),
 ]
 Methods = Annotated[
