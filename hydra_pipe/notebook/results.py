@@ -70,9 +70,10 @@ class Results:
         """The recorded rows.
 
         Raises:
-            RunError, StoreError: the recording is missing or damaged.
+            RunError, StoreError: the recording is missing or damaged, or the run combines others.
         """
-        self.directory()
+        if self.directory().is_combined:
+            self._directory.require_recording()
         if self._gradients is None:
             self._gradients = open_gradients(self._directory)
         return self._gradients

@@ -67,7 +67,7 @@ def first_run(source: ReportSource) -> RunDirectory:
     assert source.combined is not None
     entry = source.directory.stages[COMBINE.of(source.result)]
     paths, ids = entry.facts.get(PATHS), entry.settings.get(RUNS)
-    if not isinstance(paths, list) or not paths or not isinstance(ids, list):
+    if not (isinstance(paths, list) and paths and isinstance(ids, list) and ids):
         raise RunError(f"{source.directory.path} does not say where its runs are")
     run = RunDirectory.open(Path(str(paths[0])))
     if run.run_id != ids[0]:

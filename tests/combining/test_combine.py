@@ -453,6 +453,50 @@ def test_values_that_are_no_numbers_are_refused(seeds: list[Path], tmp_path: Pat
         hydra_pipe.combine([seeds[0], run], tmp_path / "out")
 
 
+def test_a_combination_of_another_method_is_reported_and_drawn(
+    seeds: list[Path], tmp_path: Path
+) -> None:
+    runs = [Path(shutil.copytree(run, tmp_path / run.name)) for run in seeds[:2]]
+    for run in runs:
+        hydra_pipe.reduce(run, method="grad-dot")
+    hydra_pipe.combine(runs, tmp_path / "out", method="grad-dot")
+    assert hydra_pipe.report(tmp_path / "out")
+    assert "stable in 2 of 2 runs" in (tmp_path / "out" / "report-grad-dot.html").read_text()
+    assert hydra_pipe.open_run(tmp_path / "out").methods == ["grad-dot"]
+    hydra_pipe.combine(runs, tmp_path / "out")  # another method of the same runs, beside it
+    assert hydra_pipe.open_run(tmp_path / "out").methods == ["grad-dot", "hydra"]
+    with pytest.raises(RunError, match="combines runs, and has no recording"):
+        hydra_pipe.open_run(tmp_path / "out").plot.loss()
+    assert hydra_pipe.verify(tmp_path / "out") == []
+
+
+def test_a_damaged_combination_is_set_back_and_combined_again(
+    seeds: list[Path], tmp_path: Path
+) -> None:
+    hydra_pipe.combine(seeds, tmp_path / "out")
+    before = np.asarray(hydra_pipe.open_run(tmp_path / "out").relevance())
+    hydra_pipe.export(tmp_path / "out")
+    chunk = next((tmp_path / "out" / "combined").rglob("agreeing/c/0/0"))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    assert [fault.where for fault in hydra_pipe.verify(tmp_path / "out")] == [
+        "combined/hydra.zarr/agreeing/c/0/0"
+    ]
+    assert hydra_pipe.verify(tmp_path / "out", repair=True) == []
+    assert RunDirectory.open(tmp_path / "out").stages == {}
+    assert hydra_pipe.combine(seeds, tmp_path / "out")
+    np.testing.assert_array_equal(
+        np.asarray(hydra_pipe.open_run(tmp_path / "out").relevance()), before
+    )
+
+
+def test_a_combination_may_lie_in_an_object_store(seeds: list[Path]) -> None:
+    out = "memory://combined/out"
+    hydra_pipe.combine(seeds, out)
+    assert hydra_pipe.open_run(out).combined().n_runs == 3
+    assert not hydra_pipe.combine(seeds, out)
+    assert hydra_pipe.verify(out) == []
+
+
 @given(
     rows=st.lists(st.integers(1, 10**7), min_size=2, max_size=20),
     n_columns=st.integers(1, 10**5),

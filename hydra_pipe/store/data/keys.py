@@ -40,10 +40,13 @@ class Keys(Sequence[str]):
 
     def __init__(self, array: Array) -> None:
         width = array.shape[1] if len(array.shape) == 2 else 0
-        if array.dtype != np.uint8 or not 0 < width <= MOST_KEY_BYTES:
+        # A reader decodes whole chunks. The chunks of keys are small, so larger ones are refused.
+        is_small = array.chunks[0] * width <= max(_FILE_BYTES, width)
+        if array.dtype != np.uint8 or not 0 < width <= MOST_KEY_BYTES or not is_small:
             raise StoreError(
-                f"{array.path} has {array.dtype.name} values of shape {array.shape}, not a row of "
-                f"up to {MOST_KEY_BYTES} bytes for each key: {KEYS_UNREADABLE}"
+                f"{array.path} has {array.dtype.name} values of shape {array.shape} in chunks of "
+                f"{array.chunks[0]}, not a row of up to {MOST_KEY_BYTES} bytes for each key: "
+                f"{KEYS_UNREADABLE}"
             )
         self._array, self._width = array, width
         self._held: NDArray[np.bytes_] | None = None

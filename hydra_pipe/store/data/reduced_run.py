@@ -87,6 +87,8 @@ class ReducedRun(SamplesOfColumns):
                 f"has {relevance.shape[0]} samples x {n_tests} tests, {samples.n_samples} x "
                 f"{n_known} were recorded"
             )
+        elif isinstance(samples, Combined) and samples.n_columns != relevance.shape[1]:
+            fault = f"has {relevance.shape[1]} columns, {samples.n_columns} were combined"
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
         return cls(up_to_step=up_to_step, samples=samples, columns=columns, relevance=relevance)
