@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from hydra_pipe.cleaning.dataset import cleaned
     from hydra_pipe.cleaning.proposal import Cleaning
     from hydra_pipe.cleaning.run import clean_run as clean
+    from hydra_pipe.combining.run import combine_runs as combine
     from hydra_pipe.errors import HydraError
     from hydra_pipe.evaluation.run import Evaluation
     from hydra_pipe.evaluation.run import evaluate_run as evaluate
     from hydra_pipe.exporting.run import export_run as export
     from hydra_pipe.per_sample.registry import register_layer_rule
     from hydra_pipe.probing import probe
+    from hydra_pipe.recording.content_keys import content_keys
     from hydra_pipe.recording.optimizers import OptimizerRule, register_optimizer_rule
     from hydra_pipe.recording.pending import StepNote
     from hydra_pipe.recording.recorder import Recorder
@@ -56,6 +58,8 @@ __all__ = [
     "Trained",
     "clean",
     "cleaned",
+    "combine",
+    "content_keys",
     "evaluate",
     "export",
     "open_run",
@@ -90,6 +94,8 @@ _HOMES = {
     "Trained": ("hydra_pipe.training.trainer", "Trained"),
     "clean": ("hydra_pipe.cleaning.run", "clean_run"),
     "cleaned": ("hydra_pipe.cleaning.dataset", "cleaned"),
+    "combine": ("hydra_pipe.combining.run", "combine_runs"),
+    "content_keys": ("hydra_pipe.recording.content_keys", "content_keys"),
     "evaluate": ("hydra_pipe.evaluation.run", "evaluate_run"),
     "export": ("hydra_pipe.exporting.run", "export_run"),
     "open_run": ("hydra_pipe.view", "open_run"),

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_pipe.errors import PipelineError, UsageError
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -27,6 +29,7 @@ def record(
     dtype: str | None = None,
     checkpoint_every: str | None = None,
     test_every: str | None = None,
+    seeds: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> bool:
@@ -52,11 +55,14 @@ def record(
             of the time.
         test_every: "epoch", or steps, such as "500", between further test gradients. With these,
             `reduce(..., up_to_step=STEP)` answers for the first steps, even while training goes on.
+        seeds: number of runs to record, for `combine`. Run number k is the pipeline function with
+            seed=k, in the directory `run`/seed-k. Default: one run, in `run`.
         overwrite: discard an existing recording, and everything computed from it.
         progress: place to show progress. Default: nowhere.
 
     Returns:
-        False if `run` holds this very recording already, so that there was nothing to do.
+        False if `run` holds this very recording already, or all of them, so that there was nothing
+        to do.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -66,12 +72,49 @@ def record(
     from hydra_pipe.loading import built_pipeline
     from hydra_pipe.training.run import RecordOptions, record_run
 
-    run = location(run)
+    place, progress = location(run), progress or Progress()
     options = RecordOptions.parse(
         encoding, dim, dtype, checkpoint_every, test_every, overwrite=overwrite
     )
-    built, own = built_pipeline(pipeline, settings)
-    return record_run(built, run, own, options, progress or Progress())
+    worked = False
+    for own_place, own_settings in _runs_of(place, pipeline, settings, seeds):
+        built, own = built_pipeline(pipeline, own_settings)
+        worked = record_run(built, own_place, own, options, progress) or worked
+    return worked
+
+
+def _runs_of(
+    run: Path,
+    pipeline: "str | Pipeline",
+    settings: Mapping[str, Any] | list[str] | None,
+    seeds: int | None,
+) -> list[tuple[Path, Mapping[str, Any] | list[str] | None]]:
+    """Return the directory and the settings of each run to record.
+
+    Raises:
+        UsageError: `seeds` is impossible, or a seed is set besides.
+        PipelineError: a Pipeline was given, which has one seed.
+    """
+    if seeds is None:
+        return [(run, settings)]
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: give 1 or more")
+    if not isinstance(pipeline, str):
+        raise PipelineError(
+            "seeds are for a pipeline file, whose function is called with each seed, and a "
+            "Pipeline was given: record it with a seed at a time"
+        )
+    given = settings or {}
+    names = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
+    if "seed" in names:
+        raise UsageError("--seeds and --set seed: choose one of them")
+    return [
+        (
+            run / f"seed-{seed}",
+            {**given, "seed": seed} if isinstance(given, Mapping) else [*given, f"seed={seed}"],
+        )
+        for seed in range(seeds)
+    ]
 
 
 def reduce(

@@ -262,7 +262,7 @@ def with_probe(
                 f"{path}: the samples of probe {name} are not the ones that it was taken of: give "
                 "those, or take it again with hydra-pipe probe --overwrite"
             )
-        return replace(pipeline, test=dataset, test_labels=None)
+        return replace(pipeline, test=dataset, test_labels=None, test_keys=None)
 
     return probed
 

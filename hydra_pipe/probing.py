@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,19 +19,26 @@ from hydra_pipe.recording.collectives import unwrapped
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import BATCH, dataset_batches, given_batches, is_dataset, size_of
 from hydra_pipe.recording.eval_mode import eval_mode
-from hydra_pipe.recording.settings import Labels, json_settings
+from hydra_pipe.recording.settings import (
+    Labels,
+    checked_keys,
+    json_settings,
+    setting_of_keys,
+)
 from hydra_pipe.recording.test_gradients import digest_of, record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import load_final, state_digests
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.probes import (
+    KEYS,
     LABELS,
     SAMPLES,
     check_name,
     drop_results,
     probe_table,
     results_of,
+    write_probe_keys,
     write_probe_labels,
 )
 from hydra_pipe.store.data.recording import open_recording
@@ -56,6 +63,7 @@ class _Asked:
         n_samples: number of samples.
         seed, batch_size: seed and batch size for drawing from a dataset.
         labels: labels of the samples. None means integer targets, or unknown.
+        keys: keys of the samples. None means they have none.
         settings: settings of the stage.
     """
 
@@ -64,6 +72,7 @@ class _Asked:
     seed: int
     batch_size: int
     labels: Labels | None
+    keys: list[str] | None
     settings: Settings
 
     def batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
@@ -92,6 +101,7 @@ def probe(
     name: str,
     settings: Mapping[str, Any] | list[str] | None = None,
     labels: Labels | None = None,
+    keys: Sequence[str] | None = None,
     pipeline: str | Pipeline | None = None,
     model: nn.Module | None = None,
     loss: Any = None,
@@ -110,6 +120,7 @@ def probe(
         name: name of the probe: letters, digits and "_".
         settings: settings of the function, as a mapping of values or as "KEY=VALUE" strings.
         labels: one label, integer or string, for each sample. Default: integer targets.
+        keys: one string for each sample that names no other one, such as a path.
         pipeline: recorded pipeline: the file if it has moved, or a Pipeline if such an object
             was recorded. Its model gets the final parameters.
         model, loss: model and loss of a run that was recorded in a loop of one's own. The model
@@ -136,7 +147,7 @@ def probe(
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     gradients, counts = open_recording(directory, None)
-    asked = _asked(directory, dataset, settings, labels, counts.checkpoint, progress)
+    asked = _asked(directory, dataset, settings, labels, keys, counts.checkpoint, progress)
     stage = PROBE.of(name)
 
     def has_work() -> bool:
@@ -173,6 +184,7 @@ def _asked(
     dataset: Any,
     settings: Mapping[str, Any] | list[str] | None,
     labels: Labels | None,
+    keys: Sequence[str] | None,
     checkpoint: int,
     progress: Progress,
 ) -> _Asked:
@@ -207,12 +219,15 @@ def _asked(
         own[SAMPLES] = digest_of(_counted(_batches(dataset, seed, batch_size), task))
     if labels is not None:
         own[LABELS] = hashlib.sha256(repr(np.asarray(labels).tolist()).encode()).hexdigest()[:16]
+    checked = None if keys is None else checked_keys(keys, "keys", n_samples)
+    own |= setting_of_keys(KEYS, checked)
     return _Asked(
         dataset,
         n_samples,
         seed,
         batch_size,
         labels,
+        checked,
         json_settings(own | {"checkpoint": checkpoint}),
     )
 
@@ -363,6 +378,8 @@ def _take(
             )
         if labels is not None:
             write_probe_labels(partial, labels)
+        if asked.keys is not None:
+            write_probe_keys(partial, asked.keys)
         work.facts |= {"n_tests": n_tests, "worst_imbalance": worst}
 
 

@@ -16,6 +16,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.rewinding.spikes import Spikes, spikes_of
 from hydra_pipe.rewinding.step import Rewind, rewound
 from hydra_pipe.store import names
+from hydra_pipe.store.data.combined import Combined, open_combined
 from hydra_pipe.store.data.gradients import (
     BLOCK_COLUMNS,
     GROUP_COLUMNS,
@@ -23,13 +24,13 @@ from hydra_pipe.store.data.gradients import (
     Gradients,
     Prefix,
 )
-from hydra_pipe.store.data.probes import open_probe
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.recording import committed, open_so_far
-from hydra_pipe.store.data.relevance import columns_of, open_relevance, read_relevance
+from hydra_pipe.store.data.reduced_run import ReducedRun
+from hydra_pipe.store.data.relevance import open_relevance, read_relevance
 from hydra_pipe.store.files import is_remote, tree_bytes
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import OWNED, RECORD, Holds
+from hydra_pipe.store.run.stages import COMBINE, OWNED, RECORD, Holds
 from hydra_pipe.store.zarr.arrays import Array
 
 if TYPE_CHECKING:
@@ -95,6 +96,45 @@ class Run:
         return self._results.gradients
 
     @property
+    def sample_keys(self) -> Keys | None:
+        """Keys of the training samples, a sequence that is read as it is asked for.
+
+        None: the samples have no keys.
+
+        Raises:
+            StoreError: the recording is missing or damaged.
+        """
+        combined = self._combined()
+        return self.gradients.keys(names.TRAIN_KEYS) if combined is None else combined.keys()
+
+    @property
+    def test_keys(self) -> Keys | None:
+        """Keys of the run's own test samples, in the form of `sample_keys`."""
+        combined = self._combined()
+        return self.gradients.keys(names.TEST_KEYS) if combined is None else combined.test_keys()
+
+    def _combined(self) -> Combined | None:
+        """Return a combination of the run. All of them have the same samples. None: it has none."""
+        directory = self._results.directory()
+        found = directory.complete(COMBINE)
+        return open_combined(directory, found[0]) if found else None
+
+    def combined(self, method: str = "hydra") -> Combined:
+        """Return what combining runs has found beside the mean (docs/combining.md).
+
+        Its arrays are read as they are sliced: `standard_error` and `agreeing` (sample, test).
+        `column_facts()` and `scales()` tell of each test sample.
+
+        Raises:
+            RunError: the run combines no runs, or not by this method.
+            StoreError: damaged.
+        """
+        directory = self._results.directory()
+        stage = COMBINE.of(method)
+        directory.require(stage, directory.command(stage))
+        return open_combined(directory, method)
+
+    @property
     def steps(self) -> dict[str, NDArray[Any]]:
         """The per-step tables: shape (step,), (step, group) or (step, block).
 
@@ -129,13 +169,6 @@ class Run:
         self._results.check(method)
         return open_relevance(self.path / names.RELEVANCE, method)
 
-    def _test_labels(self, result: str) -> NDArray[Any] | None:
-        """Return the labels of a result's test samples, or None if unknown."""
-        name = ResultName.parse(result).probe
-        if name is None:
-            return self.gradients.labels(names.TEST_LABELS)
-        return open_probe(self._results.directory(), self.gradients, name).labels()
-
     def relevance(self, method: str = "hydra") -> "NDArray[np.float32] | xarray.DataArray":
         """Return the whole relevance matrix, in memory, float32, dimensions (sample, test).
 
@@ -149,9 +182,9 @@ class Run:
 
         Returns:
             An xarray.DataArray if xarray is installed, else a NumPy array. Its coordinates are
-            `sample` and `test`, the ids, and `sample_label` and `test_label` if labels are
-            known. For means they are `test_group` and `test_group_label` instead. Its attributes
-            are `method`, `sign`, `unit` and `run_id`.
+            `sample` and `test`, the ids, `sample_label` and `test_label` if labels are known, and
+            `sample_key` and `test_key` if there are keys. For means they are `test_group` and
+            `test_group_label` instead. Its attributes are `method`, `sign`, `unit` and `run_id`.
 
         Raises:
             RunError: the relevance was not computed.
@@ -163,7 +196,8 @@ class Run:
             import xarray
         except ImportError:
             return values
-        columns = columns_of(array)
+        found = ReducedRun.open(self._results.directory(), method)
+        columns = found.columns
         sign, unit = (array.attributes[name] for name in (names.SIGN, names.UNIT))
         dimension = names.TEST_DIM if columns.by is None else names.TEST_GROUP_DIM
         coordinates: dict[str, Any] = {
@@ -172,8 +206,8 @@ class Run:
         }
         sizes = {names.SAMPLE_DIM: values.shape[0], dimension: values.shape[1]}
         for which, labels in (
-            (names.SAMPLE_DIM, self.gradients.labels(names.TRAIN_LABELS)),
-            (dimension, columns.labels(self._test_labels(method))),
+            (names.SAMPLE_DIM, found.samples.labels()),
+            (dimension, found.labels_of_columns()),
         ):
             if labels is not None:
                 if len(labels) != sizes[which]:
@@ -182,6 +216,12 @@ class Run:
                         "labels"
                     )
                 coordinates[f"{which}_label"] = (which, labels)
+        for which, keys in (
+            (names.SAMPLE_DIM, found.samples.keys()),
+            (dimension, found.keys_of_tests()),
+        ):
+            if keys is not None:
+                coordinates[f"{which}_key"] = (which, keys.take(coordinates[which]))
         return xarray.DataArray(
             values,
             dims=(names.SAMPLE_DIM, dimension),
@@ -196,22 +236,22 @@ class Run:
         )
 
     def top(
-        self, test_id: int, k: int = 10, side: str = "both", method: str = "hydra"
+        self, test_id: int | str, k: int = 10, side: str = "both", method: str = "hydra"
     ) -> "pandas.DataFrame":
         """Return the training samples that helped or harmed one test sample most.
 
         Reads the column of the test sample, and at most the rest of its chunk.
 
         Args:
-            test_id: id of the test sample, or number of the column for means.
+            test_id: id or key of the test sample, or number of the column for means.
             k: most samples on each side. There are fewer if fewer have the sign.
             side: "helpful", "harmful" or "both".
             method: name of the result.
 
         Returns:
             Columns `rank` (from 1), `train_id`, `label`, `relevance`, like the exported
-            rankings, ties by `train_id`. With both sides, `side` comes before these. `attrs` has
-            `method`, `sign`, `unit`, `run_id` and `test_id`.
+            rankings, ties by `train_id`, and `key` if samples have keys. With both sides, `side`
+            comes before these. `attrs` has `method`, `sign`, `unit`, `run_id` and `test_id`.
 
         Raises:
             UsageError: there is no such test sample, side or number.
@@ -238,8 +278,8 @@ class Run:
             `relevance_sum`, `relevance_mean`, `rank` (1 = most harmful), `self_relevance` (not a
             number before `reduce --method self`), `visits`, and of the sample's visits `mean_loss`,
             `last_loss`, `mean_margin`, `mean_el2n`, `variability`, `visits_wrong` and
-            `first_learnt` (docs/parquet.md). `attrs` has `method`, `sign`, `unit`
-            and `run_id`.
+            `first_learnt` (docs/parquet.md), and `key` if samples have keys. `attrs` has
+            `method`, `sign`, `unit` and `run_id`.
 
         Raises:
             UsageError: the method has no test samples.

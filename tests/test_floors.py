@@ -18,7 +18,7 @@ FLOORS = [
     {"per_sample"},
     {"plan", "labels"},
     {"store"},
-    {"recording", "reduction", "exporting"},
+    {"recording", "reduction", "exporting", "combining"},
     {"training"},
     {"loading", "notebook", "integrations", "rewinding"},
     {"view"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-APART = {"recording", "reduction", "exporting"}
+APART = {"recording", "reduction", "exporting", "combining"}
 # Rooms of the store, lowest first; modules outside of them are the ground.
 ROOMS = ["zarr", "run", "data", "integrity"]
 RANK = {name: rank for rank, floor in enumerate(FLOORS) for name in floor}

@@ -19,6 +19,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.clean_result import KEEP, RELABEL, TESTS, WARNINGS, dynamics_schema
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
@@ -35,6 +36,7 @@ class Seen:
         ids: samples that were visited, ascending, shape (judged,).
         dynamics: visits of these samples, with the given labels.
         classes: classes of all samples.
+        keys: keys of all samples. None: they have none.
     """
 
     run_id: str
@@ -42,6 +44,7 @@ class Seen:
     ids: I64
     dynamics: Dynamics
     classes: Classes
+    keys: Keys | None
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "Seen":
@@ -62,7 +65,8 @@ class Seen:
         given: I64 = np.full(n_samples, -1, np.int64)
         given[ids] = dynamics.labels
         labels = labels_of(gradients.labels(names.TRAIN_LABELS), given, dynamics.n_classes)
-        return cls(gradients.run_id, n_samples, ids, dynamics, Classes(given, labels))
+        keys = gradients.keys(names.TRAIN_KEYS)
+        return cls(gradients.run_id, n_samples, ids, dynamics, Classes(given, labels), keys)
 
 
 def proposed_by_dynamics(seen: Seen, cut: Cut, progress: Progress) -> Cleaning:
@@ -88,7 +92,7 @@ def proposed_by_dynamics(seen: Seen, cut: Cut, progress: Progress) -> Cleaning:
         WARNINGS: list(verdict.warnings),
         "says": _says(seen, verdict, chosen, cut),
     }
-    return as_proposed(_table(seen, verdict, chosen), seen.n_samples, summary)
+    return as_proposed(_table(seen, verdict, chosen), seen.keys, seen.n_samples, summary)
 
 
 def _chosen(verdict: Verdict, cut: Cut, n_samples: int) -> I64:

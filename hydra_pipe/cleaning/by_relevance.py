@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hydra_pipe.cleaning.classes import Classes, trained_classes
+from hydra_pipe.cleaning.classes import Classes, classes_of
 from hydra_pipe.cleaning.decision import CLEAR, Cut, most_harmed, reasons, scores_of
 from hydra_pipe.cleaning.evidence import means_by, sums_over
 from hydra_pipe.cleaning.judged import unjudged
@@ -34,7 +34,7 @@ def proposed_by_relevance(
     """
     found = ReducedRun.open(directory, method)
     columns = found.columns
-    labels = found.gradients.labels(names.TRAIN_LABELS)
+    labels = found.samples.labels()
     (sums,) = sums_over(found.relevance, np.ones((1, columns.n_columns), bool), progress)
     check_finite(sums, method)
     scores = scores_of(sums, labels)
@@ -48,7 +48,7 @@ def proposed_by_relevance(
         else f"relevance summed over {columns.n_columns:,} {_columns_of(columns.by)}"
     )
     n_relabelled = sum(label is not None for label in suggested)
-    classes = trained_classes(found.gradients, len(sums), progress)
+    classes = classes_of(found.samples, progress)
     table = _table(
         found,
         directory.run_id,
@@ -82,7 +82,7 @@ def proposed_by_relevance(
         "classes": None if classes is None else classes.labels.tolist(),
         "says": says,
     }
-    return as_proposed(table, len(sums), summary)
+    return as_proposed(table, found.samples.keys(), len(sums), summary)
 
 
 @dataclass(frozen=True)

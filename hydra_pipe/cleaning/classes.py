@@ -11,6 +11,7 @@ from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.data.samples import ResultSamples
 from hydra_pipe.types import I64
 
 # Most classes of a run. Larger integers are taken for something else.
@@ -35,6 +36,23 @@ class Classes:
         """Return the class with this label, or None if there is none."""
         found = np.flatnonzero(self.labels == label)
         return int(found[0]) if len(found) == 1 else None
+
+
+def classes_of(samples: ResultSamples, progress: Progress) -> Classes | None:
+    """Return the classes of the samples of a result, or None if they are not known.
+
+    Where several runs are combined, integer labels count as classes.
+
+    Raises:
+        StoreError: damaged.
+    """
+    if samples.gradients is not None:
+        return trained_classes(samples.gradients, samples.n_samples, progress)
+    labels = samples.labels()
+    is_plain = labels is not None and labels.dtype.kind in "iu"
+    if labels is None or not is_plain or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        return None
+    return Classes(labels, np.arange(int(labels.max()) + 1))
 
 
 def trained_classes(gradients: Gradients, n_samples: int, progress: Progress) -> Classes | None:

@@ -1,7 +1,7 @@
 """A dataset as a proposal wants it: without the dropped samples, with the new labels."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hydra_pipe.cleaning.treatments import AS_GIVEN, DECIDED, HOW, WEIGHTED, Proposed, Treatment
-from hydra_pipe.errors import DataError, RunError, UsageError
+from hydra_pipe.errors import DataError, RunError, UsageError, shown
 from hydra_pipe.recording.datasets import pair_of
+from hydra_pipe.recording.settings import checked_keys
 from hydra_pipe.store.data.clean_result import read_proposal
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.reduced_run import keys_of
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS
 from hydra_pipe.store.run.stages import CLEAN
@@ -36,10 +39,12 @@ class CleanedDataset(Dataset[Any]):
         treatment: weights and classes of its samples.
         given: class that each sample was trained with, shape (sample,). -1: unknown.
         names: label of each class, for targets that are text.
+        places: place of each sample in `dataset`, shape (sample,). -1: it is not there. None: the
+            samples are in the order of the run.
         weighted: True to give each item its weight, float.
 
     Attributes:
-        ids: sample of each item in the dataset behind, int64, shape (item,).
+        ids: sample of each item in the run, int64, shape (item,).
         weights: weight of each item, float32, shape (item,).
         classes: class that replaces the target of each item, int64, shape (item,). -1: none does.
     """
@@ -54,11 +59,14 @@ class CleanedDataset(Dataset[Any]):
         treatment: Treatment,
         given: I64,
         names: NDArray[Any] | None = None,
+        places: I64 | None = None,
         *,
         weighted: bool = False,
     ) -> None:
         self._dataset, self._names, self._weighted = dataset, names, weighted
-        self.ids = np.arange(len(given)) if weighted else np.flatnonzero(treatment.weights > 0)
+        self._places = np.arange(len(given)) if places is None else places
+        stay = self._places >= 0
+        self.ids = np.flatnonzero(stay if weighted else stay & (treatment.weights > 0))
         self.weights = treatment.weights[self.ids]
         self.classes, self._given = treatment.classes[self.ids], given[self.ids]
 
@@ -75,7 +83,7 @@ class CleanedDataset(Dataset[Any]):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        item = self._dataset[int(self.ids[index])]
+        item = self._dataset[int(self._places[self.ids[index]])]
         if self.classes[index] != AS_GIVEN:
             item = self._relabelled(item, index)
         return _with_weight(item, float(self.weights[index])) if self._weighted else item
@@ -141,12 +149,14 @@ def cleaned(
     *,
     method: str = DYNAMICS,
     how: str = DECIDED,
+    keys: Sequence[str] | None = None,
 ) -> CleanedDataset:
     """Return a training set as the proposal of a run wants it.
 
     Args:
         dataset: training set of the run: a map-style dataset of (input, target), or of mappings
-            with targets, such as one of Hugging Face. Its indices are the ids of the samples.
+            with targets, such as one of Hugging Face. Its indices are the ids of the samples,
+            unless `keys` are given.
         run: directory of the run, after `hydra_pipe.clean`.
         method: name of the proposal, as for `hydra_pipe.clean`.
         how: "proposed" relabels and drops as the files say, decisions included. The others are
@@ -155,12 +165,16 @@ def cleaned(
             "mixed" relabels where the suggestion is likely right, and drops the others;
             "weighted" keeps all samples, and adds to each the weight of its loss, one less the
             chance that its label is wrong.
+        keys: key of each sample of `dataset`, where its order or its size is another one than in
+            the run. Samples are found by the keys that were recorded. Samples of the run that
+            `dataset` lacks are left out.
 
     Raises:
-        RunError: the run has no proposal.
+        RunError: the run has no proposal, or no keys.
         UsageError: `how` is unknown, or the proposal has no chances.
-        DataError: the dataset has another number of samples. Its items raise `DataError` too if
-            their targets are not those of the run.
+        DataError: the dataset has another number of samples, or samples with keys that the run
+            does not have. Its items raise `DataError` too if their targets are not those of the
+            run.
     """
     if how not in HOW:
         raise UsageError(f"how={how!r}: give one of {', '.join(HOW)}")
@@ -174,7 +188,10 @@ def cleaned(
             f"{directory.path}: the proposal is damaged ({error}): make it again with "
             f"{directory.command(stage)} --overwrite"
         ) from error
-    if len(dataset) != n_samples:
+    places = None
+    if keys is not None:
+        places = _places(keys_of(directory, method), directory, dataset, keys, n_samples)
+    if places is None and len(dataset) != n_samples:
         raise DataError(
             f"the dataset has {len(dataset):,} samples, and {directory.path} was trained on "
             f"{n_samples:,}: give the dataset of the run, in its order"
@@ -189,4 +206,36 @@ def cleaned(
     known = judged.column("given_class").fill_null(AS_GIVEN).to_numpy()
     given[judged.column("train_id").to_numpy()] = known
     names = None if summary.get("classes") is None else np.array(summary["classes"], object)
-    return CleanedDataset(dataset, proposed.treated(how), given, names, weighted=how == WEIGHTED)
+    return CleanedDataset(
+        dataset, proposed.treated(how), given, names, places, weighted=how == WEIGHTED
+    )
+
+
+def _places(
+    recorded: Keys | None,
+    directory: RunDirectory,
+    dataset: Any,
+    keys: Sequence[str],
+    n_samples: int,
+) -> I64:
+    """Return the place of each sample of the run in `dataset`, shape (sample,). -1: none.
+
+    Raises:
+        RunError: the run has no keys.
+        DataError: the keys are not one for each sample of `dataset`, or the run lacks one.
+    """
+    if recorded is None:
+        raise RunError(
+            f"{directory.path} was recorded without keys of its samples: leave out keys=, and give "
+            "the dataset of the run in its order"
+        )
+    given = checked_keys(keys, "keys", len(dataset), "samples of the dataset")
+    ids = recorded.ids_of(given)
+    if (ids < 0).any():
+        raise DataError(
+            f"{directory.path} has no training sample with the key "
+            f"{shown(given[int(np.argmin(ids))])}: give samples of the run only"
+        )
+    places = np.full(n_samples, -1)
+    places[ids] = np.arange(len(ids))
+    return places

@@ -15,13 +15,19 @@ import pyarrow as pa
 from hydra_pipe.cleaning.proposal import Cleaning, divided
 from hydra_pipe.errors import UsageError, shown
 from hydra_pipe.store.data.clean_result import DECISIONS, DROP, KEEP, RELABEL, RETRAINING
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.rankings import KEY
 
-# Columns of the file.
+# Columns of the file. The first may be the keys of the samples.
 COLUMNS = ("sample", "decision", "label")
+_OF_KEYS = (KEY, *COLUMNS[1:])
 # What happens to proposals that nobody has decided on: they stay proposed, or their samples stay.
 PROPOSED = "proposed"
 UNDECIDED = (PROPOSED, KEEP)
-_EXAMPLE = "write lines such as 17,relabel,3 below the line sample,decision,label"
+_EXAMPLE = (
+    "write lines such as 17,relabel,3 below the line sample,decision,label, or keys below the line "
+    "key,decision,label"
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,18 @@ class Decisions:
     digest: str
 
     @classmethod
-    def read(cls, file: str | os.PathLike[str], undecided: str) -> "Decisions":
-        """Read a CSV file with the columns sample, decision and label.
+    def read(cls, file: str | os.PathLike[str], undecided: str, keys: Keys | None) -> "Decisions":
+        """Read a CSV file with the columns sample, decision and label, or key, decision and label.
+
+        Args:
+            file: path of the file.
+            undecided: "proposed" or "keep".
+            keys: keys of the training samples. None: they have none.
 
         Raises:
-            UsageError: the file cannot be read, or a line is no decision. The message has the
-                number of the line.
+            UsageError: the file cannot be read, a line is no decision, or no sample has a key. The
+                message has the number of the line.
+            StoreError: keys are damaged.
         """
         if undecided not in UNDECIDED:
             raise UsageError(f"--undecided {undecided}: give one of {', '.join(UNDECIDED)}")
@@ -70,16 +82,21 @@ class Decisions:
                 "that the page of the report saves"
             ) from error
         lines = csv.reader(StringIO(text, newline=""))
-        if tuple(cell.strip() for cell in next(lines, [])) != COLUMNS:
+        columns = tuple(cell.strip() for cell in next(lines, []))
+        if columns not in (COLUMNS, _OF_KEYS):
             raise UsageError(
                 f"--decisions {file} does not begin with {','.join(COLUMNS)}: {_EXAMPLE}"
             )
         found: dict[int, Decision] = {}
-        for cells in lines:
-            if not cells:
-                continue
-            where = f"--decisions {file}, line {lines.line_num}"
-            sample, decision = _parsed(where, [cell.strip() for cell in cells])
+        written = [
+            (f"--decisions {file}, line {lines.line_num}", [cell.strip() for cell in cells])
+            for cells in lines
+            if cells
+        ]
+        if columns == _OF_KEYS:
+            written = _with_ids(written, keys)
+        for where, cells in written:
+            sample, decision = _parsed(where, cells)
             if found.setdefault(sample, decision) != decision:
                 raise UsageError(f"{where}: sample {sample} is decided twice: leave one line")
         return cls(found, undecided, hashlib.sha256(content).hexdigest())
@@ -91,6 +108,25 @@ class Decisions:
             self.digest,
             self.undecided,
         )
+
+
+def _with_ids(
+    written: list[tuple[str, list[str]]], keys: Keys | None
+) -> list[tuple[str, list[str]]]:
+    """Return lines, each with the place where it stands, with ids in place of keys.
+
+    Raises:
+        UsageError: no sample has a key.
+    """
+    of_lines = [cells[0] for _, cells in written]
+    ids = [-1] * len(written) if keys is None else keys.ids_of(of_lines).tolist()
+    for (where, _), key, sample in zip(written, of_lines, ids, strict=True):
+        if sample < 0:
+            raise UsageError(f"{where}: no training sample has the key {shown(key)}")
+    return [
+        (where, [str(sample), *cells[1:]])
+        for (where, cells), sample in zip(written, ids, strict=True)
+    ]
 
 
 def _parsed(where: str, cells: list[str]) -> tuple[int, Decision]:

@@ -19,7 +19,6 @@ from hydra_pipe.cleaning.evidence import sums_over
 from hydra_pipe.cleaning.judged import unjudged
 from hydra_pipe.cleaning.treatments import AS_GIVEN, Proposed
 from hydra_pipe.progress import Progress
-from hydra_pipe.store import names
 from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import RunDirectory
@@ -72,8 +71,8 @@ def folds_by_relevance(
         StoreError: the relevance is damaged.
     """
     found = ReducedRun.open(run, method)
-    labels = found.gradients.labels(names.TRAIN_LABELS)
-    n_samples, n_tests = found.counts.n_samples, found.counts.n_tests
+    labels = found.samples.labels()
+    n_samples, n_tests = found.samples.n_samples, found.samples.n_tests
     folds, how = folds_of(found.columns, n_tests, found.labels_of_columns())
     sums = sums_over(found.relevance, np.stack([fold.chosen for fold in folds]), progress)
     judged = ~unjudged(found, labels)[0] if cut.is_fitted else None

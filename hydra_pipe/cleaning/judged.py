@@ -19,14 +19,14 @@ def unjudged(found: ReducedRun, labels: NDArray[Any] | None) -> tuple[NDArray[np
     Returns:
         A mask of shape (sample,), and lines for a person.
     """
-    n_samples, n_tests = found.counts.n_samples, found.columns.n_tests
+    n_samples, n_tests = found.samples.n_samples, found.columns.n_tests
     asked = "unless --lowest or --threshold asks for them"
     if n_tests < FEWEST_TESTS:
         return np.ones(n_samples, bool), [
             "there is only one test sample. Relevance to one sample says little about wrong "
             f"labels, so no sample is proposed {asked}; record with more test samples"
         ]
-    of_tests = found.tested.labels(found.gradients)
+    of_tests = found.samples.test_labels()
     if labels is None or of_tests is None or (labels.dtype == object) != (of_tests.dtype == object):
         return np.zeros(n_samples, bool), []
     lacking = np.setdiff1d(labels, of_tests[found.columns.test_ids])

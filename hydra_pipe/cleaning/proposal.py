@@ -9,6 +9,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hydra_pipe.store.data.clean_result import KEEP
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.rankings import with_keys
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,18 @@ class Cleaning:
     summary: dict[str, Any]
 
 
-def as_proposed(judged: pa.Table, n_samples: int, summary: dict[str, Any]) -> Cleaning:
+def as_proposed(
+    judged: pa.Table, keys: Keys | None, n_samples: int, summary: dict[str, Any]
+) -> Cleaning:
     """Return a new proposal.
 
     Args:
         judged: all judged samples, with an action for each.
+        keys: keys of all samples. None: they have none.
         n_samples: number of training samples.
         summary: findings.
     """
+    judged = with_keys(judged, keys, judged.column("train_id").to_numpy())
     keep, drop = divided(judged, n_samples)
     return Cleaning(True, keep, drop, judged, [], summary)
 

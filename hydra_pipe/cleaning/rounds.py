@@ -83,7 +83,11 @@ def further_rounds(
         place = directory.path.with_name(f"{directory.path.name}-round-{number}")
         kept = _trained(built, directory, found, seen, place, progress)
         own = Seen(
-            directory.run_id, seen.n_samples, *_judged_again(place, kept, seen), seen.classes
+            directory.run_id,
+            seen.n_samples,
+            *_judged_again(place, kept, seen),
+            seen.classes,
+            seen.keys,
         )
         before, found = found, proposed_by_dynamics(own, cut, progress)
         told.append(_told(found, seen, truth))
@@ -113,6 +117,8 @@ def _trained(
         test=None,
         sample_labels=None,
         test_labels=None,
+        sample_keys=None,
+        test_keys=None,
         true_labels=None,
     )
     digest = hashlib.sha256(treatment.weights.tobytes() + treatment.classes.tobytes()).hexdigest()

@@ -26,12 +26,13 @@ from hydra_pipe.store.data.clean_result import (
     write_retraining,
 )
 from hydra_pipe.store.data.evaluations import Retrained
+from hydra_pipe.store.data.reduced_run import keys_of
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.run.listing import say_unlisted
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS, ResultName
 from hydra_pipe.store.run.stage_runner import Work, alone, running
-from hydra_pipe.store.run.stages import CLEAN, RECORD, REDUCE, Settings
+from hydra_pipe.store.run.stages import CLEAN, REDUCE, Settings
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def clean_run(
         rounds: number of times to judge. 2: train on the cleaned labels, in RUN-round-2, and
             judge the given labels by that training too. Default: 1. For "dynamics".
         decisions: CSV file with the columns sample, decision (keep, relabel or drop) and label
-            (class number, for relabel), such as the page of the report saves. Decisions replace
-            proposals. Unless another cut is asked for, they apply to the proposal that is there.
+            (class number, for relabel), such as the page of the report saves. The column key may
+            stand in place of sample, where samples have keys. Decisions replace proposals. Unless
+            another cut is asked for, they apply to the proposal that is there.
         undecided: with `decisions`: "proposed" leaves the other proposals as they are, "keep"
             keeps their samples. Default: "proposed".
         retrain: True to also train again as given, without the proposed samples, with the
@@ -112,13 +114,16 @@ def clean_run(
     )
     request.check(pipeline)
     parse_bytes(memory)
-    given = None if decisions is None else Decisions.read(decisions, undecided or UNDECIDED[0])
     progress = progress or Progress()
     directory = RunDirectory.open(run)
     if method == DYNAMICS:
         directory.require_recording()
     else:
         directory.require(REDUCE.of(method), directory.command(REDUCE.of(method)))
+    given = None
+    if decisions is not None:
+        keys = keys_of(directory, method)
+        given = Decisions.read(decisions, undecided or UNDECIDED[0], keys)
     subject = None
     if retrain:
         from hydra_pipe.cleaning.retraining import opened  # torch takes seconds to import
@@ -321,7 +326,7 @@ class _Proposal:
             return None
         if not is_interrupted and directory.stale(stage):
             return None
-        n_samples = directory.stages[RECORD].count("n_samples", least=1)
+        n_samples = directory.n_samples(self.stage.name)
         with suppress(OSError, ValueError, pa.ArrowException):
             found = Cleaning(False, *read_proposal(directory.path / stage.area, n_samples))
             # Retrainings that were interrupted leave the proposal, with the decisions on it.

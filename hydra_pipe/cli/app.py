@@ -18,6 +18,7 @@ from hydra_pipe.cli.options import (
     CleanMethod,
     CleanPipeline,
     CleanSeeds,
+    CombinedMethod,
     DatasetSpec,
     Debug,
     DecisionsFile,
@@ -27,6 +28,7 @@ from hydra_pipe.cli.options import (
     Dtype,
     Encoding,
     Full,
+    Into,
     Json,
     Keep,
     Kind,
@@ -44,12 +46,14 @@ from hydra_pipe.cli.options import (
     Probe,
     ProbeName,
     Rank,
+    RecordSeeds,
     Repair,
     ReportMethod,
     Retrain,
     Retrainings,
     Rounds,
     RunPath,
+    RunPaths,
     Samples,
     Scheduler,
     Seeds,
@@ -115,6 +119,7 @@ def record(
     dtype: Dtype = None,
     checkpoint_every: CheckpointEvery = None,
     test_every: TestEvery = None,
+    seeds: RecordSeeds = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -134,9 +139,19 @@ def record(
         dtype=dtype,
         checkpoint_every=checkpoint_every,
         test_every=test_every,
+        seeds=seeds,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
+    if seeds is not None:
+        _say(
+            done,
+            run,
+            f"{seeds} runs recorded",
+            f"next: hydra-pipe reduce each of {run}/seed-*, then hydra-pipe combine {run}/seed-* "
+            f"--into {run}/combined",
+        )
+        return
     _say(done, run, "recorded", f"next: hydra-pipe reduce {run}")
     if done:
         say_recorded(run)
@@ -198,6 +213,37 @@ def reduce(
             "self_relevance"
         )
     _say(done, run, "reduced", f"next: hydra-pipe export {run}{which}")
+
+
+@app.command()
+@explained
+def combine(
+    runs: RunPaths,
+    into: Into,
+    method: CombinedMethod = "hydra",
+    memory: Memory = "4GiB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Combine the relevance of several runs, such as of several seeds: mean, standard error,
+    and how many runs agree. Samples are matched by their keys, or else by their numbers.
+
+    After an interrupt or a kill, the same command resumes.
+
+    Example: hydra-pipe combine runs/fashion/seed-* --into runs/fashion/combined
+    """
+    from hydra_pipe.combining.run import combine_runs
+
+    done = combine_runs(
+        runs,
+        into,
+        method=method,
+        memory=memory,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
+    which = "" if method == "hydra" else f" --method {method}"
+    _say(done, into, f"{len(runs)} runs combined", f"next: hydra-pipe report {into}{which}")
 
 
 @app.command()
@@ -370,7 +416,7 @@ def run_all(
         dtype,
         checkpoint_every,
         test_every,
-        overwrite,
+        overwrite=overwrite,
         debug=debug,
     )
     reduce(run, method, chunks, memory, scheduler, overwrite=overwrite, debug=debug)

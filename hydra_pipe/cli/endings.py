@@ -28,19 +28,21 @@ def say_recorded(run: str) -> None:
 
 def say_worst(run: str, method: str) -> None:
     """Print the samples that harm the tests most, by an exported result, and the next commands."""
-    from hydra_pipe.store.data.rankings import SAMPLES, opened_table
+    from hydra_pipe.store.data.rankings import KEY, SAMPLES, opened_table
 
     path = RunDirectory.open(run).path
-    columns = ["rank", "train_id", "label", "relevance_sum"]
-    table = opened_table(path / EXPORT.of(method).area / SAMPLES).read(columns).sort_by("rank")
+    file = opened_table(path / EXPORT.of(method).area / SAMPLES)
+    columns = ["rank", "train_id", "label"]
+    columns += [KEY] if KEY in file.schema_arrow.names else []
+    table = file.read([*columns, "relevance_sum"]).sort_by("rank")
     rows = table.slice(0, WORST).to_pylist()
     print("training samples that harm the tests most, by relevance summed over the tests:")
     cells = [
-        ["-" if row[name] is None else printable(str(row[name])) for name in columns[:3]]
+        ["-" if row[name] is None else printable(str(row[name])) for name in columns]
         + [f"{row['relevance_sum']:+.4g}"]
         for row in rows
     ]
-    print_table(["rank", "sample", "label", "relevance"], cells)
+    print_table(["rank", "sample", *columns[2:], "relevance"], cells)
     which = "" if method == DEFAULT_METHOD else f" --method {method}"
     print(printable(f"next: hydra-pipe report {run}{which}"))
     print(printable(f"next: hydra-pipe clean {run}"))

@@ -11,6 +11,17 @@ PipelineSpec = Annotated[
         help="path/to/file.py or path/to/file.py:function, which returns a Pipeline",
     ),
 ]
+RunPaths = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="directories of the runs, two or more, or their URLs"),
+]
+Into = Annotated[
+    str, typer.Option("--into", metavar="OUT", help="directory of the combination, of its own")
+]
+CombinedMethod = Annotated[
+    str,
+    typer.Option(metavar="RESULT", help="result of reduce that each run has, such as hydra-fisher"),
+]
 RunPath = Annotated[
     str,
     typer.Argument(
@@ -52,6 +63,15 @@ TestEvery = Annotated[
     typer.Option(
         metavar="epoch|STEPS",
         help="also take test gradients on the way, for reduce --up-to-step and --method tracin",
+    ),
+]
+RecordSeeds = Annotated[
+    int | None,
+    typer.Option(
+        "--seeds",
+        metavar="N",
+        help="record N runs, with the settings seed=0 to seed=N-1, in RUN/seed-0 and so on "
+        "(hydra-pipe combine)",
     ),
 ]
 UpToStep = Annotated[
@@ -225,7 +245,8 @@ Retrainings = Annotated[
 Seeds = Annotated[
     int | None,
     typer.Option(
-        help="lds: number of initial weights and orders to train each half from; default: 1"
+        help="lds: number of initial weights and orders to train each half from, the run's own and "
+        "others, each with a score; default: 1"
     ),
 ]
 Methods = Annotated[

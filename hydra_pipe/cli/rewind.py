@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Columns of the printed tables: name in the result, head, format.
 _SAMPLES = {
     "train_id": ("sample", "d"),
+    "key": ("key", "s"),
     "label": ("label", "s"),
     "predicted": ("predicted", "s"),
     "loss": ("loss", ".3g"),
@@ -37,6 +38,7 @@ _SAMPLES = {
 }
 _TESTS = {
     "test_id": ("test", "d"),
+    "key": ("key", "s"),
     "label": ("label", "s"),
     "change": ("change of loss", "+.3g"),
     "loss": ("loss", ".3g"),
@@ -143,7 +145,7 @@ def _show_spikes(found: "Spikes", top: int, *, as_json: bool) -> None:
 
 def _print_rows(rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]], top: int) -> None:
     """Print the first rows. A column without any value is left out."""
-    kept = [name for name in columns if any(row[name] is not None for row in rows)]
+    kept = [name for name in columns if any(row.get(name) is not None for row in rows)]
     cells = [[_cell(row[name], columns[name][1]) for name in kept] for row in rows[:top]]
     print_table([columns[name][0] for name in kept], cells)
     if len(rows) > top:

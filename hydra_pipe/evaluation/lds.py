@@ -28,11 +28,14 @@ from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
+from hydra_pipe.types import Bools
 
 DEFAULT_RETRAININGS = 100
 # Seed of the random halves.
 _SEED = 0x6C6473
 _FEWEST = 3
+# Columns of the table: the score by the run's own seed, and by the mean over other seeds.
+_OWN, _OTHERS = "lds", "lds_other_seeds"
 
 
 def half(index: int, n_samples: int, seed: int = _SEED) -> NDArray[np.float32]:
@@ -51,7 +54,8 @@ class DatamodelScore(Evaluator):
     For each of some random halves H, relevance predicts the loss of test sample j after training
     on H. The larger the sum over i in H of R(i, j), the lower is the predicted loss. The score
     is Spearman's correlation of prediction and loss over the halves, mean over test samples. The
-    losses of a half are means over seeds. The first seed is the run's.
+    losses are those of training with the run's own seed. With several seeds there is a second
+    score, by the mean loss over the others: does relevance tell of training in general?
     """
 
     def settings(self, subject: Subject, options: Options, progress: Progress) -> dict[str, Any]:
@@ -86,8 +90,11 @@ class DatamodelScore(Evaluator):
         job = Retraining(retrainings, weights, tuple(own + s for s in range(seeds)), "weights")
         losses = retrain(subject, job, request.retrained, request.memory, request.progress)[
             :, :, LOSS
-        ].mean(axis=0)
-        finite = np.isfinite(losses).all(axis=1)
+        ]
+        targets = {_OWN: losses[0]}
+        if seeds > 1:
+            targets[_OTHERS] = losses[1:].mean(axis=0)
+        finite: Bools = np.logical_and.reduce(np.isfinite(losses), axis=(0, 2))
         if finite.sum() < _FEWEST:
             raise NonFiniteError(
                 f"{(~finite).sum()} of {retrainings} retrainings diverged: this training is too "
@@ -96,21 +103,28 @@ class DatamodelScore(Evaluator):
         kept = weights(0, retrainings)[finite].astype(np.float64)
         rows: list[Row] = []
         for name, found in relevance.items():
-            per_test = spearmans(-(kept @ found.values()), losses[finite])
-            rows.append({"method": name} | with_interval("lds", per_test))
-        rows.sort(key=lambda row: -row["lds"])
+            predicted, row = -(kept @ found.values()), Row({"method": name})
+            for target, of_halves in targets.items():
+                row |= with_interval(target, spearmans(predicted, of_halves[finite]))
+            rows.append(row)
+        rows.sort(key=lambda row: -row[_OWN])
         says = [
             f"lds: Spearman over {finite.sum()} retrainings on random halves (weight 0, mean "
             f"over those kept), {INTERVAL}",
             *_diverged(finite),
         ]
+        if seeds > 1:
+            says.append(
+                f"{_OWN}: training with the run's own seed; {_OTHERS}: mean over {seeds - 1} other "
+                "seeds, which tells of training in general"
+            )
         summary = {
             "retrainings": retrainings,
             "seeds": seeds,
             "diverged": int((~finite).sum()),
             "n_tests": subject.n_tests,
         }
-        return Result(rows, summary, says, bars(rows, "lds", "linear datamodelling score"))
+        return Result(rows, summary, says, bars(rows, _OWN, "linear datamodelling score"))
 
 
 def _diverged(finite: NDArray[np.bool_]) -> list[str]:

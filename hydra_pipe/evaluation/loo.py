@@ -16,6 +16,8 @@ from hydra_pipe.retraining.campaign import Retraining, retrain
 from hydra_pipe.retraining.intervals import INTERVAL, with_interval
 from hydra_pipe.retraining.retrainer import LOSS
 from hydra_pipe.retraining.subject import Relevance, Subject
+from hydra_pipe.store import names
+from hydra_pipe.store.data.keys import selected
 from hydra_pipe.types import Span
 
 # Number of samples to leave out unless `--samples` chooses: the first ones, or all if there are
@@ -37,7 +39,12 @@ class LeaveOneOut(Evaluator):
         """Return the ids of the samples to leave out."""
         spans: tuple[Span, ...] = ((0, min(subject.n_samples, MOST_LEFT_OUT)),)
         if options.samples is not None:
-            spans = parse_selection(options.samples, subject.n_samples, "--samples")
+            spans = selected(
+                options.samples,
+                subject.n_samples,
+                subject.gradients.keys(names.TRAIN_KEYS),
+                "--samples",
+            )
         elif subject.n_samples > MOST_LEFT_OUT:
             progress.say(
                 f"the first {MOST_LEFT_OUT:,} of {subject.n_samples:,} samples are left out; "

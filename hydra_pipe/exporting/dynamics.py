@@ -18,16 +18,20 @@ from hydra_pipe.types import I64, Bools, Floating
 _BLOCK = 2**18
 
 
-def totals_over(gradients: Gradients, samples: slice, progress: Progress) -> VisitTotals:
+def totals_over(gradients: Gradients | None, samples: slice, progress: Progress) -> VisitTotals:
     """Add up the statistics of the visits of some samples. The rows are read block by block.
 
     The class of a row is the one that the loss compared with, or else the sample's integer label.
-    Where the outputs of a sample are not classes, only the recorded losses count.
+    Where the outputs of a sample are not classes, only the recorded losses count. Without a
+    recording nothing is known of any visit.
 
     Raises:
         StoreError: the recording is damaged.
     """
-    totals, n_rows = VisitTotals(samples.stop - samples.start), gradients.rows.n_rows
+    totals = VisitTotals(samples.stop - samples.start)
+    if gradients is None:
+        return totals
+    n_rows = gradients.rows.n_rows
     recorded = gradients.labels(names.TRAIN_LABELS)
     labels = recorded if recorded is not None and recorded.dtype.kind in "iu" else None
     height = _BLOCK // max(1, min(gradients.dynamics_shape.n_outputs, MOST_OUTPUTS))

@@ -17,6 +17,7 @@ from hydra_pipe.plan.costs import base_bytes
 from hydra_pipe.plan.exporting import ExportInput, plan_export
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.rankings import key_columns, spread_columns
 from hydra_pipe.store.disk_space import say_if_tight
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import result_of
@@ -134,7 +135,7 @@ class _Export:
                 full=full,
                 n_cells=self.adding.n_cells,
                 chunk_tests=source.relevance.chunks[1],
-                base_bytes=base_bytes(resident_bytes()),
+                base_bytes=base_bytes(resident_bytes()) + source.key_bytes,
                 memory_bytes=memory_bytes,
             )
         )
@@ -159,7 +160,7 @@ class _Export:
         """
         source, adding, plan = self.source, self.adding, self.plan
         n_samples, n_tests = source.n_samples, source.n_tests
-        schema = rankings.ranking_schema(source.test_type, source.train_type, source.meta)
+        schema = source.ranking_schema
         with ExitStack() as stack:
             parts = stack.enter_context(
                 TableParts(target, schema, plan.ranking_group_tests, plan.ranking_file_tests)
@@ -186,9 +187,7 @@ class _Export:
                 if written is not None:
                     written.result()
                 task.advance(block.size)
-        with rankings.table_writer(
-            target / rankings.SAMPLES, rankings.samples_schema(source.train_type, source.meta)
-        ) as writer:
+        with rankings.table_writer(target / rankings.SAMPLES, source.samples_schema) as writer:
             for table in adding.samples(plan.dynamics_samples, progress):
                 writer.write_table(table)
         classes = adding.classes()
@@ -208,5 +207,10 @@ class _Export:
             pa.array(ranked.relevance),
             rankings.label_column(self.source.test_labels, ranked.test, self.source.test_type),
             rankings.label_column(self.source.train_labels, ranked.train, self.source.train_type),
+            *key_columns(
+                (self.source.test_keys, self.source.test_ids[ranked.test]),
+                (self.source.train_keys, ranked.train),
+            ),
+            *spread_columns(self.source.combined, ranked.train, ranked.test),
         ]
         return pa.Table.from_arrays(columns, schema=schema)

@@ -11,8 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError, UsageError
+from hydra_pipe.plan.exporting import GROUP_ROWS
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.reduced_run import ReducedRun
 from hydra_pipe.store.data.relevance import (
     RELEVANCE_UNREADABLE,
@@ -35,6 +37,8 @@ class ExportSource(ReducedRun):
         own: relevance of the samples for themselves, float32 (sample,). None: it was not computed.
         meta: method, sign, unit and run, for every table's schema.
         train_labels, test_labels: labels of samples and columns. None: unknown.
+        train_keys, test_keys: keys of samples and test samples. None: they have none, or columns
+            are means.
     """
 
     method: str
@@ -42,6 +46,8 @@ class ExportSource(ReducedRun):
     meta: dict[str, str]
     train_labels: NDArray[Any] | None
     test_labels: NDArray[Any] | None
+    train_keys: Keys | None
+    test_keys: Keys | None
 
     @property
     def n_samples(self) -> int:
@@ -62,6 +68,33 @@ class ExportSource(ReducedRun):
     def train_type(self) -> pa.DataType:
         """Type of the samples' labels."""
         return rankings.label_type(self.train_labels)
+
+    @property
+    def samples_schema(self) -> pa.Schema:
+        """Schema of the table of samples."""
+        return rankings.samples_schema(
+            self.train_type, self.meta, has_keys=self.train_keys is not None
+        )
+
+    @property
+    def ranking_schema(self) -> pa.Schema:
+        """Schema of the rankings."""
+        return rankings.ranking_schema(
+            self.test_type,
+            self.train_type,
+            self.meta,
+            test_keys=self.test_keys is not None,
+            train_keys=self.train_keys is not None,
+            combined=self.combined is not None,
+        )
+
+    @property
+    def key_bytes(self) -> int:
+        """The most bytes of keys in memory."""
+        return sum(
+            0 if keys is None else keys.most_bytes(GROUP_ROWS)
+            for keys in (self.train_keys, self.test_keys)
+        )
 
     @cached_property
     def test_type(self) -> pa.DataType:
@@ -113,10 +146,12 @@ def open_source(directory: RunDirectory, method: str) -> ExportSource:
     return ExportSource(
         **vars(found),
         method=method,
-        own=_own_relevance(directory, method, found.counts.n_samples),
+        own=_own_relevance(directory, method, found.samples.n_samples),
         meta=meta,
-        train_labels=found.gradients.labels(names.TRAIN_LABELS),
+        train_labels=found.samples.labels(),
         test_labels=found.labels_of_columns(),
+        train_keys=found.samples.keys(),
+        test_keys=found.keys_of_tests(),
     )
 
 

@@ -18,6 +18,7 @@ from hydra_pipe.exporting.source import ExportSource, own_checksums
 from hydra_pipe.plan.exporting import GROUP_ROWS, blocks_to_add
 from hydra_pipe.progress import Progress
 from hydra_pipe.store.data import rankings
+from hydra_pipe.store.data.rankings import key_columns
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import EXPORT, OF_SELF
 
@@ -82,13 +83,13 @@ class Adding:
             StoreError: the recording is damaged.
         """
         source, sums = self._source, self._sums
-        schema = rankings.samples_schema(source.train_type, source.meta)
-        ranks, visits = rank_harmful(sums), source.visits(progress)
+        schema = source.samples_schema
+        ranks, visits = rank_harmful(sums), source.samples.visits(progress)
         for first in range(0, len(sums), GROUP_ROWS):
             rows = slice(first, min(first + GROUP_ROWS, len(sums)))
             if first % at_once == 0:
                 counted = slice(first, min(first + at_once, len(sums)))
-                dynamics = totals_over(source.gradients, counted, progress)
+                dynamics = totals_over(source.samples.gradients, counted, progress)
             own = slice(rows.start - counted.start, rows.stop - counted.start)
             columns = [
                 pa.array(np.arange(rows.start, rows.stop)),
@@ -101,6 +102,7 @@ class Adding:
                 else pa.array(source.own[rows]),
                 pa.array(visits[rows]),
                 *columns_of(dynamics.statistics(own)),
+                *key_columns((source.train_keys, np.arange(rows.start, rows.stop))),
             ]
             yield pa.Table.from_arrays(columns, schema=schema)
 
@@ -136,10 +138,9 @@ def totals_of(directory: RunDirectory, source: ExportSource, progress: Progress)
         pairs = 0
         if source.train_labels is not None and source.test_labels is not None:
             pairs = len(np.unique(source.train_labels)) * len(np.unique(source.test_labels))
-        samples = rankings.samples_schema(source.train_type, source.meta)
         classes = rankings.classes_schema(source.train_type, source.test_type, source.meta)
         return Totals(
-            _read(directory, method, rankings.SAMPLES, samples, source.n_samples),
+            _read(directory, method, rankings.SAMPLES, source.samples_schema, source.n_samples),
             _read(directory, method, rankings.CLASSES, classes, pairs),
         )
     adding = Adding(source)

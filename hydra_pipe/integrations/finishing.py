@@ -4,7 +4,7 @@ The training's result is returned, whatever happens to the last parts of the rec
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from hydra_pipe.recording.test_gradients import say_without_tests
 Tests = Callable[[], Iterator[tuple[Any, Any]]]
 
 
-def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | None) -> None:
+def finish(
+    recorder: Recorder,
+    tests: Tests | None,
+    loss: Any,
+    labels: Labels | None,
+    keys: Sequence[str] | None,
+) -> None:
     """Record the test gradients, if there are test samples, and close. Failures become warnings.
 
     Raises:
@@ -27,7 +33,7 @@ def finish(recorder: Recorder, tests: Tests | None, loss: Any, labels: Labels | 
     slip: Exception | None = None
     if tests is not None:
         try:
-            recorder.record_test(tests(), loss, labels=labels)
+            recorder.record_test(tests(), loss, labels=labels, keys=keys)
         except Exception as error:
             if recorder.is_closed:
                 raise

@@ -22,9 +22,15 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.datasets import pair_of
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
-from hydra_pipe.recording.settings import Labels, checked_labels
+from hydra_pipe.recording.settings import (
+    Labels,
+    checked_keys,
+    checked_labels,
+    setting_of_keys,
+)
 from hydra_pipe.recording.test_gradients import try_test
 from hydra_pipe.recording.tracking import WatchedLoader
+from hydra_pipe.store import names
 from hydra_pipe.store.run.stages import Settings
 
 try:
@@ -79,10 +85,11 @@ class HydraCallback(Callback):
         sample_labels, test_labels: one label for each sample, for rankings and reports; taken from
             integer targets if absent. Labels of the training samples are found if the dataset is a
             TensorDataset or has `targets`.
+        sample_keys, test_keys: one string for each sample that names no other one, such as a path.
 
     Raises:
         DataError: there are no test samples in `test_dataset`, or labels are not one integer or
-            string for each sample.
+            string for each sample, or keys not one string for each.
         UsageError: a `test_dataset` without its `test_loss`.
     """
 
@@ -99,6 +106,8 @@ class HydraCallback(Callback):
         settings: Settings | None = None,
         sample_labels: Labels | None = None,
         test_labels: Labels | None = None,
+        sample_keys: Sequence[str] | None = None,
+        test_keys: Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> None:
         if (test_dataset is None) != (test_loss is None):
@@ -108,23 +117,23 @@ class HydraCallback(Callback):
             )
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
+        n_tests = 0 if test_dataset is None else len(test_dataset)
         if test_labels is not None:
-            checked_labels(
-                test_labels,
-                "test_labels",
-                0 if test_dataset is None else len(test_dataset),
-                "test samples",
-            )
+            checked_labels(test_labels, "test_labels", n_tests, "test samples")
+        if test_keys is not None:
+            checked_keys(test_keys, "test_keys", n_tests, "test samples")
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
         self._options: dict[str, Any] = {
             "encoding": encoding,
             "dim": dim,
             "dtype": dtype,
             "seed": seed,
+            "sample_keys": sample_keys,
             "overwrite": overwrite,
         }
-        self._settings = settings or {}
+        self._settings = (settings or {}) | setting_of_keys(names.TEST_KEYS_GIVEN, test_keys)
         self._sample_labels, self._test_labels = sample_labels, test_labels
+        self._test_keys = test_keys
         self._batches: _TrainBatches | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._session: _Session | None = None
@@ -201,7 +210,7 @@ class HydraCallback(Callback):
         """Record the test gradients and finish the recording."""
         assert self._session is not None
         tests = None if self._test_dataset is None else partial(self._tests, trainer)
-        self._session.finish(tests, self._test_loss, self._test_labels)
+        self._session.finish(tests, self._test_loss, self._test_labels, self._test_keys)
 
     def _tests(self, trainer: Trainer) -> Iterator[tuple[Any, Any]]:
         """Yield the test samples, batched as those of the train dataloader."""
@@ -343,9 +352,15 @@ class _Session:
             return {_WITHOUT: "between accumulated batches, whose gradients it does not hold"}
         return {_STATE: self.recorder.state_dict()}
 
-    def finish(self, tests: Tests | None, loss: TestLoss | None, labels: Labels | None) -> None:
+    def finish(
+        self,
+        tests: Tests | None,
+        loss: TestLoss | None,
+        labels: Labels | None,
+        keys: Sequence[str] | None,
+    ) -> None:
         """Record the test gradients and close."""
-        finish(self.recorder, tests, loss, labels)
+        finish(self.recorder, tests, loss, labels, keys)
         self._over = "after the recording was complete"
 
     def leave(self, error: BaseException) -> None:

@@ -22,9 +22,15 @@ from hydra_pipe.plan.layout import EncodingChoice
 from hydra_pipe.recording.collectives import unwrapped
 from hydra_pipe.recording.pending import StepNote
 from hydra_pipe.recording.recorder import DEFAULT_DIM, Recorder
-from hydra_pipe.recording.settings import Labels, checked_labels
+from hydra_pipe.recording.settings import (
+    Labels,
+    checked_keys,
+    checked_labels,
+    setting_of_keys,
+)
 from hydra_pipe.recording.test_gradients import try_test
 from hydra_pipe.recording.user_code import user_code
+from hydra_pipe.store import names
 from hydra_pipe.store.run.stages import Settings
 
 try:
@@ -85,10 +91,13 @@ class HydraCallback(TrainerCallback, ExportableState):
             training.
         sample_labels, test_labels: one label for each sample, for rankings and reports; taken from
             integer labels if absent.
+        sample_keys, test_keys: one string for each sample that names no other one, such as the id
+            of a document.
 
     Raises:
         UsageError: no run is given.
-        DataError: there are no test samples in `test_dataset`, or test labels are not one for each.
+        DataError: there are no test samples in `test_dataset`, or test labels or keys are not one
+            for each.
     """
 
     def __init__(
@@ -104,6 +113,8 @@ class HydraCallback(TrainerCallback, ExportableState):
         settings: Settings | None = None,
         sample_labels: Labels | None = None,
         test_labels: Labels | None = None,
+        sample_keys: Sequence[str] | None = None,
+        test_keys: Sequence[str] | None = None,
         overwrite: bool = False,
     ) -> None:
         if run is None:
@@ -114,23 +125,23 @@ class HydraCallback(TrainerCallback, ExportableState):
             )
         if test_dataset is not None and not len(test_dataset):
             raise DataError("test_dataset is empty: give at least one sample")
+        n_tests = 0 if test_dataset is None else len(test_dataset)
         if test_labels is not None:
-            checked_labels(
-                test_labels,
-                "test_labels",
-                0 if test_dataset is None else len(test_dataset),
-                "test samples",
-            )
+            checked_labels(test_labels, "test_labels", n_tests, "test samples")
+        if test_keys is not None:
+            checked_keys(test_keys, "test_keys", n_tests, "test samples")
         self._run, self._test_dataset, self._test_loss = run, test_dataset, test_loss
         self._options: dict[str, Any] = {
             "encoding": encoding,
             "dim": dim,
             "dtype": dtype,
             "seed": seed,
+            "sample_keys": sample_keys,
             "overwrite": overwrite,
         }
-        self._settings = settings or {}
+        self._settings = (settings or {}) | setting_of_keys(names.TEST_KEYS_GIVEN, test_keys)
         self._sample_labels, self._test_labels = sample_labels, test_labels
+        self._test_keys = test_keys
         self._session: _Session | None = None
 
     @property
@@ -253,7 +264,7 @@ class HydraCallback(TrainerCallback, ExportableState):
             if labels is None and self._test_dataset is not None:
                 with optional(recorder.path, "labels of the test samples"):
                     labels = _labels_of(self._test_dataset)
-            self._session.finish(self._test_dataset, self._test_loss, labels)
+            self._session.finish(self._test_dataset, self._test_loss, labels, self._test_keys)
 
 
 class _Session:
@@ -332,14 +343,20 @@ class _Session:
         if not self.finished:
             self.recorder.fail(error)
 
-    def finish(self, dataset: Any, loss: TestLoss | None, labels: Labels | None) -> None:
+    def finish(
+        self,
+        dataset: Any,
+        loss: TestLoss | None,
+        labels: Labels | None,
+        keys: Sequence[str] | None,
+    ) -> None:
         """Record the test gradients and close."""
         tests = (
             None
             if dataset is None
             else partial(self._tests, dataset, loss, lambda: set(self.dataset[0]))
         )
-        finish(self.recorder, tests, loss if loss is not None else _models_own, labels)
+        finish(self.recorder, tests, loss if loss is not None else _models_own, labels, keys)
         self.finished = True
         self._forget()
 

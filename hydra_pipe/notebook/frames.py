@@ -16,6 +16,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.predictions import read_predictions
+from hydra_pipe.store.data.rankings import spread_columns, with_keys
 
 if TYPE_CHECKING:
     import pandas
@@ -24,23 +25,30 @@ SIDES = {"helpful": 1, "harmful": -1}
 BOTH = "both"
 
 
-def top_frame(results: Results, method: str, test_id: int, k: int, side: str) -> "pandas.DataFrame":
+def top_frame(
+    results: Results, method: str, test_id: int | str, k: int, side: str
+) -> "pandas.DataFrame":
     """Return the data frame of `Run.top`."""
     imported("pandas", "a data frame")
     if side not in (*SIDES, BOTH):
         raise UsageError(f"side {side!r}: give helpful, harmful or both")
     if k < 1:
         raise UsageError(f"k = {k}: give 1 or more")
-    source, column = results.source(method), results.column(method, test_id)
+    source, number = results.source(method), results.test_id(method, test_id)
+    column = results.column(method, number)
     chosen = [name for name in SIDES if side in (name, BOTH)]
-    tables = [_side_table(source, column, name, k) for name in chosen]
+    place = int(np.searchsorted(source.test_ids, number))
+    tables = [_side_table(source, place, column, name, k) for name in chosen]
     table = pa.concat_tables(tables if side == BOTH else [tables[0].drop_columns("side")])
-    return _framed(table, source, test_id=int(test_id))
+    return _framed(table, source, test_id=number)
 
 
-def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k: int) -> pa.Table:
+def _side_table(
+    source: ExportSource, place: int, column: NDArray[np.float32], side: str, k: int
+) -> pa.Table:
+    """Return the ranking of a side of the column at `place`, whose values are `column`."""
     ids = top_samples(column * SIDES[side], k)
-    return pa.table(
+    table = pa.table(
         {
             "side": pa.array([side] * len(ids), pa.string()),
             "rank": pa.array(np.arange(1, len(ids) + 1, dtype=np.int32)),
@@ -49,6 +57,11 @@ def _side_table(source: ExportSource, column: NDArray[np.float32], side: str, k:
             "relevance": pa.array(column[ids]),
         }
     )
+    table = with_keys(table, source.train_keys, ids)
+    spread = spread_columns(source.combined, ids, np.full(len(ids), place))
+    for field, values in zip(rankings.SPREAD_FIELDS, spread, strict=False):
+        table = table.append_column(field, values)
+    return table
 
 
 def samples_frame(results: Results, method: str, progress: Progress) -> "pandas.DataFrame":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_pipe.errors import RunError, UsageError
+from hydra_pipe.errors import RunError, UsageError, shown
 from hydra_pipe.exporting.source import ExportSource, check_ranks, open_source, own_checksums
 from hydra_pipe.exporting.totals import Totals, totals_of
 from hydra_pipe.plan.id_ranges import write_selection
@@ -70,9 +70,10 @@ class Results:
         """The recorded rows.
 
         Raises:
-            RunError, StoreError: the recording is missing or damaged.
+            RunError, StoreError: the recording is missing or damaged, or the run combines others.
         """
-        self.directory()
+        if self.directory().is_combined:
+            self._directory.require_recording()
         if self._gradients is None:
             self._gradients = open_gradients(self._directory)
         return self._gradients
@@ -121,6 +122,21 @@ class Results:
         if kept is None or kept[0] != key:
             kept = self._totals[method] = (key, totals_of(self._directory, source, progress))
         return kept[1]
+
+    def test_id(self, method: str, test: int | str) -> int:
+        """Return the id of the test sample that has the id or the key `test`.
+
+        Raises:
+            UsageError: no test sample has the key.
+            RunError, StoreError: any error of `source`.
+        """
+        if not isinstance(test, str):
+            return operator.index(test)
+        keys = self.source(method).test_keys
+        found = -1 if keys is None else int(keys.ids_of([test])[0])
+        if found < 0:
+            raise UsageError(f"no test sample of {method} has the key {shown(test)}: give an id")
+        return found
 
     def column(self, method: str, test_id: int) -> NDArray[np.float32]:
         """Return the relevance of every training sample for one test sample, shape (sample,).

@@ -49,7 +49,7 @@ def next_commands(run: RunDirectory) -> list[str]:
     These are the unfinished stages, else a first reduction, else exports of reduced results.
     """
     stages = run.stages
-    if RECORD not in stages:
+    if RECORD not in stages and not run.is_combined:
         return [run.command(RECORD)]
     unfinished = [which for which, stage in stages.items() if stage.state != "complete"]
     if unfinished:
@@ -64,6 +64,8 @@ def plain(run: RunDirectory, methods: list[str]) -> str:
     """Return one line with the path of a run and its progress."""
     stage = run.stages.get(RECORD)
     state = "nothing recorded" if stage is None else f"recording {stage.state}"
+    if run.is_combined:
+        state = "combines runs"
     done = f"relevance of {', '.join(methods)}" if methods else "no relevance yet"
     return printable(f"Run({str(run.path)!r}: {state}, {done})")
 

@@ -9,18 +9,22 @@ from typing import Any
 
 from torch import nn
 
+from hydra_pipe.errors import DataError
 from hydra_pipe.recording.collectives import Processes
 from hydra_pipe.recording.collector import Collector
 from hydra_pipe.recording.datasets import given_batches
 from hydra_pipe.recording.eval_mode import eval_mode
 from hydra_pipe.recording.optimizer_reader import OptimizerReader
 from hydra_pipe.recording.recording_stage import RecordingStage
-from hydra_pipe.recording.settings import Labels
+from hydra_pipe.recording.settings import Labels, checked_keys
 from hydra_pipe.recording.test_gradients import record_test_gradients
 from hydra_pipe.recording.untouched import untouched
 from hydra_pipe.store import names
 from hydra_pipe.store.data.checkpoints import state_digests
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
+
+# Name of the keys of test samples, for messages.
+_KEYS = "test_keys"
 
 
 class TestGradients:
@@ -50,7 +54,14 @@ class TestGradients:
         self._updates = updates
         self._output, self._processes, self._seed = output, processes, seed
 
-    def take(self, n_steps: int, tests: Any, loss: Any, labels: Labels | None) -> None:
+    def take(
+        self,
+        n_steps: int,
+        tests: Any,
+        loss: Any,
+        labels: Labels | None,
+        keys: Sequence[str] | None,
+    ) -> None:
         """Take the gradients of `tests` after `n_steps` steps, and store them. Collective.
 
         Raises: as `Recorder.record_test`.
@@ -70,16 +81,27 @@ class TestGradients:
                 eval_mode(self._model),
             ):
                 if self._processes.is_first:
-                    n_tests, worst = self._write(n_steps, tests, loss, labels)
+                    n_tests, worst = self._write(n_steps, tests, loss, labels, keys)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
         self._output.note_tests(n_steps, n_tests, worst)
 
     def _write(
-        self, n_steps: int, tests: Any, loss: Any, labels: Labels | None
+        self,
+        n_steps: int,
+        tests: Any,
+        loss: Any,
+        labels: Labels | None,
+        keys: Sequence[str] | None,
     ) -> tuple[int, float]:
         """Return the number of test samples, and the largest share of a gradient that rows miss."""
+        if keys is not None:
+            keys = checked_keys(keys, _KEYS)  # refuse bad keys before the work
+        elif self._output.has_test_keys:
+            raise DataError(
+                "the test samples had keys before: give record_test their keys in each call"
+            )
         writer = self._writer
         table = writer.test_rows(n_steps, state_digests(self._model))
         try:
@@ -87,6 +109,8 @@ class TestGradients:
             n_tests, labels, worst = record_test_gradients(
                 self._model, self._collector, table, batches, loss, labels, when
             )
+            if keys is not None:
+                checked_keys(keys, _KEYS, n_tests, "test samples")
             self._write_preconditioner()
             writer.flush_test(table)
         except BaseException:
@@ -95,6 +119,8 @@ class TestGradients:
             raise
         if labels is not None:
             self._output.write_labels(names.TEST_LABELS, labels)
+        if keys is not None:
+            self._output.write_keys(names.TEST_KEYS, keys)
         return n_tests, worst
 
     def keep_what_probes_need(self, n_steps: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +37,7 @@ from hydra_pipe.recording.refusals import refuse
 from hydra_pipe.recording.settings import (
     Labels,
     check_options,
+    checked_keys,
     checked_labels,
     json_settings,
     needs_recording,
@@ -90,6 +91,9 @@ class Recorder:
         seed: seed of the random projections.
         settings: further settings that the recording depends on, kept in the manifest.
         sample_labels: one integer or string for each training sample, for rankings and reports.
+        sample_keys: one string for each training sample that names no other one, such as a path,
+            the id of a document or a hash. Tables have the keys beside the ids, and runs are
+            combined by them.
         overwrite: True discards an existing recording.
         process_group: process group that trains `model` by DistributedDataParallel, if a trainer
             wraps the model and `model` is the module inside.
@@ -102,7 +106,8 @@ class Recorder:
             else.
         OptimizerError, LayerError: this run cannot be recorded; the message says why.
         UsageError: an unknown encoding or dtype.
-        DataError: `sample_labels` are not one integer or string for each sample.
+        DataError: `sample_labels` are not one integer or string for each sample, or `sample_keys`
+            not one string for each.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Recorder:
         seed: int = 0,
         settings: Settings | None = None,
         sample_labels: Labels | None = None,
+        sample_keys: Sequence[str] | None = None,
         overwrite: bool = False,
         process_group: ProcessGroup | None = None,
         allow_mixed_loss: bool = False,
@@ -138,9 +144,14 @@ class Recorder:
             self._sample_labels: NDArray[Any] | None = None
             if sample_labels is not None:
                 self.label_samples(sample_labels)
-            all_settings = record_settings(encoding, dim, dtype, seed, n_samples) | json_settings(
-                settings or {}
+            self._sample_keys = (
+                None
+                if sample_keys is None
+                else checked_keys(sample_keys, "sample_keys", n_samples, "training samples")
             )
+            all_settings = record_settings(
+                encoding, dim, dtype, seed, n_samples, self._sample_keys
+            ) | json_settings(settings or {})
         if self._processes.size > 1:
             all_settings["n_ranks"] = self._processes.size
         self._processes.require_same({"run": str(self.path), "overwrite": overwrite} | all_settings)
@@ -527,7 +538,14 @@ class Recorder:
         self._collector.n_dropped = wanted.n_skipped
         self._loop.resume(wanted.n_steps)
 
-    def record_test(self, tests: Any, loss: Any, *, labels: Labels | None = None) -> None:
+    def record_test(
+        self,
+        tests: Any,
+        loss: Any,
+        *,
+        labels: Labels | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> None:
         """Take the gradient of each test sample's loss at the present parameters, h_j = grad l_j.
 
         Call this after training, and during training as often as wanted. While the run goes on,
@@ -550,10 +568,11 @@ class Recorder:
                 arguments. Samples of a dataset may be of unlike shapes.
             loss: (output, target) -> losses of shape (batch,), or their mean or sum.
             labels: one label for each test sample; taken from integer targets if absent.
+            keys: one string for each test sample that names no other one, in each call or in none.
 
         Raises:
             RecordError: before the first step, or nothing to test.
-            DataError: not test samples, or not one label for each.
+            DataError: not test samples, or not one label or key for each.
             NonFiniteError, GradientMismatchError, LayerError: the reasons known from training.
             UserCodeError: the model or the loss raised.
 
@@ -569,7 +588,7 @@ class Recorder:
         self._pending.begin_anew()  # as in `state_dict`: a state taken here must leave no trace
         self._say_whether_weights_changed("the test gradients were taken at these parameters")
         with self._loop.testing():
-            self._tests.take(self.n_steps, tests, loss, labels)
+            self._tests.take(self.n_steps, tests, loss, labels, keys)
             self._put_down()
 
     def _say_whether_weights_changed(self, which: str) -> None:
@@ -622,6 +641,8 @@ class Recorder:
         if self._processes.is_first:
             if self._sample_labels is not None:
                 self._output.write_labels(names.TRAIN_LABELS, self._sample_labels)
+            if self._sample_keys is not None:
+                self._output.write_keys(names.TRAIN_KEYS, self._sample_keys)
             if self.n_steps not in self._output.tests:
                 self._tests.keep_what_probes_need(self.n_steps)
         self._release()

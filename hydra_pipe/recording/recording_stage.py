@@ -22,6 +22,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import DynamicsShape
 from hydra_pipe.store.data.gradients import Gradients, ResumePoint
 from hydra_pipe.store.data.gradients_writer import GradientsWriter
+from hydra_pipe.store.data.keys import digest_of_keys
 from hydra_pipe.store.data.recording import forget_upto
 from hydra_pipe.store.files import remove_partials
 from hydra_pipe.store.run.locks import Lock
@@ -67,6 +68,8 @@ class RecordingStage:
         self.tests: list[int] = []
         self.n_tests = 0
         self._n_labels: dict[str, int] = {}
+        # digests of the keys that are stored, by the name of their array
+        self._keys_written: dict[str, str] = {}
 
     def of_ranks(self, count: int) -> list[int]:
         """Return the `count` of every rank. Collective."""
@@ -177,6 +180,23 @@ class RecordingStage:
         assert self.writer is not None
         self.writer.write_labels(which, labels)
         self._n_labels[which] = len(labels)
+
+    def write_keys(self, which: str, keys: Sequence[str]) -> None:
+        """Store keys, see `GradientsWriter.write_keys`. Only rank 0 calls this.
+
+        The same keys again are left as they are: somebody may be reading them.
+        """
+        assert self.writer is not None
+        found = digest_of_keys(keys)
+        if self._keys_written.get(which) != found:
+            self.writer.write_keys(which, keys)
+        self._keys_written[which] = found
+        self._n_labels[which] = len(keys)
+
+    @property
+    def has_test_keys(self) -> bool:
+        """True if keys of the test samples are stored."""
+        return names.TEST_KEYS in self._n_labels
 
     def state(self, n_steps: int, n_skipped: int, meet_every: int | None) -> dict[str, Any]:
         """Put everything on the disk, and return the state of the recording.

@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hydra_pipe.errors import DataError, RecordError, UsageError
+from hydra_pipe.errors import DataError, RecordError, UsageError, shown
 from hydra_pipe.maths.quantise import DTYPES
 from hydra_pipe.plan.layout import ENCODING_CHOICES
+from hydra_pipe.store import names
+from hydra_pipe.store.data.keys import check_keys, digest_of_keys
 from hydra_pipe.store.files import location
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.permission import check_writable
@@ -21,7 +23,12 @@ Labels = Sequence[int] | Sequence[str] | NDArray[Any]
 
 
 def record_settings(
-    encoding: str, dim: int, dtype: str | None, seed: int, n_samples: int
+    encoding: str,
+    dim: int,
+    dtype: str | None,
+    seed: int,
+    n_samples: int,
+    sample_keys: Sequence[str] | None,
 ) -> Settings:
     """Return the settings that every recording depends on; "exact" ignores the budget `dim`."""
     budget = None if encoding == "exact" else dim
@@ -31,7 +38,12 @@ def record_settings(
         "dtype": dtype,
         "seed": seed,
         "n_samples": n_samples,
-    }
+    } | setting_of_keys(names.SAMPLE_KEYS_GIVEN, sample_keys)
+
+
+def setting_of_keys(name: str, keys: Sequence[str] | None) -> Settings:
+    """Return the setting `name`, a digest of `keys`. No setting if there are no keys."""
+    return {} if keys is None else {name: digest_of_keys(keys)}
 
 
 def json_settings(settings: Settings) -> Settings:
@@ -99,6 +111,30 @@ def checked_ids(sample_ids: ArrayLike | Tensor, n_samples: int) -> NDArray[np.in
             f"0 to {n_samples - 1}"
         )
     return ids.astype(np.int64)
+
+
+def checked_keys(
+    keys: Any, name: str, count: int | None = None, samples: str = "samples"
+) -> list[str]:
+    """Return keys as a list of strings.
+
+    Args:
+        keys: sequence or array of strings.
+        name: name of the keys, for messages.
+        count: required number of keys; None: any number.
+        samples: word for the samples, for messages.
+
+    Raises:
+        DataError: a key is no string, is empty or too long, or two samples have it; or the keys are
+            not one for each sample.
+    """
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise DataError(f"{name} is {shown(keys)}: give a list with one string for each sample")
+    found = list(keys)
+    if count is not None and len(found) != count:
+        raise DataError(f"{name} has {len(found)} entries for {count} {samples}: give one for each")
+    check_keys(found, name)
+    return found
 
 
 def checked_labels(

@@ -34,7 +34,7 @@ class RecorderState:
         worst_imbalance: largest imbalance so far.
         tests: steps after which test gradients were taken.
         n_tests: test samples at the last of these steps, 0 if there is none.
-        labels: lengths of the label arrays that are written, by name.
+        labels: lengths of the arrays of labels and keys that are written, by name.
     """
 
     run_id: str | None

@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import RunError, UsageError
-from hydra_pipe.plan.id_ranges import parse_selection
 from hydra_pipe.plan.sums import parse_chunks
 from hydra_pipe.reduction.executors import executor_of
 from hydra_pipe.reduction.methods import METHODS, method_named
 from hydra_pipe.reduction.request import Method, Options, ReductionRequest
 from hydra_pipe.reduction.weights import last_rows
 from hydra_pipe.store.data.gradients import Gradients
+from hydra_pipe.store.data.keys import selected
 from hydra_pipe.store.data.probes import WhichTests, tested_by
 from hydra_pipe.store.data.recording import open_recording
 from hydra_pipe.store.data.recording_counts import Counts
@@ -21,6 +21,7 @@ from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
 from hydra_pipe.store.run.results import BY_LABEL, FULL, GROUPINGS, ITSELF, MEAN
 from hydra_pipe.store.run.stages import KEEP, RECORD
+from hydra_pipe.types import Span
 from hydra_pipe.units import parse_bytes
 
 # methods that each of these options is for; the other methods refuse it
@@ -82,7 +83,9 @@ def requested(run: str | os.PathLike[str], options: Options) -> ReductionRequest
             f"{directory.path}: no step has rows, so --method {options.method} has nothing to "
             "compute from"
         )
-    spans = ((0, n_tests),) if options.tests is None else parse_selection(options.tests, n_tests)
+    spans: tuple[Span, ...] = ((0, n_tests),)
+    if options.tests is not None:
+        spans = selected(options.tests, n_tests, tested.keys(gradients))
     columns, groups = ResultColumns((), ITSELF, (ITSELF,)), None
     if method.of_tests:
         columns, groups = _grouped(ResultColumns(spans), gradients, tested, options.by)

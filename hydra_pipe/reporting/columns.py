@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from hydra_pipe.reporting.content import TestColumn
 from hydra_pipe.reporting.counting import Confusion, confusion
-from hydra_pipe.reporting.findings import Findings
+from hydra_pipe.reporting.findings import Findings, Side
 from hydra_pipe.reporting.labels import JudgedLabels
+from hydra_pipe.store.data.combined import Combined, PairSpread
 from hydra_pipe.store.data.relevance import ResultColumns
 from hydra_pipe.store.run.results import MEAN
 from hydra_pipe.types import F64, I64
@@ -86,6 +87,7 @@ def shown_columns(
     naming: Naming,
     predictions: "Predictions | None",
     drawn: "Mapping[int, Drawn]",
+    combined: Combined | None,
 ) -> list[TestColumn]:
     """Return the chosen columns with everything to show of them.
 
@@ -97,6 +99,7 @@ def shown_columns(
         naming: names of classes and columns.
         predictions: predictions for all columns, if they are known.
         drawn: views of test samples, by id.
+        combined: the combination of runs whose mean is shown. None: it is of one run.
     """
     shown = []
     for n, place in enumerate(chosen.tolist()):
@@ -115,9 +118,22 @@ def shown_columns(
                 loss=loss,
                 drawn=drawn.get(test),
                 sides=None if found is None else found.sides[n],
+                spreads=None if found is None else _spreads(combined, found.sides[n], place),
             )
         )
     return shown
+
+
+def _spreads(
+    combined: Combined | None, sides: tuple[Side, Side], place: int
+) -> tuple[PairSpread, PairSpread] | None:
+    """Return the spread of the runs about each value of the rankings of a column."""
+    if combined is None:
+        return None
+    helpful, harmful = (
+        combined.spread_of(side.ids, np.full(len(side.ids), place)) for side in sides
+    )
+    return helpful, harmful
 
 
 def _predicted(

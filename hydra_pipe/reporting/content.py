@@ -12,6 +12,7 @@ from hydra_pipe.reporting.drawing import Drawn
 from hydra_pipe.reporting.duplicates import Duplicates
 from hydra_pipe.reporting.findings import Classes, Distribution, Side
 from hydra_pipe.reporting.labels import JudgedLabels
+from hydra_pipe.store.data.combined import PairSpread
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TestColumn:
         drawn: picture, text or values that show the sample.
         sides: rankings of the training samples that help and that harm it. None without
             relevance.
+        spreads: spread of the runs about each value of `sides`. None where one run is shown.
     """
 
     id: int
@@ -42,6 +44,7 @@ class TestColumn:
     loss: float | None
     drawn: Drawn | None
     sides: tuple[Side, Side] | None
+    spreads: tuple[PairSpread, PairSpread] | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Content:
         train_drawn: picture, text or values of each training sample, by id.
         test_drawn: the same of test samples.
         test_labels: labels of the test samples in `duplicates`, by id.
+        train_keys, test_keys: keys of the samples on the page, by id. Empty if they have none.
         duplicates: inputs that are alike. A reason, if they were not compared.
         tiles: pairs of a figure and its meaning.
         warnings: cautions for the reader.
@@ -142,8 +146,8 @@ class Content:
         losses: loss of each step, shape (step,).
         test_losses: pairs of a step and the mean test loss after it.
         evaluations: pairs of a kind of evaluation and its lines for a person.
-        evaluate_command: command for an evaluation worth making.
-        recording: facts of the recording, from `Run.info`.
+        evaluate_command: command for an evaluation worth making. None: the page is of several runs.
+        recording: facts of the recording, from `Run.info`. None: the page is of several runs.
         settings: pairs of a name and a value.
     """
 
@@ -162,6 +166,8 @@ class Content:
     train_drawn: Mapping[int, Drawn]
     test_drawn: Mapping[int, Drawn]
     test_labels: Mapping[int, Any]
+    train_keys: Mapping[int, str]
+    test_keys: Mapping[int, str]
     duplicates: Duplicates | str
     tiles: Sequence[tuple[str, str]]
     warnings: Sequence[str]
@@ -170,6 +176,6 @@ class Content:
     losses: NDArray[np.float64]
     test_losses: list[tuple[int, float]]
     evaluations: Sequence[tuple[str, list[str]]]
-    evaluate_command: str
-    recording: Mapping[str, Any]
+    evaluate_command: str | None
+    recording: Mapping[str, Any] | None
     settings: Sequence[tuple[str, str]]

@@ -24,6 +24,7 @@ from hydra_pipe.reporting.content import (
 )
 from hydra_pipe.reporting.counting import Confusion, class_counts
 from hydra_pipe.reporting.duplicates import Duplicates
+from hydra_pipe.reporting.ensemble import about_combined, first_run, tiles_of
 from hydra_pipe.reporting.facts import (
     losses_of_columns,
     mean_test_losses,
@@ -37,6 +38,7 @@ from hydra_pipe.reporting.shown import ShownSamples
 from hydra_pipe.reporting.source import ReportSource
 from hydra_pipe.reporting.words import Circumstances, hardly_learnt, warnings, without_relevance
 from hydra_pipe.store import names
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.run.results import ResultName
 from hydra_pipe.store.run.stages import EVALUATE, RECORD, REDUCE
 from hydra_pipe.types import I64
@@ -53,6 +55,11 @@ _OVERHEAD_BYTES = 128 * 2**20
 # Greatest distance of test losses from the recorded ones, as a share of their norm. Beyond it,
 # the samples or the model are others.
 _SAME_LOSSES = 0.02
+
+
+def _keys_of(keys: Keys | None, ids: I64) -> dict[int, str]:
+    """Return the keys of samples by id. Empty if they have none."""
+    return {} if keys is None else dict(zip(ids.tolist(), keys.take(ids), strict=True))
 
 
 class Gathering:
@@ -91,10 +98,11 @@ class Gathering:
         queue = [] if isinstance(judged, str) else [doubt.id for doubt in judged.doubts]
         found = self._findings(chosen, queue, train_labels, test_labels)
         suspects = self._suspects(found)
-        visits = source.visits(self._progress)
+        visits = source.samples.visits(self._progress)
         alike = self._alike(shown, judged, train_labels)
         train = [*queue, *suspects.tolist()]
-        train_drawn, test_drawn = self._drawn(shown, train, chosen, found, alike)
+        of_train, of_test = self._on_page(train, chosen, found, alike)
+        train_drawn, test_drawn = self._drawn(shown, of_train, of_test)
         naming = Naming.of(judged, predictions, test_labels)
         confusions = confusions_of(judged, predictions, naming)
         return Content(
@@ -102,41 +110,56 @@ class Gathering:
             run_id=source.directory.run_id,
             result=source.result,
             method=ResultName.parse(source.result).method,
-            n_samples=source.counts.n_samples,
+            n_samples=source.samples.n_samples,
             labels=self._label_part(judged, found, test_labels, confusions),
             confusions=list(confusions.items()),
             columns_are="groups of test samples" if source.grouped else "test samples",
             grouped=source.grouped,
             columns=shown_columns(
-                source.columns, chosen, found, losses, naming, predictions, test_drawn
+                source.columns,
+                chosen,
+                found,
+                losses,
+                naming,
+                predictions,
+                test_drawn,
+                source.combined,
             ),
             n_chosen=self._how_chosen(len(chosen), predictions),
             train_labels=train_labels,
             train_drawn=train_drawn,
             test_drawn=test_drawn,
             test_labels=self._labels_of_tests(alike),
+            train_keys=_keys_of(source.samples.keys(), of_train),
+            test_keys=_keys_of(source.keys_of_tests(), of_test),
             duplicates=alike,
             tiles=self._tiles(losses, predictions, found),
             warnings=self._warnings(visits, found, predictions),
             missing=self._missing,
             relevance=self._relevance_part(found, suspects, visits),
-            losses=source.gradients.step_table(names.LOSS),
+            losses=self._losses(),
             test_losses=mean_test_losses(source),
             evaluations=told(source),
-            evaluate_command=source.directory.command(EVALUATE.of("smoothness")),
+            evaluate_command=None
+            if source.recording is None
+            else source.directory.command(EVALUATE.of("smoothness")),
             recording=recording_of(source),
             settings=settings_of(source),
         )
 
     def _train_labels(self) -> _Labels:
         source = self._source
-        labels = source.gradients.labels(names.TRAIN_LABELS)
-        if labels is not None and len(labels) != source.counts.n_samples:
+        labels, n_samples = source.samples.labels(), source.samples.n_samples
+        if labels is not None and len(labels) != n_samples:
             raise StoreError(
-                f"{source.gradients.path} has {len(labels)} labels of {source.counts.n_samples} "
-                "training samples"
+                f"{source.directory.path} has {len(labels)} labels of {n_samples} training samples"
             )
         return labels
+
+    def _losses(self) -> NDArray[np.float64]:
+        """Return the loss of each step, shape (step,). Empty where several runs are combined."""
+        recording = self._source.recording
+        return np.zeros(0) if recording is None else recording.gradients.step_table(names.LOSS)
 
     def _judged(self) -> JudgedLabels | str:
         """Return the judged labels, or the reason why they were not judged."""
@@ -162,7 +185,8 @@ class Gathering:
         source = self._source
         self._progress.say("building the pipeline, to draw its samples")
         try:
-            inputs = Inputs.of_run(source.directory, pipeline, source.probe)
+            run = source.directory if source.combined is None else first_run(source)
+            inputs = Inputs.of_run(run, pipeline, source.probe)
         except HydraError as error:
             self._lacks_samples(error)
             return None, None
@@ -177,6 +201,11 @@ class Gathering:
 
     def _predictions(self, inputs: "Inputs", losses: NDArray[np.float64]) -> "Predictions | None":
         source = self._source
+        if source.combined is not None:
+            self._missing.append(
+                "Predictions are not shown: each of the runs has a network of its own."
+            )
+            return None
         if not source.final:
             self._missing.append(
                 f"Predictions are not shown: the parameters after {source.up_to_step:,} steps "
@@ -273,7 +302,7 @@ class Gathering:
             return "samples are known by id and label only"
         source = self._source
         first = np.zeros(0, np.int64) if isinstance(judged, str) else judged.proposed
-        labels = train_labels, source.tested.labels(source.gradients)
+        labels = train_labels, source.samples.test_labels()
         try:
             return alike_inputs(shown, first, labels, self._progress)
         except HydraError as error:
@@ -281,25 +310,16 @@ class Gathering:
 
     def _labels_of_tests(self, alike: Duplicates | str) -> dict[int, Any]:
         """Return the labels of the test samples that a training sample is like, by id."""
-        labels = self._source.tested.labels(self._source.gradients)
+        labels = self._source.samples.test_labels()
         if isinstance(alike, str) or labels is None:
             return {}
         tests = [pair.other for pair in alike.pairs if pair.is_test]
         return {test: labels[test] for test in tests if test < len(labels)}
 
-    def _drawn(
-        self,
-        shown: "Shown | None",
-        train: list[int],
-        chosen: I64,
-        found: Findings | None,
-        alike: Duplicates | str,
-    ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
-        """Return views of the training samples and of the test samples on the page, by id."""
-        if shown is None:
-            return {}, {}
-        from hydra_pipe.reporting.inputs import draw  # torch takes seconds to import
-
+    def _on_page(
+        self, train: list[int], chosen: I64, found: Findings | None, alike: Duplicates | str
+    ) -> tuple[I64, I64]:
+        """Return the training samples and the test samples on the page, ascending."""
         pairs = [] if isinstance(alike, str) else alike.pairs
         sides = (
             [] if found is None else [side.ids.tolist() for both in found.sides for side in both]
@@ -309,11 +329,20 @@ class Gathering:
         of_test = {pair.other for pair in pairs if pair.is_test}
         if not self._source.grouped:
             of_test |= set(self._source.columns.test_ids[chosen].tolist())
+        return np.array(sorted(of_train), np.int64), np.array(sorted(of_test), np.int64)
+
+    def _drawn(
+        self, shown: "Shown | None", of_train: I64, of_test: I64
+    ) -> "tuple[dict[int, Drawn], dict[int, Drawn]]":
+        """Return views of training samples and of test samples, by id."""
+        if shown is None:
+            return {}, {}
+        from hydra_pipe.reporting.inputs import draw  # torch takes seconds to import
+
         try:
-            ids = (np.array(sorted(wanted), np.int64) for wanted in (of_train, of_test))
             return (
-                draw(shown, "train", next(ids), self._progress),
-                draw(shown, "test", next(ids), self._progress),
+                draw(shown, "train", of_train, self._progress),
+                draw(shown, "test", of_test, self._progress),
             )
         except HydraError as error:
             self._lacks_samples(error)
@@ -374,10 +403,13 @@ class Gathering:
         """Return pairs of a figure and its meaning."""
         source = self._source
         tiles = [
-            (f"{source.counts.n_samples:,}", "training samples"),
+            (f"{source.samples.n_samples:,}", "training samples"),
             (f"{source.columns.n_tests:,}", "test samples looked at"),
-            (f"{source.gradients.n_steps:,}", "training steps"),
         ]
+        if source.recording is not None:
+            tiles.append((f"{source.recording.gradients.n_steps:,}", "training steps"))
+        if source.combined is not None:
+            tiles += tiles_of(source.combined)
         if predictions is not None and not np.isnan(predictions.right).any():
             of = "these" if predictions.are_classes else "their positions"
             tiles.append((f"{predictions.right.mean():.1%}", f"of {of} predicted right"))
@@ -392,7 +424,10 @@ class Gathering:
         self, visits: I64, found: Findings | None, predictions: "Predictions | None"
     ) -> list[str]:
         source, stages = self._source, self._source.directory.stages
-        parts, blocks = ResultName.parse(source.result), source.gradients.layout.blocks
+        if source.recording is None:
+            return [] if source.combined is None else about_combined(source.combined)
+        gradients = source.recording.gradients
+        parts, blocks = ResultName.parse(source.result), gradients.layout.blocks
         has_relevance = found is not None
         told_of_relevance = warnings(
             Circumstances(
@@ -401,8 +436,8 @@ class Gathering:
                 up_to_step=source.up_to_step,
                 record=stages[RECORD].facts,
                 reduce=stages[REDUCE.of(source.result)].facts if has_relevance else {},
-                n_samples=source.counts.n_samples,
-                n_rows=source.gradients.rows.n_rows,
+                n_samples=source.samples.n_samples,
+                n_rows=gradients.rows.n_rows,
                 unvisited=int((visits == 0).sum()),
                 projected=sum(not block.exact for block in blocks) if has_relevance else 0,
                 n_blocks=len(blocks),

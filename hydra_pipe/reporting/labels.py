@@ -98,24 +98,27 @@ def judged_labels(source: ReportSource, memory_bytes: int, progress: Progress) -
         DataError: labels are not known, or change.
         StoreError: the recording is damaged.
     """
-    gradients = source.gradients
+    if source.recording is None:
+        raise RunError(
+            "labels are judged by what one network thought of its samples, and several are "
+            "combined here: the pages of the runs have them"
+        )
+    gradients, n_samples = source.recording.gradients, source.samples.n_samples
     shape = gradients.dynamics_shape
     if shape.n_outputs < 2:
         raise RunError(
             "the recording has no outputs of two classes or more for each sample, as runs of "
             "tokens and regressions have none"
         )
-    visits = min(-(-gradients.rows.n_rows // source.counts.n_samples), MOST_VISITS)
+    visits = min(-(-gradients.rows.n_rows // n_samples), MOST_VISITS)
     n_numbers = sum(1 if column.width is None else column.width[0] for column in shape.columns)
-    needed = resident_bytes() + judging_bytes(
-        source.counts.n_samples, visits, shape.n_outputs, n_numbers
-    )
+    needed = resident_bytes() + judging_bytes(n_samples, visits, shape.n_outputs, n_numbers)
     if needed > memory_bytes:
         raise BudgetError(
-            f"judging {source.counts.n_samples:,} labels needs {format_bytes(needed)}, the budget "
+            f"judging {n_samples:,} labels needs {format_bytes(needed)}, the budget "
             f"is {format_bytes(memory_bytes)}: raise --memory"
         )
-    seen = Seen.in_recording(gradients, source.counts.n_samples)
+    seen = Seen.in_recording(gradients, n_samples)
     return _judged(seen, *_proposal(source, seen, progress))
 
 

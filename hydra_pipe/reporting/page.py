@@ -143,6 +143,7 @@ def _fixed(content: Content) -> dict[str, Any]:
         "n_samples": content.n_samples,
         "parts": _parts(content),
         "first": _FIRST,
+        "has_keys": bool(content.train_keys or content.test_keys),
         "tiles": content.tiles,
         "warnings": content.warnings,
         "columns_are": content.columns_are,
@@ -159,8 +160,10 @@ def _fixed(content: Content) -> dict[str, Any]:
         "evaluations": [
             (kind, [clean(line) for line in lines]) for kind, lines in content.evaluations
         ],
-        "evaluate_command": clean(content.evaluate_command),
-        "recorded": recorded_table(content.recording),
+        "evaluate_command": None
+        if content.evaluate_command is None
+        else clean(content.evaluate_command),
+        "recorded": None if content.recording is None else recorded_table(content.recording),
         "settings": [(clean(name), clean(value)) for name, value in content.settings],
         "style": Markup(style),  # text of this package, so not escaped
         "script": Markup(script),
@@ -185,7 +188,11 @@ def _parts(content: Content) -> list[tuple[str, str]]:
         ("classes", "Class by class", has_relevance),
         ("charts", "Charts", True),
         ("trust", "How far to trust it", has_relevance),
-        ("recorded", "What was recorded", True),
+        (
+            "recorded",
+            "What was combined" if content.recording is None else "What was recorded",
+            True,
+        ),
     ]
     return [(anchor, name) for anchor, name, is_there in found if is_there]
 

@@ -14,6 +14,7 @@ from hydra_pipe.reporting.drawing import Cells, Drawn, Picture, Text, clean
 from hydra_pipe.reporting.duplicates import Pair
 from hydra_pipe.reporting.labels import Doubt
 from hydra_pipe.reporting.likeness import WORD, common_words, differing_columns, shared_words
+from hydra_pipe.store.data.combined import PairSpread
 from hydra_pipe.types import F64
 
 _KINDS = {Picture: "picture", Text: "text", Cells: "cells"}
@@ -79,6 +80,7 @@ def doubt_pieces(content: Content, part: LabelPart) -> Iterable[str]:
         hurts = part.hurts.get(doubt.id, []) if part.hurts is not None else None
         item = {
             "id": doubt.id,
+            "key": cleaned(content.train_keys.get(doubt.id)),
             "rank": rank,
             "given": classes[doubt.given],
             "suggested": classes[doubt.suggested],
@@ -138,6 +140,7 @@ def card_pieces(content: Content, labels: LabelNumbers) -> Iterable[str]:
         sides = _sides(content, column, common)
         card = {
             "id": column.id,
+            "key": cleaned(content.test_keys.get(column.id)),
             "kind": "Group" if content.grouped else "Test",
             "order": order,
             "train_ids": [item["id"] for side in sides.values() for item in side],
@@ -169,16 +172,27 @@ def _sides(
         name: [
             {
                 "id": int(sample),
+                "key": cleaned(content.train_keys.get(int(sample))),
                 "label": label_of(content.train_labels, int(sample)),
                 "value": signed(float(value)),
                 "share": abs(float(value)) / largest,
+                "spread": None if spread is None else spread_in_words(spread, place),
                 "content": shown(content.train_drawn.get(int(sample))),
             }
             | compared(content.train_drawn.get(int(sample)), column.drawn, common)
-            for sample, value in zip(side.ids, side.relevance, strict=True)
+            for place, (sample, value) in enumerate(zip(side.ids, side.relevance, strict=True))
         ]
-        for name, side in zip(("helpful", "harmful"), column.sides, strict=True)
+        for name, side, spread in zip(
+            ("helpful", "harmful"), column.sides, column.spreads or (None, None), strict=True
+        )
     }
+
+
+def spread_in_words(spread: PairSpread, place: int) -> str:
+    """Return how the runs spread about the value at `place`, and how many agree on its sign."""
+    error, runs = float(spread.standard_error[place]), int(spread.runs[place])
+    agreeing = f"{int(spread.agreeing[place])} of {runs} runs"
+    return agreeing if np.isnan(error) else f"± {error:.2g}, stable in {agreeing}"
 
 
 def suspect_pieces(
@@ -190,6 +204,7 @@ def suspect_pieces(
         label = label_of(content.train_labels, suspect.id)
         item = {
             "id": suspect.id,
+            "key": cleaned(content.train_keys.get(suspect.id)),
             "rank": rank,
             "label": label,
             "label_number": labels.number(label),
@@ -206,6 +221,7 @@ def pair_pieces(content: Content, pairs: list[Pair]) -> Iterable[str]:
     for pair in pairs:
         one = content.train_drawn.get(pair.one)
         other = (content.test_drawn if pair.is_test else content.train_drawn).get(pair.other)
+        other_keys = content.test_keys if pair.is_test else content.train_keys
         other_label = (
             cleaned(content.test_labels.get(pair.other))
             if pair.is_test
@@ -215,12 +231,14 @@ def pair_pieces(content: Content, pairs: list[Pair]) -> Iterable[str]:
             {
                 "kind": "training",
                 "id": pair.one,
+                "key": cleaned(content.train_keys.get(pair.one)),
                 "label": label_of(content.train_labels, pair.one),
                 "content": shown(one),
             },
             {
                 "kind": "test" if pair.is_test else "training",
                 "id": pair.other,
+                "key": cleaned(other_keys.get(pair.other)),
                 "label": other_label,
                 "content": shown(other),
             },

@@ -13,7 +13,7 @@ from hydra_pipe.store.files import remove_partials_of, replace_file, sync
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DEFAULT_METHOD, DYNAMICS, ResultName, result_of
 from hydra_pipe.store.run.stage_runner import Work, running, taken_up
-from hydra_pipe.store.run.stages import REDUCE, REPORT, Settings, StageId
+from hydra_pipe.store.run.stages import COMBINE, REDUCE, REPORT, Settings, StageId
 from hydra_pipe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def report_run(
     Args:
         run: directory of the run.
         method: name of the result to report on, or "dynamics" for the recording alone. Default:
-            "hydra" if it was reduced, else "dynamics".
+            "hydra" if it was reduced; else the first result that combines runs, or "dynamics".
         probe: name of a probe, whose samples replace the run's own test samples.
         tests: test samples to show, such as "0-99,150". Default: those that tell most, wrongly
             predicted or of high loss.
@@ -124,7 +124,8 @@ def reported(directory: RunDirectory, method: str | None, probe: str | None) -> 
     """
     if method is None:
         is_reduced = probe is not None or REDUCE.of(DEFAULT_METHOD) in directory.stages
-        method = DEFAULT_METHOD if is_reduced else DYNAMICS
+        combined = directory.complete(COMBINE)
+        method = DEFAULT_METHOD if is_reduced else next(iter(combined), DYNAMICS)
     if method == DYNAMICS and probe is not None:
         raise UsageError(
             f"--method {method} --probe {probe}: only relevance is about a probe: leave out "

@@ -1,17 +1,18 @@
-"""A recording with a result, or alone, as the source of a report."""
+"""A result with its samples, or a recording alone, as the source of a report."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hydra_pipe.errors import UsageError
-from hydra_pipe.plan.id_ranges import parse_selection, write_selection
+from hydra_pipe.plan.id_ranges import write_selection
+from hydra_pipe.store.data.keys import selected
 from hydra_pipe.store.data.probes import WhichTests
 from hydra_pipe.store.data.recording import open_recording
-from hydra_pipe.store.data.reduced_run import RecordingOfColumns, ReducedRun
+from hydra_pipe.store.data.reduced_run import ReducedRun, SamplesOfColumns
 from hydra_pipe.store.data.relevance import ResultColumns
+from hydra_pipe.store.data.samples import RecordedSamples
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import DYNAMICS, ResultName
 from hydra_pipe.store.run.stages import CLEAN, EVALUATE, RECORD
@@ -19,8 +20,8 @@ from hydra_pipe.store.zarr.arrays import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSource(RecordingOfColumns):
-    """A recording, and a result of it. Without a result, each test sample has a column.
+class ReportSource(SamplesOfColumns):
+    """Samples, and a result for them. Without a result, each test sample has a column.
 
     Args:
         directory: directory of the run.
@@ -46,10 +47,8 @@ class ReportSource(RecordingOfColumns):
                 directory=directory,
                 result=name,
                 up_to_step=None,
-                gradients=gradients,
-                counts=counts,
+                samples=RecordedSamples(gradients, counts, WhichTests(counts.checkpoint)),
                 columns=ResultColumns(((0, counts.n_tests),)),
-                tested=WhichTests(counts.checkpoint),
                 relevance=None,
             )
         return cls(directory=directory, result=name, **vars(ReducedRun.open(directory, name)))
@@ -62,22 +61,17 @@ class ReportSource(RecordingOfColumns):
     @property
     def n_tests(self) -> int:
         """Number of test samples, including those without a column."""
-        return self.counts.n_tests if self.probe is None else len(self.losses())
+        return self.samples.n_tests
+
+    @property
+    def recording(self) -> RecordedSamples | None:
+        """The recording that the page is about. None: it is about several runs."""
+        return self.samples if isinstance(self.samples, RecordedSamples) else None
 
     @property
     def grouped(self) -> bool:
         """True if columns are means over test samples."""
         return self.columns.by is not None
-
-    def losses(self) -> NDArray[np.float32]:
-        """Return the loss of each test sample, shape (test,). Empty if no test was recorded.
-
-        Raises:
-            StoreError: damaged.
-        """
-        if self.probe is None and not self.counts.n_tests:
-            return np.zeros(0, np.float32)
-        return self.tested.losses(self.gradients)
 
     def selected(self, tests: str | None) -> str | None:
         """Return the selection `tests` in its one canonical spelling.
@@ -91,7 +85,7 @@ class ReportSource(RecordingOfColumns):
             raise UsageError(
                 f"--tests {tests}: {self.result} has means over test samples: leave it out"
             )
-        spans = parse_selection(tests, self.n_tests)
+        spans = selected(tests, self.n_tests, self.keys_of_tests())
         there = self.columns.test_ids
         for first, last in spans:
             lacking = np.setdiff1d(np.arange(first, last), there)

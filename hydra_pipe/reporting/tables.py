@@ -185,6 +185,8 @@ def loss_figure(losses: NDArray[np.float64], tests: list[tuple[int, float]]) -> 
         if tests
         else "no test loss is known"
     )
+    if not len(losses):
+        return {"words": "Each of the runs has losses of its own.", "svg": None}
     if not len(known):
         return {"words": f"The training loop did not tell its loss; {at_end}.", "svg": None}
     tenth = max(1, len(known) // 10)

@@ -32,7 +32,15 @@ from hydra_pipe.training.pipeline import Pipeline, described
 # ones, as shares of their norm: without a message, and at all.
 SAME, SIMILAR = 1e-3, 0.05
 # Settings of a recording that say how it was recorded, and not what was trained.
-_OF_RECORDING = ("pipeline", "encoding", "dim", "dtype", "test_every")
+_OF_RECORDING = (
+    "pipeline",
+    "encoding",
+    "dim",
+    "dtype",
+    "test_every",
+    names.SAMPLE_KEYS_GIVEN,
+    names.TEST_KEYS_GIVEN,
+)
 # Prefix of the names of a pipeline function's settings in a manifest.
 _SET = "set "
 

@@ -23,6 +23,7 @@ from hydra_pipe.rewinding.rows import (
     samples_of,
 )
 from hydra_pipe.store import names
+from hydra_pipe.store.data.rankings import with_keys
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.types import F64, I64
 
@@ -49,7 +50,7 @@ class Spikes:
             expected), `samples` (ids of the samples whose own loss is above the line, the largest
             loss first; by gradient, or where losses are not known, all samples of the steps).
         repeaters: samples of two spikes or more. Columns: `train_id`, `label`, `spikes` (number
-            of spikes with the sample), the most first.
+            of spikes with the sample), the most first, and `key` if samples have keys.
         summary: findings as plain values. Its `says` holds lines for a person.
     """
 
@@ -255,13 +256,14 @@ def _repeaters(recording: SoFar, found: Found) -> pa.Table:
         for sample, target in zip(own, targets, strict=True)
     }
     targets = np.array([target_of[int(sample)] for sample in ids], np.int64)
-    return pa.table(
+    table = pa.table(
         {
             "train_id": ids,
             "label": labels_column(recording, ids, targets),
             "spikes": pa.array([n for _, n in repeated], pa.int32()),
         }
     )
+    return with_keys(table, recording.gradients.keys(names.TRAIN_KEYS), ids)
 
 
 def _says(summary: dict[str, Any], table: pa.Table, repeaters: pa.Table) -> list[str]:

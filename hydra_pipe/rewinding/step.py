@@ -24,6 +24,7 @@ from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.predictions import read_predictions
+from hydra_pipe.store.data.rankings import with_keys
 from hydra_pipe.store.data.recording import SoFar
 from hydra_pipe.types import F64, I64
 
@@ -44,11 +45,11 @@ class Rewind:
             the step used; `gradient_share`, the part's projection onto the step's gradient over
             that gradient's length: shares add up to 1, and a negative one pulled back;
             `tests_change`, what the part alone changed in the mean loss of the tests; `spikes`,
-            the number of spikes that the sample is in (`Run.spikes`). A column is null where it is
-            not known.
+            the number of spikes that the sample is in (`Run.spikes`); and `key` if samples have
+            keys. A column is null where it is not known.
         tests: a row for each test sample, the most harmed first. Columns: `test_id`, `label`,
-            `change` of its loss by this step, to first order, and `loss` at the test gradients.
-            None where no test gradients were taken.
+            `change` of its loss by this step, to first order, `loss` at the test gradients, and
+            `key` if test samples have keys. None where no test gradients were taken.
         summary: facts of the step as plain values: `loss`, `expected_loss` and `score` as in
             `Run.spikes`, `learning_rates` of the parameter groups, `gradient_norm`,
             `gradient_scale` (clipping), `tests_step` and `tests_change`. Its `says` holds lines for
@@ -173,7 +174,8 @@ def _table(
         "spikes": pa.nulls(n, pa.int32()) if in_spikes is None else pa.array(in_spikes, pa.int32()),
     }
     first = shares if gradient is None else gradient.shares
-    return pa.table(columns).take(np.argsort(-np.nan_to_num(first), kind="stable"))
+    table = with_keys(pa.table(columns), store.keys(names.TRAIN_KEYS), ids)
+    return table.take(np.argsort(-np.nan_to_num(first), kind="stable"))
 
 
 def _known(values: F64) -> pa.Array:
@@ -187,7 +189,7 @@ def _tests_table(recording: SoFar, tests: _Tests | None) -> pa.Table | None:
     labels = store.labels(names.TEST_LABELS)
     labels = labels if labels is not None and len(labels) == len(order) else None
     kind = rankings.label_type(labels)
-    return pa.table(
+    table = pa.table(
         {
             "test_id": pa.array(order.astype(np.int64)),
             "label": rankings.label_column(labels, order, kind),
@@ -195,6 +197,7 @@ def _tests_table(recording: SoFar, tests: _Tests | None) -> pa.Table | None:
             "loss": _known(store.test_losses(tests.step)[order].astype(np.float64)),
         }
     )
+    return with_keys(table, store.keys(names.TEST_KEYS), order)
 
 
 def _facts(

@@ -17,6 +17,7 @@ LOCKS: Final = "locks"
 REPORT: Final = "report.html"
 EVALUATION: Final = "evaluation"
 CLEANING: Final = "cleaning"
+COMBINED: Final = "combined"
 PROBES: Final = "probes"
 # Files in evaluation/KIND.
 RETRAINED: Final = "retrained"
@@ -51,6 +52,17 @@ LAST_INPUT: Final = "last_input"
 FACTORED: Final = "factored"
 FOLDED: Final = "folded"
 SWEPT: Final = "swept"
+# Arrays of combined/RESULT.zarr.
+ROWS: Final = "rows"
+COLUMNS: Final = "columns"
+STANDARD_ERROR: Final = "standard_error"
+AGREEING: Final = "agreeing"
+ROOT_MEAN_SQUARE: Final = "root_mean_square"
+COSINE: Final = "cosine"
+EFFECTIVE_RUNS: Final = "effective_runs"
+VISITS: Final = "visits"
+TEST_LOSS: Final = "test_loss"
+IN_FIRST: Final = "in_first"
 # Arrays of gradients.zarr/steps.
 FIRST_ROW: Final = "first_row"
 N_ROWS: Final = "n_rows"
@@ -59,6 +71,8 @@ IMBALANCE: Final = "imbalance"
 # Arrays of gradients.zarr/labels.
 TRAIN_LABELS: Final = "train"
 TEST_LABELS: Final = "test"
+TRAIN_KEYS: Final = "train_key"
+TEST_KEYS: Final = "test_key"
 
 # Attributes.
 LAYOUT: Final = "hydra_pipe_blocks"
@@ -92,6 +106,8 @@ ELEMENT_DIM: Final = "element"
 OUTPUT_DIM: Final = "output"
 TOP_DIM: Final = "top"
 INPUT_DIM: Final = "input"
+RUN_DIM: Final = "run"
+COLUMN_DIM: Final = "column"
 # Dimension of gradients.zarr/labels/test. It is not the array's name, or readers such as
 # xarray would take the labels for an index.
 TEST_LABEL_DIM: Final = "test_sample"
@@ -99,8 +115,13 @@ TEST_LABEL_DIM: Final = "test_sample"
 SAMPLE_LABEL: Final = "sample_label"
 TEST_LABEL: Final = "test_label"
 
+# Settings of a recording: digests of the keys that samples and test samples have.
+SAMPLE_KEYS_GIVEN: Final = "sample_keys"
+TEST_KEYS_GIVEN: Final = "test_keys"
 # Setting of a proposal: number of times that labels are judged.
 ROUNDS: Final = "rounds"
+# Setting of a combination: ids of its runs.
+RUNS: Final = "runs"
 # Setting of a reduction: number of the first steps that count.
 UPTO: Final = "upto"
 # Facts of a reduction, found by its passes.
@@ -116,6 +137,11 @@ UNIT_TEXT: Final = "test loss"
 def checkpoint_name(step: int) -> str:
     """Return the group of the test gradients taken after `step` steps."""
     return f"{step:010d}"
+
+
+def key_bytes(which: str) -> str:
+    """Return the second dimension of the array of keys `which`."""
+    return f"{which}_byte"
 
 
 def rank_name(rank: int) -> str:

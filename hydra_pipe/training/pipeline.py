@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hydra_pipe.errors import DataError, PipelineError
-from hydra_pipe.recording.settings import checked_labels
+from hydra_pipe.recording.settings import checked_keys, checked_labels, setting_of_keys
+from hydra_pipe.store import names
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Pipeline:
         sample_labels: a label, integer or string, for each training sample; taken from integer
             targets if absent.
         test_labels: a label for each test sample, in the same form.
+        sample_keys, test_keys: a string for each sample that names no other one, such as a path,
+            the id of a document, or a hash. Tables have the keys beside the ids.
         num_workers: number of processes that fetch batches, as in torch's DataLoader; 0: this
             process fetches them. A dataset may draw from the global generators of Python, NumPy and
             torch. Its draws are a function of the seed, the epoch and the batch, whatever the
@@ -60,6 +63,8 @@ class Pipeline:
     max_grad_norm: float | None = None
     sample_labels: Sequence[int] | Sequence[str] | None = None
     test_labels: Sequence[int] | Sequence[str] | None = None
+    sample_keys: Sequence[str] | None = None
+    test_keys: Sequence[str] | None = None
     num_workers: int = 0
     true_labels: Sequence[int] | Sequence[str] | None = None
     render: Callable[[Any], Any] | None = None
@@ -102,17 +107,17 @@ class Pipeline:
                 "the pipeline's scheduler is ReduceLROnPlateau, which needs a metric: use one "
                 "that counts steps"
             )
-        for name, labels, dataset in (
-            ("sample_labels", self.sample_labels, self.train),
-            ("test_labels", self.test_labels, self.test),
-            ("true_labels", self.true_labels, self.train),
+        for name, check, of_samples, dataset in (
+            ("sample_labels", checked_labels, self.sample_labels, self.train),
+            ("test_labels", checked_labels, self.test_labels, self.test),
+            ("true_labels", checked_labels, self.true_labels, self.train),
+            ("sample_keys", checked_keys, self.sample_keys, self.train),
+            ("test_keys", checked_keys, self.test_keys, self.test),
         ):
-            if labels is None:
+            if of_samples is None:
                 continue
             try:
-                checked_labels(
-                    labels, f"the pipeline's {name}", 0 if dataset is None else len(dataset)
-                )
+                check(of_samples, f"the pipeline's {name}", 0 if dataset is None else len(dataset))
             except DataError as error:
                 raise PipelineError(str(error)) from error
 
@@ -148,7 +153,7 @@ def described(pipeline: Pipeline) -> dict[str, Any]:
         "optimizer": {"type": type(pipeline.optimizer).__name__, "groups": groups},
         "scheduler": type(pipeline.scheduler).__name__ if pipeline.scheduler is not None else None,
         "parameters": {name: list(p.shape) for name, p in pipeline.model.named_parameters()},
-    }
+    } | setting_of_keys(names.TEST_KEYS_GIVEN, pipeline.test_keys)
 
 
 def _require(condition: bool, name: str, value: object, kind: str) -> None:

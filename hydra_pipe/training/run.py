@@ -104,7 +104,12 @@ def record_run(
     own = json_settings(settings | described(pipeline))
     own |= {} if options.test_every is None else {"test_every": options.test_every}
     of_recorder = record_settings(
-        options.encoding, options.dim, options.dtype, pipeline.seed, len(pipeline.train)
+        options.encoding,
+        options.dim,
+        options.dtype,
+        pipeline.seed,
+        len(pipeline.train),
+        pipeline.sample_keys,
     )
     if not needs_recording(run, of_recorder | own, overwrite=options.overwrite):
         # An earlier process may have been killed after completing the run, just before this line.
@@ -120,6 +125,7 @@ def record_run(
         dtype=options.dtype,
         seed=pipeline.seed,
         settings=own,
+        sample_keys=pipeline.sample_keys,
         overwrite=options.overwrite,
     )
     start = time.monotonic()

@@ -193,7 +193,10 @@ class _Between:
             assert self._recorder is not None
             with closing(test_batches(self._pipeline, task, self._checkpoints)) as batches:
                 self._recorder.record_test(
-                    batches, self._pipeline.loss, labels=self._pipeline.test_labels
+                    batches,
+                    self._pipeline.loss,
+                    labels=self._pipeline.test_labels,
+                    keys=self._pipeline.test_keys,
                 )
 
     def _say_room(self) -> None:
@@ -275,7 +278,9 @@ def take_tests(
         closing(test_batches(pipeline, task, checkpoints)) as batches,
     ):
         try:
-            recorder.record_test(batches, pipeline.loss, labels=pipeline.test_labels)
+            recorder.record_test(
+                batches, pipeline.loss, labels=pipeline.test_labels, keys=pipeline.test_keys
+            )
         except InterruptedRunError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, hours of training are worth more

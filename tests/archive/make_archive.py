@@ -23,7 +23,7 @@ import hydra_pipe
 from hydra_pipe.cli.app import app
 
 HERE = Path(__file__).parent
-RUNS = ("whole", "pruned")
+RUNS = ("whole", "pruned", "keyed/seed-0", "together")
 # lossless rows, and everything that can be computed from them
 WHOLE = """
 record pipeline.py whole --encoding exact --test-every epoch
@@ -53,12 +53,24 @@ prune pruned
 """
 
 
+# two runs with keys, and the mean of both
+TOGETHER = """
+record pipeline.py:keyed keyed --seeds 2 --encoding projected --dim 40
+reduce keyed/seed-0
+reduce keyed/seed-1
+export keyed/seed-0 --top 2
+combine keyed/seed-0 keyed/seed-1 --into together
+export together --top 2
+clean together --method hydra --lowest 2
+"""
+
+
 def main(target: Path) -> None:
     """Write the archive to `target`, which must not exist."""
     target.mkdir()
     shutil.copy(HERE / "pipeline.py", target)
     os.chdir(target)  # so that no path of this machine is recorded
-    for command in (WHOLE + PRUNED).split("\n"):
+    for command in (WHOLE + PRUNED + TOGETHER).split("\n"):
         with unplotted() if command.startswith("evaluate") else nullcontext():
             if command and app(command.split(), standalone_mode=False):
                 raise SystemExit(f"failed: {command}")

@@ -2,6 +2,8 @@
 never change.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -56,6 +58,15 @@ def pipeline(seed: int = 0) -> Pipeline:
         epochs=2,
         seed=seed,
         true_labels=labels.tolist(),
+    )
+
+
+def keyed(seed: int = 0) -> Pipeline:
+    """The same with keys of the samples."""
+    return replace(
+        pipeline(seed),
+        sample_keys=[f"train/{i}.png" for i in range(N_TRAIN)],
+        test_keys=[f"test/{i}.png" for i in range(N_TEST)],
     )
 
 

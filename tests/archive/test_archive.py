@@ -89,3 +89,16 @@ def test_a_pruned_run_of_the_archive_answers_from_what_it_keeps(pruned: Path) ->
         relevance(pruned, "hydra-fisher-mean")[:, 0], before.mean(1), rtol=1e-5, atol=1e-9
     )
     np.testing.assert_allclose(relevance(pruned, "hydra-fisher")[:, 0], before[:, 1], rtol=1e-5)
+
+
+def test_archived_runs_are_combined_as_they_were(archive: Path) -> None:
+    runs = [archive / "keyed" / f"seed-{seed}" for seed in range(2)]
+    assert not hydra_pipe.combine(runs, archive / "together")
+    before = relevance(archive / "together", "hydra")
+    assert hydra_pipe.combine(runs, archive / "together", overwrite=True)
+    np.testing.assert_array_equal(relevance(archive / "together", "hydra"), before)
+    opened = hydra_pipe.open_run(archive / "together")
+    assert list(opened.sample_keys or []) == [f"train/{i}.png" for i in range(10)]
+    assert hydra_pipe.export(archive / "together", top=2)
+    assert hydra_pipe.report(archive / "together")
+    assert hydra_pipe.verify(archive / "together") == []

@@ -43,6 +43,7 @@ LOADED += (
     "cleaning.retraining",
     "reporting.page",
     "reporting.gathering",
+    "combining.run",
 )
 TWOS = ((0, 2), (2, 4), (4, 6), (6, 7))
 
@@ -99,6 +100,8 @@ def plan_narrow() -> None:
     """Let sweeps and replays carry two columns at a time, and linear systems hold eight rows;
     training is gone through thrice.
     """
+    from hydra_pipe.combining import run as combining
+    from hydra_pipe.plan.combining import plan_combining
     from hydra_pipe.plan.from_matrix import plan_answers
     from hydra_pipe.plan.hypergradient_matrix import plan_matrix
     from hydra_pipe.plan.influence import plan_solve
@@ -132,6 +135,10 @@ def plan_narrow() -> None:
             plan, columns=columns, carried=columns, at_once=2, levels=3, most_states=2
         )
 
+    def together(what: Any) -> Any:
+        return dataclasses.replace(plan_combining(what), width=2)
+
+    combining.plan_combining = together
     sweep.plan_sweep, influence.plan_solve, replay.plan_replay = swept, solved, replayed
     hypergradient_matrix.plan_matrix, from_matrix.plan_answers = kept, answering
 

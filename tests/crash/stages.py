@@ -61,3 +61,9 @@ LATER: Stages = {
     ),
 }
 ALL = STAGES | TESTED | LATER
+# of two runs: FIRST and SECOND in its arguments
+TOGETHER: Stages = {
+    "second record": (["record", f"{PIPELINE}:second", "RUN", "--encoding", "exact"], None, []),
+    "second": (["reduce", "RUN"], "score first", ["second record"]),
+    "combine": (["combine", "FIRST", "SECOND", "--into", "RUN"], "narrow", []),
+}

@@ -23,7 +23,7 @@ from harness import (
     leftovers,
     unsafe_names,
 )
-from stages import ALL, LATER, STAGES
+from stages import ALL, LATER, STAGES, TOGETHER
 
 import hydra_pipe
 
@@ -91,9 +91,13 @@ def two_commands() -> Iterator[list[Commands]]:
         yield both
 
 
+# Paths of the runs that are combined, by their names in the arguments.
+sources: dict[str, str] = {}
+
+
 def perform(commands: Commands, name: str, run: Path, **struck: object):
-    arguments, order, _ = ALL[name]
-    return commands(run, arguments, order, **struck)
+    arguments, order, _ = (ALL | TOGETHER)[name]
+    return commands(run, [sources.get(word, word) for word in arguments], order, **struck)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +109,11 @@ def whole(
 
     def of(name: str) -> Stage:
         if name not in made:
+            if name == "combine":
+                sources["FIRST"] = str(of("reduce, score first").run)
+                sources["SECOND"] = str(of("second").run)
             directory = tmp_path_factory.mktemp("whole")
-            for earlier in ALL[name][2][-1:]:
+            for earlier in (ALL | TOGETHER)[name][2][-1:]:
                 shutil.copytree(of(earlier).run, directory / "before")
                 shutil.copytree(of(earlier).run, directory / "run")
             start = time.monotonic()
@@ -202,7 +209,7 @@ def test_a_disk_that_fails_is_told_in_one_line_and_the_command_ends_with_the_sam
     each(stage, two_commands, tmp_path, stage.in_the_middle(FAULTS), strike)
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", [*LATER, "combine"])
 def test_whatever_a_command_meets_it_ends_with_the_same_bytes(
     name: str, two_commands: list[Commands], whole: Callable[[str], Stage], tmp_path: Path
 ) -> None:
@@ -240,7 +247,7 @@ def test_a_command_that_is_killed_at_some_moment_ends_with_the_same_bytes(
     assert different(run, expected) is None
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "combine"])
 def test_what_the_manifest_claims_was_safe_on_the_disk_before(
     name: str, whole: Callable[[str], Stage]
 ) -> None:

@@ -149,6 +149,22 @@ def test_seeds_are_other_initial_weights_on_the_same_data(case: tuple[str, Path]
     assert np.abs(losses[:10] - losses[10:]).max() > 1e-3
 
 
+def test_several_seeds_score_the_own_training_and_the_mean_of_the_others(
+    case: tuple[str, Path],
+) -> None:
+    hydra_pipe.evaluate(*case, "lds", retrainings=10, seeds=3)
+    pieces = sorted((case[1] / "evaluation" / "lds" / "retrained").glob("*.npy"))
+    losses = np.concatenate([np.load(piece) for piece in pieces])[:, LOSS].reshape(3, 10, -1)
+    inverse = -np.linalg.pinv(np.stack([half(i, N) for i in range(10)]).astype(np.float64))
+    put(case[1], "own", inverse @ losses[0])
+    put(case[1], "others", inverse @ losses[1:].mean(axis=0))
+    found = hydra_pipe.evaluate(*case, "lds", retrainings=10, seeds=3)
+    rows = {row["method"]: row for row in found.rows}
+    assert rows["own"]["lds"] > 0.99 > rows["own"]["lds_other_seeds"]
+    assert rows["others"]["lds_other_seeds"] > 0.99 > rows["others"]["lds"]
+    assert "mean over 2 other seeds" in " ".join(found.summary["says"])
+
+
 def evaluate_until_killed(pipeline: str, run: Path) -> None:
     """What a process does that has kept two pieces when it is killed."""
     write, left = Retrained.write, [2]

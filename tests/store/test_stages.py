@@ -12,6 +12,7 @@ import hydra_pipe
 from hydra_pipe.store import names
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.stages import (
+    COMBINE,
     KEEP,
     KINDS,
     RECORD,
@@ -40,11 +41,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def together(run: Path) -> Path:
+    """The run and another one, combined."""
+    hydra_pipe.record(f"{TINY}:second", run.parent / "second", encoding="exact")
+    hydra_pipe.reduce(run.parent / "second")
+    hydra_pipe.combine([run, run.parent / "second"], run.parent / "together")
+    return run.parent / "together"
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.word)
-def test_footprints_are_listed_as_the_format_says(run: Path, kind: StageKind) -> None:
+def test_footprints_are_listed_as_the_format_says(
+    request: pytest.FixtureRequest, kind: StageKind
+) -> None:
     """`arrays` has the files of each array, `files` each other file: told by the `zarr.json` that
     are there, not by the table.
     """
+    run: Path = request.getfixturevalue("together" if kind is COMBINE else "run")
     stages = [stage for stage in RunDirectory.open(run).stages if stage.kind is kind]
     assert stages
     for stage in stages:

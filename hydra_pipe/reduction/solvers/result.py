@@ -107,7 +107,12 @@ class ResultSolver(CommonSolver[P]):
             directory.run_id,
             whole=is_whole,
         )
-        coordinates = shared_coordinates(self.gradients, given.n_samples, n_tests)
+        coordinates = shared_coordinates(
+            self.gradients.labels(names.TRAIN_LABELS),
+            self.gradients.labels(names.TEST_LABELS),
+            given.n_samples,
+            n_tests,
+        )
         write_coordinates(
             store,
             coordinates if is_whole else {**coordinates, **own_coordinates(name, request.columns)},

@@ -22,8 +22,10 @@ for (const list of document.querySelectorAll("[data-list]")) {
     let shown = 0;
     for (const item of sorted) {
       const { ids, label, outcome } = item.dataset;
+      const isFound = (search) =>
+        ids.split(" ").includes(search) || [...item.querySelectorAll("[data-key]")].some((of) => of.dataset.key.includes(search));
       const fits =
-        (search === "" || ids.split(" ").includes(search)) &&
+        (search === "" || isFound(search)) &&
         (chosen("label") === "" || chosen("label") === label) &&
         (chosen("outcome") === "" || chosen("outcome") === outcome);
       fitting += fits;

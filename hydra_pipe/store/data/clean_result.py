@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hydra_pipe.store import names
-from hydra_pipe.store.data.rankings import opened_table
+from hydra_pipe.store.data.rankings import KEY, key_fields, opened_table
 from hydra_pipe.store.files import files_below, is_partial, read_file
 from hydra_pipe.store.json_parsing import read_json
 
@@ -110,6 +110,8 @@ def relabel_table(drop: pa.Table) -> pa.Table:
         "score": chosen.column("score"),
         "evidence": chosen.column("reason"),
     }
+    if KEY in chosen.column_names:
+        wanted[KEY] = chosen.column(KEY)
     return pa.table(wanted).replace_schema_metadata(chosen.schema.metadata)
 
 
@@ -216,9 +218,10 @@ def _with_ids(path: Path) -> tuple[pa.Table, NDArray[np.int64]]:
     """
     table = opened_table(path).read()
     known = [
-        schema(labels, {})
+        pa.schema([*schema(labels, {}), *key_fields(key=has_keys)])
         for schema in (dynamics_schema, relevance_schema)
         for labels in (pa.int64(), pa.string())
+        for has_keys in (False, True)
     ]
     if not any(table.schema.equals(schema) for schema in known):
         raise ValueError(f"{path.name} has other columns")

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
 from hydra_pipe.store import names
-from hydra_pipe.store.data.gradients import Gradients, read_labels
+from hydra_pipe.store.data.combined import Combined, open_combined
+from hydra_pipe.store.data.gradients import read_labels
 from hydra_pipe.store.data.gradients_writer import put_labels
 from hydra_pipe.store.data.recording import committed, open_gradients
 from hydra_pipe.store.data.relevance import ResultColumns, columns_of, open_relevance
 from hydra_pipe.store.files import sync, sync_tree
 from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.manifest import RunDirectory
-from hydra_pipe.store.run.stages import RECORD, REDUCE
+from hydra_pipe.store.run.stages import COMBINE, RECORD, REDUCE
 from hydra_pipe.store.zarr.arrays import Array
 
 
@@ -47,19 +48,36 @@ class Coordinate:
 Coordinates = Mapping[str, Coordinate]
 
 
-def shared_coordinates(gradients: Gradients, n_samples: int, n_tests: int) -> Coordinates:
-    """Return the coordinates of all results of a recording: ids, and labels where known."""
+def shared_coordinates(
+    labels: NDArray[Any] | None, test_labels: NDArray[Any] | None, n_samples: int, n_tests: int
+) -> Coordinates:
+    """Return the coordinates of all results of a run: ids, and labels where known.
+
+    Args:
+        labels, test_labels: labels of samples and of test samples. None: unknown.
+        n_samples, n_tests: numbers of samples and of test samples.
+    """
     found: dict[str, Coordinate] = {}
     for dimension, n in ((names.SAMPLE_DIM, n_samples), (names.TEST_DIM, n_tests)):
         found[dimension] = Coordinate(dimension, n, partial(np.arange, n))
-    for dimension, label, which in (
-        (names.SAMPLE_DIM, names.SAMPLE_LABEL, names.TRAIN_LABELS),
-        (names.TEST_DIM, names.TEST_LABEL, names.TEST_LABELS),
+    for dimension, label, own in (
+        (names.SAMPLE_DIM, names.SAMPLE_LABEL, labels),
+        (names.TEST_DIM, names.TEST_LABEL, test_labels),
     ):
-        labels = gradients.labels(which)
-        if labels is not None and len(labels) == found[dimension].n:
-            found[label] = Coordinate(dimension, len(labels), partial(np.asarray, labels))
+        if own is not None and len(own) == found[dimension].n:
+            found[label] = Coordinate(dimension, len(own), partial(np.asarray, own))
     return found
+
+
+def coordinates_of_combined(combined: Combined) -> Coordinates:
+    """Return the coordinates of all results that combine the same runs.
+
+    Raises:
+        StoreError: damaged.
+    """
+    return shared_coordinates(
+        combined.labels(), combined.test_labels(), combined.n_samples, combined.n_tests
+    )
 
 
 def own_coordinates(result: str, columns: ResultColumns) -> Coordinates:
@@ -103,9 +121,16 @@ def coordinates_of(run: RunDirectory) -> Coordinates:
         recording = run.stages.get(RECORD)
         there = None if recording is None else committed(recording)
         if recording is not None and there is not None:
+            gradients = open_gradients(run)
             found |= shared_coordinates(
-                open_gradients(run), recording.count("n_samples"), there.n_tests
+                gradients.labels(names.TRAIN_LABELS),
+                gradients.labels(names.TEST_LABELS),
+                recording.count("n_samples"),
+                there.n_tests,
             )
+    for result in run.complete(COMBINE)[:1]:  # all results of a run combine the same samples
+        with suppress(StoreError):
+            found |= coordinates_of_combined(open_combined(run, result))
     for result in run.complete(REDUCE):
         with suppress(StoreError):
             array = open_relevance(path, result)

@@ -18,6 +18,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.data.dynamics import DynamicsShape
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.data.preconditioner import Preconditioner, read_preconditioner
 from hydra_pipe.store.data.rows import (
     ROWS_UNREADABLE,
@@ -73,7 +74,7 @@ class ResumePoint:
         part_rows: number of rows that stay in each process's part, from the first.
         n_steps: number of steps that stay, from the first.
         tests: steps after which test gradients were taken.
-        labels: names of arrays of labels.
+        labels: names of arrays of labels and keys.
     """
 
     part_rows: Sequence[int]
@@ -412,6 +413,15 @@ class Gradients:
             return None
         return read_labels(group.array(which))
 
+    def keys(self, which: str) -> Keys | None:
+        """Return the keys of the samples or test samples. None where they have none.
+
+        Raises:
+            StoreError: damaged.
+        """
+        group = self._root.group(names.LABELS)
+        return Keys(group.array(which)) if group is not None and group.has(which) else None
+
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Yield every array of the store with its name, to check or measure the whole store."""
         if self._names is None:
@@ -438,6 +448,9 @@ class Gradients:
         for which in (names.TRAIN_LABELS, names.TEST_LABELS):
             if (labels := found.get(f"{names.LABELS}/{which}")) is not None:
                 check_kind(labels, ("int64",), None)
+        for which in (names.TRAIN_KEYS, names.TEST_KEYS):
+            if (keys := found.get(f"{names.LABELS}/{which}")) is not None:
+                Keys(keys)
         self.test_rows(checkpoint)
         return {name: array.shape[0] for name, array in found.items()}
 

@@ -21,6 +21,7 @@ from hydra_pipe.store.data.gradients import (
     STEP_COLUMNS,
     ResumePoint,
 )
+from hydra_pipe.store.data.keys import put_keys
 from hydra_pipe.store.data.preconditioner import Preconditioner, write_preconditioner
 from hydra_pipe.store.data.rows import ROWS_UNREADABLE
 from hydra_pipe.store.files import PARTIAL, move, remove, sync, sync_tree
@@ -215,6 +216,16 @@ class GradientsWriter:
         """
         dimension = names.SAMPLE_DIM if which == names.TRAIN_LABELS else names.TEST_LABEL_DIM
         put_labels(self._root.require_group(names.LABELS).path / which, labels, dimension)
+
+    def write_keys(self, which: str, keys: Sequence[str]) -> None:
+        """Write one key for each sample (`names.TRAIN_KEYS`) or test sample.
+
+        Args:
+            which: `names.TRAIN_KEYS` or `names.TEST_KEYS`.
+            keys: keys in the order of the samples, checked by `keys.check_keys`.
+        """
+        dimension = names.SAMPLE_DIM if which == names.TRAIN_KEYS else names.TEST_LABEL_DIM
+        put_keys(self._root.require_group(names.LABELS).path / which, keys, dimension)
 
     @property
     def stalls(self) -> Stalls:

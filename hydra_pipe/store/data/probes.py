@@ -18,6 +18,7 @@ from hydra_pipe.plan.layout import Layout
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients, read_labels
 from hydra_pipe.store.data.gradients_writer import put_labels, test_table
+from hydra_pipe.store.data.keys import Keys, put_keys
 from hydra_pipe.store.data.rows import Rows, check_kind, read_array
 from hydra_pipe.store.run.discarding import discard
 from hydra_pipe.store.run.listing import Listed, listed
@@ -28,8 +29,8 @@ from hydra_pipe.store.zarr.arrays import Array, Group
 from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 
 PROBE_UNREADABLE = "the probe is not readable: take it again with hydra-pipe probe --overwrite"
-# Settings of the stage: digests of the samples, and of the labels if they were given.
-SAMPLES, LABELS = "samples", "labels"
+# Settings of the stage: digests of the samples, and of labels and keys if they were given.
+SAMPLES, LABELS, KEYS = "samples", "labels", "keys"
 # A probe's name is a part of the names of results, whose parts are separated by hyphens.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,49}")
 
@@ -88,6 +89,15 @@ class Probe:
         """
         return read_labels(self._root.array(names.LABELS)) if self.has_labels else None
 
+    @property
+    def has_keys(self) -> bool:
+        """True if the probe's test samples have keys."""
+        return self._root.has(names.TEST_KEYS)
+
+    def keys(self) -> Keys | None:
+        """Return the keys of the test samples. None if they have none. Raises: StoreError."""
+        return Keys(self._root.array(names.TEST_KEYS)) if self.has_keys else None
+
     def arrays(self) -> list[tuple[str, Array]]:
         """Return every array with its name."""
         return [(name, self._root.array(name)) for name in self._root.array_names()]
@@ -116,12 +126,13 @@ class WhichTests:
         step: number of steps after which the recording took its own test gradients.
         probe: path of the store of a probe, taken at the same parameters. None: the test
             samples are the recording's own.
-        probe_labelled: True if the probe has labels.
+        probe_labelled, probe_keyed: True if the probe has labels, and keys.
     """
 
     step: int
     probe: Path | None = None
     probe_labelled: bool = False
+    probe_keyed: bool = False
 
     def rows(self, store: Gradients) -> Rows:
         """Return the gradients of the test samples. Raises: StoreError: there are none."""
@@ -144,6 +155,12 @@ class WhichTests:
         if self.probe is None:
             return store.labels(names.TEST_LABELS)
         return Probe(self.probe, store).labels() if self.probe_labelled else None
+
+    def keys(self, store: Gradients) -> Keys | None:
+        """Return the keys of the test samples. None if they have none. Raises: StoreError."""
+        if self.probe is None:
+            return store.keys(names.TEST_KEYS)
+        return Probe(self.probe, store).keys() if self.probe_keyed else None
 
 
 def open_probe(run: RunDirectory, store: Gradients, name: str) -> Probe:
@@ -180,7 +197,7 @@ def tested_by(
     if name is None:
         return WhichTests(step), n_tests
     probe = open_probe(run, store, name)
-    return WhichTests(step, probe.path, probe.has_labels), probe.rows.n_rows
+    return WhichTests(step, probe.path, probe.has_labels, probe.has_keys), probe.rows.n_rows
 
 
 @contextmanager
@@ -212,6 +229,11 @@ def probe_table(
 def write_probe_labels(path: Path, labels: Sequence[int] | Sequence[str] | NDArray[Any]) -> None:
     """Write one label for each test sample of the probe that is written at `path`."""
     put_labels(path / names.LABELS, labels, names.TEST_DIM)
+
+
+def write_probe_keys(path: Path, keys: Sequence[str]) -> None:
+    """Write one key for each test sample of the probe that is written at `path`."""
+    put_keys(path / names.TEST_KEYS, keys, names.TEST_DIM)
 
 
 def results_of(run: RunDirectory, name: str) -> list[StageId]:

@@ -10,13 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hydra_pipe.store.data.combined import Combined
+from hydra_pipe.store.data.keys import Keys
 from hydra_pipe.store.files import read_file
+from hydra_pipe.types import I64
 
 PARTS: Final = "part-{:05d}.parquet"
 SAMPLES: Final = "samples.parquet"
 CLASSES: Final = "classes.parquet"
 MATRIX: Final = "matrix"
 SCHEMA_VERSION: Final = "1"
+# Columns of keys. They come after all other columns, where samples have keys.
+KEY: Final = "key"
+TEST_KEY, TRAIN_KEY = "test_key", "train_key"
 # Orders of rows. A table is sorted by the first order whose columns it has: by test sample,
 # and helpful samples before harmful ones.
 _ASCENDING, _DESCENDING = "ascending", "descending"
@@ -28,7 +34,16 @@ _ORDERS: Final = (
 )
 # Columns of few values that repeat, and columns of integers that are near each other. All
 # other columns are written plainly.
-_DICTIONARIES: Final = ("test_id", "side", "test_label", "train_label", "label", "visits")
+_DICTIONARIES: Final = (
+    "test_id",
+    "side",
+    "test_label",
+    "train_label",
+    "label",
+    "visits",
+    TEST_KEY,
+    TRAIN_KEY,
+)
 _DELTAS: Final = ("train_id", "rank")
 _TABLE: Final = re.compile(r"(matrix/)?(part-[0-9]{5,9}|samples|classes)\.parquet")
 
@@ -57,8 +72,28 @@ def label_type(labels: NDArray[Any] | None) -> pa.DataType:
     return pa.string() if labels is not None and labels.dtype.kind in "UO" else pa.int64()
 
 
+def key_fields(**has_keys: bool) -> list[pa.Field]:
+    """Return the columns of keys of a table: those names whose samples have keys."""
+    return [pa.field(name, pa.string(), nullable=False) for name, has in has_keys.items() if has]
+
+
+# Columns of a result that combines runs: of each pair the standard error of the mean (null of one
+# run), the number of runs whose relevance has the sign of the mean, and the number of runs.
+SPREAD_FIELDS: Final = [
+    pa.field("standard_error", pa.float32()),
+    pa.field("agreeing_runs", pa.int32(), nullable=False),
+    pa.field("runs", pa.int32(), nullable=False),
+]
+
+
 def ranking_schema(
-    test_labels: pa.DataType, train_labels: pa.DataType, meta: dict[str, str]
+    test_labels: pa.DataType,
+    train_labels: pa.DataType,
+    meta: dict[str, str],
+    *,
+    test_keys: bool,
+    train_keys: bool,
+    combined: bool,
 ) -> pa.Schema:
     return pa.schema(
         [
@@ -69,12 +104,14 @@ def ranking_schema(
             pa.field("relevance", pa.float32(), nullable=False),
             pa.field("test_label", test_labels),
             pa.field("train_label", train_labels),
+            *key_fields(test_key=test_keys, train_key=train_keys),
+            *(SPREAD_FIELDS if combined else []),
         ],
         metadata=meta,
     )
 
 
-def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema:
+def samples_schema(train_labels: pa.DataType, meta: dict[str, str], *, has_keys: bool) -> pa.Schema:
     return pa.schema(
         [
             pa.field("train_id", pa.int64(), nullable=False),
@@ -91,6 +128,7 @@ def samples_schema(train_labels: pa.DataType, meta: dict[str, str]) -> pa.Schema
             pa.field("variability", pa.float32()),
             pa.field("visits_wrong", pa.int32()),
             pa.field("first_learnt", pa.int32()),
+            *key_fields(key=has_keys),
         ],
         metadata=meta,
     )
@@ -127,6 +165,44 @@ def label_column(
     """Return the labels of the samples `ids`, nulls where labels are unknown."""
     n = ids.stop - ids.start if isinstance(ids, slice) else len(ids)
     return pa.nulls(n, kind) if labels is None else pa.array(labels[ids], kind)
+
+
+def key_columns(*of_samples: tuple[Keys | None, I64]) -> list[pa.Array]:
+    """Return columns of keys, one for each pair of keys and ids whose samples have keys."""
+    return [pa.array(keys.take(ids), pa.string()) for keys, ids in of_samples if keys is not None]
+
+
+def with_keys(table: pa.Table, keys: Keys | None, ids: I64) -> pa.Table:
+    """Return a table with the column `key` after all others. As it is if samples have no keys.
+
+    Args:
+        table: table with a row for each sample.
+        keys: keys of all samples. None: they have none.
+        ids: ids of the rows' samples.
+    """
+    for column in key_columns((keys, ids)):
+        table = table.append_column(*key_fields(key=True), column)
+    return table
+
+
+def spread_columns(combined: Combined | None, samples: I64, columns: I64) -> list[pa.Array]:
+    """Return the columns of `SPREAD_FIELDS` for some pairs. None if no runs are combined.
+
+    Args:
+        combined: the combination. None: the result is of one run.
+        samples, columns: sample and column of each pair, shape (pair,).
+
+    Raises:
+        StoreError: damaged.
+    """
+    if combined is None:
+        return []
+    found = combined.spread_of(samples, columns)
+    return [
+        pa.array(found.standard_error, from_pandas=True),
+        pa.array(found.agreeing.astype(np.int32)),
+        pa.array(found.runs.astype(np.int32)),
+    ]
 
 
 def opened_table(file: Path) -> pq.ParquetFile:

@@ -14,7 +14,12 @@ from hydra_pipe.store.data.rows import ROWS_UNREADABLE
 from hydra_pipe.store.run.manifest import PRUNED
 from hydra_pipe.store.run.stages import Stage
 
-_LABELS_OF = {names.TRAIN_LABELS: "n_samples", names.TEST_LABELS: "n_tests"}
+_LABELS_OF = {
+    names.TRAIN_LABELS: "n_samples",
+    names.TRAIN_KEYS: "n_samples",
+    names.TEST_LABELS: "n_tests",
+    names.TEST_KEYS: "n_tests",
+}
 
 
 @dataclass(frozen=True)

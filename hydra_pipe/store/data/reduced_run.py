@@ -1,49 +1,42 @@
-"""A relevance array with the recording that it was computed from, checked against each other."""
+"""A relevance array with the samples that it is about, checked against each other."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from hydra_pipe.errors import StoreError
-from hydra_pipe.progress import Progress
 from hydra_pipe.store import names
-from hydra_pipe.store.data.gradients import Gradients
-from hydra_pipe.store.data.probes import WhichTests, tested_by
-from hydra_pipe.store.data.recording import open_recording
-from hydra_pipe.store.data.recording_counts import Counts
+from hydra_pipe.store.data.combined import Combined, open_combined
+from hydra_pipe.store.data.keys import Keys
+from hydra_pipe.store.data.probes import tested_by
+from hydra_pipe.store.data.recording import open_gradients, open_recording
 from hydra_pipe.store.data.relevance import (
     RELEVANCE_UNREADABLE,
     ResultColumns,
     columns_of,
     open_relevance,
 )
-from hydra_pipe.store.data.rows import check_within
+from hydra_pipe.store.data.samples import RecordedSamples, ResultSamples
 from hydra_pipe.store.run.manifest import RunDirectory
 from hydra_pipe.store.run.results import ResultName
-from hydra_pipe.store.run.stages import REDUCE
+from hydra_pipe.store.run.stages import COMBINE, REDUCE
 from hydra_pipe.store.zarr.arrays import Array
-
-_VISIT_ROWS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordingOfColumns:
-    """A recording, and the samples that the columns of a result stand for.
+class SamplesOfColumns:
+    """The samples of a recording, or of several, and those that the columns of a result mean.
 
     Args:
         up_to_step: number of the first steps that the result is of. None: all steps.
-        gradients, counts: the recording, or its first steps.
+        samples: training samples and test samples.
         columns: meaning of the result's columns.
-        tested: test samples of the columns.
     """
 
     up_to_step: int | None
-    gradients: Gradients
-    counts: Counts
+    samples: ResultSamples
     columns: ResultColumns
-    tested: WhichTests
 
     def labels_of_columns(self) -> NDArray[Any] | None:
         """Return the labels of the columns, shape (column,). None where they are unknown.
@@ -51,27 +44,24 @@ class RecordingOfColumns:
         Raises:
             StoreError: damaged.
         """
-        return self.columns.labels(self.tested.labels(self.gradients))
+        return self.columns.labels(self.samples.test_labels())
 
-    def visits(self, progress: Progress) -> NDArray[np.int64]:
-        """Return the number of steps that used each sample, shape (sample,).
+    @property
+    def combined(self) -> Combined | None:
+        """The combination of runs that the result is of. None: it is of one run."""
+        return self.samples if isinstance(self.samples, Combined) else None
+
+    def keys_of_tests(self) -> Keys | None:
+        """Return the keys of all test samples. None if they have none, or columns are means.
 
         Raises:
             StoreError: damaged.
         """
-        visits = np.zeros(self.counts.n_samples, np.int64)
-        n_rows = self.gradients.rows.n_rows
-        with progress.task("visits", n_rows, "rows") as task:
-            for first in range(0, n_rows, _VISIT_ROWS):
-                samples = self.gradients.samples(slice(first, first + _VISIT_ROWS))
-                check_within(samples, len(visits), f"samples of {self.gradients.path}")
-                visits += np.bincount(samples, minlength=len(visits))
-                task.advance(len(samples))
-        return visits
+        return None if self.columns.by is not None else self.samples.test_keys()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedRun(RecordingOfColumns):
+class ReducedRun(SamplesOfColumns):
     """The result of a complete reduction.
 
     Args:
@@ -87,30 +77,51 @@ class ReducedRun(RecordingOfColumns):
         Raises:
             StoreError: the result is damaged, or of another recording.
         """
-        reduction = directory.stages[REDUCE.of(name)]
-        up_to_step = (
-            reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
-        )
-        gradients, counts = open_recording(directory, up_to_step)
-        tested, n_known = tested_by(
-            directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).probe
-        )
+        up_to_step, samples, n_known = _samples_of(directory, name)
         relevance = open_relevance(directory.path / names.RELEVANCE, name)
         columns = columns_of(relevance)
         n_tests = columns.tests[-1][1] if columns.tests else 0
         fault = relevance.shortfall()
-        if relevance.shape[0] != counts.n_samples or n_tests > n_known or 0 in relevance.shape:
+        if relevance.shape[0] != samples.n_samples or n_tests > n_known or 0 in relevance.shape:
             fault = (
-                f"has {relevance.shape[0]} samples x {n_tests} tests, {counts.n_samples} x "
+                f"has {relevance.shape[0]} samples x {n_tests} tests, {samples.n_samples} x "
                 f"{n_known} were recorded"
             )
+        elif isinstance(samples, Combined) and samples.n_columns != relevance.shape[1]:
+            fault = f"has {relevance.shape[1]} columns, {samples.n_columns} were combined"
         if fault is not None:
             raise StoreError(f"{relevance.path} {fault}: {RELEVANCE_UNREADABLE}")
-        return cls(
-            up_to_step=up_to_step,
-            gradients=gradients,
-            counts=counts,
-            columns=columns,
-            tested=tested,
-            relevance=relevance,
-        )
+        return cls(up_to_step=up_to_step, samples=samples, columns=columns, relevance=relevance)
+
+
+def keys_of(directory: RunDirectory, result: str) -> Keys | None:
+    """Return the keys of the training samples of a result. None: they have none.
+
+    Args:
+        directory: the run.
+        result: name of a result, or "dynamics".
+
+    Raises:
+        StoreError: damaged.
+    """
+    if COMBINE.of(result) in directory.stages:
+        return open_combined(directory, result).keys()
+    return open_gradients(directory).keys(names.TRAIN_KEYS)
+
+
+def _samples_of(directory: RunDirectory, name: str) -> tuple[int | None, ResultSamples, int]:
+    """Return the number of steps that a result is of, its samples, and the number of its tests.
+
+    Raises:
+        RunError, StoreError: the recording or the combination is missing or damaged.
+    """
+    if COMBINE.of(name) in directory.stages:
+        combined = open_combined(directory, name)
+        return None, combined, combined.n_tests
+    reduction = directory.stages[REDUCE.of(name)]
+    up_to_step = reduction.count(names.UPTO, least=1) if names.UPTO in reduction.settings else None
+    gradients, counts = open_recording(directory, up_to_step)
+    tested, n_known = tested_by(
+        directory, gradients, counts.checkpoint, counts.n_tests, ResultName.parse(name).probe
+    )
+    return up_to_step, RecordedSamples(gradients, counts, tested), n_known

@@ -93,6 +93,16 @@ class ResultColumns:
         )
 
 
+def spans_of(ids: NDArray[np.int64]) -> tuple[Span, ...]:
+    """Return the spans of ids that are in ascending order, each once."""
+    starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+    ends = [*starts[1:].tolist(), len(ids)]
+    return tuple(
+        (int(ids[first]), int(ids[last - 1]) + 1)
+        for first, last in zip(starts.tolist(), ends, strict=True)
+    )
+
+
 def write_group(path: Path, run_id: str) -> None:
     """Write the group of all results, if it is missing or not as it should be."""
     if not is_remote(path):
@@ -239,10 +249,8 @@ def open_array(path: Path) -> Array:
     return array
 
 
-def write_relevance(
-    array: Array, first_sample: int, first_test: int, values: NDArray[np.float32]
-) -> None:
-    """Write a block, safe on the disk.
+def write_relevance(array: Array, first_sample: int, first_test: int, values: NDArray[Any]) -> None:
+    """Write a block of pairs, safe on the disk.
 
     The block begins chunks. It ends chunks too, except at the array's edges.
     """

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from hydra_pipe.errors import StoreError
 from hydra_pipe.plan.rank_rows import ends_of
 from hydra_pipe.store import names
 from hydra_pipe.store.data.gradients import Gradients
@@ -51,6 +52,7 @@ def check_rows(run: RunDirectory, store: Gradients, consequence: str) -> Iterato
     if not wrong:
         yield from _check_steps(store, n_rows, consequence)
         yield from _check_samples(store, n_rows, n_samples, consequence)
+        yield from _check_keys(store, consequence)
 
 
 def _check_steps(store: Gradients, n_rows: int, consequence: str) -> Iterator[Fault]:
@@ -115,6 +117,15 @@ def _check_samples(
             )
             yield _fault(f"{_group(store, part)}{names.SAMPLE}", what, consequence)
             return
+
+
+def _check_keys(store: Gradients, consequence: str) -> Iterator[Fault]:
+    for which in (names.TRAIN_KEYS, names.TEST_KEYS):
+        try:
+            if (keys := store.keys(which)) is not None:
+                keys.check()
+        except StoreError as error:
+            yield _fault(f"{names.LABELS}/{which}", str(error), consequence)
 
 
 def _group(store: Gradients, part: int) -> str:

@@ -157,7 +157,7 @@ def _set_back(
 ) -> Iterator[str]:
     """Forget the stages `damaged`, each with its first fault, and the stages made from them."""
     lost = [stage for stage in damaged if stage.kind is KEEP]
-    pruned = bool(run.stages[RECORD].facts.get(PRUNED))
+    pruned = RECORD in run.stages and bool(run.stages[RECORD].facts.get(PRUNED))
     if lost and pruned and all(KEEP.of(method) in damaged for method in run.complete(KEEP)):
         # Nothing is left to answer from, and the rows behind it are gone.
         damaged.setdefault(RECORD, damaged[lost[0]])

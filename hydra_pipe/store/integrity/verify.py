@@ -12,6 +12,7 @@ from hydra_pipe.progress import Progress, Task
 from hydra_pipe.store import names
 from hydra_pipe.store.data import rankings
 from hydra_pipe.store.data.clean_result import KEEP_FILE, read_proposal
+from hydra_pipe.store.data.combined import Combined
 from hydra_pipe.store.data.coordinates import coordinates_of, wrong_coordinates
 from hydra_pipe.store.data.gradients import Gradients
 from hydra_pipe.store.data.hypergradients import open_kept
@@ -27,6 +28,7 @@ from hydra_pipe.store.run.listing import Listed, coordinate_names, footprints_or
 from hydra_pipe.store.run.manifest import PRUNED, RunDirectory
 from hydra_pipe.store.run.stages import (
     CLEAN,
+    COMBINE,
     DIRECTORIES,
     EXPORT,
     KEEP,
@@ -77,7 +79,7 @@ def check_run(run: RunDirectory, task: Task) -> Iterator[Fault]:
             kind="copy",
         )
     yield from _check_strays(run)
-    if RECORD not in run.stages:
+    if RECORD not in run.stages and not run.is_combined:
         yield Fault(names.MANIFEST, "nothing was recorded", kind="unfinished")
         return
     for which, stage in run.stages.items():
@@ -284,9 +286,21 @@ def _check_kept_shapes(checked: _Checked) -> Iterator[Fault]:
 def _check_relevance(checked: _Checked) -> Iterator[Fault]:
     array = open_array(checked.path)
     columns_of(array)
-    expected = (checked.run.stages[RECORD].count("n_samples"), checked.entry.count("n_columns"))
+    expected = (checked.run.n_samples(checked.stage.name), checked.entry.count("n_columns"))
     if array.shape != expected:
         yield checked.fault(f"has shape {array.shape}, the recording has {expected}")
+
+
+def _check_combined(checked: _Checked) -> Iterator[Fault]:
+    combined = Combined(checked.path, checked.run.run_id, checked.members)
+    combined.check()
+    for keys in (combined.keys(), combined.test_keys()):
+        if keys is not None:
+            keys.check()
+    expected = tuple(checked.entry.count(name) for name in ("n_runs", "n_samples", "n_columns"))
+    found = (combined.n_runs, combined.n_samples, combined.n_columns)
+    if found != expected:
+        yield checked.fault(f"has runs, samples and columns {found}, {expected} were combined")
 
 
 def _check_rankings(checked: _Checked) -> Iterator[Fault]:
@@ -322,6 +336,7 @@ _CHECKS: dict[StageKind, Callable[[_Checked], Iterator[Fault]]] = {
     RECORD.kind: _check_recording,
     KEEP: _check_kept_shapes,
     PROBE: _check_probe,
+    COMBINE: _check_combined,
     REDUCE: _check_relevance,
     EXPORT: _check_rankings,
     CLEAN: _check_proposal,
@@ -332,7 +347,7 @@ def total_bytes(run: RunDirectory) -> int:
     """Return the decoded bytes that `check_run` reads, as far as the metadata tells."""
     total = 0
     try:
-        if run.stages[RECORD].state == "complete":
+        if not run.is_combined and run.stages[RECORD].state == "complete":
             gradients = Gradients(run.path / names.GRADIENTS)
             pruned = gradients.pruned_arrays() if run.stages[RECORD].facts.get(PRUNED) else []
             total += sum(array.n_bytes for name, array in gradients.arrays() if name not in pruned)
@@ -346,6 +361,9 @@ def total_bytes(run: RunDirectory) -> int:
                     array.n_bytes
                     for _, array in Probe(run.path / PROBE.of(name).area, gradients).arrays()
                 )
+        for result in run.of_kind(COMBINE):
+            path = run.path / COMBINE.of(result).area
+            total += sum(array.n_bytes for _, array in Combined(path, run.run_id).arrays())
         for method in run.of_kind(REDUCE):
             total += open_relevance(run.path / names.RELEVANCE, method).n_bytes
     except (StoreError, KeyError):

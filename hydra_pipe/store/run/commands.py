@@ -10,6 +10,8 @@ from hydra_pipe.store.run.results import BY_LABEL, DEFAULT_METHOD, DYNAMICS, MEA
 
 # Setting of a probe: FILE:FUNCTION of its dataset, or null.
 DATASET = "dataset"
+# Fact of a combination: paths of its runs.
+PATHS = "paths"
 _GROUPED = {None: [], BY_LABEL: ["--by", "label"], MEAN: ["--mean"]}
 _Settings = Mapping[str, Any]
 
@@ -33,6 +35,14 @@ def reducing(run: Path, name: str, settings: _Settings) -> str:
         "--method": None if result.method == DEFAULT_METHOD else result.method,
     }
     return _command("reduce", str(run), *_GROUPED[result.by], **options)
+
+
+def combining(run: Path, name: str, facts: _Settings) -> str:
+    """Return the command that combines runs. `facts`: facts of the stage, which have the paths."""
+    paths = facts.get(PATHS)
+    runs = list(map(str, paths)) if isinstance(paths, list) and paths else ["RUN..."]
+    method = None if name == DEFAULT_METHOD else name
+    return _command("combine", *runs, **{"--into": run, "--method": method})
 
 
 def probing(run: Path, name: str, settings: _Settings) -> str:

@@ -27,6 +27,7 @@ from hydra_pipe.store.json_writing import json_bytes
 from hydra_pipe.store.run.locks import brief_lock
 from hydra_pipe.store.run.stages import (
     CHECKSUMS,
+    COMBINE,
     OWNED,
     RECORD,
     Holds,
@@ -245,6 +246,20 @@ class RunDirectory:
             if which.kind is kind and stage.state == "complete"
         ]
 
+    @property
+    def is_combined(self) -> bool:
+        """True if the run combines others. It then has no recording."""
+        return bool(self.of_kind(COMBINE))
+
+    def n_samples(self, result: str) -> int:
+        """Return the number of training samples of a result.
+
+        Raises:
+            StoreError: the manifest lacks the number.
+        """
+        stage = self.stages.get(COMBINE.of(result)) or self.stages[RECORD]
+        return stage.count("n_samples", least=1)
+
     def checksums(self, which: StageId) -> Any:
         """Return the SHA-256 of the footprints of stage `which`, from the manifest.
 
@@ -310,6 +325,10 @@ class RunDirectory:
             RunError: the recording is not complete. The message says what completes it.
         """
         stage = self.stages.get(RECORD)
+        if stage is None and self.is_combined:
+            raise RunError(
+                f"{self.path} combines runs, and has no recording of its own: give one of its runs"
+            )
         # The settings of a pipeline name it, if only as None. A user's own loop has no such
         # setting.
         if stage is None or stage.state == "complete" or "pipeline" in stage.settings:

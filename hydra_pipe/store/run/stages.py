@@ -182,6 +182,9 @@ class StageId:
     @property
     def results(self) -> "tuple[StageId, ...]":
         """Stages that are made from this stage's relevance, and go when it goes."""
+        if self.kind is COMBINE:
+            mean = REDUCE.of(self.name)
+            return (mean, *mean.results)
         return (
             tuple(kind.of(self.name) for kind in KINDS if kind.made_from is self.kind)
             if self.kind is REDUCE
@@ -248,6 +251,17 @@ def _evaluating(stage: StageId, run: Path, stages: Stages) -> str:
     return commands.evaluating(run, stage.name, _settings(stages, stage), _settings(stages, RECORD))
 
 
+def _reducing(stage: StageId, run: Path, stages: Stages) -> str:
+    if COMBINE.of(stage.name) in stages:
+        return _combining(stage, run, stages)
+    return commands.reducing(run, stage.name, _settings(stages, stage))
+
+
+def _combining(stage: StageId, run: Path, stages: Stages) -> str:
+    entry = stages.get(COMBINE.of(stage.name))
+    return commands.combining(run, stage.name, {} if entry is None else entry.facts)
+
+
 def _keeping(stage: StageId, run: Path, stages: Stages) -> str:
     return f"{kept_with(stage, stages).command(run, stages)} --keep-hypergradients"
 
@@ -304,13 +318,22 @@ PROBE: Final = StageKind(
     command=_by(commands.probing),
     made_from=RECORD.kind,
 )
+COMBINE: Final = StageKind(
+    word="combine",
+    noun="combination",
+    damaged="the mean over the runs cannot be trusted: compute it again with {again} --overwrite",
+    holds=Holds.GROUP,
+    area=lambda result: f"{names.COMBINED}/{result}.zarr",
+    command=_combining,
+    made_from=None,
+)
 REDUCE: Final = StageKind(
     word="reduce",
     noun="relevance",
     damaged="the relevance cannot be trusted: compute it again with {again} --overwrite",
     holds=Holds.ARRAY,
     area=lambda result: f"{names.RELEVANCE}/{result}",
-    command=_by(commands.reducing),
+    command=_reducing,
     made_from=RECORD.kind,
     also=_probe_of,
     beside=lambda result: (f"{names.RELEVANCE}/{names.columns_dimension(result)}",),
@@ -357,7 +380,7 @@ EVALUATE: Final = StageKind(
     made_from=RECORD.kind,
 )
 # A kind comes after the kinds that it is made from.
-KINDS: Final = (RECORD.kind, KEEP, PROBE, REDUCE, EXPORT, CLEAN, REPORT, EVALUATE)
+KINDS: Final = (RECORD.kind, KEEP, PROBE, COMBINE, REDUCE, EXPORT, CLEAN, REPORT, EVALUATE)
 _HOMES = tuple(kind.area("").partition("/")[0] for kind in KINDS if kind.holds is not Holds.FILE)
 # Directories that only hydra-pipe writes.
 DIRECTORIES: Final = (*_HOMES, names.CHECKSUMS)

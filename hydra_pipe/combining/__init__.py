@@ -1,0 +1,1 @@
+"""Combining the relevance of several runs: mean, standard error, agreement."""
