@@ -303,10 +303,9 @@ class Capture:
             self._micro_batch.correct_pass(batch)
             of_pass.count = batch
         if leaves:
-            with full_precision(leaves[0]):
-                is_due, origins = self._attribution.end(leaves, self._pass)
+            is_due = self._attribution.end(leaves, of_pass)
             if module is self._model or self._holds_all(module):
-                self.coupling.add(self._pass, origins, is_due=is_due)
+                self.coupling.add(of_pass, leaves, is_due=is_due)
 
     def _holds_all(self, module: nn.Module) -> bool:
         return self._attribution.parameters.keys() <= set(module.parameters())

@@ -21,6 +21,7 @@ from torch import Tensor
 from hydra_pipe.errors import LayerError
 from hydra_pipe.recording.addresses import address_of
 from hydra_pipe.recording.places import Origin, Pass
+from hydra_pipe.recording.probes import origins_of
 
 # Larger outputs (the logits of a language model) would take several times their memory again.
 _MOST_ELEMENTS = 2**25
@@ -235,16 +236,16 @@ class LossCoupling:
         self.watch = BackwardWatch(self._look)
         # passes of the step, and outputs of the passes whose backward pass is still to come
         self._passes: list[Pass] = []
-        self._outputs: list[tuple[Origin, Pass]] = []
+        self._outputs: list[tuple[Sequence[Tensor], Pass]] = []
         self._tied: set[tuple[int, int]] = set()
         self._is_known = False
 
-    def add(self, of_pass: Pass, origins: Sequence[Origin], *, is_due: bool) -> None:
+    def add(self, of_pass: Pass, outputs: Sequence[Tensor], *, is_due: bool) -> None:
         """Note a pass of the whole model that has ended.
 
         Args:
             of_pass: the pass.
-            origins: outputs of the pass.
+            outputs: tensors with a history that the pass has returned.
             is_due: True if the loss of the pass is to be looked at.
         """
         passes = self._passes
@@ -252,8 +253,7 @@ class LossCoupling:
             p.first == of_pass.first and p.count == of_pass.count for p in passes
         )
         passes.append(of_pass)
-        if origins:
-            self._outputs.append((origins[0], of_pass))
+        self._outputs.append((outputs, of_pass))
         if self._looks and (is_due or (repeats and not self._is_known)):
             self.watch.begin()
 
@@ -317,7 +317,11 @@ class LossCoupling:
         return found
 
     def _look(self, losses: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-        outputs = self._outputs
+        outputs = [
+            (origins[0], of_pass)
+            for tensors, of_pass in self._outputs
+            if (origins := origins_of(tensors, of_pass.count))
+        ]
         if not outputs:
             return
         with self._quiet():
