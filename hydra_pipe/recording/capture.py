@@ -305,7 +305,7 @@ class Capture:
         if leaves:
             is_due = self._attribution.end(leaves, of_pass)
             if module is self._model or self._holds_all(module):
-                self.coupling.add(of_pass, leaves, is_due=is_due)
+                self.coupling.add(of_pass, output, is_due=is_due)
 
     def _holds_all(self, module: nn.Module) -> bool:
         return self._attribution.parameters.keys() <= set(module.parameters())
