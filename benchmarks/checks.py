@@ -177,8 +177,10 @@ def share(make: Callable[[], Made], batch: int, steps: int) -> float:
 def train_in_forks(names: Sequence[str], lengths: Sequence[int]) -> None:
     """Train each model for each number of steps, with checks and without, each in a fork.
 
-    The modules are imported once. Prints the id of each fork's process.
+    One step is taken before, so that all modules are imported once. Prints the id of each fork's
+    process.
     """
+    seconds(mlp, 64, 1, checks=True)
     for name, steps, checks in product(names, lengths, (True, False)):
         process = os.fork()
         if not process:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.recording.addresses import address_of
-from hydra_pipe.recording.loss_entries import is_opaque, mixing_place
+from hydra_pipe.recording.loss_entries import is_opaque, mixing_place, reached_directly
 from hydra_pipe.recording.model_outputs import all_tensors_in
 from hydra_pipe.recording.places import Origin, Pass
 from hydra_pipe.recording.probes import origins_of
@@ -346,15 +347,21 @@ class LossCoupling:
         return found
 
     def _look(self, losses: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-        outputs = [
-            (origin, of_pass)
+        by_pass = [
+            [(origin, of_pass) for origin in _origins_in(output, of_pass.count)]
             for output, of_pass in self._outputs
-            for origin in _origins_in(output, of_pass.count)
         ]
-        if not outputs:
+        firsts = [of_one[0] for of_one in by_pass if of_one]
+        if not firsts:
             return
+        direct = reached_directly(losses, list(chain(*by_pass)))
+        others = [one for one in direct if one not in firsts]
+        sample = firsts[0][1].count // 2
         with self._quiet():
-            found = coupling_of(losses, gradients, outputs, sample=outputs[0][1].count // 2)
+            found = coupling_of(losses, gradients, [*firsts, *others], sample)
+            if found is None and others:
+                # they may lead through parts of the model that have no second derivative
+                found = coupling_of(losses, gradients, firsts, sample)
         if found is None:
             return
         self._tied |= {

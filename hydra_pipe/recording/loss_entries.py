@@ -74,6 +74,24 @@ def mixing_place(total: Tensor, outputs: Sequence[tuple[Origin, Pass]]) -> int |
     return None
 
 
+def reached_directly(
+    losses: Sequence[Tensor], outputs: Sequence[tuple[Origin, Pass]]
+) -> list[tuple[Origin, Pass]]:
+    """Return the outputs that losses are taken of, without other outputs in between."""
+    ends = _edges_of(outputs)
+    waiting: list[_Edge] = [(x.grad_fn, x.output_nr) for x in losses if x.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node, output = waiting.pop()
+        if (node, output) in ends:
+            continue
+        for edge in node.next_functions:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                waiting.append(edge)
+    return [one for one in outputs if _edges_of([one]) <= seen]
+
+
 def is_opaque(total: Tensor, outputs: Sequence[tuple[Origin, Pass]]) -> bool:
     """Tell whether one function of the loop's own, or compiled code, makes the loss of the outputs.
 
@@ -92,7 +110,7 @@ def _first_nonlinear(
     Returns:
         The results, and the nodes that were passed by.
     """
-    ends = {(origin.output.grad_fn, origin.output.output_nr) for origin, _ in outputs}
+    ends = _edges_of(outputs)
     waiting: list[_Edge] = [(total.grad_fn, total.output_nr)]
     seen, found, passed = set(waiting), [], []
     while waiting:
@@ -107,6 +125,10 @@ def _first_nonlinear(
                 seen.add(edge)
                 waiting.append(edge)
     return found, passed
+
+
+def _edges_of(outputs: Sequence[tuple[Origin, Pass]]) -> set[_Edge]:
+    return {(origin.output.grad_fn, origin.output.output_nr) for origin, _ in outputs}
 
 
 def _is_linear(node: Any) -> bool:
