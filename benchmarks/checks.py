@@ -1,20 +1,32 @@
 """What it costs to know whose a gradient is: recording with and without its checks, in turn.
 
-    python benchmarks/checks.py [--steps 600] [--pairs 5]
+    python benchmarks/checks.py [--steps 600] [--pairs 5] [--only mlp]
     python benchmarks/checks.py --shares [--steps 2000]
+    python benchmarks/checks.py --instructions [--steps 300]      # needs valgrind
 
 Processor seconds a step, of an MLP, LeNet-5 and a small GPT. Without the checks no probe is sent,
-no loss is looked at, and no target is held against a label. What hooks cost is in both. With
-`--shares`: the processor time within the functions of the checks, over the time of all steps of one
-training; noise of the machine is in both alike.
+no loss is looked at, and no target is held against a label. What hooks cost is in both.
+
+`--shares`: processor time within the functions of the checks, over the time of all steps of one
+training. Noise of the machine is in both alike. The clock takes as long as a small check, so what
+two readings of it take is measured beside each call, and is taken off.
+
+`--instructions`: instructions of the processor in trainings of 1 and of `--steps` steps, with and
+without the checks, as valgrind counts them. Start-up drops out, and the machine's noise has no
+part. Probes are sent at the first step, and at steps 64, 256 and so on. Valgrind has no AVX-512, so
+that the products of matrices take more instructions than without valgrind.
 """
 
 import argparse
+import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +38,7 @@ from torch.nn import functional as F
 
 from hydra_pipe import Recorder
 from hydra_pipe.recording.attribution import Attribution
+from hydra_pipe.recording.capture import Capture
 from hydra_pipe.recording.coupling import LossCoupling
 from hydra_pipe.recording.targets import TargetCheck
 
@@ -106,23 +119,42 @@ def seconds(make: Callable[[], Made], batch: int, steps: int, *, checks: bool) -
     return spent / steps
 
 
+MODELS: dict[str, tuple[Callable[[], Made], int]] = {
+    "mlp": (mlp, 64),
+    "lenet": (lenet, 64),
+    "gpt": (gpt, 16),
+}
+# What each step does for the checks. No model here has parameters without a layer rule, for which
+# `Attribution.end` would do more.
 CHECKS = (
+    (Capture, "_check_arrangement"),
     (Attribution, "end"),
     (LossCoupling, "add"),
-    (LossCoupling, "_look"),
     (LossCoupling, "after_backward"),
     (LossCoupling, "check_repeats"),
-    (TargetCheck, "check"),
 )
+# What checks do now and then, or when steps are written.
+LATER_CHECKS = ((LossCoupling, "_look"), (TargetCheck, "check"), (TargetCheck, "check_all"))
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Leave out all checks."""
+    with ExitStack() as stack:
+        for owner, name in CHECKS:
+            stack.enter_context(patch.object(owner, name, lambda *_, **__: False))
+        yield
 
 
 def share(make: Callable[[], Made], batch: int, steps: int) -> float:
     """Processor time within the functions of the checks, over that of all steps."""
-    spent, depth = [0.0], [0]
+    spent, of_clock, depth = [0.0], [0.0], [0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             depth[0] += 1
+            # as cold as the reading after it
+            first = time.process_time()
             begun = time.process_time()
             try:
                 return function(*args, **kwargs)
@@ -130,14 +162,70 @@ def share(make: Callable[[], Made], batch: int, steps: int) -> float:
                 depth[0] -= 1
                 if not depth[0]:  # a check may call another one
                     spent[0] += time.process_time() - begun
+                    of_clock[0] += begun - first
 
         return call
 
     with ExitStack() as stack:
-        for owner, name in CHECKS:
+        for owner, name in (*CHECKS, *LATER_CHECKS):
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
         of_step = seconds(make, batch, steps, checks=True)
-    return spent[0] / (of_step * steps)
+    # each call reads the clock three times; as many intervals lie within the steps
+    return (spent[0] - of_clock[0]) / (of_step * steps - 3 * of_clock[0])
+
+
+def train_in_forks(names: Sequence[str], lengths: Sequence[int]) -> None:
+    """Train each model for each number of steps, with checks and without, each in a fork.
+
+    One step is taken before, so that all modules are imported once. Prints the id of each fork's
+    process.
+    """
+    seconds(mlp, 64, 1, checks=True)
+    for name, steps, checks in product(names, lengths, (True, False)):
+        process = os.fork()
+        if not process:
+            with nullcontext() if checks else unchecked():
+                seconds(*MODELS[name], steps, checks=checks)
+            os._exit(0)
+        if os.waitpid(process, 0)[1]:
+            raise SystemExit(f"the training of {name} has failed")
+        print(process, flush=True)
+
+
+def tell_instructions(names: Sequence[str], steps: int) -> None:
+    """Count the instructions of trainings, and print the share of the checks."""
+    own = [sys.executable, __file__, "--forks", "--only", ",".join(names), "--steps", str(steps)]
+    run = subprocess.run(
+        [
+            "valgrind",
+            "--tool=cachegrind",
+            "--cache-sim=no",
+            "--cachegrind-out-file=/dev/null",
+            *own,
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+    )
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    # each count has what came before the fork in it, which drops out of the differences
+    counted = {
+        process: int(count.replace(",", ""))
+        for process, count in re.findall(r"==(\d+)== I\s+refs:\s+([\d,]+)", run.stderr)
+    }
+    counts = iter([counted[process] for process in run.stdout.split()])
+    for name in names:
+        one, one_without, all_with, all_without = (next(counts) for _ in range(4))
+        of_step = (all_without - one_without) / (steps - 1)
+        first, last = one - one_without, all_with - all_without
+        print(
+            f"{name}: {of_step / 1e6:.2f} million instructions a step without checks; the first "
+            f"look takes as many as {first / of_step:.2f} steps; the checks take "
+            f"{last / of_step / steps:.2%} of {steps} steps, "
+            f"{(last - first) / of_step / (steps - 1):.2%} of those after the first",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -146,26 +234,33 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", default=",".join(MODELS), help="models")
     parser.add_argument("--shares", action="store_true")
+    parser.add_argument("--instructions", action="store_true")
+    parser.add_argument("--forks", action="store_true", help="what --instructions counts")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.shares:
-        for make, batch in ((mlp, 64), (lenet, 64), (gpt, 16)):
-            found = [share(make, batch, asked.steps) for _ in range(3)]
-            print(f"{make.__name__}: {min(found):.2%} to {max(found):.2%} of the time", flush=True)
+    names = asked.only.split(",")
+    if asked.forks:
+        train_in_forks(names, (1, asked.steps))
         return
-    for make, batch in ((mlp, 64), (lenet, 64), (gpt, 16)):
+    if asked.instructions:
+        tell_instructions(names, asked.steps)
+        return
+    for name in names:
+        make, batch = MODELS[name]
+        if asked.shares:
+            found = [share(make, batch, asked.steps) for _ in range(3)]
+            print(f"{name}: {min(found):.2%} to {max(found):.2%} of the time", flush=True)
+            continue
         ratios, with_checks = [], []
         for _ in range(asked.pairs):
-            with (
-                patch.object(Attribution, "_is_due", lambda *_: 0),
-                patch.object(LossCoupling, "add", lambda *_, **__: None),
-            ):
+            with unchecked():
                 without = seconds(make, batch, asked.steps, checks=False)
             with_checks.append(seconds(make, batch, asked.steps, checks=True))
             ratios.append(with_checks[-1] / without)
         print(
-            f"{make.__name__}: {np.median(with_checks) * 1e3:.2f} ms a step with checks; with / "
+            f"{name}: {np.median(with_checks) * 1e3:.2f} ms a step with checks; with / "
             "without: median "
             f"{np.median(ratios):.4f}, "
             f"{min(ratios):.4f} to {max(ratios):.4f}",

@@ -418,6 +418,23 @@ def time_first() -> nn.Module:
     )
 
 
+def pooled(forward: Callable[[Any, Any], Any]) -> nn.Module:
+    return Of(forward, body=nn.Linear(D, D), head=nn.Linear(D, C))
+
+
+def of_graphs(run: Path) -> None:
+    """One tensor has the nodes of all graphs, and each graph has another number of them."""
+    for sizes in ([2, 4, 3, 1, 5, 4], [2, 4, 3, 1, 5, 3]):  # with 18 nodes in 6 graphs too
+        graph = torch.repeat_interleave(torch.arange(B), torch.tensor(sizes))
+        nodes = torch.randn(len(graph), D, generator=torch.Generator().manual_seed(0))
+
+        def forward(m: Any, x: Tensor, graph: Tensor = graph) -> Tensor:
+            return m.head(torch.zeros(B, D).index_add(0, graph, m.body(x).tanh()))
+
+        build = partial(pooled, forward)
+        recorded(run / str(len(graph)), build, partial(classified, x=nodes))
+
+
 def experts() -> nn.Module:
     """Sends each position to one of two."""
 
@@ -520,6 +537,7 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "Several views of each sample": body(views),
     "Time before samples": body(time_first),
     "Experts": body(experts),
+    "Graphs and point clouds of unlike sizes": of_graphs,
     "Several outputs": two_outputs,
     "A hook that changes an output": body(hooked),
     "Stochastic depth": body(dropped_branch),
@@ -571,6 +589,11 @@ def loss_of(loss: Callable[[nn.Module], Tensor]) -> Loop:
 
 def in_batch_negatives(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(X.mean(1)) @ model(X[:, 0]).T, torch.arange(B))
+
+
+def ranking(model: nn.Module) -> Tensor:
+    scores = model(X.mean(1))[:, 0]
+    return (1 - scores[:, None] + scores[None]).relu().mean()
 
 
 def of_own_outputs(model: nn.Module) -> Tensor:
@@ -703,6 +726,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "Mixup": mixup,
     "Cutmix": cutmix,
     "A contrastive loss": lambda run: recorded(run, loop=loss_of(in_batch_negatives)),
+    "A ranking, or distances between samples": lambda run: recorded(run, loop=loss_of(ranking)),
     "A contrastive loss, `allow_mixed_loss=True`": lambda run: recorded(
         run, losses=of_own_outputs, loop=loss_of(in_batch_negatives), allow_mixed_loss=True
     ),

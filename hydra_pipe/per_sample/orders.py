@@ -97,14 +97,19 @@ def order_of(
     Returns:
         The order, or None if the gradient reaches entries of other samples in every order.
     """
-    reached = gradient != 0
+    reached = gradient if gradient.dtype == torch.bool else gradient != 0
+    # reached entries of each dimension, shape (L,)
+    along: dict[int, Tensor] = {}
     candidates = [
         *likeliest,
         *(SampleOrder(dim, major) for dim in range(gradient.dim()) for major in (True, False)),
     ]
     for order in candidates:
         if order.fits(gradient, batch):
-            by_sample = order.split(reached, batch).flatten(1).any(1)
+            if order.dim not in along:
+                length = gradient.shape[order.dim]
+                along[order.dim] = reached.movedim(order.dim, 0).reshape(length, -1).any(1)
+            by_sample = SampleOrder(major=order.major).split(along[order.dim], batch).any(1)
             by_sample[sample] = False
             if not bool(by_sample.any()):
                 return order

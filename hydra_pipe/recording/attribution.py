@@ -27,8 +27,9 @@ from hydra_pipe.per_sample.orders import SampleOrder
 from hydra_pipe.per_sample.registry import takes_any_leading_dimensions
 from hydra_pipe.recording.node_orders import OrderProbe, mixing_block
 from hydra_pipe.recording.one_by_one import take_one_by_one
-from hydra_pipe.recording.places import Origin, Pass, Watched
+from hydra_pipe.recording.places import Pass, Watched
 from hydra_pipe.recording.plans import Plan, plan_of, whole_plan
+from hydra_pipe.recording.precision import full_precision
 from hydra_pipe.recording.probes import PassGraph, Probe, origins_of
 from hydra_pipe.recording.routes import RouteCall
 from hydra_pipe.recording.verdicts import RowCheck, Rows
@@ -79,6 +80,8 @@ class Attribution:
         self._plans: dict[tuple[Any, ...], Plan] = {}
         # number of passes of each mode: (model is in training mode, pass has one sample)
         self._n_passes: dict[tuple[bool, bool], int] = {}
+        # samples and calls of the last pass whose calls were those of the probes
+        self._as_known: tuple[int, Mapping[Watched, int]] = 0, {}
         self._told: set[int] = set()
         self._is_routed = False
 
@@ -104,7 +107,7 @@ class Attribution:
         finally:
             self.probe = kept
 
-    def end(self, outputs: Sequence[Tensor], of_pass: Pass) -> tuple[bool, list[Origin]]:
+    def end(self, outputs: Sequence[Tensor], of_pass: Pass) -> bool:
         """Probe an ended pass, if a probe is due, and watch the parameters left to the graph.
 
         Args:
@@ -112,7 +115,7 @@ class Attribution:
             of_pass: the pass.
 
         Returns:
-            True if a probe was due, and the outputs that keep the samples apart.
+            True if a probe was due.
 
         Raises:
             LayerError: the model mixes the samples of a batch, or one of its parameters cannot be
@@ -120,9 +123,13 @@ class Attribution:
         """
         is_due = self._is_due(of_pass)
         is_due = 1 if self._is_routed and of_pass.count > 1 else is_due
+        if is_due or self.by_graph:
+            with full_precision(outputs[0]):
+                self._look_into(outputs, of_pass, is_due)
+        return is_due > 0
+
+    def _look_into(self, outputs: Sequence[Tensor], of_pass: Pass, is_due: int) -> None:
         origins = origins_of(outputs, of_pass.count)
-        if not is_due and not self.by_graph:
-            return False, origins
         graph = PassGraph(Walk(outputs, self.parameters), origins, of_pass)
         # if samples take other routes at each step, one pass tells nothing about the next pass
         self._is_routed = self._is_routed or (
@@ -140,16 +147,17 @@ class Attribution:
             self._watch_routes(graph, plan)
             if plan.slow and origins:
                 self._take_slowly(graph, sorted(plan.slow))
-        return is_due > 0, origins
 
     def _is_due(self, of_pass: Pass) -> int:
         """Count the pass. Return its number in its mode if a probe is due, else 0."""
         count = of_pass.count
         mode = self._model.training, count == 1
         number = self._n_passes[mode] = self._n_passes.get(mode, 0) + 1
-        for watched, total in of_pass.seen.items():
-            if watched.is_known and watched.is_single != (total == count):
-                return 1  # a module is called with other parts of the batch than before
+        if self._as_known != (count, of_pass.seen):
+            for watched, total in of_pass.seen.items():
+                if watched.is_known and watched.is_single != (total == count):
+                    return 1  # a module is called with other parts of the batch than before
+            self._as_known = count, dict(of_pass.seen)
         if number == 1 or (number <= _AT_FIRST and count <= _SMALL):
             return number
         is_power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
@@ -220,8 +228,10 @@ class Attribution:
         Raises:
             LayerError: the model mixes the samples of the batch.
         """
+        if not wanted:
+            return Plan()
         batch = graph.batch
-        nodes = OrderProbe(graph.walk, batch, frozenset(self.parameters.values()))
+        nodes = OrderProbe(graph.walk, batch, wanted)
         try:
             for n_asked in range(min(_MOST_ASKED, batch)):
                 if n_asked > 1 and nodes.is_complete and not nodes.may_mix:
@@ -242,6 +252,7 @@ class Attribution:
         return plan_of(graph.walk, nodes, wanted)
 
     def _find_orders(self, graph: PassGraph, sample: int) -> None:
+        self._as_known = 0, {}
         probe = Probe.of_one(sample, graph.batch)
         self._send(graph, probe)
         for watched in probe.reached:

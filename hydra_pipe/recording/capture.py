@@ -292,21 +292,24 @@ class Capture:
         self._passes_open += 1
         leaves = [x for x in tensors_in(output) if x.requires_grad]
         batch, of_pass = len(self._micro_batch.samples), self._pass
-        if (
-            of_pass.count < batch
-            and any(len(x) == batch for x in leaves if x.dim())
-            and any(
-                batch in x.shape for reference in of_pass.inputs if (x := reference()) is not None
-            )
-        ):
-            # the pass holds the whole batch after all: another dimension comes first in its inputs
+        if of_pass.count != batch and self._holds_batch(leaves, batch):
             self._micro_batch.correct_pass(batch)
             of_pass.count = batch
         if leaves:
-            with full_precision(leaves[0]):
-                is_due, origins = self._attribution.end(leaves, self._pass)
+            is_due = self._attribution.end(leaves, of_pass)
             if module is self._model or self._holds_all(module):
-                self.coupling.add(self._pass, origins, is_due=is_due)
+                self.coupling.add(of_pass, output, is_due=is_due)
+
+    def _holds_batch(self, outputs: Sequence[Tensor], batch: int) -> bool:
+        """Tell whether the present pass holds the whole batch, whatever comes first in its inputs.
+
+        Another dimension may come first, or parts of samples: nodes of graphs, points of clouds.
+        """
+        lengths = [len(x) for x in outputs if x.dim()]
+        if self._pass.count > batch:
+            return lengths.count(batch) == len(lengths) > 0
+        inputs = (reference() for reference in self._pass.inputs)
+        return batch in lengths and any(batch in x.shape for x in inputs if x is not None)
 
     def _holds_all(self, module: nn.Module) -> bool:
         return self._attribution.parameters.keys() <= set(module.parameters())

@@ -6,13 +6,16 @@ loss is looked at just before a backward pass, when its graph is whole. The grad
 of one sample must not change with the outputs of others: the second derivative of the loss between
 the two outputs must be zero. One exception is allowed: a function of the sum of the samples'
 losses, such as the root of a mean. In this case the second derivative is the gradient itself, times
-one number.
+one number. What has no second derivative shows in single entries within the loss
+(`hydra_pipe.recording.loss_entries`).
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +23,12 @@ from torch import Tensor
 
 from hydra_pipe.errors import LayerError
 from hydra_pipe.recording.addresses import address_of
+from hydra_pipe.recording.loss_entries import is_opaque, mixing_place, reached_directly
+from hydra_pipe.recording.model_outputs import all_tensors_in
 from hydra_pipe.recording.places import Origin, Pass
+from hydra_pipe.recording.probes import origins_of
+
+_LOG = logging.getLogger("hydra_pipe")
 
 # Larger outputs (the logits of a language model) would take several times their memory again.
 _MOST_ELEMENTS = 2**25
@@ -30,7 +38,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """Findings from the second derivative of a loss.
+    """Findings from the graph of a loss.
 
     Args:
         mixes: place of a sample whose gradient depends on the outputs of others; None if no such
@@ -95,11 +103,9 @@ def coupling_of(
         sample: number of the sample to look at, in each pass.
 
     Returns:
-        The findings. None if nothing can be found: the outputs are too large, the losses reach no
-        output, or a loss has no second derivative.
+        The findings. None if nothing can be found: the losses reach no output, or a loss has no
+        second derivative and its entries do not mix samples.
     """
-    if sum(origin.output.numel() for origin, _ in outputs) > _MOST_ELEMENTS:
-        return None
     values = [origin.output for origin, _ in outputs]
     terms = [
         loss.sum() if g is None else (loss * g).sum()
@@ -108,9 +114,18 @@ def coupling_of(
     ]
     if not terms or not values:
         return None
+    mixes: int | None = None
+    with torch.enable_grad():
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
     try:
         with torch.enable_grad():
-            total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+            mixes = mixing_place(total, outputs)
+            if mixes is None and is_opaque(total, outputs):
+                _LOG.warning(
+                    "one function makes the loss (compiled code, or a torch.autograd.Function): "
+                    "whether it mixes the samples of the batch shows in its second derivative "
+                    "only, if it has one. Rows are right if it is a sum over samples"
+                )
             first = torch.autograd.grad(
                 total, values, create_graph=True, retain_graph=True, allow_unused=True
             )
@@ -119,7 +134,6 @@ def coupling_of(
                 for (origin, of_pass), g in zip(outputs, first, strict=True)
                 if g is not None
             ]
-            mixes: int | None = None
             tied: list[tuple[Pass, Pass]] = []
             for number, (origin, of_pass, gradient) in enumerate(used):
                 at = sample % of_pass.count
@@ -139,7 +153,7 @@ def coupling_of(
                     mixes = of_pass.first + at
                 tied += [(of_pass, other) for other in _reached_passes(gradient, of_pass, used)]
     except (RuntimeError, NotImplementedError):  # the loss has no second derivative
-        return None
+        return None if mixes is None else Coupling(mixes, [])
     return Coupling(mixes, tied)
 
 
@@ -198,6 +212,23 @@ def _reaches_others(
     return float(torch.linalg.vector_norm(between - factor * gradient)) > 1e-2 * size
 
 
+def _origins_in(output: Any, batch: int) -> list[Origin]:
+    """Return the places of the samples in the result of a pass, as far as memory allows a look.
+
+    The first output with samples counts. Of the others, which may be states of layers, those count
+    that have one entry a sample.
+    """
+    with_history = [x for x in all_tensors_in(output) if x.requires_grad]
+    found: list[Origin] = []
+    left = _MOST_ELEMENTS
+    for origin in origins_of(with_history, batch):
+        tensor = origin.output
+        left -= tensor.numel()
+        if left >= 0 and (not found or len(tensor) == batch):
+            found.append(origin)
+    return found
+
+
 def same_inputs(one: Pass, other: Pass) -> bool:
     """Tell whether two passes were given the same tensor."""
     ours = [x for reference in one.inputs if (x := reference()) is not None]
@@ -235,16 +266,16 @@ class LossCoupling:
         self.watch = BackwardWatch(self._look)
         # passes of the step, and outputs of the passes whose backward pass is still to come
         self._passes: list[Pass] = []
-        self._outputs: list[tuple[Origin, Pass]] = []
+        self._outputs: list[tuple[Any, Pass]] = []
         self._tied: set[tuple[int, int]] = set()
         self._is_known = False
 
-    def add(self, of_pass: Pass, origins: Sequence[Origin], *, is_due: bool) -> None:
+    def add(self, of_pass: Pass, output: Any, *, is_due: bool) -> None:
         """Note a pass of the whole model that has ended.
 
         Args:
             of_pass: the pass.
-            origins: outputs of the pass.
+            output: result of the pass.
             is_due: True if the loss of the pass is to be looked at.
         """
         passes = self._passes
@@ -252,8 +283,7 @@ class LossCoupling:
             p.first == of_pass.first and p.count == of_pass.count for p in passes
         )
         passes.append(of_pass)
-        if origins:
-            self._outputs.append((origins[0], of_pass))
+        self._outputs.append((output, of_pass))
         if self._looks and (is_due or (repeats and not self._is_known)):
             self.watch.begin()
 
@@ -317,11 +347,21 @@ class LossCoupling:
         return found
 
     def _look(self, losses: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-        outputs = self._outputs
-        if not outputs:
+        by_pass = [
+            [(origin, of_pass) for origin in _origins_in(output, of_pass.count)]
+            for output, of_pass in self._outputs
+        ]
+        firsts = [of_one[0] for of_one in by_pass if of_one]
+        if not firsts:
             return
+        direct = reached_directly(losses, list(chain(*by_pass)))
+        others = [one for one in direct if one not in firsts]
+        sample = firsts[0][1].count // 2
         with self._quiet():
-            found = coupling_of(losses, gradients, outputs, sample=outputs[0][1].count // 2)
+            found = coupling_of(losses, gradients, [*firsts, *others], sample)
+            if found is None and others:
+                # they may lead through parts of the model that have no second derivative
+                found = coupling_of(losses, gradients, firsts, sample)
         if found is None:
             return
         self._tied |= {

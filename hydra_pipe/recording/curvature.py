@@ -278,14 +278,16 @@ class CurvatureWatch:
             LossColumns(*of) for of in zip(*(np.split(c, ends) for c in columns), strict=True)
         ]
         left: list[_Pass] = []
+        filled: list[_Pass] = []
         for one, found, is_known in zip(passes, of_passes, known, strict=True):
             if is_known:
                 one.out.curvature[:], one.out.losses[:] = found.curvature, found.losses
                 one.out.targets[:] = found.targets
-                if group.link == "softmax" and self._targets.is_on and len(one.samples):
-                    self._check_targets(one)
+                filled.append(one)
             else:
                 left.append(one)
+        if group.link == "softmax" and self._targets.is_on:
+            self._check_targets([one for one in filled if len(one.samples)])
         if known.any():
             # the likeliest first
             self._links = (group.link, *(other for other in LINKS if other != group.link))
@@ -303,12 +305,14 @@ class CurvatureWatch:
                 loss, one.output, target, one.gradient, one.batch
             )
 
-    def _check_targets(self, one: _Pass) -> None:
-        """Check the targets of a pass whose loss is cross-entropy with classes.
+    def _check_targets(self, passes: Sequence[_Pass]) -> None:
+        """Check the targets of passes of one form whose loss is cross-entropy with classes.
 
         A loss of zero shows no target.
         """
-        if one.n_classes:
-            targets = one.out.targets.astype(np.int64)
-            seen = targets >= 0
-            self._targets.check(one.samples[seen], targets[seen], one.n_classes)
+        if passes and passes[0].n_classes:
+            self._targets.check_all(
+                [one.samples for one in passes],
+                [one.out.targets for one in passes],
+                passes[0].n_classes,
+            )

@@ -184,7 +184,9 @@ class Loop:
         """
         if self.is_closed:
             failure = self.state.failure if isinstance(self.state, Closed) else None
-            why = "" if failure is None else f", because its recording has failed ({failure})"
+            # an interrupt has no words of its own
+            reason = str(failure) or type(failure).__name__
+            why = "" if failure is None else f", because its recording has failed ({reason})"
             raise RecordError(f"this recorder is closed{why}: make a new one for another run")
 
     @contextmanager

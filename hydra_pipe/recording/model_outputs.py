@@ -25,6 +25,13 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
+def all_tensors_in(output: Any) -> list[Tensor]:
+    """Return all tensors in a model's output, those of `tensors_in` first."""
+    parts = dict(output) if isinstance(output, Mapping) else output
+    found = [*tensors_in(output), *(x for x in tree_leaves(parts) if isinstance(x, Tensor))]
+    return list({id(x): x for x in found}.values())
+
+
 def predicted_in(output: Any) -> Tensor | None:
     """Return the tensor that the loss is taken of; None if there is not a single one."""
     predicted = output.get(_PREDICTED) if isinstance(output, Mapping) else output

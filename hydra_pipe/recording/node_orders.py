@@ -119,14 +119,17 @@ class OrderProbe:
             before = self._orders.get(number) or (None,) * len(gradients)
             found = list(before)
             for place, gradient in enumerate(gradients):
-                if gradient is None or not bool(gradient.any()):
+                if gradient is None:
+                    continue
+                reached = gradient.detach() != 0
+                if not bool(reached.any()):
                     continue
                 usual = before[place]
-                order = order_of(gradient.detach(), self.batch, self._sample, usual or FIRST)
+                order = order_of(reached, self.batch, self._sample, usual or FIRST)
                 if order is None or (usual is not None and order != usual):
                     self.mixed.add(number)
                 if gradient.dim() > 1:
-                    rows = (gradient.detach() != 0).flatten(1).any(1)
+                    rows = reached.flatten(1).any(1)
                     if number in self._rows and len(rows) == len(self._rows[number]):
                         if bool((rows & self._rows[number]).any()):
                             self.overlapping.add(number)

@@ -78,18 +78,18 @@ class Probe:
         """Note the gradients that have arrived at the output of a call."""
         if self.wants_rows:
             return
-        gradient = gradient.detach().reshape(call.shape)
-        if gradient.dim() == 0 or not bool(gradient.any()):
+        reached = gradient.detach().reshape(call.shape) != 0
+        if reached.dim() == 0 or not bool(reached.any()):
             return
-        rows = (gradient != 0).flatten(1).any(1) if gradient.dim() > 1 else gradient != 0
+        rows = reached.flatten(1).any(1) if reached.dim() > 1 else reached
         watched = call.watched
         self.reached.setdefault(watched, []).append((call.offset, rows.nonzero()[:, 0].cpu()))
         self.in_batches[watched] = self.in_batches.get(watched, True) and call.n_rows == self.batch
         dims = {
             dim
-            for dim in range(1, gradient.dim())
-            if gradient.shape[dim] == self.batch
-            and order_of(gradient, self.batch, self.sample, SampleOrder(dim)) == SampleOrder(dim)
+            for dim in range(1, reached.dim())
+            if reached.shape[dim] == self.batch
+            and order_of(reached, self.batch, self.sample, SampleOrder(dim)) == SampleOrder(dim)
         }
         self.other_dims[watched] = self.other_dims.get(watched, dims) & dims
 

@@ -3,6 +3,8 @@
 A batch in another order than its ids would give rows to the wrong samples.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,34 @@ class TargetCheck:
     def is_on(self) -> bool:
         """Tell whether there is something to check."""
         return self._labels is not None
+
+    def check_all(
+        self,
+        ids: Sequence[NDArray[np.int64]],
+        targets: Sequence[NDArray[np.int32]],
+        n_classes: int,
+    ) -> None:
+        """Check several batches, as `check` does one after the other.
+
+        Args:
+            ids: sample ids of each batch, each of shape (batch,).
+            targets: targets of each batch, each of shape (batch,); negative where the target of a
+                sample is not known.
+            n_classes: number of classes of the targets.
+
+        Raises:
+            RecordError: the targets of a batch are those of other samples.
+        """
+        # most batches agree, and several are compared at once
+        if (
+            self._agreed
+            and self._labels is not None
+            and np.array_equal(self._labels[np.concatenate(ids)], np.concatenate(targets))
+        ):
+            return
+        for of_batch, own in zip(ids, targets, strict=True):
+            seen = own >= 0
+            self.check(of_batch[seen], own[seen].astype(np.int64), n_classes)
 
     def check(
         self, ids: NDArray[np.int64], targets: NDArray[np.int64], n_classes: int | None = None

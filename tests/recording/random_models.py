@@ -1,7 +1,7 @@
 """Random small models and loops, recorded: the rows are right, or the recorder refuses.
 
     PYTHONPATH=. python tests/recording/random_models.py --cases 3000 --first 0 [--jobs 2] [--only
-    BLOCK] [--jsonl FILE] [--quiet]
+    BLOCK] [--jsonl FILE] [--smallest 12]
     PYTHONPATH=. python tests/recording/random_models.py --seed 17 [--shrink]
 
 A case is made from its seed alone: a stem, up to four blocks of `BLOCKS`, a head, and a loop. It

@@ -296,20 +296,26 @@ class TestWith:
         assert state_of(tmp_path / "run")["state"] == "complete"
         assert not hooks_of(model)
 
-    def test_an_exception_marks_the_recording_as_failed(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [(ZeroDivisionError("mine"), "mine"), (KeyboardInterrupt(), "KeyboardInterrupt")],
+    )
+    def test_an_exception_marks_the_recording_as_failed(
+        self, error: BaseException, words: str, tmp_path: Path
+    ) -> None:
         model = net()
         optimizer = sgd(model)
         with (  # noqa: PT012
-            pytest.raises(ZeroDivisionError),
+            pytest.raises(type(error)),
             Recorder(model, optimizer, tmp_path / "run", 12) as recorder,
         ):
             with recorder.step(range(12)):
                 take_step(model, optimizer)
-            raise ZeroDivisionError("mine")
+            raise error
         assert state_of(tmp_path / "run")["state"] == "failed"
-        assert state_of(tmp_path / "run")["facts"]["error"] == "mine"
+        assert state_of(tmp_path / "run")["facts"]["error"] == words
         assert not hooks_of(model)
-        with pytest.raises(RecordError, match=r"recording has failed \(mine\)"):
+        with pytest.raises(RecordError, match=rf"recording has failed \({words}\)"):
             recorder.record_test([(X, Y)], cross_entropy)
 
     def test_a_slip_in_record_test_leaves_it_complete(self, tmp_path: Path) -> None:
