@@ -7,6 +7,9 @@
  *     Some elements of sum_p left[p, o] * right[p, i] of each sample.
  * sketch(rows, columns, signs, run, out, threads)
  *     out[column of e] += signs[e] * rows[e] of each row. `columns` has the column of the first of each `run` elements.
+ * channel_sums(inputs, gradient, eps, rows, bounds, threads)
+ *     rows[0, i, c] = sum_p g_icp n(x)_icp and rows[1, i, c] = sum_p g_icp, with n(x) of mean 0 and variance 1 in each channel.
+ *     bounds[., i] are upper bounds of the norms of the terms.
  *
  * Everything is float32. Arguments are checked here: whatever is passed from Python, nothing outside of the arrays is touched.
  * hydra_pipe/maths/row_kernels.py is what the package calls. torch does the same for where this cannot be compiled.
@@ -24,6 +27,7 @@
 #endif
 
 #include <dlfcn.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,47 +58,63 @@ typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
+#ifdef __clang__
+#define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define SHUFFLED(A, B, ...) __builtin_shuffle(A, B, (__attribute__((vector_size(16))) int){__VA_ARGS__})
+#endif
+
+/* Add the sum of each of four vectors to one of four neighbours. */
+static inline __attribute__((always_inline)) void add_sums(const Four *a, const Four *b, const Four *c, const Four *d, float *out) {
+    Four first = SHUFFLED(*a, *b, 0, 4, 1, 5) + SHUFFLED(*a, *b, 2, 6, 3, 7);
+    Four second = SHUFFLED(*c, *d, 0, 4, 1, 5) + SHUFFLED(*c, *d, 2, 6, 3, 7);
+    *(Four *)out += SHUFFLED(first, second, 0, 1, 4, 5) + SHUFFLED(first, second, 2, 3, 6, 7);
+}
+
 #define DEFINE_DOTS(NAME, VECTOR, TARGET)                                                                                          \
+    TARGET static inline __attribute__((always_inline)) Four NAME##_in_four(const VECTOR *sum) {                                   \
+        const Four *parts = (const Four *)sum;                                                                                     \
+        Four total = parts[0];                                                                                                     \
+        for (size_t k = 1; k < sizeof(VECTOR) / sizeof(Four); k++) total += parts[k];                                              \
+        return total;                                                                                                              \
+    }                                                                                                                              \
     TARGET static inline __attribute__((always_inline)) void NAME##_tile(                                                          \
         const float *lefts, const Py_ssize_t *left_at, int n_left, const float *rights, const Py_ssize_t *right_at, int n_right,   \
         Py_ssize_t n, float *out, Py_ssize_t out_stride) {                                                                         \
         enum { LANES = sizeof(VECTOR) / sizeof(float) };                                                                           \
-        VECTOR sums[4][3];                                                                                                         \
+        VECTOR sums[3][4];                                                                                                         \
         for (int a = 0; a < n_left; a++)                                                                                           \
             for (int b = 0; b < n_right; b++) sums[a][b] = (VECTOR){0};                                                            \
         for (Py_ssize_t at = 0; at < n; at += LANES) {                                                                             \
-            VECTOR right[3];                                                                                                       \
-            for (int b = 0; b < n_right; b++) right[b] = *(const VECTOR *)(rights + right_at[b] + at);                             \
-            for (int a = 0; a < n_left; a++) {                                                                                     \
-                VECTOR left = *(const VECTOR *)(lefts + left_at[a] + at);                                                          \
-                for (int b = 0; b < n_right; b++) sums[a][b] += left * right[b];                                                   \
+            VECTOR left[3];                                                                                                        \
+            for (int a = 0; a < n_left; a++) left[a] = *(const VECTOR *)(lefts + left_at[a] + at);                                 \
+            for (int b = 0; b < n_right; b++) {                                                                                    \
+                VECTOR right = *(const VECTOR *)(rights + right_at[b] + at);                                                       \
+                for (int a = 0; a < n_left; a++) sums[a][b] += left[a] * right;                                                    \
             }                                                                                                                      \
         }                                                                                                                          \
-        for (int a = 0; a < n_left; a++)                                                                                           \
-            for (int b = 0; b < n_right; b++) {                                                                                    \
-                const Four *parts = (const Four *)&sums[a][b];                                                                     \
-                Four total = parts[0];                                                                                             \
-                for (int k = 1; k < LANES / 4; k++) total += parts[k];                                                             \
-                out[a * out_stride + b] += (total[0] + total[2]) + (total[1] + total[3]);                                          \
-            }                                                                                                                      \
+        for (int a = 0; a < n_left; a++) {                                                                                         \
+            Four totals[4];                                                                                                        \
+            for (int b = 0; b < n_right; b++) totals[b] = NAME##_in_four(&sums[a][b]);                                             \
+            if (n_right == 4) add_sums(&totals[0], &totals[1], &totals[2], &totals[3], out + a * out_stride);                      \
+            else out[a * out_stride] += (totals[0][0] + totals[0][1]) + (totals[0][2] + totals[0][3]);                             \
+        }                                                                                                                          \
     }                                                                                                                              \
     TARGET static inline __attribute__((always_inline)) void NAME##_some(                                                          \
         const float *lefts, const Py_ssize_t *left_at, int n_left, const float *rights, const Py_ssize_t *right_at,                \
         Py_ssize_t n_right, Py_ssize_t n, float *out, Py_ssize_t out_stride) {                                                     \
         Py_ssize_t b = 0;                                                                                                          \
-        for (; b + 3 <= n_right; b += 3)                                                                                           \
-            NAME##_tile(lefts, left_at, n_left, rights, right_at + b, 3, n, out + b, out_stride);                                  \
+        for (; b + 4 <= n_right; b += 4)                                                                                           \
+            NAME##_tile(lefts, left_at, n_left, rights, right_at + b, 4, n, out + b, out_stride);                                  \
         for (; b < n_right; b++) NAME##_tile(lefts, left_at, n_left, rights, right_at + b, 1, n, out + b, out_stride);             \
     }                                                                                                                              \
     TARGET static void NAME(const float *lefts, const Py_ssize_t *left_at, Py_ssize_t n_left, const float *rights,                 \
                             const Py_ssize_t *right_at, Py_ssize_t n_right, Py_ssize_t n, float *out, Py_ssize_t out_stride) {     \
         Py_ssize_t a = 0;                                                                                                          \
-        for (; a + 4 <= n_left; a += 4)                                                                                            \
-            NAME##_some(lefts, left_at + a, 4, rights, right_at, n_right, n, out + a * out_stride, out_stride);                    \
-        for (; a + 2 <= n_left; a += 2)                                                                                            \
-            NAME##_some(lefts, left_at + a, 2, rights, right_at, n_right, n, out + a * out_stride, out_stride);                    \
-        for (; a < n_left; a++)                                                                                                    \
-            NAME##_some(lefts, left_at + a, 1, rights, right_at, n_right, n, out + a * out_stride, out_stride);                    \
+        for (; a + 3 <= n_left; a += 3)                                                                                            \
+            NAME##_some(lefts, left_at + a, 3, rights, right_at, n_right, n, out + a * out_stride, out_stride);                    \
+        if (a + 2 == n_left) NAME##_some(lefts, left_at + a, 2, rights, right_at, n_right, n, out + a * out_stride, out_stride);   \
+        if (a + 1 == n_left) NAME##_some(lefts, left_at + a, 1, rights, right_at, n_right, n, out + a * out_stride, out_stride);   \
     }
 
 DEFINE_DOTS(plain_dots, Four, )
@@ -237,6 +257,8 @@ static void put_pixels_in_lines(const Products *job, Py_ssize_t sample, float *l
                                          (first[1] + j * stride[1]) * of[1] + first[2] * of[2];
                     Py_ssize_t step = stride[2] * of[2], p = low[2];
                     if (step == sizeof(float) && p < high[2]) memcpy(line + p, source + p * step, (high[2] - p) * sizeof(float));
+                    else if (step == 2 * sizeof(float)) /* a step that the compiler knows is three times as fast */
+                        for (; p < high[2]; p++) line[p] = ((const float *)source)[2 * p];
                     else
                         for (; p < high[2]; p++) line[p] = *(const float *)(source + p * step);
                 }
@@ -357,6 +379,90 @@ static void take_elements(void *given) {
             else add_position(grids, left, left_step, right, right_step, out, grids->n_out, grids->n_in);
         }
         for (Py_ssize_t k = 0; k < n_columns; k++) out[k] *= grids->scale;
+    }
+}
+
+typedef struct {
+    const char *inputs, *gradient;
+    Py_ssize_t input_strides[2], gradient_strides[2]; /* in bytes, of sample and channel; positions are neighbours */
+    Py_ssize_t batch, channels, positions;
+    double eps;
+    char *rows;
+    Py_ssize_t row_strides[3];
+    float *squares; /* of the terms, 2 x batch x channels */
+    Py_ssize_t next;
+} Channels;
+
+static float total_of(Four a, Four b) {
+    a += b;
+    return (a[0] + a[1]) + (a[2] + a[3]);
+}
+
+/* Sums of x - shift and of their squares. */
+static void add_moments(const float *x, Py_ssize_t n, float shift, double *sum, double *squares) {
+    Four sums[2] = {{0}, {0}}, of_squares[2] = {{0}, {0}};
+    float rest = 0, rest_squares = 0;
+    Py_ssize_t p = 0;
+    for (; p + 8 <= n; p += 8)
+        for (int k = 0; k < 2; k++) {
+            Four value = *(const Four *)(x + p + 4 * k) - shift;
+            sums[k] += value;
+            of_squares[k] += value * value;
+        }
+    for (; p < n; p++) {
+        rest += x[p] - shift;
+        rest_squares += (x[p] - shift) * (x[p] - shift);
+    }
+    *sum += (double)total_of(sums[0], sums[1]) + rest;
+    *squares += (double)total_of(of_squares[0], of_squares[1]) + rest_squares;
+}
+
+/* found: sums of g (x - mean) and of g, then the sums of their squares */
+static void sum_terms(const float *x, const float *g, Py_ssize_t n, float mean, float *found) {
+    Four sums[4][2] = {{{0}}};
+    float rest[4] = {0};
+    Py_ssize_t p = 0;
+    for (; p + 8 <= n; p += 8)
+        for (int k = 0; k < 2; k++) {
+            Four gradient = *(const Four *)(g + p + 4 * k), term = gradient * (*(const Four *)(x + p + 4 * k) - mean);
+            sums[0][k] += term;
+            sums[1][k] += gradient;
+            sums[2][k] += term * term;
+            sums[3][k] += gradient * gradient;
+        }
+    for (; p < n; p++) {
+        float term = g[p] * (x[p] - mean);
+        rest[0] += term;
+        rest[1] += g[p];
+        rest[2] += term * term;
+        rest[3] += g[p] * g[p];
+    }
+    for (int k = 0; k < 4; k++) found[k] = total_of(sums[k][0], sums[k][1]) + rest[k];
+}
+
+/* One channel at a time, which stays in the cache between its mean, its variance and its terms. */
+static void sum_channels(void *given) {
+    Channels *job = given;
+    Py_ssize_t c, size = job->batch * job->channels;
+    while ((c = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->channels) {
+        const char *inputs = job->inputs + c * job->input_strides[1], *gradient = job->gradient + c * job->gradient_strides[1];
+        double number = (double)job->batch * job->positions, sum = 0, squares = 0, unused = 0;
+        for (Py_ssize_t i = 0; i < job->batch; i++)
+            add_moments((const float *)(inputs + i * job->input_strides[0]), job->positions, 0, &sum, &unused);
+        float mean = (float)(sum / number);
+        for (Py_ssize_t i = 0; i < job->batch; i++)
+            add_moments((const float *)(inputs + i * job->input_strides[0]), job->positions, mean, &unused, &squares);
+        float scale = (float)(1 / sqrt(squares / number + job->eps));
+        for (Py_ssize_t i = 0; i < job->batch; i++) {
+            float found[4];
+            sum_terms((const float *)(inputs + i * job->input_strides[0]), (const float *)(gradient + i * job->gradient_strides[0]),
+                      job->positions, mean, found);
+            char *row = job->rows + i * job->row_strides[1] + c * job->row_strides[2];
+            *(float *)row = scale * found[0];
+            *(float *)(row + job->row_strides[0]) = found[1];
+            job->squares[i * job->channels + c] = scale * scale * found[2];
+            job->squares[size + i * job->channels + c] = found[3];
+        }
     }
 }
 
@@ -709,6 +815,57 @@ static PyObject *elements(PyObject *module, PyObject *arguments) {
     return done(&buffers, 0);
 }
 
+static PyObject *channel_sums(PyObject *module, PyObject *arguments) {
+    PyObject *inputs_object, *gradient_object, *rows_object, *bounds_object;
+    Py_ssize_t threads;
+    Buffers buffers = {.n = 0};
+    Channels job = {.next = 0};
+    if (!PyArg_ParseTuple(arguments, "OOdOOn:channel_sums", &inputs_object, &gradient_object, &job.eps, &rows_object, &bounds_object,
+                          &threads))
+        return NULL;
+    Py_buffer *inputs = take_floats(&buffers, inputs_object, "inputs", 3, 3), *gradient, *rows, *bounds;
+    if (!inputs) return done(&buffers, 1);
+    gradient = take_floats(&buffers, gradient_object, "gradient", 3, 3);
+    if (!gradient) return done(&buffers, 1);
+    rows = take(&buffers, rows_object, "rows", "f", sizeof(float), 3, 3, 1);
+    if (!rows) return done(&buffers, 1);
+    bounds = take_rows(&buffers, bounds_object, "bounds", 2, 1);
+    if (!bounds) return done(&buffers, 1);
+    int fits = rows->shape[0] == 2 && rows->shape[1] == inputs->shape[0] && rows->shape[2] == inputs->shape[1] &&
+               bounds->shape[1] == inputs->shape[0];
+    for (int d = 0; d < 3; d++) fits = fits && gradient->shape[d] == inputs->shape[d];
+    if (inputs->shape[2] > 1) fits = fits && inputs->strides[2] == sizeof(float) && gradient->strides[2] == sizeof(float);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "inputs, gradient, rows and bounds do not fit, or positions are no neighbours");
+        return done(&buffers, 1);
+    }
+    job.inputs = inputs->buf;
+    job.gradient = gradient->buf;
+    job.rows = rows->buf;
+    memcpy(job.input_strides, inputs->strides, sizeof(job.input_strides));
+    memcpy(job.gradient_strides, gradient->strides, sizeof(job.gradient_strides));
+    memcpy(job.row_strides, rows->strides, sizeof(job.row_strides));
+    job.batch = inputs->shape[0];
+    job.channels = inputs->shape[1];
+    job.positions = inputs->shape[2];
+    job.squares = PyMem_Malloc(larger(1, 2 * job.batch * job.channels) * sizeof(float));
+    if (!job.squares) {
+        PyErr_NoMemory();
+        return done(&buffers, 1);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    in_threads(sum_channels, &job, 4.0 * job.batch * job.channels * job.positions, job.channels, threads);
+    for (Py_ssize_t k = 0; k < 2; k++)
+        for (Py_ssize_t i = 0; i < job.batch; i++) {
+            double squares = 0;
+            for (Py_ssize_t c = 0; c < job.channels; c++) squares += job.squares[(k * job.batch + i) * job.channels + c];
+            ((float *)((char *)bounds->buf + k * bounds->strides[0]))[i] = (float)sqrt(squares * job.positions);
+        }
+    Py_END_ALLOW_THREADS
+    PyMem_Free(job.squares);
+    return done(&buffers, 0);
+}
+
 static PyObject *use(PyObject *module, PyObject *argument) {
     const char *name = PyUnicode_Check(argument) ? PyUnicode_AsUTF8AndSize(argument, NULL) : "";
     if (!name) return NULL;
@@ -725,6 +882,7 @@ static PyObject *use(PyObject *module, PyObject *argument) {
 static PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
      "products(left, pixels, kernel, stride, dilation, before, positions, groups, out, sketch, grids, threads): sums of products"},
+    {"channel_sums", channel_sums, METH_VARARGS, "channel_sums(inputs, gradient, eps, rows, bounds, threads): sums by channel"},
     {"elements", elements, METH_VARARGS, "elements(left, right, grids, out, threads): elements of sums of outer products"},
     {"sketch", sketch, METH_VARARGS, "sketch(rows, columns, signs, run, out, threads): out[column of e] += signs[e] * rows[e]"},
     {"use", use, METH_O, "use(level): use the loops for avx512, avx2 or plain; return the level before"},

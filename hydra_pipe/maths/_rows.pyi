@@ -21,6 +21,9 @@ def products(
     threads: int,
     /,
 ) -> None: ...
+def channel_sums(
+    inputs: Floats, gradient: Floats, eps: float, rows: Floats, bounds: Floats, threads: int, /
+) -> None: ...
 def elements(left: Floats, right: Floats, grids: Grids, out: Floats, threads: int, /) -> None: ...
 def sketch(
     rows: Floats, columns: NDArray[Any], signs: NDArray[Any], run: int, out: Floats, threads: int, /

@@ -160,6 +160,32 @@ def elements(left: Tensor, right: Tensor, grids: GridElements) -> Tensor:
     return out
 
 
+def channel_sums(inputs: Tensor, gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return sum_p g_ip n(x)_ip and sum_p g_ip by channel, with bounds of the norms of their terms.
+
+    n(x) has mean 0 and variance 1 in each channel, over all samples and positions.
+
+    Args:
+        inputs, gradient: x and g, contiguous, shape (B, C, ...).
+        eps: number that is added to the variance.
+
+    Returns:
+        The two sums, shape (2, B, C), and sqrt(P) |terms| of each sample, shape (2, B).
+    """
+    assert compiled is not None
+    batch, channels = inputs.shape[:2]
+    rows, bounds = inputs.new_empty(2, batch, channels), inputs.new_empty(2, batch)
+    compiled.channel_sums(
+        _array(inputs.view(batch, channels, -1)),
+        _array(gradient.view(batch, channels, -1)),
+        eps,
+        _array(rows),
+        _array(bounds),
+        torch.get_num_threads(),
+    )
+    return rows, bounds
+
+
 def sketched(rows: Tensor, sketch: SketchColumns) -> Tensor:
     """Project rows of shape (B, n), each contiguous, to shape (B, k)."""
     assert compiled is not None

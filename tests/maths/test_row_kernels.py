@@ -94,6 +94,7 @@ def test_rows_are_those_of_the_definition(
     batch=st.integers(1, 3),
 )
 @pytest.mark.usefixtures("level")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_rows_of_convolutions_are_gradients_of_batches_of_one(
     data: st.DataObject, dims: int, transposed: bool, batch: int
 ) -> None:
@@ -168,6 +169,26 @@ def test_elements_of_products_are_those_of_the_rows(
     grids = Grids(0, "w", (outputs, inputs), side, 5 * side[0] * side[1])
     rows = torch.bmm(left.double().transpose(1, 2), right.double()).flatten(1)
     torch.testing.assert_close(grids.of_factors(left, right).double(), grids(rows), **CLOSE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 4), channels=st.integers(1, 4), positions=st.integers(1, 30),
+    shift=st.sampled_from([0.0, 100.0]),
+)  # fmt: skip
+def test_sums_by_channel_are_those_of_float64(
+    batch: int, channels: int, positions: int, shift: float
+) -> None:
+    x = random(batch, channels, positions) + shift
+    g = random(batch, channels, positions, seed=1)
+    rows, bounds = row_kernels.channel_sums(x, g, 1e-3)
+    of_channel = (x.double() - x.double().mean((0, 2), keepdim=True)).transpose(0, 1)
+    variance = of_channel.square().mean((1, 2), keepdim=True)
+    normed = of_channel.div((variance + 1e-3).sqrt()).transpose(0, 1)
+    terms = torch.stack([g * normed, g.double()])
+    torch.testing.assert_close(rows.double(), terms.sum(3), rtol=1e-4, atol=3e-4)
+    norms = terms.flatten(2).norm(dim=2) * positions**0.5
+    torch.testing.assert_close(bounds.double(), norms, rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -247,6 +268,25 @@ def test_what_does_not_fit_is_refused(changed: dict[str, Any], error: type[Excep
     call()
     with pytest.raises(error):
         call(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gradient": F32[:1]},
+        {"inputs": F32.transpose(0, 2, 1)},
+        {"rows": np.zeros((2, 2, 3), np.float32)},
+        {"bounds": np.zeros((2, 3), np.float32)},
+    ],
+)
+def test_sums_by_channel_that_do_not_fit_are_refused(changed: dict[str, Any]) -> None:
+    arguments = {
+        "inputs": F32, "gradient": F32, "eps": 1e-5, "rows": np.zeros((2, 2, 4), np.float32),
+        "bounds": np.zeros((2, 2), np.float32), "threads": 1,
+    }  # fmt: skip
+    LOOPS.channel_sums(*arguments.values())
+    with pytest.raises(ValueError, match=r"do not fit|has 2 rows"):
+        LOOPS.channel_sums(*(arguments | changed).values())
 
 
 def test_an_unknown_level_is_refused() -> None:
