@@ -166,7 +166,8 @@ def channel_sums(inputs: Tensor, gradient: Tensor, eps: float) -> tuple[Tensor, 
     n(x) has mean 0 and variance 1 in each channel, over all samples and positions.
 
     Args:
-        inputs, gradient: x and g, contiguous, shape (B, C, ...).
+        inputs, gradient: x and g, shape (B, C, P). In both the positions of a channel are
+            neighbours in memory, or in both the channels of a position.
         eps: number that is added to the variance.
 
     Returns:
@@ -176,8 +177,8 @@ def channel_sums(inputs: Tensor, gradient: Tensor, eps: float) -> tuple[Tensor, 
     batch, channels = inputs.shape[:2]
     rows, bounds = inputs.new_empty(2, batch, channels), inputs.new_empty(2, batch)
     compiled.channel_sums(
-        _array(inputs.view(batch, channels, -1)),
-        _array(gradient.view(batch, channels, -1)),
+        _array(inputs),
+        _array(gradient),
         eps,
         _array(rows),
         _array(bounds),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +99,11 @@ def _by_loops(
     own = module.training or module.running_mean is None
     if not own or not row_kernels.takes(inputs, gradient) or not inputs.numel():
         return None
-    rows, bounds = row_kernels.channel_sums(inputs.contiguous(), gradient.contiguous(), module.eps)
+    memory = torch.contiguous_format
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        memory = torch.channels_last
+    by_position = [x.contiguous(memory_format=memory).flatten(2) for x in (inputs, gradient)]
+    rows, bounds = row_kernels.channel_sums(*by_position, module.eps)
     return {"weight": Summed(rows[0], bounds[0]), "bias": Summed(rows[1], bounds[1])}
 
 
