@@ -102,8 +102,8 @@ def _by_loops(
     memory = torch.contiguous_format
     if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
         memory = torch.channels_last
-    by_position = [x.contiguous(memory_format=memory).flatten(2) for x in (inputs, gradient)]
-    rows, bounds = row_kernels.channel_sums(*by_position, module.eps)
+    x, g = (values.contiguous(memory_format=memory).flatten(2) for values in (inputs, gradient))
+    rows, bounds = row_kernels.channel_sums(x, g, module.eps)
     return {"weight": Summed(rows[0], bounds[0]), "bias": Summed(rows[1], bounds[1])}
 
 
