@@ -43,7 +43,7 @@ docs: $(VENV)/with-$(EXTRAS)
 	@echo build/site/index.html
 
 # Byte code is made on all cores, where pip takes one; files for other versions of Python are passed over, as pip does.
-$(VENV)/with-%: pyproject.toml constraints.txt hydra_pipe/reduction/_kernels.c
+$(VENV)/with-%: pyproject.toml constraints.txt hydra_pipe/maths/_rows.c hydra_pipe/reduction/_kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[$*]'
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true

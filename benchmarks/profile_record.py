@@ -29,29 +29,36 @@ from loops import HYDRA, PLAIN, Workload, chosen, run_side
 
 from hydra_pipe.recording.capture import Capture
 from hydra_pipe.recording.collector import Collector
+from hydra_pipe.recording.curvature import CurvatureWatch
+from hydra_pipe.recording.dynamics import DynamicsWatch
 from hydra_pipe.recording.encoder import RowEncoder
 from hydra_pipe.recording.encodings import ENCODINGS
+from hydra_pipe.recording.loop import Loop
 from hydra_pipe.recording.recorder import Recorder
 from hydra_pipe.recording.row_buffer import RowBuffer
 from hydra_pipe.store.zarr.table import BackgroundWriter, TableWriter
 
 HOOKS, TABLES, BOOKS = "hooks and rules", "settings and tables", "books"
+OUTPUTS = "curvature and dynamics"
+WATCHES = (CurvatureWatch, DynamicsWatch)
 # of the thread that trains; whatever a method calls that is not named itself counts with it
 STAGES: list[tuple[type, str, str]] = [
-    (Capture, "_backward", HOOKS),
+    *((Capture, name, HOOKS) for name in ("_begin_call", "_forward", "_end_call", "_backward")),
     (Collector, "watch", HOOKS),
     *((encoding, "reduce", "encoding.reduce") for encoding in ENCODINGS.values()),
-    (Collector, "add_to", "assembling, preconditioner"),
+    (Collector, "add_to", "assembling"),
     (RowEncoder, "place", "place"),
     (RowEncoder, "project_for_check", BOOKS),
-    (RowBuffer, "check", BOOKS),
+    (RowBuffer, "prepare", BOOKS),
+    (RowBuffer, "check_finite", BOOKS),
+    (RowBuffer, "check_gradient", BOOKS),
     (RowBuffer, "write", "quantise and copy"),
-    (Recorder, "_before_optimizer_step", TABLES),
+    *((watch, name, OUTPUTS) for watch in WATCHES for name in ("observe", "take", "fill")),
+    (Loop, "take_update", TABLES),
     (TableWriter, "append", TABLES),
     (TableWriter, "flush", "handing to the writer"),
     (Recorder, "close", "close"),
 ]
-FORWARD = (Capture, "_forward")  # makes the hooks
 WRITER = (BackgroundWriter, "submit")
 
 
@@ -82,13 +89,6 @@ class Clock:
                     self._inner[-1] += whole
 
         return wrapped
-
-    def timed_hooks(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(make)
-        def made(*args: Any, **kwargs: Any) -> Any:
-            return self.timed(HOOKS, make(*args, **kwargs))
-
-        return made
 
     def timed_writer(self, submit: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(submit)
@@ -125,7 +125,6 @@ def instrumented() -> Iterator[Clock]:
 
         for owner, name, stage in STAGES:
             replace(owner, name, functools.partial(clock.timed, stage))
-        replace(*FORWARD, clock.timed_hooks)
         replace(*WRITER, clock.timed_writer)
         yield clock
 

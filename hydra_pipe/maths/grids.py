@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydra_pipe.maths import row_kernels
+from hydra_pipe.maths.row_kernels import GridElements
 from hydra_pipe.maths.sketch import philox_of
 from hydra_pipe.types import I64
 
@@ -70,6 +72,12 @@ class Grids:
         """Number of each column's element in the flattened block, shape (k,), int64."""
         return self._elements
 
+    @property
+    def columns(self) -> GridElements:
+        """Outputs and inputs of the grids, in the order of the columns, on the processor."""
+        self._to(torch.device("cpu"))
+        return GridElements(self._outputs, self._inputs, self._grid, self._scale)
+
     def __call__(self, rows: Tensor, elements: Tensor | None = None) -> Tensor:
         """Project rows of shape (B, n) to (B, k), in their dtype, on their device.
 
@@ -105,6 +113,8 @@ class Grids:
             Shape (B, k), in the dtype of `left`.
         """
         self._to(left.device)
+        if row_kernels.takes(left, right):
+            return row_kernels.elements(left, right, self.columns)
         (batch, n_positions, _), k = left.shape, len(self._elements)
         taken = n_positions * (len(self._outputs) + len(self._inputs))
         at_once = max(1, _MOST_TAKEN // taken)

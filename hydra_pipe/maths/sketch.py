@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydra_pipe.maths import row_kernels
+from hydra_pipe.maths.row_kernels import SketchColumns
 from hydra_pipe.maths.scratch import Scratch
 from hydra_pipe.maths.sketch_runs import run_length
 
@@ -87,6 +89,8 @@ class Sketch:
             order: order of the block's dimensions in the rows. None: the block's own order.
         """
         self._to(rows.device)
+        if order is None and row_kernels.takes(rows):
+            return row_kernels.sketched(rows.contiguous(), self.columns)
         n_runs = len(self._order)
         mixed = _SCRATCH.take("in order", (len(rows), n_runs, self._run), rows)
         if order is None:
@@ -102,6 +106,12 @@ class Sketch:
         rest = mixed[:, whole:]
         sums[:, : rest.shape[1]] += rest
         return sums
+
+    @property
+    def columns(self) -> SketchColumns:
+        """Signs and columns of the elements, in the block's own order, on the processor."""
+        self._to(torch.device("cpu"))
+        return SketchColumns(self._columns_of_runs(), self._sign, self._run, self.n_columns)
 
     def lines(self, numbers: Tensor) -> "SketchedLines":
         """Find the columns of some lines of the block. No other line is looked at.

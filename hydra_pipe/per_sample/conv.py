@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hydra_pipe.maths import row_kernels
 from hydra_pipe.per_sample.factors import Contribution, Factors
 from hydra_pipe.per_sample.patches import Conv, ConvTranspose, Patches
 
@@ -83,6 +84,8 @@ def _grouped(
         return Factors(left, patches)
     batch, positions = len(lefts), lefts.shape[2]
     rows = lefts.new_empty(batch * groups, lefts.shape[1] // groups, patches.n_pixels // groups)
+    if row_kernels.takes(lefts, patches.pixels):
+        return patches.multiply_all(lefts.transpose(1, 2), rows.view(batch, -1), groups=groups)
     for samples in patches.pieces():
         rights = (
             patches.written_out(samples)

@@ -4,14 +4,16 @@ Symbols: B samples in the batch, P positions a sample (pixels, tokens), O output
 channels or features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from hydra_pipe.maths import row_kernels
 from hydra_pipe.maths.kron import Kron
+from hydra_pipe.maths.row_kernels import Projection
 from hydra_pipe.maths.scratch import Scratch
 from hydra_pipe.per_sample.patches import Patches, norms, pieces
 
@@ -97,6 +99,9 @@ class Factors:
         right = self.given_right
         if right is None:
             return self.left.sum(1)
+        found = self.by_loops()
+        if found is not None:
+            return found
         outputs = self.left.shape[2]
         rows = self.left.new_empty(len(self.left), outputs * self.n_inputs)
         for samples in self._samples():
@@ -106,6 +111,23 @@ class Factors:
             else:
                 self._multiply(samples, rows[samples])
         return rows
+
+    def by_loops(self, into: Callable[[], Projection] | None = None) -> Tensor | None:
+        """Return the rows, or their projection, by the compiled loops.
+
+        Args:
+            into: function that returns the projection; None: the rows themselves.
+
+        Returns:
+            Shape (B, O * I), or (B, k) with a projection. None if the loops do not take the
+            factors, or torch is faster.
+        """
+        right = self.given_right
+        if not isinstance(right, Patches) or not row_kernels.takes(self.left, right.pixels):
+            return None
+        projection = None if into is None else into()
+        width = self.left.shape[2] * self.n_inputs if projection is None else projection.n_columns
+        return right.multiply_all(self.left, self.left.new_empty(len(self.left), width), projection)
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield the rows of a few samples after the other. `right` must not be None.

@@ -7,9 +7,11 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydra_pipe.maths import row_kernels
 from hydra_pipe.per_sample.factors import Contribution, Factors, Summed
 from hydra_pipe.per_sample.patches import norms
 
@@ -67,6 +69,9 @@ def channel_norm_rule(
     share is not the gradient of the sample alone.
     """
     (inputs,) = args or kwargs.values()
+    found = _by_loops(module, inputs, grad_output)
+    if found is not None:
+        return {name: found[name] for name in wanted}
     rows: dict[str, Contribution] = {}
     for name in wanted:
         if name == "weight":
@@ -78,6 +83,28 @@ def channel_norm_rule(
             # off, the sum is nothing but rounding.
             rows[name] = Factors(grad_output.reshape(*inputs.shape[:2], -1).transpose(1, 2), None)
     return rows
+
+
+def _by_loops(
+    module: nn.Module, inputs: Tensor, gradient: Tensor
+) -> dict[str, Contribution] | None:
+    """Return both contributions by the compiled loops.
+
+    Returns:
+        None if the loops do not take the arrays, or if other statistics than those of the batch
+        are in use.
+    """
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or inputs.dim() < 3:
+        return None
+    own = module.training or module.running_mean is None
+    if not own or not row_kernels.takes(inputs, gradient) or not inputs.numel():
+        return None
+    memory = torch.contiguous_format
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        memory = torch.channels_last
+    x, g = (values.contiguous(memory_format=memory).flatten(2) for values in (inputs, gradient))
+    rows, bounds = row_kernels.channel_sums(x, g, module.eps)
+    return {"weight": Summed(rows[0], bounds[0]), "bias": Summed(rows[1], bounds[1])}
 
 
 def _channel_normed(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydra_pipe.maths import row_kernels
+from hydra_pipe.maths.row_kernels import Geometry, Projection
 from hydra_pipe.maths.scratch import Scratch
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -98,6 +100,28 @@ class Patches:
         )
         patches = _SCRATCH.take("patches", shape, padded).copy_(view)
         return patches.view(batch, self.n_pixels, -1).transpose(1, 2)
+
+    def multiply_all(
+        self, left: Tensor, out: Tensor, into: Projection | None = None, groups: int = 1
+    ) -> Tensor:
+        """Write sum_p outer(left[i, p], patch[i, p]) of all samples by the compiled loops.
+
+        Args:
+            left: left factors, shape (B, P, O).
+            out: memory of the result, shape (B, O * I / groups), or (B, k) with a projection. The
+                dimensions of the weight are in its own order.
+            into: projection of the rows; None: the rows themselves.
+            groups: number of groups of outputs and of channels that are multiplied.
+
+        Returns:
+            `out`.
+        """
+        is_constant = self.mode == "constant"
+        pixels = self.pixels if is_constant else F.pad(self.pixels, self.widths, mode=self.mode)
+        before = self.widths[-2::-2] if is_constant else (0,) * len(self.positions)
+        settings = (self.conv.kernel_size, self.conv.stride, self.conv.dilation)
+        geometry = Geometry(*settings, before, tuple(self.positions), groups)
+        return row_kernels.convolved(left, pixels, geometry, out, into)
 
     def multiply(self, samples: slice, left: Tensor, out: Tensor) -> None:
         """Write sum_p outer(left[i, p], patch[i, p]) of some samples.

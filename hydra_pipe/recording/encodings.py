@@ -151,11 +151,7 @@ class Sketched(BlockEncoding):
         value = given.value
         if isinstance(value, TokenRows):
             return self._reduce_lines(value, given.first)
-        if isinstance(value, Factors) and value.given_right is not None:
-            order = value.order
-            columns = joined([self._sketch(rows, order) for rows in value.pieces()])
-        else:
-            columns = self._sketch(rows_of(value))
+        columns = self._project(value)
         return Reduced(columns, given.first, _known_norm(value))
 
     def project_gradient(self, gradient: Tensor, given: Sequence[Reduced]) -> Tensor:
@@ -163,6 +159,14 @@ class Sketched(BlockEncoding):
         lines = self._lines_of(given)
         of_lines = None if lines is None else _project_lines(lines, gradient)
         return self._sketch(gradient.reshape(1, -1))[0] if of_lines is None else of_lines
+
+    def _project(self, value: Contribution) -> Tensor:
+        if not isinstance(value, Factors) or value.given_right is None:
+            return self._sketch(rows_of(value))
+        found = value.by_loops(lambda: self._sketch.columns)
+        if found is not None:
+            return found
+        return joined([self._sketch(rows, value.order) for rows in value.pieces()])
 
     def _reduce_lines(self, value: TokenRows, first: int) -> Reduced:
         numbers, at = torch.unique(value.tokens, return_inverse=True)
@@ -217,6 +221,9 @@ class GridsOfElements(BlockEncoding):
         if not isinstance(value, Factors) or value.given_right is None:
             return self._grids(rows_of(value))
         if not isinstance(value.given_right, Tensor):
+            found = value.by_loops(lambda: self._grids.columns)
+            if found is not None:
+                return found
             elements = None if value.order is None else self._elements_in(value.order)
             return joined([self._grids(rows, elements) for rows in value.pieces()])
         if (value.left.shape[2], value.n_inputs) == self._grids.sides:
