@@ -56,7 +56,6 @@ typedef void Dots(const float *lefts, const Py_ssize_t *left_at, Py_ssize_t n_le
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
 #ifdef __clang__
 #define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
@@ -120,7 +119,6 @@ static inline __attribute__((always_inline)) void add_sums(const Four *a, const 
 DEFINE_DOTS(plain_dots, Four, )
 #ifdef __x86_64__
 DEFINE_DOTS(avx2_dots, Eight, __attribute__((target("avx2,fma"))))
-DEFINE_DOTS(avx512_dots, Sixteen, __attribute__((target("avx512f"))))
 #endif
 
 typedef struct {
@@ -135,10 +133,6 @@ static Level level;
 static int find_level(const char *name, Level *found) {
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if ((!name || !strcmp(name, "avx512")) && __builtin_cpu_supports("avx512f")) {
-        *found = (Level){"avx512", avx512_dots};
-        return 0;
-    }
     if ((!name || !strcmp(name, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         *found = (Level){"avx2", avx2_dots};
         return 0;
@@ -943,7 +937,7 @@ static PyMethodDef methods[] = {
     {"channel_sums", channel_sums, METH_VARARGS, "channel_sums(inputs, gradient, eps, rows, bounds, threads): sums by channel"},
     {"elements", elements, METH_VARARGS, "elements(left, right, grids, out, threads): elements of sums of outer products"},
     {"sketch", sketch, METH_VARARGS, "sketch(rows, columns, signs, run, out, threads): out[column of e] += signs[e] * rows[e]"},
-    {"use", use, METH_O, "use(level): use the loops for avx512, avx2 or plain; return the level before"},
+    {"use", use, METH_O, "use(level): use the loops for avx2 or plain; return the level before"},
     {NULL, NULL, 0, NULL},
 };
 

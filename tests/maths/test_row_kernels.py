@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(LOOPS is None, reason="the loops of rows were no
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         before = LOOPS.use(request.param)
