@@ -153,6 +153,8 @@ def _reached_places(
     places: set[int] = set()
     for (origin, of_pass), g in zip(outputs, found, strict=True):
         if g is not None:
-            rows = (origin.order.split(g.detach(), of_pass.count) != 0).flatten(1).any(1)
+            values = origin.order.split(g.detach(), of_pass.count)
+            # what is not finite tells nothing, and is refused by its own name
+            rows = ((values != 0) & values.isfinite()).flatten(1).any(1)
             places |= {of_pass.first + row for row in rows.nonzero()[:, 0].tolist()}
     return places
